@@ -1,0 +1,55 @@
+# `make serve` runs the server, `make test` the tests, `make check` everything that must be green. Each works from
+# nothing: the virtual environment is made and filled as needed.
+
+# The newest Python that torch has wheels for; PYTHON=... chooses another.
+PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+CODE := src tests benchmarks examples
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check lint fix chromium
+
+help:  ## Show this list.
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/'
+
+serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
+	@$(BIN)/vecmill serve $(ARGS)
+
+test: $(VENV)/.dev chromium  ## Run every test. Options: ARGS="-k jobs".
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint  ## Run everything: format, lint, types, import contracts, tests with coverage.
+	$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term $(ARGS)"
+
+lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(VENV)/.dev  ## Format, and mend what ruff can mend.
+	$(BIN)/ruff check --fix-only $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "vecmill needs Python 3.11 or newer with venv (Debian and Ubuntu: apt install python3-venv), or PYTHON=/path/to/python3."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing vecmill into $(VENV); the first time this takes a few minutes."
+	$(PIP) --editable '.[bundled]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "Installing vecmill and its development tools into $(VENV); the first time this takes a few minutes."
+	$(PIP) --editable '.[dev]'
+	@touch $@ $(VENV)/.serve
+
+# The dashboard is tested in a real browser.
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
+		{ echo "The dashboard's tests need Chromium on the PATH: sudo apt install chromium"; exit 1; }

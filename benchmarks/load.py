@@ -1,0 +1,56 @@
+"""Sends texts to a server's POST /embed the way several clients at once do."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class Answered:
+    """The texts' vectors in their order, float32, shape (texts, dimensions), and the time for all of them."""
+
+    vectors: npt.NDArray[np.float32]
+    seconds: float
+
+
+def embed_all(
+    url: str,
+    texts: Sequence[str],
+    *,
+    connections: int = 1,
+    batch: int = 32,
+    is_query: bool = False,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Answered:
+    """Embed the texts in batches over so many connections.
+
+    Each connection sends its next batch when its last one is answered; `advance` then gets that batch's size.
+    """
+    batches = [list(texts[start : start + batch]) for start in range(0, len(texts), batch)]
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+    with (
+        httpx.Client(base_url=url, timeout=TIMEOUT_S, limits=limits) as client,
+        ThreadPoolExecutor(connections) as pool,
+    ):
+
+        def send(inputs: list[str]) -> bytes:
+            answer = client.post("/embed", json={"inputs": inputs, "is_query": is_query})
+            if answer.is_error:
+                raise RuntimeError(f"POST {url}/embed: {answer.status_code} {answer.text[:500]}")
+            advance(len(inputs))
+            return answer.content
+
+        started = time.perf_counter()
+        answers = list(pool.map(send, batches))
+        seconds = time.perf_counter() - started
+    # Parsed after the clock stopped: the client's own work is not the server's.
+    rows = [row for answer in answers for row in json.loads(answer)]
+    return Answered(np.asarray(rows, dtype=np.float32), seconds)

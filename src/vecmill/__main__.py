@@ -1,0 +1,92 @@
+"""The command line: `vecmill serve`."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic.fields import FieldInfo
+from rich.console import Console
+
+from vecmill import __version__
+from vecmill.config import Settings, load_settings
+from vecmill.config.env_example import default_text
+from vecmill.config.settings import GROUPS
+from vecmill.core.errors import StartupError
+from vecmill.serve import run_server
+
+cli = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+errors = Console(stderr=True)
+
+
+@cli.callback()
+def vecmill() -> None:
+    """Embeddings and reranking from one device, for every client that asks."""
+
+
+@cli.command()
+def version() -> None:
+    """Print the version."""
+    sys.stdout.write(f"{__version__}\n")
+
+
+def serve(**flags: object) -> None:
+    """Run the server.
+
+    Every flag is also an environment variable and a line of `.env` under the name in brackets. A flag wins over the
+    environment, the environment over `.env`, and that over the default.
+    """
+    try:
+        settings: Settings = load_settings(flags)
+    except StartupError as error:
+        errors.print(f"vecmill: {error.message}", style="bold red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    raise typer.Exit(run_server(settings))
+
+
+def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
+    """One setting as a flag. Left out it is None, so that environment, `.env` and default have their say."""
+    shown = default_text(field.default)
+    kind, words = _flag_type(field)
+    option = typer.Option(
+        *words(name),
+        help=f"{field.description} [{name.upper()}{f'; default {shown}' if shown else ''}]".replace("[", "\\["),
+        rich_help_panel=panel,
+        show_default=False,
+    )
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[kind | None, option]
+    )
+
+
+def _flag_type(field: FieldInfo) -> tuple[type, Any]:
+    if field.annotation is bool:
+        return bool, lambda name: (f"--{name.replace('_', '-')}/--no-{name.replace('_', '-')}",)
+    kinds = [kind for kind in (field.annotation, *get_args(field.annotation)) if kind in (int, float)]
+    return (kinds[0] if kinds else str), lambda name: (f"--{name.replace('_', '-')}",)
+
+
+def _with_flags() -> Any:
+    """`serve` with a flag for each setting, so that no setting is written down twice."""
+    parameters = [
+        _flag(name, field, f"{group.title}: {(group.__doc__ or '').strip()}")
+        for group in GROUPS
+        for name, field in group.model_fields.items()
+    ]
+    serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return serve
+
+
+cli.command()(_with_flags())
+
+
+def main() -> None:
+    """The entry point of the `vecmill` script."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

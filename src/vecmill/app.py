@@ -1,0 +1,169 @@
+"""The composition root: knows every class, decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
+from starlette.middleware.gzip import GZipMiddleware
+
+from vecmill import __version__
+from vecmill.config import Settings
+from vecmill.core.errors import StartupError
+from vecmill.core.health import Health, Phase
+from vecmill.hardware.memory import MEGABYTE, host_memory
+from vecmill.http import capabilities, errors, health, jobs, stats
+from vecmill.http.body_limit import BodyLimit
+from vecmill.http.dashboard import page
+from vecmill.http.dialects import openai, rerank, tei
+from vecmill.http.encoding import GZIP_FROM_BYTES, GZIP_LEVEL
+from vecmill.http.request_id import RequestId
+from vecmill.http.services import Services
+from vecmill.inference.facade import Inference, ServedModel
+from vecmill.inference.tokenization import TextTokenizer
+from vecmill.jobs.job import JobStatus
+from vecmill.jobs.queue import JobQueue
+from vecmill.scheduler.policy import Budget
+from vecmill.scheduler.scheduler import Scheduler
+from vecmill.telemetry.telemetry import Telemetry
+
+if TYPE_CHECKING:
+    from vecmill.engine.engine import Engine
+    from vecmill.engine.loader import Loaded
+
+logger = logging.getLogger(__name__)
+
+DESCRIPTION = "Embeddings and reranking from one device, for every client that asks."
+LARGEST_POOL = 8
+
+
+class Server:
+    """One server's parts and its life: load, serve, drain."""
+
+    def __init__(self, settings: Settings, on_failure: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._on_failure = on_failure
+        workers = settings.inference.tokenization_workers or min(LARGEST_POOL, os.cpu_count() or 1)
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
+        self._engine: Engine | None = None
+        self._loaded: Loaded | None = None
+        self._scheduler: Scheduler | None = None
+        self.health = Health()
+        self.telemetry = Telemetry()
+        self.inference = Inference(settings.inference, self.health, self.telemetry)
+        self.jobs = JobQueue(settings.jobs)
+        self.services = Services(
+            settings=settings,
+            health=self.health,
+            inference=self.inference,
+            jobs=self.jobs,
+            telemetry=self.telemetry,
+            threads=self._threads,
+            device_memory=lambda: self._engine.memory() if self._engine else None,
+            device_busy=lambda: self._engine.busy if self._engine else False,
+            max_batch_tokens=lambda: self._loaded.max_batch_tokens if self._loaded else None,
+        )
+        self._watch()
+
+    def _watch(self) -> None:
+        metrics = self.telemetry.metrics
+        metrics.watch(metrics.waiting, lambda: self.inference.waiting)
+        metrics.watch(metrics.abandoned, lambda: self.inference.abandoned)
+        metrics.watch(metrics.ready, lambda: float(self.health.ready))
+        metrics.watch(metrics.process_memory, lambda: host_memory().process_mb * MEGABYTE)
+        for status in JobStatus:
+            metrics.watch(metrics.jobs.labels(status.value), partial(self.jobs.count, status))
+
+    async def load(self) -> None:
+        """Load the models and begin to serve; on failure record why, for good."""
+        try:
+            loaded = await self._load()
+        except StartupError as error:
+            self._fail(error.message)
+        except Exception as error:
+            logger.exception("the start failed")
+            self._fail(f"The start failed: {type(error).__name__}: {error}")
+        else:
+            self.telemetry.rolling.warmup_seconds = loaded.warmup_seconds
+            self.health.update(Phase.READY, 100, "ready")
+
+    async def _load(self) -> Loaded:
+        self.health.update(Phase.LOADING, 0, "importing torch")
+        # torch takes seconds to import: the port answers meanwhile.
+        module = await asyncio.to_thread(import_module, "vecmill.engine.engine")
+        engine: Engine = module.Engine(self._settings.model, self._settings.engine, self._report)
+        self._engine = engine
+        engine.start()
+        loaded = await asyncio.wrap_future(engine.loaded)
+        models = {
+            name: ServedModel(
+                model.card,
+                TextTokenizer(
+                    model.checkpoint.tokenizer_file,
+                    model.card.max_model_len,
+                    model.card.vocab_size,
+                    self._threads,
+                ),
+            )
+            for name, model in loaded.models.items()
+        }
+        budget = Budget(loaded.max_batch_tokens, self._settings.engine.max_batch_size)
+        self._scheduler = Scheduler(engine, budget, on_batch=self.telemetry.batch, on_failure=self._fail)
+        self.inference.attach(models, self._scheduler)
+        self._loaded = loaded
+        return loaded
+
+    def _report(self, percent: float, message: str) -> None:
+        self.health.update(Phase.LOADING, percent, message)
+
+    def _fail(self, reason: str) -> None:
+        self.health.fail(reason)
+        self._on_failure(reason)
+
+    async def close(self) -> None:
+        """Drain: refuse new work, answer what runs, fail what waits, end the threads."""
+        self.health.update(Phase.DRAINING, 100, "shutting down")
+        if self._scheduler is not None:
+            await self._scheduler.close()
+        if self._engine is not None:
+            self._engine.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def create_app(settings: Settings, on_failure: Callable[[str], None] = lambda reason: None) -> FastAPI:
+    """The application; models load once its lifespan starts.
+
+    `on_failure` is called, in the event loop, with one sentence when the server can never serve (again).
+    """
+    # The pool's threads are the parallelism; the library's own would fight them and torch for the cores.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    server = Server(settings, on_failure)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(server.load(), name="load")
+        yield
+        loading.cancel()
+        await asyncio.gather(loading, return_exceptions=True)
+        await server.close()
+
+    app = FastAPIOffline(
+        title="vecmill", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+    )
+    app.state.services = server.services
+    for module in (openai, rerank, tei, capabilities, jobs, health, stats, page):
+        app.include_router(module.router)
+    errors.install(app)
+    app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes)
+    app.add_middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=GZIP_LEVEL)
+    app.add_middleware(RequestId)
+    return app

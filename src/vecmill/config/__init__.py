@@ -1,0 +1,27 @@
+"""Every setting, declared once with its unit and default, grouped by the room that receives it.
+
+Knows the environment, `.env` and flags. Does not know what any setting does.
+"""
+
+from vecmill.config.groups import (
+    EngineSettings,
+    HttpSettings,
+    InferenceSettings,
+    JobSettings,
+    LogSettings,
+    ModelSettings,
+    SettingsGroup,
+)
+from vecmill.config.settings import Settings, load_settings
+
+__all__ = [
+    "EngineSettings",
+    "HttpSettings",
+    "InferenceSettings",
+    "JobSettings",
+    "LogSettings",
+    "ModelSettings",
+    "Settings",
+    "SettingsGroup",
+    "load_settings",
+]

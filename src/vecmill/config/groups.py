@@ -1,0 +1,150 @@
+"""The settings themselves. A field's name in capitals is its environment variable, in kebab-case its flag."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class SettingsGroup(BaseSettings):
+    """One room's settings: keyword over environment over `.env` over default."""
+
+    model_config = SettingsConfigDict(
+        env_file=".env", env_file_encoding="utf-8", env_ignore_empty=True, extra="ignore", frozen=True
+    )
+
+    title: ClassVar[str]
+
+
+class ModelSettings(SettingsGroup):
+    """What is served."""
+
+    title: ClassVar[str] = "Models"
+
+    embed_model: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("auto",),
+        description="Embedding models, comma-separated, the first is the default: folders in the hub's layout, hub "
+        "ids, or `auto` (the MiniLM that the extra `bundled` installs; nothing is downloaded).",
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Type of the weights. `auto`: bfloat16 on a GPU; on a CPU the faster of bfloat16 and float32, "
+        "measured at warm-up. Pooling, scores and normalisation are always float32.",
+    )
+    max_model_len: int | None = Field(
+        None,
+        ge=8,
+        description="Tokens per input, special tokens included. Default: what the model's own files say; it can only "
+        "be lowered.",
+    )
+    hf_token: SecretStr | None = Field(None, description="Token for gated models on the hub.")
+
+    @field_validator("embed_model", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(name.strip() for name in value.split(",") if name.strip())
+        return value
+
+    @field_validator("embed_model")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError("names no model; use `auto`, a folder or a hub id")
+        if len(set(value)) != len(value):
+            raise ValueError("names a model twice")
+        return value
+
+
+class EngineSettings(SettingsGroup):
+    """The device and how much it is given at once."""
+
+    title: ClassVar[str] = "Device"
+
+    device: str = Field(
+        "auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="`auto` (CUDA, else MPS, else CPU), `cuda`, `cuda:N`, `mps` or `cpu`.",
+    )
+    max_batch_size: int = Field(64, ge=1, le=4096, description="Rows per forward pass, at most.")
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=8,
+        le=1_048_576,
+        description="Tokens per forward pass, at most; an input longer than this runs alone. Default: 16384 on a GPU, "
+        "2048 on a CPU.",
+    )
+    use_flash_attn: bool = Field(
+        True,
+        description="Variable-length flash attention (part of torch) on CUDA; false: one SDPA call per sequence.",
+    )
+
+
+class InferenceSettings(SettingsGroup):
+    """What one request may ask for, and how much may wait."""
+
+    title: ClassVar[str] = "Requests"
+
+    strict_model: bool = Field(
+        False,
+        description="Answer 404 to every unknown `model`. Default: with one model loaded, any name gets that model.",
+    )
+    auto_truncate: bool = Field(
+        True,
+        description="Cut inputs longer than MAX_MODEL_LEN where the request does not say; false: refuse them with 400.",
+    )
+    max_client_batch_size: int = Field(2048, ge=1, description="Inputs per request; more is a 4xx.")
+    max_concurrent_requests: int = Field(512, ge=1, description="Requests in progress; more is a 429.")
+    max_queued_tokens: int = Field(
+        2_000_000, ge=8, description="Tokens admitted and not yet answered, over all requests; more is a 429."
+    )
+    tokenization_workers: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Threads that tokenize and encode answers. Default: the number of cores, at most 8.",
+    )
+
+
+class JobSettings(SettingsGroup):
+    """Indexing jobs that clients register."""
+
+    title: ClassVar[str] = "Jobs"
+
+    jobs_max_active: int = Field(2, ge=1, description="Jobs active at a time; later ones queue in order.")
+    job_lease_seconds: float = Field(
+        300,
+        gt=0,
+        description="Seconds without progress, poll or tagged `/embed` after which a job is given up as failed.",
+    )
+
+
+class HttpSettings(SettingsGroup):
+    """The address and the limits of a request body."""
+
+    title: ClassVar[str] = "HTTP"
+
+    host: str = Field("127.0.0.1", description="Address to bind. 0.0.0.0 opens the server to the network.")
+    port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    max_body_bytes: int = Field(
+        33_554_432,
+        ge=1024,
+        description="Bytes per request body; more is a 413. Bodies being read at one time may take eight times this; "
+        "more is a 429.",
+    )
+    shutdown_seconds: int = Field(
+        30, ge=1, description="Seconds that requests in progress get to finish after SIGTERM."
+    )
+
+
+class LogSettings(SettingsGroup):
+    """The log. Texts and secrets are never in it."""
+
+    title: ClassVar[str] = "Log"
+
+    log_format: Literal["text", "json"] = Field("text", description="`text` for people, `json` for collectors.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least severe level that is written; `debug` has one line per request."
+    )

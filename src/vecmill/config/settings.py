@@ -1,0 +1,114 @@
+"""All groups together, and the rules between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from vecmill.config.groups import (
+    EngineSettings,
+    HttpSettings,
+    InferenceSettings,
+    JobSettings,
+    LogSettings,
+    ModelSettings,
+    SettingsGroup,
+)
+from vecmill.core.errors import StartupError
+
+GROUPS: tuple[type[SettingsGroup], ...] = (
+    ModelSettings,
+    EngineSettings,
+    InferenceSettings,
+    JobSettings,
+    HttpSettings,
+    LogSettings,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The configuration of one server."""
+
+    model: ModelSettings
+    engine: EngineSettings
+    inference: InferenceSettings
+    jobs: JobSettings
+    http: HttpSettings
+    log: LogSettings
+
+
+def load_settings(flags: Mapping[str, object] | None = None) -> Settings:
+    """Read the settings: `flags` (by field name, None where not given) over environment over `.env` over default.
+
+    Raises:
+        StartupError: a value is unknown or two settings contradict each other; one sentence with the cure.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    groups = [_read(group, given) for group in GROUPS]
+    settings = Settings(*groups)  # type: ignore[arg-type]  # GROUPS is in the order of the fields
+    for contradiction in CONTRADICTIONS:
+        if (sentence := contradiction(settings)) is not None:
+            raise StartupError(sentence)
+    return settings
+
+
+def _read(group: type[SettingsGroup], given: Mapping[str, object]) -> SettingsGroup:
+    try:
+        return group(**{name: value for name, value in given.items() if name in group.model_fields})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        description = group.model_fields[name].description
+        shown = "" if name == "hf_token" else f"={first['input']!r}"
+        problem = first["msg"].removeprefix("Value error, ")
+        raise StartupError(f"{name.upper()}{shown}: {problem}. {name.upper()} is: {description}") from None
+
+
+def _client_batch_never_admitted(settings: Settings) -> str | None:
+    batch, queued = settings.inference.max_client_batch_size, settings.inference.max_queued_tokens
+    if batch <= queued:
+        return None
+    return (
+        f"MAX_CLIENT_BATCH_SIZE={batch} is above MAX_QUEUED_TOKENS={queued}, so a full request could never be "
+        f"admitted: raise MAX_QUEUED_TOKENS or lower MAX_CLIENT_BATCH_SIZE."
+    )
+
+
+def _more_rows_than_tokens(settings: Settings) -> str | None:
+    rows, tokens = settings.engine.max_batch_size, settings.engine.max_batch_tokens
+    if tokens is None or rows <= tokens:
+        return None
+    return (
+        f"MAX_BATCH_SIZE={rows} is above MAX_BATCH_TOKENS={tokens}, but every row has at least one token: "
+        f"raise MAX_BATCH_TOKENS or lower MAX_BATCH_SIZE."
+    )
+
+
+def _input_longer_than_batch(settings: Settings) -> str | None:
+    length, tokens = settings.model.max_model_len, settings.engine.max_batch_tokens
+    if length is None or tokens is None or length <= tokens:
+        return None
+    return (
+        f"MAX_MODEL_LEN={length} is above MAX_BATCH_TOKENS={tokens}, so the longest input would not fit a forward "
+        f"pass: raise MAX_BATCH_TOKENS or lower MAX_MODEL_LEN."
+    )
+
+
+def _half_precision_on_cpu(settings: Settings) -> str | None:
+    if settings.engine.device != "cpu" or settings.model.dtype != "float16":
+        return None
+    return (
+        "DTYPE=float16 with DEVICE=cpu would be slow and overflow: set DTYPE to auto, bfloat16 or float32, "
+        "or DEVICE to cuda."
+    )
+
+
+CONTRADICTIONS: tuple[Callable[[Settings], str | None], ...] = (
+    _client_batch_never_admitted,
+    _more_rows_than_tokens,
+    _input_longer_than_batch,
+    _half_precision_on_cpu,
+)

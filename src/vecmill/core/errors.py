@@ -1,0 +1,121 @@
+"""Everything that can go wrong, named once.
+
+    VecmillError
+    ├── StartupError                 the process cannot serve with this configuration
+    ├── InvalidInput                 the client can correct it; `param` names the field
+    │   ├── MalformedBody
+    │   ├── EmptyInput
+    │   ├── InputTooLong
+    │   ├── TooManyInputs
+    │   └── NonFiniteEmbedding
+    ├── BodyTooLarge
+    ├── NotFound
+    │   ├── ModelNotFound
+    │   └── JobNotFound
+    ├── JobConflict                  the job's present state does not allow the call
+    ├── Overloaded                   no room now; try again
+    └── Unavailable                  no answer possible now
+        ├── ModelLoading
+        ├── ShuttingDown
+        ├── BatchFailed
+        └── EngineFailed
+
+Knows no HTTP: statuses and bodies are in `vecmill.http.errors`. A class's docstring is its message where the
+raiser gives none.
+"""
+
+from __future__ import annotations
+
+from typing import Self
+
+
+class VecmillError(Exception):
+    """Something went wrong."""
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        """`message` is shown to the client; `param` is the request field at fault, as the client wrote it."""
+        self.message = message or (type(self).__doc__ or "").strip()
+        self.param = param
+        super().__init__(self.message)
+
+    def again(self) -> Self:
+        """A copy to raise elsewhere: one exception raised many times would grow its traceback without end."""
+        return type(self)(self.message, param=self.param)
+
+
+class StartupError(VecmillError):
+    """The server cannot start with this configuration."""
+
+
+class InvalidInput(VecmillError):
+    """The request is not valid."""
+
+
+class MalformedBody(InvalidInput):
+    """The request body is not valid JSON."""
+
+
+class EmptyInput(InvalidInput):
+    """The list of inputs is empty; send at least one."""
+
+
+class InputTooLong(InvalidInput):
+    """An input is longer than the model's maximum context length."""
+
+
+class TooManyInputs(InvalidInput):
+    """The request has more inputs than MAX_CLIENT_BATCH_SIZE; split it."""
+
+
+class NonFiniteEmbedding(InvalidInput):
+    """The model gave a value that is not finite for this input; shorten or change the text."""
+
+
+class BodyTooLarge(VecmillError):
+    """The request body is larger than MAX_BODY_BYTES; split the request."""
+
+
+class NotFound(VecmillError):
+    """There is nothing at this address."""
+
+
+class ModelNotFound(NotFound):
+    """The model does not exist here."""
+
+
+class JobNotFound(NotFound):
+    """There is no such job; register it with POST /jobs."""
+
+
+class JobConflict(VecmillError):
+    """The job's present state does not allow this."""
+
+
+class Overloaded(VecmillError):
+    """The server is temporarily overloaded; try again after the time in Retry-After."""
+
+    retry_after: int = 1  # seconds
+
+
+class Unavailable(VecmillError):
+    """503: the server is temporarily unavailable; try again."""
+
+    retry_after: int = 2  # seconds
+
+
+class ModelLoading(Unavailable):
+    """503: the model is still loading, the server is temporarily unavailable; try again."""
+
+
+class ShuttingDown(Unavailable):
+    """503: the server is shutting down and takes no new work; try again."""
+
+
+class BatchFailed(Unavailable):
+    """503: the batch that held this input failed on the device; the failure is temporary, try again."""
+
+
+class EngineFailed(Unavailable):
+    """503: the device has failed and the server must be restarted."""
+
+    retry_after = 30

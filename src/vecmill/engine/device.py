@@ -1,0 +1,76 @@
+"""Which device, and what its memory says."""
+
+from __future__ import annotations
+
+import torch
+
+from vecmill.core.errors import StartupError
+from vecmill.hardware.gpu import nvidia_gpu_present
+from vecmill.hardware.memory import DeviceMemory
+
+MEGABYTE = 1024 * 1024
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Resolve DEVICE.
+
+    Raises:
+        StartupError: the device is not there, or a GPU is present and this torch cannot use it.
+    """
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            raise StartupError("DEVICE=mps, but this torch sees no Apple GPU: set DEVICE=cpu or DEVICE=auto.")
+        return torch.device("mps")
+    if torch.cuda.is_available():
+        return _cuda(wanted)
+    if nvidia_gpu_present():
+        raise StartupError(_unusable_gpu())
+    if wanted != "auto":
+        raise StartupError(f"DEVICE={wanted}, but there is no CUDA GPU here: set DEVICE=cpu or DEVICE=auto.")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _cuda(wanted: str) -> torch.device:
+    index = int(wanted.partition(":")[2] or 0)
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise StartupError(f"DEVICE={wanted}, but there are {count} CUDA GPUs: set DEVICE=cuda:0 to cuda:{count - 1}.")
+    return torch.device("cuda", index)
+
+
+def _unusable_gpu() -> str:
+    if torch.version.cuda is None:
+        return (
+            f"There is an NVIDIA GPU here, but torch {torch.__version__} is a CPU-only build: install a CUDA build "
+            f"(`pip install --force-reinstall 'torch>=2.11'`, CUDA 13 on a DGX Spark), or set DEVICE=cpu to serve "
+            f"from the CPU."
+        )
+    return (
+        f"There is an NVIDIA GPU here, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: "
+        f"check the driver with `nvidia-smi` (CUDA 13 needs R580 or newer), or set DEVICE=cpu to serve from the CPU."
+    )
+
+
+def describe(device: torch.device) -> str:
+    """The device as people call it."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if device.type == "cpu":
+        return f"cpu ({torch.get_num_threads()} threads)"
+    return str(device)
+
+
+def device_memory(device: torch.device) -> DeviceMemory | None:
+    """What torch holds on the device, in MB; None on a CPU, which has no memory of its own."""
+    if device.type != "cuda":
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return DeviceMemory(
+        total_mb=properties.total_memory // MEGABYTE,
+        allocated_mb=torch.cuda.memory_allocated(device) // MEGABYTE,
+        reserved_mb=torch.cuda.memory_reserved(device) // MEGABYTE,
+        # cudaMemGetInfo counts the page cache as used where CPU and GPU share their memory.
+        free_mb=None if properties.is_integrated else torch.cuda.mem_get_info(device)[0] // MEGABYTE,
+    )

@@ -1,0 +1,1 @@
+"""The dashboard: one page that shows a person what the service is doing now."""

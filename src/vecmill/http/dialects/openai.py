@@ -1,0 +1,91 @@
+"""OpenAI: /v1/embeddings and /v1/models.
+
+Source: https://platform.openai.com/docs/api-reference/embeddings and /models.
+"""
+
+from __future__ import annotations
+
+from time import time
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from vecmill.core.errors import ModelNotFound
+from vecmill.core.types import EmbedRequest, EmbedResult, ModelCard
+from vecmill.http.dialects.inputs import EmbeddingInputs, truncation_header, usage
+from vecmill.http.encoding import EncodingFormat, encode_rows, json_response
+from vecmill.http.route import InferenceRoute
+from vecmill.http.services import ServicesOf
+
+router = APIRouter(tags=["OpenAI"], route_class=InferenceRoute)
+
+STARTED = int(time())
+
+
+class EmbeddingsBody(BaseModel):
+    """Keys that are not listed are ignored: every client adds some."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"input": ["What is Deep Learning?", "def add(a, b): return a + b"]}]}
+    )
+
+    input: EmbeddingInputs
+    model: str | None = Field(None, description="Left out: the default model.")
+    dimensions: int | None = Field(None, ge=1, description="First so many values, normalised again.")
+    encoding_format: EncodingFormat | None = Field(
+        None, description="`float` (default), or `base64`: little-endian float32."
+    )
+    user: str | None = Field(None, description="Ignored.")
+
+
+@router.post("/v1/embeddings", summary="Create embeddings")
+async def create_embeddings(body: EmbeddingsBody, request: Request, services: ServicesOf) -> Response:
+    """Texts to unit vectors, in input order."""
+    result = await services.inference.embed(
+        EmbedRequest(inputs=body.input, model=body.model, dimensions=body.dimensions, param="input")
+    )
+    encoding = body.encoding_format or "float"
+    return await json_response(request, lambda: _embeddings(result, encoding), truncation_header(result.truncated))
+
+
+def _embeddings(result: EmbedResult, encoding: EncodingFormat) -> dict[str, object]:
+    rows = encode_rows(result.embeddings, encoding)
+    return {
+        "object": "list",
+        "model": result.model,
+        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
+        "usage": usage(result),
+    }
+
+
+@router.get("/v1/models", summary="List models")
+async def list_models(services: ServicesOf) -> dict[str, Any]:
+    """The models that are loaded, the default first."""
+    return {"object": "list", "data": [_model(card) for card in services.inference.cards]}
+
+
+@router.get("/v1/models/{model:path}", summary="Retrieve a model")
+async def retrieve_model(model: str, services: ServicesOf) -> dict[str, Any]:
+    """One model by its id."""
+    for card in services.inference.cards:
+        if card.id == model:
+            return _model(card)
+    known = ", ".join(card.id for card in services.inference.cards) or "none yet"
+    raise ModelNotFound(f"The model `{model[:200]}` does not exist here; these do: {known}.", param="model")
+
+
+def _model(card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": STARTED,
+        "owned_by": "vecmill",
+        "family": card.family,
+        "revision": card.revision,
+        "dimensions": card.dimensions,
+        "max_model_len": card.max_model_len,
+        "pooling": card.pooling,
+        "dtype": card.dtype,
+        "prompts": dict(card.prompts),
+    }

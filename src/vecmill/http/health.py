@@ -1,0 +1,62 @@
+"""/health and /ready: what is so, for people, load balancers and the clients that read its fields."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from vecmill import __version__
+from vecmill.core.health import Phase
+from vecmill.http.services import Services, ServicesOf
+
+router = APIRouter(tags=["Health"])
+
+
+@router.get("/health", summary="Health")
+async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
+    """200 when requests are served, else 503; either way with the state, the models and the device."""
+    phase, percent, message = services.health.snapshot()
+    response.status_code = 200 if phase is Phase.READY else 503
+    return {
+        "status": "ok" if phase is Phase.READY else phase.value,
+        "percent": round(percent),
+        "message": message,
+        "version": __version__,
+        **_models(services),
+        **_gpu(services),
+    }
+
+
+@router.get("/ready", summary="Readiness")
+async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
+    """200 when requests are served, else 503."""
+    is_ready = services.health.ready
+    response.status_code = 200 if is_ready else 503
+    return {"ready": is_ready}
+
+
+def _models(services: Services) -> dict[str, Any]:
+    """The default model's card, flat as the clients read it; nulls while it loads."""
+    cards = services.inference.cards
+    card = cards[0] if cards else None
+    return {
+        "model": card and card.id,
+        "dimensions": card and card.dimensions,
+        "dtype": card and card.dtype,
+        "dtype_reason": card and card.dtype_reason,
+        "device": card and card.device,
+        "max_batch_size": services.settings.engine.max_batch_size,
+        "models": {"embed": card and card.id, "rerank": card and card.id},
+        "rerank_method": "cosine",
+        "embedding_models": [card.id for card in cards],
+    }
+
+
+def _gpu(services: Services) -> dict[str, Any]:
+    memory = services.device_memory()
+    return {
+        "cuda_available": memory is not None,
+        "gpu_memory_allocated_mb": memory and memory.allocated_mb,
+        "gpu_memory_reserved_mb": memory and memory.reserved_mb,
+    }

@@ -1,0 +1,130 @@
+"""/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from vecmill.http.capabilities import recommended
+from vecmill.http.route import InferenceRoute
+from vecmill.http.services import ServicesOf
+
+router = APIRouter(tags=["Jobs"], route_class=InferenceRoute)
+
+
+class RegisterBody(BaseModel):
+    """A job about to begin."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"project": "stdlib", "total_chunks": 1500, "instance_id": "codecart-4711"}]}
+    )
+
+    project: str = Field(max_length=500)
+    total_chunks: int = Field(ge=0, le=1_000_000_000)
+    instance_id: str = Field("", max_length=200)
+
+
+class ProgressBody(BaseModel):
+    """How many chunks are done."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"current": 64}]})
+
+    current: int
+
+
+class FailBody(BaseModel):
+    """Why the client gave up."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"error": "the user closed the editor"}]})
+
+    error: str = Field("failed by its client", max_length=2000)
+
+
+class DeprecatedProgress(BaseModel):
+    """The progress report that clients sent before there were jobs."""
+
+    current: int = Field(ge=0)
+    total: int = Field(ge=0)
+    project: str = Field("", max_length=500)
+
+
+@router.post("/jobs", summary="Register a job")
+@router.post("/jobs/register", summary="Register a job", name="register_job_alias")
+async def register_job(body: RegisterBody, services: ServicesOf) -> dict[str, Any]:
+    """Queue a job. Position 0: it is active, begin."""
+    job, position = services.jobs.register(body.project, body.total_chunks, body.instance_id)
+    return {
+        "job_id": job.id,
+        "status": job.status.value,
+        "position": position,
+        "queue_position": position,
+        "message": "active, begin" if position == 0 else f"queued at position {position}",
+        "recommended_batch_size": recommended(services),
+    }
+
+
+@router.get("/jobs", summary="List jobs")
+async def list_jobs(services: ServicesOf) -> dict[str, Any]:
+    """Active, queued and the ten that ended last."""
+    return services.jobs.overview()
+
+
+@router.delete("/jobs/recent", summary="Forget ended jobs")
+async def clear_recent(services: ServicesOf) -> dict[str, Any]:
+    """Empty the list of jobs that have ended."""
+    return {"cleared": services.jobs.clear_ended()}
+
+
+@router.get("/jobs/{job_id}", summary="Get a job")
+async def get_job(job_id: str, services: ServicesOf) -> dict[str, Any]:
+    """One job; asking renews its lease."""
+    return services.jobs.view(services.jobs.get(job_id))
+
+
+@router.post("/jobs/{job_id}/progress", summary="Report progress")
+async def report_progress(job_id: str, body: ProgressBody, services: ServicesOf) -> dict[str, Any]:
+    """Record how many chunks are done; renews the lease."""
+    return services.jobs.view(services.jobs.progress(job_id, body.current))
+
+
+@router.post("/jobs/{job_id}/complete", summary="Complete a job")
+async def complete_job(job_id: str, services: ServicesOf) -> dict[str, Any]:
+    """The job is done; the next in the queue starts."""
+    return services.jobs.view(services.jobs.complete(job_id))
+
+
+@router.post("/jobs/{job_id}/fail", summary="Fail a job")
+async def fail_job(job_id: str, services: ServicesOf, body: FailBody | None = None) -> dict[str, Any]:
+    """The client gave up; the next in the queue starts."""
+    return services.jobs.view(services.jobs.fail(job_id, (body or FailBody.model_validate({})).error))
+
+
+@router.delete("/jobs/{job_id}", summary="Cancel a job")
+@router.post("/jobs/{job_id}/cancel", summary="Cancel a job", name="cancel_job_alias")
+async def cancel_job(job_id: str, services: ServicesOf) -> dict[str, Any]:
+    """End a job that waits or runs; its client finds it `failed`, with the error `cancelled`."""
+    return services.jobs.view(services.jobs.fail(job_id, "cancelled"))
+
+
+@router.post("/progress", summary="Report progress (deprecated)", deprecated=True)
+async def post_progress(body: DeprecatedProgress, request: Request) -> dict[str, Any]:
+    """Keep the last report; use /jobs instead."""
+    request.app.state.progress = body.model_dump()
+    return body.model_dump()
+
+
+@router.get("/progress", summary="Last progress (deprecated)", deprecated=True)
+async def get_progress(request: Request) -> dict[str, Any]:
+    """The last report, or zeros."""
+    empty = DeprecatedProgress(current=0, total=0, project="")
+    found: dict[str, Any] = getattr(request.app.state, "progress", None) or empty.model_dump()
+    return found
+
+
+@router.delete("/progress", summary="Clear progress (deprecated)", deprecated=True)
+async def delete_progress(request: Request) -> dict[str, Any]:
+    """Forget the last report."""
+    request.app.state.progress = None
+    return {"cleared": True}

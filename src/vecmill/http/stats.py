@@ -1,0 +1,83 @@
+"""/stats, /stats/detailed and /metrics: what the server has done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from vecmill import __version__
+from vecmill.hardware.memory import host_memory
+from vecmill.http.services import ServicesOf
+
+router = APIRouter(tags=["Statistics"])
+
+
+@router.get("/stats", summary="Statistics")
+async def stats(services: ServicesOf) -> dict[str, Any]:
+    """Totals since the start; rates over the last minute; latencies over the last 1,000 requests."""
+    rolling = services.telemetry.rolling
+    latency = rolling.latency_ms("total")
+    texts_per_second, tokens_per_second = rolling.rates()
+    warmup = rolling.warmup_seconds
+    gpu, host = services.device_memory(), host_memory()
+    return {
+        "version": __version__,
+        "requests": rolling.requests,
+        "texts_embedded": rolling.texts,
+        "tokens_embedded": rolling.tokens,
+        "errors": rolling.errors,
+        "queue_waits": rolling.queue_waits,
+        "queue_depth": services.inference.waiting,
+        "avg_latency_ms": latency["mean"],
+        "p50_latency_ms": latency["p50"],
+        "p95_latency_ms": latency["p95"],
+        "warmup_avg_ms": round(1000 * sum(warmup) / len(warmup), 1) if warmup else None,
+        "warmup_requests": len(warmup),
+        "uptime_seconds": round(rolling.uptime, 1),
+        "texts_per_second": round(texts_per_second, 2),
+        "tokens_per_second": round(tokens_per_second, 1),
+        "gpu_busy": services.device_busy(),
+        "gpu_memory_total_mb": gpu and gpu.total_mb,
+        "gpu_memory_allocated_mb": gpu and gpu.allocated_mb,
+        "gpu_memory_reserved_mb": gpu and gpu.reserved_mb,
+        "process_memory_mb": host.process_mb,
+        "memory_total_mb": host.total_mb,
+        "memory_available_mb": host.available_mb,
+    }
+
+
+@router.get("/stats/detailed", summary="Detailed statistics")
+async def detailed(services: ServicesOf) -> dict[str, Any]:
+    """Where the time of the last 1,000 requests went, and how full the forward passes were."""
+    rolling = services.telemetry.rolling
+    texts_per_second, tokens_per_second = rolling.rates()
+    return {
+        "sample_count": rolling.sample_count,
+        "latency_ms": {
+            "total": rolling.latency_ms("total"),
+            "gpu": rolling.latency_ms("infer"),
+            "queue": rolling.latency_ms("queue"),
+            "tokenize": rolling.latency_ms("tokenize"),
+            "overhead": rolling.latency_ms("overhead"),
+            "per_text_gpu": rolling.per_text_ms(),
+        },
+        "batch_sizes": {
+            "distribution": rolling.batch_distribution(),
+            "recent_avg": rolling.recent_batch_rows(),
+        },
+        "throughput": {
+            "texts_per_second": round(texts_per_second, 2),
+            "tokens_per_second": round(tokens_per_second, 1),
+            "requests": rolling.requests,
+            "texts": rolling.texts,
+            "tokens": rolling.tokens,
+        },
+    }
+
+
+@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+async def metrics(services: ServicesOf) -> Response:
+    """Prometheus text format."""
+    return Response(services.telemetry.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)

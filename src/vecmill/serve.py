@@ -1,0 +1,163 @@
+"""Running the server in a process: the socket, the start log, the exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from ipaddress import ip_address
+
+import uvicorn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from vecmill import __version__
+from vecmill.app import create_app
+from vecmill.config import Settings
+from vecmill.core.health import Health, Phase
+from vecmill.http.services import Services
+from vecmill.telemetry.logs import configure_logging
+
+if sys.platform == "win32":
+    from asyncio import new_event_loop
+else:
+    from uvloop import new_event_loop
+
+logger = logging.getLogger(__name__)
+
+LOOK_EVERY = 0.1  # seconds between looks at the progress of the start
+
+
+def run_server(settings: Settings) -> int:
+    """Serve until stopped; the process's exit code: 0, or 1 where the server could not serve."""
+    configure_logging(settings.log.log_format, settings.log.log_level)
+    failures: list[str] = []
+
+    def on_failure(reason: str) -> None:
+        failures.append(reason)
+        server.should_exit = not app.state.services.health.ready
+
+    app = create_app(settings, on_failure)
+    try:
+        listener = _listen(settings.http.host, settings.http.port)
+    except OSError as error:
+        logger.error(
+            "HOST=%s PORT=%d cannot be bound (%s): stop what uses it or set another PORT.",
+            settings.http.host,
+            settings.http.port,
+            error.strerror,
+        )
+        return 1
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            access_log=False,
+            log_config=None,
+            timeout_graceful_shutdown=settings.http.shutdown_seconds,
+            server_header=False,
+        )
+    )
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(_serve(server, listener, app.state.services))
+    for reason in failures:
+        logger.error(reason)
+    return 1 if failures else 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind((host, port))
+    return listener
+
+
+async def _serve(server: uvicorn.Server, listener: socket.socket, services: Services) -> None:
+    address = _address(listener)
+    if not _loopback(services.settings.http.host):
+        logger.warning("HOST=%s: everyone who reaches this address may use the server", services.settings.http.host)
+    announcing = asyncio.create_task(_announce(services, address))
+    await server.serve(sockets=[listener])
+    announcing.cancel()
+    await asyncio.gather(announcing, return_exceptions=True)
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
+    return f"http://{shown}:{port}"
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+async def _announce(services: Services, address: str) -> None:
+    """Progress while loading, then the start log."""
+    console = Console(stderr=True)
+    logger.info("listening on %s, loading models", address)
+    if console.is_terminal and services.settings.log.log_format == "text":
+        await _progress_bar(services.health, console)
+    else:
+        await _progress_lines(services.health)
+    if not services.health.ready:
+        return
+    if services.settings.log.log_format == "text":
+        console.print(start_table(services, address))
+    logger.info("ready on %s", address, extra={} if console.is_terminal else resolved(services))
+
+
+async def _progress_bar(health: Health, console: Console) -> None:
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} % {task.description}"))
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=100)
+        while (snapshot := health.snapshot())[0] is Phase.LOADING:
+            progress.update(task, completed=snapshot[1], description=snapshot[2])
+            await asyncio.sleep(LOOK_EVERY)
+
+
+async def _progress_lines(health: Health) -> None:
+    shown = ""
+    while (snapshot := health.snapshot())[0] is Phase.LOADING:
+        if snapshot[2] != shown:
+            shown = snapshot[2]
+            logger.info("starting: %3.0f %% %s", snapshot[1], shown)
+        await asyncio.sleep(LOOK_EVERY)
+
+
+def resolved(services: Services) -> dict[str, object]:
+    """The configuration as it turned out, for the log."""
+    card = services.inference.cards[0]
+    return {"model": card.id, "revision": card.revision, "dtype": card.dtype, "device": card.device}
+
+
+def start_table(services: Services, address: str) -> Table:
+    """The start log: what is served, on what, and where to look."""
+    table = Table(title=f"vecmill {__version__}", title_justify="left", show_header=False, min_width=60)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for card in services.inference.cards:
+        table.add_row("model", f"{card.id} ({card.family}, {card.pooling} pooling)")
+        table.add_row("revision", card.revision)
+        table.add_row("dimensions", f"{card.dimensions}, up to {card.max_model_len} tokens per text")
+        table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
+        table.add_row("device", card.device)
+    table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")
+    settings = services.settings
+    table.add_row(
+        "forward pass", f"up to {services.max_batch_tokens()} tokens in {settings.engine.max_batch_size} rows"
+    )
+    limits = settings.inference
+    table.add_row(
+        "limits",
+        f"{limits.max_client_batch_size} texts and {settings.http.max_body_bytes:,} bytes per request, "
+        f"{limits.max_concurrent_requests} requests and {limits.max_queued_tokens:,} tokens in progress",
+    )
+    table.add_row("dashboard", f"{address}/")
+    table.add_row("API", f"{address}/docs")
+    return table

@@ -1,0 +1,62 @@
+"""Every Prometheus metric, declared in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+class Metrics:
+    """The metrics of one server, in a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "vecmill_requests",
+            "Inference requests answered with a result",
+            ["operation", "model"],
+            registry=registry,
+        )
+        self.errors = Counter(
+            "vecmill_errors", "Requests answered with an error", ["status", "error"], registry=registry
+        )
+        self.texts = Counter("vecmill_texts", "Texts answered", ["operation", "model"], registry=registry)
+        self.tokens = Counter("vecmill_tokens", "Tokens answered", ["operation", "model"], registry=registry)
+        self.truncated = Counter(
+            "vecmill_truncated_texts", "Texts cut to the model's length", ["model"], registry=registry
+        )
+        self.request_seconds = Histogram(
+            "vecmill_request_duration_seconds",
+            "Time in the server by stage: total, tokenize, queue, infer",
+            ["operation", "stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.batch_rows = Histogram("vecmill_batch_rows", "Rows per forward pass", buckets=ROWS, registry=registry)
+        self.batch_tokens = Histogram(
+            "vecmill_batch_tokens", "Tokens per forward pass", buckets=TOKENS, registry=registry
+        )
+        self.batch_seconds = Histogram(
+            "vecmill_batch_duration_seconds",
+            "Time on the device per forward pass",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.abandoned = Gauge("vecmill_abandoned_texts", "Texts freed before they were run", registry=registry)
+        self.waiting = Gauge("vecmill_waiting_texts", "Texts waiting for a batch", registry=registry)
+        self.jobs = Gauge("vecmill_jobs", "Jobs by state", ["state"], registry=registry)
+        self.process_memory = Gauge("vecmill_process_memory_bytes", "Resident memory of the process", registry=registry)
+        self.ready = Gauge("vecmill_ready", "1 while requests are served", registry=registry)
+
+    def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:
+        """Read a gauge's value at scrape time."""
+        gauge.set_function(read)
+
+    def exposition(self) -> bytes:
+        """The registry in Prometheus text format."""
+        return generate_latest(self.registry)

@@ -1,0 +1,57 @@
+"""One call for each thing that happens; it reaches the metrics and the rolling statistics alike."""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from vecmill.core.types import Timings
+from vecmill.telemetry.metrics import Metrics
+from vecmill.telemetry.rolling import RequestSample, Rolling
+
+
+class Telemetry:
+    """Where the rooms above report. Belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self.metrics = Metrics()
+        self.rolling = Rolling()
+
+    def answered(
+        self,
+        operation: str,
+        model: str,
+        *,
+        texts: int,
+        tokens: int,
+        truncated: int,
+        total: float,
+        timings: Timings,
+        waited: bool,
+    ) -> None:
+        """An inference request has its result. `operation` is embed or rerank; times in seconds."""
+        self.metrics.requests.labels(operation, model).inc()
+        self.metrics.texts.labels(operation, model).inc(texts)
+        self.metrics.tokens.labels(operation, model).inc(tokens)
+        self.metrics.truncated.labels(model).inc(truncated)
+        stages = {
+            "total": total,
+            "tokenize": timings.tokenize,
+            "queue": timings.queue,
+            "infer": timings.infer,
+        }
+        for stage, seconds in stages.items():
+            self.metrics.request_seconds.labels(operation, stage).observe(seconds)
+        sample = RequestSample(monotonic(), texts, tokens, total, timings.tokenize, timings.queue, timings.infer)
+        self.rolling.add_request(sample, waited=waited)
+
+    def batch(self, rows: int, tokens: int, seconds: float) -> None:
+        """A forward pass ended."""
+        self.metrics.batch_rows.observe(rows)
+        self.metrics.batch_tokens.observe(tokens)
+        self.metrics.batch_seconds.observe(seconds)
+        self.rolling.add_batch(rows)
+
+    def error(self, status: int, kind: str) -> None:
+        """A request was answered with an error."""
+        self.metrics.errors.labels(str(status), kind).inc()
+        self.rolling.errors += 1
