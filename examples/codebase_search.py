@@ -285,17 +285,21 @@ def search(
     return [(score, found[index]) for index, score in ranked[:top]]
 
 
+def where(chunk: Chunk) -> str:
+    """Path and line as editors and terminals make a link of."""
+    return f"{chunk.path}:{chunk.line}"
+
+
 def print_hits(console: Console, query: str, hits: Sequence[tuple[float, Chunk]]) -> None:
     """One table per query."""
     table = Table(title=Text(query), title_justify="left", title_style="bold", box=None, pad_edge=False)
-    table.add_column("score", justify="right", style="cyan")
-    table.add_column("where", no_wrap=True)
+    # Only the first line gives way where the terminal is narrow: score and place must stay whole.
+    table.add_column("score", justify="right", style="cyan", min_width=5)
+    table.add_column("where", no_wrap=True, min_width=max((len(where(chunk)) for _, chunk in hits), default=0))
     table.add_column("name", style="green", overflow="ellipsis", no_wrap=True)
-    table.add_column("first line", style="dim", overflow="ellipsis", no_wrap=True)
+    table.add_column("first line", style="dim", overflow="ellipsis", no_wrap=True, max_width=60)
     for score, chunk in hits:
-        table.add_row(
-            f"{score:.3f}", Text(f"{chunk.path}:{chunk.line}"), Text(chunk.name), Text(chunk.headline)
-        )
+        table.add_row(f"{score:.3f}", Text(where(chunk)), Text(chunk.name), Text(chunk.headline))
     console.print()
     console.print(table)
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.gzip import GZipMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
@@ -25,7 +24,7 @@ from vecmill.http import capabilities, errors, health, jobs, stats
 from vecmill.http.body_limit import BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import openai, rerank, tei
-from vecmill.http.encoding import GZIP_FROM_BYTES, GZIP_LEVEL
+from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.request_id import RequestId
 from vecmill.http.services import Services
 from vecmill.inference.facade import Inference, ServedModel
@@ -164,6 +163,6 @@ def create_app(settings: Settings, on_failure: Callable[[str], None] = lambda re
         app.include_router(module.router)
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes)
-    app.add_middleware(GZipMiddleware, minimum_size=GZIP_FROM_BYTES, compresslevel=GZIP_LEVEL)
+    app.add_middleware(AcceptedGZip)
     app.add_middleware(RequestId)
     return app

@@ -12,6 +12,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from vecmill.core.errors import (
     BodyTooLarge,
@@ -170,7 +171,7 @@ async def _on_validation_error(request: Request, error: RequestValidationError) 
 def _translate(error: RequestValidationError) -> VecmillError:
     """The first of pydantic's errors as one sentence that names the field and repeats no input."""
     first = error.errors()[0]
-    location = [part for part in first["loc"] if part not in ("body", "query", "path")]
+    location = first["loc"][1:]  # without where it was found: body, path or query
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
@@ -182,15 +183,30 @@ def _translate(error: RequestValidationError) -> VecmillError:
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
-    """404, 405 and their like from the router."""
-    known = {404: f"There is nothing at {request.url.path[:200]}; see /docs for what there is."}
-    if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
-        allowed = (error.headers or {}).get("Allow", "another method")
-        known[405] = f"{request.method} is not possible here; use {allowed}."
-    message = known.get(error.status_code, str(error.detail))
+    """404, 405 and their like from the router; and what FastAPI wraps when a body cannot be read."""
+    if isinstance(error.__cause__, VecmillError):
+        return await _on_vecmill_error(request, error.__cause__)
+    headers = dict(error.headers or {})
+    message = str(error.detail)
+    if error.status_code == HTTPStatus.NOT_FOUND:
+        message = f"There is nothing at {request.url.path[:200]}; see /docs for what there is."
+    elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        headers["Allow"] = ", ".join(_methods(request))
+        message = f"{request.method} is not possible here; use {headers['Allow']}."
     body = shape_for(request.url.path).body(NotFound(message), error.status_code)
     services_of(request).telemetry.error(error.status_code, "HTTPException")
-    return JSONResponse(body, status_code=error.status_code, headers=error.headers)
+    return JSONResponse(body, status_code=error.status_code, headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Every method of this path; Starlette names those of the first route that fits."""
+    return sorted(
+        method
+        for method in ("DELETE", "GET", "POST")
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.router.routes
+        )
+    )
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:
