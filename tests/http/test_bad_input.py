@@ -151,7 +151,7 @@ async def test_strange_text_is_embedded(client: httpx.AsyncClient, text: str) ->
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 40_000) | st.floats(allow_nan=False) | st.text(max_size=20),
+    st.none() | st.booleans() | st.integers(-5, 40_000) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )

@@ -17,6 +17,7 @@ from vecmill.http.services import services_of
 
 EncodingFormat = Literal["float", "base64"]
 
+
 def encode_rows(embeddings: Matrix, encoding_format: EncodingFormat) -> list[object]:
     """One JSON value for each row: the array itself, or base64 of its little-endian float32 bytes."""
     if encoding_format == "float":

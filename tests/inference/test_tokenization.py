@@ -1,0 +1,70 @@
+"""Token ids equal the tokenizer's own, cut where they must be, for short texts and endless ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+
+from vecmill.core.errors import InvalidInput, StartupError
+from vecmill.inference.tokenization import TextTokenizer
+
+LIMIT, VOCAB = 32, 30522
+
+
+@pytest.fixture(scope="module")
+def own(minilm_folder: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_file(str(minilm_folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(LIMIT)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(minilm_folder: Path) -> Iterator[TextTokenizer]:
+    with ThreadPoolExecutor(2) as pool:
+        yield TextTokenizer(minilm_folder / "tokenizer.json", LIMIT, VOCAB, pool)
+
+
+words = st.sampled_from(["def", "return", "naïve", "你好", "x" * 120, "  ", "\n", "antidisestablishmentarianism", "😀", "a-b"])
+
+
+@settings(deadline=None)
+@given(text=st.lists(words, max_size=400).map(" ".join) | st.text(max_size=300))
+async def test_ids_equal_the_librarys_own_truncation(tokenizer: TextTokenizer, own: Tokenizer, text: str) -> None:
+    [found] = await tokenizer.encode([text])
+    assert found.token_ids.tolist() == own.encode(text).ids
+
+
+async def test_an_endless_text_is_cut_the_same_without_reading_it_all(tokenizer: TextTokenizer, own: Tokenizer) -> None:
+    for text in ("word " * 1_000_000, "x" * 1_000_000, " " * 300_000 + "tail", "好" * 100_000):
+        [found] = await tokenizer.encode([text])
+        assert found.token_ids.tolist() == own.encode(text[: 400_000]).ids
+
+
+async def test_order_is_kept_over_many_texts(tokenizer: TextTokenizer, own: Tokenizer) -> None:
+    texts = [f"text {index}" * (1 + index % 200) for index in range(700)]
+    found = await tokenizer.encode(texts)
+    assert [one.token_ids.tolist() for one in found] == [own.encode(text).ids for text in texts]
+
+
+async def test_truncation_is_known(tokenizer: TextTokenizer) -> None:
+    short, exact, long = await tokenizer.encode(["a", "a " * (LIMIT - 2), "a " * (LIMIT - 1)])
+    assert (short.truncated, exact.truncated, long.truncated) == (False, False, True)
+    assert (short.total, exact.total, long.total) == (3, LIMIT, LIMIT + 1)
+
+
+@pytest.mark.parametrize("ids", [[VOCAB], [-1], [101, 5, 10**9]])
+def test_ids_outside_the_vocabulary_are_refused_by_name(tokenizer: TextTokenizer, ids: list[int]) -> None:
+    with pytest.raises(InvalidInput, match=r"input\[1\].*0\.\.30521.*check_embedding_ctx_length"):
+        tokenizer.check([[1], ids], "input")
+
+
+def test_a_tokenizer_of_another_model_is_refused(minilm_folder: Path) -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(StartupError, match="belongs to another model"):
+        TextTokenizer(minilm_folder / "tokenizer.json", LIMIT, 1000, pool)
