@@ -59,9 +59,7 @@ def build_corpus(max_documents: int = FULL_DOCUMENTS, max_queries: int = FULL_QU
     smaller set is a fair sample and not the first modules of the alphabet.
     """
     functions = sorted(_unique(_functions()), key=lambda function: _shuffled(function.id))
-    asked = [function for function in functions if function.query is not None][
-        : min(max_queries, max_documents)
-    ]
+    asked = [function for function in functions if function.query is not None][: min(max_queries, max_documents)]
     asked_ids = {function.id for function in asked}
     others = [function for function in functions if function.id not in asked_ids]
     kept = sorted([*asked, *others[: max_documents - len(asked)]], key=lambda function: function.id)

@@ -84,9 +84,7 @@ def compare(corpus: Corpus, server: Embedded, reference: Embedded) -> dict[str, 
 
 def _cosines(one: Vectors, other: Vectors) -> npt.NDArray[np.float64]:
     a, b = one.astype(np.float64), other.astype(np.float64)
-    cosines: npt.NDArray[np.float64] = np.sum(a * b, axis=1) / (
-        np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    )
+    cosines: npt.NDArray[np.float64] = np.sum(a * b, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return cosines
 
 
@@ -130,9 +128,7 @@ def print_comparison(found: dict[str, Any]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", help="a running server (default: start one)")
     parser.add_argument("--model", type=Path, help="the served model's folder (default: the bundled MiniLM)")
     parser.add_argument("--documents", type=int, default=FULL_DOCUMENTS, help="default: %(default)s")

@@ -39,9 +39,7 @@ def create_app(model_folder: Path) -> FastAPI:
     @app.post("/embed")
     def embed(request: EmbedRequest) -> list[list[float]]:
         with lock:
-            vectors = model.encode(
-                request.inputs, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
-            )
+            vectors = model.encode(request.inputs, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False)
         rows: list[list[float]] = vectors.tolist()
         return rows
 

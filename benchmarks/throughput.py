@@ -9,6 +9,7 @@ sentence-transformers then gets all texts in one call, without any server.
 """
 
 import argparse
+import os
 import random
 import statistics
 import sys
@@ -64,9 +65,7 @@ def count_tokens(model_folder: Path, texts: Sequence[str]) -> int:
     return sum(len(encoding.ids) for encoding in tokenizer.encode_batch(list(texts)))
 
 
-def start(
-    server: str, model_folder: Path, serve_options: Sequence[str]
-) -> AbstractContextManager[RunningServer]:
+def start(server: str, model_folder: Path, serve_options: Sequence[str]) -> AbstractContextManager[RunningServer]:
     """The server of that name on a port of its own."""
     port = free_port()
     if server == "reference":
@@ -81,9 +80,7 @@ def measure(url: str, texts: Sequence[str], label: str, options: argparse.Namesp
     embed_all(url, warm_up, connections=options.connections, batch=options.batch)
     health: dict[str, Any] = httpx.get(f"{url}/health", timeout=10.0).json()
     with progress(label, len(texts)) as advance:
-        answered = embed_all(
-            url, texts, connections=options.connections, batch=options.batch, advance=advance
-        )
+        answered = embed_all(url, texts, connections=options.connections, batch=options.batch, advance=advance)
     return Round(answered.seconds, answered.vectors[:CHECKED_TEXTS], health)
 
 
@@ -172,13 +169,9 @@ def print_summary(found: dict[str, Any], texts: int, tokens: int) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=1000, help="default: %(default)s")
-    parser.add_argument(
-        "--warm-up", type=int, default=200, help="texts before each round (default: %(default)s)"
-    )
+    parser.add_argument("--warm-up", type=int, default=200, help="texts before each round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="per server (default: %(default)s)")
     parser.add_argument("--connections", type=int, default=4, help="at a time (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="texts per request (default: %(default)s)")
@@ -191,6 +184,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, store; status 1 if the two servers' vectors are not the same."""
     options = parse_arguments()
+    load_before = os.getloadavg()[0]  # processes that wanted a core in the last minute, on average
     model_folder = options.model or bundled_model()
     texts = sample_texts(options.texts)
     tokens = count_tokens(model_folder, texts)
@@ -205,7 +199,7 @@ def main() -> int:
     print_summary(found, len(texts), tokens)
     same = found["min_cosine"] >= MIN_COSINE
     settings = {key: getattr(options, key) for key in ("warm_up", "connections", "batch", "serve")}
-    about = {"texts": len(texts), "tokens": tokens, **settings}
+    about = {"texts": len(texts), "tokens": tokens, "load_average_before": load_before, **settings}
     publish(
         "throughput",
         {"host": describe_host(), "settings": about, **found, "same_vectors": same},

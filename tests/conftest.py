@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
-from fastapi import FastAPI
-
 from benchmarks.servers import RunningServer, free_port, running, vecmill_command
+
 from vecmill.app import create_app
-from vecmill.config import Settings, load_settings
-from vecmill.core.health import Phase
+from vecmill.config import load_settings
+from vecmill.config.settings import GROUPS
 from vecmill.models.source import find
 
 
 @pytest.fixture(scope="session", autouse=True)
 def hermetic() -> Iterator[None]:
-    """No hub, no settings of whoever runs the tests, no `.env` beside them."""
+    """None of the settings of whoever runs the tests: neither environment nor `.env`."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        for group in Settings.__annotations__:
-            patch.delenv(group.upper(), raising=False)
-        for name in ("DEVICE", "DTYPE", "EMBED_MODEL", "HOST", "PORT", "LOG_FORMAT", "LOG_LEVEL"):
-            patch.delenv(name, raising=False)
+        for group in GROUPS:
+            for name in group.model_fields:
+                patch.delenv(name.upper(), raising=False)
+            patch.setitem(group.model_config, "env_file", None)
         yield
 
 
@@ -49,18 +46,10 @@ async def serving(**flags: object) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application in this process, its model loaded in float32."""
     app = create_app(load_settings({"dtype": "float32", "device": "cpu", **flags}))
     async with app.router.lifespan_context(app):
-        await settled(app)
+        await app.state.loading
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://vecmill", timeout=60) as client:
-            
             yield client
-
-
-async def settled(app: FastAPI) -> None:
-    """Wait until the model is loaded or could not be."""
-    async with asyncio.timeout(60):
-        while app.state.services.health.snapshot()[0] is Phase.LOADING:
-            await asyncio.sleep(0.01)  # loading runs in a thread that has no event to await
 
 
 @pytest.fixture(scope="session")

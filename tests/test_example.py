@@ -7,6 +7,7 @@ from pathlib import Path
 
 import httpx
 from benchmarks.servers import free_port
+
 from tests.conftest import Server
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "codebase_search.py"

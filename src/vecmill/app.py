@@ -149,7 +149,7 @@ def create_app(settings: Settings, on_failure: Callable[[str], None] = lambda re
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        loading = asyncio.create_task(server.load(), name="load")
+        app.state.loading = loading = asyncio.create_task(server.load(), name="load")
         yield
         loading.cancel()
         await asyncio.gather(loading, return_exceptions=True)

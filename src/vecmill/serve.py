@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import sys
 from ipaddress import ip_address
@@ -59,6 +60,9 @@ def run_server(settings: Settings) -> int:
             server_header=False,
         )
     )
+    # uvicorn raises the signal that stopped it once more when it is done; a stop that was asked for is no failure.
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, lambda number, frame: None)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         runner.run(_serve(server, listener, app.state.services))
     for reason in failures:

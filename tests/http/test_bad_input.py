@@ -117,9 +117,7 @@ async def test_rerank(client: httpx.AsyncClient, body: object, named: str) -> No
         ("GET", "/nowhere", None, 404, "/docs"),
     ],
 )
-async def test_jobs(
-    client: httpx.AsyncClient, method: str, path: str, body: object, status: int, named: str
-) -> None:
+async def test_jobs(client: httpx.AsyncClient, method: str, path: str, body: object, status: int, named: str) -> None:
     answer = await client.request(method, path, json=body)
     assert answer.status_code == status
     assert named in answer.json()["detail"]
@@ -151,7 +149,11 @@ async def test_strange_text_is_embedded(client: httpx.AsyncClient, text: str) ->
 
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 40_000) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=20),
+    st.none()
+    | st.booleans()
+    | st.integers(-5, 40_000)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )

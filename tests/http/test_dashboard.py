@@ -37,8 +37,7 @@ def browser() -> Iterator[Browser]:
     """One per module, not per session: Playwright's event loop would be in the way of async tests."""
     candidates = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
     executable = next(filter(None, candidates), None)
-    if executable is None:
-        pytest.skip("needs Chromium on the PATH")
+    assert executable, "needs Chromium on the PATH; `make test` installs it where it can"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_ARGS)
         yield browser

@@ -64,7 +64,9 @@ async def test_token_ids_with_or_without_special_tokens_are_the_text(
 
 
 async def test_the_answer_has_openais_fields_and_true_token_counts(client: httpx.AsyncClient) -> None:
-    answer = (await client.post("/v1/embeddings", json={"input": ["hello world", ""], "model": "any", "user": "me"})).json()
+    answer = (
+        await client.post("/v1/embeddings", json={"input": ["hello world", ""], "model": "any", "user": "me"})
+    ).json()
     assert answer["object"] == "list"
     assert answer["model"] == "sentence-transformers/all-MiniLM-L6-v2"
     assert [entry["index"] for entry in answer["data"]] == [0, 1]

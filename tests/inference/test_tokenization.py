@@ -31,7 +31,9 @@ def tokenizer(minilm_folder: Path) -> Iterator[TextTokenizer]:
         yield TextTokenizer(minilm_folder / "tokenizer.json", LIMIT, VOCAB, pool)
 
 
-words = st.sampled_from(["def", "return", "naïve", "你好", "x" * 120, "  ", "\n", "antidisestablishmentarianism", "😀", "a-b"])
+words = st.sampled_from(
+    ["def", "return", "naïve", "你好", "x" * 120, "  ", "\n", "antidisestablishmentarianism", "😀", "a-b"]
+)
 
 
 @settings(deadline=None)
@@ -44,7 +46,7 @@ async def test_ids_equal_the_librarys_own_truncation(tokenizer: TextTokenizer, o
 async def test_an_endless_text_is_cut_the_same_without_reading_it_all(tokenizer: TextTokenizer, own: Tokenizer) -> None:
     for text in ("word " * 1_000_000, "x" * 1_000_000, " " * 300_000 + "tail", "好" * 100_000):
         [found] = await tokenizer.encode([text])
-        assert found.token_ids.tolist() == own.encode(text[: 400_000]).ids
+        assert found.token_ids.tolist() == own.encode(text[:400_000]).ids
 
 
 async def test_order_is_kept_over_many_texts(tokenizer: TextTokenizer, own: Tokenizer) -> None:

@@ -83,13 +83,12 @@ def test_progress_outside_the_job_is_refused_and_changes_nothing(jobs: JobQueue,
 def test_an_ended_job_takes_no_more_calls(jobs: JobQueue) -> None:
     job, _ = jobs.register("a", 10, "i")
     jobs.complete(job.id)
-    for call in (
-        lambda: jobs.complete(job.id),
-        lambda: jobs.fail(job.id, "late"),
-        lambda: jobs.progress(job.id, 5),
-    ):
-        with pytest.raises(JobConflict, match="completed already"):
-            call()
+    with pytest.raises(JobConflict, match="completed already"):
+        jobs.complete(job.id)
+    with pytest.raises(JobConflict, match="completed already"):
+        jobs.fail(job.id, "late")
+    with pytest.raises(JobConflict, match="completed already"):
+        jobs.progress(job.id, 5)
     assert jobs.get(job.id).status is JobStatus.COMPLETED
 
 
@@ -109,11 +108,13 @@ def test_each_sign_of_life_renews_the_lease(jobs: JobQueue, clock: Clock, sign: 
     job, _ = jobs.register("a", 10, "i")
     for _ in range(5):
         clock.now += 90
-        {
-            "progress": lambda: jobs.progress(job.id, 1),
-            "poll": lambda: jobs.get(job.id),
-            "embed": lambda: jobs.touch(job.id),
-        }[sign]()
+        match sign:
+            case "progress":
+                jobs.progress(job.id, 1)
+            case "poll":
+                jobs.get(job.id)
+            case _:
+                jobs.touch(job.id)
     assert jobs.get(job.id).status is JobStatus.ACTIVE
 
 

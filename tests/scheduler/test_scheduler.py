@@ -13,6 +13,7 @@ from vecmill.core.protocols import BatchResult
 from vecmill.core.types import TokenIds
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler
+from vecmill.scheduler.sequence import SequenceResult
 
 Run = Callable[[str, Sequence[TokenIds]], Awaitable[BatchResult]]
 
@@ -51,15 +52,15 @@ def ids(*values: int) -> TokenIds:
     return np.array(values, dtype=np.int32)
 
 
-async def sums(futures: Sequence[asyncio.Future[object]]) -> list[float]:
+async def sums(futures: Sequence[asyncio.Future[SequenceResult]]) -> list[float]:
     async with asyncio.timeout(5):
-        return [float(result.vector[0]) for result in await asyncio.gather(*futures)]  # type: ignore[attr-defined]
+        return [float(result.vector[0]) for result in await asyncio.gather(*futures)]
 
 
 async def test_answers_come_back_in_order_however_they_were_cut() -> None:
     scheduler = Scheduler(SumRunner(), BUDGET)
     futures = scheduler.submit("m", [ids(*[1] * (1 + index % 7), index) for index in range(50)])
-    assert await sums(futures) == [1 + index % 7 + index for index in range(50)]  # type: ignore[arg-type]
+    assert await sums(futures) == [1 + index % 7 + index for index in range(50)]
     assert scheduler.stats.sequences == 50
     await scheduler.close()
 
@@ -68,7 +69,7 @@ async def test_a_batch_holds_one_model_and_the_oldest_goes_first() -> None:
     runner = SumRunner()
     scheduler = Scheduler(runner, BUDGET)
     futures = [*scheduler.submit("a", [ids(1), ids(2)]), *scheduler.submit("b", [ids(3)])]
-    await sums(futures)  # type: ignore[arg-type]
+    await sums(futures)
     assert runner.batches == [("a", [1, 2]), ("b", [3])]
     await scheduler.close()
 
@@ -84,7 +85,7 @@ async def test_what_arrives_while_the_device_is_busy_shares_the_next_batch() -> 
     await asyncio.sleep(0)
     later = [future for value in (3, 4, 5) for future in scheduler.submit("m", [ids(value)])]
     runner.gate.set()
-    await sums([*first, *second, *later])  # type: ignore[arg-type]
+    await sums([*first, *second, *later])
     assert [batch for _, batch in runner.batches] == [[1], [2], [3, 4, 5]]
     await scheduler.close()
 
@@ -97,7 +98,7 @@ async def test_an_abandoned_sequence_is_never_run() -> None:
     await runner.entered.wait()
     futures[3].cancel()
     runner.gate.set()
-    await sums([futures[0], futures[1], futures[2], futures[4]])  # type: ignore[list-item]
+    await sums([futures[0], futures[1], futures[2], futures[4]])
     assert [3] not in [batch for _, batch in runner.batches]
     assert scheduler.stats.abandoned == 1
     await scheduler.close()
@@ -109,7 +110,7 @@ async def test_a_batch_that_fails_fails_its_members_and_the_next_works(caplog: p
     for future in failing:
         with pytest.raises(BatchFailed, match="temporary"):
             await asyncio.wait_for(future, 5)
-    assert await sums(scheduler.submit("m", [ids(7)])) == [7]  # type: ignore[arg-type]
+    assert await sums(scheduler.submit("m", [ids(7)])) == [7]
     assert "boom" in caplog.text
     await scheduler.close()
 
@@ -123,7 +124,7 @@ async def test_a_row_that_fails_fails_alone() -> None:
 
     scheduler = Scheduler(OneBadRow(), BUDGET)
     good, bad, other = scheduler.submit("m", [ids(1), ids(2), ids(3)])
-    assert await sums([good, other]) == [1, 3]  # type: ignore[list-item]
+    assert await sums([good, other]) == [1, 3]
     with pytest.raises(NonFiniteEmbedding):
         await bad
     await scheduler.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -42,7 +43,7 @@ def load_weights(
             output_loading_info=True,
             **options,
         )
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise StartupError(f"EMBED_MODEL={checkpoint.id}: the weights cannot be loaded: {first_line}") from None
     missing = sorted(info["missing_keys"])

@@ -1,0 +1,99 @@
+"""Where a setting comes from, and what a wrong one says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vecmill.config import load_settings
+from vecmill.config.env_example import env_example
+from vecmill.config.settings import GROUPS
+from vecmill.core.errors import StartupError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def dotenv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `.env` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    for group in GROUPS:
+        monkeypatch.setitem(group.model_config, "env_file", ".env")
+    return tmp_path / ".env"
+
+
+def test_flag_over_environment_over_dotenv_over_default(dotenv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_settings().http.port == 8080
+    dotenv.write_text("PORT=1001\nMAX_BATCH_SIZE=17\n")
+    assert load_settings().http.port == 1001
+    monkeypatch.setenv("PORT", "1002")
+    assert load_settings().http.port == 1002
+    assert load_settings({"port": 1003}).http.port == 1003
+    assert load_settings({"port": None}).http.port == 1002
+    assert load_settings().engine.max_batch_size == 17
+
+
+def test_an_empty_variable_is_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORT", "")
+    monkeypatch.setenv("MAX_BATCH_TOKENS", "")
+    settings = load_settings()
+    assert (settings.http.port, settings.engine.max_batch_tokens) == (8080, None)
+
+
+def test_embed_model_is_a_list_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBED_MODEL", "auto, BAAI/bge-base-en-v1.5")
+    assert load_settings().model.embed_model == ("auto", "BAAI/bge-base-en-v1.5")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:1"])
+def test_devices(device: str) -> None:
+    assert load_settings({"device": device}).engine.device == device
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"port": 99999}, ["PORT=99999", "65535"]),
+        ({"port": "http"}, ["PORT='http'", "integer"]),
+        ({"device": "gpu"}, ["DEVICE='gpu'", "cuda:N"]),
+        ({"dtype": "int8"}, ["DTYPE='int8'", "bfloat16"]),
+        ({"log_format": "xml"}, ["LOG_FORMAT", "json"]),
+        ({"strict_model": "perhaps"}, ["STRICT_MODEL", "bool"]),
+        ({"embed_model": " , "}, ["EMBED_MODEL", "names no model"]),
+        ({"embed_model": "a,a"}, ["EMBED_MODEL", "twice"]),
+        (
+            {"max_client_batch_size": 100, "max_queued_tokens": 50},
+            ["MAX_CLIENT_BATCH_SIZE=100", "MAX_QUEUED_TOKENS=50"],
+        ),
+        ({"max_batch_size": 64, "max_batch_tokens": 32}, ["MAX_BATCH_SIZE=64", "MAX_BATCH_TOKENS=32"]),
+        ({"max_model_len": 512, "max_batch_tokens": 256}, ["MAX_MODEL_LEN=512", "MAX_BATCH_TOKENS=256"]),
+        ({"device": "cpu", "dtype": "float16"}, ["DTYPE=float16", "DEVICE=cpu"]),
+    ],
+)
+def test_a_wrong_value_is_one_sentence_that_names_the_knobs(flags: dict[str, object], named: list[str]) -> None:
+    with pytest.raises(StartupError) as refused:
+        load_settings(flags)
+    assert all(name in refused.value.message for name in named), refused.value.message
+    assert "\n" not in refused.value.message
+
+
+def test_a_secret_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_verysecret")
+    assert "verysecret" not in repr(load_settings())
+
+
+def test_env_example_is_written_from_the_declarations() -> None:
+    assert (ROOT / ".env.example").read_text("utf-8") == env_example()
+    for group in GROUPS:
+        for name in group.model_fields:
+            assert f"#{name.upper()}=" in env_example()
+
+
+def test_env_example_uncommented_gives_the_defaults(dotenv: Path) -> None:
+    lines = [line[1:] for line in env_example().splitlines() if line.startswith("#") and not line.startswith("# ")]
+    dotenv.write_text("\n".join(lines))
+    assert load_settings() == load_settings()
+    loaded = load_settings()
+    dotenv.unlink()
+    assert loaded == load_settings()

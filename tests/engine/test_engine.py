@@ -1,0 +1,156 @@
+"""The device's thread: it answers every batch, survives a bad one, and when it dies leaves nobody waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.checkpoints import tiny_bert
+from vecmill.config import load_settings
+from vecmill.core.errors import EngineFailed, NonFiniteEmbedding, StartupError
+from vecmill.core.types import TokenIds
+from vecmill.engine import device as device_module
+from vecmill.engine.device import choose_device
+from vecmill.engine.engine import Engine
+from vecmill.engine.loader import LoadedModel
+from vecmill.hardware.gpu import nvidia_gpu_present
+from vecmill.models.packing import PackedBatch
+
+ROWS: list[TokenIds] = [np.array(ids, dtype=np.int32) for ids in ([101, 2003, 102], [101, 102], [101, 7592, 2088, 102])]
+
+
+@pytest.fixture
+def engine(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+    engine.start()
+    engine.loaded.result(60)
+    yield engine
+    engine.close()
+
+
+def model_of(engine: Engine) -> LoadedModel:
+    return engine.loaded.result().models["tiny"]
+
+
+class Spoiling:
+    """The real embedder, but a row of two tokens comes out as NaN: weights that overflow do this."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self._forward = model.embedder.forward
+
+    def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+        pooled = self._forward(packed, use_flash_attn=use_flash_attn)
+        pooled[packed.lengths == 2] = float("nan")
+        return pooled
+
+
+async def test_rows_are_answered_in_the_callers_order(engine: Engine) -> None:
+    together = await engine.run("tiny", ROWS)
+    for index, row in enumerate(ROWS):
+        alone = (await engine.run("tiny", [row])).rows[0]
+        np.testing.assert_allclose(np.asarray(together.rows[index]), np.asarray(alone), atol=1e-5)
+    assert together.seconds > 0
+
+
+async def test_a_row_that_is_not_finite_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(engine)
+    wanted = (await engine.run("tiny", ROWS)).rows
+    monkeypatch.setattr(model.embedder, "forward", Spoiling(model))
+    found = (await engine.run("tiny", ROWS)).rows
+    assert isinstance(found[1], NonFiniteEmbedding)
+    for index in (0, 2):
+        np.testing.assert_allclose(np.asarray(found[index]), np.asarray(wanted[index]), atol=1e-6)
+
+
+async def test_a_batch_that_raises_fails_alone_and_the_next_works(engine: Engine) -> None:
+    too_high = np.array([10**6], dtype=np.int32)  # would be an out-of-range gather
+    with pytest.raises(IndexError):
+        await engine.run("tiny", [too_high])
+    assert len((await engine.run("tiny", ROWS)).rows) == 3
+
+
+async def test_a_device_that_fails_for_good_answers_everybody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(model_of(engine).embedder, "forward", broken)
+    runs = [asyncio.create_task(engine.run("tiny", ROWS)) for _ in range(20)]
+    done, waiting = await asyncio.wait(runs, timeout=10)
+    assert not waiting
+    assert all(isinstance(run.exception(), EngineFailed) for run in done)
+    with pytest.raises(EngineFailed, match="must be restarted"):
+        await engine.run("tiny", ROWS)
+
+
+async def test_a_closed_engine_answers_too(engine: Engine) -> None:
+    before = [asyncio.create_task(engine.run("tiny", ROWS)) for _ in range(5)]
+    await asyncio.sleep(0)  # the tasks put their batches into the inbox
+    engine.close()
+    after = [asyncio.create_task(engine.run("tiny", ROWS)) for _ in range(5)]
+    answers = await asyncio.wait_for(asyncio.gather(*before, *after, return_exceptions=True), 10)
+    assert not any(isinstance(answer, BaseException) for answer in answers[:5])
+    assert all(isinstance(answer, EngineFailed) for answer in answers[5:])
+
+
+def test_a_model_that_cannot_be_loaded_is_the_answer_of_loaded(tmp_path: Path) -> None:
+    settings = load_settings({"embed_model": str(tmp_path), "device": "cpu"})
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+    engine.start()
+    with pytest.raises(StartupError, match=r"config\.json"):
+        engine.loaded.result(60)
+
+
+def test_the_faster_dtype_is_measured_and_the_reason_told(tmp_path: Path, minilm_folder: Path) -> None:
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    settings = load_settings({"embed_model": str(folder), "device": "cpu"})
+    seen: list[tuple[float, str]] = []
+    engine = Engine(settings.model, settings.engine, lambda percent, message: seen.append((percent, message)))
+    engine.start()
+    card = engine.loaded.result(60).models["tiny"].card
+    engine.close()
+    assert card.dtype in ("float32", "bfloat16")
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[card.dtype]
+    assert "tokens/s" in card.dtype_reason
+    assert card.dtype_reason.endswith(f"in {other}")
+    percents = [percent for percent, _ in seen]
+    assert percents == sorted(percents)
+    assert any("loading tiny" in message for _, message in seen)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU that works")
+@pytest.mark.parametrize(
+    ("wanted", "gpu", "said"),
+    [
+        ("auto", True, r"CPU-only build.*pip install.*DEVICE=cpu"),
+        ("cuda", True, "CPU-only build"),
+        ("cuda", False, "no CUDA GPU here"),
+        ("cuda:1", False, "no CUDA GPU here"),
+        ("mps", False, "no Apple GPU"),
+    ],
+)
+def test_a_device_that_cannot_be_used_is_one_sentence_with_the_cure(
+    monkeypatch: pytest.MonkeyPatch, wanted: str, gpu: bool, said: str
+) -> None:
+    monkeypatch.setattr(device_module, "nvidia_gpu_present", lambda: gpu)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(StartupError, match=said):
+        choose_device(wanted)
+
+
+def test_device_cpu_serves_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "nvidia_gpu_present", lambda: True)
+    assert choose_device("cpu").type == "cpu"
+
+
+def test_a_gpu_is_seen_by_its_kernel_driver(tmp_path: Path) -> None:
+    assert not nvidia_gpu_present(tmp_path)
+    (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
+    assert nvidia_gpu_present(tmp_path)

@@ -1,0 +1,49 @@
+"""The official OpenAI client against a real server: values, not only statuses."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import openai
+import pytest
+from benchmarks.servers import RunningServer
+
+from tests.oracle import st_encode
+
+TEXTS = ["def add(a, b):\n    return a + b", "Berlin has 3.5 million inhabitants.", ""]
+
+
+@pytest.fixture
+def client(server: RunningServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.mark.parametrize("encoding_format", ["float", "base64", None])
+def test_embeddings(client: openai.OpenAI, minilm_folder: Path, encoding_format: str | None) -> None:
+    options = {} if encoding_format is None else {"encoding_format": encoding_format}
+    answer = client.embeddings.create(model="text-embedding-3-small", input=TEXTS, **options)  # type: ignore[call-overload]
+    vectors = [entry.embedding for entry in answer.data]
+    if encoding_format == "base64":  # asked for by name, it is handed through as it came
+        vectors = [np.frombuffer(base64.b64decode(vector), "<f4") for vector in vectors]
+    cosines = (np.array(vectors) * st_encode(minilm_folder, TEXTS)).sum(axis=1)
+    assert cosines.min() > 0.9995
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 10
+    assert [entry.index for entry in answer.data] == [0, 1, 2]
+
+
+def test_models(client: openai.OpenAI) -> None:
+    [model] = client.models.list().data
+    assert client.models.retrieve(model.id).id == model.id == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_errors_arrive_as_the_clients_own_exceptions(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.embeddings.create(model="m", input=[])
+    assert refused.value.param == "input"
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.models.retrieve("nope")
+    assert missing.value.code == "model_not_found"

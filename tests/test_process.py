@@ -1,0 +1,118 @@
+"""`vecmill serve` as a process: what it prints, how it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from benchmarks.servers import free_port, running, vecmill_command
+
+
+def serve(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "vecmill", "serve", *options],
+        capture_output=True,
+        text=True,
+        timeout=90,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "said"),
+    [
+        (["--device", "gpu"], 2, "DEVICE='gpu'"),
+        (["--max-batch-size", "64", "--max-batch-tokens", "32"], 2, "lower MAX_BATCH_SIZE"),
+        (["--no-such-flag"], 2, "No such option"),
+        (["--port", "0", "--embed-model", "./nowhere"], 1, "no such folder"),
+        (["--port", "0", "--max-model-len", "100000"], 1, "above the 256 tokens"),
+    ],
+)
+def test_a_wrong_start_ends_with_a_sentence(options: list[str], status: int, said: str) -> None:
+    ended = serve(*options)
+    assert ended.returncode == status
+    assert said in " ".join(ended.stderr.split())
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_port_in_use_ends_with_a_sentence() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        ended = serve("--port", str(taken.getsockname()[1]))
+    assert ended.returncode == 1
+    assert "another PORT" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_start_log_tells_what_runs_and_sigterm_ends_it(tmp_path: Path) -> None:
+    port = free_port()
+    log = tmp_path / "log"
+    with log.open("wb") as file, subprocess.Popen(vecmill_command(port), stderr=file) as process:
+        try:
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=20)) as client:
+                while client.get("/health").status_code != 200:
+                    assert process.poll() is None, log.read_text()
+                secret = client.post("/embed", json={"inputs": "a secret text", "dimensions": 999})
+                assert secret.status_code == 422
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
+    text = log.read_text("utf-8")
+    for told in (
+        "vecmill 0.",
+        "all-MiniLM-L6-v2",
+        "sha256:",
+        "384",
+        "dtype",
+        "measured on this CPU",
+        "cpu (",
+        "limits",
+    ):
+        assert told in text
+    assert f"http://127.0.0.1:{port}/docs" in text
+    assert "secret" not in text
+    assert "Traceback" not in text
+
+
+def test_the_json_log_is_one_object_a_line(tmp_path: Path) -> None:
+    port = free_port()
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        command = vecmill_command(port, "--log-format", "json", "--log-level", "debug")
+        with subprocess.Popen(command, stderr=file) as process:
+            try:
+                transport = httpx.HTTPTransport(retries=20)
+                with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
+                    while client.get("/ready").status_code != 200:
+                        assert process.poll() is None, log.read_text()
+                process.send_signal(signal.SIGTERM)
+                assert process.wait(30) == 0
+            finally:
+                process.kill()
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    assert {"time", "level", "logger", "message"} <= set(lines[0])
+    assert any(line.get("path") == "/ready" and line.get("status") == 200 for line in lines)
+    assert any(line["message"].startswith("ready on") and line["dtype"] for line in lines)
+
+
+def test_a_request_in_progress_is_answered_before_the_end() -> None:
+    """SIGTERM arrives while forward passes run: the client still gets its answer, whole."""
+    port = free_port()
+    with running(vecmill_command(port), port, "/ready") as server, ThreadPoolExecutor(1) as pool:
+        body = {"inputs": ["some text " * 50] * 256}
+        answer = pool.submit(httpx.post, f"{server.url}/embed", json=body, timeout=60)
+        while httpx.get(f"{server.url}/stats").json()["queue_depth"] == 0:
+            assert not answer.done()
+        os.kill(server.pid, signal.SIGTERM)
+        assert answer.result(60).status_code == 200
+        assert len(answer.result().json()) == 256
