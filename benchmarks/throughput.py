@@ -9,7 +9,6 @@ sentence-transformers then gets all texts in one call, without any server.
 """
 
 import argparse
-import os
 import random
 import statistics
 import sys
@@ -25,6 +24,7 @@ import httpx
 import numpy as np
 import numpy.typing as npt
 from benchmarks.bundled import MAX_TOKENS, bundled_model
+from benchmarks.contention import watched
 from benchmarks.host import describe_host
 from benchmarks.in_process import BATCH, encode, load_model
 from benchmarks.load import embed_all
@@ -39,6 +39,7 @@ from tokenizers import Tokenizer
 SEED = 20
 CHECKED_TEXTS = 100  # whose vectors must be the same from both servers
 MIN_COSINE = 0.999
+ALLOWED_OTHER_CORES = 0.1
 SERVERS = ("vecmill", "reference")
 
 
@@ -49,6 +50,7 @@ class Round:
     seconds: float
     sample: npt.NDArray[np.float32]  # (CHECKED_TEXTS, dimensions)
     health: dict[str, Any]
+    other_cores: float  # that programs outside the benchmark used meanwhile
 
 
 def sample_texts(count: int) -> list[str]:
@@ -74,14 +76,14 @@ def start(server: str, model_folder: Path, serve_options: Sequence[str]) -> Abst
     return running(command, port, "/ready")
 
 
-def measure(url: str, texts: Sequence[str], label: str, options: argparse.Namespace) -> Round:
+def measure(server: RunningServer, texts: Sequence[str], label: str, options: argparse.Namespace) -> Round:
     """One pass over the texts, after a pass over the first of them that does not count."""
     warm_up = texts[: options.warm_up]
-    embed_all(url, warm_up, connections=options.connections, batch=options.batch)
-    health: dict[str, Any] = httpx.get(f"{url}/health", timeout=10.0).json()
-    with progress(label, len(texts)) as advance:
-        answered = embed_all(url, texts, connections=options.connections, batch=options.batch, advance=advance)
-    return Round(answered.seconds, answered.vectors[:CHECKED_TEXTS], health)
+    embed_all(server.url, warm_up, connections=options.connections, batch=options.batch)
+    health: dict[str, Any] = httpx.get(f"{server.url}/health", timeout=10.0).json()
+    with progress(label, len(texts)) as advance, watched(server.pid) as contention:
+        answered = embed_all(server.url, texts, connections=options.connections, batch=options.batch, advance=advance)
+    return Round(answered.seconds, answered.vectors[:CHECKED_TEXTS], health, contention.other_cores)
 
 
 def measure_in_process(model_folder: Path, texts: Sequence[str], rounds: int) -> list[float]:
@@ -120,6 +122,7 @@ def summarise(rounds: dict[str, list[Round]], texts: int, tokens: int) -> dict[s
         server: {
             "texts_per_s": summary([texts / each.seconds for each in rounds[server]]),
             "tokens_per_s": summary([tokens / each.seconds for each in rounds[server]]),
+            "other_cores": summary([each.other_cores for each in rounds[server]]),
             "health": {
                 key: rounds[server][-1].health.get(key)
                 for key in ("version", "model", "dtype", "dtype_reason", "device")
@@ -158,6 +161,9 @@ def print_summary(found: dict[str, Any], texts: int, tokens: int) -> None:
         f"lowest cosine between their vectors {found['min_cosine']:.6f}",
         soft_wrap=True,
     )
+    disturbed = max(found[server]["other_cores"]["max"] for server in SERVERS)
+    if disturbed > ALLOWED_OTHER_CORES:
+        console.print(f"Other programs used up to {disturbed:.2f} cores meanwhile: measure again on a quiet machine.")
     in_process = found["in_process_texts_per_s"]
     console.print(
         f"sentence-transformers without a server, all texts in one call: {in_process['median']:.1f} texts/s "
@@ -184,7 +190,6 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, store; status 1 if the two servers' vectors are not the same."""
     options = parse_arguments()
-    load_before = os.getloadavg()[0]  # processes that wanted a core in the last minute, on average
     model_folder = options.model or bundled_model()
     texts = sample_texts(options.texts)
     tokens = count_tokens(model_folder, texts)
@@ -193,13 +198,13 @@ def main() -> int:
         for server in SERVERS:
             with start(server, model_folder, options.serve) as running_server:
                 label = f"round {number}/{options.rounds}, {server}"
-                rounds[server].append(measure(running_server.url, texts, label, options))
+                rounds[server].append(measure(running_server, texts, label, options))
     found = summarise(rounds, len(texts), tokens)
     found["in_process_texts_per_s"] = summary(measure_in_process(model_folder, texts, options.rounds))
     print_summary(found, len(texts), tokens)
     same = found["min_cosine"] >= MIN_COSINE
     settings = {key: getattr(options, key) for key in ("warm_up", "connections", "batch", "serve")}
-    about = {"texts": len(texts), "tokens": tokens, "load_average_before": load_before, **settings}
+    about = {"texts": len(texts), "tokens": tokens, **settings}
     publish(
         "throughput",
         {"host": describe_host(), "settings": about, **found, "same_vectors": same},

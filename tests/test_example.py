@@ -6,9 +6,7 @@ import sys
 from pathlib import Path
 
 import httpx
-from benchmarks.servers import free_port
-
-from tests.conftest import Server
+from benchmarks.servers import RunningServer, free_port
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "codebase_search.py"
 FILES = {
@@ -45,7 +43,7 @@ def run_example(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment, check=False)
 
 
-def test_finds_code_by_its_meaning_and_closes_its_job(server: Server, tmp_path: Path) -> None:
+def test_finds_code_by_its_meaning_and_closes_its_job(server: RunningServer, tmp_path: Path) -> None:
     folder = tmp_path / "shop"
     for name, source in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,7 @@ import pytest
 from benchmarks.bundled import bundled_model
 from benchmarks.corpus import Corpus, build_corpus
 from benchmarks.quality import ALLOWED_DIFFERENCE, Embedded, compare, embed_in_process, embed_through
-
-from tests.conftest import Server
+from benchmarks.servers import RunningServer
 
 # Every document answers a query, for queries are cheap and many are needed: the rounding of bfloat16 moves the
 # difference by 0.003 (standard deviation over draws) with 60 queries, 0.002 with 200, 0.0013 with 400.
@@ -33,7 +32,7 @@ def reference() -> Reference:
         return Reference(corpus, embed_in_process(bundled_model(), corpus))
 
 
-def test_ndcg_equals_that_of_sentence_transformers(server: Server, reference: Reference) -> None:
+def test_ndcg_equals_that_of_sentence_transformers(server: RunningServer, reference: Reference) -> None:
     found = compare(reference.corpus, embed_through(server.url, reference.corpus), reference.embedded)
 
     assert abs(found["difference"]) < ALLOWED_DIFFERENCE, found

@@ -109,6 +109,6 @@ async def test_every_example_in_the_docs_runs_as_it_stands(client: httpx.AsyncCl
 async def test_a_request_id_is_echoed_or_made(client: httpx.AsyncClient) -> None:
     echoed = await client.get("/health", headers={"x-request-id": "abc-123"})
     assert echoed.headers["x-request-id"] == "abc-123"
-    made = await client.get("/health", headers={"x-request-id": "bad id\u00e9 <b>".encode()})
+    made = await client.get("/health", headers={"x-request-id": "bad id <b>"})
     assert made.headers["x-request-id"].isalnum()
     assert len(made.headers["x-request-id"]) == 16

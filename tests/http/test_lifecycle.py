@@ -16,6 +16,7 @@ from tests.checkpoints import tiny_bert
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.engine import engine as engine_module
+from vecmill.engine.loader import load
 from vecmill.http.services import Services
 
 QUICK = {"device": "cpu", "dtype": "float32"}
@@ -33,7 +34,7 @@ def folder(tmp_path: Path, minilm_folder: Path) -> Path:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Holds the load, in its thread, until it is set."""
-    gate, load = threading.Event(), engine_module.load
+    gate = threading.Event()
 
     def held(models: Any, engine: Any, report: Any) -> Any:
         report(42, "loading something large")
