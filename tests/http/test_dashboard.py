@@ -6,13 +6,28 @@ outside, by role, label and the `data-field` names of `index.html`.
 
 import shutil
 from collections.abc import Iterator
+from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol
 
 import httpx
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
+from vecmill.http import dashboard
+
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
+
+MEDIA_TYPES = {".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8"}
+
+SERVED = [
+    ("/", "text/html; charset=utf-8"),
+    *(
+        (f"/static/{file.name}", MEDIA_TYPES[Path(file.name).suffix])
+        for file in files(dashboard).iterdir()
+        if Path(file.name).suffix in MEDIA_TYPES
+    ),
+]
 
 # Without a sandbox it runs in containers too; the rest keeps it from asking the network for anything.
 CHROMIUM_ARGS = [
@@ -96,14 +111,7 @@ def answer_with(page: Page, path: str, status: int, body: dict[str, Any]) -> Non
     page.route(f"**{path}", answer)
 
 
-@pytest.mark.parametrize(
-    ("path", "media_type"),
-    [
-        ("/", "text/html; charset=utf-8"),
-        ("/static/dashboard.js", "text/javascript; charset=utf-8"),
-        ("/static/dashboard.css", "text/css; charset=utf-8"),
-    ],
-)
+@pytest.mark.parametrize(("path", "media_type"), SERVED)
 def test_files_forbid_everything_but_the_services_own(server: Server, path: str, media_type: str) -> None:
     answer = httpx.get(server.url + path)
     assert answer.status_code == 200
@@ -113,6 +121,15 @@ def test_files_forbid_everything_but_the_services_own(server: Server, path: str,
     policy = answer.headers["content-security-policy"].split("; ")
     assert {"default-src 'none'", "script-src 'self'", "frame-ancestors 'none'"} <= set(policy)
     assert "unsafe" not in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing.js", "index.html", "page.py", "__init__.py", "", "..%2Fstats.py", "%2E%2E/stats.py"]
+)
+def test_nothing_else_is_served(server: Server, name: str) -> None:
+    answer = httpx.get(f"{server.url}/static/{name}")
+    assert answer.status_code == 404
+    assert "/docs" in answer.json()["detail"]
 
 
 def test_shows_a_ready_service(quiet_page: Page, api: httpx.Client) -> None:
@@ -168,7 +185,8 @@ def test_cancels_a_job_and_clears_the_recent(quiet_page: Page, api: httpx.Client
     quiet_page.goto("/")
     quiet_page.get_by_role("button", name="Cancel to be cancelled").click()
     recent = jobs_in(quiet_page, "Recent")
-    expect(recent).to_contain_text("cancelled")
+    expect(recent.locator('[data-field="status"]')).to_have_text("failed")
+    expect(recent.locator('[data-field="error"]')).to_have_text("cancelled")
     heading = quiet_page.get_by_role("heading", name="Jobs")
     expect(heading).to_be_focused()
     assert api.get("/jobs").json()["active"] == []
@@ -210,6 +228,22 @@ def test_unknown_is_not_shown_as_zero(quiet_page: Page, api: httpx.Client) -> No
     tiles = quiet_page.locator(".tiles strong, .tiles.wide [data-field$=memory]")
     expect(tiles).to_have_text(["\N{EN DASH}"] * 10)
     expect(quiet_page.get_by_role("progressbar")).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("total", "text", "bar_max"),
+    [(81920, "1.5 GiB allocated of 80 GiB", 81920), (None, "1.5 GiB allocated of 2 GiB reserved", 2048)],
+)
+def test_shows_the_memory_of_a_gpu(
+    quiet_page: Page, api: httpx.Client, total: int | None, text: str, bar_max: int
+) -> None:
+    memory = {"gpu_memory_total_mb": total, "gpu_memory_allocated_mb": 1536, "gpu_memory_reserved_mb": 2048}
+    answer_with(quiet_page, "/stats", 200, api.get("/stats").json() | memory)
+    quiet_page.goto("/")
+    expect(field(quiet_page, "gpu-memory")).to_have_text(text)
+    bar = quiet_page.get_by_role("progressbar", name="GPU memory allocated")
+    expect(bar).to_have_js_property("value", 1536)
+    expect(bar).to_have_js_property("max", bar_max)
 
 
 def test_says_when_the_service_is_gone_and_recovers(page: Page) -> None:

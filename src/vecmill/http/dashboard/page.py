@@ -1,13 +1,14 @@
-"""The dashboard's three files, as HTTP answers.
+"""The dashboard's files, as HTTP answers.
 
 Knows where the files lie, their media types and what a browser may do with them. Does not know what
-the page shows: its script reads `/stats`, `/jobs` and `/health` like any other client, so nothing here
+the page shows: its scripts read `/stats`, `/jobs` and `/health` like any other client, so nothing here
 touches the model, the queue or the jobs.
 """
 
 from importlib.resources import files
+from pathlib import PurePath
 
-from fastapi import APIRouter
+from fastapi import APIRouter, HTTPException
 from fastapi.responses import HTMLResponse, Response
 
 # The page shows text that clients chose. It is only ever inserted as text; should that fail one day,
@@ -28,14 +29,16 @@ CONTENT_SECURITY_POLICY = "; ".join(
 HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
-    # After an upgrade a page must not meet the script of the release before.
+    # After an upgrade a page must not meet the scripts of the release before.
     "Cache-Control": "no-cache",
 }
 
+MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
+
 _HERE = files(__package__)
 _PAGE = _HERE.joinpath("index.html").read_bytes()
-_SCRIPT = _HERE.joinpath("dashboard.js").read_bytes()
-_STYLE = _HERE.joinpath("dashboard.css").read_bytes()
+# Read once: a request can only ever choose among these.
+_STATIC = {file.name: file.read_bytes() for file in _HERE.iterdir() if PurePath(file.name).suffix in MEDIA_TYPES}
 
 router = APIRouter(include_in_schema=False)
 
@@ -45,11 +48,8 @@ async def page() -> HTMLResponse:
     return HTMLResponse(_PAGE, headers=HEADERS)
 
 
-@router.get("/static/dashboard.js")
-async def script() -> Response:
-    return Response(_SCRIPT, media_type="text/javascript", headers=HEADERS)
-
-
-@router.get("/static/dashboard.css")
-async def style() -> Response:
-    return Response(_STYLE, media_type="text/css", headers=HEADERS)
+@router.get("/static/{name}")
+async def static(name: str) -> Response:
+    if name not in _STATIC:
+        raise HTTPException(404)
+    return Response(_STATIC[name], media_type=MEDIA_TYPES[PurePath(name).suffix], headers=HEADERS)

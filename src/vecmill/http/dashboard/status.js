@@ -1,0 +1,36 @@
+// The page's head. Knows the field names of /health; states what the service is and whether it can be reached.
+
+import { bar, field, put, putOrHide } from "./elements.js";
+import { UNKNOWN, clock, count, duration, percent } from "./format.js";
+
+const STATES = { ok: "Ready", loading: "Loading", failed: "Failed" };
+
+export function showStatus(health) {
+  document.body.dataset.state = health.status;
+  put(document, "state", STATES[health.status] ?? health.status);
+  const ready = health.status === "ok";
+  put(document, "message", ready ? "" : (health.message ?? ""));
+  field(document, "loading").hidden = health.status !== "loading";
+  bar(document, "loading-bar", health.percent, 100);
+  put(document, "loading-percent", percent(health.percent));
+  field(document, "last-answer").hidden = true;
+}
+
+export function showUnreachable(lastAnswer) {
+  document.body.dataset.state = "unreachable";
+  put(document, "state", "Not reachable, retrying");
+  put(document, "message", "");
+  field(document, "loading").hidden = true;
+  putOrHide(document, "last-answer", lastAnswer && `What follows is from ${clock(lastAnswer)}.`);
+}
+
+export function showFacts(health, stats) {
+  put(document, "version", health.version ?? "");
+  put(document, "embed-model", health.models?.embed ?? health.model ?? UNKNOWN);
+  put(document, "rerank-model", health.models?.rerank ?? UNKNOWN);
+  put(document, "dimensions", count(health.dimensions));
+  put(document, "dtype", health.dtype ?? UNKNOWN);
+  put(document, "dtype-reason", health.dtype_reason ?? "");
+  put(document, "device", health.device ?? UNKNOWN);
+  put(document, "uptime", duration(stats.uptime_seconds));
+}
