@@ -48,7 +48,7 @@ class Spoiling:
 
     def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         pooled = self._forward(packed, use_flash_attn=use_flash_attn)
-        pooled[packed.lengths == 2] = float("nan")
+        pooled[packed.lengths[: len(pooled)] == 2] = float("nan")
         return pooled
 
 

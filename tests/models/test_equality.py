@@ -89,13 +89,22 @@ def test_a_row_packed_equals_the_row_alone(tiny: BertEmbedder, rows: list[NDArra
         torch.testing.assert_close(vector, alone, atol=1e-5, rtol=0)
 
 
-def test_a_pack_is_the_rows_end_to_end() -> None:
+def test_a_pack_is_the_rows_end_to_end_and_a_filler() -> None:
     packed = pack([np.array([7, 8, 9], dtype=np.int32), np.array([5], dtype=np.int32), np.array([1, 2, 3])], CPU)
     assert packed.order == (1, 0, 2)
-    assert packed.input_ids.tolist() == [[5, 7, 8, 9, 1, 2, 3]]
-    assert packed.position_ids.tolist() == [[0, 0, 1, 2, 0, 1, 2]]
-    assert packed.cu_seqlens.tolist() == [0, 1, 4, 7]
-    assert [(group.start, group.rows, group.length) for group in packed.groups] == [(0, 1, 1), (1, 2, 3)]
+    assert packed.input_ids.tolist() == [[5, 7, 8, 9, 1, 2, 3, *[0] * 9]]
+    assert packed.position_ids.tolist() == [[0, 0, 1, 2, 0, 1, 2, *[0] * 9]]
+    assert packed.cu_seqlens.tolist() == [0, 1, 4, 7, 16]
+    assert [(group.start, group.rows, group.length) for group in packed.groups] == [(0, 1, 1), (1, 2, 3), (7, 1, 9)]
+
+
+@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40))
+def test_packs_have_few_shapes_and_little_filler(lengths: list[int]) -> None:
+    tokens = sum(lengths)
+    packed = pack([np.ones(length, dtype=np.int32) for length in lengths], CPU)
+    total = packed.input_ids.shape[1]
+    assert total % (16 if total <= 256 else 64) == 0
+    assert 0 <= total - tokens < (16 if tokens <= 256 else 64)
 
 
 @pytest.mark.gpu

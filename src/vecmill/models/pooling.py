@@ -10,12 +10,13 @@ from vecmill.models.packing import PackedBatch
 
 
 def pool(hidden: Tensor, packed: PackedBatch, mode: Pooling) -> Tensor:
-    """(T, dimensions) token vectors of any dtype -> (N, dimensions) float32, in packed order."""
-    starts = packed.cu_seqlens[:-1].long()
+    """(T, dimensions) token vectors of any dtype -> (N, dimensions) float32, in packed order, without the filler."""
+    rows = len(packed.order)
+    bounds = packed.cu_seqlens.long()
     if mode == "cls":
-        return hidden[starts].float()
+        return hidden[bounds[:rows]].float()
     if mode == "lasttoken":
-        return hidden[packed.cu_seqlens[1:].long() - 1].float()
+        return hidden[bounds[1 : rows + 1] - 1].float()
     # Each row is summed by itself, so its mean does not depend on what it was packed with.
     sums = torch.segment_reduce(hidden.float(), "sum", lengths=packed.lengths, axis=0, unsafe=True)
-    return sums / packed.lengths[:, None]
+    return sums[:rows] / packed.lengths[:rows, None]
