@@ -38,7 +38,7 @@ def run_server(settings: Settings) -> int:
 
     def on_failure(reason: str) -> None:
         failures.append(reason)
-        server.should_exit = not app.state.services.health.ready
+        server.should_exit = True  # a supervisor can restart the process, not a thread in it
 
     app = create_app(settings, on_failure)
     try:

@@ -122,6 +122,8 @@ def test_the_length_comes_from_the_files_and_can_only_be_lowered(tmp_path: Path,
         read(find(str(said)), 65)
     unsaid = tiny_bert(tmp_path / "unsaid", minilm_folder, max_seq_length=None)
     assert read(find(str(unsaid))).max_model_len == 128  # the positions that it has
+    too_much = tiny_bert(tmp_path / "too_much", minilm_folder, max_seq_length=512)
+    assert read(find(str(too_much))).max_model_len == 128
 
 
 def test_the_revision_follows_the_weights(tmp_path: Path, minilm_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,8 @@ from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import pack
 from vecmill.models.registry import Embedder, family
 from vecmill.models.source import find
+
+logger = logging.getLogger(__name__)
 
 Report = Callable[[float, str], None]
 """Called with percent done (0..100) and what is being done."""
@@ -59,6 +62,8 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     device = choose_device(engine.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; the one call that works with every torch
     max_batch_tokens = engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
+    if device.type == "cuda" and "auto" in models.embed_model:
+        logger.warning("EMBED_MODEL=auto serves the small bundled model on a GPU: set EMBED_MODEL to one worth it")
     token = models.hf_token.get_secret_value() if models.hf_token else None
     loaded: dict[str, LoadedModel] = {}
     warmup: list[float] = []

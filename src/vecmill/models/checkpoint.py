@@ -81,15 +81,14 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _own_max_model_len(folder: Path, config: Mapping[str, Any]) -> int:
-    """sentence-transformers' rule: its own file first, else the lesser of tokenizer and position limits."""
-    own = _json(folder / "sentence_bert_config.json").get("max_seq_length")
-    if own is not None:
-        return int(own)
-    limits = (
-        _json(folder / "tokenizer_config.json").get("model_max_length"),
-        config.get("max_position_embeddings"),
-    )
-    return int(min(limit for limit in (*limits, 1e9) if limit is not None))
+    """sentence-transformers' rule: its own file first, else the tokenizer's limit; never more than the positions."""
+    said = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+    if said is None:
+        said = _json(folder / "tokenizer_config.json").get("model_max_length")
+    limits = [limit for limit in (said, config.get("max_position_embeddings")) if limit is not None]
+    if not limits:
+        raise StartupError(f"{folder} does not say how long its inputs may be: set max_seq_length in its files.")
+    return int(min(limits))
 
 
 def _pooling(source: Source) -> Pooling:
