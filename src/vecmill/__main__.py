@@ -1,4 +1,4 @@
-"""The command line: `vecmill serve`."""
+"""The command line: `vecmill serve`, `pull` and `verify`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from vecmill.config import Settings, load_settings
 from vecmill.config.env_example import default_text
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
+from vecmill.pull import run_pull
 from vecmill.serve import run_server
+from vecmill.verify import run_verify
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 errors = Console(stderr=True)
@@ -30,6 +32,29 @@ def vecmill() -> None:
 def version() -> None:
     """Print the version."""
     sys.stdout.write(f"{__version__}\n")
+
+
+@cli.command()
+def pull(
+    model: Annotated[str, typer.Argument(help="A hub id, `owner/name`.")],
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit. Default: the default branch.")] = None,
+) -> None:
+    """Fetch a model from the hub: its size, memory and licence first, then the files, then a check of their sizes."""
+    raise typer.Exit(run_pull(model, revision))
+
+
+@cli.command()
+def verify(
+    model: Annotated[str, typer.Argument(help="A hub id, a folder, or `auto`.")],
+    rerank: Annotated[
+        bool, typer.Option("--rerank", help="With `auto`: the reranker, not the embedding model.")
+    ] = False,
+    example: Annotated[str | None, typer.Option(help="The example to run, by its model's name; for folders.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
+    device: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
+) -> None:
+    """Run the model card's example on the loaded weights: expected and measured numbers side by side."""
+    raise typer.Exit(run_verify(model, rerank=rerank, example=example, dtype=dtype, device=device))
 
 
 def serve(**flags: object) -> None:

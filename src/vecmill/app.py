@@ -27,8 +27,8 @@ from vecmill.http.dialects import openai, rerank, tei
 from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.request_id import RequestId
 from vecmill.http.services import Services
-from vecmill.inference.facade import Inference, ServedModel
-from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.assembly import assemble
+from vecmill.inference.facade import Inference
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.queue import JobQueue
 from vecmill.scheduler.policy import Budget
@@ -49,6 +49,7 @@ class Server:
     """One server's parts and its life: load, serve, drain."""
 
     def __init__(self, settings: Settings, on_failure: Callable[[str], None]) -> None:
+        _set_thread_defaults()
         self._settings = settings
         self._on_failure = on_failure
         workers = settings.inference.tokenization_workers or min(LARGEST_POOL, os.cpu_count() or 1)
@@ -103,18 +104,8 @@ class Server:
         self._engine = engine
         engine.start()
         loaded = await asyncio.wrap_future(engine.loaded)
-        models = {
-            name: ServedModel(
-                model.card,
-                TextTokenizer(
-                    model.checkpoint.tokenizer_file,
-                    model.card.max_model_len,
-                    model.card.vocab_size,
-                    self._threads,
-                ),
-            )
-            for name, model in loaded.models.items()
-        }
+        served = ((model.key, model.card, model.checkpoint) for model in loaded.models.values())
+        models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
         budget = Budget(loaded.max_batch_tokens, self._settings.engine.max_batch_size)
         self._scheduler = Scheduler(engine, budget, on_batch=self.telemetry.batch, on_failure=self._fail)
         self.inference.attach(models, self._scheduler)
@@ -143,7 +134,6 @@ def create_app(settings: Settings, on_failure: Callable[[str], None] = lambda re
 
     `on_failure` is called, in the event loop, with one sentence when the server can never serve (again).
     """
-    _set_thread_defaults()
     server = Server(settings, on_failure)
 
     @asynccontextmanager

@@ -18,7 +18,9 @@ from vecmill import __version__
 from vecmill.app import create_app
 from vecmill.config import Settings
 from vecmill.core.health import Health, Phase
+from vecmill.core.types import ModelCard, Task
 from vecmill.http.services import Services
+from vecmill.inference.finish import describe_dimensions
 from vecmill.telemetry.logs import configure_logging
 
 if sys.platform == "win32":
@@ -136,8 +138,11 @@ async def _progress_lines(health: Health) -> None:
 
 def resolved(services: Services) -> dict[str, object]:
     """The configuration as it turned out, for the log."""
-    card = services.inference.cards[0]
-    return {"model": card.id, "revision": card.revision, "dtype": card.dtype, "device": card.device}
+    cards = services.inference.cards
+    return {
+        "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
+        "device": cards[0].device,
+    }
 
 
 def start_table(services: Services, address: str) -> Table:
@@ -145,13 +150,12 @@ def start_table(services: Services, address: str) -> Table:
     table = Table(title=f"vecmill {__version__}", title_justify="left", show_header=False, min_width=60)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for card in services.inference.cards:
-        table.add_row("model", f"{card.id} ({card.family}, {card.pooling} pooling)")
-        table.add_row("revision", card.revision)
-        table.add_row("dimensions", f"{card.dimensions}, up to {card.max_model_len} tokens per text")
-        table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
-        table.add_row("device", card.device)
-    table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")
+    cards = services.inference.cards
+    for card in cards:
+        _add_model(table, card)
+    table.add_row("device", cards[0].device)
+    if not any(card.task is Task.RERANK for card in cards):
+        table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")
     settings = services.settings
     table.add_row(
         "forward pass", f"up to {services.max_batch_tokens()} tokens in {settings.engine.max_batch_size} rows"
@@ -165,3 +169,18 @@ def start_table(services: Services, address: str) -> Table:
     table.add_row("dashboard", f"{address}/")
     table.add_row("API", f"{address}/docs")
     return table
+
+
+def _add_model(table: Table, card: ModelCard) -> None:
+    if card.task is Task.EMBED:
+        table.add_row("model", f"{card.id} ({card.family}, {card.pooling} pooling)")
+        table.add_row("dimensions", f"{describe_dimensions(card)}; up to {card.max_model_len} tokens per text")
+    else:
+        table.add_row("reranker", f"{card.id} ({card.family}), up to {card.max_model_len} tokens per document")
+    if card.aliases:
+        table.add_row("aliases", ", ".join(card.aliases))
+    if query := card.prompts.get("query"):
+        table.add_row("query prompt", repr(query))
+    table.add_row("revision", card.revision)
+    table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
+    table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB", end_section=True)

@@ -46,6 +46,18 @@ def test_embed_model_is_a_list_with_commas(monkeypatch: pytest.MonkeyPatch) -> N
     assert load_settings().model.embed_model == ("auto", "BAAI/bge-base-en-v1.5")
 
 
+def test_pairs_are_alias_and_model_and_revisions_name_their_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_ALIASES", "small=auto, text-embedding-3-small = Qwen/Qwen3-Embedding-4B")
+    monkeypatch.setenv("EMBED_MODEL", "Qwen/Qwen3-Embedding-4B,nvidia/NV-Embed-v2")
+    monkeypatch.setenv("REVISION", "nvidia/NV-Embed-v2=3fa5965")
+    models = load_settings().model
+    assert dict(models.model_aliases) == {"small": "auto", "text-embedding-3-small": "Qwen/Qwen3-Embedding-4B"}
+    assert models.revision_of("nvidia/NV-Embed-v2") == "3fa5965"
+    assert models.revision_of("Qwen/Qwen3-Embedding-4B") is None
+    alone = load_settings({"embed_model": "nvidia/NV-Embed-v2", "revision": "3fa5965"}).model
+    assert alone.revision_of("nvidia/NV-Embed-v2") == "3fa5965"
+
+
 @pytest.mark.parametrize("device", ["auto", "cpu", "mps", "cuda", "cuda:1"])
 def test_devices(device: str) -> None:
     assert load_settings({"device": device}).engine.device == device
@@ -58,6 +70,10 @@ def test_devices(device: str) -> None:
         ({"port": "http"}, ["PORT='http'", "integer"]),
         ({"device": "gpu"}, ["DEVICE='gpu'", "cuda:N"]),
         ({"dtype": "int8"}, ["DTYPE='int8'", "bfloat16"]),
+        ({"model_aliases": "small"}, ["MODEL_ALIASES='small'", "alias=model"]),
+        ({"rerank_model": "none,BAAI/bge-reranker-base"}, ["RERANK_MODEL", "stands alone"]),
+        ({"embed_model": "none"}, ["EMBED_MODEL", "for rerankers only"]),
+        ({"embed_model": "a/b,c/d", "revision": "abc"}, ["REVISION=abc", "owner/name=abc"]),
         ({"log_format": "xml"}, ["LOG_FORMAT", "json"]),
         ({"strict_model": "perhaps"}, ["STRICT_MODEL", "bool"]),
         ({"embed_model": " , "}, ["EMBED_MODEL", "names no model"]),

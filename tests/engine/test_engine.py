@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import EngineFailed, NonFiniteEmbedding, StartupError
-from vecmill.core.types import TokenIds
+from vecmill.core.types import Row
 from vecmill.engine import device as device_module
 from vecmill.engine.device import choose_device
 from vecmill.engine.engine import Engine
@@ -22,7 +22,8 @@ from vecmill.engine.loader import LoadedModel
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
 
-ROWS: list[TokenIds] = [np.array(ids, dtype=np.int32) for ids in ([101, 2003, 102], [101, 102], [101, 7592, 2088, 102])]
+ROWS = [Row(np.array(ids, dtype=np.int32)) for ids in ([101, 2003, 102], [101, 102], [101, 7592, 2088, 102])]
+KEY = "embed:tiny"
 
 
 @pytest.fixture
@@ -37,64 +38,64 @@ def engine(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
 
 
 def model_of(engine: Engine) -> LoadedModel:
-    return engine.loaded.result().models["tiny"]
+    return engine.loaded.result().models[KEY]
 
 
 class Spoiling:
-    """The real embedder, but a row of two tokens comes out as NaN: weights that overflow do this."""
+    """The real model, but a row of two tokens comes out as NaN: weights that overflow do this."""
 
     def __init__(self, model: LoadedModel) -> None:
-        self._forward = model.embedder.forward
+        self._forward = model.model.forward
 
     def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        pooled = self._forward(packed, use_flash_attn=use_flash_attn)
+        pooled: Tensor = self._forward(packed, use_flash_attn=use_flash_attn)
         pooled[packed.lengths[: len(pooled)] == 2] = float("nan")
         return pooled
 
 
 async def test_rows_are_answered_in_the_callers_order(engine: Engine) -> None:
-    together = await engine.run("tiny", ROWS)
+    together = await engine.run(KEY, ROWS)
     for index, row in enumerate(ROWS):
-        alone = (await engine.run("tiny", [row])).rows[0]
+        alone = (await engine.run(KEY, [row])).rows[0]
         np.testing.assert_allclose(np.asarray(together.rows[index]), np.asarray(alone), atol=1e-5)
     assert together.seconds > 0
 
 
 async def test_a_row_that_is_not_finite_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(engine)
-    wanted = (await engine.run("tiny", ROWS)).rows
-    monkeypatch.setattr(model.embedder, "forward", Spoiling(model))
-    found = (await engine.run("tiny", ROWS)).rows
+    wanted = (await engine.run(KEY, ROWS)).rows
+    monkeypatch.setattr(model.model, "forward", Spoiling(model))
+    found = (await engine.run(KEY, ROWS)).rows
     assert isinstance(found[1], NonFiniteEmbedding)
     for index in (0, 2):
         np.testing.assert_allclose(np.asarray(found[index]), np.asarray(wanted[index]), atol=1e-6)
 
 
 async def test_a_batch_that_raises_fails_alone_and_the_next_works(engine: Engine) -> None:
-    too_high = np.array([10**6], dtype=np.int32)  # would be an out-of-range gather
+    too_high = Row(np.array([10**6], dtype=np.int32))  # would be an out-of-range gather
     with pytest.raises(IndexError):
-        await engine.run("tiny", [too_high])
-    assert len((await engine.run("tiny", ROWS)).rows) == 3
+        await engine.run(KEY, [too_high])
+    assert len((await engine.run(KEY, ROWS)).rows) == 3
 
 
 async def test_a_device_that_fails_for_good_answers_everybody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(model_of(engine).embedder, "forward", broken)
-    runs = [asyncio.create_task(engine.run("tiny", ROWS)) for _ in range(20)]
+    monkeypatch.setattr(model_of(engine).model, "forward", broken)
+    runs = [asyncio.create_task(engine.run(KEY, ROWS)) for _ in range(20)]
     done, waiting = await asyncio.wait(runs, timeout=10)
     assert not waiting
     assert all(isinstance(run.exception(), EngineFailed) for run in done)
     with pytest.raises(EngineFailed, match="must be restarted"):
-        await engine.run("tiny", ROWS)
+        await engine.run(KEY, ROWS)
 
 
 async def test_a_closed_engine_answers_too(engine: Engine) -> None:
-    before = [asyncio.create_task(engine.run("tiny", ROWS)) for _ in range(5)]
+    before = [asyncio.create_task(engine.run(KEY, ROWS)) for _ in range(5)]
     await asyncio.sleep(0)  # the tasks put their batches into the inbox
     engine.close()
-    after = [asyncio.create_task(engine.run("tiny", ROWS)) for _ in range(5)]
+    after = [asyncio.create_task(engine.run(KEY, ROWS)) for _ in range(5)]
     answers = await asyncio.wait_for(asyncio.gather(*before, *after, return_exceptions=True), 10)
     assert not any(isinstance(answer, BaseException) for answer in answers[:5])
     assert all(isinstance(answer, EngineFailed) for answer in answers[5:])
@@ -114,11 +115,11 @@ def test_the_faster_dtype_is_measured_and_the_reason_told(tmp_path: Path, minilm
     seen: list[tuple[float, str]] = []
     engine = Engine(settings.model, settings.engine, lambda percent, message: seen.append((percent, message)))
     engine.start()
-    card = engine.loaded.result(60).models["tiny"].card
+    card = engine.loaded.result(60).models[KEY].card
     engine.close()
     assert card.dtype in ("float32", "bfloat16")
     other = {"float32": "bfloat16", "bfloat16": "float32"}[card.dtype]
-    assert "tokens/s" in card.dtype_reason
+    assert "GFLOP/s" in card.dtype_reason
     assert card.dtype_reason.endswith(f"in {other}")
     percents = [percent for percent, _ in seen]
     assert percents == sorted(percents)

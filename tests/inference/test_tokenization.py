@@ -13,6 +13,8 @@ from tokenizers import Tokenizer
 
 from vecmill.core.errors import InvalidInput, StartupError
 from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.models.text_format import TextFormat
 
 LIMIT, VOCAB = 32, 30522
 
@@ -27,8 +29,9 @@ def own(minilm_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tokenizer(minilm_folder: Path) -> Iterator[TextTokenizer]:
-    with ThreadPoolExecutor(2) as pool:
-        yield TextTokenizer(minilm_folder / "tokenizer.json", LIMIT, VOCAB, pool)
+    with ThreadPoolExecutor(2) as threads:
+        pool = TokenizerPool(minilm_folder / "tokenizer.json", VOCAB, LIMIT, threads)
+        yield TextTokenizer(pool, TextFormat(), LIMIT, VOCAB)
 
 
 words = st.sampled_from(
@@ -40,19 +43,19 @@ words = st.sampled_from(
 @given(text=st.lists(words, max_size=400).map(" ".join) | st.text(max_size=300))
 async def test_ids_equal_the_librarys_own_truncation(tokenizer: TextTokenizer, own: Tokenizer, text: str) -> None:
     [found] = await tokenizer.encode([text])
-    assert found.token_ids.tolist() == own.encode(text).ids
+    assert found.row.token_ids.tolist() == own.encode(text).ids
 
 
 async def test_an_endless_text_is_cut_the_same_without_reading_it_all(tokenizer: TextTokenizer, own: Tokenizer) -> None:
     for text in ("word " * 1_000_000, "x" * 1_000_000, " " * 300_000 + "tail", "好" * 100_000):
         [found] = await tokenizer.encode([text])
-        assert found.token_ids.tolist() == own.encode(text[:400_000]).ids
+        assert found.row.token_ids.tolist() == own.encode(text[:400_000]).ids
 
 
 async def test_order_is_kept_over_many_texts(tokenizer: TextTokenizer, own: Tokenizer) -> None:
     texts = [f"text {index}" * (1 + index % 200) for index in range(700)]
     found = await tokenizer.encode(texts)
-    assert [one.token_ids.tolist() for one in found] == [own.encode(text).ids for text in texts]
+    assert [one.row.token_ids.tolist() for one in found] == [own.encode(text).ids for text in texts]
 
 
 async def test_truncation_is_known(tokenizer: TextTokenizer) -> None:
@@ -67,6 +70,14 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(tokenizer: TextTokenizer
         tokenizer.check([[1], ids], "input")
 
 
-def test_a_tokenizer_of_another_model_is_refused(minilm_folder: Path) -> None:
-    with ThreadPoolExecutor(1) as pool, pytest.raises(StartupError, match="belongs to another model"):
-        TextTokenizer(minilm_folder / "tokenizer.json", LIMIT, 1000, pool)
+@pytest.mark.parametrize("vocab_size", [1000, VOCAB - 1, 250_002])
+def test_a_tokenizer_of_another_model_is_refused(minilm_folder: Path, vocab_size: int) -> None:
+    with ThreadPoolExecutor(1) as threads, pytest.raises(StartupError, match="belongs to another model"):
+        TokenizerPool(minilm_folder / "tokenizer.json", vocab_size, LIMIT, threads)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "BPE"}}', '{"model": {"type": "?", "vocab": {}}}'])
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(content)
+    with ThreadPoolExecutor(1) as threads, pytest.raises(StartupError, match="is not a tokenizer"):
+        TokenizerPool(tmp_path / "tokenizer.json", 10, LIMIT, threads)

@@ -1,32 +1,30 @@
-"""Vectors equal sentence-transformers' on the same files, and do not depend on what they were packed with."""
+"""Vectors and scores equal those of sentence-transformers or transformers on the same files."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from tests.checkpoints import tiny_bert
+from tests.checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from tests.conftest import serving
-from tests.oracle import st_encode
-from vecmill.models.bert import BertEmbedder
-from vecmill.models.checkpoint import read
-from vecmill.models.packing import pack
-from vecmill.models.source import find
+from tests.oracle import cross_encoder_scores, nomic_encode, st_encode
 
-CPU = torch.device("cpu")
 TEXTS = ["one", "def add(a, b):\n    return a + b", "", "a longer text " * 40, "one", "naïve 你好"]
 
 
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token", "lasttoken"])
-async def test_each_pooling_equals_sentence_transformers(tmp_path: Path, minilm_folder: Path, pooling: str) -> None:
-    folder = tiny_bert(tmp_path / "tiny", minilm_folder, pooling=pooling)
+async def test_each_pooling_equals_sentence_transformers(
+    tmp_path: Path, minilm_folder: Path, kind: str, pooling: str
+) -> None:
+    if kind == "bert":
+        folder = tiny_bert(tmp_path / "tiny", minilm_folder, pooling=pooling)
+    else:
+        folder = tiny_xlm_roberta(tmp_path / "tiny", pooling=pooling)
     async with serving(embed_model=str(folder)) as client:
         found = (await client.post("/embed", json={"inputs": TEXTS})).json()
     np.testing.assert_allclose(np.array(found), st_encode(folder, TEXTS), atol=1e-5)
@@ -56,64 +54,59 @@ async def test_the_models_own_prompts_are_applied_by_role_and_by_name(tmp_path: 
         assert "passage, query, sts" in unknown.json()["error"]
 
 
+@pytest.mark.parametrize("prompt", ["", "search_query: ", "search_document: ", "clustering: "])
+async def test_nomic_equals_transformers(tmp_path: Path, minilm_folder: Path, prompt: str) -> None:
+    folder = tiny_nomic(tmp_path / "nomic-embed-text-v1.5", minilm_folder)
+    task = {"search_query: ": "search_query", "search_document: ": "search_document", "clustering: ": "clustering"}
+    fields = {"input_type": task[prompt]} if prompt else {}
+    async with serving(embed_model=str(folder)) as client:
+        found = (await client.post("/embed", json={"inputs": TEXTS, **fields})).json()
+    np.testing.assert_allclose(np.array(found), nomic_encode(folder, TEXTS, prompt=prompt), atol=1e-5)
+
+
+async def test_nomics_fewer_dimensions_are_layer_normed_first(tmp_path: Path, minilm_folder: Path) -> None:
+    folder = tiny_nomic(tmp_path / "nomic", minilm_folder)
+    edit_json(folder / "config.json", matryoshka_dimensions=[8, 16])
+    async with serving(embed_model=str(folder)) as client:
+        [card] = (await client.get("/v1/models")).json()["data"]
+        assert card["supported_dimensions"] == [8, 16, 32]
+        for dimensions in (8, 16, 32, None):
+            answer = await client.post("/embed", json={"inputs": TEXTS, "dimensions": dimensions})
+            fewer = dimensions if dimensions != 32 else None
+            wanted = nomic_encode(folder, TEXTS, dimensions=fewer, layer_norm=fewer is not None)
+            np.testing.assert_allclose(np.array(answer.json()), wanted, atol=1e-5)
+        refused = await client.post("/v1/embeddings", json={"input": "x", "dimensions": 9})
+        assert refused.status_code == 400
+        assert "8, 16, 32" in refused.json()["error"]["message"]
+
+
+PAIRS = ["yes", "", "Berlin has 3.5 million inhabitants.", "a much longer document " * 20, "naïve 你好", "yes"]
+QUERIES = ["How many people live in Berlin?", "", "a query that is too long by itself " * 8]
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+async def test_cross_encoders_equal_sentence_transformers(
+    tmp_path: Path, minilm_folder: Path, kind: Literal["bert", "xlm-roberta"]
+) -> None:
+    folder = tiny_cross_encoder(tmp_path / "tiny", kind=kind, tokenizer_from=minilm_folder, max_length=64)
+    async with serving(rerank_model=str(folder)) as client:
+        for query in QUERIES:
+            body = {"query": query, "documents": PAIRS, "raw_scores": True}
+            answer = (await client.post("/v1/rerank", json=body)).json()
+            found = {one["index"]: one["relevance_score"] for one in answer["results"]}
+            wanted = cross_encoder_scores(folder, query, PAIRS, max_length=64)
+            np.testing.assert_allclose([found[index] for index in range(len(PAIRS))], wanted, atol=1e-5)
+            scaled = (await client.post("/rerank", json={**body, "raw_scores": False})).json()["results"]
+            relevance = {one["index"]: one["relevance_score"] for one in scaled}
+            np.testing.assert_allclose(
+                [relevance[index] for index in range(len(PAIRS))], 1 / (1 + np.exp(-wanted)), atol=1e-5
+            )
+        refused = await client.post("/v1/rerank", json={"query": "a", "documents": ["b"], "instruction": "Find code"})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "instruction")
+
+
 async def test_bfloat16_stays_within_its_tolerance(minilm_folder: Path) -> None:
     texts = [f"def function_{index}(x):\n    return x + {'x * ' * (index % 60)}{index}" for index in range(120)]
     async with serving(dtype="bfloat16") as client:
         found = np.array((await client.post("/embed", json={"inputs": texts})).json())
     assert (found * st_encode(minilm_folder, texts)).sum(axis=1).min() >= 0.9995
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> BertEmbedder:
-    folder = tiny_bert(tmp_path_factory.mktemp("tiny"), minilm_folder)
-    return BertEmbedder(read(find(str(folder))), torch.float32, CPU)
-
-
-rows = st.lists(
-    st.tuples(st.integers(1, 128), st.integers(0, 10_000)).map(
-        lambda shape: np.random.default_rng(shape[1]).integers(1000, 30_000, shape[0]).astype(np.int32)
-    ),
-    min_size=1,
-    max_size=8,
-)
-
-
-@settings(max_examples=50, deadline=None)
-@given(rows=rows)
-@torch.inference_mode()
-def test_a_row_packed_equals_the_row_alone(tiny: BertEmbedder, rows: list[NDArray[np.int32]]) -> None:
-    packed = pack(rows, CPU)
-    together = torch.nn.functional.normalize(tiny.forward(packed, use_flash_attn=False))
-    for index, vector in zip(packed.order, together, strict=True):
-        alone = torch.nn.functional.normalize(tiny.forward(pack([rows[index]], CPU), use_flash_attn=False))[0]
-        torch.testing.assert_close(vector, alone, atol=1e-5, rtol=0)
-
-
-def test_a_pack_is_the_rows_end_to_end_and_a_filler() -> None:
-    packed = pack([np.array([7, 8, 9], dtype=np.int32), np.array([5], dtype=np.int32), np.array([1, 2, 3])], CPU)
-    assert packed.order == (1, 0, 2)
-    assert packed.input_ids.tolist() == [[5, 7, 8, 9, 1, 2, 3, *[0] * 9]]
-    assert packed.position_ids.tolist() == [[0, 0, 1, 2, 0, 1, 2, *[0] * 9]]
-    assert packed.cu_seqlens.tolist() == [0, 1, 4, 7, 16]
-    assert [(group.start, group.rows, group.length) for group in packed.groups] == [(0, 1, 1), (1, 2, 3), (7, 1, 9)]
-
-
-@given(lengths=st.lists(st.integers(1, 300), min_size=1, max_size=40))
-def test_packs_have_few_shapes_and_little_filler(lengths: list[int]) -> None:
-    tokens = sum(lengths)
-    packed = pack([np.ones(length, dtype=np.int32) for length in lengths], CPU)
-    total = packed.input_ids.shape[1]
-    assert total % (16 if total <= 256 else 64) == 0
-    assert 0 <= total - tokens < (16 if tokens <= 256 else 64)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@torch.inference_mode()
-def test_flash_attention_equals_sdpa_on_a_gpu(minilm_folder: Path) -> None:
-    device = torch.device("cuda")
-    embedder = BertEmbedder(read(find(str(minilm_folder))), torch.bfloat16, device)
-    random = np.random.default_rng(0)
-    packed = pack([random.integers(1000, 30_000, length).astype(np.int32) for length in (1, 3, 64, 64, 256)], device)
-    flash, sdpa = (embedder.forward(packed, use_flash_attn=flash) for flash in (True, False))
-    assert torch.nn.functional.cosine_similarity(flash, sdpa).min() > 0.999

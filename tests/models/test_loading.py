@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,14 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import tiny_bert, write
+from tests.checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta, write
+from tests.models.loaded import GOLDEN
+from vecmill.app import Server
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError
-from vecmill.engine.loader import load
+from vecmill.core.types import Task
+from vecmill.engine.loader import Loaded, load
 from vecmill.models import source
 from vecmill.models.checkpoint import read
 from vecmill.models.registry import family
-from vecmill.models.source import Source, find
+from vecmill.models.source import find
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
@@ -27,9 +32,9 @@ def folder(tmp_path: Path, minilm_folder: Path) -> Path:
     return tiny_bert(tmp_path / "tiny", minilm_folder)
 
 
-def start(folder: Path, **flags: object) -> None:
+def start(folder: Path, **flags: object) -> Loaded:
     settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32", **flags})
-    load(settings.model, settings.engine, lambda percent, message: None)
+    return load(settings.model, settings.engine, lambda percent, message: None)
 
 
 def edit_weights(folder: Path, edit: Edit) -> None:
@@ -90,8 +95,70 @@ def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
 
 def test_an_unknown_family_is_refused_with_the_list(folder: Path) -> None:
     write(folder / "config.json", {**json.loads((folder / "config.json").read_text()), "model_type": "mamba"})
-    with pytest.raises(StartupError, match="'mamba' is not supported; supported: bert"):
+    with pytest.raises(
+        StartupError, match="'mamba' is not supported; supported: bert, nomic_bert, nvembed, qwen3, xlm-roberta"
+    ):
         family(read(find(str(folder))))
+
+
+def test_a_reranker_is_no_embedder_and_the_other_way_round(tmp_path: Path, minilm_folder: Path, folder: Path) -> None:
+    cross_encoder = tiny_cross_encoder(tmp_path / "ce", kind="bert", tokenizer_from=minilm_folder)
+    for reranker in (cross_encoder, GOLDEN / "qwen3" / "reranker"):
+        with pytest.raises(StartupError, match=r"this is a reranker; name it in RERANK_MODEL"):
+            read(find(str(reranker)))
+    with pytest.raises(StartupError, match=r"this is an embedding model; name it in EMBED_MODEL"):
+        read(find(str(folder), Task.RERANK))
+
+
+def test_a_classifier_of_several_labels_is_no_reranker(tmp_path: Path, minilm_folder: Path) -> None:
+    three = tiny_cross_encoder(tmp_path / "nli", kind="bert", tokenizer_from=minilm_folder, num_labels=3)
+    with pytest.raises(StartupError, match="its head has 3 labels"):
+        start(tmp_path, embed_model="auto", rerank_model=str(three))
+
+
+@pytest.mark.parametrize("key", ["activation_function", "prenorm", "qkv_proj_bias", "num_experts"])
+def test_a_nomic_that_asks_for_something_else_is_refused(tmp_path: Path, minilm_folder: Path, key: str) -> None:
+    nomic = tiny_nomic(tmp_path / "nomic", minilm_folder)
+    edit_json(nomic / "config.json", **{key: "geglu" if key == "activation_function" else 1})
+    with pytest.raises(StartupError, match=f"{key}=.* is supported"):
+        start(nomic)
+
+
+def test_pickled_weights_are_not_loaded(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(StartupError, match="no safetensors; pickled weights are not loaded"):
+        start(folder)
+
+
+def test_a_shard_that_is_missing_is_refused(tmp_path: Path) -> None:
+    nv = shutil.copytree(GOLDEN / "nvembed" / "checkpoint", tmp_path / "nv")
+    (nv / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(StartupError, match=r"model-00002-of-00002\.safetensors cannot be loaded"):
+        start(nv)
+
+
+def test_a_tokenizer_of_another_model_stops_the_start(folder: Path) -> None:
+    shutil.copy(GOLDEN / "qwen3" / "embedding" / "tokenizer.json", folder / "tokenizer.json")
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
+    failures: list[str] = []
+    server = Server(settings, failures.append)
+
+    async def load_and_close() -> None:
+        await server.load()
+        await server.close()
+
+    asyncio.run(load_and_close())
+    assert "the tokenizer belongs to another model" in failures[0]
+
+
+def test_loading_reports_progress_in_gigabytes(folder: Path) -> None:
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
+    seen: list[tuple[float, str]] = []
+    load(settings.model, settings.engine, lambda percent, message: seen.append((percent, message)))
+    loading = [percent for percent, message in seen if message.startswith("loading tiny: ")]
+    assert len(loading) > 10  # one for each tensor
+    assert [percent for percent, _ in seen] == sorted(percent for percent, _ in seen)
+    assert 84 < loading[-1] <= 85
 
 
 def test_modules_that_would_be_left_out_are_refused(folder: Path) -> None:
@@ -117,13 +184,23 @@ def test_pooling_as_newer_files_write_it(folder: Path, written: str, read_as: st
 def test_the_length_comes_from_the_files_and_can_only_be_lowered(tmp_path: Path, minilm_folder: Path) -> None:
     said = tiny_bert(tmp_path / "said", minilm_folder, max_seq_length=64)
     assert read(find(str(said))).max_model_len == 64
-    assert read(find(str(said)), 32).max_model_len == 32
-    with pytest.raises(StartupError, match="MAX_MODEL_LEN=65 is above the 64 tokens"):
-        read(find(str(said)), 65)
+    assert start(said, max_model_len=32).models["embed:said"].card.max_model_len == 32
+    with pytest.raises(StartupError, match="MAX_MODEL_LEN=65 is above the 64 tokens that said takes"):
+        start(said, max_model_len=65)
     unsaid = tiny_bert(tmp_path / "unsaid", minilm_folder, max_seq_length=None)
     assert read(find(str(unsaid))).max_model_len == 128  # the positions that it has
     too_much = tiny_bert(tmp_path / "too_much", minilm_folder, max_seq_length=512)
     assert read(find(str(too_much))).max_model_len == 128
+
+
+def test_xlm_rs_positions_begin_after_the_paddings(tmp_path: Path) -> None:
+    folder = tiny_xlm_roberta(tmp_path / "xlm", max_seq_length=None)
+    edit_json(folder / "tokenizer_config.json", model_max_length=512)
+    assert read(find(str(folder))).max_model_len == 128  # of 130 rows
+
+
+def test_nomics_length_is_the_one_it_was_trained_on(tmp_path: Path, minilm_folder: Path) -> None:
+    assert read(find(str(tiny_nomic(tmp_path / "nomic", minilm_folder)))).max_model_len == 128  # of 256 positions
 
 
 def test_the_revision_follows_the_weights(tmp_path: Path, minilm_folder: Path) -> None:
@@ -136,7 +213,8 @@ def test_the_revision_follows_the_weights(tmp_path: Path, minilm_folder: Path) -
 def test_the_revision_of_a_hub_snapshot_is_its_commit(tmp_path: Path, minilm_folder: Path) -> None:
     commit = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
     folder = tiny_bert(tmp_path / "models--o--m" / "snapshots" / commit, minilm_folder)
-    assert read(Source("o/m", folder)).revision == commit
+    assert read(find(str(folder))).revision == commit
+    assert find(str(folder)).id == "o/m"
 
 
 def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

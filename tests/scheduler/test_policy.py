@@ -15,6 +15,7 @@ from vecmill.scheduler.policy import Budget, cut
 class Waiting:
     tokens: int
     abandoned: bool
+    prefix: range | None = None
 
     def __len__(self) -> int:
         return self.tokens
@@ -66,6 +67,16 @@ def test_cutting_until_empty_loses_nothing_and_repeats_nothing(waiting: list[Wai
         for _ in range(taken.taken):
             queue.popleft()
     assert run == [one for one in waiting if not one.abandoned]
+
+
+@given(st.lists(st.tuples(st.integers(1, 200), st.sampled_from([None, range(50), range(70)])), max_size=30), budgets)
+def test_a_shared_prefix_counts_once_a_batch(lengths: list[tuple[int, range | None]], budget: Budget) -> None:
+    queue = [Waiting(own + (len(prefix) if prefix else 0), False, prefix) for own, prefix in lengths]
+    taken = cut(queue, budget)
+    prefixes = {id(one.prefix): len(one.prefix) for one in taken.batch if one.prefix is not None}
+    own = sum(len(one) - (len(one.prefix) if one.prefix is not None else 0) for one in taken.batch)
+    assert taken.tokens == own + sum(prefixes.values())
+    assert taken.tokens <= budget.max_batch_tokens or len(taken.batch) == 1
 
 
 def test_the_cost_is_in_what_is_taken_not_in_what_waits() -> None:

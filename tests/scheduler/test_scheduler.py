@@ -10,12 +10,12 @@ import pytest
 
 from vecmill.core.errors import BatchFailed, EngineFailed, NonFiniteEmbedding, ShuttingDown
 from vecmill.core.protocols import BatchResult
-from vecmill.core.types import TokenIds
+from vecmill.core.types import Row
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.scheduler.sequence import SequenceResult
 
-Run = Callable[[str, Sequence[TokenIds]], Awaitable[BatchResult]]
+Run = Callable[[str, Sequence[Row]], Awaitable[BatchResult]]
 
 BUDGET = Budget(max_batch_tokens=16, max_batch_size=4)
 
@@ -29,11 +29,11 @@ class SumRunner:
         self.gate.set()
         self.entered = asyncio.Event()
 
-    async def run(self, model: str, rows: Sequence[TokenIds]) -> BatchResult:
+    async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
         self.entered.set()
         await self.gate.wait()
-        self.batches.append((model, [int(row.sum()) for row in rows]))
-        return BatchResult([np.array([row.sum()], dtype=np.float32) for row in rows], 0.001)
+        self.batches.append((model, [int(row.token_ids.sum()) for row in rows]))
+        return BatchResult([np.array([row.token_ids.sum()], dtype=np.float32) for row in rows], 0.001)
 
 
 class RaisingRunner(SumRunner):
@@ -41,15 +41,15 @@ class RaisingRunner(SumRunner):
         super().__init__()
         self.error, self.times = error, times
 
-    async def run(self, model: str, rows: Sequence[TokenIds]) -> BatchResult:
+    async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
         if self.times:
             self.times -= 1
             raise self.error
         return await super().run(model, rows)
 
 
-def ids(*values: int) -> TokenIds:
-    return np.array(values, dtype=np.int32)
+def ids(*values: int) -> Row:
+    return Row(np.array(values, dtype=np.int32))
 
 
 async def sums(futures: Sequence[asyncio.Future[SequenceResult]]) -> list[float]:
@@ -117,7 +117,7 @@ async def test_a_batch_that_fails_fails_its_members_and_the_next_works(caplog: p
 
 async def test_a_row_that_fails_fails_alone() -> None:
     class OneBadRow(SumRunner):
-        async def run(self, model: str, rows: Sequence[TokenIds]) -> BatchResult:
+        async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
             result = await super().run(model, rows)
             result.rows[1] = NonFiniteEmbedding()
             return result
@@ -132,7 +132,7 @@ async def test_a_row_that_fails_fails_alone() -> None:
 
 async def test_a_runner_that_answers_too_few_rows_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
     class Short(SumRunner):
-        async def run(self, model: str, rows: Sequence[TokenIds]) -> BatchResult:
+        async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
             result = await super().run(model, rows)
             return BatchResult(result.rows[:-1], 0.001)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+Pairs = tuple[tuple[str, str], ...]
 
 
 class SettingsGroup(BaseSettings):
@@ -18,6 +20,10 @@ class SettingsGroup(BaseSettings):
     title: ClassVar[str]
 
 
+def _split_commas(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
 class ModelSettings(SettingsGroup):
     """What is served."""
 
@@ -26,7 +32,27 @@ class ModelSettings(SettingsGroup):
     embed_model: Annotated[tuple[str, ...], NoDecode] = Field(
         ("auto",),
         description="Embedding models, comma-separated, the first is the default: folders in the hub's layout, hub "
-        "ids, or `auto` (the MiniLM that the extra `bundled` installs; nothing is downloaded).",
+        "ids, or `auto`: Qwen/Qwen3-Embedding-4B on a CUDA GPU where it is cached or the hub is reachable, else the "
+        "MiniLM that the extra `bundled` installs.",
+    )
+    rerank_model: Annotated[tuple[str, ...], NoDecode] = Field(
+        ("auto",),
+        description="Rerankers, comma-separated, the first is the default: folders, hub ids, `none` (documents are "
+        "ranked by the cosine of the embedding model), or `auto`: Qwen/Qwen3-Reranker-4B on a CUDA GPU where it is "
+        "cached or the hub is reachable, else `none`.",
+    )
+    model_aliases: Annotated[Pairs, NoDecode] = Field(
+        (), description="Other names for loaded models: `alias=model`, comma-separated."
+    )
+    revision: Annotated[Pairs, NoDecode] = Field(
+        (),
+        description="Commit, tag or branch of hub models: `owner/name=revision`, comma-separated, or the revision "
+        "alone where one model is named. Default: the hub's main branch.",
+    )
+    query_instruction: str | None = Field(
+        None,
+        description="The task that queries are for, in place of the default one in each model's query prompt; for "
+        "models whose query prompt has no place for a task, the whole prompt. A request's `instruction` wins.",
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
@@ -36,26 +62,41 @@ class ModelSettings(SettingsGroup):
     max_model_len: int | None = Field(
         None,
         ge=8,
-        description="Tokens per input, special tokens included. Default: what the model's own files say; it can only "
+        description="Tokens per input, special tokens included. Default: what each model's own files say; it can only "
         "be lowered.",
     )
     hf_token: SecretStr | None = Field(None, description="Token for gated models on the hub.")
 
-    @field_validator("embed_model", mode="before")
+    @field_validator("embed_model", "rerank_model", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(name.strip() for name in value.split(",") if name.strip())
-        return value
+        return _split_commas(value) if isinstance(value, str) else value
 
-    @field_validator("embed_model")
+    @field_validator("model_aliases", "revision", mode="before")
     @classmethod
-    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+    def _split_pairs(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [tuple(part.strip() for part in entry.rpartition("=")[::2]) for entry in _split_commas(value)]
+        if info.field_name == "model_aliases" and not all(alias and name for alias, name in pairs):
+            raise ValueError("must be `alias=model`, comma-separated")
+        return tuple(pairs)
+
+    @field_validator("embed_model", "rerank_model")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         if not value:
             raise ValueError("names no model; use `auto`, a folder or a hub id")
         if len(set(value)) != len(value):
             raise ValueError("names a model twice")
+        if "none" in value and (info.field_name == "embed_model" or len(value) > 1):
+            raise ValueError("`none` stands alone, and for rerankers only")
         return value
+
+    def revision_of(self, name: str) -> str | None:
+        """The revision pinned for a hub model."""
+        pinned = dict(self.revision)
+        return pinned.get(name, pinned.get(""))
 
 
 class EngineSettings(SettingsGroup):
@@ -89,7 +130,14 @@ class InferenceSettings(SettingsGroup):
 
     strict_model: bool = Field(
         False,
-        description="Answer 404 to every unknown `model`. Default: with one model loaded, any name gets that model.",
+        description="Answer 404 to every unknown `model`. Default: with one embedding model (or reranker) loaded, any "
+        "name gets that one.",
+    )
+    allow_control_tokens: bool = Field(
+        False,
+        description="Read control tokens (`<|im_end|>`, `</s>`) that stand in a query or document to rerank as what "
+        "they say, as the models' reference code does. Default: they are plain text, so no document can write the "
+        "reranker's prompt.",
     )
     auto_truncate: bool = Field(
         True,

@@ -106,9 +106,22 @@ def _half_precision_on_cpu(settings: Settings) -> str | None:
     )
 
 
+def _revision_of_several_models(settings: Settings) -> str | None:
+    models = settings.model
+    hub = [name for name in (*models.embed_model, *models.rerank_model) if "/" in name]
+    alone = dict(models.revision).get("")
+    if alone is None or len(hub) == 1:
+        return None
+    return (
+        f"REVISION={alone} does not say of which model, and EMBED_MODEL and RERANK_MODEL name {len(hub)} of the hub: "
+        f"write `owner/name={alone}`."
+    )
+
+
 CONTRADICTIONS: tuple[Callable[[Settings], str | None], ...] = (
     _client_batch_never_admitted,
     _more_rows_than_tokens,
     _input_longer_than_batch,
     _half_precision_on_cpu,
+    _revision_of_several_models,
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,42 @@ from numpy.typing import NDArray
 TokenIds = NDArray[np.int32]  # (n_tokens,)
 Vector = NDArray[np.float32]  # (dimensions,)
 Matrix = NDArray[np.float32]  # (n_inputs, dimensions)
+Scores = NDArray[np.float64]  # (n_documents,)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Prefix:
+    """Leading tokens that rows of one request have in common; a batch computes them once. Compared by identity."""
+
+    token_ids: TokenIds
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """One input of a forward pass: token ids, special tokens included, and what a family needs to know of them."""
+
+    token_ids: TokenIds
+    """What follows `prefix`; at least one."""
+    prefix: Prefix | None = None
+    """For causal models only."""
+    unpooled: int = 0
+    """Leading tokens that are attended to but left out of mean pooling (NV-Embed's instruction)."""
+    second_text: int | None = None
+    """Where the second text of a pair begins, for models with token types (BERT)."""
+
+    def __len__(self) -> int:
+        """Tokens, those of the prefix included."""
+        return len(self.token_ids) + (len(self.prefix) if self.prefix else 0)
+
+
+class Task(StrEnum):
+    """What a model does."""
+
+    EMBED = "embed"
+    RERANK = "rerank"
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,20 +55,31 @@ class ModelCard:
     """What a loaded model is; reported by /v1/models, /health and the start log."""
 
     id: str
+    task: Task
     family: str
     revision: str
-    """Commit of the hub snapshot, else the SHA-256 of the weights' index (first 12 hex digits)."""
-    dimensions: int
+    """Commit of the hub snapshot, else a SHA-256 over parts of the weights (first 12 hex digits)."""
+    dimensions: int | None
+    """Of a vector; None for a reranker."""
+    supported_dimensions: Sequence[int]
+    """What `dimensions` may be: the native size, and less where the model is trained for it (Matryoshka)."""
     max_model_len: int
     """Tokens per input, special tokens included."""
     vocab_size: int
     """Rows of the token embedding; every token id must be below it."""
-    pooling: str
+    pooling: str | None
+    """None for a reranker."""
     dtype: str
     dtype_reason: str
     device: str
     weight_bytes: int
+    """Not counting weights that another model had loaded already."""
     prompts: Mapping[str, str] = field(default_factory=dict)
+    instruction_template: str | None = None
+    """Where a request's `instruction` goes, as `{instruction}`; None: it is put before the text as it is."""
+    layer_norm_before_slice: bool = False
+    """Whether fewer dimensions are cut from the layer-normed vector (nomic-embed)."""
+    aliases: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +95,25 @@ class Timings:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptChoice:
+    """How a request says what its texts are; nothing said is no prompt."""
+
+    is_query: bool | None = None
+    prompt_name: str | None = None
+    """One of the model's own prompts."""
+    task: str | None = None
+    """As `prompt_name`, but no prompt where the model has none of that name."""
+    instruction: str | None = None
+    """The task in the client's own words, in place of the model's default."""
+
+
+@dataclass(frozen=True, slots=True)
 class EmbedRequest:
     """Texts, or ready token ids of the model's own vocabulary, to be turned into vectors."""
 
     inputs: Sequence[str] | Sequence[Sequence[int]]
     model: str | None = None
-    prompt_name: str | None = None
-    is_query: bool | None = None
-    """None: as it is, without a prompt."""
+    prompt: PromptChoice = PromptChoice()
     truncate: bool | None = None
     """None leaves it to AUTO_TRUNCATE."""
     dimensions: int | None = None
@@ -83,6 +142,7 @@ class RerankRequest:
     documents: Sequence[str]
     model: str | None = None
     truncate: bool | None = None
+    instruction: str | None = None
     raw_scores: bool = False
     param: str = "documents"
 
@@ -91,7 +151,7 @@ class RerankRequest:
 class RerankResult:
     """Scores in the documents' order: in 0..1, or the model's own scale where raw scores were asked for."""
 
-    scores: Vector
+    scores: Scores
     model: str
     method: str
     """`cosine`: an embedding model ranked; `cross_encoder`: a reranker did."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 
-from vecmill.models.packing import pack
-from vecmill.models.registry import Embedder
-
-PROBE_ROWS, PROBE_LENGTH, PROBE_RUNS = 8, 128, 3
+PROBE_ROWS, PROBE_RUNS = 512, 5
+PROBE_EXPANSION = 4  # of a transformer's feed-forward layer, where most of the time goes
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +24,8 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def choose_dtype(wanted: str, device: torch.device) -> ChosenDtype | None:
-    """The dtype by setting or by device; None on a CPU, where only measuring tells."""
+def choose_dtype(wanted: str, device: torch.device, width: int) -> ChosenDtype:
+    """The dtype by setting, by device or, on a CPU, by what is faster at a model's width."""
     if wanted != "auto":
         return ChosenDtype(getattr(torch, wanted), f"DTYPE={wanted}")
     if device.type == "cuda":
@@ -37,30 +34,29 @@ def choose_dtype(wanted: str, device: torch.device) -> ChosenDtype | None:
         return ChosenDtype(torch.float32, "this GPU has no bfloat16, and float16 overflows")
     if device.type == "mps":
         return ChosenDtype(torch.float32, "the safe choice on MPS")
-    return None
-
-
-def load_fastest(load: Callable[[torch.dtype], Embedder]) -> tuple[Embedder, ChosenDtype]:
-    """Load in float32 and in bfloat16, time both on this CPU, keep the faster."""
-    rates: dict[torch.dtype, float] = {}
-    embedders: dict[torch.dtype, Embedder] = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        embedders[dtype] = load(dtype)
-        rates[dtype] = _tokens_per_second(embedders[dtype])
-    fastest, slowest = sorted(rates, key=lambda dtype: -rates[dtype])
-    reason = (
-        f"measured on this CPU: {rates[fastest]:,.0f} tokens/s, against {rates[slowest]:,.0f} in {dtype_name(slowest)}"
-    )
-    return embedders[fastest], ChosenDtype(fastest, reason)
+    return _fastest_on_cpu(width)
 
 
 @torch.inference_mode()
-def _tokens_per_second(embedder: Embedder) -> float:
-    ids = np.arange(PROBE_LENGTH, dtype=np.int32) % embedder.vocab_size
-    packed = pack([ids] * PROBE_ROWS, torch.device("cpu"))
-    seconds = []
+def _fastest_on_cpu(width: int) -> ChosenDtype:
+    """Compare the types on a feed-forward layer; in turns, so that other work on the machine slows both."""
+    layers = {dtype: _layer(width, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in layers}
     for _ in range(PROBE_RUNS):
-        started = perf_counter()
-        embedder.forward(packed, use_flash_attn=False)
-        seconds.append(perf_counter() - started)
-    return PROBE_ROWS * PROBE_LENGTH / min(seconds)
+        for dtype, (hidden, up, down) in layers.items():
+            started = perf_counter()
+            F.linear(F.gelu(F.linear(hidden, up)), down)
+            seconds[dtype].append(perf_counter() - started)
+    operations = 2 * 2 * PROBE_ROWS * width * width * PROBE_EXPANSION
+    rates = {dtype: operations / min(taken) / 1e9 for dtype, taken in seconds.items()}
+    fastest, slowest = sorted(rates, key=lambda dtype: -rates[dtype])
+    reason = (
+        f"measured on this CPU: {rates[fastest]:,.0f} GFLOP/s, against {rates[slowest]:,.0f} in {dtype_name(slowest)}"
+    )
+    return ChosenDtype(fastest, reason)
+
+
+def _layer(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shapes = (PROBE_ROWS, width), (PROBE_EXPANSION * width, width), (width, PROBE_EXPANSION * width)
+    hidden, up, down = (torch.full(shape, 0.01, dtype=dtype) for shape in shapes)
+    return hidden, up, down

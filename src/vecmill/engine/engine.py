@@ -18,7 +18,7 @@ import torch
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import EngineFailed, NonFiniteEmbedding
 from vecmill.core.protocols import BatchResult
-from vecmill.core.types import TokenIds, Vector
+from vecmill.core.types import Row, Vector
 from vecmill.engine.device import device_memory
 from vecmill.engine.loader import Loaded, LoadedModel, Report, load
 from vecmill.hardware.memory import DeviceMemory
@@ -32,7 +32,7 @@ class Work:
     """One batch, and who waits for it."""
 
     model: str
-    rows: Sequence[TokenIds]
+    rows: Sequence[Row]
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[BatchResult]
 
@@ -83,7 +83,7 @@ class Engine:
             return None
         return device_memory(self.loaded.result().device)
 
-    async def run(self, model: str, rows: Sequence[TokenIds]) -> BatchResult:
+    async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
         """Run one forward pass.
 
         Raises:
@@ -143,17 +143,17 @@ class Engine:
     def _probe(self, loaded: Loaded) -> None:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""
         for model in loaded.models.values():
-            self._forward(model, [np.zeros(1, dtype=np.int32)], loaded.device)
+            self._forward(model, [Row(np.zeros(1, dtype=np.int32))], loaded.device)
 
     @torch.inference_mode()
-    def _forward(self, model: LoadedModel, rows: Sequence[TokenIds], device: torch.device) -> list[Vector | Exception]:
-        """Vectors in the order of `rows`, not normalised; an error in place of a row that is not finite."""
+    def _forward(self, model: LoadedModel, rows: Sequence[Row], device: torch.device) -> list[Vector | Exception]:
+        """Vectors or logits in the order of `rows`, not normalised; an error in place of a row that is not finite."""
         packed = pack(rows, device)
-        pooled = model.embedder.forward(packed, use_flash_attn=self._settings.use_flash_attn)
-        vectors = pooled.cpu().numpy()  # (N, dimensions) float32
+        answers = model.model.forward(packed, use_flash_attn=self._settings.use_flash_attn)
+        vectors = answers.cpu().numpy()  # (N, width) float32
         finite = np.isfinite(vectors).all(axis=1)
-        answers: list[Vector | Exception] = [NonFiniteEmbedding()] * len(rows)
+        results: list[Vector | Exception] = [NonFiniteEmbedding()] * len(rows)
         for index, vector, good in zip(packed.order, vectors, finite, strict=True):
             if good:
-                answers[index] = vector
-        return answers
+                results[index] = vector
+        return results

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 
 import numpy as np
@@ -13,14 +12,16 @@ import torch
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import StartupError
-from vecmill.core.types import ModelCard, TokenIds
+from vecmill.core.types import ModelCard, Row
+from vecmill.engine.choice import chosen_sources
 from vecmill.engine.device import choose_device, describe
-from vecmill.engine.dtype import choose_dtype, dtype_name, load_fastest
+from vecmill.engine.dtype import ChosenDtype, choose_dtype, dtype_name
+from vecmill.models import cards
 from vecmill.models import checkpoint as checkpoints
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import pack
-from vecmill.models.registry import Embedder, family
-from vecmill.models.source import find
+from vecmill.models.registry import Model, family
+from vecmill.models.weights import Target
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ CUDA_BATCH_TOKENS = 16_384
 # Past this a CPU forward only gets longer, not faster, and a query waits behind it.
 CPU_BATCH_TOKENS = 2_048
 WARMUP_RUNS = 2
+GIGABYTE = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,12 @@ class LoadedModel:
 
     card: ModelCard
     checkpoint: Checkpoint
-    embedder: Embedder
+    model: Model
+
+    @property
+    def key(self) -> str:
+        """What scheduler and engine call it: one folder may embed and rerank."""
+        return f"{self.card.task.value}:{self.card.id}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +55,7 @@ class Loaded:
 
     device: torch.device
     models: dict[str, LoadedModel]
+    """By key, in the order of the settings, embedding models first."""
     max_batch_tokens: int
     warmup_seconds: tuple[float, ...]
 
@@ -62,52 +70,129 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     device = choose_device(engine.device)
     torch.set_float32_matmul_precision("high")  # TF32 on CUDA; the one call that works with every torch
     max_batch_tokens = engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
-    if device.type == "cuda" and "auto" in models.embed_model:
-        logger.warning("EMBED_MODEL=auto serves the small bundled model on a GPU: set EMBED_MODEL to one worth it")
-    token = models.hf_token.get_secret_value() if models.hf_token else None
-    loaded: dict[str, LoadedModel] = {}
+    report(8, "finding the models")
+    found = [checkpoints.read(source) for source in chosen_sources(models, device)]
+    capped = _cap_lengths(found, models.max_model_len)
+    distinct, aliases = _names(capped, models.model_aliases)
+    loaded = _load_all(distinct, aliases, models, device, report)
     warmup: list[float] = []
-    for index, name in enumerate(models.embed_model):
-        share = partial(_share, report, index, len(models.embed_model))
-        share(0, f"finding {name}")
-        checkpoint = checkpoints.read(find(name, token), models.max_model_len)
-        if checkpoint.id in loaded:
-            raise StartupError(f"EMBED_MODEL names {checkpoint.id} twice; remove one.")
-        share(15, f"loading {checkpoint.id}")
-        model = _load_one(checkpoint, models.dtype, device)
-        share(60, f"warming up {checkpoint.id}")
+    for index, model in enumerate(loaded):
+        report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
         warmup += _warm_up(model, engine, max_batch_tokens, device)
-        loaded[checkpoint.id] = model
-    return Loaded(device, loaded, max_batch_tokens, tuple(warmup))
+    return Loaded(device, {model.key: model for model in loaded}, max_batch_tokens, tuple(warmup))
 
 
-def _share(report: Report, index: int, count: int, percent: float, message: str) -> None:
-    """Progress of one model of several; the first 10 % went to torch and the device."""
-    report(10 + 90 * (index + percent / 100) / count, message)
+def _cap_lengths(found: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:
+    if max_model_len is None:
+        return list(found)
+    if max_model_len > (longest := max(one.max_model_len for one in found)):
+        names = ", ".join(one.id for one in found if one.max_model_len == longest)
+        raise StartupError(f"MAX_MODEL_LEN={max_model_len} is above the {longest} tokens that {names} takes: lower it.")
+    return [replace(one, max_model_len=min(one.max_model_len, max_model_len)) for one in found]
 
 
-def _load_one(checkpoint: Checkpoint, wanted_dtype: str, device: torch.device) -> LoadedModel:
-    build = family(checkpoint)
-    chosen = choose_dtype(wanted_dtype, device)
-    if chosen is None:
-        embedder, chosen = load_fastest(lambda dtype: build(checkpoint, dtype, device))
-    else:
-        embedder = build(checkpoint, chosen.dtype, device)
-    card = ModelCard(
+def _names(
+    found: Sequence[Checkpoint], model_aliases: Iterable[tuple[str, str]]
+) -> tuple[list[Checkpoint], dict[str, list[str]]]:
+    """Each folder once for a task, and the other names of each id."""
+    distinct: list[Checkpoint] = []
+    aliases: dict[str, list[str]] = {one.id: [] for one in found}
+    for one in found:
+        same = next((other for other in distinct if _same_folder(one, other)), None)
+        if same is not None:
+            aliases[same.id] += [one.id] if one.id != same.id else []
+        elif any((other.task, other.id) == (one.task, one.id) for other in distinct):
+            raise StartupError(f"{one.named}: two models would have this name; rename one of the folders.")
+        else:
+            distinct.append(one)
+    for alias, name in model_aliases:
+        if name not in aliases:
+            raise StartupError(f"MODEL_ALIASES={alias}={name}: {name} is not loaded; these are: {', '.join(aliases)}.")
+        if alias in aliases:
+            raise StartupError(f"MODEL_ALIASES={alias}={name}: {alias} is a model's own name; choose another.")
+        aliases[name].append(alias)
+    return distinct, aliases
+
+
+def _same_folder(one: Checkpoint, other: Checkpoint) -> bool:
+    return (one.task, one.folder.resolve()) == (other.task, other.folder.resolve())
+
+
+def _load_all(
+    found: Sequence[Checkpoint],
+    aliases: dict[str, list[str]],
+    settings: ModelSettings,
+    device: torch.device,
+    report: Report,
+) -> list[LoadedModel]:
+    total = sum(one.weight_bytes for one in found) or 1
+    read = 0
+    name = ""
+
+    def progress(count: int) -> None:
+        nonlocal read
+        read += count
+        report(10 + 75 * min(1, read / total), f"loading {name}: {read / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB")
+
+    shared: Target | None = None
+    loaded = []
+    counted: set[int] = set()
+    for one in found:
+        name = one.id
+        build = family(one)
+        progress(0)
+        chosen = choose_dtype(settings.dtype, device, _width(one))
+        shared = Target(chosen.dtype, device, progress, shared.shared if shared else {})
+        model = build(one, shared)
+        card = _card(one, model, chosen, device, settings.query_instruction, aliases[one.id])
+        loaded.append(LoadedModel(replace(card, weight_bytes=_uncounted_bytes(model, counted)), one, model))
+    return loaded
+
+
+def _width(checkpoint: Checkpoint) -> int:
+    said = checkpoint.config
+    return int(said.get("hidden_size") or said.get("n_embd") or 1024)
+
+
+def _uncounted_bytes(model: Model, counted: set[int]) -> int:
+    size = 0
+    for module in model.modules:
+        for tensor in module.parameters():
+            if tensor.data_ptr() not in counted:
+                counted.add(tensor.data_ptr())
+                size += tensor.numel() * tensor.element_size()
+    return size
+
+
+def _card(
+    checkpoint: Checkpoint,
+    model: Model,
+    chosen: ChosenDtype,
+    device: torch.device,
+    query_instruction: str | None,
+    aliases: Sequence[str],
+) -> ModelCard:
+    embeds = checkpoint.pooling is not None
+    prompts = cards.prompts(checkpoint, query_instruction)
+    return ModelCard(
         id=checkpoint.id,
+        task=checkpoint.task,
         family=checkpoint.model_type,
         revision=checkpoint.revision,
-        dimensions=embedder.dimensions,
+        dimensions=model.width if embeds else None,
+        supported_dimensions=cards.supported_dimensions(checkpoint, model.width) if embeds else (),
         max_model_len=checkpoint.max_model_len,
-        vocab_size=embedder.vocab_size,
+        vocab_size=model.vocab_size,
         pooling=checkpoint.pooling,
         dtype=dtype_name(chosen.dtype),
         dtype_reason=chosen.reason,
         device=describe(device),
-        weight_bytes=embedder.weight_bytes,
-        prompts=checkpoint.prompts,
+        weight_bytes=0,
+        prompts=prompts,
+        instruction_template=cards.instruction_template(prompts),
+        layer_norm_before_slice=cards.layer_norm_before_slice(checkpoint),
+        aliases=tuple(aliases),
     )
-    return LoadedModel(card, checkpoint, embedder)
 
 
 @torch.inference_mode()
@@ -117,12 +202,12 @@ def _warm_up(model: LoadedModel, engine: EngineSettings, max_batch_tokens: int, 
     for _ in range(WARMUP_RUNS):
         started = perf_counter()
         packed = pack(_largest(model.card, max_batch_tokens, engine.max_batch_size), device)
-        model.embedder.forward(packed, use_flash_attn=engine.use_flash_attn).cpu()
+        model.model.forward(packed, use_flash_attn=engine.use_flash_attn).cpu()
         seconds.append(perf_counter() - started)
     return seconds
 
 
-def _largest(card: ModelCard, max_batch_tokens: int, max_batch_size: int) -> Sequence[TokenIds]:
+def _largest(card: ModelCard, max_batch_tokens: int, max_batch_size: int) -> Sequence[Row]:
     length = min(card.max_model_len, max_batch_tokens)
-    row = np.arange(length, dtype=np.int32) % card.vocab_size
+    row = Row(np.arange(length, dtype=np.int32) % card.vocab_size)
     return [row] * min(max_batch_size, max(1, max_batch_tokens // length))

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 
 from vecmill import __version__
 from vecmill.core.health import Phase
+from vecmill.core.types import Task
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["Health"])
@@ -37,9 +38,10 @@ async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
 
 
 def _models(services: Services) -> dict[str, Any]:
-    """The default model's card, flat as the clients read it; nulls while it loads."""
+    """The default embedding model's card, flat as the clients read it, and all names; nulls while loading."""
     cards = services.inference.cards
     card = cards[0] if cards else None
+    rerankers = [card.id for card in cards if card.task is Task.RERANK]
     return {
         "model": card and card.id,
         "dimensions": card and card.dimensions,
@@ -47,9 +49,10 @@ def _models(services: Services) -> dict[str, Any]:
         "dtype_reason": card and card.dtype_reason,
         "device": card and card.device,
         "max_batch_size": services.settings.engine.max_batch_size,
-        "models": {"embed": card and card.id, "rerank": card and card.id},
-        "rerank_method": "cosine",
-        "embedding_models": [card.id for card in cards],
+        "models": {"embed": card and card.id, "rerank": rerankers[0] if rerankers else card and card.id},
+        "rerank_method": "cross_encoder" if rerankers else "cosine",
+        "embedding_models": [card.id for card in cards if card.task is Task.EMBED],
+        "rerank_models": rerankers,
     }
 
 

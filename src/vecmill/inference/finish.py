@@ -5,28 +5,49 @@ from __future__ import annotations
 import numpy as np
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import Matrix, ModelCard, Vector
+from vecmill.core.types import Matrix, ModelCard, Scores, Vector
 
 SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's
+LAYER_NORM_EPSILON = 1e-5  # torch.nn.functional.layer_norm's
 
 
 def check_dimensions(card: ModelCard, dimensions: int | None) -> None:
     """Refuse before any work is done.
 
     Raises:
-        InvalidInput: `dimensions` is not in 1..card.dimensions.
+        InvalidInput: the model is not trained for so many dimensions.
     """
-    if dimensions is not None and not 1 <= dimensions <= card.dimensions:
-        raise InvalidInput(
-            f"`dimensions` is {dimensions}; {card.id} gives 1 to {card.dimensions}. Leave it out for all.",
-            param="dimensions",
-        )
+    if dimensions is None or dimensions in card.supported_dimensions:
+        return
+    raise InvalidInput(
+        f"`dimensions` is {dimensions}; {card.id} gives {describe_dimensions(card)}. Leave it out for all.",
+        param="dimensions",
+    )
 
 
-def finish(vectors: Matrix, dimensions: int | None, normalize: bool) -> Matrix:
-    """Slice, then normalise to unit length: (n, full) -> (n, dimensions or full)."""
-    sliced = vectors[:, :dimensions] if dimensions is not None else vectors
-    return unit(sliced) if normalize else np.ascontiguousarray(sliced)
+def describe_dimensions(card: ModelCard) -> str:
+    """The sizes a client can ask for, in words."""
+    possible = card.supported_dimensions
+    if len(possible) == 1:
+        return f"only {possible[0]} (it is not trained for fewer)"
+    return f"{possible[0]} to {possible[-1]}" if isinstance(possible, range) else ", ".join(map(str, possible))
+
+
+def finish(vectors: Matrix, dimensions: int | None, normalize: bool, *, layer_norm: bool = False) -> Matrix:
+    """Slice, then normalise to unit length: (n, full) -> (n, dimensions or full).
+
+    `layer_norm` norms the full vector before it is cut to fewer dimensions.
+    """
+    if dimensions is not None and dimensions < vectors.shape[1]:
+        vectors = (_layer_norm(vectors) if layer_norm else vectors)[:, :dimensions]
+    return unit(vectors) if normalize else np.ascontiguousarray(vectors)
+
+
+def _layer_norm(vectors: Matrix) -> Matrix:
+    """torch.nn.functional.layer_norm over each row, without weights."""
+    centered = vectors - vectors.mean(axis=1, keepdims=True)
+    normed: Matrix = centered / np.sqrt(np.square(centered).mean(axis=1, keepdims=True) + LAYER_NORM_EPSILON)
+    return normed
 
 
 def unit(vectors: Matrix) -> Matrix:
@@ -36,12 +57,18 @@ def unit(vectors: Matrix) -> Matrix:
     return normalized
 
 
-def cosines(query: Vector, documents: Matrix) -> Vector:
+def cosines(query: Vector, documents: Matrix) -> Scores:
     """Cosine of one vector with each row: (d,), (n, d) -> (n,), within -1..1."""
-    similarities: Vector = unit(documents) @ unit(query[None])[0]
-    return np.clip(similarities, np.float32(-1), np.float32(1))
+    similarities: Scores = (unit(documents) @ unit(query[None])[0]).astype(np.float64)
+    return np.clip(similarities, -1.0, 1.0)
 
 
-def zero_to_one(similarities: Vector) -> Vector:
+def cosine_to_relevance(similarities: Scores) -> Scores:
     """Cosine -1..1 -> relevance score 0..1, order kept and without ties at the ends."""
-    return (similarities + np.float32(1)) / np.float32(2)
+    return (similarities + 1) / 2
+
+
+def logit_to_relevance(logits: Scores) -> Scores:
+    """Sigmoid; in float64, where logits up to 36 still differ from each other."""
+    relevance: Scores = 1 / (1 + np.exp(-np.clip(logits, -700, 700)))
+    return relevance

@@ -1,32 +1,52 @@
-"""Which of the model's own prompts goes before a text."""
+"""Which prompt goes before a request's texts."""
 
 from __future__ import annotations
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import ModelCard
+from vecmill.core.types import ModelCard, PromptChoice
 
 # sentence-transformers' encode_query and encode_document look for these names, in this order.
 QUERY_NAMES = ("query",)
 DOCUMENT_NAMES = ("document", "passage", "corpus")
+INSTRUCTION = "{instruction}"
 
 
-def choose_prompt(card: ModelCard, prompt_name: str | None, is_query: bool | None) -> str:
-    """The prompt by name, else by role, else none: a plain request is embedded as it is.
+def choose_prompt(card: ModelCard, choice: PromptChoice) -> str:
+    """The instruction, else the prompt by name, else by role, else none: a plain request is embedded as it is.
 
     Raises:
         InvalidInput: the model has no prompt of that name.
     """
-    if prompt_name is not None:
-        if prompt_name not in card.prompts:
-            known = ", ".join(sorted(card.prompts)) or "none"
-            raise InvalidInput(
-                f"`prompt_name` {prompt_name!r} is not a prompt of {card.id}; it has: {known}.",
-                param="prompt_name",
-            )
-        return card.prompts[prompt_name]
-    if is_query is None:
+    if choice.instruction is not None:
+        return _instructed(card, choice.instruction)
+    if choice.prompt_name is not None:
+        return _named(card, choice.prompt_name)
+    if choice.task is not None:
+        return card.prompts.get(choice.task, "")
+    if choice.is_query is None:
         return ""
-    names = QUERY_NAMES if is_query else DOCUMENT_NAMES
+    return _first(card, QUERY_NAMES if choice.is_query else DOCUMENT_NAMES)
+
+
+def _instructed(card: ModelCard, instruction: str) -> str:
+    """In the model's own template; as it is where there is none, or where it is written out already."""
+    if card.instruction_template is None or not instruction or instruction.startswith("Instruct: "):
+        return instruction
+    return card.instruction_template.replace(INSTRUCTION, instruction)
+
+
+def _named(card: ModelCard, name: str) -> str:
+    if name in card.prompts:
+        return card.prompts[name]
+    if name in QUERY_NAMES or name in DOCUMENT_NAMES:  # every sentence-transformers model has these, empty or not
+        return _first(card, QUERY_NAMES if name in QUERY_NAMES else DOCUMENT_NAMES)
+    known = ", ".join(sorted({*card.prompts, QUERY_NAMES[0], DOCUMENT_NAMES[0]}))
+    raise InvalidInput(
+        f"`prompt_name` {name[:100]!r} is not a prompt of {card.id}; these are: {known}.", param="prompt_name"
+    )
+
+
+def _first(card: ModelCard, names: tuple[str, ...]) -> str:
     return next((card.prompts[name] for name in names if name in card.prompts), "")
 
 

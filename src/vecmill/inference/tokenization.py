@@ -1,108 +1,69 @@
-"""Text to token ids, in threads, cut to the model's length without losing its special tokens.
-
-`tokenizer.json` is read with the `tokenizers` library itself: transformers' wrappers rebuild some tokenizers with
-other ids. Truncation and padding that a file switches on (MiniLM's does) are switched off: both are done here.
-"""
+"""Texts to rows for an embedding model: prompt before, special tokens around, cut to the model's length."""
 
 from __future__ import annotations
 
-import asyncio
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from vecmill.core.errors import InvalidInput, StartupError
-from vecmill.core.types import TokenIds
-
-TEXTS_PER_TASK = 128
-# A long text is tokenized only as far as needed: this many characters per token that fits, doubled until the
-# limit is passed. Tokens near the end of a cut text may differ from those of the whole, so they do not count.
-CHARACTERS_PER_TOKEN = 16
-UNSURE_TOKENS = 128
+from vecmill.core.errors import InvalidInput
+from vecmill.core.types import Row
+from vecmill.inference.prompts import with_prompt
+from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.models.text_format import TextFormat
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """Ready token ids, special tokens included. `total` is their number before the cut, at least."""
+    """A ready row. `total` is its number of tokens before the cut, at least."""
 
-    token_ids: TokenIds
+    row: Row
     total: int
 
     @property
     def truncated(self) -> bool:
-        return self.total > len(self.token_ids)
+        return self.total > len(self.row)
 
 
 class TextTokenizer:
-    """One model's tokenizer, with one copy for each thread: fast tokenizers are not safe to share."""
+    """One embedding model's tokenizer."""
 
-    def __init__(self, tokenizer_file: Path, max_model_len: int, vocab_size: int, pool: ThreadPoolExecutor) -> None:
-        self._file = tokenizer_file
+    def __init__(self, pool: TokenizerPool, text_format: TextFormat, max_model_len: int, vocab_size: int) -> None:
+        self._pool = pool
+        self._format = text_format
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
-        self._pool = pool
-        self._local = threading.local()
         self._prefix, self._suffix = self._special_tokens()
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
-        """What the tokenizer puts before and after a text."""
-        tokenizer = self._tokenizer()
-        if tokenizer.get_vocab_size() > self._vocab_size:
-            raise StartupError(
-                f"{self._file} has {tokenizer.get_vocab_size()} tokens, but the model embeds {self._vocab_size}: "
-                f"the tokenizer belongs to another model."
-            )
+        """What goes before and after a text."""
+        tokenizer = self._pool.copy()
         plain = tokenizer.encode("a", add_special_tokens=False).ids
         whole = tokenizer.encode("a").ids
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-        return whole[:start], whole[start + len(plain) :]
+        prefix, suffix = whole[:start], whole[start + len(plain) :]
+        if self._format.end_token is not None:
+            end = self._pool.special(self._format.end_token)
+            if end is not None and suffix[-1:] != [end]:
+                suffix.append(end)
+        return prefix, suffix
 
-    def _tokenizer(self) -> Tokenizer:
-        tokenizer: Tokenizer | None = getattr(self._local, "tokenizer", None)
-        if tokenizer is None:
-            tokenizer = self._local.tokenizer = Tokenizer.from_file(str(self._file))
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-        return tokenizer
-
-    async def encode(self, texts: Sequence[str]) -> list[Tokenized]:
+    async def encode(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
         """Tokenize in the thread pool; the results are in order."""
-        loop = asyncio.get_running_loop()
-        parts = [texts[i : i + TEXTS_PER_TASK] for i in range(0, len(texts), TEXTS_PER_TASK)]
-        done = await asyncio.gather(*(loop.run_in_executor(self._pool, self._encode, part) for part in parts))
-        return [tokenized for part in done for tokenized in part]
+        *encoded, instruction = await self._pool.encode_batch([*(with_prompt(prompt, text) for text in texts), prompt])
+        # The reference counts the prompt's tokens by themselves and leaves out so many of the row, the first special
+        # token included.
+        unpooled = len(instruction) if self._format.instruction_unpooled else 0
+        return [self._finish(ids, unpooled) for ids in encoded]
 
-    def _encode(self, texts: Sequence[str]) -> list[Tokenized]:
-        tokenizer = self._tokenizer()
-        longest_sure = CHARACTERS_PER_TOKEN * self._max_model_len
-        short = [text for text in texts if len(text) <= longest_sure]
-        encoded = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
-        return [
-            self._finish(next(encoded).ids if len(text) <= longest_sure else self._encode_head(tokenizer, text))
-            for text in texts
-        ]
-
-    def _encode_head(self, tokenizer: Tokenizer, text: str) -> list[int]:
-        """The tokens of a long text's beginning, more than fit; all tokens where there are not so many."""
-        length = CHARACTERS_PER_TOKEN * self._max_model_len
-        while length < len(text):
-            ids: list[int] = tokenizer.encode(text[:length], add_special_tokens=False).ids
-            if len(ids) > self._max_model_len + UNSURE_TOKENS:
-                return ids[:-UNSURE_TOKENS]
-            length *= 2
-        whole: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        return whole
-
-    def _finish(self, ids: Sequence[int]) -> Tokenized:
-        """Cut on the right and put the special tokens around."""
-        room = self._max_model_len - len(self._prefix) - len(self._suffix)
-        token_ids = np.array([*self._prefix, *ids[:room], *self._suffix], dtype=np.int32)
-        return Tokenized(token_ids, len(ids) + len(self._prefix) + len(self._suffix))
+    def _finish(self, ids: Sequence[int], unpooled: int = 0) -> Tokenized:
+        """Put the special tokens around and cut on the right."""
+        total = len(self._prefix) + len(ids) + len(self._suffix)
+        if self._format.end_survives_truncation:
+            ids = ids[: self._max_model_len - len(self._prefix) - len(self._suffix)]
+        whole = [*self._prefix, *ids, *self._suffix][: self._max_model_len]
+        return Tokenized(Row(np.array(whole, dtype=np.int32), unpooled=unpooled), total)
 
     def check(self, inputs: Sequence[Sequence[int]], param: str) -> list[Tokenized]:
         """Take token ids of this model's vocabulary as they are; special tokens are added where they are missing.

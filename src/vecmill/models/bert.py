@@ -1,55 +1,69 @@
-"""BERT encoders (MiniLM, bge-*-v1.5, e5, gte): one vector per text.
+"""BERT and XLM-R encoders (MiniLM, bge-*-v1.5, bge-m3, e5, gte): one vector per text.
 
-Source: Devlin et al. 2019 (https://arxiv.org/abs/1810.04805); Reimers and Gurevych 2019 for the pooling.
+Source: Devlin et al. 2019 (https://arxiv.org/abs/1810.04805), Conneau et al. 2020 (https://arxiv.org/abs/1911.02116);
+Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084) for the pooling.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from transformers import BertConfig, BertModel
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.packed_attention import ATTENTION
 from vecmill.models.packing import PackedBatch
 from vecmill.models.pooling import pool
-from vecmill.models.weights import load_weights
+from vecmill.models.weights import Target, load_weights
 
-# A BertModel's own pooler is trained for next-sentence prediction; embedding models pool by themselves.
-UNUSED_WEIGHTS = ("pooler.", "embeddings.position_ids", "cls.")
+CLASSES = {"bert": (BertConfig, BertModel), "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel)}
+# What checkpoints carry of pre-training; an encoder's own pooler is trained for next-sentence prediction.
+UNUSED = ("pooler.", "embeddings.position_ids", "cls.", "lm_head.")
 
 
 class BertEmbedder:
-    """A packed forward pass through a BERT encoder."""
+    """A packed forward pass through a BERT or XLM-R encoder."""
 
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         """Load the weights. Raises StartupError where any is missing or unknown."""
-        config = BertConfig.from_pretrained(checkpoint.folder, local_files_only=True)
-        self.dimensions: int = config.hidden_size
+        config_class, model_class = CLASSES[checkpoint.model_type]
+        config = config_class(**checkpoint.config)
+        self.width: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
-        self._pooling = checkpoint.pooling
-        self._encoder = load_weights(
-            BertModel,
-            checkpoint,
-            config,
-            dtype=dtype,
-            device=device,
-            unused=UNUSED_WEIGHTS,
-            attn_implementation=ATTENTION,
-            add_pooling_layer=False,
-        )
+        self._pooling = checkpoint.require_pooling()
+        self._first_position = first_position(config)
+        self.encoder = load_weights(model_class, checkpoint, config, target, rename, add_pooling_layer=False)
 
     @property
-    def weight_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in self._encoder.parameters())
+    def modules(self) -> Sequence[nn.Module]:
+        return (self.encoder,)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        """(N, dimensions) float32, pooled and not normalised, in packed order."""
-        hidden = self._encoder(
-            input_ids=packed.input_ids,
-            position_ids=packed.position_ids,
-            token_type_ids=torch.zeros_like(packed.input_ids),
-            packed_batch=packed,
-            use_flash_attn=use_flash_attn,
-        ).last_hidden_state[0]
-        return pool(hidden, packed, self._pooling)
+        """(N, width) float32, pooled and not normalised, in packed order."""
+        return pool(encode(self.encoder, packed, self._first_position, use_flash_attn), packed, self._pooling)
+
+
+def encode(encoder: nn.Module, packed: PackedBatch, first_position: int, use_flash_attn: bool) -> Tensor:
+    """(T, width) hidden states of the last layer."""
+    hidden: Tensor = encoder(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids + first_position,
+        token_type_ids=packed.token_type_ids,
+        packed_batch=packed,
+        use_flash_attn=use_flash_attn,
+    ).last_hidden_state[0]
+    return hidden
+
+
+def first_position(config: Any) -> int:
+    """XLM-R's positions begin after the padding's (fairseq's convention)."""
+    return config.pad_token_id + 1 if config.model_type == "xlm-roberta" else 0
+
+
+def rename(name: str) -> Sequence[str]:
+    """Names with or without the model's own prefix, and TensorFlow's names for the layer norms."""
+    name = name.removeprefix("bert.").removeprefix("roberta.")
+    if name.startswith(UNUSED):
+        return ()
+    return (name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"),)

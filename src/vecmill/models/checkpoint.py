@@ -13,127 +13,199 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
 from vecmill.models.source import Source
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 
-KNOWN_MODULES = {"Transformer", "Pooling", "Normalize"}
+HASHED_BLOCKS, HASHED_BLOCK = 64, 65_536
+
+# The last part of a module's type in modules.json: what runs here, by task.
+MODULES = {Task.EMBED: {"Transformer", "Pooling", "Normalize"}, Task.RERANK: {"Transformer", "LogitScore"}}
+POOLING_MODES: Mapping[str, Pooling] = {
+    "mean_tokens": "mean",
+    "mean": "mean",
+    "cls_token": "cls",
+    "cls": "cls",
+    "lasttoken": "lasttoken",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model folder, read."""
 
-    id: str
-    folder: Path
+    source: Source
     config: Mapping[str, Any]
     """`config.json`."""
-    pooling: Pooling
+    pooling: Pooling | None
+    """None for a reranker."""
+    positions: int
+    """Tokens that the weights have positions for or were trained on."""
     max_model_len: int
     prompts: Mapping[str, str]
+    """Those of `config_sentence_transformers.json`."""
+    logit_score: Mapping[str, Any]
+    """A reranker's `LogitScore` module; empty where there is none."""
     revision: str
+
+    @property
+    def id(self) -> str:
+        return self.source.id
+
+    @property
+    def task(self) -> Task:
+        return self.source.task
+
+    @property
+    def folder(self) -> Path:
+        return self.source.folder
+
+    @property
+    def named(self) -> str:
+        """The setting that names it, for error texts."""
+        return self.source.named
 
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", "missing"))
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What it may be called: its id, and where its files were made."""
+        return (self.id, str(self.config.get("_name_or_path", "")))
+
+    @property
     def tokenizer_file(self) -> Path:
         return self.folder / "tokenizer.json"
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors of the model: those that the index lists, else the one."""
+        index = read_json(self.folder / "model.safetensors.index.json").get("weight_map", {})
+        return [self.folder / name for name in sorted(set(index.values()))] or sorted(self.folder.glob("*.safetensors"))
 
-def read(source: Source, max_model_len: int | None = None) -> Checkpoint:
-    """Read a model folder. `max_model_len` lowers the model's own limit, in tokens.
+    @property
+    def weight_bytes(self) -> int:
+        """Of the files."""
+        return sum(path.stat().st_size for path in self.weight_files if path.is_file())
+
+    def require_pooling(self) -> Pooling:
+        """How an embedder makes one vector of many."""
+        assert self.pooling is not None  # `read` refuses an embedder without
+        return self.pooling
+
+
+def read(source: Source) -> Checkpoint:
+    """Read a model folder.
 
     Raises:
         StartupError: a file is missing or says something that is not supported.
     """
-    folder = source.folder
+    folder, named, task = source.folder, source.named, source.task
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
-            raise StartupError(f"EMBED_MODEL={source.id}: {folder} has no {needed}, so it is not a model folder.")
-    config = _json(folder / "config.json")
-    own_length = _own_max_model_len(folder, config)
-    if max_model_len is not None and max_model_len > own_length:
-        raise StartupError(
-            f"MAX_MODEL_LEN={max_model_len} is above the {own_length} tokens that {source.id} takes: lower it."
-        )
+            raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
+    config = read_json(folder / "config.json")
+    modules = _modules(folder, named, task, config)
     return Checkpoint(
-        id=source.id,
-        folder=folder,
+        source=source,
         config=config,
-        pooling=_pooling(source),
-        max_model_len=max_model_len or own_length,
-        prompts=_json(folder / "config_sentence_transformers.json").get("prompts") or {},
+        pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
+        positions=_positions(folder, config),
+        max_model_len=_max_model_len(folder, config),
+        prompts=read_json(folder / "config_sentence_transformers.json").get("prompts") or {},
+        logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
         revision=_revision(folder),
     )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty where there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`; empty where there is no such file.
+
+    Raises:
+        StartupError: it is not JSON.
+    """
     if not path.is_file():
         return {}
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise StartupError(f"{path} is not valid JSON ({error}); fetch the model again.") from None
+    found = _load(path)
     return found if isinstance(found, dict) else {}
 
 
-def _own_max_model_len(folder: Path, config: Mapping[str, Any]) -> int:
-    """sentence-transformers' rule: its own file first, else the tokenizer's limit; never more than the positions."""
-    said = _json(folder / "sentence_bert_config.json").get("max_seq_length")
+def _load(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise StartupError(f"{path} is not valid JSON ({error}); fetch the model again.") from None
+
+
+def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> dict[str, str]:
+    """The modules by kind, with their folders; empty where there is no modules.json."""
+    path = folder / "modules.json"
+    listed = _load(path) if path.is_file() else []
+    modules = {str(module["type"]).rsplit(".", 1)[-1]: str(module.get("path", "")) for module in listed}
+    classifies = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
+    if task is Task.EMBED and ("LogitScore" in modules or classifies):
+        raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
+    if task is Task.RERANK and "Pooling" in modules:
+        raise StartupError(f"{named}: this is an embedding model; name it in EMBED_MODEL instead.")
+    if unknown := set(modules) - MODULES[task]:
+        raise StartupError(
+            f"{named}: modules.json has {', '.join(sorted(unknown))}; supported are {', '.join(sorted(MODULES[task]))}."
+        )
+    return modules
+
+
+def _positions(folder: Path, config: Mapping[str, Any]) -> int:
+    backbone = config.get("text_config") or config
+    # nomic: positions beyond those trained need rotary scaling, which makes vectors depend on the longest of a batch.
+    keys = ("max_trained_positions", "max_position_embeddings", "n_positions")
+    said = next((backbone[key] for key in keys if backbone.get(key)), None)
     if said is None:
-        said = _json(folder / "tokenizer_config.json").get("model_max_length")
-    limits = [limit for limit in (said, config.get("max_position_embeddings")) if limit is not None]
-    if not limits:
-        raise StartupError(f"{folder} does not say how long its inputs may be: set max_seq_length in its files.")
-    return int(min(limits))
+        raise StartupError(f"{folder}/config.json does not say how many positions the model has.")
+    before_first = backbone.get("pad_token_id", 1) + 1 if config.get("model_type") == "xlm-roberta" else 0
+    return int(said) - before_first
 
 
-def _pooling(source: Source) -> Pooling:
-    modules_file = source.folder / "modules.json"
-    if not modules_file.is_file():
-        return "mean"  # what sentence-transformers adds to a bare encoder
-    modules = json.loads(modules_file.read_text("utf-8"))
-    kinds = [str(module["type"]).rsplit(".", 1)[-1] for module in modules]
-    if unknown := set(kinds) - KNOWN_MODULES:
-        raise StartupError(
-            f"EMBED_MODEL={source.id}: modules.json has {', '.join(sorted(unknown))}; "
-            f"supported are {', '.join(sorted(KNOWN_MODULES))}."
-        )
-    if "Pooling" not in kinds:
-        raise StartupError(f"EMBED_MODEL={source.id}: modules.json has no Pooling, so it gives no one vector per text.")
-    pooling = _json(source.folder / modules[kinds.index("Pooling")]["path"] / "config.json")
-    return _pooling_mode(source, pooling)
+def _max_model_len(folder: Path, config: Mapping[str, Any]) -> int:
+    """sentence-transformers' rule: its own file first, else the tokenizer's limit; never more than the positions."""
+    said = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    if said is None:
+        said = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    return int(min(limit for limit in (said, _positions(folder, config)) if limit is not None))
 
 
-def _pooling_mode(source: Source, pooling: Mapping[str, Any]) -> Pooling:
-    on = {
-        key.removeprefix("pooling_mode_") for key, value in pooling.items() if key.startswith("pooling_mode_") and value
-    }
-    if isinstance(mode := pooling.get("pooling_mode"), str):  # written so since sentence-transformers 5.4
+def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:
+    if not modules:  # what sentence-transformers adds to a bare decoder or encoder
+        decoder = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
+        return "lasttoken" if decoder else "mean"
+    if "Pooling" not in modules:
+        raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
+    said = read_json(folder / modules["Pooling"] / "config.json")
+    on = {key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value}
+    if isinstance(mode := said.get("pooling_mode"), str):  # written so since sentence-transformers 5.4
         on.add(mode)
-    supported: dict[frozenset[str], Pooling] = {
-        frozenset({"mean_tokens"}): "mean",
-        frozenset({"mean"}): "mean",
-        frozenset({"cls_token"}): "cls",
-        frozenset({"cls"}): "cls",
-        frozenset({"lasttoken"}): "lasttoken",
-    }
-    if frozenset(on) not in supported:
+    modes = {POOLING_MODES.get(mode) for mode in on}
+    if len(modes) != 1 or None in modes:
         raise StartupError(
-            f"EMBED_MODEL={source.id}: pooling {'+'.join(sorted(on)) or 'none'} is not supported; "
-            f"mean, cls and lasttoken are."
+            f"{named}: pooling {'+'.join(sorted(on)) or 'none'} is not supported; mean, cls and lasttoken are."
         )
-    return supported[frozenset(on)]
+    return modes.pop() or "mean"
 
 
 def _revision(folder: Path) -> str:
+    """The hub's commit, else a hash of the weights' headers and of blocks spread over all of them.
+
+    Reading every byte would take as long as loading; a training run changes every block.
+    """
     if folder.resolve().parent.name == "snapshots":  # the hub's cache names the folder after the commit
         return folder.resolve().name
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(str(size).encode())
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            for block in range(HASHED_BLOCKS):
+                file.seek(block * max(HASHED_BLOCK, size // HASHED_BLOCKS))
+                digest.update(file.read(HASHED_BLOCK))
     return "sha256:" + digest.hexdigest()[:12]

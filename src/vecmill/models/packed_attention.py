@@ -32,40 +32,65 @@ def packed_attention(
     use_flash_attn: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within each packed row. Returns (1, T, heads, head_dim), and no weights.
+    """Attention within each packed row and the prefix it follows. Returns (1, T, heads, head_dim), and no weights.
 
     Flash kernels take 16-bit types on CUDA only; everywhere else SDPA runs once per distinct length.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    grouped_query = query.shape[1] != key.shape[1]
     if use_flash_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
-        out = varlen_attn(
-            q,
-            k,
-            v,
-            packed_batch.cu_seqlens,
-            packed_batch.cu_seqlens,
-            packed_batch.max_length,
-            packed_batch.max_length,
-            scale=scaling,
-            enable_gqa=grouped_query,
-            window_size=(-1, 0) if causal else (-1, -1),
-        )
-        assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
-        return out[None], None
-    parts = [
-        F.scaled_dot_product_attention(
-            _rows(query, group),
-            _rows(key, group),
-            _rows(value, group),
-            scale=scaling,
-            is_causal=causal,
-            enable_gqa=grouped_query,
-        )
-        for group in packed_batch.groups
-    ]
+        return _flash(query, key, value, packed_batch, scaling, causal), None
+    parts = [_sdpa(query, key, value, group, scaling, causal) for group in packed_batch.groups]
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None], None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float | None, causal: bool
+) -> Tensor:
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
+    cu_keys, max_keys = packed.cu_seqlens, packed.max_length
+    if packed.keys is not None:
+        # A prefix's keys are copied before each row that follows it; its tokens are still computed only once. The
+        # causal window is aligned at the last key, so each query sees the whole prefix and its own row up to itself.
+        k, v = k[packed.keys.index], v[packed.keys.index]
+        cu_keys, max_keys = packed.keys.cu_seqlens, packed.keys.max_length
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        packed.cu_seqlens,
+        cu_keys,
+        packed.max_length,
+        max_keys,
+        scale=scaling,
+        enable_gqa=q.shape[1] != k.shape[1],
+        window_size=(-1, 0) if causal else (-1, -1),
+    )
+    assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
+    return out[None]
+
+
+def _sdpa(
+    query: Tensor, key: Tensor, value: Tensor, group: EqualLengths, scaling: float | None, causal: bool
+) -> Tensor:
+    """(rows, heads, length, head_dim)"""
+    k, v = _rows(key, group), _rows(value, group)
+    mask = None
+    if group.prefix is not None:
+        first, length = group.prefix
+        k, v = (
+            torch.cat((whole[:, :, first : first + length].expand(group.rows, -1, -1, -1), own), dim=2)
+            for whole, own in ((key, k), (value, v))
+        )
+        mask = torch.ones(group.length, length + group.length, dtype=torch.bool, device=query.device).tril(length)
+    return F.scaled_dot_product_attention(
+        _rows(query, group),
+        k,
+        v,
+        attn_mask=mask,
+        scale=scaling,
+        is_causal=causal and mask is None,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _rows(tensor: Tensor, group: EqualLengths) -> Tensor:

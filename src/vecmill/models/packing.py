@@ -1,4 +1,4 @@
-"""Ragged rows end to end in one row: no padding, and the lengths that keep the rows apart."""
+"""Ragged rows end to end in one row: no padding, shared prefixes once, and the lengths that keep the rows apart."""
 
 from __future__ import annotations
 
@@ -8,57 +8,116 @@ from itertools import groupby
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from vecmill.core.types import TokenIds
+from vecmill.core.types import Prefix, Row, TokenIds
 
 
 @dataclass(frozen=True, slots=True)
 class EqualLengths:
-    """`rows` neighbouring rows of `length` tokens each, from token `start` on: one attention call serves them."""
+    """Neighbouring segments of equal length that follow the same prefix, if any: one attention call serves them."""
 
     start: int
     rows: int
     length: int
+    prefix: tuple[int, int] | None = None
+    """First token and length of the prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """Which tokens the queries of each segment look at, where some look at a prefix too."""
+
+    index: Tensor  # (K,) int64: the tokens, segment by segment; those of a prefix once for each that follows it
+    cu_seqlens: Tensor  # (S + 1,) int32
+    max_length: int
 
 
 @dataclass(frozen=True, slots=True)
 class PackedBatch:
-    """Rows sorted by length, concatenated. N = rows, T = all tokens; a filler row may follow the last."""
+    """N rows as S segments of T tokens in all. Segments are rows, the prefixes they share, and a filler."""
 
-    input_ids: torch.Tensor  # (1, T) int64
-    position_ids: torch.Tensor  # (1, T) int64, restarting at 0 with each row
-    cu_seqlens: torch.Tensor  # (N + 1 or 2,) int32 on the device: where each row starts, and T
-    lengths: torch.Tensor  # (N or N + 1,) int64 on the device
+    input_ids: Tensor  # (1, T) int64
+    position_ids: Tensor  # (1, T) int64, restarting at 0 with each row
+    token_type_ids: Tensor  # (1, T) int64
+    pooled: Tensor | None  # (T, 1) float32: 0 where a token is left out of mean pooling; None: all are in
+    cu_seqlens: Tensor  # (S + 1,) int32: where each segment starts, and T
     max_length: int
+    lengths: Tensor  # (S,) int64
+    segments: Tensor  # (N,) int64: the segment of each row
+    keys: Keys | None
+    """None where no row has a prefix: each segment looks at itself."""
     groups: tuple[EqualLengths, ...]
     order: tuple[int, ...]
     """`order[i]` is the caller's index of packed row i; N long."""
 
+    @property
+    def first(self) -> Tensor:
+        """(N,) index of each row's first token."""
+        return self.cu_seqlens[self.segments].long()
 
-def pack(rows: Sequence[TokenIds], device: torch.device) -> PackedBatch:
-    """Pack non-empty rows of token ids for one forward pass."""
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    parts = [rows[index] for index in order]
-    positions = [np.arange(len(row)) for row in parts]
-    if filler := _filler(sum(map(len, rows))):
-        parts.append(np.zeros(filler, dtype=np.int32))
-        positions.append(np.zeros(filler, dtype=np.int64))
-    lengths = [len(part) for part in parts]
-    groups, start = [], 0
-    for length, members in groupby(lengths):
-        count = len(list(members))
-        groups.append(EqualLengths(start, count, length))
-        start += count * length
-    cu_seqlens = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+    @property
+    def last(self) -> Tensor:
+        """(N,) index of each row's last token."""
+        return self.cu_seqlens[self.segments + 1].long() - 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    token_ids: TokenIds
+    start: int
+    position: int = 0
+    prefix: tuple[int, int] | None = None
+    index: int | None = None
+    """The caller's index of the row; None for a prefix and the filler."""
+    unpooled: int = 0
+    second_text: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+def pack(rows: Sequence[Row], device: torch.device) -> PackedBatch:
+    """Pack rows for one forward pass: those without a prefix by length, then each prefix and what follows it."""
+    segments = _segments(rows)
+    lengths = [len(segment) for segment in segments]
+    cu_seqlens = _cumulative(lengths)
+    of_rows = [number for number, segment in enumerate(segments) if segment.index is not None]
     return PackedBatch(
-        input_ids=torch.from_numpy(np.concatenate(parts).astype(np.int64))[None].to(device),
-        position_ids=torch.from_numpy(np.concatenate(positions))[None].to(device),
+        input_ids=_tokens([segment.token_ids for segment in segments]).to(device),
+        position_ids=_tokens([np.arange(len(segment)) + segment.position for segment in segments]).to(device),
+        token_type_ids=_tokens([_token_types(segment) for segment in segments]).to(device),
+        pooled=_pooled(segments, cu_seqlens, device),
         cu_seqlens=torch.from_numpy(cu_seqlens).to(device),
-        lengths=torch.tensor(lengths, device=device),
         max_length=max(lengths),
-        groups=tuple(groups),
-        order=tuple(order),
+        lengths=torch.tensor(lengths, device=device),
+        segments=torch.tensor(of_rows, device=device),
+        keys=_keys(segments, device),
+        groups=_groups(segments),
+        order=tuple(segment.index for segment in segments if segment.index is not None),
     )
+
+
+def _segments(rows: Sequence[Row]) -> list[_Segment]:
+    families: dict[Prefix | None, list[int]] = {}
+    for index, row in enumerate(rows):
+        families.setdefault(row.prefix, []).append(index)
+    segments: list[_Segment] = []
+    start = 0
+    for prefix in sorted(families, key=lambda prefix: prefix is not None):  # stable: in order of first appearance
+        span = None
+        if prefix is not None:
+            span = (start, len(prefix))
+            segments.append(_Segment(prefix.token_ids, start))
+            start += len(prefix)
+        for index in sorted(families[prefix], key=lambda index: len(rows[index].token_ids)):
+            row = rows[index]
+            position = len(prefix) if prefix else 0
+            segments.append(_Segment(row.token_ids, start, position, span, index, row.unpooled, row.second_text))
+            start += len(row.token_ids)
+    if filler := _filler(start):
+        segments.append(_Segment(np.zeros(filler, dtype=np.int32), start))
+    return segments
 
 
 def _filler(tokens: int) -> int:
@@ -68,3 +127,54 @@ def _filler(tokens: int) -> int:
     memory grows for hours (oneDNN, 300 MB and more). Rounded, there are some dozens of shapes.
     """
     return -tokens % (16 if tokens <= 256 else 64)
+
+
+def _tokens(parts: Sequence[np.typing.NDArray[np.integer]]) -> Tensor:
+    """(T,) in parts -> (1, T) int64."""
+    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
+
+
+def _cumulative(lengths: Sequence[int]) -> np.typing.NDArray[np.int32]:
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+
+def _token_types(segment: _Segment) -> np.typing.NDArray[np.int64]:
+    types = np.zeros(len(segment), dtype=np.int64)
+    if segment.second_text is not None:
+        types[segment.second_text :] = 1
+    return types
+
+
+def _pooled(
+    segments: Sequence[_Segment], cu_seqlens: np.typing.NDArray[np.int32], device: torch.device
+) -> Tensor | None:
+    if not any(segment.unpooled for segment in segments):
+        return None
+    pooled = torch.ones(int(cu_seqlens[-1]), 1)
+    for segment in segments:
+        pooled[segment.start : segment.start + segment.unpooled] = 0
+    return pooled.to(device)
+
+
+def _keys(segments: Sequence[_Segment], device: torch.device) -> Keys | None:
+    if all(segment.prefix is None for segment in segments):
+        return None
+    parts = []
+    for segment in segments:
+        own = np.arange(segment.start, segment.start + len(segment))
+        first, length = segment.prefix or (0, 0)
+        parts.append(np.concatenate((np.arange(first, first + length), own)))
+    lengths = [len(part) for part in parts]
+    return Keys(
+        index=torch.from_numpy(np.concatenate(parts)).to(device),
+        cu_seqlens=torch.from_numpy(_cumulative(lengths)).to(device),
+        max_length=max(lengths),
+    )
+
+
+def _groups(segments: Sequence[_Segment]) -> tuple[EqualLengths, ...]:
+    groups = []
+    for (length, prefix), found in groupby(segments, key=lambda segment: (len(segment), segment.prefix)):
+        members = list(found)
+        groups.append(EqualLengths(members[0].start, len(members), length, prefix))
+    return tuple(groups)

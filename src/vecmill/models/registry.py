@@ -1,54 +1,78 @@
-"""The families that are served, by the `model_type` in their config.json."""
+"""The families that are served, by task and the `model_type` in their config.json."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
 from vecmill.models.bert import BertEmbedder
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.cross_encoder import CrossEncoder
+from vecmill.models.nomic_bert import NomicBertEmbedder
+from vecmill.models.nv_embed import NVEmbedder
 from vecmill.models.packing import PackedBatch
+from vecmill.models.qwen3 import Qwen3Embedder
+from vecmill.models.qwen3_reranker import Qwen3Reranker
+from vecmill.models.weights import Target
 
 
-class Embedder(Protocol):
-    """A loaded embedding model."""
+class Model(Protocol):
+    """A loaded model."""
 
     @property
-    def dimensions(self) -> int: ...
+    def width(self) -> int:
+        """Values per row: the dimensions of a vector, or 1 for a reranker's logit."""
+        ...
 
     @property
     def vocab_size(self) -> int: ...
 
     @property
-    def weight_bytes(self) -> int: ...
+    def modules(self) -> Sequence[nn.Module]:
+        """All that holds weights."""
+        ...
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        """(N, dimensions) float32, pooled and not normalised, in packed order."""
+        """(N, width) float32, not normalised, in packed order."""
         ...
 
 
-class EmbedderClass(Protocol):
-    """A family."""
+class Family(Protocol):
+    """A class of models."""
 
-    def __call__(self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Embedder: ...
-
-
-EMBEDDERS: Mapping[str, EmbedderClass] = {"bert": BertEmbedder}
+    def __call__(self, checkpoint: Checkpoint, target: Target) -> Model: ...
 
 
-def family(checkpoint: Checkpoint) -> EmbedderClass:
+FAMILIES: Mapping[Task, Mapping[str, Family]] = {
+    Task.EMBED: {
+        "bert": BertEmbedder,
+        "xlm-roberta": BertEmbedder,
+        "nomic_bert": NomicBertEmbedder,
+        "qwen3": Qwen3Embedder,
+        "nvembed": NVEmbedder,
+    },
+    Task.RERANK: {
+        "bert": CrossEncoder,
+        "xlm-roberta": CrossEncoder,
+        "qwen3": Qwen3Reranker,
+    },
+}
+
+
+def family(checkpoint: Checkpoint) -> Family:
     """The class that runs a checkpoint.
 
     Raises:
         StartupError: no family here has this model_type.
     """
-    if checkpoint.model_type not in EMBEDDERS:
+    families = FAMILIES[checkpoint.task]
+    if checkpoint.model_type not in families:
         raise StartupError(
-            f"EMBED_MODEL={checkpoint.id}: model_type {checkpoint.model_type!r} is not supported; "
-            f"supported: {', '.join(sorted(EMBEDDERS))}."
+            f"{checkpoint.named}: model_type {checkpoint.model_type!r} is not supported; "
+            f"supported: {', '.join(sorted(families))}."
         )
-    return EMBEDDERS[checkpoint.model_type]
+    return families[checkpoint.model_type]

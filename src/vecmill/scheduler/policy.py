@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -11,7 +11,12 @@ class Cuttable(Protocol):
     """What the cut needs to know of a sequence."""
 
     def __len__(self) -> int:
-        """Tokens."""
+        """Tokens, those of the prefix included."""
+        ...
+
+    @property
+    def prefix(self) -> Sized | None:
+        """Leading tokens that a batch computes once for all that have the same object here."""
         ...
 
     @property
@@ -35,6 +40,8 @@ class Cut(Generic[S]):
 
     batch: tuple[S, ...]
     abandoned: tuple[S, ...]
+    tokens: int
+    """What the batch has to compute."""
 
     @property
     def taken(self) -> int:
@@ -50,13 +57,18 @@ def cut(waiting: Iterable[S], budget: Budget) -> Cut[S]:
     """
     batch: list[S] = []
     abandoned: list[S] = []
+    prefixes: set[int] = set()
     tokens = 0
     for sequence in waiting:
         if sequence.abandoned:
             abandoned.append(sequence)
             continue
-        tokens += len(sequence)
-        if batch and (tokens > budget.max_batch_tokens or len(batch) == budget.max_batch_size):
+        added = len(sequence)
+        if sequence.prefix is not None and id(sequence.prefix) in prefixes:
+            added -= len(sequence.prefix)
+        if batch and (tokens + added > budget.max_batch_tokens or len(batch) == budget.max_batch_size):
             break
+        tokens += added
         batch.append(sequence)
-    return Cut(tuple(batch), tuple(abandoned))
+        prefixes.add(id(sequence.prefix))
+    return Cut(tuple(batch), tuple(abandoned), tokens)

@@ -12,8 +12,8 @@ from time import perf_counter
 
 from vecmill.core.errors import BatchFailed, EngineFailed, ShuttingDown, VecmillError
 from vecmill.core.protocols import Runner
-from vecmill.core.types import TokenIds
-from vecmill.scheduler.policy import Budget, cut
+from vecmill.core.types import Row
+from vecmill.scheduler.policy import Budget, Cut, cut
 from vecmill.scheduler.sequence import Sequence, SequenceResult
 
 logger = logging.getLogger(__name__)
@@ -70,8 +70,8 @@ class Scheduler:
         """Batches given to the runner and not yet answered."""
         return len(self._running)
 
-    def submit(self, model: str, inputs: Iterable[TokenIds]) -> list[asyncio.Future[SequenceResult]]:
-        """Queue token ids and return one future for each, in order.
+    def submit(self, model: str, rows: Iterable[Row]) -> list[asyncio.Future[SequenceResult]]:
+        """Queue rows and return one future for each, in order.
 
         Cancelling a future frees its sequence before it is run.
 
@@ -81,7 +81,7 @@ class Scheduler:
         if self._closed is not None:
             raise self._closed.again()
         loop = asyncio.get_running_loop()
-        sequences = [Sequence(ids, model, loop.create_future()) for ids in inputs]
+        sequences = [Sequence(row, model, loop.create_future()) for row in rows]
         self._waiting.setdefault(model, deque()).extend(sequences)
         self._wake.set()
         return [sequence.future for sequence in sequences]
@@ -99,7 +99,7 @@ class Scheduler:
             # The slot first: what arrives while the device is busy still gets into the next batch.
             await self._slots.acquire()
             batch = self._cut_next()
-            if not batch:
+            if batch is None:
                 self._slots.release()
                 self._wake.clear()
                 continue
@@ -107,8 +107,8 @@ class Scheduler:
             self._running.add(task)
             task.add_done_callback(self._batch_ended)
 
-    def _cut_next(self) -> tuple[Sequence, ...]:
-        """The next batch, from the model whose first sequence has waited longest; empty when nothing waits."""
+    def _cut_next(self) -> Cut[Sequence] | None:
+        """The next batch, from the model whose first sequence has waited longest; None when nothing waits."""
         while heads := [(queue[0].submitted, model) for model, queue in self._waiting.items() if queue]:
             queue = self._waiting[min(heads)[1]]
             taken = cut(queue, self._budget)
@@ -116,12 +116,13 @@ class Scheduler:
                 queue.popleft()
             self.stats.abandoned += len(taken.abandoned)
             if taken.batch:
-                return taken.batch
-        return ()
+                return taken
+        return None
 
-    async def _run(self, batch: tuple[Sequence, ...]) -> None:
+    async def _run(self, taken: Cut[Sequence]) -> None:
+        batch = taken.batch
         try:
-            await self._run_and_resolve(batch)
+            await self._run_and_resolve(batch, taken.tokens)
         except EngineFailed as error:
             self._fail(batch, error)
             self._stop(error)
@@ -133,10 +134,10 @@ class Scheduler:
             # Whatever happened, nobody is left waiting.
             self._fail(batch, BatchFailed())
 
-    async def _run_and_resolve(self, batch: tuple[Sequence, ...]) -> None:
+    async def _run_and_resolve(self, batch: tuple[Sequence, ...], tokens: int) -> None:
         started = perf_counter()
-        result = await self._runner.run(batch[0].model, [sequence.token_ids for sequence in batch])
-        self._count(batch, result.seconds)
+        result = await self._runner.run(batch[0].model, [sequence.row for sequence in batch])
+        self._count(len(batch), tokens, result.seconds)
         for sequence, row in zip(batch, result.rows, strict=True):
             if sequence.future.done():
                 continue
@@ -146,13 +147,12 @@ class Scheduler:
                 queued = started - sequence.submitted
                 sequence.future.set_result(SequenceResult(row, queued, result.seconds))
 
-    def _count(self, batch: tuple[Sequence, ...], seconds: float) -> None:
-        tokens = sum(map(len, batch))
+    def _count(self, rows: int, tokens: int, seconds: float) -> None:
         self.stats.batches += 1
-        self.stats.sequences += len(batch)
+        self.stats.sequences += rows
         self.stats.tokens += tokens
         self.stats.busy_seconds += seconds
-        self._on_batch(len(batch), tokens, seconds)
+        self._on_batch(rows, tokens, seconds)
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)

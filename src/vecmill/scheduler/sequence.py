@@ -6,7 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from time import perf_counter
 
-from vecmill.core.types import TokenIds, Vector
+from vecmill.core.types import Prefix, Row, Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,20 @@ class SequenceResult:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """Token ids, the model that runs them, and the future that whoever submitted them waits on."""
+    """A row, the model that runs it, and the future that whoever submitted them waits on."""
 
-    token_ids: TokenIds
+    row: Row
     model: str
     future: asyncio.Future[SequenceResult]
     submitted: float = field(default_factory=perf_counter)
 
     def __len__(self) -> int:
-        return len(self.token_ids)
+        return len(self.row)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """Leading tokens that other sequences of its request share."""
+        return self.row.prefix
 
     @property
     def abandoned(self) -> bool:

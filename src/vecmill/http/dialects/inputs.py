@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, WithJsonSchema
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from vecmill.core.types import EmbedResult
 
@@ -59,6 +59,26 @@ EmbeddingInputs = Annotated[
             "description": "A text, texts, the token ids of one text, or those of several.",
         }
     ),
+]
+
+
+def parse_truncate(value: Any) -> Any:
+    """NIM's and Cohere's words for what others say with true and false.
+
+    Raises:
+        ValueError: `START`: texts are cut at their end only.
+    """
+    if not isinstance(value, str):
+        return value
+    if value.upper() == "START":
+        raise ValueError("texts can only be cut at their end; send END, or NONE to refuse long ones")
+    return {"END": True, "NONE": False}.get(value.upper(), value)
+
+
+Truncate = Annotated[
+    bool | None,
+    BeforeValidator(parse_truncate),
+    Field(description="Cut what is too long (true, `END`), or refuse it (false, `NONE`). Default: AUTO_TRUNCATE."),
 ]
 
 

@@ -5,15 +5,17 @@ Source: https://platform.openai.com/docs/api-reference/embeddings and /models.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from time import time
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from vecmill.core.errors import ModelNotFound
 from vecmill.core.types import EmbedRequest, EmbedResult, ModelCard
-from vecmill.http.dialects.inputs import EmbeddingInputs, truncation_header, usage
+from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate, truncation_header, usage
+from vecmill.http.dialects.prompt_fields import PromptFields
 from vecmill.http.encoding import EncodingFormat, encode_rows, json_response
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
@@ -23,7 +25,7 @@ router = APIRouter(tags=["OpenAI"], route_class=InferenceRoute)
 STARTED = int(time())
 
 
-class EmbeddingsBody(BaseModel):
+class EmbeddingsBody(PromptFields):
     """Keys that are not listed are ignored: every client adds some."""
 
     model_config = ConfigDict(
@@ -32,10 +34,13 @@ class EmbeddingsBody(BaseModel):
 
     input: EmbeddingInputs
     model: str | None = Field(None, description="Left out: the default model.")
-    dimensions: int | None = Field(None, ge=1, description="First so many values, normalised again.")
+    dimensions: int | None = Field(
+        None, ge=1, description="First so many values, normalised again; where the model is trained for it."
+    )
     encoding_format: EncodingFormat | None = Field(
         None, description="`float` (default), or `base64`: little-endian float32."
     )
+    truncate: Truncate = None
     user: str | None = Field(None, description="Ignored.")
 
 
@@ -43,7 +48,14 @@ class EmbeddingsBody(BaseModel):
 async def create_embeddings(body: EmbeddingsBody, request: Request, services: ServicesOf) -> Response:
     """Texts to unit vectors, in input order."""
     result = await services.inference.embed(
-        EmbedRequest(inputs=body.input, model=body.model, dimensions=body.dimensions, param="input")
+        EmbedRequest(
+            inputs=body.input,
+            model=body.model,
+            prompt=body.prompt_choice(),
+            truncate=body.truncate,
+            dimensions=body.dimensions,
+            param="input",
+        )
     )
     encoding = body.encoding_format or "float"
     return await json_response(request, lambda: _embeddings(result, encoding), truncation_header(result.truncated))
@@ -69,7 +81,7 @@ async def list_models(services: ServicesOf) -> dict[str, Any]:
 async def retrieve_model(model: str, services: ServicesOf) -> dict[str, Any]:
     """One model by its id."""
     for card in services.inference.cards:
-        if card.id == model:
+        if model in (card.id, *card.aliases):
             return _model(card)
     known = ", ".join(card.id for card in services.inference.cards) or "none yet"
     raise ModelNotFound(f"The model `{model[:200]}` does not exist here; these do: {known}.", param="model")
@@ -81,11 +93,18 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "object": "model",
         "created": STARTED,
         "owned_by": "vecmill",
+        "task": card.task.value,
         "family": card.family,
         "revision": card.revision,
         "dimensions": card.dimensions,
+        "supported_dimensions": _sizes(card.supported_dimensions),
         "max_model_len": card.max_model_len,
         "pooling": card.pooling,
         "dtype": card.dtype,
         "prompts": dict(card.prompts),
+        "aliases": list(card.aliases),
     }
+
+
+def _sizes(possible: Sequence[int]) -> list[int] | dict[str, int]:
+    return {"min": possible[0], "max": possible[-1]} if isinstance(possible, range) else list(possible)

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.core.types import RerankRequest, RerankResult
-from vecmill.http.dialects.inputs import Documents, truncation_header
+from vecmill.http.dialects.inputs import Documents, Truncate, truncation_header
 from vecmill.http.encoding import json_response
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
@@ -41,8 +41,11 @@ class RerankBody(BaseModel):
     model: str | None = Field(None, description="Left out: the default model.")
     top_n: int | None = Field(None, ge=0, description="Only the best so many; 0 or left out: all.")
     return_documents: bool | None = Field(None, description="Give each document back beside its score.")
-    raw_scores: bool | None = Field(None, description="The model's own scale (here the cosine) instead of 0..1.")
-    truncate: bool | None = Field(None, description="Cut what is too long, or refuse it. Default: AUTO_TRUNCATE.")
+    instruction: str | None = Field(
+        None, description="What makes a document relevant, in place of the model's default (Qwen3-Reranker)."
+    )
+    raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
+    truncate: Truncate = None
 
 
 @router.post("/v1/rerank", summary="Rerank")
@@ -55,6 +58,7 @@ async def rerank(body: RerankBody, request: Request, services: ServicesOf) -> Re
             documents=[document["text"] for document in body.documents],
             model=body.model,
             truncate=body.truncate,
+            instruction=body.instruction,
             raw_scores=bool(body.raw_scores),
         )
     )

@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Header, Request, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
 from vecmill.core.types import EmbedRequest
-from vecmill.http.dialects.inputs import EmbeddingInputs, truncation_header
+from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate, truncation_header
+from vecmill.http.dialects.prompt_fields import PromptFields
 from vecmill.http.encoding import json_response
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
@@ -19,7 +20,7 @@ from vecmill.http.services import ServicesOf
 router = APIRouter(tags=["TEI and CodeCartographer"], route_class=InferenceRoute)
 
 
-class EmbedBody(BaseModel):
+class EmbedBody(PromptFields):
     """Keys that are not listed are ignored."""
 
     model_config = ConfigDict(
@@ -28,14 +29,9 @@ class EmbedBody(BaseModel):
 
     inputs: EmbeddingInputs
     model: str | None = Field(None, description="Left out: the default model.")
-    is_query: bool | None = Field(
-        None,
-        description="The model's own query prompt (true) or document prompt (false) goes before each text.",
-    )
-    prompt_name: str | None = Field(None, description="One of the model's prompts by name; wins over `is_query`.")
-    truncate: bool | None = Field(None, description="Cut what is too long, or refuse it. Default: AUTO_TRUNCATE.")
+    truncate: Truncate = None
     normalize: bool | None = Field(None, description="Unit vectors; true if left out.")
-    dimensions: int | None = Field(None, ge=1, description="First so many values.")
+    dimensions: int | None = Field(None, ge=1, description="First so many values; where the model is trained for it.")
     job_id: str | None = Field(None, description="The indexing job this belongs to; renews its lease.")
 
 
@@ -53,8 +49,7 @@ async def embed(
         EmbedRequest(
             inputs=body.inputs,
             model=body.model,
-            prompt_name=body.prompt_name,
-            is_query=body.is_query,
+            prompt=body.prompt_choice(),
             truncate=body.truncate,
             dimensions=body.dimensions,
             normalize=body.normalize is not False,

@@ -1,0 +1,43 @@
+"""Which models the settings mean on this device."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from vecmill.config import ModelSettings
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
+from vecmill.models.source import Source, find
+
+logger = logging.getLogger(__name__)
+
+AUTO = "auto"
+NONE = "none"
+GPU_DEFAULTS = {Task.EMBED: "Qwen/Qwen3-Embedding-4B", Task.RERANK: "Qwen/Qwen3-Reranker-4B"}
+
+
+def chosen_sources(models: ModelSettings, device: torch.device) -> list[Source]:
+    """The folders of EMBED_MODEL, then those of RERANK_MODEL.
+
+    Raises:
+        StartupError: one is not to be found.
+    """
+    named = [(Task.EMBED, name) for name in models.embed_model] + [(Task.RERANK, name) for name in models.rerank_model]
+    found = (_find(task, name, models, device) for task, name in named if name != NONE)
+    return [source for source in found if source is not None]
+
+
+def _find(task: Task, name: str, models: ModelSettings, device: torch.device) -> Source | None:
+    token = models.hf_token.get_secret_value() if models.hf_token else None
+    if name != AUTO:
+        return find(name, task, hf_token=token, revision=models.revision_of(name))
+    if device.type == "cuda":
+        default = GPU_DEFAULTS[task]
+        try:
+            return find(default, task, hf_token=token, revision=models.revision_of(default))
+        except StartupError as error:
+            instead = "the small bundled model is served" if task is Task.EMBED else "documents are ranked by cosine"
+            logger.warning("%s INSTEAD, %s. `vecmill pull %s` fetches it.", error.message, instead, default)
+    return find(AUTO, task) if task is Task.EMBED else None

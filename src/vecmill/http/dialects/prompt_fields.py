@@ -1,0 +1,62 @@
+"""All the ways in which clients say whether a text is a query or a document."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, Field
+
+from vecmill.core.types import PromptChoice
+
+# NIM's, Cohere's and Voyage's `input_type`, Jina's `task`.
+CHOICES: dict[str, PromptChoice] = {
+    **dict.fromkeys(("query", "search_query", "retrieval.query", "code.query"), PromptChoice(is_query=True)),
+    **dict.fromkeys(
+        ("passage", "document", "search_document", "retrieval.passage", "code.passage"), PromptChoice(is_query=False)
+    ),
+    "classification": PromptChoice(task="classification"),
+    "clustering": PromptChoice(task="clustering"),
+    "separation": PromptChoice(task="clustering"),
+    "text-matching": PromptChoice(task="text-matching"),
+}
+
+
+def parse_use(value: Any) -> Any:
+    """One of the values, in any case.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(value, str) and value.lower() not in CHOICES:
+        raise ValueError(f"must be one of {', '.join(CHOICES)}")
+    return value.lower() if isinstance(value, str) else value
+
+
+Use = Annotated[str | None, BeforeValidator(parse_use)]
+
+
+class PromptFields(BaseModel):
+    """Of several that are given, the first here wins. None: the texts are embedded as they are."""
+
+    instruction: str | None = Field(
+        None, description="The task in your own words, in place of the one in the model's query prompt; empty: none."
+    )
+    prompt_name: str | None = Field(None, description="One of the model's prompts by name; /v1/models lists them.")
+    task: Use = Field(None, description="Jina: `retrieval.query`, `retrieval.passage`, `text-matching`, ...")
+    input_type: Use = Field(
+        None, description="NIM, Cohere, Voyage: `query`, `passage`, `search_query`, `search_document`, `document`, ..."
+    )
+    is_query: bool | None = Field(
+        None,
+        description="CodeCartographer: the model's own query prompt (true) or document prompt (false) goes before "
+        "each text.",
+    )
+
+    def prompt_choice(self) -> PromptChoice:
+        """What the request says; nothing said is no prompt."""
+        if self.instruction is not None:
+            return PromptChoice(instruction=self.instruction)
+        if self.prompt_name is not None:
+            return PromptChoice(prompt_name=self.prompt_name)
+        use = self.task or self.input_type
+        return CHOICES[use] if use else PromptChoice(self.is_query)

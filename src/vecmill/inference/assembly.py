@@ -1,0 +1,55 @@
+"""From a loaded model's card and files to what serves its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from vecmill.config import InferenceSettings
+from vecmill.core.types import ModelCard, Task
+from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairTokenizer
+from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.text_format import text_format
+
+
+def assemble(
+    loaded: Iterable[tuple[str, ModelCard, Checkpoint]], settings: InferenceSettings, threads: ThreadPoolExecutor
+) -> ServedModels:
+    """Read every tokenizer. `loaded` are the scheduler's key, the card and the files of each model.
+
+    Raises:
+        StartupError: a tokenizer is not that of its model.
+    """
+    embedders, rerankers = [], []
+    for key, card, checkpoint in loaded:
+        if card.task is Task.EMBED:
+            embedders.append(ServedEmbedder(key, card, _text_tokenizer(card, checkpoint, threads)))
+        else:
+            rerankers.append(ServedReranker(key, card, _pair_tokenizer(card, checkpoint, settings, threads)))
+    return ServedModels(embedders, rerankers, strict=settings.strict_model)
+
+
+def _pool(
+    card: ModelCard, checkpoint: Checkpoint, threads: ThreadPoolExecutor, *, control_tokens: bool = True
+) -> TokenizerPool:
+    return TokenizerPool(
+        checkpoint.tokenizer_file, card.vocab_size, card.max_model_len, threads, control_tokens=control_tokens
+    )
+
+
+def _text_tokenizer(card: ModelCard, checkpoint: Checkpoint, threads: ThreadPoolExecutor) -> TextTokenizer:
+    pool = _pool(card, checkpoint, threads)
+    return TextTokenizer(pool, text_format(checkpoint), card.max_model_len, card.vocab_size)
+
+
+def _pair_tokenizer(
+    card: ModelCard, checkpoint: Checkpoint, settings: InferenceSettings, threads: ThreadPoolExecutor
+) -> PairTokenizer:
+    pool = _pool(card, checkpoint, threads, control_tokens=settings.allow_control_tokens)
+    if card.family == "qwen3":
+        prompt = _pool(card, checkpoint, threads)
+        return InstructTokenizer(pool, prompt, card.max_model_len, card.prompts["query"])
+    return CrossEncoderTokenizer(pool, card.max_model_len)

@@ -1,0 +1,33 @@
+"""Waiting for all parts of a request."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from vecmill.core.errors import NonFiniteEmbedding
+from vecmill.scheduler.sequence import SequenceResult
+
+
+async def all_or_first_error(
+    futures: Sequence[asyncio.Future[SequenceResult]], name: Callable[[int], str]
+) -> list[SequenceResult]:
+    """Wait for every future. On the first error, or when the caller is cancelled, the rest is abandoned.
+
+    Raises:
+        NonFiniteEmbedding: with the input's `name`. Any other error as it was set.
+    """
+    try:
+        await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
+        for index, future in enumerate(futures):
+            if future.done() and isinstance(future.exception(), NonFiniteEmbedding):
+                raise NonFiniteEmbedding(
+                    f"`{name(index)}`: the model gave a value that is not finite; shorten or change the text.",
+                    param=name(index),
+                )
+        failed = next((future for future in futures if future.done() and future.exception()), None)
+        return [future.result() for future in ([failed] if failed else futures)]
+    finally:
+        for future in futures:
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # seen: asyncio would log an error that nobody looked at

@@ -1,0 +1,115 @@
+"""The models that requests can name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from vecmill.core.errors import ModelNotFound
+from vecmill.core.types import ModelCard
+from vecmill.inference.pairs import PairTokenizer
+from vecmill.inference.tokenization import TextTokenizer
+
+# NIM's clients say so what a text is: `nvidia/nv-embedqa-e5-v5-query`.
+ROLE_SUFFIXES = {"-query": True, "-passage": False, "-document": False}
+
+
+@dataclass(frozen=True, slots=True)
+class ServedEmbedder:
+    """An embedding model."""
+
+    key: str
+    """What the scheduler calls it."""
+    card: ModelCard
+    tokenizer: TextTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedReranker:
+    """A reranker."""
+
+    key: str
+    card: ModelCard
+    tokenizer: PairTokenizer
+
+
+S = TypeVar("S", bound=ServedEmbedder | ServedReranker)
+
+
+class Names(Generic[S]):
+    """Models of one task by every name they have, the default first."""
+
+    def __init__(self, models: Sequence[S]) -> None:
+        self.models = models
+        self.by_name = {name: model for model in models for name in (model.card.id, *model.card.aliases)}
+
+    def only(self) -> S | None:
+        """The model, where there is one."""
+        return self.models[0] if len(self.models) == 1 else None
+
+
+class ServedModels:
+    """Finds the model of a request."""
+
+    def __init__(
+        self, embedders: Sequence[ServedEmbedder], rerankers: Sequence[ServedReranker], *, strict: bool
+    ) -> None:
+        """The first of each is its default; there is at least one embedder."""
+        self._embedders, self._rerankers = Names(embedders), Names(rerankers)
+        self._strict = strict
+
+    @property
+    def cards(self) -> list[ModelCard]:
+        """All models, embedders first."""
+        return [
+            *(embedder.card for embedder in self._embedders.models),
+            *(reranker.card for reranker in self._rerankers.models),
+        ]
+
+    def embedder(self, name: str | None) -> tuple[ServedEmbedder, bool | None]:
+        """The embedder that answers to `name`, and whether the name says that the texts are queries.
+
+        Itself, the default for None, the only one for any name unless STRICT_MODEL; a role suffix comes off.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        if not name:
+            return self._embedders.models[0], None
+        if name in self._embedders.by_name:
+            return self._embedders.by_name[name], None
+        stem, is_query = _role(name)
+        found = self._embedders.by_name.get(stem)
+        if found is None and not self._strict and name not in self._rerankers.by_name:
+            found = self._embedders.only()
+        if found is None:
+            raise self._not_found(name, self._embedders, "embedding models")
+        return found, is_query
+
+    def reranker(self, name: str | None) -> ServedReranker | ServedEmbedder:
+        """What ranks for `name`: a reranker, or an embedder where one is named or no reranker is loaded.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        if name and name in self._rerankers.by_name:
+            return self._rerankers.by_name[name]
+        if name and name in self._embedders.by_name:
+            return self._embedders.by_name[name]
+        if not self._rerankers.models:
+            return self.embedder(name)[0]
+        if name and (self._strict or not self._rerankers.only()):
+            raise self._not_found(name, self._rerankers, "rerankers")
+        return self._rerankers.models[0]
+
+    def _not_found(self, name: str, names: Names[S], kind: str) -> ModelNotFound:
+        known = ", ".join(names.by_name)
+        return ModelNotFound(f"The model `{name[:200]}` does not exist here; {kind} are: {known}.", param="model")
+
+
+def _role(name: str) -> tuple[str, bool | None]:
+    for suffix, is_query in ROLE_SUFFIXES.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), is_query
+    return name, None

@@ -1,0 +1,72 @@
+"""BERT and XLM-R cross-encoders with one label (ms-marco-MiniLM, bge-reranker-base, bge-reranker-v2-m3): one logit
+per pair of query and document.
+
+Source: Nogueira and Cho 2019 (https://arxiv.org/abs/1901.04085); https://huggingface.co/BAAI/bge-reranker-v2-m3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    XLMRobertaConfig,
+    XLMRobertaForSequenceClassification,
+)
+
+from vecmill.core.errors import StartupError
+from vecmill.models.bert import encode, first_position
+from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.packing import PackedBatch
+from vecmill.models.weights import Target, load_weights
+
+CLASSES = {
+    "bert": (BertConfig, BertForSequenceClassification),
+    "xlm-roberta": (XLMRobertaConfig, XLMRobertaForSequenceClassification),
+}
+UNUSED = ("bert.embeddings.position_ids", "roberta.embeddings.position_ids", "roberta.pooler.")
+
+
+class CrossEncoder:
+    """A packed forward pass through an encoder and its classification head."""
+
+    width = 1
+
+    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
+        """Load the weights. Raises StartupError where any is missing, or the head has other than one label."""
+        config_class, model_class = CLASSES[checkpoint.model_type]
+        config = config_class(**checkpoint.config)
+        if config.num_labels != 1:
+            raise StartupError(
+                f"{checkpoint.named}: its head has {config.num_labels} labels; a reranker has one (a relevance score)."
+            )
+        self.vocab_size: int = config.vocab_size
+        self._first_position = first_position(config)
+        model: Any = load_weights(model_class, checkpoint, config, target, rename)
+        self._encoder: nn.Module = model.base_model
+        head: nn.Module = model.classifier
+        if checkpoint.model_type == "bert":  # BERT's tanh layer is its pooler, XLM-R's is in its head
+            head = nn.Sequential(model.bert.pooler, head)
+            model.bert.pooler = None
+        self._head = head.float()  # scores are float32 whatever the weights' type
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return (self._encoder, self._head)
+
+    def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+        """(N, 1) float32 logits, in packed order."""
+        hidden = encode(self._encoder, packed, self._first_position, use_flash_attn)
+        # The head takes the first token of (N, 1, width) by itself.
+        logits: Tensor = self._head(hidden[packed.first].float()[:, None])
+        return logits.view(-1, 1)
+
+
+def rename(name: str) -> Sequence[str]:
+    """The names of the class, but for what pre-training left."""
+    if name.startswith(UNUSED):
+        return ()
+    return (name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"),)

@@ -1,0 +1,304 @@
+"""The hub: what a repository holds, how much of it is missing here, and fetching that."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelInfo, constants, get_cached_repo_tree, is_offline_mode, snapshot_download
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's in 1.x and httpx2's in 2.x
+    CachedRepoTreeNotFoundError,
+    DryRunError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]  # public, but not in __all__
+from huggingface_hub.utils.tqdm import tqdm
+from rich.filesize import decimal
+
+from vecmill.core.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+NEEDED_FILES = ["*.json", "*.safetensors", "*/config.json"]
+DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
+
+HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
+NON_COMMERCIAL = re.compile(r"-nc(-|$)")
+BFLOAT16_BYTES = 2
+INFO_TIMEOUT = 30.0  # seconds
+
+Report = Callable[[int, int], None]
+"""Called with the bytes fetched and the files that are complete, from any thread. May raise to stop the download."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A model on the hub at one commit: the files that are needed, and which of them are not in the cache."""
+
+    name: str
+    commit: str
+    sizes: dict[str, int | None]
+    """Bytes of each needed file; None where the hub does not say."""
+    missing: dict[str, int]
+    """Bytes of each file that is still to be fetched."""
+    licence: str
+    parameters: int | None
+
+    @property
+    def size(self) -> int:
+        """Bytes of all needed files."""
+        return sum(size or 0 for size in self.sizes.values())
+
+    @property
+    def missing_size(self) -> int:
+        """Bytes still to be fetched."""
+        return sum(self.missing.values())
+
+    @property
+    def non_commercial(self) -> bool:
+        """Whether the licence's name says so; a licence without `-nc` may still forbid it in its text."""
+        return any(NON_COMMERCIAL.search(word) for word in re.split(r"[\s,()]+", self.licence.lower()))
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the weights in bfloat16. From the files' sizes, which are larger where they hold float32."""
+        if self.parameters is not None:
+            return self.parameters * BFLOAT16_BYTES
+        return sum(size or 0 for path, size in self.sizes.items() if path.endswith(".safetensors"))
+
+
+def download(name: str, *, hf_token: str | None, revision: str | None = None) -> Path:
+    """The folder of a model to serve: from the cache where it is complete, else from the hub.
+
+    A complete model is served without asking the hub, so that a restart serves what it served before.
+
+    Raises:
+        StartupError: it is not in the cache and the hub does not give it; the sentence says what would help.
+    """
+    if (folder := _cached(name, revision)) is not None:
+        return folder
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, token=hf_token, allow_patterns=NEEDED_FILES, ignore_patterns=DUPLICATES
+            )
+        )
+    except HUB_ERRORS as error:
+        logger.debug("hub: %s", error)
+        raise StartupError(
+            f"{name}: not a folder, not in the hub's cache (HF_HOME), and the hub gave no answer for it "
+            f"({type(error).__name__}): check the name, the network, HF_HUB_OFFLINE and, for a gated model, HF_TOKEN."
+        ) from None
+
+
+def _cached(name: str, revision: str | None) -> Path | None:
+    try:
+        # Without the commit's listing a folder with one file, as another program leaves it, would pass as complete.
+        get_cached_repo_tree(name, revision=revision)
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=NEEDED_FILES,
+                ignore_patterns=DUPLICATES,
+                local_files_only=True,
+            )
+        )
+    except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, HFValidationError):
+        return None
+
+
+def plan(name: str, *, hf_token: str | None, revision: str | None = None) -> Plan:
+    """Ask the hub what a model is and what of it is missing here. Fetches no file.
+
+    Raises:
+        StartupError: the hub does not give it, or it has no safetensors; the sentence says what would help.
+    """
+    if is_offline_mode():
+        raise StartupError(f"{name}: HF_HUB_OFFLINE=1 forbids asking the hub: unset it to pull a model.")
+    try:
+        info = HfApi(token=hf_token).model_info(name, revision=revision, files_metadata=True, timeout=INFO_TIMEOUT)
+        sizes = {file.rfilename: file.size for file in _needed(info)}
+        if not any(path.endswith(".safetensors") for path in sizes):
+            raise StartupError(
+                f"{name}: the repository has no *.safetensors, and vecmill loads no other format: choose a model or a "
+                f"--revision that has them."
+            )
+        commit = str(info.sha)
+        # The commit, not the branch: a dry run must not move the cache's idea of where the branch is.
+        found = snapshot_download(
+            name,
+            revision=commit,
+            token=hf_token,
+            allow_patterns=NEEDED_FILES,
+            ignore_patterns=DUPLICATES,
+            tqdm_class=_counting_bar(lambda fetched, complete: None),
+            dry_run=True,
+        )
+    except HUB_ERRORS as error:
+        raise _refusal(name, revision, error) from None
+    return Plan(
+        name=name,
+        commit=commit,
+        sizes=sizes,
+        missing={file.filename: file.file_size or 0 for file in found if file.will_download},
+        licence=_licence(info),
+        parameters=info.safetensors.total if info.safetensors else None,
+    )
+
+
+def _needed(info: ModelInfo) -> list[Any]:
+    return list(
+        filter_repo_objects(
+            info.siblings or [],
+            allow_patterns=NEEDED_FILES,
+            ignore_patterns=DUPLICATES,
+            key=lambda file: file.rfilename,
+        )
+    )
+
+
+def _licence(info: ModelInfo) -> str:
+    card: Any = info.card_data or {}
+    named = [card.get("license"), card.get("license_name")]
+    if not any(named):
+        named = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
+    words = [word for name in named if name for word in (name if isinstance(name, list) else [name])]
+    return ", ".join(map(str, words)) or "not stated"
+
+
+def require_space(plan: Plan) -> None:
+    """Refuse a download that would fill the disk.
+
+    Raises:
+        StartupError: the cache's disk has less room than the missing files take.
+    """
+    cache = Path(constants.HF_HUB_CACHE).absolute()
+    existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < plan.missing_size:
+        raise StartupError(
+            f"{plan.name}: {decimal(plan.missing_size)} are missing and {decimal(free)} are free in {cache}: make room "
+            f"or set HF_HOME to a folder on a larger disk."
+        )
+
+
+def fetch(plan: Plan, *, hf_token: str | None, revision: str | None, report: Report) -> Path:
+    """Fetch what is missing and check all files' sizes; the folder.
+
+    A connection that breaks is taken up where it broke. After a failure, files that were complete are kept.
+
+    Raises:
+        StartupError: the hub or the disk failed, or a file has the wrong size; the sentence says what would help.
+    """
+    try:
+        folder = Path(
+            snapshot_download(
+                plan.name,
+                revision=revision,
+                token=hf_token,
+                allow_patterns=NEEDED_FILES,
+                ignore_patterns=DUPLICATES,
+                tqdm_class=_counting_bar(report),
+            )
+        )
+    except HUB_ERRORS as error:
+        raise _refusal(plan.name, revision, error) from None
+    if folder.name != plan.commit:
+        raise StartupError(
+            f"{plan.name}: the revision moved from {plan.commit} to {folder.name} while it was pulled: run the same "
+            f"command again."
+        )
+    _verify(plan, folder)
+    return folder
+
+
+def _verify(plan: Plan, folder: Path) -> None:
+    wrong = []
+    for path, size in plan.sizes.items():
+        file = folder / path
+        found = file.stat().st_size if file.exists() else None
+        if found is None or (size is not None and found != size):
+            file.resolve().unlink(missing_ok=True)  # the file in the cache's blobs; the folder holds a link to it
+            file.unlink(missing_ok=True)
+            wrong.append(f"{path} ({'missing' if found is None else f'{found:,} of {size:,} bytes'})")
+    if wrong:
+        raise StartupError(
+            f"{plan.name}: not the size that the hub says, so removed: {', '.join(wrong)}: run the same command again "
+            f"to fetch them."
+        )
+
+
+def _counting_bar(report: Report) -> type[tqdm]:
+    """A bar for the library's downloads that draws nothing and tells `report` what it was told."""
+    lock = threading.Lock()
+    counted = {"bytes": 0, "files": 0}
+
+    class CountingBar(tqdm):
+        monitor_interval = 0  # no thread that redraws
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._what = "bytes" if kwargs.get("unit") == "B" else "files"
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> None:
+            with lock:
+                self.n += n or 0
+                # Two bars count bytes, one as received and one as written; with xet the former may stay behind.
+                if self._what == "files" or self.n > counted["bytes"]:
+                    counted[self._what] = int(self.n)
+                report(counted["bytes"], counted["files"])
+
+    return CountingBar
+
+
+def _refusal(name: str, revision: str | None, error: Exception) -> StartupError:
+    """The sentence for what the hub's library raised."""
+    if isinstance(error, DryRunError | LocalEntryNotFoundError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    logger.debug("hub: %s", error)
+    page = f"{constants.ENDPOINT}/{name}"
+    known: list[tuple[type[Exception], str]] = [
+        (
+            GatedRepoError,
+            f"the model is gated: accept its terms at {page} and set HF_TOKEN to a token of that account.",
+        ),
+        (RepositoryNotFoundError, "the hub has no such model, or it is private: check the name or set HF_TOKEN."),
+        (
+            RevisionNotFoundError,
+            f"the hub has no revision {revision or 'main'}: see {page} for its branches, tags and commits.",
+        ),
+        (HFValidationError, "not a hub id, which would be `owner/name`."),
+    ]
+    for kind, sentence in known:
+        if isinstance(error, kind):
+            return StartupError(f"{name}: {sentence}")
+    if isinstance(error, HfHubHTTPError):
+        return StartupError(f"{name}: {_status_sentence(error.response.status_code)}")
+    if isinstance(error, OSError) and error.errno is not None:  # the library's own have no number
+        return StartupError(
+            f"{name}: {error.filename or constants.HF_HUB_CACHE} cannot be written ({error.strerror}): make room, "
+            f"give write access, or set HF_HOME."
+        )
+    return StartupError(
+        f"{name}: the connection to {constants.ENDPOINT} failed or broke ({type(error).__name__}): check the network, "
+        f"then run the same command again; complete files are kept."
+    )
+
+
+def _status_sentence(status: int) -> str:
+    if status in (401, 403):
+        return f"the hub refuses the token ({status}): set HF_TOKEN to one that is valid and may read this model."
+    return f"the hub answered {status}: try again later; complete files are kept."

@@ -1,0 +1,153 @@
+"""`vecmill pull`: fetching a model from the hub, shown to a person."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from vecmill.config import load_settings
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
+from vecmill.models.checkpoint import read
+from vecmill.models.hub import Plan, Report, fetch, plan, require_space
+from vecmill.models.source import Source
+
+LINE_EVERY = 10  # percent between lines of progress where there is no terminal
+
+said = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+results = Console(soft_wrap=True, markup=False, highlight=False)
+
+
+def run_pull(model: str, revision: str | None = None) -> int:
+    """Fetch a model into the hub's cache; the process's exit code: 0, 1 refused or failed, 2 bad settings, 130 ^C."""
+    try:
+        secret = load_settings().model.hf_token
+    except StartupError as error:
+        return _fail(error, 2)
+    try:
+        _pull(model, revision, secret.get_secret_value() if secret else None)
+    except StartupError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        said.print("vecmill: stopped; complete files are kept, run the same command again for the rest.")
+        return 130
+    return 0
+
+
+def _fail(error: StartupError, code: int) -> int:
+    said.print(f"vecmill: {error.message}", style="bold red")
+    return code
+
+
+def _pull(model: str, revision: str | None, hf_token: str | None) -> None:
+    if model == "auto":
+        raise StartupError(
+            "auto is the bundled model, whose files come with vecmill[bundled]: there is nothing to pull."
+        )
+    if model.count("/") != 1:
+        raise StartupError(f"{model}: not a hub id, which would be `owner/name`.")
+    found = plan(model, hf_token=hf_token, revision=revision)
+    _describe(found)
+    require_space(found)
+    with _interruptible() as stopped, _progress(found) as show:
+
+        def report(fetched: int, complete: int) -> None:
+            if stopped.is_set():
+                raise KeyboardInterrupt
+            show(fetched, complete)
+
+        folder = fetch(found, hf_token=hf_token, revision=revision, report=report)
+    if found.missing:
+        said.print("checked   every file has the size that the hub says")
+    else:
+        said.print("checked   everything is there already, with the right sizes; nothing was fetched")
+    results.print(f"folder    {folder}")
+    results.print(f"revision  {found.commit}")
+    pinned = f" --revision {model}={found.commit}" if revision else ""
+    results.print(f"serve     vecmill serve {_flag(model, folder)} {model}{pinned}", soft_wrap=True)
+
+
+def _flag(model: str, folder: Path) -> str:
+    """The flag of `vecmill serve` that takes the model."""
+    for task in Task:
+        with suppress(StartupError):
+            return f"--{read(Source(model, folder, task)).task}-model"
+    return "--embed-model"
+
+
+def _describe(found: Plan) -> None:
+    said.print(f"model     {found.name} at {found.commit}")
+    said.print(f"licence   {found.licence}")
+    if found.non_commercial:
+        said.print("warning   non-commercial use only: the licence forbids commercial use.", style="bold yellow")
+    to_fetch = f"{decimal(found.missing_size)} in {_files(len(found.missing))} to fetch"
+    said.print(f"size      {decimal(found.size)} in {_files(len(found.sizes))}; {to_fetch}")
+    if found.parameters is not None:
+        reason = f"{found.parameters:,} parameters of 2 bytes"
+    else:
+        reason = "the weight files' size; half of it where they hold float32"
+    said.print(
+        f"memory    about {decimal(found.memory)} for the weights in bfloat16 (an estimate: {reason}), "
+        f"and room for the batches besides"
+    )
+
+
+def _files(count: int) -> str:
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Ctrl-C also sets the event: the library waits for its threads, which would go on to their files' end."""
+    stopped = threading.Event()
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        stopped.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _progress(found: Plan) -> Iterator[Report]:
+    """A bar on a terminal, else a line at every tenth."""
+    if not found.missing:
+        yield lambda fetched, complete: None
+    elif not said.is_terminal:
+        yield _lines(found)
+    else:
+        columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+        with Progress(TextColumn("{task.description}"), *columns, console=said) as progress:
+            task = progress.add_task("starting", total=found.missing_size)
+            yield lambda fetched, complete: progress.update(
+                task, completed=fetched, description=f"{complete} of {_files(len(found.sizes))}"
+            )
+
+
+def _lines(found: Plan) -> Report:
+    shown = -1
+
+    def report(fetched: int, complete: int) -> None:
+        nonlocal shown
+        tenth = 100 * fetched // max(found.missing_size, 1) // LINE_EVERY
+        last = complete == len(found.sizes)
+        if tenth > shown or last:
+            shown = tenth
+            said.print(
+                f"fetched   {decimal(fetched)} of {decimal(found.missing_size)}, "
+                f"{complete} of {_files(len(found.sizes))} complete"
+            )
+
+    return report

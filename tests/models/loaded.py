@@ -1,0 +1,62 @@
+"""Models of the families, loaded in float32 on the CPU and run without a server."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vecmill.core.types import Row, Task, TokenIds
+from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.models.checkpoint import Checkpoint, read
+from vecmill.models.packing import pack
+from vecmill.models.registry import Model, family
+from vecmill.models.source import Source
+from vecmill.models.text_format import text_format
+from vecmill.models.weights import Target
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+CPU = torch.device("cpu")
+LoadedModel = tuple[Checkpoint, Model]
+
+
+def load_model(folder: Path, task: Task = Task.EMBED, dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """A checkpoint and the model that runs it."""
+    checkpoint = read(Source(folder.name, folder, task))
+    return checkpoint, family(checkpoint)(checkpoint, Target(dtype, CPU))
+
+
+@torch.inference_mode()
+def run(model: Model, rows: Sequence[Row]) -> NDArray[np.float32]:
+    """(n, width) as the model gives it, in the order of the rows."""
+    packed = pack(rows, CPU)
+    answers = model.forward(packed, use_flash_attn=False).numpy()
+    in_order = np.empty_like(answers)
+    in_order[list(packed.order)] = answers
+    return in_order
+
+
+def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rows of length 1."""
+    normalized: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return normalized
+
+
+def ids(*values: int) -> TokenIds:
+    """Token ids as a row holds them."""
+    return np.array(values, dtype=np.int32)
+
+
+@contextmanager
+def text_tokenizer(loaded: LoadedModel, max_model_len: int) -> Iterator[TextTokenizer]:
+    """The tokenizer of an embedding model, cut at another length."""
+    checkpoint, model = loaded
+    with ThreadPoolExecutor(1) as threads:
+        pool = TokenizerPool(checkpoint.tokenizer_file, model.vocab_size, max_model_len, threads)
+        yield TextTokenizer(pool, text_format(checkpoint), max_model_len, model.vocab_size)
