@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 from rich.console import Console
 
-from tests.models.test_hub import COMMIT, FILES, NAME, WEIGHTS, FakeHub, hub_here, served_hub
+from tests.hub_server import COMMIT, FILES, NAME, WEIGHTS, FakeHub, hub_here, served_hub
 from vecmill import pull
 from vecmill.pull import run_pull
 

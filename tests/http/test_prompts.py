@@ -118,6 +118,8 @@ CARDS = {
     "bge-small-en-v1.5": "Represent this sentence for searching relevant passages: ",
     "e5-base-v2": "query: ",
     "multilingual-e5-large": "query: ",
+    "multilingual-e5-large-instruct": "Instruct: Given a web search query, retrieve relevant passages that answer the "
+    "query\nQuery: ",
     "gte-base": "",
     "bge-m3": "",
 }

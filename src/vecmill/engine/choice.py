@@ -9,6 +9,8 @@ import torch
 from vecmill.config import ModelSettings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
+from vecmill.models.checkpoint import read
+from vecmill.models.registry import family
 from vecmill.models.source import Source, find
 
 logger = logging.getLogger(__name__)
@@ -30,14 +32,25 @@ def chosen_sources(models: ModelSettings, device: torch.device) -> list[Source]:
 
 
 def _find(task: Task, name: str, models: ModelSettings, device: torch.device) -> Source | None:
-    token = models.hf_token.get_secret_value() if models.hf_token else None
     if name != AUTO:
-        return find(name, task, hf_token=token, revision=models.revision_of(name))
+        return _named(task, name, models)
     if device.type == "cuda":
         default = GPU_DEFAULTS[task]
         try:
-            return find(default, task, hf_token=token, revision=models.revision_of(default))
+            return _named(task, default, models)
         except StartupError as error:
             instead = "the small bundled model is served" if task is Task.EMBED else "documents are ranked by cosine"
             logger.warning("%s INSTEAD, %s. `vecmill pull %s` fetches it.", error.message, instead, default)
     return find(AUTO, task) if task is Task.EMBED else None
+
+
+def _named(task: Task, name: str, models: ModelSettings) -> Source:
+    token = models.hf_token.get_secret_value() if models.hf_token else None
+    # What no family here can run is refused before its weights are fetched.
+    return find(
+        name,
+        task,
+        hf_token=token,
+        revision=models.revision_of(name),
+        check=lambda source: family(read(source)),
+    )

@@ -26,11 +26,12 @@ PROMPTS: tuple[tuple[str, Mapping[str, str]], ...] = (
     (r"bge-(small|base|large)-en(-v1\.5)?", {"query": BGE_EN}),
     (r"bge-(small|base|large)-zh(-v1\.5)?", {"query": BGE_ZH}),
     (r"(multilingual-)?e5-(small|base|large)(-v2)?", {"query": "query: ", "document": "passage: "}),
+    (r"multilingual-e5-large-instruct", {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: "}),
 )
 # By family, whatever the name.
 FAMILY_PROMPTS: Mapping[str, Mapping[str, str]] = {
     "qwen3": {
-        "query": "Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery:",
+        "query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery:",
         "document": "",
     },
     "nvembed": {

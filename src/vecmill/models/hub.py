@@ -31,7 +31,8 @@ from vecmill.core.errors import StartupError
 
 logger = logging.getLogger(__name__)
 
-NEEDED_FILES = ["*.json", "*.safetensors", "*/config.json"]
+SMALL_FILES = ["*.json", "*/config.json"]
+NEEDED_FILES = [*SMALL_FILES, "*.safetensors"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
@@ -79,10 +80,17 @@ class Plan:
         return sum(size or 0 for path, size in self.sizes.items() if path.endswith(".safetensors"))
 
 
-def download(name: str, *, hf_token: str | None, revision: str | None = None) -> Path:
+def download(
+    name: str,
+    *,
+    hf_token: str | None,
+    revision: str | None = None,
+    check: Callable[[Path], object] = lambda folder: None,
+) -> Path:
     """The folder of a model to serve: from the cache where it is complete, else from the hub.
 
-    A complete model is served without asking the hub, so that a restart serves what it served before.
+    A complete model is served without asking the hub, so that a restart serves what it served before. `check` sees the
+    folder before its weights are fetched, and raises where they would be of no use.
 
     Raises:
         StartupError: it is not in the cache and the hub does not give it; the sentence says what would help.
@@ -90,17 +98,20 @@ def download(name: str, *, hf_token: str | None, revision: str | None = None) ->
     if (folder := _cached(name, revision)) is not None:
         return folder
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, token=hf_token, allow_patterns=NEEDED_FILES, ignore_patterns=DUPLICATES
-            )
-        )
+        check(_fetched(name, revision, hf_token, SMALL_FILES))
+        return _fetched(name, revision, hf_token, NEEDED_FILES)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
         raise StartupError(
             f"{name}: not a folder, not in the hub's cache (HF_HOME), and the hub gave no answer for it "
             f"({type(error).__name__}): check the name, the network, HF_HUB_OFFLINE and, for a gated model, HF_TOKEN."
         ) from None
+
+
+def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: list[str]) -> Path:
+    return Path(
+        snapshot_download(name, revision=revision, token=hf_token, allow_patterns=patterns, ignore_patterns=DUPLICATES)
+    )
 
 
 def _cached(name: str, revision: str | None) -> Path | None:

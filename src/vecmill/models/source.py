@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,17 @@ class Source:
         return f"{self.task.value.upper()}_MODEL={self.id}"
 
 
-def find(name: str, task: Task = Task.EMBED, *, hf_token: str | None = None, revision: str | None = None) -> Source:
+def find(
+    name: str,
+    task: Task = Task.EMBED,
+    *,
+    hf_token: str | None = None,
+    revision: str | None = None,
+    check: Callable[[Source], object] = lambda source: None,
+) -> Source:
     """Find a model by `auto` (the bundled one), folder or hub id. A hub id is downloaded unless it is cached.
+
+    `check` sees the files of a hub id before its weights are fetched, and raises where they would be of no use.
 
     Raises:
         StartupError: nothing is there; the sentence says what would help.
@@ -44,9 +54,13 @@ def find(name: str, task: Task = Task.EMBED, *, hf_token: str | None = None, rev
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise StartupError(f"{setting}{name}: no such folder, and a hub id would be `owner/name`.")
     try:
-        return Source(name, hub.download(name, hf_token=hf_token, revision=revision), task)
+        folder = hub.download(
+            name, hf_token=hf_token, revision=revision, check=lambda folder: check(Source(name, folder, task))
+        )
     except StartupError as error:
-        raise StartupError(setting + error.message) from None
+        said = error.message if error.message.startswith(setting) else setting + error.message
+        raise StartupError(said) from None
+    return Source(name, folder, task)
 
 
 def _bundled() -> Source:
