@@ -25,13 +25,13 @@ from benchmarks.model_workloads import (
     equal_rows,
     ragged_rows,
     reranker_rows,
+    with_shared_prefix,
 )
 from torch import Tensor
 
 from vecmill.core.types import Row
 from vecmill.engine.dtype import choose_dtype
 from vecmill.engine.loader import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
-from vecmill.inference.pairs import with_shared_prefix
 from vecmill.models.packing import pack
 from vecmill.models.registry import Model
 from vecmill.models.weights import Target

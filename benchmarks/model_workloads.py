@@ -65,3 +65,12 @@ def attended(rows: Sequence[Row], *, causal: bool) -> int:
 
 def _prefixes(rows: Sequence[Row]) -> set[Prefix]:
     return {row.prefix for row in rows if row.prefix is not None}
+
+
+def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
+    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
+    longest = min(map(len, rows)) - 1
+    same = np.all([row[:longest] == rows[0][:longest] for row in rows], axis=0)
+    common = longest if same.all() else int(same.argmin())
+    prefix = Prefix(rows[0][:common])
+    return [Row(row[common:], prefix=prefix) for row in rows]

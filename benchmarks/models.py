@@ -141,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()  # the processes that load need the memory
     loaded = loading(machine, sizes.load_shape, options.load_gb or sizes.load_gb)
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
     for one in found:
         print_comparison(console, one)
     print_loading(console, loaded)

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from benchmarks.model_workloads import with_shared_prefix
 
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN, ids, load_model, run
 from vecmill.core.types import Row, Task
-from vecmill.inference.pairs import InstructTokenizer, with_shared_prefix
+from vecmill.inference.pairs import InstructTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, answer_tokens
 
@@ -81,6 +82,17 @@ async def test_over_http_scores_equal_the_card(name: str) -> None:
                 raw = (await client.post("/v1/rerank", json={**body, "raw_scores": True})).json()["results"]
                 logits = {one["index"]: one["relevance_score"] for one in raw}
                 np.testing.assert_allclose([logits[i] for i in range(len(logits))], case["logit_diff"], atol=5e-5)
+
+
+async def test_a_query_that_leaves_no_room_for_documents_is_a_400() -> None:
+    async with serving(rerank_model=str(GOLDEN / "qwen3" / "reranker")) as client:
+        body = {"query": "monstrous " * 100_000, "documents": ["a"] * 2048}
+        answer = await client.post("/v1/rerank", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "query")
+        assert "maximum context length" in answer.json()["error"]["message"]
+        body = {"query": "q", "documents": ["a"], "instruction": "long " * 10_000}
+        answer = await client.post("/v1/rerank", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "instruction")
 
 
 def forged(document: str) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from typing import Protocol
 
 import numpy as np
 
-from vecmill.core.errors import InvalidInput, StartupError
-from vecmill.core.types import Prefix, Row, TokenIds
+from vecmill.core.errors import InputTooLong, InvalidInput, StartupError
+from vecmill.core.types import Prefix, Row
 from vecmill.inference.tokenization import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.rerank_prompt import PREFIX, SUFFIX, middle
+from vecmill.models.rerank_prompt import PREFIX, SUFFIX, answer, question
 
 
 class PairTokenizer(Protocol):
@@ -72,7 +72,7 @@ def _template(pool: TokenizerPool) -> tuple[list[int], list[int], list[int], boo
 
 
 class InstructTokenizer:
-    """Qwen3-Reranker's prompt. What the documents' rows have in common becomes their prefix, computed once."""
+    """Qwen3-Reranker's prompt. All before the documents is their rows' prefix, tokenized and computed once."""
 
     def __init__(
         self, pool: TokenizerPool, prompt: TokenizerPool, max_model_len: int, default_instruction: str
@@ -85,38 +85,34 @@ class InstructTokenizer:
         if prompt.special("<|im_start|>") is None or prompt.special("<|im_end|>") is None:
             raise StartupError("The reranker's tokenizer.json has no <|im_start|> and <|im_end|>: fetch it again.")
         self._pool = pool
-        self._prefix, self._suffix = prompt.encode(PREFIX), prompt.encode(SUFFIX)
-        self._room = max_model_len - len(self._prefix) - len(self._suffix)
+        self._before, self._after = prompt.encode(PREFIX), prompt.encode(SUFFIX)
+        self._room = max_model_len - len(self._before) - len(self._after)
         if self._room < 1:
             raise StartupError(
                 f"MAX_MODEL_LEN={max_model_len} leaves no room beside the reranker's prompt of "
-                f"{len(self._prefix) + len(self._suffix)} tokens: raise it."
+                f"{len(self._before) + len(self._after)} tokens: raise it."
             )
         self._default_instruction = default_instruction
 
     async def encode(self, query: str, documents: Sequence[str], instruction: str | None) -> list[Tokenized]:
-        """See `PairTokenizer`."""
-        task = self._default_instruction if instruction is None else instruction
-        encoded = await self._pool.encode_batch([middle(task, query, document) for document in documents])
-        around = len(self._prefix) + len(self._suffix)
-        rows = [np.array([*self._prefix, *ids[: self._room], *self._suffix], dtype=np.int32) for ids in encoded]
-        totals = [len(ids) + around for ids in encoded]
-        return [Tokenized(row, total) for row, total in zip(with_shared_prefix(rows), totals, strict=True)]
+        """See `PairTokenizer`.
 
+        Raises:
+            InputTooLong: instruction and query leave no room for a document.
+        """
+        asked = question(self._default_instruction if instruction is None else instruction, query)
+        head, *tails = await self._pool.encode_batch([asked, *map(answer, documents)])
+        room = self._room - len(head)
+        if room < 1:
+            raise InputTooLong(
+                f"`query` and instruction have {len(head)} tokens, but the model's maximum context length leaves "
+                f"{self._room} for them and a document; shorten the query.",
+                param="query",
+            )
+        prefix = Prefix(np.array([*self._before, *head], dtype=np.int32))
+        return [self._row(prefix, tail, room) for tail in tails]
 
-def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
-    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
-    common = common_prefix(rows)
-    if len(rows) < 2 or common == 0:
-        return [Row(row) for row in rows]
-    prefix = Prefix(rows[0][:common])
-    return [Row(row[common:], prefix=prefix) for row in rows]
-
-
-def common_prefix(rows: Sequence[TokenIds]) -> int:
-    """How many leading tokens all rows share, one less than the shortest has at most."""
-    longest = min(map(len, rows)) - 1
-    same = np.ones(longest, dtype=bool)
-    for row in rows[1:]:
-        same &= row[:longest] == rows[0][:longest]
-    return longest if same.all() else int(same.argmin())
+    def _row(self, prefix: Prefix, tail: list[int], room: int) -> Tokenized:
+        """The document is cut at its end; the words after it stay."""
+        row = Row(np.array([*tail[:room], *self._after], dtype=np.int32), prefix=prefix)
+        return Tokenized(row, len(prefix) + len(tail) + len(self._after))

@@ -18,9 +18,14 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 
 
-def middle(instruction: str, query: str, document: str) -> str:
-    """What stands between prefix and suffix."""
-    return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}"
+def question(instruction: str, query: str) -> str:
+    """What all documents of a request have before them. It ends where the tokenizer always splits: before a space."""
+    return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"
+
+
+def answer(document: str) -> str:
+    """What follows the question; the space belongs to the document's first word."""
+    return f" {document}"
 
 
 def answer_tokens(checkpoint: Checkpoint) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, middle
+from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, answer, question
 
 HERE = Path(__file__).parent
 # What the tests send beside the stored texts: control tokens that are plain text there.
@@ -68,7 +68,9 @@ def reranker_texts(stored: dict[str, Any]) -> Iterator[str]:
     """The parts of each prompt."""
     yield from (PREFIX, SUFFIX)
     pairs = [(pair["query"], pair["document"]) for pair in stored["pairs"]]
-    yield from (middle(DEFAULT_INSTRUCTION, query, document) for query, document in [*pairs, (pairs[0][0], ENDED)])
+    yield from (
+        question(DEFAULT_INSTRUCTION, query) + answer(document) for query, document in [*pairs, (pairs[0][0], ENDED)]
+    )
 
 
 def with_end(qwen3: dict[str, Any]) -> dict[str, Any]:

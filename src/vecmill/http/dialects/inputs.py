@@ -12,6 +12,9 @@ FOUR_SHAPES = "must be a string, a list of strings, a list of token ids, or a li
 
 Inputs = list[str] | list[list[int]]
 
+# It goes before every text of a request, so its length counts as often as there are texts.
+LONGEST_INSTRUCTION = 8192  # characters
+
 
 def parse_inputs(value: Any) -> Inputs:
     """Any of the four shapes as one of two.

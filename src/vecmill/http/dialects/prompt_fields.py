@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vecmill.core.types import PromptChoice
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
 
 # NIM's, Cohere's and Voyage's `input_type`, Jina's `task`.
 CHOICES: dict[str, PromptChoice] = {
@@ -39,7 +40,9 @@ class PromptFields(BaseModel):
     """Of several that are given, the first here wins. None: the texts are embedded as they are."""
 
     instruction: str | None = Field(
-        None, description="The task in your own words, in place of the one in the model's query prompt; empty: none."
+        None,
+        max_length=LONGEST_INSTRUCTION,
+        description="The task in your own words, in place of the one in the model's query prompt; empty: none.",
     )
     prompt_name: str | None = Field(None, description="One of the model's prompts by name; /v1/models lists them.")
     task: Use = Field(None, description="Jina: `retrieval.query`, `retrieval.passage`, `text-matching`, ...")

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.core.types import RerankRequest, RerankResult
-from vecmill.http.dialects.inputs import Documents, Truncate, truncation_header
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Documents, Truncate, truncation_header
 from vecmill.http.encoding import json_response
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
@@ -42,7 +42,9 @@ class RerankBody(BaseModel):
     top_n: int | None = Field(None, ge=0, description="Only the best so many; 0 or left out: all.")
     return_documents: bool | None = Field(None, description="Give each document back beside its score.")
     instruction: str | None = Field(
-        None, description="What makes a document relevant, in place of the model's default (Qwen3-Reranker)."
+        None,
+        max_length=LONGEST_INSTRUCTION,
+        description="What makes a document relevant, in place of the model's default (Qwen3-Reranker).",
     )
     raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
     truncate: Truncate = None
