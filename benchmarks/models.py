@@ -133,7 +133,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print, store; status 1 where sides differ or loading takes more memory than is allowed."""
     options = parse_arguments(arguments)
     machine, sizes = machine_and_sizes(options)
-    torch.set_float32_matmul_precision("high")  # as the server
     dtype = options.dtype or ("float32" if options.quick else "auto")
     with torch.inference_mode():
         # map, not a loop: it holds no case, and so no model, while the next is made

@@ -6,7 +6,6 @@ import io
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.checkpoints import edit_json
 from vecmill import verify
-from vecmill.core.types import ModelCard, Task
+from vecmill.core.types import Task
 from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example
 from vecmill.verify import run_verify
 
@@ -199,19 +198,6 @@ def test_a_malformed_example_is_refused(change: dict[str, object]) -> None:
     good = next(check for example in examples() for check in example.checks if check.kind == kind)
     with pytest.raises(ValidationError):
         type(good).model_validate(good.model_dump() | change)
-
-
-def test_float32_on_a_gpu_is_as_coarse_as_float16() -> None:
-    """Matrices are multiplied as TF32 there."""
-    check = examples()[0].checks[0]
-    card = ModelCard(
-        id="model", task=Task.EMBED, family="bert", revision="", dimensions=8, supported_dimensions=(8,),
-        max_model_len=8, vocab_size=8, pooling="mean", dtype="float32", dtype_reason="", device="cpu (2 threads)",
-        weight_bytes=0,
-    )  # fmt: skip
-    assert check.tolerance.of(card) == check.tolerance.float32
-    assert check.tolerance.of(replace(card, device="cuda:0 (NVIDIA H200)")) == check.tolerance.float16
-    assert check.tolerance.of(replace(card, dtype="bfloat16")) == check.tolerance.bfloat16
 
 
 def test_stored_vectors_are_those_of_the_snapshots() -> None:

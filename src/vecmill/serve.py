@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 from ipaddress import ip_address
+from time import monotonic
 
 import uvicorn
 from rich.console import Console
@@ -31,6 +32,7 @@ else:
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1  # seconds between looks at the progress of the start
+LINE_EVERY = 15.0  # seconds, at the most, between lines about a stage that goes on
 
 
 def run_server(settings: Settings) -> int:
@@ -128,11 +130,14 @@ async def _progress_bar(health: Health, console: Console) -> None:
 
 
 async def _progress_lines(health: Health) -> None:
-    shown = ""
+    """A line for each stage, each tenth of the way, and each quarter of a minute in which something moved."""
+    stage, percent, message, shown_at = "", 0.0, "", 0.0
     while (snapshot := health.snapshot())[0] is Phase.LOADING:
-        if snapshot[2] != shown:
-            shown = snapshot[2]
-            logger.info("starting: %3.0f %% %s", snapshot[1], shown)
+        new_stage = snapshot[2].partition(":")[0]
+        moved = snapshot[2] != message and monotonic() - shown_at > LINE_EVERY
+        if new_stage != stage or snapshot[1] >= percent + 10 or moved:
+            stage, percent, message, shown_at = new_stage, snapshot[1], snapshot[2], monotonic()
+            logger.info("starting: %3.0f %% %s", percent, message)
         await asyncio.sleep(LOOK_EVERY)
 
 

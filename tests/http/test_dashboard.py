@@ -12,8 +12,10 @@ from typing import Any, Protocol
 
 import httpx
 import pytest
+from benchmarks.servers import free_port, running, vecmill_command
 from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
+from tests.models.loaded import GOLDEN
 from vecmill.http import dashboard
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
@@ -140,6 +142,17 @@ def test_shows_a_ready_service(quiet_page: Page, api: httpx.Client) -> None:
     expect(field(quiet_page, "embed-model")).to_have_text(health["models"]["embed"])
     expect(field(quiet_page, "dimensions")).to_have_text(str(health["dimensions"]))
     expect(quiet_page.get_by_text("No jobs.")).to_be_visible()
+
+
+def test_several_models_are_all_named(browser: Browser) -> None:
+    port = free_port()
+    models = f"{GOLDEN / 'nvembed' / 'checkpoint'},{GOLDEN / 'qwen3' / 'embedding'}"
+    command = vecmill_command(port, "--embed-model", models, "--rerank-model", str(GOLDEN / "qwen3" / "reranker"))
+    with running(command, port, "/ready") as server, browser.new_context() as context:
+        page = context.new_page()
+        page.goto(server.url)
+        expect(field(page, "embed-model")).to_have_text("checkpoint, embedding")
+        expect(field(page, "rerank-model")).to_have_text("reranker")
 
 
 def test_links_lead_somewhere(quiet_page: Page, api: httpx.Client) -> None:

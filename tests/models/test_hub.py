@@ -246,8 +246,10 @@ def test_a_revision_is_pinned_for_its_model(fake: FakeHub) -> None:
 def test_auto_on_a_gpu_is_the_default_that_the_hub_gives(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.files["config.json"] = SUPPORTED
     monkeypatch.setattr(choice, "GPU_DEFAULTS", {Task.EMBED: NAME, Task.RERANK: "owner/absent"})
-    [embedder] = chosen_sources(load_settings().model, torch.device("cuda"))
+    told: list[str] = []
+    [embedder] = chosen_sources(load_settings().model, torch.device("cuda"), told.append)
     assert embedder.id == NAME
+    assert told[-1] == "fetching owner/tiny: 0.0 GB, 4 files complete"
 
 
 def test_auto_on_a_gpu_without_its_default_is_the_bundled_model_and_says_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 
@@ -20,31 +21,35 @@ NONE = "none"
 GPU_DEFAULTS = {Task.EMBED: "Qwen/Qwen3-Embedding-4B", Task.RERANK: "Qwen/Qwen3-Reranker-4B"}
 
 
-def chosen_sources(models: ModelSettings, device: torch.device) -> list[Source]:
-    """The folders of EMBED_MODEL, then those of RERANK_MODEL.
+def chosen_sources(
+    models: ModelSettings, device: torch.device, report: Callable[[str], None] = lambda message: None
+) -> list[Source]:
+    """The folders of EMBED_MODEL, then those of RERANK_MODEL; `report` is told of what is fetched from the hub.
 
     Raises:
         StartupError: one is not to be found.
     """
     named = [(Task.EMBED, name) for name in models.embed_model] + [(Task.RERANK, name) for name in models.rerank_model]
-    found = (_find(task, name, models, device) for task, name in named if name != NONE)
+    found = (_find(task, name, models, device, report) for task, name in named if name != NONE)
     return [source for source in found if source is not None]
 
 
-def _find(task: Task, name: str, models: ModelSettings, device: torch.device) -> Source | None:
+def _find(
+    task: Task, name: str, models: ModelSettings, device: torch.device, report: Callable[[str], None]
+) -> Source | None:
     if name != AUTO:
-        return _named(task, name, models)
+        return _named(task, name, models, report)
     if device.type == "cuda":
         default = GPU_DEFAULTS[task]
         try:
-            return _named(task, default, models)
+            return _named(task, default, models, report)
         except StartupError as error:
             instead = "the small bundled model is served" if task is Task.EMBED else "documents are ranked by cosine"
             logger.warning("%s INSTEAD, %s. `vecmill pull %s` fetches it.", error.message, instead, default)
     return find(AUTO, task) if task is Task.EMBED else None
 
 
-def _named(task: Task, name: str, models: ModelSettings) -> Source:
+def _named(task: Task, name: str, models: ModelSettings, report: Callable[[str], None]) -> Source:
     token = models.hf_token.get_secret_value() if models.hf_token else None
     # What no family here can run is refused before its weights are fetched.
     return find(
@@ -53,4 +58,5 @@ def _named(task: Task, name: str, models: ModelSettings) -> Source:
         hf_token=token,
         revision=models.revision_of(name),
         check=lambda source: family(read(source)),
+        report=lambda fetched, complete: report(f"fetching {name}: {fetched / 1e9:.1f} GB, {complete} files complete"),
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -68,10 +69,9 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     """
     report(5, "choosing the device")
     device = choose_device(engine.device)
-    torch.set_float32_matmul_precision("high")  # TF32 on CUDA; the one call that works with every torch
     max_batch_tokens = engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
     report(8, "finding the models")
-    found = [checkpoints.read(source) for source in chosen_sources(models, device)]
+    found = [checkpoints.read(source) for source in chosen_sources(models, device, partial(report, 8))]
     capped = _cap_lengths(found, models.max_model_len)
     distinct, aliases = _names(capped, models.model_aliases)
     loaded = _load_all(distinct, aliases, models, device, report)

@@ -28,17 +28,12 @@ class Tolerance(_Part):
     """How far a number may be off, by the type of the weights."""
 
     float32: PositiveFloat
-    """On a CPU."""
     float16: PositiveFloat
     bfloat16: PositiveFloat
 
     def of(self, card: ModelCard) -> float:
         """For a loaded model."""
-        # float32 is multiplied as TF32 on CUDA, which has float16's mantissa.
-        coarse = card.dtype == "float32" and card.device.startswith("cuda")
-        return {"float32": self.float32, "float16": self.float16, "bfloat16": self.bfloat16}[
-            "float16" if coarse else card.dtype
-        ]
+        return {"float32": self.float32, "float16": self.float16, "bfloat16": self.bfloat16}[card.dtype]
 
 
 class ScoreCheck(_Part):

@@ -86,6 +86,7 @@ def download(
     hf_token: str | None,
     revision: str | None = None,
     check: Callable[[Path], object] = lambda folder: None,
+    report: Report = lambda fetched, complete: None,
 ) -> Path:
     """The folder of a model to serve: from the cache where it is complete, else from the hub.
 
@@ -98,8 +99,8 @@ def download(
     if (folder := _cached(name, revision)) is not None:
         return folder
     try:
-        check(_fetched(name, revision, hf_token, SMALL_FILES))
-        return _fetched(name, revision, hf_token, NEEDED_FILES)
+        check(_fetched(name, revision, hf_token, SMALL_FILES, report))
+        return _fetched(name, revision, hf_token, NEEDED_FILES, report)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
         raise StartupError(
@@ -108,9 +109,16 @@ def download(
         ) from None
 
 
-def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: list[str]) -> Path:
+def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: list[str], report: Report) -> Path:
     return Path(
-        snapshot_download(name, revision=revision, token=hf_token, allow_patterns=patterns, ignore_patterns=DUPLICATES)
+        snapshot_download(
+            name,
+            revision=revision,
+            token=hf_token,
+            allow_patterns=patterns,
+            ignore_patterns=DUPLICATES,
+            tqdm_class=_counting_bar(report),
+        )
     )
 
 
@@ -215,16 +223,7 @@ def fetch(plan: Plan, *, hf_token: str | None, revision: str | None, report: Rep
         StartupError: the hub or the disk failed, or a file has the wrong size; the sentence says what would help.
     """
     try:
-        folder = Path(
-            snapshot_download(
-                plan.name,
-                revision=revision,
-                token=hf_token,
-                allow_patterns=NEEDED_FILES,
-                ignore_patterns=DUPLICATES,
-                tqdm_class=_counting_bar(report),
-            )
-        )
+        folder = _fetched(plan.name, revision, hf_token, NEEDED_FILES, report)
     except HUB_ERRORS as error:
         raise _refusal(plan.name, revision, error) from None
     if folder.name != plan.commit:

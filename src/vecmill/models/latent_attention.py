@@ -56,7 +56,7 @@ class LatentAttention(nn.Module):
 
     @classmethod
     def fold(cls, weights: WeightFiles, config: Mapping[str, Any], target: Target) -> Self:
-        """Multiply the constants out in float32 on the CPU, head by head (on CUDA it would be TF32), then cast.
+        """Multiply the constants out in float32 on the CPU, head by head, then cast.
 
         Raises:
             StartupError: a weight is missing, unknown or not finite.

@@ -37,10 +37,12 @@ def find(
     hf_token: str | None = None,
     revision: str | None = None,
     check: Callable[[Source], object] = lambda source: None,
+    report: hub.Report = lambda fetched, complete: None,
 ) -> Source:
     """Find a model by `auto` (the bundled one), folder or hub id. A hub id is downloaded unless it is cached.
 
-    `check` sees the files of a hub id before its weights are fetched, and raises where they would be of no use.
+    `check` sees the files of a hub id before its weights are fetched, and raises where they would be of no use;
+    `report` is told of what has been fetched.
 
     Raises:
         StartupError: nothing is there; the sentence says what would help.
@@ -55,7 +57,11 @@ def find(
         raise StartupError(f"{setting}{name}: no such folder, and a hub id would be `owner/name`.")
     try:
         folder = hub.download(
-            name, hf_token=hf_token, revision=revision, check=lambda folder: check(Source(name, folder, task))
+            name,
+            hf_token=hf_token,
+            revision=revision,
+            check=lambda folder: check(Source(name, folder, task)),
+            report=report,
         )
     except StartupError as error:
         said = error.message if error.message.startswith(setting) else setting + error.message

@@ -26,11 +26,16 @@ export function showUnreachable(lastAnswer) {
 
 export function showFacts(health, stats) {
   put(document, "version", health.version ?? "");
-  put(document, "embed-model", health.models?.embed ?? health.model ?? UNKNOWN);
-  put(document, "rerank-model", health.models?.rerank ?? UNKNOWN);
+  put(document, "embed-model", names(health.embedding_models) ?? health.model ?? UNKNOWN);
+  put(document, "rerank-model", names(health.rerank_models) ?? health.models?.rerank ?? UNKNOWN);
   put(document, "dimensions", count(health.dimensions));
   put(document, "dtype", health.dtype ?? UNKNOWN);
   put(document, "dtype-reason", health.dtype_reason ?? "");
   put(document, "device", health.device ?? UNKNOWN);
   put(document, "uptime", duration(stats.uptime_seconds));
+}
+
+// The default first; null where there is none.
+function names(models) {
+  return models?.length ? models.join(", ") : null;
 }
