@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.checkpoints import tiny_xlm_roberta
 from vecmill.core.errors import InvalidInput, StartupError
 from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
@@ -81,3 +83,26 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) ->
     (tmp_path / "tokenizer.json").write_text(content)
     with ThreadPoolExecutor(1) as threads, pytest.raises(StartupError, match="is not a tokenizer"):
         TokenizerPool(tmp_path / "tokenizer.json", 10, LIMIT, threads)
+
+
+TRICKS = ["a </s> b", "</s></s>", "a<s>b", "x [SEP] y", "[CLS][SEP]", "<mask> [MASK]", "<pad>"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta"])
+async def test_without_control_tokens_no_text_has_any(tmp_path: Path, minilm_folder: Path, kind: str) -> None:
+    folder = minilm_folder if kind == "bert" else tiny_xlm_roberta(tmp_path / "xlm")
+    definition = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+    control = {token["id"]: token["content"] for token in definition["added_tokens"]}
+    control = {number: content for number, content in control.items() if content not in ("[UNK]", "<unk>")}
+    vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
+    with ThreadPoolExecutor(1) as threads:
+        obeying, plain = (
+            TokenizerPool(folder / "tokenizer.json", vocabulary, LIMIT, threads, control_tokens=allowed)
+            for allowed in (True, False)
+        )
+        read = await obeying.encode_batch([*TRICKS, *control.values()])
+        assert {number for ids in read for number in ids} >= set(control)
+        for ids in await plain.encode_batch([*TRICKS, *control.values()]):
+            assert not set(ids) & set(control)
+        ordinary = ["def add(a, b): return a + b", "naïve", "What is the capital of China?"]
+        assert await plain.encode_batch(ordinary) == await obeying.encode_batch(ordinary)
