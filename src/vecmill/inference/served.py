@@ -55,7 +55,7 @@ class ServedModels:
     def __init__(
         self, embedders: Sequence[ServedEmbedder], rerankers: Sequence[ServedReranker], *, strict: bool
     ) -> None:
-        """The first of each is its default; there is at least one embedder."""
+        """The first of each is its default. Only `vecmill verify` loads a reranker without any embedder."""
         self._embedders, self._rerankers = Names(embedders), Names(rerankers)
         self._strict = strict
 
