@@ -123,9 +123,9 @@ def loaded(**flags: object) -> Loaded:
 def test_a_folder_named_twice_is_loaded_once(tmp_path: Path, minilm_folder: Path) -> None:
     folder = tiny_bert(tmp_path / "first", minilm_folder)
     (tmp_path / "second").symlink_to(folder)
-    found = loaded(embed_model=f"{folder},{tmp_path / 'second'}")
+    found = loaded(embed_model=f"{folder},{tmp_path / 'second'}", model_aliases="third=second,fourth=third")
     [model] = found.models.values()
-    assert (model.card.id, model.card.aliases) == ("first", ("second",))
+    assert (model.card.id, model.card.aliases) == ("first", ("second", "third", "fourth"))
 
 
 def test_a_backbone_that_embeds_and_reranks_is_loaded_once(tmp_path: Path) -> None:

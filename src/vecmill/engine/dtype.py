@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from time import perf_counter
 
 import torch
@@ -37,6 +38,7 @@ def choose_dtype(wanted: str, device: torch.device, width: int) -> ChosenDtype:
     return _fastest_on_cpu(width)
 
 
+@lru_cache  # measured once for a width: models that share their weights must get the same type
 @torch.inference_mode()
 def _fastest_on_cpu(width: int) -> ChosenDtype:
     """Compare the types on a feed-forward layer; in turns, so that other work on the machine slows both."""

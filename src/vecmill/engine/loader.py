@@ -96,22 +96,22 @@ def _names(
 ) -> tuple[list[Checkpoint], dict[str, list[str]]]:
     """Each folder once for a task, and the other names of each id."""
     distinct: list[Checkpoint] = []
-    aliases: dict[str, list[str]] = {one.id: [] for one in found}
+    named: dict[str, str] = {}  # every name to the id of its model
     for one in found:
         same = next((other for other in distinct if _same_folder(one, other)), None)
-        if same is not None:
-            aliases[same.id] += [one.id] if one.id != same.id else []
-        elif any((other.task, other.id) == (one.task, one.id) for other in distinct):
+        if same is None and any((other.task, other.id) == (one.task, one.id) for other in distinct):
             raise StartupError(f"{one.named}: two models would have this name; rename one of the folders.")
-        else:
+        if same is None:
             distinct.append(one)
+        named[one.id] = (same or one).id
+    ids = ", ".join(named)
     for alias, name in model_aliases:
-        if name not in aliases:
-            raise StartupError(f"MODEL_ALIASES={alias}={name}: {name} is not loaded; these are: {', '.join(aliases)}.")
-        if alias in aliases:
+        if name not in named:
+            raise StartupError(f"MODEL_ALIASES={alias}={name}: {name} is not loaded; these are: {ids}.")
+        if alias in named:
             raise StartupError(f"MODEL_ALIASES={alias}={name}: {alias} is a model's own name; choose another.")
-        aliases[name].append(alias)
-    return distinct, aliases
+        named[alias] = named[name]
+    return distinct, {one.id: [name for name in named if named[name] == one.id != name] for one in distinct}
 
 
 def _same_folder(one: Checkpoint, other: Checkpoint) -> bool:
