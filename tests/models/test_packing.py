@@ -17,6 +17,7 @@ from tests.checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xl
 from tests.models.loaded import CPU, GOLDEN, ids, load_model, run, unit
 from vecmill.core.types import Prefix, Row, Task, TokenIds
 from vecmill.models.packing import pack
+from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import FAMILIES, Model
 from vecmill.models.source import find
 
@@ -110,6 +111,36 @@ def test_rows_with_a_shared_prefix_equal_whole_rows(model_of: Callable[[Family],
         same(run(model, rows), run(model, whole), family[0])
 
     shared_equals_whole()
+
+
+def test_a_prefix_is_computed_once_for_several_batches(model_of: Callable[[Family], Model]) -> None:
+    model = model_of((Task.RERANK, "qwen3"))
+    memory = PrefixMemory(most_tokens=100)
+    random = np.random.default_rng(0)
+    first, second, too_long = (Prefix(random.integers(0, 400, length).astype(np.int32)) for length in (30, 40, 60))
+
+    def batch(*rows: tuple[Prefix | None, int]) -> list[Row]:
+        return [Row(random.integers(0, 400, length).astype(np.int32), prefix=prefix) for prefix, length in rows]
+
+    def run_batch(rows: list[Row]) -> list[int]:
+        packed = pack(rows, CPU, memory)
+        with torch.inference_mode():
+            answers = model.forward(packed, use_flash_attn=False).numpy()
+        for new in packed.new_prefixes:
+            memory.keep(new.prefix, new.layers)
+        np.testing.assert_allclose(answers, run(model, [rows[index] for index in packed.order]), atol=1e-5, rtol=1e-5)
+        return [len(new.prefix) for new in packed.new_prefixes]
+
+    computed = [
+        run_batch(batch((first, 5), (None, 9), (first, 7))),
+        run_batch(batch((second, 5), (first, 5), (first, 3), (None, 3))),
+        run_batch(batch((first, 1), (second, 11), (too_long, 4))),
+        run_batch(batch((too_long, 4))),
+    ]
+    assert computed == [[30], [40], [60], [60]]  # the last has no room to be kept
+    assert len(memory) == 70
+    del first
+    assert len(memory) == 40  # forgotten together with the request's rows
 
 
 def row(*values: int) -> Row:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from concurrent.futures import ThreadPoolExecutor
 from itertools import starmap
@@ -82,6 +83,21 @@ async def test_over_http_scores_equal_the_card(name: str) -> None:
                 raw = (await client.post("/v1/rerank", json={**body, "raw_scores": True})).json()["results"]
                 logits = {one["index"]: one["relevance_score"] for one in raw}
                 np.testing.assert_allclose([logits[i] for i in range(len(logits))], case["logit_diff"], atol=5e-5)
+
+
+async def test_scores_equal_the_card_over_several_batches_that_share_a_prefix() -> None:
+    [case, *_] = cases("reranker")
+    folder = str(GOLDEN / "qwen3" / "reranker")
+    async with serving(rerank_model=folder, max_batch_tokens=128, allow_control_tokens=True) as client:
+        body = {"query": case["query"], "documents": case["documents"]}
+        before = (await client.get("/stats/detailed")).json()["batch_sizes"]
+        answers = await asyncio.gather(*(client.post("/v1/rerank", json=body) for _ in range(3)))
+        after = (await client.get("/stats/detailed")).json()["batch_sizes"]
+    for answer in answers:
+        scores = {one["index"]: one["relevance_score"] for one in answer.json()["results"]}
+        np.testing.assert_allclose([scores[i] for i in range(len(scores))], case["p_yes"], atol=1e-5)
+    assert before != after
+    assert after["recent_avg"] < len(case["documents"])
 
 
 async def test_a_query_that_leaves_no_room_for_documents_is_a_400() -> None:

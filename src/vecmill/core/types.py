@@ -15,9 +15,9 @@ Matrix = NDArray[np.float32]  # (n_inputs, dimensions)
 Scores = NDArray[np.float64]  # (n_documents,)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Prefix:
-    """Leading tokens that rows of one request have in common; a batch computes them once. Compared by identity."""
+    """Leading tokens that rows of one request have in common and that are computed once. Compared by identity."""
 
     token_ids: TokenIds
 

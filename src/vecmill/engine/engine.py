@@ -148,9 +148,11 @@ class Engine:
     @torch.inference_mode()
     def _forward(self, model: LoadedModel, rows: Sequence[Row], device: torch.device) -> list[Vector | Exception]:
         """Vectors or logits in the order of `rows`, not normalised; an error in place of a row that is not finite."""
-        packed = pack(rows, device)
+        packed = pack(rows, device, model.prefixes)
         answers = model.model.forward(packed, use_flash_attn=self._settings.use_flash_attn)
         vectors = answers.cpu().numpy()  # (N, width) float32
+        for new in packed.new_prefixes:  # after the pass has succeeded, so that what is kept is whole
+            model.prefixes.keep(new.prefix, new.layers)
         finite = np.isfinite(vectors).all(axis=1)
         results: list[Vector | Exception] = [NonFiniteEmbedding()] * len(rows)
         for index, vector, good in zip(packed.order, vectors, finite, strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from time import perf_counter
 
@@ -21,6 +21,7 @@ from vecmill.models import cards
 from vecmill.models import checkpoint as checkpoints
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import pack
+from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model, family
 from vecmill.models.weights import Target
 
@@ -43,6 +44,7 @@ class LoadedModel:
     card: ModelCard
     checkpoint: Checkpoint
     model: Model
+    prefixes: PrefixMemory = field(default_factory=PrefixMemory)
 
     @property
     def key(self) -> str:

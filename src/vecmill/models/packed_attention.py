@@ -37,10 +37,23 @@ def packed_attention(
     Flash kernels take 16-bit types on CUDA only; everywhere else SDPA runs once per distinct length.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    key, value = _with_prefixes(module, key, value, packed_batch)
     if use_flash_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _flash(query, key, value, packed_batch, scaling, causal), None
     parts = [_sdpa(query, key, value, group, scaling, causal) for group in packed_batch.groups]
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None], None
+
+
+def _with_prefixes(module: nn.Module, key: Tensor, value: Tensor, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+    """Note this layer's keys and values of new prefixes; put those of recalled ones after the pack's."""
+    for new in packed.new_prefixes:
+        own = slice(new.start, new.start + len(new.prefix))
+        new.layers.append((key[:, :, own].clone(), value[:, :, own].clone()))
+    if packed.recalled:
+        recalled = [layers[int(module.layer_idx)] for layers in packed.recalled]  # type: ignore[arg-type]
+        key = torch.cat([key, *(keys for keys, _ in recalled)], dim=2)
+        value = torch.cat([value, *(values for _, values in recalled)], dim=2)
+    return key, value
 
 
 def _flash(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vecmill.core.types import Prefix, Row, TokenIds
+from vecmill.models.prefix_memory import Layers, PrefixMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,14 +22,23 @@ class EqualLengths:
     rows: int
     length: int
     prefix: tuple[int, int] | None = None
-    """First token and length of the prefix."""
+    """First token and length of the prefix; from T on are those that were recalled."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewPrefix:
+    """A prefix in the pack, and what attention saw of it, for batches to come."""
+
+    prefix: Prefix
+    start: int
+    layers: Layers
 
 
 @dataclass(frozen=True, slots=True)
 class Keys:
     """Which tokens the queries of each segment look at, where some look at a prefix too."""
 
-    index: Tensor  # (K,) int64: the tokens, segment by segment; those of a prefix once for each that follows it
+    index: Tensor  # (K,) int64: the tokens, segment by segment; a prefix's once for each segment that follows it
     cu_seqlens: Tensor  # (S + 1,) int32
     max_length: int
 
@@ -47,6 +57,10 @@ class PackedBatch:
     segments: Tensor  # (N,) int64: the segment of each row
     keys: Keys | None
     """None where no row has a prefix: each segment looks at itself."""
+    new_prefixes: tuple[NewPrefix, ...]
+    """Empty where there is no memory to keep them."""
+    recalled: tuple[Layers, ...]
+    """Prefixes computed in an earlier batch; their tokens count from T on."""
     groups: tuple[EqualLengths, ...]
     order: tuple[int, ...]
     """`order[i]` is the caller's index of packed row i; N long."""
@@ -72,14 +86,22 @@ class _Segment:
     """The caller's index of the row; None for a prefix and the filler."""
     unpooled: int = 0
     second_text: int | None = None
+    shared: Prefix | None = None
+    """The prefix that it is."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
 
-def pack(rows: Sequence[Row], device: torch.device) -> PackedBatch:
-    """Pack rows for one forward pass: those without a prefix by length, then each prefix and what follows it."""
-    segments = _segments(rows)
+def pack(rows: Sequence[Row], device: torch.device, memory: PrefixMemory | None = None) -> PackedBatch:
+    """Pack rows for one forward pass: those without a prefix by length, then each prefix and what follows it.
+
+    A prefix that `memory` recalls is not in the pack.
+    """
+    prefixes = dict.fromkeys(row.prefix for row in rows if row.prefix is not None) if memory is not None else {}
+    known = {prefix: memory.recall(prefix) for prefix in prefixes} if memory is not None else {}
+    recalled = {prefix: layers for prefix, layers in known.items() if layers is not None}
+    segments = _segments(rows, list(recalled))
     lengths = [len(segment) for segment in segments]
     cu_seqlens = _cumulative(lengths)
     of_rows = [number for number, segment in enumerate(segments) if segment.index is not None]
@@ -93,23 +115,30 @@ def pack(rows: Sequence[Row], device: torch.device) -> PackedBatch:
         lengths=torch.tensor(lengths, device=device),
         segments=torch.tensor(of_rows, device=device),
         keys=_keys(segments, device),
+        new_prefixes=tuple(
+            NewPrefix(segment.shared, segment.start, [])
+            for segment in segments
+            if segment.shared is not None and memory is not None
+        ),
+        recalled=tuple(recalled.values()),
         groups=_groups(segments),
         order=tuple(segment.index for segment in segments if segment.index is not None),
     )
 
 
-def _segments(rows: Sequence[Row]) -> list[_Segment]:
+def _segments(rows: Sequence[Row], recalled: Sequence[Prefix]) -> list[_Segment]:
     families: dict[Prefix | None, list[int]] = {}
     for index, row in enumerate(rows):
         families.setdefault(row.prefix, []).append(index)
+    spans = _recalled_spans(rows, families, recalled)
     segments: list[_Segment] = []
     start = 0
     for prefix in sorted(families, key=lambda prefix: prefix is not None):  # stable: in order of first appearance
-        span = None
-        if prefix is not None:
-            span = (start, len(prefix))
-            segments.append(_Segment(prefix.token_ids, start))
+        if prefix is not None and prefix not in spans:
+            spans[prefix] = (start, len(prefix))
+            segments.append(_Segment(prefix.token_ids, start, shared=prefix))
             start += len(prefix)
+        span = spans[prefix] if prefix is not None else None
         for index in sorted(families[prefix], key=lambda index: len(rows[index].token_ids)):
             row = rows[index]
             position = len(prefix) if prefix else 0
@@ -118,6 +147,20 @@ def _segments(rows: Sequence[Row]) -> list[_Segment]:
     if filler := _filler(start):
         segments.append(_Segment(np.zeros(filler, dtype=np.int32), start))
     return segments
+
+
+def _recalled_spans(
+    rows: Sequence[Row], families: Iterable[Prefix | None], recalled: Sequence[Prefix]
+) -> dict[Prefix, tuple[int, int]]:
+    """Where the keys of recalled prefixes are: after all tokens of the pack."""
+    new = sum(len(prefix) for prefix in families if prefix is not None and prefix not in recalled)
+    tokens = new + sum(len(row.token_ids) for row in rows)
+    start = tokens + _filler(tokens)
+    spans = {}
+    for prefix in recalled:
+        spans[prefix] = (start, len(prefix))
+        start += len(prefix)
+    return spans
 
 
 def _filler(tokens: int) -> int:

@@ -41,7 +41,7 @@ class Cut(Generic[S]):
     batch: tuple[S, ...]
     abandoned: tuple[S, ...]
     tokens: int
-    """What the batch has to compute."""
+    """What the batch has to compute, at the most: the runner may know a prefix from an earlier batch."""
 
     @property
     def taken(self) -> int:
