@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
+from torch import nn
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import StartupError
@@ -136,7 +138,7 @@ def _load_all(
         read += count
         report(10 + 75 * min(1, read / total), f"loading {name}: {read / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB")
 
-    shared: Target | None = None
+    shared: dict[tuple[Path, type], nn.Module] = {}
     loaded = []
     counted: set[int] = set()
     for one in found:
@@ -144,10 +146,12 @@ def _load_all(
         build = family(one)
         progress(0)
         chosen = choose_dtype(settings.dtype, device, _width(one))
-        shared = Target(chosen.dtype, device, progress, shared.shared if shared else {})
-        model = build(one, shared)
-        card = _card(one, model, chosen, device, settings.query_instruction, aliases[one.id])
-        loaded.append(LoadedModel(replace(card, weight_bytes=_uncounted_bytes(model, counted)), one, model))
+        model = build(one, Target(chosen.dtype, device, progress, shared))
+        card = _card(one, model, chosen, device, _uncounted_bytes(model, counted))
+        prompts = cards.prompts(one, settings.query_instruction)
+        template = cards.instruction_template(prompts)
+        card = replace(card, prompts=prompts, instruction_template=template, aliases=tuple(aliases[one.id]))
+        loaded.append(LoadedModel(card, one, model))
     return loaded
 
 
@@ -167,15 +171,10 @@ def _uncounted_bytes(model: Model, counted: set[int]) -> int:
 
 
 def _card(
-    checkpoint: Checkpoint,
-    model: Model,
-    chosen: ChosenDtype,
-    device: torch.device,
-    query_instruction: str | None,
-    aliases: Sequence[str],
+    checkpoint: Checkpoint, model: Model, chosen: ChosenDtype, device: torch.device, weight_bytes: int
 ) -> ModelCard:
+    """What the files and the device decide; prompts and aliases are the settings'."""
     embeds = checkpoint.pooling is not None
-    prompts = cards.prompts(checkpoint, query_instruction)
     return ModelCard(
         id=checkpoint.id,
         task=checkpoint.task,
@@ -189,11 +188,8 @@ def _card(
         dtype=dtype_name(chosen.dtype),
         dtype_reason=chosen.reason,
         device=describe(device),
-        weight_bytes=0,
-        prompts=prompts,
-        instruction_template=cards.instruction_template(prompts),
+        weight_bytes=weight_bytes,
         layer_norm_before_slice=cards.layer_norm_before_slice(checkpoint),
-        aliases=tuple(aliases),
     )
 
 

@@ -50,6 +50,6 @@ def _pair_tokenizer(
 ) -> PairTokenizer:
     pool = _pool(card, checkpoint, threads, control_tokens=settings.allow_control_tokens)
     if card.family == "qwen3":
-        prompt = _pool(card, checkpoint, threads)
+        prompt = pool if settings.allow_control_tokens else _pool(card, checkpoint, threads)
         return InstructTokenizer(pool, prompt, card.max_model_len, card.prompts["query"])
     return CrossEncoderTokenizer(pool, card.max_model_len)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import ModelCard, PromptChoice
+from vecmill.models.cards import INSTRUCTION
 
 # sentence-transformers' encode_query and encode_document look for these names, in this order.
 QUERY_NAMES = ("query",)
 DOCUMENT_NAMES = ("document", "passage", "corpus")
-INSTRUCTION = "{instruction}"
 
 
 def choose_prompt(card: ModelCard, choice: PromptChoice) -> str:

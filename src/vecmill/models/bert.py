@@ -66,4 +66,9 @@ def rename(name: str) -> Sequence[str]:
     name = name.removeprefix("bert.").removeprefix("roberta.")
     if name.startswith(UNUSED):
         return ()
-    return (name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"),)
+    return (layer_norm_name(name),)
+
+
+def layer_norm_name(name: str) -> str:
+    """TensorFlow's names for the weights of a layer norm, as torch has them."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")

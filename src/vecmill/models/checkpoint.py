@@ -108,12 +108,13 @@ def read(source: Source) -> Checkpoint:
             raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
     config = read_json(folder / "config.json")
     modules = _modules(folder, named, task, config)
+    positions = _positions(folder, config)
     return Checkpoint(
         source=source,
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
-        positions=_positions(folder, config),
-        max_model_len=_max_model_len(folder, config),
+        positions=positions,
+        max_model_len=_max_model_len(folder, positions),
         prompts=read_json(folder / "config_sentence_transformers.json").get("prompts") or {},
         logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
         revision=_revision(folder),
@@ -167,12 +168,12 @@ def _positions(folder: Path, config: Mapping[str, Any]) -> int:
     return int(said) - before_first
 
 
-def _max_model_len(folder: Path, config: Mapping[str, Any]) -> int:
+def _max_model_len(folder: Path, positions: int) -> int:
     """sentence-transformers' rule: its own file first, else the tokenizer's limit; never more than the positions."""
     said = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
     if said is None:
         said = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    return int(min(limit for limit in (said, _positions(folder, config)) if limit is not None))
+    return positions if said is None else int(min(said, positions))
 
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:

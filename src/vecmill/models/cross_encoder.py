@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from vecmill.core.errors import StartupError
-from vecmill.models.bert import encode, first_position
+from vecmill.models.bert import encode, first_position, layer_norm_name
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
 from vecmill.models.weights import Target, load_weights
@@ -69,4 +69,4 @@ def rename(name: str) -> Sequence[str]:
     """The names of the class, but for what pre-training left."""
     if name.startswith(UNUSED):
         return ()
-    return (name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"),)
+    return (layer_norm_name(name),)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -98,10 +98,8 @@ def pack(rows: Sequence[Row], device: torch.device, memory: PrefixMemory | None 
 
     A prefix that `memory` recalls is not in the pack.
     """
-    prefixes = dict.fromkeys(row.prefix for row in rows if row.prefix is not None) if memory is not None else {}
-    known = {prefix: memory.recall(prefix) for prefix in prefixes} if memory is not None else {}
-    recalled = {prefix: layers for prefix, layers in known.items() if layers is not None}
-    segments = _segments(rows, list(recalled))
+    recalled = _recalled(rows, memory) if memory is not None else {}
+    segments = _segments(rows, recalled)
     lengths = [len(segment) for segment in segments]
     cu_seqlens = _cumulative(lengths)
     of_rows = [number for number, segment in enumerate(segments) if segment.index is not None]
@@ -126,7 +124,12 @@ def pack(rows: Sequence[Row], device: torch.device, memory: PrefixMemory | None 
     )
 
 
-def _segments(rows: Sequence[Row], recalled: Sequence[Prefix]) -> list[_Segment]:
+def _recalled(rows: Sequence[Row], memory: PrefixMemory) -> dict[Prefix, Layers]:
+    prefixes = dict.fromkeys(row.prefix for row in rows if row.prefix is not None)
+    return {prefix: layers for prefix in prefixes if (layers := memory.recall(prefix)) is not None}
+
+
+def _segments(rows: Sequence[Row], recalled: Collection[Prefix]) -> list[_Segment]:
     families: dict[Prefix | None, list[int]] = {}
     for index, row in enumerate(rows):
         families.setdefault(row.prefix, []).append(index)
@@ -150,7 +153,7 @@ def _segments(rows: Sequence[Row], recalled: Sequence[Prefix]) -> list[_Segment]
 
 
 def _recalled_spans(
-    rows: Sequence[Row], families: Iterable[Prefix | None], recalled: Sequence[Prefix]
+    rows: Sequence[Row], families: Iterable[Prefix | None], recalled: Collection[Prefix]
 ) -> dict[Prefix, tuple[int, int]]:
     """Where the keys of recalled prefixes are: after all tokens of the pack."""
     new = sum(len(prefix) for prefix in families if prefix is not None and prefix not in recalled)

@@ -53,12 +53,13 @@ class WeightFiles:
             StartupError: there is no such file, or one is damaged.
         """
         self._checkpoint = checkpoint
-        if not checkpoint.weight_files:
+        paths = checkpoint.weight_files
+        if not paths:
             raise StartupError(
                 f"{checkpoint.named}: {checkpoint.folder} has no safetensors; pickled weights are not loaded."
             )
         self.files: dict[str, Path] = {}
-        for path in checkpoint.weight_files:
+        for path in paths:
             with self._open(path) as opened:
                 self.files |= dict.fromkeys(opened.keys(), path)
 
