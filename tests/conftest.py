@@ -18,12 +18,16 @@ from vecmill.models.source import find
 
 @pytest.fixture(scope="session", autouse=True)
 def hermetic() -> Iterator[None]:
-    """None of the settings of whoever runs the tests: neither environment nor `.env`."""
+    """None of the settings of whoever runs the tests: neither environment nor `.env`.
+
+    Layers are eager unless a test says otherwise: compiling them takes seconds at each start.
+    """
     with pytest.MonkeyPatch.context() as patch:
         for group in GROUPS:
             for name in group.model_fields:
                 patch.delenv(name.upper(), raising=False)
             patch.setitem(group.model_config, "env_file", None)
+        patch.setenv("TORCH_COMPILE", "false")
         yield
 
 
@@ -31,7 +35,7 @@ def hermetic() -> Iterator[None]:
 def server() -> Iterator[RunningServer]:
     """`vecmill serve` on the bundled model, as a user starts it."""
     port = free_port()
-    with running(vecmill_command(port), port, "/ready") as server:
+    with running(vecmill_command(port, "--torch-compile", "auto"), port, "/ready") as server:
         yield server
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from benchmarks.model_builds import build
-from benchmarks.model_cases import run_model
 from benchmarks.model_comparison import worst_error
+from benchmarks.model_forward import run_model
 from benchmarks.model_plain import PlainLatentAttention, with_sdpa
 from benchmarks.model_shapes import QUICK
 from benchmarks.model_workloads import BEFORE_DOCUMENT, attended, batches, ragged_rows

@@ -110,7 +110,7 @@ def test_a_request_in_progress_is_answered_before_the_end() -> None:
     """SIGTERM arrives while forward passes run: the client still gets its answer, whole."""
     port = free_port()
     with running(vecmill_command(port), port, "/ready") as server, ThreadPoolExecutor(1) as pool:
-        body = {"inputs": ["some text " * 50] * 256}
+        body = {"inputs": [f"{number} some text " * 50 for number in range(256)]}
         answer = pool.submit(httpx.post, f"{server.url}/embed", json=body, timeout=60)
         while httpx.get(f"{server.url}/stats").json()["queue_depth"] == 0:
             assert not answer.done()

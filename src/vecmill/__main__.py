@@ -1,4 +1,4 @@
-"""The command line: `vecmill serve`, `pull` and `verify`."""
+"""The command line: `vecmill serve`, `pull`, `verify` and `bench`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from vecmill import __version__
+from vecmill.bench.command import bench
 from vecmill.config import Settings, load_settings
 from vecmill.config.env_example import default_text
 from vecmill.config.settings import GROUPS
@@ -106,6 +107,7 @@ def _with_flags() -> Any:
 
 
 cli.command()(_with_flags())
+cli.command()(bench)
 
 
 def main() -> None:

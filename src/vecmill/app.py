@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
@@ -19,25 +18,27 @@ from vecmill import __version__
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
 from vecmill.core.health import Health, Phase
-from vecmill.hardware.memory import MEGABYTE, host_memory
+from vecmill.core.threads import WorkerThreads
+from vecmill.core.types import Lane
+from vecmill.hardware.memory import MEGABYTE, MemoryGuard, host_memory
 from vecmill.http import capabilities, errors, health, jobs, stats
 from vecmill.http.body_limit import BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import openai, rerank, tei
 from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.request_id import RequestId
-from vecmill.http.services import Services
+from vecmill.http.services import ForwardPass, Services
 from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.queue import JobQueue
-from vecmill.scheduler.policy import Budget
+from vecmill.scheduler.policy import Budget, Rules
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.telemetry.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from vecmill.engine.engine import Engine
-    from vecmill.engine.loader import Loaded
+    from vecmill.engine.loaded import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +54,20 @@ class Server:
         self._settings = settings
         self._on_failure = on_failure
         workers = settings.inference.tokenization_workers or min(LARGEST_POOL, os.cpu_count() or 1)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="tokenize")
+        self._threads = WorkerThreads(workers)
         self._engine: Engine | None = None
         self._loaded: Loaded | None = None
         self._scheduler: Scheduler | None = None
         self.health = Health()
         self.telemetry = Telemetry()
-        self.inference = Inference(settings.inference, self.health, self.telemetry)
+        self.inference = Inference(
+            settings.inference,
+            settings.scheduler.request_timeout,
+            self.health,
+            self.telemetry,
+            self._threads,
+            MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
+        )
         self.jobs = JobQueue(settings.jobs)
         self.services = Services(
             settings=settings,
@@ -70,18 +78,38 @@ class Server:
             threads=self._threads,
             device_memory=lambda: self._engine.memory() if self._engine else None,
             device_busy=lambda: self._engine.busy if self._engine else False,
-            max_batch_tokens=lambda: self._loaded.max_batch_tokens if self._loaded else None,
+            forward_passes=self._forward_passes,
         )
         self._watch()
 
     def _watch(self) -> None:
         metrics = self.telemetry.metrics
-        metrics.watch(metrics.waiting, lambda: self.inference.waiting)
-        metrics.watch(metrics.abandoned, lambda: self.inference.abandoned)
+        for lane in Lane:
+            metrics.watch(metrics.waiting.labels(lane.value), partial(self._waiting, lane))
+        metrics.watch(metrics.joined, lambda: self.inference.stats.joined)
+        metrics.watch(metrics.abandoned, lambda: self.inference.stats.abandoned)
+        metrics.watch(metrics.expired, lambda: self.inference.stats.expired)
         metrics.watch(metrics.ready, lambda: float(self.health.ready))
         metrics.watch(metrics.process_memory, lambda: host_memory().process_mb * MEGABYTE)
         for status in JobStatus:
             metrics.watch(metrics.jobs.labels(status.value), partial(self.jobs.count, status))
+
+    def _watch_budgets(self) -> None:
+        metrics = self.telemetry.metrics
+        for model in self.inference.budgets:
+            read = partial(lambda name: self.inference.budgets[name].max_batch_tokens, model)
+            metrics.watch(metrics.max_batch_tokens.labels(model), read)
+
+    def _waiting(self, lane: Lane) -> int:
+        return self.inference.waiting[lane]
+
+    def _forward_passes(self) -> dict[str, ForwardPass]:
+        if self._loaded is None:
+            return {}
+        return {
+            self._loaded.models[key].card.id: ForwardPass(one.calibration, one.compiled, one.compile_reason)
+            for key, one in self._loaded.warmed.items()
+        }
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
@@ -93,7 +121,9 @@ class Server:
             logger.exception("the start failed")
             self._fail(f"The start failed: {type(error).__name__}: {error}")
         else:
-            self.telemetry.rolling.warmup_seconds = loaded.warmup_seconds
+            self.telemetry.rolling.warmup_seconds = tuple(
+                seconds for one in loaded.warmed.values() for seconds in one.seconds
+            )
             self.health.update(Phase.READY, 100, "ready")
 
     async def _load(self) -> Loaded:
@@ -106,9 +136,13 @@ class Server:
         loaded = await asyncio.wrap_future(engine.loaded)
         served = ((model.key, model.card, model.checkpoint) for model in loaded.models.values())
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
-        budget = Budget(loaded.max_batch_tokens, self._settings.engine.max_batch_size)
-        self._scheduler = Scheduler(engine, budget, on_batch=self.telemetry.batch, on_failure=self._fail)
+        rows = self._settings.engine.max_batch_size
+        budgets = {key: Budget(one.max_batch_tokens, rows, one.free_tokens) for key, one in loaded.warmed.items()}
+        fairness = self._settings.scheduler
+        rules = Rules(fairness.bulk_share, fairness.aging_seconds)
+        self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
         self.inference.attach(models, self._scheduler)
+        self._watch_budgets()
         self._loaded = loaded
         return loaded
 
@@ -126,7 +160,7 @@ class Server:
             await self._scheduler.close()
         if self._engine is not None:
             self._engine.close()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        self._threads.shutdown()
 
 
 def create_app(settings: Settings, on_failure: Callable[[str], None] = lambda reason: None) -> FastAPI:

@@ -9,6 +9,7 @@ import socket
 import sys
 from ipaddress import ip_address
 from time import monotonic
+from typing import Any
 
 import uvicorn
 from rich.console import Console
@@ -20,6 +21,7 @@ from vecmill.app import create_app
 from vecmill.config import Settings
 from vecmill.core.health import Health, Phase
 from vecmill.core.types import ModelCard, Task
+from vecmill.http.capabilities import forward_pass
 from vecmill.http.services import Services
 from vecmill.inference.finish import describe_dimensions
 from vecmill.telemetry.logs import configure_logging
@@ -42,7 +44,8 @@ def run_server(settings: Settings) -> int:
 
     def on_failure(reason: str) -> None:
         failures.append(reason)
-        server.should_exit = True  # a supervisor can restart the process, not a thread in it
+        # A supervisor can restart the process, not a thread in it.
+        server.should_exit = settings.http.exit_on_failure
 
     app = create_app(settings, on_failure)
     try:
@@ -147,6 +150,7 @@ def resolved(services: Services) -> dict[str, object]:
     return {
         "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
         "device": cards[0].device,
+        "max_batch_tokens": {card.id: forward_pass(services, card.id)["max_batch_tokens"] for card in cards},
     }
 
 
@@ -155,16 +159,12 @@ def start_table(services: Services, address: str) -> Table:
     table = Table(title=f"vecmill {__version__}", title_justify="left", show_header=False, min_width=60)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    cards = services.inference.cards
+    cards, settings = services.inference.cards, services.settings
     for card in cards:
-        _add_model(table, card)
+        _add_model(table, card, forward_pass(services, card.id), settings.engine.max_batch_size)
     table.add_row("device", cards[0].device)
     if not any(card.task is Task.RERANK for card in cards):
         table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")
-    settings = services.settings
-    table.add_row(
-        "forward pass", f"up to {services.max_batch_tokens()} tokens in {settings.engine.max_batch_size} rows"
-    )
     limits = settings.inference
     table.add_row(
         "limits",
@@ -176,7 +176,7 @@ def start_table(services: Services, address: str) -> Table:
     return table
 
 
-def _add_model(table: Table, card: ModelCard) -> None:
+def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_size: int) -> None:
     if card.task is Task.EMBED:
         table.add_row("model", f"{card.id} ({card.family}, {card.pooling} pooling)")
         table.add_row("dimensions", f"{describe_dimensions(card)}; up to {card.max_model_len} tokens per text")
@@ -188,4 +188,15 @@ def _add_model(table: Table, card: ModelCard) -> None:
         table.add_row("query prompt", repr(query))
     table.add_row("revision", card.revision)
     table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
-    table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB", end_section=True)
+    table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB")
+    table.add_row(
+        "forward pass",
+        f"{costs['fixed_ms']:.1f} ms + {costs['us_per_token']:.1f} µs a token, {costs['best_tokens_per_second']:,.0f} "
+        f"tokens/s at best, knee at {costs['knee_tokens']} tokens",
+    )
+    table.add_row(
+        "budget",
+        f"{costs['max_batch_tokens']} tokens ({costs['max_batch_tokens_ms']:.0f} ms) in {max_batch_size} rows; "
+        f"up to {costs['free_tokens']} bulk rides free with a search",
+    )
+    table.add_row("layers", costs["compile_reason"], end_section=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,12 +16,12 @@ from torch import Tensor
 
 from tests.checkpoints import tiny_bert
 from vecmill.config import load_settings
-from vecmill.core.errors import EngineFailed, NonFiniteEmbedding, StartupError
-from vecmill.core.types import Row
+from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, StartupError
+from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.device import choose_device
 from vecmill.engine.engine import Engine
-from vecmill.engine.loader import LoadedModel
+from vecmill.engine.loaded import LoadedModel
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
 
@@ -155,3 +158,106 @@ def test_a_gpu_is_seen_by_its_kernel_driver(tmp_path: Path) -> None:
     assert not nvidia_gpu_present(tmp_path)
     (tmp_path / "proc/driver/nvidia/gpus/0000:01:00.0").mkdir(parents=True)
     assert nvidia_gpu_present(tmp_path)
+
+
+class Cramped:
+    """The real model on a device whose memory ends at so many tokens a forward: it raises what torch raises there."""
+
+    def __init__(self, model: LoadedModel, tokens: int, error: Exception) -> None:
+        self._forward = model.model.forward
+        self._tokens, self._error = tokens, error
+        self.ran: list[int] = []
+
+    def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+        tokens = packed.input_ids.shape[1]
+        if tokens > self._tokens:
+            raise self._error
+        self.ran.append(tokens)
+        return self._forward(packed, use_flash_attn=use_flash_attn)
+
+
+def long_rows(*lengths: int) -> list[Row]:
+    return [Row(np.arange(1000, 1000 + length, dtype=np.int32)) for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+async def test_a_batch_that_does_not_fit_is_halved_until_it_does(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    rows = long_rows(60, 10, 50, 40, 60, 30, 20, 64)
+    wanted = (await engine.run(KEY, rows)).rows
+    cramped = Cramped(model_of(engine), 128, error)
+    monkeypatch.setattr(model_of(engine).model, "forward", cramped)
+    found = await engine.run(KEY, rows)
+    assert found.splits > 0
+    assert found.fitting_tokens == max(cramped.ran)
+    for one, other in zip(found.rows, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(one), np.asarray(other), atol=1e-5)
+
+
+async def test_a_text_that_does_not_fit_alone_is_refused_with_its_length_and_the_others_answered(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        model_of(engine).model, "forward", Cramped(model_of(engine), 64, torch.OutOfMemoryError("out of memory"))
+    )
+    small, large, other = (await engine.run(KEY, long_rows(20, 100, 30))).rows
+    assert isinstance(large, DoesNotFit)
+    assert "100 tokens" in large.message
+    assert not isinstance(small, Exception)
+    assert not isinstance(other, Exception)
+
+
+async def test_an_interactive_batch_overtakes_bulk_that_has_not_begun(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, gate = threading.Event(), threading.Event()
+    order: list[int] = []
+    forward = model_of(engine).model.forward
+
+    def held(packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+        order.append(len(packed.order))
+        begun.set()
+        assert gate.wait(20)
+        return forward(packed, use_flash_attn=use_flash_attn)
+
+    monkeypatch.setattr(model_of(engine).model, "forward", held)
+    first = asyncio.create_task(engine.run(KEY, ROWS[:1]))
+    await asyncio.to_thread(begun.wait, 20)
+    bulk = asyncio.create_task(engine.run(KEY, ROWS[:2]))
+    await asyncio.sleep(0)
+    query = asyncio.create_task(engine.run(KEY, ROWS, Lane.INTERACTIVE))
+    await asyncio.sleep(0)
+    engine._packing.submit(gate.set)  # after both have been packed
+    await asyncio.wait_for(asyncio.gather(first, bulk, query), 20)
+    assert order == [1, 3, 2]
+
+
+def test_a_budget_that_does_not_fit_into_memory_is_lowered_at_warm_up(tmp_path: Path, minilm_folder: Path) -> None:
+    """In a process whose address space ends before the largest forward pass: torch itself runs out of memory."""
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    script = f"""
+import logging, resource, sys
+from vecmill.config import load_settings
+from vecmill.engine.loader import load
+from vecmill.engine.device import choose_device
+logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+settings = load_settings({{"embed_model": {str(folder)!r}, "device": "cpu", "dtype": "float32",
+    "torch_compile": "false", "max_batch_tokens": 200_000, "max_batch_ms": 1e9}})
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, -1))
+loaded = load(settings.model, settings.engine, lambda percent, message: None)
+print(*(tokens for tokens, _ in loaded.warmed[{KEY!r}].calibration.measured))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    measured = [int(tokens) for tokens in done.stdout.split()]
+    assert 16 < measured[0] < 200_000
+    assert "does not fit, trying" in done.stderr

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from vecmill.hardware.memory import host_memory
+from vecmill.core.errors import MemoryLow
+from vecmill.hardware import memory as memory_module
+from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory
 from vecmill.hardware.recommendation import recommended_batch_size
 
 
@@ -12,16 +16,41 @@ from vecmill.hardware.recommendation import recommended_batch_size
     ("available_gb", "batch"), [(100, 64), (81, 64), (80, 48), (61, 48), (60, 32), (41, 32), (40, 8), (1, 8), (0, 8)]
 )
 def test_by_gpu_memory(available_gb: int, batch: int) -> None:
-    assert recommended_batch_size(available_gb * 1024, max_batch_size=64) == batch
+    assert recommended_batch_size(16_384, available_gb * 1024, max_batch_size=64) == batch
 
 
 def test_never_above_the_rows_of_a_forward() -> None:
-    assert recommended_batch_size(100 * 1024, max_batch_size=16) == 16
-    assert recommended_batch_size(None, max_batch_size=16) == 16
+    assert recommended_batch_size(16_384, 100 * 1024, max_batch_size=16) == 16
+    assert recommended_batch_size(16_384, None, max_batch_size=16) == 16
 
 
-def test_without_a_gpu() -> None:
-    assert recommended_batch_size(None, max_batch_size=64) == 32
+@pytest.mark.parametrize(("budget", "batch"), [(0, 8), (128, 8), (512, 16), (1024, 32), (1792, 56), (16_384, 64)])
+def test_four_forward_passes_of_code_chunks(budget: int, batch: int) -> None:
+    assert recommended_batch_size(budget, None, max_batch_size=64) == batch
+
+
+def test_the_guard_says_no_before_memory_is_short() -> None:
+    MemoryGuard(None, 0.95).check(needed=1000)
+    total = host_memory().total_mb * MEGABYTE
+    with pytest.raises(MemoryLow, match=r"MEMORY_FLOOR_GB.*try again"):
+        MemoryGuard(None, 1.0).check(needed=total)
+    with pytest.raises(MemoryLow, match="must stay so"):
+        MemoryGuard(total / GIGABYTE, 1.0).check(needed=0)
+    with pytest.raises(MemoryLow, match="it may take"):
+        MemoryGuard(0.0, 0.001).check(needed=0)
+
+
+def test_a_control_groups_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text("40000000000\n")
+    (tmp_path / "memory.current").write_text("39900000000\n")
+    (tmp_path / "memory.stat").write_text("anon 39400000000\ninactive_file 500000000\n")
+    monkeypatch.setattr(memory_module, "CGROUP", tmp_path)
+    guard = MemoryGuard(0.1, 1.0)
+    guard.check(needed=0)
+    with pytest.raises(MemoryLow, match=r"0\.6 GB are free"):
+        guard.check(needed=550_000_000)
+    (tmp_path / "memory.max").write_text("max\n")
+    MemoryGuard(0.1, 1.0).check(needed=550_000_000)
 
 
 def test_the_hosts_memory_is_read() -> None:

@@ -26,9 +26,16 @@ async def test_capabilities(client: httpx.AsyncClient) -> None:
     found = (await client.get("/capabilities")).json()
     fields = "version gpu_total_mb gpu_allocated_mb gpu_reserved_mb gpu_available_mb model_memory_mb max_batch_size"
     assert {*fields.split(), "recommended_batch_size", "gpu_busy"} <= set(found)
-    assert found["recommended_batch_size"] == 32
+    assert found["recommended_batch_size"] in range(8, 65, 8)
     assert found["gpu_total_mb"] is None  # not available is not zero
     assert found["model_memory_mb"] == 86
+    costs = found["forward_passes"][MINILM]
+    measured = [point["tokens"] for point in costs["measured"]]
+    assert measured == sorted(measured, reverse=True)  # the largest shape first
+    assert costs["us_per_token"] > 0
+    assert 0 < costs["free_tokens"] <= costs["max_batch_tokens"] <= measured[0]
+    assert found["max_batch_tokens"] == costs["max_batch_tokens"]
+    assert (costs["compiled"], costs["compile_reason"]) == (False, "eager: TORCH_COMPILE=false")
 
 
 async def test_health_has_the_fields_of_the_servers_before(client: httpx.AsyncClient) -> None:
@@ -47,14 +54,15 @@ async def test_stats_count_what_was_done() -> None:
         found = (await client.get("/stats")).json()
         assert (found["requests"], found["texts_embedded"], found["errors"]) == (2, 7, 1)
         assert found["tokens_embedded"] == 5 * 4 + 3 * 3
-        assert found["queue_depth"] == 0
+        assert found["texts_joined"] == 4  # equal texts in flight run once
+        assert (found["queue_depth"], found["waiting"]) == (0, {"interactive": 0, "bulk": 0})
         assert 0 < found["p50_latency_ms"] <= found["p95_latency_ms"]
-        assert (found["warmup_requests"], found["texts_per_second"] > 0) == (2, True)
+        assert (found["warmup_requests"] > 2, found["texts_per_second"] > 0) == (True, True)
         detailed = (await client.get("/stats/detailed")).json()
         assert detailed["sample_count"] == 2
         assert set(detailed["latency_ms"]) == {"total", "gpu", "queue", "tokenize", "overhead", "per_text_gpu"}
         assert {"min", "p50", "p95", "max"} <= set(detailed["latency_ms"]["total"])
-        assert sum(int(rows) * count for rows, count in detailed["batch_sizes"]["distribution"].items()) == 5 + 3
+        assert sum(int(rows) * count for rows, count in detailed["batch_sizes"]["distribution"].items()) == 1 + 3
         metrics = (await client.get("/metrics")).text
         samples = {
             (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -63,7 +71,7 @@ async def test_stats_count_what_was_done() -> None:
         }
         assert samples["vecmill_texts_total", (("model", MINILM), ("operation", "embed"))] == 5
         assert samples["vecmill_errors_total", (("error", "EmptyInput"), ("status", "400"))] == 1
-        assert samples["vecmill_batch_rows_sum", ()] == 8
+        assert samples["vecmill_batch_rows_sum", (("lane", "interactive"),)] == 4
         assert samples["vecmill_ready", ()] == 1
 
 

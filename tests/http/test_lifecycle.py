@@ -15,7 +15,9 @@ from fastapi import FastAPI
 from tests.checkpoints import tiny_bert
 from vecmill.app import create_app
 from vecmill.config import load_settings
+from vecmill.core.types import Lane
 from vecmill.engine import engine as engine_module
+from vecmill.engine import forward
 from vecmill.engine.loader import load
 from vecmill.http.services import Services
 
@@ -93,7 +95,7 @@ async def test_a_device_that_dies_turns_health_to_503(folder: Path, monkeypatch:
         def broken(*args: object) -> None:
             raise RuntimeError("CUDA error: device-side assert triggered")
 
-        monkeypatch.setattr(engine_module, "pack", broken)
+        monkeypatch.setattr(engine_module, "launch", broken)
         for _ in range(2):
             refused = await client.post("/v1/embeddings", json={"input": ["x"] * 200})
             assert refused.status_code == 503
@@ -110,7 +112,7 @@ async def test_stopping_answers_what_runs_and_refuses_what_comes(folder: Path) -
             await app.state.loading
             services: Services = app.state.services
             running = asyncio.create_task(client.post("/embed", json={"inputs": ["x"] * 500}))
-            while services.inference.waiting == 0:
+            while services.inference.waiting[Lane.BULK] == 0:
                 await asyncio.sleep(0)
         assert (await asyncio.wait_for(running, 10)).status_code in (200, 503)
         late = await client.post("/embed", json={"inputs": "late"})
@@ -119,13 +121,13 @@ async def test_stopping_answers_what_runs_and_refuses_what_comes(folder: Path) -
 
 
 async def test_a_client_that_leaves_frees_its_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, forward = threading.Event(), engine_module.Engine._forward
+    gate, launch = threading.Event(), forward.launch
 
-    def held(self: Any, *args: Any) -> Any:
+    def held(*args: Any, **flags: Any) -> Any:
         assert gate.wait(30)
-        return forward(self, *args)
+        return launch(*args, **flags)
 
-    monkeypatch.setattr(engine_module.Engine, "_forward", held)
+    monkeypatch.setattr(engine_module, "launch", held)
     app = create_app(load_settings({"embed_model": str(folder), "max_batch_size": 2, **QUICK}))
     async with app.router.lifespan_context(app), http(app) as client:
         await app.state.loading
@@ -151,7 +153,7 @@ async def test_a_client_that_leaves_frees_its_texts(folder: Path, monkeypatch: p
             "headers": [(b"content-type", b"application/json")],
         }
         request = asyncio.create_task(app(scope, receive, send))
-        while services.inference.waiting != 4:  # two batches of two are with the device
+        while sum(services.inference.waiting.values()) != 2:  # three batches of two are with the device
             await asyncio.sleep(0)
         left.set()
         await asyncio.wait_for(request, 10)
@@ -159,4 +161,4 @@ async def test_a_client_that_leaves_frees_its_texts(folder: Path, monkeypatch: p
         assert services.inference.admission.requests == 0
         gate.set()
         assert (await client.post("/embed", json={"inputs": "next"})).status_code == 200
-        assert services.inference.abandoned == 4
+        assert services.inference.stats.abandoned == 2

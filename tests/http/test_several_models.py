@@ -17,7 +17,8 @@ from tests.conftest import serving
 from tests.models.loaded import GOLDEN
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
-from vecmill.engine.loader import Loaded, load
+from vecmill.engine.loaded import Loaded
+from vecmill.engine.loader import load
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 NV_EMBED, QWEN3, RERANKER = (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.golden.real.reduce_tokenizer import ENDED, THOUGHT
+from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row, Task
 from vecmill.inference.pairs import InstructTokenizer
 from vecmill.inference.tokenization import TextTokenizer, Tokenized
@@ -71,7 +71,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def pool_of(folders: dict[str, Path]) -> Iterator[PoolOf]:
     """Makes the pool of one of the folders."""
-    with ThreadPoolExecutor(2) as threads:
+    with WorkerThreads(2) as threads:
 
         def make(name: str, vocab_size: int, *, control_tokens: bool = True) -> TokenizerPool:
             file = folders[name] / "tokenizer.json"

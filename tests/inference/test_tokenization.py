@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from tokenizers import Tokenizer
 
 from tests.checkpoints import tiny_xlm_roberta
 from vecmill.core.errors import InvalidInput, StartupError
+from vecmill.core.threads import WorkerThreads
 from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.text_format import TextFormat
@@ -31,7 +31,7 @@ def own(minilm_folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def tokenizer(minilm_folder: Path) -> Iterator[TextTokenizer]:
-    with ThreadPoolExecutor(2) as threads:
+    with WorkerThreads(2) as threads:
         pool = TokenizerPool(minilm_folder / "tokenizer.json", VOCAB, LIMIT, threads)
         yield TextTokenizer(pool, TextFormat(), LIMIT, VOCAB)
 
@@ -74,14 +74,14 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(tokenizer: TextTokenizer
 
 @pytest.mark.parametrize("vocab_size", [1000, VOCAB - 1, 250_002])
 def test_a_tokenizer_of_another_model_is_refused(minilm_folder: Path, vocab_size: int) -> None:
-    with ThreadPoolExecutor(1) as threads, pytest.raises(StartupError, match="belongs to another model"):
+    with WorkerThreads(1) as threads, pytest.raises(StartupError, match="belongs to another model"):
         TokenizerPool(minilm_folder / "tokenizer.json", vocab_size, LIMIT, threads)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "BPE"}}', '{"model": {"type": "?", "vocab": {}}}'])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with ThreadPoolExecutor(1) as threads, pytest.raises(StartupError, match="is not a tokenizer"):
+    with WorkerThreads(1) as threads, pytest.raises(StartupError, match="is not a tokenizer"):
         TokenizerPool(tmp_path / "tokenizer.json", 10, LIMIT, threads)
 
 
@@ -95,7 +95,7 @@ async def test_without_control_tokens_no_text_has_any(tmp_path: Path, minilm_fol
     control = {token["id"]: token["content"] for token in definition["added_tokens"]}
     control = {number: content for number, content in control.items() if content not in ("[UNK]", "<unk>")}
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
-    with ThreadPoolExecutor(1) as threads:
+    with WorkerThreads(1) as threads:
         obeying, plain = (
             TokenizerPool(folder / "tokenizer.json", vocabulary, LIMIT, threads, control_tokens=allowed)
             for allowed in (True, False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row, Task, TokenIds
 from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
@@ -57,6 +57,6 @@ def ids(*values: int) -> TokenIds:
 def text_tokenizer(loaded: LoadedModel, max_model_len: int) -> Iterator[TextTokenizer]:
     """The tokenizer of an embedding model, cut at another length."""
     checkpoint, model = loaded
-    with ThreadPoolExecutor(1) as threads:
+    with WorkerThreads(1) as threads:
         pool = TokenizerPool(checkpoint.tokenizer_file, model.vocab_size, max_model_len, threads)
         yield TextTokenizer(pool, text_format(checkpoint), max_model_len, model.vocab_size)

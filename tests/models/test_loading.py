@@ -18,7 +18,8 @@ from vecmill.app import Server
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.engine.loader import Loaded, load
+from vecmill.engine.loaded import Loaded
+from vecmill.engine.loader import load
 from vecmill.models import source
 from vecmill.models.checkpoint import read
 from vecmill.models.registry import family

@@ -1,92 +1,270 @@
-"""The batch cut keeps its promises for every queue and budget."""
+"""The batch cut keeps its promises for every queue, budget and mix of lanes."""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vecmill.scheduler.policy import Budget, cut
+from vecmill.core.types import Lane
+from vecmill.scheduler.policy import Budget, Client, Cut, Line, Rules, cut
+
+RULES = Rules(bulk_share=0.2, aging_seconds=5.0)
+MODELS = ("a", "b")
 
 
 @dataclass(eq=False)
 class Waiting:
     tokens: int
-    abandoned: bool
+    gone: bool = False
     prefix: range | None = None
+    submitted: float = 0.0
 
     def __len__(self) -> int:
         return self.tokens
 
-
-queues = st.lists(st.builds(Waiting, st.integers(1, 600), st.booleans()), max_size=60)
-budgets = st.builds(Budget, max_batch_tokens=st.integers(1, 1000), max_batch_size=st.integers(1, 20))
-
-
-@given(queues, budgets)
-def test_a_batch_keeps_the_budget(waiting: list[Waiting], budget: Budget) -> None:
-    batch = cut(waiting, budget).batch
-    assert len(batch) <= budget.max_batch_size
-    assert sum(map(len, batch)) <= budget.max_batch_tokens or len(batch) == 1
+    def unwanted(self, now: float) -> bool:
+        return self.gone
 
 
-@given(queues, budgets)
-def test_what_is_taken_is_exactly_the_front_in_order(waiting: list[Waiting], budget: Budget) -> None:
-    taken = cut(waiting, budget)
-    front = waiting[: taken.taken]
-    assert [one for one in front if not one.abandoned] == list(taken.batch)
-    assert [one for one in front if one.abandoned] == list(taken.abandoned)
+@dataclass
+class Queue:
+    """Lines, served by cut after cut as the scheduler does it."""
+
+    lines: list[Line[Waiting]]
+    budgets: dict[str, Budget]
+    rules: Rules = RULES
+    owed: float = 0.0
+    now: float = 0.0
+    cuts: list[Cut[Waiting]] = field(default_factory=list)
+
+    def cut(self) -> Cut[Waiting]:
+        taken = cut(self.lines, self.budgets, self.rules, self.owed, self.now)
+        for line, count in taken.popped.items():
+            for _ in range(count):
+                line.waiting.popleft()
+            line.front_since = self.now
+        for client, tokens in taken.served.items():
+            client.served += tokens
+        self.owed = taken.owed
+        self.lines = [line for line in self.lines if line.waiting]
+        self.cuts.append(taken)
+        return taken
+
+    def drain(self) -> Iterator[Cut[Waiting]]:
+        while (taken := self.cut()).popped:
+            yield taken
 
 
-@given(queues, budgets)
-def test_the_first_live_sequence_always_runs(waiting: list[Waiting], budget: Budget) -> None:
-    live = [one for one in waiting if not one.abandoned]
-    assert cut(waiting, budget).batch[:1] == tuple(live[:1])
+def line(
+    sequences: Sequence[Waiting], lane: Lane = Lane.BULK, model: str = "a", client: Client | None = None
+) -> Line[Waiting]:
+    return Line(model, lane, client or Client(), 0.0, deque(sequences))
 
 
-@given(queues, budgets)
-def test_a_batch_is_as_full_as_order_allows(waiting: list[Waiting], budget: Budget) -> None:
-    taken = cut(waiting, budget)
-    rest = [one for one in waiting[taken.taken :] if not one.abandoned]
-    if rest:
-        assert (
-            len(taken.batch) == budget.max_batch_size
-            or sum(map(len, taken.batch)) + len(rest[0]) > budget.max_batch_tokens
-        )
+waiting = st.builds(Waiting, st.integers(1, 600), st.booleans())
+lines_of = st.lists(
+    st.builds(line, st.lists(waiting, max_size=20), st.sampled_from(Lane), st.sampled_from(MODELS)), max_size=8
+)
+budgets_of = st.fixed_dictionaries(
+    {model: st.builds(Budget, st.integers(1, 1000), st.integers(1, 20), st.integers(0, 300)) for model in MODELS}
+)
+queues = st.builds(
+    Queue,
+    lines_of,
+    budgets_of,
+    st.builds(Rules, st.floats(0, 1), st.just(5.0)),
+    st.floats(0, 2000),
+    st.sampled_from([0.0, 100.0]),
+)
 
 
-@given(queues, budgets)
-def test_cutting_until_empty_loses_nothing_and_repeats_nothing(waiting: list[Waiting], budget: Budget) -> None:
-    queue, run = deque(waiting), list[Waiting]()
-    while queue:
-        taken = cut(queue, budget)
-        assert taken.taken > 0
+def everything(queue: Queue) -> list[Waiting]:
+    return [sequence for one in queue.lines for sequence in one.waiting]
+
+
+@settings(deadline=None)
+@given(queues)
+def test_every_batch_keeps_its_budget_and_is_of_one_model(queue: Queue) -> None:
+    model_of = {id(sequence): one.model for one in queue.lines for sequence in one.waiting}
+    for taken in queue.drain():
+        assert len(taken.batch) <= queue.budgets[taken.model].max_batch_size if taken.batch else True
+        assert {model_of[id(one)] for one in taken.batch} <= {taken.model}
+        if taken.batch:
+            limit = queue.budgets[taken.model].max_batch_tokens
+            assert taken.tokens == sum(map(len, taken.batch))
+            assert taken.tokens <= limit or len(taken.batch) == 1
+
+
+@settings(deadline=None)
+@given(queues)
+def test_nothing_is_lost_nothing_runs_twice_and_the_unwanted_never(queue: Queue) -> None:
+    before = everything(queue)
+    run, dropped = list[Waiting](), list[Waiting]()
+    for taken in queue.drain():
         run += taken.batch
-        for _ in range(taken.taken):
-            queue.popleft()
-    assert run == [one for one in waiting if not one.abandoned]
+        dropped += taken.unwanted
+    assert Counter(map(id, run)) == Counter(id(one) for one in before if not one.gone)
+    assert Counter(map(id, dropped)) == Counter(id(one) for one in before if one.gone)
+    assert not queue.lines
 
 
-@given(st.lists(st.tuples(st.integers(1, 200), st.sampled_from([None, range(50), range(70)])), max_size=30), budgets)
-def test_a_shared_prefix_counts_once_a_batch(lengths: list[tuple[int, range | None]], budget: Budget) -> None:
+@settings(deadline=None)
+@given(queues)
+def test_a_line_keeps_its_order(queue: Queue) -> None:
+    orders = [[id(one) for one in a_line.waiting if not one.gone] for a_line in queue.lines]
+    run = [id(one) for taken in queue.drain() for one in taken.batch]
+    places = {one: place for place, one in enumerate(run)}
+    for order in orders:
+        assert [places[one] for one in order] == sorted(places[one] for one in order)
+
+
+@settings(deadline=None)
+@given(queues)
+def test_cutting_changes_nothing_by_itself(queue: Queue) -> None:
+    before = [list(one.waiting) for one in queue.lines]
+    first = cut(queue.lines, queue.budgets, queue.rules, queue.owed, queue.now)
+    again = cut(queue.lines, queue.budgets, queue.rules, queue.owed, queue.now)
+    assert first == again
+    assert [list(one.waiting) for one in queue.lines] == before
+
+
+@settings(deadline=None)
+@given(queues)
+def test_interactive_goes_first_unless_bulk_is_owed_or_has_aged(queue: Queue) -> None:
+    while queue.lines:
+        wanted = [one for one in queue.lines if any(not sequence.gone for sequence in one.waiting)]
+        interactive = [one for one in wanted if one.lane is Lane.INTERACTIVE]
+        aged = any(queue.now - one.front_since >= queue.rules.aging_seconds for one in wanted)
+        smallest = min(
+            (next(len(s) for s in one.waiting if not s.gone) for one in wanted if one.lane is Lane.BULK), default=0
+        )
+        owed = queue.owed
+        taken = queue.cut()
+        if interactive and not aged and owed < smallest:
+            assert taken.lane is Lane.INTERACTIVE
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(st.integers(1, 300), min_size=10, max_size=10),
+    st.integers(1, 100),
+    st.floats(0.05, 0.9),
+    st.builds(Budget, st.integers(64, 1000), st.integers(1, 64), st.integers(0, 64)),
+)
+def test_under_endless_interactive_load_bulk_keeps_its_share(
+    bulk: list[int], query: int, share: float, budget: Budget
+) -> None:
+    people = Client()
+    queue = Queue([line([Waiting(tokens) for tokens in bulk])], {"a": budget}, Rules(share, 1e9))
+    ran = dict.fromkeys(Lane, 0)
+    longest = max(bulk)
+    endless = [Waiting(query) for _ in range(budget.max_batch_size + 1)]
+    while any(one.lane is Lane.BULK for one in queue.lines):
+        queue.lines = [one for one in queue.lines if one.lane is Lane.BULK]
+        queue.lines.append(line(endless, Lane.INTERACTIVE, client=people))
+        taken = queue.cut()
+        ran[Lane.INTERACTIVE] += taken.served.get(people, 0)
+        ran[Lane.BULK] += taken.tokens - taken.served.get(people, 0)
+        if any(one.lane is Lane.BULK for one in queue.lines):
+            # Never further behind than one text that is not paid for yet and one batch.
+            assert ran[Lane.BULK] >= share * sum(ran.values()) - longest - share * (budget.max_batch_tokens + query)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=30), st.integers(1, 64))
+def test_whoever_stands_still_too_long_goes_before_everything(bulk: list[int], query: int) -> None:
+    queue = Queue([line([Waiting(tokens) for tokens in bulk])], {"a": Budget(256, 16, 0)}, Rules(0.0, 5.0))
+    head = queue.lines[0].waiting[0]
+    since = queue.now
+    while not any(head in taken.batch for taken in queue.cuts):
+        queue.lines = [one for one in queue.lines if one.lane is Lane.BULK]
+        queue.lines.append(line([Waiting(query) for _ in range(40)], Lane.INTERACTIVE))
+        queue.lines[-1].front_since = queue.now
+        queue.cut()
+        queue.now += 1.0
+    assert queue.now - since <= RULES.aging_seconds + 2
+
+
+def test_a_deep_line_that_moves_does_not_age() -> None:
+    """Otherwise a search would wait behind an index that has been running for longer than the limit."""
+    bulk = line([Waiting(100) for _ in range(1000)])
+    queue = Queue([bulk], {"a": Budget(200, 16, 50)})
+    for second in range(100):
+        queue.now = float(second)
+        queue.cut()
+    query = Waiting(10)
+    queue.lines.append(line([query], Lane.INTERACTIVE))
+    queue.lines[-1].front_since = queue.now
+    assert query in queue.cut().batch
+
+
+@settings(deadline=None)
+@given(st.lists(st.lists(st.integers(1, 200), min_size=40, max_size=40), min_size=2, max_size=6))
+def test_bulk_clients_take_turns_by_tokens(clients: list[list[int]]) -> None:
+    queue = Queue([line([Waiting(tokens) for tokens in one]) for one in clients], {"a": Budget(256, 64, 0)})
+    everyone = [one.client for one in queue.lines]
+    longest = max(map(max, clients))
+    while len(queue.lines) == len(clients):
+        queue.cut()
+        if len(queue.lines) == len(clients):
+            served = [client.served for client in everyone]
+            assert max(served) - min(served) <= 256 + longest
+
+
+@pytest.mark.parametrize(("free", "riding"), [(0, 0), (64, 1), (150, 2), (1000, 4)])
+def test_bulk_rides_along_with_a_search_up_to_what_is_free(free: int, riding: int) -> None:
+    query = Waiting(10)
+    lines = [line([query], Lane.INTERACTIVE), line([Waiting(50) for _ in range(20)])]
+    taken = cut(lines, {"a": Budget(210, 64, free)}, RULES, owed=0.0, now=0.0)
+    assert taken.batch[0] is query
+    assert taken.lane is Lane.INTERACTIVE
+    assert len(taken.batch) - 1 == riding
+
+
+def test_a_text_longer_than_the_budget_runs_alone_and_blocks_nobody() -> None:
+    long, short = Waiting(32_000), Waiting(10)
+    queue = Queue([line([long, short]), line([Waiting(20)])], {"a": Budget(512, 64, 0)})
+    batches = [taken.batch for taken in queue.drain()]
+    assert [long] in batches
+    assert sum(map(len, batches)) == 3
+
+
+def test_a_sequence_in_two_lines_runs_once() -> None:
+    both = Waiting(10)
+    lines = [line([both], Lane.INTERACTIVE), line([Waiting(5), both, Waiting(6)])]
+    taken = cut(lines, {"a": Budget(500, 64, 500)}, RULES, owed=0.0, now=0.0)
+    assert [one.tokens for one in taken.batch] == [10, 5, 6]
+    assert sum(taken.popped.values()) == 4
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 200), st.sampled_from([None, range(50), range(70)])), max_size=30),
+    st.integers(1, 1000),
+)
+def test_a_shared_prefix_counts_once_a_batch(lengths: list[tuple[int, range | None]], limit: int) -> None:
     queue = [Waiting(own + (len(prefix) if prefix else 0), False, prefix) for own, prefix in lengths]
-    taken = cut(queue, budget)
+    taken = cut([line(queue)], {"a": Budget(limit, 64, 0)}, RULES, owed=0.0, now=0.0)
     prefixes = {id(one.prefix): len(one.prefix) for one in taken.batch if one.prefix is not None}
     own = sum(len(one) - (len(one.prefix) if one.prefix is not None else 0) for one in taken.batch)
     assert taken.tokens == own + sum(prefixes.values())
-    assert taken.tokens <= budget.max_batch_tokens or len(taken.batch) == 1
+    assert taken.tokens <= limit or len(taken.batch) == 1
 
 
-def test_the_cost_is_in_what_is_taken_not_in_what_waits() -> None:
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_cost_is_in_what_is_taken_not_in_what_waits(gone: bool) -> None:
     looked_at = 0
 
     class Counting(Waiting):
-        def __len__(self) -> int:
+        def unwanted(self, now: float) -> bool:
             nonlocal looked_at
             looked_at += 1
-            return self.tokens
+            return self.gone
 
-    cut((Counting(10, abandoned=False) for _ in range(100_000)), Budget(100, 64))
-    assert looked_at < 50
+    deep = line([Counting(10, gone) for _ in range(100_000)])
+    cut([deep], {"a": Budget(100, 64, 0)}, RULES, owed=0.0, now=0.0)
+    assert looked_at < 5000

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from vecmill.core.errors import BatchFailed, EngineFailed, NonFiniteEmbedding, ShuttingDown
-from vecmill.core.protocols import BatchResult
-from vecmill.core.types import Row
+from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, NonFiniteEmbedding, ShuttingDown
+from vecmill.core.protocols import BatchResult, Runner
+from vecmill.core.types import Lane, Row
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.scheduler.sequence import SequenceResult
 
-Run = Callable[[str, Sequence[Row]], Awaitable[BatchResult]]
-
 BUDGET = Budget(max_batch_tokens=16, max_batch_size=4)
+ONE_BY_ONE = Budget(max_batch_tokens=1, max_batch_size=1)
+MODELS = ("m", "a", "b")
+
+
+def scheduler_of(
+    runner: Runner, budget: Budget = BUDGET, on_failure: Callable[[str], None] = lambda reason: None
+) -> Scheduler:
+    return Scheduler(runner, dict.fromkeys(MODELS, budget), on_failure=on_failure)
 
 
 class SumRunner:
@@ -29,7 +35,7 @@ class SumRunner:
         self.gate.set()
         self.entered = asyncio.Event()
 
-    async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
+    async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
         self.entered.set()
         await self.gate.wait()
         self.batches.append((model, [int(row.token_ids.sum()) for row in rows]))
@@ -41,11 +47,11 @@ class RaisingRunner(SumRunner):
         super().__init__()
         self.error, self.times = error, times
 
-    async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
+    async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
         if self.times:
             self.times -= 1
             raise self.error
-        return await super().run(model, rows)
+        return await super().run(model, rows, lane)
 
 
 def ids(*values: int) -> Row:
@@ -58,7 +64,7 @@ async def sums(futures: Sequence[asyncio.Future[SequenceResult]]) -> list[float]
 
 
 async def test_answers_come_back_in_order_however_they_were_cut() -> None:
-    scheduler = Scheduler(SumRunner(), BUDGET)
+    scheduler = scheduler_of(SumRunner())
     futures = scheduler.submit("m", [ids(*[1] * (1 + index % 7), index) for index in range(50)])
     assert await sums(futures) == [1 + index % 7 + index for index in range(50)]
     assert scheduler.stats.sequences == 50
@@ -67,7 +73,7 @@ async def test_answers_come_back_in_order_however_they_were_cut() -> None:
 
 async def test_a_batch_holds_one_model_and_the_oldest_goes_first() -> None:
     runner = SumRunner()
-    scheduler = Scheduler(runner, BUDGET)
+    scheduler = scheduler_of(runner)
     futures = [*scheduler.submit("a", [ids(1), ids(2)]), *scheduler.submit("b", [ids(3)])]
     await sums(futures)
     assert runner.batches == [("a", [1, 2]), ("b", [3])]
@@ -77,7 +83,7 @@ async def test_a_batch_holds_one_model_and_the_oldest_goes_first() -> None:
 async def test_what_arrives_while_the_device_is_busy_shares_the_next_batch() -> None:
     runner = SumRunner()
     runner.gate.clear()
-    scheduler = Scheduler(runner, BUDGET)
+    scheduler = scheduler_of(runner)
     first = scheduler.submit("m", [ids(1)])
     await runner.entered.wait()
     second = scheduler.submit("m", [ids(2)])
@@ -93,7 +99,7 @@ async def test_what_arrives_while_the_device_is_busy_shares_the_next_batch() -> 
 async def test_an_abandoned_sequence_is_never_run() -> None:
     runner = SumRunner()
     runner.gate.clear()
-    scheduler = Scheduler(runner, Budget(max_batch_tokens=1, max_batch_size=1))
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
     futures = scheduler.submit("m", [ids(value) for value in range(5)])
     await runner.entered.wait()
     futures[3].cancel()
@@ -105,7 +111,7 @@ async def test_an_abandoned_sequence_is_never_run() -> None:
 
 
 async def test_a_batch_that_fails_fails_its_members_and_the_next_works(caplog: pytest.LogCaptureFixture) -> None:
-    scheduler = Scheduler(RaisingRunner(RuntimeError("boom")), BUDGET)
+    scheduler = scheduler_of(RaisingRunner(RuntimeError("boom")))
     failing = scheduler.submit("m", [ids(1), ids(2)])
     for future in failing:
         with pytest.raises(BatchFailed, match="temporary"):
@@ -117,12 +123,12 @@ async def test_a_batch_that_fails_fails_its_members_and_the_next_works(caplog: p
 
 async def test_a_row_that_fails_fails_alone() -> None:
     class OneBadRow(SumRunner):
-        async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
-            result = await super().run(model, rows)
+        async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
+            result = await super().run(model, rows, lane)
             result.rows[1] = NonFiniteEmbedding()
             return result
 
-    scheduler = Scheduler(OneBadRow(), BUDGET)
+    scheduler = scheduler_of(OneBadRow())
     good, bad, other = scheduler.submit("m", [ids(1), ids(2), ids(3)])
     assert await sums([good, other]) == [1, 3]
     with pytest.raises(NonFiniteEmbedding):
@@ -132,11 +138,11 @@ async def test_a_row_that_fails_fails_alone() -> None:
 
 async def test_a_runner_that_answers_too_few_rows_leaves_nobody_waiting(caplog: pytest.LogCaptureFixture) -> None:
     class Short(SumRunner):
-        async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
-            result = await super().run(model, rows)
+        async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
+            result = await super().run(model, rows, lane)
             return BatchResult(result.rows[:-1], 0.001)
 
-    scheduler = Scheduler(Short(), BUDGET)
+    scheduler = scheduler_of(Short())
     *_, last = scheduler.submit("m", [ids(1), ids(2)])
     with pytest.raises(BatchFailed):
         await asyncio.wait_for(last, 5)
@@ -145,7 +151,7 @@ async def test_a_runner_that_answers_too_few_rows_leaves_nobody_waiting(caplog: 
 
 async def test_a_dead_device_fails_all_that_wait_and_says_so_once() -> None:
     reasons: list[str] = []
-    scheduler = Scheduler(RaisingRunner(EngineFailed("gone"), times=99), BUDGET, on_failure=reasons.append)
+    scheduler = scheduler_of(RaisingRunner(EngineFailed("gone"), times=99), on_failure=reasons.append)
     futures = scheduler.submit("m", [ids(value) for value in range(40)])
     done, waiting = await asyncio.wait(futures, timeout=5)
     assert not waiting
@@ -159,7 +165,7 @@ async def test_a_dead_device_fails_all_that_wait_and_says_so_once() -> None:
 async def test_closing_answers_what_runs_and_fails_what_waits() -> None:
     runner = SumRunner()
     runner.gate.clear()
-    scheduler = Scheduler(runner, Budget(max_batch_tokens=1, max_batch_size=1))
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
     futures = scheduler.submit("m", [ids(value) for value in range(6)])
     await runner.entered.wait()
     closing = asyncio.create_task(scheduler.close())
@@ -173,3 +179,141 @@ async def test_closing_answers_what_runs_and_fails_what_waits() -> None:
         future.exception()
     with pytest.raises(ShuttingDown):
         scheduler.submit("m", [ids(1)])
+
+
+class GatedRunner(SumRunner):
+    """Each batch waits until the test lets it go."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lanes: list[Lane] = []
+        self.begun = 0
+        self.permits = asyncio.Semaphore(0)
+        self.changed = asyncio.Condition()
+
+    async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
+        self.lanes.append(lane)
+        self.begun += 1
+        async with self.changed:
+            self.changed.notify_all()
+        await self.permits.acquire()
+        return await super().run(model, rows, lane)
+
+    async def wait_until_begun(self, batches: int) -> None:
+        async with asyncio.timeout(5), self.changed:
+            await self.changed.wait_for(lambda: self.begun >= batches)
+
+
+async def test_a_search_is_cut_at_once_though_bulk_fills_the_device() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    bulk = scheduler.submit("m", [ids(value) for value in range(20)])
+    await runner.wait_until_begun(2)
+    [query] = scheduler.submit("m", [ids(99)], lane=Lane.INTERACTIVE)
+    await runner.wait_until_begun(3)
+    assert runner.lanes == [Lane.BULK, Lane.BULK, Lane.INTERACTIVE]
+    for _ in range(30):
+        runner.permits.release()
+    assert await sums([query, *bulk]) == [99, *range(20)]
+    await scheduler.close()
+
+
+async def test_two_clients_take_turns() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    first = scheduler.submit("m", [ids(value) for value in range(10)], client="first")
+    await runner.wait_until_begun(2)
+    second = scheduler.submit("m", [ids(100 + value) for value in range(3)], client="second")
+    for _ in range(20):
+        runner.permits.release()
+    await sums([*first, *second])
+    order = [value for _, batch in runner.batches for value in batch]
+    assert order.index(102) < order.index(6)
+    await scheduler.close()
+
+
+async def test_equal_rows_in_flight_run_once_and_all_who_wait_are_answered() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    first = scheduler.submit("m", [ids(1), ids(2), ids(3), ids(3)])
+    await runner.wait_until_begun(2)
+    again = scheduler.submit("m", [ids(1), ids(3)], client="other")
+    elsewhere = scheduler.submit("a", [ids(3)])
+    for _ in range(10):
+        runner.permits.release()
+    assert await sums([*first, *again, *elsewhere]) == [1, 2, 3, 3, 1, 3, 3]
+    assert sorted(runner.batches) == [("a", [3]), ("m", [1]), ("m", [2]), ("m", [3])]
+    assert scheduler.stats.joined == 3
+    await scheduler.close()
+
+
+async def test_a_search_for_what_waits_in_bulk_lifts_it_out() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    bulk = scheduler.submit("m", [ids(value) for value in range(20)])
+    await runner.wait_until_begun(2)
+    [query] = scheduler.submit("m", [ids(19)], lane=Lane.INTERACTIVE)
+    await runner.wait_until_begun(3)
+    for _ in range(30):
+        runner.permits.release()
+    assert await sums([query, *bulk]) == [19, *range(20)]
+    assert runner.batches[2] == ("m", [19])
+    assert len(runner.batches) == 20
+    assert scheduler.waiting == dict.fromkeys(Lane, 0)
+    await scheduler.close()
+
+
+async def test_one_who_leaves_does_not_take_the_answer_from_another() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    blocking = scheduler.submit("m", [ids(1), ids(2)])
+    await runner.wait_until_begun(2)
+    [leaving], [staying] = scheduler.submit("m", [ids(7)]), scheduler.submit("m", [ids(7)], client="other")
+    leaving.cancel()
+    for _ in range(5):
+        runner.permits.release()
+    assert await sums([*blocking, staying]) == [1, 2, 7]
+    assert scheduler.stats.abandoned == 0
+    await scheduler.close()
+
+
+async def test_what_has_expired_is_never_run() -> None:
+    now = 0.0
+    runner = GatedRunner()
+    scheduler = Scheduler(runner, {"m": ONE_BY_ONE}, clock=lambda: now)
+    blocking = scheduler.submit("m", [ids(1), ids(2)])
+    await runner.wait_until_begun(2)
+    [late] = scheduler.submit("m", [ids(7)], deadline=10.0)
+    [patient] = scheduler.submit("m", [ids(8)], deadline=30.0)
+    now = 20.0
+    for _ in range(5):
+        runner.permits.release()
+    assert await sums([*blocking, patient]) == [1, 2, 8]
+    with pytest.raises(DeadlineExceeded):
+        await late
+    assert [7] not in [batch for _, batch in runner.batches]
+    assert scheduler.stats.expired == 1
+    await scheduler.close()
+
+
+async def test_a_batch_that_had_to_be_halved_lowers_the_budget(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(SumRunner):
+        async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
+            result = await super().run(model, rows, lane)
+            return BatchResult(result.rows, result.seconds, splits=2, fitting_tokens=100)
+
+    scheduler = scheduler_of(Small(), Budget(max_batch_tokens=400, max_batch_size=64, free_tokens=300))
+    assert len(await sums(scheduler.submit("m", [ids(*range(100)) for _ in range(4)]))) == 4
+    assert scheduler.budgets["m"] == Budget(100, 64, 100)
+    assert scheduler.budgets["a"].max_batch_tokens == 400
+    assert scheduler.stats.splits == 2
+    assert "out of memory" in caplog.text
+    await scheduler.close()
+
+
+async def test_clients_come_and_go_by_the_thousand() -> None:
+    scheduler = scheduler_of(SumRunner())
+    for client in range(3000):
+        await sums(scheduler.submit("m", [ids(client)], client=str(client)))
+    assert scheduler.stats.sequences == 3000
+    await scheduler.close()

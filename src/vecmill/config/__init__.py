@@ -10,6 +10,7 @@ from vecmill.config.groups import (
     JobSettings,
     LogSettings,
     ModelSettings,
+    SchedulerSettings,
     SettingsGroup,
 )
 from vecmill.config.settings import Settings, load_settings
@@ -21,6 +22,7 @@ __all__ = [
     "JobSettings",
     "LogSettings",
     "ModelSettings",
+    "SchedulerSettings",
     "Settings",
     "SettingsGroup",
     "load_settings",

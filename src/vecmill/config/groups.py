@@ -115,11 +115,59 @@ class EngineSettings(SettingsGroup):
         ge=8,
         le=1_048_576,
         description="Tokens per forward pass, at most; an input longer than this runs alone. Default: 16384 on a GPU, "
-        "2048 on a CPU.",
+        "2048 on a CPU. Below it the budget is measured at warm-up.",
+    )
+    max_batch_ms: float = Field(
+        100,
+        gt=0,
+        description="Milliseconds per forward pass, at most: what a search may have to wait for. Warm-up turns it into "
+        "tokens; an input that takes longer by itself still runs, alone.",
+    )
+    torch_compile: Literal["auto", "true", "false"] = Field(
+        "auto",
+        description="torch.compile of the models' layers. `auto`: measured against eager at warm-up, the faster is "
+        "kept; where it cannot be compiled, eager with a warning.",
+    )
+    memory_fraction: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="Share of the device's memory that the process may take (on a CPU: of the machine's); more is "
+        "refused with 503.",
+    )
+    memory_floor_gb: float | None = Field(
+        None,
+        ge=0,
+        description="Gigabytes of the machine's memory that stay free: below it work is refused with 503 until there "
+        "is room. Default: 4 % of the memory, at most 8.",
     )
     use_flash_attn: bool = Field(
         True,
         description="Variable-length flash attention (part of torch) on CUDA; false: one SDPA call per sequence.",
+    )
+
+
+class SchedulerSettings(SettingsGroup):
+    """Who goes first."""
+
+    title: ClassVar[str] = "Scheduling"
+
+    bulk_share: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="Share of the tokens that bulk work keeps while searches never end; searches go first otherwise.",
+    )
+    aging_seconds: float = Field(
+        5,
+        gt=0,
+        description="Seconds at the front of its client's line after which a text goes before everything else.",
+    )
+    request_timeout: float = Field(
+        600,
+        gt=0,
+        description="Seconds until a request is answered with 504 and its texts are dropped unrun. A request's "
+        "`X-Request-Timeout` can only lower it.",
     )
 
 
@@ -184,6 +232,11 @@ class HttpSettings(SettingsGroup):
     )
     shutdown_seconds: int = Field(
         30, ge=1, description="Seconds that requests in progress get to finish after SIGTERM."
+    )
+    exit_on_failure: bool = Field(
+        True,
+        description="End the process with 1 when the device fails for good, so that a supervisor restarts it; false: "
+        "stay, answering 503.",
     )
 
 

@@ -14,6 +14,7 @@ from vecmill.config.groups import (
     JobSettings,
     LogSettings,
     ModelSettings,
+    SchedulerSettings,
     SettingsGroup,
 )
 from vecmill.core.errors import StartupError
@@ -21,6 +22,7 @@ from vecmill.core.errors import StartupError
 GROUPS: tuple[type[SettingsGroup], ...] = (
     ModelSettings,
     EngineSettings,
+    SchedulerSettings,
     InferenceSettings,
     JobSettings,
     HttpSettings,
@@ -34,6 +36,7 @@ class Settings:
 
     model: ModelSettings
     engine: EngineSettings
+    scheduler: SchedulerSettings
     inference: InferenceSettings
     jobs: JobSettings
     http: HttpSettings

@@ -6,6 +6,7 @@
     │   ├── MalformedBody
     │   ├── EmptyInput
     │   ├── InputTooLong
+    │   │   └── DoesNotFit
     │   ├── TooManyInputs
     │   └── NonFiniteEmbedding
     ├── BodyTooLarge
@@ -14,7 +15,9 @@
     │   └── JobNotFound
     ├── JobConflict                  the job's present state does not allow the call
     ├── Overloaded                   no room now; try again
+    ├── DeadlineExceeded             not answered in time
     └── Unavailable                  no answer possible now
+        ├── MemoryLow
         ├── ModelLoading
         ├── ShuttingDown
         ├── BatchFailed
@@ -63,6 +66,10 @@ class InputTooLong(InvalidInput):
     """An input is longer than the model's maximum context length."""
 
 
+class DoesNotFit(InputTooLong):
+    """The input alone does not fit into the device's memory; shorten it."""
+
+
 class TooManyInputs(InvalidInput):
     """The request has more inputs than MAX_CLIENT_BATCH_SIZE; split it."""
 
@@ -97,10 +104,20 @@ class Overloaded(VecmillError):
     retry_after: int = 1  # seconds
 
 
+class DeadlineExceeded(VecmillError):
+    """timeout: the request was not answered in time; send less at once, or raise X-Request-Timeout."""
+
+
 class Unavailable(VecmillError):
     """503: the server is temporarily unavailable; try again."""
 
     retry_after: int = 2  # seconds
+
+
+class MemoryLow(Unavailable):
+    """503: the machine is short of memory, the server is temporarily unavailable; try again."""
+
+    retry_after = 5
 
 
 class ModelLoading(Unavailable):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from vecmill.core.types import Row, Vector
+from vecmill.core.types import Lane, Row, Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,11 +16,18 @@ class BatchResult:
     rows: list[Vector | Exception]
     seconds: float
     """Time on the device."""
+    splits: int = 0
+    """How often the batch was halved because it did not fit into the device's memory."""
+    fitting_tokens: int | None = None
+    """Where it was: tokens of the largest part that did fit."""
 
 
 class Runner(Protocol):
     """Whatever runs one batch on the device."""
 
-    async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
-        """Run one forward pass. Raises when the whole batch failed; never leaves the caller waiting."""
+    async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
+        """Run one forward pass; interactive ones overtake bulk that has not begun.
+
+        Raises when the whole batch failed; never leaves the caller waiting.
+        """
         ...

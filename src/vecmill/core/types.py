@@ -82,6 +82,25 @@ class ModelCard:
     aliases: Sequence[str] = ()
 
 
+class Lane(StrEnum):
+    """Who goes first: somebody who waits for an answer, or work that only has to get done."""
+
+    INTERACTIVE = "interactive"
+    BULK = "bulk"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, and how urgently."""
+
+    client: str = ""
+    """What takes turns with other clients: an indexing job, or else an address."""
+    lane: Lane | None = None
+    """None: by the request's size and kind."""
+    timeout: float | None = None
+    """Seconds after which the answer is of no use; None leaves it to REQUEST_TIMEOUT."""
+
+
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Seconds that one request spent in each stage.
@@ -120,6 +139,7 @@ class EmbedRequest:
     normalize: bool = True
     param: str = "input"
     """What this dialect calls the inputs, for error texts."""
+    caller: Caller = Caller()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +165,7 @@ class RerankRequest:
     instruction: str | None = None
     raw_scores: bool = False
     param: str = "documents"
+    caller: Caller = Caller()
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,33 +1,47 @@
-"""The thread that owns the device. Others hand it batches; every batch is answered, also when the thread dies."""
+"""The thread that owns the device. Others hand it batches; every batch is answered, also when the thread dies.
+
+While one batch runs, the next is packed and copied by another thread. On CUDA the thread launches a batch while the one
+before it still runs, and a third thread waits for the answers.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import queue
 import threading
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
 import torch
 
 from vecmill.config import EngineSettings, ModelSettings
-from vecmill.core.errors import EngineFailed, NonFiniteEmbedding
+from vecmill.core.errors import EngineFailed
 from vecmill.core.protocols import BatchResult
-from vecmill.core.types import Row, Vector
+from vecmill.core.types import Lane, Row
 from vecmill.engine.device import device_memory
-from vecmill.engine.loader import Loaded, LoadedModel, Report, load
+from vecmill.engine.forward import Launched, collect, launch
+from vecmill.engine.loaded import Loaded
+from vecmill.engine.loader import Report, load
 from vecmill.hardware.memory import DeviceMemory
-from vecmill.models.packing import pack
+from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
+# On CUDA: one runs, one is queued behind it. More would only stand between an interactive batch and the device.
+LAUNCHED_AT_A_TIME = 2
+# Who leaves the inbox first.
+PROBE, CLOSE = -1, 9
+ORDER = {Lane.INTERACTIVE: 0, Lane.BULK: 1}
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True)
 class Work:
     """One batch, and who waits for it."""
 
@@ -35,9 +49,10 @@ class Work:
     rows: Sequence[Row]
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[BatchResult]
+    packed: PackedBatch | None = None
 
     def resolve(self, result: BatchResult | Exception) -> None:
-        """Answer from the device's thread; the event loop may be gone by now."""
+        """Answer from another thread; the event loop may be gone by now."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._set, result)
 
@@ -58,10 +73,16 @@ class Engine:
         self._model_settings = models
         self._settings = engine
         self._report = report
-        self._inbox: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        # (order, number, work): numbers keep equals in order. None closes, or probes.
+        self._inbox: queue.PriorityQueue[tuple[int, int, Work | None]] = queue.PriorityQueue()
+        self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._failure: str | None = None
-        self._busy = False
+        self._unanswered = 0
+        self._last_done = 0.0
+        self._launched = threading.Semaphore(LAUNCHED_AT_A_TIME)
+        self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
+        self._collecting = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._thread = threading.Thread(target=self._own_device, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -69,13 +90,18 @@ class Engine:
         self._thread.start()
 
     def close(self) -> None:
-        """End the thread after the batch it is running."""
-        self._inbox.put(None)
+        """End the thread after the batches that it has been given."""
+        self._after_packing(self._close)
+
+    def _close(self) -> None:
+        with self._lock:
+            self._failure = self._failure or "503: the server is shutting down."
+            self._inbox.put((CLOSE, next(self._numbers), None))
 
     @property
     def busy(self) -> bool:
         """Whether a batch is on the device now."""
-        return self._busy
+        return self._unanswered > 0
 
     def memory(self) -> DeviceMemory | None:
         """The device's own memory; None before it is loaded and on a CPU."""
@@ -83,8 +109,8 @@ class Engine:
             return None
         return device_memory(self.loaded.result().device)
 
-    async def run(self, model: str, rows: Sequence[Row]) -> BatchResult:
-        """Run one forward pass.
+    async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
+        """Run one forward pass; interactive ones overtake bulk that has not begun.
 
         Raises:
             EngineFailed: the device's thread has ended.
@@ -92,11 +118,47 @@ class Engine:
         """
         loop = asyncio.get_running_loop()
         work = Work(model, rows, loop, loop.create_future())
+        # A shared prefix may be computed by the very batch that runs now: what has one is packed when its turn comes.
+        if self.busy and all(row.prefix is None for row in rows):
+            self._after_packing(partial(self._pack_and_queue, work, lane))
+        else:
+            self._queue(work, lane)
+        self._unanswered += 1
+        try:
+            return await work.answer
+        finally:
+            self._unanswered -= 1
+
+    def _after_packing(self, function: Callable[[], None]) -> None:
+        """Call in the packing thread, in order; nothing is packed any more once the device's thread has ended."""
+        try:
+            self._packing.submit(function)
+        except RuntimeError:
+            function()
+
+    def _pack_and_queue(self, work: Work, lane: Lane) -> None:
+        # What goes wrong here goes wrong again on the device's thread, which answers for it.
+        with contextlib.suppress(Exception):
+            work.packed = self._pack(work.rows)
+        self._queue(work, lane)
+
+    def _queue(self, work: Work, lane: Lane) -> None:
         with self._lock:
-            if self._failure is not None:
-                raise EngineFailed(self._failure)
-            self._inbox.put(work)
-        return await work.answer
+            if self._failure is None:
+                self._inbox.put((ORDER[lane], next(self._numbers), work))
+            else:
+                work.resolve(EngineFailed(self._failure))
+
+    def _pack(self, rows: Sequence[Row]) -> PackedBatch:
+        """Pack and copy on a stream of its own: a copy on the forward pass's stream would wait for that."""
+        device = self.loaded.result().device
+        if device.type != "cuda":
+            return pack(rows, device)
+        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(stream):
+            packed = pack(rows, device)
+        stream.synchronize()
+        return packed
 
     def _own_device(self) -> None:
         try:
@@ -108,9 +170,13 @@ class Engine:
         self.loaded.set_result(loaded)
         work: Work | None = None
         try:
-            while (work := self._inbox.get()) is not None:
-                self._execute(loaded, work)
-            self._die("503: the server is shutting down.")
+            while (taken := self._inbox.get())[0] != CLOSE:
+                work = taken[2]
+                if work is None:
+                    self._probe(loaded)
+                else:
+                    self._execute(loaded, work)
+            self._end()
         except BaseException as error:
             logger.critical("the device's thread ended", exc_info=error)
             reason = f"503: the device has failed ({type(error).__name__}) and the server must be restarted."
@@ -122,40 +188,54 @@ class Engine:
         """Refuse new work and answer all that is in the inbox."""
         with self._lock:
             self._failure = reason
+        self._end()
         while not self._inbox.empty():
-            if (work := self._inbox.get()) is not None:
+            if (work := self._inbox.get()[2]) is not None:
                 work.resolve(EngineFailed(reason))
 
+    def _end(self) -> None:
+        self._packing.shutdown(wait=False)
+        self._collecting.shutdown(wait=False)
+
     def _execute(self, loaded: Loaded, work: Work) -> None:
-        self._busy = True
+        model = loaded.models[work.model]
+        self._launched.acquire()
         started = perf_counter()
         try:
-            rows = self._forward(loaded.models[work.model], work.rows, loaded.device)
+            launched = launch(
+                model, work.rows, loaded.device, use_flash_attn=self._settings.use_flash_attn, packed=work.packed
+            )
         except Exception as error:
+            self._launched.release()
             logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
             self._probe(loaded)
             work.resolve(error)
+            return
+        if loaded.device.type == "cuda":
+            self._collecting.submit(self._answer, work, launched, started)
         else:
-            work.resolve(BatchResult(rows, perf_counter() - started))
+            self._answer(work, launched, started)
+
+    def _answer(self, work: Work, launched: Launched, started: float) -> None:
+        """Wait for a batch that was launched at `started` and answer it."""
+        try:
+            rows = collect(launched)
+        except Exception as error:  # CUDA reports what goes wrong in a kernel here
+            logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
+            self._inbox.put((PROBE, next(self._numbers), None))
+            work.resolve(error)
+        else:
+            done = perf_counter()
+            # The device began with this batch when it was done with the one before.
+            seconds = done - max(started, self._last_done)
+            self._last_done = done
+            fitting = launched.fitting_tokens if launched.splits else None
+            work.resolve(BatchResult(rows, seconds, launched.splits, fitting))
         finally:
-            self._busy = False
+            self._launched.release()
 
     def _probe(self, loaded: Loaded) -> None:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""
         for model in loaded.models.values():
-            self._forward(model, [Row(np.zeros(1, dtype=np.int32))], loaded.device)
-
-    @torch.inference_mode()
-    def _forward(self, model: LoadedModel, rows: Sequence[Row], device: torch.device) -> list[Vector | Exception]:
-        """Vectors or logits in the order of `rows`, not normalised; an error in place of a row that is not finite."""
-        packed = pack(rows, device, model.prefixes)
-        answers = model.model.forward(packed, use_flash_attn=self._settings.use_flash_attn)
-        vectors = answers.cpu().numpy()  # (N, width) float32
-        for new in packed.new_prefixes:  # after the pass has succeeded, so that what is kept is whole
-            model.prefixes.keep(new.prefix, new.layers)
-        finite = np.isfinite(vectors).all(axis=1)
-        results: list[Vector | Exception] = [NonFiniteEmbedding()] * len(rows)
-        for index, vector, good in zip(packed.order, vectors, finite, strict=True):
-            if good:
-                results[index] = vector
-        return results
+            row = Row(np.zeros(1, dtype=np.int32))
+            collect(launch(model, [row], loaded.device, use_flash_attn=self._settings.use_flash_attn))

@@ -4,26 +4,24 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 
-import numpy as np
 import torch
 from torch import nn
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import StartupError
-from vecmill.core.types import ModelCard, Row
+from vecmill.core.types import ModelCard
 from vecmill.engine.choice import chosen_sources
-from vecmill.engine.device import choose_device, describe
+from vecmill.engine.device import choose_device, configure_device, describe
 from vecmill.engine.dtype import ChosenDtype, choose_dtype, dtype_name
+from vecmill.engine.loaded import Loaded, LoadedModel
+from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models import cards
 from vecmill.models import checkpoint as checkpoints
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.packing import pack
-from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model, family
 from vecmill.models.weights import Target
 
@@ -32,37 +30,7 @@ logger = logging.getLogger(__name__)
 Report = Callable[[float, str], None]
 """Called with percent done (0..100) and what is being done."""
 
-CUDA_BATCH_TOKENS = 16_384
-# Past this a CPU forward only gets longer, not faster, and a query waits behind it.
-CPU_BATCH_TOKENS = 2_048
-WARMUP_RUNS = 2
 GIGABYTE = 1e9
-
-
-@dataclass(frozen=True, slots=True)
-class LoadedModel:
-    """A model on the device."""
-
-    card: ModelCard
-    checkpoint: Checkpoint
-    model: Model
-    prefixes: PrefixMemory = field(default_factory=PrefixMemory)
-
-    @property
-    def key(self) -> str:
-        """What scheduler and engine call it: one folder may embed and rerank."""
-        return f"{self.card.task.value}:{self.card.id}"
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """Everything that loading and warm-up found out."""
-
-    device: torch.device
-    models: dict[str, LoadedModel]
-    """By key, in the order of the settings, embedding models first."""
-    max_batch_tokens: int
-    warmup_seconds: tuple[float, ...]
 
 
 def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loaded:
@@ -73,17 +41,17 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     """
     report(5, "choosing the device")
     device = choose_device(engine.device)
-    max_batch_tokens = engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
+    configure_device(device, engine.memory_fraction)
     report(8, "finding the models")
     found = [checkpoints.read(source) for source in chosen_sources(models, device, partial(report, 8))]
     capped = _cap_lengths(found, models.max_model_len)
     distinct, aliases = _names(capped, models.model_aliases)
     loaded = _load_all(distinct, aliases, models, device, report)
-    warmup: list[float] = []
+    warmed, choices = {}, Choices()
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
-        warmup += _warm_up(model, engine, max_batch_tokens, device)
-    return Loaded(device, {model.key: model for model in loaded}, max_batch_tokens, tuple(warmup))
+        warmed[model.key] = warm_up(model, engine, device, choices)
+    return Loaded(device, {model.key: model for model in loaded}, warmed)
 
 
 def _cap_lengths(found: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:
@@ -191,21 +159,3 @@ def _card(
         weight_bytes=weight_bytes,
         layer_norm_before_slice=cards.layer_norm_before_slice(checkpoint),
     )
-
-
-@torch.inference_mode()
-def _warm_up(model: LoadedModel, engine: EngineSettings, max_batch_tokens: int, device: torch.device) -> list[float]:
-    """Run the largest shape, so that memory does not grow once the server says it is ready. Seconds per run."""
-    seconds = []
-    for _ in range(WARMUP_RUNS):
-        started = perf_counter()
-        packed = pack(_largest(model.card, max_batch_tokens, engine.max_batch_size), device)
-        model.model.forward(packed, use_flash_attn=engine.use_flash_attn).cpu()
-        seconds.append(perf_counter() - started)
-    return seconds
-
-
-def _largest(card: ModelCard, max_batch_tokens: int, max_batch_size: int) -> Sequence[Row]:
-    length = min(card.max_model_len, max_batch_tokens)
-    row = Row(np.arange(length, dtype=np.int32) % card.vocab_size)
-    return [row] * min(max_batch_size, max(1, max_batch_tokens // length))

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
+from vecmill.core.errors import MemoryLow
+
 MEGABYTE = 1024 * 1024
+GIGABYTE = 1024 * MEGABYTE
+FLOOR_SHARE, HIGHEST_FLOOR = 0.04, 8 * GIGABYTE
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,3 +42,63 @@ def host_memory() -> HostMemory:
         available_mb=machine.available // MEGABYTE,
         process_mb=psutil.Process().memory_info().rss // MEGABYTE,
     )
+
+
+class MemoryGuard:
+    """Says no before the machine has to swap: on a GB10 the GPU's memory is the machine's, and past its end it hangs.
+
+    Source: MemAvailable in /proc/meminfo; where a control group limits the process, what that has left.
+    """
+
+    def __init__(self, floor_gb: float | None, fraction: float) -> None:
+        """`floor_gb` stays free (None: 4 % of the machine, at most 8); the process takes `fraction` of all, at most."""
+        self._total = _limit() or psutil.virtual_memory().total
+        self._floor = min(FLOOR_SHARE * self._total, HIGHEST_FLOOR) if floor_gb is None else floor_gb * GIGABYTE
+        self._most = fraction * self._total
+        self._process = psutil.Process()
+
+    def check(self, needed: int) -> None:
+        """Pass where `needed` bytes more leave the floor free.
+
+        Raises:
+            MemoryLow: they do not, or the process would have more than its share.
+        """
+        available, used = self._available(), self._process.memory_info().rss
+        if available - needed < self._floor:
+            raise self._low(f"{available / GIGABYTE:.1f} GB are free and {self._floor / GIGABYTE:.1f} must stay so")
+        if used + needed > self._most:
+            raise self._low(f"the process has {used / GIGABYTE:.1f} of the {self._most / GIGABYTE:.1f} GB it may take")
+
+    def _available(self) -> int:
+        available = int(psutil.virtual_memory().available)
+        limit = _limit()
+        return available if limit is None else min(available, limit - _held())
+
+    @staticmethod
+    def _low(reason: str) -> MemoryLow:
+        return MemoryLow(
+            f"503: the machine is short of memory, the server is temporarily unavailable: {reason} "
+            f"(MEMORY_FLOOR_GB, MEMORY_FRACTION); try again with fewer texts."
+        )
+
+
+def _limit() -> int | None:
+    """Bytes that the control group allows, where it limits."""
+    return _read(CGROUP / "memory.max", 0) or None
+
+
+def _held() -> int:
+    """Bytes that count against the limit; file cache that nobody has used lately is given up first."""
+    try:
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+    except OSError:
+        stat = {}
+    return _read(CGROUP / "memory.current", 0) - int(stat.get("inactive_file", 0))
+
+
+def _read(file: Path, otherwise: int) -> int:
+    try:
+        said = file.read_text().strip()
+    except OSError:
+        return otherwise
+    return int(said) if said.isdecimal() else otherwise

@@ -16,7 +16,13 @@ router = APIRouter(tags=["TEI and CodeCartographer"])
 
 def recommended(services: Services) -> int:
     """Texts per request for this device as it is now."""
-    return recommended_batch_size(available_mb(services), services.settings.engine.max_batch_size)
+    most = services.settings.engine.max_batch_size
+    return recommended_batch_size(max_batch_tokens(services) or 0, available_mb(services), most)
+
+
+def max_batch_tokens(services: Services) -> int | None:
+    """Tokens of a bulk forward pass of the default model; None while loading."""
+    return next((budget.max_batch_tokens for budget in services.inference.budgets.values()), None)
 
 
 def available_mb(services: Services) -> int | None:
@@ -46,9 +52,28 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "recommended_batch_size": recommended(services),
         "gpu_busy": services.device_busy(),
         "max_client_batch_size": limits.max_client_batch_size,
-        "max_batch_tokens": services.max_batch_tokens(),
+        "max_batch_tokens": max_batch_tokens(services),
         "max_model_len": cards[0].max_model_len if cards else None,
         "memory_total_mb": host.total_mb,
         "memory_available_mb": host.available_mb,
         "models": [card.id for card in cards],
+        "forward_passes": {model: forward_pass(services, model) for model in services.forward_passes()},
+    }
+
+
+def forward_pass(services: Services, model: str) -> dict[str, Any]:
+    """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets."""
+    found, budget = services.forward_passes()[model], services.inference.budgets[model]
+    calibration = found.calibration
+    return {
+        "fixed_ms": round(1000 * calibration.fixed_seconds, 3),
+        "us_per_token": round(1e6 * calibration.seconds_per_token, 2),
+        "best_tokens_per_second": round(calibration.best_rate, 1),
+        "knee_tokens": calibration.knee_tokens,
+        "max_batch_tokens": budget.max_batch_tokens,
+        "max_batch_tokens_ms": round(1000 * calibration.seconds(budget.max_batch_tokens), 1),
+        "free_tokens": budget.free_tokens,
+        "compiled": found.compiled,
+        "compile_reason": found.compile_reason,
+        "measured": [{"tokens": tokens, "ms": round(1000 * taken, 3)} for tokens, taken in calibration.measured],
     }

@@ -16,6 +16,7 @@ from starlette.routing import Match
 
 from vecmill.core.errors import (
     BodyTooLarge,
+    DeadlineExceeded,
     EmptyInput,
     InputTooLong,
     InvalidInput,
@@ -43,6 +44,7 @@ STATUS: Mapping[type[VecmillError], int] = {
     NotFound: 404,
     JobConflict: 409,
     Overloaded: 429,
+    DeadlineExceeded: 504,
     Unavailable: 503,
     VecmillError: 500,
 }
@@ -76,6 +78,7 @@ def _openai_code(error: VecmillError) -> str | None:
         TooManyInputs: "array_above_max_length",
         EmptyInput: "empty_array",
         Overloaded: "rate_limit_exceeded",
+        DeadlineExceeded: "timeout",
         BodyTooLarge: "request_too_large",
     }
     return next((codes[kind] for kind in type(error).__mro__ if kind in codes), None)
@@ -93,6 +96,7 @@ def _tei(error: VecmillError, status: int) -> dict[str, object]:
         NonFiniteEmbedding: "Backend",
         InvalidInput: "Validation",
         Overloaded: "Overloaded",
+        DeadlineExceeded: "Overloaded",
         Unavailable: "Unhealthy",
         VecmillError: "Validation" if status < 500 else "Backend",
     }
@@ -135,6 +139,8 @@ def error_response(path: str, error: VecmillError) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, Overloaded | Unavailable):
         headers = {"Retry-After": str(error.retry_after), "x-should-retry": "true"}
+    elif isinstance(error, DeadlineExceeded):
+        headers = {"x-should-retry": "false"}  # it would only take as long again
     return JSONResponse(shape.body(error, status), status_code=status, headers=headers)
 
 

@@ -1,4 +1,4 @@
-"""gzip where the client takes it, for every answer that is not compressed in a thread already."""
+"""gzip where the client takes it, for what is fetched; results are compressed in a thread, or not worth it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ class AcceptedGZip(GZipMiddleware):
         super().__init__(app, minimum_size=GZIP_FROM_BYTES, compresslevel=GZIP_LEVEL)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not accepts_gzip(Headers(scope=scope).get("accept-encoding", "")):
-            await self.app(scope, receive, send)
-        else:
+        fetched = scope["type"] == "http" and scope["method"] == "GET"
+        if fetched and accepts_gzip(Headers(scope=scope).get("accept-encoding", "")):
             await super().__call__(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def accepts_gzip(accept_encoding: str) -> bool:

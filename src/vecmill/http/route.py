@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import Callable, Coroutine, Iterator
+from functools import partial
 from typing import Any
 
 import orjson
@@ -13,6 +14,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from vecmill.core.errors import InvalidInput, MalformedBody
+from vecmill.http.services import services_of
 
 SURROGATE = re.compile("[\ud800-\udfff]")
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
@@ -30,10 +32,7 @@ class JsonRequest(Request):
             MalformedBody, InvalidInput: it is not JSON in valid Unicode.
         """
         body = await self.body()
-        try:
-            return orjson.loads(body)
-        except orjson.JSONDecodeError as error:
-            raise _diagnose(body, error) from None
+        return await services_of(self).threads.run_if_large(partial(_parse, body), size=len(body))
 
 
 class InferenceRoute(APIRoute):
@@ -66,6 +65,13 @@ async def _until_disconnect(request: Request, work: Coroutine[Any, Any, Response
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise _diagnose(body, error) from None
 
 
 def _diagnose(body: bytes, error: orjson.JSONDecodeError) -> Exception:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
 from vecmill.config import Settings
+from vecmill.core.calibration import Calibration
 from vecmill.core.health import Health
+from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.memory import DeviceMemory
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
 from vecmill.telemetry.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardPass:
+    """What a forward pass of one model costs."""
+
+    calibration: Calibration
+    compiled: bool
+    compile_reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +36,12 @@ class Services:
     inference: Inference
     jobs: JobQueue
     telemetry: Telemetry
-    threads: ThreadPoolExecutor
-    """Tokenizes and encodes, off the event loop."""
+    threads: WorkerThreads
+    """Parse, tokenize and encode, off the event loop."""
     device_memory: Callable[[], DeviceMemory | None]
     device_busy: Callable[[], bool]
-    max_batch_tokens: Callable[[], int | None]
-    """Tokens per forward pass; None until the device is known."""
+    forward_passes: Callable[[], Mapping[str, ForwardPass]]
+    """What warm-up found out about each model; empty while loading."""
 
 
 def services_of(request: Request) -> Services:

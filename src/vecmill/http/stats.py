@@ -8,6 +8,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from vecmill import __version__
+from vecmill.core.types import Lane
 from vecmill.hardware.memory import host_memory
 from vecmill.http.services import ServicesOf
 
@@ -21,6 +22,7 @@ async def stats(services: ServicesOf) -> dict[str, Any]:
     latency = rolling.latency_ms("total")
     texts_per_second, tokens_per_second = rolling.rates()
     warmup = rolling.warmup_seconds
+    scheduled = services.inference.stats
     gpu, host = services.device_memory(), host_memory()
     return {
         "version": __version__,
@@ -29,10 +31,16 @@ async def stats(services: ServicesOf) -> dict[str, Any]:
         "tokens_embedded": rolling.tokens,
         "errors": rolling.errors,
         "queue_waits": rolling.queue_waits,
-        "queue_depth": services.inference.waiting,
+        "queue_depth": sum(services.inference.waiting.values()),
+        "waiting": {lane.value: count for lane, count in services.inference.waiting.items()},
+        "texts_joined": scheduled.joined,
+        "texts_abandoned": scheduled.abandoned,
+        "texts_expired": scheduled.expired,
+        "out_of_memory_splits": scheduled.splits,
         "avg_latency_ms": latency["mean"],
         "p50_latency_ms": latency["p50"],
         "p95_latency_ms": latency["p95"],
+        "latency_ms": {lane.value: rolling.latency_ms("total", lane) for lane in Lane},
         "warmup_avg_ms": round(1000 * sum(warmup) / len(warmup), 1) if warmup else None,
         "warmup_requests": len(warmup),
         "uptime_seconds": round(rolling.uptime, 1),

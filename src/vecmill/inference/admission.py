@@ -23,20 +23,29 @@ class Permit:
 class Admission:
     """Counts requests and tokens admitted and not yet answered. Belongs to the event loop's thread."""
 
-    def __init__(self, max_requests: int, max_tokens: int, tokens_per_second: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        max_requests: int,
+        max_tokens: int,
+        tokens_per_second: Callable[[], float],
+        check_memory: Callable[[int], None] = lambda needed: None,
+    ) -> None:
+        """`check_memory` raises where so many bytes more would be too many."""
         self._max_requests = max_requests
         self._max_tokens = max_tokens
         self._tokens_per_second = tokens_per_second
+        self._check_memory = check_memory
         self.requests = 0
         self.tokens = 0
 
     @contextmanager
-    def admit(self, estimated_tokens: int) -> Iterator[Permit]:
+    def admit(self, estimated_tokens: int, result_bytes: int = 0) -> Iterator[Permit]:
         """Hold room for a request as long as the context lasts. A lone request is admitted whatever its size.
 
         Raises:
-            Overloaded: no room now.
+            Overloaded: no room now. MemoryLow: the machine has too little memory left.
         """
+        self._check_memory(result_bytes)
         if self.requests >= self._max_requests:
             raise self._overloaded(f"{self.requests} requests are in progress (MAX_CONCURRENT_REQUESTS)")
         if self.tokens and self.tokens + estimated_tokens > self._max_tokens:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 
 from vecmill.config import InferenceSettings
+from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import ModelCard, Task
 from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairTokenizer
 from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
@@ -16,7 +16,7 @@ from vecmill.models.text_format import text_format
 
 
 def assemble(
-    loaded: Iterable[tuple[str, ModelCard, Checkpoint]], settings: InferenceSettings, threads: ThreadPoolExecutor
+    loaded: Iterable[tuple[str, ModelCard, Checkpoint]], settings: InferenceSettings, threads: WorkerThreads
 ) -> ServedModels:
     """Read every tokenizer. `loaded` are the scheduler's key, the card and the files of each model.
 
@@ -33,20 +33,20 @@ def assemble(
 
 
 def _pool(
-    card: ModelCard, checkpoint: Checkpoint, threads: ThreadPoolExecutor, *, control_tokens: bool = True
+    card: ModelCard, checkpoint: Checkpoint, threads: WorkerThreads, *, control_tokens: bool = True
 ) -> TokenizerPool:
     return TokenizerPool(
         checkpoint.tokenizer_file, card.vocab_size, card.max_model_len, threads, control_tokens=control_tokens
     )
 
 
-def _text_tokenizer(card: ModelCard, checkpoint: Checkpoint, threads: ThreadPoolExecutor) -> TextTokenizer:
+def _text_tokenizer(card: ModelCard, checkpoint: Checkpoint, threads: WorkerThreads) -> TextTokenizer:
     pool = _pool(card, checkpoint, threads)
     return TextTokenizer(pool, text_format(checkpoint), card.max_model_len, card.vocab_size)
 
 
 def _pair_tokenizer(
-    card: ModelCard, checkpoint: Checkpoint, settings: InferenceSettings, threads: ThreadPoolExecutor
+    card: ModelCard, checkpoint: Checkpoint, settings: InferenceSettings, threads: WorkerThreads
 ) -> PairTokenizer:
     pool = _pool(card, checkpoint, threads, control_tokens=settings.allow_control_tokens)
     if card.family == "qwen3":

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from time import perf_counter
 from typing import cast
 
 import numpy as np
 
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import EmptyInput, InputTooLong, InvalidInput, ModelLoading, ShuttingDown, TooManyInputs
+from vecmill.core.errors import EmptyInput, ModelLoading, ShuttingDown, TooManyInputs
 from vecmill.core.health import Health, Phase
+from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
     EmbedRequest,
     EmbedResult,
-    Matrix,
+    Lane,
     ModelCard,
     PromptChoice,
     RerankRequest,
     RerankResult,
     Scores,
-    Timings,
 )
+from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission, Permit
 from vecmill.inference.finish import (
     check_dimensions,
@@ -31,40 +33,42 @@ from vecmill.inference.finish import (
     finish,
     logit_to_relevance,
 )
-from vecmill.inference.gather import all_or_first_error
 from vecmill.inference.prompts import choose_prompt
+from vecmill.inference.running import Asked, Ran, run_rows, within
 from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
 from vecmill.inference.tokenization import Tokenized
-from vecmill.scheduler.scheduler import Scheduler
+from vecmill.scheduler.policy import Budget
+from vecmill.scheduler.scheduler import Scheduler, SchedulerStats
 from vecmill.telemetry.telemetry import Telemetry
 
 SPECIAL_TOKENS = 2  # of a text, for the estimate
 PAIR_TOKENS = 128  # around a query and a document, for the estimate
 
 
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """What the model gave for each row, and what it cost."""
-
-    rows: Matrix
-    """Full-width vectors, or logits of width 1."""
-    prompt_tokens: int
-    truncated: tuple[int, ...]
-    timings: Timings
-    waited: bool
-
-
 class Inference:
     """Requests in, results out. Belongs to the event loop's thread."""
 
-    def __init__(self, settings: InferenceSettings, health: Health, telemetry: Telemetry) -> None:
+    def __init__(
+        self,
+        settings: InferenceSettings,
+        request_timeout: float,
+        health: Health,
+        telemetry: Telemetry,
+        threads: WorkerThreads,
+        memory: MemoryGuard,
+    ) -> None:
         self._settings = settings
+        self._request_timeout = request_timeout
         self._health = health
         self._telemetry = telemetry
+        self._threads = threads
         self._models: ServedModels | None = None
         self._scheduler: Scheduler | None = None
         self.admission = Admission(
-            settings.max_concurrent_requests, settings.max_queued_tokens, lambda: telemetry.rolling.rates()[1]
+            settings.max_concurrent_requests,
+            settings.max_queued_tokens,
+            lambda: telemetry.rolling.rates()[1],
+            memory.check,
         )
 
     def attach(self, models: ServedModels, scheduler: Scheduler) -> None:
@@ -78,20 +82,27 @@ class Inference:
         return self._models.cards if self._models else []
 
     @property
-    def waiting(self) -> int:
-        """Texts that wait for a batch."""
-        return self._scheduler.waiting if self._scheduler else 0
+    def waiting(self) -> Mapping[Lane, int]:
+        """Texts that wait for a batch, by lane."""
+        return self._scheduler.waiting if self._scheduler else dict.fromkeys(Lane, 0)
 
     @property
-    def abandoned(self) -> int:
-        """Texts freed before they were run, since the start."""
-        return self._scheduler.stats.abandoned if self._scheduler else 0
+    def stats(self) -> SchedulerStats:
+        """What the scheduler has counted since the start."""
+        return self._scheduler.stats if self._scheduler else SchedulerStats()
+
+    @property
+    def budgets(self) -> Mapping[str, Budget]:
+        """What a forward pass may hold now, by model; empty while loading."""
+        if self._models is None or self._scheduler is None:
+            return {}
+        return {model.card.id: self._scheduler.budgets[model.key] for model in self._models}
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Turn texts into vectors.
 
         Raises:
-            InvalidInput, ModelNotFound, Overloaded, Unavailable: see `vecmill.core.errors`.
+            InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
         started = perf_counter()
         model, is_query = self._models_or_raise().embedder(request.model)
@@ -101,15 +112,23 @@ class Inference:
         # A field of the request wins over the role that its model's name ends with.
         choice = PromptChoice(is_query) if request.prompt == PromptChoice() else request.prompt
         prompt = choose_prompt(card, choice)
-        with self.admission.admit(estimate(card, request.inputs, len(prompt))) as permit:
-            if isinstance(request.inputs[0], str):
-                tokenized = await model.tokenizer.encode(cast(Sequence[str], request.inputs), prompt)
-            else:
-                tokenized = model.tokenizer.check(cast(Sequence[Sequence[int]], request.inputs), request.param)
-            ran = await self._run(model, tokenized, permit, started, request.truncate, entries(request.param))
-            embeddings = finish(
-                ran.rows, request.dimensions, request.normalize, layer_norm=card.layer_norm_before_slice
-            )
+        tokens = estimate(card, request.inputs, len(prompt))
+        async with within(request.caller, self._request_timeout) as deadline:
+            with self.admission.admit(tokens, result_bytes(card, len(request.inputs))) as permit:
+                asked = Asked(
+                    request.caller, bool(choice.is_query), self._truncate(request.truncate), started, deadline
+                )
+                if isinstance(request.inputs[0], str):
+                    tokenized = await model.tokenizer.encode(cast(Sequence[str], request.inputs), prompt)
+                else:
+                    ids = cast(Sequence[Sequence[int]], request.inputs)
+                    check = partial(model.tokenizer.check, ids, request.param)
+                    tokenized = await self._threads.run_if_large(check, size=tokens)
+                ran = await self._run(model, tokenized, permit, asked, entries(request.param))
+                finished = partial(
+                    finish, ran.rows, request.dimensions, request.normalize, layer_norm=card.layer_norm_before_slice
+                )
+                embeddings = await self._threads.run_if_large(finished, size=ran.rows[0].nbytes * len(ran.rows))
         self._report("embed", model, len(request.inputs), ran, started)
         return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings)
 
@@ -117,51 +136,61 @@ class Inference:
         """Score documents against a query: by a reranker, or by the cosine of an embedding model.
 
         Raises:
-            InvalidInput, ModelNotFound, Overloaded, Unavailable: see `vecmill.core.errors`.
+            InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
         started = perf_counter()
         model = self._models_or_raise().reranker(request.model)
         self._check_count(len(request.documents), request.param)
-        if isinstance(model, ServedReranker):
-            return await self._rerank_pairs(model, request, started)
-        return await self._rerank_by_cosine(model, request, started)
+        async with within(request.caller, self._request_timeout) as deadline:
+            asked = Asked(request.caller, True, self._truncate(request.truncate), started, deadline)
+            if isinstance(model, ServedReranker):
+                scores, ran, method = *await self._rerank_pairs(model, request, asked), "cross_encoder"
+            else:
+                scores, ran, method = *await self._rerank_by_cosine(model, request, asked), "cosine"
+        self._report("rerank", model, len(request.documents), ran, started)
+        return RerankResult(scores, model.card.id, method, ran.prompt_tokens, ran.truncated, ran.timings)
 
-    async def _rerank_pairs(self, model: ServedReranker, request: RerankRequest, started: float) -> RerankResult:
+    async def _rerank_pairs(self, model: ServedReranker, request: RerankRequest, asked: Asked) -> tuple[Scores, Ran]:
         around = len(request.query) + len(request.instruction or "") + PAIR_TOKENS
         with self.admission.admit(estimate(model.card, request.documents, around)) as permit:
             tokenized = await model.tokenizer.encode(request.query, request.documents, request.instruction)
-            ran = await self._run(model, tokenized, permit, started, request.truncate, entries(request.param))
-        logits = ran.rows[:, 0].astype(np.float64)
-        scores = logits if request.raw_scores else logit_to_relevance(logits)
-        return self._ranked(model, request, scores, "cross_encoder", ran, started)
+            ran = await self._run(model, tokenized, permit, asked, entries(request.param))
+        logits = np.stack(ran.rows)[:, 0].astype(np.float64)
+        return logits if request.raw_scores else logit_to_relevance(logits), ran
 
-    async def _rerank_by_cosine(self, model: ServedEmbedder, request: RerankRequest, started: float) -> RerankResult:
+    async def _rerank_by_cosine(
+        self, model: ServedEmbedder, request: RerankRequest, asked: Asked
+    ) -> tuple[Scores, Ran]:
         query_prompt = choose_prompt(model.card, PromptChoice(is_query=True, instruction=request.instruction))
         document_prompt = choose_prompt(model.card, PromptChoice(is_query=False))
-        longest = max(len(query_prompt), len(document_prompt))
-        with self.admission.admit(estimate(model.card, [request.query, *request.documents], longest)) as permit:
+        texts = [request.query, *request.documents]
+        tokens = estimate(model.card, texts, max(len(query_prompt), len(document_prompt)))
+        with self.admission.admit(tokens, result_bytes(model.card, len(texts))) as permit:
             tokenized = [
                 *await model.tokenizer.encode([request.query], query_prompt),
                 *await model.tokenizer.encode(request.documents, document_prompt),
             ]
             names = ["query", *map(entries(request.param), range(len(request.documents)))]
-            ran = await self._run(model, tokenized, permit, started, request.truncate, names.__getitem__)
-            similarities = cosines(ran.rows[0], ran.rows[1:])
+            ran = await self._run(model, tokenized, permit, asked, names.__getitem__)
+            similarities = cosines(ran.rows[0], np.stack(ran.rows[1:]))
         scores = similarities if request.raw_scores else cosine_to_relevance(similarities)
-        of_documents = tuple(index - 1 for index in ran.truncated if index)
-        return self._ranked(model, request, scores, "cosine", replace(ran, truncated=of_documents), started)
+        return scores, replace(ran, truncated=tuple(index - 1 for index in ran.truncated if index))
 
-    def _ranked(
+    async def _run(
         self,
         model: ServedEmbedder | ServedReranker,
-        request: RerankRequest,
-        scores: Scores,
-        method: str,
-        ran: Ran,
-        started: float,
-    ) -> RerankResult:
-        self._report("rerank", model, len(request.documents), ran, started)
-        return RerankResult(scores, model.card.id, method, ran.prompt_tokens, ran.truncated, ran.timings)
+        tokenized: Sequence[Tokenized],
+        permit: Permit,
+        asked: Asked,
+        name: Callable[[int], str],
+    ) -> Ran:
+        permit.settle(sum(len(one.row) for one in tokenized))
+        self._models_or_raise()  # the server may have begun to drain meanwhile
+        assert self._scheduler is not None  # attached together with the models
+        return await run_rows(self._scheduler, model, tokenized, asked, name)
+
+    def _truncate(self, asked: bool | None) -> bool:
+        return self._settings.auto_truncate if asked is None else asked
 
     def _models_or_raise(self) -> ServedModels:
         phase, percent, message = self._health.snapshot()
@@ -184,43 +213,13 @@ class Inference:
                 param=param,
             )
 
-    async def _run(
-        self,
-        model: ServedEmbedder | ServedReranker,
-        tokenized: Sequence[Tokenized],
-        permit: Permit,
-        started: float,
-        truncate: bool | None,
-        name: Callable[[int], str],
-    ) -> Ran:
-        """Schedule all rows and wait for all of them, or for the first that fails."""
-        tokens = sum(len(one.row) for one in tokenized)
-        permit.settle(tokens)
-        truncated = tuple(index for index, one in enumerate(tokenized) if one.truncated)
-        if truncated and not (self._settings.auto_truncate if truncate is None else truncate):
-            raise too_long(model.card, tokenized[truncated[0]], name(truncated[0]))
-        check_pooled(tokenized, name)
-        self._models_or_raise()
-        assert self._scheduler is not None  # attached together with the models
-        submitted = perf_counter()
-        waited = self._scheduler.waiting > 0 or self._scheduler.running > 0
-        futures = self._scheduler.submit(model.key, (one.row for one in tokenized))
-        results = await all_or_first_error(futures, name)
-        queue = min(result.queue_seconds for result in results)
-        return Ran(
-            rows=np.stack([result.vector for result in results]),
-            prompt_tokens=tokens,
-            truncated=truncated,
-            timings=Timings(submitted - started, queue, perf_counter() - submitted - queue),
-            waited=waited,
-        )
-
     def _report(
         self, operation: str, model: ServedEmbedder | ServedReranker, texts: int, ran: Ran, started: float
     ) -> None:
         self._telemetry.answered(
             operation,
             model.card.id,
+            ran.lane,
             texts=texts,
             tokens=ran.prompt_tokens,
             truncated=len(ran.truncated),
@@ -243,25 +242,6 @@ def entries(param: str) -> Callable[[int], str]:
     return lambda index: f"{param}[{index}]"
 
 
-def too_long(card: ModelCard, tokenized: Tokenized, name: str) -> InputTooLong:
-    """In OpenAI's words: clients look for them to split a text in two."""
-    return InputTooLong(
-        f"This model's maximum context length is {card.max_model_len} tokens, however `{name}` has at least "
-        f"{tokenized.total}. Shorten it, or let it be truncated (`truncate`, AUTO_TRUNCATE).",
-        param=name,
-    )
-
-
-def check_pooled(tokenized: Iterable[Tokenized], name: Callable[[int], str]) -> None:
-    """Refuse a text that was cut before its first token that counts: there would be nothing to take the mean of.
-
-    Raises:
-        InvalidInput: the instruction fills the model's length.
-    """
-    for index, one in enumerate(tokenized):
-        if one.row.unpooled >= len(one.row):
-            raise InvalidInput(
-                f"`{name(index)}`: the instruction alone fills the model's maximum context length, nothing of the "
-                f"text is left; shorten the instruction or raise MAX_MODEL_LEN.",
-                param=name(index),
-            )
+def result_bytes(card: ModelCard, inputs: int) -> int:
+    """Memory that a request's vectors take, at the most: as they come, finished, and as JSON."""
+    return inputs * (card.dimensions or 1) * (4 + 4 + 16)

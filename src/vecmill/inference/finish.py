@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from vecmill.core.errors import InvalidInput
@@ -33,11 +35,12 @@ def describe_dimensions(card: ModelCard) -> str:
     return f"{possible[0]} to {possible[-1]}" if isinstance(possible, range) else ", ".join(map(str, possible))
 
 
-def finish(vectors: Matrix, dimensions: int | None, normalize: bool, *, layer_norm: bool = False) -> Matrix:
-    """Slice, then normalise to unit length: (n, full) -> (n, dimensions or full).
+def finish(rows: Sequence[Vector], dimensions: int | None, normalize: bool, *, layer_norm: bool = False) -> Matrix:
+    """Slice, then normalise to unit length: n vectors of full width -> (n, dimensions or full).
 
     `layer_norm` norms the full vector before it is cut to fewer dimensions.
     """
+    vectors = np.stack(rows)
     if dimensions is not None and dimensions < vectors.shape[1]:
         vectors = (_layer_norm(vectors) if layer_norm else vectors)[:, :dimensions]
     return unit(vectors) if normalize else np.ascontiguousarray(vectors)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from vecmill.core.errors import NonFiniteEmbedding
+from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
 from vecmill.scheduler.sequence import SequenceResult
 
 
@@ -15,16 +15,14 @@ async def all_or_first_error(
     """Wait for every future. On the first error, or when the caller is cancelled, the rest is abandoned.
 
     Raises:
-        NonFiniteEmbedding: with the input's `name`. Any other error as it was set.
+        NonFiniteEmbedding, DoesNotFit: with the input's `name`. Any other error as it was set.
     """
     try:
         await asyncio.wait(futures, return_when=asyncio.FIRST_EXCEPTION)
         for index, future in enumerate(futures):
-            if future.done() and isinstance(future.exception(), NonFiniteEmbedding):
-                raise NonFiniteEmbedding(
-                    f"`{name(index)}`: the model gave a value that is not finite; shorten or change the text.",
-                    param=name(index),
-                )
+            error = future.exception() if future.done() else None
+            if isinstance(error, NonFiniteEmbedding | DoesNotFit):
+                raise type(error)(f"`{name(index)}`: {error.message}", param=name(index))
         failed = next((future for future in futures if future.done() and future.exception()), None)
         return [future.result() for future in ([failed] if failed else futures)]
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -36,8 +37,11 @@ class CrossEncoderTokenizer:
             raise InvalidInput(
                 "`instruction`: this reranker was trained without instructions; leave it out.", param="instruction"
             )
-        first, *others = await self._pool.encode_batch([query, *documents])
-        return [self._pair(first, other) for other in others]
+        [first] = await self._pool.encode_batch([query])
+        return await self._pool.map(partial(self._encode_part, first), documents)
+
+    def _encode_part(self, first: list[int], documents: Sequence[str]) -> list[Tokenized]:
+        return [self._pair(first, second) for second in self._pool.encode_part(documents)]
 
     def _pair(self, first: list[int], second: list[int]) -> Tokenized:
         total = len(first) + len(second)
@@ -101,7 +105,7 @@ class InstructTokenizer:
             InputTooLong: instruction and query leave no room for a document.
         """
         asked = question(self._default_instruction if instruction is None else instruction, query)
-        head, *tails = await self._pool.encode_batch([asked, *map(answer, documents)])
+        [head] = await self._pool.encode_batch([asked])
         room = self._room - len(head)
         if room < 1:
             raise InputTooLong(
@@ -110,6 +114,10 @@ class InstructTokenizer:
                 param="query",
             )
         prefix = Prefix(np.array([*self._before, *head], dtype=np.int32))
+        return await self._pool.map(partial(self._encode_part, prefix, room), documents)
+
+    def _encode_part(self, prefix: Prefix, room: int, documents: Sequence[str]) -> list[Tokenized]:
+        tails = self._pool.encode_part([answer(document) for document in documents])
         return [self._row(prefix, tail, room) for tail in tails]
 
     def _row(self, prefix: Prefix, tail: list[int], room: int) -> Tokenized:

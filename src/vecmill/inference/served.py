@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -59,13 +59,15 @@ class ServedModels:
         self._embedders, self._rerankers = Names(embedders), Names(rerankers)
         self._strict = strict
 
+    def __iter__(self) -> Iterator[ServedEmbedder | ServedReranker]:
+        """All models, embedders first."""
+        yield from self._embedders.models
+        yield from self._rerankers.models
+
     @property
     def cards(self) -> list[ModelCard]:
-        """All models, embedders first."""
-        return [
-            *(embedder.card for embedder in self._embedders.models),
-            *(reranker.card for reranker in self._rerankers.models),
-        ]
+        """The card of each."""
+        return [model.card for model in self]
 
     def embedder(self, name: str | None) -> tuple[ServedEmbedder, bool | None]:
         """The embedder that answers to `name`, and whether the name says that the texts are queries.

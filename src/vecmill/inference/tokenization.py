@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -50,11 +51,14 @@ class TextTokenizer:
         return prefix, suffix
 
     async def encode(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
-        """Tokenize in the thread pool; the results are in order."""
-        *encoded, instruction = await self._pool.encode_batch([*(with_prompt(prompt, text) for text in texts), prompt])
+        """Tokenize in the threads; the results are in order."""
+        return await self._pool.map(partial(self._encode_part, prompt), texts)
+
+    def _encode_part(self, prompt: str, texts: Sequence[str]) -> list[Tokenized]:
         # The reference counts the prompt's tokens by themselves and leaves out so many of the row, the first special
         # token included.
-        unpooled = len(instruction) if self._format.instruction_unpooled else 0
+        unpooled = len(self._pool.encode(prompt)) if self._format.instruction_unpooled else 0
+        encoded = self._pool.encode_part([with_prompt(prompt, text) for text in texts])
         return [self._finish(ids, unpooled) for ids in encoded]
 
     def _finish(self, ids: Sequence[int], unpooled: int = 0) -> Tokenized:

@@ -10,16 +10,19 @@ import asyncio
 import json
 import secrets
 import threading
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
+from vecmill.core.threads import WorkerThreads
 
-TEXTS_PER_TASK = 128
+T = TypeVar("T")
+
+TEXTS_PER_TASK = 64
 # A long text is tokenized only as far as needed: this many characters per token that fits, doubled until the
 # limit is passed. Tokens near the end of a cut text may differ from those of the whole, so they do not count.
 CHARACTERS_PER_TOKEN = 16
@@ -36,7 +39,7 @@ class TokenizerPool:
         file: Path,
         vocab_size: int,
         max_tokens: int,
-        threads: ThreadPoolExecutor,
+        threads: WorkerThreads,
         *,
         control_tokens: bool = True,
     ) -> None:
@@ -89,12 +92,17 @@ class TokenizerPool:
 
     async def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, in order; of a long one at least the first `max_tokens`."""
-        loop = asyncio.get_running_loop()
-        parts = [texts[i : i + TEXTS_PER_TASK] for i in range(0, len(texts), TEXTS_PER_TASK)]
-        done = await asyncio.gather(*(loop.run_in_executor(self._threads, self._encode_part, part) for part in parts))
-        return [ids for part in done for ids in part]
+        return await self.map(self.encode_part, texts)
 
-    def _encode_part(self, texts: Sequence[str]) -> list[list[int]]:
+    async def map(self, function: Callable[[Sequence[str]], list[T]], texts: Sequence[str]) -> list[T]:
+        """Call the function on parts of the texts, in the threads; what it gives for each text, in order."""
+        parts = [texts[i : i + TEXTS_PER_TASK] for i in range(0, len(texts), TEXTS_PER_TASK)]
+        size = sum(map(len, texts))  # of the whole: a large request's parts must not fill the thread for small ones
+        done = await asyncio.gather(*(self._threads.run(partial(function, part), size=size) for part in parts))
+        return [one for part in done for one in part]
+
+    def encode_part(self, texts: Sequence[str]) -> list[list[int]]:
+        """As `encode_batch`, in this thread."""
         tokenizer = self.copy()
         longest_sure = CHARACTERS_PER_TOKEN * self._max_tokens
         short = [text for text in texts if len(text) <= longest_sure]

@@ -7,7 +7,7 @@ Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084) for the pooling.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
@@ -38,6 +38,10 @@ class BertEmbedder:
     @property
     def modules(self) -> Sequence[nn.Module]:
         return (self.encoder,)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return tuple(cast(Any, self.encoder).encoder.layer)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""

@@ -7,7 +7,7 @@ Source: Nogueira and Cho 2019 (https://arxiv.org/abs/1901.04085); https://huggin
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import (
@@ -56,6 +56,10 @@ class CrossEncoder:
     @property
     def modules(self) -> Sequence[nn.Module]:
         return (self._encoder, self._head)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return tuple(cast(Any, self._encoder).encoder.layer)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, 1) float32 logits, in packed order."""

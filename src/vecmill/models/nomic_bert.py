@@ -6,7 +6,7 @@ Source: Nussbaum et al. 2024 (https://arxiv.org/abs/2402.01613); https://hugging
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import NomicBertConfig, NomicBertModel
@@ -68,6 +68,10 @@ class NomicBertEmbedder:
     @property
     def modules(self) -> Sequence[nn.Module]:
         return (self._encoder,)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return tuple(cast(Any, self._encoder).layers)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""

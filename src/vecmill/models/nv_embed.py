@@ -6,6 +6,7 @@ Source: Lee et al. 2024 (https://arxiv.org/abs/2405.17428); https://huggingface.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
@@ -36,6 +37,10 @@ class NVEmbedder:
     @property
     def modules(self) -> Sequence[nn.Module]:
         return (self._backbone, self._latent_attention)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return tuple(cast(Any, self._backbone).layers)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""

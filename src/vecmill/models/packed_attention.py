@@ -2,10 +2,15 @@
 
 Registered with transformers under the name `packed`. transformers builds no mask for a name it has no mask
 function for, and hands extra forward arguments down to the attention function: `packed_batch` travels that way.
+
+To torch.compile attention is one operation that it does not look into: what is done with a batch follows its rows, so
+a graph of it would have to be compiled anew for the next one. The batch reaches the operation by the side.
 """
 
 from __future__ import annotations
 
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +22,20 @@ from transformers import AttentionInterface
 from vecmill.models.packing import EqualLengths, PackedBatch
 
 ATTENTION = "packed"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCall:
+    """What attention needs to know of a forward pass."""
+
+    layer: int | None
+    """The layer's number; None where no prefix can be recalled."""
+    packed_batch: PackedBatch
+    use_flash_attn: bool
+
+
+compiled_call: ContextVar[LayerCall] = ContextVar("compiled_call")
+"""Set around each call of a compiled layer, whose graph must not hold any of it."""
 
 
 def packed_attention(
@@ -37,20 +56,41 @@ def packed_attention(
     Flash kernels take 16-bit types on CUDA only; everywhere else SDPA runs once per distinct length.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    key, value = _with_prefixes(module, key, value, packed_batch)
-    if use_flash_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _flash(query, key, value, packed_batch, scaling, causal), None
-    parts = [_sdpa(query, key, value, group, scaling, causal) for group in packed_batch.groups]
-    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None], None
+    if torch.compiler.is_compiling():
+        return _operation(query, key, value, scaling, causal), None
+    call = LayerCall(getattr(module, "layer_idx", None), packed_batch, use_flash_attn)
+    return _attend(query, key, value, call, scaling, causal), None
 
 
-def _with_prefixes(module: nn.Module, key: Tensor, value: Tensor, packed: PackedBatch) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("vecmill::packed_attention", mutates_args=())
+def _operation(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool) -> Tensor:
+    return _attend(query, key, value, compiled_call.get(), scaling, causal).contiguous()
+
+
+@_operation.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool) -> Tensor:
+    _, heads, tokens, head_dim = query.shape
+    return query.new_empty(1, tokens, heads, head_dim)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, call: LayerCall, scaling: float | None, causal: bool) -> Tensor:
+    """(1, T, heads, head_dim)"""
+    packed = call.packed_batch
+    key, value = _with_prefixes(call.layer, key, value, packed)
+    if call.use_flash_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _flash(query, key, value, packed, scaling, causal)
+    parts = [_sdpa(query, key, value, group, scaling, causal) for group in packed.groups]
+    return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None]
+
+
+def _with_prefixes(layer: int | None, key: Tensor, value: Tensor, packed: PackedBatch) -> tuple[Tensor, Tensor]:
     """Note this layer's keys and values of new prefixes; put those of recalled ones after the pack's."""
     for new in packed.new_prefixes:
         own = slice(new.start, new.start + len(new.prefix))
         new.layers.append((key[:, :, own].clone(), value[:, :, own].clone()))
     if packed.recalled:
-        recalled = [layers[int(module.layer_idx)] for layers in packed.recalled]  # type: ignore[arg-type]
+        assert layer is not None
+        recalled = [layers[layer] for layers in packed.recalled]
         key = torch.cat([key, *(keys for keys, _ in recalled)], dim=2)
         value = torch.cat([value, *(values for _, values in recalled)], dim=2)
     return key, value

@@ -6,6 +6,7 @@ Source: Zhang et al. 2025 (https://arxiv.org/abs/2506.05176); https://huggingfac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
@@ -29,6 +30,10 @@ class Qwen3Embedder:
     @property
     def modules(self) -> Sequence[nn.Module]:
         return (self.backbone,)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return tuple(cast(Any, self.backbone).layers)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""

@@ -6,6 +6,7 @@ Source: Zhang et al. 2025 (https://arxiv.org/abs/2506.05176); https://huggingfac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,10 @@ class Qwen3Reranker:
     @property
     def modules(self) -> Sequence[nn.Module]:
         return (self._backbone,)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return tuple(cast(Any, self._backbone).layers)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, 1) float32 logits of "yes" against "no", in packed order."""

@@ -36,6 +36,11 @@ class Model(Protocol):
         """All that holds weights."""
         ...
 
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The repeated transformer blocks, in the order they run, all of one class."""
+        ...
+
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, width) float32, not normalised, in packed order."""
         ...

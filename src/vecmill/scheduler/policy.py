@@ -1,14 +1,28 @@
-"""The batch cut: pure, no clock, no event loop, no tensors."""
+"""The batch cut: which waiting sequences run together next. Pure: no clock, no event loop, no tensors.
+
+Interactive work goes before bulk. While both wait, bulk is owed its share of the tokens, and goes first whenever what
+it is owed pays for its next text. Whoever has stood at the front of a line for too long goes before everything. Within
+a lane, clients take turns by tokens served (virtual token counters, https://arxiv.org/abs/2401.00588).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
-from dataclasses import dataclass
+import heapq
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
+
+from vecmill.core.types import Lane
+
+# Of one line in one cut: a client that leaves a very deep line must not hold up everyone while it is cleared.
+MOST_SKIPPED = 4096
 
 
 class Cuttable(Protocol):
     """What the cut needs to know of a sequence."""
+
+    submitted: float
 
     def __len__(self) -> int:
         """Tokens, those of the prefix included."""
@@ -19,8 +33,9 @@ class Cuttable(Protocol):
         """Leading tokens that a batch computes once for all that have the same object here."""
         ...
 
-    @property
-    def abandoned(self) -> bool: ...
+    def unwanted(self, now: float) -> bool:
+        """Not to be run any more; it leaves its line without being counted."""
+        ...
 
 
 S = TypeVar("S", bound=Cuttable)
@@ -28,47 +43,192 @@ S = TypeVar("S", bound=Cuttable)
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """The most that one forward pass may hold."""
+    """The most that one forward pass of a model may hold."""
 
     max_batch_tokens: int
     max_batch_size: int
+    free_tokens: int = 0
+    """Up to here bulk rides along in an interactive batch: the forward takes hardly longer for it."""
 
 
 @dataclass(frozen=True, slots=True)
+class Rules:
+    """The settings of fairness."""
+
+    bulk_share: float = 0.2
+    aging_seconds: float = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Client:
+    """Somebody who takes turns within a lane."""
+
+    served: float = 0.0
+    """Tokens run for it, or what the others had been served when it came."""
+
+
+@dataclass(eq=False, slots=True)
+class Line(Generic[S]):
+    """What one client has waiting in one lane for one model, first come first served."""
+
+    model: str
+    lane: Lane
+    client: Client
+    front_since: float
+    """When its present head came to the front. A deep line does not age, only one that stands still."""
+    waiting: deque[S] = field(default_factory=deque)
+
+
+@dataclass(slots=True)
 class Cut(Generic[S]):
-    """The front of the queue, split: `batch` runs now, `abandoned` is dropped; both leave the queue."""
+    """One batch, and what leaves each line for it."""
 
-    batch: tuple[S, ...]
-    abandoned: tuple[S, ...]
-    tokens: int
+    model: str
+    lane: Lane
+    """Interactive where any of the batch is."""
+    batch: list[S] = field(default_factory=list)
+    unwanted: list[S] = field(default_factory=list)
+    popped: dict[Line[S], int] = field(default_factory=dict)
+    """Sequences to take off the front of each line."""
+    served: dict[Client, int] = field(default_factory=dict)
+    """Tokens of the batch for each client."""
+    tokens: int = 0
     """What the batch has to compute, at the most: the runner may know a prefix from an earlier batch."""
-
-    @property
-    def taken(self) -> int:
-        """How many sequences leave the front of the queue."""
-        return len(self.batch) + len(self.abandoned)
+    owed: float = 0.0
+    """Tokens that bulk is owed after this batch."""
 
 
-def cut(waiting: Iterable[S], budget: Budget) -> Cut[S]:
-    """Take sequences from the front, in order, while they fit.
+def cut(lines: Sequence[Line[S]], budgets: Mapping[str, Budget], rules: Rules, owed: float, now: float) -> Cut[S]:
+    """The next batch; empty where nothing wanted waits. The lines are left as they are.
 
-    Abandoned ones are skipped and do not count. The first live one is always taken, so an input longer than the
-    token budget runs alone and cannot block the queue. Cost is in the sequences taken, not in those waiting.
+    The first sequence is always taken, so one that is longer than the budget runs alone and cannot block its line. Cost
+    is in the lines and in the sequences taken, not in those waiting.
     """
-    batch: list[S] = []
-    abandoned: list[S] = []
-    prefixes: set[int] = set()
-    tokens = 0
-    for sequence in waiting:
-        if sequence.abandoned:
-            abandoned.append(sequence)
-            continue
-        added = len(sequence)
-        if sequence.prefix is not None and id(sequence.prefix) in prefixes:
-            added -= len(sequence.prefix)
-        if batch and (tokens + added > budget.max_batch_tokens or len(batch) == budget.max_batch_size):
-            break
-        tokens += added
-        batch.append(sequence)
-        prefixes.add(id(sequence.prefix))
-    return Cut(tuple(batch), tuple(abandoned), tokens)
+    draft = _Draft(lines, budgets, rules, owed, now)
+    if (first := draft.first()) is not None:
+        draft.begin(first)
+        draft.fill()
+    return draft.finish()
+
+
+class _Draft(Generic[S]):
+    """A batch in the making."""
+
+    def __init__(
+        self, lines: Sequence[Line[S]], budgets: Mapping[str, Budget], rules: Rules, owed: float, now: float
+    ) -> None:
+        self._budgets, self._rules, self._owed, self._now = budgets, rules, owed, now
+        self._cut = Cut[S]("", Lane.BULK)
+        self._popped = dict.fromkeys(lines, 0)
+        self._chosen: set[int] = set()  # ids of the batch: a sequence may stand in two lines
+        self._prefixes: set[int] = set()
+        self._of_lane = dict.fromkeys(Lane, 0)
+        self._heads = {line: head for line in lines if (head := self._next(line)) is not None}
+
+    def _next(self, line: Line[S]) -> S | None:
+        """The first wanted sequence of a line that is not in the batch."""
+        skipped = 0
+        while self._popped[line] < len(line.waiting) and skipped < MOST_SKIPPED:
+            sequence = line.waiting[self._popped[line]]
+            if id(sequence) not in self._chosen:
+                if not sequence.unwanted(self._now):
+                    return sequence
+                self._cut.unwanted.append(sequence)
+            self._popped[line] += 1
+            skipped += 1
+        return None
+
+    def first(self) -> Line[S] | None:
+        """The line that goes first, whatever its model."""
+        if aged := self._aged(self._heads):
+            return aged[0]
+        interactive, bulk = (self._turn(lane) for lane in Lane)
+        if interactive is None or bulk is None:
+            return interactive or bulk
+        return bulk if self._owed >= len(self._heads[bulk]) else interactive
+
+    def _aged(self, lines: Iterable[Line[S]]) -> list[Line[S]]:
+        """Lines that have stood still for too long, longest first."""
+        limit = self._now - self._rules.aging_seconds
+        return sorted((line for line in lines if line.front_since <= limit), key=lambda line: line.front_since)
+
+    def _turn(self, lane: Lane) -> Line[S] | None:
+        """The line of a lane whose client was served least."""
+        return min((line for line in self._heads if line.lane is lane), key=self._turn_key, default=None)
+
+    def _turn_key(self, line: Line[S]) -> tuple[float, float]:
+        return line.client.served + self._cut.served.get(line.client, 0), self._heads[line].submitted
+
+    def begin(self, first: Line[S]) -> None:
+        """Take the first sequence; the rest of the batch is of its model."""
+        self._cut.model = first.model
+        self._budget = self._budgets[first.model]
+        self._take(first, len(self._heads[first]))
+
+    def fill(self) -> None:
+        """Those that have aged, bulk that is owed, interactive work, and bulk as far as it rides along."""
+        full = self._budget.max_batch_tokens
+        mine = [line for line in self._heads if line.model == self._cut.model]
+        for line in self._aged(mine):
+            self._take_if_fits(line, full)
+        interactive, bulk = ([line for line in mine if line.lane is lane] for lane in Lane)
+        self._take_turns(bulk, full, owed=self._owed)
+        self._take_turns(interactive, full)
+        free = min(self._budget.free_tokens, full)
+        self._take_turns(bulk, free if self._of_lane[Lane.INTERACTIVE] else full)
+
+    def _take_turns(self, lines: Iterable[Line[S]], limit: int, owed: float = float("inf")) -> None:
+        """Take heads of a lane's lines in turn while they fit; a line whose head does not fit sits this batch out."""
+        heap = [(self._turn_key(line), number, line) for number, line in enumerate(lines) if line in self._heads]
+        heapq.heapify(heap)
+        while heap and self._cut.tokens < limit:
+            _, number, line = heap[0]
+            if self._of_lane[line.lane] + len(self._heads[line]) > owed:
+                return
+            if self._take_if_fits(line, limit) and line in self._heads:
+                heapq.heapreplace(heap, (self._turn_key(line), number, line))
+            else:
+                heapq.heappop(heap)
+
+    def _take_if_fits(self, line: Line[S], limit: int) -> bool:
+        self._pass_chosen(line)
+        head = self._heads.get(line)
+        if head is None or len(self._cut.batch) >= self._budget.max_batch_size:
+            return False
+        added = len(head)
+        if head.prefix is not None and id(head.prefix) in self._prefixes:
+            added -= len(head.prefix)
+        if self._cut.tokens + added > limit:
+            return False
+        self._take(line, added)
+        return True
+
+    def _take(self, line: Line[S], added: int) -> None:
+        head = self._heads[line]
+        self._cut.batch.append(head)
+        self._chosen.add(id(head))
+        if head.prefix is not None:
+            self._prefixes.add(id(head.prefix))
+        self._cut.tokens += added
+        self._of_lane[line.lane] += added
+        self._cut.served[line.client] = self._cut.served.get(line.client, 0) + added
+        self._pass_chosen(line)
+
+    def _pass_chosen(self, line: Line[S]) -> None:
+        """Move a line on when its head is in the batch already."""
+        head = self._heads.get(line)
+        if head is not None and id(head) in self._chosen:
+            if (following := self._next(line)) is not None:
+                self._heads[line] = following
+            else:
+                del self._heads[line]
+
+    def finish(self) -> Cut[S]:
+        """What bulk is owed grows by its share of every batch and shrinks by its tokens, while it waits."""
+        self._cut.popped = {line: count for line, count in self._popped.items() if count}
+        if self._of_lane[Lane.INTERACTIVE]:
+            self._cut.lane = Lane.INTERACTIVE
+        if any(line.lane is Lane.BULK for line in self._heads):
+            owed = self._owed + self._rules.bulk_share * self._cut.tokens - self._of_lane[Lane.BULK]
+            self._cut.owed = max(0.0, owed)
+        return self._cut

@@ -1,25 +1,28 @@
-"""The queues, the loop that empties them into a `Runner`, and the promise that every future is resolved."""
+"""The loop that empties the lines into a `Runner`, and the promise that every future is resolved."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from itertools import chain
-from time import perf_counter
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from time import monotonic
+from typing import Protocol
 
-from vecmill.core.errors import BatchFailed, EngineFailed, ShuttingDown, VecmillError
-from vecmill.core.protocols import Runner
-from vecmill.core.types import Row
-from vecmill.scheduler.policy import Budget, Cut, cut
-from vecmill.scheduler.sequence import Sequence, SequenceResult
+from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
+from vecmill.core.protocols import BatchResult, Runner
+from vecmill.core.types import Lane, Row
+from vecmill.scheduler.lines import Lines
+from vecmill.scheduler.policy import Budget, Cut, Rules, cut
+from vecmill.scheduler.sequence import Sequence, SequenceResult, row_key
 
 logger = logging.getLogger(__name__)
 
-# One batch runs while the next is already packed; a third would only wait, cut before it had to be.
+# One batch runs while the next is already packed; a third would only wait, cut before it had to be. An interactive one
+# may be cut all the same: the runner lets it overtake the bulk that is packed.
 BATCHES_IN_FLIGHT = 2
+INTERACTIVE_IN_FLIGHT = 3
+FEWEST_TOKENS = 64  # that a budget is lowered to when the device's memory does not hold more
 
 
 @dataclass(slots=True)
@@ -29,51 +32,70 @@ class SchedulerStats:
     batches: int = 0
     sequences: int = 0
     tokens: int = 0
+    joined: int = 0
+    """Texts that waited for an equal one instead of being run."""
     abandoned: int = 0
+    """Texts whose client had left before they were run."""
+    expired: int = 0
+    """Texts whose deadline had passed before they were run."""
+    splits: int = 0
+    """Batches halved because they did not fit into the device's memory."""
     busy_seconds: float = 0.0
 
 
-class Scheduler:
-    """Cuts batches for a `Runner`, first come first served for each model.
+class OnBatch(Protocol):
+    """Told of every batch that has run."""
 
-    All methods belong to the event loop's thread. `on_batch` is told rows, tokens and seconds of each batch.
-    """
+    def __call__(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None: ...
+
+
+class Scheduler:
+    """Cuts batches for a `Runner`. All methods belong to the event loop's thread."""
 
     def __init__(
         self,
         runner: Runner,
-        budget: Budget,
+        budgets: Mapping[str, Budget],
+        rules: Rules | None = None,
         *,
-        on_batch: Callable[[int, int, float], None] = lambda rows, tokens, seconds: None,
+        on_batch: OnBatch = lambda lane, rows, tokens, seconds, splits: None,
         on_failure: Callable[[str], None] = lambda reason: None,
+        clock: Callable[[], float] = monotonic,
     ) -> None:
+        """`budgets` by model; `on_failure` is told once why nothing can be run any more."""
         self.stats = SchedulerStats()
+        self.budgets = dict(budgets)
+        self.waiting = dict.fromkeys(Lane, 0)
+        """Sequences not yet in a batch, by the lane that they were first submitted to."""
         self._runner = runner
-        self._budget = budget
-        self._on_batch = on_batch
-        self._on_failure = on_failure
-        self._waiting: dict[str, deque[Sequence]] = {}
+        self._rules = rules or Rules()
+        self._on_batch, self._on_failure, self._clock = on_batch, on_failure, clock
+        self._lines = Lines()
+        self._owed = 0.0
+        self._in_flight: dict[Hashable, tuple[Sequence, Lane]] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
-        self._slots = asyncio.Semaphore(BATCHES_IN_FLIGHT)
         self._closed: VecmillError | None = None
         self._loop = asyncio.create_task(self._cut_forever(), name="scheduler")
         self._loop.add_done_callback(self._loop_ended)
 
     @property
-    def waiting(self) -> int:
-        """Sequences not yet in a batch."""
-        return sum(map(len, self._waiting.values()))
+    def busy(self) -> bool:
+        """Whether anything is ahead of what would be submitted now."""
+        return bool(self._running) or any(self.waiting.values())
 
-    @property
-    def running(self) -> int:
-        """Batches given to the runner and not yet answered."""
-        return len(self._running)
+    def submit(
+        self,
+        model: str,
+        rows: Iterable[Row],
+        *,
+        lane: Lane = Lane.BULK,
+        client: str = "",
+        deadline: float = float("inf"),
+    ) -> list[asyncio.Future[SequenceResult]]:
+        """Queue rows and return one future for each, in order. Rows equal to one in flight wait for that one.
 
-    def submit(self, model: str, rows: Iterable[Row]) -> list[asyncio.Future[SequenceResult]]:
-        """Queue rows and return one future for each, in order.
-
-        Cancelling a future frees its sequence before it is run.
+        Cancelling all futures of a sequence frees it before it is run; so does its `deadline`, by the clock.
 
         Raises:
             ShuttingDown, EngineFailed: the scheduler takes no work any more.
@@ -81,10 +103,28 @@ class Scheduler:
         if self._closed is not None:
             raise self._closed.again()
         loop = asyncio.get_running_loop()
-        sequences = [Sequence(row, model, loop.create_future()) for row in rows]
-        self._waiting.setdefault(model, deque()).extend(sequences)
+        futures = []
+        for row in rows:
+            future: asyncio.Future[SequenceResult] = loop.create_future()
+            self._queue(model, row, lane, client).join(future, deadline)
+            futures.append(future)
         self._wake.set()
-        return [sequence.future for sequence in sequences]
+        return futures
+
+    def _queue(self, model: str, row: Row, lane: Lane, client: str) -> Sequence:
+        key = row_key(model, row)
+        now = self._clock()
+        if key in self._in_flight:
+            sequence, queued_as = self._in_flight[key]
+            self.stats.joined += 1
+            if sequence.taken or lane is not Lane.INTERACTIVE or queued_as is lane:
+                return sequence
+        else:
+            sequence = Sequence(row, model, key, submitted=now)
+            self._in_flight[key] = sequence, lane
+            self.waiting[lane] += 1
+        self._lines.join(model, lane, client, now).waiting.append(sequence)
+        return sequence
 
     async def close(self) -> None:
         """Refuse new work, let running batches end, fail whatever still waits."""
@@ -96,67 +136,94 @@ class Scheduler:
     async def _cut_forever(self) -> None:
         while True:
             await self._wake.wait()
-            # The slot first: what arrives while the device is busy still gets into the next batch.
-            await self._slots.acquire()
-            batch = self._cut_next()
-            if batch is None:
-                self._slots.release()
-                self._wake.clear()
-                continue
-            task = asyncio.create_task(self._run(batch), name="batch")
-            self._running.add(task)
-            task.add_done_callback(self._batch_ended)
+            self._wake.clear()
+            while self._may_cut():
+                now = self._clock()
+                taken = cut(list(self._lines), self.budgets, self._rules, self._owed, now)
+                if not taken.popped:
+                    break
+                self._apply(taken, now)
+                if taken.batch:
+                    self._start(taken)
+                await asyncio.sleep(0)
 
-    def _cut_next(self) -> Cut[Sequence] | None:
-        """The next batch, from the model whose first sequence has waited longest; None when nothing waits."""
-        while heads := [(queue[0].submitted, model) for model, queue in self._waiting.items() if queue]:
-            queue = self._waiting[min(heads)[1]]
-            taken = cut(queue, self._budget)
-            for _ in range(taken.taken):
-                queue.popleft()
-            self.stats.abandoned += len(taken.abandoned)
-            if taken.batch:
-                return taken
-        return None
+    def _may_cut(self) -> bool:
+        # As late as possible: what arrives while the device is busy still gets into the next batch.
+        most = INTERACTIVE_IN_FLIGHT if self._lines.waits(Lane.INTERACTIVE) else BATCHES_IN_FLIGHT
+        return len(self._running) < most
+
+    def _apply(self, taken: Cut[Sequence], now: float) -> None:
+        self._lines.leave(taken, now)
+        self._owed = taken.owed
+        for sequence in taken.batch:
+            self._leave_queue(sequence)
+        for sequence in taken.unwanted:
+            if sequence.taken:
+                continue
+            self._leave_queue(sequence)
+            del self._in_flight[sequence.key]
+            if now >= sequence.deadline:
+                self.stats.expired += 1
+            else:
+                self.stats.abandoned += 1
+            sequence.resolve(DeadlineExceeded())
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        sequence.taken = True
+        self.waiting[self._in_flight[sequence.key][1]] -= 1
+
+    def _start(self, taken: Cut[Sequence]) -> None:
+        task = asyncio.create_task(self._run(taken), name="batch")
+        self._running.add(task)
+        task.add_done_callback(self._batch_ended)
 
     async def _run(self, taken: Cut[Sequence]) -> None:
-        batch = taken.batch
         try:
-            await self._run_and_resolve(batch, taken.tokens)
+            await self._run_and_resolve(taken)
         except EngineFailed as error:
-            self._fail(batch, error)
+            self._resolve(taken.batch, error)
             self._stop(error)
         except VecmillError as error:
-            self._fail(batch, error)
+            self._resolve(taken.batch, error)
         except Exception:
-            logger.exception("a batch of %d inputs failed", len(batch))
+            logger.exception("a batch of %d inputs failed", len(taken.batch))
         finally:
             # Whatever happened, nobody is left waiting.
-            self._fail(batch, BatchFailed())
+            self._resolve(taken.batch, BatchFailed())
 
-    async def _run_and_resolve(self, batch: tuple[Sequence, ...], tokens: int) -> None:
-        started = perf_counter()
-        result = await self._runner.run(batch[0].model, [sequence.row for sequence in batch])
-        self._count(len(batch), tokens, result.seconds)
-        for sequence, row in zip(batch, result.rows, strict=True):
-            if sequence.future.done():
-                continue
+    async def _run_and_resolve(self, taken: Cut[Sequence]) -> None:
+        if taken.tokens > self.budgets[taken.model].max_batch_tokens:
+            logger.info("a text of %d tokens runs alone, longer than the budget of a forward pass", taken.tokens)
+        started = self._clock()
+        result = await self._runner.run(taken.model, [one.row for one in taken.batch], taken.lane)
+        self._count(taken, result)
+        for sequence, row in zip(taken.batch, result.rows, strict=True):
+            self._in_flight.pop(sequence.key, None)
             if isinstance(row, Exception):
-                sequence.future.set_exception(row)
+                sequence.resolve(row)
             else:
-                queued = started - sequence.submitted
-                sequence.future.set_result(SequenceResult(row, queued, result.seconds))
+                sequence.resolve(SequenceResult(row, started - sequence.submitted, result.seconds))
 
-    def _count(self, rows: int, tokens: int, seconds: float) -> None:
+    def _count(self, taken: Cut[Sequence], result: BatchResult) -> None:
         self.stats.batches += 1
-        self.stats.sequences += rows
-        self.stats.tokens += tokens
-        self.stats.busy_seconds += seconds
-        self._on_batch(rows, tokens, seconds)
+        self.stats.sequences += len(taken.batch)
+        self.stats.tokens += taken.tokens
+        self.stats.busy_seconds += result.seconds
+        self.stats.splits += result.splits
+        if result.splits and result.fitting_tokens is not None:
+            self._lower_budget(taken.model, result.fitting_tokens)
+        self._on_batch(taken.lane, len(taken.batch), taken.tokens, result.seconds, result.splits)
+
+    def _lower_budget(self, model: str, fitting_tokens: int) -> None:
+        budget = self.budgets[model]
+        tokens = min(budget.max_batch_tokens, max(FEWEST_TOKENS, fitting_tokens))
+        if tokens < budget.max_batch_tokens:
+            logger.warning("out of memory: forward passes of %s hold %d tokens at most from now on", model, tokens)
+            self.budgets[model] = replace(budget, max_batch_tokens=tokens, free_tokens=min(budget.free_tokens, tokens))
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        self._slots.release()
+        self._wake.set()
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled():
@@ -170,11 +237,13 @@ class Scheduler:
         self._fail_waiting(error)
 
     def _fail_waiting(self, error: VecmillError) -> None:
-        self._fail(chain.from_iterable(self._waiting.values()), error)
-        self._waiting.clear()
+        waiting = [sequence for sequence in self._lines.clear() if not sequence.taken]
+        for sequence in waiting:
+            if not sequence.taken:
+                self._leave_queue(sequence)
+        self._resolve(waiting, error)
 
-    @staticmethod
-    def _fail(sequences: Iterable[Sequence], error: VecmillError) -> None:
+    def _resolve(self, sequences: Iterable[Sequence], error: VecmillError) -> None:
         for sequence in sequences:
-            if not sequence.future.done():
-                sequence.future.set_exception(error.again())
+            self._in_flight.pop(sequence.key, None)
+            sequence.resolve(error)

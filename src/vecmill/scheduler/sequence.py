@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Hashable
 from dataclasses import dataclass, field
-from time import perf_counter
+from time import monotonic
 
+from vecmill.core.errors import VecmillError
 from vecmill.core.types import Prefix, Row, Vector
 
 
@@ -22,12 +24,18 @@ class SequenceResult:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A row, the model that runs it, and the future that whoever submitted them waits on."""
+    """A row, the model that runs it, and the futures of all who wait for it: equal rows run once."""
 
     row: Row
     model: str
-    future: asyncio.Future[SequenceResult]
-    submitted: float = field(default_factory=perf_counter)
+    key: Hashable
+    """Equal for rows that give the same vector."""
+    submitted: float = field(default_factory=monotonic)
+    deadline: float = float("-inf")
+    """Of whoever is ready to wait longest; by the monotonic clock."""
+    futures: list[asyncio.Future[SequenceResult]] = field(default_factory=list)
+    taken: bool = False
+    """In a batch, or dropped: a sequence that somebody in a hurry asks for too stands in two lines."""
 
     def __len__(self) -> int:
         return len(self.row)
@@ -37,7 +45,29 @@ class Sequence:
         """Leading tokens that other sequences of its request share."""
         return self.row.prefix
 
-    @property
-    def abandoned(self) -> bool:
-        """Nobody waits any more: the client left or another input of its request failed."""
-        return self.future.done()
+    def join(self, future: asyncio.Future[SequenceResult], deadline: float) -> None:
+        """Wait for it too."""
+        self.futures.append(future)
+        self.deadline = max(self.deadline, deadline)
+
+    def unwanted(self, now: float) -> bool:
+        """Not to be run: it has been, nobody waits any more, or nobody waits that long."""
+        return self.taken or now >= self.deadline or all(future.done() for future in self.futures)
+
+    def resolve(self, result: SequenceResult | Exception) -> None:
+        """Answer everyone who still waits."""
+        for future in self.futures:
+            if future.done():
+                continue
+            if isinstance(result, VecmillError):
+                future.set_exception(result.again())
+            elif isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
+def row_key(model: str, row: Row) -> Hashable:
+    """Equal for rows of one model that give the same vector."""
+    prefix = row.prefix.token_ids.tobytes() if row.prefix is not None else b""
+    return model, row.token_ids.tobytes(), prefix, row.unpooled, row.second_text

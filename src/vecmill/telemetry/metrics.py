@@ -33,22 +33,41 @@ class Metrics:
         self.request_seconds = Histogram(
             "vecmill_request_duration_seconds",
             "Time in the server by stage: total, tokenize, queue, infer",
-            ["operation", "stage"],
+            ["operation", "lane", "stage"],
             buckets=SECONDS,
             registry=registry,
         )
-        self.batch_rows = Histogram("vecmill_batch_rows", "Rows per forward pass", buckets=ROWS, registry=registry)
+        self.batch_rows = Histogram(
+            "vecmill_batch_rows", "Rows per forward pass", ["lane"], buckets=ROWS, registry=registry
+        )
         self.batch_tokens = Histogram(
-            "vecmill_batch_tokens", "Tokens per forward pass", buckets=TOKENS, registry=registry
+            "vecmill_batch_tokens", "Tokens per forward pass", ["lane"], buckets=TOKENS, registry=registry
         )
         self.batch_seconds = Histogram(
             "vecmill_batch_duration_seconds",
             "Time on the device per forward pass",
+            ["lane"],
             buckets=SECONDS,
             registry=registry,
         )
-        self.abandoned = Gauge("vecmill_abandoned_texts", "Texts freed before they were run", registry=registry)
-        self.waiting = Gauge("vecmill_waiting_texts", "Texts waiting for a batch", registry=registry)
+        self.splits = Counter(
+            "vecmill_out_of_memory_splits",
+            "Batches halved because they did not fit into the device's memory",
+            registry=registry,
+        )
+        self.waiting = Gauge("vecmill_waiting_texts", "Texts waiting for a batch", ["lane"], registry=registry)
+        self.joined = Gauge(
+            "vecmill_joined_texts", "Texts that waited for an equal one in place of being run", registry=registry
+        )
+        self.abandoned = Gauge(
+            "vecmill_abandoned_texts", "Texts whose client left before they were run", registry=registry
+        )
+        self.expired = Gauge(
+            "vecmill_expired_texts", "Texts whose deadline passed before they were run", registry=registry
+        )
+        self.max_batch_tokens = Gauge(
+            "vecmill_max_batch_tokens", "Tokens of a bulk forward pass, at most", ["model"], registry=registry
+        )
         self.jobs = Gauge("vecmill_jobs", "Jobs by state", ["state"], registry=registry)
         self.process_memory = Gauge("vecmill_process_memory_bytes", "Resident memory of the process", registry=registry)
         self.ready = Gauge("vecmill_ready", "1 while requests are served", registry=registry)

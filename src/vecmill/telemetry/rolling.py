@@ -9,6 +9,8 @@ from time import monotonic
 
 import numpy as np
 
+from vecmill.core.types import Lane
+
 SAMPLES = 1000
 WINDOW_SECONDS = 60.0
 
@@ -18,6 +20,7 @@ class RequestSample:
     """One answered inference request; times in seconds."""
 
     at: float
+    lane: Lane
     texts: int
     tokens: int
     total: float
@@ -71,9 +74,10 @@ class Rolling:
         span = max(now - max(self.started, since), 1e-3)
         return sum(sample.texts for sample in recent) / span, sum(sample.tokens for sample in recent) / span
 
-    def latency_ms(self, stage: str) -> Mapping[str, float | None]:
+    def latency_ms(self, stage: str, lane: Lane | None = None) -> Mapping[str, float | None]:
         """min, p50, p95, max and mean of `total`, `tokenize`, `queue`, `infer` or `overhead` over recent requests."""
-        return summary([1000 * float(getattr(sample, stage)) for sample in self._samples])
+        samples = (sample for sample in self._samples if lane is None or sample.lane is lane)
+        return summary([1000 * float(getattr(sample, stage)) for sample in samples])
 
     def per_text_ms(self) -> Mapping[str, float | None]:
         """The same for device time per text."""

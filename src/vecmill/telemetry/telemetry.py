@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from time import monotonic
 
-from vecmill.core.types import Timings
+from vecmill.core.types import Lane, Timings
 from vecmill.telemetry.metrics import Metrics
 from vecmill.telemetry.rolling import RequestSample, Rolling
 
@@ -20,6 +20,7 @@ class Telemetry:
         self,
         operation: str,
         model: str,
+        lane: Lane,
         *,
         texts: int,
         tokens: int,
@@ -40,15 +41,16 @@ class Telemetry:
             "infer": timings.infer,
         }
         for stage, seconds in stages.items():
-            self.metrics.request_seconds.labels(operation, stage).observe(seconds)
-        sample = RequestSample(monotonic(), texts, tokens, total, timings.tokenize, timings.queue, timings.infer)
+            self.metrics.request_seconds.labels(operation, lane.value, stage).observe(seconds)
+        sample = RequestSample(monotonic(), lane, texts, tokens, total, timings.tokenize, timings.queue, timings.infer)
         self.rolling.add_request(sample, waited=waited)
 
-    def batch(self, rows: int, tokens: int, seconds: float) -> None:
-        """A forward pass ended."""
-        self.metrics.batch_rows.observe(rows)
-        self.metrics.batch_tokens.observe(tokens)
-        self.metrics.batch_seconds.observe(seconds)
+    def batch(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None:
+        """A batch ended; it was halved `splits` times for lack of memory."""
+        self.metrics.batch_rows.labels(lane.value).observe(rows)
+        self.metrics.batch_tokens.labels(lane.value).observe(tokens)
+        self.metrics.batch_seconds.labels(lane.value).observe(seconds)
+        self.metrics.splits.inc(splits)
         self.rolling.add_batch(rows)
 
     def error(self, status: int, kind: str) -> None:

@@ -115,11 +115,6 @@ Documents = Annotated[
 ]
 
 
-def truncation_header(truncated: tuple[int, ...]) -> dict[str, str]:
-    """The note that goes with an answer some of whose inputs were cut."""
-    return {"X-Truncated-Inputs": ",".join(map(str, truncated[:100]))} if truncated else {}
-
-
 def usage(result: EmbedResult) -> dict[str, object]:
     """OpenAI's token counts; `truncated` lists the inputs that were cut, where there are any."""
     counts: dict[str, object] = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}

@@ -6,6 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/embeddings and /models.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from time import time
 from typing import Any
 
@@ -14,9 +15,10 @@ from pydantic import ConfigDict, Field
 
 from vecmill.core.errors import ModelNotFound
 from vecmill.core.types import EmbedRequest, EmbedResult, ModelCard
-from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate, truncation_header, usage
+from vecmill.http.caller import CallerOf, Priority, with_priority
+from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate, usage
 from vecmill.http.dialects.prompt_fields import PromptFields
-from vecmill.http.encoding import EncodingFormat, encode_rows, json_response
+from vecmill.http.encoding import EncodingFormat, vectors_response
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -41,11 +43,12 @@ class EmbeddingsBody(PromptFields):
         None, description="`float` (default), or `base64`: little-endian float32."
     )
     truncate: Truncate = None
+    priority: Priority = None
     user: str | None = Field(None, description="Ignored.")
 
 
 @router.post("/v1/embeddings", summary="Create embeddings")
-async def create_embeddings(body: EmbeddingsBody, request: Request, services: ServicesOf) -> Response:
+async def create_embeddings(body: EmbeddingsBody, request: Request, services: ServicesOf, caller: CallerOf) -> Response:
     """Texts to unit vectors, in input order."""
     result = await services.inference.embed(
         EmbedRequest(
@@ -55,14 +58,14 @@ async def create_embeddings(body: EmbeddingsBody, request: Request, services: Se
             truncate=body.truncate,
             dimensions=body.dimensions,
             param="input",
+            caller=with_priority(caller, body.priority),
         )
     )
     encoding = body.encoding_format or "float"
-    return await json_response(request, lambda: _embeddings(result, encoding), truncation_header(result.truncated))
+    return await vectors_response(request, result, partial(_embeddings, result), encoding)
 
 
-def _embeddings(result: EmbedResult, encoding: EncodingFormat) -> dict[str, object]:
-    rows = encode_rows(result.embeddings, encoding)
+def _embeddings(result: EmbedResult, rows: Sequence[object]) -> dict[str, object]:
     return {
         "object": "list",
         "model": result.model,

@@ -6,6 +6,7 @@ Source: https://docs.cohere.com/v1/reference/rerank and https://jina.ai/reranker
 from __future__ import annotations
 
 import secrets
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.core.types import RerankRequest, RerankResult
-from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Documents, Truncate, truncation_header
-from vecmill.http.encoding import json_response
+from vecmill.http.caller import CallerOf, Priority, with_priority
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Documents, Truncate
+from vecmill.http.encoding import json_response, result_headers
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -48,11 +50,12 @@ class RerankBody(BaseModel):
     )
     raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
     truncate: Truncate = None
+    priority: Priority = None
 
 
 @router.post("/v1/rerank", summary="Rerank")
 @router.post("/rerank", summary="Rerank", name="rerank_without_version")
-async def rerank(body: RerankBody, request: Request, services: ServicesOf) -> Response:
+async def rerank(body: RerankBody, request: Request, services: ServicesOf, caller: CallerOf) -> Response:
     """Documents sorted by relevance to the query, best first."""
     result = await services.inference.rerank(
         RerankRequest(
@@ -62,9 +65,10 @@ async def rerank(body: RerankBody, request: Request, services: ServicesOf) -> Re
             truncate=body.truncate,
             instruction=body.instruction,
             raw_scores=bool(body.raw_scores),
+            caller=with_priority(caller, body.priority),
         )
     )
-    return await json_response(request, lambda: _ranking(body, result), truncation_header(result.truncated))
+    return await json_response(request, partial(_ranking, body, result), result_headers(result))
 
 
 def _ranking(body: RerankBody, result: RerankResult) -> dict[str, Any]:

@@ -5,15 +5,16 @@ Source: https://huggingface.github.io/text-embeddings-inference/
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import replace
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
 from vecmill.core.types import EmbedRequest
-from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate, truncation_header
+from vecmill.http.caller import CallerOf, Priority, client_of_job, with_priority
+from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate
 from vecmill.http.dialects.prompt_fields import PromptFields
-from vecmill.http.encoding import json_response
+from vecmill.http.encoding import vectors_response
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -32,6 +33,7 @@ class EmbedBody(PromptFields):
     truncate: Truncate = None
     normalize: bool | None = Field(None, description="Unit vectors; true if left out.")
     dimensions: int | None = Field(None, ge=1, description="First so many values; where the model is trained for it.")
+    priority: Priority = None
     job_id: str | None = Field(None, description="The indexing job this belongs to; renews its lease.")
 
 
@@ -40,10 +42,12 @@ async def embed(
     body: EmbedBody,
     request: Request,
     services: ServicesOf,
-    x_job_id: Annotated[str | None, Header(description="As `job_id` in the body.")] = None,
+    caller: CallerOf,
 ) -> Response:
-    """Texts to a bare list of vectors, in input order."""
-    if job_id := body.job_id or x_job_id:
+    """Texts to a bare list of vectors, in input order. `X-Job-ID` may say what `job_id` says."""
+    if body.job_id:
+        caller = replace(caller, client=client_of_job(body.job_id))
+    if job_id := body.job_id or request.headers.get("x-job-id"):
         services.jobs.touch(job_id)
     result = await services.inference.embed(
         EmbedRequest(
@@ -54,6 +58,7 @@ async def embed(
             dimensions=body.dimensions,
             normalize=body.normalize is not False,
             param="inputs",
+            caller=with_priority(caller, body.priority),
         )
     )
-    return await json_response(request, lambda: result.embeddings, truncation_header(result.truncated))
+    return await vectors_response(request, result, list)

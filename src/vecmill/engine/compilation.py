@@ -1,0 +1,165 @@
+"""torch.compile of a model's layers: one graph for all its layers and all lengths, and eager where that is no slower.
+
+Layers are compiled and not whole models: they are all alike, so that a model of 36 compiles as fast as one of 6.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import geometric_mean, median
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._dynamo import mark_dynamic
+from torch._dynamo.utils import counters
+
+from vecmill.models.packed_attention import LayerCall, compiled_call
+from vecmill.models.registry import Model
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[int], float]
+"""One warm forward pass of so many tokens in ragged rows; its seconds."""
+
+# A query alone, and a batch that keeps the device busy.
+MEASURED_TOKENS = (48, 512)
+MEASURE_SECONDS = 3.0
+MEASURE_ROUNDS = 40
+# Below this it is noise, and eager is simpler.
+LEAST_SPEEDUP = 1.03
+LONGEST_PHRASE = 160  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class CompileChoice:
+    """How a model's layers run."""
+
+    compiled: bool
+    reason: str
+    """One phrase for the log."""
+
+
+def choose(model: Model, wanted: str, run: Run, backend: str = "inductor") -> CompileChoice:
+    """Compile a model's layers, or leave them eager, as TORCH_COMPILE wants it: `auto`, `true` or `false`.
+
+    Must be called in the thread and the inference mode that the model is then run in: what is compiled holds only
+    there. What cannot be compiled is eager, with a warning.
+    """
+    if wanted == "false":
+        return CompileChoice(False, "eager: TORCH_COMPILE=false")
+    try:
+        compile_layers(model.layers, run, backend)
+        speedup = None if wanted == "true" else _speedup(model.layers, run)
+    except Exception as error:  # compilers fail in every way there is
+        make_eager(model.layers)
+        reason = f"eager: could not be compiled ({_phrase(error)})"
+        logger.warning("torch.compile failed: the layers run in eager mode: %s", _phrase(error))
+        return CompileChoice(False, reason)
+    if speedup is None:
+        return CompileChoice(True, "compiled: TORCH_COMPILE=true")
+    measured = f"{speedup:.2f} times as fast as eager, measured at warm-up"
+    if speedup >= LEAST_SPEEDUP:
+        return CompileChoice(True, f"compiled: {measured}")
+    make_eager(model.layers)
+    return CompileChoice(False, f"eager: compiled is {measured}")
+
+
+def compile_layers(layers: Sequence[nn.Module], run: Run, backend: str = "inductor") -> None:
+    """Have the layers run compiled, and compile them by running them.
+
+    Raises:
+        Exception: they cannot be compiled; they are to be made eager again.
+    """
+    # torch's own modules, as inductor imports them.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is deprecated", DeprecationWarning)
+    compiled = _Compiled(layers[0], backend)
+    for number, layer in enumerate(layers):
+        _set_call(layer, partial(compiled, number, layer))
+    for tokens in MEASURED_TOKENS:
+        run(tokens)
+        compiled.traced = True
+
+
+def make_eager(layers: Iterable[nn.Module]) -> None:
+    """Have the layers run as they are written."""
+    for layer in layers:
+        _set_call(layer, None)
+
+
+def compilations() -> int:
+    """Graphs compiled in this process so far: no more once the server says that it is ready."""
+    return int(counters["stats"]["unique_graphs"])
+
+
+class _Compiled:
+    """The forward method of layers of one class, compiled once for all of them."""
+
+    def __init__(self, layer: nn.Module, backend: str) -> None:
+        # fullgraph: an error instead of pieces with Python between them.
+        self._forward = torch.compile(type(layer).forward, fullgraph=True, backend=backend)
+        self.traced = False
+        """Whether every layer has run once."""
+
+    def __call__(
+        self, number: int, layer: nn.Module, *args: Any, packed_batch: Any, use_flash_attn: bool, **kwargs: Any
+    ) -> Any:
+        if not self.traced:
+            _mark_tokens((*args, *kwargs.values()))
+        token = compiled_call.set(LayerCall(number, packed_batch, use_flash_attn))
+        try:
+            return self._forward(layer, *args, packed_batch=None, **kwargs)
+        finally:
+            compiled_call.reset(token)  # or the batch's prefixes would outlive their request
+
+
+def _mark_tokens(values: Iterable[object]) -> None:
+    """Say that dimension 1, T in all that a layer takes, differs from call to call.
+
+    Left to find out, dynamo compiles for the first length it sees, and again at the second.
+    """
+    for value in values:
+        if isinstance(value, Tensor) and value.dim() > 1:
+            mark_dynamic(value, 1)
+        elif isinstance(value, tuple):
+            _mark_tokens(value)
+
+
+def _set_call(layer: nn.Module, call: Callable[..., Any] | None) -> None:
+    layer._compiled_call_impl = call  # what nn.Module.compile sets
+
+
+def _speedup(layers: Sequence[nn.Module], run: Run) -> float:
+    """Times that compiled layers are as fast as eager ones: the mean over the measured sizes.
+
+    Of each size the median of pairs, one run right after the other and each first in turn: what slows a machine down
+    for a while slows both.
+    """
+    calls = [layer._compiled_call_impl for layer in layers]
+    ratios: dict[int, list[float]] = {tokens: [] for tokens in MEASURED_TOKENS}
+    started = perf_counter()
+    for number in range(MEASURE_ROUNDS):
+        for tokens in MEASURED_TOKENS:
+            seconds = {}
+            for compiled in (False, True) if number % 2 else (True, False):
+                for layer, call in zip(layers, calls, strict=True):
+                    _set_call(layer, call if compiled else None)
+                seconds[compiled] = run(tokens)
+            ratios[tokens].append(seconds[False] / seconds[True])
+        if perf_counter() - started > MEASURE_SECONDS:
+            break
+    for layer, call in zip(layers, calls, strict=True):
+        _set_call(layer, call)
+    return geometric_mean(median(of_size) for of_size in ratios.values())
+
+
+def _phrase(error: Exception) -> str:
+    """The first line of what went wrong; backends wrap it."""
+    cause = getattr(error, "inner_exception", error)
+    lines = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {lines[0]}"[:LONGEST_PHRASE]

@@ -1,0 +1,54 @@
+"""What loading and warm-up give the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vecmill.core.calibration import Calibration
+from vecmill.core.types import ModelCard
+from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.prefix_memory import PrefixMemory
+from vecmill.models.registry import Model
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model on the device."""
+
+    card: ModelCard
+    checkpoint: Checkpoint
+    model: Model
+    prefixes: PrefixMemory = field(default_factory=PrefixMemory)
+
+    @property
+    def key(self) -> str:
+        """What scheduler and engine call it: one folder may embed and rerank."""
+        return f"{self.card.task.value}:{self.card.id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What warm-up found out about a model."""
+
+    calibration: Calibration
+    max_batch_tokens: int
+    """Tokens of a bulk forward."""
+    free_tokens: int
+    """Up to here bulk rides along with an interactive forward."""
+    compiled: bool
+    compile_reason: str
+    seconds: tuple[float, ...]
+    """Of each forward pass that was run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Everything that loading and warm-up found out."""
+
+    device: torch.device
+    models: dict[str, LoadedModel]
+    """By key, in the order of the settings, embedding models first."""
+    warmed: dict[str, Warmed]
+    """By key."""

@@ -1,0 +1,166 @@
+"""Warm-up: the largest shape first, so that memory does not grow once the server is ready, and then what each costs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import nn
+
+from vecmill.config import EngineSettings
+from vecmill.core.calibration import fit
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Row
+from vecmill.engine import compilation
+from vecmill.engine.compilation import CompileChoice
+from vecmill.engine.forward import is_out_of_memory
+from vecmill.engine.loaded import LoadedModel, Warmed
+from vecmill.models.packing import pack
+
+logger = logging.getLogger(__name__)
+
+CUDA_BATCH_TOKENS = 16_384
+CPU_BATCH_TOKENS = 2_048
+SMALLEST_SHAPE = 16  # tokens: a search query
+TYPICAL_TEXT = 128  # tokens: a chunk of code
+# Rounds over all shapes, until one of these is reached. Of each shape the fastest run counts: others were disturbed,
+# and what disturbs rarely lasts for all rounds.
+ROUNDS, ENOUGH_SECONDS = 6, 1.5
+
+
+Choices = dict[nn.Module, CompileChoice]
+"""By the first layer of a model."""
+
+
+def largest_batch(engine: EngineSettings, device: torch.device) -> int:
+    """Tokens of the largest forward pass that is tried."""
+    return engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
+
+
+def warm_up(model: LoadedModel, engine: EngineSettings, device: torch.device, choices: Choices) -> Warmed:
+    """Run every shape; choose between eager and compiled layers; fit the cost and set the budgets.
+
+    `choices` are kept from model to model: where two share their layers, the first decides for both.
+
+    Raises:
+        StartupError: not one token fits into memory.
+    """
+    stopwatch = _Stopwatch(model, engine, device)
+    tokens = largest_batch(engine, device)
+    stopwatch.try_longest_text(tokens)
+    while tokens:
+        try:
+            return _warm_up(stopwatch, model, engine, tokens, choices)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        # Out here: the exception held the frames, and the frames what they had allocated.
+        logger.warning("out of memory: a forward pass of %d tokens does not fit, trying %d", tokens, tokens // 2)
+        tokens //= 2
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    raise StartupError(f"{model.card.id}: not one token fits into the memory that is left: free some.")
+
+
+def _warm_up(
+    stopwatch: _Stopwatch, model: LoadedModel, engine: EngineSettings, largest: int, choices: Choices
+) -> Warmed:
+    stopwatch.run(largest)
+    choice = _choose(model, engine, choices, lambda tokens: stopwatch.run(min(tokens, largest)))
+    calibration = fit(stopwatch.fastest(list(_shapes(largest))))
+    max_batch_tokens = calibration.bulk_tokens(engine.max_batch_ms / 1000, largest)
+    warmed = Warmed(
+        calibration=calibration,
+        max_batch_tokens=max_batch_tokens,
+        free_tokens=min(calibration.knee_tokens, max_batch_tokens),
+        compiled=choice.compiled,
+        compile_reason=choice.reason,
+        seconds=tuple(stopwatch.seconds),
+    )
+    logger.info(
+        "%s: a forward pass takes %.1f ms + %.1f µs a token, knee at %d tokens; up to %d tokens at a time; %s",
+        model.card.id,
+        1000 * calibration.fixed_seconds,
+        1e6 * calibration.seconds_per_token,
+        calibration.knee_tokens,
+        warmed.max_batch_tokens,
+        warmed.compile_reason,
+    )
+    return warmed
+
+
+def _choose(model: LoadedModel, engine: EngineSettings, choices: Choices, run: compilation.Run) -> CompileChoice:
+    shared = model.model.layers[0]
+    if shared not in choices:
+        choices[shared] = compilation.choose(model.model, engine.torch_compile, run)
+    return choices[shared]
+
+
+def _shapes(largest: int) -> Iterator[int]:
+    """Numbers of tokens, the largest first, each half of the one before."""
+    tokens = largest
+    while tokens > SMALLEST_SHAPE:
+        yield tokens
+        tokens //= 2
+    yield min(SMALLEST_SHAPE, largest)
+
+
+class _Stopwatch:
+    """Times forward passes of one model."""
+
+    def __init__(self, model: LoadedModel, engine: EngineSettings, device: torch.device) -> None:
+        self._model, self._engine, self._device = model, engine, device
+        self._random = np.random.default_rng(0)
+        self.seconds: list[float] = []
+        """Every run."""
+
+    def try_longest_text(self, tokens: int) -> None:
+        """On CUDA, run the longest text where it is longer than the largest batch: it may come at any time."""
+        longest = self._model.card.max_model_len
+        if self._device.type != "cuda" or longest <= tokens:
+            return
+        try:
+            self._forward([self._row(longest)])
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("out of memory: a text of %d tokens does not fit, and will be refused", longest)
+
+    def fastest(self, shapes: Sequence[int]) -> list[tuple[int, float]]:
+        """Each number of tokens with the seconds of its fastest run."""
+        runs: dict[int, list[float]] = {tokens: [] for tokens in shapes}
+        started = perf_counter()
+        for number in range(ROUNDS):
+            if number and perf_counter() - started > ENOUGH_SECONDS:
+                break
+            for tokens, seconds in runs.items():
+                seconds.append(self.run(tokens))
+        return [(tokens, min(seconds)) for tokens, seconds in runs.items()]
+
+    def run(self, tokens: int) -> float:
+        """Seconds of one forward pass over ragged rows of so many tokens."""
+        return self._forward(self._rows(tokens))
+
+    @torch.inference_mode()
+    def _forward(self, rows: Sequence[Row]) -> float:
+        packed = pack(rows, self._device)
+        started = perf_counter()
+        self._model.model.forward(packed, use_flash_attn=self._engine.use_flash_attn).cpu()
+        self.seconds.append(perf_counter() - started)
+        return self.seconds[-1]
+
+    def _rows(self, tokens: int) -> list[Row]:
+        """Lengths around a typical text's, or longer where there would be more than MAX_BATCH_SIZE rows."""
+        typical = min(max(TYPICAL_TEXT, 2 * tokens // self._engine.max_batch_size), self._model.card.max_model_len)
+        rows = []
+        while tokens:
+            length = min(tokens, int(self._random.integers(typical // 2, typical + 1)))
+            rows.append(self._row(length))
+            tokens -= length
+        return rows
+
+    def _row(self, length: int) -> Row:
+        return Row(self._random.integers(0, self._model.card.vocab_size, length).astype(np.int32))

@@ -1,0 +1,71 @@
+"""Who asks and how urgently, from a request's headers and body."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Header, Request
+from pydantic import BeforeValidator, Field
+
+from vecmill.core.types import Caller, Lane
+
+LANES = f"must be {', '.join(lane.value for lane in Lane)}, or a whole number (negative: first, positive: bulk)"
+
+
+def parse_priority(value: Any) -> Any:
+    """The lane by its name, or by vLLM's number, where lower is earlier and 0 says nothing.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str):
+        name = value.strip().lower()
+        if name in {lane.value for lane in Lane}:
+            return Lane(name)
+        value = int(name) if name.lstrip("+-").isdecimal() and name.isascii() else value
+    if value is None or isinstance(value, Lane):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(LANES)
+    if value == 0:
+        return None
+    return Lane.INTERACTIVE if value < 0 else Lane.BULK
+
+
+Priority = Annotated[
+    Lane | None,
+    BeforeValidator(parse_priority),
+    Field(
+        description="`interactive`: before all bulk; `bulk`: whenever there is room; or vLLM's number (lower is "
+        "earlier, 0 says nothing). Left out: queries, reranking and up to 8 texts with 512 tokens are interactive."
+    ),
+]
+
+
+def client_of_job(job_id: str) -> str:
+    """What takes turns for an indexing job."""
+    return f"job {job_id[:100]}"
+
+
+def caller_of(
+    request: Request,
+    x_priority: Annotated[
+        Priority, Header(description="As `priority` in the body, for clients that send headers.")
+    ] = None,
+    x_request_timeout: Annotated[
+        float | None,
+        Header(gt=0, allow_inf_nan=False, description="Seconds until the answer is of no use: 504, texts not run."),
+    ] = None,
+    x_job_id: Annotated[str | None, Header(description="The indexing job this belongs to.")] = None,
+) -> Caller:
+    """Clients take turns: those of one job together, others by their address."""
+    client = client_of_job(x_job_id) if x_job_id else request.client.host if request.client else ""
+    return Caller(client=client, lane=x_priority, timeout=x_request_timeout)
+
+
+CallerOf = Annotated[Caller, Depends(caller_of)]
+
+
+def with_priority(caller: Caller, lane: Lane | None) -> Caller:
+    """The caller as its request's body has it; the body wins over the header."""
+    return caller if lane is None else Caller(caller.client, lane, caller.timeout)

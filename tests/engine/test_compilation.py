@@ -1,0 +1,232 @@
+"""Compiled layers: one graph whatever the batch, the vectors of eager, and eager where compiling fails."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo import config as dynamo
+from torch._inductor import config as inductor
+
+from tests.checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic
+from tests.models.loaded import CPU, GOLDEN, load_model
+from vecmill.core.types import Prefix, Row, Task
+from vecmill.engine.compilation import choose, compilations, make_eager
+from vecmill.models.packing import pack
+from vecmill.models.prefix_memory import PrefixMemory
+from vecmill.models.registry import Model
+
+WITHOUT_COMPILER = "aot_eager"  # dynamo and its graph, and torch's own kernels
+VOCAB = 200  # of the smallest tiny model, and fewer
+LONGEST = 90
+
+
+@pytest.fixture(autouse=True)
+def _nothing_compiled() -> Iterator[None]:
+    """What one test compiled must not serve another."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def bert(folder: Path, minilm: Path) -> Model:
+    return load_model(tiny_bert(folder, minilm))[1]
+
+
+def cross_encoder(folder: Path, minilm: Path) -> Model:
+    return load_model(tiny_cross_encoder(folder, kind="xlm-roberta"), Task.RERANK)[1]
+
+
+def nomic(folder: Path, minilm: Path) -> Model:
+    return load_model(tiny_nomic(folder, minilm))[1]
+
+
+def qwen3(folder: Path, minilm: Path) -> Model:
+    return load_model(GOLDEN / "qwen3" / "embedding")[1]
+
+
+def nv_embed(folder: Path, minilm: Path) -> Model:
+    return load_model(GOLDEN / "nvembed" / "checkpoint")[1]
+
+
+def some_row(random: np.random.Generator, prefix: Prefix | None = None) -> Row:
+    token_ids = random.integers(3, VOCAB, random.integers(1, LONGEST)).astype(np.int32)
+    return Row(token_ids, prefix=prefix)
+
+
+@torch.inference_mode()
+def forward(model: Model, rows: Sequence[Row], memory: PrefixMemory | None = None) -> torch.Tensor:
+    packed = pack(rows, CPU, memory)
+    answers = model.forward(packed, use_flash_attn=True)
+    for new in packed.new_prefixes:
+        assert memory is not None
+        memory.keep(new.prefix, new.layers)
+    return answers
+
+
+def stopwatch(model: Model) -> Callable[[int], float]:
+    """As warm-up runs a model."""
+    random = np.random.default_rng(1)
+
+    def run(tokens: int) -> float:
+        started = perf_counter()
+        forward(model, [Row(random.integers(3, VOCAB, 16).astype(np.int32)) for _ in range(tokens // 16)])
+        return perf_counter() - started
+
+    return run
+
+
+def assert_equal_to_eager(model: Model, rows: Sequence[Row], found: torch.Tensor) -> None:
+    make_eager(model.layers)
+    torch.testing.assert_close(found, forward(model, rows), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("build", [bert, cross_encoder, nomic, qwen3, nv_embed])
+def test_one_graph_serves_all_layers_and_all_batches(
+    tmp_path: Path, minilm_folder: Path, build: Callable[[Path, Path], Model]
+) -> None:
+    model = build(tmp_path / "tiny", minilm_folder)
+    assert len(model.layers) > 1
+    before = compilations()
+    assert choose(model, "true", stopwatch(model), WITHOUT_COMPILER).compiled
+    assert compilations() == before + 1
+    random = np.random.default_rng(0)
+    rows: list[Row] = []
+    found = torch.empty(0)
+    for _ in range(50):
+        rows = [some_row(random) for _ in range(random.integers(1, 20))]
+        found = forward(model, rows)
+    forward(model, [Row(np.array([5], dtype=np.int32))])
+    assert compilations() == before + 1
+    assert_equal_to_eager(model, rows, found)
+
+
+def test_new_and_recalled_prefixes_are_the_same_graph(tmp_path: Path, minilm_folder: Path) -> None:
+    model = qwen3(tmp_path, minilm_folder)
+    choose(model, "true", stopwatch(model), WITHOUT_COMPILER)
+    before = compilations()
+    random = np.random.default_rng(0)
+    memory = PrefixMemory()
+    shared = [Prefix(random.integers(3, VOCAB, length).astype(np.int32)) for length in (3, 17, 40)]
+    prefixes = [None, *shared]
+    batches = [[some_row(random, prefixes[random.integers(4)]) for _ in range(6)] for _ in range(20)]
+    found = [forward(model, rows, memory) for rows in batches]
+    assert len(memory) == 3 + 17 + 40
+    assert compilations() == before
+    for rows, answers in zip(batches, found, strict=True):
+        assert_equal_to_eager(model, rows, answers)
+
+
+def test_a_pass_leaves_no_prefix_behind(tmp_path: Path, minilm_folder: Path) -> None:
+    model = qwen3(tmp_path, minilm_folder)
+    choose(model, "true", stopwatch(model), WITHOUT_COMPILER)
+    memory = PrefixMemory()
+    prefix = Prefix(np.arange(3, 9, dtype=np.int32))
+    forward(model, [some_row(np.random.default_rng(0), prefix)], memory)
+    assert len(memory) == 6
+    del prefix
+    assert len(memory) == 0
+
+
+def test_several_models_of_one_class_are_each_compiled_once(tmp_path: Path, minilm_folder: Path) -> None:
+    models = [
+        bert(tmp_path / "embed", minilm_folder),
+        load_model(tiny_cross_encoder(tmp_path / "rank", kind="bert", tokenizer_from=minilm_folder), Task.RERANK)[1],
+        load_model(minilm_folder)[1],
+        load_model(minilm_folder, dtype=torch.bfloat16)[1],
+    ]
+    before = compilations()
+    assert all(choose(model, "true", stopwatch(model), WITHOUT_COMPILER).compiled for model in models)
+    compiled = compilations()
+    assert compiled - before <= len(models)
+    random = np.random.default_rng(0)
+    for _ in range(5):
+        for model in models:
+            forward(model, [some_row(random) for _ in range(random.integers(1, 8))])
+    assert compilations() == compiled
+
+
+def test_auto_keeps_the_faster(tmp_path: Path, minilm_folder: Path) -> None:
+    model = bert(tmp_path / "tiny", minilm_folder)
+    choice = choose(model, "auto", stopwatch(model), WITHOUT_COMPILER)
+    # Torch's own kernels with dynamo around them are slower, most of all in a model as tiny as this.
+    assert not choice.compiled
+    assert choice.reason.startswith("eager: compiled is ")
+    assert_runs_eager(model)
+
+
+def test_false_compiles_nothing(tmp_path: Path, minilm_folder: Path) -> None:
+    model = bert(tmp_path / "tiny", minilm_folder)
+    before = compilations()
+    choice = choose(model, "false", stopwatch(model))
+    assert (choice.compiled, choice.reason) == (False, "eager: TORCH_COMPILE=false")
+    assert compilations() == before
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_inductors_vectors_are_those_of_eager(tmp_path: Path, minilm_folder: Path, dtype: torch.dtype) -> None:
+    model = load_model(tiny_bert(tmp_path / "tiny", minilm_folder), dtype=dtype)[1]
+    before = compilations()
+    choice = choose(model, "true", stopwatch(model))
+    assert (choice.compiled, choice.reason) == (True, "compiled: TORCH_COMPILE=true")
+    random = np.random.default_rng(0)
+    batches = [[some_row(random) for _ in range(random.integers(1, 12))] for _ in range(20)]
+    found = torch.cat([forward(model, rows) for rows in batches])
+    assert compilations() == before + 1
+    make_eager(model.layers)
+    wanted = torch.cat([forward(model, rows) for rows in batches])
+    least = 0.9995 if dtype is torch.bfloat16 else 1 - 1e-6
+    assert torch.cosine_similarity(found, wanted).min() >= least
+
+
+@pytest.mark.parametrize("wanted", ["auto", "true"])
+def test_without_a_compiler_it_is_eager_and_says_so(
+    tmp_path: Path,
+    minilm_folder: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    wanted: str,
+) -> None:
+    model = bert(tmp_path / "tiny", minilm_folder)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with inductor.patch({"cpp.cxx": (str(tmp_path / "no-such-compiler"),)}):
+        choice = choose(model, wanted, stopwatch(model))
+    assert not choice.compiled
+    assert re.fullmatch(r"eager: could not be compiled \(\w+: .*compiler.*\)", choice.reason)
+    assert_warned(caplog)
+    assert_runs_eager(model)
+
+
+def test_a_model_too_many_is_eager(tmp_path: Path, minilm_folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = bert(tmp_path / "tiny", minilm_folder), load_model(minilm_folder)[1]
+    with dynamo.patch(recompile_limit=1):
+        assert choose(first, "true", stopwatch(first), WITHOUT_COMPILER).compiled
+        choice = choose(second, "true", stopwatch(second), WITHOUT_COMPILER)
+    assert not choice.compiled
+    assert_warned(caplog)
+    assert_runs_eager(second)
+
+
+def assert_warned(caplog: pytest.LogCaptureFixture) -> None:
+    [record] = [record for record in caplog.records if record.name == "vecmill.engine.compilation"]
+    assert record.levelno == logging.WARNING
+    assert "eager" in record.getMessage()
+
+
+def assert_runs_eager(model: Model) -> None:
+    before = compilations()
+    rows = [some_row(np.random.default_rng(0)) for _ in range(5)]
+    found = forward(model, rows)
+    make_eager(model.layers)
+    torch.testing.assert_close(found, forward(model, rows), atol=0, rtol=0)
+    torch.compiler.reset()
+    forward(model, rows)
+    assert compilations() == before
