@@ -34,6 +34,8 @@ else:
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1  # seconds between looks at the progress of the start
+# Seconds between the device's failure and the end: whoever is just sending a request is told why it fails.
+LAST_ANSWERS = 1.0
 LINE_EVERY = 15.0  # seconds, at the most, between lines about a stage that goes on
 
 
@@ -44,8 +46,8 @@ def run_server(settings: Settings) -> int:
 
     def on_failure(reason: str) -> None:
         failures.append(reason)
-        # A supervisor can restart the process, not a thread in it.
-        server.should_exit = settings.http.exit_on_failure
+        if settings.http.exit_on_failure:  # a supervisor can restart the process, not a thread in it
+            asyncio.get_running_loop().call_later(LAST_ANSWERS, setattr, server, "should_exit", True)
 
     app = create_app(settings, on_failure)
     try:

@@ -1,0 +1,68 @@
+"""A device that runs out of memory makes an answer slower, not an error; only a text too long for it is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+
+from tests.checkpoints import tiny_bert
+from tests.conftest import serving
+from vecmill.models.bert import BertEmbedder
+from vecmill.models.packing import PackedBatch
+
+TEXTS = ["word " * (number % 50) for number in range(100)]
+FITS = 96  # tokens a forward, on the device that these tests make
+
+
+@pytest.fixture
+def cramped(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Call it, and from then on the device has room for so many tokens a forward."""
+    forward = BertEmbedder.forward
+
+    def limited(self: BertEmbedder, packed: PackedBatch, *, use_flash_attn: bool) -> torch.Tensor:
+        if packed.input_ids.shape[1] > FITS:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return forward(self, packed, use_flash_attn=use_flash_attn)
+
+    return lambda: monkeypatch.setattr(BertEmbedder, "forward", limited)
+
+
+async def vectors(client: httpx.AsyncClient) -> np.typing.NDArray[np.float32]:
+    answered = await client.post("/embed", json={"inputs": TEXTS})
+    assert answered.status_code == 200, answered.text
+    return np.array(answered.json(), dtype=np.float32)
+
+
+async def test_batches_are_halved_the_budget_lowered_and_all_of_it_told(
+    tmp_path: Path, minilm_folder: Path, cramped: Any
+) -> None:
+    async with serving(embed_model=str(tiny_bert(tmp_path / "tiny", minilm_folder))) as client:
+        wanted = await vectors(client)
+        before = (await client.get("/capabilities")).json()["max_batch_tokens"]
+        cramped()
+        np.testing.assert_allclose(await vectors(client), wanted, atol=1e-5)
+        assert (await client.get("/capabilities")).json()["max_batch_tokens"] <= FITS < before
+        splits = (await client.get("/stats")).json()["out_of_memory_splits"]
+        assert splits > 0
+        np.testing.assert_allclose(await vectors(client), wanted, atol=1e-5)
+        assert (await client.get("/stats")).json()["out_of_memory_splits"] <= splits + 2  # the budget has been learnt
+        assert "vecmill_out_of_memory_splits_total" in (await client.get("/metrics")).text
+
+
+async def test_a_text_that_does_not_fit_alone_is_a_400_with_its_length(
+    tmp_path: Path, minilm_folder: Path, cramped: Any
+) -> None:
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder, max_seq_length=128)
+    async with serving(embed_model=str(folder)) as client:
+        cramped()
+        refused = await client.post("/v1/embeddings", json={"input": ["short", "word " * 200]})
+        assert refused.status_code == 400
+        assert refused.json()["error"]["param"] == "input[1]"
+        assert "128 tokens" in refused.json()["error"]["message"]
+        assert refused.json()["error"]["code"] == "context_length_exceeded"
+        assert (await client.post("/v1/embeddings", json={"input": "short"})).status_code == 200
