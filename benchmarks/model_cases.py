@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from benchmarks.model_builds import RandomValues, build, build_latents, matmul_parameters
 from benchmarks.model_comparison import SCORE_TOLERANCE, Case
+from benchmarks.model_forward import CAUSAL, operations, run_model
 from benchmarks.model_plain import PlainLatentAttention, by_length, padded, with_sdpa
 from benchmarks.model_rounds import Side
 from benchmarks.model_shapes import Shape, Sizes
 from benchmarks.model_workloads import (
     BEFORE_DOCUMENT,
-    attended,
     batches,
     computed_tokens,
     equal_rows,
@@ -31,15 +31,13 @@ from torch import Tensor
 
 from vecmill.core.types import Row
 from vecmill.engine.dtype import choose_dtype
-from vecmill.engine.loader import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
-from vecmill.models.packing import pack
+from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from vecmill.models.registry import Model
 from vecmill.models.weights import Target
 
 LATENT_HEADS = 8
 CHECKED_LAYERS = 4
 FULL_ROW = 512
-CAUSAL = {"qwen3", "qwen3-reranker"}
 
 
 @dataclass(frozen=True)
@@ -211,32 +209,16 @@ def _whole(name: str, kind: str, shape: Shape, given: Given) -> Iterator[Case]:
         )
 
 
-def run_model(model: Model, packs: Sequence[Sequence[Row]], device: torch.device) -> Tensor:
-    """(N, width) on the CPU in the rows' order: what the server's engine does for each batch."""
-    parts = []
-    for rows in packs:
-        packed = pack(rows, device)
-        answers = model.forward(packed, use_flash_attn=True).cpu()
-        restored = torch.empty_like(answers)
-        restored[torch.tensor(packed.order)] = answers
-        parts.append(restored)
-    return torch.cat(parts)
-
-
 def _built(kind: str, shape: Shape, target: Target) -> Model:
     with TemporaryDirectory() as folder:
         return build(kind, shape, target, Path(folder))
 
 
 def _model_side(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]], target: Target) -> Side:
-    parameters = matmul_parameters(model.modules)
-    head_width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    per_pair = 4 * shape["num_hidden_layers"] * shape["num_attention_heads"] * head_width
-    operations = sum(
-        2.0 * parameters * computed_tokens(rows) + per_pair * attended(rows, causal=kind in CAUSAL) for rows in packs
-    )
-    return _side(partial(run_model, model, packs, target.device), operations, parameters * len(packs), target)
+    weights = matmul_parameters(model.modules) * len(packs)
+    run = partial(run_model, model, packs, target.device)
+    return _side(run, operations(kind, model, shape, packs), weights, target)
 
 
-def _side(run: Callable[[], Tensor], operations: float, parameters: int, target: Target) -> Side:
-    return Side(run, operations, parameters * target.dtype.itemsize)
+def _side(run: Callable[[], Tensor], computed: float, parameters: int, target: Target) -> Side:
+    return Side(run, computed, parameters * target.dtype.itemsize)

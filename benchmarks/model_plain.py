@@ -104,13 +104,24 @@ def padded(backbone: nn.Module, rows: Sequence[TokenIds], device: torch.device, 
 
 
 def _padded(backbone: nn.Module, rows: Sequence[TokenIds], device: torch.device, pooling: str) -> Tensor:
-    longest = max(map(len, rows))
+    ids, mask = (tensor.to(device) for tensor in pad_right(rows))
+    return pooled(backbone(input_ids=ids, attention_mask=mask).last_hidden_state, mask, pooling)
+
+
+def pad_right(rows: Sequence[TokenIds]) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask on the CPU, both (N, longest) int64."""
     lengths = np.array([len(row) for row in rows])
-    mask = torch.from_numpy((np.arange(longest) < lengths[:, None]).astype(np.int64)).to(device)
-    ids = torch.from_numpy(np.stack([np.pad(row, (0, longest - len(row))) for row in rows]).astype(np.int64)).to(device)
-    hidden: Tensor = backbone(input_ids=ids, attention_mask=mask).last_hidden_state
+    mask = (np.arange(lengths.max()) < lengths[:, None]).astype(np.int64)
+    ids = np.zeros_like(mask)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = row
+    return torch.from_numpy(ids), torch.from_numpy(mask)
+
+
+def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
+    """(N, longest, width) padded on the right -> (N, width) float32."""
     if pooling == "lasttoken":
-        return hidden[torch.arange(len(rows), device=device), mask.sum(dim=1) - 1].float()
+        return hidden[torch.arange(len(hidden), device=hidden.device), mask.sum(dim=1) - 1].float()
     weights = mask[..., None].float()
     return (hidden.float() * weights).sum(dim=1) / weights.sum(dim=1)
 

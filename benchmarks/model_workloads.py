@@ -26,11 +26,22 @@ def reranker_rows(documents: int, document_tokens: int, vocab_size: int) -> list
     ]
 
 
-def ragged_rows(texts: int, vocab_size: int) -> list[TokenIds]:
-    """Random tokens in the lengths of code."""
+def ragged_rows(texts: int, vocab_size: int, longest: int = LONGEST) -> list[TokenIds]:
+    """Random tokens in the lengths of code, cut at `longest`."""
     random = np.random.default_rng(SEED)
-    lengths = np.exp(random.normal(np.log(MEDIAN_TOKENS), LOG_DEVIATION, size=texts)).clip(SHORTEST, LONGEST)
+    lengths = np.exp(random.normal(np.log(MEDIAN_TOKENS), LOG_DEVIATION, size=texts)).clip(SHORTEST, longest)
     return [random.integers(vocab_size, size=int(length)).astype(np.int32) for length in lengths]
+
+
+def first_tokens(rows: Sequence[TokenIds], tokens: int) -> list[Row]:
+    """As many of the rows as hold exactly so many tokens; the last one is cut."""
+    found: list[Row] = []
+    for row in rows:
+        if not tokens:
+            break
+        found.append(Row(row[:tokens]))
+        tokens -= len(found[-1])
+    return found
 
 
 def equal_rows(tokens: int, longest: int, vocab_size: int) -> list[TokenIds]:

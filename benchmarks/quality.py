@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from benchmarks.bundled import bundled_model
 from benchmarks.corpus import FULL_DOCUMENTS, FULL_QUERIES, Corpus, build_corpus
+from benchmarks.dialects import tei
 from benchmarks.host import describe_host
 from benchmarks.in_process import encode, load_model
 from benchmarks.load import embed_all
@@ -50,7 +51,7 @@ class Embedded:
 def embed_through(url: str, corpus: Corpus, advance: Advance = lambda _: None) -> Embedded:
     """The server's vectors."""
     documents = embed_all(url, corpus.documents, batch=BATCH, advance=advance)
-    queries = embed_all(url, corpus.queries, batch=BATCH, is_query=True, advance=advance)
+    queries = embed_all(url, corpus.queries, batch=BATCH, dialect=tei(is_query=True), advance=advance)
     return Embedded(documents.vectors, queries.vectors)
 
 

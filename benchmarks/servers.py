@@ -1,12 +1,14 @@
 """Starts a server as a process of its own, waits until it is ready, and always stops it again."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -45,10 +47,21 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(command: Sequence[str], port: int, ready_path: str) -> Iterator[RunningServer]:
-    """The command's server while the block runs; RuntimeError with its log if it does not become ready."""
+def running(
+    command: Sequence[str], port: int, ready_path: str, environment: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """The command's server while the block runs; RuntimeError with its log if it does not become ready.
+
+    `environment` is added to this process's own.
+    """
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,  # a group of its own: whatever it starts can be ended with it
+        )
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, url + ready_path, log)
@@ -87,3 +100,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    # A server of several processes may leave some behind, above all one that failed to start.
+    if hasattr(os, "killpg"):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

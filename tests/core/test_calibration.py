@@ -67,3 +67,11 @@ def test_whatever_was_measured_gives_a_budget(seconds: list[float], max_seconds:
 
 def test_one_shape_is_enough() -> None:
     assert fit([(8, 0.008)]).seconds_per_token == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("fixed", "per_token", "free"),
+    [(0.040, 0.0001, 400), (0.0025, 0.00005, 200), (0.0, 0.001, 12), (0.0, 10.0, 1)],
+)
+def test_bulk_rides_to_the_knee_or_to_an_eighth_of_the_time(fixed: float, per_token: float, free: int) -> None:
+    assert fit(line(fixed, per_token)).free_tokens(max_seconds=0.1) == pytest.approx(free, abs=1)

@@ -115,6 +115,17 @@ async def test_what_says_that_it_can_wait_waits(gate: Gate, folder: Path, marked
     assert gate.batches[-1] == [5]
 
 
+@pytest.mark.parametrize("tagged", [{"job_id": "index"}, {}])
+async def test_a_jobs_small_batch_is_bulk_all_the_same(gate: Gate, folder: Path, tagged: dict[str, str]) -> None:
+    async with small_server(folder) as (client, services):
+        headers = {} if tagged else {"X-Job-ID": "index"}
+        batches = [asyncio.create_task(client.post("/embed", json={"inputs": BULK[:3], **tagged}, headers=headers))]
+        await until_waiting(services, Lane.BULK, 1)
+        assert services.inference.waiting[Lane.INTERACTIVE] == 0
+        gate.open()
+        assert (await batches[0]).status_code == 200
+
+
 async def test_jobs_take_turns(gate: Gate, folder: Path) -> None:
     async with small_server(folder) as (client, services):
         first = asyncio.create_task(client.post("/embed", json={"inputs": BULK}, headers={"X-Job-ID": "first"}))

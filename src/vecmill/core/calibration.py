@@ -15,6 +15,8 @@ import numpy as np
 FEWEST_TOKENS = 128
 # Of the best rate, reached by a bulk forward.
 ENOUGH = 0.95
+# Of the time of the longest forward.
+RIDING = 1 / 8
 # Packs are rounded up to a multiple of 64, the smallest to 16: a budget in between gains nothing.
 STEP, SMALLEST_PACK = 64, 16
 
@@ -57,6 +59,14 @@ class Calibration:
             in_time = self.knee_tokens / 2
         tokens = int(min(enough, max(in_time, SMALLEST_PACK)))
         return min(tokens // STEP * STEP if tokens > STEP else tokens, largest)
+
+    def free_tokens(self, max_seconds: float) -> int:
+        """Up to here bulk rides along with an interactive forward: to the knee, or to an eighth of `max_seconds`.
+
+        Alone, a query pays `a` for itself. With bulk beside it that is shared, and hardly anybody notices the wait.
+        """
+        in_time = (max_seconds * RIDING - self.fixed_seconds) / self.seconds_per_token
+        return max(self.knee_tokens, int(in_time))
 
 
 def fit(measured: Sequence[tuple[int, float]]) -> Calibration:

@@ -94,7 +94,7 @@ def _try_part(
     """One forward pass; None where it does not fit."""
     try:
         packed = ready or pack([rows[index] for index in indexes], device, model.prefixes)
-        answers = model.model.forward(packed, use_flash_attn=use_flash_attn)
+        answers = model.forward(packed, use_flash_attn=use_flash_attn)
         part = Part(indexes, packed, *_to_host(answers))
     except Exception as error:
         if not is_out_of_memory(error):

@@ -53,7 +53,7 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: torch.device, ch
     stopwatch.try_longest_text(tokens)
     while tokens:
         try:
-            return _warm_up(stopwatch, model, engine, tokens, choices)
+            return _warm_up(stopwatch, model, engine, device, tokens, choices)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -66,16 +66,24 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: torch.device, ch
 
 
 def _warm_up(
-    stopwatch: _Stopwatch, model: LoadedModel, engine: EngineSettings, largest: int, choices: Choices
+    stopwatch: _Stopwatch,
+    model: LoadedModel,
+    engine: EngineSettings,
+    device: torch.device,
+    largest: int,
+    choices: Choices,
 ) -> Warmed:
     stopwatch.run(largest)
+    if device.type == "cpu":
+        model.threads.measure(stopwatch.run, largest)
     choice = _choose(model, engine, choices, lambda tokens: stopwatch.run(min(tokens, largest)))
     calibration = fit(stopwatch.fastest(list(_shapes(largest))))
+    model.threads.restore()
     max_batch_tokens = calibration.bulk_tokens(engine.max_batch_ms / 1000, largest)
     warmed = Warmed(
         calibration=calibration,
         max_batch_tokens=max_batch_tokens,
-        free_tokens=min(calibration.knee_tokens, max_batch_tokens),
+        free_tokens=min(calibration.free_tokens(engine.max_batch_ms / 1000), max_batch_tokens),
         compiled=choice.compiled,
         compile_reason=choice.reason,
         seconds=tuple(stopwatch.seconds),
@@ -148,7 +156,7 @@ class _Stopwatch:
     def _forward(self, rows: Sequence[Row]) -> float:
         packed = pack(rows, self._device)
         started = perf_counter()
-        self._model.model.forward(packed, use_flash_attn=self._engine.use_flash_attn).cpu()
+        self._model.forward(packed, use_flash_attn=self._engine.use_flash_attn).cpu()
         self.seconds.append(perf_counter() - started)
         return self.seconds[-1]
 

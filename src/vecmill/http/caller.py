@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
@@ -37,14 +38,15 @@ Priority = Annotated[
     BeforeValidator(parse_priority),
     Field(
         description="`interactive`: before all bulk; `bulk`: whenever there is room; or vLLM's number (lower is "
-        "earlier, 0 says nothing). Left out: queries, reranking and up to 8 texts with 512 tokens are interactive."
+        "earlier, 0 says nothing). Left out: queries, reranking and up to 8 texts with 512 tokens that are of no "
+        "indexing job are interactive."
     ),
 ]
 
 
-def client_of_job(job_id: str) -> str:
-    """What takes turns for an indexing job."""
-    return f"job {job_id[:100]}"
+def of_job(caller: Caller, job_id: str) -> Caller:
+    """The caller as one of an indexing job, which takes turns by itself."""
+    return replace(caller, client=f"job {job_id[:100]}", indexes=True)
 
 
 def caller_of(
@@ -59,8 +61,9 @@ def caller_of(
     x_job_id: Annotated[str | None, Header(description="The indexing job this belongs to.")] = None,
 ) -> Caller:
     """Clients take turns: those of one job together, others by their address."""
-    client = client_of_job(x_job_id) if x_job_id else request.client.host if request.client else ""
-    return Caller(client=client, lane=x_priority, timeout=x_request_timeout)
+    client = request.client.host if request.client else ""
+    caller = Caller(client=client, lane=x_priority, timeout=x_request_timeout)
+    return of_job(caller, x_job_id) if x_job_id else caller
 
 
 CallerOf = Annotated[Caller, Depends(caller_of)]
@@ -68,4 +71,4 @@ CallerOf = Annotated[Caller, Depends(caller_of)]
 
 def with_priority(caller: Caller, lane: Lane | None) -> Caller:
     """The caller as its request's body has it; the body wins over the header."""
-    return caller if lane is None else Caller(caller.client, lane, caller.timeout)
+    return caller if lane is None else replace(caller, lane=lane)

@@ -10,9 +10,8 @@ FEW_TOKENS = 512
 
 
 def choose_lane(caller: Caller, *, is_query: bool, texts: int, tokens: int) -> Lane:
-    """What the request says; else interactive for queries, reranking, and few texts with few tokens."""
+    """What the request says; else interactive for queries, reranking, and few texts with few tokens of no job."""
     if caller.lane is not None:
         return caller.lane
-    if is_query or (texts <= FEW_TEXTS and tokens <= FEW_TOKENS):
-        return Lane.INTERACTIVE
-    return Lane.BULK
+    small = texts <= FEW_TEXTS and tokens <= FEW_TOKENS
+    return Lane.INTERACTIVE if is_query or (small and not caller.indexes) else Lane.BULK

@@ -28,12 +28,14 @@ def parse_inputs(value: Any) -> Inputs:
         raise ValueError(FOUR_SHAPES)
     if not value:
         return []
+    if _is_ids(value):
+        return [value]
     # The first entry says which shape it is, the others must follow it.
     fits = next((fits for fits in (_is_text, _is_id, _is_ids) if fits(value[0])), _is_text)
     for index, entry in enumerate(value):
         if not fits(entry):
             raise ValueError(f"{FOUR_SHAPES}; entry {index} does not fit")
-    return [value] if fits is _is_id else value
+    return value
 
 
 def _is_text(entry: object) -> bool:
@@ -45,7 +47,10 @@ def _is_id(entry: object) -> bool:
 
 
 def _is_ids(entry: object) -> bool:
-    return isinstance(entry, list) and all(map(_is_id, entry))
+    """Without a step in Python for each: there may be millions."""
+    if not isinstance(entry, list) or not set(map(type, entry)) <= {int}:
+        return False
+    return not entry or -(2**31) < min(entry) <= max(entry) < 2**31
 
 
 EmbeddingInputs = Annotated[

@@ -5,13 +5,11 @@ Source: https://huggingface.github.io/text-embeddings-inference/
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from fastapi import APIRouter, Request, Response
 from pydantic import ConfigDict, Field
 
 from vecmill.core.types import EmbedRequest
-from vecmill.http.caller import CallerOf, Priority, client_of_job, with_priority
+from vecmill.http.caller import CallerOf, Priority, of_job, with_priority
 from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate
 from vecmill.http.dialects.prompt_fields import PromptFields
 from vecmill.http.encoding import vectors_response
@@ -46,7 +44,7 @@ async def embed(
 ) -> Response:
     """Texts to a bare list of vectors, in input order. `X-Job-ID` may say what `job_id` says."""
     if body.job_id:
-        caller = replace(caller, client=client_of_job(body.job_id))
+        caller = of_job(caller, body.job_id)
     if job_id := body.job_id or request.headers.get("x-job-id"):
         services.jobs.touch(job_id)
     result = await services.inference.embed(

@@ -1,0 +1,158 @@
+"""The GPU benchmark's smoke run on a CPU: the same code, tiny models; it checks the numbers, never the times."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmarks.gpu_card import Samples, sampled, summary
+from benchmarks.gpu_report import targets
+from benchmarks.gpu_sizes import FULL, TINY
+from benchmarks.gpu_stages import Stages
+
+REPOSITORY = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def run(*options: str) -> subprocess.CompletedProcess[str]:
+    """A tiny run in a process of its own, without a GPU."""
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--no-store", *options],
+        cwd=REPOSITORY,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def result() -> dict[str, Any]:
+    """The JSON line of a smoke run."""
+    done = run()
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_the_json_line_holds_the_machine_every_model_and_every_stage(result: dict[str, Any]) -> None:
+    assert result.keys() == {
+        *("benchmark", "measured_at", "host", "settings", "card", "dtype", "rates", "models"),
+        *("targets", "stages", "same_vectors", "seconds"),
+    }
+    assert result["rates"].keys() == {"matmul_tflops", "copy_gb_per_s", "read_gb_per_s"}
+    assert [model["name"] for model in result["models"]] == list(TINY.models)
+    assert {stage["status"] for stage in result["stages"]} == {"done"}
+
+
+def test_both_sides_give_the_same_vectors(result: dict[str, Any]) -> None:
+    assert result["same_vectors"]
+    for model in result["models"]:
+        assert all(cosine["min"] > 0.99999 for cosine in model["against"]["cosine"].values()), model["name"]
+
+
+def test_every_mode_is_measured_at_every_size(result: dict[str, Any]) -> None:
+    for model in result["models"]:
+        assert model["modes"].keys() == {"eager", "compiled"}
+        assert model["chosen"] in model["modes"]
+        assert model["matrix_products"].keys() == {str(tokens) for tokens in TINY.matrix_tokens}
+        for mode in model["modes"].values():
+            assert [each["tokens"] for each in mode["forwards"]] == list(TINY.tokens)
+            assert all(len(each["ms"]["rounds"]) == TINY.rounds for each in mode["forwards"])
+            assert 1 <= mode["fit"]["budget_tokens"] <= max(TINY.tokens)
+            assert mode["query"]["weight_bytes"] == pytest.approx(1e9 * model["weight_gb"])
+            assert mode["new_graphs"] == 0, "a size that compiles anew is not measured warm"
+
+
+def test_the_comparison_names_the_package_and_its_padding(result: dict[str, Any]) -> None:
+    for model in result["models"]:
+        against = model["against"]
+        assert against["package"].startswith("sentence-transformers ")
+        assert against["texts"] == TINY.texts[1]
+        assert list(against["texts_per_s"]) == ["vecmill", *against["ratio"]]
+        assert against["tokens"] < against["padded_tokens"]["32"] <= against["padded_tokens"]["64"]
+
+
+def test_what_there_is_no_time_for_is_named() -> None:
+    done = run("--minutes", "0")
+    found = json.loads(done.stdout.splitlines()[-1])
+
+    assert done.returncode == 0, done.stderr
+    assert [stage["status"] for stage in found["stages"]] == ["skipped"] * len(found["stages"])
+    assert "SKIPPED: every model" in done.stdout
+    assert all(target["met"] is None for target in found["targets"])
+
+
+def test_a_gpu_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    assert gpu.main([]) == 2
+    assert "--tiny" in capsys.readouterr().err
+
+
+def test_the_benchmark_needs_nothing_of_the_server() -> None:
+    code = "import sys, benchmarks.gpu; print([m for m in sys.modules if m.startswith(('vecmill.config', 'fastapi'))])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_stage_that_fails_does_not_end_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    stages = Stages(time.perf_counter() + 60, CPU, [])
+
+    assert stages.run("bad", 0, _raising(torch.OutOfMemoryError("no room"))) is None
+    assert stages.run("good", 0, lambda: 5) == 5
+    assert stages.run("too long", 1000, lambda: 5) is None
+    stages.guard("fine", lambda: None)
+    assert [record["status"] for record in stages.records] == ["failed", "done", "skipped"]
+    assert stages.records[0]["reason"] == "OutOfMemoryError: no room"
+    assert stages.failed
+    assert "no room" in capsys.readouterr().err
+
+
+def _raising(error: Exception) -> Callable[[], int]:
+    def function() -> int:
+        raise error
+
+    return function
+
+
+def test_the_cards_readings_are_summed_up_without_those_it_does_not_give() -> None:
+    samples: Samples = [["1980", "3201", "[N/A]", "41"], ["1200", "3201", "[N/A]", "44"]]
+
+    assert summary(samples)["sm_mhz"] == {"median": 1590, "min": 1200, "max": 1980}
+    assert "watts" not in summary(samples)
+    assert summary([]) == {}
+    with sampled(CPU) as nothing:
+        assert nothing == []
+
+
+def test_the_targets_judge_the_mode_that_the_server_runs() -> None:
+    def forwards(*shares: float) -> dict[str, Any]:
+        sizes = zip((1024, 4096, 8192), shares, strict=True)
+        return {"forwards": [{"tokens": tokens, "of_matmul": {"median": share}} for tokens, share in sizes]}
+
+    model = {
+        "name": "one",
+        "modes": {"eager": forwards(0.9, 0.9, 0.9), "compiled": forwards(0.1, 0.65, 0.7)},
+        "chosen": "compiled",
+        "against": {"ratio": {"32": {"median": 3.5}, "64": {"median": 2.5}}},
+    }
+
+    busy, ratio = targets([model], "one", 4096)
+
+    assert (busy["found"], busy["met"]) == (0.65, True)
+    assert (ratio["found"], ratio["met"]) == (2.5, False), "against the faster of the others"
+
+
+def test_the_full_run_has_the_4b_model_first() -> None:
+    assert list(FULL.models) == ["Qwen3-Embedding-4B", "Qwen3-Embedding-0.6B", "NV-Embed-v2"]
+    assert FULL.models["Qwen3-Embedding-4B"][1]["num_hidden_layers"] == 36

@@ -1,0 +1,92 @@
+"""The benchmarks of load must run and say what they found: a tiny version of each; the figures mean nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.rounds import in_turns, judged, shown
+
+REPOSITORY = Path(__file__).parent.parent
+SPREAD = {"median", "min", "max", "rounds"}
+JUDGED = SPREAD | {"target", "met"}
+QUICK_START = ("--serve", "--torch-compile", "false", "--dtype", "float32", "--max-batch-tokens", "256")
+FEW = ("--rounds", "1", "--no-store")
+
+
+def run(name: str, *options: str) -> tuple[dict[str, Any], str]:
+    """The JSON line, and all that was printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *FEW, *options, *QUICK_START],
+        cwd=REPOSITORY,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    assert {"benchmark", "measured_at", "host", "settings"} <= found.keys()
+    assert found["benchmark"] == name
+    return found, done.stdout
+
+
+def test_isolation_sets_a_person_beside_bulk_against_alone() -> None:
+    found, printed = run(
+        "isolation", "--servers", "vecmill", "--seconds", "0.5", "--passes", "1", "--texts", "24", "--batch", "4"
+    )
+
+    side = found["sides"]["vecmill"]
+    for latencies in (side["person_alone_ms"], side["person_beside_bulk_ms"]):
+        assert latencies.keys() == {"p50", "p95", "p99"}
+        assert 0 < latencies["p50"]["median"] <= latencies["p95"]["median"] <= latencies["p99"]["median"]
+    assert side["person_beside_bulk_ms"]["p95"].keys() == JUDGED
+    assert side["bulk_loss_percent"].keys() == JUDGED
+    assert side["p95_in_bulk_forwards"].keys() == JUDGED
+    assert side["bulk_alone_texts_per_s"]["min"] > 0
+    assert found["failed"] == {}
+    assert printed.count("target at most") == 3
+
+
+def test_overhead_is_what_the_client_waited_less_the_models_time() -> None:
+    found, printed = run("overhead", "--texts", "1,64", "--wide", "128", "--repeats", "2", "--large-repeats", "1")
+
+    assert len(found["cases"]) == 2 * 2 * 2 * 2  # widths, sizes, encodings, with and without gzip
+    for case in found["cases"].values():
+        times = {name: each["median"] for name, each in case["ms"].items()}
+        assert times.keys() == {"whole", "outside", "rest", "inference", "queue", "tokenization"}
+        assert 0 < times["outside"] < times["whole"]
+        assert ("others_waited_ms" in case) == (case["texts"] == 64)
+    assert found["cases"]["64 x 384 base64"]["ms"]["outside"].keys() == JUDGED
+    assert found["cases"]["64 x 384 float gzip"]["answer_bytes"] < found["cases"]["64 x 384 float"]["answer_bytes"]
+    assert found["gzip_over_identity"]["64 x 384 float gzip"].keys() == SPREAD
+    assert "longest that others waited" in printed
+
+
+def test_scaling_measures_connections_jobs_and_the_queue() -> None:
+    found, printed = run(
+        "scaling",
+        *("--texts", "64", "--connections", "1,4", "--jobs", "1,2", "--waiting", "10,100", "--clients", "1,16"),
+        *("--batch", "10", "--seconds", "0.3", "--job-seconds", "0.5", "--cuts", "5"),
+    )
+
+    assert list(found["connections"]) == ["1", "4"]
+    assert list(found["jobs"]) == ["1", "2"]
+    assert found["connections"]["4"]["latency_ms"].keys() == {"p50", "p95", "p99", "max"}
+    assert 0 < found["jobs"]["2"]["fairness_tokens"]["median"] <= 1
+    assert found["jobs"]["1"]["fairness_tokens"]["median"] == 1
+    one, many = found["queue"]["1"], found["queue"]["16"]
+    assert list(one["us_per_cut"]) == ["10", "100"]
+    assert one["most_over_fewest"].keys() == JUDGED
+    assert many["most_over_fewest_in_all_lines"] is None, "only the deeper queue has a text for each client"
+    assert "target at most 2" in printed
+
+
+def test_a_figure_is_told_beside_its_target() -> None:
+    figure = {"median": 4.0, "min": 3.0, "max": 6.0, "rounds": [3.0, 4.0, 6.0]}
+
+    assert shown(judged(figure, 5), " ms") == "4 ms (3 to 6), target at most 5 ms: met"
+    assert shown(judged(figure, 3.9)) == "4 (3 to 6), target at most 3.9: MISSED"
+    assert list(in_turns("ab", 3)) == ["a", "b", "b", "a", "a", "b"]
