@@ -96,9 +96,9 @@ class Server:
 
     def _watch_budgets(self) -> None:
         metrics = self.telemetry.metrics
-        for model in self.inference.budgets:
-            read = partial(lambda name: self.inference.budgets[name].max_batch_tokens, model)
-            metrics.watch(metrics.max_batch_tokens.labels(model), read)
+        for key in self.inference.budgets:
+            read = partial(lambda key: self.inference.budgets[key].max_batch_tokens, key)
+            metrics.watch(metrics.max_batch_tokens.labels(*key.split(":", 1)), read)
 
     def _waiting(self, lane: Lane) -> int:
         return self.inference.waiting[lane]
@@ -107,7 +107,7 @@ class Server:
         if self._loaded is None:
             return {}
         return {
-            self._loaded.models[key].card.id: ForwardPass(one.calibration, one.compiled, one.compile_reason)
+            key: ForwardPass(one.calibration, one.compiled, one.compile_reason)
             for key, one in self._loaded.warmed.items()
         }
 

@@ -157,7 +157,7 @@ def resolved(services: Services) -> dict[str, object]:
     return {
         "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
         "device": cards[0].device,
-        "max_batch_tokens": {card.id: forward_pass(services, card.id)["max_batch_tokens"] for card in cards},
+        "max_batch_tokens": {card.key: forward_pass(services, card.key)["max_batch_tokens"] for card in cards},
     }
 
 
@@ -168,7 +168,7 @@ def start_table(services: Services, address: str) -> Table:
     table.add_column(overflow="fold")
     cards, settings = services.inference.cards, services.settings
     for card in cards:
-        _add_model(table, card, forward_pass(services, card.id), settings.engine.max_batch_size)
+        _add_model(table, card, forward_pass(services, card.key), settings.engine.max_batch_size)
     table.add_row("device", cards[0].device)
     if not any(card.task is Task.RERANK for card in cards):
         table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")

@@ -55,6 +55,7 @@ class ModelCard:
     """What a loaded model is; reported by /v1/models, /health and the start log."""
 
     id: str
+    """Unique within a task: one folder may embed and rerank."""
     task: Task
     family: str
     revision: str
@@ -80,6 +81,11 @@ class ModelCard:
     layer_norm_before_slice: bool = False
     """Whether fewer dimensions are cut from the layer-normed vector (nomic-embed)."""
     aliases: Sequence[str] = ()
+
+    @property
+    def key(self) -> str:
+        """What scheduler and engine call the model."""
+        return f"{self.task.value}:{self.id}"
 
 
 class Lane(StrEnum):

@@ -81,6 +81,7 @@ class Engine:
         self._unanswered = 0
         self._last_done = 0.0
         self._launched = threading.Semaphore(LAUNCHED_AT_A_TIME)
+        self._copies: torch.cuda.Stream | None = None
         self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
         self._collecting = ThreadPoolExecutor(1, thread_name_prefix="collect")
         self._thread = threading.Thread(target=self._own_device, name="engine", daemon=True)
@@ -154,10 +155,11 @@ class Engine:
         device = self.loaded.result().device
         if device.type != "cuda":
             return pack(rows, device)
-        stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(stream):
+        if self._copies is None:
+            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(self._copies):
             packed = pack(rows, device)
-        stream.synchronize()
+        self._copies.synchronize()
         return packed
 
     def _own_device(self) -> None:

@@ -34,8 +34,8 @@ class LoadedModel:
 
     @property
     def key(self) -> str:
-        """What scheduler and engine call it: one folder may embed and rerank."""
-        return f"{self.card.task.value}:{self.card.id}"
+        """What scheduler and engine call it."""
+        return self.card.key
 
 
 @dataclass(frozen=True, slots=True)

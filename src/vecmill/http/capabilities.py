@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter
 
 from vecmill import __version__
+from vecmill.core.types import ModelCard
 from vecmill.hardware.memory import MEGABYTE, host_memory
 from vecmill.hardware.recommendation import recommended_batch_size
 from vecmill.http.services import Services, ServicesOf
@@ -57,13 +59,21 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "memory_total_mb": host.total_mb,
         "memory_available_mb": host.available_mb,
         "models": [card.id for card in cards],
-        "forward_passes": {model: forward_pass(services, model) for model in services.forward_passes()},
+        "forward_passes": {name: forward_pass(services, key) for name, key in _names(cards).items()},
     }
 
 
-def forward_pass(services: Services, model: str) -> dict[str, Any]:
+def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
+    """Each model's key by its id, or by the key itself where a reranker has the id of an embedding model."""
+    names: dict[str, str] = {}
+    for card in cards:
+        names[card.key if card.id in names else card.id] = card.key
+    return names
+
+
+def forward_pass(services: Services, key: str) -> dict[str, Any]:
     """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets."""
-    found, budget = services.forward_passes()[model], services.inference.budgets[model]
+    found, budget = services.forward_passes()[key], services.inference.budgets[key]
     calibration = found.calibration
     return {
         "fixed_ms": round(1000 * calibration.fixed_seconds, 3),

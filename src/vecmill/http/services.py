@@ -41,7 +41,7 @@ class Services:
     device_memory: Callable[[], DeviceMemory | None]
     device_busy: Callable[[], bool]
     forward_passes: Callable[[], Mapping[str, ForwardPass]]
-    """What warm-up found out about each model; empty while loading."""
+    """What warm-up found out about each model, by its key; empty while loading."""
 
 
 def services_of(request: Request) -> Services:

@@ -93,10 +93,8 @@ class Inference:
 
     @property
     def budgets(self) -> Mapping[str, Budget]:
-        """What a forward pass may hold now, by model; empty while loading."""
-        if self._models is None or self._scheduler is None:
-            return {}
-        return {model.card.id: self._scheduler.budgets[model.key] for model in self._models}
+        """What a forward pass may hold now, by the scheduler's key of each model; empty while loading."""
+        return self._scheduler.budgets if self._scheduler else {}
 
     async def embed(self, request: EmbedRequest) -> EmbedResult:
         """Turn texts into vectors.

@@ -66,7 +66,7 @@ class Metrics:
             "vecmill_expired_texts", "Texts whose deadline passed before they were run", registry=registry
         )
         self.max_batch_tokens = Gauge(
-            "vecmill_max_batch_tokens", "Tokens of a bulk forward pass, at most", ["model"], registry=registry
+            "vecmill_max_batch_tokens", "Tokens of a bulk forward pass, at most", ["task", "model"], registry=registry
         )
         self.jobs = Gauge("vecmill_jobs", "Jobs by state", ["state"], registry=registry)
         self.process_memory = Gauge("vecmill_process_memory_bytes", "Resident memory of the process", registry=registry)
