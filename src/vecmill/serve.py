@@ -35,6 +35,9 @@ else:
 logger = logging.getLogger(__name__)
 
 LOOK_EVERY = 0.1  # seconds between looks at the progress of the start
+# Seconds that an idle connection stays open: longer than clients keep theirs, or one would send on a connection that is
+# just being closed.
+KEEP_ALIVE = 75
 # Seconds between the device's failure and the end: whoever is just sending a request is told why it fails.
 LAST_ANSWERS = 1.0
 LINE_EVERY = 15.0  # seconds, at the most, between lines about a stage that goes on
@@ -66,6 +69,7 @@ def run_server(settings: Settings) -> int:
             app,
             access_log=False,
             log_config=None,
+            timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=settings.http.shutdown_seconds,
             server_header=False,
         )

@@ -89,10 +89,11 @@ async def test_what_arrives_while_the_device_is_busy_shares_the_next_batch() -> 
     second = scheduler.submit("m", [ids(2)])
     await asyncio.sleep(0)
     await asyncio.sleep(0)
+    assert scheduler.waiting[Lane.BULK] == 1
     later = [future for value in (3, 4, 5) for future in scheduler.submit("m", [ids(value)])]
     runner.gate.set()
     await sums([*first, *second, *later])
-    assert [batch for _, batch in runner.batches] == [[1], [2], [3, 4, 5]]
+    assert [batch for _, batch in runner.batches] == [[1], [2, 3, 4, 5]]
     await scheduler.close()
 
 
@@ -215,6 +216,33 @@ async def test_a_search_is_cut_at_once_though_bulk_fills_the_device() -> None:
     for _ in range(30):
         runner.permits.release()
     assert await sums([query, *bulk]) == [99, *range(20)]
+    await scheduler.close()
+
+
+async def test_a_batch_that_is_full_is_ready_before_the_device_is() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner)
+    futures = scheduler.submit("m", [ids(value) for value in range(12)])
+    await runner.wait_until_begun(2)
+    assert scheduler.waiting[Lane.BULK] == 12 - 2 * BUDGET.max_batch_size
+    for _ in range(3):
+        runner.permits.release()
+    assert await sums(futures) == list(range(12))
+    await scheduler.close()
+
+
+async def test_searches_that_come_together_share_a_batch_behind_bulk() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner)
+    bulk = scheduler.submit("m", [ids(value) for value in range(12)])
+    await runner.wait_until_begun(2)
+    searches = [*scheduler.submit("m", [ids(50)], lane=Lane.INTERACTIVE, client="a")]
+    await runner.wait_until_begun(3)
+    searches += [future for value in (51, 52) for future in scheduler.submit("m", [ids(value)], lane=Lane.INTERACTIVE)]
+    for _ in range(9):
+        runner.permits.release()
+    await sums([*bulk, *searches])
+    assert any({51, 52} <= set(batch) for _, batch in runner.batches)
     await scheduler.close()
 
 

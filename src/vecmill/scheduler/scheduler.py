@@ -12,16 +12,13 @@ from typing import Protocol
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
 from vecmill.core.protocols import BatchResult, Runner
 from vecmill.core.types import Lane, Row
+from vecmill.scheduler.in_flight import InFlight
 from vecmill.scheduler.lines import Lines
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
 from vecmill.scheduler.sequence import Sequence, SequenceResult, row_key
 
 logger = logging.getLogger(__name__)
 
-# One batch runs while the next is already packed; a third would only wait, cut before it had to be. An interactive one
-# may be cut all the same: the runner lets it overtake the bulk that is packed.
-BATCHES_IN_FLIGHT = 2
-INTERACTIVE_IN_FLIGHT = 3
 FEWEST_TOKENS = 64  # that a budget is lowered to when the device's memory does not hold more
 
 
@@ -67,12 +64,14 @@ class Scheduler:
         self.budgets = dict(budgets)
         self.waiting = dict.fromkeys(Lane, 0)
         """Sequences not yet in a batch, by the lane that they were first submitted to."""
+        self._waiting_tokens = 0
         self._runner = runner
         self._rules = rules or Rules()
         self._on_batch, self._on_failure, self._clock = on_batch, on_failure, clock
         self._lines = Lines()
         self._owed = 0.0
-        self._in_flight: dict[Hashable, tuple[Sequence, Lane]] = {}
+        self._unanswered: dict[Hashable, tuple[Sequence, Lane]] = {}
+        self._in_flight = InFlight()
         self._running: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
         self._closed: VecmillError | None = None
@@ -114,15 +113,16 @@ class Scheduler:
     def _queue(self, model: str, row: Row, lane: Lane, client: str) -> Sequence:
         key = row_key(model, row)
         now = self._clock()
-        if key in self._in_flight:
-            sequence, queued_as = self._in_flight[key]
+        if key in self._unanswered:
+            sequence, queued_as = self._unanswered[key]
             self.stats.joined += 1
             if sequence.taken or lane is not Lane.INTERACTIVE or queued_as is lane:
                 return sequence
         else:
             sequence = Sequence(row, model, key, submitted=now)
-            self._in_flight[key] = sequence, lane
+            self._unanswered[key] = sequence, lane
             self.waiting[lane] += 1
+            self._waiting_tokens += len(row)
         self._lines.join(model, lane, client, now).waiting.append(sequence)
         return sequence
 
@@ -148,9 +148,11 @@ class Scheduler:
                 await asyncio.sleep(0)
 
     def _may_cut(self) -> bool:
-        # As late as possible: what arrives while the device is busy still gets into the next batch.
-        most = INTERACTIVE_IN_FLIGHT if self._lines.waits(Lane.INTERACTIVE) else BATCHES_IN_FLIGHT
-        return len(self._running) < most
+        full = any(
+            self._waiting_tokens >= budget.max_batch_tokens or sum(self.waiting.values()) >= budget.max_batch_size
+            for budget in self.budgets.values()
+        )
+        return self._in_flight.has_room(full=full, interactive=self._lines.waits(Lane.INTERACTIVE))
 
     def _apply(self, taken: Cut[Sequence], now: float) -> None:
         self._lines.leave(taken, now)
@@ -161,7 +163,7 @@ class Scheduler:
             if sequence.taken:
                 continue
             self._leave_queue(sequence)
-            del self._in_flight[sequence.key]
+            del self._unanswered[sequence.key]
             if now >= sequence.deadline:
                 self.stats.expired += 1
             else:
@@ -170,9 +172,11 @@ class Scheduler:
 
     def _leave_queue(self, sequence: Sequence) -> None:
         sequence.taken = True
-        self.waiting[self._in_flight[sequence.key][1]] -= 1
+        self._waiting_tokens -= len(sequence)
+        self.waiting[self._unanswered[sequence.key][1]] -= 1
 
     def _start(self, taken: Cut[Sequence]) -> None:
+        self._in_flight.begin(taken.lane)
         task = asyncio.create_task(self._run(taken), name="batch")
         self._running.add(task)
         task.add_done_callback(self._batch_ended)
@@ -198,7 +202,7 @@ class Scheduler:
         result = await self._runner.run(taken.model, [one.row for one in taken.batch], taken.lane)
         self._count(taken, result)
         for sequence, row in zip(taken.batch, result.rows, strict=True):
-            self._in_flight.pop(sequence.key, None)
+            self._unanswered.pop(sequence.key, None)
             if isinstance(row, Exception):
                 sequence.resolve(row)
             else:
@@ -223,6 +227,7 @@ class Scheduler:
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
+        self._in_flight.end()
         self._wake.set()
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
@@ -245,5 +250,5 @@ class Scheduler:
 
     def _resolve(self, sequences: Iterable[Sequence], error: VecmillError) -> None:
         for sequence in sequences:
-            self._in_flight.pop(sequence.key, None)
+            self._unanswered.pop(sequence.key, None)
             sequence.resolve(error)
