@@ -10,7 +10,7 @@ from vecmill.bench.client import Client
 from vecmill.bench.results import Outcomes, outcomes_of
 from vecmill.bench.workload import QUERIES
 
-TIMER_S = 0.002  # an event loop's timers are a millisecond coarse, as long as a fast answer takes
+TIMER_S = 0.001  # how coarse an event loop's timers are; a fast answer takes hardly longer
 
 
 async def search(client: Client, seconds: float, interval: float, advance: Advance = lambda texts: None) -> Outcomes:
