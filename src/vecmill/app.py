@@ -49,10 +49,13 @@ LARGEST_POOL = 8
 class Server:
     """One server's parts and its life: load, serve, drain."""
 
-    def __init__(self, settings: Settings, on_failure: Callable[[str], None]) -> None:
+    def __init__(
+        self, settings: Settings, on_failure: Callable[[str], None], on_loaded: Callable[[], None] = lambda: None
+    ) -> None:
         _set_thread_defaults()
         self._settings = settings
         self._on_failure = on_failure
+        self._on_loaded = on_loaded
         workers = settings.inference.tokenization_workers or min(LARGEST_POOL, os.cpu_count() or 1)
         self._threads = WorkerThreads(workers)
         self._engine: Engine | None = None
@@ -124,6 +127,7 @@ class Server:
             self.telemetry.rolling.warmup_seconds = tuple(
                 seconds for one in loaded.warmed.values() for seconds in one.seconds
             )
+            self._on_loaded()
             self.health.update(Phase.READY, 100, "ready")
 
     async def _load(self) -> Loaded:
@@ -163,12 +167,17 @@ class Server:
         self._threads.shutdown()
 
 
-def create_app(settings: Settings, on_failure: Callable[[str], None] = lambda reason: None) -> FastAPI:
+def create_app(
+    settings: Settings,
+    on_failure: Callable[[str], None] = lambda reason: None,
+    on_loaded: Callable[[], None] = lambda: None,
+) -> FastAPI:
     """The application; models load once its lifespan starts.
 
-    `on_failure` is called, in the event loop, with one sentence when the server can never serve (again).
+    `on_failure` is called, in the event loop, with one sentence when the server can never serve (again); `on_loaded`
+    before the first request is served.
     """
-    server = Server(settings, on_failure)
+    server = Server(settings, on_failure, on_loaded)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

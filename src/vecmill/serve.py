@@ -53,7 +53,7 @@ def run_server(settings: Settings) -> int:
         if settings.http.exit_on_failure:  # a supervisor can restart the process, not a thread in it
             asyncio.get_running_loop().call_later(LAST_ANSWERS, setattr, server, "should_exit", True)
 
-    app = create_app(settings, on_failure)
+    app = create_app(settings, on_failure, _freeze)
     try:
         listener = _listen(settings.http.host, settings.http.port)
     except OSError as error:
@@ -82,6 +82,15 @@ def run_server(settings: Settings) -> int:
     for reason in failures:
         logger.error(reason)
     return 1 if failures else 0
+
+
+def _freeze() -> None:
+    """Leave all that is there to stay out of garbage collections.
+
+    One that looks through it takes a quarter of a second, and nobody is answered meanwhile.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -125,10 +134,6 @@ async def _announce(services: Services, address: str) -> None:
         await _progress_lines(services.health)
     if not services.health.ready:
         return
-    # What is there now stays: a full collection that looks through it takes a quarter of a second, and nobody is
-    # answered meanwhile.
-    gc.collect()
-    gc.freeze()
     if services.settings.log.log_format == "text":
         console.print(start_table(services, address))
     logger.info("ready on %s", address, extra={} if console.is_terminal else resolved(services))
