@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
-import psutil
 import torch
+from benchmarks.contention import watched
+from benchmarks.rounds import in_turns
 from torch import Tensor
 
 LIMITS = ("matmul", "copy")
@@ -76,13 +77,11 @@ def alternate(machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side]) -
         side.run()
     calls = {name: max(1, math.ceil(machine.seconds / _seconds(machine, side, 1))) for name, side in everything.items()}
     found: dict[str, list[float]] = {name: [] for name in everything}
-    busy, started = _other_cpu_seconds(), time.perf_counter()
-    for number in range(machine.rounds):
-        for name in everything if number % 2 == 0 else reversed(everything):
+    with watched() as contention:
+        for name in in_turns(list(everything), machine.rounds):
             found[name].append(_seconds(machine, everything[name], calls[name]))
             machine.advance(1)
-    elapsed = time.perf_counter() - started
-    return Rounds(found, max(0.0, (_other_cpu_seconds() - busy) / elapsed))
+    return Rounds(found, contention.other_cores)
 
 
 def _seconds(machine: Machine, side: Side, calls: int) -> float:
@@ -92,11 +91,6 @@ def _seconds(machine: Machine, side: Side, calls: int) -> float:
         side.run()
     machine.synchronize()
     return (time.perf_counter() - started) / calls
-
-
-def _other_cpu_seconds() -> float:
-    total, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    return total.user + total.nice + total.system - own.user - own.system
 
 
 def report(

@@ -23,13 +23,12 @@ from benchmarks.model_loading import loading
 from benchmarks.model_rounds import Machine
 from benchmarks.model_shapes import CPU, CUDA, QUICK, Sizes
 from benchmarks.results import publish
+from benchmarks.rounds import print_disturbance
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from vecmill.engine.device import describe
-
-ALLOWED_OTHER_CORES = 0.1
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -124,9 +123,7 @@ def print_machine(console: Console, device: torch.device, found: Sequence[dict[s
             f"copy {min(copied):.4g} to {max(copied):.4g} GB/s read and written",
             soft_wrap=True,
         )
-    disturbed = max(one["other_cores"] for one in found)
-    if disturbed > ALLOWED_OTHER_CORES:
-        console.print(f"Other programs used up to {disturbed:.2f} cores meanwhile: measure again on a quiet machine.")
+    print_disturbance(console, max(one["other_cores"] for one in found))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

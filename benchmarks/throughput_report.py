@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from benchmarks.model_rounds import significant, spread
-from benchmarks.throughput_rounds import ALLOWED_OTHER_CORES, IN_PROCESS, PACKED, Found, Pass
+from benchmarks.rounds import print_disturbance
+from benchmarks.throughput_rounds import IN_PROCESS, PACKED, Found, Pass
 from rich.console import Console
 from rich.table import Table
 
@@ -110,9 +111,7 @@ def print_summary(found: Mapping[str, Any], texts: int, tokens: int) -> None:
     for name, reason in found["failed"].items():
         # The last line of a log is the error; all of it is in the JSON.
         console.print(f"{name} failed: {reason.splitlines()[-1]}", markup=False, soft_wrap=True)
-    disturbed = max(side["other_cores"]["max"] for side in found["sides"].values())
-    if disturbed > ALLOWED_OTHER_CORES:
-        console.print(f"Other programs used up to {disturbed:.2f} cores meanwhile: measure again on a quiet machine.")
+    print_disturbance(console, max(side["other_cores"]["max"] for side in found["sides"].values()))
     if not agrees(found):
         console.print(f"The vectors differ: a cosine below {MIN_COSINE}.")
 

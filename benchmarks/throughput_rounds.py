@@ -20,10 +20,10 @@ from benchmarks.in_process import BATCH, encode, load_model
 from benchmarks.load import embed_all
 from benchmarks.peers import PEERS, Peer, Wanted
 from benchmarks.progress import progress
+from benchmarks.rounds import ALLOWED_OTHER_CORES
 from benchmarks.servers import RunningServer
 
 CHECKED_TEXTS = 100  # whose vectors must be the same from all sides
-ALLOWED_OTHER_CORES = 0.1
 PACKED = "packed loop"
 IN_PROCESS = "sentence-transformers"
 KNOWN_KEYS = ("version", "dtype", "dtype_reason", "device", "options")

@@ -1,12 +1,10 @@
 """The GPU benchmark's smoke run on a CPU: the same code, tiny models; it checks the numbers, never the times."""
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,29 +14,20 @@ from benchmarks.gpu_report import targets
 from benchmarks.gpu_sizes import FULL, TINY
 from benchmarks.gpu_stages import Stages
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.benchmark_runs import REPOSITORY, json_line, run_benchmark
+
 CPU = torch.device("cpu")
 
 
 def run(*options: str) -> subprocess.CompletedProcess[str]:
     """A tiny run in a process of its own, without a GPU."""
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--no-store", *options],
-        cwd=REPOSITORY,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return run_benchmark("gpu", "--tiny", *options)
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     """The JSON line of a smoke run."""
-    done = run()
-    assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json_line(run())
 
 
 def test_the_json_line_holds_the_machine_every_model_and_every_stage(result: dict[str, Any]) -> None:

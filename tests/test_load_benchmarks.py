@@ -1,33 +1,21 @@
 """The benchmarks of load must run and say what they found: a tiny version of each; the figures mean nothing."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 from benchmarks.rounds import in_turns, judged, shown
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.benchmark_runs import json_line, run_benchmark
+
 SPREAD = {"median", "min", "max", "rounds"}
 JUDGED = SPREAD | {"target", "met"}
 QUICK_START = ("--serve", "--torch-compile", "false", "--dtype", "float32", "--max-batch-tokens", "256")
-FEW = ("--rounds", "1", "--no-store")
+FEW = ("--rounds", "1")
 
 
 def run(name: str, *options: str) -> tuple[dict[str, Any], str]:
     """The JSON line, and all that was printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", f"benchmarks.{name}", *FEW, *options, *QUICK_START],
-        cwd=REPOSITORY,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    done = run_benchmark(name, *FEW, *options, *QUICK_START)
+    found = json_line(done)
     assert {"benchmark", "measured_at", "host", "settings"} <= found.keys()
     assert found["benchmark"] == name
     return found, done.stdout

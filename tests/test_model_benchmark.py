@@ -1,9 +1,5 @@
 """The models' benchmark must compare equals: its smoke run checks the numbers, never the times."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +13,17 @@ from benchmarks.model_plain import PlainLatentAttention, with_sdpa
 from benchmarks.model_shapes import QUICK
 from benchmarks.model_workloads import BEFORE_DOCUMENT, attended, batches, ragged_rows
 
+from tests.benchmark_runs import json_line, run_benchmark
 from vecmill.core.types import Prefix, Row
 from vecmill.models.weights import Target
 
-REPOSITORY = Path(__file__).parent.parent
 SMOKE_DOCUMENTS, SMOKE_DOCUMENT_TOKENS, AFTER_DOCUMENT = 5, 20, 9
 
 
 @pytest.fixture(scope="module")
 def result() -> dict[str, Any]:
     """The JSON line of a smoke run."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.models", "--quick", "--no-store"],
-        cwd=REPOSITORY,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    return json_line(run_benchmark("models", "--quick"))
 
 
 def test_every_comparison_gives_the_same_numbers_on_all_sides(result: dict[str, Any]) -> None:

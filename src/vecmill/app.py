@@ -27,7 +27,7 @@ from vecmill.http.dashboard import page
 from vecmill.http.dialects import openai, rerank, tei
 from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.request_id import RequestId
-from vecmill.http.services import ForwardPass, Services
+from vecmill.http.services import Services
 from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
 from vecmill.jobs.job import JobStatus
@@ -81,7 +81,7 @@ class Server:
             threads=self._threads,
             device_memory=lambda: self._engine.memory() if self._engine else None,
             device_busy=lambda: self._engine.busy if self._engine else False,
-            forward_passes=self._forward_passes,
+            warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
         self._watch()
 
@@ -105,14 +105,6 @@ class Server:
 
     def _waiting(self, lane: Lane) -> int:
         return self.inference.waiting[lane]
-
-    def _forward_passes(self) -> dict[str, ForwardPass]:
-        if self._loaded is None:
-            return {}
-        return {
-            key: ForwardPass(one.calibration, one.compiled, one.compile_reason)
-            for key, one in self._loaded.warmed.items()
-        }
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""

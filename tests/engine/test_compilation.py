@@ -6,6 +6,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
@@ -17,8 +18,12 @@ from torch._inductor import config as inductor
 
 from tests.checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic
 from tests.models.loaded import CPU, GOLDEN, load_model
-from vecmill.core.types import Prefix, Row, Task
+from vecmill.config import load_settings
+from vecmill.core.types import Lane, Prefix, Row, Task
+from vecmill.engine import compilation
 from vecmill.engine.compilation import choose, compilations, make_eager
+from vecmill.engine.cpu_threads import CpuThreads
+from vecmill.engine.engine import Engine
 from vecmill.models.packing import pack
 from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model
@@ -151,6 +156,27 @@ def test_several_models_of_one_class_are_each_compiled_once(tmp_path: Path, mini
         for model in models:
             forward(model, [some_row(random) for _ in range(random.integers(1, 8))])
     assert compilations() == compiled
+
+
+@pytest.mark.parametrize("single_up_to", [0, 16, 64])
+async def test_nothing_is_compiled_once_the_engine_is_ready(
+    tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch, single_up_to: int
+) -> None:
+    """Also where forward passes change between one thread and all: both are run before."""
+    monkeypatch.setattr(compilation, "choose", partial(choose, backend=WITHOUT_COMPILER))
+    monkeypatch.setattr(CpuThreads, "measure", lambda self, run, largest: setattr(self, "single_up_to", single_up_to))
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "torch_compile": "true"})
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+    engine.start()
+    (key,) = engine.loaded.result(60).models
+    assert engine.loaded.result().warmed[key].compiled
+    ready, random = compilations(), np.random.default_rng(0)
+    for _ in range(30):
+        await engine.run(key, [some_row(random) for _ in range(random.integers(1, 30))])
+        await engine.run(key, [some_row(random)], Lane.INTERACTIVE)
+    assert compilations() == ready > 0
+    engine.close()
 
 
 def test_auto_keeps_the_faster(tmp_path: Path, minilm_folder: Path) -> None:

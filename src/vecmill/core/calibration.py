@@ -69,6 +69,21 @@ class Calibration:
         return max(self.knee_tokens, int(in_time))
 
 
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """What warm-up found out about a model."""
+
+    calibration: Calibration
+    max_batch_tokens: int
+    """Tokens of a bulk forward."""
+    free_tokens: int
+    """Up to here bulk rides along with an interactive forward."""
+    compiled: bool
+    compile_reason: str
+    seconds: tuple[float, ...]
+    """Of each forward pass that was run."""
+
+
 def fit(measured: Sequence[tuple[int, float]]) -> Calibration:
     """The line through (tokens, seconds) with the least squared relative errors; needs one point."""
     tokens, seconds = np.array(measured, dtype=np.float64).T

@@ -101,8 +101,8 @@ class Caller:
 
     client: str = ""
     """What takes turns with other clients: an indexing job, or else an address."""
-    indexes: bool = False
-    """It belongs to an indexing job."""
+    job_id: str | None = None
+    """The indexing job that it belongs to."""
     lane: Lane | None = None
     """None: by the request's size and kind."""
     timeout: float | None = None

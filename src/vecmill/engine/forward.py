@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -13,12 +14,10 @@ from torch import Tensor
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
 from vecmill.core.types import Row, Vector
 from vecmill.engine.loaded import LoadedModel
+from vecmill.engine.out_of_memory import unless_out_of_memory
 from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
-
-# torch's allocator, and oneDNN where it has no room for what it prepares.
-CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +66,11 @@ def launch(
     waiting: list[tuple[Sequence[int], PackedBatch | None]] = [(range(len(rows)), packed)]
     while waiting:
         indexes, ready = waiting.pop(0)
-        part = _try_part(model, rows, indexes, device, use_flash_attn, ready)
+        part = unless_out_of_memory(partial(_part, model, rows, indexes, device, use_flash_attn, ready))
         if part is not None:
             launched.parts.append(part)
             continue
-        # Out here: the exception held the frames, and the frames what they had allocated.
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        logger.warning("out of memory on a forward pass of %d rows", len(indexes))
         if len(indexes) == 1:
             launched.too_large.extend(indexes)
             continue
@@ -83,24 +80,18 @@ def launch(
     return launched
 
 
-def _try_part(
+def _part(
     model: LoadedModel,
     rows: Sequence[Row],
     indexes: Sequence[int],
     device: torch.device,
     use_flash_attn: bool,
     ready: PackedBatch | None,
-) -> Part | None:
-    """One forward pass; None where it does not fit."""
-    try:
-        packed = ready or pack([rows[index] for index in indexes], device, model.prefixes)
-        answers = model.forward(packed, use_flash_attn=use_flash_attn)
-        part = Part(indexes, packed, *_to_host(answers))
-    except Exception as error:
-        if not is_out_of_memory(error):
-            raise
-        logger.warning("out of memory on a forward pass of %d rows: %s", len(indexes), type(error).__name__)
-        return None
+) -> Part:
+    """One forward pass."""
+    packed = ready or pack([rows[index] for index in indexes], device, model.prefixes)
+    answers = model.forward(packed, use_flash_attn=use_flash_attn)
+    part = Part(indexes, packed, *_to_host(answers))
     for new in packed.new_prefixes:  # after the pass was launched whole; the stream keeps the order
         model.prefixes.keep(new.prefix, new.layers)
     return part
@@ -115,13 +106,6 @@ def _to_host(answers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     done = torch.cuda.Event()  # type: ignore[no-untyped-call]
     done.record()
     return host, done
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less at once may work. On a CPU torch raises a plain RuntimeError, in the words of who ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_OUT_OF_MEMORY)
 
 
 def collect(launched: Launched) -> list[Vector | Exception]:

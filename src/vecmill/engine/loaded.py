@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vecmill.core.calibration import Calibration
+from vecmill.core.calibration import Warmed
 from vecmill.core.types import ModelCard
 from vecmill.engine.cpu_threads import CpuThreads
 from vecmill.models.checkpoint import Checkpoint
@@ -36,21 +36,6 @@ class LoadedModel:
     def key(self) -> str:
         """What scheduler and engine call it."""
         return self.card.key
-
-
-@dataclass(frozen=True, slots=True)
-class Warmed:
-    """What warm-up found out about a model."""
-
-    calibration: Calibration
-    max_batch_tokens: int
-    """Tokens of a bulk forward."""
-    free_tokens: int
-    """Up to here bulk rides along with an interactive forward."""
-    compiled: bool
-    compile_reason: str
-    seconds: tuple[float, ...]
-    """Of each forward pass that was run."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -11,13 +12,13 @@ import torch
 from torch import nn
 
 from vecmill.config import EngineSettings
-from vecmill.core.calibration import fit
+from vecmill.core.calibration import Warmed, fit
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Row
 from vecmill.engine import compilation
 from vecmill.engine.compilation import CompileChoice
-from vecmill.engine.forward import is_out_of_memory
-from vecmill.engine.loaded import LoadedModel, Warmed
+from vecmill.engine.loaded import LoadedModel
+from vecmill.engine.out_of_memory import unless_out_of_memory
 from vecmill.models.packing import pack
 
 logger = logging.getLogger(__name__)
@@ -52,16 +53,11 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: torch.device, ch
     tokens = largest_batch(engine, device)
     stopwatch.try_longest_text(tokens)
     while tokens:
-        try:
-            return _warm_up(stopwatch, model, engine, device, tokens, choices)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-        # Out here: the exception held the frames, and the frames what they had allocated.
+        warmed = unless_out_of_memory(partial(_warm_up, stopwatch, model, engine, device, tokens, choices))
+        if warmed is not None:
+            return warmed
         logger.warning("out of memory: a forward pass of %d tokens does not fit, trying %d", tokens, tokens // 2)
         tokens //= 2
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
     raise StartupError(f"{model.card.id}: not one token fits into the memory that is left: free some.")
 
 
@@ -130,11 +126,7 @@ class _Stopwatch:
         longest = self._model.card.max_model_len
         if self._device.type != "cuda" or longest <= tokens:
             return
-        try:
-            self._forward([self._row(longest)])
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
+        if unless_out_of_memory(lambda: self._forward([self._row(longest)])) is None:
             logger.warning("out of memory: a text of %d tokens does not fit, and will be refused", longest)
 
     def fastest(self, shapes: Sequence[int]) -> list[tuple[int, float]]:

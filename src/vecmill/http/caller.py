@@ -46,7 +46,7 @@ Priority = Annotated[
 
 def of_job(caller: Caller, job_id: str) -> Caller:
     """The caller as one of an indexing job, which takes turns by itself."""
-    return replace(caller, client=f"job {job_id[:100]}", indexes=True)
+    return replace(caller, client=f"job {job_id[:100]}", job_id=job_id)
 
 
 def caller_of(

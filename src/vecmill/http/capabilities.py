@@ -73,7 +73,7 @@ def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
 
 def forward_pass(services: Services, key: str) -> dict[str, Any]:
     """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets."""
-    found, budget = services.forward_passes()[key], services.inference.budgets[key]
+    found, budget = services.warmed()[key], services.inference.budgets[key]
     calibration = found.calibration
     return {
         "fixed_ms": round(1000 * calibration.fixed_seconds, 3),

@@ -21,7 +21,8 @@ from vecmill.http.services import services_of
 
 EncodingFormat = Literal["float", "base64"]
 
-FLOAT_CHARACTERS = 12  # of a float32 in JSON, with its comma
+# Of a float32, in JSON with its comma and in base64.
+FLOAT_CHARACTERS, BASE64_CHARACTERS = 12, 6
 
 
 async def vectors_response(
@@ -34,20 +35,32 @@ async def vectors_response(
     embeddings = result.embeddings
     # base64 of floats hardly compresses: a quarter less for several milliseconds more.
     compressible = encoding_format == "float"
-    return await _respond(
+    return await json_response(
         request,
         lambda: build(encode_rows(embeddings, encoding_format)),
         result_headers(result),
-        size=embeddings.size * (FLOAT_CHARACTERS if compressible else 6),
+        size=embeddings.size * (FLOAT_CHARACTERS if compressible else BASE64_CHARACTERS),
         compressible=compressible,
     )
 
 
 async def json_response(
-    request: Request, build: Callable[[], object], headers: Mapping[str, str], size: int = 0
+    request: Request,
+    build: Callable[[], object],
+    headers: Mapping[str, str],
+    *,
+    size: int,
+    compressible: bool = True,
 ) -> Response:
-    """Build, serialise and compress in a thread."""
-    return await _respond(request, build, headers, size=size, compressible=True)
+    """Build, serialise and compress in a thread. `size` is about that of the body, in bytes."""
+    compress = compressible and accepts_gzip(request.headers.get("accept-encoding", ""))
+    serialise = partial(_serialise, build, compress)
+    body, compressed = await services_of(request).threads.run(serialise, size=size)
+    response = Response(body, media_type="application/json", headers=dict(headers))
+    if compressed:
+        response.headers["Content-Encoding"] = "gzip"
+        response.headers["Vary"] = "Accept-Encoding"
+    return response
 
 
 def result_headers(result: EmbedResult | RerankResult) -> dict[str, str]:
@@ -70,19 +83,6 @@ def encode_rows(embeddings: Matrix, encoding_format: EncodingFormat) -> list[obj
         return [orjson.Fragment(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)) for row in embeddings]
     little_endian = embeddings.astype("<f4", copy=False)
     return [orjson.Fragment(b'"%b"' % base64.b64encode(row.tobytes())) for row in little_endian]
-
-
-async def _respond(
-    request: Request, build: Callable[[], object], headers: Mapping[str, str], *, size: int, compressible: bool
-) -> Response:
-    compress = compressible and accepts_gzip(request.headers.get("accept-encoding", ""))
-    serialise = partial(_serialise, build, compress)
-    body, compressed = await services_of(request).threads.run(serialise, size=size)
-    response = Response(body, media_type="application/json", headers=dict(headers))
-    if compressed:
-        response.headers["Content-Encoding"] = "gzip"
-        response.headers["Vary"] = "Accept-Encoding"
-    return response
 
 
 def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool]:

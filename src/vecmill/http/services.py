@@ -9,22 +9,13 @@ from typing import Annotated, cast
 from fastapi import Depends, Request
 
 from vecmill.config import Settings
-from vecmill.core.calibration import Calibration
+from vecmill.core.calibration import Warmed
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.memory import DeviceMemory
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
 from vecmill.telemetry.telemetry import Telemetry
-
-
-@dataclass(frozen=True, slots=True)
-class ForwardPass:
-    """What a forward pass of one model costs."""
-
-    calibration: Calibration
-    compiled: bool
-    compile_reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +31,7 @@ class Services:
     """Parse, tokenize and encode, off the event loop."""
     device_memory: Callable[[], DeviceMemory | None]
     device_busy: Callable[[], bool]
-    forward_passes: Callable[[], Mapping[str, ForwardPass]]
+    warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""
 
 

@@ -182,10 +182,11 @@ class Inference:
         asked: Asked,
         name: Callable[[int], str],
     ) -> Ran:
-        permit.settle(sum(len(one.row) for one in tokenized))
+        tokens = sum(len(one.row) for one in tokenized)
+        permit.settle(tokens)
         self._models_or_raise()  # the server may have begun to drain meanwhile
         assert self._scheduler is not None  # attached together with the models
-        return await run_rows(self._scheduler, model, tokenized, asked, name)
+        return await run_rows(self._scheduler, model, tokenized, tokens, asked, name)
 
     def _truncate(self, asked: bool | None) -> bool:
         return self._settings.auto_truncate if asked is None else asked

@@ -14,4 +14,4 @@ def choose_lane(caller: Caller, *, is_query: bool, texts: int, tokens: int) -> L
     if caller.lane is not None:
         return caller.lane
     small = texts <= FEW_TEXTS and tokens <= FEW_TOKENS
-    return Lane.INTERACTIVE if is_query or (small and not caller.indexes) else Lane.BULK
+    return Lane.INTERACTIVE if is_query or (small and caller.job_id is None) else Lane.BULK

@@ -68,15 +68,17 @@ async def run_rows(
     scheduler: Scheduler,
     model: ServedEmbedder | ServedReranker,
     tokenized: Sequence[Tokenized],
+    tokens: int,
     asked: Asked,
     name: Callable[[int], str],
 ) -> Ran:
-    """Schedule all rows and wait for all of them, or for the first that fails. `name` is for error texts.
+    """Schedule all rows, of so many tokens, and wait for all of them or for the first that fails.
+
+    `name` is for error texts.
 
     Raises:
         InvalidInput: a text must not be cut, or none of it would be left. Unavailable: it could not be run.
     """
-    tokens = sum(len(one.row) for one in tokenized)
     truncated = tuple(index for index, one in enumerate(tokenized) if one.truncated)
     if truncated and not asked.truncate:
         raise _too_long(model.card, tokenized[truncated[0]], name(truncated[0]))

@@ -52,12 +52,15 @@ class TextTokenizer:
 
     async def encode(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
         """Tokenize in the threads; the results are in order."""
-        return await self._pool.map(partial(self._encode_part, prompt), texts)
+        unpooled = 0
+        if self._format.instruction_unpooled:
+            # The reference counts the prompt's tokens by themselves and leaves out so many of the row, the first
+            # special token included.
+            [instruction] = await self._pool.encode_batch([prompt])
+            unpooled = len(instruction)
+        return await self._pool.map(partial(self._encode_part, prompt, unpooled), texts)
 
-    def _encode_part(self, prompt: str, texts: Sequence[str]) -> list[Tokenized]:
-        # The reference counts the prompt's tokens by themselves and leaves out so many of the row, the first special
-        # token included.
-        unpooled = len(self._pool.encode(prompt)) if self._format.instruction_unpooled else 0
+    def _encode_part(self, prompt: str, unpooled: int, texts: Sequence[str]) -> list[Tokenized]:
         encoded = self._pool.encode_part([with_prompt(prompt, text) for text in texts])
         return [self._finish(ids, unpooled) for ids in encoded]
 

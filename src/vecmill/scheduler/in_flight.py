@@ -14,10 +14,6 @@ class InFlight:
         self._behind: Counter[Lane] = Counter()
         self._busy = False
 
-    def __len__(self) -> int:
-        """Batches not yet answered."""
-        return self._busy + self._behind.total()
-
     def begin(self, lane: Lane) -> None:
         """A batch is given to the runner."""
         if self._busy:

@@ -242,11 +242,10 @@ class Scheduler:
         self._fail_waiting(error)
 
     def _fail_waiting(self, error: VecmillError) -> None:
-        waiting = [sequence for sequence in self._lines.clear() if not sequence.taken]
-        for sequence in waiting:
+        for sequence in self._lines.clear():
             if not sequence.taken:
                 self._leave_queue(sequence)
-        self._resolve(waiting, error)
+                self._resolve([sequence], error)
 
     def _resolve(self, sequences: Iterable[Sequence], error: VecmillError) -> None:
         for sequence in sequences:

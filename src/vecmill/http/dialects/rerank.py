@@ -22,6 +22,8 @@ from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Rerank"], route_class=InferenceRoute)
 
+RESULT_CHARACTERS = 64  # of an index and its score in JSON
+
 
 class RerankBody(BaseModel):
     """Keys that are not listed are ignored."""
@@ -68,7 +70,9 @@ async def rerank(body: RerankBody, request: Request, services: ServicesOf, calle
             caller=with_priority(caller, body.priority),
         )
     )
-    return await json_response(request, partial(_ranking, body, result), result_headers(result))
+    documents = sum(len(document["text"]) for document in body.documents) if body.return_documents else 0
+    size = documents + RESULT_CHARACTERS * len(body.documents)
+    return await json_response(request, partial(_ranking, body, result), result_headers(result), size=size)
 
 
 def _ranking(body: RerankBody, result: RerankResult) -> dict[str, Any]:

@@ -45,8 +45,8 @@ async def embed(
     """Texts to a bare list of vectors, in input order. `X-Job-ID` may say what `job_id` says."""
     if body.job_id:
         caller = of_job(caller, body.job_id)
-    if job_id := body.job_id or request.headers.get("x-job-id"):
-        services.jobs.touch(job_id)
+    if caller.job_id is not None:
+        services.jobs.touch(caller.job_id)
     result = await services.inference.embed(
         EmbedRequest(
             inputs=body.inputs,
