@@ -9,17 +9,25 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CODE := src tests benchmarks examples
 
+# Published clients cannot all be installed beside each other, nor beside vecmill: each set has an environment here.
+CLIENTS := .clients
+CLIENT_SETS := langchain haystack_litellm llama_index
+CLIENT_FILES := tests/clients/environments
+
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint fix chromium
+.PHONY: help serve test test-clients check lint fix chromium
 
 help:  ## Show this list.
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1\t/'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
 
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
 	@$(BIN)/vecmill serve $(ARGS)
 
 test: $(VENV)/.dev chromium  ## Run every test. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed) $(CLIENTS)/.node  ## Run published clients against real servers. Options: ARGS="-k node".
+	$(BIN)/python -m pytest tests/clients/test_environments.py $(ARGS)
 
 check: lint  ## Run everything: format, lint, types, import contracts, tests with coverage.
 	$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term $(ARGS)"
@@ -47,6 +55,18 @@ $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing vecmill and its development tools into $(VENV); the first time this takes a few minutes."
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.serve
+
+# Every version is pinned, also of what they need: nothing is left to resolve.
+$(CLIENTS)/%/.installed: $(CLIENT_FILES)/%/requirements.txt | $(BIN)/python
+	@echo "Installing the clients of $< into $(@D)."
+	@$(BIN)/python -m venv --clear $(@D)
+	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+$(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json
+	@command -v npm >/dev/null || { echo "The JavaScript clients need Node.js 20 or newer with npm on the PATH."; exit 1; }
+	npm --prefix $(<D) ci --no-audit --no-fund --silent
+	@mkdir -p $(@D) && touch $@
 
 # The dashboard is tested in a real browser.
 chromium:

@@ -47,12 +47,15 @@ def minilm_folder() -> Path:
 
 @asynccontextmanager
 async def serving(**flags: object) -> AsyncIterator[httpx.AsyncClient]:
-    """A client of an application in this process, its model loaded in float32."""
-    app = create_app(load_settings({"dtype": "float32", "device": "cpu", **flags}))
+    """A client of an application in this process, its model loaded in float32.
+
+    Forward passes are small unless a test says otherwise: warm-up runs the largest, which takes seconds at each start.
+    """
+    app = create_app(load_settings({"dtype": "float32", "device": "cpu", "max_batch_tokens": 512, **flags}))
     async with app.router.lifespan_context(app):
         await app.state.loading
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://vecmill", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             yield client
 
 

@@ -78,3 +78,27 @@ def test_a_figure_is_told_beside_its_target() -> None:
     assert shown(judged(figure, 5), " ms") == "4 ms (3 to 6), target at most 5 ms: met"
     assert shown(judged(figure, 3.9)) == "4 (3 to 6), target at most 3.9: MISSED"
     assert list(in_turns("ab", 3)) == ["a", "b", "b", "a", "a", "b"]
+
+
+def test_dialect_cost_is_told_for_each_dialect_beside_the_machines_limit() -> None:
+    done = run_benchmark("dialect_cost", "--texts", "4", "--dimensions", "128", *FEW, "--repeats", "2")
+    found = json_line(done)["dialects"]
+    for name, one in found.items():
+        assert one["ms"].keys() == (SPREAD if name.endswith("gzip") else JUDGED)
+        assert 0 < one["orjson_alone_ms"]["median"] < one["ms"]["median"]
+    assert {"OpenAI, base64", "Cohere v2, four types", "TEI", "Ollama", "NIM ranking"} <= found.keys()
+    assert found["TEI, gzip"]["answer_bytes"] < found["TEI"]["answer_bytes"]
+    assert "target at most 2 ms" in done.stdout
+
+
+def test_answer_memory_is_told_in_results() -> None:
+    done = run_benchmark("answer_memory", "--texts", "256", "--wide", "1024", *FEW, *QUICK_START)
+    found = json_line(done)
+    assert found["result_mb"] == 1.0
+    for one in found["encodings"].values():
+        assert one["results"].keys() == JUDGED
+        assert one["mb"]["min"] >= 0
+    # Four bytes as base64: exactly a third more, and what stands around the vectors.
+    answer, vectors = found["encodings"]["base64"]["answer_bytes"], 256 * 4096 * 4 // 3
+    assert vectors < answer < 1.1 * vectors
+    assert "target at most 3 results" in done.stdout

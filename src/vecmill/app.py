@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from starlette.middleware.cors import CORSMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
@@ -21,10 +22,26 @@ from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Lane
 from vecmill.hardware.memory import MEGABYTE, MemoryGuard, host_memory
-from vecmill.http import capabilities, errors, health, jobs, stats
+from vecmill.http import api_document, capabilities, errors, health, jobs, stats
+from vecmill.http.access import Access
 from vecmill.http.body_limit import BodyLimit
 from vecmill.http.dashboard import page
-from vecmill.http.dialects import openai, rerank, tei
+from vecmill.http.dialects import (
+    cohere,
+    generation,
+    llama_server,
+    models,
+    nim,
+    ollama,
+    openai,
+    rerank,
+    similarity,
+    tei,
+    tokens,
+    vllm,
+    weaviate,
+)
+from vecmill.http.generation import Generation
 from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.request_id import RequestId
 from vecmill.http.services import Services
@@ -44,6 +61,22 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Embeddings and reranking from one device, for every client that asks."
 LARGEST_POOL = 8
+
+DIALECTS = (
+    openai,
+    models,
+    generation,
+    cohere,
+    rerank,
+    tei,
+    similarity,
+    tokens,
+    vllm,
+    ollama,
+    llama_server,
+    nim,
+    weaviate,
+)
 
 
 class Server:
@@ -72,11 +105,15 @@ class Server:
             MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
         )
         self.jobs = JobQueue(settings.jobs)
+        self.generation: Generation | None = None
+        if settings.generation.generation_url is not None:
+            self.generation = Generation(settings.generation, settings.inference.max_concurrent_requests)
         self.services = Services(
             settings=settings,
             health=self.health,
             inference=self.inference,
             jobs=self.jobs,
+            generation=self.generation,
             telemetry=self.telemetry,
             threads=self._threads,
             device_memory=lambda: self._engine.memory() if self._engine else None,
@@ -105,6 +142,11 @@ class Server:
 
     def _waiting(self, lane: Lane) -> int:
         return self.inference.waiting[lane]
+
+    def open(self) -> None:
+        """Make what needs the event loop and lasts until `close`."""
+        if self.generation is not None:
+            self.generation.open()
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
@@ -152,6 +194,8 @@ class Server:
     async def close(self) -> None:
         """Drain: refuse new work, answer what runs, fail what waits, end the threads."""
         self.health.update(Phase.DRAINING, 100, "shutting down")
+        if self.generation is not None:
+            await self.generation.close()
         if self._scheduler is not None:
             await self._scheduler.close()
         if self._engine is not None:
@@ -173,6 +217,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        server.open()
         app.state.loading = loading = asyncio.create_task(server.load(), name="load")
         yield
         loading.cancel()
@@ -180,14 +225,30 @@ def create_app(
         await server.close()
 
     app = FastAPIOffline(
-        title="vecmill", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None
+        title="vecmill",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redoc_url=None,
+        # Weaviate sends JSON without a Content-Type. What FastAPI would guard by it, `Access` guards by the Origin.
+        strict_content_type=False,
     )
     app.state.services = server.services
-    for module in (openai, rerank, tei, capabilities, jobs, health, stats, page):
+    for module in (*DIALECTS, capabilities, jobs, health, stats, page):
         app.include_router(module.router)
     errors.install(app)
+    api_document.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes)
     app.add_middleware(AcceptedGZip)
+    app.add_middleware(Access, settings=settings.access, host=settings.http.host)
+    if settings.access.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.access.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["*"],
+        )
     app.add_middleware(RequestId)
     return app
 

@@ -8,7 +8,6 @@ import logging
 import signal
 import socket
 import sys
-from ipaddress import ip_address
 from time import monotonic
 from typing import Any
 
@@ -22,6 +21,7 @@ from vecmill.app import create_app
 from vecmill.config import Settings
 from vecmill.core.health import Health, Phase
 from vecmill.core.types import ModelCard, Task
+from vecmill.http.access import is_loopback
 from vecmill.http.capabilities import forward_pass
 from vecmill.http.services import Services
 from vecmill.inference.finish import describe_dimensions
@@ -103,8 +103,11 @@ def _listen(host: str, port: int) -> socket.socket:
 
 async def _serve(server: uvicorn.Server, listener: socket.socket, services: Services) -> None:
     address = _address(listener)
-    if not _loopback(services.settings.http.host):
-        logger.warning("HOST=%s: everyone who reaches this address may use the server", services.settings.http.host)
+    settings = services.settings
+    if not is_loopback(settings.http.host) and not settings.access.api_key:
+        logger.warning(
+            "HOST=%s without API_KEY: everyone who reaches this address may use the server", settings.http.host
+        )
     announcing = asyncio.create_task(_announce(services, address))
     await server.serve(sockets=[listener])
     announcing.cancel()
@@ -115,13 +118,6 @@ def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
     return f"http://{shown}:{port}"
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 async def _announce(services: Services, address: str) -> None:
@@ -187,9 +183,19 @@ def start_table(services: Services, address: str) -> Table:
         f"{limits.max_client_batch_size} texts and {settings.http.max_body_bytes:,} bytes per request, "
         f"{limits.max_concurrent_requests} requests and {limits.max_queued_tokens:,} tokens in progress",
     )
+    table.add_row("access", _access(settings))
+    if settings.generation.generation_url:
+        table.add_row("generation", f"passed through to {settings.generation.generation_url}")
     table.add_row("dashboard", f"{address}/")
     table.add_row("API", f"{address}/docs")
     return table
+
+
+def _access(settings: Settings) -> str:
+    reach = "this machine only" if is_loopback(settings.http.host) else "everyone who reaches it"
+    if settings.access.api_key:
+        return f"{reach}, with a key of API_KEY ({', '.join(name for name, _ in settings.access.api_key)})"
+    return f"{reach}, no keys (API_KEY)"
 
 
 def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_size: int) -> None:

@@ -21,7 +21,7 @@ from vecmill.app import Server
 from vecmill.config import Settings, load_settings
 from vecmill.core.errors import StartupError, VecmillError
 from vecmill.core.health import Health, Phase
-from vecmill.core.types import EmbedRequest, Matrix, ModelCard, PromptChoice, RerankRequest, Task, Vector
+from vecmill.core.types import EmbedRequest, Matrix, ModelCard, PromptChoice, ScoreRequest, Task, Vector
 from vecmill.inference.facade import Inference
 from vecmill.inference.finish import cosines
 from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example, names_of
@@ -187,12 +187,12 @@ async def _embedded(check: ScoreCheck, inference: Inference) -> list[float]:
     as_document = PromptChoice(is_query=False) if check.prompted else PromptChoice()
     queries = await _embed(inference, check.queries, as_query)
     documents = await _embed(inference, check.documents, as_document)
-    return [float(score) * check.scale for query in queries for score in cosines(query, documents)]
+    return [float(score) * check.scale for query in queries for score in cosines(query[None], documents)]
 
 
 async def _reranked(check: ScoreCheck, inference: Inference) -> list[float]:
     answers = [
-        await inference.rerank(RerankRequest(query, check.documents, raw_scores=True, instruction=check.instruction))
+        await inference.score(ScoreRequest([query], check.documents, raw_scores=True, instruction=check.instruction))
         for query in check.queries
     ]
     return [float(score) * check.scale for answer in answers for score in answer.scores]
@@ -204,7 +204,7 @@ async def _embed(inference: Inference, texts: tuple[str, ...], prompt: PromptCho
 
 def _cosine(one: Vector, two: Vector) -> float:
     """Of vectors; not a number where another model's have another size."""
-    return float(cosines(one, two[None])[0]) if one.shape == two.shape else math.nan
+    return float(cosines(one[None], two[None])[0]) if one.shape == two.shape else math.nan
 
 
 def _short(text: str) -> str:

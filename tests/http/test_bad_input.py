@@ -39,10 +39,16 @@ BAD_EMBEDDINGS: list[tuple[bytes | object, int, str]] = [
     ({"input": [1, True]}, 400, "entry 1"),
     ({"input": [1.5]}, 400, "entry 0"),
     ({"input": [[1], ["a"]]}, 400, "entry 1"),
-    ({"input": [101, 30522]}, 400, "0..30521"),
-    ({"input": [[101], [-1]]}, 400, "input[1]"),
+    ({"input": [200_000, 7]}, 400, "check_embedding_ctx_length=False"),
+    ({"input": [[15339], [-1]]}, 400, "input[1]"),
     ({"input": [2**40]}, 400, "input"),
-    ({"input": "x", "dimensions": 0}, 400, "dimensions"),
+    ({"input": "x", "dimensions": -1}, 400, "dimensions"),
+    ({"input": [{"image": "https://example.org/x.png"}]}, 400, "not served here"),
+    ({"input": "x", "late_chunking": True}, 400, "late_chunking"),
+    ({"input": "x", "embed_dtype": "float16"}, 400, "embed_dtype"),
+    ({"input": "x", "truncate_prompt_tokens": 0}, 400, "truncate_prompt_tokens"),
+    ({"input": "x", "truncate_prompt_tokens": 2}, 400, "special tokens"),
+    ({"input": "x", "truncation_side": "middle"}, 400, "truncation_side"),
     ({"input": "x", "dimensions": 385}, 400, "384"),
     ({"input": "x", "dimensions": "many"}, 400, "dimensions"),
     ({"input": "x", "encoding_format": "hex"}, 400, "encoding_format"),
@@ -87,9 +93,11 @@ async def test_embed(client: httpx.AsyncClient, body: object, status: int, kind:
         ({"documents": ["a"]}, "query"),
         ({"query": "q"}, "documents"),
         ({"query": "q", "documents": []}, "documents"),
-        ({"query": "q", "documents": "one"}, "documents"),
+        ({"query": "q", "documents": 1}, "documents"),
+        ({"query": "q", "documents": [{"image": "x"}]}, "not served here"),
+        ({"query": "q", "documents": [{"title": "t"}], "rank_fields": ["body"]}, "rank_fields"),
         ({"query": "q", "documents": ["a", 3]}, "entry 1"),
-        ({"query": "q", "documents": [{"title": "no text"}]}, "entry 0"),
+        ({"query": "q", "documents": [{"title": "no text"}]}, "documents[0]"),
         ({"query": ["q"], "documents": ["a"]}, "query"),
         ({"query": "q", "documents": ["a"], "top_n": -1}, "top_n"),
         ({"query": "q", "documents": ["a"] * 2049}, "MAX_CLIENT_BATCH_SIZE"),
@@ -131,8 +139,16 @@ async def test_wrong_method_and_wrong_path_keep_the_dialects_shape(client: httpx
     assert (await client.post("/v1/nothing", json={})).status_code == 404
 
 
-async def test_json_without_its_content_type_is_refused_with_the_cure(client: httpx.AsyncClient) -> None:
-    answer = await client.post("/v1/embeddings", content=b'{"input": "x"}')
+async def test_json_is_taken_without_a_content_type(client: httpx.AsyncClient) -> None:
+    """Weaviate sends none."""
+    answer = await client.post("/vectors", content=b'{"text": "x"}')
+    assert answer.status_code == 200
+    assert "content-type" not in answer.request.headers
+
+
+async def test_a_form_is_refused_with_the_cure(client: httpx.AsyncClient) -> None:
+    form = {"content-type": "application/x-www-form-urlencoded"}  # curl's, where no header is given
+    answer = await client.post("/v1/embeddings", content=b'{"input": "x"}', headers=form)
     assert answer.status_code == 400
     assert "Content-Type: application/json" in openai_error(answer)["message"]
 

@@ -60,7 +60,7 @@ async def small_server(folder: Path, **flags: object) -> AsyncIterator[tuple[htt
     async with app.router.lifespan_context(app):
         await app.state.loading
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://vecmill", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             yield client, app.state.services
 
 

@@ -25,7 +25,7 @@ QUICK = {"device": "cpu", "dtype": "float32"}
 
 
 def http(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://vecmill", timeout=30)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=30)
 
 
 @pytest.fixture

@@ -153,7 +153,9 @@ def test_interactive_goes_first_unless_bulk_is_owed_or_has_aged(queue: Queue) ->
 @given(
     st.lists(st.integers(1, 300), min_size=20, max_size=20),
     st.integers(1, 100),
-    st.floats(0.05, 0.9),
+    # Searches ride along where the next bulk text is too long for the rest of a batch; of any two batches in a row that
+    # leaves bulk one, so more than half cannot be promised.
+    st.floats(0.05, 0.5),
     st.builds(Budget, st.integers(64, 1000), st.integers(1, 64), st.integers(0, 64)),
 )
 def test_under_endless_interactive_load_bulk_keeps_its_share(

@@ -4,7 +4,9 @@ Knows the environment, `.env` and flags. Does not know what any setting does.
 """
 
 from vecmill.config.groups import (
+    AccessSettings,
     EngineSettings,
+    GenerationSettings,
     HttpSettings,
     InferenceSettings,
     JobSettings,
@@ -16,7 +18,9 @@ from vecmill.config.groups import (
 from vecmill.config.settings import Settings, load_settings
 
 __all__ = [
+    "AccessSettings",
     "EngineSettings",
+    "GenerationSettings",
     "HttpSettings",
     "InferenceSettings",
     "JobSettings",

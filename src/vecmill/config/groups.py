@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, ClassVar, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from vecmill.core.types import TokenVocabulary
 
 Pairs = tuple[tuple[str, str], ...]
 
@@ -22,6 +26,22 @@ class SettingsGroup(BaseSettings):
 
 def _split_commas(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _base_url(value: str) -> str:
+    """An http(s) address without the `/v1` that OpenAI's clients end it with."""
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
+    except ValueError:  # a port that is none, a bracket that is not closed
+        usable = False
+    if not usable or not re.fullmatch("[!-~]+", value):
+        raise ValueError("must be an address of the form http://host:port")
+    if "@" in value:
+        raise ValueError("must hold no user name and no password; the key goes into GENERATION_API_KEY")
+    if "?" in value or "#" in value:
+        raise ValueError("must end with the path: no `?`, no `#`")
+    return value.rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 class ModelSettings(SettingsGroup):
@@ -156,7 +176,8 @@ class SchedulerSettings(SettingsGroup):
         0.2,
         ge=0,
         le=1,
-        description="Share of the tokens that bulk work keeps while searches never end; searches go first otherwise.",
+        description="Share of the tokens that bulk work keeps while searches never end; searches go first otherwise. Up "
+        "to 0.5 it is kept; above, searches still fill what the next bulk text is too long for.",
     )
     aging_seconds: float = Field(
         5,
@@ -190,6 +211,13 @@ class InferenceSettings(SettingsGroup):
     auto_truncate: bool = Field(
         True,
         description="Cut inputs longer than MAX_MODEL_LEN where the request does not say; false: refuse them with 400.",
+    )
+    token_ids: TokenVocabulary = Field(
+        TokenVocabulary.CL100K,
+        description="Whose token ids clients may send to /v1/embeddings in place of texts. `cl100k`: OpenAI's, as "
+        "LangChain's OpenAIEmbeddings does by default; they are turned back into text, and ids that are not of that "
+        "vocabulary are taken if they are what the model's own tokenizer gives. `model`: the model's own. `reject`: "
+        "none. /embed takes the model's own.",
     )
     max_client_batch_size: int = Field(2048, ge=1, description="Inputs per request; more is a 4xx.")
     max_concurrent_requests: int = Field(512, ge=1, description="Requests in progress; more is a 429.")
@@ -238,6 +266,92 @@ class HttpSettings(SettingsGroup):
         description="End the process with 1 when the device fails for good, so that a supervisor restarts it; false: "
         "stay, answering 503.",
     )
+
+
+class AccessSettings(SettingsGroup):
+    """Who may use the server."""
+
+    title: ClassVar[str] = "Access"
+
+    api_key: Annotated[tuple[tuple[str, SecretStr], ...], NoDecode] = Field(
+        (),
+        description="Keys that requests must carry one of, as `Authorization: Bearer KEY`, `api-key` or `x-api-key`: "
+        "comma-separated, each with a name for the log where it is written `name:key`. Default: none, everyone who "
+        "reaches the address may use the server. /health and /ready need none.",
+    )
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Origins whose web pages may call the server, comma-separated (`https://example.org`), or `*`. "
+        "Default: only its own pages.",
+    )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Names that the server answers to, comma-separated, or `*`. Default: every name; without API_KEY "
+        "and bound to loopback only localhost, addresses and the machine's own name.",
+    )
+
+    @field_validator("cors_origins", "allowed_hosts", mode="before")
+    @classmethod
+    def _split(cls, value: object) -> object:
+        return _split_commas(value) if isinstance(value, str) else value
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        given = [entry.partition(":") for entry in _split_commas(value)]
+        return tuple(
+            (name.strip(), key.strip()) if colon else (f"key {number}", name)
+            for number, (name, colon, key) in enumerate(given, 1)
+        )
+
+    @field_validator("api_key")
+    @classmethod
+    def _usable(cls, value: tuple[tuple[str, SecretStr], ...]) -> tuple[tuple[str, SecretStr], ...]:
+        keys = [key.get_secret_value() for _, key in value]
+        if not all(name and re.fullmatch("[!-~]+", key) for (name, _), key in zip(value, keys, strict=True)):
+            raise ValueError("must be keys of ASCII without spaces, comma-separated, each `key` or `name:key`")
+        if len(set(keys)) < len(keys) or len({name for name, _ in value}) < len(value):
+            raise ValueError("has a key or a name twice")
+        return value
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) for origin in value):
+            raise ValueError("must be origins of the form https://example.org, without a path, or `*`")
+        return value
+
+
+class GenerationSettings(SettingsGroup):
+    """A server beside this one that generates text: vLLM, Ollama."""
+
+    title: ClassVar[str] = "Generation"
+
+    generation_url: str | None = Field(
+        None,
+        description="Address of an OpenAI-compatible server (vLLM, Ollama) to which `/v1/completions` and "
+        "`/v1/chat/completions` are passed through: `http://host:port`. Default: those calls are a 404.",
+    )
+    generation_api_key: SecretStr | None = Field(
+        None, description="Bearer token for GENERATION_URL. What clients send as theirs never goes there."
+    )
+    generation_timeout: float = Field(
+        600, gt=0, description="Seconds without a byte from GENERATION_URL after which it is given up with 504."
+    )
+
+    @field_validator("generation_url")
+    @classmethod
+    def _base(cls, value: str | None) -> str | None:
+        return None if value is None else _base_url(value)
+
+    @field_validator("generation_api_key")
+    @classmethod
+    def _of_one_line(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch("[!-~]+", value.get_secret_value()):
+            raise ValueError("must be printable ASCII without spaces, as it goes into a header")
+        return value
 
 
 class LogSettings(SettingsGroup):

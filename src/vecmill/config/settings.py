@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from pydantic import ValidationError
 
 from vecmill.config.groups import (
+    AccessSettings,
     EngineSettings,
+    GenerationSettings,
     HttpSettings,
     InferenceSettings,
     JobSettings,
@@ -26,8 +28,13 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     InferenceSettings,
     JobSettings,
     HttpSettings,
+    AccessSettings,
+    GenerationSettings,
     LogSettings,
 )
+
+# Values that no sentence repeats. A wrong GENERATION_URL may hold a password.
+SECRETS = frozenset({"hf_token", "generation_url", "generation_api_key", "api_key"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,8 @@ class Settings:
     inference: InferenceSettings
     jobs: JobSettings
     http: HttpSettings
+    access: AccessSettings
+    generation: GenerationSettings
     log: LogSettings
 
 
@@ -65,7 +74,7 @@ def _read(group: type[SettingsGroup], given: Mapping[str, object]) -> SettingsGr
         first = error.errors()[0]
         name = str(first["loc"][0])
         description = group.model_fields[name].description
-        shown = "" if name == "hf_token" else f"={first['input']!r}"
+        shown = "" if name in SECRETS else f"={first['input']!r}"
         problem = first["msg"].removeprefix("Value error, ")
         raise StartupError(f"{name.upper()}{shown}: {problem}. {name.upper()} is: {description}") from None
 

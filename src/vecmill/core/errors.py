@@ -9,19 +9,24 @@
     │   │   └── DoesNotFit
     │   ├── TooManyInputs
     │   └── NonFiniteEmbedding
+    ├── InvalidApiKey
+    ├── NotAllowed                   from where it comes, or by which name it calls the server
     ├── BodyTooLarge
     ├── NotFound
+    │   ├── NotServed
     │   ├── ModelNotFound
     │   └── JobNotFound
     ├── JobConflict                  the job's present state does not allow the call
     ├── Overloaded                   no room now; try again
     ├── DeadlineExceeded             not answered in time
+    │   └── GenerationTimeout
     └── Unavailable                  no answer possible now
         ├── MemoryLow
         ├── ModelLoading
         ├── ShuttingDown
         ├── BatchFailed
-        └── EngineFailed
+        ├── EngineFailed
+        └── GenerationUnavailable
 
 Knows no HTTP: statuses and bodies are in `vecmill.http.errors`. A class's docstring is its message where the
 raiser gives none.
@@ -78,12 +83,24 @@ class NonFiniteEmbedding(InvalidInput):
     """The model gave a value that is not finite for this input; shorten or change the text."""
 
 
+class InvalidApiKey(VecmillError):
+    """The API key is missing or wrong; send it as `Authorization: Bearer KEY`, `api-key` or `x-api-key`."""
+
+
+class NotAllowed(VecmillError):
+    """This server does not answer requests from there."""
+
+
 class BodyTooLarge(VecmillError):
     """The request body is larger than MAX_BODY_BYTES; split the request."""
 
 
 class NotFound(VecmillError):
     """There is nothing at this address."""
+
+
+class NotServed(NotFound):
+    """This is not served here: the server embeds and reranks text, as dense vectors."""
 
 
 class ModelNotFound(NotFound):
@@ -106,6 +123,10 @@ class Overloaded(VecmillError):
 
 class DeadlineExceeded(VecmillError):
     """timeout: the request was not answered in time; send less at once, or raise X-Request-Timeout."""
+
+
+class GenerationTimeout(DeadlineExceeded):
+    """timeout: the server at GENERATION_URL did not answer in time."""
 
 
 class Unavailable(VecmillError):
@@ -136,3 +157,7 @@ class EngineFailed(Unavailable):
     """503: the device has failed and the server must be restarted."""
 
     retry_after = 30
+
+
+class GenerationUnavailable(Unavailable):
+    """502: the server at GENERATION_URL is temporarily unavailable; try again."""

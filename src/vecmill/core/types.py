@@ -134,15 +134,42 @@ class PromptChoice:
     """The task in the client's own words, in place of the model's default."""
 
 
+class Side(StrEnum):
+    """An end of a text."""
+
+    LEFT = "left"
+    RIGHT = "right"
+
+
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """What happens to a text that is too long. Special tokens and the prompt stay, whichever side is cut."""
+
+    allowed: bool | None = None
+    """None leaves it to AUTO_TRUNCATE."""
+    side: Side = Side.RIGHT
+    max_tokens: int | None = None
+    """Fewer than the model's own limit, special tokens included."""
+
+
+class TokenVocabulary(StrEnum):
+    """Whose token ids clients may send in place of texts."""
+
+    MODEL = "model"
+    CL100K = "cl100k"
+    REJECT = "reject"
+
+
 @dataclass(frozen=True, slots=True)
 class EmbedRequest:
-    """Texts, or ready token ids of the model's own vocabulary, to be turned into vectors."""
+    """Texts, or ready token ids, to be turned into vectors."""
 
     inputs: Sequence[str] | Sequence[Sequence[int]]
     model: str | None = None
     prompt: PromptChoice = PromptChoice()
-    truncate: bool | None = None
-    """None leaves it to AUTO_TRUNCATE."""
+    truncation: Truncation = Truncation()
+    token_vocabulary: TokenVocabulary | None = None
+    """Whose ids the inputs are; None leaves it to TOKEN_IDS."""
     dimensions: int | None = None
     normalize: bool = True
     param: str = "input"
@@ -158,26 +185,32 @@ class EmbedResult:
     model: str
     prompt_tokens: int
     truncated: tuple[int, ...]
-    """Indexes of the inputs that were cut to the model's maximum length."""
+    """Indexes of the inputs that were cut."""
     timings: Timings
 
 
 @dataclass(frozen=True, slots=True)
-class RerankRequest:
-    """A query and the documents to score against it."""
+class ScoreRequest:
+    """Queries, each with one document to score against it."""
 
-    query: str
+    queries: Sequence[str]
+    """As many as documents; equal ones that follow each other are read once."""
     documents: Sequence[str]
     model: str | None = None
-    truncate: bool | None = None
+    truncation: Truncation = Truncation()
+    max_tokens_per_query: int | None = None
+    max_tokens_per_document: int | None = None
+    """What is beyond them is cut without a question; special tokens not included."""
     instruction: str | None = None
     raw_scores: bool = False
     param: str = "documents"
+    """What this dialect calls the documents, for error texts."""
+    query_param: str = "query"
     caller: Caller = Caller()
 
 
 @dataclass(frozen=True, slots=True)
-class RerankResult:
+class ScoreResult:
     """Scores in the documents' order: in 0..1, or the model's own scale where raw scores were asked for."""
 
     scores: Scores
@@ -187,3 +220,47 @@ class RerankResult:
     prompt_tokens: int
     truncated: tuple[int, ...]
     timings: Timings
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeRequest:
+    """Texts whose tokens are to be shown."""
+
+    texts: Sequence[str]
+    model: str | None = None
+    prompt: PromptChoice = PromptChoice()
+    special_tokens: bool = True
+    param: str = "inputs"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One token of a text."""
+
+    id: int
+    token: str
+    """As the vocabulary has it."""
+    text: str
+    """As the text has it; of a special token its name."""
+    special: bool
+    start: int | None
+    """Where it begins and ends in the text (after the prompt is put before it), in characters; None if special."""
+    stop: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizeResult:
+    """The pieces of each text, uncut."""
+
+    pieces: Sequence[Sequence[Piece]]
+    card: ModelCard
+
+
+@dataclass(frozen=True, slots=True)
+class DetokenizeRequest:
+    """Token ids of the model's vocabulary that are to be turned into texts."""
+
+    inputs: Sequence[Sequence[int]]
+    model: str | None = None
+    skip_special_tokens: bool = True
+    param: str = "ids"

@@ -6,6 +6,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vecmill.core.errors import BodyTooLarge, Overloaded
+from vecmill.http.error_shapes import shape_for
 from vecmill.http.errors import error_response
 
 BODIES_AT_A_TIME = 8  # of the largest size
@@ -25,7 +26,7 @@ class BodyLimit:
             return
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
-            response = error_response(scope["path"], self._too_large())
+            response = error_response(shape_for(scope["path"], scope["method"]), self._too_large())
             # The body is not read, so the connection cannot carry another request.
             response.headers["Connection"] = "close"
             await response(scope, receive, send)

@@ -60,9 +60,10 @@ def caller_of(
     ] = None,
     x_job_id: Annotated[str | None, Header(description="The indexing job this belongs to.")] = None,
 ) -> Caller:
-    """Clients take turns: those of one job together, others by their address."""
+    """Clients take turns: those of one job together, others by their key and address."""
     client = request.client.host if request.client else ""
-    caller = Caller(client=client, lane=x_priority, timeout=x_request_timeout)
+    key = getattr(request.state, "api_key_name", None)
+    caller = Caller(client=f"{key}@{client}" if key else client, lane=x_priority, timeout=x_request_timeout)
     return of_job(caller, x_job_id) if x_job_id else caller
 
 

@@ -1,88 +1,119 @@
 """Results as bytes: encoded and compressed off the event loop, without work for each float in Python.
 
-A thread that serialises holds the interpreter's lock until it returns, so large results are serialised row by row: in
-between, the event loop gets its turn.
+A thread that serialises holds the interpreter's lock until it returns, so large results are encoded in pieces: in
+between, the event loop gets its turn. They leave as they are encoded, so that no whole body is ever held.
 """
 
 from __future__ import annotations
 
-import base64
 import gzip
-from collections.abc import Callable, Mapping, Sequence
+import re
+import secrets
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import orjson
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
 
-from vecmill.core.types import EmbedResult, Matrix, RerankResult
+from vecmill.core.threads import WorkerThreads
+from vecmill.core.types import EmbedResult, Matrix, ScoreResult
+from vecmill.http.embedding_formats import FLOAT, EmbeddingFormat, encode
 from vecmill.http.gzip import GZIP_FROM_BYTES, GZIP_LEVEL, accepts_gzip
 from vecmill.http.services import services_of
 
-EncodingFormat = Literal["float", "base64"]
+STREAM_FROM_BYTES = 1_048_576
+PIECE_BYTES = 262_144
 
-# Of a float32, in JSON with its comma and in base64.
-FLOAT_CHARACTERS, BASE64_CHARACTERS = 12, 6
+Rows = Sequence[object]
 
 
 async def vectors_response(
     request: Request,
     result: EmbedResult,
-    build: Callable[[Sequence[object]], object],
-    encoding_format: EncodingFormat = "float",
+    build: Callable[..., object],
+    formats: Sequence[EmbeddingFormat] = (FLOAT,),
 ) -> Response:
-    """`build` puts the rows, each a JSON value, into the dialect's body."""
+    """`build` is given the rows in each format, as JSON values, and puts them into the dialect's body."""
     embeddings = result.embeddings
+    size = round(embeddings.size * sum(form.characters for form in formats))
     # base64 of floats hardly compresses: a quarter less for several milliseconds more.
-    compressible = encoding_format == "float"
-    return await json_response(
-        request,
-        lambda: build(encode_rows(embeddings, encoding_format)),
-        result_headers(result),
-        size=embeddings.size * (FLOAT_CHARACTERS if compressible else BASE64_CHARACTERS),
-        compressible=compressible,
-    )
+    compressible = not all(form.base64 for form in formats)
+    compress = compressible and accepts_gzip(request.headers.get("accept-encoding", ""))
+    headers = result_headers(result) | (COMPRESSED if compress and size >= GZIP_FROM_BYTES else {})
+    threads = services_of(request).threads
+    if size <= STREAM_FROM_BYTES:
+        whole = partial(_whole, build, embeddings, formats, compress and size >= GZIP_FROM_BYTES)
+        return Response(await threads.run(whole, size=size), media_type="application/json", headers=headers)
+    body = await threads.run(lambda: _Body.of(build, embeddings, formats), size=size)
+    return StreamingResponse(_stream(threads, body, compress), media_type="application/json", headers=headers)
+
+
+COMPRESSED = {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """A body whose vectors are not encoded yet."""
+
+    embeddings: Matrix
+    formats: Sequence[EmbeddingFormat]
+    between: list[bytes]
+    """What stands before, between and after the vectors; one more than there are."""
+    vectors: list[tuple[int, int]]
+    """Format and row of each."""
+
+    @classmethod
+    def of(cls, build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat]) -> _Body:
+        mark = secrets.token_hex(16).encode()  # which no text of a client's can hold
+        rows = [
+            [orjson.Fragment(b'"%b%02d%08d"' % (mark, number, row)) for row in range(len(embeddings))]
+            for number in range(len(formats))
+        ]
+        parts = re.split(rb'"%b(\d{2})(\d{8})"' % mark, orjson.dumps(build(*rows)))
+        vectors = [(int(number), int(row)) for number, row in zip(parts[1::3], parts[2::3], strict=True)]
+        return cls(embeddings, formats, parts[::3], vectors)
+
+    def encode(self, start: int, stop: int) -> Iterator[bytes]:
+        """The vectors from `start` on, each after what stands before it."""
+        for before, (number, row) in zip(self.between[start:stop], self.vectors[start:stop], strict=True):
+            yield before
+            yield encode(self.embeddings[row], self.formats[number])
+
+
+def _whole(
+    build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat], compress: bool
+) -> bytes:
+    rows = [[orjson.Fragment(encode(row, form)) for row in embeddings] for form in formats]
+    body = orjson.dumps(build(*rows))
+    return gzip.compress(body, GZIP_LEVEL, mtime=0) if compress else body
+
+
+async def _stream(threads: WorkerThreads, body: _Body, compress: bool) -> AsyncIterator[bytes]:
+    compressor = zlib.compressobj(GZIP_LEVEL, wbits=zlib.MAX_WBITS | 16) if compress else None
+    count = len(body.vectors)
+    largest = body.embeddings.shape[1] * max(form.characters for form in body.formats)
+    step = max(1, round(PIECE_BYTES / largest))
+    for start in range(0, count, step):
+        yield await threads.run(partial(_piece, body, start, min(start + step, count), compressor), size=PIECE_BYTES)
+    yield compressor.compress(body.between[-1]) + compressor.flush() if compressor else body.between[-1]
+
+
+def _piece(body: _Body, start: int, stop: int, compressor: zlib._Compress | None) -> bytes:
+    piece = b"".join(body.encode(start, stop))
+    return compressor.compress(piece) if compressor else piece
 
 
 async def json_response(
-    request: Request,
-    build: Callable[[], object],
-    headers: Mapping[str, str],
-    *,
-    size: int,
-    compressible: bool = True,
+    request: Request, build: Callable[[], object], headers: Mapping[str, str], *, size: int
 ) -> Response:
     """Build, serialise and compress in a thread. `size` is about that of the body, in bytes."""
-    compress = compressible and accepts_gzip(request.headers.get("accept-encoding", ""))
+    compress = accepts_gzip(request.headers.get("accept-encoding", ""))
     serialise = partial(_serialise, build, compress)
     body, compressed = await services_of(request).threads.run(serialise, size=size)
-    response = Response(body, media_type="application/json", headers=dict(headers))
-    if compressed:
-        response.headers["Content-Encoding"] = "gzip"
-        response.headers["Vary"] = "Accept-Encoding"
-    return response
-
-
-def result_headers(result: EmbedResult | RerankResult) -> dict[str, str]:
-    """TEI's times in milliseconds, and the note that goes with an answer some of whose inputs were cut."""
-    timings = result.timings
-    seconds = {
-        "x-tokenization-time": timings.tokenize,
-        "x-queue-time": timings.queue,
-        "x-inference-time": timings.infer,
-    }
-    headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
-    if result.truncated:
-        headers["X-Truncated-Inputs"] = ",".join(map(str, result.truncated[:100]))
-    return headers
-
-
-def encode_rows(embeddings: Matrix, encoding_format: EncodingFormat) -> list[object]:
-    """Each row as finished JSON: a list of floats, or base64 of its little-endian float32 bytes."""
-    if encoding_format == "float":
-        return [orjson.Fragment(orjson.dumps(row, option=orjson.OPT_SERIALIZE_NUMPY)) for row in embeddings]
-    little_endian = embeddings.astype("<f4", copy=False)
-    return [orjson.Fragment(b'"%b"' % base64.b64encode(row.tobytes())) for row in little_endian]
+    return Response(body, media_type="application/json", headers={**headers, **(COMPRESSED if compressed else {})})
 
 
 def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool]:
@@ -90,3 +121,21 @@ def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool
     if compress and len(body) >= GZIP_FROM_BYTES:
         return gzip.compress(body, GZIP_LEVEL, mtime=0), True
     return body, False
+
+
+def result_headers(result: EmbedResult | ScoreResult) -> dict[str, str]:
+    """TEI's times in milliseconds, and the note that goes with an answer some of whose inputs were cut."""
+    timings = result.timings
+    computed = timings.tokenize + timings.infer
+    seconds = {
+        "x-total-time": computed + timings.queue,
+        "x-compute-time": computed,
+        "x-tokenization-time": timings.tokenize,
+        "x-queue-time": timings.queue,
+        "x-inference-time": timings.infer,
+    }
+    headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
+    headers["x-compute-tokens"] = str(result.prompt_tokens)
+    if result.truncated:
+        headers["X-Truncated-Inputs"] = ",".join(map(str, result.truncated[:100]))
+    return headers

@@ -13,6 +13,8 @@ from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["Health"])
 
+LOOK_PATIENCE = 0.25  # seconds that /health waits, at the most, for the server at GENERATION_URL
+
 
 @router.get("/health", summary="Health")
 async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
@@ -26,6 +28,7 @@ async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
         "version": __version__,
         **_models(services),
         **_gpu(services),
+        "generation": await _generation(services),
     }
 
 
@@ -54,6 +57,14 @@ def _models(services: Services) -> dict[str, Any]:
         "embedding_models": [card.id for card in cards if card.task is Task.EMBED],
         "rerank_models": rerankers,
     }
+
+
+async def _generation(services: Services) -> dict[str, Any] | None:
+    """The server at GENERATION_URL, as it was found lately; what it is does not change ours."""
+    if services.generation is None:
+        return None
+    found = await services.generation.found(LOOK_PATIENCE)
+    return {"url": services.generation.url, "ok": found.ok, "message": found.message}
 
 
 def _gpu(services: Services) -> dict[str, Any]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Path, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.http.capabilities import recommended
@@ -12,6 +12,8 @@ from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Jobs"], route_class=InferenceRoute)
+
+JobId = Annotated[str, Path(description="The `job_id` that POST /jobs answered with.")]
 
 
 class RegisterBody(BaseModel):
@@ -44,6 +46,8 @@ class FailBody(BaseModel):
 
 class DeprecatedProgress(BaseModel):
     """The progress report that clients sent before there were jobs."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"current": 64, "total": 1500, "project": "stdlib"}]})
 
     current: int = Field(ge=0)
     total: int = Field(ge=0)
@@ -78,32 +82,32 @@ async def clear_recent(services: ServicesOf) -> dict[str, Any]:
 
 
 @router.get("/jobs/{job_id}", summary="Get a job")
-async def get_job(job_id: str, services: ServicesOf) -> dict[str, Any]:
+async def get_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
     """One job; asking renews its lease."""
     return services.jobs.view(services.jobs.get(job_id))
 
 
 @router.post("/jobs/{job_id}/progress", summary="Report progress")
-async def report_progress(job_id: str, body: ProgressBody, services: ServicesOf) -> dict[str, Any]:
+async def report_progress(job_id: JobId, body: ProgressBody, services: ServicesOf) -> dict[str, Any]:
     """Record how many chunks are done; renews the lease."""
     return services.jobs.view(services.jobs.progress(job_id, body.current))
 
 
 @router.post("/jobs/{job_id}/complete", summary="Complete a job")
-async def complete_job(job_id: str, services: ServicesOf) -> dict[str, Any]:
+async def complete_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
     """The job is done; the next in the queue starts."""
     return services.jobs.view(services.jobs.complete(job_id))
 
 
 @router.post("/jobs/{job_id}/fail", summary="Fail a job")
-async def fail_job(job_id: str, services: ServicesOf, body: FailBody | None = None) -> dict[str, Any]:
+async def fail_job(job_id: JobId, services: ServicesOf, body: FailBody | None = None) -> dict[str, Any]:
     """The client gave up; the next in the queue starts."""
     return services.jobs.view(services.jobs.fail(job_id, (body or FailBody.model_validate({})).error))
 
 
 @router.delete("/jobs/{job_id}", summary="Cancel a job")
 @router.post("/jobs/{job_id}/cancel", summary="Cancel a job", name="cancel_job_alias")
-async def cancel_job(job_id: str, services: ServicesOf) -> dict[str, Any]:
+async def cancel_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
     """End a job that waits or runs; its client finds it `failed`, with the error `cancelled`."""
     return services.jobs.view(services.jobs.fail(job_id, "cancelled"))
 

@@ -47,6 +47,7 @@ class RequestId:
                     "method": scope["method"],
                     "path": scope["path"],
                     "status": status,
+                    "key": scope.get("state", {}).get("api_key_name"),
                     "ms": round(1000 * (perf_counter() - started), 1),
                 },
             )

@@ -26,13 +26,15 @@ class JsonRequest(Request):
     """A request whose `json()` is orjson, with the cause named where orjson refuses."""
 
     async def json(self) -> Any:
-        """The parsed body.
+        """The body, parsed once.
 
         Raises:
             MalformedBody, InvalidInput: it is not JSON in valid Unicode.
         """
-        body = await self.body()
-        return await services_of(self).threads.run_if_large(partial(_parse, body), size=len(body))
+        if not hasattr(self, "_parsed"):
+            body = await self.body()
+            self._parsed = await services_of(self).threads.run_if_large(partial(_parse, body), size=len(body))
+        return self._parsed
 
 
 class InferenceRoute(APIRoute):

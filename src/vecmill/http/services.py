@@ -13,6 +13,7 @@ from vecmill.core.calibration import Warmed
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.memory import DeviceMemory
+from vecmill.http.generation import Generation
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
 from vecmill.telemetry.telemetry import Telemetry
@@ -26,6 +27,8 @@ class Services:
     health: Health
     inference: Inference
     jobs: JobQueue
+    generation: Generation | None
+    """None without GENERATION_URL."""
     telemetry: Telemetry
     threads: WorkerThreads
     """Parse, tokenize and encode, off the event loop."""

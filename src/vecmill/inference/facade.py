@@ -1,48 +1,46 @@
-"""embed() and rerank(): the one way from a request to a result, whatever the dialect."""
+"""embed() and score(): the one way from a request to a result, whatever the dialect."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import cast
 
-import numpy as np
-
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import EmptyInput, ModelLoading, ShuttingDown, TooManyInputs
+from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, ShuttingDown, TooManyInputs
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
+    DetokenizeRequest,
     EmbedRequest,
     EmbedResult,
     Lane,
     ModelCard,
     PromptChoice,
-    RerankRequest,
-    RerankResult,
-    Scores,
+    ScoreRequest,
+    ScoreResult,
+    TokenizeRequest,
+    TokenizeResult,
+    Truncation,
 )
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission, Permit
-from vecmill.inference.finish import (
-    check_dimensions,
-    cosine_to_relevance,
-    cosines,
-    finish,
-    logit_to_relevance,
-)
+from vecmill.inference.cost import entries, estimate, result_bytes
+from vecmill.inference.finish import check_dimensions, finish
+from vecmill.inference.pieces import pieces, texts_of
 from vecmill.inference.prompts import choose_prompt
 from vecmill.inference.running import Asked, Ran, run_rows, within
+from vecmill.inference.scoring import cost, names_apart, score_result, tokenize_apart, tokenize_pairs
 from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.token_ids import texts_of_ids
 from vecmill.inference.tokenization import Tokenized
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler, SchedulerStats
 from vecmill.telemetry.telemetry import Telemetry
 
-SPECIAL_TOKENS = 2  # of a text, for the estimate
-PAIR_TOKENS = 128  # around a query and a document, for the estimate
+# Of /tokenize: a token takes some hundred bytes until it is answered.
+MOST_SHOWN_CHARACTERS = 1_000_000
 
 
 class Inference:
@@ -81,6 +79,14 @@ class Inference:
         """The models served, embedders first and the default of each kind before the others; empty while loading."""
         return self._models.cards if self._models else []
 
+    def card(self, name: str | None) -> ModelCard:
+        """The model that answers to a name.
+
+        Raises:
+            ModelNotFound: there is none. Unavailable: none is loaded.
+        """
+        return self._models_or_raise().any(name).card
+
     @property
     def waiting(self) -> Mapping[Lane, int]:
         """Texts that wait for a batch, by lane."""
@@ -114,14 +120,9 @@ class Inference:
         async with within(request.caller, self._request_timeout) as deadline:
             with self.admission.admit(tokens, result_bytes(card, len(request.inputs))) as permit:
                 asked = Asked(
-                    request.caller, bool(choice.is_query), self._truncate(request.truncate), started, deadline
+                    request.caller, bool(choice.is_query), self._truncate(request.truncation), started, deadline
                 )
-                if isinstance(request.inputs[0], str):
-                    tokenized = await model.tokenizer.encode(cast(Sequence[str], request.inputs), prompt)
-                else:
-                    ids = cast(Sequence[Sequence[int]], request.inputs)
-                    check = partial(model.tokenizer.check, ids, request.param)
-                    tokenized = await self._threads.run_if_large(check, size=tokens)
+                tokenized = await self._tokenize(model, request, prompt)
                 ran = await self._run(model, tokenized, permit, asked, entries(request.param))
                 finished = partial(
                     finish, ran.rows, request.dimensions, request.normalize, layer_norm=card.layer_norm_before_slice
@@ -130,8 +131,22 @@ class Inference:
         self._report("embed", model, len(request.inputs), ran, started)
         return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings)
 
-    async def rerank(self, request: RerankRequest) -> RerankResult:
-        """Score documents against a query: by a reranker, or by the cosine of an embedding model.
+    async def _tokenize(self, model: ServedEmbedder, request: EmbedRequest, prompt: str) -> list[Tokenized]:
+        texts = request.inputs
+        if not isinstance(texts[0], str):
+            ids = cast(Sequence[Sequence[int]], texts)
+            whose = request.token_vocabulary or self._settings.token_ids
+            read = partial(texts_of_ids, whose, ids, model.tokenizer.pool, request.param)
+            size = sum(map(len, ids))
+            found = await self._threads.run_if_large(read, size=size)
+            if found is None:
+                check = partial(model.tokenizer.check, ids, request.param, request.truncation)
+                return await self._threads.run_if_large(check, size=size)
+            texts = found
+        return await model.tokenizer.encode(cast(Sequence[str], texts), prompt, request.truncation)
+
+    async def score(self, request: ScoreRequest) -> ScoreResult:
+        """Score documents against queries: by a reranker, or by the cosine of an embedding model.
 
         Raises:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
@@ -140,39 +155,47 @@ class Inference:
         model = self._models_or_raise().reranker(request.model)
         self._check_count(len(request.documents), request.param)
         async with within(request.caller, self._request_timeout) as deadline:
-            asked = Asked(request.caller, True, self._truncate(request.truncate), started, deadline)
-            if isinstance(model, ServedReranker):
-                scores, ran, method = *await self._rerank_pairs(model, request, asked), "cross_encoder"
-            else:
-                scores, ran, method = *await self._rerank_by_cosine(model, request, asked), "cosine"
+            asked = Asked(request.caller, True, self._truncate(request.truncation), started, deadline)
+            with self.admission.admit(*cost(model, request)) as permit:
+                if isinstance(model, ServedReranker):
+                    tokenized, names = await tokenize_pairs(model.tokenizer, request), entries(request.param)
+                else:
+                    tokenized, names = await tokenize_apart(model, request), names_apart(request)
+                ran = await self._run(model, tokenized, permit, asked, names)
+                read = partial(score_result, model, request, ran)
+                result = await self._threads.run_if_large(read, size=ran.rows[0].nbytes * len(ran.rows))
         self._report("rerank", model, len(request.documents), ran, started)
-        return RerankResult(scores, model.card.id, method, ran.prompt_tokens, ran.truncated, ran.timings)
+        return result
 
-    async def _rerank_pairs(self, model: ServedReranker, request: RerankRequest, asked: Asked) -> tuple[Scores, Ran]:
-        around = len(request.query) + len(request.instruction or "") + PAIR_TOKENS
-        with self.admission.admit(estimate(model.card, request.documents, around)) as permit:
-            tokenized = await model.tokenizer.encode(request.query, request.documents, request.instruction)
-            ran = await self._run(model, tokenized, permit, asked, entries(request.param))
-        logits = np.stack(ran.rows)[:, 0].astype(np.float64)
-        return logits if request.raw_scores else logit_to_relevance(logits), ran
+    async def tokenize(self, request: TokenizeRequest) -> TokenizeResult:
+        """Show the tokens of texts.
 
-    async def _rerank_by_cosine(
-        self, model: ServedEmbedder, request: RerankRequest, asked: Asked
-    ) -> tuple[Scores, Ran]:
-        query_prompt = choose_prompt(model.card, PromptChoice(is_query=True, instruction=request.instruction))
-        document_prompt = choose_prompt(model.card, PromptChoice(is_query=False))
-        texts = [request.query, *request.documents]
-        tokens = estimate(model.card, texts, max(len(query_prompt), len(document_prompt)))
-        with self.admission.admit(tokens, result_bytes(model.card, len(texts))) as permit:
-            tokenized = [
-                *await model.tokenizer.encode([request.query], query_prompt),
-                *await model.tokenizer.encode(request.documents, document_prompt),
-            ]
-            names = ["query", *map(entries(request.param), range(len(request.documents)))]
-            ran = await self._run(model, tokenized, permit, asked, names.__getitem__)
-            similarities = cosines(ran.rows[0], np.stack(ran.rows[1:]))
-        scores = similarities if request.raw_scores else cosine_to_relevance(similarities)
-        return scores, replace(ran, truncated=tuple(index - 1 for index in ran.truncated if index))
+        Raises:
+            InvalidInput, ModelNotFound, Unavailable: see `vecmill.core.errors`.
+        """
+        model = self._models_or_raise().any(request.model)
+        self._check_count(len(request.texts), request.param)
+        prompt = choose_prompt(model.card, request.prompt)
+        size = sum(len(text) + len(prompt) for text in request.texts)
+        if size > MOST_SHOWN_CHARACTERS:
+            raise InvalidInput(
+                f"`{request.param}` has {size} characters, {MOST_SHOWN_CHARACTERS} can be shown as tokens; split the "
+                f"request.",
+                param=request.param,
+            )
+        show = partial(pieces, model, request.texts, prompt, special_tokens=request.special_tokens)
+        return TokenizeResult(await self._threads.run(show, size=size), model.card)
+
+    async def detokenize(self, request: DetokenizeRequest) -> list[str]:
+        """Turn token ids of the model's vocabulary into texts.
+
+        Raises:
+            InvalidInput, ModelNotFound, Unavailable: see `vecmill.core.errors`.
+        """
+        model = self._models_or_raise().any(request.model)
+        self._check_count(len(request.inputs), request.param)
+        read = partial(texts_of, model, request.inputs, request.param, skip_special_tokens=request.skip_special_tokens)
+        return await self._threads.run(read, size=sum(map(len, request.inputs)))
 
     async def _run(
         self,
@@ -188,8 +211,8 @@ class Inference:
         assert self._scheduler is not None  # attached together with the models
         return await run_rows(self._scheduler, model, tokenized, tokens, asked, name)
 
-    def _truncate(self, asked: bool | None) -> bool:
-        return self._settings.auto_truncate if asked is None else asked
+    def _truncate(self, truncation: Truncation) -> bool:
+        return self._settings.auto_truncate if truncation.allowed is None else truncation.allowed
 
     def _models_or_raise(self) -> ServedModels:
         phase, percent, message = self._health.snapshot()
@@ -226,21 +249,3 @@ class Inference:
             timings=ran.timings,
             waited=ran.waited,
         )
-
-
-def estimate(card: ModelCard, inputs: Iterable[str] | Iterable[Sequence[int]], around: int) -> int:
-    """Tokens that the inputs will take, at most in practice: one a character or id, cut at the model's length.
-
-    `around` is what goes around each of them, in characters.
-    """
-    return sum(min(len(one) + around + SPECIAL_TOKENS, card.max_model_len) for one in inputs)
-
-
-def entries(param: str) -> Callable[[int], str]:
-    """What a dialect calls each entry of its list, for error texts."""
-    return lambda index: f"{param}[{index}]"
-
-
-def result_bytes(card: ModelCard, inputs: int) -> int:
-    """Memory that a request's vectors take, at the most: as they come, finished, and as JSON."""
-    return inputs * (card.dimensions or 1) * (4 + 4 + 16)

@@ -9,6 +9,7 @@ import numpy as np
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Matrix, ModelCard, Scores, Vector
 
+ROWS_AT_A_TIME = 64
 SMALLEST_NORM = 1e-12  # torch.nn.functional.normalize's
 LAYER_NORM_EPSILON = 1e-5  # torch.nn.functional.layer_norm's
 
@@ -38,12 +39,18 @@ def describe_dimensions(card: ModelCard) -> str:
 def finish(rows: Sequence[Vector], dimensions: int | None, normalize: bool, *, layer_norm: bool = False) -> Matrix:
     """Slice, then normalise to unit length: n vectors of full width -> (n, dimensions or full).
 
-    `layer_norm` norms the full vector before it is cut to fewer dimensions.
+    `layer_norm` norms the full vector before it is cut to fewer dimensions. Nothing else of the result's size is made
+    on the way.
     """
-    vectors = np.stack(rows)
-    if dimensions is not None and dimensions < vectors.shape[1]:
-        vectors = (_layer_norm(vectors) if layer_norm else vectors)[:, :dimensions]
-    return unit(vectors) if normalize else np.ascontiguousarray(vectors)
+    full = len(rows[0])
+    width = full if dimensions is None else min(dimensions, full)
+    finished: Matrix = np.empty((len(rows), width), np.float32)
+    for start in range(0, len(rows), ROWS_AT_A_TIME):
+        vectors = np.stack(rows[start : start + ROWS_AT_A_TIME])
+        if width < full:
+            vectors = (_layer_norm(vectors) if layer_norm else vectors)[:, :width]
+        finished[start : start + ROWS_AT_A_TIME] = unit(vectors) if normalize else vectors
+    return finished
 
 
 def _layer_norm(vectors: Matrix) -> Matrix:
@@ -60,10 +67,12 @@ def unit(vectors: Matrix) -> Matrix:
     return normalized
 
 
-def cosines(query: Vector, documents: Matrix) -> Scores:
-    """Cosine of one vector with each row: (d,), (n, d) -> (n,), within -1..1."""
-    similarities: Scores = (unit(documents) @ unit(query[None])[0]).astype(np.float64)
-    return np.clip(similarities, -1.0, 1.0)
+def cosines(queries: Matrix, documents: Matrix) -> Scores:
+    """Cosine of each document with its query: (1 or n, d), (n, d) -> (n,), within -1..1."""
+    one, other = unit(queries), unit(documents)
+    products = other @ one[0] if len(one) == 1 else np.einsum("nd,nd->n", one, other)
+    similarities: Scores = np.clip(products.astype(np.float64), -1.0, 1.0)
+    return similarities
 
 
 def cosine_to_relevance(similarities: Scores) -> Scores:

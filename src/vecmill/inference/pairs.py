@@ -3,23 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 
 from vecmill.core.errors import InputTooLong, InvalidInput, StartupError
-from vecmill.core.types import Prefix, Row
+from vecmill.core.types import Prefix, Row, Side
 from vecmill.inference.tokenization import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.rerank_prompt import PREFIX, SUFFIX, answer, question
 
 
+@dataclass(frozen=True, slots=True)
+class PairLimits:
+    """What a request wants cut from queries and documents, in tokens without special tokens."""
+
+    side: Side = Side.RIGHT
+    """Of documents; a query is cut at its end."""
+    query: int | None = None
+    document: int | None = None
+    pair: int | None = None
+    """Of both together, all tokens around them included."""
+    refuse: bool = False
+    """What is longer than `pair` is an error."""
+
+    def cut_query(self, ids: list[int]) -> list[int]:
+        """The query's tokens that stay."""
+        return ids[: self.query]
+
+    def cut_document(self, ids: list[int]) -> list[int]:
+        """The document's tokens that stay."""
+        return keep(ids, self.document, self.side)
+
+    def room(self, max_model_len: int) -> int:
+        """Tokens of a row."""
+        return min(self.pair or max_model_len, max_model_len)
+
+
+NO_LIMITS = PairLimits()
+
+
+def keep(ids: list[int], limit: int | None, side: Side) -> list[int]:
+    """So many tokens, the `side` cut off."""
+    if limit is None or len(ids) <= limit:
+        return ids
+    return ids[len(ids) - limit :] if side is Side.LEFT else ids[:limit]
+
+
 class PairTokenizer(Protocol):
     """One reranker's tokenizer."""
 
-    async def encode(self, query: str, documents: Sequence[str], instruction: str | None) -> list[Tokenized]:
-        """One row for each document, in order. Raises InvalidInput where the model takes no instruction."""
+    pool: TokenizerPool
+
+    async def encode(
+        self, query: str, documents: Sequence[str], instruction: str | None, limits: PairLimits = NO_LIMITS
+    ) -> list[Tokenized]:
+        """One row for each document, in order.
+
+        Raises:
+            InvalidInput: the model takes no instruction, or the limits leave no room.
+        """
         ...
 
 
@@ -27,29 +72,60 @@ class CrossEncoderTokenizer:
     """`[CLS] query [SEP] document [SEP]`, as the tokenizer's own template for pairs has it."""
 
     def __init__(self, pool: TokenizerPool, max_model_len: int) -> None:
-        self._pool = pool
+        self.pool = pool
+        self._max_model_len = max_model_len
         self._before, self._between, self._after, self._second_text = _template(pool)
-        self._room = max_model_len - len(self._before) - len(self._between) - len(self._after)
+        self._around = len(self._before) + len(self._between) + len(self._after)
 
-    async def encode(self, query: str, documents: Sequence[str], instruction: str | None) -> list[Tokenized]:
+    async def encode(
+        self, query: str, documents: Sequence[str], instruction: str | None, limits: PairLimits = NO_LIMITS
+    ) -> list[Tokenized]:
         """See `PairTokenizer`."""
         if instruction:
             raise InvalidInput(
                 "`instruction`: this reranker was trained without instructions; leave it out.", param="instruction"
             )
-        [first] = await self._pool.encode_batch([query])
-        return await self._pool.map(partial(self._encode_part, first), documents)
+        if limits.room(self._max_model_len) < self._around + 2:
+            raise InvalidInput(
+                f"A limit of {limits.pair} tokens (`truncate_prompt_tokens`) leaves no room for a query and a document "
+                f"beside the model's {self._around} special tokens; raise it to at least {self._around + 2}."
+            )
+        [whole] = await self.pool.encode_batch([query])
+        first = limits.cut_query(whole)
+        return await self.pool.map(partial(self._encode_part, first, len(first) < len(whole), limits), documents)
 
-    def _encode_part(self, first: list[int], documents: Sequence[str]) -> list[Tokenized]:
-        return [self._pair(first, second) for second in self._pool.encode_part(documents)]
+    def _encode_part(
+        self, first: list[int], shortened: bool, limits: PairLimits, documents: Sequence[str]
+    ) -> list[Tokenized]:
+        return [
+            self._pair(first, second, limits, shortened)
+            for second in encode_documents(self.pool, documents, limits.side)
+        ]
 
-    def _pair(self, first: list[int], second: list[int]) -> Tokenized:
-        total = len(first) + len(second)
-        keep_first, keep_second = longest_first(len(first), len(second), self._room)
+    def _pair(self, first: list[int], document: list[int], limits: PairLimits, shortened: bool) -> Tokenized:
+        second = limits.cut_document(document)
+        total = len(first) + len(second) + self._around
+        keep_first, keep_second = longest_first(
+            len(first), len(second), limits.room(self._max_model_len) - self._around
+        )
         head = [*self._before, *first[:keep_first], *self._between]
-        ids = np.array([*head, *second[:keep_second], *self._after], dtype=np.int32)
+        ids = np.array([*head, *keep(second, keep_second, limits.side), *self._after], dtype=np.int32)
         row = Row(ids, second_text=len(head) if self._second_text else None)
-        return Tokenized(row, len(ids) + total - keep_first - keep_second)
+        shortened = shortened or len(second) < len(document)
+        return tokenized(row, total, limits, self._max_model_len, shortened)
+
+
+def encode_documents(pool: TokenizerPool, texts: Sequence[str], side: Side) -> list[list[int]]:
+    """The tokens of each; of a long one those at the end that stays."""
+    return pool.encode_part_from_end(texts) if side is Side.LEFT else pool.encode_part(texts)
+
+
+def tokenized(row: Row, total: int, limits: PairLimits, max_model_len: int, shortened: bool) -> Tokenized:
+    """A limit of the request's own is no error where it may cut."""
+    own = limits.pair is not None and limits.pair <= max_model_len and not limits.refuse
+    if own and total > len(row):
+        return Tokenized(row, len(row), shortened=True)
+    return Tokenized(row, total, shortened)
 
 
 def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
@@ -88,39 +164,71 @@ class InstructTokenizer:
         """
         if prompt.special("<|im_start|>") is None or prompt.special("<|im_end|>") is None:
             raise StartupError("The reranker's tokenizer.json has no <|im_start|> and <|im_end|>: fetch it again.")
-        self._pool = pool
+        self.pool = pool
+        self._max_model_len = max_model_len
         self._before, self._after = prompt.encode(PREFIX), prompt.encode(SUFFIX)
-        self._room = max_model_len - len(self._before) - len(self._after)
-        if self._room < 1:
+        room = max_model_len - self._around
+        if room < 1:
             raise StartupError(
                 f"MAX_MODEL_LEN={max_model_len} leaves no room beside the reranker's prompt of "
-                f"{len(self._before) + len(self._after)} tokens: raise it."
+                f"{self._around} tokens: raise it."
             )
         self._default_instruction = default_instruction
 
-    async def encode(self, query: str, documents: Sequence[str], instruction: str | None) -> list[Tokenized]:
+    @property
+    def _around(self) -> int:
+        return len(self._before) + len(self._after)
+
+    async def encode(
+        self, query: str, documents: Sequence[str], instruction: str | None, limits: PairLimits = NO_LIMITS
+    ) -> list[Tokenized]:
         """See `PairTokenizer`.
 
         Raises:
             InputTooLong: instruction and query leave no room for a document.
+            InvalidInput: within the request's own limit they leave none.
         """
+        query, shortened = await self._cut_query(query, limits)
         asked = question(self._default_instruction if instruction is None else instruction, query)
-        [head] = await self._pool.encode_batch([asked])
-        room = self._room - len(head)
-        if room < 1:
+        [head] = await self.pool.encode_batch([asked])
+        most = limits.room(self._max_model_len) - self._around
+        if most - len(head) < 1:
+            self._check_own_limit(limits, len(head))
             raise InputTooLong(
                 f"`query` and instruction have {len(head)} tokens, but the model's maximum context length leaves "
-                f"{self._room} for them and a document; shorten the query.",
+                f"{max(most, 0)} for them and a document; shorten the query.",
                 param="query",
             )
         prefix = Prefix(np.array([*self._before, *head], dtype=np.int32))
-        return await self._pool.map(partial(self._encode_part, prefix, room), documents)
+        return await self.pool.map(partial(self._encode_part, prefix, limits, shortened), documents)
 
-    def _encode_part(self, prefix: Prefix, room: int, documents: Sequence[str]) -> list[Tokenized]:
-        tails = self._pool.encode_part([answer(document) for document in documents])
-        return [self._row(prefix, tail, room) for tail in tails]
+    def _check_own_limit(self, limits: PairLimits, head: int) -> None:
+        """Refuse a limit of the request's own where the model's would leave room."""
+        needed = self._around + head + 1
+        if limits.pair is not None and needed <= self._max_model_len:
+            raise InvalidInput(
+                f"A limit of {limits.pair} tokens (`truncate_prompt_tokens`) leaves no room for a document beside the "
+                f"{needed - 1} tokens of prompt, instruction and query; raise it to at least {needed}."
+            )
 
-    def _row(self, prefix: Prefix, tail: list[int], room: int) -> Tokenized:
-        """The document is cut at its end; the words after it stay."""
-        row = Row(np.array([*tail[:room], *self._after], dtype=np.int32), prefix=prefix)
-        return Tokenized(row, len(prefix) + len(tail) + len(self._after))
+    async def _cut_query(self, query: str, limits: PairLimits) -> tuple[str, bool]:
+        """The query's beginning, as text: what follows it is tokenized together with it."""
+        [ids] = await self.pool.encode_batch([query]) if limits.query is not None else [[]]
+        if limits.query is None or len(ids) <= limits.query:
+            return query, False
+        kept = self.pool.decode(limits.cut_query(ids), skip_special_tokens=False)
+        return kept.rstrip("\ufffd"), True  # the first bytes of a character
+
+    def _encode_part(
+        self, prefix: Prefix, limits: PairLimits, shortened: bool, documents: Sequence[str]
+    ) -> list[Tokenized]:
+        tails = encode_documents(self.pool, [answer(document) for document in documents], limits.side)
+        return [self._row(prefix, tail, limits, shortened) for tail in tails]
+
+    def _row(self, prefix: Prefix, whole: list[int], limits: PairLimits, shortened: bool) -> Tokenized:
+        """The words after the document stay."""
+        tail = limits.cut_document(whole)
+        room = limits.room(self._max_model_len) - len(prefix) - len(self._after)
+        row = Row(np.array([*keep(tail, room, limits.side), *self._after], dtype=np.int32), prefix=prefix)
+        total = len(prefix) + len(tail) + len(self._after)
+        return tokenized(row, total, limits, self._max_model_len, shortened or len(tail) < len(whole))

@@ -80,8 +80,9 @@ async def run_rows(
         InvalidInput: a text must not be cut, or none of it would be left. Unavailable: it could not be run.
     """
     truncated = tuple(index for index, one in enumerate(tokenized) if one.truncated)
-    if truncated and not asked.truncate:
-        raise _too_long(model.card, tokenized[truncated[0]], name(truncated[0]))
+    too_long = next((index for index, one in enumerate(tokenized) if one.too_long), None)
+    if too_long is not None and not asked.truncate:
+        raise _too_long(model.card, tokenized[too_long], name(too_long))
     _check_pooled(tokenized, name)
     submitted = perf_counter()
     waited = scheduler.busy
@@ -109,8 +110,10 @@ async def run_rows(
 
 def _too_long(card: ModelCard, tokenized: Tokenized, name: str) -> InputTooLong:
     """In OpenAI's words: clients look for them to split a text in two."""
+    limit = len(tokenized.row)
+    whose = "This model's" if limit >= card.max_model_len else "Your request's"
     return InputTooLong(
-        f"This model's maximum context length is {card.max_model_len} tokens, however `{name}` has at least "
+        f"{whose} maximum context length is {limit} tokens, however `{name}` has at least "
         f"{tokenized.total}. Shorten it, or let it be truncated (`truncate`, AUTO_TRUNCATE).",
         param=name,
     )

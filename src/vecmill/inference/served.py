@@ -89,6 +89,16 @@ class ServedModels:
             raise self._not_found(name, self._embedders, "embedding models")
         return found, is_query
 
+    def any(self, name: str | None) -> ServedEmbedder | ServedReranker:
+        """An embedder as `embedder` finds it, or the reranker of that name.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        if name and name not in self._embedders.by_name and name in self._rerankers.by_name:
+            return self._rerankers.by_name[name]
+        return self.embedder(name)[0]
+
     def reranker(self, name: str | None) -> ServedReranker | ServedEmbedder:
         """What ranks for `name`: a reranker, or an embedder where one is named or no reranker is loaded.
 

@@ -9,29 +9,39 @@ from functools import partial
 import numpy as np
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import Row
+from vecmill.core.types import Row, Side, Truncation
 from vecmill.inference.prompts import with_prompt
+from vecmill.inference.token_ids import refuse_empty
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.text_format import TextFormat
+
+NO_LIMIT = Truncation()
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenized:
-    """A ready row. `total` is its number of tokens before the cut, at least."""
+    """A ready row."""
 
     row: Row
     total: int
+    """Tokens before the cut, at least; what the request itself asked to cut off is not counted."""
+    shortened: bool = False
+    """Cut because the request asked for it."""
+
+    @property
+    def too_long(self) -> bool:
+        return self.total > len(self.row)
 
     @property
     def truncated(self) -> bool:
-        return self.total > len(self.row)
+        return self.shortened or self.too_long
 
 
 class TextTokenizer:
     """One embedding model's tokenizer."""
 
     def __init__(self, pool: TokenizerPool, text_format: TextFormat, max_model_len: int, vocab_size: int) -> None:
-        self._pool = pool
+        self.pool = pool
         self._format = text_format
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
@@ -39,52 +49,93 @@ class TextTokenizer:
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
         """What goes before and after a text."""
-        tokenizer = self._pool.copy()
+        tokenizer = self.pool.copy()
         plain = tokenizer.encode("a", add_special_tokens=False).ids
         whole = tokenizer.encode("a").ids
         start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
         prefix, suffix = whole[:start], whole[start + len(plain) :]
         if self._format.end_token is not None:
-            end = self._pool.special(self._format.end_token)
+            end = self.pool.special(self._format.end_token)
             if end is not None and suffix[-1:] != [end]:
                 suffix.append(end)
         return prefix, suffix
 
-    async def encode(self, texts: Sequence[str], prompt: str = "") -> list[Tokenized]:
-        """Tokenize in the threads; the results are in order."""
-        unpooled = 0
-        if self._format.instruction_unpooled:
-            # The reference counts the prompt's tokens by themselves and leaves out so many of the row, the first
-            # special token included.
-            [instruction] = await self._pool.encode_batch([prompt])
-            unpooled = len(instruction)
-        return await self._pool.map(partial(self._encode_part, prompt, unpooled), texts)
+    @property
+    def around(self) -> tuple[list[int], list[int]]:
+        """The special tokens before and after a text."""
+        return self._prefix, self._suffix
 
-    def _encode_part(self, prompt: str, unpooled: int, texts: Sequence[str]) -> list[Tokenized]:
-        encoded = self._pool.encode_part([with_prompt(prompt, text) for text in texts])
-        return [self._finish(ids, unpooled) for ids in encoded]
+    @property
+    def special_tokens(self) -> int:
+        """How many there are."""
+        return len(self._prefix) + len(self._suffix)
 
-    def _finish(self, ids: Sequence[int], unpooled: int = 0) -> Tokenized:
-        """Put the special tokens around and cut on the right."""
-        total = len(self._prefix) + len(ids) + len(self._suffix)
-        if self._format.end_survives_truncation:
-            ids = ids[: self._max_model_len - len(self._prefix) - len(self._suffix)]
-        whole = [*self._prefix, *ids, *self._suffix][: self._max_model_len]
-        return Tokenized(Row(np.array(whole, dtype=np.int32), unpooled=unpooled), total)
+    async def encode(
+        self, texts: Sequence[str], prompt: str = "", truncation: Truncation = NO_LIMIT
+    ) -> list[Tokenized]:
+        """Tokenize in the threads; the results are in order.
 
-    def check(self, inputs: Sequence[Sequence[int]], param: str) -> list[Tokenized]:
+        Raises:
+            InvalidInput: the request's limit leaves no room for any text.
+        """
+        instruction: list[int] = []
+        limited = truncation.max_tokens is not None or truncation.side is Side.LEFT
+        if prompt and (self._format.instruction_unpooled or limited):
+            [instruction] = await self.pool.encode_batch([prompt])
+        self._check_room(truncation, len(instruction))
+        return await self.pool.map(partial(self._encode_part, prompt, instruction, truncation), texts)
+
+    def _check_room(self, truncation: Truncation, prompt: int) -> None:
+        """Refuse a limit that the special tokens and the prompt's take up alone."""
+        needed = self.special_tokens + prompt
+        if truncation.max_tokens is None or truncation.max_tokens > needed:
+            return
+        beside = f"the model's {self.special_tokens} special tokens" + (f" and the prompt's {prompt}" if prompt else "")
+        raise InvalidInput(
+            f"A limit of {truncation.max_tokens} tokens (`truncate_prompt_tokens`, `max_tokens`) leaves no room for a "
+            f"text beside {beside}; raise it to at least {needed + 1}."
+        )
+
+    def _encode_part(
+        self, prompt: str, instruction: list[int], truncation: Truncation, texts: Sequence[str]
+    ) -> list[Tokenized]:
+        # The reference counts the prompt's tokens by themselves and leaves out so many of the row, the first special
+        # token included.
+        unpooled = len(instruction) if self._format.instruction_unpooled else 0
+        if truncation.side is Side.LEFT:
+            encoded = self.pool.encode_part_from_end([with_prompt(prompt, text) for text in texts], len(prompt))
+        else:
+            encoded = self.pool.encode_part([with_prompt(prompt, text) for text in texts])
+        return [self._finish(ids, truncation, unpooled, instruction) for ids in encoded]
+
+    def _finish(
+        self, ids: Sequence[int], truncation: Truncation, unpooled: int = 0, instruction: Sequence[int] = ()
+    ) -> Tokenized:
+        """Cut, and put the special tokens around. The instruction's tokens stay when the left side is cut."""
+        total = len(ids) + self.special_tokens
+        limit = min(truncation.max_tokens or self._max_model_len, self._max_model_len)
+        room = limit - self.special_tokens
+        if truncation.side is Side.LEFT:
+            ids = cut_left(ids, room, common_start(ids, instruction))
+        elif self._format.end_survives_truncation:
+            ids = ids[:room]
+        whole = np.array([*self._prefix, *ids, *self._suffix][:limit], dtype=np.int32)
+        # A limit of the request's own is no error where it may cut.
+        own = truncation.max_tokens is not None and truncation.max_tokens <= self._max_model_len
+        shortened = own and truncation.allowed is not False and total > limit
+        return Tokenized(Row(whole, unpooled=unpooled), len(whole) if shortened else total, shortened)
+
+    def check(self, inputs: Sequence[Sequence[int]], param: str, truncation: Truncation = NO_LIMIT) -> list[Tokenized]:
         """Take token ids of this model's vocabulary as they are; special tokens are added where they are missing.
 
         Raises:
-            InvalidInput: an id is outside the vocabulary, or a list is empty.
+            InvalidInput: an id is outside the vocabulary, a list is empty, or the request's limit leaves no room.
         """
-        return [self._check_one(ids, f"{param}[{index}]") for index, ids in enumerate(inputs)]
+        self._check_room(truncation, 0)
+        return [self._check_one(ids, truncation, f"{param}[{index}]") for index, ids in enumerate(inputs)]
 
-    def _check_one(self, ids: Sequence[int], param: str) -> Tokenized:
-        if not ids:
-            raise InvalidInput(
-                f"`{param}` is an empty list of token ids; send at least one id, or a text.", param=param
-            )
+    def _check_one(self, ids: Sequence[int], truncation: Truncation, param: str) -> Tokenized:
+        refuse_empty(ids, param)
         if not 0 <= min(ids) <= max(ids) < self._vocab_size:
             raise InvalidInput(
                 f"`{param}` has a token id outside 0..{self._vocab_size - 1}: ids must come from this model's own "
@@ -96,4 +147,17 @@ class TextTokenizer:
             bare = bare[len(self._prefix) :]
         if self._suffix and bare[-len(self._suffix) :] == self._suffix:
             bare = bare[: -len(self._suffix)]
-        return self._finish(bare)
+        return self._finish(bare, truncation)
+
+
+def common_start(ids: Sequence[int], instruction: Sequence[int]) -> int:
+    """How many tokens of the instruction are those of the row: its last may be one with the text's first."""
+    pairs = zip(ids, instruction, strict=False)
+    return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(instruction)))
+
+
+def cut_left(ids: Sequence[int], room: int, instruction: int) -> Sequence[int]:
+    """The first `instruction` tokens, and as many of the last as there is room for."""
+    if len(ids) <= room or instruction >= room:
+        return ids[:room]
+    return [*ids[:instruction], *ids[instruction - room :]]

@@ -56,8 +56,11 @@ class TokenizerPool:
         known = [token for token in definition.get("added_tokens", []) if token["id"] < vocab_size]
         definition["added_tokens"] = known
         self._special = {token["content"]: int(token["id"]) for token in known}
+        self._secret = secrets.token_hex(16)
+        self._hidden = frozenset[int]()
         if not control_tokens:
-            _forget_control_tokens(definition)
+            self._hidden = frozenset(token["id"] for token in known if token.get("special"))
+            _forget_control_tokens(definition, self._secret)
         self._definition = json.dumps(definition)
         self._max_tokens = max_tokens
         self._threads = threads
@@ -85,10 +88,22 @@ class TokenizerPool:
         """The id of an added token."""
         return self._special.get(token)
 
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls each id."""
+        tokenizer = self.copy()
+        return [tokenizer.id_to_token(number) or "" for number in ids]
+
     def encode(self, text: str) -> list[int]:
         """All tokens of a short text, in this thread."""
         ids: list[int] = self.copy().encode(text, add_special_tokens=False).ids
         return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, in this thread."""
+        shown = [number for number in ids if not (skip_special_tokens and number in self._hidden)]
+        text: str = self.copy().decode(shown, skip_special_tokens=skip_special_tokens)
+        # Whoever knew it could write control tokens.
+        return text.replace(self._secret, "")
 
     async def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, in order; of a long one at least the first `max_tokens`."""
@@ -108,6 +123,25 @@ class TokenizerPool:
         short = [text for text in texts if len(text) <= longest_sure]
         encoded = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
         return [next(encoded).ids if len(text) <= longest_sure else self._encode_head(text) for text in texts]
+
+    def encode_part_from_end(self, texts: Sequence[str], head: int = 0) -> list[list[int]]:
+        """As `encode_part`, but of a long text the tokens of its first `head` characters or more, then those of its
+        end: at least the last `max_tokens`.
+        """
+        longest_sure = CHARACTERS_PER_TOKEN * self._max_tokens
+        return [self.encode(text) if len(text) <= longest_sure else self._encode_tail(text, head) for text in texts]
+
+    def _encode_tail(self, text: str, head: int) -> list[int]:
+        """The tokens of a long text's end, more than fit, after its head; all tokens where there are not so many."""
+        length = CHARACTERS_PER_TOKEN * self._max_tokens
+        while length < len(text):
+            ids = self.encode(text[-length:])
+            if len(ids) > self._max_tokens + UNSURE_TOKENS:
+                # The head's last token may take in characters that follow it.
+                beginning = self.encode(text[: head + UNSURE_TOKENS]) if head else []
+                return [*beginning, *ids[UNSURE_TOKENS:]]
+            length *= 2
+        return self.encode(text)
 
     def _encode_head(self, text: str) -> list[int]:
         """The tokens of a long text's beginning, more than fit; all tokens where there are not so many."""
@@ -150,7 +184,7 @@ def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:
     return {piece: index for index, (piece, _) in enumerate(vocabulary)}  # Unigram
 
 
-def _forget_control_tokens(definition: dict[str, Any]) -> None:
+def _forget_control_tokens(definition: dict[str, Any], secret: str) -> None:
     """Take the added tokens out, and their pieces of the vocabulary out of reach of any text.
 
     Ids must stay where they are, so a piece is renamed, to what nobody can guess; the unknown token keeps its name.
@@ -158,7 +192,6 @@ def _forget_control_tokens(definition: dict[str, Any]) -> None:
     model = definition["model"]
     added = {token["content"] for token in definition["added_tokens"]} - {model.get("unk_token")}
     definition["added_tokens"] = []
-    secret = secrets.token_hex(16)
     vocabulary = model["vocab"]
     if isinstance(vocabulary, dict):
         model["vocab"] = {f"{secret}{piece}" if piece in added else piece: index for piece, index in vocabulary.items()}

@@ -2,6 +2,7 @@
 
 import { drawCharts, remember } from "./charts.js";
 import { showJobs, watchButtons } from "./jobs.js";
+import { forgetRefusal, watchKeyForm } from "./key.js";
 import { showLoad } from "./load.js";
 import { POLL_MS, askAll } from "./service.js";
 import { showFacts, showStatus, showUnreachable } from "./status.js";
@@ -11,6 +12,7 @@ let lastAnswer = null;
 function show(answers) {
   if (answers === null) {
     showUnreachable(lastAnswer);
+    forgetRefusal();
   } else {
     const [health, stats, jobs] = answers;
     lastAnswer = new Date();
@@ -42,4 +44,5 @@ async function poll() {
 
 document.addEventListener("visibilitychange", poll);
 watchButtons(poll);
+watchKeyForm(poll);
 poll();

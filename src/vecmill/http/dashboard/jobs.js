@@ -2,6 +2,7 @@
 
 import { bar, field, put, putOrHide } from "./elements.js";
 import { clock, count, duration, known, percent, plural, rate } from "./format.js";
+import { fetchWithKey } from "./key.js";
 import { TIMEOUT_MS } from "./service.js";
 
 const join = (parts) => parts.filter(Boolean).join(" · ");
@@ -98,7 +99,7 @@ async function remove(path, what, then) {
   underWay.add(path);
   putOrHide(document, "job-problem", null);
   try {
-    const answer = await fetch(path, { method: "DELETE", signal: AbortSignal.timeout(TIMEOUT_MS) });
+    const answer = await fetchWithKey(path, { method: "DELETE", signal: AbortSignal.timeout(TIMEOUT_MS) });
     if (!answer.ok) putOrHide(document, "job-problem", `${what} was refused (HTTP ${answer.status}).`);
   } catch {
     putOrHide(document, "job-problem", `${what} did not get through: the service is not reachable.`);

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from vecmill.core.types import EmbedResult
+from vecmill.core.errors import InvalidInput
+from vecmill.core.types import EmbedResult, ScoreResult
 
 FOUR_SHAPES = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
@@ -28,6 +30,8 @@ def parse_inputs(value: Any) -> Inputs:
         raise ValueError(FOUR_SHAPES)
     if not value:
         return []
+    if any(isinstance(entry, dict) for entry in value):
+        return [_text_of(entry, index) for index, entry in enumerate(value)]
     if _is_ids(value):
         return [value]
     # The first entry says which shape it is, the others must follow it.
@@ -36,6 +40,21 @@ def parse_inputs(value: Any) -> Inputs:
         if not fits(entry):
             raise ValueError(f"{FOUR_SHAPES}; entry {index} does not fit")
     return value
+
+
+def _text_of(entry: object, index: int) -> str:
+    """Jina's objects."""
+    if isinstance(entry, dict):
+        _refuse_image(entry, index)
+        entry = entry.get("text")
+    if not isinstance(entry, str):
+        raise ValueError(f"entry {index} must be a string or an object with a string `text`")
+    return entry
+
+
+def _refuse_image(entry: dict[str, Any], index: int) -> None:
+    if any(entry.get(kind) for kind in ("image", "image_url", "audio", "video")):
+        raise ValueError(f"entry {index} is not text; images, audio and video are not served here")
 
 
 def _is_text(entry: object) -> bool:
@@ -70,39 +89,22 @@ EmbeddingInputs = Annotated[
 ]
 
 
-def parse_truncate(value: Any) -> Any:
-    """NIM's and Cohere's words for what others say with true and false.
-
-    Raises:
-        ValueError: `START`: texts are cut at their end only.
-    """
-    if not isinstance(value, str):
-        return value
-    if value.upper() == "START":
-        raise ValueError("texts can only be cut at their end; send END, or NONE to refuse long ones")
-    return {"END": True, "NONE": False}.get(value.upper(), value)
-
-
-Truncate = Annotated[
-    bool | None,
-    BeforeValidator(parse_truncate),
-    Field(description="Cut what is too long (true, `END`), or refuse it (false, `NONE`). Default: AUTO_TRUNCATE."),
-]
-
-
 def parse_documents(value: Any) -> list[dict[str, Any]]:
-    """Strings and objects with a `text`, all as objects.
+    """Strings and objects, all as objects.
 
     Raises:
-        ValueError: an entry is neither; the message names it.
+        ValueError: an entry is neither, or an image; the message names it.
     """
+    if isinstance(value, str):  # vLLM takes a lone document
+        value = [value]
     if not isinstance(value, list):
         raise ValueError("must be a list of strings or of objects with a `text`")
     documents = []
     for index, entry in enumerate(value):
         document = {"text": entry} if isinstance(entry, str) else entry
-        if not isinstance(document, dict) or not isinstance(document.get("text"), str):
+        if not isinstance(document, dict):
             raise ValueError(f"entry {index} must be a string or an object with a string `text`")
+        _refuse_image(document, index)
         documents.append(document)
     return documents
 
@@ -113,14 +115,61 @@ Documents = Annotated[
     WithJsonSchema(
         {
             "type": "array",
-            "items": {"anyOf": [{"type": "string"}, {"type": "object", "required": ["text"]}]},
-            "description": "Texts, or objects whose `text` is scored and which come back whole.",
+            "items": {"anyOf": [{"type": "string"}, {"type": "object"}]},
+            "description": "Texts, or objects whose `text` (or `rank_fields`) is scored and which come back whole.",
         }
     ),
 ]
 
 
-def usage(result: EmbedResult) -> dict[str, object]:
+def ranked_text(document: dict[str, Any], fields: Sequence[str] | None, param: str) -> str:
+    """What of a document is scored: Cohere's `rank_fields` in their order, or `text`.
+
+    Raises:
+        InvalidInput: it has none of the fields, or its `text` is no string.
+    """
+    if not fields:
+        if isinstance(document.get("text"), str):
+            return str(document["text"])
+        raise InvalidInput(
+            f"`{param}` must be a string or an object with a string `text` (or `rank_fields`).", param=param
+        )
+    values = [str(document[field]) for field in fields if document.get(field) is not None]
+    if values:
+        return "\n".join(values)
+    raise InvalidInput(f"`{param}` has none of the `rank_fields` ({', '.join(fields)[:200]}).", param=param)
+
+
+def _not_served(value: Any) -> Any:
+    """Refuse what would change the answer and cannot be done.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    if value:
+        raise ValueError(
+            "is not served here: this server embeds and reranks text, as one dense vector each; leave it out"
+        )
+    return value
+
+
+NotServedHere = Annotated[Any, BeforeValidator(_not_served), Field(description="Not served here.")]
+
+
+def _zero_is_unset(value: Any) -> Any:
+    return None if value == 0 and not isinstance(value, bool) else value
+
+
+# Infinity's client sends `dimensions: 0` for all, vLLM's `max_tokens_per_doc: 0` for no limit.
+Dimensions = Annotated[
+    Annotated[int, Field(ge=1)] | None,
+    BeforeValidator(_zero_is_unset),
+    Field(description="First so many values, normalised again; where the model is trained for it."),
+]
+Count = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_zero_is_unset)]
+
+
+def usage(result: EmbedResult | ScoreResult) -> dict[str, object]:
     """OpenAI's token counts; `truncated` lists the inputs that were cut, where there are any."""
     counts: dict[str, object] = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
     return counts | ({"truncated": list(result.truncated)} if result.truncated else {})

@@ -1,113 +1,93 @@
-"""OpenAI: /v1/embeddings and /v1/models.
+"""OpenAI: /v1/embeddings, with what Jina, Voyage, NIM, vLLM and Infinity put into the same body.
 
-Source: https://platform.openai.com/docs/api-reference/embeddings and /models.
+Source: https://platform.openai.com/docs/api-reference/embeddings; https://jina.ai/embeddings/;
+https://docs.voyageai.com/reference/embeddings-api; https://docs.vllm.ai/en/latest/models/pooling_models.html;
+https://docs.nvidia.com/nim/nemo-retriever/text-embedding/latest/reference.html
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from time import time
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import ConfigDict, Field
+from pydantic import AliasChoices, BeforeValidator, Field
 
-from vecmill.core.errors import ModelNotFound
-from vecmill.core.types import EmbedRequest, EmbedResult, ModelCard
-from vecmill.http.caller import CallerOf, Priority, with_priority
-from vecmill.http.dialects.inputs import EmbeddingInputs, Truncate, usage
-from vecmill.http.dialects.prompt_fields import PromptFields
-from vecmill.http.encoding import EncodingFormat, vectors_response
+from vecmill.core.types import Caller, EmbedRequest, EmbedResult
+from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.dialects.bodies import EmbedBody, embed, example
+from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, NotServedHere, usage
+from vecmill.http.embedding_formats import EmbeddingFormat
 from vecmill.http.route import InferenceRoute
-from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["OpenAI"], route_class=InferenceRoute)
 
-STARTED = int(time())
+
+def _only_one(value: Any) -> Any:
+    """Jina's clients may send a list; several formats at once are Cohere's `embedding_types`."""
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-class EmbeddingsBody(PromptFields):
+class EmbeddingsBody(EmbedBody):
     """Keys that are not listed are ignored: every client adds some."""
 
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"input": ["What is Deep Learning?", "def add(a, b): return a + b"]}]}
-    )
+    model_config = example({"input": ["What is Deep Learning?", "def add(a, b): return a + b"]})
 
     input: EmbeddingInputs
-    model: str | None = Field(None, description="Left out: the default model.")
-    dimensions: int | None = Field(
-        None, ge=1, description="First so many values, normalised again; where the model is trained for it."
+    dimensions: Dimensions = None
+    output_dimension: Dimensions = Field(None, description="Voyage: the same.")
+    encoding_format: Literal["float", "base64"] | None = Field(
+        None, description="`float` (default), or `base64`: little-endian float32, or the bytes of `output_dtype`."
     )
-    encoding_format: EncodingFormat | None = Field(
-        None, description="`float` (default), or `base64`: little-endian float32."
+    embedding_type: Annotated[
+        Literal["float", "base64", "binary", "ubinary", "int8", "uint8"] | None, BeforeValidator(_only_one)
+    ] = Field(None, description="Jina: as `encoding_format`, or `binary` or `ubinary` (one bit for each dimension).")
+    output_dtype: Literal["float", "int8", "uint8", "binary", "ubinary"] | None = Field(
+        None, description="Voyage: 8 bits or 1 bit for each dimension."
     )
-    truncate: Truncate = None
-    priority: Priority = None
-    user: str | None = Field(None, description="Ignored.")
+    normalize: bool | None = Field(
+        None,
+        validation_alias=AliasChoices("normalize", "normalized", "use_activation"),
+        description="Unit vectors; true if left out. Jina calls it `normalized`, vLLM `use_activation`.",
+    )
+    embed_dtype: Literal["float32"] | None = Field(None, description="vLLM: nothing else is served here.")
+    endianness: Literal["native", "little"] | None = Field(None, description="vLLM: nothing else is served here.")
+    messages: NotServedHere = None
+    late_chunking: NotServedHere = None
+    return_multivector: NotServedHere = None
+    user: Any = Field(None, description="Ignored.")
+
+    def embed_request(self, caller: Caller) -> EmbedRequest:
+        """What is asked of the model."""
+        return EmbedRequest(
+            inputs=self.input,
+            model=self.model,
+            prompt=self.prompt_choice(),
+            truncation=self.asked_truncation(),
+            dimensions=self.dimensions or self.output_dimension,
+            normalize=self.normalize is not False,
+            param="input",
+            caller=with_priority(caller, self.priority),
+        )
+
+    def formats(self) -> Sequence[EmbeddingFormat]:
+        """The one that is asked for."""
+        kind = self.embedding_type or "float"
+        dtype = self.output_dtype or ("float" if kind == "base64" else kind)
+        return (EmbeddingFormat(dtype, base64=self.encoding_format == "base64" or kind == "base64"),)
+
+    def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
+        """OpenAI's list."""
+        return {
+            "object": "list",
+            "model": result.model,
+            "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows[0])],
+            "usage": usage(result),
+        }
 
 
 @router.post("/v1/embeddings", summary="Create embeddings")
-async def create_embeddings(body: EmbeddingsBody, request: Request, services: ServicesOf, caller: CallerOf) -> Response:
+@router.post("/embeddings", summary="Create embeddings (Infinity)", name="create_embeddings_without_version")
+async def create_embeddings(body: EmbeddingsBody, request: Request, caller: CallerOf) -> Response:
     """Texts to unit vectors, in input order."""
-    result = await services.inference.embed(
-        EmbedRequest(
-            inputs=body.input,
-            model=body.model,
-            prompt=body.prompt_choice(),
-            truncate=body.truncate,
-            dimensions=body.dimensions,
-            param="input",
-            caller=with_priority(caller, body.priority),
-        )
-    )
-    encoding = body.encoding_format or "float"
-    return await vectors_response(request, result, partial(_embeddings, result), encoding)
-
-
-def _embeddings(result: EmbedResult, rows: Sequence[object]) -> dict[str, object]:
-    return {
-        "object": "list",
-        "model": result.model,
-        "data": [{"object": "embedding", "index": index, "embedding": row} for index, row in enumerate(rows)],
-        "usage": usage(result),
-    }
-
-
-@router.get("/v1/models", summary="List models")
-async def list_models(services: ServicesOf) -> dict[str, Any]:
-    """The models that are loaded, the default first."""
-    return {"object": "list", "data": [_model(card) for card in services.inference.cards]}
-
-
-@router.get("/v1/models/{model:path}", summary="Retrieve a model")
-async def retrieve_model(model: str, services: ServicesOf) -> dict[str, Any]:
-    """One model by its id."""
-    for card in services.inference.cards:
-        if model in (card.id, *card.aliases):
-            return _model(card)
-    known = ", ".join(card.id for card in services.inference.cards) or "none yet"
-    raise ModelNotFound(f"The model `{model[:200]}` does not exist here; these do: {known}.", param="model")
-
-
-def _model(card: ModelCard) -> dict[str, Any]:
-    return {
-        "id": card.id,
-        "object": "model",
-        "created": STARTED,
-        "owned_by": "vecmill",
-        "task": card.task.value,
-        "family": card.family,
-        "revision": card.revision,
-        "dimensions": card.dimensions,
-        "supported_dimensions": _sizes(card.supported_dimensions),
-        "max_model_len": card.max_model_len,
-        "pooling": card.pooling,
-        "dtype": card.dtype,
-        "prompts": dict(card.prompts),
-        "aliases": list(card.aliases),
-    }
-
-
-def _sizes(possible: Sequence[int]) -> list[int] | dict[str, int]:
-    return {"min": possible[0], "max": possible[-1]} if isinstance(possible, range) else list(possible)
+    return await embed(body, request, caller)

@@ -28,6 +28,8 @@ def parse_use(value: Any) -> Any:
     Raises:
         ValueError: it is none.
     """
+    if value == "image":
+        raise ValueError("images are not served here")
     if isinstance(value, str) and value.lower() not in CHOICES:
         raise ValueError(f"must be one of {', '.join(CHOICES)}")
     return value.lower() if isinstance(value, str) else value

@@ -1,0 +1,139 @@
+"""Who may use the server: keys, and what web pages may do that somebody on this machine has open.
+
+Without keys a server on localhost is open to every program here, and a web page is one: it may post to any address. So
+then a page of another origin is refused, and so is a request by a name that only such a page would know this server by
+(DNS rebinding).
+"""
+
+from __future__ import annotations
+
+import socket
+from hashlib import sha256
+from hmac import compare_digest
+from ipaddress import ip_address
+
+from fastapi import Request
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from vecmill.config import AccessSettings
+from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
+from vecmill.http.errors import refused
+
+# What load balancers ask, and pages a browser opens by itself, which hold no secrets.
+OPEN = frozenset(
+    {
+        "/",
+        "/health",
+        "/ready",
+        "/v1/health/live",
+        "/v1/health/ready",
+        "/.well-known/live",
+        "/.well-known/ready",
+        "/docs",
+        "/openapi.json",
+    }
+)
+OPEN_BELOW = ("/static/", "/static-offline-docs/")
+READING = ("GET", "HEAD", "OPTIONS")
+LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to bind is reached from this machine only."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Access:
+    """ASGI middleware: 401 without a key where there are keys; 403 for a name or an origin that is not allowed."""
+
+    def __init__(self, app: ASGIApp, settings: AccessSettings, host: str) -> None:
+        """`host` is the address that the server binds."""
+        self._app = app
+        self._keys = [(name, _digest(key.get_secret_value())) for name, key in settings.api_key]
+        self._origins = frozenset(settings.cors_origins)
+        self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
+        self._local_names_only = not self._hosts and not self._keys and is_loopback(host)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
+        error = self._host_error(headers) or self._origin_error(scope["method"], headers)
+        if error is None and self._keys and not is_open(scope["method"], scope["path"]):
+            name = self._name_of(presented_key(headers))
+            scope.setdefault("state", {})["api_key_name"] = name
+            error = None if name else InvalidApiKey()
+        if error is None:
+            await self._app(scope, receive, send)
+        else:
+            response = await refused(Request(scope, receive), error)
+            await response(scope, receive, send)
+
+    def _name_of(self, key: str) -> str | None:
+        """The name of the key that was presented. Every key is compared, in constant time, whichever fits."""
+        given, found = _digest(key), None
+        for name, digest in self._keys:
+            if compare_digest(given, digest):
+                found = name
+        return found
+
+    def _host_error(self, headers: Headers) -> VecmillError | None:
+        host = _without_port(headers.get("host", ""))
+        if host in self._hosts or (not self._hosts and not self._local_names_only) or "*" in self._hosts:
+            return None
+        if self._local_names_only and _is_local(host):
+            return None
+        return NotAllowed(
+            f"This server does not answer to the name {host[:100]!r}: add it to ALLOWED_HOSTS, or use localhost."
+        )
+
+    def _origin_error(self, method: str, headers: Headers) -> VecmillError | None:
+        origin = headers.get("origin")
+        if origin is None or self._keys or method in READING:
+            return None
+        if origin in self._origins or "*" in self._origins or origin.partition("://")[2] == headers.get("host"):
+            return None
+        return NotAllowed(
+            f"This server does not answer web pages of {origin[:100]!r}: add that origin to CORS_ORIGINS, or set "
+            f"API_KEY."
+        )
+
+
+def presented_key(headers: Headers) -> str:
+    """The key that a request carries; empty where there is none.
+
+    LlamaIndex's client of TEI sends `Authorization` without `Bearer`.
+    """
+    scheme, _, token = headers.get("authorization", "").strip().partition(" ")
+    if scheme.lower() == "bearer" and token:
+        return token.strip()
+    return headers.get("x-api-key") or headers.get("api-key") or ("" if token else scheme)
+
+
+def _digest(key: str) -> bytes:
+    """Of the same length for all keys."""
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def is_open(method: str, path: str) -> bool:
+    """Whether a call needs no key where there are keys."""
+    return method in READING and (path in OPEN or path.startswith(OPEN_BELOW))
+
+
+def _without_port(host: str) -> str:
+    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdecimal() and not host.endswith("]") else host
+    return name.strip("[]").lower()
+
+
+def _is_local(host: str) -> bool:
+    """Addresses, which no web page can give another meaning, and names that lead to this machine or its network."""
+    try:
+        ip_address(host)
+    except ValueError:
+        return host in ("", "localhost", socket.gethostname().lower()) or host.endswith(LOCAL_SUFFIXES)
+    return True

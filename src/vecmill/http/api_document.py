@@ -1,0 +1,114 @@
+"""What the API's document says beyond what FastAPI finds in the routes: examples, errors, the key.
+
+Source: https://spec.openapis.org/oas/v3.1.0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+from fastapi import FastAPI
+
+from vecmill.core.errors import InvalidInput
+from vecmill.http.access import is_open
+from vecmill.http.error_shapes import shape_for
+
+Object = dict[str, Any]
+
+RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+ERRORS: dict[str, Object] = {
+    "400": {"description": "The request is not valid; the message names the field."},
+    "401": {"description": "The API key is missing or wrong."},
+    "403": {"description": "A web page of another origin, or a name that this server does not answer to."},
+    "404": {"description": "There is no such model or job."},
+    "409": {"description": "The job's present state does not allow this."},
+    "413": {"description": "The body is larger than MAX_BODY_BYTES."},
+    "422": {"description": "A vector is not finite; or, in TEI's and NIM's dialects, the request is not valid."},
+    "429": {"description": "There is no room now.", "headers": RETRY_AFTER},
+    "503": {"description": "Loading, shutting down, short of memory or failed.", "headers": RETRY_AFTER},
+    "504": {"description": "Not answered in time."},
+}
+KEY: Object = {
+    "type": "http",
+    "scheme": "bearer",
+    "description": "One of the server's keys (API_KEY); without those, none is needed.",
+}
+# Their own answers, besides errors.
+NOT_READY_503 = ("/health", "/ready", "/v1/health/ready", "/.well-known/ready")
+
+
+def install(app: FastAPI) -> None:
+    """Complete the document that `app.openapi` gives."""
+    generate = app.openapi
+
+    @cache
+    def openapi() -> Object:
+        return _completed(generate())
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
+
+
+def _completed(document: Object) -> Object:
+    components = document["components"]
+    # FastAPI's shape of a validation error, which is never sent.
+    for name in ("HTTPValidationError", "ValidationError"):
+        components["schemas"].pop(name, None)
+    components["responses"] = ERRORS
+    components["securitySchemes"] = {"API key": KEY}
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            _show_examples(operation, components["schemas"])
+            _name_errors(operation, path, method.upper())
+    return document
+
+
+def _show_examples(operation: Object, schemas: Object) -> None:
+    """Those of a body's schemas again, where Swagger UI fills in a form from: one for each alternative."""
+    for content in operation.get("requestBody", {}).get("content", {}).values():
+        found = dict(_examples(content["schema"], schemas))
+        if found:
+            content["examples"] = found
+
+
+def _examples(schema: Object, schemas: Object) -> Iterator[tuple[str, Object]]:
+    for alternative in schema.get("oneOf") or schema.get("anyOf") or [schema]:
+        name = alternative.get("$ref", "").rpartition("/")[2]
+        body = schemas.get(name, {})
+        for value in body.get("examples", ()):
+            yield name, {"summary": name, "description": body.get("description", ""), "value": value}
+
+
+def _name_errors(operation: Object, path: str, method: str) -> None:
+    responses = operation["responses"]
+    for response in responses.values():
+        # FastAPI's "anything", which Swagger UI would show as a string.
+        if response.get("content") == {"application/json": {"schema": {}}}:
+            response["content"] = {"application/json": {}}
+    if "HTTPValidationError" in str(responses.get("422")):
+        del responses["422"]
+    for status in _statuses(operation, path, method):
+        responses.setdefault(status, {"$ref": f"#/components/responses/{status}"})
+    operation["security"] = [] if is_open(method, path) else [{}, {"API key": []}]
+
+
+def _statuses(operation: Object, path: str, method: str) -> list[str]:
+    """The statuses of the errors that an operation may answer with."""
+    has_body = "requestBody" in operation
+    of_jobs = "Jobs" in operation["tags"]
+    has_deadline = any(parameter["name"] == "x-request-timeout" for parameter in operation.get("parameters", ()))
+    refuses_with_422 = has_body and InvalidInput in shape_for(path, method).status
+    rules = (
+        (not is_open(method, path), "401"),
+        (True, "403"),
+        (has_body, "400"),
+        (has_body, "413"),
+        ("{" in path or (has_body and not of_jobs), "404"),
+        ("{job_id}" in path and method != "GET", "409"),
+        (has_deadline or refuses_with_422, "422"),
+        (has_deadline, "429"),
+        ((has_body and not of_jobs) or path in NOT_READY_503, "503"),
+        (has_deadline, "504"),
+    )
+    return [status for applies, status in rules if applies]

@@ -1,0 +1,238 @@
+"""OpenAI: /v1/completions and /v1/chat/completions, passed through to GENERATION_URL.
+
+Source: https://platform.openai.com/docs/api-reference/completions and /chat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from http import HTTPStatus
+from typing import Any
+
+import httpx2
+import orjson
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
+from vecmill.http.error_shapes import OPENAI
+from vecmill.http.generation import Generation
+from vecmill.http.request_id import ACCEPTABLE
+from vecmill.http.route import CLIENT_CLOSED_REQUEST
+from vecmill.http.services import Services, ServicesOf, services_of
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter(tags=["OpenAI"])
+
+# All else stays on its side: credentials and cookies, and what holds for one connection only.
+UPWARD = ("content-type", "accept", "via")
+DOWNWARD = (
+    "content-type",
+    "content-length",
+    "content-encoding",
+    "cache-control",
+    "retry-after",
+    "x-should-retry",
+    "x-accel-buffering",
+)
+ERROR_BYTES = 1_048_576  # of an error's body; the rest is not read
+SHOWN_CHARACTERS = 500
+EVENT_ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")
+
+UNSET = (
+    "This server embeds and reranks; it generates no text. Set its GENERATION_URL to the address of an "
+    "OpenAI-compatible server (vLLM, Ollama), and {path} is passed through to it."
+)
+
+UNANSWERED = {
+    "404": {"description": "GENERATION_URL is not set; or that server does not have the model."},
+    "429": {"$ref": "#/components/responses/429"},
+    "502": {"description": "That server does not answer."},
+    "504": {"description": "That server did not answer in time."},
+}
+
+
+def _documented(example: dict[str, Any]) -> dict[str, Any]:
+    content = {"schema": {"type": "object", "additionalProperties": True}, "example": example}
+    return {"requestBody": {"required": True, "content": {"application/json": content}}, "responses": UNANSWERED}
+
+
+COMPLETION = _documented({"model": "default", "prompt": "Once upon a time", "max_tokens": 50})
+CHAT = _documented({"model": "default", "messages": [{"role": "user", "content": "Hello"}], "stream": True})
+
+
+@router.post("/v1/completions", summary="Create a completion", openapi_extra=COMPLETION)
+async def create_completion(request: Request, services: ServicesOf) -> Response:
+    """Passed through to GENERATION_URL, streams included."""
+    return _pass_through(request, services, "/v1/completions")
+
+
+@router.post("/v1/chat/completions", summary="Create a chat completion", openapi_extra=CHAT)
+async def create_chat_completion(request: Request, services: ServicesOf) -> Response:
+    """Passed through to GENERATION_URL, streams included."""
+    return _pass_through(request, services, "/v1/chat/completions")
+
+
+def _pass_through(request: Request, services: Services, path: str) -> Response:
+    if services.generation is None:
+        raise NotFound(UNSET.format(path=path))
+    return PassThrough(services.generation, path, upward(request.headers))
+
+
+def upward(headers: Headers) -> dict[str, str]:
+    """The headers of a client's request that the generation server gets."""
+    sent = {name: headers[name] for name in UPWARD if name in headers}
+    if ACCEPTABLE.fullmatch(request_id := headers.get("x-request-id", "")):
+        sent["x-request-id"] = request_id
+    length = headers.get("content-length", "")
+    if length.isdecimal() and "transfer-encoding" not in headers:
+        sent["content-length"] = length
+    return sent
+
+
+def downward(response: httpx2.Response) -> dict[str, str]:
+    """The headers of the generation server's answer that the client gets."""
+    return {name: response.headers[name] for name in DOWNWARD if name in response.headers}
+
+
+class Upload:
+    """A request's body as it arrives; after it, whether the client is still there."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._ended = asyncio.Event()
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        """
+        Raises:
+            ClientDisconnect: the client left before the end. And what the limit on bodies raises.
+        """
+        while not self._ended.is_set():
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            if not message.get("more_body", False):
+                self._ended.set()
+            if body := message.get("body", b""):
+                yield body
+
+    def end(self) -> None:
+        """Read no further: the answer is there. What still comes is dropped."""
+        self._ended.set()
+
+    async def client_left(self) -> None:
+        """Return once the client is gone."""
+        await self._ended.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+class PassThrough(Response):
+    """One exchange with the generation server. It ends when either side leaves."""
+
+    def __init__(self, generation: Generation, path: str, headers: dict[str, str]) -> None:
+        super().__init__()
+        self._generation = generation
+        self._path = path
+        self._upward = headers
+        self._started = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        upload = Upload(receive)
+        exchange = asyncio.create_task(self._exchange(upload, scope, receive, send))
+        leaving = asyncio.create_task(upload.client_left())
+        try:
+            await asyncio.wait({exchange, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if exchange.done():
+                exchange.result()
+                return
+        except ClientDisconnect:
+            pass
+        finally:
+            exchange.cancel()
+            leaving.cancel()
+            # The connection to the generation server is closed when both have ended.
+            await asyncio.gather(exchange, leaving, return_exceptions=True)
+        if not self._started:
+            await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
+
+    async def _exchange(self, upload: Upload, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await self._generation.post(self._path, self._upward, upload)
+        try:
+            upload.end()
+            if response.is_success:
+                await self._relay(response, send)
+            else:
+                refusal = await self._refusal(response)
+                services_of(Request(scope)).telemetry.error(refusal.status_code, "GenerationRefused")
+                self._started = True
+                await refusal(scope, receive, send)
+        finally:
+            await response.aclose()
+
+    async def _relay(self, response: httpx2.Response, send: Send) -> None:
+        headers = downward(response)
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        self._started = True
+        await send({"type": "http.response.start", "status": response.status_code, "headers": raw})
+        tail = b""
+        try:
+            async for chunk in response.aiter_raw():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                tail = (tail + chunk[-4:])[-4:]
+        except httpx2.RequestError as error:
+            failure = self._generation.failure(error)
+            if not _takes_an_event(headers, tail):
+                # The body stays unfinished, so the connection is closed and the client sees that it was cut off.
+                return
+            event = b"data: " + orjson.dumps(OPENAI.body(failure, HTTPStatus.BAD_GATEWAY)) + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _refusal(self, response: httpx2.Response) -> Response:
+        """An error as the generation server wrote it, or in OpenAI's shape where it wrote something else."""
+        status = response.status_code
+        if not response.is_error:
+            raise GenerationUnavailable(f"502: GENERATION_URL redirects ({status}); it must name the final address.")
+        try:
+            content = await _beginning(response)
+        except httpx2.RequestError as error:
+            raise self._generation.failure(error) from error
+        headers = downward(response)
+        for name in ("content-length", "content-encoding"):
+            headers.pop(name, None)
+        if _is_object(content):
+            return Response(content, status, headers)
+        headers.pop("content-type", None)
+        message = f"The generation server (GENERATION_URL) answered {status} {response.reason_phrase}".rstrip()
+        if response.headers.get("content-type", "").startswith("text/plain"):
+            message += f": {content.decode(errors='replace')[:SHOWN_CHARACTERS].strip()}"
+        return JSONResponse(OPENAI.body(VecmillError(message), status), status, headers)
+
+
+def _takes_an_event(headers: dict[str, str], tail: bytes) -> bool:
+    """Whether one more event would be understood: this is a stream of them, and none is half sent."""
+    is_stream = headers.get("content-type", "").startswith("text/event-stream")
+    return is_stream and "content-length" not in headers and (not tail or tail.endswith(EVENT_ENDS))
+
+
+async def _beginning(response: httpx2.Response) -> bytes:
+    content = b""
+    async for chunk in response.aiter_bytes():
+        content += chunk
+        if len(content) > ERROR_BYTES:
+            break
+    return content
+
+
+def _is_object(content: bytes) -> bool:
+    try:
+        return isinstance(orjson.loads(content), dict)
+    except orjson.JSONDecodeError:
+        return False

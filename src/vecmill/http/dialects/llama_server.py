@@ -1,0 +1,58 @@
+"""llama.cpp's server: /embedding. Its /reranking is among the shared rerank paths, its /v1/embeddings is OpenAI's.
+
+Source: https://github.com/ggml-org/llama.cpp/tree/master/tools/server
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fastapi import APIRouter, Request, Response
+from pydantic import Field
+
+from vecmill.core.errors import InvalidInput
+from vecmill.core.types import Caller, EmbedRequest, EmbedResult, TokenVocabulary
+from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.dialects.bodies import EmbedBody, embed, example
+from vecmill.http.dialects.inputs import EmbeddingInputs
+from vecmill.http.route import InferenceRoute
+
+router = APIRouter(tags=["llama-server"], route_class=InferenceRoute)
+
+NOT_NORMALISED, EUCLIDEAN = -1, 2
+
+
+class EmbeddingBody(EmbedBody):
+    """Keys that are not listed are ignored."""
+
+    model_config = example({"content": "parse an ISO 8601 date"})
+
+    content: EmbeddingInputs
+    embd_normalize: int = Field(EUCLIDEAN, description="2: unit vectors; -1: as they come. No others here.")
+
+    def embed_request(self, caller: Caller) -> EmbedRequest:
+        """What is asked of the model. Token ids are the model's own."""
+        if self.embd_normalize not in (NOT_NORMALISED, EUCLIDEAN):
+            raise InvalidInput(
+                "`embd_normalize` must be 2 (unit vectors) or -1 (as they come).", param="embd_normalize"
+            )
+        return EmbedRequest(
+            inputs=self.content,
+            model=self.model,
+            prompt=self.prompt_choice(),
+            truncation=self.asked_truncation(),
+            token_vocabulary=TokenVocabulary.MODEL,
+            normalize=self.embd_normalize == EUCLIDEAN,
+            param="content",
+            caller=with_priority(caller, self.priority),
+        )
+
+    def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
+        """Each vector in a list of its own: of a model without pooling there would be one for each token."""
+        return [{"index": index, "embedding": [row]} for index, row in enumerate(rows[0])]
+
+
+@router.post("/embedding", summary="Embed")
+async def embedding(body: EmbeddingBody, request: Request, caller: CallerOf) -> Response:
+    """Texts to vectors."""
+    return await embed(body, request, caller)

@@ -1,0 +1,116 @@
+"""NVIDIA NIM: ranking, health and metadata; its embeddings are OpenAI's with `input_type` and `truncate`.
+
+Source: https://docs.nvidia.com/nim/nemo-retriever/text-reranking/latest/reference.html
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, Field
+
+from vecmill import __version__
+from vecmill.core.types import Caller, ScoreRequest, ScoreResult
+from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.dialects.bodies import ScoreBody, best_first, example, score
+from vecmill.http.dialects.inputs import NotServedHere
+from vecmill.http.error_shapes import NIM, ErrorShape
+from vecmill.http.route import InferenceRoute
+from vecmill.http.services import ServicesOf
+
+router = APIRouter(tags=["NIM"], route_class=InferenceRoute)
+
+HOSTED_MODEL = {
+    "name": "hosted_model",
+    "in": "path",
+    "required": True,
+    "schema": {"type": "string"},
+    "description": "Ignored; the body's `model` decides.",
+    "example": "llama-3_2-nv-rerankqa-1b-v2",
+}
+
+
+class Passage(BaseModel):
+    """A text."""
+
+    text: str
+    image: NotServedHere = None
+
+
+class RankingBody(ScoreBody):
+    """`passages` says that NIM's dialect is spoken. What is too long is refused unless `truncate` says otherwise."""
+
+    model_config = example(
+        {
+            "query": {"text": "How many people live in Berlin?"},
+            "passages": [{"text": "Berlin has 3.5 million inhabitants."}, {"text": "Berlin has museums."}],
+        }
+    )
+    errors: ClassVar[ErrorShape] = NIM
+
+    query: Passage
+    passages: list[Passage]
+    top_n: int | None = Field(None, ge=0, description="Only the best so many; RAGFlow sends it.")
+
+    def score_request(self, caller: Caller) -> ScoreRequest:
+        """What is asked of the model: its own scale."""
+        return ScoreRequest(
+            queries=[self.query.text],
+            documents=[passage.text for passage in self.passages],
+            model=self.model,
+            truncation=self.asked_truncation(default=False),
+            raw_scores=True,
+            param="passages",
+            caller=with_priority(caller, self.priority),
+        )
+
+    def answer(self, result: ScoreResult, path: str) -> object:
+        """Logits (of an embedding model: cosines), best first."""
+        return {
+            "rankings": [
+                {"index": index, "logit": float(result.scores[index])}
+                for index in best_first(result.scores, self.top_n)
+            ],
+            "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
+        }
+
+
+@router.post("/v1/ranking", summary="Rank passages")
+@router.post("/v1/retrieval/nvidia/reranking", summary="Rank passages (hosted path)", name="hosted_ranking")
+@router.post(
+    "/v1/retrieval/nvidia/{hosted_model}/reranking",
+    summary="Rank passages (hosted path)",
+    name="hosted_model_ranking",
+    openapi_extra={"parameters": [HOSTED_MODEL]},
+)
+async def ranking(body: RankingBody, request: Request, caller: CallerOf) -> Response:
+    """Passages sorted by their logit, best first."""
+    return await score(body, request, caller)
+
+
+@router.get("/v1/health/live", summary="Liveness")
+async def live() -> dict[str, Any]:
+    """200 while the process answers."""
+    return _health("live", "live", True)
+
+
+@router.get("/v1/health/ready", summary="Readiness")
+async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
+    """200 when requests are served, else 503."""
+    is_ready = services.health.ready
+    response.status_code = 200 if is_ready else 503
+    return _health("ready", "ready" if is_ready else "not ready", is_ready)
+
+
+def _health(key: str, message: str, value: bool) -> dict[str, Any]:
+    return {"object": "health.response", "message": message, key: value}
+
+
+@router.get("/v1/metadata", summary="Metadata")
+async def metadata(services: ServicesOf) -> dict[str, Any]:
+    """The models and the version."""
+    models = [
+        {"shortName": card.id, "modelUrl": card.id, "revision": card.revision} for card in services.inference.cards
+    ]
+    return {"version": __version__, "modelInfo": models, "assetInfo": [model["shortName"] for model in models]}

@@ -1,0 +1,94 @@
+"""vLLM: /score. Its other calls are OpenAI's and Cohere's, and /tokenize.
+
+Source: https://docs.vllm.ai/en/latest/models/pooling_models.html
+"""
+
+from __future__ import annotations
+
+import secrets
+from time import time
+from typing import Annotated, Any, ClassVar
+
+from fastapi import APIRouter, Request, Response
+from pydantic import AliasChoices, BeforeValidator, Field
+
+from vecmill.core.errors import EmptyInput, InvalidInput
+from vecmill.core.types import Caller, ScoreRequest, ScoreResult
+from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.dialects.bodies import ScoreBody, example, score
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, usage
+from vecmill.http.error_shapes import OPENAI, ErrorShape
+from vecmill.http.route import InferenceRoute
+
+router = APIRouter(tags=["vLLM"], route_class=InferenceRoute)
+
+
+def _texts(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[str], BeforeValidator(_texts)]
+
+
+class ScoreTextsBody(ScoreBody):
+    """One text with several, or as many with as many, in any of vLLM's words for them."""
+
+    model_config = example({"text_1": "parse a date", "text_2": ["read an ISO timestamp", "copy a tree"]})
+    errors: ClassVar[ErrorShape] = OPENAI
+
+    text_1: Texts = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))
+    text_2: Texts = Field(validation_alias=AliasChoices("text_2", "data_2", "documents", "items"))
+    instruction: str | None = Field(None, max_length=LONGEST_INSTRUCTION)
+    max_tokens_per_query: Count = None
+    max_tokens_per_doc: Count = None
+    use_activation: bool | None = Field(
+        None, validation_alias=AliasChoices("use_activation", "activation"), description="false: raw scores."
+    )
+    raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
+
+    def score_request(self, caller: Caller) -> ScoreRequest:
+        """What is asked of the model.
+
+        Raises:
+            InvalidInput: the two lists are of different lengths, and the first is not of one.
+        """
+        if not self.text_1:
+            raise EmptyInput("`text_1` cannot be empty; send at least one.", param="text_1")
+        if len(self.text_1) not in (1, len(self.text_2)):
+            raise InvalidInput(
+                f"`text_1` has {len(self.text_1)} texts and `text_2` {len(self.text_2)}; send one, or as many.",
+                param="text_1",
+            )
+        return ScoreRequest(
+            queries=self.text_1,
+            documents=self.text_2,
+            model=self.model,
+            truncation=self.asked_truncation(),
+            max_tokens_per_query=self.max_tokens_per_query,
+            max_tokens_per_document=self.max_tokens_per_doc,
+            instruction=self.instruction,
+            raw_scores=bool(self.raw_scores) or self.use_activation is False,
+            param="text_2",
+            query_param="text_1",
+            caller=with_priority(caller, self.priority),
+        )
+
+    def answer(self, result: ScoreResult, path: str) -> object:
+        """A score for each pair, in the client's order."""
+        return {
+            "id": f"score-{secrets.token_hex(16)}",
+            "object": "list",
+            "created": int(time()),
+            "model": result.model,
+            "data": [
+                {"index": index, "object": "score", "score": float(value)} for index, value in enumerate(result.scores)
+            ],
+            "usage": usage(result),
+        }
+
+
+@router.post("/score", summary="Score pairs")
+@router.post("/v1/score", summary="Score pairs", name="score_v1")
+async def score_pairs(body: ScoreTextsBody, request: Request, caller: CallerOf) -> Response:
+    """How well the texts of each pair fit together."""
+    return await score(body, request, caller)

@@ -1,0 +1,36 @@
+"""Voyage's rerank body; its embeddings are OpenAI's.
+
+Source: https://docs.voyageai.com/reference/reranker-api
+"""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from vecmill.core.types import ScoreResult
+from vecmill.http.dialects.bodies import example
+from vecmill.http.dialects.cohere import RerankBody
+from vecmill.http.dialects.inputs import usage
+
+
+class VoyageRerankBody(RerankBody):
+    """`top_k` without `top_n` says that Voyage's dialect is spoken."""
+
+    model_config = example(
+        {
+            "query": "How many people live in Berlin?",
+            "documents": ["Berlin has 3.5 million inhabitants.", "Berlin is known for its museums."],
+            "top_k": 1,
+        }
+    )
+
+    top_k: int | None = Field(None, ge=0, description="Only the best so many; 0 or left out: all.")
+
+    def answer(self, result: ScoreResult, path: str) -> object:
+        """`data` in place of `results`."""
+        return {
+            "object": "list",
+            "data": self.results(result, self.top_k),
+            "model": result.model,
+            "usage": usage(result),
+        }

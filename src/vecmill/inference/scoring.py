@@ -1,0 +1,100 @@
+"""Queries and documents to rows and back to scores: by a reranker, or by the cosine of an embedding model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+
+from vecmill.core.types import PromptChoice, ScoreRequest, ScoreResult, Side, Truncation
+from vecmill.inference.cost import PAIR_TOKENS, entries, estimate, result_bytes
+from vecmill.inference.finish import cosine_to_relevance, cosines, logit_to_relevance
+from vecmill.inference.pairs import PairLimits, PairTokenizer
+from vecmill.inference.prompts import choose_prompt
+from vecmill.inference.running import Ran
+from vecmill.inference.served import ServedEmbedder, ServedReranker
+from vecmill.inference.tokenization import Tokenized
+
+
+def cost(model: ServedEmbedder | ServedReranker, request: ScoreRequest) -> tuple[int, int]:
+    """Tokens and bytes that a request will take, about."""
+    if isinstance(model, ServedReranker):
+        around = max(map(len, request.queries), default=0) + len(request.instruction or "") + PAIR_TOKENS
+        return estimate(model.card, request.documents, around), 0
+    query_prompt, document_prompt = _prompts(model, request)
+    texts = [*request.queries, *request.documents]
+    return estimate(model.card, texts, max(len(query_prompt), len(document_prompt))), result_bytes(
+        model.card, len(texts)
+    )
+
+
+async def tokenize_pairs(tokenizer: PairTokenizer, request: ScoreRequest) -> list[Tokenized]:
+    """One row for each document; documents that have a query in common are tokenized together."""
+    limits = PairLimits(
+        request.truncation.side,
+        request.max_tokens_per_query,
+        request.max_tokens_per_document,
+        request.truncation.max_tokens,
+        refuse=request.truncation.allowed is False,
+    )
+    if len(request.queries) == 1:
+        return await tokenizer.encode(request.queries[0], request.documents, request.instruction, limits)
+    pairs = zip(request.queries, request.documents, strict=True)
+    groups = [(query, [document for _, document in group]) for query, group in groupby(pairs, key=lambda pair: pair[0])]
+    done = await asyncio.gather(
+        *(tokenizer.encode(query, documents, request.instruction, limits) for query, documents in groups)
+    )
+    return [one for group in done for one in group]
+
+
+async def tokenize_apart(model: ServedEmbedder, request: ScoreRequest) -> list[Tokenized]:
+    """A row for each query, then one for each document."""
+    query_prompt, document_prompt = _prompts(model, request)
+    of_query = replace(request.truncation, side=Side.RIGHT)
+    query = await _limited(model, of_query, request.max_tokens_per_query, query_prompt)
+    document = await _limited(model, request.truncation, request.max_tokens_per_document, document_prompt)
+    return [
+        *await model.tokenizer.encode(request.queries, query_prompt, query),
+        *await model.tokenizer.encode(request.documents, document_prompt, document),
+    ]
+
+
+async def _limited(model: ServedEmbedder, whole: Truncation, most: int | None, prompt: str) -> Truncation:
+    """The narrower of two limits: of the whole row, and of the text without what goes around it."""
+    if most is None:
+        return whole
+    [before] = await model.tokenizer.pool.encode_batch([prompt])
+    tokens = most + len(before) + model.tokenizer.special_tokens
+    if whole.max_tokens is not None and whole.max_tokens <= tokens:
+        return whole
+    return replace(whole, allowed=True, max_tokens=tokens)
+
+
+def _prompts(model: ServedEmbedder, request: ScoreRequest) -> tuple[str, str]:
+    query = choose_prompt(model.card, PromptChoice(is_query=True, instruction=request.instruction))
+    return query, choose_prompt(model.card, PromptChoice(is_query=False))
+
+
+def names_apart(request: ScoreRequest) -> Callable[[int], str]:
+    """What the client calls the text of each row of `tokenize_apart`."""
+    queries = len(request.queries)
+    query = entries(request.query_param) if queries > 1 else lambda index: request.query_param
+    document = entries(request.param)
+    return lambda index: query(index) if index < queries else document(index - queries)
+
+
+def score_result(model: ServedEmbedder | ServedReranker, request: ScoreRequest, ran: Ran) -> ScoreResult:
+    """Scores from what the model gave for the rows."""
+    rows = np.stack(ran.rows)
+    if isinstance(model, ServedReranker):
+        logits = rows[:, 0].astype(np.float64)
+        scores = logits if request.raw_scores else logit_to_relevance(logits)
+        return ScoreResult(scores, model.card.id, "cross_encoder", ran.prompt_tokens, ran.truncated, ran.timings)
+    queries = len(request.queries)
+    similarities = cosines(rows[:queries], rows[queries:])
+    scores = similarities if request.raw_scores else cosine_to_relevance(similarities)
+    truncated = tuple(index - queries for index in ran.truncated if index >= queries)
+    return ScoreResult(scores, model.card.id, "cosine", ran.prompt_tokens, truncated, ran.timings)

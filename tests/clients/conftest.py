@@ -1,0 +1,5 @@
+"""`make test` leaves these out: their packages are in environments of their own. `make test-clients` names them."""
+
+from __future__ import annotations
+
+collect_ignore = ["test_environments.py", "environments"]

@@ -1,0 +1,58 @@
+"""A real browser for the pages that the server gives to people."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from typing import Protocol
+
+import pytest
+from playwright.sync_api import Browser, Page, sync_playwright
+
+# Without a sandbox it runs in containers too; the rest keeps it from asking the network for anything.
+CHROMIUM_ARGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+class Server(Protocol):
+    @property
+    def url(self) -> str: ...
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """One per module, not per session: Playwright's event loop would be in the way of async tests."""
+    candidates = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    executable = next(filter(None, candidates), None)
+    assert executable, "needs Chromium on the PATH; `make test` installs it where it can"
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=executable, args=CHROMIUM_ARGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser: Browser, server: Server) -> Iterator[Page]:
+    with browser.new_context(base_url=server.url) as context:
+        yield context.new_page()
+
+
+@pytest.fixture
+def quiet_page(page: Page, server: Server) -> Iterator[Page]:
+    """A page that must neither complain nor ask anybody but the server for anything."""
+    complaints: list[str] = []
+    page.on("console", lambda message: complaints.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    requested: list[str] = []
+    page.on("request", lambda request: requested.append(request.url))
+    yield page
+    assert complaints == []
+    assert [url for url in requested if not url.startswith((f"{server.url}/", "data:"))] == []

@@ -1,0 +1,123 @@
+"""Vectors in every format that a client can ask for, whole and streamed, equal the floats."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import gzip
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from benchmarks.servers import RunningServer
+from numpy.typing import NDArray
+
+from vecmill.http.encoding import STREAM_FROM_BYTES
+
+TEXTS = ["def add(a, b): return a + b", "Berlin has 3.5 million inhabitants.", "", "naïve café"]
+MANY = [f"text number {index}" for index in range(400)]  # 400 x 384 floats: streamed, as base64 not
+
+
+async def floats(client: httpx.AsyncClient, texts: list[str] = TEXTS) -> NDArray[np.float32]:
+    answer = await client.post("/embed", json={"inputs": texts})
+    return np.array(answer.json(), np.float32)
+
+
+async def openai(client: httpx.AsyncClient, **fields: Any) -> list[Any]:
+    answer = await client.post("/v1/embeddings", json={"input": TEXTS, **fields})
+    assert answer.status_code == 200, answer.text
+    return [entry["embedding"] for entry in answer.json()["data"]]
+
+
+async def test_base64_where_it_is_asked_for_and_only_there(client: httpx.AsyncClient) -> None:
+    wanted = await floats(client)
+    base64_words: list[dict[str, Any]] = [{"encoding_format": "base64"}, {"embedding_type": "base64"}]
+    for fields in base64_words:
+        rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in await openai(client, **fields)]
+        np.testing.assert_array_equal(np.stack(rows), wanted)
+    for fields in ({}, {"encoding_format": "float"}, {"encoding_format": None}, {"embedding_type": ["float"]}):
+        np.testing.assert_array_equal(np.array(await openai(client, **fields), np.float32), wanted)
+
+
+async def test_one_bit_is_the_sign(client: httpx.AsyncClient) -> None:
+    signs = np.packbits(await floats(client) > 0, axis=1)
+    for fields in ({"embedding_type": "ubinary"}, {"output_dtype": "ubinary"}):
+        np.testing.assert_array_equal(await openai(client, **fields), signs)
+    for fields in ({"embedding_type": "binary"}, {"output_dtype": "binary"}):
+        np.testing.assert_array_equal(np.array(await openai(client, **fields)) + 128, signs)
+    packed = await openai(client, output_dtype="ubinary", encoding_format="base64")  # Voyage
+    np.testing.assert_array_equal([np.frombuffer(base64.b64decode(row), np.uint8) for row in packed], signs)
+
+
+async def test_eight_bits_keep_the_direction_and_one_scale(client: httpx.AsyncClient) -> None:
+    wanted = await floats(client)
+    scale = 127 * np.sqrt(wanted.shape[1]) / 8
+    int8 = np.array(await openai(client, output_dtype="int8"))
+    np.testing.assert_array_equal(int8, np.clip(np.rint(wanted * scale), -127, 127))
+    np.testing.assert_array_equal(np.array(await openai(client, output_dtype="uint8")), int8 + 128)
+    cosines = (int8 * wanted).sum(axis=1) / np.linalg.norm(int8, axis=1)
+    assert cosines.min() > 0.9995
+    alone = await client.post("/v1/embeddings", json={"input": TEXTS[1], "output_dtype": "int8"})
+    assert np.abs(np.array(alone.json()["data"][0]["embedding"]) - int8[1]).max() <= 1  # whatever else is asked with it
+
+
+async def test_several_types_at_once(client: httpx.AsyncClient) -> None:
+    types = ["ubinary", "float", "int8", "base64", "uint8", "binary", "float"]
+    answer = await client.post("/v2/embed", json={"texts": TEXTS, "embedding_types": types})
+    body = answer.json()
+    wanted = await floats(client)
+    assert set(body["embeddings"]) == set(types)
+    np.testing.assert_array_equal(np.array(body["embeddings"]["float"], np.float32), wanted)
+    np.testing.assert_array_equal(body["embeddings"]["ubinary"], np.packbits(wanted > 0, axis=1))
+    decoded = [np.frombuffer(base64.b64decode(row), "<f4") for row in body["embeddings"]["base64"]]
+    np.testing.assert_array_equal(decoded, wanted)
+    assert body["texts"] == TEXTS
+    assert body["meta"]["billed_units"]["input_tokens"] > 10
+
+
+async def test_a_large_answer_is_streamed_and_the_same(client: httpx.AsyncClient) -> None:
+    whole = await client.post("/v1/embeddings", json={"input": MANY, "encoding_format": "base64"})
+    streamed = await client.post("/v1/embeddings", json={"input": MANY}, headers={"accept-encoding": "identity"})
+    assert "content-length" in whole.headers
+    assert "content-length" not in streamed.headers
+    assert len(streamed.content) > STREAM_FROM_BYTES
+    decoded = [np.frombuffer(base64.b64decode(entry["embedding"]), "<f4") for entry in whole.json()["data"]]
+    entries = streamed.json()["data"]
+    np.testing.assert_array_equal(np.array([entry["embedding"] for entry in entries], np.float32), decoded)
+    assert [entry["index"] for entry in entries] == list(range(len(MANY)))
+    assert streamed.json()["usage"] == whole.json()["usage"]
+
+
+async def test_a_streamed_answer_is_compressed_where_the_client_takes_it(client: httpx.AsyncClient) -> None:
+    async with client.stream("POST", "/embed", json={"inputs": MANY}, headers={"accept-encoding": "gzip"}) as answer:
+        assert answer.headers["content-encoding"] == "gzip"
+        raw = b"".join([chunk async for chunk in answer.aiter_raw()])
+    plain = await client.post("/embed", json={"inputs": MANY}, headers={"accept-encoding": "identity"})
+    assert gzip.decompress(raw) == plain.content
+
+
+async def test_several_types_are_streamed_in_their_order(client: httpx.AsyncClient) -> None:
+    body = {"texts": MANY, "embedding_types": ["int8", "float"]}
+    embeddings = (await client.post("/v2/embed", json=body)).json()["embeddings"]
+    wanted = await floats(client, MANY)
+    np.testing.assert_array_equal(np.array(embeddings["float"], np.float32), wanted)
+    assert np.abs(np.array(embeddings["int8"]) - wanted * 127 * np.sqrt(384) / 8).max() <= 0.5
+
+
+async def test_a_client_that_leaves_in_the_middle_of_its_answer_disturbs_nobody(server: RunningServer) -> None:
+    body = {"input": MANY * 3, "user": "x"}
+    async with httpx.AsyncClient(base_url=server.url, timeout=60) as client:
+        for _ in range(3):
+            async with client.stream("POST", "/v1/embeddings", json=body) as answer:
+                assert answer.status_code == 200
+                await anext(answer.aiter_raw())
+        found = await asyncio.gather(*(client.post("/embed", json={"inputs": "x"}) for _ in range(8)))
+        assert {answer.status_code for answer in found} == {200}
+
+
+@pytest.mark.parametrize("fields", [{"embedding_type": ["float", "int8"]}, {"output_dtype": "int4"}])
+async def test_a_format_that_is_none_is_named(client: httpx.AsyncClient, fields: dict[str, Any]) -> None:
+    answer = await client.post("/v1/embeddings", json={"input": "x", **fields})
+    assert answer.status_code == 400
+    assert next(iter(fields)) in answer.json()["error"]["param"]
