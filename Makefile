@@ -8,6 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CODE := src tests benchmarks examples
+# Two processes, each with whole files: most tests wait for one server or run on one core.
+BESIDE := --numprocesses 2 --dist loadfile
 
 # Published clients cannot all be installed beside each other, nor beside vecmill: each set has an environment here.
 CLIENTS := .clients
@@ -15,7 +17,7 @@ CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients check lint fix chromium
+.PHONY: help serve test test-clients test-python-clients check lint fix chromium
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -24,10 +26,13 @@ serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--
 	@$(BIN)/vecmill serve $(ARGS)
 
 test: $(VENV)/.dev chromium  ## Run every test. Options: ARGS="-k jobs".
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
-test-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed) $(CLIENTS)/.node  ## Run published clients against real servers. Options: ARGS="-k node".
-	$(BIN)/python -m pytest tests/clients/test_environments.py $(ARGS)
+test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
+	$(BIN)/python -m pytest tests/clients/test_environments.py -k node $(ARGS)
+
+test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## Only Python's. Options: ARGS="-k langchain".
+	$(BIN)/python -m pytest tests/clients/test_environments.py -k python $(ARGS)
 
 check: lint  ## Run everything: format, lint, types, import contracts, tests with coverage.
 	$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term $(ARGS)"
