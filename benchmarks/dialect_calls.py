@@ -18,11 +18,6 @@ class Call:
     body: bytes
     headers: tuple[tuple[bytes, bytes], ...] = CLIENTS_HEADERS
 
-    @property
-    def compressed(self) -> bool:
-        """Whether gzip is asked for."""
-        return any(name == b"accept-encoding" for name, _ in self.headers)
-
 
 def dialect_calls(texts: Sequence[str]) -> list[Call]:
     """Embedding in each dialect that takes several texts at once, and reranking in each.

@@ -3,7 +3,7 @@
 The real application is called through ASGI, one request at a time, with results that lie ready in place of the model's.
 So the time is that of everything HTTP does in this process: middleware, routing, JSON, validation, dialect, encoding
 in a thread. Beside it stands the limit of this machine: parsing and serialising the same bytes with orjson and nothing
-else. The dialects take turns; the target is for answers that are not compressed.
+else. The dialects take turns.
 
     python -m benchmarks.dialect_cost
     python -m benchmarks.dialect_cost --texts 64 --dimensions 384 --rounds 5
@@ -136,16 +136,12 @@ async def measure(calls: Sequence[Call], options: argparse.Namespace) -> dict[st
             "path": call.path,
             "request_bytes": len(call.body),
             "answer_bytes": sizes[call.name],
-            "ms": _judged(call, times[call.name]),
+            "ms": judged(spread(times[call.name]), MOST_MS),
             "orjson_alone_ms": spread(limits[call.name]),
             "over_orjson": spread([a / b for a, b in zip(times[call.name], limits[call.name], strict=True)]),
         }
         for call in calls
     }
-
-
-def _judged(call: Call, times: Sequence[float]) -> dict[str, Any]:
-    return spread(times) if call.compressed else judged(spread(times), MOST_MS)
 
 
 def print_summary(found: dict[str, dict[str, Any]], options: argparse.Namespace, other_cores: float) -> None:
@@ -166,9 +162,7 @@ def print_summary(found: dict[str, dict[str, Any]], options: argparse.Namespace,
             rounded(one["answer_bytes"] / 1000),
         )
     console.print(table)
-    slowest = max(
-        (name for name in found if "target" in found[name]["ms"]), key=lambda name: found[name]["ms"]["median"]
-    )
+    slowest = max(found, key=lambda name: found[name]["ms"]["median"])
     console.print(f"slowest: {slowest}, {shown(found[slowest]['ms'], ' ms')}", soft_wrap=True)
     print_disturbance(console, other_cores)
 

@@ -83,8 +83,8 @@ def test_a_figure_is_told_beside_its_target() -> None:
 def test_dialect_cost_is_told_for_each_dialect_beside_the_machines_limit() -> None:
     done = run_benchmark("dialect_cost", "--texts", "4", "--dimensions", "128", *FEW, "--repeats", "2")
     found = json_line(done)["dialects"]
-    for name, one in found.items():
-        assert one["ms"].keys() == (SPREAD if name.endswith("gzip") else JUDGED)
+    for one in found.values():
+        assert one["ms"].keys() == JUDGED
         assert 0 < one["orjson_alone_ms"]["median"] < one["ms"]["median"]
     assert {"OpenAI, base64", "Cohere v2, four types", "TEI", "Ollama", "NIM ranking"} <= found.keys()
     assert found["TEI, gzip"]["answer_bytes"] < found["TEI"]["answer_bytes"]

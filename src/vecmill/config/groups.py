@@ -176,8 +176,8 @@ class SchedulerSettings(SettingsGroup):
         0.2,
         ge=0,
         le=1,
-        description="Share of the tokens that bulk work keeps while searches never end; searches go first otherwise. Up "
-        "to 0.5 it is kept; above, searches still fill what the next bulk text is too long for.",
+        description="Share of the tokens that bulk work keeps while searches never end; searches go first otherwise. "
+        "Up to 0.5 it is kept; above, searches still fill what the next bulk text is too long for.",
     )
     aging_seconds: float = Field(
         5,

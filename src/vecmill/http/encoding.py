@@ -6,10 +6,8 @@ between, the event loop gets its turn. They leave as they are encoded, so that n
 
 from __future__ import annotations
 
-import gzip
 import re
 import secrets
-import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +15,7 @@ from functools import partial
 import orjson
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
+from isal import isal_zlib
 
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import EmbedResult, Matrix, ScoreResult
@@ -26,6 +25,7 @@ from vecmill.http.services import services_of
 
 STREAM_FROM_BYTES = 1_048_576
 PIECE_BYTES = 262_144
+GZIP_WINDOW = 31  # zlib's largest window, with gzip's header and trailer around
 
 Rows = Sequence[object]
 
@@ -88,11 +88,11 @@ def _whole(
 ) -> bytes:
     rows = [[orjson.Fragment(encode(row, form)) for row in embeddings] for form in formats]
     body = orjson.dumps(build(*rows))
-    return gzip.compress(body, GZIP_LEVEL, mtime=0) if compress else body
+    return isal_zlib.compress(body, GZIP_LEVEL, GZIP_WINDOW) if compress else body
 
 
 async def _stream(threads: WorkerThreads, body: _Body, compress: bool) -> AsyncIterator[bytes]:
-    compressor = zlib.compressobj(GZIP_LEVEL, wbits=zlib.MAX_WBITS | 16) if compress else None
+    compressor = isal_zlib.compressobj(GZIP_LEVEL, wbits=GZIP_WINDOW) if compress else None
     count = len(body.vectors)
     largest = body.embeddings.shape[1] * max(form.characters for form in body.formats)
     step = max(1, round(PIECE_BYTES / largest))
@@ -101,7 +101,7 @@ async def _stream(threads: WorkerThreads, body: _Body, compress: bool) -> AsyncI
     yield compressor.compress(body.between[-1]) + compressor.flush() if compressor else body.between[-1]
 
 
-def _piece(body: _Body, start: int, stop: int, compressor: zlib._Compress | None) -> bytes:
+def _piece(body: _Body, start: int, stop: int, compressor: isal_zlib.Compress | None) -> bytes:
     piece = b"".join(body.encode(start, stop))
     return compressor.compress(piece) if compressor else piece
 
@@ -119,7 +119,7 @@ async def json_response(
 def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool]:
     body = orjson.dumps(build())
     if compress and len(body) >= GZIP_FROM_BYTES:
-        return gzip.compress(body, GZIP_LEVEL, mtime=0), True
+        return isal_zlib.compress(body, GZIP_LEVEL, GZIP_WINDOW), True
     return body, False
 
 

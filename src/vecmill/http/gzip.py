@@ -7,7 +7,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 GZIP_FROM_BYTES = 1024
-# Digits compress about as well at 1 as at 9, five times faster.
+# Digits compress about as well at 1 as at the highest level, in a fraction of the time.
 GZIP_LEVEL = 1
 
 
