@@ -43,7 +43,7 @@ _STATIC = {file.name: file.read_bytes() for file in _HERE.iterdir() if PurePath(
 router = APIRouter(include_in_schema=False)
 
 
-@router.get("/", response_class=HTMLResponse)
+@router.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)  # Ollama's clients look with HEAD
 async def page() -> HTMLResponse:
     return HTMLResponse(_PAGE, headers=HEADERS)
 

@@ -173,3 +173,9 @@ def usage(result: EmbedResult | ScoreResult) -> dict[str, object]:
     """OpenAI's token counts; `truncated` lists the inputs that were cut, where there are any."""
     counts: dict[str, object] = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
     return counts | ({"truncated": list(result.truncated)} if result.truncated else {})
+
+
+def warnings(result: EmbedResult | ScoreResult) -> dict[str, list[str]]:
+    """Cohere's note of the inputs that were cut, where there are any."""
+    cut = ", ".join(map(str, result.truncated[:100]))
+    return {"warnings": [f"truncated: {cut}"]} if cut else {}

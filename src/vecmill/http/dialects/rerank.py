@@ -13,8 +13,8 @@ from pydantic import Discriminator, Tag
 
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import ScoreBody, score
-from vecmill.http.dialects.cohere import RerankBody
 from vecmill.http.dialects.nim import RankingBody
+from vecmill.http.dialects.rerank_body import RerankBody
 from vecmill.http.dialects.tei import TeiRerankBody
 from vecmill.http.dialects.voyage import VoyageRerankBody
 from vecmill.http.dialects.weaviate import WeaviateRerankBody

@@ -9,8 +9,8 @@ from pydantic import Field
 
 from vecmill.core.types import ScoreResult
 from vecmill.http.dialects.bodies import example
-from vecmill.http.dialects.cohere import RerankBody
 from vecmill.http.dialects.inputs import usage
+from vecmill.http.dialects.rerank_body import RerankBody
 
 
 class VoyageRerankBody(RerankBody):
