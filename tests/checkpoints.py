@@ -325,3 +325,11 @@ def _as_sentence_transformer(
     if max_seq_length is not None:
         write(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     return folder
+
+
+def plain_tokenizer(folder: Path) -> Tokenizer:
+    """A checkpoint's tokenizer, read by the library alone; it neither pads nor cuts, whatever its file says."""
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
 
+from tests.checkpoints import plain_tokenizer
 from tests.oracle import st_encode
 
 # Newlines, accents, a character outside the basic plane and a script without spaces: what encodings get wrong.
@@ -30,9 +30,7 @@ DOCUMENTS = [
 
 def expected(minilm_folder: Path) -> dict[str, object]:
     """As JSON for the clients' tests, which have neither torch nor numpy to count on."""
-    tokenizer = Tokenizer.from_file(str(minilm_folder / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+    tokenizer = plain_tokenizer(minilm_folder)
     vectors = st_encode(minilm_folder, [*TEXTS, LONG_TEXT, QUERY, *DOCUMENTS])
     embedded, long, query, documents = np.split(vectors, np.cumsum([len(TEXTS), 1, 1]))
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.checkpoints import tiny_cross_encoder
+from tests.checkpoints import plain_tokenizer, tiny_cross_encoder
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN, load_model
 from vecmill.core.errors import InputTooLong, InvalidInput
@@ -42,10 +42,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def own(folder: Path) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    return plain_tokenizer(folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from tests.checkpoints import tiny_cross_encoder, tiny_xlm_roberta
+from tests.checkpoints import plain_tokenizer, tiny_cross_encoder, tiny_xlm_roberta
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
 
@@ -37,9 +37,7 @@ class Served:
 
     def __init__(self, kind: str, client: httpx.AsyncClient, folder: Path) -> None:
         self.kind, self.client = kind, client
-        self.own = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.own.no_padding()
-        self.own.no_truncation()
+        self.own = plain_tokenizer(folder)
 
     async def pieces(self, inputs: object, **fields: object) -> list[list[dict[str, Any]]]:
         answer = await self.client.post("/tokenize", json={"inputs": inputs, **fields})

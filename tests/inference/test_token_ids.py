@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.checkpoints import plain_tokenizer
 from tests.conftest import serving
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
@@ -41,10 +42,7 @@ def cl100k() -> tiktoken.Encoding:
 
 @pytest.fixture(scope="module")
 def own(minilm_folder: Path) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(minilm_folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    return plain_tokenizer(minilm_folder)
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.checkpoints import plain_tokenizer
 from tests.models.loaded import GOLDEN, load_model, text_tokenizer
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
@@ -39,10 +40,7 @@ def tokenizer(minilm_folder: Path) -> Iterator[TextTokenizer]:
 
 @pytest.fixture(scope="module")
 def own(minilm_folder: Path) -> Tokenizer:
-    tokenizer = Tokenizer.from_file(str(minilm_folder / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
+    return plain_tokenizer(minilm_folder)
 
 
 def cut_by(own: Tokenizer, text: str, limit: int, side: Side) -> list[int]:

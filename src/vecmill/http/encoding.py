@@ -27,8 +27,6 @@ STREAM_FROM_BYTES = 1_048_576
 PIECE_BYTES = 262_144
 GZIP_WINDOW = 31  # zlib's largest window, with gzip's header and trailer around
 
-Rows = Sequence[object]
-
 
 async def vectors_response(
     request: Request,

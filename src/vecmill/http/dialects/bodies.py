@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from pydantic import ConfigDict, Field
 
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, Scores
-from vecmill.http.caller import Priority
+from vecmill.http.caller import Priority, with_priority
 from vecmill.http.dialects.prompt_fields import PromptFields
 from vecmill.http.dialects.truncation_fields import TruncationFields
 from vecmill.http.embedding_formats import FLOAT, EmbeddingFormat
@@ -66,13 +66,15 @@ class ScoreBody(InferenceBody):
 
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:
     """Answer a request for vectors."""
-    result = await services_of(request).inference.embed(body.embed_request(caller))
+    asked = body.embed_request(with_priority(caller, body.priority))
+    result = await services_of(request).inference.embed(asked)
     return await vectors_response(request, result, lambda *rows: body.answer(result, *rows), body.formats())
 
 
 async def score(body: ScoreBody, request: Request, caller: Caller) -> Response:
     """Answer a request for scores."""
-    result = await services_of(request).inference.score(body.score_request(caller))
+    asked = body.score_request(with_priority(caller, body.priority))
+    result = await services_of(request).inference.score(asked)
     size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
     path = request.url.path
     return await json_response(request, lambda: body.answer(result, path), result_headers(result), size=size)

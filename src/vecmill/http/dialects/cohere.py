@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult
-from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Count, Dimensions, NotServedHere, warnings
 from vecmill.http.embedding_formats import EmbeddingFormat
@@ -81,7 +81,7 @@ class CohereEmbedBody(EmbedBody):
             truncation=self.asked_truncation(default=True, max_tokens=self.max_tokens),
             dimensions=self.output_dimension,
             param=param,
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     @property

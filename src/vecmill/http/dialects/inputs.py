@@ -30,10 +30,10 @@ def parse_inputs(value: Any) -> Inputs:
         raise ValueError(FOUR_SHAPES)
     if not value:
         return []
-    if any(isinstance(entry, dict) for entry in value):
-        return [_text_of(entry, index) for index, entry in enumerate(value)]
     if _is_ids(value):
         return [value]
+    if dict in set(map(type, value)):
+        return [_text_of(entry, index) for index, entry in enumerate(value)]
     # The first entry says which shape it is, the others must follow it.
     fits = next((fits for fits in (_is_text, _is_id, _is_ids) if fits(value[0])), _is_text)
     for index, entry in enumerate(value):

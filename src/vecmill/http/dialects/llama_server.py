@@ -12,7 +12,7 @@ from pydantic import Field
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, TokenVocabulary
-from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import EmbeddingInputs
 from vecmill.http.route import InferenceRoute
@@ -44,7 +44,7 @@ class EmbeddingBody(EmbedBody):
             token_vocabulary=TokenVocabulary.MODEL,
             normalize=self.embd_normalize == EUCLIDEAN,
             param="content",
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:

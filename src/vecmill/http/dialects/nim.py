@@ -12,9 +12,9 @@ from pydantic import BaseModel, Field
 
 from vecmill import __version__
 from vecmill.core.types import Caller, ScoreRequest, ScoreResult
-from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import ScoreBody, best_first, example, score
-from vecmill.http.dialects.inputs import NotServedHere
+from vecmill.http.dialects.inputs import NotServedHere, usage
 from vecmill.http.error_shapes import NIM, ErrorShape
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
@@ -62,7 +62,7 @@ class RankingBody(ScoreBody):
             truncation=self.asked_truncation(default=False),
             raw_scores=True,
             param="passages",
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def answer(self, result: ScoreResult, path: str) -> object:
@@ -72,7 +72,7 @@ class RankingBody(ScoreBody):
                 {"index": index, "logit": float(result.scores[index])}
                 for index in best_first(result.scores, self.top_n)
             ],
-            "usage": {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens},
+            "usage": usage(result),
         }
 
 

@@ -14,7 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard, Task
-from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.route import InferenceRoute
@@ -67,7 +67,7 @@ class OllamaEmbedBody(EmbedBody):
             truncation=self.asked_truncation(default=True),
             dimensions=self.dimensions,
             param="input",
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
@@ -108,7 +108,7 @@ class OllamaEmbeddingsBody(EmbedBody):
             truncation=self.asked_truncation(default=True),
             normalize=False,
             param="prompt",
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:

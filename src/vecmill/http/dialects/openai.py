@@ -14,7 +14,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import AliasChoices, BeforeValidator, Field
 
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult
-from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, NotServedHere, usage
 from vecmill.http.embedding_formats import EmbeddingFormat
@@ -67,7 +67,7 @@ class EmbeddingsBody(EmbedBody):
             dimensions=self.dimensions or self.output_dimension,
             normalize=self.normalize is not False,
             param="input",
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def formats(self) -> Sequence[EmbeddingFormat]:

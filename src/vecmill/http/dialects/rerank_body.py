@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 from pydantic import Field
 
 from vecmill.core.types import Caller, ScoreRequest, ScoreResult
-from vecmill.http.caller import with_priority
 from vecmill.http.dialects.bodies import ScoreBody, best_first, example
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, Documents, ranked_text, usage, warnings
 from vecmill.http.error_shapes import OPENAI, ErrorShape
@@ -58,7 +57,7 @@ class RerankBody(ScoreBody):
             max_tokens_per_document=self.max_tokens_per_doc,
             instruction=self.instruction,
             raw_scores=bool(self.raw_scores),
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def results(self, result: ScoreResult, top_n: int | None) -> list[dict[str, Any]]:

@@ -13,8 +13,8 @@ from pydantic import Field
 
 from vecmill import __version__
 from vecmill.core.errors import NotServed
-from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, Task, TokenVocabulary
-from vecmill.http.caller import CallerOf, of_job, with_priority
+from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, TokenVocabulary
+from vecmill.http.caller import CallerOf, of_job
 from vecmill.http.capabilities import max_batch_tokens
 from vecmill.http.dialects.bodies import EmbedBody, ScoreBody, best_first, embed, example
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs
@@ -49,7 +49,7 @@ class TeiEmbedBody(EmbedBody):
             dimensions=self.dimensions,
             normalize=self.normalize is not False,
             param="inputs",
-            caller=with_priority(of_job(caller, self.job_id) if self.job_id else caller, self.priority),
+            caller=of_job(caller, self.job_id) if self.job_id else caller,
         )
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
@@ -92,7 +92,7 @@ class TeiRerankBody(ScoreBody):
             truncation=self.asked_truncation(),
             raw_scores=bool(self.raw_scores),
             param="texts",
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def answer(self, result: ScoreResult, path: str) -> object:
@@ -117,14 +117,11 @@ async def info(services: ServicesOf) -> dict[str, Any]:
     cards = services.inference.cards
     card = cards[0] if cards else None
     limits = services.settings.inference
-    kind = {"reranker": {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}}
-    if card is None or card.task is Task.EMBED:
-        kind = {"embedding": {"pooling": str(card and card.pooling)}}
     return {
         "model_id": card and card.id,
         "model_sha": card and card.revision,
         "model_dtype": card and card.dtype,
-        "model_type": kind,
+        "model_type": {"embedding": {"pooling": str(card and card.pooling)}},
         "served_model_name": card and card.id,
         "dimensions": card and card.dimensions,
         "prompts": dict(card.prompts) if card else {},

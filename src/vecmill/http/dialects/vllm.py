@@ -14,7 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Field
 
 from vecmill.core.errors import EmptyInput, InvalidInput
 from vecmill.core.types import Caller, ScoreRequest, ScoreResult
-from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import ScoreBody, example, score
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, usage
 from vecmill.http.error_shapes import OPENAI, ErrorShape
@@ -70,7 +70,7 @@ class ScoreTextsBody(ScoreBody):
             raw_scores=bool(self.raw_scores) or self.use_activation is False,
             param="text_2",
             query_param="text_1",
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def answer(self, result: ScoreResult, path: str) -> object:

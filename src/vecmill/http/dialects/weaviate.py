@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, PromptChoice, ScoreRequest, ScoreResult
-from vecmill.http.caller import CallerOf, with_priority
+from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, ScoreBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.error_shapes import WEAVIATE, ErrorShape
@@ -41,20 +41,21 @@ class VectorsBody(EmbedBody):
 
     def embed_request(self, caller: Caller) -> EmbedRequest:
         """What is asked of the model."""
-        if self.text is None and self.texts is None:
+        texts, param = (self.texts, "texts") if self.text is None else ([self.text], "text")
+        if texts is None:
             raise InvalidInput("`text`: Field required; the text to embed.", param="text")
         config = self.config or VectorsConfig()
         prompt = self.prompt_choice()
         if config.task_type in ("query", "passage"):
             prompt = PromptChoice(is_query=config.task_type == "query")
         return EmbedRequest(
-            inputs=self.texts if self.text is None else [self.text],  # type: ignore[arg-type]  # one is there
+            inputs=texts,
             model=self.model,
             prompt=prompt,
             truncation=self.asked_truncation(),
             dimensions=config.dimensions,
-            param="texts" if self.text is None else "text",
-            caller=with_priority(caller, self.priority),
+            param=param,
+            caller=caller,
         )
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
@@ -87,7 +88,7 @@ class WeaviateRerankBody(ScoreBody):
             queries=[self.query],
             documents=self.documents,
             truncation=self.asked_truncation(),
-            caller=with_priority(caller, self.priority),
+            caller=caller,
         )
 
     def answer(self, result: ScoreResult, path: str) -> object:
