@@ -13,6 +13,9 @@ from vecmill.core.types import TokenVocabulary
 
 Pairs = tuple[tuple[str, str], ...]
 
+# ASCII without spaces, as an address or a header takes it.
+PRINTABLE = re.compile("[!-~]+")
+
 
 class SettingsGroup(BaseSettings):
     """One room's settings: keyword over environment over `.env` over default."""
@@ -35,7 +38,7 @@ def _base_url(value: str) -> str:
         usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
     except ValueError:  # a port that is none, a bracket that is not closed
         usable = False
-    if not usable or not re.fullmatch("[!-~]+", value):
+    if not usable or not PRINTABLE.fullmatch(value):
         raise ValueError("must be an address of the form http://host:port")
     if "@" in value:
         raise ValueError("must hold no user name and no password; the key goes into GENERATION_API_KEY")
@@ -310,7 +313,7 @@ class AccessSettings(SettingsGroup):
     @classmethod
     def _usable(cls, value: tuple[tuple[str, SecretStr], ...]) -> tuple[tuple[str, SecretStr], ...]:
         keys = [key.get_secret_value() for _, key in value]
-        if not all(name and re.fullmatch("[!-~]+", key) for (name, _), key in zip(value, keys, strict=True)):
+        if not all(name and PRINTABLE.fullmatch(key) for (name, _), key in zip(value, keys, strict=True)):
             raise ValueError("must be keys of ASCII without spaces, comma-separated, each `key` or `name:key`")
         if len(set(keys)) < len(keys) or len({name for name, _ in value}) < len(value):
             raise ValueError("has a key or a name twice")
@@ -349,7 +352,7 @@ class GenerationSettings(SettingsGroup):
     @field_validator("generation_api_key")
     @classmethod
     def _of_one_line(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not re.fullmatch("[!-~]+", value.get_secret_value()):
+        if value is not None and not PRINTABLE.fullmatch(value.get_secret_value()):
             raise ValueError("must be printable ASCII without spaces, as it goes into a header")
         return value
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Tag
 
@@ -19,6 +18,7 @@ from vecmill.http.dialects.tei import TeiEmbedBody, embed_texts
 from vecmill.http.encoding import json_response, result_headers
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import services_of
+from vecmill.inference.finish import cosines
 
 router = APIRouter(tags=["TEI and CodeCartographer"], route_class=InferenceRoute)
 
@@ -63,9 +63,9 @@ class SimilarityBody(BaseModel):
 async def similarity(body: SimilarityBody, request: Request, caller: CallerOf) -> Response:
     """Cosine of one sentence with each of the others, in their order."""
     result = await services_of(request).inference.embed(body.embed_request(caller))
-    cosines = np.clip(result.embeddings[1:] @ result.embeddings[0], -1, 1).astype(float)
-    size = SCORE_CHARACTERS * len(cosines)
-    return await json_response(request, cosines.tolist, result_headers(result), size=size)
+    source, others = result.embeddings[:1], result.embeddings[1:]
+    size = others.nbytes + SCORE_CHARACTERS * len(others)
+    return await json_response(request, lambda: cosines(source, others).tolist(), result_headers(result), size=size)
 
 
 def _kind(body: Any) -> str:
