@@ -17,7 +17,7 @@ CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients check lint fix chromium
+.PHONY: help serve test test-clients test-python-clients check lint fix chromium redis
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -25,7 +25,7 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev chromium  ## Run every test. Options: ARGS="-k jobs".
+test: $(VENV)/.dev chromium redis  ## Run every test. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
@@ -78,3 +78,9 @@ chromium:
 	@command -v chromium chromium-browser google-chrome >/dev/null || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
 		{ echo "The dashboard's tests need Chromium on the PATH: sudo apt install chromium"; exit 1; }
+
+# What several servers share their state by is tested with a real one.
+redis:
+	@command -v redis-server >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y redis-server >/dev/null; } || \
+		{ echo "The tests of REDIS_URL need redis-server on the PATH: sudo apt install redis-server"; exit 1; }

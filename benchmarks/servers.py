@@ -52,14 +52,16 @@ def running(
 ) -> Iterator[RunningServer]:
     """The command's server while the block runs; RuntimeError with its log if it does not become ready.
 
-    `environment` is added to this process's own.
+    `environment` is added to this process's own. vecmill keeps its state in a folder that goes with the server, and no
+    cache, unless the environment says otherwise.
     """
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as state:
+        alone = {"STATE_DIR": state, "CACHE_MAX_BYTES": "0"}
         process = subprocess.Popen(
             command,
             stdout=log,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, **alone, **(environment or {})},
             start_new_session=True,  # a group of its own: whatever it starts can be ended with it
         )
         try:

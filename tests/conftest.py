@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -17,10 +18,11 @@ from vecmill.models.source import find
 
 
 @pytest.fixture(scope="session", autouse=True)
-def hermetic() -> Iterator[None]:
+def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """None of the settings of whoever runs the tests: neither environment nor `.env`.
 
-    Layers are eager unless a test says otherwise: compiling them takes seconds at each start.
+    Layers are eager unless a test says otherwise: compiling them takes seconds at each start. Nothing is cached unless a
+    test is about that.
     """
     with pytest.MonkeyPatch.context() as patch:
         for group in GROUPS:
@@ -28,6 +30,8 @@ def hermetic() -> Iterator[None]:
                 patch.delenv(name.upper(), raising=False)
             patch.setitem(group.model_config, "env_file", None)
         patch.setenv("TORCH_COMPILE", "false")
+        patch.setenv("CACHE_MAX_BYTES", "0")
+        patch.setenv("STATE_DIR", str(tmp_path_factory.mktemp("state")))
         yield
 
 
@@ -51,12 +55,14 @@ async def serving(**flags: object) -> AsyncIterator[httpx.AsyncClient]:
 
     Forward passes are small unless a test says otherwise: warm-up runs the largest, which takes seconds at each start.
     """
-    app = create_app(load_settings({"dtype": "float32", "device": "cpu", "max_batch_tokens": 512, **flags}))
-    async with app.router.lifespan_context(app):
-        await app.state.loading
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
-            yield client
+    with tempfile.TemporaryDirectory() as state:
+        common = {"dtype": "float32", "device": "cpu", "max_batch_tokens": 512, "state_dir": state}
+        app = create_app(load_settings({**common, **flags}))
+        async with app.router.lifespan_context(app):
+            await app.state.loading
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
+                yield client
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ Knows the environment, `.env` and flags. Does not know what any setting does.
 
 from vecmill.config.groups import (
     AccessSettings,
+    BatchSettings,
+    CacheSettings,
     EngineSettings,
     GenerationSettings,
     HttpSettings,
@@ -14,11 +16,14 @@ from vecmill.config.groups import (
     ModelSettings,
     SchedulerSettings,
     SettingsGroup,
+    StateSettings,
 )
 from vecmill.config.settings import Settings, load_settings
 
 __all__ = [
     "AccessSettings",
+    "BatchSettings",
+    "CacheSettings",
     "EngineSettings",
     "GenerationSettings",
     "HttpSettings",
@@ -29,5 +34,6 @@ __all__ = [
     "SchedulerSettings",
     "Settings",
     "SettingsGroup",
+    "StateSettings",
     "load_settings",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
@@ -246,6 +247,82 @@ class JobSettings(SettingsGroup):
         gt=0,
         description="Seconds without progress, poll or tagged `/embed` after which a job is given up as failed.",
     )
+    jobs_max_wait_seconds: float = Field(
+        270,
+        gt=0,
+        description="Seconds that a job waits, at the most, before it becomes active beside the others: CodeCartographer "
+        "gives up after 300.",
+    )
+
+
+class StateSettings(SettingsGroup):
+    """What lasts beyond the process."""
+
+    title: ClassVar[str] = "State"
+
+    state_dir: Path = Field(
+        Path("~/.local/share/vecmill"),
+        validate_default=True,
+        description="Folder for the cache, the jobs and the files of batches. One server at a time uses it, unless "
+        "REDIS_URL is set.",
+    )
+    redis_url: SecretStr | None = Field(
+        None,
+        description="Redis (or Valkey) for the cache and the jobs, so that several servers share them: "
+        "`redis://host:6379/0`. Needs the extra `redis`. Default: files in STATE_DIR.",
+    )
+
+    @field_validator("state_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @field_validator("redis_url")
+    @classmethod
+    def _of_redis(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and urlsplit(value.get_secret_value()).scheme not in ("redis", "rediss", "unix"):
+            raise ValueError("must be an address of the form redis://host:6379/0")
+        return value
+
+
+class CacheSettings(SettingsGroup):
+    """Vectors that were computed before."""
+
+    title: ClassVar[str] = "Cache"
+
+    cache_max_bytes: int = Field(
+        10_737_418_240,
+        ge=0,
+        description="Bytes of vectors that are kept on disk, the least recently used go first; 0: no cache. With "
+        "REDIS_URL its `maxmemory` is the limit.",
+    )
+    cache_dtype: Literal["auto", "float32"] = Field(
+        "auto",
+        description="How vectors are kept. `auto`: 16 bits for each dimension where no cosine changes by more than "
+        "0.0001, else 32; `float32`: as they were computed.",
+    )
+    cache_queries: bool = Field(
+        True, description="Keep the vectors of queries too; false: queries are neither looked up nor kept."
+    )
+
+
+class BatchSettings(SettingsGroup):
+    """Files of requests that the server works through by itself."""
+
+    title: ClassVar[str] = "Batches"
+
+    batches_max_active: int = Field(4, ge=1, le=64, description="Batches in progress at a time; later ones wait.")
+    batch_chunk_size: int = Field(
+        512, ge=1, le=65_536, description="Lines of a batch in progress at a time: what a crash makes it do again."
+    )
+    max_file_bytes: int = Field(1_073_741_824, ge=1024, description="Bytes per uploaded file; more is a 413.")
+    max_files_bytes: int = Field(
+        107_374_182_400,
+        ge=1024,
+        description="Bytes of all files of batches, uploads and results; what would be more is refused until files are "
+        "deleted.",
+    )
+    file_expires_days: float = Field(30, gt=0, le=3650, description="Days until a file is deleted.")
 
 
 class HttpSettings(SettingsGroup):
@@ -281,6 +358,11 @@ class AccessSettings(SettingsGroup):
         description="Keys that requests must carry one of, as `Authorization: Bearer KEY`, `api-key` or `x-api-key`: "
         "comma-separated, each with a name for the log where it is written `name:key`. Default: none, everyone who "
         "reaches the address may use the server. /health and /ready need none.",
+    )
+    admin_api_key: SecretStr | None = Field(
+        None,
+        description="Key for what concerns everyone, `DELETE /cache`; it opens everything else too. Default: with "
+        "API_KEY nobody may do that, without it everyone.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from vecmill.config.groups import (
     AccessSettings,
+    BatchSettings,
+    CacheSettings,
     EngineSettings,
     GenerationSettings,
     HttpSettings,
@@ -18,6 +20,7 @@ from vecmill.config.groups import (
     ModelSettings,
     SchedulerSettings,
     SettingsGroup,
+    StateSettings,
 )
 from vecmill.core.errors import StartupError
 
@@ -26,15 +29,18 @@ GROUPS: tuple[type[SettingsGroup], ...] = (
     EngineSettings,
     SchedulerSettings,
     InferenceSettings,
+    StateSettings,
+    CacheSettings,
     JobSettings,
+    BatchSettings,
     HttpSettings,
     AccessSettings,
     GenerationSettings,
     LogSettings,
 )
 
-# Values that no sentence repeats. A wrong GENERATION_URL may hold a password.
-SECRETS = frozenset({"hf_token", "generation_url", "generation_api_key", "api_key"})
+# Values that no sentence repeats. A wrong GENERATION_URL or REDIS_URL may hold a password.
+SECRETS = frozenset({"hf_token", "generation_url", "generation_api_key", "api_key", "admin_api_key", "redis_url"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +51,10 @@ class Settings:
     engine: EngineSettings
     scheduler: SchedulerSettings
     inference: InferenceSettings
+    state: StateSettings
+    cache: CacheSettings
     jobs: JobSettings
+    batches: BatchSettings
     http: HttpSettings
     access: AccessSettings
     generation: GenerationSettings

@@ -1,0 +1,81 @@
+"""Opening a SQLite database so that it survives a crash, and putting aside one that did not.
+
+Source: https://www.sqlite.org/wal.html, https://www.sqlite.org/howtocorrupt.html
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from contextlib import suppress
+from pathlib import Path
+from time import time_ns
+
+logger = logging.getLogger(__name__)
+
+BUSY_SECONDS = 5.0
+# Errors that say that the file itself is no good, not that it cannot be used now.
+BROKEN = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_SCHEMA, sqlite3.SQLITE_ERROR})
+
+
+def connect(path: Path, *, durable: bool = False, busy_seconds: float = BUSY_SECONDS) -> sqlite3.Connection:
+    """A connection in WAL mode without implicit transactions, for any thread, one at a time.
+
+    What is committed survives the death of the process; where `durable`, also that of the machine.
+    """
+    connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def open_database(path: Path, schema: str, version: int, *, durable: bool = False) -> sqlite3.Connection:
+    """Connect, and create the tables of `schema` in a new file.
+
+    A file that is broken, or of another version, is put aside under another name and a new one begun.
+
+    Raises:
+        sqlite3.Error: the database cannot be used now (locked, read-only, no room).
+    """
+    try:
+        return _prepared(path, schema, version, durable)
+    except sqlite3.Error as error:
+        if not is_broken(error):
+            raise
+        set_aside(path, str(error))
+    return _prepared(path, schema, version, durable)
+
+
+def is_broken(error: sqlite3.Error) -> bool:
+    """Whether an error says that the file is no database, or not one of ours."""
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in BROKEN
+
+
+def set_aside(path: Path, reason: str) -> None:
+    """Give a database and its log another name, so that somebody may still look at them."""
+    aside = path.with_name(f"{path.name}.aside-{time_ns()}")
+    for suffix in ("", "-wal", "-shm"):
+        with suppress(FileNotFoundError):
+            path.with_name(path.name + suffix).rename(aside.with_name(aside.name + suffix))
+    logger.error("%s cannot be read (%s): it was put aside as %s, and a new one begun", path, reason, aside.name)
+
+
+def _prepared(path: Path, schema: str, version: int, durable: bool) -> sqlite3.Connection:
+    connection = connect(path, durable=durable)
+    try:
+        [found] = connection.execute("PRAGMA user_version").fetchone()
+        if found == 0:
+            connection.executescript(f"BEGIN; {schema}; PRAGMA user_version = {version}; COMMIT;")
+        elif found != version:
+            connection.close()
+            set_aside(path, f"it is of version {found}, this vecmill writes {version}")
+            return _prepared(path, schema, version, durable)
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
