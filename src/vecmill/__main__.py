@@ -1,4 +1,4 @@
-"""The command line: `vecmill serve`, `pull`, `verify` and `bench`."""
+"""The command line: `vecmill serve`, `pull`, `verify`, `bench` and `embed`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from vecmill.config import Settings, load_settings
 from vecmill.config.env_example import default_text
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
+from vecmill.embed.command import embed
 from vecmill.pull import run_pull
 from vecmill.serve import run_server
 from vecmill.verify import run_verify
@@ -108,6 +109,7 @@ def _with_flags() -> Any:
 
 cli.command()(_with_flags())
 cli.command()(bench)
+cli.command()(embed)
 
 
 def main() -> None:

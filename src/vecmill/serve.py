@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
@@ -64,7 +65,7 @@ def run_server(settings: Settings) -> int:
             error.strerror,
         )
         return 1
-    server = uvicorn.Server(
+    server = _Server(
         uvicorn.Config(
             app,
             access_log=False,
@@ -72,7 +73,8 @@ def run_server(settings: Settings) -> int:
             timeout_keep_alive=KEEP_ALIVE,
             timeout_graceful_shutdown=settings.http.shutdown_seconds,
             server_header=False,
-        )
+        ),
+        app.state.services.jobs.end_following,
     )
     # uvicorn raises the signal that stopped it once more when it is done; a stop that was asked for is no failure.
     for stop in (signal.SIGINT, signal.SIGTERM):
@@ -82,6 +84,19 @@ def run_server(settings: Settings) -> int:
     for reason in failures:
         logger.error(reason)
     return 1 if failures else 0
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's, which waits until every answer has ended: `end_streams` ends those that do not by themselves."""
+
+    def __init__(self, config: uvicorn.Config, end_streams: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._end_streams = end_streams
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Drain."""
+        self._end_streams()
+        await super().shutdown(sockets)
 
 
 def _freeze() -> None:

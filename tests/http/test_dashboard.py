@@ -191,7 +191,7 @@ def test_unknown_is_not_shown_as_zero(quiet_page: Page, api: httpx.Client) -> No
     quiet_page.goto("/")
     expect(field(quiet_page, "state")).to_have_text("Ready")
     tiles = quiet_page.locator(".tiles strong, .tiles.wide [data-field$=memory]")
-    expect(tiles).to_have_text(["\N{EN DASH}"] * 10)
+    expect(tiles).to_have_text(["\N{EN DASH}"] * 11)
     expect(quiet_page.get_by_role("progressbar")).to_have_count(0)
 
 
@@ -235,3 +235,18 @@ def test_asks_nothing_while_hidden(quiet_page: Page) -> None:
 
     with quiet_page.expect_request("**/health"):
         quiet_page.evaluate(turn, False)
+
+
+@pytest.mark.parametrize(
+    ("cache", "shown"),
+    [
+        ({"entries": 12_345, "bytes": 3 * 2**30, "failing": False}, "12,345 kept in 3 GiB"),
+        ({"entries": 1, "bytes": 1, "failing": True}, "cannot be used now"),
+        (None, "nothing is kept"),
+    ],
+)
+def test_shows_what_the_cache_holds(page: Page, cache: dict[str, Any] | None, shown: str) -> None:
+    answer_with(page, "/stats", 200, {"texts_cached": 678, "cache": cache})
+    page.goto("/")
+    expect(field(page, "texts-cached")).to_have_text("678")
+    expect(field(page, "cache-size")).to_have_text(shown)

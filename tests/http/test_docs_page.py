@@ -20,6 +20,8 @@ TAGS = [
     "llama-server",
     "NIM",
     "Weaviate",
+    "Batches",
+    "Cache",
     "Jobs",
     "Health",
     "Statistics",

@@ -101,19 +101,6 @@ async def test_the_docs_need_nothing_from_elsewhere(client: httpx.AsyncClient) -
     assert (await client.get("/static-offline-docs/swagger-ui-bundle.js")).status_code == 200
 
 
-async def test_every_example_in_the_docs_runs_as_it_stands(client: httpx.AsyncClient) -> None:
-    openapi = (await client.get("/openapi.json")).json()
-    tried = 0
-    for path, methods in openapi["paths"].items():
-        content = methods.get("post", {}).get("requestBody", {}).get("content", {})
-        reference = content.get("application/json", {}).get("schema", {}).get("$ref", "")
-        for example in openapi["components"]["schemas"].get(reference.rpartition("/")[2], {}).get("examples", []):
-            if "{" not in path:
-                assert (await client.post(path, json=example)).status_code == 200, path
-                tried += 1
-    assert tried >= 5
-
-
 async def test_a_request_id_is_echoed_or_made(client: httpx.AsyncClient) -> None:
     echoed = await client.get("/health", headers={"x-request-id": "abc-123"})
     assert echoed.headers["x-request-id"] == "abc-123"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import httpx
+import orjson
 import pytest
+from starlette.types import Message
 
 from tests.conftest import serving
 
@@ -85,11 +87,10 @@ async def test_what_the_state_does_not_allow_is_a_4xx_that_says_why(client: http
         assert answer.status_code == 400
         assert "0 to 100" in answer.json()["detail"]
     await client.post(f"{address}/complete")
-    for call in ("/complete", "/fail", "/cancel"):
-        answer = await client.post(address + call)
+    for call, body in (("complete", None), ("fail", None), ("cancel", None), ("progress", {"current": 3})):
+        answer = await client.post(f"{address}/{call}", json=body)
         assert answer.status_code == 409
-        assert "completed already" in answer.json()["detail"]
-    assert (await client.post(f"{address}/progress", json={"current": 3})).status_code == 409
+        assert answer.json()["detail"] == f"Job {job['job_id']} is completed already: `{call}` is not possible."
 
 
 async def test_a_tagged_embed_belongs_to_its_job_and_an_unknown_tag_harms_nothing(client: httpx.AsyncClient) -> None:
@@ -103,6 +104,73 @@ async def test_recent_can_be_cleared(client: httpx.AsyncClient) -> None:
     await client.post(f"/jobs/{job['job_id']}/complete")
     assert (await client.delete("/jobs/recent")).json() == {"cleared": 1}
     assert (await client.get("/jobs")).json()["recent"] == []
+
+
+async def test_the_list_can_be_narrowed(client: httpx.AsyncClient) -> None:
+    done, running, waiting = [await register(client) for _ in range(3)]
+    await client.post(f"/jobs/{done['job_id']}/complete")
+
+    async def shown(**query: str | int) -> list[list[str]]:
+        listed = (await client.get("/jobs", params=query)).json()
+        assert set(listed) == {"active", "queued", "recent", "workers", "historical_rate"}
+        return [[job["id"] for job in listed[name]] for name in ("active", "queued", "recent")]
+
+    ids = [[job["job_id"]] for job in (running, waiting, done)]
+    assert await shown() == await shown(limit=1, project="stdlib") == ids
+    assert await shown(state="queued") == [[], ids[1], []]
+    assert await shown(state="completed", limit=1000) == [[], [], ids[2]]
+    assert await shown(state="failed") == await shown(project="std") == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    ("query", "field"),
+    [
+        ({"limit": "0"}, "limit"),
+        ({"limit": "1001"}, "limit"),
+        ({"limit": "x"}, "limit"),
+        ({"state": "running"}, "state"),
+    ],
+)
+async def test_a_filter_that_cannot_be_is_a_400_that_names_it(
+    client: httpx.AsyncClient, query: dict[str, str], field: str
+) -> None:
+    answer = await client.get("/jobs", params=query)
+    assert answer.status_code == 400
+    assert f"`{field}`" in answer.json()["detail"]
+
+
+async def test_a_client_that_leaves_at_once_has_reported_all_the_same(client: httpx.AsyncClient) -> None:
+    """It sends and forgets: the connection may be gone before the answer."""
+    job = await register(client)
+    body = orjson.dumps({"current": 7})
+    messages: Iterator[Message] = iter(
+        [{"type": "http.request", "body": body, "more_body": False}, {"type": "http.disconnect"}]
+    )
+
+    async def receive() -> Message:
+        return next(messages)
+
+    async def send(message: Message) -> None:
+        """Nobody listens."""
+
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": f"/jobs/{job['job_id']}/progress",
+        "raw_path": b"",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"host", b"localhost"), (b"content-length", str(len(body)).encode())],
+        "client": ("127.0.0.1", 1),
+        "server": ("localhost", 80),
+    }
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    await transport.app(scope, receive, send)
+    assert (await client.get(f"/jobs/{job['job_id']}")).json()["current"] == 7
 
 
 async def test_the_deprecated_progress(client: httpx.AsyncClient) -> None:

@@ -250,8 +250,8 @@ class JobSettings(SettingsGroup):
     jobs_max_wait_seconds: float = Field(
         270,
         gt=0,
-        description="Seconds that a job waits, at the most, before it becomes active beside the others: CodeCartographer "
-        "gives up after 300.",
+        description="Seconds that a job waits, at the most, before it becomes active beside the others: "
+        "CodeCartographer gives up after 300.",
     )
 
 

@@ -12,11 +12,16 @@
     ├── InvalidApiKey
     ├── NotAllowed                   from where it comes, or by which name it calls the server
     ├── BodyTooLarge
+    │   └── FilesFull
+    ├── InsufficientStorage          the disk is full
     ├── NotFound
     │   ├── NotServed
     │   ├── ModelNotFound
-    │   └── JobNotFound
+    │   ├── JobNotFound
+    │   ├── NoSuchFile
+    │   └── NoSuchBatch
     ├── JobConflict                  the job's present state does not allow the call
+    ├── BatchConflict                the batch's does not
     ├── Overloaded                   no room now; try again
     ├── DeadlineExceeded             not answered in time
     │   └── GenerationTimeout
@@ -26,6 +31,8 @@
         ├── ShuttingDown
         ├── BatchFailed
         ├── EngineFailed
+        ├── StateUnavailable
+        ├── JobsUnavailable
         └── GenerationUnavailable
 
 Knows no HTTP: statuses and bodies are in `vecmill.http.errors`. A class's docstring is its message where the
@@ -95,6 +102,14 @@ class BodyTooLarge(VecmillError):
     """The request body is larger than MAX_BODY_BYTES; split the request."""
 
 
+class FilesFull(BodyTooLarge):
+    """The files of batches would take more than MAX_FILES_BYTES; delete some, or raise the limit."""
+
+
+class InsufficientStorage(VecmillError):
+    """The disk that holds STATE_DIR is full; make room there, or delete files (DELETE /v1/files/...)."""
+
+
 class NotFound(VecmillError):
     """There is nothing at this address."""
 
@@ -111,8 +126,20 @@ class JobNotFound(NotFound):
     """There is no such job; register it with POST /jobs."""
 
 
+class NoSuchFile(NotFound):
+    """There is no such file; upload it with POST /v1/files."""
+
+
+class NoSuchBatch(NotFound):
+    """There is no such batch; create it with POST /v1/batches."""
+
+
 class JobConflict(VecmillError):
     """The job's present state does not allow this."""
+
+
+class BatchConflict(VecmillError):
+    """The batch's present state does not allow this."""
 
 
 class Overloaded(VecmillError):
@@ -157,6 +184,14 @@ class EngineFailed(Unavailable):
     """503: the device has failed and the server must be restarted."""
 
     retry_after = 30
+
+
+class StateUnavailable(Unavailable):
+    """503: STATE_DIR cannot be used, so files and batches are temporarily unavailable; embedding is not."""
+
+
+class JobsUnavailable(Unavailable):
+    """503: the jobs are temporarily unavailable, embedding is not; try again."""
 
 
 class GenerationUnavailable(Unavailable):

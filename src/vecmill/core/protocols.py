@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from vecmill.core.types import Lane, Row, Vector
@@ -30,4 +30,103 @@ class Runner(Protocol):
 
         Raises when the whole batch failed; never leaves the caller waiting.
         """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredJobs:
+    """What a store holds. A record is a job as bytes; the keeper knows nothing of their meaning."""
+
+    open: Mapping[str, bytes] = field(default_factory=dict)
+    """Records of the jobs that have not ended, by id, in no order."""
+    ended: Sequence[bytes] = ()
+    """Records of those that have, in the order of their numbers."""
+    meta: bytes | None = None
+    """What concerns all of them; None where nothing was ever written."""
+    time: float = 0.0
+    """Unix time by the store's own clock, where it has one."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobChanges:
+    """What to write, all of it or nothing."""
+
+    open: Mapping[str, bytes]
+    """Records that are new or have changed, by id."""
+    closed: Sequence[str]
+    """Ids that are open no more."""
+    ended: Sequence[tuple[int, bytes]]
+    """New records of ended jobs, by ever growing number."""
+    forgotten: int
+    """Ended jobs up to this number are deleted."""
+    meta: bytes
+    whole: bool = False
+    """This is all there is: delete everything else first."""
+
+
+class JobDatabase(Protocol):
+    """A store of jobs that this server has for itself. Every call may raise JobsUnavailable."""
+
+    async def load(self) -> StoredJobs:
+        """All that is stored."""
+        ...
+
+    async def save(self, changes: JobChanges) -> bool:
+        """Write; False: the database had to be begun anew, nothing is in it."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it. Raises nothing."""
+        ...
+
+
+class SharedJobRecords(Protocol):
+    """A store of jobs that several servers have together. Every call may raise JobsUnavailable."""
+
+    async def read(self, after: int) -> StoredJobs:
+        """All at one moment; of the ended jobs those with a number above `after`."""
+        ...
+
+    async def commit(self, seen: bytes | None, changes: JobChanges) -> bool:
+        """Write if `meta` is still what was `seen`; whether it was."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of it. Raises nothing."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoreSize:
+    """How much a store holds."""
+
+    entries: int
+    bytes: int
+    """On disk, or in Redis."""
+
+
+class VectorStore(Protocol):
+    """Bytes by key of 16 bytes. Every call blocks, may come from any thread, and may raise `storage`'s StoreFailed."""
+
+    def get(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        """Those of the keys that are there."""
+        ...
+
+    def put(self, entries: Mapping[bytes, bytes], used: Iterable[bytes]) -> int:
+        """Add entries, note which others were used, and drop the least recently used while there is too much.
+
+        How many were dropped.
+        """
+        ...
+
+    def clear(self) -> int:
+        """Drop everything; how many entries that were."""
+        ...
+
+    def size(self) -> StoreSize:
+        """How much is there."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it. Raises nothing."""
         ...

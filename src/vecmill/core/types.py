@@ -95,6 +95,16 @@ class Lane(StrEnum):
     BULK = "bulk"
 
 
+class CacheControl(StrEnum):
+    """What a request says of kept vectors, in HTTP's words."""
+
+    ANY = ""
+    NO_CACHE = "no-cache"
+    """Compute anew, and keep the result."""
+    NO_STORE = "no-store"
+    """Neither look up nor keep."""
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, and how urgently."""
@@ -107,6 +117,7 @@ class Caller:
     """None: by the request's size and kind."""
     timeout: float | None = None
     """Seconds after which the answer is of no use; None leaves it to REQUEST_TIMEOUT."""
+    cache_control: CacheControl = CacheControl.ANY
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +198,15 @@ class EmbedResult:
     truncated: tuple[int, ...]
     """Indexes of the inputs that were cut."""
     timings: Timings
+    tokens: tuple[int, ...] = ()
+    """Of each input."""
+    cached: tuple[int, ...] = ()
+    """Indexes of the inputs whose vectors were kept from before."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens that did not have to be computed."""
+        return sum(self.tokens[index] for index in self.cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +240,8 @@ class ScoreResult:
     prompt_tokens: int
     truncated: tuple[int, ...]
     timings: Timings
+    cached_tokens: int = 0
+    """Tokens that did not have to be computed: an embedding model ranked, and had read them before."""
 
 
 @dataclass(frozen=True, slots=True)

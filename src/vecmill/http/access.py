@@ -35,6 +35,7 @@ OPEN = frozenset(
     }
 )
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
+ADMIN = "admin"  # the name of whoever has ADMIN_API_KEY
 READING = ("GET", "HEAD", "OPTIONS")
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
@@ -54,6 +55,8 @@ class Access:
         """`host` is the address that the server binds."""
         self._app = app
         self._keys = [(name, _digest(key.get_secret_value())) for name, key in settings.api_key]
+        admin = settings.admin_api_key
+        self._admin = None if admin is None else _digest(admin.get_secret_value())
         self._origins = frozenset(settings.cors_origins)
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._local_names_only = not self._hosts and not self._keys and is_loopback(host)
@@ -64,9 +67,11 @@ class Access:
             return
         headers = Headers(scope=scope)
         error = self._host_error(headers) or self._origin_error(scope["method"], headers)
+        admin = self._is_admin(headers)
+        scope.setdefault("state", {})["admin"] = admin
         if error is None and self._keys and not is_open(scope["method"], scope["path"]):
-            name = self._name_of(presented_key(headers))
-            scope.setdefault("state", {})["api_key_name"] = name
+            name = self._name_of(presented_key(headers)) or (ADMIN if admin else None)
+            scope["state"]["api_key_name"] = name
             error = None if name else InvalidApiKey()
         if error is None:
             await self._app(scope, receive, send)
@@ -81,6 +86,12 @@ class Access:
             if compare_digest(given, digest):
                 found = name
         return found
+
+    def _is_admin(self, headers: Headers) -> bool:
+        """The holder of ADMIN_API_KEY; everyone where there are no keys at all."""
+        if self._admin is None:
+            return not self._keys
+        return compare_digest(_digest(presented_key(headers)), self._admin)
 
     def _host_error(self, headers: Headers) -> VecmillError | None:
         host = _without_port(headers.get("host", ""))

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 
 from vecmill.core.errors import InvalidInput
 from vecmill.http.access import is_open
+from vecmill.http.dialects.openai_files import UPLOAD
 from vecmill.http.error_shapes import shape_for
 
 Object = dict[str, Any]
@@ -22,13 +23,14 @@ ERRORS: dict[str, Object] = {
     "400": {"description": "The request is not valid; the message names the field."},
     "401": {"description": "The API key is missing or wrong."},
     "403": {"description": "A web page of another origin, or a name that this server does not answer to."},
-    "404": {"description": "There is no such model or job."},
-    "409": {"description": "The job's present state does not allow this."},
-    "413": {"description": "The body is larger than MAX_BODY_BYTES."},
+    "404": {"description": "There is no such model, job, file or batch."},
+    "409": {"description": "The present state of the job or batch does not allow this."},
+    "413": {"description": "The body is larger than MAX_BODY_BYTES, or a file than MAX_FILE_BYTES or MAX_FILES_BYTES."},
     "422": {"description": "A vector is not finite; or, in TEI's and NIM's dialects, the request is not valid."},
     "429": {"description": "There is no room now.", "headers": RETRY_AFTER},
     "503": {"description": "Loading, shutting down, short of memory or failed.", "headers": RETRY_AFTER},
     "504": {"description": "Not answered in time."},
+    "507": {"description": "The disk is full."},
 }
 KEY: Object = {
     "type": "http",
@@ -36,6 +38,7 @@ KEY: Object = {
     "description": "One of the server's keys (API_KEY); without those, none is needed.",
 }
 # Their own answers, besides errors.
+BATCH_409 = (("DELETE", "/v1/files/{file_id}"), ("POST", "/v1/batches/{batch_id}/cancel"))
 NOT_READY_503 = ("/health", "/ready", "/v1/health/ready", "/.well-known/ready")
 
 
@@ -97,18 +100,22 @@ def _statuses(operation: Object, path: str, method: str) -> list[str]:
     """The statuses of the errors that an operation may answer with."""
     has_body = "requestBody" in operation
     of_jobs = "Jobs" in operation["tags"]
+    of_batches = "Batches" in operation["tags"]
+    keeps_state = path.startswith("/jobs") or of_batches
+    has_query = any(parameter["in"] == "query" for parameter in operation.get("parameters", ()))
     has_deadline = any(parameter["name"] == "x-request-timeout" for parameter in operation.get("parameters", ()))
     refuses_with_422 = has_body and InvalidInput in shape_for(path, method).status
     rules = (
         (not is_open(method, path), "401"),
         (True, "403"),
-        (has_body, "400"),
+        (has_body or (keeps_state and has_query), "400"),
         (has_body, "413"),
-        ("{" in path or (has_body and not of_jobs), "404"),
-        ("{job_id}" in path and method != "GET", "409"),
+        ("{" in path or (has_body and not of_jobs and path != UPLOAD), "404"),
+        (("{job_id}" in path and method != "GET") or (method, path) in BATCH_409, "409"),
         (has_deadline or refuses_with_422, "422"),
         (has_deadline, "429"),
-        ((has_body and not of_jobs) or path in NOT_READY_503, "503"),
+        ((has_body and not of_jobs) or keeps_state or path in NOT_READY_503, "503"),
         (has_deadline, "504"),
+        (of_batches and method == "POST", "507"),
     )
     return [status for applies, status in rules if applies]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,13 +17,15 @@ BODIES_AT_A_TIME = 8  # of the largest size
 class BodyLimit:
     """ASGI middleware: 413 for a body above `max_bytes`, 429 when all bodies in memory together are too many."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, not_in_memory: Collection[str] = ()) -> None:
+        """`not_in_memory`: paths whose bodies go to the disk piece by piece, and which have limits of their own."""
         self._app = app
         self._max_bytes = max_bytes
+        self._not_in_memory = not_in_memory
         self._total = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] != "http" or scope["path"] in self._not_in_memory:
             await self._app(scope, receive, send)
             return
         declared = Headers(scope=scope).get("content-length", "")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Header, Request
 from pydantic import BeforeValidator, Field
 
-from vecmill.core.types import Caller, Lane
+from vecmill.core.types import CacheControl, Caller, Lane
 
 LANES = f"must be {', '.join(lane.value for lane in Lane)}, or a whole number (negative: first, positive: bulk)"
 
@@ -59,12 +59,29 @@ def caller_of(
         Header(gt=0, allow_inf_nan=False, description="Seconds until the answer is of no use: 504, texts not run."),
     ] = None,
     x_job_id: Annotated[str | None, Header(description="The indexing job this belongs to.")] = None,
+    cache_control: Annotated[
+        str | None, Header(description="`no-store`: neither look up nor keep vectors; `no-cache`: compute them anew.")
+    ] = None,
 ) -> Caller:
     """Clients take turns: those of one job together, others by their key and address."""
     client = request.client.host if request.client else ""
     key = getattr(request.state, "api_key_name", None)
-    caller = Caller(client=f"{key}@{client}" if key else client, lane=x_priority, timeout=x_request_timeout)
+    caller = Caller(
+        client=f"{key}@{client}" if key else client,
+        lane=x_priority,
+        timeout=x_request_timeout,
+        cache_control=_cache_control(cache_control or ""),
+    )
     return of_job(caller, x_job_id) if x_job_id else caller
+
+
+def _cache_control(header: str) -> CacheControl:
+    """The strictest of the directives that are known here.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9111#section-5.2.1
+    """
+    directives = {part.strip().lower() for part in header.split(",")}
+    return next((one for one in (CacheControl.NO_STORE, CacheControl.NO_CACHE) if one in directives), CacheControl.ANY)
 
 
 CallerOf = Annotated[Caller, Depends(caller_of)]

@@ -81,11 +81,18 @@ class _Body:
             yield encode(self.embeddings[row], self.formats[number])
 
 
+def whole_body(
+    build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat] = (FLOAT,)
+) -> bytes:
+    """The body that `vectors_response` sends, in one piece."""
+    rows = [[orjson.Fragment(encode(row, form)) for row in embeddings] for form in formats]
+    return orjson.dumps(build(*rows))
+
+
 def _whole(
     build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat], compress: bool
 ) -> bytes:
-    rows = [[orjson.Fragment(encode(row, form)) for row in embeddings] for form in formats]
-    body = orjson.dumps(build(*rows))
+    body = whole_body(build, embeddings, formats)
     return isal_zlib.compress(body, GZIP_LEVEL, GZIP_WINDOW) if compress else body
 
 
@@ -134,6 +141,10 @@ def result_headers(result: EmbedResult | ScoreResult) -> dict[str, str]:
     }
     headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
     headers["x-compute-tokens"] = str(result.prompt_tokens)
+    if result.cached_tokens:
+        headers["X-Cached-Tokens"] = str(result.cached_tokens)
+    if isinstance(result, EmbedResult) and result.cached:
+        headers["X-Cached-Inputs"] = str(len(result.cached))
     if result.truncated:
         headers["X-Truncated-Inputs"] = ",".join(map(str, result.truncated[:100]))
     return headers

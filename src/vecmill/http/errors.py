@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
 from vecmill.core.errors import (
+    BatchConflict,
     BodyTooLarge,
     DeadlineExceeded,
     GenerationUnavailable,
+    InsufficientStorage,
     InvalidApiKey,
     InvalidInput,
     JobConflict,
@@ -41,10 +45,12 @@ STATUS: Mapping[type[VecmillError], int] = {
     BodyTooLarge: 413,
     NotFound: 404,
     JobConflict: 409,
+    BatchConflict: 409,
     Overloaded: 429,
     DeadlineExceeded: 504,
     Unavailable: 503,
     GenerationUnavailable: 502,
+    InsufficientStorage: 507,
     VecmillError: 500,
 }
 
@@ -60,8 +66,8 @@ def _headers(error: VecmillError) -> dict[str, str]:
     if isinstance(error, Overloaded | Unavailable):
         seconds = error.retry_after
         return {"Retry-After": str(seconds), "retry-after-ms": str(1000 * seconds), "x-should-retry": "true"}
-    if isinstance(error, DeadlineExceeded):
-        return {"x-should-retry": "false"}  # it would only take as long again
+    if isinstance(error, DeadlineExceeded | InsufficientStorage):
+        return {"x-should-retry": "false"}  # it would only take as long, or be as full, again
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, InvalidApiKey) else {}
 
 
@@ -95,12 +101,17 @@ async def refused(request: Request, error: VecmillError) -> Response:
 
 
 async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
-    return await refused(request, _translate(error))
+    return await refused(request, _translate(error.errors()[0]))
 
 
-def _translate(error: RequestValidationError) -> VecmillError:
-    """The first of pydantic's errors as one sentence that names the field and repeats no input."""
+def invalid_body(error: ValidationError) -> VecmillError:
+    """What a body that is no request's own is refused with."""
     first = error.errors()[0]
+    return _translate({**first, "loc": ("body", *first["loc"])})
+
+
+def _translate(first: Mapping[str, Any]) -> VecmillError:
+    """One of pydantic's errors as one sentence that names the field and repeats no input."""
     # Without where it was found (body, path or query), and without which of several bodies it is.
     location = [part for part in first["loc"][1:] if not str(part).startswith(DIALECT_TAG)]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")

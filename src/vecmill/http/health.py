@@ -28,6 +28,7 @@ async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
         "version": __version__,
         **_models(services),
         **_gpu(services),
+        **_state(services),
         "generation": await _generation(services),
     }
 
@@ -65,6 +66,15 @@ async def _generation(services: Services) -> dict[str, Any] | None:
         return None
     found = await services.generation.found(LOOK_PATIENCE)
     return {"url": services.generation.url, "ok": found.ok, "message": found.message}
+
+
+def _state(services: Services) -> dict[str, Any]:
+    """Whether what should outlive the process does; the server answers either way."""
+    state, cache = services.state(), services.cache()
+    return {
+        "state": {"ok": state is not None and state.problem is None, "message": state and state.problem},
+        "cache": {"enabled": cache is not None, "ok": cache is None or not cache.failing},
+    }
 
 
 def _gpu(services: Services) -> dict[str, Any]:

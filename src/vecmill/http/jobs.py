@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Request
+from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.http.capabilities import recommended
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import JsonRoute
 from vecmill.http.services import ServicesOf
+from vecmill.jobs.transitions import JobStatus
+from vecmill.jobs.views import ENDED_SHOWN
 
-router = APIRouter(tags=["Jobs"], route_class=InferenceRoute)
+router = APIRouter(tags=["Jobs"], route_class=JsonRoute)
 
 JobId = Annotated[str, Path(description="The `job_id` that POST /jobs answered with.")]
 
@@ -58,10 +60,11 @@ class DeprecatedProgress(BaseModel):
 @router.post("/jobs/register", summary="Register a job", name="register_job_alias")
 async def register_job(body: RegisterBody, services: ServicesOf) -> dict[str, Any]:
     """Queue a job. Position 0: it is active, begin."""
-    job, position = services.jobs.register(body.project, body.total_chunks, body.instance_id)
+    job = await services.jobs.register(body.project, body.total_chunks, body.instance_id)
+    position = job["position"]
     return {
-        "job_id": job.id,
-        "status": job.status.value,
+        "job_id": job["id"],
+        "status": job["status"],
         "position": position,
         "queue_position": position,
         "message": "active, begin" if position == 0 else f"queued at position {position}",
@@ -70,46 +73,51 @@ async def register_job(body: RegisterBody, services: ServicesOf) -> dict[str, An
 
 
 @router.get("/jobs", summary="List jobs")
-async def list_jobs(services: ServicesOf) -> dict[str, Any]:
-    """Active, queued and the ten that ended last."""
-    return services.jobs.overview()
+async def list_jobs(
+    services: ServicesOf,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Ended jobs in `recent`, at the most.")] = ENDED_SHOWN,
+    state: Annotated[JobStatus | None, Query(description="Only jobs in this state; the other lists are empty.")] = None,
+    project: Annotated[str | None, Query(max_length=500, description="Only jobs of exactly this project.")] = None,
+) -> dict[str, Any]:
+    """Active, queued and those that ended last."""
+    return await services.jobs.overview(limit, state, project)
 
 
 @router.delete("/jobs/recent", summary="Forget ended jobs")
 async def clear_recent(services: ServicesOf) -> dict[str, Any]:
     """Empty the list of jobs that have ended."""
-    return {"cleared": services.jobs.clear_ended()}
+    return {"cleared": await services.jobs.clear_ended()}
 
 
 @router.get("/jobs/{job_id}", summary="Get a job")
 async def get_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
     """One job; asking renews its lease."""
-    return services.jobs.view(services.jobs.get(job_id))
+    return await services.jobs.get(job_id)
 
 
 @router.post("/jobs/{job_id}/progress", summary="Report progress")
 async def report_progress(job_id: JobId, body: ProgressBody, services: ServicesOf) -> dict[str, Any]:
     """Record how many chunks are done; renews the lease."""
-    return services.jobs.view(services.jobs.progress(job_id, body.current))
+    return await services.jobs.progress(job_id, body.current)
 
 
 @router.post("/jobs/{job_id}/complete", summary="Complete a job")
 async def complete_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
     """The job is done; the next in the queue starts."""
-    return services.jobs.view(services.jobs.complete(job_id))
+    return await services.jobs.complete(job_id)
 
 
 @router.post("/jobs/{job_id}/fail", summary="Fail a job")
 async def fail_job(job_id: JobId, services: ServicesOf, body: FailBody | None = None) -> dict[str, Any]:
     """The client gave up; the next in the queue starts."""
-    return services.jobs.view(services.jobs.fail(job_id, (body or FailBody.model_validate({})).error))
+    return await services.jobs.fail(job_id, (body or FailBody.model_validate({})).error)
 
 
 @router.delete("/jobs/{job_id}", summary="Cancel a job")
 @router.post("/jobs/{job_id}/cancel", summary="Cancel a job", name="cancel_job_alias")
 async def cancel_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
     """End a job that waits or runs; its client finds it `failed`, with the error `cancelled`."""
-    return services.jobs.view(services.jobs.fail(job_id, "cancelled"))
+    return await services.jobs.cancel(job_id)
 
 
 @router.post("/progress", summary="Report progress (deprecated)", deprecated=True)

@@ -37,6 +37,18 @@ class JsonRequest(Request):
         return self._parsed
 
 
+class JsonRoute(APIRoute):
+    """Parses with orjson. What was asked is done even if the client does not wait for the answer."""
+
+    def get_route_handler(self) -> Handler:
+        handle = super().get_route_handler()
+
+        async def handle_json(request: Request) -> Response:
+            return await handle(JsonRequest(request.scope, request.receive))
+
+        return handle_json
+
+
 class InferenceRoute(APIRoute):
     """Parses with orjson; cancels the handler when the client disconnects, which frees its queued inputs."""
 

@@ -8,6 +8,8 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
+from vecmill.batches.service import Batches
+from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.calibration import Warmed
 from vecmill.core.health import Health
@@ -16,6 +18,7 @@ from vecmill.hardware.memory import DeviceMemory
 from vecmill.http.generation import Generation
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
+from vecmill.storage.state_folder import StateFolder
 from vecmill.telemetry.telemetry import Telemetry
 
 
@@ -27,6 +30,10 @@ class Services:
     health: Health
     inference: Inference
     jobs: JobQueue
+    batches: Batches
+    cache: Callable[[], EmbeddingCache | None]
+    """None where nothing is cached."""
+    state: Callable[[], StateFolder | None]
     generation: Generation | None
     """None without GENERATION_URL."""
     telemetry: Telemetry

@@ -10,6 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from vecmill import __version__
 from vecmill.core.types import Lane
 from vecmill.hardware.memory import host_memory
+from vecmill.http.cache import cache_facts
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Statistics"])
@@ -29,6 +30,10 @@ async def stats(services: ServicesOf) -> dict[str, Any]:
         "requests": rolling.requests,
         "texts_embedded": rolling.texts,
         "tokens_embedded": rolling.tokens,
+        "texts_cached": rolling.cached_texts,
+        "tokens_cached": rolling.cached_tokens,
+        "texts_computed": scheduled.sequences,
+        "cache": cache_facts(services),
         "errors": rolling.errors,
         "queue_waits": rolling.queue_waits,
         "queue_depth": sum(services.inference.waiting.values()),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from vecmill.cache.key import model_fingerprint
 from vecmill.config import InferenceSettings
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import ModelCard, Task
@@ -26,7 +27,8 @@ def assemble(
     embedders, rerankers = [], []
     for key, card, checkpoint in loaded:
         if card.task is Task.EMBED:
-            embedders.append(ServedEmbedder(key, card, _text_tokenizer(card, checkpoint, threads)))
+            tokenizer = _text_tokenizer(card, checkpoint, threads)
+            embedders.append(ServedEmbedder(key, card, tokenizer, model_fingerprint(card)))
         else:
             rerankers.append(ServedReranker(key, card, _pair_tokenizer(card, checkpoint, settings, threads)))
     return ServedModels(embedders, rerankers, strict=settings.strict_model)

@@ -7,11 +7,13 @@ from functools import partial
 from time import perf_counter
 from typing import cast
 
+from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import InferenceSettings
 from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, ShuttingDown, TooManyInputs
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
+    CacheControl,
     DetokenizeRequest,
     EmbedRequest,
     EmbedResult,
@@ -29,9 +31,10 @@ from vecmill.inference.admission import Admission, Permit
 from vecmill.inference.cost import entries, estimate, result_bytes
 from vecmill.inference.finish import check_dimensions, finish
 from vecmill.inference.pieces import pieces, texts_of
-from vecmill.inference.prompts import choose_prompt
+from vecmill.inference.prompts import asks_for_query, choose_prompt
+from vecmill.inference.recall import Recall, Recalled, TextMemory
 from vecmill.inference.running import Asked, Ran, run_rows, within
-from vecmill.inference.scoring import cost, names_apart, score_result, tokenize_apart, tokenize_pairs
+from vecmill.inference.scoring import cost, names_apart, score_result, tokenize_apart, tokenize_pairs, tokenize_texts
 from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
 from vecmill.inference.token_ids import texts_of_ids
 from vecmill.inference.tokenization import Tokenized
@@ -54,8 +57,13 @@ class Inference:
         telemetry: Telemetry,
         threads: WorkerThreads,
         memory: MemoryGuard,
+        *,
+        cache_queries: bool = True,
     ) -> None:
         self._settings = settings
+        self._cache_queries = cache_queries
+        self._cache: EmbeddingCache | None = None
+        self._texts = TextMemory()
         self._request_timeout = request_timeout
         self._health = health
         self._telemetry = telemetry
@@ -69,10 +77,11 @@ class Inference:
             memory.check,
         )
 
-    def attach(self, models: ServedModels, scheduler: Scheduler) -> None:
+    def attach(self, models: ServedModels, scheduler: Scheduler, cache: EmbeddingCache | None = None) -> None:
         """Begin to serve."""
         self._models = models
         self._scheduler = scheduler
+        self._cache = cache
 
     @property
     def cards(self) -> list[ModelCard]:
@@ -122,16 +131,34 @@ class Inference:
                 asked = Asked(
                     request.caller, bool(choice.is_query), self._truncate(request.truncation), started, deadline
                 )
-                tokenized = await self._tokenize(model, request, prompt)
-                ran = await self._run(model, tokenized, permit, asked, entries(request.param))
+                recall = self._recall(model, asked, is_query=asks_for_query(choice))
+                inputs = await self._tokenize(model, request, prompt, recall)
+                ran = await self._run(model, inputs, permit, asked, entries(request.param))
                 finished = partial(
                     finish, ran.rows, request.dimensions, request.normalize, layer_norm=card.layer_norm_before_slice
                 )
                 embeddings = await self._threads.run_if_large(finished, size=ran.rows[0].nbytes * len(ran.rows))
         self._report("embed", model, len(request.inputs), ran, started)
-        return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings)
+        return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings, ran.tokens, ran.cached)
 
-    async def _tokenize(self, model: ServedEmbedder, request: EmbedRequest, prompt: str) -> list[Tokenized]:
+    def _recall(self, model: ServedEmbedder, asked: Asked, *, is_query: bool) -> Recall | None:
+        """The way to kept vectors; None where the request, or a setting, rules them out."""
+        control = asked.caller.cache_control
+        private = is_query and not self._cache_queries
+        if self._cache is None or private or control is CacheControl.NO_STORE:
+            return None
+        return Recall(
+            self._cache,
+            self._texts,
+            model.fingerprint,
+            model.card.dimensions or 0,
+            look_up=control is not CacheControl.NO_CACHE,
+            truncate=asked.truncate,
+        )
+
+    async def _tokenize(
+        self, model: ServedEmbedder, request: EmbedRequest, prompt: str, recall: Recall | None
+    ) -> Sequence[Tokenized | Recalled]:
         texts = request.inputs
         if not isinstance(texts[0], str):
             ids = cast(Sequence[Sequence[int]], texts)
@@ -141,9 +168,10 @@ class Inference:
             found = await self._threads.run_if_large(read, size=size)
             if found is None:
                 check = partial(model.tokenizer.check, ids, request.param, request.truncation)
-                return await self._threads.run_if_large(check, size=size)
+                rows = await self._threads.run_if_large(check, size=size)
+                return await self._threads.run(partial(recall.of_rows, rows), size=size) if recall else rows
             texts = found
-        return await model.tokenizer.encode(cast(Sequence[str], texts), prompt, request.truncation)
+        return await tokenize_texts(model, cast(Sequence[str], texts), prompt, request.truncation, recall)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Score documents against queries: by a reranker, or by the cosine of an embedding model.
@@ -158,10 +186,13 @@ class Inference:
             asked = Asked(request.caller, True, self._truncate(request.truncation), started, deadline)
             with self.admission.admit(*cost(model, request)) as permit:
                 if isinstance(model, ServedReranker):
-                    tokenized, names = await tokenize_pairs(model.tokenizer, request), entries(request.param)
+                    inputs: Sequence[Tokenized | Recalled] = await tokenize_pairs(model.tokenizer, request)
+                    names = entries(request.param)
                 else:
-                    tokenized, names = await tokenize_apart(model, request), names_apart(request)
-                ran = await self._run(model, tokenized, permit, asked, names)
+                    query = self._recall(model, asked, is_query=True)
+                    document = self._recall(model, asked, is_query=False)
+                    inputs, names = await tokenize_apart(model, request, query, document), names_apart(request)
+                ran = await self._run(model, inputs, permit, asked, names)
                 read = partial(score_result, model, request, ran)
                 result = await self._threads.run_if_large(read, size=ran.rows[0].nbytes * len(ran.rows))
         self._report("rerank", model, len(request.documents), ran, started)
@@ -200,16 +231,18 @@ class Inference:
     async def _run(
         self,
         model: ServedEmbedder | ServedReranker,
-        tokenized: Sequence[Tokenized],
+        inputs: Sequence[Tokenized | Recalled],
         permit: Permit,
         asked: Asked,
         name: Callable[[int], str],
     ) -> Ran:
-        tokens = sum(len(one.row) for one in tokenized)
-        permit.settle(tokens)
+        permit.settle(sum(one.tokens for one in inputs if isinstance(one, Tokenized)))
         self._models_or_raise()  # the server may have begun to drain meanwhile
         assert self._scheduler is not None  # attached together with the models
-        return await run_rows(self._scheduler, model, tokenized, tokens, asked, name)
+        keep = None
+        if self._cache is not None and model.card.supported_dimensions:
+            keep = partial(self._cache.keep, smallest=min(model.card.supported_dimensions))
+        return await run_rows(self._scheduler, model, inputs, asked, name, keep)
 
     def _truncate(self, truncation: Truncation) -> bool:
         return self._settings.auto_truncate if truncation.allowed is None else truncation.allowed
@@ -245,6 +278,8 @@ class Inference:
             texts=texts,
             tokens=ran.prompt_tokens,
             truncated=len(ran.truncated),
+            cached=len(ran.cached),
+            cached_tokens=ran.cached_tokens,
             total=perf_counter() - started,
             timings=ran.timings,
             waited=ran.waited,

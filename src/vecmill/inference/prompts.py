@@ -53,3 +53,9 @@ def _first(card: ModelCard, names: tuple[str, ...]) -> str:
 def with_prompt(prompt: str, text: str) -> str:
     """Clients that prefix by themselves are not prefixed twice."""
     return text if text.startswith(prompt) else prompt + text
+
+
+def asks_for_query(choice: PromptChoice) -> bool:
+    """Whether the texts are queries, by whichever field says so."""
+    named = f"{choice.prompt_name or ''} {choice.task or ''}".lower()
+    return bool(choice.is_query) or "query" in named

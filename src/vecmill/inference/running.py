@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic, perf_counter
 
 from vecmill.core.errors import DeadlineExceeded, InputTooLong, InvalidInput
 from vecmill.core.types import Caller, Lane, ModelCard, Timings, Vector
 from vecmill.inference.gather import all_or_first_error
 from vecmill.inference.lane import choose_lane
+from vecmill.inference.recall import Recalled
 from vecmill.inference.served import ServedEmbedder, ServedReranker
 from vecmill.inference.tokenization import Tokenized
 from vecmill.scheduler.scheduler import Scheduler
@@ -39,11 +41,27 @@ class Ran:
 
     rows: list[Vector]
     """Full-width vectors, or logits of width 1."""
-    prompt_tokens: int
+    tokens: tuple[int, ...]
+    """Of each row."""
+    cached: tuple[int, ...]
+    """Indexes of the rows that were not run: their vectors were kept."""
     truncated: tuple[int, ...]
     timings: Timings
     lane: Lane
     waited: bool
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of all rows."""
+        return sum(self.tokens)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of those that were not run."""
+        return sum(self.tokens[index] for index in self.cached)
+
+
+Keep = Callable[[bytes, Vector], None]
 
 
 @asynccontextmanager
@@ -67,45 +85,65 @@ async def within(caller: Caller, longest: float) -> AsyncIterator[float]:
 async def run_rows(
     scheduler: Scheduler,
     model: ServedEmbedder | ServedReranker,
-    tokenized: Sequence[Tokenized],
-    tokens: int,
+    inputs: Sequence[Tokenized | Recalled],
     asked: Asked,
     name: Callable[[int], str],
+    keep: Keep | None = None,
 ) -> Ran:
-    """Schedule all rows, of so many tokens, and wait for all of them or for the first that fails.
+    """Schedule all rows and wait for all of them or for the first that fails.
 
-    `name` is for error texts.
+    `name` is for error texts; `keep` is given the vector of each row that has a key.
 
     Raises:
         InvalidInput: a text must not be cut, or none of it would be left. Unavailable: it could not be run.
     """
-    truncated = tuple(index for index, one in enumerate(tokenized) if one.truncated)
-    too_long = next((index for index, one in enumerate(tokenized) if one.too_long), None)
+    tokens = tuple(one.tokens for one in inputs)
+    new = {index: one for index, one in enumerate(inputs) if isinstance(one, Tokenized)}
+    too_long = next((index for index, one in new.items() if one.too_long), None)
     if too_long is not None and not asked.truncate:
-        raise _too_long(model.card, tokenized[too_long], name(too_long))
-    _check_pooled(tokenized, name)
+        raise _too_long(model.card, new[too_long], name(too_long))
+    _check_pooled(new, name)
     submitted = perf_counter()
-    waited = scheduler.busy
-    lane = choose_lane(asked.caller, is_query=asked.is_query, texts=len(tokenized), tokens=tokens)
-    futures = scheduler.submit(
-        model.key,
-        (one.row for one in tokenized),
-        lane=lane,
-        client=asked.caller.client,
-        deadline=asked.deadline,
-    )
-    results = await all_or_first_error(futures, name)
-    queue = min(result.queue_seconds for result in results)
+    waited = bool(new) and scheduler.busy
+    lane = choose_lane(asked.caller, is_query=asked.is_query, texts=len(inputs), tokens=sum(tokens))
+    vectors, queue = await _run_new(scheduler, model, new, asked, name, lane, keep)
     # Of an equal text that was queued before this request, only the part since then is this request's wait.
     queue = min(queue, perf_counter() - submitted)
     return Ran(
-        rows=[result.vector for result in results],
-        prompt_tokens=tokens,
-        truncated=truncated,
+        rows=[one.vector if isinstance(one, Recalled) else vectors[index] for index, one in enumerate(inputs)],
+        tokens=tokens,
+        cached=tuple(index for index, one in enumerate(inputs) if isinstance(one, Recalled)),
+        truncated=tuple(index for index, one in enumerate(inputs) if one.truncated),
         timings=Timings(submitted - asked.started, queue, perf_counter() - submitted - queue),
         lane=lane,
         waited=waited,
     )
+
+
+async def _run_new(
+    scheduler: Scheduler,
+    model: ServedEmbedder | ServedReranker,
+    new: Mapping[int, Tokenized],
+    asked: Asked,
+    name: Callable[[int], str],
+    lane: Lane,
+    keep: Keep | None,
+) -> tuple[Mapping[int, Vector], float]:
+    """The vectors by index, and the seconds until the first was run."""
+    if not new:
+        return {}, 0.0
+    indexes = list(new)
+    futures = scheduler.submit(
+        model.key,
+        (one.row for one in new.values()),
+        lane=lane,
+        client=asked.caller.client,
+        deadline=asked.deadline,
+        keep=(partial(keep, one.key) if keep is not None and one.key is not None else None for one in new.values()),
+    )
+    results = await all_or_first_error(futures, lambda place: name(indexes[place]))
+    vectors = {index: result.vector for index, result in zip(indexes, results, strict=True)}
+    return vectors, min(result.queue_seconds for result in results)
 
 
 def _too_long(card: ModelCard, tokenized: Tokenized, name: str) -> InputTooLong:
@@ -119,13 +157,13 @@ def _too_long(card: ModelCard, tokenized: Tokenized, name: str) -> InputTooLong:
     )
 
 
-def _check_pooled(tokenized: Iterable[Tokenized], name: Callable[[int], str]) -> None:
+def _check_pooled(tokenized: Mapping[int, Tokenized], name: Callable[[int], str]) -> None:
     """Refuse a text that was cut before its first token that counts: there would be nothing to take the mean of.
 
     Raises:
         InvalidInput: the instruction fills the model's length.
     """
-    for index, one in enumerate(tokenized):
+    for index, one in tokenized.items():
         if one.row.unpooled >= len(one.row):
             raise InvalidInput(
                 f"`{name(index)}`: the instruction alone fills the model's maximum context length, nothing of the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -14,6 +14,7 @@ from vecmill.inference.cost import PAIR_TOKENS, entries, estimate, result_bytes
 from vecmill.inference.finish import cosine_to_relevance, cosines, logit_to_relevance
 from vecmill.inference.pairs import PairLimits, PairTokenizer
 from vecmill.inference.prompts import choose_prompt
+from vecmill.inference.recall import Recall, Recalled
 from vecmill.inference.running import Ran
 from vecmill.inference.served import ServedEmbedder, ServedReranker
 from vecmill.inference.tokenization import Tokenized
@@ -50,16 +51,32 @@ async def tokenize_pairs(tokenizer: PairTokenizer, request: ScoreRequest) -> lis
     return [one for group in done for one in group]
 
 
-async def tokenize_apart(model: ServedEmbedder, request: ScoreRequest) -> list[Tokenized]:
-    """A row for each query, then one for each document."""
+async def tokenize_apart(
+    model: ServedEmbedder, request: ScoreRequest, of_query: Recall | None = None, of_document: Recall | None = None
+) -> list[Tokenized | Recalled]:
+    """A row for each query, then one for each document, or the vectors that were kept of them."""
     query_prompt, document_prompt = _prompts(model, request)
-    of_query = replace(request.truncation, side=Side.RIGHT)
-    query = await _limited(model, of_query, request.max_tokens_per_query, query_prompt)
+    from_right = replace(request.truncation, side=Side.RIGHT)
+    query = await _limited(model, from_right, request.max_tokens_per_query, query_prompt)
     document = await _limited(model, request.truncation, request.max_tokens_per_document, document_prompt)
     return [
-        *await model.tokenizer.encode(request.queries, query_prompt, query),
-        *await model.tokenizer.encode(request.documents, document_prompt, document),
+        *await tokenize_texts(model, request.queries, query_prompt, query, of_query),
+        *await tokenize_texts(model, request.documents, document_prompt, document, of_document),
     ]
+
+
+async def tokenize_texts(
+    model: ServedEmbedder, texts: Sequence[str], prompt: str, truncation: Truncation, recall: Recall | None
+) -> list[Tokenized | Recalled]:
+    """A row for each text, or the vector that was kept of it.
+
+    Raises:
+        InvalidInput: the request's limit leaves no room for any text.
+    """
+    encode = await model.tokenizer.encoder(prompt, truncation)
+    if recall is None:
+        return [*await model.tokenizer.pool.map(encode, texts)]
+    return await model.tokenizer.pool.map(recall.of_texts(encode, prompt, truncation), texts)
 
 
 async def _limited(model: ServedEmbedder, whole: Truncation, most: int | None, prompt: str) -> Truncation:
@@ -97,4 +114,4 @@ def score_result(model: ServedEmbedder | ServedReranker, request: ScoreRequest, 
     similarities = cosines(rows[:queries], rows[queries:])
     scores = similarities if request.raw_scores else cosine_to_relevance(similarities)
     truncated = tuple(index - queries for index in ran.truncated if index >= queries)
-    return ScoreResult(scores, model.card.id, "cosine", ran.prompt_tokens, truncated, ran.timings)
+    return ScoreResult(scores, model.card.id, "cosine", ran.prompt_tokens, truncated, ran.timings, ran.cached_tokens)

@@ -23,6 +23,8 @@ class ServedEmbedder:
     """What the scheduler calls it."""
     card: ModelCard
     tokenizer: TextTokenizer
+    fingerprint: bytes
+    """What the cache calls it."""
 
 
 @dataclass(frozen=True, slots=True)

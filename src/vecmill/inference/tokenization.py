@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,13 @@ class Tokenized:
     """Tokens before the cut, at least; what the request itself asked to cut off is not counted."""
     shortened: bool = False
     """Cut because the request asked for it."""
+    key: bytes | None = None
+    """What its vector is kept under."""
+
+    @property
+    def tokens(self) -> int:
+        """Of the row."""
+        return len(self.row)
 
     @property
     def too_long(self) -> bool:
@@ -78,12 +85,22 @@ class TextTokenizer:
         Raises:
             InvalidInput: the request's limit leaves no room for any text.
         """
+        return await self.pool.map(await self.encoder(prompt, truncation), texts)
+
+    async def encoder(
+        self, prompt: str = "", truncation: Truncation = NO_LIMIT
+    ) -> Callable[[Sequence[str]], list[Tokenized]]:
+        """What tokenizes a part of the texts in a thread.
+
+        Raises:
+            InvalidInput: the request's limit leaves no room for any text.
+        """
         instruction: list[int] = []
         limited = truncation.max_tokens is not None or truncation.side is Side.LEFT
         if prompt and (self._format.instruction_unpooled or limited):
             [instruction] = await self.pool.encode_batch([prompt])
         self._check_room(truncation, len(instruction))
-        return await self.pool.map(partial(self._encode_part, prompt, instruction, truncation), texts)
+        return partial(self._encode_part, prompt, instruction, truncation)
 
     def _check_room(self, truncation: Truncation, prompt: int) -> None:
         """Refuse a limit that the special tokens and the prompt's take up alone."""

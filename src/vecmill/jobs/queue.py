@@ -1,201 +1,199 @@
-"""The queue of jobs: first come first served, a few active at a time, the abandoned given up."""
+"""The queue of jobs as its callers see it: every call is one transaction on what is kept."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import secrets
-from collections import deque
-from collections.abc import Callable
-from time import monotonic, time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import suppress
+from typing import Any
 
 from vecmill.config import JobSettings
-from vecmill.core.errors import InvalidInput, JobConflict, JobNotFound, Overloaded
-from vecmill.jobs.job import Job, JobStatus
+from vecmill.core.errors import JobsUnavailable, VecmillError
+from vecmill.jobs.book import Book
+from vecmill.jobs.following import Followers
+from vecmill.jobs.job import View
+from vecmill.jobs.ledger import Ledger
+from vecmill.jobs.store import JobStore, T, Work
+from vecmill.jobs.transitions import JobEvent, JobStatus
+from vecmill.jobs.views import ENDED_SHOWN, Views
 
 logger = logging.getLogger(__name__)
 
-ENDED_KEPT = 100
-ENDED_SHOWN = 10
-# More open jobs than any office has editors; a client that registers without end must not fill the memory.
-OPEN_JOBS_MAX = 1000
+SWEEP_SECONDS = 1.0
+# Seconds between renewals of a job's lease by tagged requests, which may be many in a second.
+TOUCH_SECONDS = 5.0
 
 
 class JobQueue:
-    """All jobs of this process. Every call first gives up jobs whose lease has run out, then fills free places.
+    """First come first served, a few active at a time, the abandoned given up.
 
-    Belongs to the event loop's thread. `clock` is monotonic, `wall` is Unix time.
+    Belongs to the event loop's thread. Until `open`, and while a shared store does not answer, calls raise
+    JobsUnavailable.
     """
 
-    def __init__(
-        self, settings: JobSettings, clock: Callable[[], float] = monotonic, wall: Callable[[], float] = time
-    ) -> None:
+    def __init__(self, settings: JobSettings) -> None:
         self._settings = settings
-        self._clock = clock
-        self._wall = wall
-        self._open: dict[str, Job] = {}  # queued and active, in order of registration
-        self._ended: deque[Job] = deque(maxlen=ENDED_KEPT)
-        self._rate: float | None = None
+        self._store: JobStore | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._touching: set[str] = set()
+        self._followers = Followers(self._views)
 
-    def register(self, project: str, total_chunks: int, instance_id: str) -> tuple[Job, int]:
-        """A new job and its position: 0 is active, 1 the first that waits.
+    async def open(self, store: JobStore) -> None:
+        """Go on with what the store keeps. Raises nothing."""
+        await store.open()
+        self._store = store
 
-        Raises:
-            Overloaded: too many jobs are open.
-        """
-        self._tick()
-        if len(self._open) >= OPEN_JOBS_MAX:
-            raise Overloaded(f"The server is temporarily overloaded: {len(self._open)} jobs are open.")
-        job = Job(
-            id=secrets.token_hex(8),
-            project=project,
-            total_chunks=total_chunks,
-            instance_id=instance_id,
-            created_at=self._wall(),
-            lease_until=self._lease(),
-        )
-        self._open[job.id] = job
-        self._fill()
-        logger.info("job registered", extra={"job": job.id, "chunks": total_chunks, "status": job.status.value})
-        return job, self.position(job)
+    def start(self) -> None:
+        """Sweep every second until `close`."""
+        self._keep(asyncio.create_task(self._sweep_for_ever(), name="jobs"))
 
-    def get(self, job_id: str) -> Job:
-        """The job; asking renews its lease.
+    async def close(self) -> None:
+        """Keep what is under way, then let go of the store."""
+        self.end_following()
+        for task in self._tasks:
+            if task.get_name() == "jobs":
+                task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._store is not None:
+            await self._store.close()
+            self._store = None
+
+    async def register(self, project: str, total_chunks: int, instance_id: str) -> View:
+        """A new job. Position 0 is active, 1 the first that waits.
 
         Raises:
-            JobNotFound: it never was, or is long ended.
+            Overloaded: too many jobs are open. JobsUnavailable.
         """
-        self._tick()
-        job = self._find(job_id)
-        self._renew(job)
-        return job
 
-    def touch(self, job_id: str) -> None:
-        """Renew the lease of a job that tagged other work with its id; unknown ids are let be."""
-        if (job := self._open.get(job_id)) is not None:
-            self._renew(job)
+        def work(book: Book) -> Callable[[Views], View]:
+            job_id = book.register(project, total_chunks, instance_id)
+            return lambda views: views.one(job_id)
 
-    def position(self, job: Job) -> int:
-        """0 while active or ended, else its place among those that wait, from 1."""
-        if job.status is not JobStatus.QUEUED:
-            return 0
-        return 1 + self._queued().index(job)
+        return await self._transact(work)
 
-    def progress(self, job_id: str, current: int) -> Job:
+    async def get(self, job_id: str) -> View:
+        """The job; asking renews its lease. Raises JobNotFound, JobsUnavailable."""
+        return await self._change(job_id, lambda book: book.renew(job_id))
+
+    async def progress(self, job_id: str, current: int) -> View:
         """Record how many chunks are done.
 
         Raises:
-            InvalidInput: below zero or above the job's total. JobNotFound, JobConflict.
+            InvalidInput: below zero or above the job's total. JobNotFound, JobConflict, JobsUnavailable.
         """
-        job = self._open_job(job_id, "record progress on")
-        if not 0 <= current <= job.total_chunks:
-            raise InvalidInput(f"`current` is {current}; this job has 0 to {job.total_chunks} chunks.", param="current")
-        job.current = current
-        self._renew(job)
-        return job
+        return await self._change(job_id, lambda book: book.progress(job_id, current))
 
-    def complete(self, job_id: str) -> Job:
-        """The client is done. Raises JobNotFound, JobConflict."""
-        job = self._open_job(job_id, "complete")
-        job.current = job.total_chunks
-        self._end(job, JobStatus.COMPLETED)
-        return job
+    async def complete(self, job_id: str) -> View:
+        """The client is done. Raises JobNotFound, JobConflict, JobsUnavailable."""
+        return await self._change(job_id, lambda book: book.complete(job_id))
 
-    def fail(self, job_id: str, error: str) -> Job:
-        """The client gave up, or somebody cancelled it. Raises JobNotFound, JobConflict."""
-        job = self._open_job(job_id, "fail")
-        self._end(job, JobStatus.FAILED, error)
-        return job
+    async def fail(self, job_id: str, error: str) -> View:
+        """The client gave up. Raises JobNotFound, JobConflict, JobsUnavailable."""
+        return await self._change(job_id, lambda book: book.fail(job_id, JobEvent.FAIL, error))
 
-    def clear_ended(self) -> int:
-        """Forget the jobs that have ended; how many they were."""
-        count = len(self._ended)
-        self._ended.clear()
-        return count
+    async def cancel(self, job_id: str) -> View:
+        """Somebody cancelled it. Raises JobNotFound, JobConflict, JobsUnavailable."""
+        return await self._change(job_id, lambda book: book.fail(job_id, JobEvent.CANCEL, "cancelled"))
 
-    def view(self, job: Job) -> dict[str, object]:
-        """The job as JSON, with its place in the queue while it waits."""
-        shown = job.view(self._wall())
-        position = self.position(job)
-        shown |= {"position": position, "queue_position": position}
-        if job.status is JobStatus.QUEUED:
-            ahead = self._chunks_ahead(job)
-            shown["chunks_ahead"] = ahead
-            shown["estimated_wait"] = None if self._rate is None else round(ahead / self._rate, 1)
-        return shown
+    async def clear_ended(self) -> int:
+        """Forget the jobs that have ended; how many they were. Raises JobsUnavailable."""
 
-    def overview(self) -> dict[str, object]:
-        """All of `GET /jobs`."""
-        self._tick()
-        active = self._active()
-        return {
-            "active": [self.view(job) for job in active],
-            "queued": [self.view(job) for job in self._queued()],
-            "recent": [self.view(job) for job in list(self._ended)[: -ENDED_SHOWN - 1 : -1]],
-            "workers": {"max": self._settings.jobs_max_active, "busy": len(active)},
-            "historical_rate": None if self._rate is None else round(self._rate, 3),
-        }
+        def work(book: Book) -> Callable[[Views], int]:
+            count = book.clear_ended()
+            return lambda views: count
+
+        return await self._transact(work)
+
+    async def overview(
+        self, limit: int = ENDED_SHOWN, state: JobStatus | None = None, project: str | None = None
+    ) -> View:
+        """All of `GET /jobs`; `limit` is of the recent ones. Raises JobsUnavailable."""
+        return await self._transact(lambda book: lambda views: views.overview(limit, state, project))
+
+    async def sweep(self) -> None:
+        """Do what is due by itself. Raises JobsUnavailable."""
+        await self._transact(lambda book: lambda views: None)
+
+    def touch(self, job_id: str) -> None:
+        """Renew the lease of a job that tagged other work with its id, soon; unknown ids are let be."""
+        job = None if self._store is None else self._store.ledger.open.get(job_id)
+        if self._store is None or job is None or job_id in self._touching:
+            return
+        renewed_at = job.lease_until - self._settings.job_lease_seconds
+        if self._store.now() - renewed_at < min(TOUCH_SECONDS, self._settings.job_lease_seconds / 4):
+            return
+        self._touching.add(job_id)
+        self._keep(asyncio.create_task(self._touch(job_id)))
 
     def count(self, status: JobStatus) -> int:
-        """How many jobs are in a state."""
-        self._tick()
-        return sum(job.status is status for job in (*self._open.values(), *self._ended))
+        """How many jobs were in a state when last seen. Raises nothing."""
+        ledger = self._ledger()
+        return sum(job.status is status for job in (*ledger.open.values(), *ledger.ended.values()))
 
-    def _active(self) -> list[Job]:
-        return [job for job in self._open.values() if job.status is JobStatus.ACTIVE]
+    def follow(self, idle_seconds: float) -> AsyncGenerator[list[View], None]:
+        """The open jobs and the last that ended, then each job whenever it changes; nothing after `idle_seconds`.
 
-    def _queued(self) -> list[Job]:
-        return [job for job in self._open.values() if job.status is JobStatus.QUEUED]
+        Ends with the server's own end. Raises JobsUnavailable before the queue is open.
+        """
+        self._opened()
+        return self._followers.follow(idle_seconds)
 
-    def _chunks_ahead(self, job: Job) -> int:
-        """Chunks of all jobs that were registered before it and are still open."""
-        ahead = 0
-        for other in self._open.values():
-            if other is job:
-                break
-            ahead += other.remaining
-        return ahead
+    def end_following(self) -> None:
+        """End all that follow, and whoever begins to."""
+        self._followers.end()
 
-    def _find(self, job_id: str) -> Job:
-        if job_id in self._open:
-            return self._open[job_id]
-        for job in self._ended:
-            if job.id == job_id:
-                return job
-        raise JobNotFound(f"There is no job {job_id[:80]!r}; register one with POST /jobs.", param="job_id")
+    async def _change(self, job_id: str, change: Callable[[Book], None]) -> View:
+        def work(book: Book) -> Callable[[Views], View]:
+            change(book)
+            return lambda views: views.one(job_id)
 
-    def _open_job(self, job_id: str, verb: str) -> Job:
-        self._tick()
-        job = self._find(job_id)
-        if job.status.ended:
-            raise JobConflict(f"Cannot {verb} job {job.id}: it is {job.status.value} already.", param="job_id")
-        return job
+        return await self._transact(work)
 
-    def _lease(self) -> float:
-        return self._clock() + self._settings.job_lease_seconds
+    async def _transact(self, work: Work[T]) -> T:
+        """Not ended by its caller's end: a client that leaves at once has reported all the same."""
+        return await asyncio.shield(self._keep(asyncio.create_task(self._announced(self._opened().transact(work)))))
 
-    def _renew(self, job: Job) -> None:
-        job.lease_until = self._lease()
+    async def _announced(self, transaction: Coroutine[Any, Any, T]) -> T:
+        try:
+            return await transaction
+        finally:
+            self._followers.wake()
 
-    def _tick(self) -> None:
-        now = self._clock()
-        for job in [job for job in self._open.values() if job.lease_until < now]:
-            silent = f"abandoned: no sign from its client for {self._settings.job_lease_seconds:g} seconds"
-            self._end(job, JobStatus.FAILED, silent)
-        self._fill()
+    async def _touch(self, job_id: str) -> None:
+        try:
+            with suppress(VecmillError):  # the job has just ended, or is renewed by the next request
+                await self.get(job_id)
+        finally:
+            self._touching.discard(job_id)
 
-    def _fill(self) -> None:
-        free = self._settings.jobs_max_active - len(self._active())
-        for job in self._queued()[: max(0, free)]:
-            job.status = JobStatus.ACTIVE
-            job.started_at = self._wall()
+    async def _sweep_for_ever(self) -> None:
+        while True:
+            try:
+                await self.sweep()
+            except JobsUnavailable as error:
+                logger.debug(error.message)
+            except Exception:
+                logger.exception("the sweep of the jobs failed")
+            await asyncio.sleep(SWEEP_SECONDS)
 
-    def _end(self, job: Job, status: JobStatus, error: str | None = None) -> None:
-        del self._open[job.id]
-        job.status, job.error, job.completed_at = status, error, self._wall()
-        self._ended.append(job)
-        if status is JobStatus.COMPLETED and job.started_at is not None and job.completed_at > job.started_at:
-            rate = job.total_chunks / (job.completed_at - job.started_at)
-            # Half of the new, half of the old: follows the machine without jumping with one small job.
-            self._rate = rate if self._rate is None else (rate + self._rate) / 2
-        logger.info("job ended", extra={"job": job.id, "status": status.value, "chunks": job.current})
-        self._fill()
+    def _keep(self, task: asyncio.Task[T]) -> asyncio.Task[T]:
+        self._tasks.add(task)
+        task.add_done_callback(self._done)
+        return task
+
+    def _done(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled():
+            task.exception()  # of one whose caller has left: it has been seen
+
+    def _opened(self) -> JobStore:
+        if self._store is None:
+            raise JobsUnavailable
+        return self._store
+
+    def _ledger(self) -> Ledger:
+        return Ledger() if self._store is None else self._store.ledger
+
+    def _views(self) -> Views:
+        return Views(self._ledger(), self._settings, 0.0 if self._store is None else self._store.now())

@@ -6,12 +6,13 @@ import asyncio
 import logging
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import repeat
 from time import monotonic
 from typing import Protocol
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
 from vecmill.core.protocols import BatchResult, Runner
-from vecmill.core.types import Lane, Row
+from vecmill.core.types import Lane, Row, Vector
 from vecmill.scheduler.in_flight import InFlight
 from vecmill.scheduler.lines import Lines
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
@@ -38,6 +39,9 @@ class SchedulerStats:
     splits: int = 0
     """Batches halved because they did not fit into the device's memory."""
     busy_seconds: float = 0.0
+
+
+Keep = Callable[[Vector], None]
 
 
 class OnBatch(Protocol):
@@ -91,8 +95,11 @@ class Scheduler:
         lane: Lane = Lane.BULK,
         client: str = "",
         deadline: float = float("inf"),
+        keep: Iterable[Keep | None] = repeat(None),
     ) -> list[asyncio.Future[SequenceResult]]:
         """Queue rows and return one future for each, in order. Rows equal to one in flight wait for that one.
+
+        `keep`, one for each row, is given its vector even where nobody waits for it any more.
 
         Cancelling all futures of a sequence frees it before it is run; so does its `deadline`, by the clock.
 
@@ -103,9 +110,11 @@ class Scheduler:
             raise self._closed.again()
         loop = asyncio.get_running_loop()
         futures = []
-        for row in rows:
+        for row, kept_by in zip(rows, keep, strict=False):
             future: asyncio.Future[SequenceResult] = loop.create_future()
-            self._queue(model, row, lane, client).join(future, deadline)
+            sequence = self._queue(model, row, lane, client)
+            sequence.join(future, deadline)
+            sequence.keep = sequence.keep or kept_by
             futures.append(future)
         self._wake.set()
         return futures

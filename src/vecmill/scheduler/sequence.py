@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from time import monotonic
 
@@ -34,6 +34,8 @@ class Sequence:
     deadline: float = float("-inf")
     """Of whoever is ready to wait longest; by the monotonic clock."""
     futures: list[asyncio.Future[SequenceResult]] = field(default_factory=list)
+    keep: Callable[[Vector], None] | None = None
+    """Given the vector too, whoever still waits."""
     taken: bool = False
     """In a batch, or dropped: a sequence that somebody in a hurry asks for too stands in two lines."""
 
@@ -56,6 +58,8 @@ class Sequence:
 
     def resolve(self, result: SequenceResult | Exception) -> None:
         """Answer everyone who still waits."""
+        if self.keep is not None and isinstance(result, SequenceResult):
+            self.keep(result.vector)
         for future in self.futures:
             if future.done():
                 continue

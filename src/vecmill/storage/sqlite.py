@@ -33,7 +33,9 @@ def connect(path: Path, *, durable: bool = False, busy_seconds: float = BUSY_SEC
     return connection
 
 
-def open_database(path: Path, schema: str, version: int, *, durable: bool = False) -> sqlite3.Connection:
+def open_database(
+    path: Path, schema: str, version: int, *, durable: bool = False, busy_seconds: float = BUSY_SECONDS
+) -> sqlite3.Connection:
     """Connect, and create the tables of `schema` in a new file.
 
     A file that is broken, or of another version, is put aside under another name and a new one begun.
@@ -42,12 +44,12 @@ def open_database(path: Path, schema: str, version: int, *, durable: bool = Fals
         sqlite3.Error: the database cannot be used now (locked, read-only, no room).
     """
     try:
-        return _prepared(path, schema, version, durable)
+        return _prepared(path, schema, version, durable, busy_seconds)
     except sqlite3.Error as error:
         if not is_broken(error):
             raise
         set_aside(path, str(error))
-    return _prepared(path, schema, version, durable)
+    return _prepared(path, schema, version, durable, busy_seconds)
 
 
 def is_broken(error: sqlite3.Error) -> bool:
@@ -65,8 +67,8 @@ def set_aside(path: Path, reason: str) -> None:
     logger.error("%s cannot be read (%s): it was put aside as %s, and a new one begun", path, reason, aside.name)
 
 
-def _prepared(path: Path, schema: str, version: int, durable: bool) -> sqlite3.Connection:
-    connection = connect(path, durable=durable)
+def _prepared(path: Path, schema: str, version: int, durable: bool, busy_seconds: float) -> sqlite3.Connection:
+    connection = connect(path, durable=durable, busy_seconds=busy_seconds)
     try:
         [found] = connection.execute("PRAGMA user_version").fetchone()
         if found == 0:
@@ -74,7 +76,7 @@ def _prepared(path: Path, schema: str, version: int, durable: bool) -> sqlite3.C
         elif found != version:
             connection.close()
             set_aside(path, f"it is of version {found}, this vecmill writes {version}")
-            return _prepared(path, schema, version, durable)
+            return _prepared(path, schema, version, durable, busy_seconds)
     except sqlite3.Error:
         connection.close()
         raise

@@ -27,6 +27,23 @@ class Metrics:
         )
         self.texts = Counter("vecmill_texts", "Texts answered", ["operation", "model"], registry=registry)
         self.tokens = Counter("vecmill_tokens", "Tokens answered", ["operation", "model"], registry=registry)
+        self.cached_texts = Counter(
+            "vecmill_cached_texts",
+            "Texts answered with a vector that was kept",
+            ["operation", "model"],
+            registry=registry,
+        )
+        self.cached_tokens = Counter(
+            "vecmill_cached_tokens", "Tokens of those texts", ["operation", "model"], registry=registry
+        )
+        self.computed = Gauge("vecmill_computed_texts", "Texts run on the device", registry=registry)
+        self.cache_entries = Gauge("vecmill_cache_entries", "Vectors in the cache", registry=registry)
+        self.cache_bytes = Gauge("vecmill_cache_bytes", "What they take", registry=registry)
+        self.cache_dropped = Gauge(
+            "vecmill_cache_dropped", "Vectors dropped for lack of room, least recently used first", registry=registry
+        )
+        self.cache_lost = Gauge("vecmill_cache_lost", "Vectors that could not be kept", registry=registry)
+        self.cache_failing = Gauge("vecmill_cache_failing", "1 while the cache cannot be used", registry=registry)
         self.truncated = Counter(
             "vecmill_truncated_texts", "Texts cut to the model's length", ["model"], registry=registry
         )
@@ -69,6 +86,10 @@ class Metrics:
             "vecmill_max_batch_tokens", "Tokens of a bulk forward pass, at most", ["task", "model"], registry=registry
         )
         self.jobs = Gauge("vecmill_jobs", "Jobs by state", ["state"], registry=registry)
+        self.batches = Gauge("vecmill_batches", "Batches in STATE_DIR by state", ["state"], registry=registry)
+        self.batch_lines = Counter(
+            "vecmill_batch_lines", "Lines of batches that are answered and on disk", ["outcome"], registry=registry
+        )
         self.process_memory = Gauge("vecmill_process_memory_bytes", "Resident memory of the process", registry=registry)
         self.ready = Gauge("vecmill_ready", "1 while requests are served", registry=registry)
 

@@ -42,17 +42,21 @@ class Rolling:
         self.requests = 0
         self.texts = 0
         self.tokens = 0
+        self.cached_texts = 0
+        self.cached_tokens = 0
         self.errors = 0
         self.queue_waits = 0
         self.warmup_seconds: tuple[float, ...] = ()
         self._samples: deque[RequestSample] = deque(maxlen=SAMPLES)
         self._batch_rows: deque[int] = deque(maxlen=SAMPLES)
 
-    def add_request(self, sample: RequestSample, *, waited: bool) -> None:
-        """Count an answered request. `waited`: other work was ahead of it."""
+    def add_request(self, sample: RequestSample, *, waited: bool, cached: int = 0, cached_tokens: int = 0) -> None:
+        """Count an answered request. `waited`: other work was ahead of it; `cached`: texts that were not run."""
         self.requests += 1
         self.texts += sample.texts
         self.tokens += sample.tokens
+        self.cached_texts += cached
+        self.cached_tokens += cached_tokens
         self.queue_waits += waited
         self._samples.append(sample)
 

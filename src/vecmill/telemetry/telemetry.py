@@ -25,15 +25,22 @@ class Telemetry:
         texts: int,
         tokens: int,
         truncated: int,
+        cached: int,
+        cached_tokens: int,
         total: float,
         timings: Timings,
         waited: bool,
     ) -> None:
-        """An inference request has its result. `operation` is embed or rerank; times in seconds."""
+        """An inference request has its result. `operation` is embed or rerank; times in seconds.
+
+        `cached` of the texts, with `cached_tokens`, were not run.
+        """
         self.metrics.requests.labels(operation, model).inc()
         self.metrics.texts.labels(operation, model).inc(texts)
         self.metrics.tokens.labels(operation, model).inc(tokens)
         self.metrics.truncated.labels(model).inc(truncated)
+        self.metrics.cached_texts.labels(operation, model).inc(cached)
+        self.metrics.cached_tokens.labels(operation, model).inc(cached_tokens)
         stages = {
             "total": total,
             "tokenize": timings.tokenize,
@@ -43,7 +50,7 @@ class Telemetry:
         for stage, seconds in stages.items():
             self.metrics.request_seconds.labels(operation, lane.value, stage).observe(seconds)
         sample = RequestSample(monotonic(), lane, texts, tokens, total, timings.tokenize, timings.queue, timings.infer)
-        self.rolling.add_request(sample, waited=waited)
+        self.rolling.add_request(sample, waited=waited, cached=cached, cached_tokens=cached_tokens)
 
     def batch(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None:
         """A batch ended; it was halved `splits` times for lack of memory."""

@@ -1,5 +1,6 @@
 // Polls the service and hands its answers to the parts of the page. Knows when to ask; draws nothing itself.
 
+import { showBatches, watchBatchButtons } from "./batches.js";
 import { drawCharts, remember } from "./charts.js";
 import { showJobs, watchButtons } from "./jobs.js";
 import { forgetRefusal, watchKeyForm } from "./key.js";
@@ -14,13 +15,14 @@ function show(answers) {
     showUnreachable(lastAnswer);
     forgetRefusal();
   } else {
-    const [health, stats, jobs] = answers;
+    const [health, stats, jobs, batches] = answers;
     lastAnswer = new Date();
     showStatus(health);
     showFacts(health, stats ?? {});
     showLoad(stats ?? {});
     remember(stats ?? {});
     showJobs(jobs);
+    showBatches(batches);
   }
   drawCharts(Date.now());
 }
@@ -44,5 +46,6 @@ async function poll() {
 
 document.addEventListener("visibilitychange", poll);
 watchButtons(poll);
+watchBatchButtons(poll);
 watchKeyForm(poll);
 poll();

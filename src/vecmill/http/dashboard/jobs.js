@@ -89,7 +89,7 @@ export function showJobs(jobs) {
   const workers = jobs?.workers;
   const past = jobs?.historical_rate;
   const busy = workers && `${count(workers.busy)} of ${count(workers.max)} places taken`;
-  put(document, "workers", join([busy, known(past) && `${rate(past)} chunks/s in past jobs`]));
+  put(document, "workers", join([busy, known(past) && `${rate(past)} chunks/s lately`]));
 }
 
 const underWay = new Set();

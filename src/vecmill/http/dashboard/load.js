@@ -19,12 +19,21 @@ export function showLoad(stats) {
     "latency-average": milliseconds(stats.avg_latency_ms),
     requests: count(stats.requests),
     "queue-waits": count(stats.queue_waits),
+    "texts-cached": count(stats.texts_cached),
+    "cache-size": cacheSize(stats.cache),
     errors: count(stats.errors),
     "process-memory": memory(stats.process_memory_mb),
   };
   for (const [name, text] of Object.entries(texts)) put(document, name, text);
   field(document, "errors").classList.toggle("bad", stats.errors > 0);
   showMemory(stats);
+}
+
+function cacheSize(cache) {
+  if (cache === undefined) return UNKNOWN;
+  if (cache === null) return "nothing is kept";
+  if (cache.failing) return "cannot be used now";
+  return `${count(cache.entries)} kept in ${memory(cache.bytes / 2 ** 20)}`;
 }
 
 function showMemory(stats) {

@@ -170,8 +170,10 @@ Count = Annotated[Annotated[int, Field(ge=1)] | None, BeforeValidator(_zero_is_u
 
 
 def usage(result: EmbedResult | ScoreResult) -> dict[str, object]:
-    """OpenAI's token counts; `truncated` lists the inputs that were cut, where there are any."""
+    """OpenAI's token counts; those whose vectors were kept, and the inputs that were cut, where there are any."""
     counts: dict[str, object] = {"prompt_tokens": result.prompt_tokens, "total_tokens": result.prompt_tokens}
+    if result.cached_tokens:
+        counts["prompt_tokens_details"] = {"cached_tokens": result.cached_tokens}
     return counts | ({"truncated": list(result.truncated)} if result.truncated else {})
 
 

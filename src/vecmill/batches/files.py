@@ -1,0 +1,163 @@
+"""Files that clients send and that batches give: `<id>.data`, and `<id>.json` once it is whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vecmill.batches.room import Room
+from vecmill.core.clock import Clock
+from vecmill.core.errors import NoSuchFile
+from vecmill.storage.atomic_files import TEMPORARY, sync_folder, write_atomically
+from vecmill.storage.file_lock import FileLock
+
+FILE_ID = re.compile(r"file-[0-9a-f]{32}")
+DATA, PART, METADATA = ".data", ".part", ".json"
+DAY = 86_400.0
+
+
+class StoredFile(BaseModel):
+    """What is known of a file. Times are Unix times in seconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    bytes: int
+    created_at: float
+    expires_at: float
+    filename: str
+    purpose: Literal["batch", "batch_output"]
+
+
+class FileStore:
+    """The folder of files. For any thread; every call may raise OSError."""
+
+    def __init__(self, folder: Path, clock: Clock, room: Room, expires_days: float) -> None:
+        self._folder = folder
+        self._clock = clock
+        self._expires_seconds = expires_days * DAY
+        self._known: dict[str, StoredFile] = {}
+        self.room = room
+
+    @staticmethod
+    def new_id() -> str:
+        """An id that no file has."""
+        return f"file-{secrets.token_hex(16)}"
+
+    def part(self, file_id: str) -> Path:
+        """Where a file is written before it is whole."""
+        return self._folder / (file_id + PART)
+
+    def data(self, file_id: str) -> Path:
+        """Where a whole file is."""
+        return self._folder / (file_id + DATA)
+
+    def add(
+        self,
+        file_id: str,
+        written: Path,
+        size: int,
+        *,
+        filename: str,
+        purpose: Literal["batch", "batch_output"],
+        expires_seconds: float | None = None,
+    ) -> StoredFile:
+        """Take over what was written under another name. Can be repeated after a crash at any point."""
+        if written.exists():
+            written.replace(self.data(file_id))
+        now = self._clock()
+        expires_at = now + (self._expires_seconds if expires_seconds is None else expires_seconds)
+        file = StoredFile(
+            id=file_id, bytes=size, created_at=now, expires_at=expires_at, filename=filename, purpose=purpose
+        )
+        write_atomically(self._metadata(file_id), file.model_dump_json().encode())
+        sync_folder(self._folder)
+        return file
+
+    def get(self, file_id: str) -> StoredFile:
+        """A whole file that has not expired.
+
+        Raises:
+            NoSuchFile: there is none of this id, whatever the id looks like.
+        """
+        file = self._read(file_id) if FILE_ID.fullmatch(file_id) else None
+        if file is None or file.expires_at <= self._clock():
+            raise NoSuchFile(f"There is no file {file_id[:100]!r}: it was deleted, has expired, or never was.")
+        return file
+
+    def all(self) -> list[StoredFile]:
+        """All whole files that have not expired, in no order."""
+        return [file for file in self.stored() if file.expires_at > self._clock()]
+
+    def stored(self) -> Iterator[StoredFile]:
+        """All whole files, those that have expired and not been deleted yet too."""
+        for name in os.listdir(self._folder):
+            file_id = name.removesuffix(METADATA)
+            if file_id != name and FILE_ID.fullmatch(file_id):
+                file = self._read(file_id)
+                if file is not None:
+                    yield file
+
+    def delete(self, file_id: str) -> None:
+        """Delete a file; one that is not there is no error."""
+        self._known.pop(file_id, None)
+        # The metadata first: a file without it is none.
+        for path in (self._metadata(file_id), self.data(file_id)):
+            with suppress(FileNotFoundError):
+                path.unlink()
+        self.room.forget()
+
+    def sweep(self, orphans: Mapping[str, list[str]], in_use: Collection[str]) -> None:
+        """Delete what has expired, and `orphans`, but nothing that a batch needs."""
+        for file in list(self.stored()):
+            if file.expires_at <= self._clock() and file.id not in in_use:
+                self.delete(file.id)
+        for file_id, names in orphans.items():
+            if file_id not in in_use:
+                self._delete_orphan(file_id, names)
+
+    def orphans(self) -> dict[str, list[str]]:
+        """Names of what has no metadata, by the id of the file that it was to be."""
+        found: dict[str, list[str]] = {}
+        names = set(os.listdir(self._folder))
+        for name in names:
+            file_id = name.partition(".")[0]
+            if file_id + METADATA not in names:
+                found.setdefault(file_id, []).append(name)
+        return found
+
+    def _delete_orphan(self, file_id: str, names: list[str]) -> None:
+        """Whoever writes a file holds a lock on it until its metadata is there."""
+        content = [self._folder / name for name in names if name.endswith((PART, DATA))]
+        locks = [FileLock.take(path) for path in content]
+        try:
+            if locks and None not in locks and not self._metadata(file_id).exists():
+                # The content last: what is left without it would be left for good.
+                for path in (self._folder / (file_id + METADATA + TEMPORARY), *content):
+                    path.unlink(missing_ok=True)
+        finally:
+            for lock in filter(None, locks):
+                lock.release()
+
+    def _metadata(self, file_id: str) -> Path:
+        return self._folder / (file_id + METADATA)
+
+    def _read(self, file_id: str) -> StoredFile | None:
+        """None where there is no such file, or its metadata is broken. What is written once is read once."""
+        try:
+            if file_id in self._known:
+                self.data(file_id).stat()
+                return self._known[file_id]
+            file = StoredFile.model_validate_json(self._metadata(file_id).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            self._known.pop(file_id, None)
+            return None
+        self._known[file_id] = file
+        return file

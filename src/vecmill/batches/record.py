@@ -1,0 +1,93 @@
+"""What is known of a batch, as it is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Status(StrEnum):
+    """OpenAI's."""
+
+    VALIDATING = "validating"
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+
+ENDED = frozenset({Status.FAILED, Status.COMPLETED, Status.EXPIRED, Status.CANCELLED})
+
+
+class LineError(BaseModel):
+    """Why a batch cannot be run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    code: str
+    message: str
+    line: int | None = None
+    param: str | None = None
+
+
+class Progress(BaseModel):
+    """How far a batch is: what is before these places is done and on disk, what is after them does not count."""
+
+    model_config = ConfigDict(frozen=True)
+
+    input_offset: int = 0
+    lines: int = 0
+    """Of the input, answered or failed."""
+    output_bytes: int = 0
+    error_bytes: int = 0
+    completed: int = 0
+    failed: int = 0
+    tokens: int = 0
+    cached_tokens: int = 0
+
+
+class BatchRecord(BaseModel):
+    """A batch. Times are Unix times in seconds."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    endpoint: str
+    input_file_id: str
+    completion_window: str
+    created_at: float
+    expires_at: float
+    metadata: Mapping[str, str] | None = None
+    output_expires_seconds: float | None = None
+
+    status: Status = Status.VALIDATING
+    ends_as: Status | None = None
+    """What it will be once its files are in place; decided for good."""
+    errors: tuple[LineError, ...] = ()
+    total: int = 0
+    """Lines of the input."""
+    first_offset: int = 0
+    """Where the first line begins."""
+    progress: Progress = Progress()
+    model: str | None = None
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+
+    updated_at: float = 0.0
+    in_progress_at: float | None = None
+    finalizing_at: float | None = None
+    completed_at: float | None = None
+    failed_at: float | None = None
+    expired_at: float | None = None
+    cancelling_at: float | None = None
+    cancelled_at: float | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it will change any more."""
+        return self.status in ENDED

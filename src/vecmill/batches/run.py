@@ -1,0 +1,266 @@
+"""One batch from its first line to its files, by whoever holds its lock.
+
+Whatever is done is done in this order, so that a kill at any moment loses nothing and repeats nothing: the answers are
+on disk before the record says so, the record has the files' ids before the files get their names, and says that the
+batch has ended after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vecmill.batches.answers import ERRORS, OUTPUT, Answers, expired, written
+from vecmill.batches.disk_patience import DiskPatience
+from vecmill.batches.endpoint import Endpoint
+from vecmill.batches.files import FileStore
+from vecmill.batches.lines import InputChanged, LineReader
+from vecmill.batches.record import BatchRecord, LineError, Progress, Status
+from vecmill.batches.store import BatchStore
+from vecmill.batches.threads import in_thread
+from vecmill.batches.validation import Checked, validate
+from vecmill.batches.window import Answered, Window
+from vecmill.core.clock import Clock
+from vecmill.telemetry.telemetry import Telemetry
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What every batch of a server has in common."""
+
+    store: BatchStore
+    files: FileStore
+    clock: Clock
+    telemetry: Telemetry
+    chunk_size: int
+    """Lines in flight."""
+    max_line_bytes: int
+
+
+class BatchRun:
+    """A batch being run. Belongs to the event loop's thread."""
+
+    def __init__(self, around: Surroundings, endpoint: Endpoint, record: BatchRecord) -> None:
+        self._around = around
+        self._endpoint = endpoint
+        self._interrupted = asyncio.Event()
+        self._stopped = False
+        self._disk = DiskPatience(record.id)
+        self._folder = around.store.folder(record.id)
+        self.record = record
+
+    def interrupt(self) -> None:
+        """It was cancelled, or has expired: what is committed stays, the rest is not run."""
+        self._interrupted.set()
+        self._disk.wake()
+
+    def wake(self) -> None:
+        """There may be room on the disk now."""
+        self._disk.wake()
+
+    def stop(self) -> None:
+        """`run` is about to be cancelled: what runs in a thread shall end soon."""
+        self._stopped = True
+
+    async def run(self) -> None:
+        """Bring the batch to its end. Cancelled, it can be taken up by anybody later."""
+        if self.record.ends_as is None:
+            await self._decided(await self._answer())
+        await self._finish()
+
+    def _interruption(self) -> Status | None:
+        record = self.record
+        if self._around.store.cancel_asked(record.id) is not None:
+            return Status.CANCELLED
+        return Status.EXPIRED if self._around.clock() >= record.expires_at else None
+
+    async def _answer(self) -> Status:
+        """Do the lines; says how the batch ends."""
+        if self._interruption() is Status.CANCELLED:
+            return Status.CANCELLED
+        if self.record.status is Status.VALIDATING and not await self._validate():
+            return Status.FAILED
+        answers = await self._disk.until_done(lambda: Answers(self._folder))
+        assert answers is not None  # nothing stops it
+        try:
+            if not answers.holds(self.record.progress):
+                await self._save(progress=Progress(input_offset=self.record.first_offset))
+            ends_as = await self._work(answers)
+            if ends_as is Status.EXPIRED:
+                await self._expire_rest(answers)
+        except (InputChanged, FileNotFoundError):
+            return await self._refuse("input_file_changed", "The input file is gone, or not what it was.")
+        finally:
+            answers.close()
+        return ends_as
+
+    async def _validate(self) -> bool:
+        record, around = self.record, self._around
+        try:
+            checked: Checked = await in_thread(
+                validate,
+                around.files.data(record.input_file_id),
+                record.endpoint,
+                around.max_line_bytes,
+                lambda: self._stopped,
+            )
+        except FileNotFoundError:
+            await self._refuse("input_file_not_found", "The input file is gone.")
+            return False
+        if checked.errors:
+            await self._save(errors=tuple(checked.errors), total=checked.total)
+            return False
+        await self._save(
+            status=Status.IN_PROGRESS,
+            in_progress_at=around.clock(),
+            total=checked.total,
+            first_offset=checked.first_offset,
+            progress=Progress(input_offset=checked.first_offset),
+        )
+        return True
+
+    async def _refuse(self, code: str, message: str) -> Status:
+        await self._save(errors=(LineError(code=code, message=message, param="input_file_id"),))
+        return Status.FAILED
+
+    async def _work(self, answers: Answers) -> Status:
+        """Answer lines until all are, or until the batch is cancelled or over its time."""
+        interrupted = asyncio.create_task(self._interrupted.wait())
+        window = Window(self._endpoint, f"batch {self.record.id}", await self._reader(), self._around.chunk_size)
+        try:
+            while True:
+                if (reason := self._interruption()) is not None:
+                    return reason
+                self._interrupted.clear()
+                if not await window.fill():
+                    return Status.COMPLETED
+                await window.first_or(interrupted)
+                taken = window.take()
+                if taken and await self._commit(answers, taken):
+                    window.release(len(taken))
+                if interrupted.done():
+                    interrupted = asyncio.create_task(self._interrupted.wait())
+        finally:
+            interrupted.cancel()
+            await window.drop()
+
+    async def _reader(self) -> LineReader:
+        record = self.record
+        path = self._around.files.data(record.input_file_id)
+        return await in_thread(LineReader, path, record.progress.input_offset, record.progress.lines, record.total)
+
+    async def _commit(self, answers: Answers, taken: Sequence[Answered]) -> bool:
+        """Put answered lines on disk; False where the batch was interrupted while it waited for room."""
+        results = [result for _, results in taken for result in results]
+        lines = [line for group, _ in taken for line in group.lines]
+        done = sum(result.ok for result in results)
+        model = self.record.model or next((result.model for result in results if result.model), None)
+        before = self.record.progress
+
+        def write() -> BatchRecord:
+            output, errors = written(self.record.id, lines, results)
+            progress = Progress(
+                input_offset=taken[-1][0].stop,
+                lines=before.lines + len(lines),
+                output_bytes=before.output_bytes + len(output),
+                error_bytes=before.error_bytes + len(errors),
+                completed=before.completed + done,
+                failed=before.failed + len(results) - done,
+                tokens=before.tokens + sum(result.tokens for result in results),
+                cached_tokens=before.cached_tokens + sum(result.cached_tokens for result in results),
+            )
+            return self._write(answers, output, errors, progress=progress, model=model)
+
+        return await self._committed(write, lambda: self._interruption() is not None)
+
+    async def _expire_rest(self, answers: Answers) -> None:
+        """What was not run in time goes to the errors. It may be taken up where it was left, like everything else."""
+        reader = await self._reader()
+        try:
+            while group := await in_thread(reader.next, lambda body: 0, self._around.chunk_size):
+                before, lines, stop = self.record.progress, group.lines, group.stop
+                errors = await in_thread(expired, self.record.id, lines)
+                progress = before.model_copy(
+                    update={
+                        "input_offset": stop,
+                        "lines": before.lines + len(lines),
+                        "error_bytes": before.error_bytes + len(errors),
+                        "failed": before.failed + len(lines),
+                    }
+                )
+                await self._committed(lambda e=errors, p=progress: self._write(answers, b"", e, progress=p))  # type: ignore[misc]
+        finally:
+            await in_thread(reader.close)
+
+    async def _committed(self, write: Callable[[], BatchRecord], stop: Callable[[], bool] = lambda: False) -> bool:
+        before = self.record.progress
+        record = await self._disk.until_done(write, stop)
+        if record is None:
+            return False
+        self.record = record
+        lines = self._around.telemetry.metrics.batch_lines
+        lines.labels("completed").inc(record.progress.completed - before.completed)
+        lines.labels("failed").inc(record.progress.failed - before.failed)
+        return True
+
+    def _write(self, answers: Answers, output: bytes, errors: bytes, **changes: Any) -> BatchRecord:
+        self._around.files.room.take(len(output) + len(errors))
+        answers.append(self.record.progress, output, errors)
+        return self._write_record(**changes)
+
+    async def _decided(self, ends_as: Status) -> None:
+        """From here on nothing changes how the batch ends, nor the ids of its files."""
+        progress = self.record.progress
+        changes: dict[str, Any] = {"status": Status.FINALIZING, "finalizing_at": self._around.clock()}
+        if ends_as is Status.FAILED:
+            changes = {}
+        elif ends_as is Status.CANCELLED:
+            asked = self._around.store.cancel_asked(self.record.id)
+            changes = {"status": Status.CANCELLING, "cancelling_at": asked}
+        await self._save(
+            **changes,
+            ends_as=ends_as,
+            output_file_id=FileStore.new_id() if progress.output_bytes else None,
+            error_file_id=FileStore.new_id() if progress.error_bytes else None,
+        )
+
+    async def _finish(self) -> None:
+        """Give the files their names, then say that the batch has ended. Can be repeated."""
+        record = self.record
+        assert record.ends_as is not None
+        await self._disk.until_done(self._place_files)
+        await self._save(status=record.ends_as, **{f"{record.ends_as.value}_at": self._around.clock()})
+
+    def _place_files(self) -> None:
+        record, progress = self.record, self.record.progress
+        for file_id, name, size in (
+            (record.output_file_id, OUTPUT, progress.output_bytes),
+            (record.error_file_id, ERRORS, progress.error_bytes),
+        ):
+            path = self._folder / name
+            if file_id is None:
+                path.unlink(missing_ok=True)
+                continue
+            if path.exists():
+                with path.open("rb+") as file:
+                    file.truncate(size)
+            self._around.files.add(
+                file_id,
+                path,
+                size,
+                filename=f"{record.id}_{name}",
+                purpose="batch_output",
+                expires_seconds=record.output_expires_seconds,
+            )
+
+    async def _save(self, **changes: Any) -> None:
+        record = await self._disk.until_done(lambda: self._write_record(**changes))
+        assert record is not None  # nothing stops it
+        self.record = record
+
+    def _write_record(self, **changes: Any) -> BatchRecord:
+        record = self.record.model_copy(update={**changes, "updated_at": self._around.clock()})
+        self._around.store.save(record)
+        return record

@@ -1,0 +1,214 @@
+"""Vectors that were computed before, looked up at once and written behind the answer."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import inf
+from time import monotonic
+from typing import Literal
+
+import numpy as np
+
+from vecmill.cache.vector_format import decode_values, encode_vectors
+from vecmill.core.protocols import StoreSize, VectorStore
+from vecmill.core.types import Vector
+from vecmill.storage.errors import StoreFailed
+
+logger = logging.getLogger(__name__)
+
+PENDING_BYTES = 67_108_864  # computed and not yet written; what is more is not kept
+TOUCHED_ENTRIES = 100_000  # whose use is written down once, not every time
+# Between two writes, so that many small ones become one. What is not written when the process is killed is lost.
+WRITE_EVERY = 0.05
+RETRY_SECONDS = 5.0  # without the store after it has failed
+SIZE_EVERY = 5.0
+CLOSE_SECONDS = 10.0
+
+
+@dataclass(slots=True)
+class CacheStats:
+    """Counters since the start."""
+
+    written: int = 0
+    dropped: int = 0
+    """For lack of room: the least recently used."""
+    lost: int = 0
+    """Never written: the store failed, or could not keep up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A vector on its way to the store."""
+
+    vector: Vector
+    smallest: int
+    """Dimensions that a client may ask for."""
+
+
+class EmbeddingCache:
+    """Full-width vectors by key. A store that fails is left alone for a while; nobody is refused for it."""
+
+    def __init__(self, store: VectorStore, dtype: Literal["auto", "float32"] = "auto") -> None:
+        """Takes the store over: closes it in the end."""
+        self._store = store
+        self._exact = dtype == "float32"
+        self._wake = threading.Condition()
+        self._storing = threading.Lock()
+        self._pending: dict[bytes, Kept] = {}
+        self._writing: dict[bytes, Kept] = {}
+        self._pending_bytes = 0
+        self._used: dict[bytes, None] = {}
+        self._touched: set[bytes] = set()
+        self._closing = False
+        self._failed_at: dict[str, float] = {}  # what failed last, and when
+        self.stats = CacheStats()
+        self.size = StoreSize(0, 0)
+        """As it was a moment ago."""
+        self._writer = threading.Thread(target=self._write_forever, name="cache-writer", daemon=True)
+        self._writer.start()
+
+    @property
+    def failing(self) -> bool:
+        """Whether the store could not be used lately."""
+        return bool(self._failed_at)
+
+    def look_up(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
+        """The vectors, (dimensions,) each, that are there. For worker threads: it reads from disk."""
+        found = {key: kept.vector for key in keys if (kept := self._on_the_way(key)) is not None}
+        missing = [key for key in keys if key not in found]
+        if missing and not self._left_alone("read"):
+            found |= self._read(missing, dimensions)
+        return found
+
+    def _on_the_way(self, key: bytes) -> Kept | None:
+        return self._pending.get(key) or self._writing.get(key)
+
+    def _left_alone(self, what: str) -> bool:
+        return monotonic() - self._failed_at.get(what, -inf) < RETRY_SECONDS
+
+    def _read(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
+        try:
+            values = self._store.get(keys)
+        except StoreFailed as error:
+            self._failed("read", error)
+            return {}
+        self._worked("read")
+        found = decode_values(values, dimensions)
+        self._touch(found)
+        return found
+
+    def _touch(self, keys: Iterable[bytes]) -> None:
+        new = [key for key in keys if key not in self._touched]
+        if not new:
+            return
+        with self._wake:
+            self._used.update(dict.fromkeys(new))
+            self._touched.update(new)
+            self._wake.notify()
+
+    def keep(self, key: bytes, vector: Vector, smallest: int) -> None:
+        """Write a vector, soon. Returns at once."""
+        with self._wake:
+            if self._pending_bytes + vector.nbytes > PENDING_BYTES or self._closing:
+                self.stats.lost += 1
+                return
+            if key not in self._pending:
+                self._pending[key] = Kept(vector, smallest)
+                self._pending_bytes += vector.nbytes
+            self._wake.notify()
+
+    def clear(self) -> int:
+        """Forget everything; how many entries that were. It may take seconds.
+
+        Raises:
+            StoreFailed: it cannot be done now.
+        """
+        with self._storing:
+            with self._wake:
+                self._pending_bytes = 0
+                for waiting in (self._pending, self._writing, self._used, self._touched):
+                    waiting.clear()
+            dropped = self._store.clear()
+            self.size = self._store.size()
+        return dropped
+
+    def close(self) -> None:
+        """Write what is left, and close the store."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        self._writer.join(CLOSE_SECONDS)
+        self._store.close()
+
+    def _write_forever(self) -> None:
+        self._measure()
+        measured = 0.0
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._pending or self._used, SIZE_EVERY)
+                if not self._closing:
+                    self._wake.wait_for(
+                        lambda: self._closing, RETRY_SECONDS if "write" in self._failed_at else WRITE_EVERY
+                    )
+                last = self._closing
+                used = self._take()
+            if self._writing or used:
+                self._write(used)
+            if monotonic() - measured >= SIZE_EVERY or measured == 0:
+                self._measure()
+                measured = monotonic()
+            if last:
+                return
+
+    def _take(self) -> dict[bytes, None]:
+        self._writing, self._pending = {**self._writing, **self._pending}, {}
+        used, self._used = self._used, {}
+        if len(self._touched) > TOUCHED_ENTRIES:
+            self._touched.clear()
+        return used
+
+    def _write(self, used: dict[bytes, None]) -> None:
+        try:
+            with self._storing:
+                self.stats.dropped += self._store.put(self._encoded(), used)
+        except StoreFailed as error:
+            self._failed("write", error)
+            return  # and try again
+        except Exception as error:  # whatever it is, the thread goes on
+            logger.exception("the cache could not be written")
+            self.stats.lost += len(self._writing)
+            self._failed("write", error)
+        else:
+            self.stats.written += len(self._writing)
+            self._worked("write")
+        with self._wake:
+            self._writing = {}
+            self._pending_bytes = sum(kept.vector.nbytes for kept in self._pending.values())
+
+    def _encoded(self) -> dict[bytes, bytes]:
+        """Models have different widths: those of one are encoded together."""
+        groups: dict[tuple[int, int], list[bytes]] = {}
+        for key, kept in self._writing.items():
+            groups.setdefault((len(kept.vector), kept.smallest), []).append(key)
+        encoded: dict[bytes, bytes] = {}
+        for (_, smallest), keys in groups.items():
+            vectors = np.stack([self._writing[key].vector for key in keys])
+            encoded |= zip(keys, encode_vectors(vectors, smallest, exact=self._exact), strict=True)
+        return encoded
+
+    def _measure(self) -> None:
+        with suppress(StoreFailed):  # reading or writing will say so
+            self.size = self._store.size()
+
+    def _failed(self, what: str, error: Exception) -> None:
+        if what not in self._failed_at:
+            logger.error("the embedding cache cannot be used to %s (%s): going on without until it can", what, error)
+        self._failed_at[what] = monotonic()
+
+    def _worked(self, what: str) -> None:
+        if self._failed_at.pop(what, None) is not None:
+            logger.warning("the embedding cache can be used to %s again", what)

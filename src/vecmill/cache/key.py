@@ -1,0 +1,25 @@
+"""What a vector is kept under: everything that decides its numbers, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from hashlib import blake2b
+
+from vecmill.core.types import ModelCard, Row
+
+KEY_BYTES = 16
+# Raised when the same tokens give other vectors than before: a new packing, another pooling.
+FORMAT = 1
+
+
+def model_fingerprint(card: ModelCard) -> bytes:
+    """Of the model as it is loaded: which weights, in which type, pooled how. Prompts are part of the token ids."""
+    parts = [FORMAT, card.id, card.revision, card.family, card.dtype, card.pooling, card.dimensions]
+    return blake2b(json.dumps(parts).encode(), digest_size=32).digest()
+
+
+def row_key(fingerprint: bytes, row: Row) -> bytes:
+    """Of one input: the token ids that the model runs, and which of them it leaves out of the mean."""
+    digest = blake2b(row.token_ids.tobytes(), digest_size=KEY_BYTES, key=fingerprint)
+    digest.update(b"%d,%d" % (row.unpooled, -1 if row.second_text is None else row.second_text))
+    return digest.digest()

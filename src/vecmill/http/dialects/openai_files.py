@@ -1,0 +1,187 @@
+"""OpenAI's files: what batches read and what they give.
+
+Source: https://platform.openai.com/docs/api-reference/files
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+
+import orjson
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import FileResponse
+from starlette.requests import ClientDisconnect
+
+from vecmill.batches.files import StoredFile
+from vecmill.batches.service import Batches
+from vecmill.batches.threads import in_thread
+from vecmill.batches.trouble import explained
+from vecmill.batches.upload import Upload
+from vecmill.core.errors import InvalidInput, VecmillError
+from vecmill.http.dialects.paging import After, page
+from vecmill.http.errors import refused
+from vecmill.http.route import CLIENT_CLOSED_REQUEST
+from vecmill.http.services import ServicesOf
+from vecmill.http.upload_form import UploadForm
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+router = APIRouter(tags=["Batches"])
+
+UPLOAD = "/v1/files"
+PIECE_BYTES = 262_144
+FORM_BYTES = 65_536  # of a form around its file, at most, so that it may be refused by its length
+SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds
+
+FileId = Annotated[str, Path(description="The `id` that POST /v1/files answered with, or a batch's output or errors.")]
+FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                        "file": {"type": "string", "format": "binary", "description": "JSONL: a request on each line."},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": SHORTEST_LIFE,
+                            "maximum": LONGEST_LIFE,
+                            "description": "Default: FILE_EXPIRES_DAYS.",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+class FileContent(FileResponse):
+    """A file as it lies on the disk."""
+
+    media_type = "application/octet-stream"
+    chunk_size = PIECE_BYTES
+
+
+def file_object(file: StoredFile) -> dict[str, Any]:
+    """OpenAI's object."""
+    return {
+        "id": file.id,
+        "object": "file",
+        "bytes": file.bytes,
+        "created_at": int(file.created_at),
+        "expires_at": int(file.expires_at),
+        "filename": file.filename,
+        "purpose": file.purpose,
+        "status": "processed",
+        "status_details": None,
+    }
+
+
+@router.post(UPLOAD, summary="Upload a file", openapi_extra=FORM)
+async def upload_file(request: Request, services: ServicesOf) -> Response:
+    """Keep the input of a batch. It goes to the disk as it comes; what breaks off leaves nothing."""
+    try:
+        return Response(await _uploaded(request, services.batches), media_type="application/json")
+    except ClientDisconnect:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    except VecmillError as error:
+        response = await refused(request, error)
+        # The rest of the body is not read, so the connection cannot carry another request.
+        response.headers["Connection"] = "close"
+        return response
+
+
+async def _uploaded(request: Request, batches: Batches) -> bytes:
+    declared = request.headers.get("content-length", "")
+    upload = await batches.upload(max(0, int(declared) - FORM_BYTES) if declared.isdecimal() else 0)
+    try:
+        file = await _received(request, upload)
+    finally:
+        await in_thread(upload.discard)
+    return orjson.dumps(file_object(file))
+
+
+async def _received(request: Request, upload: Upload) -> StoredFile:
+    form = UploadForm(request.headers.get("content-type", ""), upload.write)
+    pieces, size = [], 0
+    async for piece in request.stream():
+        pieces.append(piece)
+        size += len(piece)
+        if size >= PIECE_BYTES:
+            await _on_disk(form.feed, b"".join(pieces))
+            _check_purpose(form.fields.get("purpose", "batch"))
+            pieces, size = [], 0
+    await _on_disk(form.feed, b"".join(pieces))
+    name = form.finish()
+    _check_purpose(form.fields.get("purpose"))
+    return await _on_disk(upload.finish, name, _life(form.fields))
+
+
+async def _on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    with explained():
+        return await in_thread(function, *args, **kwargs)
+
+
+def _check_purpose(purpose: str | None) -> None:
+    if purpose != "batch":
+        raise InvalidInput(
+            "`purpose` must be `batch`: files are kept here as the input of batches and for nothing else.",
+            param="purpose",
+        )
+
+
+def _life(fields: dict[str, str]) -> float | None:
+    """Seconds until the file expires; None: the server's default."""
+    seconds = fields.get("expires_after[seconds]")
+    if fields.get("expires_after[anchor]", "created_at") != "created_at":
+        raise InvalidInput("`expires_after[anchor]` must be `created_at`.", param="expires_after[anchor]")
+    if seconds is None:
+        return None
+    usable = seconds.isascii() and seconds.isdecimal() and len(seconds) < 10
+    if not usable or not SHORTEST_LIFE <= int(seconds) <= LONGEST_LIFE:
+        raise InvalidInput(
+            f"`expires_after[seconds]` must be a whole number from {SHORTEST_LIFE} to {LONGEST_LIFE}.",
+            param="expires_after[seconds]",
+        )
+    return float(seconds)
+
+
+@router.get(UPLOAD, summary="List files")
+async def list_files(
+    services: ServicesOf,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Annotated[Literal["asc", "desc"], Query(description="By `created_at`; the newest first: `desc`.")] = "desc",
+    purpose: Annotated[str | None, Query(description="`batch`: uploads; `batch_output`: what batches gave.")] = None,
+) -> dict[str, Any]:
+    """Uploads and what batches gave."""
+    files = await services.batches.all_files()
+    chosen = [file for file in files if purpose is None or file.purpose == purpose]
+    return page(chosen if order == "desc" else chosen[::-1], file_object, after, limit)
+
+
+@router.get("/v1/files/{file_id}", summary="Get a file's description")
+async def get_file(file_id: FileId, services: ServicesOf) -> dict[str, Any]:
+    """Its name, size and purpose."""
+    return file_object(await services.batches.file(file_id))
+
+
+@router.get("/v1/files/{file_id}/content", summary="Get a file's content", response_class=FileContent)
+async def get_content(file_id: FileId, services: ServicesOf) -> Response:
+    """The bytes themselves, from the disk as they are sent."""
+    file = await services.batches.file(file_id)
+    return FileContent(services.batches.path_of(file_id), filename=file.filename)
+
+
+@router.delete("/v1/files/{file_id}", summary="Delete a file")
+async def delete_file(file_id: FileId, services: ServicesOf) -> dict[str, Any]:
+    """A file that a batch still needs is kept: 409."""
+    await services.batches.delete_file(file_id)
+    return {"id": file_id, "object": "file", "deleted": True}

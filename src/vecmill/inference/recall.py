@@ -1,0 +1,119 @@
+"""Texts whose vectors were kept: by their tokens, and without tokenizing them where they were seen lately."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+from vecmill.cache.embedding_cache import EmbeddingCache
+from vecmill.cache.key import KEY_BYTES, row_key
+from vecmill.core.types import Truncation, Vector
+from vecmill.inference.tokenization import Tokenized
+
+# Tokenizing takes ten times as long as looking up a vector. Some 300 bytes each.
+TEXTS_REMEMBERED = 100_000
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A text that need not be run."""
+
+    vector: Vector
+    tokens: int
+    truncated: bool
+    too_long: bool = False
+    """Never: it would have been refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What tokenizing a text came to."""
+
+    key: bytes
+    tokens: int
+    truncated: bool
+
+
+class TextMemory:
+    """Digests of texts and their keys in the cache, the oldest forgotten first. Safe to use from any thread."""
+
+    def __init__(self, most: int = TEXTS_REMEMBERED) -> None:
+        self._most = most
+        self._known: dict[bytes, _Known] = {}
+        self._lock = threading.Lock()
+
+    def get(self, digest: bytes) -> _Known | None:
+        """What is known of a text."""
+        return self._known.get(digest)
+
+    def add(self, digest: bytes, known: _Known) -> None:
+        """Remember a text."""
+        with self._lock:
+            self._known[digest] = known
+            if len(self._known) > self._most:
+                del self._known[next(iter(self._known))]
+
+
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """The way of one request's texts to the cache. Its methods are for worker threads."""
+
+    cache: EmbeddingCache
+    memory: TextMemory
+    fingerprint: bytes
+    """Of the model."""
+    dimensions: int
+    look_up: bool
+    """False: compute anew, and keep that."""
+    truncate: bool
+    """Whether a text may be answered that was cut."""
+
+    def of_texts(
+        self, encode: Callable[[Sequence[str]], list[Tokenized]], prompt: str, truncation: Truncation
+    ) -> Callable[[Sequence[str]], list[Tokenized | Recalled]]:
+        """What does for texts what `encode` does, without tokenizing those that are known."""
+        how = f"{truncation.side.value} {truncation.max_tokens} {prompt}".encode("utf-8", "surrogatepass")
+        context = blake2b(how, digest_size=32, key=self.fingerprint).digest()
+
+        def recall(texts: Sequence[str]) -> list[Tokenized | Recalled]:
+            digests = [
+                blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES, key=context).digest()
+                for text in texts
+            ]
+            found = self._known(digests)
+            missing = [index for index, one in enumerate(found) if one is None]
+            encoded = self.of_rows(encode([texts[index] for index in missing])) if missing else []
+            for index, one in zip(missing, encoded, strict=True):
+                found[index] = one
+                self._remember(digests[index], one)
+            return [one for one in found if one is not None]
+
+        return recall
+
+    def _known(self, digests: Sequence[bytes]) -> list[Tokenized | Recalled | None]:
+        known = [self.memory.get(digest) if self.look_up else None for digest in digests]
+        keys = [one.key for one in known if one is not None]
+        vectors = self.cache.look_up(keys, self.dimensions) if keys else {}
+        return [
+            Recalled(vectors[one.key], one.tokens, one.truncated)
+            if one is not None and one.key in vectors and (self.truncate or not one.truncated)
+            else None
+            for one in known
+        ]
+
+    def _remember(self, digest: bytes, one: Tokenized | Recalled) -> None:
+        if isinstance(one, Tokenized) and one.key is not None:
+            self.memory.add(digest, _Known(one.key, one.tokens, one.truncated))
+
+    def of_rows(self, rows: Sequence[Tokenized]) -> list[Tokenized | Recalled]:
+        """The rows with their keys, or what is kept in place of them."""
+        keys = [row_key(self.fingerprint, one.row) for one in rows]
+        vectors = self.cache.look_up(keys, self.dimensions) if self.look_up else {}
+        return [
+            Recalled(vectors[key], one.tokens, one.truncated)
+            if key in vectors and (self.truncate or not one.too_long)
+            else replace(one, key=key)
+            for key, one in zip(keys, rows, strict=True)
+        ]

@@ -1,0 +1,102 @@
+"""Jobs of one server: in memory, and written to a database of its own where there is one."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from vecmill.config import JobSettings
+from vecmill.core.clock import Clock
+from vecmill.core.errors import JobsUnavailable
+from vecmill.core.protocols import JobDatabase
+from vecmill.jobs.book import Book
+from vecmill.jobs.ledger import Ledger, changes, decode, joined
+from vecmill.jobs.store import T, Work, attempt
+
+logger = logging.getLogger(__name__)
+
+RETRY_SECONDS = 1.0
+
+
+class OwnedJobs:
+    """Memory has the truth. A database that fails is tried again, and gets then what it missed."""
+
+    def __init__(self, settings: JobSettings, database: JobDatabase | None = None, clock: Clock | None = None) -> None:
+        self.ledger = Ledger()
+        self._settings = settings
+        self._database = database
+        self._clock = clock or Clock()
+        self._loaded = database is None
+        self._saved: Ledger | None = None  # what the database holds, as far as known
+        self._failed_at: float | None = None
+        self._lock = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Find what was kept."""
+        async with self._lock:
+            await self._keep()
+
+    def now(self) -> float:
+        """Unix time by the clock of leases."""
+        return self._clock()
+
+    async def transact(self, work: Work[T]) -> T:
+        """Change the jobs; written when it returns, unless the database cannot be used now."""
+        async with self._lock:
+            if not self._loaded:
+                await self._keep()
+            ledger, answered = attempt(Book(self.ledger, self._settings, self._clock()), self._settings, work)
+            self.ledger = ledger
+            await self._keep()
+        return answered()
+
+    async def close(self) -> None:
+        """Write what is left and let go of the database."""
+        async with self._lock:
+            self._failed_at = None
+            await self._keep()
+            if self._database is not None:
+                await self._database.close()
+                self._database = None
+
+    async def _keep(self) -> None:
+        """Bring the database up to date. While it fails, requests do not wait for it more than once a second."""
+        if self._database is None or (self._failed_at is not None and self._clock() < self._failed_at + RETRY_SECONDS):
+            return
+        try:
+            if not self._loaded:
+                await self._load(self._database)
+            await self._save(self._database)
+        except JobsUnavailable as error:
+            if self._failed_at is None:
+                logger.error("%s Jobs are kept in memory until it can be used.", error.message)
+            self._failed_at = self._clock()
+        else:
+            if self._failed_at is not None:
+                logger.warning("the jobs are written to the database again")
+            self._failed_at = None
+
+    async def _load(self, database: JobDatabase) -> None:
+        """What is stored comes before what was registered while it could not be read."""
+        found = decode(await database.load())
+        self._clock.reach(found.latest)
+        self._saved = found
+        known = joined(found, self.ledger)
+        self.ledger = self._changed(known, Book.resume)
+        self._loaded = True
+
+    def _changed(self, ledger: Ledger, change: Callable[[Book], None]) -> Ledger:
+        book = Book(ledger, self._settings, self._clock())
+        change(book)
+        return book.ledger()
+
+    async def _save(self, database: JobDatabase) -> None:
+        ledger = self.ledger
+        missing = changes(self._saved, ledger, leases=False)
+        if missing is not None and not await database.save(missing):
+            self._saved = None
+            whole = changes(None, ledger, leases=False)
+            if whole is not None and not await database.save(whole):
+                raise JobsUnavailable("The database of jobs broke twice in a row.")
+        self._saved = ledger

@@ -1,0 +1,130 @@
+"""Jobs that several servers have together: read for each transaction, written if nobody else wrote meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import replace
+from time import monotonic
+
+from vecmill.config import JobSettings
+from vecmill.core.errors import JobsUnavailable
+from vecmill.core.protocols import SharedJobRecords, StoredJobs
+from vecmill.jobs.book import Book
+from vecmill.jobs.job import Job
+from vecmill.jobs.ledger import Ledger, changes, decode, decode_job, decode_totals, ledger_of
+from vecmill.jobs.shared_time import SharedTime
+from vecmill.jobs.store import T, Work, attempt
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 30
+PAUSE_SECONDS = 0.02  # between attempts, at the most
+RETRY_SECONDS = 1.0
+# Where no server has written the time for so long, no client could report: leases begin anew.
+GAP_SECONDS = 15.0
+
+
+class SharedJobs:
+    """The store has the truth; what is in memory is what was last read."""
+
+    def __init__(
+        self, settings: JobSettings, records: SharedJobRecords, monotonic: Callable[[], float] = monotonic
+    ) -> None:
+        self.ledger = Ledger()
+        self._settings = settings
+        self._records = records
+        self._monotonic = monotonic
+        self._time = SharedTime(monotonic)
+        self._decoded: dict[str, tuple[bytes, Job]] = {}  # an unchanged record stays the same job
+        self._fresh = True
+        self._failed_at: float | None = None
+        self._lock = asyncio.Lock()
+
+    async def open(self) -> None:
+        """Find what is kept; where the store does not answer, the next transaction does."""
+        try:
+            await self.transact(lambda book: lambda views: None)
+        except JobsUnavailable as error:
+            logger.debug(error.message)
+
+    def now(self) -> float:
+        """Unix time by the clock of leases, as far as known here."""
+        return self._time()
+
+    async def transact(self, work: Work[T]) -> T:
+        """Change the jobs. Raises JobsUnavailable at once while the store fails."""
+        async with self._lock:
+            if self._failed_at is not None and self._monotonic() < self._failed_at + RETRY_SECONDS:
+                raise JobsUnavailable
+            try:
+                answered = await self._transact(work)
+            except JobsUnavailable as error:
+                if self._failed_at is None:
+                    logger.error("%s /jobs answers 503 until it can be used.", error.message)
+                self._failed_at = self._monotonic()
+                raise JobsUnavailable from None
+            if self._failed_at is not None:
+                logger.warning("the store of jobs can be used again")
+                self._failed_at = None
+        return answered()
+
+    async def close(self) -> None:
+        """Let go of the store."""
+        await self._records.close()
+
+    async def _transact(self, work: Work[T]) -> Callable[[], T]:
+        tried: bytes | None = None
+        answered: Callable[[], T] | None = None
+        for number in range(ATTEMPTS):
+            stored = await self._records.read(self.ledger.totals.sequence)
+            if answered is not None and stored.meta == tried:  # the confirmation was lost on the way, not the commit
+                return answered
+            before, known = self._before(stored)
+            now = self._time.after(before.totals, stored.time)
+            ledger, answered = attempt(self._book(before, now), self._settings, work)
+            totals = replace(ledger.totals, server_time=stored.time, token=secrets.token_hex(8))
+            ledger = replace(ledger, totals=totals)
+            late = self._time.is_late(before.totals, now, stored.time)
+            changed = changes(before if known else None, ledger, leases=True, always=late)
+            if changed is None:
+                ledger = replace(ledger, totals=before.totals)
+            if changed is None or await self._records.commit(stored.meta, changed):
+                self._seen(ledger, now)
+                return answered
+            tried = changed.meta
+            # Servers that collide wait for different times before they try again.
+            await asyncio.sleep(PAUSE_SECONDS * min(1.0, number / 4) * secrets.randbelow(1000) / 1000)
+        raise JobsUnavailable("Too many servers change the jobs at one time.")
+
+    def _before(self, stored: StoredJobs) -> tuple[Ledger, bool]:
+        """The jobs as they are, and whether the store has them so: what it has lost, this server still knows."""
+        totals = decode_totals(stored.meta)
+        if totals is None or totals.sequence < self.ledger.totals.sequence:
+            return (self.ledger if self.ledger.totals.sequence else decode(stored)), False
+        open_jobs = [job for job_id, record in stored.open.items() if (job := self._job(job_id, record)) is not None]
+        new = [job for record in stored.ended if (job := decode_job(record)) is not None]
+        ended = [job for job in (*self.ledger.ended.values(), *new) if job.ended_number > totals.forgotten]
+        self._decoded = {job_id: found for job_id, found in self._decoded.items() if job_id in stored.open}
+        return ledger_of(open_jobs, ended, totals), True
+
+    def _job(self, job_id: str, record: bytes) -> Job | None:
+        known = self._decoded.get(job_id)
+        if known is not None and known[0] == record:
+            return known[1]
+        if (job := decode_job(record)) is not None:
+            self._decoded[job_id] = (record, job)
+        return job
+
+    def _book(self, before: Ledger, now: float) -> Book:
+        book = Book(before, self._settings, now)
+        if self._fresh or now - before.totals.time > GAP_SECONDS:
+            book.resume()
+        return book
+
+    def _seen(self, ledger: Ledger, now: float) -> None:
+        self._fresh = False
+        self.ledger = ledger
+        self._time.seen(now)

@@ -1,0 +1,120 @@
+"""An endpoint without a model, and a process that runs batches with it, to be killed."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from vecmill.batches.endpoint import Endpoint, Line, LineResult
+from vecmill.batches.record import BatchRecord
+from vecmill.batches.service import Batches
+from vecmill.config import BatchSettings
+from vecmill.storage.state_folder import StateFolder
+from vecmill.telemetry.telemetry import Telemetry
+
+URL = "/v1/embeddings"
+LONGEST_LINE = 65_536
+
+
+def answer(body: Mapping[str, Any]) -> LineResult:
+    """The hash of what was asked; an error where the body says so."""
+    if "refuse" in body:
+        return LineResult(400, b'{"error":{"message":"refused"}}')
+    digest = sha256(orjson.dumps(body)).hexdigest()
+    return LineResult(200, orjson.dumps({"digest": digest}), tokens=3, model="light")
+
+
+class LightEndpoint:
+    """Answers at once, or as many lines as it is allowed to; keeps the numbers of those that it answered."""
+
+    def __init__(self, allowed: int | None = None) -> None:
+        self.answered: list[int] = []
+        self._allowed = allowed
+        self._never = asyncio.Event()
+
+    def texts(self, body: Mapping[str, Any]) -> int:
+        return 1
+
+    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+        await asyncio.sleep(0)
+        if self._allowed is not None and lines[-1].number > self._allowed:
+            await self._never.wait()
+        self.answered += [line.number for line in lines]
+        return [answer(line.body) for line in lines]
+
+
+def line(custom_id: str, url: str = URL, **body: Any) -> bytes:
+    entry = {"custom_id": custom_id, "method": "POST", "url": url, "body": body}
+    return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def opened(folder: Path, endpoint: Endpoint | None, clock: Any = None, **settings: Any) -> Batches:
+    """Batches in a folder; they are run where there is an endpoint."""
+    batches = Batches(BatchSettings(**settings), LONGEST_LINE, Telemetry(), clock)
+    batches.open(folder, None)
+    if endpoint is not None:
+        batches.start({URL: endpoint})
+    return batches
+
+
+async def upload(batches: Batches, content: bytes) -> str:
+    """The id of a new file."""
+    upload = await batches.upload(len(content))
+    upload.write(content)
+    return upload.finish("input.jsonl", None).id
+
+
+async def create(batches: Batches, file_id: str, window: float = 3600.0) -> str:
+    """The id of a new batch."""
+    batch = await batches.create(
+        endpoint=URL,
+        input_file_id=file_id,
+        completion_window="1h",
+        window_seconds=window,
+        metadata=None,
+        output_expires_seconds=None,
+    )
+    return batch.id
+
+
+async def ended(batches: Batches, batch_id: str) -> BatchRecord:
+    """The batch once it has ended. Asking takes a thread, so everything else gets its turn meanwhile."""
+    while not (batch := await batches.get(batch_id)).ended:
+        pass
+    return batch
+
+
+async def progressed(batches: Batches, batch_id: str, lines: int) -> BatchRecord:
+    """The batch once so many lines are done."""
+    while (batch := await batches.get(batch_id)).progress.lines < lines:
+        assert not batch.ended
+    return batch
+
+
+async def content(batches: Batches, file_id: str | None) -> list[dict[str, Any]]:
+    """The lines of a file."""
+    assert file_id is not None
+    file = await batches.file(file_id)
+    raw = batches.path_of(file_id).read_bytes()
+    assert len(raw) == file.bytes
+    return [orjson.loads(line) for line in raw.splitlines()]
+
+
+async def _run_until_killed(folder: Path, chunk_size: int) -> None:
+    state = StateFolder.open(folder, shared=True)
+    batches = opened(state.path, LightEndpoint(), batch_chunk_size=chunk_size)
+    sys.stdout.write("running\n")
+    sys.stdout.flush()
+    while not all(batch.ended for batch in await batches.all()):
+        pass
+    await batches.close()
+
+
+if __name__ == "__main__":
+    asyncio.run(_run_until_killed(Path(sys.argv[1]), int(sys.argv[2])))
