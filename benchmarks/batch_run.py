@@ -18,15 +18,19 @@ from benchmarks.model_rounds import spread
 POLL_EVERY_S = 0.25
 TIMEOUT_S = 600.0
 ENDED = ("completed", "failed", "expired", "cancelled")
-LOOP_TEXTS = 4000  # of the loop before the batch and after it
 
 
 def measure_batch(
-    folder: Path, texts: Sequence[str], lines: int, serve: Sequence[str], advance: Callable[[int], None]
+    folder: Path,
+    texts: Sequence[str],
+    lines: int,
+    loop_texts: int,
+    serve: Sequence[str],
+    advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Seconds of the batch from its creation to its end; the loop's rate on the same texts before and after."""
+    """Seconds of the batch from its creation to its end; the loop's rate on its first texts before and after."""
     different = [f"# {number}\n{texts[number % len(texts)]}" for number in range(lines)]
-    rates = [_loop(different[:LOOP_TEXTS])]
+    rates = [_loop(different[:loop_texts])]
     with (
         server(folder / "state", [bundled_model()], cached=False, serve=serve) as vecmill,
         httpx.Client(base_url=vecmill.url, timeout=TIMEOUT_S) as client,
@@ -37,7 +41,7 @@ def measure_batch(
         ended = _run(client, file, advance)
         seconds = time.perf_counter() - started
         busy = _device_seconds(client) - busy
-    rates.append(_loop(different[:LOOP_TEXTS]))
+    rates.append(_loop(different[:loop_texts]))
     counts = ended["request_counts"]
     if counts != {"total": lines, "completed": lines, "failed": 0}:
         raise RuntimeError(f"the batch ended {ended['status']} with {counts}")

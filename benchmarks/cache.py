@@ -36,7 +36,6 @@ LEAST_HITS = {NARROW: 20_000.0, 4096: 5_000.0}  # texts per second
 MOST_MISS_PERCENT = 2.0
 MOST_LOOK_UP_MS = 5.0
 MOST_OVERHEAD_PERCENT = 5.0
-TEXTS = 2048
 
 Part = Callable[[Path, argparse.Namespace], dict[str, Any]]
 
@@ -44,7 +43,7 @@ Part = Callable[[Path, argparse.Namespace], dict[str, Any]]
 def hits(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Texts per second, and as a share of what sockets and client could."""
     with progress("hits", 4 * options.rounds) as advance:
-        found = measure_hits(folder, sample_texts(TEXTS), _plan(options), options.serve, advance)
+        found = measure_hits(folder, sample_texts(options.texts), _plan(options), options.serve, advance)
     widths = [name for name in found if not name.endswith(ECHO)]
     return {width: _hits_of(int(width), found[width], found[f"{width}, {ECHO}"]) for width in widths}
 
@@ -61,7 +60,7 @@ def misses(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds with and without, and the difference of each round in percent."""
     with progress("misses", options.miss_rounds + 1) as advance:
         plan = _plan(options, options.miss_rounds)
-        found = measure_misses(folder, sample_texts(TEXTS), plan, options.serve, advance)
+        found = measure_misses(folder, sample_texts(options.texts), plan, options.serve, advance)
     return {size: _misses_of(kinds) for size, kinds in found.items()}
 
 
@@ -84,7 +83,8 @@ def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 def batch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """A long one."""
     with progress("lines", options.lines) as advance:
-        found = measure_batch(folder, sample_texts(TEXTS), options.lines, options.serve, advance)
+        texts = sample_texts(options.texts)
+        found = measure_batch(folder, texts, options.lines, options.loop_texts, options.serve, advance)
     return {**found, "overhead_percent": judged(found["overhead_percent"], MOST_OVERHEAD_PERCENT)}
 
 
@@ -140,6 +140,13 @@ def main() -> int:
     parser.add_argument("--wide", type=int, default=4096, help="dimensions (default: %(default)s)")
     parser.add_argument("--entries", type=int, default=1_000_000, help="of the store (default: %(default)s)")
     parser.add_argument("--lines", type=int, default=100_000, help="of the batch (default: %(default)s)")
+    parser.add_argument("--texts", type=int, default=2048, help="different ones (default: %(default)s)")
+    parser.add_argument(
+        "--loop-texts",
+        type=int,
+        default=4000,
+        help="of the model's loop, before and after the batch (default: %(default)s)",
+    )
     parser.add_argument("--folder", type=Path, help="where files are written (default: the system's temporary folder)")
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options for `vecmill serve`")

@@ -21,8 +21,8 @@ from vecmill.models.source import find
 def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """None of the settings of whoever runs the tests: neither environment nor `.env`.
 
-    Layers are eager unless a test says otherwise: compiling them takes seconds at each start. Nothing is cached unless a
-    test is about that.
+    Layers are eager unless a test says otherwise: compiling them takes seconds at each start. No vector is kept, except
+    in tests of that.
     """
     with pytest.MonkeyPatch.context() as patch:
         for group in GROUPS:

@@ -9,11 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import redis
+from benchmarks.servers import free_port
 from redis.backoff import ConstantBackoff
 from redis.exceptions import ConnectionError as NotYet
 from redis.retry import Retry
-
-from benchmarks.servers import free_port
 
 
 @contextmanager

@@ -102,3 +102,34 @@ def test_answer_memory_is_told_in_results() -> None:
     answer, vectors = found["encodings"]["base64"]["answer_bytes"], 256 * 4096 * 4 // 3
     assert vectors < answer < 1.1 * vectors
     assert "target at most 3 results" in done.stdout
+
+
+def test_cache_tells_of_hits_misses_the_store_and_a_batch_beside_their_targets() -> None:
+    few = (
+        "--rounds",
+        "1",
+        "--miss-rounds",
+        "1",
+        "--seconds",
+        "0.3",
+        "--wide",
+        "128",
+        "--batch",
+        "8",
+        "--entries",
+        "2000",
+    )
+    done = run_benchmark("cache", *few, "--lines", "20", "--texts", "32", "--loop-texts", "16", *QUICK_START)
+    found = json_line(done)
+    assert found["hits"]["384"]["texts_per_second"].keys() == JUDGED
+    for one in found["hits"].values():
+        assert 0 < one["percent_of_echo"]["median"] < 100
+    for one in found["misses"].values():
+        assert one["paid_percent"].keys() == JUDGED
+        assert one["ms"]["without"]["median"] > 0
+    assert 793 < found["store"]["bytes_per_entry"] < 3000
+    assert found["store"]["look_up_ms"].keys() == {"cold", "warm"}
+    assert found["batch"]["lines"] == 20
+    assert found["batch"]["overhead_percent"].keys() == JUDGED
+    assert 0 < found["batch"]["device_busy_percent"] <= 100
+    assert done.stdout.count("target at") == 5

@@ -77,6 +77,7 @@ def test_the_start_log_tells_what_runs_and_sigterm_ends_it(tmp_path: Path) -> No
         "measured on this CPU",
         "cpu (",
         "limits",
+        "state",
     ):
         assert told in text
     assert f"http://127.0.0.1:{port}/docs" in text

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
@@ -17,13 +16,9 @@ from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
 
 from vecmill import __version__
-from vecmill.batches.record import Status
-from vecmill.batches.service import Batches
-from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
 from vecmill.core.health import Health, Phase
-from vecmill.core.protocols import VectorStore
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Lane
 from vecmill.hardware.memory import MEGABYTE, MemoryGuard, host_memory
@@ -56,16 +51,9 @@ from vecmill.http.request_id import RequestId
 from vecmill.http.services import Services
 from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
-from vecmill.jobs.owned import OwnedJobs
-from vecmill.jobs.queue import JobQueue
-from vecmill.jobs.shared import SharedJobs
-from vecmill.jobs.store import JobStore
-from vecmill.jobs.transitions import JobStatus
 from vecmill.scheduler.policy import Budget, Rules
 from vecmill.scheduler.scheduler import Scheduler
-from vecmill.storage.sqlite_jobs import SqliteJobs
-from vecmill.storage.sqlite_vectors import SqliteVectors
-from vecmill.storage.state_folder import StateFolder
+from vecmill.state import State
 from vecmill.telemetry.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -111,8 +99,6 @@ class Server:
         self._engine: Engine | None = None
         self._loaded: Loaded | None = None
         self._scheduler: Scheduler | None = None
-        self.state: StateFolder | None = None
-        """Held from `open` to `close`; None also where another server holds it."""
         self.health = Health()
         self.telemetry = Telemetry()
         self.inference = Inference(
@@ -124,9 +110,7 @@ class Server:
             MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
             cache_queries=settings.cache.cache_queries,
         )
-        self._cache: EmbeddingCache | None = None
-        self.jobs = JobQueue(settings.jobs)
-        self.batches = Batches(settings.batches, settings.http.max_body_bytes, self.telemetry)
+        self.state = State(settings, self.telemetry)
         self.generation: Generation | None = None
         if settings.generation.generation_url is not None:
             self.generation = Generation(settings.generation, settings.inference.max_concurrent_requests)
@@ -134,10 +118,10 @@ class Server:
             settings=settings,
             health=self.health,
             inference=self.inference,
-            jobs=self.jobs,
-            batches=self.batches,
-            cache=lambda: self._cache,
-            state=lambda: self.state,
+            jobs=self.state.jobs,
+            batches=self.state.batches,
+            cache=lambda: self.state.cache,
+            state=lambda: self.state.folder,
             generation=self.generation,
             telemetry=self.telemetry,
             threads=self._threads,
@@ -155,18 +139,8 @@ class Server:
         metrics.watch(metrics.abandoned, lambda: self.inference.stats.abandoned)
         metrics.watch(metrics.expired, lambda: self.inference.stats.expired)
         metrics.watch(metrics.computed, lambda: self.inference.stats.sequences)
-        metrics.watch(metrics.cache_entries, lambda: self._cache.size.entries if self._cache else 0)
-        metrics.watch(metrics.cache_bytes, lambda: self._cache.size.bytes if self._cache else 0)
-        metrics.watch(metrics.cache_dropped, lambda: self._cache.stats.dropped if self._cache else 0)
-        metrics.watch(metrics.cache_lost, lambda: self._cache.stats.lost if self._cache else 0)
-        metrics.watch(metrics.cache_failing, lambda: float(self._cache is not None and self._cache.failing))
         metrics.watch(metrics.ready, lambda: float(self.health.ready))
         metrics.watch(metrics.process_memory, lambda: host_memory().process_mb * MEGABYTE)
-        for status in JobStatus:
-            metrics.watch(metrics.jobs.labels(status.value), partial(self.jobs.count, status))
-
-        for state in Status:
-            metrics.watch(metrics.batches.labels(state.value), partial(self.batches.count, state))
 
     def _watch_budgets(self) -> None:
         metrics = self.telemetry.metrics
@@ -177,50 +151,14 @@ class Server:
     def _waiting(self, lane: Lane) -> int:
         return self.inference.waiting[lane]
 
-    def open(self) -> None:
+    async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
-        state = self._settings.state
-        try:
-            self.state = StateFolder.open(state.state_dir, shared=state.redis_url is not None)
-            self._cache = self._open_cache(self.state)
-        except StartupError as error:
-            self._fail(error.message)
-        if self.state is not None:
-            self.batches.open(self.state.path, self.state.problem)
         if self.generation is not None:
             self.generation.open()
-
-    def _open_cache(self, state: StateFolder) -> EmbeddingCache | None:
-        settings = self._settings.cache
-        url = self._settings.state.redis_url
-        if settings.cache_max_bytes == 0 or (url is None and state.problem is not None):
-            return None
-        store: VectorStore
-        if url is not None:
-            store = _redis_module("vecmill.storage.redis_vectors").RedisVectors(url.get_secret_value())
-        else:
-            store = SqliteVectors(state.path / "cache.db", settings.cache_max_bytes)
-        return EmbeddingCache(store, settings.cache_dtype)
-
-    async def open_jobs(self) -> None:
-        """Go on with the jobs that were kept. Where they cannot be read now, the server serves all the same."""
-        if self.state is None:
-            return
         try:
-            store = self._job_store(self.state)
+            await self.state.open()
         except StartupError as error:
             self._fail(error.message)
-            return
-        await self.jobs.open(store)
-        self.jobs.start()
-
-    def _job_store(self, state: StateFolder) -> JobStore:
-        settings = self._settings
-        if (url := settings.state.redis_url) is not None:
-            return SharedJobs(
-                settings.jobs, _redis_module("vecmill.storage.redis_jobs").RedisJobs(url.get_secret_value())
-            )
-        return OwnedJobs(settings.jobs, SqliteJobs(state.path / "jobs.db") if state.problem is None else None)
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
@@ -255,8 +193,8 @@ class Server:
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
-        self.inference.attach(models, self._scheduler, self._cache)
-        self.batches.start(batch_endpoints(self.inference, self._threads, self._settings.inference))
+        self.inference.attach(models, self._scheduler, self.state.cache)
+        self.state.batches.start(batch_endpoints(self.inference, self._threads, self._settings.inference))
         self._watch_budgets()
         self._loaded = loaded
         return loaded
@@ -271,7 +209,7 @@ class Server:
     async def close(self) -> None:
         """Drain: refuse new work, answer what runs, fail what waits, end the threads."""
         self.health.update(Phase.DRAINING, 100, "shutting down")
-        await self.batches.close()
+        await self.state.batches.close()
         if self.generation is not None:
             await self.generation.close()
         if self._scheduler is not None:
@@ -279,11 +217,7 @@ class Server:
         if self._engine is not None:
             self._engine.close()
         self._threads.shutdown()
-        await self.jobs.close()
-        if self._cache is not None:
-            await asyncio.to_thread(self._cache.close)
-        if self.state is not None:
-            self.state.close()
+        await self.state.close()
 
 
 def create_app(
@@ -300,8 +234,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        server.open()
-        await server.open_jobs()
+        await server.open()
         app.state.loading = loading = asyncio.create_task(server.load(), name="load")
         yield
         loading.cancel()
@@ -335,14 +268,6 @@ def create_app(
         )
     app.add_middleware(RequestId)
     return app
-
-
-def _redis_module(name: str) -> ModuleType:
-    """A module that needs the extra `redis`. Raises StartupError where that is not installed."""
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise StartupError("REDIS_URL needs the extra `redis`: pip install 'vecmill[redis]'.") from None
 
 
 def _set_thread_defaults() -> None:

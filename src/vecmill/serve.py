@@ -199,11 +199,25 @@ def start_table(services: Services, address: str) -> Table:
         f"{limits.max_concurrent_requests} requests and {limits.max_queued_tokens:,} tokens in progress",
     )
     table.add_row("access", _access(settings))
+    table.add_row("state", _state(services))
     if settings.generation.generation_url:
         table.add_row("generation", f"passed through to {settings.generation.generation_url}")
     table.add_row("dashboard", f"{address}/")
     table.add_row("API", f"{address}/docs")
     return table
+
+
+def _state(services: Services) -> str:
+    """What outlives the process, and where."""
+    settings, folder = services.settings, services.state()
+    where = str(settings.state.state_dir)
+    if folder is None or folder.problem is not None:
+        return f"nothing is kept: {where} cannot be written"
+    if settings.state.redis_url is not None:
+        where += ", cache and jobs in Redis"
+    elif services.cache() is not None:
+        where += f", cache up to {settings.cache.cache_max_bytes / 1e9:.1f} GB (CACHE_MAX_BYTES)"
+    return where if services.cache() is not None else f"{where}, no cache (CACHE_MAX_BYTES)"
 
 
 def _access(settings: Settings) -> str:

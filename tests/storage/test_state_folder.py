@@ -12,7 +12,7 @@ from vecmill.storage.state_folder import StateFolder
 
 def test_a_second_server_is_refused_with_the_cure(tmp_path: Path) -> None:
     first = StateFolder.open(tmp_path / "state")
-    with pytest.raises(StartupError, match="in use by another vecmill server.*REDIS_URL"):
+    with pytest.raises(StartupError, match=r"in use by another vecmill server.*REDIS_URL"):
         StateFolder.open(tmp_path / "state")
     with pytest.raises(StartupError):
         StateFolder.open(tmp_path / "state", shared=True)

@@ -28,7 +28,7 @@ class Recalled:
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """What tokenizing a text came to."""
 
     key: bytes
@@ -37,23 +37,33 @@ class _Known:
 
 
 class TextMemory:
-    """Digests of texts and their keys in the cache, the oldest forgotten first. Safe to use from any thread."""
+    """Digests of texts and their keys in the cache, half of them forgotten at a time: those that were not asked for
+    longest. Safe to use from any thread.
+    """
 
     def __init__(self, most: int = TEXTS_REMEMBERED) -> None:
         self._most = most
-        self._known: dict[bytes, _Known] = {}
+        self._new: dict[bytes, Known] = {}
+        self._old: dict[bytes, Known] = {}
         self._lock = threading.Lock()
 
-    def get(self, digest: bytes) -> _Known | None:
+    def get(self, digest: bytes) -> Known | None:
         """What is known of a text."""
-        return self._known.get(digest)
+        if (known := self._new.get(digest)) is not None:
+            return known
+        if (known := self._old.get(digest)) is not None:
+            self.add(digest, known)
+        return known
 
-    def add(self, digest: bytes, known: _Known) -> None:
+    def add(self, digest: bytes, known: Known) -> None:
         """Remember a text."""
         with self._lock:
-            self._known[digest] = known
-            if len(self._known) > self._most:
-                del self._known[next(iter(self._known))]
+            if len(self._new) >= self._most // 2:
+                self._old, self._new = self._new, {}
+            self._new[digest] = known
+
+    def __len__(self) -> int:
+        return len(self._new) + len(self._old)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +115,7 @@ class Recall:
 
     def _remember(self, digest: bytes, one: Tokenized | Recalled) -> None:
         if isinstance(one, Tokenized) and one.key is not None:
-            self.memory.add(digest, _Known(one.key, one.tokens, one.truncated))
+            self.memory.add(digest, Known(one.key, one.tokens, one.truncated))
 
     def of_rows(self, rows: Sequence[Tokenized]) -> list[Tokenized | Recalled]:
         """The rows with their keys, or what is kept in place of them."""

@@ -1,0 +1,101 @@
+"""What outlives the process, opened and closed together: the folder, the cache, the jobs, the batches."""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from importlib import import_module
+from types import ModuleType
+
+from vecmill.batches.record import Status
+from vecmill.batches.service import Batches
+from vecmill.cache.embedding_cache import EmbeddingCache
+from vecmill.config import Settings
+from vecmill.core.errors import StartupError
+from vecmill.core.protocols import VectorStore
+from vecmill.jobs.owned import OwnedJobs
+from vecmill.jobs.queue import JobQueue
+from vecmill.jobs.shared import SharedJobs
+from vecmill.jobs.store import JobStore
+from vecmill.jobs.transitions import JobStatus
+from vecmill.storage.sqlite_jobs import SqliteJobs
+from vecmill.storage.sqlite_vectors import SqliteVectors
+from vecmill.storage.state_folder import StateFolder
+from vecmill.telemetry.telemetry import Telemetry
+
+
+class State:
+    """One server's. Belongs to the event loop's thread."""
+
+    def __init__(self, settings: Settings, telemetry: Telemetry) -> None:
+        self._settings = settings
+        self.folder: StateFolder | None = None
+        """Held from `open` to `close`; None also where another server holds it."""
+        self.cache: EmbeddingCache | None = None
+        """None where nothing is cached."""
+        self.jobs = JobQueue(settings.jobs)
+        self.batches = Batches(settings.batches, settings.http.max_body_bytes, telemetry)
+        self._watch(telemetry)
+
+    def _watch(self, telemetry: Telemetry) -> None:
+        metrics = telemetry.metrics
+        metrics.watch(metrics.cache_entries, lambda: self.cache.size.entries if self.cache else 0)
+        metrics.watch(metrics.cache_bytes, lambda: self.cache.size.bytes if self.cache else 0)
+        metrics.watch(metrics.cache_dropped, lambda: self.cache.stats.dropped if self.cache else 0)
+        metrics.watch(metrics.cache_lost, lambda: self.cache.stats.lost if self.cache else 0)
+        metrics.watch(metrics.cache_failing, lambda: float(self.cache is not None and self.cache.failing))
+        for status in JobStatus:
+            metrics.watch(metrics.jobs.labels(status.value), partial(self.jobs.count, status))
+        for state in Status:
+            metrics.watch(metrics.batches.labels(state.value), partial(self.batches.count, state))
+
+    async def open(self) -> None:
+        """Go on with what was kept. Where it cannot be read now, the server serves all the same.
+
+        Raises:
+            StartupError: another server holds the folder, or the extra `redis` is missing.
+        """
+        settings = self._settings.state
+        folder = StateFolder.open(settings.state_dir, shared=settings.redis_url is not None)
+        self.folder = folder
+        self.cache = self._open_cache(folder)
+        self.batches.open(folder.path, folder.problem)
+        await self.jobs.open(self._job_store(folder))
+        self.jobs.start()
+
+    def _open_cache(self, folder: StateFolder) -> EmbeddingCache | None:
+        settings, url = self._settings.cache, self._redis_url()
+        if settings.cache_max_bytes == 0 or (url is None and folder.problem is not None):
+            return None
+        store: VectorStore
+        if url is not None:
+            store = _redis_module("redis_vectors").RedisVectors(url)
+        else:
+            store = SqliteVectors(folder.path / "cache.db", settings.cache_max_bytes)
+        return EmbeddingCache(store, settings.cache_dtype)
+
+    def _job_store(self, folder: StateFolder) -> JobStore:
+        settings, url = self._settings.jobs, self._redis_url()
+        if url is not None:
+            return SharedJobs(settings, _redis_module("redis_jobs").RedisJobs(url))
+        return OwnedJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
+
+    def _redis_url(self) -> str | None:
+        url = self._settings.state.redis_url
+        return None if url is None else url.get_secret_value()
+
+    async def close(self) -> None:
+        """Write what is left, and let another server have the folder. Nothing may compute any more."""
+        await self.jobs.close()
+        if self.cache is not None:
+            await asyncio.to_thread(self.cache.close)
+        if self.folder is not None:
+            self.folder.close()
+
+
+def _redis_module(name: str) -> ModuleType:
+    """A module of `storage`. Raises StartupError where the extra that it needs is not installed."""
+    try:
+        return import_module(f"vecmill.storage.{name}")
+    except ModuleNotFoundError:
+        raise StartupError("REDIS_URL needs the extra `redis`: pip install 'vecmill[redis]'.") from None
