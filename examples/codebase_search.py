@@ -123,6 +123,8 @@ class Server:
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
         self._http = httpx.Client(base_url=self.url, timeout=EMBED_TIMEOUT_S)
+        self.cached = 0
+        """Texts of batches so far whose vectors the server had already; 0 where a server does not say."""
 
     def check(self) -> None:
         """Raise SearchError unless something answers at the address."""
@@ -136,13 +138,14 @@ class Server:
     def embed(self, texts: Sequence[str], *, is_query: bool, job_id: str | None = None) -> np.ndarray:
         """Unit vectors of the texts, float32, shape (texts, dimensions)."""
         headers = {} if job_id is None else {"X-Job-ID": job_id}
-        vectors = self._post("/embed", {"inputs": list(texts), "is_query": is_query}, headers)
-        return np.asarray(vectors, dtype=np.float32)
+        answer = self._post("/embed", {"inputs": list(texts), "is_query": is_query}, headers)
+        self.cached += 0 if is_query else int(answer.headers.get("X-Cached-Inputs", "0"))
+        return np.asarray(answer.json(), dtype=np.float32)
 
     def rerank(self, query: str, documents: Sequence[str], top: int) -> list[tuple[int, float]]:
         """The `top` best documents as (index into documents, score), best first."""
         body = {"query": query, "documents": list(documents), "top_n": top}
-        results = self._post("/v1/rerank", body, {})["results"]
+        results = self._post("/v1/rerank", body, {}).json()["results"]
         return [(int(result["index"]), float(result["relevance_score"])) for result in results]
 
     def job_call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
@@ -155,7 +158,7 @@ class Server:
                 return dict(answer.json())
         return None
 
-    def _post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> Any:
+    def _post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
         for wait_s in (*RETRY_AFTER_S, None):
             trouble: str
             try:
@@ -164,7 +167,7 @@ class Server:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if answer.is_success:
-                    return answer.json()
+                    return answer
                 trouble = f"status {answer.status_code}: {answer.text[:200]}"
                 if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
                     wait_s = None  # the same request would fail the same way
@@ -341,6 +344,13 @@ def run(options: argparse.Namespace, console: Console) -> None:
     search_ms = (time.perf_counter() - started) / len(queries) * 1000
     for query, found in zip(queries, hits, strict=True):
         print_hits(console, query, found)
+    if server.cached:
+        console.print(
+            f"\n{server.cached:,} of {len(chunks):,} chunks were in the server's cache already: computed before, not "
+            f"again",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(
         f"\n{len(chunks):,} chunks in {indexed_s:.1f} s, {len(chunks) / indexed_s:.0f} texts/s; "
         f"{search_ms:.0f} ms per search (embed, top {max(RERANKED, options.top)} by cosine, rerank)",

@@ -1,0 +1,152 @@
+"""`vecmill serve` as a process that may be killed and started again, on the same port and the same state folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+from benchmarks.servers import free_port
+
+T = TypeVar("T")
+
+PATIENCE = 60.0  # seconds
+LOOK_EVERY = 0.05
+# A small model with small forward passes: a start takes little more than the imports.
+SMALL = {"DEVICE": "cpu", "DTYPE": "float32", "TORCH_COMPILE": "false", "MAX_BATCH_TOKENS": "256"}
+SERVE = ("-m", "vecmill", "serve")
+
+
+class Service:
+    """One server, at most one process of it at a time. Its log goes on over all of them."""
+
+    def __init__(
+        self,
+        model: Path,
+        state: Path,
+        log: Path,
+        settings: Mapping[str, str] | None = None,
+        *,
+        within: Sequence[str] = (),
+        serve: Sequence[str] = SERVE,
+    ) -> None:
+        """`within`: a command that runs the one that follows it, in the same process. `serve`: what Python runs."""
+        port = free_port()
+        self._command = [*within, sys.executable, *serve, "--port", str(port), "--embed-model", str(model)]
+        self._environment = {**os.environ, **SMALL, "STATE_DIR": str(state), **(settings or {})}
+        self._log = log
+        self._process: subprocess.Popen[bytes] | None = None
+        self.url = f"http://127.0.0.1:{port}"
+        self.state = state
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
+
+    @property
+    def pid(self) -> int:
+        """Of the present process."""
+        assert self._process is not None
+        return self._process.pid
+
+    def launch(self) -> None:
+        """Start a process, and do not wait for it."""
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
+            )
+
+    def start(self) -> None:
+        """Start a process and wait until it serves."""
+        self.launch()
+        self.wait_until_ready()
+
+    def wait_until_ready(self) -> None:
+        """Wait for a launched process."""
+        until(self.is_ready)
+
+    def is_ready(self) -> bool:
+        """Whether it serves. AssertionError, with its log, where it has ended."""
+        assert self._process is not None
+        assert self._process.poll() is None, f"it ended with status {self._process.returncode}:\n{self.said()[-4000:]}"
+        try:
+            return self.http.get("/ready").is_success
+        except httpx.TransportError:
+            return False
+
+    def kill(self) -> None:
+        """SIGKILL: it gets no chance to do anything any more."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGKILL)
+        assert self._process.wait(PATIENCE) == -signal.SIGKILL
+
+    def ended_with(self) -> int:
+        """Wait until the process ends by itself; its exit status."""
+        assert self._process is not None
+        return self._process.wait(PATIENCE)
+
+    def said(self) -> str:
+        """The log of all processes so far."""
+        return self._log.read_text()
+
+    def close(self) -> None:
+        """Leave no process behind."""
+        self.http.close()
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+
+    def get(self, path: str) -> Any:
+        """The JSON of an answer that must be a success."""
+        return succeeded(self.http.get(path))
+
+    def post(self, path: str, body: object = None, **headers: str) -> Any:
+        """The JSON of an answer that must be a success."""
+        return succeeded(self.http.post(path, json=body, headers=headers))
+
+    def cached(self, texts: Sequence[str]) -> int:
+        """How many of the texts are answered from the cache; the others are computed, and the answer looked at."""
+        answer = self.http.post("/embed", json={"inputs": list(texts)})
+        assert len(succeeded(answer)) == len(texts)
+        return int(answer.headers.get("X-Cached-Inputs", "0"))
+
+    def assert_healthy(self) -> None:
+        """It serves, and can keep what it has to keep."""
+        health = self.get("/health")
+        assert (health["status"], health["state"]["ok"], health["cache"]["ok"]) == ("ok", True, True), health
+
+
+def succeeded(answer: httpx.Response) -> Any:
+    """The JSON of an answer that must be a success."""
+    assert answer.is_success, f"{answer.request.method} {answer.request.url}: {answer.status_code} {answer.text[:1000]}"
+    return answer.json()
+
+
+def until(look: Callable[[], T | None], seconds: float = PATIENCE) -> T:
+    """Look again and again until something is so; what was found then."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
+        time.sleep(LOOK_EVERY)
+    return found
+
+
+@contextmanager
+def service(*args: Any, **kwargs: Any) -> Iterator[Service]:
+    """A `Service` that is not running yet, and closed in the end."""
+    one = Service(*args, **kwargs)
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+def small_disk(folder: Path, size: str, *, read_only: bool = False) -> list[str]:
+    """A command that runs another in a namespace of its own, in which the folder is a disk of this size."""
+    mount = f'mount -t tmpfs -o size={size} tmpfs "$0"'
+    if read_only:
+        mount += ' && mount -o remount,ro "$0"'
+    return ["unshare", "-Urm", "sh", "-c", f'{mount} && exec "$@"', str(folder)]

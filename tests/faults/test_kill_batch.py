@@ -1,0 +1,98 @@
+"""The server is killed again and again while it works through batches."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+
+from tests.faults.batch_lines import TOLERANCE, assert_whole, batch_input, create, done, ended, upload
+from tests.faults.conftest import NewService
+from tests.faults.service import Service, until
+
+KILLS = 15
+KILLS_WHILE_STARTING = 3
+CHUNK = 16
+# At one time, so that at each kill some of them are about to write something down.
+BATCHES = ("a", "b", "c", "d")
+LINES = 1500  # of each
+
+
+class Lives:
+    """Batches over many processes, each of which is killed at a random moment."""
+
+    def __init__(self, service: Service, batch_ids: Sequence[str], chance: random.Random) -> None:
+        self._service = service
+        self._batch_ids = batch_ids
+        self._chance = chance
+        self._done = dict.fromkeys(batch_ids, 0)
+        self._completed = 0
+        self.killed_at_work = 0
+
+    def one(self, lives_left: int) -> None:
+        """Start it, let it do at most its share of what is left, and kill it some hundredths of a second later."""
+        said = len(self._service.said())
+        self._service.start()
+        completed_before = sum(self._began_with(batch_id, said) for batch_id in self._batch_ids)
+        working = self._look()
+        before = sum(self._done.values())
+        goal = before + self._chance.randint(0, (LINES * len(BATCHES) - before) // (lives_left + 1))
+        while sum(self._done.values()) < goal:
+            computed = self._service.get("/stats")["texts_computed"]
+            working = self._look()
+            # What a life computes over what it commits is what the next one has to do again.
+            assert computed <= self._completed - completed_before + CHUNK * len(BATCHES)
+        self.killed_at_work += working
+        time.sleep(self._chance.uniform(0.0, 0.03))
+        self._service.kill()
+
+    def one_that_dies_early(self) -> None:
+        """Kill it before it serves, or just then."""
+        self._service.launch()
+        time.sleep(self._chance.uniform(0.2, 3.0))
+        self._service.kill()
+
+    def _began_with(self, batch_id: str, said: int) -> int:
+        """Completed lines of a batch when the present process took it up, as its log says from `said` on."""
+        begins = re.compile(rf"batch begins batch={batch_id} .*completed=(\d+)")
+        return int(until(lambda: begins.search(self._service.said(), said))[1])
+
+    def _look(self) -> bool:
+        """How far the batches are, which is no less than they were; whether any is being worked at."""
+        batches = [self._service.get(f"/v1/batches/{batch_id}") for batch_id in self._batch_ids]
+        for batch in batches:
+            assert done(batch) >= self._done[batch["id"]]
+            self._done[batch["id"]] = done(batch)
+        self._completed = sum(batch["request_counts"]["completed"] for batch in batches)
+        return any(batch["status"] in ("validating", "in_progress") for batch in batches)
+
+
+@pytest.mark.timeout(300)
+def test_no_line_is_lost_or_there_twice(new_service: NewService) -> None:
+    chance = random.Random(20)
+    service = new_service({"BATCH_CHUNK_SIZE": str(CHUNK), "CACHE_MAX_BYTES": "0", "BATCHES_MAX_ACTIVE": "4"})
+    service.start()
+    files = [upload(service, batch_input(LINES, name)) for name in BATCHES]
+    unharmed = [create(service, file_id) for file_id in files]
+    expected = [assert_whole(service, ended(service, batch_id), LINES) for batch_id in unharmed]
+    batch_ids = [create(service, file_id) for file_id in files]
+    lives = Lives(service, batch_ids, chance)
+    service.kill()
+    early = set(chance.sample(range(KILLS), KILLS_WHILE_STARTING))
+    for number in range(KILLS):
+        if number in early:
+            lives.one_that_dies_early()
+        else:
+            lives.one(KILLS - number)
+    assert lives.killed_at_work == KILLS - KILLS_WHILE_STARTING
+    service.start()
+    for batch_id, vectors in zip(batch_ids, expected, strict=True):
+        found = assert_whole(service, ended(service, batch_id), LINES)
+        np.testing.assert_allclose(found, vectors, rtol=0, atol=TOLERANCE)
+    # The inputs, and two for each batch: nothing is left over.
+    assert len(service.get("/v1/files")["data"]) == len(files) + 2 * (len(unharmed) + len(batch_ids))
+    service.assert_healthy()
