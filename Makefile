@@ -8,8 +8,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CODE := src tests benchmarks examples
-# Two processes, each with whole files: most tests wait for one server or run on one core.
-BESIDE := --numprocesses 2 --dist loadfile
+# Three processes for two cores, each with whole files: many tests wait for a server to start.
+BESIDE := --numprocesses 3 --dist loadfile
 
 # Published clients cannot all be installed beside each other, nor beside vecmill: each set has an environment here.
 CLIENTS := .clients
@@ -17,7 +17,7 @@ CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients check lint fix chromium redis
+.PHONY: help serve test test-clients test-python-clients check coverage lint fix chromium redis
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -34,8 +34,10 @@ test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Py
 test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## Only Python's. Options: ARGS="-k langchain".
 	$(BIN)/python -m pytest tests/clients/test_environments.py -k python $(ARGS)
 
-check: lint  ## Run everything: format, lint, types, import contracts, tests with coverage.
-	$(MAKE) --no-print-directory test ARGS="--cov --cov-report=term $(ARGS)"
+check: lint test  ## Run everything: format, lint, types, import contracts, tests.
+
+coverage: $(VENV)/.dev chromium redis  ## Run every test and say which lines none of them reaches.
+	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
 	$(BIN)/ruff format --check $(CODE)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any
@@ -20,17 +21,39 @@ TIMEOUT_S = 600.0
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 
+@dataclass(frozen=True)
+class Loop:
+    """The model's code alone, in a process of its own."""
+
+    texts: int
+    limit_seconds: float
+    """Of the matmul beside it."""
+
+    def rate(self, texts: Sequence[str]) -> float:
+        """Texts per second over the first of the texts."""
+        with NamedTemporaryFile(suffix=".npy") as vectors:
+            options = ["--vectors", vectors.name, "--limit-seconds", str(self.limit_seconds)]
+            ran = subprocess.run(
+                [sys.executable, "-m", "benchmarks.packed_loop", *options],
+                input=json.dumps(list(texts[: self.texts])),
+                capture_output=True,
+                text=True,
+                check=True,
+            )
+        return min(self.texts, len(texts)) / float(json.loads(ran.stdout.splitlines()[-1])["seconds"])
+
+
 def measure_batch(
     folder: Path,
     texts: Sequence[str],
     lines: int,
-    loop_texts: int,
+    loop: Loop,
     serve: Sequence[str],
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Seconds of the batch from its creation to its end; the loop's rate on its first texts before and after."""
     different = [f"# {number}\n{texts[number % len(texts)]}" for number in range(lines)]
-    rates = [_loop(different[:loop_texts])]
+    rates = [loop.rate(different)]
     with (
         server(folder / "state", [bundled_model()], cached=False, serve=serve) as vecmill,
         httpx.Client(base_url=vecmill.url, timeout=TIMEOUT_S) as client,
@@ -41,7 +64,7 @@ def measure_batch(
         ended = _run(client, file, advance)
         seconds = time.perf_counter() - started
         busy = _device_seconds(client) - busy
-    rates.append(_loop(different[:loop_texts]))
+    rates.append(loop.rate(different))
     counts = ended["request_counts"]
     if counts != {"total": lines, "completed": lines, "failed": 0}:
         raise RuntimeError(f"the batch ended {ended['status']} with {counts}")
@@ -54,19 +77,6 @@ def measure_batch(
         "overhead_percent": spread(overheads),
         "device_busy_percent": 100 * busy / seconds,
     }
-
-
-def _loop(texts: Sequence[str]) -> float:
-    """Texts per second of the model's code alone."""
-    with NamedTemporaryFile(suffix=".npy") as vectors:
-        ran = subprocess.run(
-            [sys.executable, "-m", "benchmarks.packed_loop", "--vectors", vectors.name],
-            input=json.dumps(list(texts)),
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    return len(texts) / float(json.loads(ran.stdout.splitlines()[-1])["seconds"])
 
 
 def _upload(client: httpx.Client, texts: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks.batch_run import measure_batch
+from benchmarks.batch_run import Loop, measure_batch
 from benchmarks.cache_hits import ECHO, Plan, measure_hits, measure_misses
 from benchmarks.cache_store import KEYS, measure_store
 from benchmarks.contention import watched
@@ -84,7 +84,9 @@ def batch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """A long one."""
     with progress("lines", options.lines) as advance:
         texts = sample_texts(options.texts)
-        found = measure_batch(folder, texts, options.lines, options.loop_texts, options.serve, advance)
+        found = measure_batch(
+            folder, texts, options.lines, Loop(options.loop_texts, options.limit_seconds), options.serve, advance
+        )
     return {**found, "overhead_percent": judged(found["overhead_percent"], MOST_OVERHEAD_PERCENT)}
 
 
@@ -147,6 +149,7 @@ def main() -> int:
         default=4000,
         help="of the model's loop, before and after the batch (default: %(default)s)",
     )
+    parser.add_argument("--limit-seconds", type=float, default=1, help="of the matmul beside it (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where files are written (default: the system's temporary folder)")
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options for `vecmill serve`")

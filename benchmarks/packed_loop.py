@@ -34,17 +34,17 @@ from vecmill.engine.loader import load
 LIMIT_SECONDS = 1.0
 
 
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a large matmul."""
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """Floating-point operations per second of a large matmul, measured for so long."""
     sizes = CPU if device.type == "cpu" else CUDA
-    machine = Machine(device, 1, LIMIT_SECONDS, sizes.matmul_size, sizes.copy_bytes)
-    (seconds,) = alternate(machine, dtype, {}).seconds["matmul"]
-    return limits(machine, dtype)["matmul"].operations / seconds
+    machine = Machine(device, 1, seconds, sizes.matmul_size, sizes.copy_bytes)
+    (taken,) = alternate(machine, dtype, {}).seconds["matmul"]
+    return limits(machine, dtype)["matmul"].operations / taken
 
 
 @torch.inference_mode()
 def measure(
-    model_folder: Path, dtype: str, texts: Sequence[str], warm_up: int
+    model_folder: Path, dtype: str, texts: Sequence[str], warm_up: int, limit_seconds: float
 ) -> tuple[torch.Tensor, Mapping[str, Any]]:
     """The vectors, not normalised, and what JSON gets."""
     settings = load_settings({"embed_model": str(model_folder), "dtype": dtype})
@@ -55,11 +55,11 @@ def measure(
     tokens = Given(CPU, loaded.device, dtype).batch_tokens
     packs = batches(rows, tokens)
     run_model(served.model, batches(rows[:warm_up], tokens), loaded.device)
-    rates = [matmul_rate(loaded.device, getattr(torch, dtype))]
+    rates = [matmul_rate(loaded.device, getattr(torch, dtype), limit_seconds)]
     started = time.perf_counter()
     vectors = run_model(served.model, packs, loaded.device)
     seconds = time.perf_counter() - started
-    rates.append(matmul_rate(loaded.device, getattr(torch, dtype)))
+    rates.append(matmul_rate(loaded.device, getattr(torch, dtype), limit_seconds))
     return vectors, {
         "seconds": seconds,
         "device": describe(loaded.device),
@@ -76,10 +76,15 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="model folder (default: the bundled MiniLM)")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
     parser.add_argument("--warm-up", type=int, default=200, help="texts that do not count first (default: %(default)s)")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=LIMIT_SECONDS, help="of the matmul (default: %(default)s)"
+    )
     parser.add_argument("--vectors", type=Path, required=True, help="file that gets them, as NumPy's .npy")
     options = parser.parse_args()
     texts = json.load(sys.stdin)
-    vectors, found = measure(options.model or bundled_model(), options.dtype, texts, options.warm_up)
+    vectors, found = measure(
+        options.model or bundled_model(), options.dtype, texts, options.warm_up, options.limit_seconds
+    )
     np.save(options.vectors, vectors.numpy())
     print(json.dumps(found))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import tempfile
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
@@ -147,6 +148,7 @@ def generation_server() -> Iterator[GenerationServer]:
 @contextmanager
 def vecmill_before(generation_url: str, *, on: socket.socket | None = None, **flags: object) -> Iterator[str]:
     """vecmill without a model, which generation does not need; its address."""
-    settings = {"embed_model": "./nowhere", "device": "cpu", "generation_url": generation_url, **flags}
-    with serving_in_a_thread(create_app(load_settings(settings)), on or listener()) as url:
-        yield url
+    with tempfile.TemporaryDirectory() as state:
+        settings = {"embed_model": "./nowhere", "device": "cpu", "state_dir": state, "generation_url": generation_url}
+        with serving_in_a_thread(create_app(load_settings({**settings, **flags})), on or listener()) as url:
+            yield url

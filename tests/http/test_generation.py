@@ -431,7 +431,7 @@ async def test_sigterm_ends_streams_in_time_and_no_secret_is_in_the_log(
 
     options = ("--generation-url", upstream.url, "--shutdown-seconds", "1", "--log-level", "debug")
     command = vecmill_command(port, *options, "--embed-model", str(tiny_bert(tmp_path / "tiny", minilm_folder)))
-    environment = {**os.environ, "GENERATION_API_KEY": "secret-upstream-key"}
+    environment = {**os.environ, "GENERATION_API_KEY": "secret-upstream-key", "STATE_DIR": str(tmp_path / "state")}
     with log.open("wb") as file:
         process = await asyncio.create_subprocess_exec(*command, stderr=file, env=environment)
         try:
