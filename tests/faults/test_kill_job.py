@@ -20,7 +20,7 @@ KILLS_WHILE_STARTING = 3
 PROJECTS = ("a", "b", "c")
 BATCHES = 100  # of each
 AT_ONCE = 2048  # texts of one request
-# A vector is written within some 50 ms after its answer, later on a machine that is busy.
+# A vector is written within some 100 ms after its answer, later on a machine that is busy.
 WRITTEN_WITHIN = 1.0
 
 

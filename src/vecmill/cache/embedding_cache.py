@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 PENDING_BYTES = 67_108_864  # computed and not yet written; what is more is not kept
 TOUCHED_ENTRIES = 100_000  # whose use is written down once, not every time
 # Between two writes, so that many small ones become one. What is not written when the process is killed is lost.
-WRITE_EVERY = 0.05
+WRITE_EVERY = 0.1
 RETRY_SECONDS = 5.0  # without the store after it has failed
 SIZE_EVERY = 5.0
 CLOSE_SECONDS = 10.0

@@ -126,9 +126,11 @@ class SqliteVectors:
             try:
                 writer.execute("BEGIN IMMEDIATE")
                 writer.executemany("UPDATE vectors SET used = ? WHERE id = ?", marks)
-                dropped = self._drop(writer, coming=sum(map(len, entries.values())))
+                coming = sum(map(len, entries.values()))
+                nearly_full = _bytes(writer) + 2 * coming > self._max_bytes  # pages are not filled to the brim
+                dropped = self._drop(writer, coming) if nearly_full else 0
                 added = writer.executemany(INSERT, self._rows(entries)).rowcount
-                dropped += self._drop(writer)
+                dropped += self._drop(writer) if nearly_full else 0
                 writer.execute("COMMIT")
             except sqlite3.Error:
                 with suppress(sqlite3.Error):
