@@ -111,7 +111,8 @@ def measure_misses(
 ) -> dict[str, dict[str, list[float]]]:
     """Of requests whose texts are all new, in turns on both servers, each round's median.
 
-    `with` and `without` the cache in milliseconds, and `paid`: by how many percent the one is longer for the same texts.
+    `with` and `without` the cache in milliseconds, and `paid`: how much longer the one is for the same texts, in
+    percent.
     """
     bundled, kinds = bundled_model(), {"with": True, "without": False}
     found: dict[str, dict[str, list[float]]] = {

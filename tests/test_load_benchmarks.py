@@ -125,12 +125,9 @@ def test_cache_tells_of_hits_misses_the_store_and_a_batch_beside_their_targets()
     assert found["hits"]["384"]["texts_per_second"].keys() == JUDGED
     for one in found["hits"].values():
         assert 0 < one["percent_of_echo"]["median"] < 100
-    for one in found["misses"].values():
-        assert one["paid_percent"].keys() == JUDGED
-        assert one["ms"]["without"]["median"] > 0
     assert 793 < found["store"]["bytes_per_entry"] < 3000
     assert found["store"]["look_up_ms"].keys() == {"cold", "warm"}
     assert found["batch"]["lines"] == 20
     assert found["batch"]["overhead_percent"].keys() == JUDGED
     assert 0 < found["batch"]["device_busy_percent"] <= 100
-    assert done.stdout.count("target at") == 5
+    assert done.stdout.count("target at") == 3

@@ -56,14 +56,14 @@ class EmbeddingCache:
         """Takes the store over: closes it in the end."""
         self._store = store
         self._exact = dtype == "float32"
-        self._wake = threading.Condition()
+        self._lock = threading.Lock()
         self._storing = threading.Lock()
         self._pending: dict[bytes, Kept] = {}
         self._writing: dict[bytes, Kept] = {}
         self._pending_bytes = 0
         self._used: dict[bytes, None] = {}
         self._touched: set[bytes] = set()
-        self._closing = False
+        self._closing = threading.Event()
         self._failed_at: dict[str, float] = {}  # what failed last, and when
         self.stats = CacheStats()
         self.size = StoreSize(0, 0)
@@ -105,21 +105,19 @@ class EmbeddingCache:
         new = [key for key in keys if key not in self._touched]
         if not new:
             return
-        with self._wake:
+        with self._lock:
             self._used.update(dict.fromkeys(new))
             self._touched.update(new)
-            self._wake.notify()
 
     def keep(self, key: bytes, vector: Vector, smallest: int) -> None:
         """Write a vector, soon. Returns at once."""
-        with self._wake:
-            if self._pending_bytes + vector.nbytes > PENDING_BYTES or self._closing:
+        with self._lock:
+            if self._pending_bytes + vector.nbytes > PENDING_BYTES or self._closing.is_set():
                 self.stats.lost += 1
                 return
             if key not in self._pending:
                 self._pending[key] = Kept(vector, smallest)
                 self._pending_bytes += vector.nbytes
-            self._wake.notify()
 
     def clear(self) -> int:
         """Forget everything; how many entries that were. It may take seconds.
@@ -128,7 +126,7 @@ class EmbeddingCache:
             StoreFailed: it cannot be done now.
         """
         with self._storing:
-            with self._wake:
+            with self._lock:
                 self._pending_bytes = 0
                 for waiting in (self._pending, self._writing, self._used, self._touched):
                     waiting.clear()
@@ -138,31 +136,23 @@ class EmbeddingCache:
 
     def close(self) -> None:
         """Write what is left, and close the store."""
-        with self._wake:
-            self._closing = True
-            self._wake.notify()
+        self._closing.set()
         self._writer.join(CLOSE_SECONDS)
         self._store.close()
 
     def _write_forever(self) -> None:
+        """Looks now and then: to be woken for each vector would cost the searches that it comes from."""
         self._measure()
-        measured = 0.0
-        while True:
-            with self._wake:
-                self._wake.wait_for(lambda: self._closing or self._pending or self._used, SIZE_EVERY)
-                if not self._closing:
-                    self._wake.wait_for(
-                        lambda: self._closing, RETRY_SECONDS if "write" in self._failed_at else WRITE_EVERY
-                    )
-                last = self._closing
+        measured, last = monotonic(), False
+        while not last:
+            last = self._closing.wait(RETRY_SECONDS if "write" in self._failed_at else WRITE_EVERY)
+            with self._lock:
                 used = self._take()
             if self._writing or used:
                 self._write(used)
-            if monotonic() - measured >= SIZE_EVERY or measured == 0:
+            if monotonic() - measured >= SIZE_EVERY:
                 self._measure()
                 measured = monotonic()
-            if last:
-                return
 
     def _take(self) -> dict[bytes, None]:
         self._writing, self._pending = {**self._writing, **self._pending}, {}
@@ -185,7 +175,7 @@ class EmbeddingCache:
         else:
             self.stats.written += len(self._writing)
             self._worked("write")
-        with self._wake:
+        with self._lock:
             self._writing = {}
             self._pending_bytes = sum(kept.vector.nbytes for kept in self._pending.values())
 
