@@ -104,23 +104,23 @@ def test_answer_memory_is_told_in_results() -> None:
     assert "target at most 3 results" in done.stdout
 
 
-def test_cache_tells_of_hits_misses_the_store_and_a_batch_beside_their_targets() -> None:
-    few = (
-        "--rounds",
-        "1",
-        "--miss-rounds",
-        "1",
-        "--seconds",
-        "0.3",
+def test_cache_tells_of_hits_the_store_and_a_batch_beside_their_targets() -> None:
+    tiny = (
         "--wide",
         "128",
         "--batch",
         "8",
+        "--texts",
+        "16",
         "--entries",
         "2000",
+        "--lines",
+        "20",
+        "--loop-texts",
+        "16",
     )
-    short = ("--lines", "20", "--texts", "16", "--loop-texts", "16", "--limit-seconds", "0.1")
-    done = run_benchmark("cache", *few, *short, *QUICK_START)
+    short = (*FEW, "--seconds", "0.3", "--limit-seconds", "0.1")
+    done = run_benchmark("cache", "--parts", "hits", "store", "batch", *tiny, *short, *QUICK_START)
     found = json_line(done)
     assert found["hits"]["384"]["texts_per_second"].keys() == JUDGED
     for one in found["hits"].values():
