@@ -16,6 +16,8 @@ from benchmarks.gpu_stages import Stages
 
 from tests.benchmark_runs import REPOSITORY, json_line, run_benchmark
 
+pytestmark = pytest.mark.benchmark
+
 CPU = torch.device("cpu")
 
 

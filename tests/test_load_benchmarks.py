@@ -2,9 +2,12 @@
 
 from typing import Any
 
+import pytest
 from benchmarks.rounds import in_turns, judged, shown
 
 from tests.benchmark_runs import json_line, run_benchmark
+
+pytestmark = pytest.mark.benchmark
 
 SPREAD = {"median", "min", "max", "rounds"}
 JUDGED = SPREAD | {"target", "met"}
