@@ -3,7 +3,8 @@
 Hits: texts of the standard library that were all embedded before, from several connections, for 384 dimensions (the
 bundled MiniLM) and for a random BERT with 4,096, base64; beside a server that gives back stored bytes of the same size.
 Misses: requests of new texts to a server with a cache and to one without, in turns. Store: a million vectors on disk,
-64 keys at once. Batch: many lines beside the model's own code in a loop, before and after.
+64 keys at once. Batch: many lines beside the time of their forward passes, and beside the model's own code in a loop
+before and after, which runs larger forward passes and has the cores to itself.
 
     python -m benchmarks.cache
     python -m benchmarks.cache --entries 10000 --lines 1000 --rounds 2 --seconds 1
@@ -26,7 +27,7 @@ from benchmarks.host import describe_host
 from benchmarks.model_rounds import spread
 from benchmarks.progress import progress
 from benchmarks.results import publish
-from benchmarks.rounds import judged, print_disturbance, rounded, shown
+from benchmarks.rounds import judged, print_disturbance, shown
 from benchmarks.texts import sample_texts
 from benchmarks.wide_model import HEAD_DIMENSIONS
 from rich.console import Console
@@ -120,10 +121,10 @@ def print_summary(found: dict[str, Any], other_cores: float) -> None:
             soft_wrap=True,
         )
     if one := found.get("batch"):
+        longer, share = shown(one["overhead_percent"], " %"), shown(one["percent_of_loop"], " %")
         console.print(
-            f"a batch of {one['lines']:,} lines: {one['texts_per_second']:.1f} texts/s, the model alone "
-            f"{shown(one['loop_texts_per_second'])}; more than the model {shown(one['overhead_percent'], ' %')}; "
-            f"device busy {rounded(one['device_busy_percent'])} % of the time",
+            f"a batch of {one['lines']:,} lines: {one['texts_per_second']:.1f} texts/s, longer than its forward passes "
+            f"by {longer}; {share} of the model's code in a loop",
             soft_wrap=True,
         )
     print_disturbance(console, other_cores)
