@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from vecmill.inference.recall import Known, TextMemory
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vecmill.cache.embedding_cache import EmbeddingCache
+from vecmill.core.types import Row, Truncation
+from vecmill.inference.recall import Known, Recall, Recalled, TextMemory
+from vecmill.inference.tokenization import Tokenized
+from vecmill.storage.sqlite_vectors import SqliteVectors
+
+TEXTS = ["one", "two"]
+WIDTH = 8
 
 
 def known(number: int) -> Known:
@@ -17,3 +30,33 @@ def test_the_memory_is_bounded_and_keeps_what_is_asked_for() -> None:
         assert len(memory) <= 101
     assert memory.get(b"999") == known(999)
     assert memory.get(b"500") is None
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Iterator[EmbeddingCache]:
+    cache = EmbeddingCache(SqliteVectors(tmp_path / "cache.db", 1_000_000_000))
+    yield cache
+    cache.close()
+
+
+def test_what_was_kept_before_a_restart_is_tokenized_once(cache: EmbeddingCache) -> None:
+    """The memory of texts goes with the process, the vectors do not."""
+    tokenized: list[str] = []
+
+    def encode(texts: Sequence[str]) -> list[Tokenized]:
+        tokenized.extend(texts)
+        return [Tokenized(Row(np.frombuffer(text.encode(), np.uint8).astype(np.int32)), len(text)) for text in texts]
+
+    def ask(memory: TextMemory) -> Sequence[Tokenized | Recalled]:
+        recall = Recall(cache, memory, b"model", WIDTH, look_up=True, truncate=True)
+        return recall.of_texts(encode, "", Truncation())(TEXTS)
+
+    for one in ask(TextMemory()):
+        assert isinstance(one, Tokenized)
+        assert one.key is not None
+        cache.keep(one.key, np.ones(WIDTH, np.float32), WIDTH)
+    tokenized.clear()
+    after_restart = TextMemory()
+    for _ in range(2):
+        assert all(isinstance(one, Recalled) for one in ask(after_restart))
+    assert tokenized == TEXTS

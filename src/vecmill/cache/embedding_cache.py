@@ -80,15 +80,15 @@ class EmbeddingCache:
         """The vectors, (dimensions,) each, that are there. For worker threads: it reads from disk."""
         found = {key: kept.vector for key in keys if (kept := self._on_the_way(key)) is not None}
         missing = [key for key in keys if key not in found]
-        if missing and not self._left_alone("read"):
+        if missing and not self._left_alone():
             found |= self._read(missing, dimensions)
         return found
 
     def _on_the_way(self, key: bytes) -> Kept | None:
         return self._pending.get(key) or self._writing.get(key)
 
-    def _left_alone(self, what: str) -> bool:
-        return monotonic() - self._failed_at.get(what, -inf) < RETRY_SECONDS
+    def _left_alone(self) -> bool:
+        return monotonic() - self._failed_at.get("read", -inf) < RETRY_SECONDS
 
     def _read(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
         try:

@@ -21,10 +21,9 @@ class Recalled:
     """A text that need not be run."""
 
     vector: Vector
+    key: bytes
     tokens: int
     truncated: bool
-    too_long: bool = False
-    """Never: it would have been refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +96,8 @@ class Recall:
             encoded = self.of_rows(encode([texts[index] for index in missing])) if missing else []
             for index, one in zip(missing, encoded, strict=True):
                 found[index] = one
-                self._remember(digests[index], one)
+                if one.key is not None:
+                    self.memory.add(digests[index], Known(one.key, one.tokens, one.truncated))
             return [one for one in found if one is not None]
 
         return recall
@@ -107,22 +107,18 @@ class Recall:
         keys = [one.key for one in known if one is not None]
         vectors = self.cache.look_up(keys, self.dimensions) if keys else {}
         return [
-            Recalled(vectors[one.key], one.tokens, one.truncated)
+            Recalled(vectors[one.key], one.key, one.tokens, one.truncated)
             if one is not None and one.key in vectors and (self.truncate or not one.truncated)
             else None
             for one in known
         ]
-
-    def _remember(self, digest: bytes, one: Tokenized | Recalled) -> None:
-        if isinstance(one, Tokenized) and one.key is not None:
-            self.memory.add(digest, Known(one.key, one.tokens, one.truncated))
 
     def of_rows(self, rows: Sequence[Tokenized]) -> list[Tokenized | Recalled]:
         """The rows with their keys, or what is kept in place of them."""
         keys = [row_key(self.fingerprint, one.row) for one in rows]
         vectors = self.cache.look_up(keys, self.dimensions) if self.look_up else {}
         return [
-            Recalled(vectors[key], one.tokens, one.truncated)
+            Recalled(vectors[key], key, one.tokens, one.truncated)
             if key in vectors and (self.truncate or not one.too_long)
             else replace(one, key=key)
             for key, one in zip(keys, rows, strict=True)

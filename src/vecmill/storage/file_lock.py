@@ -18,8 +18,10 @@ class FileLock:
         self._descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path, *, create: bool = False) -> Self | None:
+    def take(cls, path: Path, *, create: bool = False, shared: bool = False) -> Self | None:
         """Lock a file; None where somebody holds it already, be it in this process, or where there is no such file.
+
+        `shared`: together with others that say the same.
 
         Raises:
             OSError: it cannot be opened.
@@ -29,7 +31,7 @@ class FileLock:
         except FileNotFoundError:
             return None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             return None

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from vecmill.core.errors import JobsUnavailable
 from vecmill.core.protocols import JobChanges, StoredJobs
-from vecmill.storage.sqlite import is_broken, open_database, set_aside
+from vecmill.storage.sqlite import is_broken, open_database, set_aside, transaction
 
 VERSION = 1
 SCHEMA = """
@@ -100,8 +100,7 @@ class SqliteJobs:
         return True
 
     def _write(self, connection: sqlite3.Connection, changes: JobChanges) -> None:
-        try:
-            connection.execute("BEGIN IMMEDIATE")
+        with transaction(connection):
             if changes.whole:
                 connection.execute("DELETE FROM open")
                 connection.execute("DELETE FROM ended")
@@ -110,12 +109,6 @@ class SqliteJobs:
             connection.executemany("INSERT OR REPLACE INTO ended VALUES (?, ?)", changes.ended)
             connection.execute("DELETE FROM ended WHERE number <= ?", (changes.forgotten,))
             connection.execute("INSERT OR REPLACE INTO meta VALUES (1, ?)", (changes.meta,))
-            connection.execute("COMMIT")
-        except sqlite3.Error:
-            # Without this, a commit that found no room would leave its transaction open.
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-            raise
 
     def _opened(self) -> sqlite3.Connection:
         if self._connection is None:

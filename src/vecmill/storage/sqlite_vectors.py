@@ -17,7 +17,7 @@ import numpy as np
 
 from vecmill.core.protocols import StoreSize
 from vecmill.storage.errors import StoreFailed
-from vecmill.storage.sqlite import connect, is_broken, open_database, set_aside
+from vecmill.storage.sqlite import connect, is_broken, open_database, set_aside, transaction
 
 VERSION = 1
 SCHEMA = """
@@ -123,19 +123,13 @@ class SqliteVectors:
             writer = self._open()
             self._writes += 1
             marks = [(self._writes, number) for number in _numbers(list(used))]
-            try:
-                writer.execute("BEGIN IMMEDIATE")
+            with transaction(writer):
                 writer.executemany("UPDATE vectors SET used = ? WHERE id = ?", marks)
                 coming = sum(map(len, entries.values()))
                 nearly_full = _bytes(writer) + 2 * coming > self._max_bytes  # pages are not filled to the brim
                 dropped = self._drop(writer, coming) if nearly_full else 0
                 added = writer.executemany(INSERT, self._rows(entries)).rowcount
                 dropped += self._drop(writer) if nearly_full else 0
-                writer.execute("COMMIT")
-            except sqlite3.Error:
-                with suppress(sqlite3.Error):
-                    writer.execute("ROLLBACK")
-                raise
             self._entries += max(0, added) - dropped
             return dropped
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import tempfile
 from pathlib import Path
 from typing import Self
 
 from vecmill.core.errors import StartupError
+from vecmill.storage.file_lock import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -17,7 +16,7 @@ logger = logging.getLogger(__name__)
 class StateFolder:
     """An open folder. The lock goes with the process, however that ends."""
 
-    def __init__(self, path: Path, lock: int | None, problem: str | None) -> None:
+    def __init__(self, path: Path, lock: FileLock | None, problem: str | None) -> None:
         self.path = path
         self.problem = problem
         """Why nothing can be kept in it, as a sentence; None where everything can."""
@@ -37,23 +36,19 @@ class StateFolder:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=path):
                 pass
-            lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            lock = FileLock.take(path / "lock", create=True, shared=shared)
         except OSError as error:
             problem = f"STATE_DIR={path} cannot be written ({error.strerror}): nothing outlives this process."
             logger.error(problem)
             return cls(path, None, problem)
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
+        if lock is None:
             raise StartupError(
                 f"STATE_DIR={path} is in use by another vecmill server: stop it, give this one a STATE_DIR of its own, "
                 f"or set REDIS_URL for both so that they share their state."
-            ) from None
+            )
         return cls(path, lock, None)
 
     def close(self) -> None:
         """Let others in."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
