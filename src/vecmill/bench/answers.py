@@ -12,6 +12,7 @@ import orjson
 
 from vecmill.bench.errors import BadAnswer
 from vecmill.bench.target import Dialect
+from vecmill.refusals import start_of
 
 # `usage` stands before or behind the list, so looking at both ends saves parsing megabytes of numbers.
 ENDS_BYTES = 1024
@@ -39,7 +40,7 @@ def dimensions_of(content: bytes, dialect: Dialect, texts: int) -> int | None:
         entries = _entries(orjson.loads(content), dialect)
         sizes = {_size(entry) for entry in entries} if dialect is not Dialect.RERANK else set()
     except (ValueError, KeyError, TypeError, Base64Error) as error:
-        raise BadAnswer(f"The answer is not one of the dialect {dialect}: {_start(content)}") from error
+        raise BadAnswer(f"The answer is not one of the dialect {dialect}: {start_of(content)}") from error
     if len(entries) != texts:
         kind = "scores" if dialect is Dialect.RERANK else "vectors"
         raise BadAnswer(f"{texts} texts were sent and {len(entries)} {kind} came back.")
@@ -62,19 +63,3 @@ def _entries(answer: Any, dialect: Dialect) -> list[Any]:
 
 def _size(vector: Any) -> int:
     return len(b64decode(vector, validate=True)) // FLOAT_BYTES if isinstance(vector, str) else len(vector)
-
-
-def _start(content: bytes) -> str:
-    return content[:200].decode(errors="replace")
-
-
-def message_of(content: bytes) -> str:
-    """What an error's answer says, shortened; its `message`, `detail` or `error` where it is JSON."""
-    try:
-        found = orjson.loads(content)
-    except ValueError:
-        return _start(content).strip()
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and name in found:
-            found = found[name]
-    return str(found)[:500]

@@ -5,17 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from time import perf_counter
 from types import TracebackType
 from typing import Self
 
 import httpx2
 
-from vecmill.bench.answers import message_of, tokens_of
+from vecmill.bench.answers import tokens_of
 from vecmill.bench.errors import BenchError
 from vecmill.bench.target import Target
+from vecmill.refusals import message_of, retry_after
 
 CONNECT_S = 10.0
 ANSWER_S = 300.0
@@ -92,20 +91,9 @@ class Client:
             answer.content = response.content
             answer.tokens = tokens_of(response.content, response.headers)
             return None
-        wait = _retry_after(response) if response.status_code in LATER else None
+        wait = retry_after(response.headers) if response.status_code in LATER else None
         if wait is not None and perf_counter() - answer.started + wait <= PATIENCE_S:
             answer.retries[str(response.status_code)] += 1
             return wait
         answer.error, answer.message = str(response.status_code), message_of(response.content)
-        return None
-
-
-def _retry_after(response: httpx2.Response) -> float | None:
-    """Retry-After in seconds from now; it may be a number or a date (RFC 9110, section 10.2.3)."""
-    value = response.headers.get("retry-after", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
         return None

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from time import monotonic, sleep
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -15,11 +13,11 @@ import httpx2
 
 from vecmill.embed.errors import EmbedError, NotThere, UsageError
 from vecmill.embed.options import Server
+from vecmill.refusals import message_of, retry_after, start_of
 
 CONNECT_S = 10.0
 LATER = frozenset({429, 502, 503, 504})
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # where the server does not say how long
-SHOWN_CHARACTERS = 500  # of an error's answer
 
 T = TypeVar("T")
 
@@ -137,7 +135,7 @@ class Client:
         except ValueError:
             found = None
         if not isinstance(found, dict):
-            raise EmbedError(f"{method} {self.base}{path} was not answered with a JSON object: {_start(content)}")
+            raise EmbedError(f"{method} {self.base}{path} was not answered with a JSON object: {start_of(content)}")
         return found
 
     @contextmanager
@@ -165,30 +163,3 @@ class Client:
             case _ if status in LATER:
                 raise _Later(said, retry_after(response.headers))
         raise EmbedError(said)
-
-
-def message_of(content: bytes) -> str:
-    """What an error's answer says, shortened."""
-    try:
-        found = json.loads(content)
-    except ValueError:
-        return _start(content)
-    for name in ("error", "message", "detail"):
-        if isinstance(found, dict) and name in found:
-            found = found[name]
-    return str(found)[:SHOWN_CHARACTERS]
-
-
-def _start(content: bytes) -> str:
-    return content[:SHOWN_CHARACTERS].decode(errors="replace").strip()
-
-
-def retry_after(headers: Mapping[str, str]) -> float | None:
-    """In seconds from now; it may be a number or a date (RFC 9110, section 10.2.3)."""
-    value = headers.get("retry-after", "").strip()
-    if value.isdigit():
-        return float(value)
-    try:
-        return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
-        return None

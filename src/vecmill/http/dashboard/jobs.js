@@ -2,8 +2,7 @@
 
 import { bar, field, put, putOrHide } from "./elements.js";
 import { clock, count, duration, known, percent, plural, rate } from "./format.js";
-import { fetchWithKey } from "./key.js";
-import { TIMEOUT_MS } from "./service.js";
+import { call, keepPlace, showRows } from "./rows.js";
 
 const join = (parts) => parts.filter(Boolean).join(" · ");
 const chunks = (job) => `${count(job.current)} of ${plural(job.total_chunks, "chunk")}`;
@@ -49,33 +48,12 @@ function fillJob(row, job, kind) {
   cancel.setAttribute("aria-label", `Cancel ${job.project}`);
 }
 
-function newRow(id) {
-  const row = document.getElementById("job").content.firstElementChild.cloneNode(true);
-  row.dataset.id = id;
-  return row;
-}
+const keepOnPage = (leaving) => keepPlace(leaving, "jobs-heading");
 
-// Whoever has just pressed a button that now goes away must not be thrown back to the top of the page.
-function keepPlace(leaving) {
-  if (leaving.contains(document.activeElement)) document.getElementById("jobs-heading").focus();
-}
-
-// Rows are kept from poll to poll, not rebuilt: a rebuilt button loses its focus and swallows clicks.
 function showList(kind, jobs) {
   const block = document.querySelector(`[data-jobs="${kind}"]`);
-  const list = block.querySelector("ul");
-  const ids = new Set(jobs.map((job) => job.id));
-  for (const row of [...list.children].filter((row) => !ids.has(row.dataset.id))) {
-    keepPlace(row);
-    row.remove();
-  }
-  const rows = new Map([...list.children].map((row) => [row.dataset.id, row]));
-  jobs.forEach((job, index) => {
-    const row = rows.get(job.id) ?? newRow(job.id);
-    fillJob(row, job, kind);
-    if (list.children[index] !== row) list.insertBefore(row, list.children[index] ?? null);
-  });
-  if (jobs.length === 0) keepPlace(block);
+  showRows(block.querySelector("ul"), "job", jobs, (row, job) => fillJob(row, job, kind), keepOnPage);
+  if (jobs.length === 0) keepOnPage(block);
   block.hidden = jobs.length === 0;
 }
 
@@ -92,22 +70,7 @@ export function showJobs(jobs) {
   put(document, "workers", join([busy, known(past) && `${rate(past)} chunks/s lately`]));
 }
 
-const underWay = new Set();
-
-async function remove(path, what, then) {
-  if (underWay.has(path)) return;
-  underWay.add(path);
-  putOrHide(document, "job-problem", null);
-  try {
-    const answer = await fetchWithKey(path, { method: "DELETE", signal: AbortSignal.timeout(TIMEOUT_MS) });
-    if (!answer.ok) putOrHide(document, "job-problem", `${what} was refused (HTTP ${answer.status}).`);
-  } catch {
-    putOrHide(document, "job-problem", `${what} did not get through: the service is not reachable.`);
-  } finally {
-    underWay.delete(path);
-  }
-  then();
-}
+const remove = (path, what, then) => call("DELETE", path, what, "job-problem", then);
 
 // `then` is called once a request is over, whatever came of it.
 export function watchButtons(then) {
