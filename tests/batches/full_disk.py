@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.batches.light import LightEndpoint, content, create, ended, line, opened, upload
 from vecmill.batches.record import Status
 from vecmill.batches.service import Batches
-from vecmill.batches.trouble import explained
+from vecmill.batches.trouble import on_disk
 from vecmill.core.errors import InsufficientStorage, StateUnavailable, VecmillError
 
 FOLDER = Path(sys.argv[1])
@@ -38,10 +38,9 @@ async def refused(batches: Batches, kind: type[VecmillError], size: int) -> None
     try:
         coming = await batches.upload(0)
         try:
-            with explained():
-                for _ in range(size):
-                    coming.write(BIG)
-                coming.finish("x", None)
+            for _ in range(size):
+                await on_disk(coming.write, BIG)
+            await on_disk(coming.finish, "x", None)
         finally:
             coming.discard()
     except kind:

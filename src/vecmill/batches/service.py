@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.files import FileStore, StoredFile
@@ -14,15 +13,12 @@ from vecmill.batches.run import Surroundings
 from vecmill.batches.runner import Runner
 from vecmill.batches.store import BatchStore
 from vecmill.batches.sweep import Sweep, files_of
-from vecmill.batches.threads import in_thread
-from vecmill.batches.trouble import explained
+from vecmill.batches.trouble import on_disk
 from vecmill.batches.upload import Upload, too_large
 from vecmill.config import BatchSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BatchConflict, InvalidInput, StateUnavailable
 from vecmill.telemetry.telemetry import Telemetry
-
-T = TypeVar("T")
 
 
 class Batches:
@@ -92,7 +88,7 @@ class Batches:
             files.room.take(0)
             return Upload(files, limit)
 
-        return await self._on_disk(begin)
+        return await on_disk(begin)
 
     async def file(self, file_id: str) -> StoredFile:
         """A file.
@@ -101,7 +97,7 @@ class Batches:
             NoSuchFile: there is none.
         """
         files = self._surroundings().files
-        return await self._on_disk(lambda: files.get(file_id))
+        return await on_disk(lambda: files.get(file_id))
 
     def path_of(self, file_id: str) -> Path:
         """Where the content of a file is that `file` has found."""
@@ -110,7 +106,7 @@ class Batches:
     async def all_files(self) -> list[StoredFile]:
         """All files, the newest first."""
         files = self._surroundings().files
-        found = await self._on_disk(files.all)
+        found = await on_disk(files.all)
         return sorted(found, key=lambda file: (file.created_at, file.id), reverse=True)
 
     async def delete_file(self, file_id: str) -> None:
@@ -131,7 +127,7 @@ class Batches:
                     )
             around.files.delete(file_id)
 
-        await self._on_disk(delete)
+        await on_disk(delete)
         self.wake()
 
     async def create(
@@ -169,7 +165,7 @@ class Batches:
             around.store.create(record)
             return record
 
-        record = await self._on_disk(create)
+        record = await on_disk(create)
         self.wake()
         return record
 
@@ -180,12 +176,12 @@ class Batches:
             NoSuchBatch: there is none.
         """
         store = self._surroundings().store
-        return await self._on_disk(lambda: _as_asked(store, store.get(batch_id)))
+        return await on_disk(lambda: _as_asked(store, store.get(batch_id)))
 
     async def all(self) -> list[BatchRecord]:
         """All batches, the newest first."""
         store = self._surroundings().store
-        return await self._on_disk(lambda: [_as_asked(store, record) for record in reversed(store.all())])
+        return await on_disk(lambda: [_as_asked(store, record) for record in reversed(store.all())])
 
     async def cancel(self, batch_id: str) -> BatchRecord:
         """Ask for a batch to be cancelled; what it has answered stays.
@@ -202,7 +198,7 @@ class Batches:
             store.cancel(batch_id, self._clock())
             return _as_asked(store, record)
 
-        record = await self._on_disk(cancel)
+        record = await on_disk(cancel)
         self.wake()
         return record
 
@@ -215,11 +211,6 @@ class Batches:
         """Look for work now: there may be room again, or something new."""
         if self._runner is not None:
             self._runner.wake()
-
-    @staticmethod
-    async def _on_disk(function: Callable[[], T]) -> T:
-        with explained():
-            return await in_thread(function)
 
 
 def _as_asked(store: BatchStore, record: BatchRecord) -> BatchRecord:

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
+from vecmill.batches.threads import in_thread
 from vecmill.core.errors import InsufficientStorage, StateUnavailable
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Errors of the disk in the block as errors for a client.
+async def on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Call a function in a thread, its errors of the disk turned into errors for a client.
 
     Raises:
         InsufficientStorage: the disk is full. StateUnavailable: any other.
     """
     try:
-        yield
+        return await in_thread(function, *args, **kwargs)
     except OSError as error:
         if error.errno in FULL:
             raise InsufficientStorage from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
 
 from vecmill.config import JobSettings
 from vecmill.core.clock import Clock
@@ -82,14 +81,10 @@ class OwnedJobs:
         found = decode(await database.load())
         self._clock.reach(found.latest)
         self._saved = found
-        known = joined(found, self.ledger)
-        self.ledger = self._changed(known, Book.resume)
+        book = Book(joined(found, self.ledger), self._settings, self._clock())
+        book.resume()
+        self.ledger = book.ledger()
         self._loaded = True
-
-    def _changed(self, ledger: Ledger, change: Callable[[Book], None]) -> Ledger:
-        book = Book(ledger, self._settings, self._clock())
-        change(book)
-        return book.ledger()
 
     async def _save(self, database: JobDatabase) -> None:
         ledger = self.ledger

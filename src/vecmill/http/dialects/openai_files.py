@@ -5,8 +5,7 @@ Source: https://platform.openai.com/docs/api-reference/files
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar
+from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -16,7 +15,7 @@ from starlette.requests import ClientDisconnect
 from vecmill.batches.files import StoredFile
 from vecmill.batches.service import Batches
 from vecmill.batches.threads import in_thread
-from vecmill.batches.trouble import explained
+from vecmill.batches.trouble import on_disk
 from vecmill.batches.upload import Upload
 from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.http.dialects.paging import After, page
@@ -24,9 +23,6 @@ from vecmill.http.errors import refused
 from vecmill.http.route import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import ServicesOf
 from vecmill.http.upload_form import UploadForm
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 router = APIRouter(tags=["Batches"])
 
@@ -115,18 +111,13 @@ async def _received(request: Request, upload: Upload) -> StoredFile:
         pieces.append(piece)
         size += len(piece)
         if size >= PIECE_BYTES:
-            await _on_disk(form.feed, b"".join(pieces))
+            await on_disk(form.feed, b"".join(pieces))
             _check_purpose(form.fields.get("purpose", "batch"))
             pieces, size = [], 0
-    await _on_disk(form.feed, b"".join(pieces))
+    await on_disk(form.feed, b"".join(pieces))
     name = form.finish()
     _check_purpose(form.fields.get("purpose"))
-    return await _on_disk(upload.finish, name, _life(form.fields))
-
-
-async def _on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    with explained():
-        return await in_thread(function, *args, **kwargs)
+    return await on_disk(upload.finish, name, _life(form.fields))
 
 
 def _check_purpose(purpose: str | None) -> None:
