@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3; do \
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
-CODE := src tests benchmarks examples
+CODE := src tests benchmarks examples deploy.py deployment
 # Three processes for two cores, each with whole files: many tests wait for a server to start.
 BESIDE := --numprocesses 3 --dist loadfile
 
@@ -17,7 +17,7 @@ CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients check coverage lint fix chromium redis
+.PHONY: help serve test test-clients test-python-clients check coverage lint fix chromium redis systemd
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -25,7 +25,7 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev chromium redis  ## Run every test. Options: ARGS="-k jobs".
+test: $(VENV)/.dev chromium redis systemd  ## Run every test. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
@@ -36,7 +36,7 @@ test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## O
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 
-coverage: $(VENV)/.dev chromium redis  ## Run every test and say which lines none of them reaches.
+coverage: $(VENV)/.dev chromium redis systemd  ## Run every test and say which lines none of them reaches.
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
@@ -86,3 +86,9 @@ redis:
 	@command -v redis-server >/dev/null || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y redis-server >/dev/null; } || \
 		{ echo "The tests of REDIS_URL need redis-server on the PATH: sudo apt install redis-server"; exit 1; }
+
+# The services that deploy.py writes are checked by systemd's own tool; it need not run.
+systemd:
+	@command -v systemd-analyze >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y systemd >/dev/null; } || \
+		{ echo "The tests of deploy.py need systemd-analyze on the PATH: sudo apt install systemd"; exit 1; }

@@ -1,9 +1,14 @@
-"""The command line: `vecmill serve`, `pull`, `verify`, `bench` and `embed`."""
+"""The command line: `vecmill serve`, `pull`, `verify`, `bench`, `embed` and `doctor`.
+
+What needs torch is imported when it runs: no other command waits for it, nor fails where torch is broken.
+"""
 
 from __future__ import annotations
 
 import inspect
 import sys
+from functools import partial
+from importlib import import_module
 from typing import Annotated, Any, get_args
 
 import typer
@@ -12,14 +17,13 @@ from rich.console import Console
 
 from vecmill import __version__
 from vecmill.bench.command import bench
-from vecmill.config import Settings, load_settings
+from vecmill.config import load_settings
 from vecmill.config.env_example import default_text
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
+from vecmill.doctor.command import doctor
 from vecmill.embed.command import embed
 from vecmill.pull import run_pull
-from vecmill.serve import run_server
-from vecmill.verify import run_verify
 
 cli = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 errors = Console(stderr=True)
@@ -56,21 +60,31 @@ def verify(
     device: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
 ) -> None:
     """Run the model card's example on the loaded weights: expected and measured numbers side by side."""
+    run_verify = import_module("vecmill.verify").run_verify
     raise typer.Exit(run_verify(model, rerank=rerank, example=example, dtype=dtype, device=device))
 
 
-def serve(**flags: object) -> None:
+EnvFile = Annotated[
+    str | None,
+    typer.Option("--env-file", help="File of settings to read in place of `.env`.", show_default=False),
+]
+
+
+def serve(*, env_file: str | None = None, **flags: object) -> None:
     """Run the server.
 
     Every flag is also an environment variable and a line of `.env` under the name in brackets. A flag wins over the
     environment, the environment over `.env`, and that over the default.
+
+    SIGTERM: requests in progress are answered, new ones refused. SIGHUP: keys and aliases are read again.
     """
+    reread = partial(load_settings, flags, env_file)
     try:
-        settings: Settings = load_settings(flags)
+        settings = reread()
     except StartupError as error:
         errors.print(f"vecmill: {error.message}", style="bold red", markup=False, highlight=False)
         raise typer.Exit(2) from None
-    raise typer.Exit(run_server(settings))
+    raise typer.Exit(import_module("vecmill.serve").run_server(settings, reread))
 
 
 def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:
@@ -102,6 +116,9 @@ def _with_flags() -> Any:
         for group in GROUPS
         for name, field in group.model_fields.items()
     ]
+    parameters.insert(
+        0, inspect.Parameter("env_file", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=EnvFile)
+    )
     serve.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     serve.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return serve
@@ -110,6 +127,7 @@ def _with_flags() -> Any:
 cli.command()(_with_flags())
 cli.command()(bench)
 cli.command()(embed)
+cli.command()(doctor)
 
 
 def main() -> None:

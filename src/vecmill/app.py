@@ -7,7 +7,6 @@ import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,10 @@ from vecmill.config import Settings
 from vecmill.core.errors import StartupError
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import Lane
-from vecmill.hardware.memory import MEGABYTE, MemoryGuard, host_memory
+from vecmill.gauges import watch, watch_budgets
+from vecmill.hardware.clocks import ClockVerdict
+from vecmill.hardware.memory import MemoryGuard
+from vecmill.hardware.monitor import Monitor
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
 from vecmill.http.access import Access
 from vecmill.http.body_limit import BodyLimit
@@ -47,6 +48,8 @@ from vecmill.http.dialects.batch_endpoints import batch_endpoints
 from vecmill.http.dialects.openai_files import UPLOAD
 from vecmill.http.generation import Generation
 from vecmill.http.gzip import AcceptedGZip
+from vecmill.http.in_progress import Draining, InProgress
+from vecmill.http.keys import Keys
 from vecmill.http.request_id import RequestId
 from vecmill.http.services import Services
 from vecmill.inference.assembly import assemble
@@ -100,6 +103,10 @@ class Server:
         self._loaded: Loaded | None = None
         self._scheduler: Scheduler | None = None
         self.health = Health()
+        self.load_ended = asyncio.Event()
+        self.requests = InProgress()
+        self.keys = Keys(settings.access)
+        """Exchanged where API_KEY changes."""
         self.telemetry = Telemetry()
         self.inference = Inference(
             settings.inference,
@@ -110,6 +117,7 @@ class Server:
             MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
             cache_queries=settings.cache.cache_queries,
         )
+        self.monitor = Monitor(_tell_clock)
         self.state = State(settings, self.telemetry)
         self.generation: Generation | None = None
         if settings.generation.generation_url is not None:
@@ -126,33 +134,16 @@ class Server:
             telemetry=self.telemetry,
             threads=self._threads,
             device_memory=lambda: self._engine.memory() if self._engine else None,
+            gpu=self.monitor.latest,
+            hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
-        self._watch()
-
-    def _watch(self) -> None:
-        metrics = self.telemetry.metrics
-        for lane in Lane:
-            metrics.watch(metrics.waiting.labels(lane.value), partial(self._waiting, lane))
-        metrics.watch(metrics.joined, lambda: self.inference.stats.joined)
-        metrics.watch(metrics.abandoned, lambda: self.inference.stats.abandoned)
-        metrics.watch(metrics.expired, lambda: self.inference.stats.expired)
-        metrics.watch(metrics.computed, lambda: self.inference.stats.sequences)
-        metrics.watch(metrics.ready, lambda: float(self.health.ready))
-        metrics.watch(metrics.process_memory, lambda: host_memory().process_mb * MEGABYTE)
-
-    def _watch_budgets(self) -> None:
-        metrics = self.telemetry.metrics
-        for key in self.inference.budgets:
-            read = partial(lambda key: self.inference.budgets[key].max_batch_tokens, key)
-            metrics.watch(metrics.max_batch_tokens.labels(*key.split(":", 1)), read)
-
-    def _waiting(self, lane: Lane) -> int:
-        return self.inference.waiting[lane]
+        watch(self.services)
 
     async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
+        self.monitor.start()
         if self.generation is not None:
             self.generation.open()
         try:
@@ -163,6 +154,7 @@ class Server:
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
         if self.health.snapshot()[0] is Phase.FAILED:
+            self.load_ended.set()
             return
         try:
             loaded = await self._load()
@@ -177,6 +169,8 @@ class Server:
             )
             self._on_loaded()
             self.health.update(Phase.READY, 100, "ready")
+        finally:
+            self.load_ended.set()
 
     async def _load(self) -> Loaded:
         self.health.update(Phase.LOADING, 0, "importing torch")
@@ -195,7 +189,8 @@ class Server:
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
         self.inference.attach(models, self._scheduler, self.state.cache)
         self.state.batches.start(batch_endpoints(self.inference, self._threads, self._settings.inference))
-        self._watch_budgets()
+        self.monitor.watch(engine.gpu_uuid())
+        watch_budgets(self.services)
         self._loaded = loaded
         return loaded
 
@@ -206,9 +201,32 @@ class Server:
         self.health.fail(reason)
         self._on_failure(reason)
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the device does not get on: it has failed, or hangs; None while it does."""
+        phase, _, message = self.health.snapshot()
+        if phase is Phase.FAILED:
+            return message
+        return self._hung()
+
+    def _hung(self) -> str | None:
+        return self._engine.hung if self._engine else None
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread still loads or computes, which nothing can end but the end of the process."""
+        loading = self._loaded is None and self.health.snapshot()[0] is not Phase.FAILED
+        return loading or (self._engine is not None and self._engine.alive)
+
+    def begin_to_stop(self) -> None:
+        """Refuse new work; end whoever follows the jobs, which have no end of their own."""
+        self.health.update(Phase.DRAINING, 100, "stopping: requests in progress are answered")
+        self.requests.stop()
+        self.state.jobs.end_following()
+
     async def close(self) -> None:
-        """Drain: refuse new work, answer what runs, fail what waits, end the threads."""
-        self.health.update(Phase.DRAINING, 100, "shutting down")
+        """Refuse new work, let what runs end if it soon does, fail what waits, end the threads."""
+        self.begin_to_stop()
         await self.state.batches.close()
         if self.generation is not None:
             await self.generation.close()
@@ -218,6 +236,7 @@ class Server:
             self._engine.close()
         self._threads.shutdown()
         await self.state.close()
+        await asyncio.to_thread(self.monitor.close)
 
 
 def create_app(
@@ -250,14 +269,15 @@ def create_app(
         # Weaviate sends JSON without a Content-Type. What FastAPI would guard by it, `Access` guards by the Origin.
         strict_content_type=False,
     )
-    app.state.services = server.services
+    app.state.server, app.state.services = server, server.services
     for module in (*DIALECTS, cache, capabilities, job_events, jobs, health, stats, page):
         app.include_router(module.router)
     errors.install(app)
     api_document.install(app)
     app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes, not_in_memory=(UPLOAD,))
     app.add_middleware(AcceptedGZip)
-    app.add_middleware(Access, settings=settings.access, host=settings.http.host)
+    app.add_middleware(Draining, requests=server.requests)
+    app.add_middleware(Access, settings=settings.access, keys=server.keys, host=settings.http.host)
     if settings.access.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -268,6 +288,10 @@ def create_app(
         )
     app.add_middleware(RequestId)
     return app
+
+
+def _tell_clock(verdict: ClockVerdict) -> None:
+    logger.log(logging.WARNING if verdict.bad else logging.INFO, "GPU clocks: %s", verdict.message)
 
 
 def _set_thread_defaults() -> None:

@@ -20,7 +20,7 @@ BUSY = {"error": {"message": "busy"}}
 
 
 @pytest.mark.parametrize("status", [429, 503])
-@pytest.mark.parametrize("retry_after", ["0", format_datetime(datetime.now(UTC), usegmt=True)])
+@pytest.mark.parametrize("retry_after", ["0", format_datetime(datetime(2026, 1, 1, tzinfo=UTC), usegmt=True)])
 def test_a_busy_server_is_waited_for(status: int, retry_after: str) -> None:
     def answer(number: int, body: Any) -> Reply:
         return Reply(BUSY, status, {"Retry-After": retry_after}) if number in (0, 2, 3) else vectors(body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,9 @@ from tests.checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.types import Lane, Row
 from vecmill.engine.engine import Engine
+from vecmill.hardware.gpu_memory import gpu_memory
+from vecmill.hardware.meminfo import meminfo
+from vecmill.hardware.nvml import Nvml
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -66,3 +70,19 @@ def test_a_budget_that_does_not_fit_the_cards_memory_is_lowered_at_warm_up(folde
             assert engine.loaded.result().warmed[KEY].calibration.measured[0][0] < 1_000_000
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_the_driver_knows_the_gpu_that_torch_uses(folder: Path) -> None:
+    with engine_on("cuda", folder) as engine:
+        device, memory = engine.loaded.result().device, engine.memory()
+        nvml = Nvml()
+        gpu = nvml.read(engine.gpu_uuid())
+        nvml.close()
+    assert gpu.name == torch.cuda.get_device_name(device)
+    found = gpu_memory(gpu, memory, meminfo(), os.getpid())
+    assert found.unified is bool(torch.cuda.get_device_properties(device).is_integrated)
+    assert found.total_mb is not None
+    assert found.available_mb is not None
+    assert 0 < found.available_mb < found.total_mb
+    assert found.allocated_mb is not None
+    assert 0 < found.allocated_mb < found.total_mb

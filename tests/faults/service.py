@@ -84,6 +84,14 @@ class Service:
         self._process.send_signal(signal.SIGKILL)
         assert self._process.wait(PATIENCE) == -signal.SIGKILL
 
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal to the present process."""
+        os.kill(self.pid, number)
+
+    def set(self, **settings: str) -> None:
+        """For the processes to come."""
+        self._environment.update(settings)
+
     def ended_with(self) -> int:
         """Wait until the process ends by itself; its exit status."""
         assert self._process is not None

@@ -183,6 +183,9 @@ async def test_names_that_are_set_are_the_only_ones() -> None:
     async with serving(allowed_hosts="spark.example") as client:
         assert (await client.get("/health", headers={"host": "SPARK.example:8080"})).status_code == 200
         assert (await client.get("/health", headers={"host": "localhost"})).status_code == 403
+        assert (await client.get("/stats", headers={"host": "10.1.2.3:8080"})).status_code == 403
+        for probe in ("/health", "/ready"):  # a kubelet asks by the pod's address
+            assert (await client.get(probe, headers={"host": "10.1.2.3:8080"})).status_code == 200
 
 
 async def test_every_name_is_answered_once_the_server_is_opened() -> None:

@@ -190,25 +190,15 @@ def test_unknown_is_not_shown_as_zero(quiet_page: Page, api: httpx.Client) -> No
     answer_with(quiet_page, "/stats", 200, dict.fromkeys(names))
     quiet_page.goto("/")
     expect(field(quiet_page, "state")).to_have_text("Ready")
-    tiles = quiet_page.locator(".tiles strong, .tiles.wide [data-field$=memory]")
-    expect(tiles).to_have_text(["\N{EN DASH}"] * 11)
+    tiles = quiet_page.locator(".tiles strong:visible, .tiles.wide [data-field$=memory]:visible")
+    expect(tiles).to_have_text(["\N{EN DASH}"] * 10)
     expect(quiet_page.get_by_role("progressbar")).to_have_count(0)
 
 
-@pytest.mark.parametrize(
-    ("total", "text", "bar_max"),
-    [(81920, "1.5 GiB allocated of 80 GiB", 81920), (None, "1.5 GiB allocated of 2 GiB reserved", 2048)],
-)
-def test_shows_the_memory_of_a_gpu(
-    quiet_page: Page, api: httpx.Client, total: int | None, text: str, bar_max: int
-) -> None:
-    memory = {"gpu_memory_total_mb": total, "gpu_memory_allocated_mb": 1536, "gpu_memory_reserved_mb": 2048}
-    answer_with(quiet_page, "/stats", 200, api.get("/stats").json() | memory)
+def test_without_a_gpu_there_is_no_section_for_one(quiet_page: Page) -> None:
     quiet_page.goto("/")
-    expect(field(quiet_page, "gpu-memory")).to_have_text(text)
-    bar = quiet_page.get_by_role("progressbar", name="GPU memory allocated")
-    expect(bar).to_have_js_property("value", 1536)
-    expect(bar).to_have_js_property("max", bar_max)
+    expect(field(quiet_page, "state")).to_have_text("Ready")
+    expect(quiet_page.get_by_role("heading", name="GPU")).to_be_hidden()
 
 
 def test_says_when_the_service_is_gone_and_recovers(page: Page) -> None:

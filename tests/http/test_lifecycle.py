@@ -17,7 +17,7 @@ from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.core.types import Lane
 from vecmill.engine import engine as engine_module
-from vecmill.engine import forward
+from vecmill.engine import forward, progress
 from vecmill.engine.loader import load
 from vecmill.http.services import Services
 
@@ -118,6 +118,33 @@ async def test_stopping_answers_what_runs_and_refuses_what_comes(folder: Path) -
         late = await client.post("/embed", json={"inputs": "late"})
         assert late.status_code == 503
         assert "shutting down" in late.json()["error"]
+
+
+async def test_a_device_that_answers_nothing_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, launch = threading.Event(), forward.launch
+
+    def held(*args: Any, **flags: Any) -> Any:
+        assert gate.wait(30)
+        return launch(*args, **flags)
+
+    monkeypatch.setattr(engine_module, "launch", held)
+    monkeypatch.setattr(progress, "FEWEST_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "TIMES_EXPECTED", 0)
+    app = create_app(load_settings({"embed_model": str(folder), **QUICK}))
+    async with app.router.lifespan_context(app), http(app) as client:
+        await app.state.loading
+        assert (await client.get("/health")).json()["status"] == "ok"
+        running = asyncio.create_task(client.post("/embed", json={"inputs": "x"}))
+        async with asyncio.timeout(30):
+            while (health := await client.get("/health")).status_code == 200:
+                pass
+        assert (health.status_code, health.json()["status"]) == (503, "hung")
+        assert "answered nothing" in health.json()["message"]
+        assert (await client.get("/ready")).status_code == 503
+        gate.set()
+        assert (await running).status_code == 200
+        assert (await client.get("/health")).json()["status"] == "ok"
+        assert (await client.get("/ready")).status_code == 200
 
 
 async def test_a_client_that_leaves_frees_its_texts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

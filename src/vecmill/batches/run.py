@@ -39,6 +39,10 @@ class Surroundings:
     max_line_bytes: int
 
 
+class Suspended(Exception):
+    """The batch is left where it is; whoever comes next goes on from there."""
+
+
 class BatchRun:
     """A batch being run. Belongs to the event loop's thread."""
 
@@ -46,7 +50,7 @@ class BatchRun:
         self._around = around
         self._endpoint = endpoint
         self._interrupted = asyncio.Event()
-        self._stopped = False
+        self._stopped = self._suspending = False
         self._disk = DiskPatience(record.id)
         self._folder = around.store.folder(record.id)
         self.record = record
@@ -60,12 +64,21 @@ class BatchRun:
         """There may be room on the disk now."""
         self._disk.wake()
 
+    def suspend(self) -> None:
+        """Begin with no more lines; `run` raises Suspended once those that it has begun with are on disk."""
+        self._suspending = True
+        self._interrupted.set()
+
     def stop(self) -> None:
         """`run` is about to be cancelled: what runs in a thread shall end soon."""
         self._stopped = True
 
     async def run(self) -> None:
-        """Bring the batch to its end. Cancelled, it can be taken up by anybody later."""
+        """Bring the batch to its end. Cancelled, it can be taken up by anybody later.
+
+        Raises:
+            Suspended: it was asked for.
+        """
         if self.record.ends_as is None:
             await self._decided(await self._answer())
         await self._finish()
@@ -134,7 +147,9 @@ class BatchRun:
                 if (reason := self._interruption()) is not None:
                     return reason
                 self._interrupted.clear()
-                if not await window.fill():
+                if self._suspending and not window.groups:
+                    raise Suspended
+                if not self._suspending and not await window.fill():
                     return Status.COMPLETED
                 await window.first_or(interrupted)
                 taken = window.take()

@@ -10,7 +10,7 @@ from time import perf_counter
 
 from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.record import BatchRecord, Status
-from vecmill.batches.run import BatchRun, Surroundings
+from vecmill.batches.run import BatchRun, Surroundings, Suspended
 from vecmill.batches.threads import in_thread
 from vecmill.storage.file_lock import FileLock
 
@@ -19,6 +19,9 @@ logger = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0  # what another server created or cancelled is found after this
 SWEEP_SECONDS = 60.0
 AFTER_A_FAULT_SECONDS = 60.0
+# For the lines that a batch has begun with when the server stops. What takes longer is given up: the cache has those of
+# its vectors that were computed.
+SUSPEND_SECONDS = 2.0
 
 
 class Runner:
@@ -50,6 +53,15 @@ class Runner:
         self._wake.set()
         for run, _ in self._active.values():
             run.wake()
+
+    async def suspend(self) -> None:
+        """Begin with nothing more; what was begun with is put on disk if it soon can be."""
+        self._loop.cancel()
+        for run, _ in self._active.values():
+            run.suspend()
+        if tasks := {task for _, task in self._active.values()}:
+            await asyncio.wait(tasks, timeout=SUSPEND_SECONDS)
+        await self.close()
 
     async def close(self) -> None:
         """Stop; what is committed stays, and whoever comes next goes on from there."""
@@ -122,6 +134,8 @@ class Runner:
         try:
             logger.info("batch begins", extra=_facts(run.record))
             await run.run()
+        except Suspended:
+            logger.info("batch goes on after the restart", extra=_facts(run.record))
         except Exception:
             logger.exception("a batch stopped for a fault; it is taken up again", extra={"batch": batch_id})
             self._not_before[batch_id] = self._around.clock() + AFTER_A_FAULT_SECONDS

@@ -65,6 +65,11 @@ class Batches:
             sweep = Sweep(self._around.store, self._around.files, self._clock, self._settings.file_expires_days)
             self._runner = Runner(self._around, endpoints, self._settings.batches_max_active, sweep)
 
+    async def suspend(self) -> None:
+        """Begin with nothing more, as the server is about to stop; takes SUSPEND_SECONDS at the most."""
+        if self._runner is not None:
+            await self._runner.suspend()
+
     async def close(self) -> None:
         """Stop running batches; whoever opens the folder next goes on with them."""
         if self._runner is not None:

@@ -28,6 +28,11 @@ class Window:
         self._groups: deque[tuple[Group, asyncio.Task[Sequence[LineResult]]]] = deque()
         self._exhausted = False
 
+    @property
+    def groups(self) -> int:
+        """How many are in flight."""
+        return len(self._groups)
+
     async def fill(self) -> bool:
         """Begin with as many lines as there is room for; False: all are answered and taken.
 

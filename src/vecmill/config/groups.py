@@ -66,7 +66,7 @@ class ModelSettings(SettingsGroup):
         "cached or the hub is reachable, else `none`.",
     )
     model_aliases: Annotated[Pairs, NoDecode] = Field(
-        (), description="Other names for loaded models: `alias=model`, comma-separated."
+        (), description="Other names for loaded models: `alias=model`, comma-separated. Read again on SIGHUP."
     )
     revision: Annotated[Pairs, NoDecode] = Field(
         (),
@@ -339,7 +339,10 @@ class HttpSettings(SettingsGroup):
         "more is a 429.",
     )
     shutdown_seconds: int = Field(
-        30, ge=1, description="Seconds that requests in progress get to finish after SIGTERM."
+        30,
+        ge=1,
+        description="Seconds that requests in progress get to finish after SIGTERM; what is not done by then is "
+        "answered with 503, and the process ends at most 5 seconds later.",
     )
     exit_on_failure: bool = Field(
         True,
@@ -357,12 +360,17 @@ class AccessSettings(SettingsGroup):
         (),
         description="Keys that requests must carry one of, as `Authorization: Bearer KEY`, `api-key` or `x-api-key`: "
         "comma-separated, each with a name for the log where it is written `name:key`. Default: none, everyone who "
-        "reaches the address may use the server. /health and /ready need none.",
+        "reaches the address may use the server. /health and /ready need none. Read again on SIGHUP.",
+    )
+    api_key_file: Path | None = Field(
+        None,
+        description="File with more such keys, one a line, `key` or `name:key`; lines with `#` are comments. Read "
+        "again on SIGHUP.",
     )
     admin_api_key: SecretStr | None = Field(
         None,
         description="Key for what concerns everyone, `DELETE /cache`; it opens everything else too. Default: with "
-        "API_KEY nobody may do that, without it everyone.",
+        "API_KEY nobody may do that, without it everyone. Read again on SIGHUP.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -379,6 +387,11 @@ class AccessSettings(SettingsGroup):
     @classmethod
     def _split(cls, value: object) -> object:
         return _split_commas(value) if isinstance(value, str) else value
+
+    @field_validator("api_key_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser().absolute()
 
     @field_validator("api_key", mode="before")
     @classmethod

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -22,6 +23,7 @@ from vecmill.config.groups import (
     SettingsGroup,
     StateSettings,
 )
+from vecmill.config.key_file import with_key_file
 from vecmill.core.errors import StartupError
 
 GROUPS: tuple[type[SettingsGroup], ...] = (
@@ -61,24 +63,38 @@ class Settings:
     log: LogSettings
 
 
-def load_settings(flags: Mapping[str, object] | None = None) -> Settings:
+def load_settings(flags: Mapping[str, object] | None = None, env_file: Path | str | None = None) -> Settings:
     """Read the settings: `flags` (by field name, None where not given) over environment over `.env` over default.
+
+    `env_file` is read in place of `.env`, and must be there.
 
     Raises:
         StartupError: a value is unknown or two settings contradict each other; one sentence with the cure.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    groups = [_read(group, given) for group in GROUPS]
+    if env_file is not None:
+        _check_readable(env_file)
+    groups = [_read(group, given, env_file) for group in GROUPS]
     settings = Settings(*groups)  # type: ignore[arg-type]  # GROUPS is in the order of the fields
     for contradiction in CONTRADICTIONS:
         if (sentence := contradiction(settings)) is not None:
             raise StartupError(sentence)
-    return settings
+    return replace(settings, access=with_key_file(settings.access))
 
 
-def _read(group: type[SettingsGroup], given: Mapping[str, object]) -> SettingsGroup:
+def _check_readable(env_file: Path | str) -> None:
     try:
-        return group(**{name: value for name, value in given.items() if name in group.model_fields})  # type: ignore[arg-type]
+        Path(env_file).read_text("utf-8")
+    except OSError as error:
+        raise StartupError(f"The file of settings {env_file} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise StartupError(f"The file of settings {env_file} is no text.") from None
+
+
+def _read(group: type[SettingsGroup], given: Mapping[str, object], env_file: Path | str | None) -> SettingsGroup:
+    values = {name: value for name, value in given.items() if name in group.model_fields}
+    try:
+        return group(**values) if env_file is None else group(_env_file=env_file, **values)  # type: ignore[arg-type]
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0])

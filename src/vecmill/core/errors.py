@@ -175,6 +175,8 @@ class ModelLoading(Unavailable):
 class ShuttingDown(Unavailable):
     """503: the server is shutting down and takes no new work; try again."""
 
+    retry_after = 5
+
 
 class BatchFailed(Unavailable):
     """503: the batch that held this input failed on the device; the failure is temporary, try again."""

@@ -12,13 +12,12 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.checkpoint import read
 from vecmill.models.registry import family
-from vecmill.models.source import Source, find
+from vecmill.models.source import GPU_DEFAULTS, Source, find
 
 logger = logging.getLogger(__name__)
 
 AUTO = "auto"
 NONE = "none"
-GPU_DEFAULTS = {Task.EMBED: "Qwen/Qwen3-Embedding-4B", Task.RERANK: "Qwen/Qwen3-Reranker-4B"}
 
 
 def chosen_sources(

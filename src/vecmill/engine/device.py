@@ -83,5 +83,14 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
         allocated_mb=torch.cuda.memory_allocated(device) // MEGABYTE,
         reserved_mb=torch.cuda.memory_reserved(device) // MEGABYTE,
         # cudaMemGetInfo counts the page cache as used where CPU and GPU share their memory.
-        free_mb=None if properties.is_integrated else torch.cuda.mem_get_info(device)[0] // MEGABYTE,
+        reported_free_mb=None if properties.is_integrated else torch.cuda.mem_get_info(device)[0] // MEGABYTE,
+        unified=bool(properties.is_integrated),
     )
+
+
+def gpu_uuid(device: torch.device) -> str | None:
+    """The UUID by which NVML knows the device (`GPU-...`); None for what is no GPU."""
+    if device.type != "cuda":
+        return None
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"

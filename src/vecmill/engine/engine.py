@@ -25,10 +25,11 @@ from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import EngineFailed
 from vecmill.core.protocols import BatchResult
 from vecmill.core.types import Lane, Row
-from vecmill.engine.device import device_memory
+from vecmill.engine.device import device_memory, gpu_uuid
 from vecmill.engine.forward import Launched, collect, launch
 from vecmill.engine.loaded import Loaded
 from vecmill.engine.loader import Report, load
+from vecmill.engine.progress import Progress
 from vecmill.hardware.memory import DeviceMemory
 from vecmill.models.packing import PackedBatch, pack
 
@@ -78,7 +79,7 @@ class Engine:
         self._numbers = itertools.count()
         self._lock = threading.Lock()
         self._failure: str | None = None
-        self._unanswered = 0
+        self._progress = Progress()
         self._last_done = 0.0
         self._launched = threading.Semaphore(LAUNCHED_AT_A_TIME)
         self._copies: torch.cuda.Stream | None = None
@@ -102,13 +103,27 @@ class Engine:
     @property
     def busy(self) -> bool:
         """Whether a batch is on the device now."""
-        return self._unanswered > 0
+        return len(self._progress) > 0
+
+    @property
+    def hung(self) -> str | None:
+        """What the device has been at for far too long; None while it gets on."""
+        return self._progress.hung()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the device's thread has not ended, be it that it loads."""
+        return self._thread.is_alive()
 
     def memory(self) -> DeviceMemory | None:
         """The device's own memory; None before it is loaded and on a CPU."""
         if not self.loaded.done() or self.loaded.exception() is not None:
             return None
         return device_memory(self.loaded.result().device)
+
+    def gpu_uuid(self) -> str | None:
+        """The UUID of the GPU that the loaded models are on; None on a CPU."""
+        return gpu_uuid(self.loaded.result().device)
 
     async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
         """Run one forward pass; interactive ones overtake bulk that has not begun.
@@ -124,11 +139,11 @@ class Engine:
             self._after_packing(partial(self._pack_and_queue, work, lane))
         else:
             self._queue(work, lane)
-        self._unanswered += 1
-        try:
+        with self._progress.of(self._expected_seconds(model, rows)):
             return await work.answer
-        finally:
-            self._unanswered -= 1
+
+    def _expected_seconds(self, model: str, rows: Sequence[Row]) -> float:
+        return self.loaded.result().warmed[model].calibration.seconds(sum(map(len, rows)))
 
     def _after_packing(self, function: Callable[[], None]) -> None:
         """Call in the packing thread, in order; nothing is packed any more once the device's thread has ended."""

@@ -21,6 +21,7 @@ from vecmill.engine.loaded import Loaded, LoadedModel
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models import cards
 from vecmill.models import checkpoint as checkpoints
+from vecmill.models.aliases import aliases_of, with_aliases
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.registry import Model, family
 from vecmill.models.weights import Target
@@ -65,7 +66,7 @@ def _cap_lengths(found: Sequence[Checkpoint], max_model_len: int | None) -> list
 
 def _names(
     found: Sequence[Checkpoint], model_aliases: Iterable[tuple[str, str]]
-) -> tuple[list[Checkpoint], dict[str, list[str]]]:
+) -> tuple[list[Checkpoint], dict[str, tuple[str, ...]]]:
     """Each folder once for a task, and the other names of each id."""
     distinct: list[Checkpoint] = []
     named: dict[str, str] = {}  # every name to the id of its model
@@ -76,14 +77,8 @@ def _names(
         if same is None:
             distinct.append(one)
         named[one.id] = (same or one).id
-    ids = ", ".join(named)
-    for alias, name in model_aliases:
-        if name not in named:
-            raise StartupError(f"MODEL_ALIASES={alias}={name}: {name} is not loaded; these are: {ids}.")
-        if alias in named:
-            raise StartupError(f"MODEL_ALIASES={alias}={name}: {alias} is a model's own name; choose another.")
-        named[alias] = named[name]
-    return distinct, {one.id: [name for name in named if named[name] == one.id != name] for one in distinct}
+    known = with_aliases(named, model_aliases)
+    return distinct, {one.id: aliases_of(one.id, known) for one in distinct}
 
 
 def _same_folder(one: Checkpoint, other: Checkpoint) -> bool:
@@ -92,7 +87,7 @@ def _same_folder(one: Checkpoint, other: Checkpoint) -> bool:
 
 def _load_all(
     found: Sequence[Checkpoint],
-    aliases: dict[str, list[str]],
+    aliases: dict[str, tuple[str, ...]],
     settings: ModelSettings,
     device: torch.device,
     report: Report,
@@ -118,7 +113,7 @@ def _load_all(
         card = _card(one, model, chosen, device, _uncounted_bytes(model, counted))
         prompts = cards.prompts(one, settings.query_instruction)
         template = cards.instruction_template(prompts)
-        card = replace(card, prompts=prompts, instruction_template=template, aliases=tuple(aliases[one.id]))
+        card = replace(card, prompts=prompts, instruction_template=template, aliases=aliases[one.id])
         loaded.append(LoadedModel(card, one, model))
     return loaded
 

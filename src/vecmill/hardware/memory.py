@@ -8,6 +8,7 @@ from pathlib import Path
 import psutil
 
 from vecmill.core.errors import MemoryLow
+from vecmill.hardware.meminfo import memory_pressure
 
 MEGABYTE = 1024 * 1024
 GIGABYTE = 1024 * MEGABYTE
@@ -17,21 +18,30 @@ CGROUP = Path("/sys/fs/cgroup")
 
 @dataclass(frozen=True, slots=True)
 class DeviceMemory:
-    """What a GPU holds. `free_mb` is None where CPU and GPU share one memory: ask `host_memory` there."""
+    """What torch knows of a GPU's memory. `unified`: CPU and GPU share one memory.
+
+    `reported_free_mb` is cudaMemGetInfo's; None where the memory is unified, for there it is wrong (`gpu_memory`).
+    """
 
     total_mb: int
     allocated_mb: int
     reserved_mb: int
-    free_mb: int | None
+    reported_free_mb: int | None
+    unified: bool
 
 
 @dataclass(frozen=True, slots=True)
 class HostMemory:
-    """The machine's memory and this process's share."""
+    """The machine's memory and this process's share.
+
+    `pressure_percent`: of the last ten seconds, how long some process waited for memory; None where unknown.
+    """
 
     total_mb: int
     available_mb: int
     process_mb: int
+    swap_used_mb: int
+    pressure_percent: float | None
 
 
 def host_memory() -> HostMemory:
@@ -41,6 +51,8 @@ def host_memory() -> HostMemory:
         total_mb=machine.total // MEGABYTE,
         available_mb=machine.available // MEGABYTE,
         process_mb=psutil.Process().memory_info().rss // MEGABYTE,
+        swap_used_mb=psutil.swap_memory().used // MEGABYTE,
+        pressure_percent=memory_pressure(),
     )
 
 

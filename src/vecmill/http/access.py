@@ -8,8 +8,6 @@ then a page of another origin is refused, and so is a request by a name that onl
 from __future__ import annotations
 
 import socket
-from hashlib import sha256
-from hmac import compare_digest
 from ipaddress import ip_address
 
 from fastapi import Request
@@ -19,21 +17,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from vecmill.config import AccessSettings
 from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
 from vecmill.http.errors import refused
+from vecmill.http.keys import Keys
 
-# What load balancers ask, and pages a browser opens by itself, which hold no secrets.
-OPEN = frozenset(
-    {
-        "/",
-        "/health",
-        "/ready",
-        "/v1/health/live",
-        "/v1/health/ready",
-        "/.well-known/live",
-        "/.well-known/ready",
-        "/docs",
-        "/openapi.json",
-    }
+# What load balancers and supervisors ask.
+PROBES = frozenset(
+    {"/health", "/ready", "/v1/health/live", "/v1/health/ready", "/.well-known/live", "/.well-known/ready"}
 )
+# And pages a browser opens by itself, which hold no secrets.
+OPEN = PROBES | {"/", "/docs", "/openapi.json"}
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
 ADMIN = "admin"  # the name of whoever has ADMIN_API_KEY
 READING = ("GET", "HEAD", "OPTIONS")
@@ -51,26 +42,25 @@ def is_loopback(host: str) -> bool:
 class Access:
     """ASGI middleware: 401 without a key where there are keys; 403 for a name or an origin that is not allowed."""
 
-    def __init__(self, app: ASGIApp, settings: AccessSettings, host: str) -> None:
+    def __init__(self, app: ASGIApp, settings: AccessSettings, keys: Keys, host: str) -> None:
         """`host` is the address that the server binds."""
         self._app = app
-        self._keys = [(name, _digest(key.get_secret_value())) for name, key in settings.api_key]
-        admin = settings.admin_api_key
-        self._admin = None if admin is None else _digest(admin.get_secret_value())
+        self._keys = keys
         self._origins = frozenset(settings.cors_origins)
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
-        self._local_names_only = not self._hosts and not self._keys and is_loopback(host)
+        self._is_loopback = is_loopback(host)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        error = self._host_error(headers) or self._origin_error(scope["method"], headers)
-        admin = self._is_admin(headers)
+        error = self._host_error(scope["path"], headers) or self._origin_error(scope["method"], headers)
+        key = presented_key(headers)
+        admin = self._keys.is_admin(key)
         scope.setdefault("state", {})["admin"] = admin
         if error is None and self._keys and not is_open(scope["method"], scope["path"]):
-            name = self._name_of(presented_key(headers)) or (ADMIN if admin else None)
+            name = self._keys.name_of(key) or (ADMIN if admin else None)
             scope["state"]["api_key_name"] = name
             error = None if name else InvalidApiKey()
         if error is None:
@@ -79,25 +69,15 @@ class Access:
             response = await refused(Request(scope, receive), error)
             await response(scope, receive, send)
 
-    def _name_of(self, key: str) -> str | None:
-        """The name of the key that was presented. Every key is compared, in constant time, whichever fits."""
-        given, found = _digest(key), None
-        for name, digest in self._keys:
-            if compare_digest(given, digest):
-                found = name
-        return found
-
-    def _is_admin(self, headers: Headers) -> bool:
-        """The holder of ADMIN_API_KEY; everyone where there are no keys at all."""
-        if self._admin is None:
-            return not self._keys
-        return compare_digest(_digest(presented_key(headers)), self._admin)
-
-    def _host_error(self, headers: Headers) -> VecmillError | None:
+    def _host_error(self, path: str, headers: Headers) -> VecmillError | None:
         host = _without_port(headers.get("host", ""))
-        if host in self._hosts or (not self._hosts and not self._local_names_only) or "*" in self._hosts:
+        # Who probes a pod or a container calls it by its address, which ALLOWED_HOSTS cannot know.
+        if path in PROBES and _is_address(host):
             return None
-        if self._local_names_only and _is_local(host):
+        local_names_only = not self._hosts and not self._keys and self._is_loopback
+        if host in self._hosts or (not self._hosts and not local_names_only) or "*" in self._hosts:
+            return None
+        if local_names_only and _is_local(host):
             return None
         return NotAllowed(
             f"This server does not answer to the name {host[:100]!r}: add it to ALLOWED_HOSTS, or use localhost."
@@ -126,11 +106,6 @@ def presented_key(headers: Headers) -> str:
     return headers.get("x-api-key") or headers.get("api-key") or ("" if token else scheme)
 
 
-def _digest(key: str) -> bytes:
-    """Of the same length for all keys."""
-    return sha256(key.encode("utf-8", "surrogateescape")).digest()
-
-
 def is_open(method: str, path: str) -> bool:
     """Whether a call needs no key where there are keys."""
     return method in READING and (path in OPEN or path.startswith(OPEN_BELOW))
@@ -143,8 +118,13 @@ def _without_port(host: str) -> str:
 
 def _is_local(host: str) -> bool:
     """Addresses, which no web page can give another meaning, and names that lead to this machine or its network."""
+    names = ("", "localhost", socket.gethostname().lower())
+    return _is_address(host) or host in names or host.endswith(LOCAL_SUFFIXES)
+
+
+def _is_address(host: str) -> bool:
     try:
         ip_address(host)
     except ValueError:
-        return host in ("", "localhost", socket.gethostname().lower()) or host.endswith(LOCAL_SUFFIXES)
+        return False
     return True

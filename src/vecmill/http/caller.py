@@ -9,6 +9,7 @@ from fastapi import Depends, Header, Request
 from pydantic import BeforeValidator, Field
 
 from vecmill.core.types import CacheControl, Caller, Lane
+from vecmill.http.in_progress import NewWork
 
 LANES = f"must be {', '.join(lane.value for lane in Lane)}, or a whole number (negative: first, positive: bulk)"
 
@@ -51,6 +52,7 @@ def of_job(caller: Caller, job_id: str) -> Caller:
 
 def caller_of(
     request: Request,
+    new_work: NewWork,
     x_priority: Annotated[
         Priority, Header(description="As `priority` in the body, for clients that send headers.")
     ] = None,

@@ -11,6 +11,7 @@ from vecmill import __version__
 from vecmill.core.types import ModelCard
 from vecmill.hardware.memory import MEGABYTE, host_memory
 from vecmill.hardware.recommendation import recommended_batch_size
+from vecmill.http.hardware import gpu_facts, memory_of_gpu
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["TEI and CodeCartographer"])
@@ -29,11 +30,7 @@ def max_batch_tokens(services: Services) -> int | None:
 
 def available_mb(services: Services) -> int | None:
     """Memory that the GPU could still take; None without one."""
-    memory = services.device_memory()
-    if memory is None:
-        return None
-    # One memory for CPU and GPU: what the kernel can still give is what the GPU can take.
-    return host_memory().available_mb if memory.free_mb is None else memory.free_mb
+    return None if services.device_memory() is None else memory_of_gpu(services).available_mb
 
 
 @router.get("/capabilities", summary="Capabilities")
@@ -49,6 +46,8 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "gpu_allocated_mb": memory and memory.allocated_mb,
         "gpu_reserved_mb": memory and memory.reserved_mb,
         "gpu_available_mb": available_mb(services),
+        "unified_memory": memory and memory.unified,
+        "gpu": gpu_facts(services),
         "model_memory_mb": sum(card.weight_bytes for card in cards) // MEGABYTE,
         "max_batch_size": services.settings.engine.max_batch_size,
         "recommended_batch_size": recommended(services),

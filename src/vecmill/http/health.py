@@ -9,6 +9,7 @@ from fastapi import APIRouter, Response
 from vecmill import __version__
 from vecmill.core.health import Phase
 from vecmill.core.types import Task
+from vecmill.http.hardware import gpu_facts, warnings
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["Health"])
@@ -20,9 +21,12 @@ LOOK_PATIENCE = 0.25  # seconds that /health waits, at the most, for the server 
 async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503; either way with the state, the models and the device."""
     phase, percent, message = services.health.snapshot()
-    response.status_code = 200 if phase is Phase.READY else 503
+    status = "ok" if phase is Phase.READY else phase.value
+    if phase is Phase.READY and (hung := services.hung()) is not None:
+        status, message = "hung", hung
+    response.status_code = 200 if status == "ok" else 503
     return {
-        "status": "ok" if phase is Phase.READY else phase.value,
+        "status": status,
         "percent": round(percent),
         "message": message,
         "version": __version__,
@@ -30,13 +34,14 @@ async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
         **_gpu(services),
         **_state(services),
         "generation": await _generation(services),
+        "warnings": warnings(services.gpu()),
     }
 
 
 @router.get("/ready", summary="Readiness")
 async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503."""
-    is_ready = services.health.ready
+    is_ready = services.health.ready and services.hung() is None
     response.status_code = 200 if is_ready else 503
     return {"ready": is_ready}
 
@@ -83,4 +88,5 @@ def _gpu(services: Services) -> dict[str, Any]:
         "cuda_available": memory is not None,
         "gpu_memory_allocated_mb": memory and memory.allocated_mb,
         "gpu_memory_reserved_mb": memory and memory.reserved_mb,
+        "gpu": gpu_facts(services),
     }

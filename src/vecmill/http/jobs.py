@@ -8,6 +8,7 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.http.capabilities import recommended
+from vecmill.http.in_progress import NewWork
 from vecmill.http.route import JsonRoute
 from vecmill.http.services import ServicesOf
 from vecmill.jobs.transitions import JobStatus
@@ -58,7 +59,7 @@ class DeprecatedProgress(BaseModel):
 
 @router.post("/jobs", summary="Register a job")
 @router.post("/jobs/register", summary="Register a job", name="register_job_alias")
-async def register_job(body: RegisterBody, services: ServicesOf) -> dict[str, Any]:
+async def register_job(body: RegisterBody, services: ServicesOf, new_work: NewWork) -> dict[str, Any]:
     """Queue a job. Position 0: it is active, begin."""
     job = await services.jobs.register(body.project, body.total_chunks, body.instance_id)
     position = job["position"]

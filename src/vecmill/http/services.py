@@ -15,6 +15,7 @@ from vecmill.core.calibration import Warmed
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.memory import DeviceMemory
+from vecmill.hardware.monitor import Look
 from vecmill.http.generation import Generation
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
@@ -40,6 +41,11 @@ class Services:
     threads: WorkerThreads
     """Parse, tokenize and encode, off the event loop."""
     device_memory: Callable[[], DeviceMemory | None]
+    """What torch knows of the GPU that the models are on; None on a CPU and while loading."""
+    gpu: Callable[[], Look]
+    """What the monitor saw of the GPU."""
+    hung: Callable[[], str | None]
+    """Why the device is taken for hung; None while it gets on."""
     device_busy: Callable[[], bool]
     warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""

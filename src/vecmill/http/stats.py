@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Response
@@ -11,6 +12,7 @@ from vecmill import __version__
 from vecmill.core.types import Lane
 from vecmill.hardware.memory import host_memory
 from vecmill.http.cache import cache_facts
+from vecmill.http.hardware import gpu_facts, warnings
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Statistics"])
@@ -58,6 +60,9 @@ async def stats(services: ServicesOf) -> dict[str, Any]:
         "process_memory_mb": host.process_mb,
         "memory_total_mb": host.total_mb,
         "memory_available_mb": host.available_mb,
+        "memory": asdict(host),
+        "gpu": gpu_facts(services),
+        "warnings": warnings(services.gpu()),
     }
 
 

@@ -9,8 +9,8 @@ from typing import cast
 
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, ShuttingDown, TooManyInputs
-from vecmill.core.health import Health, Phase
+from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, TooManyInputs
+from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
     CacheControl,
@@ -35,7 +35,7 @@ from vecmill.inference.prompts import asks_for_query, choose_prompt
 from vecmill.inference.recall import Recall, Recalled, TextMemory
 from vecmill.inference.running import Asked, Ran, run_rows, within
 from vecmill.inference.scoring import cost, names_apart, score_result, tokenize_apart, tokenize_pairs, tokenize_texts
-from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.served import Aliases, ServedEmbedder, ServedModels, ServedReranker
 from vecmill.inference.token_ids import texts_of_ids
 from vecmill.inference.tokenization import Tokenized
 from vecmill.scheduler.policy import Budget
@@ -95,6 +95,15 @@ class Inference:
             ModelNotFound: there is none. Unavailable: none is loaded.
         """
         return self._models_or_raise().any(name).card
+
+    def rename(self, before: Aliases, now: Aliases) -> None:
+        """Exchange MODEL_ALIASES. What is in progress keeps its model.
+
+        Raises:
+            StartupError: an alias is another model's name, or of none that is loaded; nothing has changed.
+        """
+        if before != now:
+            self._models = self._models_or_raise().renamed(before, now)
 
     @property
     def waiting(self) -> Mapping[Lane, int]:
@@ -237,7 +246,6 @@ class Inference:
         name: Callable[[int], str],
     ) -> Ran:
         permit.settle(sum(one.tokens for one in inputs if isinstance(one, Tokenized)))
-        self._models_or_raise()  # the server may have begun to drain meanwhile
         assert self._scheduler is not None  # attached together with the models
         keep = None
         if self._cache is not None and model.card.supported_dimensions:
@@ -248,10 +256,8 @@ class Inference:
         return self._settings.auto_truncate if truncation.allowed is None else truncation.allowed
 
     def _models_or_raise(self) -> ServedModels:
-        phase, percent, message = self._health.snapshot()
-        if phase is Phase.DRAINING:
-            raise ShuttingDown
         if self._models is None:
+            _, percent, message = self._health.snapshot()
             raise ModelLoading(
                 f"503: the server is temporarily unavailable, the model is loading ({percent:.0f} %, {message}); "
                 f"try again."

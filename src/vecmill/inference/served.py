@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from vecmill.core.errors import ModelNotFound
 from vecmill.core.types import ModelCard
 from vecmill.inference.pairs import PairTokenizer
 from vecmill.inference.tokenization import TextTokenizer
+from vecmill.models.aliases import aliases_of, with_aliases
+
+Aliases = Sequence[tuple[str, str]]
 
 # NIM's clients say so what a text is: `nvidia/nv-embedqa-e5-v5-query`.
 ROLE_SUFFIXES = {"-query": True, "-passage": False, "-document": False}
@@ -65,6 +68,22 @@ class ServedModels:
         """All models, embedders first."""
         yield from self._embedders.models
         yield from self._rerankers.models
+
+    def renamed(self, before: Aliases, now: Aliases) -> ServedModels:
+        """The same models with other MODEL_ALIASES.
+
+        Raises:
+            StartupError: an alias is another model's name, or of none that is loaded.
+        """
+        given = {alias for alias, _ in before}
+        own = {name: one.id for one in self.cards for name in (one.id, *one.aliases) if name not in given}
+        known = with_aliases(own, now)
+
+        def rename(model: S) -> S:
+            return replace(model, card=replace(model.card, aliases=aliases_of(model.card.id, known)))
+
+        embedders, rerankers = self._embedders.models, self._rerankers.models
+        return ServedModels(list(map(rename, embedders)), list(map(rename, rerankers)), strict=self._strict)
 
     @property
     def cards(self) -> list[ModelCard]:

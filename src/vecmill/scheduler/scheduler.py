@@ -20,6 +20,7 @@ from vecmill.scheduler.sequence import Sequence, SequenceResult, row_key
 
 logger = logging.getLogger(__name__)
 
+LAST_BATCHES_SECONDS = 2.0  # for what is on the device when the scheduler is closed
 FEWEST_TOKENS = 64  # that a budget is lowered to when the device's memory does not hold more
 
 
@@ -136,11 +137,15 @@ class Scheduler:
         return sequence
 
     async def close(self) -> None:
-        """Refuse new work, let running batches end, fail whatever still waits."""
+        """Refuse new work, let running batches end if they soon do, fail whatever still waits."""
         self._closed = self._closed or ShuttingDown()
         self._fail_waiting(self._closed)
         self._loop.cancel()
-        await asyncio.gather(*self._running, self._loop, return_exceptions=True)
+        running = {self._loop, *self._running}
+        _, late = await asyncio.wait(running, timeout=LAST_BATCHES_SECONDS)
+        for task in late:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
     async def _cut_forever(self) -> None:
         while True:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from vecmill.telemetry.optional_gauge import OptionalGauge
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -91,6 +93,32 @@ class Metrics:
             "vecmill_batch_lines", "Lines of batches that are answered and on disk", ["outcome"], registry=registry
         )
         self.process_memory = Gauge("vecmill_process_memory_bytes", "Resident memory of the process", registry=registry)
+        self.memory = OptionalGauge(
+            "vecmill_memory_bytes", "Memory of the machine: total, available, swap_used", "kind", registry=registry
+        )
+        self.memory_pressure = OptionalGauge(
+            "vecmill_memory_pressure_ratio",
+            "Share of the last ten seconds in which some process waited for memory",
+            registry=registry,
+        )
+        self.gpu_memory = OptionalGauge(
+            "vecmill_gpu_memory_bytes",
+            "Memory of the GPU, the machine's own where it is unified: total, available, allocated, reserved, "
+            "this_process, other_processes",
+            "kind",
+            registry=registry,
+        )
+        self.gpu_utilization = OptionalGauge(
+            "vecmill_gpu_utilization_ratio", "Share of the time in which a kernel ran", registry=registry
+        )
+        self.gpu_temperature = OptionalGauge(
+            "vecmill_gpu_temperature_celsius", "Temperature of the GPU", registry=registry
+        )
+        self.gpu_power = OptionalGauge("vecmill_gpu_power_watts", "Power that the GPU draws", registry=registry)
+        self.gpu_clock = OptionalGauge("vecmill_gpu_sm_clock_hertz", "Clock of the GPU's cores", registry=registry)
+        self.gpu_throttled = OptionalGauge(
+            "vecmill_gpu_throttled", "1 while the GPU is slower than it should be under load", registry=registry
+        )
         self.ready = Gauge("vecmill_ready", "1 while requests are served", registry=registry)
 
     def watch(self, gauge: Gauge, read: Callable[[], float]) -> None:

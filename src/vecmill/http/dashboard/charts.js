@@ -14,8 +14,14 @@ const CHART_HEIGHT = 60;
 const samples = [];
 
 export function remember(stats) {
-  const { texts_per_second, queue_depth } = stats;
-  samples.push({ at: Date.now(), "texts-per-second": texts_per_second, "queue-depth": queue_depth });
+  const { texts_per_second, queue_depth, gpu } = stats;
+  samples.push({
+    at: Date.now(),
+    "texts-per-second": texts_per_second,
+    "queue-depth": queue_depth,
+    "gpu-clock": gpu?.sm_clock_mhz,
+    "gpu-temperature": gpu?.temperature_c,
+  });
 }
 
 // Also while nothing is reachable: the old line moves on and out, under the label "5 min ago".

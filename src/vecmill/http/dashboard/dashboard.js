@@ -3,6 +3,7 @@
 import { showBatches, watchBatchButtons } from "./batches.js";
 import { drawCharts, remember } from "./charts.js";
 import { showJobs, watchButtons } from "./jobs.js";
+import { showGpu } from "./gpu.js";
 import { forgetRefusal, watchKeyForm } from "./key.js";
 import { showLoad } from "./load.js";
 import { POLL_MS, askAll } from "./service.js";
@@ -20,6 +21,7 @@ function show(answers) {
     showStatus(health);
     showFacts(health, stats ?? {});
     showLoad(stats ?? {});
+    showGpu(stats?.gpu);
     remember(stats ?? {});
     showJobs(jobs);
     showBatches(batches);

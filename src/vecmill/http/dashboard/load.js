@@ -23,6 +23,7 @@ export function showLoad(stats) {
     "cache-size": cacheSize(stats.cache),
     errors: count(stats.errors),
     "process-memory": memory(stats.process_memory_mb),
+    swap: memory(stats.memory?.swap_used_mb),
   };
   for (const [name, text] of Object.entries(texts)) put(document, name, text);
   field(document, "errors").classList.toggle("bad", stats.errors > 0);
@@ -42,10 +43,4 @@ function showMemory(stats) {
   const inUse = `${memory(used)} of ${memory(total)} in use`;
   put(document, "system-memory", known(total) ? inUse : UNKNOWN);
   bar(document, "system-memory-bar", used, total);
-
-  const { gpu_memory_allocated_mb: allocated, gpu_memory_reserved_mb: reserved, gpu_memory_total_mb: onDevice } = stats;
-  const onGpu = known(allocated) || known(reserved);
-  const limit = known(onDevice) ? memory(onDevice) : `${memory(reserved)} reserved`;
-  put(document, "gpu-memory", onGpu ? `${memory(allocated)} allocated of ${limit}` : UNKNOWN);
-  bar(document, "gpu-memory-bar", allocated, known(onDevice) ? onDevice : reserved);
 }

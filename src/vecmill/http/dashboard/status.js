@@ -3,7 +3,7 @@
 import { bar, field, put, putOrHide } from "./elements.js";
 import { UNKNOWN, clock, count, duration, percent } from "./format.js";
 
-const STATES = { ok: "Ready", loading: "Loading", failed: "Failed" };
+const STATES = { ok: "Ready", loading: "Loading", draining: "Stopping", hung: "Hung", failed: "Failed" };
 
 export function showStatus(health) {
   document.body.dataset.state = health.status;
@@ -14,6 +14,22 @@ export function showStatus(health) {
   bar(document, "loading-bar", health.percent, 100);
   put(document, "loading-percent", percent(health.percent));
   field(document, "last-answer").hidden = true;
+  showWarnings(health.warnings ?? []);
+}
+
+// Left alone while nothing changes: a reader speaks a live list at every write.
+function showWarnings(warnings) {
+  const list = field(document, "warnings");
+  list.hidden = warnings.length === 0;
+  const shown = [...list.children].map((item) => item.textContent);
+  if (shown.join("\n") === warnings.join("\n")) return;
+  list.replaceChildren(...warnings.map(itemOf));
+}
+
+function itemOf(text) {
+  const item = document.createElement("li");
+  item.textContent = text;
+  return item;
 }
 
 export function showUnreachable(lastAnswer) {

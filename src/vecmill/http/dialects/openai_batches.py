@@ -15,6 +15,7 @@ from vecmill.batches.record import BatchRecord
 from vecmill.http.dialects.batch_endpoints import EndpointName
 from vecmill.http.dialects.openai_files import LONGEST_LIFE, SHORTEST_LIFE
 from vecmill.http.dialects.paging import After, page
+from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -111,7 +112,7 @@ def _seconds(moment: float | None) -> int | None:
 
 
 @router.post("/v1/batches", summary="Create a batch")
-async def create_batch(body: BatchBody, services: ServicesOf) -> dict[str, Any]:
+async def create_batch(body: BatchBody, services: ServicesOf, new_work: NewWork) -> dict[str, Any]:
     """Work through a file in the bulk lane, line by line, and write a file of answers and one of errors."""
     expires = body.output_expires_after
     batch = await services.batches.create(

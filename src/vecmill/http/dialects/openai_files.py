@@ -20,6 +20,7 @@ from vecmill.batches.upload import Upload
 from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.http.dialects.paging import After, page
 from vecmill.http.errors import refused
+from vecmill.http.in_progress import refuse_late
 from vecmill.http.route import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import ServicesOf
 from vecmill.http.upload_form import UploadForm
@@ -84,6 +85,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
 async def upload_file(request: Request, services: ServicesOf) -> Response:
     """Keep the input of a batch. It goes to the disk as it comes; what breaks off leaves nothing."""
     try:
+        refuse_late(request)
         return Response(await _uploaded(request, services.batches), media_type="application/json")
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED_REQUEST)

@@ -65,7 +65,7 @@ async def errors_as_spoken(request: Request) -> None:
 @router.post("/reranking", summary="Rerank (llama-server)", name="reranking")
 @router.post("/v1/reranking", summary="Rerank (llama-server)", name="reranking_v1")
 async def rerank(
-    body: AnyRerankBody, request: Request, caller: CallerOf, shape: Annotated[None, Depends(errors_as_spoken)]
+    body: AnyRerankBody, request: Request, shape: Annotated[None, Depends(errors_as_spoken)], caller: CallerOf
 ) -> Response:
     """Documents sorted by relevance to the query, best first."""
     return await score(body, request, caller)

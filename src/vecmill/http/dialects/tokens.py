@@ -16,6 +16,7 @@ from vecmill.http.dialects.bodies import example
 from vecmill.http.dialects.inputs import NotServedHere, parse_inputs
 from vecmill.http.encoding import json_response
 from vecmill.http.error_shapes import OPENAI, TEI
+from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import services_of
 
@@ -122,6 +123,7 @@ async def tokenize(
     ],
     request: Request,
     shape: Annotated[None, Depends(_errors_as_spoken)],
+    new_work: NewWork,
 ) -> Response:
     """Texts to tokens, uncut."""
     result = await services_of(request).inference.tokenize(body.tokenize_request())
@@ -140,7 +142,7 @@ class DecodeBody(BaseModel):
 
 
 @router.post("/decode", summary="Decode", tags=["TEI and CodeCartographer"])
-async def decode(body: DecodeBody, request: Request) -> Response:
+async def decode(body: DecodeBody, request: Request, new_work: NewWork) -> Response:
     """Token ids to texts."""
     asked = DetokenizeRequest(body.ids, body.model, body.skip_special_tokens is not False)
     texts = await services_of(request).inference.detokenize(asked)
@@ -157,7 +159,7 @@ class DetokenizeBody(BaseModel):
 
 
 @router.post("/detokenize", summary="Detokenize", tags=["vLLM"])
-async def detokenize(body: DetokenizeBody, request: Request) -> Response:
+async def detokenize(body: DetokenizeBody, request: Request, new_work: NewWork) -> Response:
     """Token ids to a text."""
     asked = DetokenizeRequest(body.tokens, body.model, skip_special_tokens=False, param="tokens")
     texts = await services_of(request).inference.detokenize(asked)

@@ -1,0 +1,121 @@
+"""Files on the disk: whole or not at all."""
+
+from __future__ import annotations
+
+import grp
+import os
+import pwd
+import shutil
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Before:
+    """What was at a path before it was changed: a file's bytes and rights, a link's target, or nothing."""
+
+    path: Path
+    content: bytes | None = None
+    target: str | None = None
+    mode: int = 0
+    owner: tuple[int, int] = (0, 0)
+
+    @classmethod
+    def of(cls, path: Path) -> Before:
+        if path.is_symlink():
+            return cls(path, target=os.readlink(path))
+        if not path.is_file():
+            return cls(path)
+        status = path.stat()
+        return cls(path, path.read_bytes(), None, status.st_mode & 0o7777, (status.st_uid, status.st_gid))
+
+    def restore(self) -> None:
+        """Make the path what it was."""
+        if self.target is not None:
+            link(self.path, Path(self.target))
+        elif self.content is not None:
+            write(self.path, self.content, self.mode, self.owner)
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def write(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None) -> None:
+    """Replace `path` in one step by a file that has its rights from the start. OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            if owner is not None and os.geteuid() == 0:
+                os.fchown(file.fileno(), *owner)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+
+
+def link(path: Path, target: Path) -> None:
+    """Point `path` at `target` in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f".{path.name}.new")
+    new.unlink(missing_ok=True)
+    new.symlink_to(target)
+    os.replace(new, path)
+
+
+def remove(path: Path) -> None:
+    """Whatever is there, if anything."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def read(path: Path) -> bytes | None:
+    """What a file holds; None where there is none, or none that this account may read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None
+
+
+def text(path: Path) -> str | None:
+    """The same as text."""
+    content = read(path)
+    return None if content is None else content.decode("utf-8", "replace")
+
+
+def exists(path: Path) -> bool:
+    """Whether something is there, also where this account may not look."""
+    try:
+        path.lstat()
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def bytes_free(path: Path) -> int:
+    """Free bytes of the file system that `path` will be on."""
+    while True:
+        try:
+            return shutil.disk_usage(path).free
+        except OSError:  # not there yet, or hidden from this account
+            path = path.parent
+
+
+def mode(path: Path) -> int:
+    """A file's permission bits."""
+    return path.stat().st_mode & 0o7777
+
+
+def account(user: str, group: str) -> tuple[int, int]:
+    """Numbers of a user and a group. KeyError."""
+    return pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid

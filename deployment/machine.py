@@ -1,0 +1,108 @@
+"""What the machine says of itself. Asks, changes nothing; works without root, then knowing less."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from deployment import files
+from deployment.commands import ask
+from deployment.layout import Layout
+
+MARK = "# Written by deploy.py of vecmill."
+PROPERTIES = (
+    "LoadState,ActiveState,SubState,UnitFileState,InvocationID,NRestarts,ActiveEnterTimestamp,Result,NeedDaemonReload,"
+    "Job"
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A unit as systemd knows it, and its file."""
+
+    name: str
+    path: Path
+    properties: dict[str, str]
+
+    @property
+    def active(self) -> str:
+        """`active`, `activating`, `inactive`, `failed`, ..."""
+        return self.properties.get("ActiveState", "unknown")
+
+    @property
+    def runs(self) -> bool:
+        return self.active in ("active", "activating", "reloading")
+
+    @property
+    def queued(self) -> bool:
+        """Whether systemd is about to do something with it."""
+        return self.properties.get("Job", "0") not in ("", "0")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it does not run and will not by itself, or only after a failure."""
+        return (self.active in ("failed", "inactive") and not self.queued) or (
+            self.properties.get("SubState") == "auto-restart"
+        )
+
+    @property
+    def exists(self) -> bool:
+        return files.exists(self.path) or self.properties.get("LoadState", "not-found") not in ("not-found", "")
+
+    @property
+    def enabled(self) -> bool:
+        return self.properties.get("UnitFileState") == "enabled"
+
+    @property
+    def ours(self) -> bool:
+        """Whether deploy.py wrote it."""
+        return (files.text(self.path) or "").startswith(MARK)
+
+    @property
+    def foreign(self) -> bool:
+        """Whether somebody else did: the guide that this replaces has a unit of the same name."""
+        return files.text(self.path) is not None and not self.ours
+
+
+@dataclass(frozen=True)
+class Systemd:
+    """systemctl of the system or of the user."""
+
+    layout: Layout
+
+    def command(self, *words: str) -> tuple[str, ...]:
+        return ("systemctl", *(["--user"] if self.layout.user else []), *words)
+
+    def unit(self, name: str) -> Unit:
+        """As it is now."""
+        answered = ask(*self.command("show", f"--property={PROPERTIES}", name))
+        lines = (line.partition("=") for line in answered.stdout.splitlines())
+        return Unit(
+            name, self.layout.real(self.layout.units / name), {key: value for key, found, value in lines if found}
+        )
+
+    def journal(self, *words: str) -> tuple[str, ...]:
+        return ("journalctl", *(["--user"] if self.layout.user else []), *words)
+
+
+def gpu(layout: Layout) -> str | None:
+    """The GPU's name, as far as the driver tells."""
+    listed = ask("nvidia-smi", "-L").stdout if shutil.which("nvidia-smi") else ""
+    if found := re.search(r"GPU \d+: (.*?) \(UUID", listed):
+        return found[1]
+    return "an NVIDIA GPU" if layout.real(Path("/proc/driver/nvidia/version")).exists() else None
+
+
+def listen_error(host: str, port: int) -> str | None:
+    """Why nothing could listen there now; None where it could."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            return error.strerror or str(error)
+    return None

@@ -1,0 +1,74 @@
+"""What a check found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class Status(StrEnum):
+    """From good to bad."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A verdict. `seen` and `cure` may have several lines; the cure has a command where there is one."""
+
+    status: Status
+    seen: str
+    cure: str | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
+    """For programs."""
+    listed: bool = False
+    """Whether people get the details too."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A check's finding, and how long it took."""
+
+    name: str
+    finding: Finding
+    seconds: float
+
+    @property
+    def failed(self) -> bool:
+        return self.finding.status is Status.FAIL
+
+
+def ok(seen: str, **details: object) -> Finding:
+    return Finding(Status.OK, seen, None, details)
+
+
+def warn(seen: str, cure: str | None = None, **details: object) -> Finding:
+    return Finding(Status.WARN, seen, cure, details)
+
+
+def fail(seen: str, cure: str | None = None, **details: object) -> Finding:
+    return Finding(Status.FAIL, seen, cure, details)
+
+
+def together(findings: Iterable[Finding]) -> Finding:
+    """One finding of several: the worst status, everything that was seen, every cure once."""
+    found = list(findings)
+    details: dict[str, object] = {}
+    for one in found:
+        details |= one.details
+    cures = dict.fromkeys(one.cure for one in found if one.cure)
+    worst = max((one.status for one in found), key=list(Status).index, default=Status.OK)
+    return Finding(worst, "\n".join(one.seen for one in found if one.seen), "\n".join(cures) or None, details)
+
+
+def summary(results: Iterable[Result]) -> str:
+    """`13 ok, 1 warning, 0 failed`"""
+    statuses = [result.finding.status for result in results]
+    warnings = statuses.count(Status.WARN)
+    return (
+        f"{statuses.count(Status.OK)} ok, {warnings} warning{'' if warnings == 1 else 's'}, "
+        f"{statuses.count(Status.FAIL)} failed"
+    )

@@ -1,0 +1,60 @@
+"""uvicorn's server, whose signals and last seconds are ours."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from math import ceil
+
+import uvicorn
+from fastapi import FastAPI
+
+# Seconds that an idle connection stays open: longer than clients keep theirs, or one would send on a connection that is
+# just being closed.
+KEEP_ALIVE = 75
+LAST_ANSWERS = 1.0
+"""Seconds for clients to take what was sent to them, when there is no time left for more."""
+
+
+class HttpServer(uvicorn.Server):
+    """Listens until `close_within` is called. Belongs to the event loop's thread."""
+
+    def __init__(self, app: FastAPI, end_requests: Callable[[], None]) -> None:
+        """`end_requests` ends those that are still in progress when there is no time left."""
+        super().__init__(
+            uvicorn.Config(app, access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE, server_header=False)
+        )
+        self._end_requests = end_requests
+        self._seconds = LAST_ANSWERS
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+    def close_within(self, seconds: float) -> None:
+        """Close the listener and the idle connections, and the others once they have taken what was sent to them.
+
+        Called again, it may take LAST_ANSWERS from then on, whatever was said before.
+        """
+        if self.should_exit:
+            asyncio.get_running_loop().call_later(LAST_ANSWERS, self._abort)
+        self._seconds = max(LAST_ANSWERS, seconds)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """What uvicorn does once `should_exit` is set."""
+        # Later than ours, so that uvicorn cancels nothing.
+        self.config.timeout_graceful_shutdown = ceil(self._seconds) + 1
+        abort = asyncio.get_running_loop().call_later(self._seconds, self._abort)
+        try:
+            await super().shutdown(sockets)
+        finally:
+            abort.cancel()
+
+    def _abort(self) -> None:
+        self._end_requests()
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()

@@ -1,0 +1,142 @@
+"""One server's process from its socket to its exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from vecmill.app import Server, create_app
+from vecmill.config import Settings, load_settings
+from vecmill.http.access import is_loopback
+from vecmill.serve.announcement import announce
+from vecmill.serve.http_server import LAST_ANSWERS, HttpServer
+from vecmill.serve.last_resort import LastResort, leave
+from vecmill.serve.listener import address_of, listen
+from vecmill.serve.notifier import Notifier
+from vecmill.serve.reloading import Reloading, warn_of_readable_keys
+from vecmill.serve.signals import STOP, ignore_stops, on_hangup, on_signal
+from vecmill.serve.stopping import Stopping
+from vecmill.serve.systemd import Status, feed_watchdog
+from vecmill.telemetry.logs import configure_logging
+
+if sys.platform == "win32":
+    from asyncio import new_event_loop
+else:
+    from uvloop import new_event_loop
+
+logger = logging.getLogger(__name__)
+
+
+def run_server(settings: Settings, reread: Callable[[], Settings] = load_settings) -> int:
+    """Serve until stopped; the process's exit code: 0, or 1 where the server could not serve.
+
+    `reread` gives the settings as they are when SIGHUP comes.
+    """
+    configure_logging(settings.log.log_format, settings.log.log_level)
+    notifier = Notifier(os.environ)
+    try:
+        listener = listen(settings.http.host, settings.http.port)
+    except OSError as error:
+        logger.error(
+            "HOST=%s PORT=%d cannot be bound (%s): stop what uses it or set another PORT.",
+            settings.http.host,
+            settings.http.port,
+            error.strerror,
+        )
+        return 1
+    process = _Process(settings, reread, listener, notifier)
+    ignore_stops()
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        runner.run(process.run())
+    ignore_stops()
+    return process.exit_code()
+
+
+class _Process:
+    """The parts that only a process has, put together."""
+
+    def __init__(
+        self, settings: Settings, reread: Callable[[], Settings], listener: socket.socket, notifier: Notifier
+    ) -> None:
+        self._settings = settings
+        self._reread = reread
+        self._listener = listener
+        self._notifier = notifier
+        self._failures: list[str] = []
+        self._last_resort = LastResort(self.exit_code)
+        self._stopping: Stopping | None = None
+
+    def exit_code(self) -> int:
+        """1 where the server could not serve."""
+        return 1 if self._failures else 0
+
+    async def run(self) -> None:
+        """Serve until stopped."""
+        address = address_of(self._listener)
+        app = create_app(self._settings, self._on_failure, _freeze)
+        server: Server = app.state.server
+        server.health.listen(Status(self._notifier, address).changed)
+        http = HttpServer(app, server.requests.end)
+        seconds = self._settings.http.shutdown_seconds
+        stopping = self._stopping = Stopping(server, http, seconds, self._notifier, self._last_resort)
+        reloading = Reloading(server, self._settings, self._reread, self._notifier)
+        for number in STOP:
+            on_signal(number, stopping.signalled)
+        on_hangup(reloading.ask, stopping.signalled)
+        self._warn()
+        await _beside(
+            http.serve(sockets=[self._listener]),
+            announce(server.services, address),
+            reloading.run(),
+            feed_watchdog(self._notifier, lambda: server.trouble),
+        )
+        self._tell()
+        if server.busy:
+            leave(self.exit_code())
+
+    def _warn(self) -> None:
+        access = self._settings.access
+        if not is_loopback(self._settings.http.host) and not access.api_key:
+            logger.warning(
+                "HOST=%s without API_KEY: everyone who reaches this address may use the server",
+                self._settings.http.host,
+            )
+        warn_of_readable_keys(access)
+
+    def _on_failure(self, reason: str) -> None:
+        self._failures.append(reason)
+        # A supervisor can restart the process, not a thread in it. Whoever is just sending a request is told why first.
+        if self._settings.http.exit_on_failure and self._stopping is not None:
+            asyncio.get_running_loop().call_later(LAST_ANSWERS, self._stopping.begin)
+
+    def _tell(self) -> None:
+        if self._stopping is not None:
+            self._stopping.tell()
+        for reason in self._failures:
+            logger.error(reason)
+
+
+async def _beside(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
+    """Do one thing to its end, and others for as long as that takes."""
+    tasks = [asyncio.create_task(other) for other in others]
+    try:
+        await main
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _freeze() -> None:
+    """Leave all that is there to stay out of garbage collections.
+
+    One that looks through it takes a quarter of a second, and nobody is answered meanwhile.
+    """
+    gc.collect()
+    gc.freeze()

@@ -1,0 +1,97 @@
+"""What the log says once the server is ready: what is served, on what, and where to look."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from vecmill import __version__
+from vecmill.config import Settings
+from vecmill.core.types import ModelCard, Task
+from vecmill.http.access import is_loopback
+from vecmill.http.capabilities import forward_pass
+from vecmill.http.services import Services
+from vecmill.inference.finish import describe_dimensions
+
+
+def resolved(services: Services) -> dict[str, object]:
+    """The configuration as it turned out, for the log."""
+    cards = services.inference.cards
+    return {
+        "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
+        "device": cards[0].device,
+        "max_batch_tokens": {card.key: forward_pass(services, card.key)["max_batch_tokens"] for card in cards},
+    }
+
+
+def start_table(services: Services, address: str) -> Table:
+    """The start log: what is served, on what, and where to look."""
+    table = Table(title=f"vecmill {__version__}", title_justify="left", show_header=False, min_width=60)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    cards, settings = services.inference.cards, services.settings
+    for card in cards:
+        _add_model(table, card, forward_pass(services, card.key), settings.engine.max_batch_size)
+    table.add_row("device", cards[0].device)
+    if not any(card.task is Task.RERANK for card in cards):
+        table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")
+    limits = settings.inference
+    table.add_row(
+        "limits",
+        f"{limits.max_client_batch_size} texts and {settings.http.max_body_bytes:,} bytes per request, "
+        f"{limits.max_concurrent_requests} requests and {limits.max_queued_tokens:,} tokens in progress",
+    )
+    table.add_row("access", _access(settings))
+    table.add_row("state", _state(services))
+    if settings.generation.generation_url:
+        table.add_row("generation", f"passed through to {settings.generation.generation_url}")
+    table.add_row("dashboard", f"{address}/")
+    table.add_row("API", f"{address}/docs")
+    return table
+
+
+def _state(services: Services) -> str:
+    """What outlives the process, and where."""
+    settings, folder = services.settings, services.state()
+    where = str(settings.state.state_dir)
+    if folder is None or folder.problem is not None:
+        return f"nothing is kept: {where} cannot be written"
+    if settings.state.redis_url is not None:
+        where += ", cache and jobs in Redis"
+    elif services.cache() is not None:
+        where += f", cache up to {settings.cache.cache_max_bytes / 1e9:.1f} GB (CACHE_MAX_BYTES)"
+    return where if services.cache() is not None else f"{where}, no cache (CACHE_MAX_BYTES)"
+
+
+def _access(settings: Settings) -> str:
+    reach = "this machine only" if is_loopback(settings.http.host) else "everyone who reaches it"
+    if settings.access.api_key:
+        return f"{reach}, with a key ({', '.join(name for name, _ in settings.access.api_key)})"
+    return f"{reach}, no keys (API_KEY)"
+
+
+def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_size: int) -> None:
+    if card.task is Task.EMBED:
+        table.add_row("model", f"{card.id} ({card.family}, {card.pooling} pooling)")
+        table.add_row("dimensions", f"{describe_dimensions(card)}; up to {card.max_model_len} tokens per text")
+    else:
+        table.add_row("reranker", f"{card.id} ({card.family}), up to {card.max_model_len} tokens per document")
+    if card.aliases:
+        table.add_row("aliases", ", ".join(card.aliases))
+    if query := card.prompts.get("query"):
+        table.add_row("query prompt", repr(query))
+    table.add_row("revision", card.revision)
+    table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
+    table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB")
+    table.add_row(
+        "forward pass",
+        f"{costs['fixed_ms']:.1f} ms + {costs['us_per_token']:.1f} µs a token, {costs['best_tokens_per_second']:,.0f} "
+        f"tokens/s at best, knee at {costs['knee_tokens']} tokens",
+    )
+    table.add_row(
+        "budget",
+        f"{costs['max_batch_tokens']} tokens ({costs['max_batch_tokens_ms']:.0f} ms) in {max_batch_size} rows; "
+        f"up to {costs['free_tokens']} bulk rides free with a search",
+    )
+    table.add_row("layers", costs["compile_reason"], end_section=True)

@@ -1,0 +1,85 @@
+"""The stop: what comes is refused, what runs is answered, and all of it takes no longer than it may."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from time import monotonic
+
+from vecmill.app import Server
+from vecmill.serve.http_server import LAST_ANSWERS, HttpServer
+from vecmill.serve.last_resort import LastResort
+from vecmill.serve.notifier import MICROSECONDS, Notifier
+from vecmill.serve.signals import end_at_next_stop
+
+logger = logging.getLogger(__name__)
+
+# Seconds after SHUTDOWN_SECONDS, or after the second signal, when the process has ended at the latest. In them clients
+# take their last answers, the cache and the jobs are written, and a forward pass may end.
+CLOSING_SECONDS = 5.0
+
+
+class Stopping:
+    """One stop, from the signal to the end of the last answer. Belongs to the event loop's thread."""
+
+    def __init__(
+        self, server: Server, http: HttpServer, seconds: float, notifier: Notifier, last_resort: LastResort
+    ) -> None:
+        self._server = server
+        self._http = http
+        self._seconds = seconds
+        self._notifier = notifier
+        self._last_resort = last_resort
+        self._hurry = asyncio.Event()
+        self._began = 0.0
+        self._task: asyncio.Task[None] | None = None
+
+    def signalled(self) -> None:
+        """A signal: stop; the second one: at once."""
+        if self._task is None:
+            self.begin()
+            return
+        self._last_resort.within(CLOSING_SECONDS)
+        self._hurry.set()
+        if self._task.done():
+            self._http.close_within(0)
+        end_at_next_stop()
+
+    def begin(self) -> None:
+        """Stop; once is enough."""
+        if self._task is None:
+            self._began = monotonic()
+            self._last_resort.within(self._seconds + CLOSING_SECONDS)
+            self._task = asyncio.create_task(self._stop(), name="stop")
+
+    async def _stop(self) -> None:
+        requests = self._server.requests
+        count = len(requests)
+        logger.info("stopping: %d requests in progress, up to %g s (SHUTDOWN_SECONDS)", count, self._seconds)
+        self._notifier.send(
+            STOPPING=1,
+            STATUS=f"stopping: {count} requests in progress",
+            EXTEND_TIMEOUT_USEC=int((self._seconds + CLOSING_SECONDS) * MICROSECONDS),
+        )
+        self._server.begin_to_stop()
+        settled = asyncio.create_task(self._settled())
+        hurry = asyncio.create_task(self._hurry.wait())
+        await asyncio.wait({settled, hurry}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not settled.done():
+            requests.end()
+            await asyncio.wait({settled}, timeout=LAST_ANSWERS)
+        for task in (settled, hurry):
+            task.cancel()
+        await asyncio.gather(settled, hurry, return_exceptions=True)
+        self._http.close_within(0 if self._hurry.is_set() else self._began + self._seconds - monotonic())
+
+    async def _settled(self) -> None:
+        """Whoever came before the stop is answered, and the batches are where they can be taken up."""
+        await asyncio.gather(self._server.requests.none(), self._server.state.batches.suspend(), return_exceptions=True)
+
+    def tell(self) -> None:
+        """Log how it went."""
+        if self._task is not None:
+            ended = self._server.requests.ended
+            outcome = f"{ended} requests were ended" if ended else "all answered"
+            logger.info("stopped after %.1f s, %s", monotonic() - self._began, outcome)

@@ -1,0 +1,46 @@
+"""Files that administrators edit."""
+
+from __future__ import annotations
+
+from deployment.env_file import conceal, merged, values
+from hypothesis import given
+from hypothesis import strategies as st
+
+NAMES = st.sampled_from(["HOST", "PORT", "HF_TOKEN", "EXTRA"])
+PLAIN = st.text("abcdefghij0123456789./:-", max_size=12)
+LINES = st.one_of(
+    st.builds("{}={}".format, NAMES, PLAIN),
+    st.builds("  export {} = '{}'  # why".format, NAMES, PLAIN),
+    st.builds('{}="{}"'.format, NAMES, PLAIN),
+    st.builds("# {}={}".format, NAMES, PLAIN),
+    st.sampled_from(["", "# a comment", "not a line of it"]),
+)
+SETTINGS = st.dictionaries(NAMES, PLAIN.filter(bool))
+
+
+@given(st.lists(LINES), SETTINGS, SETTINGS)
+def test_only_what_is_asked_for_changes(lines: list[str], changes: dict[str, str], additions: dict[str, str]) -> None:
+    before = "".join(f"{line}\n" for line in lines)
+    after = merged(before, changes, additions)
+    assert values(after) == {**additions, **values(before), **changes}
+    kept = [line for line in lines if not set(values(line)) & set(changes)]
+    assert [line for line in after.splitlines() if line in kept][: len(kept)] == kept
+    assert merged(after, changes, additions) == after
+
+
+def test_values_as_the_server_reads_them() -> None:
+    text = "PORT=8001 # of old\nHOST='0.0.0.0' # all\nexport A = b\nEMPTY=\nHASH=a#b\n"
+    assert values(text) == {"PORT": "8001", "HOST": "0.0.0.0", "A": "b", "EMPTY": "", "HASH": "a#b"}
+
+
+def test_secrets_are_concealed_and_the_rest_is_not() -> None:
+    for name in ("HF_TOKEN", "API_KEY", "ADMIN_API_KEY", "GENERATION_API_KEY", "REDIS_URL"):
+        assert conceal(f"export {name} = sesame") == f"{name}=(not shown)"
+    for line in (
+        "API_KEY_FILE=/etc/vecmill/api-keys",
+        "HF_TOKEN=",
+        "# HF_TOKEN=hf_...",
+        "PORT=8001",
+        "TOKEN_IDS=model",
+    ):
+        assert conceal(line) == line

@@ -1,0 +1,107 @@
+"""What is wrong with a machine is said at once and before anything is changed, each thing with its cure."""
+
+from __future__ import annotations
+
+import re
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deployment.world import World
+
+
+def refused(world: World, *options: str) -> str:
+    """What is said; nothing was changed."""
+    before = world.snapshot()
+    done = world.deploy(*options)
+    assert done.returncode == 1, done.stdout
+    assert world.changes() == []
+    assert world.snapshot() == before
+    assert "nothing was changed" in done.stderr
+    return done.stderr
+
+
+def test_everything_at_once(world: World) -> None:
+    (world.root / "run/systemd/system").rmdir()
+    world.without("docker")
+    world.without("tailscale")
+    said = refused(world)
+    assert "3 things to mend first" in said
+    assert "systemd does not run here" in said
+    assert "sudo tailscale up; or deploy with --no-tailscale." in said
+    assert "Docker is not installed" in said
+    assert "or deploy with --no-vllm." in said
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"BackendState": "NeedsLogin"}, "Tailscale is not logged in: sudo tailscale up"),
+        ({"Self": {}}, "This machine has no tag"),
+    ],
+)
+def test_tailscale(world: World, change: dict[str, Any], sentence: str) -> None:
+    world.set(tailscale={**world.state["tailscale"], **change})
+    assert sentence in refused(world, "--no-vllm")
+
+
+@pytest.mark.parametrize(
+    ("at", "answer", "sentence"),
+    [
+        ("docker info", {"stderr": "Cannot connect to the Docker daemon"}, "sudo systemctl start docker"),
+        ("docker info", {"stderr": "permission denied while trying"}, "sudo usermod -aG docker"),
+        ("docker info", {"code": 0, "stdout": '{"Runtimes": {"runc": {}}}'}, "nvidia-ctk runtime configure"),
+        ("ensurepip", {"stderr": "No module named 'ensurepip'"}, "sudo apt install python3-venv"),
+        ("ensurepip", {}, "is older than 3.11"),
+    ],
+)
+def test_docker_and_python(world: World, at: str, answer: dict[str, Any], sentence: str) -> None:
+    world.fail(at, **answer)
+    assert sentence in refused(world)
+
+
+def test_a_port_that_something_else_uses(world: World) -> None:
+    with socket.create_server(("127.0.0.1", world.port)), socket.create_server(("127.0.0.1", world.vllm_port)):
+        said = refused(world)
+    assert f"qmd-embed cannot listen on 127.0.0.1 port {world.port} (Address already in use)" in said
+    assert f"qmd-vllm cannot listen on port {world.vllm_port}" in said
+    assert "--port" in said
+
+
+def test_an_address_that_is_not_of_this_machine(world: World) -> None:
+    assert "cannot listen on 192.0.2.1" in refused(world, "--no-vllm", "--host", "192.0.2.1")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (None, "No such file or directory"),
+        (b"# none yet\n\n", "holds no key"),
+        (b"good\nann:two words\n", "line 2: a key is printable ASCII without spaces and commas"),
+        (b"a,b\n", "line 1"),
+        (b"ann:\n", "line 1"),
+        (b"\xff\xfe\n", "not UTF-8"),
+    ],
+)
+def test_key_files(world: World, tmp_path: Path, content: bytes | None, sentence: str) -> None:
+    keys = tmp_path / "keys"
+    if content is not None:
+        keys.write_bytes(content)
+    said = refused(world, "--no-vllm", "--api-key-file", str(keys))
+    assert sentence in said
+    assert "two words" not in said
+
+
+def test_what_one_should_know_does_not_keep_it_from_going_on(world: World) -> None:
+    world.without("nvidia-smi")
+    world.set(tailscale={**world.state["tailscale"], "CertDomains": None})
+    done = world.deploy("--no-vllm", "--wait", "0")
+    assert done.returncode == 0, done.stderr
+    assert "No NVIDIA GPU is seen" in done.stdout
+    assert "enable them in the admin console under DNS" in done.stdout
+    assert "sudo apt install gcc python3-dev" in done.stdout
+    settings = world.root / "etc/vecmill/embed.env"
+    settings.write_text(re.sub("ALLOWED_HOSTS=.*", "ALLOWED_HOSTS=search.example", settings.read_text()))
+    assert "ALLOWED_HOSTS lacks qmd-embed.tail1234.ts.net" in world.deploy("--no-vllm", "--dry-run").stdout

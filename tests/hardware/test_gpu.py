@@ -1,0 +1,248 @@
+"""What is read of a GPU, through the real nvidia-ml-py and a library that answers as recorded cards do."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from queue import Queue
+
+import pytest
+
+from tests.hardware import fake_nvml
+from tests.hardware.fake_nvml import GB10, H100
+from vecmill.hardware import monitor as monitor_module
+from vecmill.hardware.clocks import Clock, ClockVerdict, clock_verdict
+from vecmill.hardware.gpu import GpuProcess, GpuReading, nvidia_gpu_present
+from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
+from vecmill.hardware.meminfo import meminfo, memory_pressure, unified_available
+from vecmill.hardware.memory import DeviceMemory
+from vecmill.hardware.monitor import Monitor
+from vecmill.hardware.nvml import Nvml, NvmlUnavailable
+
+Card = Callable[..., GpuReading]
+
+SPARK = {"MemTotal": 130_600_000 * 1024, "MemFree": 2_000_000 * 1024, "MemAvailable": 60_000_000 * 1024}
+
+
+@pytest.fixture
+def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that the driver of this process answers from; not there at first."""
+    fake_nvml.load()
+    file = tmp_path / "recording.txt"
+    monkeypatch.setenv("FAKE_NVML", str(file))
+    return file
+
+
+@pytest.fixture
+def card(recording: Path) -> Card:
+    """Reads a recorded card, some of its lines changed (None: taken out)."""
+
+    def read(source: Path, **changes: str | None) -> GpuReading:
+        record(recording, source, **changes)
+        nvml = Nvml()
+        try:
+            return nvml.read()
+        finally:
+            nvml.close()
+
+    return read
+
+
+def record(recording: Path, source: Path, **changes: str | None) -> None:
+    lines = [line for line in source.read_text().splitlines() if line.split(" ", 1)[0] not in changes]
+    recording.write_text("\n".join(lines + [f"{name} {value}" for name, value in changes.items() if value]) + "\n")
+
+
+def test_a_gb10_has_no_memory_of_its_own(card: Card) -> None:
+    gpu = card(GB10)
+    assert (gpu.name, gpu.driver_version, gpu.cuda_version) == ("NVIDIA GB10", "580.173.02", "13.0")
+    assert (gpu.compute_capability, gpu.performance_state, gpu.clock_reasons) == ("12.1", "P0", ())
+    assert (gpu.utilization_percent, gpu.temperature_c, gpu.power_watts, gpu.sm_clock_mhz) == (96, 71, 82.4, 2190)
+    missing = {"power_limit_watts", "max_sm_clock_mhz", "memory_total_mb", "memory_used_mb", "memory_free_mb"}
+    assert gpu.not_available is not None
+    assert {name for name in GpuReading.__dataclass_fields__ if getattr(gpu, name) is None} == missing
+    assert dict(gpu.not_available) == dict.fromkeys(missing, "this GPU does not have it")
+    assert gpu.unified is True
+    assert (gpu.memory_of(os.getpid()), gpu.memory_of_others(os.getpid())) == (9216, 60970)
+
+
+def test_a_data_centre_card_tells_all(card: Card) -> None:
+    gpu = card(H100)
+    assert gpu.not_available == {}
+    assert (gpu.memory_total_mb, gpu.memory_used_mb, gpu.memory_free_mb) == (81559, 1024, 80535)
+    assert (gpu.power_limit_watts, gpu.clock_reasons, gpu.unified) == (700.0, ("gpu_idle",), False)
+    assert (gpu.memory_of(os.getpid()), gpu.memory_of_others(os.getpid())) == (None, 1024)
+
+
+def test_zeros_in_place_of_an_answer_are_no_numbers(card: Card) -> None:
+    """Some drivers answer for a GB10's memory with success and zeros."""
+    gpu = card(GB10, memory="0 0 0", power_limit="0", performance_state="32")
+    assert (gpu.memory_total_mb, gpu.memory_free_mb, gpu.power_limit_watts, gpu.performance_state) == (None,) * 4
+    assert gpu.not_available is not None
+    assert (
+        gpu.not_available["memory_total_mb"] == gpu.not_available["performance_state"] == "the driver gives no number"
+    )
+    assert card(GB10, utilization="0", temperature="0").utilization_percent == 0
+
+
+@pytest.mark.parametrize(("code", "said"), [("!4", "may not ask"), ("!13", "does not know it"), ("!15", "GPU is lost")])
+def test_a_field_that_fails_costs_only_itself(card: Card, code: str, said: str) -> None:
+    gpu = card(GB10, temperature=code)
+    assert gpu.temperature_c is None
+    assert gpu.not_available is not None
+    assert said in gpu.not_available["temperature_c"]
+    assert gpu.sm_clock_mhz == 2190
+
+
+def test_without_a_driver_it_says_so(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FAKE_NVML")
+    with pytest.raises(NvmlUnavailable, match="driver is not loaded"):
+        Nvml()
+    monkeypatch.setenv("FAKE_NVML", str(recording))
+    record(recording, GB10, count="0")
+    assert Nvml().count() == 0
+    with pytest.raises(NvmlUnavailable):
+        Nvml().read("GPU-another")
+
+
+def test_a_gpu_is_noticed_without_any_library(tmp_path: Path) -> None:
+    assert not nvidia_gpu_present(tmp_path)
+    (tmp_path / "dev").mkdir()
+    (tmp_path / "dev/nvidiactl").touch()
+    assert not nvidia_gpu_present(tmp_path)
+    (tmp_path / "dev/nvidia0").touch()
+    assert nvidia_gpu_present(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "state", "said"),
+    [
+        (GB10, {}, Clock.OK, "2190 MHz"),
+        (GB10, {"utilization": "3", "sm_clock": "208"}, Clock.IDLE, "3 % busy"),
+        (GB10, {"sm_clock": "612"}, Clock.LOCKED, "unplug the supply"),
+        (GB10, {"sm_clock": "612", "clock_reasons": "2"}, Clock.LOCKED, "nvidia-smi -rgc"),
+        (GB10, {"clock_reasons": "0x40", "temperature": "88"}, Clock.THROTTLED, "88 °C: it is too hot"),
+        (GB10, {"clock_reasons": "0x80"}, Clock.THROTTLED, "too little power"),
+        (GB10, {"sm_clock": None}, Clock.UNKNOWN, "not available"),
+        (GB10, {"utilization": "!3"}, Clock.UNKNOWN, "not available"),
+        (H100, {}, Clock.IDLE, "345 MHz"),
+        (H100, {"utilization": "100", "sm_clock": "1755"}, Clock.OK, "1755 MHz"),
+        (H100, {"utilization": "100"}, Clock.LOCKED, "it can do 1980"),
+        (H100, {"utilization": "100", "max_sm_clock": None}, Clock.OK, "345 MHz"),
+        # A power cap is how a data-centre card works at its limit: no fault.
+        (H100, {"utilization": "100", "sm_clock": "1400", "clock_reasons": "4"}, Clock.OK, "1400 MHz"),
+    ],
+)
+def test_the_verdict_on_the_clock(
+    card: Card, source: Path, changes: dict[str, str | None], state: Clock, said: str
+) -> None:
+    verdict = clock_verdict(card(source, **changes))
+    assert verdict.state is state
+    assert said in verdict.message
+    assert verdict.bad == (state in (Clock.THROTTLED, Clock.LOCKED))
+
+
+def device(*, unified: bool) -> DeviceMemory:
+    return DeviceMemory(124_600, 9000, 9200, None if unified else 1950, unified)
+
+
+def test_unified_memory_is_the_kernels_account(card: Card) -> None:
+    gpu = card(GB10)
+    here = gpu_memory(gpu, device(unified=True), SPARK, os.getpid())
+    assert here == GpuMemory(True, 127_539, 58_593, 9000, 9200, 9216, 60970)
+    assert gpu_memory(gpu, None, SPARK, 1).available_mb == 58_593  # before torch is there
+    pages = SPARK | {"HugePages_Total": 100, "HugePages_Free": 40, "Hugepagesize": 512 * 2**20}
+    assert gpu_memory(gpu, device(unified=True), pages, 1).available_mb == 40 * 512
+    assert gpu_memory(gpu, device(unified=True), {}, 1).available_mb is None
+
+
+def test_a_cards_own_memory_is_the_drivers(card: Card) -> None:
+    gpu = card(H100)
+    assert gpu_memory(gpu, device(unified=False), SPARK, 1).available_mb == 1950
+    assert gpu_memory(gpu, None, SPARK, 4242) == GpuMemory(False, 81559, 80535, None, None, 1024, 0)
+    assert gpu_memory(None, None, SPARK, 1) == GpuMemory()
+
+
+def test_others_memory_is_unknown_where_one_is() -> None:
+    gpu = GpuReading(processes=(GpuProcess(1, 10), GpuProcess(2, None)))
+    assert (gpu.memory_of(1), gpu.memory_of_others(1), gpu.memory_of_others(2)) == (10, None, 10)
+    assert GpuReading().memory_of_others(1) is None
+
+
+def test_the_kernels_files(tmp_path: Path) -> None:
+    assert (meminfo(tmp_path), memory_pressure(tmp_path)) == ({}, None)
+    (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:   60 kB\nHugePages_Total:   0\nodd line\n")
+    (tmp_path / "pressure").mkdir()
+    (tmp_path / "pressure/memory").write_text("some avg10=1.25 avg60=0.00 avg300=0.00 total=7\nfull avg10=0.00\n")
+    found = meminfo(tmp_path)
+    assert found == {"MemTotal": 102_400, "MemAvailable": 61_440, "HugePages_Total": 0}
+    assert unified_available(found) == 61_440
+    assert memory_pressure(tmp_path) == 1.25
+
+
+@pytest.fixture
+def verdicts(recording: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Monitor, Queue[ClockVerdict]]]:
+    """A monitor of a GB10 that looks almost without pause, and what it reports."""
+    monkeypatch.setattr(monitor_module, "PERIOD", 0.001)
+    record(recording, GB10)
+    reported = Queue[ClockVerdict]()
+    monitor = Monitor(reported.put)
+    monitor.start()
+    yield monitor, reported
+    monitor.close()
+    assert "gpu-monitor" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_slow_clock_is_reported_once_and_its_end_too(
+    recording: Path, verdicts: tuple[Monitor, Queue[ClockVerdict]]
+) -> None:
+    monitor, reported = verdicts
+    record(recording, GB10, sm_clock="612")
+    assert reported.get(timeout=30).state is Clock.LOCKED
+    assert monitor.latest().clock.bad
+    record(recording, GB10, utilization="2", sm_clock="208")  # at rest it tells nothing: the fault is not over
+    while monitor.latest().clock.state is not Clock.IDLE:
+        pass
+    record(recording, GB10)
+    assert reported.get(timeout=30).state is Clock.OK
+    assert reported.empty()
+
+
+def test_one_slow_look_is_no_verdict(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have fallen into the moment in which the load began."""
+    monkeypatch.setattr(monitor_module, "PERIOD", 3600)
+    record(recording, GB10, sm_clock="612")
+    monitor = Monitor()
+    monitor.start()
+    while monitor.latest().gpu is None:
+        pass
+    assert monitor.latest().clock == ClockVerdict(Clock.UNKNOWN, "the load has just begun")
+    monitor.close()
+
+
+def test_a_driver_that_stops_answering_is_not_believed(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "PERIOD", 3600)
+    record(recording, GB10)
+    monitor = Monitor()
+    monitor.start()
+    while monitor.latest().gpu is None:
+        pass
+    monkeypatch.setattr(monitor_module, "STALE_SECONDS", -1.0)
+    look = monitor.latest()
+    assert (look.gpu, look.clock.state) == (None, Clock.UNKNOWN)
+    assert look.reason is not None
+    assert "has not answered" in look.reason
+    monitor.close()
+
+
+def test_a_machine_without_a_gpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_nvml.load()
+    monkeypatch.delenv("FAKE_NVML", raising=False)
+    monitor = Monitor()
+    monitor.start()
+    while "gpu-monitor" in {thread.name for thread in threading.enumerate()}:
+        pass
+    look = monitor.latest()
+    assert (look.gpu, look.reason, look.clock.state) == (None, "the NVIDIA driver is not loaded", Clock.UNKNOWN)

@@ -1,0 +1,142 @@
+"""What a server says of its GPU: a real server beside a driver that answers as a recorded card does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from benchmarks.servers import free_port, running, vecmill_command
+from playwright.sync_api import Locator, Page, expect
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.hardware.fake_nvml import GB10, environment
+from vecmill.http.hardware import READINGS
+
+SLOW = {"sm_clock 2190": "sm_clock 612", "temperature 71": "temperature 84"}
+
+
+@dataclass
+class Spark:
+    """A server, and the recording that its driver answers from."""
+
+    url: str
+    recording: Path
+
+    def get(self, path: str) -> Any:
+        return httpx.get(f"{self.url}/{path}").raise_for_status().json()
+
+    def play(self, changes: dict[str, str]) -> None:
+        text = GB10.read_text()
+        for old, new in changes.items():
+            assert old in text
+            text = text.replace(old, new)
+        self.recording.write_text(text)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spark]:
+    spark = Spark("", tmp_path_factory.mktemp("nvml") / "recording.txt")
+    spark.play({})
+    port = free_port()
+    with running(vecmill_command(port), port, "/ready", environment(spark.recording)) as process:
+        spark.url = process.url
+        yield spark
+
+
+def gauges(server: Spark) -> dict[str, dict[str, float]]:
+    """Every gauge of the machine with a value, by name and by its label's value."""
+    text = httpx.get(f"{server.url}/metrics").text
+    return {
+        family.name: {sample.labels.get("kind", ""): sample.value for sample in family.samples}
+        for family in text_string_to_metric_families(text)
+        if family.samples and family.name.startswith(("vecmill_gpu", "vecmill_memory"))
+    }
+
+
+def test_every_answer_has_the_same_readings(server: Spark) -> None:
+    health, stats, capabilities = (server.get(path) for path in ("health", "stats", "capabilities"))
+    gpu = stats["gpu"]
+    for other in (health["gpu"], capabilities["gpu"]):
+        del other["memory"]["available_mb"]
+    assert health["gpu"] == capabilities["gpu"]
+    assert {name: gpu[name] for name in READINGS} == {name: health["gpu"][name] for name in READINGS}
+    assert (gpu["name"], gpu["in_use"], gpu["sm_clock_mhz"]) == ("NVIDIA GB10", False, 2190)
+    assert gpu["clock"] == {"state": "ok", "message": "2190 MHz under load"}
+    memory = gpu["memory"]
+    assert (memory["unified"], memory["total_mb"]) == (True, stats["memory"]["total_mb"])
+    assert 0 < memory["available_mb"] < memory["total_mb"]
+    assert (memory["this_process_mb"], memory["other_processes_mb"], memory["allocated_mb"]) == (9216, 60970, None)
+    assert gpu["power_limit_watts"] is None  # not available is not zero
+    assert "power_limit_watts" in gpu["not_available"]
+    assert (stats["warnings"], health["warnings"]) == ([], [])
+    # The server runs on the CPU: what clients read of the GPU it uses stays null.
+    assert (health["cuda_available"], capabilities["gpu_total_mb"], capabilities["unified_memory"]) == (
+        False,
+        None,
+        None,
+    )
+
+
+def test_prometheus_gets_what_is_known(server: Spark) -> None:
+    found = gauges(server)
+    assert found["vecmill_gpu_utilization_ratio"] == {"": 0.96}
+    assert found["vecmill_gpu_sm_clock_hertz"] == {"": 2.19e9}
+    assert found["vecmill_gpu_temperature_celsius"] == {"": 71}
+    assert found["vecmill_gpu_power_watts"] == {"": 82.4}
+    assert found["vecmill_gpu_throttled"] == {"": 0}
+    assert set(found["vecmill_gpu_memory_bytes"]) == {"total", "available", "this_process", "other_processes"}
+    assert found["vecmill_gpu_memory_bytes"]["this_process"] == 9 * 2**30
+    assert set(found["vecmill_memory_bytes"]) == {"total", "available", "swap_used"}
+
+
+def test_the_dashboard_shows_the_gpu_and_warns(server: Spark, quiet_page: Page) -> None:
+    quiet_page.goto("/")
+    shown = {
+        "gpu-name": "NVIDIA GB10, driver 580.173.02, CUDA 13.0",
+        "gpu-clock": "2,190 MHz",
+        "gpu-utilization": "96 %",
+        "gpu-temperature": "71 °C",
+        "gpu-power": "82 W",
+        "gpu-power-limit": "\N{EN DASH}",
+        "gpu-memory-title": "Memory, shared with the CPU",
+        "gpu-memory-own": "9 GiB",
+        "gpu-memory-others": "59.5 GiB",
+        "gpu-state": "not used by this server",
+    }
+    for name, text in shown.items():
+        expect(field(quiet_page, name)).to_have_text(text)
+    expect(quiet_page.get_by_role("progressbar", name="GPU memory in use")).to_be_visible()
+    expect(quiet_page.get_by_role("img", name="GPU clock in MHz").locator(".line")).to_have_attribute(
+        "d", re.compile("M.*L")
+    )
+    expect(field(quiet_page, "warnings")).to_be_hidden()
+
+    server.play(SLOW)
+    expect(field(quiet_page, "warnings")).to_contain_text("612 MHz under load and 84 °C", timeout=20_000)
+    expect(field(quiet_page, "gpu-clock-state")).to_have_text("locked")
+    expect(field(quiet_page, "gpu-clock")).to_contain_class("bad")
+    [warning] = server.get("health")["warnings"]
+    assert "unplug the supply" in warning
+    assert server.get("stats")["warnings"] == [warning]
+    assert gauges(server)["vecmill_gpu_throttled"] == {"": 1}
+
+    server.play({})
+    expect(field(quiet_page, "warnings")).to_be_hidden(timeout=20_000)
+
+
+def test_a_driver_that_goes_away_leaves_no_numbers_behind(server: Spark) -> None:
+    server.play({"uuid GPU-6e0b2f7c-0000-4000-8000-00000000gb10": "", "sm_clock 2190": "", "utilization 96": ""})
+    while server.get("stats")["gpu"]["sm_clock_mhz"] is not None:
+        pass
+    assert "vecmill_gpu_sm_clock_hertz" not in gauges(server)
+    assert server.get("health")["gpu"]["clock"]["state"] == "unknown"
+    server.play({})
+
+
+def field(page: Page, name: str) -> Locator:
+    return page.locator(f'[data-field="{name}"]')

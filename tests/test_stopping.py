@@ -1,0 +1,318 @@
+"""SIGTERM: what runs is answered, what comes is refused, batches go on later, and nothing holds up the end."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from tests.checkpoints import tiny_bert
+from tests.faults.service import Service, service, until
+from tests.generation_server import DONE, GenerationServer, Moment, event, generation_server
+from tests.held_server import held
+from vecmill.app import create_app
+from vecmill.config import load_settings
+
+LINES = 200
+BATCH_LINES = [
+    {"custom_id": str(n), "method": "POST", "url": "/v1/embeddings", "body": {"input": f"line {n}"}}
+    for n in range(LINES)
+]
+BATCH_INPUT = "\n".join(map(json.dumps, BATCH_LINES)).encode()
+MANY = 300
+Work = tuple[str, dict[str, Any], tuple[str, ...]]
+
+
+def work(name: str) -> list[Work]:
+    """Requests of each kind that the cache has no answer for, and where their clients find the words of an error."""
+    return [
+        ("/v1/embeddings", {"input": [f"{name} one", f"{name} two"]}, ("error", "message")),
+        ("/embed", {"inputs": [f"{name} {number}" for number in range(MANY)]}, ("error",)),
+        ("/v2/embed", {"texts": [f"{name} three"], "input_type": "search_document"}, ("message",)),
+        ("/v1/rerank", {"query": f"{name} q", "documents": [f"{name} a", f"{name} b"]}, ("error", "message")),
+        ("/rerank", {"query": f"{name} r", "texts": [f"{name} c", f"{name} d"]}, ("error",)),
+        ("/api/embed", {"model": "m", "input": f"{name} four"}, ("error",)),
+    ]
+
+
+KINDS = len(work(""))
+TEXTS = MANY + 10  # of the other kinds: 2 + 1 + 3 + 3 + 1
+LATE: list[Work] = [
+    *work("late"),
+    ("/v1/chat/completions", {"model": "m", "messages": []}, ("error", "message")),
+    ("/tokenize", {"inputs": "x"}, ("error",)),
+    ("/jobs", {"project": "p", "total_chunks": 1}, ("detail",)),
+    ("/v1/files", {}, ("error", "message")),
+    (
+        "/v1/batches",
+        {"input_file_id": "f", "endpoint": "/v1/embeddings", "completion_window": "24h"},
+        ("error", "message"),
+    ),
+]
+
+
+@dataclass
+class Streaming:
+    """A generation server that waits between two events."""
+
+    server: GenerationServer
+    go_on: Moment
+
+    async def generate(self, request: Request) -> Response:
+        async def events() -> Any:
+            yield event("begun")
+            await self.go_on.wait()
+            yield event("ended")
+            yield DONE
+
+        return StreamingResponse(events(), media_type="text/event-stream")
+
+
+@pytest.fixture(scope="module")
+def generation() -> Iterator[Streaming]:
+    with generation_server() as server:
+        streaming = Streaming(server, Moment())
+        server.generate = streaming.generate
+        yield streaming
+
+
+@pytest.fixture(scope="module")
+def gate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gate") / "lock"
+    path.touch()
+    return path
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path, gate: Path, generation: Streaming
+) -> Iterator[Service]:
+    """A service on one state folder; each test starts it and ends it."""
+    folder = tmp_path_factory.mktemp("stopping")
+    settings = {
+        "BATCH_CHUNK_SIZE": "16",
+        "CACHE_MAX_BYTES": "100000000",
+        "GENERATION_URL": generation.server.url,
+        "MAX_BATCH_SIZE": "8",
+        "SHUTDOWN_SECONDS": "60",
+    }
+    tiny = tiny_bert(folder / "tiny", minilm_folder)
+    held_server = ("-m", "tests.held_server", str(gate))
+    with service(tiny, folder / "state", folder / "log", settings, serve=held_server) as one:
+        yield one
+
+
+def stop(one: Service, says: str = "stopping: ") -> None:
+    """Send SIGTERM and wait until it is seen."""
+    seen = one.said().count(says)
+    one.signal(signal.SIGTERM)
+    until(lambda: one.said().count(says) > seen)
+
+
+def ask(one: Service, path: str, body: Any) -> httpx.Response:
+    return httpx.post(one.url + path, json=body, timeout=60)
+
+
+def ask_all(one: Service, pool: ThreadPoolExecutor, name: str) -> list[Future[httpx.Response]]:
+    """Send work of every kind, and wait until all of it is in progress."""
+    answers = [pool.submit(ask, one, path, body) for path, body, _ in work(name)]
+    until(lambda: one.get("/models")["data"][0]["stats"]["results_pending"] >= KINDS)
+    return answers
+
+
+def words(answer: httpx.Response, where: tuple[str, ...]) -> str:
+    """The text of a refusal to try again, at its dialect's place."""
+    assert answer.status_code == 503, answer.text
+    assert int(answer.headers["retry-after"]) > 0
+    found = answer.json()
+    for key in where:
+        found = found[key]
+    assert isinstance(found, str)
+    assert "try again" in found
+    return found
+
+
+class RawUpload:
+    """POST /v1/files over a socket, half of which is sent."""
+
+    def __init__(self, one: Service) -> None:
+        parts = ('name="purpose"\r\n\r\nbatch', 'name="file"; filename="a"\r\n\r\n' + "x" * 1000)
+        body = "".join(f"--b\r\nContent-Disposition: form-data; {part}\r\n" for part in parts) + "--b--\r\n"
+        head = (
+            "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
+            f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
+        )
+        self._socket = connected(one)
+        self._socket.sendall(head.encode())
+        assert self._socket.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"  # it waits for the body
+        self._socket.sendall(body[:500].encode())
+        self._rest = body[500:].encode()
+
+    def finish(self) -> bytes:
+        self._socket.sendall(self._rest)
+        return self.answer()
+
+    def answer(self) -> bytes:
+        """All that comes until the server closes."""
+        with self._socket:
+            return b"".join(iter(lambda: self._socket.recv(65536), b""))
+
+
+def connected(one: Service, receive_buffer: int | None = None) -> socket.socket:
+    """A connection of its own."""
+    raw = socket.socket()
+    raw.settimeout(60)
+    if receive_buffer is not None:
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    raw.connect(("127.0.0.1", int(one.url.rpartition(":")[2])))
+    return raw
+
+
+def begun_stream(one: Service, pool: ThreadPoolExecutor, method: str, path: str, body: Any = None) -> Future[bytes]:
+    """Read a stream to its end in the background; it has begun."""
+    begun = threading.Event()
+
+    def read() -> bytes:
+        with httpx.stream(method, one.url + path, json=body, timeout=60) as answer:
+            found = b""
+            for chunk in answer.iter_raw():
+                found += chunk
+                begun.set()
+            return found
+
+    reading = pool.submit(read)
+    assert begun.wait(60)
+    return reading
+
+
+def test_what_runs_is_answered_what_comes_is_refused_and_a_batch_goes_on_later(
+    stopped: Service, gate: Path, generation: Streaming
+) -> None:
+    stopped.start()
+    job = stopped.post("/jobs", {"project": "p", "total_chunks": 10})["job_id"]
+    with ThreadPoolExecutor(KINDS + 2) as pool:
+        with held(gate):
+            answers = ask_all(stopped, pool, "first")
+            chat = {"model": "m", "messages": [], "stream": True}
+            generated = begun_stream(stopped, pool, "POST", "/v1/chat/completions", chat)
+            followed = begun_stream(stopped, pool, "GET", "/jobs/events")
+            file = httpx.post(
+                f"{stopped.url}/v1/files", data={"purpose": "batch"}, files={"file": ("input.jsonl", BATCH_INPUT)}
+            )
+            asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
+            batch = stopped.post("/v1/batches", asked)["id"]
+            until(lambda: "batch begins" in stopped.said())
+            upload = RawUpload(stopped)
+            stop(stopped)
+
+            assert httpx.get(f"{stopped.url}/ready").status_code == 503
+            health = httpx.get(f"{stopped.url}/health")
+            assert (health.status_code, health.json()["status"]) == (503, "draining")
+            assert health.headers["connection"] == "close"
+            for path, body, where in LATE:
+                assert "shutting down" in words(ask(stopped, path, body), where)
+            reported = httpx.post(f"{stopped.url}/jobs/{job}/progress", json={"current": 5})
+            assert (reported.status_code, reported.json()["current"]) == (200, 5)
+            assert b"event: job" in followed.result(60)
+            assert b'"object":"file"' in upload.finish()
+            assert not any(answer.done() for answer in answers)
+        for answer in answers:
+            assert answer.result(60).status_code == 200, answer.result().url
+        assert len(answers[1].result().json()) == MANY
+        # The stream still goes on, so the server answers what it has done.
+        until(lambda: stopped.get("/stats")["queue_depth"] == 0)
+        until(lambda: not stopped.get("/stats")["gpu_busy"])
+        computed = stopped.get("/stats")["texts_computed"]
+        generation.go_on.happen()
+        assert generated.result(60).endswith(DONE)
+    assert stopped.ended_with() == 0
+    assert "all answered" in stopped.said()
+    assert "Traceback" not in stopped.said()
+
+    assert computed < LINES + TEXTS, "nothing of the batch is left to be done"
+    stopped.start()
+    until(lambda: stopped.get(f"/v1/batches/{batch}")["status"] == "completed")
+    assert stopped.get(f"/v1/batches/{batch}")["request_counts"] == {"total": LINES, "completed": LINES, "failed": 0}
+    assert computed + stopped.get("/stats")["texts_computed"] == LINES + TEXTS
+    began = time.monotonic()
+    stop(stopped)  # `stopped.http` keeps a connection open
+    assert stopped.ended_with() == 0
+    assert time.monotonic() - began < 10
+
+
+def test_no_one_holds_up_the_end(stopped: Service, gate: Path) -> None:
+    """A device that does not answer, a client that does not read, one that does not send."""
+    stopped.set(SHUTDOWN_SECONDS="1")
+    stopped.start()
+    large = stopped.http.post(
+        "/v1/files", data={"purpose": "batch"}, files={"file": ("large", b"x" * 32_000_000)}
+    ).json()["id"]
+    with ThreadPoolExecutor(KINDS) as pool, held(gate), connected(stopped, 4096) as deaf:
+        answers = ask_all(stopped, pool, "second")
+        deaf.sendall(f"GET /v1/files/{large}/content HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        assert deaf.recv(12) == b"HTTP/1.1 200"
+        upload = RawUpload(stopped)
+        began = time.monotonic()
+        stop(stopped)
+        for (_, _, where), answer in zip(LATE, answers, strict=False):
+            assert "stopped before" in words(answer.result(60), where)
+        assert upload.answer().startswith(b"HTTP/1.1 503")
+        assert stopped.ended_with() == 0
+        assert time.monotonic() - began < 1 + 5 + 2
+    assert f"{KINDS + 2} requests were ended" in stopped.said()
+
+
+def test_the_second_signal_ends_it_at_once(stopped: Service, gate: Path) -> None:
+    stopped.set(SHUTDOWN_SECONDS="600")
+    stopped.start()
+    job = stopped.post("/jobs", {"project": "kept", "total_chunks": 10})["job_id"]
+    with ThreadPoolExecutor(KINDS) as pool, held(gate):
+        answers = ask_all(stopped, pool, "third")
+        stop(stopped)
+        assert not any(answer.done() for answer in answers)
+        stopped.signal(signal.SIGINT)
+        for (_, _, where), answer in zip(LATE, answers, strict=False):
+            words(answer.result(60), where)
+        assert stopped.ended_with() == 0
+    stopped.launch()
+    until(lambda: "listening on" in stopped.said().rpartition("stopped after")[2])
+    listed = until(lambda: stopped.get("/jobs")["active"])
+    assert job in [one["id"] for one in listed]
+    stop(stopped)  # while it loads
+    assert stopped.ended_with() == 0
+
+
+async def test_every_route_refuses_work_or_is_known_to_bring_none() -> None:
+    no_work = {
+        "/api/show",
+        "/progress",
+        "/jobs/{job_id}/progress",
+        "/jobs/{job_id}/complete",
+        "/jobs/{job_id}/fail",
+        "/jobs/{job_id}/cancel",
+        "/v1/batches/{batch_id}/cancel",
+        "/embed_sparse",
+        "/embed_all",
+        "/predict",
+    }
+    app = create_app(load_settings({"generation_url": "http://127.0.0.1:1"}))
+    app.state.server.begin_to_stop()
+    posts = {path for path, operations in app.openapi()["paths"].items() if "post" in operations}
+    assert no_work < posts
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+        for path in sorted(posts - no_work):
+            answer = await client.post(path.replace("{hosted_model}", "m"), json={})
+            assert answer.status_code == 503, path
+            assert "shutting down" in answer.text
