@@ -30,6 +30,12 @@ def _rights(found: Situation) -> Iterator[str]:
         yield "It needs root: sudo python3 deploy.py (or --user, for services of your own)."
 
 
+# Prints where it lies; a virtual environment's Python is only a link to that.
+WHAT_PYTHON = (
+    "import os, sys, venv, ensurepip; print(os.path.realpath(sys.base_prefix)); sys.exit(sys.version_info < (3, 11))"
+)
+
+
 def _systemd(found: Situation) -> Iterator[str]:
     if not sys.platform.startswith("linux") or not found.layout.real(Path("/run/systemd/system")).is_dir():
         yield "systemd does not run here: use the containers in docker/, or `make serve`."
@@ -41,13 +47,18 @@ def _python(found: Situation) -> Iterator[str]:
     if not found.builds:
         return
     python = found.options.python
-    asked = ask(python, "-c", "import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))")
+    asked = ask(python, "-c", WHAT_PYTHON)
     if asked.returncode == 127:
         yield f"There is no {python}: --python names the Python to install with."
     elif "ensurepip" in asked.stderr or "venv" in asked.stderr:
         yield f"{python} cannot make virtual environments: sudo apt install python3-venv"
     elif asked.returncode != 0:
         yield f"{python} is older than 3.11: --python names a newer one."
+    elif not found.layout.user and asked.stdout.startswith(("/home/", "/root/")):
+        yield (
+            f"{python} lies in {asked.stdout.strip()}, and the service cannot see home folders: --python "
+            f"/usr/bin/python3 is the system's."
+        )
 
 
 def _disk(found: Situation) -> Iterator[str]:

@@ -66,13 +66,13 @@ def test_secrets_are_not_in_it(deployed: World, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("sesame-1\n")
     with (deployed.root / "etc/vecmill/embed.env").open("a") as settings:
-        settings.write("HF_TOKEN=hf_open\nADMIN_API_KEY='open'\nREDIS_URL=redis://:open@host\n")
+        settings.write("HF_TOKEN=hf_tahini\nADMIN_API_KEY='tahini'\nREDIS_URL=redis://:tahini@host\n")
     told = deployed.deploy("--api-key-file", str(keys), "--dry-run").stdout
     assert "HF_TOKEN=(not shown)" in told
     assert "API_KEY_FILE=/etc/vecmill/api-keys" in told
     assert "1 lines, not shown" in told
     assert "sesame" not in told
-    assert "open" not in told
+    assert "tahini" not in told
 
 
 def test_it_needs_no_root_but_the_deployment_does(world: World) -> None:

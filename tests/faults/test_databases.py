@@ -25,8 +25,14 @@ def open_jobs(service: Service) -> list[str]:
 
 
 def keeps(service: Service, text: str) -> None:
-    """What is computed now is kept, even if it takes until the database is tried again."""
-    until(lambda: service.cached([text]) == 1 and not service.get("/cache")["failing"])
+    """What is computed now is on the disk, even if it takes until the database is tried again."""
+    before = service.get("/cache")["written"]
+
+    def kept() -> bool:
+        found = service.get("/cache")
+        return bool(found["written"] > before and not found["failing"])
+
+    until(lambda: service.cached([text]) == 1 and kept())
 
 
 def aside(state: Path, name: str) -> list[Path]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import socket
 
+BACKLOG = 2048  # uvicorn's, which sets it again
+
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket.
+    """A socket that takes connections from now on; they wait until somebody serves them.
 
     Raises:
         OSError: somebody else has the port, or the address is not this machine's.
@@ -15,6 +17,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((host, port))
+    listener.listen(BACKLOG)
     return listener
 
 

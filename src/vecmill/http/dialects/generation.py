@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -185,9 +186,11 @@ class PassThrough(Response):
         await send({"type": "http.response.start", "status": response.status_code, "headers": raw})
         tail = b""
         try:
-            async for chunk in response.aiter_raw():
-                await send({"type": "http.response.body", "body": chunk, "more_body": True})
-                tail = (tail + chunk[-4:])[-4:]
+            # Closed here also where the client leaves midway: the garbage collector would close it at any odd moment.
+            async with aclosing(response.aiter_raw()) as chunks:
+                async for chunk in chunks:
+                    await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                    tail = (tail + chunk[-4:])[-4:]
         except httpx2.RequestError as error:
             failure = self._generation.failure(error)
             if not _takes_an_event(headers, tail):
@@ -226,10 +229,11 @@ def _takes_an_event(headers: dict[str, str], tail: bytes) -> bool:
 
 async def _beginning(response: httpx2.Response) -> bytes:
     content = b""
-    async for chunk in response.aiter_bytes():
-        content += chunk
-        if len(content) > ERROR_BYTES:
-            break
+    async with aclosing(response.aiter_bytes()) as chunks:
+        async for chunk in chunks:
+            content += chunk
+            if len(content) > ERROR_BYTES:
+                break
     return content
 
 
