@@ -37,6 +37,8 @@ def _tell_embed(found: Situation, name: str | None) -> None:
     console.detail(["remote:", f"  embed_url: {address}"])
     if found.embed.settings.get("GENERATION_URL"):
         console.detail([f"  generation_url: {address}"])
+    else:
+        console.detail(["  generation_url: http://...  # a server that generates text: without one QMD stays local"])
     console.detail([f"  api_key: {'${VECMILL_API_KEY}' if keys else 'none'}"])
     console.say("CodeCartographer")
     console.detail([f'set_project with provider: "dgx" and dgx_endpoint: "{address}/embed"'])
