@@ -13,6 +13,12 @@ const CHART_HEIGHT = 60;
 
 const samples = [];
 
+for (const figure of document.querySelectorAll("[data-chart]")) {
+  figure.append(document.getElementById("chart").content.cloneNode(true));
+  put(figure, "title", figure.dataset.title);
+  figure.querySelector("svg").setAttribute("aria-label", figure.dataset.label);
+}
+
 export function remember(stats) {
   const { texts_per_second, queue_depth, gpu } = stats;
   samples.push({
