@@ -103,6 +103,7 @@ def test_it_needs_no_root_but_the_deployment_does(world: World) -> None:
 
 def _readable_python() -> str:
     """This Python, or the system's where others may not read this one."""
-    folder = Path(sys.executable).resolve()
-    private = any(not parent.stat().st_mode & 0o001 for parent in folder.parents)
-    return "/usr/bin/python3" if private else sys.executable
+    for python in (Path(sys.executable), Path(sys.executable).resolve()):
+        if all(parent.stat().st_mode & 0o001 for parent in (*python.parents, *python.resolve().parents)):
+            return str(python)
+    return "/usr/bin/python3"

@@ -197,12 +197,8 @@ def test_false_compiles_nothing(tmp_path: Path, minilm_folder: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("ignore:.*istutils")  # inductor imports it by way of setuptools, which may replace it
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_inductors_vectors_are_those_of_eager(
-    tmp_path: Path, minilm_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("SETUPTOOLS_USE_DISTUTILS", "stdlib")
+def test_inductors_vectors_are_those_of_eager(tmp_path: Path, minilm_folder: Path, dtype: torch.dtype) -> None:
     model = load_model(tiny_bert(tmp_path / "tiny", minilm_folder), dtype=dtype)[1]
     before = compilations()
     choice = choose(model, "true", stopwatch(model))

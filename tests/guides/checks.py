@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from functools import cache
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import typer
@@ -176,7 +177,8 @@ def _python(command: Command) -> Iterator[str]:
 
 
 def _module(module: str, arguments: Sequence[str]) -> Iterator[str]:
-    found = importlib.util.find_spec(module)
+    # Whoever searches for pip the common way has setuptools take its distutils away, for every later test too.
+    found = importlib.util.find_spec(module) if "." in module else PathFinder.find_spec(module)
     if found is None or found.origin is None:
         yield f"there is no module {module}"
         return
