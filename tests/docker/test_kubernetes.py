@@ -18,6 +18,7 @@ from tests.docker.parts import DEFAULTS, DOCKER, K8S, OTHERS, SETTINGS, dockerfi
 from tests.redis_server import redis_server
 from vecmill.app import create_app
 from vecmill.config import load_settings
+from vecmill.serve.stopping import CLOSING_SECONDS
 
 VERSION = "1.37"
 FOLDERS = ("base", "overlays/single-node", "overlays/replicas")
@@ -119,7 +120,8 @@ def test_a_first_start_may_download(folder: str) -> None:
 @each_folder
 def test_a_pod_is_killed_only_after_it_has_drained(folder: str) -> None:
     shutdown = int(_settings(folder).get("SHUTDOWN_SECONDS", DEFAULTS["SHUTDOWN_SECONDS"]))
-    assert _pod(folder)["terminationGracePeriodSeconds"] > shutdown
+    before = _container(folder)["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert _pod(folder)["terminationGracePeriodSeconds"] >= before + shutdown + CLOSING_SECONDS
 
 
 @each_folder
