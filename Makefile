@@ -8,8 +8,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 CODE := src tests benchmarks examples deploy.py deployment
-# Three processes for two cores, each with whole files: many tests wait for a server to start.
-BESIDE := --numprocesses 3 --dist loadfile
+# Three processes for two cores, each with whole files: many tests wait for a server to start. In the files' order, for those
+# with the fewest tests, otherwise last, take the longest: they kill servers.
+BESIDE := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 # Published clients cannot all be installed beside each other, nor beside vecmill: each set has an environment here.
 CLIENTS := .clients

@@ -20,8 +20,8 @@ KILLS_WHILE_STARTING = 3
 PROJECTS = ("a", "b", "c")
 BATCHES = 100  # of each
 AT_ONCE = 2048  # texts of one request
-# A vector is written within some 100 ms after its answer, later on a machine that is busy.
-WRITTEN_WITHIN = 1.0
+# A vector is written some 100 ms after its answer; a disk that is busy with other tests has taken more than a second.
+WRITTEN_WITHIN = 5.0
 
 
 class Lives:
