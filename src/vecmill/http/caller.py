@@ -50,7 +50,8 @@ def of_job(caller: Caller, job_id: str) -> Caller:
     return replace(caller, client=f"job {job_id[:100]}", job_id=job_id)
 
 
-def caller_of(
+# Async, as every dependency here: FastAPI calls others in a thread, which costs a request a twentieth of a millisecond.
+async def caller_of(
     request: Request,
     new_work: NewWork,
     x_priority: Annotated[

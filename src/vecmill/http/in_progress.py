@@ -131,5 +131,9 @@ def refuse_late(request: Request) -> None:
         raise ShuttingDown
 
 
-NewWork = Annotated[None, Depends(refuse_late)]
+async def _new_work(request: Request) -> None:
+    refuse_late(request)
+
+
+NewWork = Annotated[None, Depends(_new_work)]
 """A parameter of every route that takes work. What reads, reports or cancels is answered to the end."""

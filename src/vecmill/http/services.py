@@ -56,4 +56,8 @@ def services_of(request: Request) -> Services:
     return cast(Services, request.app.state.services)
 
 
-ServicesOf = Annotated[Services, Depends(services_of)]
+async def _services(request: Request) -> Services:
+    return services_of(request)
+
+
+ServicesOf = Annotated[Services, Depends(_services)]
