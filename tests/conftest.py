@@ -11,6 +11,7 @@ import httpx
 import pytest
 from benchmarks.servers import RunningServer, free_port, running, vecmill_command
 
+from tests.in_process import InProcess
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS
@@ -60,7 +61,7 @@ async def serving(**flags: object) -> AsyncIterator[httpx.AsyncClient]:
         app = create_app(load_settings({**common, **flags}))
         async with app.router.lifespan_context(app):
             await app.state.loading
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            transport = InProcess(app, raise_app_exceptions=False)
             async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
                 yield client
 

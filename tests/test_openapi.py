@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.in_process import InProcess
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.openapi import document_text
@@ -117,7 +118,7 @@ async def clear_jobs(client: httpx.AsyncClient) -> None:
 async def starting() -> AsyncIterator[httpx.AsyncClient]:
     """A client, without a key, of a server that has keys and no model yet."""
     app = create_app(load_settings({"api_key": "secret"}))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+    async with httpx.AsyncClient(transport=InProcess(app), base_url="http://localhost") as client:
         yield client
 
 

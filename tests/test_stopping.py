@@ -22,6 +22,7 @@ from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service, until
 from tests.generation_server import DONE, GenerationServer, Moment, event, generation_server
 from tests.held_server import held
+from tests.in_process import InProcess
 from vecmill.app import create_app
 from vecmill.config import load_settings
 
@@ -311,7 +312,7 @@ async def test_every_route_refuses_work_or_is_known_to_bring_none() -> None:
     app.state.server.begin_to_stop()
     posts = {path for path, operations in app.openapi()["paths"].items() if "post" in operations}
     assert no_work < posts
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost") as client:
+    async with httpx.AsyncClient(transport=InProcess(app), base_url="http://localhost") as client:
         for path in sorted(posts - no_work):
             answer = await client.post(path.replace("{hosted_model}", "m"), json={})
             assert answer.status_code == 503, path

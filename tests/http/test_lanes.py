@@ -14,6 +14,7 @@ import pytest
 from fastapi import FastAPI
 
 from tests.checkpoints import tiny_bert
+from tests.in_process import InProcess
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.core.types import Lane
@@ -59,7 +60,7 @@ async def small_server(folder: Path, **flags: object) -> AsyncIterator[tuple[htt
     app: FastAPI = create_app(load_settings({"embed_model": str(folder), **quick, **flags}))
     async with app.router.lifespan_context(app):
         await app.state.loading
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        transport = InProcess(app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             yield client, app.state.services
 

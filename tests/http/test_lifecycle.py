@@ -13,6 +13,7 @@ import pytest
 from fastapi import FastAPI
 
 from tests.checkpoints import tiny_bert
+from tests.in_process import InProcess
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.core.types import Lane
@@ -25,7 +26,7 @@ QUICK = {"device": "cpu", "dtype": "float32"}
 
 
 def http(app: FastAPI) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://localhost", timeout=30)
+    return httpx.AsyncClient(transport=InProcess(app), base_url="http://localhost", timeout=30)
 
 
 @pytest.fixture
