@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import httpx2
 
+from vecmill.core.address import url_here
+
 PATIENCE = 1.0  # seconds
-EVERYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +27,11 @@ class RunningServer:
         return self.version is not None
 
 
-def url_of(host: str, port: int) -> str:
-    """Where a client on this machine reaches the server."""
-    host = EVERYWHERE.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def server_at(host: str, port: int) -> RunningServer | None:
     """Ask /health; None where nothing answers in HTTP."""
     if port == 0:
         return None
-    url = url_of(host, port)
+    url = url_here(host, port)
     try:
         answer = httpx2.get(f"{url}/health", timeout=PATIENCE, trust_env=False)
         said = answer.json() if "json" in answer.headers.get("content-type", "") else {}

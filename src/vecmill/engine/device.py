@@ -6,9 +6,7 @@ import torch
 
 from vecmill.core.errors import StartupError
 from vecmill.hardware.gpu import nvidia_gpu_present
-from vecmill.hardware.memory import DeviceMemory
-
-MEGABYTE = 1024 * 1024
+from vecmill.hardware.memory import MEGABYTE, DeviceMemory
 
 
 def choose_device(wanted: str) -> torch.device:

@@ -18,7 +18,6 @@ SLOWEST_SHARE = 0.5
 LOADED_PERCENT = 50
 HEAT = ("hw_thermal_slowdown", "sw_thermal_slowdown")
 POWER = ("hw_power_brake_slowdown", "hw_slowdown")
-HOT_C = 80
 
 
 class Clock(StrEnum):

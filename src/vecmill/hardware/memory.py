@@ -56,6 +56,11 @@ def host_memory() -> HostMemory:
     )
 
 
+def memory_floor(total: int, floor_gb: float | None) -> float:
+    """Bytes of `total` that stay free: MEMORY_FLOOR_GB, or what goes without saying."""
+    return min(FLOOR_SHARE * total, HIGHEST_FLOOR) if floor_gb is None else floor_gb * GIGABYTE
+
+
 class MemoryGuard:
     """Says no before the machine has to swap: on a GB10 the GPU's memory is the machine's, and past its end it hangs.
 
@@ -65,7 +70,7 @@ class MemoryGuard:
     def __init__(self, floor_gb: float | None, fraction: float) -> None:
         """`floor_gb` stays free (None: 4 % of the machine, at most 8); the process takes `fraction` of all, at most."""
         self._total = _limit() or psutil.virtual_memory().total
-        self._floor = min(FLOOR_SHARE * self._total, HIGHEST_FLOOR) if floor_gb is None else floor_gb * GIGABYTE
+        self._floor = memory_floor(self._total, floor_gb)
         self._most = fraction * self._total
         self._process = psutil.Process()
 

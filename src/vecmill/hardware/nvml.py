@@ -12,10 +12,10 @@ from typing import Any
 import pynvml
 
 from vecmill.hardware.gpu import GpuProcess, GpuReading
+from vecmill.hardware.memory import MEGABYTE
 
 Ask = Callable[[Any], Any]
 
-MEGABYTE = 1024 * 1024
 CLOCK_REASONS = {
     pynvml.nvmlClocksEventReasonGpuIdle: "gpu_idle",
     pynvml.nvmlClocksEventReasonApplicationsClocksSetting: "applications_clocks_setting",

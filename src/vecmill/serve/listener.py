@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 
+from vecmill.core.address import url_here
+
 BACKLOG = 2048  # uvicorn's, which sets it again
 
 
@@ -24,5 +26,4 @@ def listen(host: str, port: int) -> socket.socket:
 def address_of(listener: socket.socket) -> str:
     """The URL to open on this machine."""
     host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104
-    return f"http://{shown}:{port}"
+    return url_here(host, port)

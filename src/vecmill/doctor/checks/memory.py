@@ -11,7 +11,7 @@ from vecmill.doctor.probing import ProbeFailed
 from vecmill.doctor.report import Finding, fail, ok, together, warn
 from vecmill.engine.probes.results import ClaimedMemory
 from vecmill.hardware.meminfo import meminfo
-from vecmill.hardware.memory import FLOOR_SHARE, GIGABYTE, HIGHEST_FLOOR, MEGABYTE, MemoryGuard, host_memory
+from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory, memory_floor
 
 HUB_SECONDS = 2.0  # a server that is to start waits for this
 PROBE_SECONDS = 30.0
@@ -62,8 +62,7 @@ def _room(context: Context) -> Room:
     total = (gpu.total_mb or 0 if of_gpu else machine.total_mb) * MEGABYTE
     available = (gpu.available_mb or 0 if of_gpu else machine.available_mb) * MEGABYTE
     unified = of_gpu and gpu.unified is True
-    floor = engine.memory_floor_gb
-    kept = int(min(FLOOR_SHARE * total, HIGHEST_FLOOR) if floor is None else floor * GIGABYTE)
+    kept = int(memory_floor(total, engine.memory_floor_gb))
     # A card's own memory has no floor: nothing else lives from it.
     return Room(
         total, available, 0 if of_gpu and not unified else kept, int(engine.memory_fraction * total), unified, of_gpu
