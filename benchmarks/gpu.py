@@ -32,7 +32,7 @@ from benchmarks.gpu_stages import Stages
 from benchmarks.host import describe_host
 from benchmarks.model_rounds import LIMITS, Machine
 from benchmarks.model_shapes import Shape
-from benchmarks.results import publish
+from benchmarks.results import keep_so_far, publish
 from rich.console import Console
 
 from vecmill.engine.device import configure_device, describe
@@ -87,19 +87,24 @@ def measure_model(kind: str, shape: Shape, target: Target, timing: Timing, found
 
 
 def measure(
-    options: argparse.Namespace, sizes: GpuSizes, device: torch.device, stages: Stages, console: Console
-) -> dict[str, Any]:
-    """The machine's rates and every model, printed as they come."""
+    options: argparse.Namespace,
+    sizes: GpuSizes,
+    device: torch.device,
+    stages: Stages,
+    console: Console,
+    found: dict[str, Any],
+) -> None:
+    """Put the machine's rates and every model into `found`, printed as they come."""
     machine = Machine(device, options.rounds or sizes.rounds, sizes.seconds, sizes.matmul_size, sizes.copy_bytes)
     wanted = options.dtype or ("float32" if options.tiny else "auto")
     dtype = choose_dtype(wanted, device, 1024).dtype
     need = (machine.rounds + 2) * (len(LIMITS) + 1) * sizes.seconds
     rates = stages.run("rates", need, partial(measure_rates, machine, dtype, sizes))
-    found: dict[str, Any] = {"card": describe_card(device), "dtype": dtype_name(dtype), "rates": rates, "models": []}
+    found.update({"card": describe_card(device), "dtype": dtype_name(dtype), "rates": rates, "models": []})
     print_machine(console, found)
     if rates is None:
         stages.skip("every model", "the machine's rates are not known")
-        return found
+        return
     timing = Timing(stages, machine, sizes, 1e12 * rates["matmul_tflops"]["median"])
     for name, (kind, shape) in sizes.models.items():
         one = empty_result(name, dtype)
@@ -107,7 +112,6 @@ def measure(
         # A target of its own: it keeps what was loaded. Guarded: what fails leaves what was found before.
         stages.guard(name, partial(measure_model, kind, shape, Target(dtype, device), timing, one))
         print_model(console, one)
-    return found
 
 
 def settings(options: argparse.Namespace, device: torch.device, sizes: GpuSizes) -> Mapping[str, Any]:
@@ -134,9 +138,15 @@ def main(arguments: Sequence[str] | None = None, already: float = 0.0) -> int:
     device = device or torch.device("cpu")
     configure_device(device, MEMORY_FRACTION)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
+    found: dict[str, Any] = {}
     with sampled(device) as samples, torch.inference_mode():
-        stages = Stages(started + 60 * options.minutes, device, samples)
-        found = measure(options, sizes, device, stages, console)
+        stages = Stages(
+            started + 60 * options.minutes,
+            device,
+            samples,
+            keep=lambda: keep_so_far("gpu", {**found, "stages": stages.records}),
+        )
+        measure(options, sizes, device, stages, console, found)
     wanted = targets(found["models"], next(iter(sizes.models)), sizes.busy_tokens)
     print_targets(console, wanted)
     print_stages(console, stages.records)

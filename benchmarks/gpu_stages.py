@@ -19,9 +19,13 @@ Found = TypeVar("Found")
 class Stages:
     """Runs them one by one and keeps what became of each, for the output and the JSON."""
 
-    def __init__(self, ends: float, device: torch.device, samples: Samples) -> None:
+    def __init__(
+        self, ends: float, device: torch.device, samples: Samples, keep: Callable[[], None] = lambda: None
+    ) -> None:
+        """`keep` is called before each stage, when what the one before found is in its place."""
         self._ends = ends  # by time.perf_counter
         self._device = device
+        self._keep = keep
         self._samples = samples
         self.records: list[dict[str, Any]] = []
 
@@ -40,6 +44,7 @@ class Stages:
         if needs > self.left:
             self.skip(name, f"needs about {needs:.0f} s, {max(self.left, 0):.0f} s are left")
             return None
+        self._keep()
         self._say(name)
         first_sample, started = len(self._samples), time.perf_counter()
         found, error = self._attempt(function)

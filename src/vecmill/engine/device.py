@@ -58,6 +58,7 @@ def configure_device(device: torch.device, memory_fraction: float) -> None:
     it lets oneDNN round float32 to bfloat16.
     """
     if device.type == "cuda":
+        torch.cuda.set_device(device)  # of this thread: events, properties and workspaces default to the current one
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
 

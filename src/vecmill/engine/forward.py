@@ -103,8 +103,10 @@ def _to_host(answers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         return answers.cpu(), None
     host = torch.empty(answers.shape, dtype=answers.dtype, pin_memory=True)
     host.copy_(answers, non_blocking=True)
-    done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    done.record()
+    # Blocking: whoever waits sleeps instead of keeping a core busy. On the answers' device, which need not be the
+    # current one.
+    done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    done.record(torch.cuda.current_stream(answers.device))
     return host, done
 
 

@@ -10,7 +10,12 @@ import torch
 T = TypeVar("T")
 
 # torch's allocator, and oneDNN where it has no room for what it prepares.
-CPU_OUT_OF_MEMORY = ("DefaultCPUAllocator", "could not create a primitive")
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator",
+    "could not create a primitive",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def unless_out_of_memory(function: Callable[[], T]) -> T | None:
@@ -34,4 +39,4 @@ def _is_out_of_memory(error: Exception) -> bool:
     """Whether less at once may work. On a CPU torch raises a plain RuntimeError, in the words of who ran out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_OUT_OF_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
@@ -22,6 +23,14 @@ from transformers import AttentionInterface
 from vecmill.models.packing import EqualLengths, PackedBatch
 
 ATTENTION = "packed"
+# Arguments that not every torch has. torch 2.11 takes neither: its kernel accepts fewer key heads without being told.
+# From 2.14 on either one keeps the call off cuDNN, which on H100 and B200 plans anew for each shape. One split: the
+# sums of a row are added in the same order whatever it is packed with.
+VARLEN_OPTIONS: dict[str, Any] = {
+    name: value
+    for name, value in (("enable_gqa", True), ("num_splits", 1))
+    if name in signature(varlen_attn).parameters
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +124,8 @@ def _flash(
         packed.max_length,
         max_keys,
         scale=scaling,
-        enable_gqa=q.shape[1] != k.shape[1],
         window_size=(-1, 0) if causal else (-1, -1),
+        **VARLEN_OPTIONS,
     )
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out[None]
