@@ -152,6 +152,11 @@ class EngineSettings(SettingsGroup):
         description="torch.compile of the models' layers. `auto`: measured against eager at warm-up, the faster is "
         "kept; where it cannot be compiled, eager with a warning.",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="Forward passes captured as CUDA graphs at warm-up, up to the number of tokens at which that is "
+        "no longer faster; false: every kernel is launched by itself.",
+    )
     memory_fraction: float = Field(
         0.9,
         gt=0,

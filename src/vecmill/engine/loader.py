@@ -17,7 +17,8 @@ from vecmill.core.types import ModelCard
 from vecmill.engine.choice import chosen_sources
 from vecmill.engine.device import choose_device, configure_device, describe
 from vecmill.engine.dtype import ChosenDtype, choose_dtype, dtype_name
-from vecmill.engine.loaded import Loaded, LoadedModel
+from vecmill.engine.forward import Device
+from vecmill.engine.loaded import Loaded, LoadedModel, Streams
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models import cards
 from vecmill.models import checkpoint as checkpoints
@@ -48,11 +49,13 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     capped = _cap_lengths(found, models.max_model_len)
     distinct, aliases = _names(capped, models.model_aliases)
     loaded = _load_all(distinct, aliases, models, device, report)
+    streams = Streams.on(device) if device.type == "cuda" else None
+    runs_on = Device(device, engine.use_flash_attn, streams)
     warmed, choices = {}, Choices()
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
-        warmed[model.key] = warm_up(model, engine, device, choices)
-    return Loaded(device, {model.key: model for model in loaded}, warmed)
+        warmed[model.key] = warm_up(model, engine, runs_on, choices)
+    return Loaded(device, streams, {model.key: model for model in loaded}, warmed)
 
 
 def _cap_lengths(found: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:
