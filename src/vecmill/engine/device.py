@@ -60,6 +60,8 @@ def configure_device(device: torch.device, memory_fraction: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread: events, properties and workspaces default to the current one
         torch.set_float32_matmul_precision("high")
+        # cuDNN prepares a plan for each new shape, and the lengths of texts differ from batch to batch.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
 
 

@@ -200,9 +200,9 @@ class _Stopwatch:
     def replay(self, captured: Pass, tokens: int) -> float:
         """Seconds of a captured pass of so many tokens."""
         shape = shape_of(tokens, self._engine.max_batch_size)
-        packed = pack([self._row(1)] * min(shape.rows, tokens), self._device.device, shape=shape)
-        started = perf_counter()
         with self._device.on_stream(lane_of(shape, Lane.BULK)):
+            packed = pack([self._row(1)] * min(shape.rows, tokens), self._device.device, shape=shape)
+            started = perf_counter()
             captured(packed).cpu()
         return perf_counter() - started
 
