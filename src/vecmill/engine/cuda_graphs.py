@@ -142,6 +142,7 @@ def lane_of(shape: PackShape | None, lane: Lane) -> Lane:
     return Lane.INTERACTIVE if shape.tokens <= INTERACTIVE_TOKENS else Lane.BULK
 
 
+@torch.inference_mode()
 def capture_graphs(
     capture: Capture, run_directly: Callable[[PackedBatch], object], device: torch.device, largest: int, max_rows: int
 ) -> Graphs:

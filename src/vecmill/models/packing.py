@@ -84,7 +84,7 @@ class PackedBatch:
     recalled: tuple[PrefixLayers, ...]
     """Prefixes computed in an earlier batch; their tokens count from T on."""
     groups: tuple[EqualLengths, ...]
-    """For attention without flash kernels. Empty with a shape, which is for those kernels only."""
+    """For attention without flash kernels."""
     order: tuple[int, ...]
     """`order[i]` is the caller's index of packed row i."""
     shape: PackShape | None
@@ -157,7 +157,7 @@ def pack(
             if segment.shared is not None and memory is not None
         ),
         recalled=tuple(recalled.values()),
-        groups=_groups(segments) if shape is None else (),
+        groups=_groups(segments),
         order=tuple(segment.index for segment in segments if segment.index is not None),
         shape=shape,
     )
@@ -182,7 +182,7 @@ def _to_device(arrays: Mapping[str, Array], device: torch.device) -> tuple[Tenso
         host = host.pin_memory()  # from pageable memory a copy would wait for all that was launched before
     whole = host.to(device, non_blocking=True)
     return whole, {
-        name: whole[starts[name] : starts[name] + array.nbytes].view(TORCH_TYPES[array.dtype.name]).view(array.shape)
+        name: whole.narrow(0, starts[name], array.nbytes).view(TORCH_TYPES[array.dtype.name]).view(array.shape)
         for name, array in arrays.items()
     }
 
