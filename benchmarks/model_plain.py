@@ -89,7 +89,7 @@ def with_sdpa(packed_backbone: nn.Module) -> nn.Module:
     with torch.device("meta"):
         new = type(old)(config, **options)
     new.set_attn_implementation("sdpa")
-    new.load_state_dict(_unmerged(old), assign=True)
+    new.load_state_dict(unmerged(old), assign=True)
     buffers = dict(old.named_buffers())
     for name, _ in list(new.named_buffers()):
         module_name, _, leaf = name.rpartition(".")
@@ -98,7 +98,7 @@ def with_sdpa(packed_backbone: nn.Module) -> nn.Module:
     return module
 
 
-def _unmerged(model: nn.Module) -> dict[str, Tensor]:
+def unmerged(model: nn.Module) -> dict[str, Tensor]:
     """The weights under transformers' names; those of merged products as views of their rows."""
     weights = dict(model.state_dict())
     for name, module in model.named_modules():
