@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import DetokenizeRequest, Piece, TokenizeRequest
 from vecmill.inference.prompts import missing_prompt
@@ -33,7 +36,7 @@ def _within(size: int, param: str, unit: str) -> int:
     return size
 
 
-def pieces(model: ServedEmbedder | ServedReranker, request: TokenizeRequest, prompt: str) -> list[list[Piece]]:
+def pieces(model: ServedEmbedder | ServedReranker, request: TokenizeRequest, prompt: str) -> list[Sequence[Piece]]:
     """The pieces of each text, uncut; with the special tokens that an embedding model's rows have around them.
 
     Raises:
@@ -49,19 +52,38 @@ def pieces(model: ServedEmbedder | ServedReranker, request: TokenizeRequest, pro
     size = sum(pool.normalised_bytes(text) + len(prompt) for text in request.texts)
     _within(size, request.param, "bytes in the tokenizer's form")
     return [
-        [*special[: len(before)], *_inner(pool, missing_prompt(prompt, text) + text), *special[len(before) :]]
+        _Pieces(pool, missing_prompt(prompt, text) + text, special[: len(before)], special[len(before) :])
         for text in request.texts
     ]
 
 
-def _inner(pool: TokenizerPool, text: str) -> list[Piece]:
-    """What stands in the text is never special, as TEI has it: an unknown word, a control token written out."""
-    encoding = pool.with_offsets(text)
-    ids = encoding.ids
-    return [
-        Piece(number, token, text[start:stop], False, start, stop)
-        for number, token, (start, stop) in zip(ids, pool.tokens(ids), encoding.offsets, strict=True)
-    ]
+class _Pieces(Sequence[Piece]):
+    """The pieces of one text. They are made as they are looked at: there may be hundreds of thousands.
+
+    What stands in the text is never special, as TEI has it: an unknown word, a control token written out.
+    """
+
+    def __init__(self, pool: TokenizerPool, text: str, before: Sequence[Piece], after: Sequence[Piece]) -> None:
+        encoding = pool.with_offsets(text)
+        self._text = text
+        self._before, self._after = before, after
+        self._ids: list[int] = encoding.ids
+        self._tokens = pool.tokens(self._ids)
+        self._offsets: list[tuple[int, int]] = encoding.offsets
+
+    def __len__(self) -> int:
+        return len(self._before) + len(self._ids) + len(self._after)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        place = range(len(self))[index] - len(self._before)
+        if place < 0:
+            return self._before[place]
+        if place >= len(self._ids):
+            return self._after[place - len(self._ids)]
+        start, stop = self._offsets[place]
+        return Piece(self._ids[place], self._tokens[place], self._text[start:stop], False, start, stop)
 
 
 def texts_of(model: ServedEmbedder | ServedReranker, request: DetokenizeRequest) -> list[str]:

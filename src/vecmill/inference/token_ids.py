@@ -107,16 +107,16 @@ def _are_cl100k(encoding: Encoding, judged: Sequence[Sequence[int]], pool: Token
     fits = [_is_cl100k(encoding, ids) for ids in judged]
     if all(fits):
         return True
-    own = [_given_by(pool, ids) for ids in judged]
-    if all(own):
-        return False
     # The rest of a long text may be short; it follows what was cut off before it.
     if any(fit and len(ids) >= CUT_FROM_TOKENS for fit, ids in zip(fits, judged, strict=True)):
         fits = [fit or _is_rest(encoding, ids) for fit, ids in zip(fits, judged, strict=True)]
         if all(fits):
             return True
-    neither = next((index for index, fit in enumerate(fits) if not fit and not own[index]), fits.index(False))
-    raise _neither(f"{param}[{neither}]")
+    # Those that are not cl100k's first: at the first that is neither no more are looked at.
+    for index in sorted(range(len(judged)), key=fits.__getitem__):
+        if not _given_by(pool, judged[index]):
+            raise _neither(f"{param}[{fits.index(False) if fits[index] else index}]")
+    return False
 
 
 def _neither(param: str) -> InvalidInput:
