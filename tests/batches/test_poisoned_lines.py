@@ -13,6 +13,7 @@ import pytest
 
 from tests.batches.light import URL, LightEndpoint, content, create, ended, line, opened, progressed, upload
 from vecmill.batches.record import BatchRecord, Status
+from vecmill.batches.validation import MOST_COMMAS, validate
 from vecmill.batches.window import Turns
 
 CHUNK = 8
@@ -128,6 +129,13 @@ async def test_a_batch_is_cancelled_while_its_lines_are_done_again(tmp_path: Pat
     batch = await ended(batches, batch_id)
     assert (batch.status, batch.progress.completed) == (Status.CANCELLED, 5)
     await batches.close()
+
+
+def test_a_line_of_millions_of_ids_is_refused_unread(tmp_path: Path) -> None:
+    (tmp_path / "input").write_bytes(line("1", input="x") + line("2", input=[1] * (MOST_COMMAS + 10)))
+    checked = validate(tmp_path / "input", URL, 32_000_000, lambda: False)
+    assert [(error.line, error.code) for error in checked.errors] == [(2, "line_too_long")]
+    assert f"more than {MOST_COMMAS} values" in checked.errors[0].message
 
 
 async def test_alone_is_beside_nothing() -> None:
