@@ -188,7 +188,8 @@ class Server:
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
         self.inference.attach(models, self._scheduler, self.state.cache)
-        self.state.batches.start(batch_endpoints(self.inference, self._threads, self._settings.inference))
+        endpoints = batch_endpoints(self.inference, self._threads, self._settings.inference)
+        self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self.monitor.watch(engine.gpu_uuid())
         watch_budgets(self.services)
         self._loaded = loaded

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -106,9 +108,19 @@ async def content(batches: Batches, file_id: str | None) -> list[dict[str, Any]]
     return [orjson.loads(line) for line in raw.splitlines()]
 
 
+class DeadlyEndpoint(LightEndpoint):
+    """Some lines kill the process, by themselves or among others."""
+
+    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+        results = await super().run(client, lines)
+        if any("kill" in line.body for line in lines):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return results
+
+
 async def _run_until_killed(folder: Path, chunk_size: int) -> None:
     state = StateFolder.open(folder, shared=True)
-    batches = opened(state.path, LightEndpoint(), batch_chunk_size=chunk_size)
+    batches = opened(state.path, DeadlyEndpoint(), batch_chunk_size=chunk_size)
     sys.stdout.write("running\n")
     sys.stdout.flush()
     while not all(batch.ended for batch in await batches.all()):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from vecmill.batches.endpoint import Endpoint
@@ -59,9 +60,10 @@ class Batches:
             store, files, self._clock, self._telemetry, self._settings.batch_chunk_size, self._max_line_bytes
         )
 
-    def start(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """Begin to run batches."""
+    def start(self, endpoints: Mapping[str, Endpoint], device_failed: Callable[[], bool] = lambda: False) -> None:
+        """Begin to run batches. `device_failed`: what was being worked on may be the cause, as where a process dies."""
         if self._around is not None:
+            self._around = replace(self._around, device_failed=device_failed)
             sweep = Sweep(self._around.store, self._around.files, self._clock, self._settings.file_expires_days)
             self._runner = Runner(self._around, endpoints, self._settings.batches_max_active, sweep)
 

@@ -1,4 +1,4 @@
-"""The folder of batches: `<id>/batch.json`, its `lock`, its `cancel` and what it has answered so far."""
+"""The folder of batches: `<id>/batch.json`, its `lock`, `cancel` and `working`, and what it has answered so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from time import time
 
 from pydantic import ValidationError
 
-from vecmill.batches.record import BatchRecord
+from vecmill.batches.record import BatchRecord, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.storage.atomic_files import sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
@@ -20,7 +20,7 @@ from vecmill.storage.file_lock import FileLock
 logger = logging.getLogger(__name__)
 
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
-RECORD, LOCK, CANCEL = "batch.json", "lock", "cancel"
+RECORD, LOCK, CANCEL, WORKING = "batch.json", "lock", "cancel", "working"
 UNBORN = "new."
 UNBORN_SECONDS = 3600.0
 
@@ -92,6 +92,21 @@ class BatchStore:
             return float((self.folder(batch_id) / CANCEL).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
+
+    def note_work(self, batch_id: str, note: WorkNote) -> None:
+        """Have it on disk what is about to be worked on. For whoever holds the batch's lock, as the next two."""
+        write_atomically(self.folder(batch_id) / WORKING, note.model_dump_json().encode())
+
+    def noted_work(self, batch_id: str) -> WorkNote | None:
+        """What a process worked on when it died; None: none did."""
+        try:
+            return WorkNote.model_validate_json((self.folder(batch_id) / WORKING).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def end_work(self, batch_id: str) -> None:
+        """Nothing is being worked on any more."""
+        (self.folder(batch_id) / WORKING).unlink(missing_ok=True)
 
     def forget(self, batch_id: str) -> None:
         """Delete a batch with all that is its own."""

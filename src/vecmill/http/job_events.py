@@ -9,12 +9,10 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from itertools import count
 
-import orjson
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
 from vecmill.http.services import ServicesOf
-from vecmill.jobs.job import View
 
 # Proxies end connections that are silent for longer than a minute, some after 30 s.
 KEEP_ALIVE_SECONDS = 15.0
@@ -40,13 +38,10 @@ async def job_events(services: ServicesOf) -> StreamingResponse:
     )
 
 
-async def _events(changes: AsyncGenerator[list[View], None]) -> AsyncIterator[bytes]:
+async def _events(changes: AsyncGenerator[list[bytes], None]) -> AsyncIterator[bytes]:
     numbers = count(1)
     yield f"retry: {RETRY_MS}\n\n".encode()
     async with aclosing(changes):
-        async for views in changes:
-            yield b"".join(_event(next(numbers), view) for view in views) or b": keep-alive\n\n"
-
-
-def _event(number: int, view: View) -> bytes:
-    return b"event: job\nid: %d\ndata: %b\n\n" % (number, orjson.dumps(view))
+        async for jobs in changes:
+            events = (b"event: job\nid: %d\ndata: %b\n\n" % (next(numbers), job) for job in jobs)
+            yield b"".join(events) or b": keep-alive\n\n"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import cast
 
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, TooManyInputs
+from vecmill.core.errors import EmptyInput, ModelLoading, TooManyInputs
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
@@ -30,7 +31,7 @@ from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission, Permit
 from vecmill.inference.cost import entries, estimate, result_bytes
 from vecmill.inference.finish import check_dimensions, finish
-from vecmill.inference.pieces import pieces, texts_of
+from vecmill.inference.pieces import check_size, pieces, texts_of
 from vecmill.inference.prompts import asks_for_query, choose_prompt
 from vecmill.inference.recall import Recall, Recalled, TextMemory
 from vecmill.inference.running import Asked, Ran, run_rows, within
@@ -41,9 +42,6 @@ from vecmill.inference.tokenization import Tokenized
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler, SchedulerStats
 from vecmill.telemetry.telemetry import Telemetry
-
-# Of /tokenize: a token takes some hundred bytes until it is answered.
-MOST_SHOWN_CHARACTERS = 1_000_000
 
 
 class Inference:
@@ -172,14 +170,16 @@ class Inference:
         if not isinstance(texts[0], str):
             ids = cast(Sequence[Sequence[int]], texts)
             whose = request.token_vocabulary or self._settings.token_ids
-            read = partial(texts_of_ids, whose, ids, model.tokenizer.pool, request.param)
+            truncation = replace(request.truncation, allowed=self._truncate(request.truncation))
+            read = partial(texts_of_ids, whose, ids, model.tokenizer.pool, request.param, truncation)
             size = sum(map(len, ids))
             found = await self._threads.run_if_large(read, size=size)
             if found is None:
                 check = partial(model.tokenizer.check, ids, request.param, request.truncation)
                 rows = await self._threads.run_if_large(check, size=size)
                 return await self._threads.run(partial(recall.of_rows, rows), size=size) if recall else rows
-            texts = found
+            inputs = await tokenize_texts(model, found.texts, prompt, request.truncation, recall)
+            return [one.marked_as_cut() if index in found.cut else one for index, one in enumerate(inputs)]
         return await tokenize_texts(model, cast(Sequence[str], texts), prompt, request.truncation, recall)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
@@ -216,14 +216,8 @@ class Inference:
         model = self._models_or_raise().any(request.model)
         self._check_count(len(request.texts), request.param)
         prompt = choose_prompt(model.card, request.prompt)
-        size = sum(len(text) + len(prompt) for text in request.texts)
-        if size > MOST_SHOWN_CHARACTERS:
-            raise InvalidInput(
-                f"`{request.param}` has {size} characters, {MOST_SHOWN_CHARACTERS} can be shown as tokens; split the "
-                f"request.",
-                param=request.param,
-            )
-        show = partial(pieces, model, request.texts, prompt, special_tokens=request.special_tokens)
+        size = check_size(request, prompt)
+        show = partial(pieces, model, request, prompt)
         return TokenizeResult(await self._threads.run(show, size=size), model.card)
 
     async def detokenize(self, request: DetokenizeRequest) -> list[str]:
@@ -234,8 +228,7 @@ class Inference:
         """
         model = self._models_or_raise().any(request.model)
         self._check_count(len(request.inputs), request.param)
-        read = partial(texts_of, model, request.inputs, request.param, skip_special_tokens=request.skip_special_tokens)
-        return await self._threads.run(read, size=sum(map(len, request.inputs)))
+        return await self._threads.run(partial(texts_of, model, request), size=check_size(request))
 
     async def _run(
         self,

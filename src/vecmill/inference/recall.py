@@ -14,6 +14,7 @@ from vecmill.inference.tokenization import Tokenized
 
 # Tokenizing takes ten times as long as looking up a vector. Some 300 bytes each.
 TEXTS_REMEMBERED = 100_000
+DIGESTED_AT_ONCE = 262_144  # characters
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,10 @@ class Recalled:
     key: bytes
     tokens: int
     truncated: bool
+
+    def marked_as_cut(self) -> Recalled:
+        """The same of a text that had been cut before it was tokenized."""
+        return replace(self, truncated=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +92,7 @@ class Recall:
         context = blake2b(how, digest_size=32, key=self.fingerprint).digest()
 
         def recall(texts: Sequence[str]) -> list[Tokenized | Recalled]:
-            digests = [
-                blake2b(text.encode("utf-8", "surrogatepass"), digest_size=KEY_BYTES, key=context).digest()
-                for text in texts
-            ]
+            digests = [_digest(text, context) for text in texts]
             found = self._known(digests)
             missing = [index for index, one in enumerate(found) if one is None]
             encoded = self.of_rows(encode([texts[index] for index in missing])) if missing else []
@@ -123,3 +125,11 @@ class Recall:
             else replace(one, key=key)
             for key, one in zip(keys, rows, strict=True)
         ]
+
+
+def _digest(text: str, context: bytes) -> bytes:
+    """In pieces: neither a copy of a long text nor the interpreter held while it is made."""
+    digest = blake2b(digest_size=KEY_BYTES, key=context)
+    for start in range(0, len(text), DIGESTED_AT_ONCE):
+        digest.update(text[start : start + DIGESTED_AT_ONCE].encode("utf-8", "surrogatepass"))
+    return digest.digest()

@@ -131,10 +131,12 @@ class JobQueue:
         ledger = self._ledger()
         return sum(job.status is status for job in (*ledger.open.values(), *ledger.ended.values()))
 
-    def follow(self, idle_seconds: float) -> AsyncGenerator[list[View], None]:
-        """The open jobs and the last that ended, then each job whenever it changes; nothing after `idle_seconds`.
+    def follow(self, idle_seconds: float) -> AsyncGenerator[list[bytes], None]:
+        """The open jobs and the last that ended, then each job whenever it changes, as JSON; nothing after
+        `idle_seconds`.
 
-        Ends with the server's own end. Raises JobsUnavailable before the queue is open.
+        Ends with the server's own end. Raises JobsUnavailable before the queue is open, Overloaded where too many
+        follow.
         """
         self._opened()
         return self._followers.follow(idle_seconds)

@@ -20,7 +20,7 @@ class Views:
     def __init__(self, ledger: Ledger, settings: JobSettings, now: float) -> None:
         self.ledger = ledger
         self._settings = settings
-        self._now = now
+        self.now = now
         self._places: dict[str, tuple[int, int]] = {}
         position = ahead = 0
         for job in ledger.open.values():
@@ -43,7 +43,7 @@ class Views:
     def of(self, job: Job) -> View:
         """The same of a job at hand."""
         position, ahead = self._places.get(job.id, (0, 0))
-        shown = job.view(self._now) | {"position": position, "queue_position": position}
+        shown = job.view(self.now) | {"position": position, "queue_position": position}
         if job.status is JobStatus.QUEUED:
             shown |= {"chunks_ahead": ahead, "estimated_wait": self._wait(job, ahead)}
         return shown
@@ -73,5 +73,5 @@ class Views:
         rate = self.ledger.totals.pace.rate
         if rate is None:
             return None
-        left = job.created_at + self._settings.jobs_max_wait_seconds - self._now
+        left = job.created_at + self._settings.jobs_max_wait_seconds - self.now
         return round(max(0.0, min(ahead / rate, left)), 1)
