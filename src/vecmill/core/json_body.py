@@ -9,6 +9,7 @@ Source: https://datatracker.ietf.org/doc/html/rfc8259
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,11 @@ QUOTE, COMMA, COLON, OPEN, CLOSE = range(1, 6)
 KINDS = bytes(
     {34: QUOTE, 44: COMMA, 58: COLON, 91: OPEN, 123: OPEN, 93: CLOSE, 125: CLOSE}.get(i, 0) for i in range(256)
 )
-CLOSED_BY = {b"[": b"]", b"{": b"}"}
+CLOSED_BY = {b"[": b"]", b"{": b"}", b'"': b'"'}
+SPACE_AT_A_TIME = 65_536  # bytes
+LONGEST_CHARACTER = 4  # bytes in UTF-8
+SPACE = b" \t\r\n"
+HIGH_SURROGATE = re.compile(rb"\\u[dD][89abAB]")
 NOT_JSON = (b"NaN", b"Infinity", b"-Infinity")
 
 
@@ -52,19 +57,19 @@ class JsonLimits:
 DEFAULT_LIMITS = JsonLimits()
 
 
-def parse(body: bytes, limits: JsonLimits = DEFAULT_LIMITS) -> Any:
-    """The value. To be called in a thread where the body is large.
+def parse(body: bytes, limits: JsonLimits = DEFAULT_LIMITS, *, piece: int = PIECE) -> Any:
+    """The value. To be called in a thread where the body is large; `piece` bytes of it are parsed in one go.
 
     Raises:
         BodyTooLarge: it holds more than `limits` allow. MalformedBody, InvalidInput: it is not JSON in valid Unicode.
     """
     # The shortest container takes two bytes, so that a small body cannot hold too many.
-    if len(body) <= 2 * limits.containers:
+    if len(body) <= min(piece, 2 * limits.containers):
         try:
             return orjson.loads(body)
         except orjson.JSONDecodeError as error:
             raise _named(body, error, 0) from None
-    return _Pieces(body, _structure(body, limits)).value()
+    return _Pieces(body, _structure(body, limits), piece).value()
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +138,9 @@ def _too_much(body: bytes, structure: _Structure, limits: JsonLimits) -> BodyToo
 class _Pieces:
     """Parses a large body piece by piece. Between pieces other threads get the interpreter."""
 
-    def __init__(self, body: bytes, structure: _Structure) -> None:
+    def __init__(self, body: bytes, structure: _Structure, piece: int) -> None:
         self._body = body
+        self._piece = piece
         self._places, self._kinds, self._depths = structure.places, structure.kinds, structure.depths
 
     def value(self) -> Any:
@@ -142,11 +148,17 @@ class _Pieces:
 
     def _value(self, start: int, stop: int, first: int, last: int, depth: int) -> Any:
         """The value between two places, whose structure is between two others; `depth` is that of its own brackets."""
-        if stop - start <= PIECE or depth > DEEPEST_SPLIT or not self._is_container(start, stop, first, last, depth):
+        if stop - start <= self._piece:
+            return self._loads(start, stop)
+        if first == last:
+            return self._scalar(start, stop)
+        if depth > DEEPEST_SPLIT or not self._is_container(start, stop, first, last, depth):
             return self._loads(start, stop)
         bracket = self._at(first)
         inner = slice(first + 1, last - 1)
         commas = np.flatnonzero((self._kinds[inner] == COMMA) & (self._depths[inner] == depth)) + first + 1
+        if last - first == len("[]") and self._is_blank(int(self._places[first]) + 1, int(self._places[last - 1])):
+            return [] if bracket == b"[" else {}
         found: Any = [] if bracket == b"[" else {}
         add = found.extend if bracket == b"[" else found.update
         for one in self._groups(first, last - 1, commas):
@@ -154,16 +166,16 @@ class _Pieces:
         return found
 
     def _is_container(self, start: int, stop: int, first: int, last: int, depth: int) -> bool:
-        """Whether there is one list or object with structure in it, and nothing around it."""
-        if last - first < 3 or self._kinds[first] != OPEN or self._kinds[last - 1] != CLOSE:
+        """Whether there is one list or object, and nothing around it."""
+        if self._kinds[first] != OPEN or self._kinds[last - 1] != CLOSE:
             return False
         closings = (self._kinds[first:last] == CLOSE) & (self._depths[first:last] <= depth)
         return (
             bool(self._depths[first] == depth)
             and np.count_nonzero(closings) == 1
             and CLOSED_BY[self._at(first)] == self._at(last - 1)
-            and not self._body[start : self._places[first]].strip(b" \t\r\n")
-            and not self._body[self._places[last - 1] + 1 : stop].strip(b" \t\r\n")
+            and self._is_blank(start, int(self._places[first]))
+            and self._is_blank(int(self._places[last - 1]) + 1, stop)
         )
 
     def _groups(self, first: int, last: int, commas: NDArray[np.intp]) -> Iterator[tuple[int, int, bool]]:
@@ -172,14 +184,14 @@ class _Pieces:
         places = self._places[ends]
         before, entry = first, 0
         while entry < len(ends):
-            fitting = int(np.searchsorted(places, self._places[before] + PIECE, side="right")) - 1
+            fitting = int(np.searchsorted(places, self._places[before] + self._piece, side="right")) - 1
             end = max(entry, fitting)
             yield before, int(ends[end]), end == entry
             before, entry = int(ends[end]), end + 1
 
     def _group(self, bracket: bytes, before: int, after: int, is_one: bool, depth: int) -> Any:
         start, stop = int(self._places[before]) + 1, int(self._places[after])
-        if not is_one or stop - start <= PIECE:
+        if not is_one or stop - start <= self._piece or self._is_blank(start, stop):
             return self._entries(bracket, start, stop)
         if bracket == b"[":
             return [self._value(start, stop, before + 1, after, depth + 1)]
@@ -187,17 +199,71 @@ class _Pieces:
         if colon >= after or self._kinds[colon] != COLON:
             return self._entries(bracket, start, stop)
         key_stop = int(self._places[colon])
-        key = self._loads(start, key_stop)
+        key = self._value(start, key_stop, colon, colon, depth)
         if not isinstance(key, str):
             return self._entries(bracket, start, stop)
         return {key: self._value(key_stop + 1, stop, colon + 1, after, depth + 1)}
 
     def _entries(self, bracket: bytes, start: int, stop: int) -> Any:
-        part = self._body[start:stop]
         # Between brackets of its own nothing would be an empty list, which this is not.
-        if not part.strip(b" \t\r\n"):
+        return self._loads(start, stop, b"" if self._is_blank(start, stop) else bracket)
+
+    def _scalar(self, start: int, stop: int) -> Any:
+        """A text, number or name, with white space around it."""
+        start, stop = self._after_space(start, stop), self._before_space(start, stop)
+        if stop - start <= self._piece:
             return self._loads(start, stop)
-        return self._loads(start, stop, bracket)
+        if self._body[start] != ord('"') or self._body[stop - 1] != ord('"'):
+            raise MalformedBody(f"The request body is not valid JSON: no value is that long (at byte {start}).")
+        parts, place, end = [], start + 1, stop - 1
+        while place < end:
+            cut = end if end - place <= self._piece else self._cut(place, place + self._piece)
+            parts.append(self._loads(place, cut, b'"'))
+            place = cut
+        return "".join(parts)
+
+    def _cut(self, start: int, stop: int) -> int:
+        """The last place of a text up to `stop` where a character, or what stands for one, begins."""
+        for place in range(stop - 1, stop - len(r"\uXXXX"), -1):
+            if self._begins_escape(start, place):
+                length = 6 if self._body[place + 1] == ord("u") else 2
+                stop = place if place + length > stop else stop
+                break
+        before = stop - len(r"\uXXXX")
+        if HIGH_SURROGATE.match(self._body, before) and self._begins_escape(start, before):
+            stop = before
+        for _ in range(LONGEST_CHARACTER - 1):
+            stop -= self._body[stop] & 0xC0 == 0x80  # within a character of several bytes
+        return stop
+
+    def _begins_escape(self, start: int, place: int) -> bool:
+        """Whether a backslash is not itself escaped."""
+        if self._body[place] != ord("\\"):
+            return False
+        before = self._body[start : place + 1]
+        return (len(before) - len(before.rstrip(b"\\"))) % 2 == 1
+
+    def _is_blank(self, start: int, stop: int) -> bool:
+        return self._after_space(start, stop) == stop
+
+    def _after_space(self, start: int, stop: int) -> int:
+        """A little at a time: there may be megabytes of it."""
+        while start < stop:
+            part = self._body[start : min(stop, start + SPACE_AT_A_TIME)]
+            rest = len(part.lstrip(SPACE))
+            start += len(part) - rest
+            if rest:
+                break
+        return start
+
+    def _before_space(self, start: int, stop: int) -> int:
+        while start < stop:
+            part = self._body[max(start, stop - SPACE_AT_A_TIME) : stop]
+            rest = len(part.rstrip(SPACE))
+            stop -= len(part) - rest
+            if rest:
+                break
+        return stop
 
     def _loads(self, start: int, stop: int, bracket: bytes = b"") -> Any:
         text: Any = memoryview(self._body)[start:stop]
@@ -251,5 +317,5 @@ def _path(body: bytes, structure: _Structure, place: int) -> str:
 
 
 def _key(body: bytes, start: int, stop: int) -> str:
-    raw = body[start : min(stop, start + LONGEST_KEY_READ)].strip(b' \t\r\n"')
+    raw = body[start : min(stop, start + LONGEST_KEY_READ)].strip(SPACE + b'"')
     return raw.decode("utf-8", "replace")[:LONGEST_KEY_NAMED]
