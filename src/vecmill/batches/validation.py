@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import orjson
 
 from vecmill.batches.record import LineError
+from vecmill.core.errors import BodyTooLarge, InvalidInput
+from vecmill.core.json_body import parse
 
 MOST_ERRORS = 50  # as OpenAI shows
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -109,11 +110,12 @@ def _check(raw: bytes, endpoint: str, max_line_bytes: int) -> str | LineError:
             code="line_too_long", message=f"This line has more than {MOST_COMMAS} values: split it into several."
         )
     try:
-        entry = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
+        entry = parse(raw)
+    except BodyTooLarge as error:
+        return LineError(code="line_too_long", message=f"This line is too much. {error.message}", param=error.param)
+    except InvalidInput as error:
         return LineError(
-            code="invalid_json_line",
-            message=f"This line is not valid JSON: {error}. NaN, Infinity and half surrogate pairs are not JSON.",
+            code="invalid_json_line", message=f"This line cannot be read. {error.message}", param=error.param
         )
     if not isinstance(entry, dict):
         return LineError(code="invalid_json_line", message="This line is not a JSON object.")
@@ -170,8 +172,8 @@ def _really_equal(lines: Iterator[tuple[int, bytes]], suspects: frozenset[int], 
 
 def _custom_id(raw: bytes) -> str | None:
     try:
-        entry = orjson.loads(raw)
-    except orjson.JSONDecodeError:
+        entry = parse(raw)
+    except (BodyTooLarge, InvalidInput):
         return None
     found = entry.get("custom_id") if isinstance(entry, dict) else None
     return found if isinstance(found, str) else None

@@ -9,6 +9,7 @@ from fastapi import Depends, Header, Request
 from pydantic import BeforeValidator, Field
 
 from vecmill.core.types import CacheControl, Caller, Lane
+from vecmill.http.bounds import Word
 from vecmill.http.in_progress import NewWork
 
 LANES = f"must be {', '.join(lane.value for lane in Lane)}, or a whole number (negative: first, positive: bulk)"
@@ -37,6 +38,7 @@ def parse_priority(value: Any) -> Any:
 Priority = Annotated[
     Lane | None,
     BeforeValidator(parse_priority),
+    Word,
     Field(
         description="`interactive`: before all bulk; `bulk`: whenever there is room; or vLLM's number (lower is "
         "earlier, 0 says nothing). Left out: queries, reranking and up to 8 texts with 512 tokens that are of no "

@@ -28,13 +28,18 @@ from vecmill.core.errors import (
     NotAllowed,
     NotFound,
     Overloaded,
+    TooManyInputs,
     Unavailable,
     VecmillError,
 )
+from vecmill.http.bounds import TOO_MANY_INPUTS
 from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, nearest, shape_for
 from vecmill.http.services import services_of
 
 logger = logging.getLogger(__name__)
+
+LONGEST_FIELD = 200  # characters of what is shown
+LONGEST_PROBLEM = 600
 
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
@@ -115,12 +120,15 @@ def _translate(first: Mapping[str, Any]) -> VecmillError:
     # Without where it was found (body, path or query), and without which of several bodies it is.
     location = [part for part in first["loc"][1:] if not str(part).startswith(DIALECT_TAG)]
     field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    field = field[:LONGEST_FIELD]  # keys of a mapping are the client's own
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return MalformedBody(f"The request body is not valid JSON: {reason}.")
     if not location:
         return MalformedBody("The request body must be a JSON object, sent with Content-Type: application/json.")
-    problem = first["msg"].removeprefix("Value error, ")
+    if first["type"] == TOO_MANY_INPUTS:
+        return TooManyInputs(f"`{field}` {first['msg']}.", param=field)
+    problem = first["msg"].removeprefix("Value error, ")[:LONGEST_PROBLEM]
     return InvalidInput(f"`{field}`: {problem}", param=field)
 
 

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from vecmill.batches.endpoint import Line, LineResult
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import ScoreResult
+from vecmill.http.bounds import at_most
 from vecmill.http.dialects.bodies import RESULT_CHARACTERS, ScoreBody
 from vecmill.http.dialects.line_requests import bulk, patiently, refused_line
 from vecmill.http.dialects.rerank import BODIES, AnyRerankBody, spoken
@@ -26,11 +27,12 @@ READ: TypeAdapter[ScoreBody] = TypeAdapter(AnyRerankBody)
 class RerankEndpoint:
     """Answers lines as POST /v1/rerank does, in each line's dialect."""
 
-    def __init__(self, inference: Inference, threads: WorkerThreads, places: asyncio.Semaphore) -> None:
-        """`places`: for requests in progress, over all batches."""
+    def __init__(self, inference: Inference, threads: WorkerThreads, places: asyncio.Semaphore, max_texts: int) -> None:
+        """`places`: for requests in progress, over all batches. `max_texts`: of a request."""
         self._inference = inference
         self._threads = threads
         self._places = places
+        self._most = max_texts
 
     def texts(self, body: Mapping[str, Any]) -> int:
         """The documents, whatever this dialect calls them."""
@@ -51,7 +53,8 @@ class RerankEndpoint:
             return refused_line(BODIES[spoken(line.body)].errors, error)
 
     async def _score(self, client: str, raw: Mapping[str, Any]) -> LineResult:
-        body = READ.validate_python(raw)
+        with at_most(self._most):
+            body = READ.validate_python(raw)
         asked = body.score_request(bulk(client))
         async with self._places:
             result = await patiently(partial(self._inference.score, asked))

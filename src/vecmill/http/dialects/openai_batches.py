@@ -29,6 +29,12 @@ LONGEST_WINDOW = 30 * 24 * HOUR
 WINDOW = "must be hours or days, from `1h` to `30d`; OpenAI's own is `24h`"
 
 
+Metadata = Annotated[
+    dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
+    Field(max_length=16, fail_fast=True),
+]
+
+
 class ExpiresAfter(BaseModel):
     """When a file is deleted."""
 
@@ -56,9 +62,7 @@ class BatchBody(BaseModel):
     completion_window: str = Field(
         description="Hours or days after which what is not done is given up: `24h` as OpenAI has it, or up to `30d`."
     )
-    metadata: (
-        dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None
-    ) = Field(None, max_length=16, description="Up to 16 notes, given back as they are.")
+    metadata: Metadata | None = Field(None, description="Up to 16 notes, given back as they are.")
     output_expires_after: ExpiresAfter | None = Field(
         None, description="When output and errors are deleted; left out: FILE_EXPIRES_DAYS."
     )

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vecmill.core.types import PromptChoice
+from vecmill.http.bounds import Word
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
 
 # NIM's, Cohere's and Voyage's `input_type`, Jina's `task`.
@@ -35,7 +36,7 @@ def parse_use(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-Use = Annotated[str | None, BeforeValidator(parse_use)]
+Use = Annotated[str | None, BeforeValidator(parse_use), Word]
 
 
 class PromptFields(BaseModel):

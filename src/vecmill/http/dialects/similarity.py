@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Tag
 
 from vecmill.core.types import Caller, EmbedRequest
+from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf, with_priority
 from vecmill.http.dialects.bodies import InferenceBody, example
 from vecmill.http.dialects.prompt_fields import PromptFields
@@ -29,7 +30,7 @@ class Sentences(BaseModel):
     """One sentence and those that it is compared with."""
 
     source_sentence: str
-    sentences: list[str]
+    sentences: InputList[str]
 
 
 class SimilarityParameters(PromptFields, InferenceBody):

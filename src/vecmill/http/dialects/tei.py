@@ -14,6 +14,7 @@ from pydantic import Field
 from vecmill import __version__
 from vecmill.core.errors import NotServed
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, TokenVocabulary
+from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf, of_job
 from vecmill.http.capabilities import max_batch_tokens
 from vecmill.http.dialects.bodies import EmbedBody, ScoreBody, best_first, embed, example
@@ -78,7 +79,7 @@ class TeiRerankBody(ScoreBody):
     errors: ClassVar[ErrorShape] = TEI
 
     query: str
-    texts: list[str]
+    texts: InputList[str]
     raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
     return_text: bool | None = Field(None, description="Give each text back beside its score.")
     top_n: int | None = Field(None, ge=0, description="Only the best so many; LiteLLM sends it.")
