@@ -14,10 +14,11 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
 from vecmill.core.errors import InvalidInput, MalformedBody
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import services_of
 
 SURROGATE = re.compile("[\ud800-\udfff]")
-CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+BOM = "\ufeff".encode()  # which some write before their JSON, though it says nothing
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -32,7 +33,7 @@ class JsonRequest(Request):
             MalformedBody, InvalidInput: it is not JSON in valid Unicode.
         """
         if not hasattr(self, "_parsed"):
-            body = await self.body()
+            body = (await self.body()).removeprefix(BOM)
             self._parsed = await services_of(self).threads.run_if_large(partial(_parse, body), size=len(body))
         return self._parsed
 
