@@ -10,8 +10,8 @@ import pytest
 from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service
 
-HEAD_TIMEOUT = BODY_TIMEOUT = 2
-IDLE_TIMEOUT = 4
+HEAD_TIMEOUT = BODY_TIMEOUT = 1
+IDLE_TIMEOUT = 2
 MAX_BODY_BYTES = 1_000_000
 SETTINGS = {
     "HEAD_TIMEOUT": str(HEAD_TIMEOUT),

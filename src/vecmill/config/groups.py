@@ -351,8 +351,8 @@ class HttpSettings(SettingsGroup):
     max_body_bytes: int = Field(
         33_554_432,
         ge=1024,
-        description="Bytes per request body; more is a 413. Bodies being read at one time may take eight times this; "
-        "more is a 429.",
+        description="Bytes per request body, decompressed; more is a 413. All bodies at one time may take eight times "
+        "this, those of one client half of that; a body waits 5 seconds for room, then it is a 429.",
     )
     head_timeout: float = Field(
         20,
