@@ -13,7 +13,7 @@ import pytest
 
 from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service, until
-from tests.hostile.conftest import BODY_TIMEOUT, MAX_BODY_BYTES
+from tests.hostile.conftest import BODY_TIMEOUT, IDLE_TIMEOUT, MAX_BODY_BYTES
 from tests.hostile.wire import Answer, Wire, asked, connected, request
 
 BODY = b'{"input":"x"}'
@@ -133,6 +133,20 @@ def test_bodies_that_hold_back_their_last_byte_keep_nobody_out(wired: Service, a
         if addresses == 8:
             assert [wire.answer().status for wire in held] == [408] * 8
     assert psutil.Process(wired.pid).memory_info().rss - before < 300_000_000
+
+
+def test_a_client_that_does_not_take_its_answers_is_ended(wired: Service) -> None:
+    """It asks for some twenty megabytes, and reads nothing until the server has long given up."""
+    before = psutil.Process(wired.pid).memory_info().rss
+    with connected(wired.url) as wire:
+        wire.send(request("/openapi.json", method="GET") * 200)
+        time.sleep(3 * IDLE_TIMEOUT)
+        answered = 0
+        with pytest.raises((EOFError, ConnectionResetError)):
+            while wire.answer().status == 200:
+                answered += 1
+        assert answered < 200
+    assert psutil.Process(wired.pid).memory_info().rss - before < 30_000_000
 
 
 def test_a_deadline_counts_from_the_first_byte(wired: Service) -> None:

@@ -6,17 +6,27 @@ How fast they must come, what they are decompressed to, and the memory that all 
 from __future__ import annotations
 
 import asyncio
+import re
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from math import inf
 from time import monotonic
 
 from fastapi import Request
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vecmill.core.errors import BodyTooLarge, MalformedBody, Overloaded, RequestTimedOut, UnsupportedEncoding
+from vecmill.core.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    MalformedBody,
+    Overloaded,
+    RequestTimedOut,
+    UnsupportedEncoding,
+    VecmillError,
+)
 from vecmill.core.threads import WorkerThreads
 from vecmill.http.error_shapes import LLAMA_SERVER, OLLAMA, WEAVIATE, shape_for
 from vecmill.http.errors import refused
@@ -37,6 +47,7 @@ STOPPING_PAUSE = 5.0  # seconds that a body may pause while the server stops
 PIECE_BYTES = 262_144
 MOST_GROWTH, GROWTH_FROM_BYTES = 200, 1_048_576
 MOST_MEMBERS = 1000  # of one gzip file
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 JSON_TYPE = (b"content-type", b"application/json")
 # What curl, and a browser's fetch, call a body that nobody gave a type.
 UNTYPED = ("application/x-www-form-urlencoded", "text/plain")
@@ -166,8 +177,8 @@ class Body:
         """The next piece.
 
         Raises:
-            RequestTimedOut, BodyTooLarge, MalformedBody, Overloaded: into whoever reads the body; the table of errors
-                answers.
+            RequestTimedOut, DeadlineExceeded, BodyTooLarge, MalformedBody, Overloaded: into whoever reads the body; the
+                table of errors answers.
         """
         if self._complete:
             return await self._receive()
@@ -213,7 +224,7 @@ class Body:
     def hurry(self, pause: float) -> None:
         """From now on it may pause for so many seconds."""
         self._pause = min(self._pause, pause)
-        if self._reading is not None:
+        if self._reading is not None and not self._reading.expired():
             when, latest = self._reading.when(), asyncio.get_running_loop().time() + self._pause
             self._reading.reschedule(latest if when is None else min(when, latest))
 
@@ -226,14 +237,17 @@ class Body:
         self._ended = True
         self.hurry(0)
 
-    def _late(self) -> RequestTimedOut:
+    def _late(self) -> VecmillError:
         if self._ended:
             return RequestTimedOut(
                 "timeout: the request body came too slowly while others waited for its room; send it again, or smaller "
                 "ones."
             )
         if self._until is not None and monotonic() >= self._until:
-            return RequestTimedOut("timeout: the request body did not come to its end within REQUEST_TIMEOUT.")
+            return DeadlineExceeded(
+                "timeout: the request's time was over before all of its body had come (X-Request-Timeout, "
+                "REQUEST_TIMEOUT)."
+            )
         return RequestTimedOut(
             f"timeout: the request body came to a stop before its end, or came with less than {LEAST_RATE} bytes a "
             f"second (BODY_TIMEOUT)."
@@ -361,7 +375,7 @@ class BodyLimit:
         if in_memory and declared.isdecimal() and int(declared) > self._bodies.max_bytes:
             raise too_large(self._bodies.max_bytes)
         began = scope.setdefault("state", {}).setdefault("began", monotonic())
-        until = began + self._request_timeout if in_memory else None
+        until = began + min(self._request_timeout, _asked_for(headers)) if in_memory else None
         decoder = self._decoder(headers)
         body = Body(self._bodies, scope, receive, decoder, until, in_memory)
         if decoder is not None:
@@ -380,6 +394,12 @@ class BodyLimit:
         if codings not in (["gzip"], ["x-gzip"], ["deflate"]):
             raise UnsupportedEncoding
         return Decoder(codings[0], self._threads, self._bodies.max_bytes)
+
+
+def _asked_for(headers: Headers) -> float:
+    """Seconds after which the answer is of no use; what is no number is refused where the other headers are read."""
+    given = headers.get("x-request-timeout", "")
+    return float(given) if SECONDS.fullmatch(given) else inf
 
 
 def _drop(scope: Scope, *names: bytes) -> None:

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 SLASHES = re.compile("/{2,}")
 # A base address that ends with what the client puts before its paths.
 TWICE = re.compile(r"/(v1|v2|api)/\1(?=/|$)")
+
+
+class _HeadSent(Exception):
+    """Ends whoever sends a body that nobody gets."""
 
 
 class RequestLine:
@@ -24,10 +29,11 @@ class RequestLine:
         path = plain_path(scope["path"])
         if path != scope["path"]:
             scope = {**scope, "path": path, "raw_path": path.encode()}
-        if scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
-            send = _head_only(send)
-        await self._app(scope, receive, send)
+        if scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        with suppress(_HeadSent):
+            await self._app({**scope, "method": "GET"}, receive, _head_only(send))
 
 
 def plain_path(path: str) -> str:
@@ -40,11 +46,13 @@ def plain_path(path: str) -> str:
 
 
 def _head_only(send: Send) -> Send:
-    """Passes on the head of an answer, and ends it there: a stream would have no end of its own."""
+    """Passes on the head of an answer, and ends it there: a stream has no end of its own, and a file is long."""
 
     async def send_head(message: Message) -> None:
         if message["type"] == "http.response.start":
             await send(message)
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            raise _HeadSent
 
     return send_head

@@ -45,7 +45,7 @@ WORTH_READING = 262_144
 # Seconds to go on reading after the last answer: closing at once would reset the connection, and a client that still
 # sends would lose the answer (RFC 9112, section 9.6).
 LINGER = 5.0
-LAST_HEAD = 1.0  # seconds for the rest of a head once the server stops
+STOPPING = 1.0  # seconds for the rest of a head, and to linger, once the server stops
 
 
 class _Head:
@@ -291,10 +291,12 @@ class Connection(asyncio.Protocol):
     def shutdown(self) -> None:
         """Take no further request; one whose head has begun is still answered."""
         self._stopping = True
-        if self._exchange is not None and not self._exchange.response_complete:
+        if self._closed:
+            self._wait(STOPPING, self.transport.abort)
+        elif self._exchange is not None and not self._exchange.response_complete:
             self._exchange.keep_alive = False
         elif self._began is not None:
-            self._wait(LAST_HEAD, self._head_late)
+            self._wait(STOPPING, self._head_late)
         else:
             self.close()
 
@@ -319,7 +321,7 @@ class Connection(asyncio.Protocol):
         if self.transport.can_write_eof() and not self.transport.is_closing():
             self.transport.write_eof()
         self._flow.resume_reading()
-        self._wait(LINGER, self.transport.abort)
+        self._wait(STOPPING if self._stopping else LINGER, self.transport.abort)
 
     # Requests.
 
@@ -370,7 +372,7 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpRequestParser(self._head)
         self._fed = 0
         self._began = monotonic()
-        self._wait(LAST_HEAD if self._stopping else self._head_seconds, self._head_late)
+        self._wait(STOPPING if self._stopping else self._head_seconds, self._head_late)
         return True
 
     def _feed(self, data: bytes, *, complete: bool) -> None:

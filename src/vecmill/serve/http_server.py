@@ -33,6 +33,8 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 log_config=None,
                 server_header=False,
+                # Whoever connects from this machine could call himself anybody.
+                proxy_headers=False,
             )
         )
         self._end_requests = end_requests
