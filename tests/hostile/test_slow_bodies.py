@@ -141,11 +141,8 @@ def test_a_client_that_does_not_take_its_answers_is_ended(wired: Service) -> Non
     with connected(wired.url) as wire:
         wire.send(request("/openapi.json", method="GET") * 200)
         time.sleep(3 * IDLE_TIMEOUT)
-        answered = 0
         with pytest.raises((EOFError, ConnectionResetError)):
-            while wire.answer().status == 200:
-                answered += 1
-        assert answered < 200
+            _ = [wire.answer() for _ in range(200)]
     assert psutil.Process(wired.pid).memory_info().rss - before < 30_000_000
 
 
