@@ -116,7 +116,6 @@ class Bodies:
             raise refusal
         self._waiting += 1
         until = monotonic() + ROOM_SECONDS
-        body.waits = True
         try:
             while not self._fits(body, more):
                 if monotonic() > until:
@@ -124,7 +123,6 @@ class Bodies:
                 self._end_slowest(None if self._total + more > self._room else body.client)
                 await asyncio.sleep(LOOK_EVERY)
         finally:
-            body.waits = False
             self._waiting -= 1
 
     def _end_slowest(self, client: str | None) -> None:
@@ -155,8 +153,6 @@ class Body:
         """`until`: when all of it must have come, by `monotonic`; `in_memory`: it takes room."""
         self.client = _client(scope)
         self.room = 0
-        self.waits = False
-        """For room, so that nothing is read of it."""
         self._bodies = bodies
         self._receive = receive
         self._decoder = decoder
@@ -230,7 +226,7 @@ class Body:
 
     def hardly_comes(self, now: float) -> bool:
         """Whether it takes room and is not all there, and its client is the reason."""
-        return not (self._complete or self._ended or self.waits) and self.room > 0 and now > self._comes_until
+        return self._reading is not None and not self._ended and self.room > 0 and now > self._comes_until
 
     def end(self) -> None:
         """Wait for no more of it."""

@@ -21,9 +21,14 @@ class Origins:
     """What CORS_ORIGINS lists: origins, patterns of origins, or `*`."""
 
     def __init__(self, listed: Collection[str]) -> None:
+        self._any = bool(listed)
         self.all = "*" in listed
         self.pattern = "|".join(_pattern(one) for one in listed if one != "*") or "(?!)"
         self._compiled = re.compile(self.pattern)
+
+    def __bool__(self) -> bool:
+        """Whether any is listed."""
+        return self._any
 
     def __contains__(self, origin: str) -> bool:
         return self.all or self._compiled.fullmatch(origin) is not None
@@ -66,6 +71,7 @@ class Cors(CORSMiddleware):
             # A page on the internet may call a server in a private network; whether it may is said by its origin.
             allow_private_network=True,
         )
+        self._allows_none = not origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "OPTIONS":
@@ -76,4 +82,4 @@ class Cors(CORSMiddleware):
                 response = await refused(Request(scope), not_allowed(origin))
                 await response(scope, receive, send)
                 return
-        await super().__call__(scope, receive, send)
+        await (self.app if self._allows_none else super().__call__)(scope, receive, send)

@@ -303,7 +303,8 @@ class Connection(asyncio.Protocol):
     # What an exchange takes for its transport.
 
     def write(self, data: bytes) -> None:
-        self.transport.write(data)
+        if not self._closed:
+            self.transport.write(data)
 
     def is_closing(self) -> bool:
         return self._closed or self.transport.is_closing()
@@ -313,6 +314,9 @@ class Connection(asyncio.Protocol):
         if self._closed:
             return
         self._closed = True
+        if self._exchange is not None and not self._exchange.response_complete:
+            self._exchange.disconnected = True
+            self._exchange.message_event.set()
         if self._body is None and self._began is None and not self._buffer:
             self.transport.close()
             self._wait(self._idle_seconds, self.transport.abort)  # a client that does not take the rest
