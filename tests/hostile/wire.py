@@ -35,6 +35,8 @@ class Wire:
 
     def __init__(self, raw: socket.socket) -> None:
         self._socket = raw
+        self.port: int = raw.getsockname()[1]
+        """This end's."""
         self._buffer = b""
 
     def send(self, *pieces: bytes, pause: float = 0.05) -> None:
@@ -100,13 +102,16 @@ class Wire:
 
 
 @contextmanager
-def connected(url: str, source: str = "127.0.0.1") -> Iterator[Wire]:
+def connected(url: str, source: str = "127.0.0.1", receive_buffer: int | None = None) -> Iterator[Wire]:
     """A connection from an address of this machine."""
     parts = urlsplit(url)
-    assert parts.hostname is not None
-    assert parts.port is not None
-    with socket.create_connection((parts.hostname, parts.port), PATIENCE, (source, 0)) as raw:
+    with socket.socket() as raw:
+        raw.settimeout(PATIENCE)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if receive_buffer is not None:
+            raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        raw.bind((source, 0))
+        raw.connect((parts.hostname, parts.port))
         yield Wire(raw)
 
 
