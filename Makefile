@@ -18,7 +18,7 @@ CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients check coverage lint fix chromium redis systemd
+.PHONY: help serve test test-clients test-python-clients check coverage lint fix chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -26,7 +26,7 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev chromium redis systemd  ## Run every test. Options: ARGS="-k jobs".
+test: $(VENV)/.dev chromium redis systemd java  ## Run every test. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
@@ -37,7 +37,7 @@ test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## O
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 
-coverage: $(VENV)/.dev chromium redis systemd  ## Run every test and say which lines none of them reaches.
+coverage: $(VENV)/.dev chromium redis systemd java  ## Run every test and say which lines none of them reaches.
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
@@ -93,3 +93,9 @@ systemd:
 	@command -v systemd-analyze >/dev/null || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y systemd >/dev/null; } || \
 		{ echo "The tests of deploy.py need systemd-analyze on the PATH: sudo apt install systemd"; exit 1; }
+
+# Java's own HTTP client asks for HTTP/2 in a way that no other does.
+java:
+	@command -v java >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y default-jdk-headless >/dev/null; } || \
+		{ echo "The test of Java's HTTP client needs a JDK on the PATH: sudo apt install default-jdk-headless"; exit 1; }

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.cors import CORSMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
@@ -25,7 +24,7 @@ from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
 from vecmill.http.access import Access
-from vecmill.http.body_limit import BodyLimit
+from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import (
     cohere,
@@ -50,7 +49,9 @@ from vecmill.http.generation import Generation
 from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.in_progress import Draining, InProgress
 from vecmill.http.keys import Keys
+from vecmill.http.origins import Cors, Origins
 from vecmill.http.request_id import RequestId
+from vecmill.http.request_line import RequestLine
 from vecmill.http.services import Services
 from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
@@ -105,6 +106,7 @@ class Server:
         self.health = Health()
         self.load_ended = asyncio.Event()
         self.requests = InProgress()
+        self.bodies = Bodies(settings.http.max_body_bytes, settings.http.body_timeout)
         self.keys = Keys(settings.access)
         """Exchanged where API_KEY changes."""
         self.telemetry = Telemetry()
@@ -223,6 +225,7 @@ class Server:
         """Refuse new work; end whoever follows the jobs, which have no end of their own."""
         self.health.update(Phase.DRAINING, 100, "stopping: requests in progress are answered")
         self.requests.stop()
+        self.bodies.stop()
         self.state.jobs.end_following()
 
     async def close(self) -> None:
@@ -269,24 +272,25 @@ def create_app(
         redoc_url=None,
         # Weaviate sends JSON without a Content-Type. What FastAPI would guard by it, `Access` guards by the Origin.
         strict_content_type=False,
+        redirect_slashes=False,  # `RequestLine` has taken them off
     )
     app.state.server, app.state.services = server, server.services
     for module in (*DIALECTS, cache, capabilities, job_events, jobs, health, stats, page):
         app.include_router(module.router)
     errors.install(app)
     api_document.install(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes, not_in_memory=(UPLOAD,))
+    app.add_middleware(
+        BodyLimit,
+        bodies=server.bodies,
+        threads=server.services.threads,
+        request_timeout=settings.scheduler.request_timeout,
+        not_in_memory=(UPLOAD,),
+    )
     app.add_middleware(AcceptedGZip)
     app.add_middleware(Draining, requests=server.requests)
     app.add_middleware(Access, settings=settings.access, keys=server.keys, host=settings.http.host)
-    if settings.access.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.access.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+    app.add_middleware(Cors, origins=Origins(settings.access.cors_origins))
+    app.add_middleware(RequestLine)
     app.add_middleware(RequestId)
     return app
 

@@ -16,6 +16,10 @@ Pairs = tuple[tuple[str, str], ...]
 
 # ASCII without spaces, as an address or a header takes it.
 PRINTABLE = re.compile("[!-~]+")
+# Scheme, host and port, of which the host, its first label or the port may be `*`.
+ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://(\*|(\*\.)?[a-z0-9._~!$&'()=;%-]+|\[[0-9a-f:.]+\])(:([0-9]{1,5}|\*))?", re.ASCII
+)
 
 
 class SettingsGroup(BaseSettings):
@@ -30,6 +34,18 @@ class SettingsGroup(BaseSettings):
 
 def _split_commas(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _origin(value: str) -> str:
+    """An origin as browsers write it, or a pattern of origins."""
+    origin = value.lower()
+    if origin != "*" and not ORIGIN.fullmatch(origin):
+        raise ValueError(
+            f"{value[:100]!r} is no origin: write `https://example.org`, without a path and a `/` at its end, "
+            f"`https://*.example.org`, `http://localhost:*`, `chrome-extension://*`, or `*` alone"
+        )
+    scheme = origin.partition(":")[0]
+    return origin.removesuffix({"http": ":80", "https": ":443"}.get(scheme, " "))
 
 
 def _base_url(value: str) -> str:
@@ -340,8 +356,25 @@ class HttpSettings(SettingsGroup):
     max_body_bytes: int = Field(
         33_554_432,
         ge=1024,
-        description="Bytes per request body; more is a 413. Bodies being read at one time may take eight times this; "
-        "more is a 429.",
+        description="Bytes per request body, decompressed; more is a 413. All bodies at one time may take eight times "
+        "this, those of one client half of that; a body waits 5 seconds for room, then it is a 429.",
+    )
+    head_timeout: float = Field(
+        20,
+        gt=0,
+        description="Seconds within which a request's line and header fields must have come; longer is a 408.",
+    )
+    body_timeout: float = Field(
+        20,
+        gt=0,
+        description="Seconds that a request's body may pause, or come with less than 500 bytes a second; longer is a "
+        "408. All of it must come within REQUEST_TIMEOUT.",
+    )
+    idle_timeout: float = Field(
+        75,
+        gt=0,
+        description="Seconds that a connection stays open without a request, or with an answer that its client does "
+        "not take. Longer than clients keep theirs, or one would send on a connection that is just being closed.",
     )
     shutdown_seconds: int = Field(
         30,
@@ -379,8 +412,9 @@ class AccessSettings(SettingsGroup):
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Origins whose web pages may call the server, comma-separated (`https://example.org`), or `*`. "
-        "Default: only its own pages.",
+        description="Origins whose web pages may call the server, comma-separated: `https://example.org`, "
+        "`https://*.example.org` (what is below it), `http://localhost:*` (any port), `chrome-extension://*` (any "
+        "host), or `*`. Default: only its own pages.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -422,9 +456,7 @@ class AccessSettings(SettingsGroup):
     @field_validator("cors_origins")
     @classmethod
     def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) for origin in value):
-            raise ValueError("must be origins of the form https://example.org, without a path, or `*`")
-        return value
+        return tuple(_origin(origin) for origin in value)
 
 
 class GenerationSettings(SettingsGroup):

@@ -9,6 +9,10 @@
     │   │   └── DoesNotFit
     │   ├── TooManyInputs
     │   └── NonFiniteEmbedding
+    ├── MalformedRequest             it is no HTTP/1.1, or not within its limits
+    │   └── HeadTooLarge
+    ├── RequestTimedOut              the client did not send it in time
+    ├── UnsupportedEncoding          of the body
     ├── InvalidApiKey
     ├── NotAllowed                   from where it comes, or by which name it calls the server
     ├── BodyTooLarge
@@ -88,6 +92,22 @@ class TooManyInputs(InvalidInput):
 
 class NonFiniteEmbedding(InvalidInput):
     """The model gave a value that is not finite for this input; shorten or change the text."""
+
+
+class MalformedRequest(VecmillError):
+    """The request is not valid HTTP/1.1."""
+
+
+class HeadTooLarge(MalformedRequest):
+    """The request's target and header fields are longer than 65536 bytes; send fewer or shorter ones."""
+
+
+class RequestTimedOut(VecmillError):
+    """timeout: the request did not arrive in time; send it again."""
+
+
+class UnsupportedEncoding(VecmillError):
+    """The Content-Encoding of the request body is not known here; use gzip or deflate, or none."""
 
 
 class InvalidApiKey(VecmillError):

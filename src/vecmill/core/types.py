@@ -117,6 +117,8 @@ class Caller:
     """None: by the request's size and kind."""
     timeout: float | None = None
     """Seconds after which the answer is of no use; None leaves it to REQUEST_TIMEOUT."""
+    began: float | None = None
+    """When the first byte of its request came, by `monotonic`, from which `timeout` counts; None: when it is done."""
     cache_control: CacheControl = CacheControl.ANY
 
 

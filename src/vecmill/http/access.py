@@ -18,6 +18,7 @@ from vecmill.config import AccessSettings
 from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
 from vecmill.http.errors import refused
 from vecmill.http.keys import Keys
+from vecmill.http.origins import Origins, not_allowed
 
 # What load balancers and supervisors ask.
 PROBES = frozenset(
@@ -46,7 +47,7 @@ class Access:
         """`host` is the address that the server binds."""
         self._app = app
         self._keys = keys
-        self._origins = frozenset(settings.cors_origins)
+        self._origins = Origins(settings.cors_origins)
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._is_loopback = is_loopback(host)
 
@@ -87,12 +88,9 @@ class Access:
         origin = headers.get("origin")
         if origin is None or self._keys or method in READING:
             return None
-        if origin in self._origins or "*" in self._origins or origin.partition("://")[2] == headers.get("host"):
+        if origin in self._origins or origin.partition("://")[2] == headers.get("host"):
             return None
-        return NotAllowed(
-            f"This server does not answer web pages of {origin[:100]!r}: add that origin to CORS_ORIGINS, or set "
-            f"API_KEY."
-        )
+        return not_allowed(origin)
 
 
 def presented_key(headers: Headers) -> str:

@@ -75,6 +75,7 @@ async def caller_of(
         client=f"{key}@{client}" if key else client,
         lane=x_priority,
         timeout=x_request_timeout,
+        began=request.state.began,
         cache_control=_cache_control(cache_control or ""),
     )
     return of_job(caller, x_job_id) if x_job_id else caller

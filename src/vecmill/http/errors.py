@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from vecmill.core.errors import (
@@ -19,17 +20,21 @@ from vecmill.core.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     GenerationUnavailable,
+    HeadTooLarge,
     InsufficientStorage,
     InvalidApiKey,
     InvalidInput,
     JobConflict,
     MalformedBody,
+    MalformedRequest,
     NonFiniteEmbedding,
     NotAllowed,
     NotFound,
     Overloaded,
+    RequestTimedOut,
     TooManyInputs,
     Unavailable,
+    UnsupportedEncoding,
     VecmillError,
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
@@ -40,11 +45,17 @@ logger = logging.getLogger(__name__)
 
 LONGEST_FIELD = 200  # characters of what is shown
 LONGEST_PROBLEM = 600
+MOST_PARTS = 4  # that a base address may have too many
+CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
     InvalidInput: 400,
     NonFiniteEmbedding: 422,
+    MalformedRequest: 400,
+    HeadTooLarge: 431,
+    RequestTimedOut: 408,
+    UnsupportedEncoding: 415,
     InvalidApiKey: 401,
     NotAllowed: 403,
     BodyTooLarge: 413,
@@ -57,6 +68,13 @@ STATUS: Mapping[type[VecmillError], int] = {
     GenerationUnavailable: 502,
     InsufficientStorage: 507,
     VecmillError: 500,
+}
+
+OTHER_HEADERS: Mapping[type[VecmillError], Mapping[str, str]] = {
+    InvalidApiKey: {"WWW-Authenticate": "Bearer"},
+    RequestTimedOut: {"Connection": "close"},  # what is left of it cannot be told from another request
+    UnsupportedEncoding: {"Accept-Encoding": "gzip, deflate"},
+    VecmillError: {},
 }
 
 
@@ -73,7 +91,7 @@ def _headers(error: VecmillError) -> dict[str, str]:
         return {"Retry-After": str(seconds), "retry-after-ms": str(1000 * seconds), "x-should-retry": "true"}
     if isinstance(error, DeadlineExceeded | InsufficientStorage):
         return {"x-should-retry": "false"}  # it would only take as long, or be as full, again
-    return {"WWW-Authenticate": "Bearer"} if isinstance(error, InvalidApiKey) else {}
+    return dict(nearest(OTHER_HEADERS, error))
 
 
 def shape_of(request: Request) -> ErrorShape:
@@ -87,6 +105,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(VecmillError, refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_exception)  # type: ignore[arg-type]
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -136,10 +155,14 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     """404, 405 and their like from the router; and what FastAPI wraps when a body cannot be read."""
     if isinstance(error.__cause__, VecmillError):
         return await refused(request, error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _gone(request, error.__cause__)
     headers = dict(error.headers or {})
     message = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
-        message = f"There is nothing at {request.url.path[:200]}; see /docs for what there is."
+        meant = _meant(request)
+        cure = f"{meant} is served: take what stands before it off the client's base URL, or see" if meant else "see"
+        message = f"There is nothing at {request.url.path[:200]}; {cure} /docs for what there is."
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
@@ -148,15 +171,27 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
+async def _gone(request: Request, error: Exception) -> Response:
+    """The client left before it had sent its request: neither a fault nor worth a line above `debug`."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
 def _methods(request: Request) -> list[str]:
     """Every method of this path; Starlette names those of the first route that fits."""
-    return sorted(
-        method
-        for method in ("DELETE", "GET", "POST")
-        if any(
-            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.router.routes
-        )
-    )
+    found = [method for method in ("DELETE", "GET", "POST") if _is_served(request, method, request.scope["path"])]
+    return sorted([*found, "HEAD"] if "GET" in found else found)
+
+
+def _is_served(request: Request, method: str, path: str) -> bool:
+    scope = {**request.scope, "method": method, "path": path}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+
+def _meant(request: Request) -> str | None:
+    """The path that is served where a base address ends with a part too many: `/v1/v2/embed`, `/api/v1/embeddings`."""
+    parts = request.scope["path"].split("/")[1:]
+    paths = ("/" + "/".join(parts[start:]) for start in range(1, min(len(parts), MOST_PARTS)))
+    return next((path for path in paths if _is_served(request, request.method, path)), None)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

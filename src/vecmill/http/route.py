@@ -12,9 +12,10 @@ from fastapi.routing import APIRoute
 
 from vecmill.core.json_body import JsonLimits, parse
 from vecmill.http.bounds import most_inputs
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import services_of
 
-CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+BOM = "\ufeff".encode()  # which some write before their JSON, though it says nothing
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
@@ -32,7 +33,7 @@ class JsonRequest(Request):
             services = services_of(self)
             most = services.settings.inference.max_client_batch_size
             most_inputs.set(most)
-            body = await self.body()
+            body = (await self.body()).removeprefix(BOM)
             read = partial(parse, body, JsonLimits.for_inputs(most))
             self._parsed = await services.threads.run_if_large(read, size=len(body))
         return self._parsed

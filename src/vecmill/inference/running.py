@@ -68,13 +68,17 @@ Keep = Callable[[bytes, Vector], None]
 async def within(caller: Caller, longest: float) -> AsyncIterator[float]:
     """Hold the block to the caller's timeout, or to `longest` seconds where that is less; gives the deadline.
 
+    The time counts from the first byte of the request.
+
     Raises:
         DeadlineExceeded: the time was over before the block.
     """
     seconds = min(longest, LONGEST_TIMEOUT if caller.timeout is None else caller.timeout)
+    now = monotonic()
+    left = seconds if caller.began is None else caller.began + seconds - now
     try:
-        async with asyncio.timeout(seconds):
-            yield monotonic() + seconds
+        async with asyncio.timeout(left):
+            yield now + left
     except TimeoutError:
         raise DeadlineExceeded(
             f"timeout: the request was not answered within {seconds:g} s (X-Request-Timeout, REQUEST_TIMEOUT); its "

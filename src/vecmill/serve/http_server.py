@@ -6,14 +6,15 @@ import asyncio
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from math import ceil
 
 import uvicorn
 from fastapi import FastAPI
 
-# Seconds that an idle connection stays open: longer than clients keep theirs, or one would send on a connection that is
-# just being closed.
-KEEP_ALIVE = 75
+from vecmill.config import HttpSettings
+from vecmill.serve.connection import Connection
+
 LAST_ANSWERS = 1.0
 """Seconds for clients to take what was sent to them, when there is no time left for more."""
 
@@ -21,10 +22,20 @@ LAST_ANSWERS = 1.0
 class HttpServer(uvicorn.Server):
     """Listens until `close_within` is called. Belongs to the event loop's thread."""
 
-    def __init__(self, app: FastAPI, end_requests: Callable[[], None]) -> None:
+    def __init__(self, app: FastAPI, settings: HttpSettings, end_requests: Callable[[], None]) -> None:
         """`end_requests` ends those that are still in progress when there is no time left."""
+        protocol = partial(Connection, head_seconds=settings.head_timeout, idle_seconds=settings.idle_timeout)
         super().__init__(
-            uvicorn.Config(app, access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE, server_header=False)
+            uvicorn.Config(
+                app,
+                http=protocol,  # type: ignore[arg-type]  # it is only called
+                ws="none",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                # Whoever connects from this machine could call himself anybody.
+                proxy_headers=False,
+            )
         )
         self._end_requests = end_requests
         self._seconds = LAST_ANSWERS

@@ -82,7 +82,7 @@ class _Process:
         app = create_app(self._settings, self._on_failure, _freeze)
         server: Server = app.state.server
         server.health.listen(Status(self._notifier, address).changed)
-        http = HttpServer(app, server.requests.end)
+        http = HttpServer(app, self._settings.http, server.requests.end)
         seconds = self._settings.http.shutdown_seconds
         stopping = self._stopping = Stopping(server, http, seconds, self._notifier, self._last_resort)
         reloading = Reloading(server, self._settings, self._reread, self._notifier)

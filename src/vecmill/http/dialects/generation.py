@@ -22,10 +22,10 @@ from starlette.types import Receive, Scope, Send
 
 from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
 from vecmill.http.error_shapes import OPENAI
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.generation import Generation
 from vecmill.http.in_progress import refuse_late
 from vecmill.http.request_id import ACCEPTABLE
-from vecmill.http.route import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import Services, ServicesOf, services_of
 
 logger = logging.getLogger(__name__)

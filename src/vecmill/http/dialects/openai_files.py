@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
-from starlette.requests import ClientDisconnect
 
 from vecmill.batches.files import StoredFile
 from vecmill.batches.service import Batches
@@ -21,7 +20,6 @@ from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.http.dialects.paging import After, page
 from vecmill.http.errors import refused
 from vecmill.http.in_progress import refuse_late
-from vecmill.http.route import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import ServicesOf
 from vecmill.http.upload_form import UploadForm
 
@@ -87,8 +85,6 @@ async def upload_file(request: Request, services: ServicesOf) -> Response:
     try:
         refuse_late(request)
         return Response(await _uploaded(request, services.batches), media_type="application/json")
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
     except VecmillError as error:
         response = await refused(request, error)
         # The rest of the body is not read, so the connection cannot carry another request.
