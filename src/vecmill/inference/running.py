@@ -138,6 +138,7 @@ async def _run_new(
         (one.row for one in new.values()),
         lane=lane,
         client=asked.caller.client,
+        job=asked.caller.job_id or "",
         deadline=asked.deadline,
         keep=(partial(keep, one.key) if keep is not None and one.key is not None else None for one in new.values()),
     )
