@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from starlette.middleware.cors import CORSMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
@@ -24,7 +25,7 @@ from vecmill.hardware.clocks import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
-from vecmill.http.access import Access
+from vecmill.http.access import Access, in_both_families
 from vecmill.http.body_limit import BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import (
@@ -116,6 +117,8 @@ class Server:
             self._threads,
             MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
             cache_queries=settings.cache.cache_queries,
+            cache_across_keys=settings.cache.cache_across_keys,
+            limits_of=self.keys.limits_of,
         )
         self.monitor = Monitor(_tell_clock)
         self.state = State(settings, self.telemetry)
@@ -187,7 +190,8 @@ class Server:
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
-        self.inference.attach(models, self._scheduler, self.state.cache)
+        rates = [one.calibration.best_rate for one in loaded.warmed.values()]
+        self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(batch_endpoints(self.inference, self._threads, self._settings.inference))
         self.monitor.watch(engine.gpu_uuid())
         watch_budgets(self.services)
@@ -270,6 +274,7 @@ def create_app(
         strict_content_type=False,
     )
     app.state.server, app.state.services = server, server.services
+    app.state.progress = {}
     for module in (*DIALECTS, cache, capabilities, job_events, jobs, health, stats, page):
         app.include_router(module.router)
     errors.install(app)
@@ -277,7 +282,13 @@ def create_app(
     app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes, not_in_memory=(UPLOAD,))
     app.add_middleware(AcceptedGZip)
     app.add_middleware(Draining, requests=server.requests)
-    app.add_middleware(Access, settings=settings.access, keys=server.keys, host=settings.http.host)
+    app.add_middleware(
+        Access,
+        settings=settings.access,
+        keys=server.keys,
+        host=settings.http.host,
+        on_job=server.state.jobs.touch,
+    )
     if settings.access.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -287,6 +298,8 @@ def create_app(
             expose_headers=["*"],
         )
     app.add_middleware(RequestId)
+    if proxies := settings.access.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app
 
 

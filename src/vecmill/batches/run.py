@@ -23,6 +23,7 @@ from vecmill.batches.threads import in_thread
 from vecmill.batches.validation import Checked, validate
 from vecmill.batches.window import Answered, Window
 from vecmill.core.clock import Clock
+from vecmill.core.types import Caller, Lane
 from vecmill.telemetry.telemetry import Telemetry
 
 
@@ -83,6 +84,12 @@ class BatchRun:
             await self._decided(await self._answer())
         await self._finish()
 
+    @property
+    def _caller(self) -> Caller:
+        """Whoever created it; the batch is one of that client's jobs."""
+        record = self.record
+        return Caller(client=record.client, owner=record.owner, job_id=record.id, lane=Lane.BULK)
+
     def _interruption(self) -> Status | None:
         record = self.record
         if self._around.store.cancel_asked(record.id) is not None:
@@ -141,7 +148,7 @@ class BatchRun:
     async def _work(self, answers: Answers) -> Status:
         """Answer lines until all are, or until the batch is cancelled or over its time."""
         interrupted = asyncio.create_task(self._interrupted.wait())
-        window = Window(self._endpoint, f"batch {self.record.id}", await self._reader(), self._around.chunk_size)
+        window = Window(self._endpoint, self._caller, await self._reader(), self._around.chunk_size)
         try:
             while True:
                 if (reason := self._interruption()) is not None:
@@ -268,6 +275,7 @@ class BatchRun:
                 filename=f"{record.id}_{name}",
                 purpose="batch_output",
                 expires_seconds=record.output_expires_seconds,
+                owner=record.owner,
             )
 
     async def _save(self, **changes: Any) -> None:

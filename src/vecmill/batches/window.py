@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.lines import Group, LineReader
 from vecmill.batches.threads import in_thread
+from vecmill.core.types import Caller
 
 # Beside the limit on lines, so that the longest of them do not take all of the server's room.
 WINDOW_BYTES = 1_048_576
@@ -20,9 +21,9 @@ Answered = tuple[Group, Sequence[LineResult]]
 class Window:
     """Groups in flight: read, being answered, or answered and not yet taken. Belongs to the event loop's thread."""
 
-    def __init__(self, endpoint: Endpoint, client: str, reader: LineReader, most_lines: int) -> None:
+    def __init__(self, endpoint: Endpoint, caller: Caller, reader: LineReader, most_lines: int) -> None:
         self._endpoint = endpoint
-        self._client = client
+        self._caller = caller
         self._reader = reader
         self._most_lines = most_lines
         self._groups: deque[tuple[Group, asyncio.Task[Sequence[LineResult]]]] = deque()
@@ -46,7 +47,9 @@ class Window:
             if group is None:
                 self._exhausted = True
             else:
-                task = asyncio.create_task(self._answer(group), name=f"{self._client}, line {group.lines[0].number}")
+                task = asyncio.create_task(
+                    self._answer(group), name=f"batch {self._caller.job_id}, line {group.lines[0].number}"
+                )
                 self._groups.append((group, task))
         return bool(self._groups)
 
@@ -78,7 +81,7 @@ class Window:
         await in_thread(self._reader.close)
 
     async def _answer(self, group: Group) -> Sequence[LineResult]:
-        return await self._endpoint.run(self._client, group.lines)
+        return await self._endpoint.run(self._caller, group.lines)
 
     def _lines(self) -> int:
         return sum(len(group.lines) for group, _ in self._groups)

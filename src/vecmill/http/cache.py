@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 
 from vecmill.core.errors import NotAllowed, StateUnavailable
+from vecmill.http.caller import ViewerOf
 from vecmill.http.services import Services, ServicesOf
 from vecmill.storage.errors import StoreFailed
 
@@ -40,10 +41,10 @@ async def get_cache(services: ServicesOf) -> dict[str, Any]:
 
 
 @router.delete("/cache", summary="Empty the cache")
-async def delete_cache(request: Request, services: ServicesOf) -> dict[str, Any]:
-    """Forget every vector; needs ADMIN_API_KEY where there are keys."""
-    if not getattr(request.state, "admin", False):
-        raise NotAllowed("DELETE /cache is for the holder of ADMIN_API_KEY: set it, and send it as the API key.")
+async def delete_cache(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
+    """Forget every vector; needs a key with the scope `admin` where there are keys."""
+    if not viewer.everything:
+        raise NotAllowed("DELETE /cache is for keys with the scope `admin`: send such a key, or that of ADMIN_API_KEY.")
     cache = services.cache()
     if cache is None:
         return {"deleted": 0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -36,6 +37,8 @@ from vecmill.http.services import services_of
 
 logger = logging.getLogger(__name__)
 
+NO_HEADERS: Mapping[str, str] = {}
+
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
     InvalidInput: 400,
@@ -46,7 +49,6 @@ STATUS: Mapping[type[VecmillError], int] = {
     NotFound: 404,
     JobConflict: 409,
     BatchConflict: 409,
-    Overloaded: 429,
     DeadlineExceeded: 504,
     Unavailable: 503,
     GenerationUnavailable: 502,
@@ -55,9 +57,12 @@ STATUS: Mapping[type[VecmillError], int] = {
 }
 
 
-def error_response(shape: ErrorShape, error: VecmillError) -> Response:
-    """The answer to an error, in a dialect's shape."""
-    status = nearest({**STATUS, **shape.status}, error)
+def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str, str] = NO_HEADERS) -> Response:
+    """The answer to an error, in a dialect's shape. `headers` are those of the request, if there is one."""
+    if isinstance(error, Overloaded):
+        status = shape.busy(headers)
+    else:
+        status = nearest({**STATUS, **shape.status}, error)
     return JSONResponse(shape.body(error, status), status_code=status, headers=_headers(error))
 
 
@@ -65,7 +70,11 @@ def _headers(error: VecmillError) -> dict[str, str]:
     """What says whether to try again, in the words that the OpenAI and Cohere SDKs read."""
     if isinstance(error, Overloaded | Unavailable):
         seconds = error.retry_after
-        return {"Retry-After": str(seconds), "retry-after-ms": str(1000 * seconds), "x-should-retry": "true"}
+        return {
+            "Retry-After": str(ceil(seconds)),
+            "retry-after-ms": str(ceil(1000 * seconds)),
+            "x-should-retry": "true",
+        }
     if isinstance(error, DeadlineExceeded | InsufficientStorage):
         return {"x-should-retry": "false"}  # it would only take as long, or be as full, again
     return {"WWW-Authenticate": "Bearer"} if isinstance(error, InvalidApiKey) else {}
@@ -87,7 +96,7 @@ def install(app: FastAPI) -> None:
 
 async def refused(request: Request, error: VecmillError) -> Response:
     """The answer to an error, counted and logged."""
-    response = error_response(shape_of(request), error)
+    response = error_response(shape_of(request), error, request.headers)
     kind = type(error).__name__
     services_of(request).telemetry.error(response.status_code, kind)
     level = logging.WARNING if response.status_code >= 429 else logging.INFO

@@ -13,10 +13,12 @@ from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, TooManyI
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
+    NO_LIMITS,
     CacheControl,
     DetokenizeRequest,
     EmbedRequest,
     EmbedResult,
+    KeyLimits,
     Lane,
     ModelCard,
     PromptChoice,
@@ -30,6 +32,7 @@ from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission, Permit
 from vecmill.inference.cost import entries, estimate, result_bytes
 from vecmill.inference.finish import check_dimensions, finish
+from vecmill.inference.lane import expected_lane
 from vecmill.inference.pieces import pieces, texts_of
 from vecmill.inference.prompts import asks_for_query, choose_prompt
 from vecmill.inference.recall import Recall, Recalled, TextMemory
@@ -59,7 +62,10 @@ class Inference:
         memory: MemoryGuard,
         *,
         cache_queries: bool = True,
+        cache_across_keys: bool = True,
+        limits_of: Callable[[str | None], KeyLimits] = lambda owner: NO_LIMITS,
     ) -> None:
+        """`limits_of` a key's owner: what that key may have in progress."""
         self._settings = settings
         self._cache_queries = cache_queries
         self._cache: EmbeddingCache | None = None
@@ -73,12 +79,24 @@ class Inference:
         self.admission = Admission(
             settings.max_concurrent_requests,
             settings.max_queued_tokens,
-            lambda: telemetry.rolling.rates()[1],
-            memory.check,
+            wait_seconds=settings.queue_timeout,
+            tokens_run=lambda: self.stats.tokens,
+            expected_rate=lambda: self._expected_rate,
+            check_memory=memory.check,
+            limits_of=limits_of,
         )
+        self._expected_rate = 0.0
 
-    def attach(self, models: ServedModels, scheduler: Scheduler, cache: EmbeddingCache | None = None) -> None:
-        """Begin to serve."""
+    def attach(
+        self,
+        models: ServedModels,
+        scheduler: Scheduler,
+        cache: EmbeddingCache | None = None,
+        *,
+        expected_rate: float = 0.0,
+    ) -> None:
+        """Begin to serve. `expected_rate`: tokens a second that the device did at warm-up."""
+        self._expected_rate = expected_rate
         self._models = models
         self._scheduler = scheduler
         self._cache = cache
@@ -127,20 +145,23 @@ class Inference:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
         started = perf_counter()
-        model, is_query = self._models_or_raise().embedder(request.model)
+        model, named_role = self._models_or_raise().embedder(request.model)
         card = model.card
         check_dimensions(card, request.dimensions)
         self._check_count(len(request.inputs), request.param)
         # A field of the request wins over the role that its model's name ends with.
-        choice = PromptChoice(is_query) if request.prompt == PromptChoice() else request.prompt
+        choice = PromptChoice(named_role) if request.prompt == PromptChoice() else request.prompt
         prompt = choose_prompt(card, choice)
         tokens = estimate(card, request.inputs, len(prompt))
+        is_query = asks_for_query(choice)
+        lane = expected_lane(request.caller, is_query=is_query, texts=len(request.inputs), estimated_tokens=tokens)
         async with within(request.caller, self._request_timeout) as deadline:
-            with self.admission.admit(tokens, result_bytes(card, len(request.inputs))) as permit:
+            size = result_bytes(card, len(request.inputs))
+            async with self.admission.admit(request.caller, lane, tokens, size) as permit:
                 asked = Asked(
-                    request.caller, bool(choice.is_query), self._truncate(request.truncation), started, deadline
+                    request.caller, is_query, self._truncate(request.truncation), started, perf_counter(), deadline
                 )
-                recall = self._recall(model, asked, is_query=asks_for_query(choice))
+                recall = self._recall(model, asked, is_query=is_query)
                 inputs = await self._tokenize(model, request, prompt, recall)
                 ran = await self._run(model, inputs, permit, asked, entries(request.param))
                 finished = partial(
@@ -192,8 +213,11 @@ class Inference:
         model = self._models_or_raise().reranker(request.model)
         self._check_count(len(request.documents), request.param)
         async with within(request.caller, self._request_timeout) as deadline:
-            asked = Asked(request.caller, True, self._truncate(request.truncation), started, deadline)
-            with self.admission.admit(*cost(model, request)) as permit:
+            tokens, size = cost(model, request)
+            lane = expected_lane(request.caller, is_query=True, texts=len(request.documents), estimated_tokens=tokens)
+            async with self.admission.admit(request.caller, lane, tokens, size) as permit:
+                truncate = self._truncate(request.truncation)
+                asked = Asked(request.caller, True, truncate, started, perf_counter(), deadline)
                 if isinstance(model, ServedReranker):
                     inputs: Sequence[Tokenized | Recalled] = await tokenize_pairs(model.tokenizer, request)
                     names = entries(request.param)

@@ -29,8 +29,10 @@ class Asked:
     is_query: bool
     """A person seems to wait for it."""
     truncate: bool
+    came: float
+    """By `perf_counter`, as the next."""
     started: float
-    """By `perf_counter`."""
+    """When it was admitted."""
     deadline: float
     """By `monotonic`."""
 
@@ -109,12 +111,13 @@ async def run_rows(
     vectors, queue = await _run_new(scheduler, model, new, asked, name, lane, keep)
     # Of an equal text that was queued before this request, only the part since then is this request's wait.
     queue = min(queue, perf_counter() - submitted)
+    infer = perf_counter() - submitted - queue
     return Ran(
         rows=[one.vector if isinstance(one, Recalled) else vectors[index] for index, one in enumerate(inputs)],
         tokens=tokens,
         cached=tuple(index for index, one in enumerate(inputs) if isinstance(one, Recalled)),
         truncated=tuple(index for index, one in enumerate(inputs) if one.truncated),
-        timings=Timings(submitted - asked.started, queue, perf_counter() - submitted - queue),
+        timings=Timings(submitted - asked.started, queue + asked.started - asked.came, infer),
         lane=lane,
         waited=waited,
     )

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import Job, View
 from vecmill.jobs.views import ENDED_SHOWN, Views
 
@@ -15,8 +16,9 @@ AT_A_TIME = 64  # views that are made before a reader has taken the last ones
 class Follower:
     """One reader. Remembers which version of each job it has had, not what it has missed: a slow one skips states."""
 
-    def __init__(self) -> None:
+    def __init__(self, viewer: Viewer = EVERYONE) -> None:
         self.wake = asyncio.Event()
+        self._viewer = viewer
         self._had: dict[str, tuple[int, int]] = {}
         self._ended: int | None = None  # number of the last ended job it has had
 
@@ -33,10 +35,11 @@ class Follower:
         return [views.of(job) for job in changed]
 
     def _changes(self, views: Views) -> list[Job]:
-        return [job for job in views.ledger.open.values() if self._had.get(job.id) != _state(job, views)]
+        mine = (job for job in views.ledger.open.values() if views.ledger.shows(job, self._viewer))
+        return [job for job in mine if self._had.get(job.id) != _state(job, views)]
 
     def _ends(self, views: Views) -> list[Job]:
-        ended = list(views.ledger.ended.values())
+        ended = [job for job in views.ledger.ended.values() if views.ledger.shows(job, self._viewer)]
         if self._ended is None:
             ended = ended[-ENDED_SHOWN:]
             self._ended = ended[0].ended_number - 1 if ended else 0
@@ -55,9 +58,9 @@ class Followers:
         self._all: set[Follower] = set()
         self._over = False
 
-    async def follow(self, idle_seconds: float) -> AsyncGenerator[list[View], None]:
+    async def follow(self, idle_seconds: float, viewer: Viewer = EVERYONE) -> AsyncGenerator[list[View], None]:
         """What is, then what changes; an empty list after `idle_seconds` without a change."""
-        follower = Follower()
+        follower = Follower(viewer)
         self._all.add(follower)
         try:
             while not self._over:

@@ -24,7 +24,15 @@ class HttpServer(uvicorn.Server):
     def __init__(self, app: FastAPI, end_requests: Callable[[], None]) -> None:
         """`end_requests` ends those that are still in progress when there is no time left."""
         super().__init__(
-            uvicorn.Config(app, access_log=False, log_config=None, timeout_keep_alive=KEEP_ALIVE, server_header=False)
+            uvicorn.Config(
+                app,
+                access_log=False,
+                log_config=None,
+                timeout_keep_alive=KEEP_ALIVE,
+                server_header=False,
+                # Whoever connects from this machine could call himself anybody: TRUSTED_PROXIES says who may.
+                proxy_headers=False,
+            )
         )
         self._end_requests = end_requests
         self._seconds = LAST_ANSWERS
