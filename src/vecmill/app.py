@@ -119,6 +119,7 @@ class Server:
             cache_queries=settings.cache.cache_queries,
             cache_across_keys=settings.cache.cache_across_keys,
             limits_of=self.keys.limits_of,
+            several_keys=lambda: self.keys.several,
         )
         self.monitor = Monitor(_tell_clock)
         self.state = State(settings, self.telemetry)
@@ -140,6 +141,7 @@ class Server:
             gpu=self.monitor.latest,
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
+            keys=self.keys,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
         watch(self.services)

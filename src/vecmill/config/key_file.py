@@ -99,6 +99,21 @@ def new_key() -> str:
     return f"vm-{secrets.token_urlsafe(32)}"
 
 
+def key_line(name: str | None, scopes: str, limits: KeyLimits) -> tuple[str, str]:
+    """A fresh key, and the line for API_KEY_FILE that lets it in.
+
+    Raises:
+        ValueError: no line can be made of these.
+    """
+    key = new_key()
+    options = [f"scopes={scopes}"] if scopes != Scope.USE else []
+    options += [f"{what}={most}" for what in LIMITS if (most := getattr(limits, what)) is not None]
+    line = " ".join([f"{name}:{key}" if name else key, *options])
+    if key_entry(line, "key").key.get_secret_value() != key or (name or "").startswith("#"):
+        raise ValueError("has a name with a colon, or that begins with `#`")
+    return key, line
+
+
 def with_key_file(access: AccessSettings) -> AccessSettings:
     """The settings with the keys of API_KEY_FILE among those of API_KEY.
 

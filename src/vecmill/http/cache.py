@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 
 from vecmill.core.errors import NotAllowed, StateUnavailable
 from vecmill.http.caller import ViewerOf
-from vecmill.http.services import Services, ServicesOf
+from vecmill.http.services import Services, ServicesOf, shows_work_of_all
 from vecmill.storage.errors import StoreFailed
 
 router = APIRouter(tags=["Cache"])
@@ -35,9 +35,13 @@ def cache_facts(services: Services) -> dict[str, Any] | None:
 
 
 @router.get("/cache", summary="Cache statistics")
-async def get_cache(services: ServicesOf) -> dict[str, Any]:
-    """Entries and bytes kept; hits, entries written, dropped and lost since the start."""
-    return {"enabled": services.cache() is not None, **(cache_facts(services) or {})}
+async def get_cache(request: Request, services: ServicesOf) -> dict[str, Any]:
+    """Entries and bytes kept; hits, entries written, dropped and lost since the start.
+
+    With several keys and a common cache the counts are for the scope `admin`: they tell of other keys' texts.
+    """
+    counts = cache_facts(services) if shows_work_of_all(request) else None
+    return {"enabled": services.cache() is not None, **(counts or {})}
 
 
 @router.delete("/cache", summary="Empty the cache")

@@ -59,10 +59,7 @@ STATUS: Mapping[type[VecmillError], int] = {
 
 def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str, str] = NO_HEADERS) -> Response:
     """The answer to an error, in a dialect's shape. `headers` are those of the request, if there is one."""
-    if isinstance(error, Overloaded):
-        status = shape.busy(headers)
-    else:
-        status = nearest({**STATUS, **shape.status}, error)
+    status = shape.busy(headers) if isinstance(error, Overloaded) else nearest({**STATUS, **shape.status}, error)
     return JSONResponse(shape.body(error, status), status_code=status, headers=_headers(error))
 
 

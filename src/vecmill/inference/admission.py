@@ -181,7 +181,7 @@ class Admission:
         return True
 
     def _admit_waiting(self) -> None:
-        """Admit whoever there is room for. A large request is not overtaken by those behind it: it would never be in."""
+        """Admit whoever there is room for. Those behind a large request do not overtake it: it would never be in."""
         for lane, room in self._rooms.items():
             while (first := self._first(room)) is not None and self._shortage(lane, first.tokens) is None:
                 first.admitted = True

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import cast
 
 from vecmill.cache.embedding_cache import EmbeddingCache
+from vecmill.cache.key import fingerprint_of
 from vecmill.config import InferenceSettings
 from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, TooManyInputs
 from vecmill.core.health import Health
@@ -15,6 +17,7 @@ from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
     NO_LIMITS,
     CacheControl,
+    Caller,
     DetokenizeRequest,
     EmbedRequest,
     EmbedResult,
@@ -35,7 +38,7 @@ from vecmill.inference.finish import check_dimensions, finish
 from vecmill.inference.lane import expected_lane
 from vecmill.inference.pieces import pieces, texts_of
 from vecmill.inference.prompts import asks_for_query, choose_prompt
-from vecmill.inference.recall import Recall, Recalled, TextMemory
+from vecmill.inference.recall import Recall, Recalled, SentBefore, TextMemory
 from vecmill.inference.running import Asked, Ran, run_rows, within
 from vecmill.inference.scoring import cost, names_apart, score_result, tokenize_apart, tokenize_pairs, tokenize_texts
 from vecmill.inference.served import Aliases, ServedEmbedder, ServedModels, ServedReranker
@@ -64,12 +67,16 @@ class Inference:
         cache_queries: bool = True,
         cache_across_keys: bool = True,
         limits_of: Callable[[str | None], KeyLimits] = lambda owner: NO_LIMITS,
+        several_keys: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`limits_of` a key's owner: what that key may have in progress."""
+        """`limits_of` a key's owner: what that key may have in progress. `several_keys`: whether there are others."""
         self._settings = settings
         self._cache_queries = cache_queries
         self._cache: EmbeddingCache | None = None
         self._texts = TextMemory()
+        self._sent = SentBefore()
+        self._across_keys = cache_across_keys
+        self._several_keys = several_keys
         self._request_timeout = request_timeout
         self._health = health
         self._telemetry = telemetry
@@ -169,7 +176,7 @@ class Inference:
                 )
                 embeddings = await self._threads.run_if_large(finished, size=ran.rows[0].nbytes * len(ran.rows))
         self._report("embed", model, len(request.inputs), ran, started)
-        return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings, ran.tokens, ran.cached)
+        return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings, ran.tokens, ran.told)
 
     def _recall(self, model: ServedEmbedder, asked: Asked, *, is_query: bool) -> Recall | None:
         """The way to kept vectors; None where the request, or a setting, rules them out."""
@@ -180,10 +187,11 @@ class Inference:
         return Recall(
             self._cache,
             self._texts,
-            model.fingerprint,
+            fingerprint_of(model.fingerprint, apart) if (apart := self._apart(asked.caller)) else model.fingerprint,
             model.card.dimensions or 0,
             look_up=control is not CacheControl.NO_CACHE,
             truncate=asked.truncate,
+            as_read=self._hides_hits,
         )
 
     async def _tokenize(
@@ -274,7 +282,37 @@ class Inference:
         keep = None
         if self._cache is not None and model.card.supported_dimensions:
             keep = partial(self._cache.keep, smallest=min(model.card.supported_dimensions))
-        return await run_rows(self._scheduler, model, inputs, asked, name, keep)
+        asked = replace(asked, apart=self._apart(asked.caller))
+        ran = await run_rows(self._scheduler, model, inputs, asked, name, keep)
+        return await self._hidden(ran, inputs, model, asked.caller) if self._hides_hits else ran
+
+    @property
+    def _hides_hits(self) -> bool:
+        """Whether no answer may tell that its texts were another key's."""
+        return self._cache is not None and self._across_keys and self._several_keys()
+
+    async def _hidden(
+        self,
+        ran: Ran,
+        inputs: Sequence[Tokenized | Recalled],
+        model: ServedEmbedder | ServedReranker,
+        caller: Caller,
+    ) -> Ran:
+        """What was computed looks like what was kept, and a key is told of the hits of its own texts alone."""
+        new = [index for index, one in enumerate(inputs) if isinstance(one, Tokenized) and one.key is not None]
+        rows = list(ran.rows)
+        if new and self._cache is not None:
+            smallest = min(model.card.supported_dimensions)
+            read = partial(self._cache.as_read, [rows[index] for index in new], smallest)
+            for index, row in zip(
+                new, await self._threads.run_if_large(read, size=rows[0].nbytes * len(new)), strict=True
+            ):
+                rows[index] = row
+        return replace(ran, rows=rows, told=self._sent.told(caller.owner or "", inputs))
+
+    def _apart(self, caller: Caller) -> str:
+        """Whose texts a request's may be taken for equal with; empty: everyone's."""
+        return "" if self._across_keys else caller.owner or ""
 
     def _truncate(self, truncation: Truncation) -> bool:
         return self._settings.auto_truncate if truncation.allowed is None else truncation.allowed
