@@ -36,7 +36,13 @@ class Gate:
         return self._launch(model, rows, *args, **flags)
 
     def open(self) -> None:
+        """Let all of them go."""
         self._open.set()
+
+    def close(self) -> None:
+        """Hold those that come from now on."""
+        self._open.clear()
+        self.batches.clear()
 
 
 def gated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
@@ -67,7 +73,7 @@ def from_address(app: Any, address: str) -> httpx.AsyncClient:
 async def until_waiting(services: Services, lane: Lane, count: int) -> None:
     async with asyncio.timeout(20):
         while services.inference.waiting[lane] < count:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
 
 def words(count: int) -> str:
