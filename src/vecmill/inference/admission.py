@@ -62,6 +62,8 @@ class _Room:
     clients: dict[str, Held] = field(default_factory=dict)
     waiting: dict[str, deque[_Waiter]] = field(default_factory=dict)
     """By client, each first come first served."""
+    turns: dict[str, int] = field(default_factory=dict)
+    """When each of these was admitted last, in the order of all admissions."""
 
     @property
     def waiters(self) -> int:
@@ -96,6 +98,7 @@ class Admission:
         self._rooms = {lane: _Room() for lane in Lane}
         self._owners: dict[str | None, Held] = {}
         self._permits: dict[int, Permit] = {}
+        self._admissions = 0
         self.requests = 0
         self.tokens = 0
 
@@ -167,6 +170,7 @@ class Admission:
                 mine.remove(waiter)
             if not mine:
                 del waiting[waiter.caller.client]
+                _forget_turn(self._rooms[waiter.lane], waiter.caller.client)
 
     def _may_wait(self, room: _Room, client: str) -> bool:
         """Whether one more may; where too many wait, the newest of the client with most of them makes room for it."""
@@ -194,7 +198,11 @@ class Admission:
         """The next of the client that has least in progress, of those whose keys are not at their limits."""
         heads = (waiters[0] for waiters in room.waiting.values())
         free = (one for one in heads if self._key_limit(one.caller, one.tokens) is None)
-        return min(free, key=lambda one: (self._share(room, one.caller.client), one.since), default=None)
+        return min(free, key=lambda one: self._turn(room, one), default=None)
+
+    def _turn(self, room: _Room, waiter: _Waiter) -> tuple[float, int, float]:
+        client = waiter.caller.client
+        return self._share(room, client), room.turns.get(client, 0), waiter.since
 
     def _share(self, room: _Room, client: str) -> float:
         """Of the room, by what the client has most of (https://dl.acm.org/doi/10.5555/1972457.1972490)."""
@@ -239,6 +247,11 @@ class Admission:
         room.held.requests += requests
         room.held.tokens += tokens
         _count(room.clients, caller.client, requests, tokens)
+        if requests > 0:
+            self._admissions += 1
+            room.turns[caller.client] = self._admissions
+        elif requests < 0:
+            _forget_turn(room, caller.client)
         _count(self._owners, caller.owner, requests, tokens)
 
     def _settle(self, caller: Caller, lane: Lane, permit: Permit, counted: int) -> None:
@@ -257,6 +270,12 @@ class Admission:
             LONGEST_RETRY_AFTER, max(1.0, self._pace.seconds(counted, estimated, self.requests + len(waiting)))
         )
         return error
+
+
+def _forget_turn(room: _Room, client: str) -> None:
+    """Of who has neither anything in progress nor anything waiting: clients are without number."""
+    if client not in room.clients and client not in room.waiting:
+        room.turns.pop(client, None)
 
 
 def _count(table: dict[K, Held], name: K, requests: int, tokens: int) -> None:
