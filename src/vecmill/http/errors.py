@@ -37,8 +37,6 @@ from vecmill.http.services import services_of
 
 logger = logging.getLogger(__name__)
 
-NO_HEADERS: Mapping[str, str] = {}
-
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
     InvalidInput: 400,
@@ -47,6 +45,7 @@ STATUS: Mapping[type[VecmillError], int] = {
     NotAllowed: 403,
     BodyTooLarge: 413,
     NotFound: 404,
+    Overloaded: 429,
     JobConflict: 409,
     BatchConflict: 409,
     DeadlineExceeded: 504,
@@ -57,9 +56,11 @@ STATUS: Mapping[type[VecmillError], int] = {
 }
 
 
-def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str, str] = NO_HEADERS) -> Response:
+def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to an error, in a dialect's shape. `headers` are those of the request, if there is one."""
-    status = shape.busy(headers) if isinstance(error, Overloaded) else nearest({**STATUS, **shape.status}, error)
+    status = nearest({**STATUS, **shape.status}, error)
+    if isinstance(error, Overloaded) and headers is not None:
+        status = shape.busy(headers)
     return JSONResponse(shape.body(error, status), status_code=status, headers=_headers(error))
 
 
