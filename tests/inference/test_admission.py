@@ -196,7 +196,7 @@ async def test_a_wait_is_bounded() -> None:
 
 
 async def test_those_who_wait_are_bounded_and_the_largest_crowd_makes_room() -> None:
-    async with queue_on(admission(requests=2, wait_seconds=60)) as queue:
+    async with queue_on(admission(requests=2, wait_seconds=60, most_waiting=16)) as queue:
         for number in range(30):
             await queue.ask(f"flood {number}", "flood")
         assert queue.room.waiting == 16

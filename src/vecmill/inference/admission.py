@@ -22,7 +22,7 @@ K = TypeVar("K", str, str | None)
 
 LONGEST_RETRY_AFTER = 60.0  # seconds; SDKs give up when told to wait for minutes
 SEARCH_SHARE = 8  # one part of so many is kept for searches
-MOST_WAITING = 8  # times as many as may be in progress
+MOST_WAITING = 4096  # of each lane; their bodies have a limit of their own
 PACE_SECONDS = 10.0  # that the measured rate looks back, of those with something in progress
 COUNTED_OF_ESTIMATED = 0.25  # tokens, before any were counted: estimates count characters
 
@@ -79,6 +79,7 @@ class Admission:
         max_tokens: int,
         *,
         wait_seconds: float = 0.0,
+        most_waiting: int = MOST_WAITING,
         tokens_run: Callable[[], int] = lambda: 0,
         expected_rate: Callable[[], float] = lambda: 0.0,
         check_memory: Callable[[int], None] = lambda needed: None,
@@ -92,7 +93,7 @@ class Admission:
         self._bulk = Held(max_requests - kept, max_tokens - max_tokens // SEARCH_SHARE)
         self._searches = Held(max(1, kept), max_tokens // SEARCH_SHARE)
         self._all = Held(max_requests, max_tokens)
-        self._wait_seconds = wait_seconds
+        self._wait_seconds, self._most_waiting = wait_seconds, most_waiting
         self._check_memory, self._limits_of, self._clock = check_memory, limits_of, clock
         self._pace = _Pace(tokens_run, expected_rate, clock)
         self._rooms = {lane: _Room() for lane in Lane}
@@ -174,7 +175,7 @@ class Admission:
 
     def _may_wait(self, room: _Room, client: str) -> bool:
         """Whether one more may; where too many wait, the newest of the client with most of them makes room for it."""
-        if room.waiters < MOST_WAITING * self._all.requests:
+        if room.waiters < self._most_waiting:
             return True
         largest = max(room.waiting.values(), key=len)
         if len(largest) <= len(room.waiting.get(client, ())) + 1:
