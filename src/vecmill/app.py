@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
@@ -23,7 +24,7 @@ from vecmill.hardware.clocks import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
-from vecmill.http.access import Access
+from vecmill.http.access import Access, in_both_families
 from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import (
@@ -118,6 +119,9 @@ class Server:
             self._threads,
             MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
             cache_queries=settings.cache.cache_queries,
+            cache_across_keys=settings.cache.cache_across_keys,
+            limits_of=self.keys.limits_of,
+            several_keys=lambda: self.keys.several,
         )
         self.monitor = Monitor(_tell_clock)
         self.state = State(settings, self.telemetry)
@@ -139,6 +143,7 @@ class Server:
             gpu=self.monitor.latest,
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
+            keys=self.keys,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
         watch(self.services)
@@ -189,8 +194,9 @@ class Server:
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
-        self.inference.attach(models, self._scheduler, self.state.cache)
         endpoints = batch_endpoints(self.inference, self._threads, self._settings.inference)
+        rates = [one.calibration.best_rate for one in loaded.warmed.values()]
+        self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self.monitor.watch(engine.gpu_uuid())
         watch_budgets(self.services)
@@ -275,6 +281,7 @@ def create_app(
         redirect_slashes=False,  # `RequestLine` has taken them off
     )
     app.state.server, app.state.services = server, server.services
+    app.state.progress = {}
     for module in (*DIALECTS, cache, capabilities, job_events, jobs, health, stats, page):
         app.include_router(module.router)
     errors.install(app)
@@ -288,10 +295,18 @@ def create_app(
     )
     app.add_middleware(AcceptedGZip)
     app.add_middleware(Draining, requests=server.requests)
-    app.add_middleware(Access, settings=settings.access, keys=server.keys, host=settings.http.host)
+    app.add_middleware(
+        Access,
+        settings=settings.access,
+        keys=server.keys,
+        host=settings.http.host,
+        on_job=server.state.jobs.touch,
+    )
     app.add_middleware(Cors, origins=Origins(settings.access.cors_origins))
     app.add_middleware(RequestLine)
     app.add_middleware(RequestId)
+    if proxies := settings.access.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app
 
 

@@ -17,6 +17,7 @@ from vecmill.batches.endpoint import Endpoint, Line, LineResult
 from vecmill.batches.record import BatchRecord
 from vecmill.batches.service import Batches
 from vecmill.config import BatchSettings
+from vecmill.core.types import Caller
 from vecmill.storage.state_folder import StateFolder
 from vecmill.telemetry.telemetry import Telemetry
 
@@ -43,7 +44,7 @@ class LightEndpoint:
     def texts(self, body: Mapping[str, Any]) -> int:
         return 1
 
-    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
         await asyncio.sleep(0)
         if self._allowed is not None and lines[-1].number > self._allowed:
             await self._never.wait()
@@ -111,8 +112,8 @@ async def content(batches: Batches, file_id: str | None) -> list[dict[str, Any]]
 class DeadlyEndpoint(LightEndpoint):
     """Some lines kill the process, by themselves or among others."""
 
-    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
-        results = await super().run(client, lines)
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
+        results = await super().run(caller, lines)
         if any("kill" in line.body for line in lines):
             os.kill(os.getpid(), signal.SIGKILL)
         return results

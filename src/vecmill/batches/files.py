@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vecmill.batches.room import Room
 from vecmill.core.clock import Clock
 from vecmill.core.errors import NoSuchFile
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.storage.atomic_files import TEMPORARY, sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
 
@@ -34,6 +35,8 @@ class StoredFile(BaseModel):
     expires_at: float
     filename: str
     purpose: Literal["batch", "batch_output"]
+    owner: str | None = None
+    """The key that sent it, or had it made; None: there were no keys, or it was before files had owners."""
 
 
 class FileStore:
@@ -68,6 +71,7 @@ class FileStore:
         filename: str,
         purpose: Literal["batch", "batch_output"],
         expires_seconds: float | None = None,
+        owner: str | None = None,
     ) -> StoredFile:
         """Take over what was written under another name. Can be repeated after a crash at any point."""
         if written.exists():
@@ -75,20 +79,26 @@ class FileStore:
         now = self._clock()
         expires_at = now + (self._expires_seconds if expires_seconds is None else expires_seconds)
         file = StoredFile(
-            id=file_id, bytes=size, created_at=now, expires_at=expires_at, filename=filename, purpose=purpose
+            id=file_id,
+            bytes=size,
+            created_at=now,
+            expires_at=expires_at,
+            filename=filename,
+            purpose=purpose,
+            owner=owner,
         )
         write_atomically(self._metadata(file_id), file.model_dump_json().encode())
         sync_folder(self._folder)
         return file
 
-    def get(self, file_id: str) -> StoredFile:
-        """A whole file that has not expired.
+    def get(self, file_id: str, viewer: Viewer = EVERYONE) -> StoredFile:
+        """A whole file of the viewer that has not expired.
 
         Raises:
-            NoSuchFile: there is none of this id, whatever the id looks like.
+            NoSuchFile: there is none of this id, whatever the id looks like, or it is somebody else's.
         """
         file = self._read(file_id) if FILE_ID.fullmatch(file_id) else None
-        if file is None or file.expires_at <= self._clock():
+        if file is None or file.expires_at <= self._clock() or not viewer.sees(file.owner):
             raise NoSuchFile(f"There is no file {file_id[:100]!r}: it was deleted, has expired, or never was.")
         return file
 

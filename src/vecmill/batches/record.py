@@ -64,6 +64,10 @@ class BatchRecord(BaseModel):
     expires_at: float
     metadata: Mapping[str, str] | None = None
     output_expires_seconds: float | None = None
+    owner: str | None = None
+    """The key that created it; None: there were no keys, or it was before batches had owners."""
+    client: str = "batches"
+    """In whose turns its lines are run: the client's that created it."""
 
     status: Status = Status.VALIDATING
     ends_as: Status | None = None

@@ -30,6 +30,7 @@ from vecmill.batches.threads import in_thread
 from vecmill.batches.validation import Checked, validate
 from vecmill.batches.window import Answered, Turns, Window
 from vecmill.core.clock import Clock
+from vecmill.core.types import Caller, Lane
 from vecmill.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -94,6 +95,12 @@ class BatchRun:
         if self.record.ends_as is None:
             await self._decided(await self._answer())
         await self._finish()
+
+    @property
+    def _caller(self) -> Caller:
+        """Whoever created it; the batch is one of that client's jobs."""
+        record = self.record
+        return Caller(client=record.client, owner=record.owner, job_id=record.id, lane=Lane.BULK)
 
     def _interruption(self) -> Status | None:
         record = self.record
@@ -197,7 +204,7 @@ class BatchRun:
         else:
             await self._note(most, alone=False)
         interrupted = asyncio.create_task(self._interrupted.wait())
-        window = Window(self._endpoint, f"batch {self.record.id}", await self._reader(), most, turn)
+        window = Window(self._endpoint, self._caller, await self._reader(), most, turn)
         try:
             while last_alone is None or self.record.progress.lines < last_alone:
                 if (reason := self._interruption()) is not None:
@@ -345,6 +352,7 @@ class BatchRun:
                 filename=f"{record.id}_{name}",
                 purpose="batch_output",
                 expires_seconds=record.output_expires_seconds,
+                owner=record.owner,
             )
 
     async def _save(self, **changes: Any) -> None:

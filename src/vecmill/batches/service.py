@@ -19,6 +19,7 @@ from vecmill.batches.upload import Upload, too_large
 from vecmill.config import BatchSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BatchConflict, InvalidInput, StateUnavailable
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.telemetry.telemetry import Telemetry
 
 
@@ -81,8 +82,8 @@ class Batches:
         """Batches in a state, as they were a moment ago."""
         return self._runner.counts.get(status, 0) if self._runner else 0
 
-    async def upload(self, declared_bytes: int) -> Upload:
-        """Begin to take a file. `declared_bytes`: how large its sender says that it is.
+    async def upload(self, declared_bytes: int, viewer: Viewer = EVERYONE) -> Upload:
+        """Begin to take a file of the viewer. `declared_bytes`: how large its sender says that it is.
 
         Raises:
             BodyTooLarge: it is too large. FilesFull: there is no room. StateUnavailable, InsufficientStorage.
@@ -93,30 +94,31 @@ class Batches:
 
         def begin() -> Upload:
             files.room.take(0)
-            return Upload(files, limit)
+            return Upload(files, limit, viewer.owner)
 
         return await on_disk(begin)
 
-    async def file(self, file_id: str) -> StoredFile:
-        """A file.
+    async def file(self, file_id: str, viewer: Viewer = EVERYONE) -> StoredFile:
+        """A file. Here and below what is not the viewer's is not there.
 
         Raises:
             NoSuchFile: there is none.
         """
         files = self._surroundings().files
-        return await on_disk(lambda: files.get(file_id))
+        return await on_disk(lambda: files.get(file_id, viewer))
 
     def path_of(self, file_id: str) -> Path:
         """Where the content of a file is that `file` has found."""
         return self._surroundings().files.data(file_id)
 
-    async def all_files(self) -> list[StoredFile]:
+    async def all_files(self, viewer: Viewer = EVERYONE) -> list[StoredFile]:
         """All files, the newest first."""
         files = self._surroundings().files
         found = await on_disk(files.all)
+        found = [file for file in found if viewer.sees(file.owner)]
         return sorted(found, key=lambda file: (file.created_at, file.id), reverse=True)
 
-    async def delete_file(self, file_id: str) -> None:
+    async def delete_file(self, file_id: str, viewer: Viewer = EVERYONE) -> None:
         """Delete a file.
 
         Raises:
@@ -125,7 +127,7 @@ class Batches:
         around = self._surroundings()
 
         def delete() -> None:
-            around.files.get(file_id)
+            around.files.get(file_id, viewer)
             for record in around.store.all():
                 if not record.ended and file_id in files_of(record):
                     raise BatchConflict(
@@ -146,8 +148,10 @@ class Batches:
         window_seconds: float,
         metadata: Mapping[str, str] | None,
         output_expires_seconds: float | None,
+        viewer: Viewer = EVERYONE,
+        client: str = "batches",
     ) -> BatchRecord:
-        """Have a file worked through.
+        """Have a file worked through, for the viewer and in the turns of `client`.
 
         Raises:
             NoSuchFile: there is no such input. InvalidInput: it was not meant as one.
@@ -155,7 +159,7 @@ class Batches:
         around = self._surroundings()
 
         def create() -> BatchRecord:
-            if around.files.get(input_file_id).purpose != "batch":
+            if around.files.get(input_file_id, viewer).purpose != "batch":
                 raise InvalidInput("`input_file_id` must be a file with the purpose `batch`.", param="input_file_id")
             now = self._clock()
             record = BatchRecord(
@@ -168,6 +172,8 @@ class Batches:
                 expires_at=now + window_seconds,
                 metadata=metadata,
                 output_expires_seconds=output_expires_seconds,
+                owner=viewer.owner,
+                client=client,
             )
             around.store.create(record)
             return record
@@ -176,21 +182,23 @@ class Batches:
         self.wake()
         return record
 
-    async def get(self, batch_id: str) -> BatchRecord:
+    async def get(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """A batch.
 
         Raises:
             NoSuchBatch: there is none.
         """
         store = self._surroundings().store
-        return await on_disk(lambda: _as_asked(store, store.get(batch_id)))
+        return await on_disk(lambda: _as_asked(store, store.get(batch_id, viewer)))
 
-    async def all(self) -> list[BatchRecord]:
+    async def all(self, viewer: Viewer = EVERYONE) -> list[BatchRecord]:
         """All batches, the newest first."""
         store = self._surroundings().store
-        return await on_disk(lambda: [_as_asked(store, record) for record in reversed(store.all())])
+        return await on_disk(
+            lambda: [_as_asked(store, record) for record in reversed(store.all()) if viewer.sees(record.owner)]
+        )
 
-    async def cancel(self, batch_id: str) -> BatchRecord:
+    async def cancel(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """Ask for a batch to be cancelled; what it has answered stays.
 
         Raises:
@@ -199,7 +207,7 @@ class Batches:
         store = self._surroundings().store
 
         def cancel() -> BatchRecord:
-            record = store.get(batch_id)
+            record = store.get(batch_id, viewer)
             if record.ends_as not in (None, Status.CANCELLED) or record.ended:
                 raise BatchConflict(f"The batch is {record.status.value} already, it cannot be cancelled.")
             store.cancel(batch_id, self._clock())

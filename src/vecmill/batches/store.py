@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from vecmill.batches.record import BatchRecord, WorkNote
 from vecmill.core.errors import NoSuchBatch
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.storage.atomic_files import sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
 
@@ -60,14 +61,15 @@ class BatchStore:
         """Replace a record. For whoever holds the batch's lock."""
         write_atomically(self.folder(record.id) / RECORD, _serialised(record))
 
-    def get(self, batch_id: str) -> BatchRecord:
-        """A batch.
+    def get(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
+        """A batch of the viewer.
 
         Raises:
-            NoSuchBatch: there is none of this id, whatever the id looks like, or its record cannot be read.
+            NoSuchBatch: there is none of this id, whatever the id looks like, its record cannot be read, or it is
+                somebody else's.
         """
         record = self._read(batch_id) if BATCH_ID.fullmatch(batch_id) else None
-        if record is None:
+        if record is None or not viewer.sees(record.owner):
             raise NoSuchBatch(f"There is no batch {batch_id[:100]!r}.")
         return record
 

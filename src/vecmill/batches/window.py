@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.lines import Group, LineReader
 from vecmill.batches.threads import in_thread
+from vecmill.core.types import Caller
 
 # Beside the limit on lines, so that the longest of them do not take all of the server's room.
 WINDOW_BYTES = 1_048_576
@@ -60,7 +61,7 @@ class Window:
     def __init__(
         self,
         endpoint: Endpoint,
-        client: str,
+        caller: Caller,
         reader: LineReader,
         most_lines: int,
         turn: Callable[[], AbstractAsyncContextManager[None]],
@@ -68,7 +69,7 @@ class Window:
         """`turn` is held while a group is worked on."""
         self._endpoint = endpoint
         self._turn = turn
-        self._client = client
+        self._caller = caller
         self._reader = reader
         self._most_lines = most_lines
         self._groups: deque[tuple[Group, asyncio.Task[Sequence[LineResult]]]] = deque()
@@ -92,7 +93,9 @@ class Window:
             if group is None:
                 self._exhausted = True
             else:
-                task = asyncio.create_task(self._answer(group), name=f"{self._client}, line {group.lines[0].number}")
+                task = asyncio.create_task(
+                    self._answer(group), name=f"batch {self._caller.job_id}, line {group.lines[0].number}"
+                )
                 self._groups.append((group, task))
         return bool(self._groups)
 
@@ -125,7 +128,7 @@ class Window:
 
     async def _answer(self, group: Group) -> Sequence[LineResult]:
         async with self._turn():
-            return await self._endpoint.run(self._client, group.lines)
+            return await self._endpoint.run(self._caller, group.lines)
 
     def _lines(self) -> int:
         return sum(len(group.lines) for group, _ in self._groups)

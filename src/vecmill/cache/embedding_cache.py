@@ -76,13 +76,26 @@ class EmbeddingCache:
         """Whether the store could not be used lately."""
         return bool(self._failed_at)
 
-    def look_up(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
-        """The vectors, (dimensions,) each, that are there. For worker threads: it reads from disk."""
-        found = {key: kept.vector for key in keys if (kept := self._on_the_way(key)) is not None}
+    def look_up(self, keys: Sequence[bytes], dimensions: int, *, as_read: bool = False) -> dict[bytes, Vector]:
+        """The vectors, (dimensions,) each, that are there. For worker threads: it reads from disk.
+
+        `as_read`: also those that are not written yet are rounded as they will be.
+        """
+        kept = {key: one for key in keys if (one := self._on_the_way(key)) is not None}
+        found = {
+            key: self.as_read([one.vector], one.smallest)[0] if as_read else one.vector for key, one in kept.items()
+        }
         missing = [key for key in keys if key not in found]
         if missing and not self._left_alone():
             found |= self._read(missing, dimensions)
         return found
+
+    def as_read(self, vectors: Sequence[Vector], smallest: int) -> list[Vector]:
+        """What would be read if these were kept: rounded, so that an answer does not show whether it was."""
+        encoded = encode_vectors(np.stack(vectors), smallest, exact=self._exact)
+        keys = [b"%d" % index for index in range(len(encoded))]
+        read = decode_values(dict(zip(keys, encoded, strict=True)), len(vectors[0]))
+        return [read.get(key, vector) for key, vector in zip(keys, vectors, strict=True)]
 
     def _on_the_way(self, key: bytes) -> Kept | None:
         return self._pending.get(key) or self._writing.get(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -10,16 +11,17 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from vecmill.config.key_file import KEY, KeyEntry, check_length, check_unique, key_entry
 from vecmill.core.types import TokenVocabulary
 
 Pairs = tuple[tuple[str, str], ...]
 
 # ASCII without spaces, as an address or a header takes it.
-PRINTABLE = re.compile("[!-~]+")
 # Scheme, host and port, of which the host, its first label or the port may be `*`.
 ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://(\*|(\*\.)?[a-z0-9._~!$&'()=;%-]+|\[[0-9a-f:.]+\])(:([0-9]{1,5}|\*))?", re.ASCII
 )
+PRINTABLE = KEY
 
 
 class SettingsGroup(BaseSettings):
@@ -245,9 +247,21 @@ class InferenceSettings(SettingsGroup):
         "none. /embed takes the model's own.",
     )
     max_client_batch_size: int = Field(2048, ge=1, description="Inputs per request; more is a 4xx.")
-    max_concurrent_requests: int = Field(512, ge=1, description="Requests in progress; more is a 429.")
+    max_concurrent_requests: int = Field(
+        512, ge=1, description="Requests in progress; more wait. An eighth of it is kept for searches."
+    )
     max_queued_tokens: int = Field(
-        2_000_000, ge=8, description="Tokens admitted and not yet answered, over all requests; more is a 429."
+        2_000_000,
+        ge=8,
+        description="Tokens admitted and not yet answered, over all requests; more wait. An eighth of it is kept for "
+        "searches.",
+    )
+    queue_timeout: float = Field(
+        30,
+        ge=0,
+        le=3600,
+        description="Seconds that a request waits for room, at the most, before it is refused with 503 or 429, "
+        "whichever its client tries again after; 0: it is refused at once.",
     )
     tokenization_workers: int | None = Field(
         None,
@@ -322,6 +336,11 @@ class CacheSettings(SettingsGroup):
         description="How vectors are kept. `auto`: 16 bits for each dimension where no cosine changes by more than "
         "0.0001, else 32; `float32`: as they were computed.",
     )
+    cache_across_keys: bool = Field(
+        True,
+        description="Answer a text that another API key has sent before with the vector that was computed then; no "
+        "answer says so. false: each key has vectors of its own.",
+    )
     cache_queries: bool = Field(
         True, description="Keep the vectors of queries too; false: queries are neither looked up nor kept."
     )
@@ -394,21 +413,30 @@ class AccessSettings(SettingsGroup):
 
     title: ClassVar[str] = "Access"
 
-    api_key: Annotated[tuple[tuple[str, SecretStr], ...], NoDecode] = Field(
+    api_key: Annotated[tuple[KeyEntry, ...], NoDecode] = Field(
         (),
-        description="Keys that requests must carry one of, as `Authorization: Bearer KEY`, `api-key` or `x-api-key`: "
-        "comma-separated, each with a name for the log where it is written `name:key`. Default: none, everyone who "
-        "reaches the address may use the server. /health and /ready need none. Read again on SIGHUP.",
+        description="Keys that requests must carry one of, as `Authorization: Bearer KEY`, `api-key` or `x-api-key`, "
+        "of at least 16 characters (`vecmill keys new` makes one): comma-separated, each with a name where it is "
+        "written `name:key`, and what it may after a space: `scopes=use+admin`, `requests=N` and `tokens=N` in "
+        "progress, `jobs=N`. Default: none, everyone who reaches the address may use the server. /health and /ready "
+        "need none. Read again on SIGHUP.",
     )
     api_key_file: Path | None = Field(
         None,
-        description="File with more such keys, one a line, `key` or `name:key`; lines with `#` are comments. Read "
-        "again on SIGHUP.",
+        description="File with more such keys, one a line, `key` or `name:key` and what it may; lines with `#` are "
+        "comments. Read again on SIGHUP.",
     )
     admin_api_key: SecretStr | None = Field(
         None,
-        description="Key for what concerns everyone, `DELETE /cache`; it opens everything else too. Default: with "
-        "API_KEY nobody may do that, without it everyone. Read again on SIGHUP.",
+        description="Key with all scopes, of at least 16 characters: it sees every key's jobs, files and batches, and "
+        "does what concerns everyone, `DELETE /cache`. Default: with API_KEY only keys with `scopes=admin` may do "
+        "that, without it everyone. Read again on SIGHUP.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses and networks (`10.0.0.1`, `172.16.0.0/12`) of proxies, comma-separated, whose "
+        "`X-Forwarded-For` and `X-Forwarded-Proto` are believed. Default: nobody's, a client is the address that it "
+        "connects from.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
@@ -422,10 +450,25 @@ class AccessSettings(SettingsGroup):
         "and bound to loopback only localhost, addresses and the machine's own name.",
     )
 
-    @field_validator("cors_origins", "allowed_hosts", mode="before")
+    @field_validator("cors_origins", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return _split_commas(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = _split_commas(value)
+        if not parts:
+            raise ValueError("names none; leave it out for the default")
+        return parts
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"must be addresses and networks, comma-separated ({error})") from None
+        return value
 
     @field_validator("api_key_file")
     @classmethod
@@ -437,20 +480,25 @@ class AccessSettings(SettingsGroup):
     def _split_keys(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        given = [entry.partition(":") for entry in _split_commas(value)]
-        return tuple(
-            (name.strip(), key.strip()) if colon else (f"key {number}", name)
-            for number, (name, colon, key) in enumerate(given, 1)
-        )
+        entries = _split_commas(value)
+        if not entries:
+            # It was meant to lock the server; without a key it would be open to everyone.
+            raise ValueError("holds no key; leave the setting out to open the server to everyone")
+        return tuple(key_entry(entry, f"key {number}") for number, entry in enumerate(entries, 1))
 
     @field_validator("api_key")
     @classmethod
-    def _usable(cls, value: tuple[tuple[str, SecretStr], ...]) -> tuple[tuple[str, SecretStr], ...]:
-        keys = [key.get_secret_value() for _, key in value]
-        if not all(name and PRINTABLE.fullmatch(key) for (name, _), key in zip(value, keys, strict=True)):
-            raise ValueError("must be keys of ASCII without spaces, comma-separated, each `key` or `name:key`")
-        if len(set(keys)) < len(keys) or len({name for name, _ in value}) < len(value):
-            raise ValueError("has a key or a name twice")
+    def _usable(cls, value: tuple[KeyEntry, ...]) -> tuple[KeyEntry, ...]:
+        check_unique(value)
+        return value
+
+    @field_validator("admin_api_key")
+    @classmethod
+    def _safe(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            if not KEY.fullmatch(value.get_secret_value()):
+                raise ValueError("must be a key of ASCII without spaces")
+            check_length(value.get_secret_value())
         return value
 
     @field_validator("cors_origins")

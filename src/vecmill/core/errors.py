@@ -165,7 +165,7 @@ class BatchConflict(VecmillError):
 class Overloaded(VecmillError):
     """The server is temporarily overloaded; try again after the time in Retry-After."""
 
-    retry_after: int = 1  # seconds
+    retry_after: float = 1  # seconds
 
 
 class DeadlineExceeded(VecmillError):
@@ -179,7 +179,7 @@ class GenerationTimeout(DeadlineExceeded):
 class Unavailable(VecmillError):
     """503: the server is temporarily unavailable; try again."""
 
-    retry_after: int = 2  # seconds
+    retry_after: float = 2  # seconds
 
 
 class MemoryLow(Unavailable):

@@ -8,7 +8,8 @@ then a page of another origin is refused, and so is a request by a name that onl
 from __future__ import annotations
 
 import socket
-from ipaddress import ip_address
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address, ip_network
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -16,8 +17,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vecmill.config import AccessSettings
 from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
+from vecmill.core.types import Viewer
 from vecmill.http.errors import refused
-from vecmill.http.keys import Keys
+from vecmill.http.keys import NOBODY, Keys
 from vecmill.http.origins import Origins, not_allowed
 
 # What load balancers and supervisors ask.
@@ -27,7 +29,6 @@ PROBES = frozenset(
 # And pages a browser opens by itself, which hold no secrets.
 OPEN = PROBES | {"/", "/docs", "/openapi.json"}
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
-ADMIN = "admin"  # the name of whoever has ADMIN_API_KEY
 READING = ("GET", "HEAD", "OPTIONS")
 LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
 
@@ -40,14 +41,31 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def in_both_families(networks: Iterable[str]) -> list[str]:
+    """Addresses and networks, those of IPv4 also as a socket for both families shows them (`::ffff:10.0.0.1`)."""
+    found = list(networks)
+    for network in map(ip_network, list(found)):
+        if network.version == 4:
+            found.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+    return found
+
+
 class Access:
     """ASGI middleware: 401 without a key where there are keys; 403 for a name or an origin that is not allowed."""
 
-    def __init__(self, app: ASGIApp, settings: AccessSettings, keys: Keys, host: str) -> None:
-        """`host` is the address that the server binds."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: AccessSettings,
+        keys: Keys,
+        host: str,
+        on_job: Callable[[str, Viewer], None] = lambda job_id, viewer: None,
+    ) -> None:
+        """`host` is the address that the server binds; `on_job` is told of every request that carries `X-Job-ID`."""
         self._app = app
         self._keys = keys
         self._origins = Origins(settings.cors_origins)
+        self._on_job = on_job
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._is_loopback = is_loopback(host)
 
@@ -57,18 +75,18 @@ class Access:
             return
         headers = Headers(scope=scope)
         error = self._host_error(scope["path"], headers) or self._origin_error(scope["method"], headers)
-        key = presented_key(headers)
-        admin = self._keys.is_admin(key)
-        scope.setdefault("state", {})["admin"] = admin
-        if error is None and self._keys and not is_open(scope["method"], scope["path"]):
-            name = self._keys.name_of(key) or (ADMIN if admin else None)
-            scope["state"]["api_key_name"] = name
-            error = None if name else InvalidApiKey()
-        if error is None:
-            await self._app(scope, receive, send)
-        else:
+        holder = self._keys.holder_of(presented_key(headers))
+        if holder is None and not is_open(scope["method"], scope["path"]):
+            error = error or InvalidApiKey()
+        holder = holder or NOBODY
+        scope.setdefault("state", {}).update(viewer=holder.viewer, may_use=holder.may_use, api_key_name=holder.name)
+        if error is not None:
             response = await refused(Request(scope, receive), error)
             await response(scope, receive, send)
+            return
+        if job_id := headers.get("x-job-id"):
+            self._on_job(job_id, holder.viewer)
+        await self._app(scope, receive, send)
 
     def _host_error(self, path: str, headers: Headers) -> VecmillError | None:
         host = _without_port(headers.get("host", ""))

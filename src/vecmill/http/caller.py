@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
 from pydantic import BeforeValidator, Field
 
-from vecmill.core.types import CacheControl, Caller, Lane
+from vecmill.core.types import CacheControl, Caller, Lane, Viewer
 from vecmill.http.bounds import Word
 from vecmill.http.in_progress import NewWork
 
@@ -47,9 +48,37 @@ Priority = Annotated[
 ]
 
 
+LONGEST_JOB_ID = 100
+
+
+async def _viewer_of(request: Request) -> Viewer:
+    found: Viewer = request.state.viewer
+    return found
+
+
+ViewerOf = Annotated[Viewer, Depends(_viewer_of)]
+"""A parameter of every route that shows or changes what belongs to a key."""
+
+
+def client_of(request: Request) -> str:
+    """Who takes turns with other clients: a key and an address, whatever else the request says of itself."""
+    address = _address(request.client.host) if request.client else ""
+    key = request.state.viewer.owner
+    return f"{key}@{address}" if key else address
+
+
+def _address(host: str) -> str:
+    """One client has one address, also where the server listens to both families."""
+    try:
+        mapped = getattr(ip_address(host), "ipv4_mapped", None)
+    except ValueError:
+        return host
+    return str(mapped or host)
+
+
 def of_job(caller: Caller, job_id: str) -> Caller:
-    """The caller as one of an indexing job, which takes turns by itself."""
-    return replace(caller, client=f"job {job_id[:100]}", job_id=job_id)
+    """The caller as one of an indexing job, which takes turns with the client's other jobs."""
+    return replace(caller, job_id=job_id[:LONGEST_JOB_ID])
 
 
 # Async, as every dependency here: FastAPI calls others in a thread, which costs a request a twentieth of a millisecond.
@@ -68,11 +97,10 @@ async def caller_of(
         str | None, Header(description="`no-store`: neither look up nor keep vectors; `no-cache`: compute them anew.")
     ] = None,
 ) -> Caller:
-    """Clients take turns: those of one job together, others by their key and address."""
-    client = request.client.host if request.client else ""
-    key = getattr(request.state, "api_key_name", None)
+    """Who asks."""
     caller = Caller(
-        client=f"{key}@{client}" if key else client,
+        client=client_of(request),
+        owner=request.state.viewer.owner,
         lane=x_priority,
         timeout=x_request_timeout,
         began=request.state.began,

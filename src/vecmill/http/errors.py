@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -60,9 +61,9 @@ STATUS: Mapping[type[VecmillError], int] = {
     NotAllowed: 403,
     BodyTooLarge: 413,
     NotFound: 404,
+    Overloaded: 429,
     JobConflict: 409,
     BatchConflict: 409,
-    Overloaded: 429,
     DeadlineExceeded: 504,
     Unavailable: 503,
     GenerationUnavailable: 502,
@@ -78,9 +79,11 @@ OTHER_HEADERS: Mapping[type[VecmillError], Mapping[str, str]] = {
 }
 
 
-def error_response(shape: ErrorShape, error: VecmillError) -> Response:
-    """The answer to an error, in a dialect's shape."""
+def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to an error, in a dialect's shape. `headers` are those of the request, if there is one."""
     status = nearest({**STATUS, **shape.status}, error)
+    if isinstance(error, Overloaded) and headers is not None:
+        status = shape.busy(headers)
     return JSONResponse(shape.body(error, status), status_code=status, headers=_headers(error))
 
 
@@ -88,7 +91,11 @@ def _headers(error: VecmillError) -> dict[str, str]:
     """What says whether to try again, in the words that the OpenAI and Cohere SDKs read."""
     if isinstance(error, Overloaded | Unavailable):
         seconds = error.retry_after
-        return {"Retry-After": str(seconds), "retry-after-ms": str(1000 * seconds), "x-should-retry": "true"}
+        return {
+            "Retry-After": str(ceil(seconds)),
+            "retry-after-ms": str(ceil(1000 * seconds)),
+            "x-should-retry": "true",
+        }
     if isinstance(error, DeadlineExceeded | InsufficientStorage):
         return {"x-should-retry": "false"}  # it would only take as long, or be as full, again
     return dict(nearest(OTHER_HEADERS, error))
@@ -111,7 +118,7 @@ def install(app: FastAPI) -> None:
 
 async def refused(request: Request, error: VecmillError) -> Response:
     """The answer to an error, counted and logged."""
-    response = error_response(shape_of(request), error)
+    response = error_response(shape_of(request), error, request.headers)
     kind = type(error).__name__
     services_of(request).telemetry.error(response.status_code, kind)
     level = logging.WARNING if response.status_code >= 429 else logging.INFO

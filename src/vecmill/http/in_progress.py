@@ -12,7 +12,7 @@ from fastapi import Depends, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vecmill.core.errors import ShuttingDown
+from vecmill.core.errors import NotAllowed, ShuttingDown
 from vecmill.http.errors import refused
 
 
@@ -121,18 +121,20 @@ class Draining:
             await response(scope, receive, send)
 
 
-def refuse_late(request: Request) -> None:
-    """Refuse new work once the server is stopping.
+def check_new_work(request: Request) -> None:
+    """Refuse new work once the server is stopping, and from a key that is not for it.
 
     Raises:
-        ShuttingDown: so it is.
+        ShuttingDown, NotAllowed.
     """
     if getattr(request.state, "late", False):
         raise ShuttingDown
+    if not getattr(request.state, "may_use", True):
+        raise NotAllowed("This API key lacks the scope `use`, which work needs: send another, or give it that scope.")
 
 
 async def _new_work(request: Request) -> None:
-    refuse_late(request)
+    check_new_work(request)
 
 
 NewWork = Annotated[None, Depends(_new_work)]

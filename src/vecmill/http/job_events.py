@@ -12,6 +12,7 @@ from itertools import count
 from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 
+from vecmill.http.caller import ViewerOf
 from vecmill.http.services import ServicesOf
 
 # Proxies end connections that are silent for longer than a minute, some after 30 s.
@@ -27,11 +28,11 @@ router = APIRouter(tags=["Jobs"])
     response_class=StreamingResponse,
     responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events, without an end."}},
 )
-async def job_events(services: ServicesOf) -> StreamingResponse:
+async def job_events(services: ServicesOf, viewer: ViewerOf) -> StreamingResponse:
     """An event `job`, whose data are as those of GET /jobs/{job_id}, for each open job and those that ended last; then
     one whenever a job changes."""
     return StreamingResponse(
-        _events(services.jobs.follow(KEEP_ALIVE_SECONDS)),
+        _events(services.jobs.follow(KEEP_ALIVE_SECONDS, viewer)),
         media_type="text/event-stream",
         # nginx holds answers back otherwise.
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},

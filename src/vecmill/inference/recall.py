@@ -70,6 +70,32 @@ class TextMemory:
         return len(self._new) + len(self._old)
 
 
+class SentBefore:
+    """Which texts each API key has sent lately: of hits of others' texts a key is told nothing.
+
+    Half of them are forgotten at a time. Belongs to the event loop's thread.
+    """
+
+    def __init__(self, most: int = TEXTS_REMEMBERED) -> None:
+        self._most = most
+        self._new: set[tuple[str, bytes]] = set()
+        self._old: set[tuple[str, bytes]] = set()
+
+    def told(self, owner: str, rows: Sequence[Tokenized | Recalled]) -> tuple[int, ...]:
+        """Indexes of the rows that need not be run and that this key has sent before; all of them count as sent."""
+        told = []
+        for index, row in enumerate(rows):
+            if row.key is None:
+                continue
+            pair = owner, row.key
+            if isinstance(row, Recalled) and (pair in self._new or pair in self._old):
+                told.append(index)
+            self._new.add(pair)
+        if len(self._new) > self._most:
+            self._old, self._new = self._new, set()
+        return tuple(told)
+
+
 @dataclass(frozen=True, slots=True)
 class Recall:
     """The way of one request's texts to the cache. Its methods are for worker threads."""
@@ -83,6 +109,8 @@ class Recall:
     """False: compute anew, and keep that."""
     truncate: bool
     """Whether a text may be answered that was cut."""
+    as_read: bool = False
+    """Whether a vector that is not written yet must look as if it were."""
 
     def of_texts(
         self, encode: Callable[[Sequence[str]], list[Tokenized]], prompt: str, truncation: Truncation
@@ -107,7 +135,7 @@ class Recall:
     def _known(self, digests: Sequence[bytes]) -> list[Tokenized | Recalled | None]:
         known = [self.memory.get(digest) if self.look_up else None for digest in digests]
         keys = [one.key for one in known if one is not None]
-        vectors = self.cache.look_up(keys, self.dimensions) if keys else {}
+        vectors = self.cache.look_up(keys, self.dimensions, as_read=self.as_read) if keys else {}
         return [
             Recalled(vectors[one.key], one.key, one.tokens, one.truncated)
             if one is not None and one.key in vectors and (self.truncate or not one.truncated)
@@ -118,7 +146,7 @@ class Recall:
     def of_rows(self, rows: Sequence[Tokenized]) -> list[Tokenized | Recalled]:
         """The rows with their keys, or what is kept in place of them."""
         keys = [row_key(self.fingerprint, one.row) for one in rows]
-        vectors = self.cache.look_up(keys, self.dimensions) if self.look_up else {}
+        vectors = self.cache.look_up(keys, self.dimensions, as_read=self.as_read) if self.look_up else {}
         return [
             Recalled(vectors[key], key, one.tokens, one.truncated)
             if key in vectors and (self.truncate or not one.too_long)

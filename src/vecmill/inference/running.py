@@ -29,10 +29,14 @@ class Asked:
     is_query: bool
     """A person seems to wait for it."""
     truncate: bool
+    came: float
+    """By `perf_counter`, as the next."""
     started: float
-    """By `perf_counter`."""
+    """When it was admitted."""
     deadline: float
     """By `monotonic`."""
+    apart: str = ""
+    """Equal texts of requests that have another one here are run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class Ran:
     timings: Timings
     lane: Lane
     waited: bool
+    told: tuple[int, ...]
+    """Those of `cached` that the client is told of."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -59,6 +65,11 @@ class Ran:
     def cached_tokens(self) -> int:
         """Of those that were not run."""
         return sum(self.tokens[index] for index in self.cached)
+
+    @property
+    def told_tokens(self) -> int:
+        """Of those that were not run and that the client is told of."""
+        return sum(self.tokens[index] for index in self.told)
 
 
 Keep = Callable[[bytes, Vector], None]
@@ -113,14 +124,17 @@ async def run_rows(
     vectors, queue = await _run_new(scheduler, model, new, asked, name, lane, keep)
     # Of an equal text that was queued before this request, only the part since then is this request's wait.
     queue = min(queue, perf_counter() - submitted)
+    infer = perf_counter() - submitted - queue
+    cached = tuple(index for index, one in enumerate(inputs) if isinstance(one, Recalled))
     return Ran(
         rows=[one.vector if isinstance(one, Recalled) else vectors[index] for index, one in enumerate(inputs)],
         tokens=tokens,
-        cached=tuple(index for index, one in enumerate(inputs) if isinstance(one, Recalled)),
+        cached=cached,
         truncated=tuple(index for index, one in enumerate(inputs) if one.truncated),
-        timings=Timings(submitted - asked.started, queue, perf_counter() - submitted - queue),
+        timings=Timings(submitted - asked.started, queue + asked.started - asked.came, infer),
         lane=lane,
         waited=waited,
+        told=cached,
     )
 
 
@@ -142,6 +156,8 @@ async def _run_new(
         (one.row for one in new.values()),
         lane=lane,
         client=asked.caller.client,
+        job=asked.caller.job_id or "",
+        apart=asked.apart,
         deadline=asked.deadline,
         keep=(partial(keep, one.key) if keep is not None and one.key is not None else None for one in new.values()),
     )

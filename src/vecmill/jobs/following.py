@@ -16,6 +16,7 @@ from itertools import islice, takewhile
 import orjson
 
 from vecmill.core.errors import Overloaded
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import Job
 from vecmill.jobs.views import ENDED_SHOWN, Views
 
@@ -69,10 +70,17 @@ class _Changes:
                 self._entries[job.id] = _Entry(self.latest, job, state)
         return self.latest != before
 
-    def present(self) -> list[str]:
-        """The ids of the jobs that ended last, and of all open ones."""
-        ledger = self.views.ledger
-        return [*list(ledger.ended)[-ENDED_SHOWN:], *ledger.open]
+    def present(self, viewer: Viewer) -> list[str]:
+        """The ids of the viewer's jobs that ended last, and of all his open ones."""
+        ended, open_jobs = (
+            [job_id for job_id, job in jobs.items() if self.shows(job, viewer)]
+            for jobs in (self.views.ledger.ended, self.views.ledger.open)
+        )
+        return [*ended[-ENDED_SHOWN:], *open_jobs]
+
+    def shows(self, job: Job, viewer: Viewer) -> bool:
+        """Whether a job is among those that the viewer may see."""
+        return self.views.ledger.shows(job, viewer)
 
     @property
     def views(self) -> Views:
@@ -98,11 +106,12 @@ class _Changes:
 class _Follower:
     """One reader. Remembers how far it has read, not what it has missed: a slow one skips states."""
 
-    def __init__(self, changes: _Changes) -> None:
+    def __init__(self, changes: _Changes, viewer: Viewer) -> None:
         self.wake = asyncio.Event()
         self._changes = changes
+        self._viewer = viewer
         self._read = changes.latest
-        self._present = iter(changes.present())
+        self._present = iter(changes.present(viewer))
         """What there was when it began, as far as it has not been read yet."""
 
     def news(self) -> list[bytes]:
@@ -110,9 +119,12 @@ class _Follower:
         views = self._changes.views
         if found := [*islice(self._unread_of_the_present(), AT_A_TIME)]:
             return [entry.json(views) for entry in found]
-        found = self._changes.after(self._read)[:AT_A_TIME]
-        if found:
-            self._read = found[-1].number
+        for entry in self._changes.after(self._read):
+            if len(found) == AT_A_TIME:
+                break
+            self._read = entry.number
+            if self._changes.shows(entry.job, self._viewer):
+                found.append(entry)
         return [entry.json(views) for entry in found]
 
     def _unread_of_the_present(self) -> Iterator[_Entry]:
@@ -160,21 +172,22 @@ class Followers:
         self._all: set[_Follower] = set()
         self._over = False
 
-    def follow(self, idle_seconds: float) -> AsyncGenerator[list[bytes], None]:
-        """What is, then what changes, each job as JSON; an empty list after `idle_seconds` without a change.
+    def follow(self, idle_seconds: float, viewer: Viewer = EVERYONE) -> AsyncGenerator[list[bytes], None]:
+        """What is, then what changes, each job that the viewer may see as JSON; an empty list after `idle_seconds`
+        without a change.
 
         Raises:
             Overloaded: there are too many readers.
         """
         if len(self._all) >= FOLLOWERS_MAX:
             raise Overloaded(f"The server is temporarily overloaded: {len(self._all)} clients follow the jobs.")
-        return self._follow(idle_seconds)
+        return self._follow(idle_seconds, viewer)
 
-    async def _follow(self, idle_seconds: float) -> AsyncGenerator[list[bytes], None]:
+    async def _follow(self, idle_seconds: float, viewer: Viewer) -> AsyncGenerator[list[bytes], None]:
         await self._turns.next()
         if self._look():
             self._wake_all()
-        follower = _Follower(self._changes)
+        follower = _Follower(self._changes, viewer)
         self._all.add(follower)
         try:
             while not self._over:

@@ -67,7 +67,7 @@ def _state(services: Services) -> str:
 def _access(settings: Settings) -> str:
     reach = "this machine only" if is_loopback(settings.http.host) else "everyone who reaches it"
     if settings.access.api_key:
-        return f"{reach}, with a key ({', '.join(name for name, _ in settings.access.api_key)})"
+        return f"{reach}, with a key ({', '.join(entry.name for entry in settings.access.api_key)})"
     return f"{reach}, no keys (API_KEY)"
 
 

@@ -24,7 +24,7 @@ from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
 from vecmill.http.error_shapes import OPENAI
 from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.generation import Generation
-from vecmill.http.in_progress import refuse_late
+from vecmill.http.in_progress import check_new_work
 from vecmill.http.request_id import ACCEPTABLE
 from vecmill.http.services import Services, ServicesOf, services_of
 
@@ -84,7 +84,7 @@ async def create_chat_completion(request: Request, services: ServicesOf) -> Resp
 def _pass_through(request: Request, services: Services, path: str) -> Response:
     if services.generation is None:
         raise NotFound(UNSET.format(path=path))
-    refuse_late(request)
+    check_new_work(request)
     return PassThrough(services.generation, path, upward(request.headers))
 
 

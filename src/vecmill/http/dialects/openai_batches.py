@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from vecmill.batches.record import BatchRecord
+from vecmill.http.caller import ViewerOf, client_of
 from vecmill.http.dialects.batch_endpoints import EndpointName
 from vecmill.http.dialects.openai_files import LONGEST_LIFE, SHORTEST_LIFE
 from vecmill.http.dialects.paging import After, page
@@ -116,7 +117,9 @@ def _seconds(moment: float | None) -> int | None:
 
 
 @router.post("/v1/batches", summary="Create a batch")
-async def create_batch(body: BatchBody, services: ServicesOf, new_work: NewWork) -> dict[str, Any]:
+async def create_batch(
+    body: BatchBody, request: Request, services: ServicesOf, viewer: ViewerOf, new_work: NewWork
+) -> dict[str, Any]:
     """Work through a file in the bulk lane, line by line, and write a file of answers and one of errors."""
     expires = body.output_expires_after
     batch = await services.batches.create(
@@ -126,25 +129,27 @@ async def create_batch(body: BatchBody, services: ServicesOf, new_work: NewWork)
         window_seconds=window_seconds(body.completion_window),
         metadata=body.metadata,
         output_expires_seconds=None if expires is None else float(expires.seconds),
+        viewer=viewer,
+        client=client_of(request),
     )
     return batch_object(batch)
 
 
 @router.get("/v1/batches", summary="List batches")
 async def list_batches(
-    services: ServicesOf, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+    services: ServicesOf, viewer: ViewerOf, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> dict[str, Any]:
     """The newest first; a batch is forgotten FILE_EXPIRES_DAYS after it has ended."""
-    return page(await services.batches.all(), batch_object, after, limit)
+    return page(await services.batches.all(viewer), batch_object, after, limit)
 
 
 @router.get("/v1/batches/{batch_id}", summary="Get a batch")
-async def get_batch(batch_id: BatchId, services: ServicesOf) -> dict[str, Any]:
+async def get_batch(batch_id: BatchId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """How far it is, and the ids of its files once it has ended."""
-    return batch_object(await services.batches.get(batch_id))
+    return batch_object(await services.batches.get(batch_id, viewer))
 
 
 @router.post("/v1/batches/{batch_id}/cancel", summary="Cancel a batch")
-async def cancel_batch(batch_id: BatchId, services: ServicesOf) -> dict[str, Any]:
+async def cancel_batch(batch_id: BatchId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Stop after what is done, which stays; `cancelling` until its files are there."""
-    return batch_object(await services.batches.cancel(batch_id))
+    return batch_object(await services.batches.cancel(batch_id, viewer))

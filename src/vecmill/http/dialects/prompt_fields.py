@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
@@ -59,10 +60,12 @@ class PromptFields(BaseModel):
     )
 
     def prompt_choice(self) -> PromptChoice:
-        """What the request says; nothing said is no prompt."""
-        if self.instruction is not None:
-            return PromptChoice(instruction=self.instruction)
-        if self.prompt_name is not None:
-            return PromptChoice(prompt_name=self.prompt_name)
+        """What the request says; nothing said is no prompt.
+
+        An instruction stands in place of the prompt, not of what the texts are.
+        """
         use = self.task or self.input_type
-        return CHOICES[use] if use else PromptChoice(self.is_query)
+        said = CHOICES[use] if use else PromptChoice(self.is_query)
+        if self.prompt_name is not None:
+            said = PromptChoice(prompt_name=self.prompt_name)
+        return said if self.instruction is None else replace(said, instruction=self.instruction)

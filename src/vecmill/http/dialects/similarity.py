@@ -66,7 +66,9 @@ async def similarity(body: SimilarityBody, request: Request, caller: CallerOf) -
     result = await services_of(request).inference.embed(body.embed_request(caller))
     source, others = result.embeddings[:1], result.embeddings[1:]
     size = others.nbytes + SCORE_CHARACTERS * len(others)
-    return await json_response(request, lambda: cosines(source, others).tolist(), result_headers(result), size=size)
+    return await json_response(
+        request, lambda: cosines(source, others).tolist(), result_headers(request, result), size=size
+    )
 
 
 def _kind(body: Any) -> str:

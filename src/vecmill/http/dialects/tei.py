@@ -61,9 +61,8 @@ class TeiEmbedBody(EmbedBody):
 @router.post("/embed", summary="Embed")
 async def embed_texts(body: TeiEmbedBody, request: Request, caller: CallerOf) -> Response:
     """Texts to a bare list of vectors, in input order. `X-Job-ID` may say what `job_id` says."""
-    job_id = body.job_id or caller.job_id
-    if job_id is not None:
-        services_of(request).jobs.touch(job_id)
+    if body.job_id:
+        services_of(request).jobs.touch(body.job_id, request.state.viewer)
     return await embed(body, request, caller)
 
 
