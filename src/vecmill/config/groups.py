@@ -32,6 +32,13 @@ def _split_commas(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
+def _absolute_path(value: Path) -> Path:
+    try:
+        return value.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("`~` stands for the home of a user that this machine does not know") from None
+
+
 def _base_url(value: str) -> str:
     """An http(s) address without the `/v1` that OpenAI's clients end it with."""
     try:
@@ -275,7 +282,7 @@ class StateSettings(SettingsGroup):
     @field_validator("state_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        return _absolute_path(value)
 
     @field_validator("redis_url")
     @classmethod
@@ -391,7 +398,7 @@ class AccessSettings(SettingsGroup):
     @field_validator("api_key_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
+        return None if value is None else _absolute_path(value)
 
     @field_validator("api_key", mode="before")
     @classmethod

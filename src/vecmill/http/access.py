@@ -59,10 +59,11 @@ class Access:
         key = presented_key(headers)
         admin = self._keys.is_admin(key)
         scope.setdefault("state", {})["admin"] = admin
-        if error is None and self._keys and not is_open(scope["method"], scope["path"]):
+        if error is None and self._keys:
             name = self._keys.name_of(key) or (ADMIN if admin else None)
-            scope["state"]["api_key_name"] = name
-            error = None if name else InvalidApiKey()
+            scope["state"] |= {"api_key_name": name, "may_use": name is not None}
+            if name is None and not is_open(scope["method"], scope["path"]):
+                error = InvalidApiKey()
         if error is None:
             await self._app(scope, receive, send)
         else:
@@ -104,6 +105,11 @@ def presented_key(headers: Headers) -> str:
     if scheme.lower() == "bearer" and token:
         return token.strip()
     return headers.get("x-api-key") or headers.get("api-key") or ("" if token else scheme)
+
+
+def may_use(request: Request) -> bool:
+    """Whether whoever asks may use the server: with a key where there are keys. Pages without a key need not."""
+    return bool(getattr(request.state, "may_use", True))
 
 
 def is_open(method: str, path: str) -> bool:

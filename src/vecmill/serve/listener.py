@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 
 from vecmill.core.address import url_here
+from vecmill.core.errors import StartupError, StartupObstacle
 
+# What may be otherwise at the next start: the port is free, the address is there, names can be looked up.
+OBSTACLES = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN})
 BACKLOG = 2048  # uvicorn's, which sets it again
 
 
@@ -13,14 +17,39 @@ def listen(host: str, port: int) -> socket.socket:
     """A socket that takes connections from now on; they wait until somebody serves them.
 
     Raises:
-        OSError: somebody else has the port, or the address is not this machine's.
+        StartupError: HOST is no address, or this user may not have the port. StartupObstacle: somebody else has the
+            port, or the address is not this machine's, which it may become (a network that is not up yet).
     """
+    try:
+        return _listening(host, port)
+    except (OSError, UnicodeError) as error:
+        later = isinstance(error, OSError) and error.errno in OBSTACLES
+        reason = getattr(error, "strerror", None) or "no name or address"
+        raise (StartupObstacle if later else StartupError)(
+            f"HOST={host} PORT={port} cannot be bound ({reason}): {_cure(error)}."
+        ) from None
+
+
+def _listening(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind((host, port))
-    listener.listen(BACKLOG)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
     return listener
+
+
+def _cure(error: OSError | UnicodeError) -> str:
+    match getattr(error, "errno", None):
+        case errno.EADDRINUSE:
+            return "stop what uses it or set another PORT"
+        case errno.EACCES:
+            return "set a PORT from 1024 on"
+    return "set HOST to an address of this machine"
 
 
 def address_of(listener: socket.socket) -> str:
