@@ -273,6 +273,7 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # `api_document` has it, with a policy for its scripts
         redoc_url=None,
         # Weaviate sends JSON without a Content-Type. What FastAPI would guard by it, `Access` guards by the Origin.
         strict_content_type=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,18 +50,22 @@ async def test_wrong_settings(flags: dict[str, object], said: str, tiny: Path, t
     assert "a-secret" not in reason
 
 
-async def test_a_broken_model_is_not_cured_by_a_restart(tiny: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in tiny.iterdir():
-        if file.is_file():
-            (broken / file.name).write_bytes(file.read_bytes() if file.name != "tokenizer.json" else b"{")
+@pytest.fixture
+def broken(tiny: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny, folder)
+    (folder / "tokenizer.json").write_bytes(b"{")
+    return folder
+
+
+async def test_a_broken_model_is_not_cured_by_a_restart(broken: Path, tmp_path: Path) -> None:
     misconfigured, reason = await start(embed_model=str(broken), state_dir=tmp_path / "state")
     assert misconfigured, reason
 
 
 async def test_a_hub_that_is_away_may_come_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     misconfigured, reason = await start(embed_model="nobody/nothing", state_dir=tmp_path / "state")
     assert "the hub gave no answer" in reason

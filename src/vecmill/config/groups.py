@@ -386,8 +386,9 @@ class AccessSettings(SettingsGroup):
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Names that the server answers to, comma-separated, or `*`. Default: every name; without API_KEY "
-        "and bound to loopback only localhost, addresses and the machine's own name.",
+        description="Names that the server answers to, comma-separated, or `*`. Default: with API_KEY every name; "
+        "without, only addresses, localhost, the machine's own name and others that only a local network has "
+        "(`vecmill`, `spark.local`).",
     )
 
     @field_validator("cors_origins", "allowed_hosts", mode="before")

@@ -31,10 +31,13 @@ from vecmill.core.errors import (
     Unavailable,
     VecmillError,
 )
-from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, nearest, shape_for
+from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, bounded_body, nearest, shape_for, shortened
 from vecmill.http.services import services_of
 
 logger = logging.getLogger(__name__)
+
+LOGGED_CHARACTERS = 200
+LONGEST_PROBLEM = 500  # characters
 
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
@@ -58,7 +61,7 @@ STATUS: Mapping[type[VecmillError], int] = {
 def error_response(shape: ErrorShape, error: VecmillError) -> Response:
     """The answer to an error, in a dialect's shape."""
     status = nearest({**STATUS, **shape.status}, error)
-    return JSONResponse(shape.body(error, status), status_code=status, headers=_headers(error))
+    return JSONResponse(bounded_body(shape, error, status), status_code=status, headers=_headers(error))
 
 
 def _headers(error: VecmillError) -> dict[str, str]:
@@ -95,7 +98,12 @@ async def refused(request: Request, error: VecmillError) -> Response:
     logger.log(
         level,
         "request refused",
-        extra={"path": request.url.path, "status": response.status_code, "error": kind, "param": error.param},
+        extra={
+            "path": request.url.path[:LOGGED_CHARACTERS],
+            "status": response.status_code,
+            "error": kind,
+            "param": error.param and error.param[:LOGGED_CHARACTERS],
+        },
     )
     return response
 
@@ -114,13 +122,13 @@ def _translate(first: Mapping[str, Any]) -> VecmillError:
     """One of pydantic's errors as one sentence that names the field and repeats no input."""
     # Without where it was found (body, path or query), and without which of several bodies it is.
     location = [part for part in first["loc"][1:] if not str(part).startswith(DIALECT_TAG)]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{shortened(part)}" for part in location).lstrip(".")
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return MalformedBody(f"The request body is not valid JSON: {reason}.")
     if not location:
         return MalformedBody("The request body must be a JSON object, sent with Content-Type: application/json.")
-    problem = first["msg"].removeprefix("Value error, ")
+    problem = shortened(first["msg"].removeprefix("Value error, "), LONGEST_PROBLEM)
     return InvalidInput(f"`{field}`: {problem}", param=field)
 
 
@@ -135,7 +143,7 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
-    body = shape_of(request).body(NotFound(message), error.status_code)
+    body = bounded_body(shape_of(request), NotFound(message), error.status_code)
     services_of(request).telemetry.error(error.status_code, "HTTPException")
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 

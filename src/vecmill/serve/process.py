@@ -109,8 +109,9 @@ class _Process:
         access = self._settings.access
         if not is_loopback(self._settings.http.host) and not access.api_key:
             logger.warning(
-                "HOST=%s without API_KEY: everyone who reaches this address may use the server",
+                "HOST=%s without API_KEY: everyone who reaches this address may use the server%s",
                 self._settings.http.host,
+                "" if access.allowed_hosts else "; by a public name only once that is in ALLOWED_HOSTS",
             )
         warn_of_readable_keys(access)
 
