@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import socket
+import struct
+import sys
+from contextlib import suppress
 
 from vecmill.core.address import url_here
 from vecmill.core.errors import StartupError, StartupObstacle
 
 # What may be otherwise at the next start: the port is free, the address is there, names can be looked up.
 OBSTACLES = frozenset({errno.EADDRINUSE, errno.EADDRNOTAVAIL, socket.EAI_AGAIN})
+SO_ATTACH_FILTER, BPF_RET = 26, 0x06  # asm-generic/socket.h, linux/bpf_common.h
 BACKLOG = 2048  # uvicorn's, which sets it again
 
 
@@ -50,6 +55,35 @@ def _cure(error: OSError | UnicodeError) -> str:
         case errno.EACCES:
             return "set a PORT from 1024 on"
     return "set HOST to an address of this machine"
+
+
+def take_no_more(listener: socket.socket) -> None:
+    """Have the kernel complete no further connection; those that it has completed still wait to be accepted.
+
+    To close a socket resets those that wait, and under load there are always some. A filter that drops every packet
+    is dropped with its socket; whoever connected meanwhile tries again a second later and is refused.
+    Source: https://docs.kernel.org/networking/filter.html (struct sock_fprog, SO_ATTACH_FILTER)
+    """
+    if sys.platform != "linux":
+        return
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", BPF_RET, 0, 0, 0))
+    program = struct.pack("HP", 1, ctypes.addressof(drop_all))
+    with suppress(OSError):  # a kernel without filters
+        listener.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, program)
+
+
+def connected(listener: socket.socket) -> int:
+    """How many connections wait to be accepted; 0 where the kernel does not tell.
+
+    Source: https://man7.org/linux/man-pages/man7/tcp.7.html (TCP_INFO; of a listener tcpi_unacked is its queue)
+    """
+    if sys.platform != "linux":
+        return 0
+    try:
+        (waiting,) = struct.unpack_from("I", listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104), 24)
+    except (OSError, struct.error):
+        return 0
+    return int(waiting)
 
 
 def address_of(listener: socket.socket) -> str:
