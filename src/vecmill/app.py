@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
 from vecmill.gauges import watch, watch_budgets
@@ -106,6 +106,8 @@ class Server:
         self._scheduler: Scheduler | None = None
         self.health = Health()
         self.load_ended = asyncio.Event()
+        self.misconfigured = False
+        """Whether it could not start for its settings, so that no restart cures it."""
         self.requests = InProgress()
         self.bodies = Bodies(settings.http.max_body_bytes, settings.http.body_timeout)
         self.keys = Keys(settings.access)
@@ -136,6 +138,7 @@ class Server:
             batches=self.state.batches,
             cache=lambda: self.state.cache,
             state=lambda: self.state.folder,
+            kept=self.state.problems,
             generation=self.generation,
             telemetry=self.telemetry,
             threads=self._threads,
@@ -153,10 +156,8 @@ class Server:
         self.monitor.start()
         if self.generation is not None:
             self.generation.open()
-        try:
+        with self._failing_start():
             await self.state.open()
-        except StartupError as error:
-            self._fail(error.message)
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
@@ -164,20 +165,27 @@ class Server:
             self.load_ended.set()
             return
         try:
-            loaded = await self._load()
+            with self._failing_start():
+                loaded = await self._load()
+                self.telemetry.rolling.warmup_seconds = tuple(
+                    seconds for one in loaded.warmed.values() for seconds in one.seconds
+                )
+                self._on_loaded()
+                self.health.update(Phase.READY, 100, "ready")
+        finally:
+            self.load_ended.set()
+
+    @contextmanager
+    def _failing_start(self) -> Iterator[None]:
+        """Whatever keeps the server from starting is recorded. A fault's own text goes to the log alone."""
+        try:
+            yield
         except StartupError as error:
+            self.misconfigured = not isinstance(error, StartupObstacle)
             self._fail(error.message)
         except Exception as error:
             logger.exception("the start failed")
-            self._fail(f"The start failed: {type(error).__name__}: {error}")
-        else:
-            self.telemetry.rolling.warmup_seconds = tuple(
-                seconds for one in loaded.warmed.values() for seconds in one.seconds
-            )
-            self._on_loaded()
-            self.health.update(Phase.READY, 100, "ready")
-        finally:
-            self.load_ended.set()
+            self._fail(f"The start failed ({type(error).__name__}); the log says why.")
 
     async def _load(self) -> Loaded:
         self.health.update(Phase.LOADING, 0, "importing torch")
@@ -275,6 +283,7 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # `api_document` has it, with a policy for its scripts
         redoc_url=None,
         # Weaviate sends JSON without a Content-Type. What FastAPI would guard by it, `Access` guards by the Origin.
         strict_content_type=False,

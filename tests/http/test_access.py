@@ -190,6 +190,20 @@ async def test_names_that_are_set_are_the_only_ones() -> None:
             assert (await client.get(probe, headers={"host": "10.1.2.3:8080"})).status_code == 200
 
 
-async def test_every_name_is_answered_once_the_server_is_opened() -> None:
+async def test_every_name_is_answered_once_there_are_keys() -> None:
+    async with serving(host="0.0.0.0", api_key="a-long-secret-key") as client:
+        assert (await client.get("/health", headers={"host": "spark.example"})).status_code == 200
+
+
+async def test_an_address_of_the_network_makes_no_name_known() -> None:
     async with serving(host="0.0.0.0") as client:
+        for host in ("spark.example", "evil.example:8080", "10.1.2.3.evil.example", "localhost.evil.example"):
+            answer = await client.post("/embed", json={"inputs": "x"}, headers={"host": host})
+            assert answer.status_code == 403
+            assert "ALLOWED_HOSTS" in answer.json()["error"]
+            assert "API_KEY" in answer.json()["error"]
+        for host in ("10.1.2.3:8080", "[fd00::1]:8080", "vecmill:8080", "spark", "spark.local", "vecmill.default.svc"):
+            assert (await client.post("/embed", json={"inputs": "x"}, headers={"host": host})).status_code == 200
+        assert (await client.post("/embed", json={"inputs": "x"}, headers=EVIL)).status_code == 403
+    async with serving(host="0.0.0.0", allowed_hosts="*") as client:
         assert (await client.get("/health", headers={"host": "spark.example"})).status_code == 200

@@ -16,7 +16,7 @@ from vecmill.batches.room import Room
 from vecmill.core.clock import Clock
 from vecmill.core.errors import NoSuchFile
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.atomic_files import TEMPORARY, sync_folder, write_atomically
+from vecmill.storage.atomic_files import TEMPORARY, delete_unfinished, sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
@@ -132,6 +132,7 @@ class FileStore:
         for file_id, names in orphans.items():
             if file_id not in in_use:
                 self._delete_orphan(file_id, names)
+        delete_unfinished(self._folder)
 
     def orphans(self) -> dict[str, list[str]]:
         """Names of what has no metadata, by the id of the file that it was to be."""
@@ -150,7 +151,8 @@ class FileStore:
         try:
             if locks and None not in locks and not self._metadata(file_id).exists():
                 # The content last: what is left without it would be left for good.
-                for path in (self._folder / (file_id + METADATA + TEMPORARY), *content):
+                unwritten = [self._folder / name for name in names if name.endswith(TEMPORARY)]
+                for path in (*unwritten, *content):
                     path.unlink(missing_ok=True)
         finally:
             for lock in filter(None, locks):
@@ -162,9 +164,9 @@ class FileStore:
     def _read(self, file_id: str) -> StoredFile | None:
         """None where there is no such file, or its metadata is broken. What is written once is read once."""
         try:
-            if file_id in self._known:
+            if (known := self._known.get(file_id)) is not None:  # another thread may forget it meanwhile
                 self.data(file_id).stat()
-                return self._known[file_id]
+                return known
             file = StoredFile.model_validate_json(self._metadata(file_id).read_bytes())
         except (FileNotFoundError, ValidationError):
             self._known.pop(file_id, None)

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Any
 
 from vecmill.batches.answers import ERRORS, OUTPUT, Answers, expired, process_died, written
-from vecmill.batches.disk_patience import DiskPatience
+from vecmill.batches.disk_patience import DiskPatience, Stop, never
 from vecmill.batches.endpoint import Endpoint, Line
 from vecmill.batches.files import FileStore
 from vecmill.batches.lines import Group, InputChanged, LineReader
@@ -102,15 +102,15 @@ class BatchRun:
         record = self.record
         return Caller(client=record.client, owner=record.owner, job_id=record.id, lane=Lane.BULK)
 
-    def _interruption(self) -> Status | None:
+    async def _interruption(self) -> Status | None:
         record = self.record
-        if self._around.store.cancel_asked(record.id) is not None:
+        if await in_thread(self._around.store.cancel_asked, record.id) is not None:
             return Status.CANCELLED
         return Status.EXPIRED if self._around.clock() >= record.expires_at else None
 
     async def _answer(self) -> Status:
         """Do the lines; says how the batch ends."""
-        if self._interruption() is Status.CANCELLED:
+        if await self._interruption() is Status.CANCELLED:
             return Status.CANCELLED
         if self.record.status is Status.VALIDATING and not await self._validate():
             return Status.FAILED
@@ -207,9 +207,9 @@ class BatchRun:
         window = Window(self._endpoint, self._caller, await self._reader(), most, turn)
         try:
             while last_alone is None or self.record.progress.lines < last_alone:
-                if (reason := self._interruption()) is not None:
+                self._interrupted.clear()  # before the look, so that what comes during it is not missed
+                if (reason := await self._interruption()) is not None:
                     return reason
-                self._interrupted.clear()
                 if self._suspending and not window.groups:
                     raise Suspended
                 if not self._suspending and not await window.fill():
@@ -268,7 +268,10 @@ class BatchRun:
             )
             return self._write(answers, output, errors, progress=progress, model=model)
 
-        return await self._committed(write, lambda: self._interruption() is not None)
+        async def over() -> bool:
+            return await self._interruption() is not None
+
+        return await self._committed(write, over)
 
     async def _expire_rest(self, answers: Answers) -> None:
         """What was not run in time goes to the errors. It may be taken up where it was left, like everything else."""
@@ -293,7 +296,7 @@ class BatchRun:
         )
         await self._committed(lambda: self._write(answers, b"", errors, progress=progress))
 
-    async def _committed(self, write: Callable[[], BatchRecord], stop: Callable[[], bool] = lambda: False) -> bool:
+    async def _committed(self, write: Callable[[], BatchRecord], stop: Stop = never) -> bool:
         before = self.record.progress
         record = await self._disk.until_done(write, stop)
         if record is None:
@@ -316,7 +319,7 @@ class BatchRun:
         if ends_as is Status.FAILED:
             changes = {}
         elif ends_as is Status.CANCELLED:
-            asked = self._around.store.cancel_asked(self.record.id)
+            asked = await in_thread(self._around.store.cancel_asked, self.record.id)
             changes = {"status": Status.CANCELLING, "cancelling_at": asked}
         await self._save(
             **changes,

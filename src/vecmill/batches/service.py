@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from vecmill.core.errors import BatchConflict, InvalidInput, StateUnavailable
 from vecmill.core.types import EVERYONE, Viewer
 from vecmill.telemetry.telemetry import Telemetry
 
+logger = logging.getLogger(__name__)
+
 
 class Batches:
     """Files and batches of one server. Belongs to the event loop's thread."""
@@ -38,14 +41,19 @@ class Batches:
         self._problem = "503: the server is starting and temporarily has no files and batches; try again."
 
     def open(self, folder: Path, problem: str | None) -> None:
-        """Have files and batches in this folder. `problem`: why nothing can be kept there; every call says so then."""
+        """Have files and batches in this folder. `problem`: why nothing can be kept there; every call says so then,
+
+        without the folder's path, which is the operator's.
+        """
         try:
             if problem is None:
                 self._around = self._opened(folder)
         except OSError as error:
-            problem = f"STATE_DIR={folder} cannot be used ({error.strerror})."
+            logger.error("STATE_DIR=%s cannot be used (%s): no files and batches", folder, error)
+            problem = f"STATE_DIR cannot be used ({error.strerror})."
         if problem is not None:
-            self._problem = f"503: there are no files and batches: {problem}"
+            reason = problem.replace(f"STATE_DIR={folder}", "STATE_DIR")
+            self._problem = f"503: there are no files and batches: {reason}"
 
     def _opened(self, folder: Path) -> Surroundings:
         files_folder, batches_folder = folder / "files", folder / "batches"
@@ -60,6 +68,14 @@ class Batches:
         return Surroundings(
             store, files, self._clock, self._telemetry, self._settings.batch_chunk_size, self._max_line_bytes
         )
+
+    @property
+    def problem(self) -> str | None:
+        """Why files and batches cannot be used now, as a sentence; None where they can."""
+        if self._around is None:
+            return self._problem
+        waiting = self._runner is not None and self._runner.waiting
+        return "STATE_DIR cannot be read; batches wait until it can." if waiting else None
 
     def start(self, endpoints: Mapping[str, Endpoint], device_failed: Callable[[], bool] = lambda: False) -> None:
         """Begin to run batches. `device_failed`: what was being worked on may be the cause, as where a process dies."""

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from vecmill.batches.record import BatchRecord, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.atomic_files import sync_folder, write_atomically
+from vecmill.storage.atomic_files import delete_unfinished, sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class BatchStore:
         """
         record = self._read(batch_id) if BATCH_ID.fullmatch(batch_id) else None
         if record is None or not viewer.sees(record.owner):
-            raise NoSuchBatch(f"There is no batch {batch_id[:100]!r}.")
+            raise _none_of(batch_id)
         return record
 
     def all(self) -> list[BatchRecord]:
@@ -84,9 +84,17 @@ class BatchStore:
         return FileLock.take(self.folder(batch_id) / LOCK)
 
     def cancel(self, batch_id: str, now: float) -> None:
-        """Ask whoever runs the batch to cancel it."""
-        if self.cancel_asked(batch_id) is None:
+        """Ask whoever runs the batch to cancel it.
+
+        Raises:
+            NoSuchBatch: it was deleted meanwhile.
+        """
+        if self.cancel_asked(batch_id) is not None:
+            return
+        try:
             write_atomically(self.folder(batch_id) / CANCEL, repr(now).encode())
+        except FileNotFoundError:
+            raise _none_of(batch_id) from None
 
     def cancel_asked(self, batch_id: str) -> float | None:
         """When the batch was asked to be cancelled; None: it was not."""
@@ -116,7 +124,8 @@ class BatchStore:
         shutil.rmtree(self.folder(batch_id), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Delete what is left of batches whose creation was cut short, by a kill."""
+        """Delete what is left of writes that were cut short, by a kill."""
+        delete_unfinished(self._folder, "batch_*/")
         for path in self._folder.glob(UNBORN + "*"):
             if abs(time() - path.stat().st_mtime) > UNBORN_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
@@ -125,9 +134,9 @@ class BatchStore:
         """None where it is gone or broken. What has ended does not change and is not read again."""
         path = self.folder(batch_id) / RECORD
         try:
-            if batch_id in self._ended:
+            if (known := self._ended.get(batch_id)) is not None:  # another thread may forget it meanwhile
                 path.stat()
-                return self._ended[batch_id]
+                return known
             record = BatchRecord.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             self._ended.pop(batch_id, None)
@@ -140,6 +149,10 @@ class BatchStore:
         if record.ended:
             self._ended[batch_id] = record
         return record
+
+
+def _none_of(batch_id: str) -> NoSuchBatch:
+    return NoSuchBatch(f"There is no batch {batch_id[:100]!r}.")
 
 
 def _serialised(record: BatchRecord) -> bytes:

@@ -105,12 +105,11 @@ class EmbeddingCache:
 
     def _read(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
         try:
-            values = self._store.get(keys)
-        except StoreFailed as error:
+            found = decode_values(self._store.get(keys), dimensions)
+        except Exception as error:  # whatever it is, the vectors can be computed
             self._failed("read", error)
             return {}
         self._worked("read")
-        found = decode_values(values, dimensions)
         self._touch(found)
         return found
 
@@ -139,12 +138,13 @@ class EmbeddingCache:
             StoreFailed: it cannot be done now.
         """
         with self._storing:
+            dropped = self._store.clear()
+            # Not before: where the store fails, what is on its way to it is still to be written.
             with self._lock:
                 self._pending_bytes = 0
                 for waiting in (self._pending, self._writing, self._used, self._touched):
                     waiting.clear()
-            dropped = self._store.clear()
-            self.size = self._store.size()
+            self._measure()
         return dropped
 
     def close(self) -> None:
@@ -159,10 +159,7 @@ class EmbeddingCache:
         measured, last = monotonic(), False
         while not last:
             last = self._closing.wait(RETRY_SECONDS if "write" in self._failed_at else WRITE_EVERY)
-            with self._lock:
-                used = self._take()
-            if self._writing or used:
-                self._write(used)
+            self._write()
             if monotonic() - measured >= SIZE_EVERY:
                 self._measure()
                 measured = monotonic()
@@ -174,15 +171,18 @@ class EmbeddingCache:
             self._touched.clear()
         return used
 
-    def _write(self, used: dict[bytes, None]) -> None:
+    def _write(self) -> None:
         try:
+            with self._lock:
+                used = self._take()
+            if not self._writing and not used:
+                return
             with self._storing:
                 self.stats.dropped += self._store.put(self._encoded(), used)
         except StoreFailed as error:
             self._failed("write", error)
             return  # and try again
-        except Exception as error:  # whatever it is, the thread goes on
-            logger.exception("the cache could not be written")
+        except Exception as error:  # not the store's: what cannot be written today cannot be tomorrow
             self.stats.lost += len(self._writing)
             self._failed("write", error)
         else:
@@ -204,12 +204,17 @@ class EmbeddingCache:
         return encoded
 
     def _measure(self) -> None:
-        with suppress(StoreFailed):  # reading or writing will say so
+        with suppress(Exception):  # reading or writing will say so; the thread goes on
             self.size = self._store.size()
 
     def _failed(self, what: str, error: Exception) -> None:
         if what not in self._failed_at:
-            logger.error("the embedding cache cannot be used to %s (%s): going on without until it can", what, error)
+            logger.error(
+                "the embedding cache cannot be used to %s (%s): going on without until it can",
+                what,
+                str(error) or type(error).__name__,
+                exc_info=None if isinstance(error, StoreFailed) else error,
+            )
         self._failed_at[what] = monotonic()
 
     def _worked(self, what: str) -> None:

@@ -50,6 +50,13 @@ def _origin(value: str) -> str:
     return origin.removesuffix({"http": ":80", "https": ":443"}.get(scheme, " "))
 
 
+def _absolute_path(value: Path) -> Path:
+    try:
+        return value.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("`~` stands for the home of a user that this machine does not know") from None
+
+
 def _base_url(value: str) -> str:
     """An http(s) address without the `/v1` that OpenAI's clients end it with."""
     try:
@@ -310,7 +317,7 @@ class StateSettings(SettingsGroup):
     @field_validator("state_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        return _absolute_path(value)
 
     @field_validator("redis_url")
     @classmethod
@@ -446,8 +453,9 @@ class AccessSettings(SettingsGroup):
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Names that the server answers to, comma-separated, or `*`. Default: every name; without API_KEY "
-        "and bound to loopback only localhost, addresses and the machine's own name.",
+        description="Names that the server answers to, comma-separated, or `*`. Default: with API_KEY every name; "
+        "without, only addresses, localhost, the machine's own name and others that only a local network has "
+        "(`vecmill`, `spark.local`).",
     )
 
     @field_validator("cors_origins", "allowed_hosts", "trusted_proxies", mode="before")
@@ -473,7 +481,7 @@ class AccessSettings(SettingsGroup):
     @field_validator("api_key_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
+        return None if value is None else _absolute_path(value)
 
     @field_validator("api_key", mode="before")
     @classmethod

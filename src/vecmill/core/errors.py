@@ -2,6 +2,7 @@
 
     VecmillError
     ├── StartupError                 the process cannot serve with this configuration
+    │   └── StartupObstacle          not now: a restart may find it otherwise
     ├── InvalidInput                 the client can correct it; `param` names the field
     │   ├── MalformedBody
     │   ├── EmptyInput
@@ -64,6 +65,10 @@ class VecmillError(Exception):
 
 class StartupError(VecmillError):
     """The server cannot start with this configuration."""
+
+
+class StartupObstacle(StartupError):
+    """The server cannot start now, though its configuration may be right; a later start may succeed."""
 
 
 class InvalidInput(VecmillError):

@@ -13,7 +13,7 @@ from torch import nn
 
 from vecmill.config import EngineSettings
 from vecmill.core.calibration import Warmed, fit
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupObstacle
 from vecmill.core.types import Lane, Row
 from vecmill.engine import compilation
 from vecmill.engine.compilation import CompileChoice, Run
@@ -49,7 +49,7 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices:
     `choices` are kept from model to model: where two share their layers, the first decides for both.
 
     Raises:
-        StartupError: not one token fits into memory.
+        StartupObstacle: not one token fits into memory.
     """
     stopwatch = _Stopwatch(model, engine, device)
     tokens = largest_batch(engine, device.device)
@@ -60,7 +60,7 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices:
             return warmed
         logger.warning("out of memory: a forward pass of %d tokens does not fit, trying %d", tokens, tokens // 2)
         tokens //= 2
-    raise StartupError(f"{model.card.id}: not one token fits into the memory that is left: free some.")
+    raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
 
 
 def _warm_up(

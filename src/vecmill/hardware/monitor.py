@@ -43,6 +43,7 @@ class Monitor:
         self._found = _nothing("nobody has looked yet")
         self._at = monotonic()
         self._bad_looks = 0
+        self._puzzled = False
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -54,6 +55,7 @@ class Monitor:
     def watch(self, uuid: str | None) -> None:
         """Look at the GPU with this UUID from now on; None: at the first."""
         self._uuid = uuid
+        self._bad_looks = 0
 
     def close(self) -> None:
         """End the thread; one that hangs in the driver is left behind."""
@@ -82,11 +84,26 @@ class Monitor:
     def _look(self, nvml: Nvml) -> None:
         try:
             gpu = nvml.read(self._uuid)
+            self._found = Look(gpu, self._verdict(clock_verdict(gpu)))
         except NvmlUnavailable as error:
-            self._found = _nothing(str(error))
-            return
-        self._found = Look(gpu, self._verdict(clock_verdict(gpu)))
-        self._at = monotonic()
+            self._found = self._missed(str(error))
+        except Exception as error:  # the thread goes on: nobody else looks
+            if not self._puzzled:
+                logger.exception("the GPU cannot be read")
+            self._puzzled = True
+            self._found = self._missed(f"the GPU cannot be read ({type(error).__name__})")
+        else:
+            self._at = monotonic()
+            self._puzzled = False
+
+    def _missed(self, reason: str) -> Look:
+        self._forget_unconfirmed()
+        return _nothing(reason)
+
+    def _forget_unconfirmed(self) -> None:
+        """What has not been seen often enough in a row begins anew; what has stays until a loaded clock is well."""
+        if self._bad_looks < BAD_LOOKS:
+            self._bad_looks = 0
 
     def _verdict(self, verdict: ClockVerdict) -> ClockVerdict:
         was_bad = self._bad_looks >= BAD_LOOKS
@@ -100,6 +117,8 @@ class Monitor:
             self._bad_looks = 0
             if was_bad:
                 self._on_verdict(verdict)
+        else:
+            self._forget_unconfirmed()
         return verdict
 
 

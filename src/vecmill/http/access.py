@@ -1,8 +1,8 @@
 """Who may use the server: keys, and what web pages may do that somebody on this machine has open.
 
-Without keys a server on localhost is open to every program here, and a web page is one: it may post to any address. So
-then a page of another origin is refused, and so is a request by a name that only such a page would know this server by
-(DNS rebinding).
+Without keys a server is open to every program that reaches it, and a web page that somebody has open is one: it may
+post to any address. So then a page of another origin is refused, and so is a request by a name that only such a page
+would know this server by (DNS rebinding), whatever address is bound.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ PROBES = frozenset(
 OPEN = PROBES | {"/", "/docs", "/openapi.json"}
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
 READING = ("GET", "HEAD", "OPTIONS")
-LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
+# Names that nobody can buy: reserved (RFC 6761, 6762, 8375; ICANN's .internal), or of no public registry.
+LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".lan", ".svc")
+HOST_NAME = socket.gethostname().lower()
 
 
 def is_loopback(host: str) -> bool:
@@ -93,13 +95,14 @@ class Access:
         # Who probes a pod or a container calls it by its address, which ALLOWED_HOSTS cannot know.
         if path in PROBES and _is_address(host):
             return None
-        local_names_only = not self._hosts and not self._keys and self._is_loopback
+        local_names_only = not self._hosts and not self._keys
         if host in self._hosts or (not self._hosts and not local_names_only) or "*" in self._hosts:
             return None
         if local_names_only and _is_local(host):
             return None
+        cure = "use localhost" if self._is_loopback else "set API_KEY, or use its address"
         return NotAllowed(
-            f"This server does not answer to the name {host[:100]!r}: add it to ALLOWED_HOSTS, or use localhost."
+            f"This server does not answer to the name {host[:100]!r}: add it to ALLOWED_HOSTS, or {cure}."
         )
 
     def _origin_error(self, method: str, headers: Headers) -> VecmillError | None:
@@ -122,6 +125,11 @@ def presented_key(headers: Headers) -> str:
     return headers.get("x-api-key") or headers.get("api-key") or ("" if token else scheme)
 
 
+def may_use(request: Request) -> bool:
+    """Whether whoever asks may use the server: with a key where there are keys. Pages without a key need not."""
+    return bool(getattr(request.state, "may_use", True))
+
+
 def is_open(method: str, path: str) -> bool:
     """Whether a call needs no key where there are keys."""
     return method in READING and (path in OPEN or path.startswith(OPEN_BELOW))
@@ -133,9 +141,12 @@ def _without_port(host: str) -> str:
 
 
 def _is_local(host: str) -> bool:
-    """Addresses, which no web page can give another meaning, and names that lead to this machine or its network."""
-    names = ("", "localhost", socket.gethostname().lower())
-    return _is_address(host) or host in names or host.endswith(LOCAL_SUFFIXES)
+    """Addresses, which no web page can give another meaning, and names that lead to this machine or its network.
+
+    A name of one label is no web page's: it is looked up in this network, as `vecmill` in a compose file or a cluster.
+    """
+    name = host.removesuffix(".")
+    return _is_address(host) or "." not in name or name == HOST_NAME or name.endswith(LOCAL_SUFFIXES)
 
 
 def _is_address(host: str) -> bool:

@@ -5,11 +5,16 @@ Source: https://spec.openapis.org/oas/v3.1.0
 
 from __future__ import annotations
 
+import re
+from base64 import b64encode
 from collections.abc import Iterator
 from functools import cache
+from hashlib import sha256
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
 
 from vecmill.core.errors import InvalidInput
 from vecmill.http.access import is_open
@@ -17,6 +22,9 @@ from vecmill.http.dialects.openai_files import UPLOAD
 from vecmill.http.error_shapes import shape_for
 
 Object = dict[str, Any]
+
+OFFLINE_FILES = "/static-offline-docs"
+SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
 
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 ERRORS: dict[str, Object] = {
@@ -53,6 +61,40 @@ def install(app: FastAPI) -> None:
         return _completed(generate())
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        return _page(app, str(request.scope.get("root_path", "")))
+
+
+def _page(app: FastAPI, root: str) -> HTMLResponse:
+    """The document for people, with the files that fastapi-offline ships. Nothing else may run in it, or show it."""
+    html = bytes(
+        get_swagger_ui_html(
+            openapi_url=f"{root}{app.openapi_url}",
+            title=f"{app.title} - Swagger UI",
+            swagger_js_url=f"{root}{OFFLINE_FILES}/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}{OFFLINE_FILES}/swagger-ui.css",
+            swagger_favicon_url=f"{root}{OFFLINE_FILES}/favicon.png",
+        ).body
+    )
+    own = " ".join(f"'sha256-{b64encode(sha256(script).digest()).decode()}'" for script in SCRIPT.findall(html))
+    policy = (
+        "default-src 'none'",
+        f"script-src 'self' {own}",
+        "style-src 'self' 'unsafe-inline'",  # Swagger UI writes style attributes
+        "connect-src 'self'",
+        "img-src 'self' data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    headers = {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+    }
+    return HTMLResponse(html, headers=headers)
 
 
 def _completed(document: Object) -> Object:

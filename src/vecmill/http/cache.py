@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -11,6 +12,8 @@ from vecmill.core.errors import NotAllowed, StateUnavailable
 from vecmill.http.caller import ViewerOf
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
 from vecmill.storage.errors import StoreFailed
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["Cache"])
 
@@ -55,4 +58,5 @@ async def delete_cache(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]
     try:
         return {"deleted": await asyncio.to_thread(cache.clear)}
     except StoreFailed as error:
-        raise StateUnavailable(f"503: the cache is temporarily unavailable ({error}); try again.") from None
+        logger.error("the cache cannot be emptied (%s)", error)
+        raise StateUnavailable("503: the cache is temporarily unavailable; the log says why. Try again.") from None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,6 +29,9 @@ T = TypeVar("T")
 
 # Begins the tags that tell the bodies of a shared path apart.
 DIALECT_TAG = "dialect:"
+LONGEST_NAME = 100  # characters, of a field that the client has named
+MOST_BYTES = 4096  # of an error
+LENGTHS = (1000, 500, 200, 50)  # characters of its message, of which some shapes have three
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,28 @@ class ErrorShape:
     """Where this dialect's statuses differ from the common ones."""
     busy: Callable[[Mapping[str, str]], int] = lambda headers: 429
     """The status that makes its clients try again when there is no room, by the request's headers."""
+
+
+def shortened(text: object, longest: int = LONGEST_NAME) -> str:
+    """The text, its middle left out where it is long: the end of a sentence has the cure."""
+    whole = str(text)
+    if len(whole) <= longest:
+        return whole
+    kept = longest // 2
+    return f"{whole[:kept]} ... {whole[-kept:]}"
+
+
+def bounded_body(shape: ErrorShape, error: VecmillError, status: int) -> dict[str, object]:
+    """An error in a dialect's shape, of at most MOST_BYTES as JSON, whatever of the client's own it repeats."""
+    body = shape.body(error, status)
+    for longest in LENGTHS:
+        if len(json.dumps(body)) <= MOST_BYTES:
+            break
+        short = copy(error)
+        short.message = shortened(error.message, longest)
+        short.param = None if error.param is None else shortened(error.param)
+        body = shape.body(short, status)
+    return body
 
 
 def nearest(table: Mapping[type[VecmillError], T], error: VecmillError) -> T:

@@ -39,15 +39,15 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
-from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, nearest, shape_for
+from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, bounded_body, nearest, shape_for, shortened
 from vecmill.http.services import services_of
 
 logger = logging.getLogger(__name__)
 
-LONGEST_FIELD = 200  # characters of what is shown
-LONGEST_PROBLEM = 600
 MOST_PARTS = 4  # that a base address may have too many
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+LOGGED_CHARACTERS = 200
+LONGEST_PROBLEM = 500  # characters
 
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
@@ -84,7 +84,7 @@ def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str,
     status = nearest({**STATUS, **shape.status}, error)
     if isinstance(error, Overloaded) and headers is not None:
         status = shape.busy(headers)
-    return JSONResponse(shape.body(error, status), status_code=status, headers=_headers(error))
+    return JSONResponse(bounded_body(shape, error, status), status_code=status, headers=_headers(error))
 
 
 def _headers(error: VecmillError) -> dict[str, str]:
@@ -126,7 +126,12 @@ async def refused(request: Request, error: VecmillError) -> Response:
     logger.log(
         level,
         "request refused",
-        extra={"path": request.url.path, "status": response.status_code, "error": kind, "param": error.param},
+        extra={
+            "path": request.url.path[:LOGGED_CHARACTERS],
+            "status": response.status_code,
+            "error": kind,
+            "param": error.param and error.param[:LOGGED_CHARACTERS],
+        },
     )
     return response
 
@@ -145,8 +150,7 @@ def _translate(first: Mapping[str, Any]) -> VecmillError:
     """One of pydantic's errors as one sentence that names the field and repeats no input."""
     # Without where it was found (body, path or query), and without which of several bodies it is.
     location = [part for part in first["loc"][1:] if not str(part).startswith(DIALECT_TAG)]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
-    field = field[:LONGEST_FIELD]  # keys of a mapping are the client's own
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{shortened(part)}" for part in location).lstrip(".")
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return MalformedBody(f"The request body is not valid JSON: {reason}.")
@@ -154,7 +158,7 @@ def _translate(first: Mapping[str, Any]) -> VecmillError:
         return MalformedBody("The request body must be a JSON object, sent with Content-Type: application/json.")
     if first["type"] == TOO_MANY_INPUTS:
         return TooManyInputs(f"`{field}` {first['msg']}.", param=field)
-    problem = first["msg"].removeprefix("Value error, ")[:LONGEST_PROBLEM]
+    problem = shortened(first["msg"].removeprefix("Value error, "), LONGEST_PROBLEM)
     return InvalidInput(f"`{field}`: {problem}", param=field)
 
 
@@ -173,7 +177,7 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
-    body = shape_of(request).body(NotFound(message), error.status_code)
+    body = bounded_body(shape_of(request), NotFound(message), error.status_code)
     services_of(request).telemetry.error(error.status_code, "HTTPException")
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 

@@ -36,6 +36,8 @@ class Services:
     cache: Callable[[], EmbeddingCache | None]
     """None where nothing is cached."""
     state: Callable[[], StateFolder | None]
+    kept: Callable[[], Mapping[str, str | None]]
+    """Why the jobs, the cache and the batches are not kept now, by their names; None where they are."""
     generation: Generation | None
     """None without GENERATION_URL."""
     telemetry: Telemetry

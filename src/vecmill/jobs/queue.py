@@ -45,6 +45,11 @@ class JobQueue:
         await store.open()
         self._store = store
 
+    @property
+    def problem(self) -> str | None:
+        """Why the jobs cannot be kept, or used, now; None where they can."""
+        return "The jobs are not open yet." if self._store is None else self._store.problem
+
     def start(self) -> None:
         """Sweep every second until `close`."""
         self._keep(asyncio.create_task(self._sweep_for_ever(), name="jobs"))

@@ -59,7 +59,10 @@ FORM: dict[str, Any] = {
 
 
 class FileContent(FileResponse):
-    """A file as it lies on the disk."""
+    """A file as it lies on the disk: bytes to be kept, whatever a client has named it and whatever is in it.
+
+    A browser that took it for a page would run what is in it with the rights of this server's own pages.
+    """
 
     media_type = "application/octet-stream"
     chunk_size = PIECE_BYTES
@@ -170,7 +173,12 @@ async def get_file(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -> d
 async def get_content(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -> Response:
     """The bytes themselves, from the disk as they are sent."""
     file = await services.batches.file(file_id, viewer)
-    return FileContent(services.batches.path_of(file_id), filename=file.filename)
+    return FileContent(
+        services.batches.path_of(file_id),
+        media_type=FileContent.media_type,  # not what its name would make of it
+        filename=file.filename,
+        headers={"X-Content-Type-Options": "nosniff"},
+    )
 
 
 @router.delete("/v1/files/{file_id}", summary="Delete a file")
