@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ CPU_ONLY = {"version": "2.13.0+cpu", "cuda": None, "cuda_error": None}
 NO_DRIVER = {
     "version": "2.13.0+cu130",
     "cuda": "13.0",
-    "cuda_error": "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver "
-    "from http://www.nvidia.com/Download/index.aspx",
+    "cuda_error": "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a "
+    "driver from http://www.nvidia.com/Download/index.aspx",
 }
 
 
@@ -29,7 +30,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FAKE_NVML", raising=False)
 
 
-def built(build: dict[str, str | None]) -> str:
+def built(build: Mapping[str, str | None]) -> str:
     """RECORDED_PROBES of a torch that can use no GPU."""
     return json.dumps({"build": {**build, "hip": None, "arch_list": [], "gpus": []}})
 
