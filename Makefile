@@ -18,7 +18,7 @@ CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients check coverage lint fix chromium redis systemd java
+.PHONY: help serve test test-clients test-python-clients fuzz check coverage lint fix chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -34,6 +34,10 @@ test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Py
 
 test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## Only Python's. Options: ARGS="-k langchain".
 	$(BIN)/python -m pytest tests/clients/test_environments.py -k python $(ARGS)
+
+# Not among the development tools: it would be a plugin of every run of pytest.
+fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
+	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 

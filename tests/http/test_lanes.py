@@ -103,7 +103,7 @@ async def test_a_priority_that_is_none_is_refused(client: httpx.AsyncClient, fie
     assert "interactive, bulk" in refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "5e-324", "0.0009"])
 async def test_a_timeout_that_is_none_is_refused(client: httpx.AsyncClient, value: str) -> None:
     refused = await client.post("/v1/embeddings", json={"input": "x"}, headers={"X-Request-Timeout": value})
     assert refused.status_code == 400

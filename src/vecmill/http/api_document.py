@@ -106,9 +106,21 @@ def _completed(document: Object) -> Object:
     components["securitySchemes"] = {"API key": KEY}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
+            _no_null_parameters(operation)
             _show_examples(operation, components["schemas"])
             _name_errors(operation, path, method.upper())
     return document
+
+
+def _no_null_parameters(operation: Object) -> None:
+    """A header or a query has no null: one that may be left out is only not required."""
+    for parameter in operation.get("parameters", ()):
+        schema = parameter["schema"]
+        kinds = [one for one in schema.pop("anyOf", ()) if one != {"type": "null"}]
+        if len(kinds) == 1:
+            schema.update({**kinds[0], **schema})
+        elif kinds:
+            schema["anyOf"] = kinds
 
 
 def _show_examples(operation: Object, schemas: Object) -> None:

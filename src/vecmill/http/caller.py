@@ -7,12 +7,13 @@ from ipaddress import ip_address
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from vecmill.core.types import CacheControl, Caller, Lane, Viewer
 from vecmill.http.bounds import Word
 from vecmill.http.in_progress import NewWork
 
+SHORTEST_TIMEOUT = 0.001  # seconds; no answer is so fast
 LANES = f"must be {', '.join(lane.value for lane in Lane)}, or a whole number (negative: first, positive: bulk)"
 
 
@@ -76,6 +77,19 @@ def _address(host: str) -> str:
     return str(mapped or host)
 
 
+def _long_enough(seconds: float) -> float:
+    if seconds < SHORTEST_TIMEOUT:
+        raise ValueError(f"must be at least {SHORTEST_TIMEOUT:g} (seconds)")
+    return seconds
+
+
+Timeout = Annotated[
+    float,
+    AfterValidator(_long_enough),
+    Field(allow_inf_nan=False),
+]
+
+
 def of_job(caller: Caller, job_id: str) -> Caller:
     """The caller as one of an indexing job, which takes turns with the client's other jobs."""
     return replace(caller, job_id=job_id[:LONGEST_JOB_ID])
@@ -89,8 +103,8 @@ async def caller_of(
         Priority, Header(description="As `priority` in the body, for clients that send headers.")
     ] = None,
     x_request_timeout: Annotated[
-        float | None,
-        Header(gt=0, allow_inf_nan=False, description="Seconds until the answer is of no use: 504, texts not run."),
+        Timeout | None,
+        Header(description=f"Seconds, at least {SHORTEST_TIMEOUT}, until the answer is of no use: 504, texts not run."),
     ] = None,
     x_job_id: Annotated[str | None, Header(description="The indexing job this belongs to.")] = None,
     cache_control: Annotated[

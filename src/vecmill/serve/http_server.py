@@ -16,9 +16,6 @@ from vecmill.config import HttpSettings
 from vecmill.serve.connection import Connection
 from vecmill.serve.listener import connected, take_no_more
 
-# Seconds that an idle connection stays open: longer than clients keep theirs, or one would send on a connection that is
-# just being closed.
-KEEP_ALIVE = 75
 QUIET_SECONDS = 0.75  # of silence on a connection, in which its client would have sent its next request
 LOOK_SECONDS = 0.02
 LAST_ANSWERS = 1.0
@@ -39,7 +36,7 @@ class HttpServer(uvicorn.Server):
                 access_log=False,
                 log_config=None,
                 server_header=False,
-                # Whoever connects from this machine could call himself anybody.
+                # Whoever connects from this machine could call himself anybody: TRUSTED_PROXIES says who may.
                 proxy_headers=False,
             )
         )
