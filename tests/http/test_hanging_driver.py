@@ -59,10 +59,18 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
 def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     fake_nvml.load()
     file = tmp_path / "recording.txt"
-    file.write_text(GB10.read_text())
+    answer(file)
     monkeypatch.setenv("FAKE_NVML", str(file))
     yield file
-    file.write_text(GB10.read_text())
+    answer(file)
+
+
+def hang(recording: Path) -> None:
+    recording.write_text(GB10.read_text() + "hang\n")
+
+
+def answer(recording: Path) -> None:
+    recording.write_text(GB10.read_text())
 
 
 @pytest.fixture(scope="module")
@@ -132,11 +140,11 @@ async def test_nvml_that_hangs_holds_up_no_answer(
     client: httpx.AsyncClient, recording: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
-    recording.write_text(GB10.read_text() + "hang\n")
+    hang(recording)
     while not (await gpu(client))[1]["stale"]:
         pass
     await answered(client)
-    recording.write_text(GB10.read_text())
+    answer(recording)
     while (await gpu(client))[1]["stale"]:
         pass
 
@@ -145,12 +153,12 @@ async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
     driver: Driver, recording: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
-    recording.write_text(GB10.read_text() + "hang\n")
+    hang(recording)
     driver.answers.clear()
     async with serving(embed_model=str(folder), max_batch_tokens=64) as client:
         health, found = await gpu(client)
         assert (health["status"], health["cuda_available"], health["gpu_memory_allocated_mb"]) == ("ok", True, None)
         assert (found["stale"], found["memory"]["allocated_mb"]) == (True, None)
         await answered(client)
-        recording.write_text(GB10.read_text())
+        answer(recording)
         driver.answers.set()

@@ -219,9 +219,7 @@ class Engine:
         self._launched.acquire()
         started = perf_counter()
         try:
-            launched = launch(
-                model, work.rows, loaded.device, use_flash_attn=self._settings.use_flash_attn, packed=work.packed
-            )
+            launched = launch(model, work.rows, loaded.device, use_flash_attn=loaded.use_flash_attn, packed=work.packed)
         except Exception as error:
             self._launched.release()
             logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
@@ -255,4 +253,4 @@ class Engine:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""
         for model in loaded.models.values():
             row = Row(np.zeros(1, dtype=np.int32))
-            collect(launch(model, [row], loaded.device, use_flash_attn=self._settings.use_flash_attn))
+            collect(launch(model, [row], loaded.device, use_flash_attn=loaded.use_flash_attn))

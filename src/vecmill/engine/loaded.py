@@ -47,3 +47,5 @@ class Loaded:
     """By key, in the order of the settings, embedding models first."""
     warmed: dict[str, Warmed]
     """By key."""
+    use_flash_attn: bool
+    """USE_FLASH_ATTN, where this device has the kernels."""
