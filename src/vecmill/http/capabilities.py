@@ -18,9 +18,8 @@ router = APIRouter(tags=["TEI and CodeCartographer"])
 
 
 def recommended(services: Services) -> int:
-    """Texts per request for this device as it is now."""
-    most = services.settings.engine.max_batch_size
-    return recommended_batch_size(max_batch_tokens(services) or 0, available_mb(services), most)
+    """Texts per request for this device and model, by what was found to fit."""
+    return recommended_batch_size(max_batch_tokens(services) or 0, services.settings.engine.max_batch_size)
 
 
 def max_batch_tokens(services: Services) -> int | None:

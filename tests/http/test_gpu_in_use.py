@@ -1,4 +1,7 @@
-"""A driver that hangs holds up no answer: what is said of the GPU is of the last look, and says so."""
+"""An application that takes its device for a GPU, beside a stand-in for the driver.
+
+A driver that hangs holds up no answer: what is said of the GPU is of the last look, and says so.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +37,12 @@ class Driver:
 
     answers: threading.Event = field(default_factory=threading.Event)
     asked: threading.Event = field(default_factory=threading.Event)
+    held: DeviceMemory = HELD
 
     def memory(self) -> DeviceMemory:
         self.asked.set()
         assert self.answers.wait(HANG_SECONDS)
-        return HELD
+        return self.held
 
 
 @pytest.fixture
@@ -162,3 +166,14 @@ async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
         await answered(client)
         answer(recording)
         driver.answers.set()
+
+
+@pytest.mark.parametrize("available_gb", [6, 14, 40])
+async def test_the_recommended_batch_is_what_was_found_to_fit(driver: Driver, folder: Path, available_gb: int) -> None:
+    """By the forward pass that warm-up ran, on a card of whatever size: torch keeps what that took."""
+    driver.held = DeviceMemory(124_600, 9000, 9200, 1024 * available_gb, False)
+    settings = {"max_batch_tokens": 1024, "max_batch_ms": 100_000}
+    async with serving(embed_model=str(folder), **settings) as client:
+        found = (await client.get("/capabilities")).json()
+    assert (found["gpu_available_mb"], found["max_batch_tokens"]) == (1024 * available_gb, 1024)
+    assert found["recommended_batch_size"] == 4 * 1024 // 128
