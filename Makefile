@@ -17,8 +17,11 @@ CLIENTS := .clients
 CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
+# The lowest versions that pyproject.toml allows; the oldest torch is a CUDA build of several gigabytes.
+LOWEST := .lowest
+
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients fuzz check coverage lint fix chromium redis systemd java
+.PHONY: help serve test test-clients test-python-clients test-lowest fuzz check coverage lint fix chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -38,6 +41,8 @@ test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## O
 # Not among the development tools: it would be a plugin of every run of pytest.
 fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
 	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
+test-lowest: $(LOWEST)/.installed  ## Run the tests of the models and the engine on the lowest versions that are allowed.
+	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine $(ARGS)
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 
@@ -73,6 +78,13 @@ $(CLIENTS)/%/.installed: $(CLIENT_FILES)/%/requirements.txt | $(BIN)/python
 	@echo "Installing the clients of $< into $(@D)."
 	@$(BIN)/python -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(BIN)/python
+	@echo "Installing vecmill with the lowest versions that it allows into $(LOWEST)."
+	@$(BIN)/python -m venv --clear $(LOWEST)
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
+		--editable '.[bundled]' hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
 	@touch $@
 
 $(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json

@@ -18,7 +18,7 @@ KEY_OPTION = re.compile(r"scopes=(use|admin)([+,](use|admin))*|(requests|tokens|
 
 def problems(found: Situation) -> list[str]:
     """Sentences that say what is wrong and what to do."""
-    checks = (_rights, _systemd, _python, _disk, _keys, _embed_port, _tailscale, _docker, _vllm_port)
+    checks = (_rights, _systemd, _python, _compiler, _disk, _keys, _embed_port, _tailscale, _docker, _vllm_port)
     return [sentence for check in checks for sentence in check(found)]
 
 
@@ -59,6 +59,18 @@ def _python(found: Situation) -> Iterator[str]:
         yield (
             f"{python} lies in {asked.stdout.strip()}, and the service cannot see home folders: --python "
             f"/usr/bin/python3 is the system's."
+        )
+
+
+def _compiler(found: Situation) -> Iterator[str]:
+    embed = found.embed
+    if embed is None or not embed.compiles or not embed.on_gpu:
+        return
+    if missing := machine.missing_to_compile(found.options.python, on_gpu=True):
+        without = "" if embed.new else f"; or TORCH_COMPILE=false in {found.layout.embed_env}"
+        yield (
+            f"On a GPU the models' layers are compiled, which takes a C compiler and Python's headers; without them a "
+            f"search takes up to twice as long: sudo apt install {' '.join(missing)}{without}"
         )
 
 

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
@@ -22,7 +23,7 @@ from vecmill.core.threads import WorkerThreads
 from vecmill.gauges import watch, watch_budgets
 from vecmill.hardware.clocks import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
-from vecmill.hardware.monitor import Monitor
+from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
 from vecmill.http.access import Access, in_both_families
 from vecmill.http.body_limit import Bodies, BodyLimit
@@ -69,6 +70,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Embeddings and reranking from one device, for every client that asks."
 LARGEST_POOL = 8
+T = TypeVar("T")
 
 DIALECTS = (
     openai,
@@ -142,8 +144,8 @@ class Server:
             generation=self.generation,
             telemetry=self.telemetry,
             threads=self._threads,
-            device_memory=lambda: self._engine.memory() if self._engine else None,
             gpu=self.monitor.latest,
+            gpu_in_use=self._uses_gpu,
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
             keys=self.keys,
@@ -194,7 +196,7 @@ class Server:
         engine: Engine = module.Engine(self._settings.model, self._settings.engine, self._report)
         self._engine = engine
         engine.start()
-        loaded = await asyncio.wrap_future(engine.loaded)
+        loaded = await _result(engine.loaded)
         served = ((model.key, model.card, model.checkpoint) for model in loaded.models.values())
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
         rows = self._settings.engine.max_batch_size
@@ -206,9 +208,10 @@ class Server:
         rates = [one.calibration.best_rate for one in loaded.warmed.values()]
         self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
-        self.monitor.watch(engine.gpu_uuid())
-        watch_budgets(self.services)
         self._loaded = loaded
+        if self._uses_gpu():
+            await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
+        watch_budgets(self.services)
         return loaded
 
     def _report(self, percent: float, message: str) -> None:
@@ -217,6 +220,9 @@ class Server:
     def _fail(self, reason: str) -> None:
         self.health.fail(reason)
         self._on_failure(reason)
+
+    def _uses_gpu(self) -> bool:
+        return self._loaded is not None and self._loaded.device.type == "cuda"
 
     @property
     def trouble(self) -> str | None:
@@ -317,6 +323,23 @@ def create_app(
     if proxies := settings.access.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app
+
+
+async def _result(future: Future[T]) -> T:
+    """What a future of another thread gives.
+
+    Whoever is cancelled while waiting leaves it alone: asyncio's own ways cancel it, and the thread that sets it later
+    fails, or log what it raises after nobody waits any more.
+    """
+    loop, done = asyncio.get_running_loop(), asyncio.Event()
+
+    def tell(_: object) -> None:
+        with suppress(RuntimeError):  # the event loop is closed
+            loop.call_soon_threadsafe(done.set)
+
+    future.add_done_callback(tell)
+    await done.wait()
+    return future.result()
 
 
 def _tell_clock(verdict: ClockVerdict) -> None:

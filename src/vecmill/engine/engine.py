@@ -24,8 +24,8 @@ from vecmill.core.errors import EngineFailed
 from vecmill.core.protocols import BatchResult
 from vecmill.core.types import Lane, Row
 from vecmill.engine.device import device_memory, gpu_uuid
-from vecmill.engine.forward import Device, Launched, Packed, collect, launch, pack_on
-from vecmill.engine.loaded import Loaded
+from vecmill.engine.forward import Launched, Packed, collect, launch, pack_on
+from vecmill.engine.loaded import Device, Loaded
 from vecmill.engine.loader import Report, load
 from vecmill.engine.progress import Progress
 from vecmill.hardware.memory import DeviceMemory
@@ -224,7 +224,7 @@ class Engine:
         # What goes wrong here goes wrong again on the device's thread, which answers for it.
         with contextlib.suppress(Exception):
             loaded = self.loaded.result()
-            work.packed = pack_on(self._device(loaded), loaded.models[work.model], work.rows)
+            work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
         self._queue(work, lane)
 
     def _queue(self, work: Work, lane: Lane) -> None:
@@ -234,9 +234,6 @@ class Engine:
             else:
                 work.resolve(EngineFailed(self._failure))
 
-    def _device(self, loaded: Loaded) -> Device:
-        return Device(loaded.device, self._settings.use_flash_attn, loaded.streams)
-
     def _own_device(self) -> None:
         try:
             loaded = load(self._model_settings, self._settings, self._report)
@@ -245,7 +242,7 @@ class Engine:
             self.loaded.set_exception(error)
             return
         self.loaded.set_result(loaded)
-        device = self._device(loaded)
+        device = loaded.runs_on
         work: Work | None = None
         try:
             while True:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -15,30 +14,11 @@ from torch import Tensor
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
 from vecmill.core.types import Lane, Row, Vector
 from vecmill.engine.cuda_graphs import lane_of
-from vecmill.engine.loaded import LoadedModel, Streams
+from vecmill.engine.loaded import Device, LoadedModel
 from vecmill.engine.out_of_memory import unless_out_of_memory
 from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where and how batches run."""
-
-    device: torch.device
-    use_flash_attn: bool
-    streams: Streams | None
-    """None on a CPU."""
-
-    @contextmanager
-    def on_stream(self, lane: Lane) -> Iterator[None]:
-        """Launch on a lane's stream what is launched in this block."""
-        if self.streams is None:
-            yield
-            return
-        with torch.cuda.stream(self.streams.run[lane]):
-            yield
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -32,6 +33,26 @@ class Streams:
         stream = torch.cuda.Stream
         run = {Lane.INTERACTIVE: stream(device, priority=-1), Lane.BULK: stream(device)}  # type: ignore[no-untyped-call]
         return cls(stream(device, priority=-1), run)  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where and how batches run."""
+
+    device: torch.device
+    use_flash_attn: bool
+    """USE_FLASH_ATTN, where this device has the kernels."""
+    streams: Streams | None
+    """None on a CPU."""
+
+    @contextmanager
+    def on_stream(self, lane: Lane) -> Iterator[None]:
+        """Launch on a lane's stream what is launched in this block."""
+        if self.streams is None:
+            yield
+            return
+        with torch.cuda.stream(self.streams.run[lane]):
+            yield
 
 
 @dataclass(slots=True)
@@ -64,10 +85,13 @@ class LoadedModel:
 class Loaded:
     """Everything that loading and warm-up found out."""
 
-    device: torch.device
-    streams: Streams | None
-    """None on a CPU."""
+    runs_on: Device
     models: dict[str, LoadedModel]
     """By key, in the order of the settings, embedding models first."""
     warmed: dict[str, Warmed]
     """By key."""
+
+    @property
+    def device(self) -> torch.device:
+        """That the models are on."""
+        return self.runs_on.device

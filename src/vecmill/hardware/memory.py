@@ -32,6 +32,47 @@ class DeviceMemory:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuRoom:
+    """What there is of a GPU's memory, in bytes. `unified`: it is the machine's.
+
+    `reserved` is what torch holds already; `available` what anybody could still take, of which `floor` stays free.
+    """
+
+    total: int
+    reserved: int
+    available: int
+    floor: int
+    fraction: float
+    unified: bool
+
+    @property
+    def limit(self) -> int:
+        """Bytes that torch may hold: MEMORY_FRACTION of all; where the memory is the machine's, no more than is left.
+
+        A card's own memory is not bounded by what is free: past its end allocations fail, and nothing else does.
+        """
+        share = int(self.fraction * self.total)
+        return max(0, min(share, self._left)) if self.unified else share
+
+    def shortage(self, needed: int) -> str | None:
+        """Why so many bytes more do not fit, with the cure; None where they do."""
+        free = min(self.limit - self.reserved, self._left - self.reserved)
+        if needed <= free:
+            return None
+        owner = "CPU and GPU share" if self.unified else "the GPU has"
+        kept = f", {self.floor / GIGABYTE:.1f} of which must stay free (MEMORY_FLOOR_GB)" if self.floor else ""
+        return (
+            f"they take {needed / GIGABYTE:.1f} GB, and of the {self.total / GIGABYTE:.1f} GB that {owner} "
+            f"{self.available / GIGABYTE:.1f} are available{kept}; the process may take {self.fraction:.0%} of all "
+            f"(MEMORY_FRACTION): stop what else holds memory, or set EMBED_MODEL and RERANK_MODEL to smaller models."
+        )
+
+    @property
+    def _left(self) -> int:
+        return self.reserved + self.available - self.floor
+
+
+@dataclass(frozen=True, slots=True)
 class HostMemory:
     """The machine's memory and this process's share.
 

@@ -90,9 +90,9 @@ def _state(services: Services, *, told: bool) -> dict[str, Any]:
 
 
 def _gpu(services: Services) -> dict[str, Any]:
-    memory = services.device_memory()
+    memory = services.gpu().memory
     return {
-        "cuda_available": memory is not None,
+        "cuda_available": services.gpu_in_use(),
         "gpu_memory_allocated_mb": memory and memory.allocated_mb,
         "gpu_memory_reserved_mb": memory and memory.reserved_mb,
         "gpu": gpu_facts(services),

@@ -14,7 +14,6 @@ from vecmill.config import Settings
 from vecmill.core.calibration import Warmed
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
-from vecmill.hardware.memory import DeviceMemory
 from vecmill.hardware.monitor import Look
 from vecmill.http.generation import Generation
 from vecmill.http.keys import Keys
@@ -43,10 +42,10 @@ class Services:
     telemetry: Telemetry
     threads: WorkerThreads
     """Parse, tokenize and encode, off the event loop."""
-    device_memory: Callable[[], DeviceMemory | None]
-    """What torch knows of the GPU that the models are on; None on a CPU and while loading."""
     gpu: Callable[[], Look]
-    """What the monitor saw of the GPU."""
+    """What the monitor saw of the GPU. No route asks a driver itself: one that hangs would hold up the event loop."""
+    gpu_in_use: Callable[[], bool]
+    """Whether the models are on a GPU; false while loading."""
     hung: Callable[[], str | None]
     """Why the device is taken for hung; None while it gets on."""
     device_busy: Callable[[], bool]

@@ -39,7 +39,7 @@ def _stats(services: Services) -> dict[str, Any]:
     texts_per_second, tokens_per_second = rolling.rates()
     warmup = rolling.warmup_seconds
     scheduled = services.inference.stats
-    gpu, host = services.device_memory(), host_memory()
+    gpu, host = services.gpu().memory, host_memory()
     return {
         "version": __version__,
         "requests": rolling.requests,
