@@ -215,7 +215,7 @@ def test_flash_attention_is_chosen_once_by_what_the_card_can(
     used: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(loader, "_load_all", lambda *_: [SimpleNamespace(card=SimpleNamespace(id="one"), key="one")])
-    monkeypatch.setattr(loader, "warm_up", lambda model, engine, *_: used.append(engine.runs_on.use_flash_attn))
+    monkeypatch.setattr(loader, "warm_up", lambda model, engine, *_: used.append(engine.use_flash_attn))
     assert load(folder, dtype="float16").runs_on.use_flash_attn is flash
     assert not load(folder, dtype="float16", use_flash_attn=False).runs_on.use_flash_attn
     assert used == [flash, False]
