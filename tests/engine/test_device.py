@@ -84,6 +84,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(device_module, "meminfo", lambda: {"MemAvailable": int(card.available)})
     monkeypatch.setattr(loader, "choose_device", lambda wanted: SECOND)
+    monkeypatch.setattr(Streams, "on", lambda device: None)
     precision, enabled = torch.get_float32_matmul_precision(), cudnn()
     yield card
     torch.set_float32_matmul_precision(precision)
