@@ -239,7 +239,8 @@ class BatchRun:
 
     async def _note(self, lines: int, *, alone: bool) -> None:
         note = WorkNote(first=self.record.progress.lines + 1, lines=lines, alone=alone)
-        await self._disk.until_done(lambda: self._around.store.note_work(self.record.id, note))
+        write = partial(self._around.store.note_work, self.record.id, note)
+        await self._disk.until_done(write, lambda: self._interruption() is not None)
 
     async def _reader(self) -> LineReader:
         record = self.record
