@@ -76,7 +76,7 @@ def parse(body: bytes, limits: JsonLimits = DEFAULT_LIMITS, *, piece: int = PIEC
 class _Structure:
     """What stands outside of strings: commas, colons and brackets, in their order."""
 
-    places: NDArray[np.int64]  # (n,) in bytes
+    places: NDArray[np.int32]  # (n,) in bytes
     kinds: NDArray[np.uint8]  # (n,)
     depths: NDArray[np.int32]  # (n,) of what it is in; for a bracket, of what is between it and its partner
 
@@ -86,7 +86,7 @@ def _structure(body: bytes, limits: JsonLimits | None = None) -> _Structure:
     Raises:
         BodyTooLarge: it holds more than the limits allow.
     """
-    places: list[NDArray[np.int64]] = []
+    places: list[NDArray[np.int32]] = []
     kinds: list[NDArray[np.uint8]] = []
     start, in_string, values, containers = 0, 0, 1, 0
     while start < len(body):
@@ -96,7 +96,7 @@ def _structure(body: bytes, limits: JsonLimits | None = None) -> _Structure:
         where, what, in_string = _outside_strings(piece, in_string)
         values += int(np.count_nonzero(what == COMMA))
         containers += int(np.count_nonzero((what == OPEN) | (what == COLON)))
-        places.append(where + start)
+        places.append(where + np.int32(start))
         kinds.append(what)
         start += len(piece)
         if limits is not None and (values > limits.values or containers > limits.containers):
@@ -104,12 +104,12 @@ def _structure(body: bytes, limits: JsonLimits | None = None) -> _Structure:
     return _joined(places, kinds)
 
 
-def _outside_strings(piece: bytes, in_string: int) -> tuple[NDArray[np.int64], NDArray[np.uint8], int]:
+def _outside_strings(piece: bytes, in_string: int) -> tuple[NDArray[np.int32], NDArray[np.uint8], int]:
     """Where structure is and what it is; 1 at the end if that is within a string, else 0."""
     if b"\\" in piece:
         piece = piece.replace(rb"\\", b"__").replace(rb"\"", b"__")
     kinds = np.frombuffer(piece.translate(KINDS), np.uint8)
-    places = np.flatnonzero(kinds)
+    places = np.flatnonzero(kinds).astype(np.int32)
     kinds = kinds[places]
     quotes = kinds == QUOTE
     within = (np.cumsum(quotes, dtype=np.uint8) & 1) ^ np.uint8(in_string)
@@ -117,16 +117,19 @@ def _outside_strings(piece: bytes, in_string: int) -> tuple[NDArray[np.int64], N
     return places[outside], kinds[outside], int(within[-1]) if len(within) else in_string
 
 
-def _joined(places: list[NDArray[np.int64]], kinds: list[NDArray[np.uint8]]) -> _Structure:
+def _joined(places: list[NDArray[np.int32]], kinds: list[NDArray[np.uint8]]) -> _Structure:
     every = np.concatenate(kinds) if kinds else np.empty(0, np.uint8)
     closing = every == CLOSE
-    steps = (every == OPEN).astype(np.int32) - closing
-    where = np.concatenate(places) if places else np.empty(0, np.int64)
+    steps = (every == OPEN).view(np.int8) - closing.view(np.int8)
+    where = np.concatenate(places) if places else np.empty(0, np.int32)
     return _Structure(where, every, np.cumsum(steps, dtype=np.int32) + closing)
 
 
 def _too_much(body: bytes, structure: _Structure, limits: JsonLimits) -> BodyTooLarge:
-    field = _path(body, structure, len(body)).partition(".")[0].partition("[")[0]
+    commas = np.flatnonzero(structure.kinds == COMMA)[limits.values - 1 :]
+    containers = np.flatnonzero((structure.kinds == OPEN) | (structure.kinds == COLON))[limits.containers :]
+    first = min(int(over[0]) for over in (commas, containers) if len(over))
+    field = _path(body, structure, int(structure.places[first]) + 1).partition("[")[0]
     what = f"`{field}` makes the request body hold" if field else "The request body holds"
     return BodyTooLarge(
         f"{what} more than {limits.values} values (numbers, texts) or more than {limits.containers} lists, objects and "
