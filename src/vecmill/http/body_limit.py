@@ -195,22 +195,18 @@ class Body:
         began = monotonic()
         if not self._comes_until:
             self._comes_until = began + CROWDED_PAUSE
+        left = inf if self._until is None else self._until - began
         try:
-            async with asyncio.timeout(self._patience(began)) as self._reading:
+            async with asyncio.timeout(0 if self._ended else min(self._pause, left)) as self._reading:
                 message = await self._receive()
         except TimeoutError:
-            raise self._late() from None
+            raise self._late(left < self._pause) from None
         finally:
             self._reading = None
         now, size = monotonic(), len(message.get("body", b""))
         self._pause = min(self._pause - (now - began) + size / LEAST_RATE, self._bodies.pause)
         self._comes_until = min(max(self._comes_until, now) + size / CROWDED_RATE, now + CROWDED_PAUSE)
         return message
-
-    def _patience(self, now: float) -> float:
-        if self._ended:
-            return 0
-        return self._pause if self._until is None else min(self._pause, self._until - now)
 
     async def _hold(self, size: int) -> None:
         self._held += size
@@ -233,13 +229,13 @@ class Body:
         self._ended = True
         self.hurry(0)
 
-    def _late(self) -> VecmillError:
+    def _late(self, deadline: bool) -> VecmillError:
         if self._ended:
             return RequestTimedOut(
                 "timeout: the request body came too slowly while others waited for its room; send it again, or smaller "
                 "ones."
             )
-        if self._until is not None and monotonic() >= self._until:
+        if deadline:
             return DeadlineExceeded(
                 "timeout: the request's time was over before all of its body had come (X-Request-Timeout, "
                 "REQUEST_TIMEOUT)."
