@@ -76,6 +76,10 @@ class Monitor:
         except NvmlUnavailable as error:
             self._found = _nothing(str(error))
             return
+        except Exception as error:
+            logger.exception("the GPU's driver cannot be opened")
+            self._found = _nothing(f"the driver cannot be opened ({type(error).__name__})")
+            return
         self._look(nvml)
         while not self._end.wait(PERIOD):
             self._look(nvml)
