@@ -7,11 +7,14 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
+import httpx
 import pytest
 
+from tests.conftest import serving
 from tests.faults.conftest import NewService, new_service, tiny_model  # noqa: F401
 from tests.faults.service import Service, until
 
@@ -74,3 +77,30 @@ def test_nobody_is_reset(new_service: NewService, keeps: bool, pause: float) -> 
     assert set(outcomes) <= {"200", "503"}, outcomes
     until(lambda: "stopped after" in service.said())
     assert "Traceback" not in service.said()
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/chat/completions", "/embed", "/nowhere"])
+async def test_the_body_of_who_comes_too_late_is_taken(path: str) -> None:
+    """A connection that is closed over what was not read is reset, and the 503 is lost on its way."""
+    taken = 0
+
+    async def body() -> AsyncIterator[bytes]:
+        nonlocal taken
+        for _ in range(50):
+            taken += 1
+            yield b"x" * 65_536
+
+    async with serving(generation_url="http://127.0.0.1:9") as client:
+        app(client).state.server.begin_to_stop()
+        headers = {"content-type": "multipart/form-data; boundary=b" if path == "/v1/files" else "application/json"}
+        answer = await client.post(path, content=body(), headers=headers)
+        assert answer.status_code in (400, 404, 503)
+        assert answer.headers["connection"] == "close"
+    assert taken == 50
+
+
+def app(client: httpx.AsyncClient) -> Any:
+    """The application that the client speaks to."""
+    transport = client._transport
+    assert isinstance(transport, httpx.ASGITransport)
+    return transport.app

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.batches.light import create, line, opened, upload
+from tests.batches.light import LightEndpoint, create, ended, line, opened, upload
 from vecmill.batches.record import BatchRecord, Status
 from vecmill.batches.store import BatchStore
 from vecmill.cache import embedding_cache
@@ -214,6 +214,27 @@ async def test_who_cancels_at_the_same_time_gets_the_same_answer(tmp_path: Path)
     shutil.rmtree(tmp_path / "batches" / batch_id)
     with pytest.raises(NoSuchBatch):
         await batches.cancel(batch_id)
+
+
+async def test_the_event_loop_never_waits_for_the_disk_to_say_that_a_batch_is_cancelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+    cancel_asked = BatchStore.cancel_asked
+
+    def noting(store: BatchStore, batch_id: str) -> float | None:
+        threads.add(threading.get_ident())
+        return cancel_asked(store, batch_id)
+
+    monkeypatch.setattr(BatchStore, "cancel_asked", noting)
+    batches = opened(tmp_path, LightEndpoint(), batch_chunk_size=4)
+    file_id = await upload(batches, b"".join(line(str(number), input="x") for number in range(40)))
+    whole, cancelled = await create(batches, file_id), await create(batches, file_id)
+    await batches.cancel(cancelled)
+    assert (await ended(batches, whole)).status is Status.COMPLETED
+    assert (await ended(batches, cancelled)).status is Status.CANCELLED
+    await batches.close()
+    assert threads - {threading.get_ident()} == threads != set()
 
 
 def test_what_a_killed_writer_leaves_is_deleted_later(tmp_path: Path) -> None:

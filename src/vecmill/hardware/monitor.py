@@ -160,6 +160,9 @@ def _opened() -> tuple[Nvml | None, str]:
         return Nvml(), ""
     except NvmlUnavailable as error:
         return None, str(error)
+    except Exception as error:
+        logger.exception("the GPU's driver cannot be opened")
+        return None, f"the driver cannot be opened ({type(error).__name__})"
 
 
 def _nothing(reason: str) -> Look:

@@ -75,11 +75,15 @@ class StateFolder:
             return "was replaced by another folder: restart the server"
         if disk.f_flag & os.ST_RDONLY:
             return "cannot be written (Read-only file system)"
-        if disk.f_blocks and disk.f_bavail * disk.f_frsize < LEAST_FREE_BYTES:
-            return "is on a disk that is full: make room there"
-        return None
+        return "is on a disk that is full: make room there" if _is_full(disk) else None
 
     def close(self) -> None:
         """Let others in."""
         if self._lock is not None:
             self._lock.release()
+
+
+def _is_full(disk: os.statvfs_result) -> bool:
+    """Whether there is no room for data or for new files. Some file systems count neither, and say 0 of 0."""
+    free = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail  # what is kept for root
+    return bool((disk.f_blocks and free * disk.f_frsize < LEAST_FREE_BYTES) or (disk.f_files and not disk.f_favail))
