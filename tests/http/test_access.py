@@ -122,7 +122,7 @@ def test_unusable_keys_stop_the_start_without_being_shown(value: str) -> None:
 def test_keys_are_not_in_the_settings_text() -> None:
     settings = load_settings({"api_key": "the-only-secret-key,ci:the-other-secret-key"})
     assert "secret" not in repr(settings)
-    assert [name for name, _ in settings.access.api_key] == ["key 1", "ci"]
+    assert [entry.name for entry in settings.access.api_key] == ["key 1", "ci"]
 
 
 EVIL = {"origin": "https://evil.example"}
