@@ -117,7 +117,7 @@ async def clear_jobs(client: httpx.AsyncClient) -> None:
 @pytest.fixture
 async def starting() -> AsyncIterator[httpx.AsyncClient]:
     """A client, without a key, of a server that has keys and no model yet."""
-    app = create_app(load_settings({"api_key": "secret"}))
+    app = create_app(load_settings({"api_key": "a-quite-long-secret"}))
     async with httpx.AsyncClient(transport=InProcess(app), base_url="http://localhost") as client:
         yield client
 

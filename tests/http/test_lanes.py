@@ -13,6 +13,8 @@ import pytest
 from tests.checkpoints import tiny_bert
 from tests.gated import Gate, gated, small_server, until_waiting, words
 from vecmill.core.types import Lane
+from vecmill.http.dialects.openai import EmbeddingsBody
+from vecmill.inference.prompts import asks_for_query
 
 
 @pytest.fixture
@@ -35,7 +37,6 @@ LARGE_SEARCH = [words(5), *(words(31 + number) for number in range(9))]  # too l
         ({"input": [words(5), words(6)]}, {}),
         ({"input": LARGE_SEARCH, "input_type": "query"}, {}),
         ({"input": LARGE_SEARCH, "prompt_name": "query"}, {}),
-        ({"input": LARGE_SEARCH, "is_query": True, "instruction": "find"}, {}),
         ({"input": LARGE_SEARCH, "priority": "interactive"}, {}),
         ({"input": LARGE_SEARCH, "priority": -1}, {}),
         ({"input": LARGE_SEARCH}, {"X-Priority": "interactive"}),
@@ -54,6 +55,13 @@ async def test_a_search_overtakes_an_index(
         assert (await index).status_code == 200
     order = [length for batch in gate.batches for length in batch]
     assert order.index(5) < order.index(23)
+
+
+@pytest.mark.parametrize("said", [{"is_query": True}, {"input_type": "query"}, {"prompt_name": "query"}])
+def test_a_query_with_an_instruction_of_its_own_is_still_one(said: dict[str, Any]) -> None:
+    choice = EmbeddingsBody.model_validate({"input": "x", "instruction": "find", **said}).prompt_choice()
+    assert choice.instruction == "find"
+    assert asks_for_query(choice)
 
 
 @pytest.mark.parametrize("marked", [{"priority": "bulk"}, {"priority": 5}, {"priority": "BULK"}])
