@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ipaddress import ip_address
 
-from deployment import env_file, files, install, units
+from deployment import env_file, files, install, machine, units
 from deployment.actions import Action, MakeFolder, Run, WriteFile
 from deployment.layout import ACCOUNT, EMBED_UNIT, Layout
 from deployment.machine import Systemd, Unit
@@ -79,6 +79,16 @@ class Embed:
     @property
     def has_keys(self) -> bool:
         return bool(self.settings.get("API_KEY") or self.settings.get("API_KEY_FILE"))
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers may be compiled, on whatever device there is."""
+        return self.settings.get("TORCH_COMPILE", "auto").lower() != "false"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on an NVIDIA GPU, as far as the machine tells."""
+        return self.settings.get("DEVICE", "auto") not in ("cpu", "mps") and machine.gpu(self._layout) is not None
 
     @property
     def reached_at(self) -> str:

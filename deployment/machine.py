@@ -96,6 +96,22 @@ def gpu(layout: Layout) -> str | None:
     return "an NVIDIA GPU" if layout.real(Path("/proc/driver/nvidia/version")).exists() else None
 
 
+# As Triton looks for one, and as torch does for a CPU.
+C_COMPILERS, CPP_COMPILERS = ("gcc", "clang"), ("g++", "c++", "clang++")
+WHAT_HEADERS = (
+    "import os, sysconfig; print(sysconfig.get_python_version(), "
+    "os.path.isfile(os.path.join(sysconfig.get_paths()['include'], 'Python.h')))"
+)
+
+
+def missing_to_compile(python: str, *, on_gpu: bool) -> list[str]:
+    """The packages that torch.compile lacks: a compiler, and the headers of the Python that the release is made of."""
+    compilers, package = (C_COMPILERS, "gcc") if on_gpu else (CPP_COMPILERS, "g++")
+    missing = [] if any(map(shutil.which, compilers)) else [package]
+    version, _, there = ask(python, "-c", WHAT_HEADERS).stdout.strip().partition(" ")
+    return [*missing, f"python{version}-dev"] if there == "False" else missing
+
+
 def listen_error(host: str, port: int) -> str | None:
     """Why nothing could listen there now; None where it could."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -12,12 +12,13 @@ from deployment import files, machine
 from deployment.commands import ask, ask_json
 from deployment.situation import VENV_BYTES, Situation
 
-SAFE_KEY = re.compile(r"[!-~]+")
+SAFE_KEY = re.compile(r"[!-~]{16,}")
+KEY_OPTION = re.compile(r"scopes=(use|admin)([+,](use|admin))*|(requests|tokens|jobs)=[1-9][0-9]*")
 
 
 def problems(found: Situation) -> list[str]:
     """Sentences that say what is wrong and what to do."""
-    checks = (_rights, _systemd, _python, _disk, _keys, _embed_port, _tailscale, _docker, _vllm_port)
+    checks = (_rights, _systemd, _python, _compiler, _disk, _keys, _embed_port, _tailscale, _docker, _vllm_port)
     return [sentence for check in checks for sentence in check(found)]
 
 
@@ -61,6 +62,18 @@ def _python(found: Situation) -> Iterator[str]:
         )
 
 
+def _compiler(found: Situation) -> Iterator[str]:
+    embed = found.embed
+    if embed is None or not embed.compiles or not embed.on_gpu:
+        return
+    if missing := machine.missing_to_compile(found.options.python, on_gpu=True):
+        without = "" if embed.new else f"; or TORCH_COMPILE=false in {found.layout.embed_env}"
+        yield (
+            f"On a GPU the models' layers are compiled, which takes a C compiler and Python's headers; without them a "
+            f"search takes up to twice as long: sudo apt install {' '.join(missing)}{without}"
+        )
+
+
 def _disk(found: Situation) -> Iterator[str]:
     path = found.layout.real(found.layout.releases)
     if found.builds and (free := files.bytes_free(path)) < VENV_BYTES:
@@ -81,8 +94,12 @@ def _keys(found: Situation) -> Iterator[str]:
         yield f"--api-key-file {path} holds no key: write one on each line, `name:key` or `key`."
     for number, line in entries:
         name, colon, key = line.partition(":")
-        if not SAFE_KEY.fullmatch(key.strip() if colon else name) or "," in line:
-            yield f"--api-key-file {path}, line {number}: a key is printable ASCII without spaces and commas."
+        value, *options = (key if colon else name).split() or [""]
+        if not SAFE_KEY.fullmatch(value) or "," in line or not all(map(KEY_OPTION.fullmatch, options)):
+            yield (
+                f"--api-key-file {path}, line {number}: a key is printable ASCII of at least 16 characters without "
+                f"spaces and commas; after it may stand `scopes=use+admin`, `requests=N`, `tokens=N`, `jobs=N`."
+            )
 
 
 def _embed_port(found: Situation) -> Iterator[str]:

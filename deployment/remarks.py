@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-import sysconfig
 from collections.abc import Iterator
-from pathlib import Path
 
 from deployment import files, machine
 from deployment.embed import loopback
@@ -27,9 +24,12 @@ def _gpu(found: Situation) -> Iterator[str]:
 
 
 def _compiler(found: Situation) -> Iterator[str]:
-    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
-    if found.embed is not None and (shutil.which("cc") is None or not headers.exists()):
-        yield "torch.compile cannot be used without a compiler and Python's headers: sudo apt install gcc python3-dev"
+    """With a GPU it is a problem (`preflight`)."""
+    if found.embed is None or not found.embed.compiles or found.embed.on_gpu:
+        return
+    if missing := machine.missing_to_compile(found.options.python, on_gpu=False):
+        packages = " ".join(missing)
+        yield f"torch.compile cannot be used without a compiler and Python's headers: sudo apt install {packages}"
 
 
 def _reach(found: Situation) -> Iterator[str]:

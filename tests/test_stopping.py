@@ -23,6 +23,7 @@ from tests.faults.service import Service, service, until
 from tests.generation_server import DONE, GenerationServer, Moment, event, generation_server
 from tests.held_server import held
 from tests.in_process import InProcess
+from tests.slow_loading_server import LOADING
 from vecmill.app import create_app
 from vecmill.config import load_settings
 
@@ -293,6 +294,39 @@ def test_the_second_signal_ends_it_at_once(stopped: Service, gate: Path) -> None
     assert job in [one["id"] for one in listed]
     stop(stopped)  # while it loads
     assert stopped.ended_with() == 0
+
+
+@pytest.mark.parametrize("how", ["returns", "raises"])
+def test_a_stop_while_the_models_load_is_a_clean_end(tmp_path: Path, minilm_folder: Path, how: str) -> None:
+    """Whatever becomes of the loading, once nobody waits for it any more."""
+    tiny = tiny_bert(tmp_path / "tiny", minilm_folder)
+    serve = ("-m", "tests.slow_loading_server", how)
+    with service(tiny, tmp_path / "state", tmp_path / "log", serve=serve) as one:
+        one.launch()
+        until(lambda: loading(one).get("message") == LOADING)
+        assert loading(one)["status"] == "loading"
+        one.signal(signal.SIGTERM)
+        assert one.ended_with() == 0
+        assert "stopped after" in one.said()
+        assert "Traceback" not in one.said()
+        assert "Error" not in one.said()
+
+
+def test_a_stop_while_torch_is_imported_is_a_clean_end(tmp_path: Path, minilm_folder: Path) -> None:
+    with service(minilm_folder, tmp_path / "state", tmp_path / "log") as one:
+        one.launch()
+        until(lambda: loading(one).get("status") == "loading")
+        one.signal(signal.SIGTERM)
+        assert one.ended_with() == 0
+        assert "Traceback" not in one.said()
+
+
+def loading(one: Service) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = one.http.get("/health").json()
+    except httpx.TransportError:
+        return {}
+    return found
 
 
 async def test_every_route_refuses_work_or_is_known_to_bring_none() -> None:

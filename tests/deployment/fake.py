@@ -143,6 +143,8 @@ def python(argv: list[str], state: dict[str, Any]) -> None:
     elif argv[:3] == ["-m", "pip", "install"]:
         os.symlink(LAUNCHER, f"{os.path.dirname(sys.argv[0])}/vecmill")
         sys.stdout.write("Collecting torch\n")
+    elif argv[0] == "-c" and "Python.h" in argv[1]:
+        sys.stdout.write("3.12 True\n")
 
 
 def getent(argv: list[str], state: dict[str, Any]) -> int:

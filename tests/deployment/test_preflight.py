@@ -70,6 +70,23 @@ def test_a_port_that_something_else_uses(world: World) -> None:
     assert "--port" in said
 
 
+def test_a_gpu_without_what_its_layers_are_compiled_with(world: World) -> None:
+    """Not a line in a log: half the speed is lost, and nobody reads why."""
+    world.fail("Python.h", code=0, stdout="3.13 False\n")  # of the Python that is deployed with
+    assert "sudo apt install python3.13-dev\n" in refused(world, "--no-vllm")
+    world.without("gcc")
+    assert "sudo apt install gcc python3.13-dev\n" in refused(world, "--no-vllm")
+    world.mend()
+    assert "sudo apt install gcc\n" in refused(world, "--no-vllm")
+    settings = world.root / "etc/vecmill/embed.env"
+    settings.parent.mkdir(parents=True)
+    for setting in ("TORCH_COMPILE=false", "DEVICE=cpu"):
+        settings.write_text(f"{setting}\nPORT={world.port}\n")
+        assert "sudo apt install gcc" not in world.deploy("--no-vllm", "--dry-run").stderr
+    settings.write_text("DEVICE=cuda\n")
+    assert "or TORCH_COMPILE=false in /etc/vecmill/embed.env" in refused(world, "--no-vllm")
+
+
 def test_an_address_that_is_not_of_this_machine(world: World) -> None:
     assert "cannot listen on 192.0.2.1" in refused(world, "--no-vllm", "--host", "192.0.2.1")
 
@@ -82,6 +99,7 @@ def test_an_address_that_is_not_of_this_machine(world: World) -> None:
         (b"good\nann:two words\n", "line 2: a key is printable ASCII without spaces and commas"),
         (b"a,b\n", "line 1"),
         (b"ann:\n", "line 1"),
+        (b"ann:a-short-key\n", "16 characters"),
         (b"\xff\xfe\n", "not UTF-8"),
     ],
 )
@@ -101,7 +119,8 @@ def test_what_one_should_know_does_not_keep_it_from_going_on(world: World) -> No
     assert done.returncode == 0, done.stderr
     assert "No NVIDIA GPU is seen" in done.stdout
     assert "enable them in the admin console under DNS" in done.stdout
-    assert "sudo apt install gcc python3-dev" in done.stdout
+    assert "torch.compile cannot be used" in done.stdout
+    assert "sudo apt install g++\n" in done.stdout
     settings = world.root / "etc/vecmill/embed.env"
     settings.write_text(re.sub("ALLOWED_HOSTS=.*", "ALLOWED_HOSTS=search.example", settings.read_text()))
     assert "ALLOWED_HOSTS lacks qmd-embed.tail1234.ts.net" in world.deploy("--no-vllm", "--dry-run").stdout

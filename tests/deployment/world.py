@@ -21,7 +21,7 @@ from benchmarks.servers import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = (
-    *("systemctl", "tailscale", "docker", "nvidia-smi", "python"),
+    *("systemctl", "tailscale", "docker", "nvidia-smi", "python", "gcc"),
     *("getent", "useradd", "userdel", "loginctl", "journalctl"),
 )
 LOOKS = (

@@ -51,7 +51,7 @@ def test_no_compiler(path: Path) -> None:
     measured = check("compile", TORCH_COMPILE="auto")
     assert (wanted["status"], measured["status"]) == ("fail", "warn")
     assert "a C++ compiler not found" in wanted["seen"]
-    assert "sudo apt install build-essential python3" in measured["cure"]
+    assert measured["cure"].startswith("sudo apt install g++, or set TORCH_COMPILE=false")
     assert check("compile", TORCH_COMPILE="false")["seen"] == "TORCH_COMPILE=false: not needed"
 
 

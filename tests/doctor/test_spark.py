@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,8 @@ import pytest
 from tests.doctor.command_line import Check, checks
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10
+from vecmill.doctor.checks import clock
+from vecmill.doctor.context import reading
 
 GB = 1 << 30
 NAMES = ("torch", "driver", "gpu", "matmul", "clock", "memory", "allocation", "attention", "compile")
@@ -51,11 +56,11 @@ def spark(tmp_path: Path, recorded_probes: None) -> Any:
     """Runs the checks on it, with some lines of the driver's and some of the probes' answers changed."""
     fake_nvml.load()
 
-    def run(clock_mhz: int = 2190, **changes: Any) -> dict[str, Check]:
+    def run(clock_mhz: int = 2190, names: Sequence[str] = NAMES, **changes: Any) -> dict[str, Check]:
         recording = tmp_path / "recording.txt"
         recording.write_text(GB10.read_text().replace("sm_clock 2190", f"sm_clock {clock_mhz}"))
         probes = json.dumps({**PROBES, **changes})
-        return checks(*NAMES, FAKE_NVML=str(recording), RECORDED_PROBES=probes, TORCH_COMPILE="true")
+        return checks(*names, FAKE_NVML=str(recording), RECORDED_PROBES=probes, TORCH_COMPILE="auto")
 
     return run
 
@@ -94,3 +99,41 @@ def test_one_with_probes_that_fail(spark: Any) -> None:
     assert statuses(found) == {"compile fail", "attention fail", "allocation fail"}
     assert "sm_121a is not defined" in found["compile"]["seen"]
     assert "TORCH_COMPILE=false" in found["compile"]["cure"]
+
+
+def test_one_without_what_layers_are_compiled_with(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There compiled layers are required, by TORCH_COMPILE=auto too: the cure names the packages of this Python."""
+    dev = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(sysconfig, "get_paths", lambda: {"include": str(empty)})
+        headers = spark(names=("compile",))["compile"]
+        patch.setenv("PATH", str(empty))
+        both = spark(names=("compile",))["compile"]
+    assert (headers["status"], both["status"]) == ("fail", "fail")
+    assert "Python.h not found, and the layers run in eager mode on the GPU" in headers["seen"]
+    assert headers["cure"].startswith(f"sudo apt install {dev}, or set TORCH_COMPILE=false")
+    assert "a C compiler and Python.h not found" in both["seen"]
+    assert both["cure"].startswith(f"sudo apt install gcc {dev}, ")
+    (empty / "cc").write_text("#!/bin/sh\n")  # by itself of no use to Triton, which looks for gcc and clang
+    (empty / "cc").chmod(0o755)
+    monkeypatch.setenv("PATH", str(empty))
+    assert "a C compiler not found" in spark(names=("compile",))["compile"]["seen"]
+
+
+def test_a_driver_that_hangs_under_load(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "LOOK_SECONDS", 0.1)
+    looked: list[object] = []
+
+    def hang(uuid: str | None) -> object:
+        looked.append(uuid)
+        (tmp_path / "recording.txt").write_text("hang\n")
+        return reading(uuid)
+
+    monkeypatch.setattr("vecmill.doctor.checks.clock.reading", hang)
+    found = spark(names=("clock",))["clock"]
+    (tmp_path / "recording.txt").write_text(GB10.read_text())  # whoever still waits goes on
+    assert (found["status"], len(looked)) == ("fail", 1)
+    assert "did not answer within 0 s under load" in found["seen"]
+    assert "nvidia-smi" in found["cure"]

@@ -18,7 +18,7 @@ from vecmill.hardware.gpu import GpuProcess, GpuReading, nvidia_gpu_present
 from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
 from vecmill.hardware.meminfo import meminfo, memory_pressure, unified_available
 from vecmill.hardware.memory import DeviceMemory
-from vecmill.hardware.monitor import Monitor
+from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 
 Card = Callable[..., GpuReading]
@@ -222,27 +222,61 @@ def test_one_slow_look_is_no_verdict(recording: Path, monkeypatch: pytest.Monkey
     monitor.close()
 
 
-def test_a_driver_that_stops_answering_is_not_believed(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(monitor_module, "PERIOD", 3600)
-    record(recording, GB10)
-    monitor = Monitor()
-    monitor.start()
-    while monitor.latest().gpu is None:
+def test_a_driver_that_stops_answering_is_not_believed(
+    recording: Path, verdicts: tuple[Monitor, Queue[ClockVerdict]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
+    monitor, _ = verdicts
+    held = device(unified=True)
+    monitor.watch(Watched(lambda: None, lambda: held))
+    assert (monitor.latest().memory, monitor.latest().stale) == (held, False)
+    record(recording, GB10, hang="now")
+    while not (look := monitor.latest()).stale:
         pass
-    monkeypatch.setattr(monitor_module, "STALE_SECONDS", -1.0)
-    look = monitor.latest()
     assert (look.gpu, look.clock.state) == (None, Clock.UNKNOWN)
     assert look.reason is not None
     assert "has not answered" in look.reason
+    assert look.memory is held  # torch's own numbers, of the last look
+    assert look.age_seconds > 0.05
+    record(recording, GB10)
+    while (look := monitor.latest()).stale:
+        pass
+    assert look.gpu is not None
+
+
+def test_torch_has_a_gpu_that_nvml_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another maker's, or a container without NVIDIA's library; and what torch raises once its device has failed."""
+    fake_nvml.load()
+    monkeypatch.delenv("FAKE_NVML", raising=False)
+    monkeypatch.setattr(monitor_module, "PERIOD", 0.001)
+    held: list[DeviceMemory] = [device(unified=False)]
+    monitor = Monitor()
+    monitor.start()
+    monitor.watch(Watched(lambda: None, lambda: held[0]))
+    look = monitor.latest()
+    assert (look.gpu, look.memory, look.reason) == (None, held[0], "the NVIDIA driver is not loaded")
+    [memory] = held
+    held.clear()
+    while (look := monitor.latest()).memory is not None:
+        pass
+    assert (look.reason, look.stale) == ("torch says IndexError", False)
+    held.append(memory)
+    while monitor.latest().memory is None:
+        pass
     monitor.close()
 
 
 def test_a_machine_without_a_gpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     fake_nvml.load()
     monkeypatch.delenv("FAKE_NVML", raising=False)
+    monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.001)
     monitor = Monitor()
     monitor.start()
-    while "gpu-monitor" in {thread.name for thread in threading.enumerate()}:
+    while (look := monitor.latest()).reason != "the NVIDIA driver is not loaded":
         pass
-    look = monitor.latest()
-    assert (look.gpu, look.reason, look.clock.state) == (None, "the NVIDIA driver is not loaded", Clock.UNKNOWN)
+    assert (look.gpu, look.clock.state, look.memory) == (None, Clock.UNKNOWN, None)
+    while monitor.latest().age_seconds < 0.05:
+        pass
+    assert not monitor.latest().stale  # there is nothing to look at, and so nothing that is old
+    monitor.close()
+    assert "gpu-monitor" not in {thread.name for thread in threading.enumerate()}

@@ -1,4 +1,4 @@
-"""The recommended batch by available memory, as the clients know it from the servers before."""
+"""The recommended batch, by what was found to fit; and the guard of the machine's memory."""
 
 from __future__ import annotations
 
@@ -12,21 +12,13 @@ from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory
 from vecmill.hardware.recommendation import recommended_batch_size
 
 
-@pytest.mark.parametrize(
-    ("available_gb", "batch"), [(100, 64), (81, 64), (80, 48), (61, 48), (60, 32), (41, 32), (40, 8), (1, 8), (0, 8)]
-)
-def test_by_gpu_memory(available_gb: int, batch: int) -> None:
-    assert recommended_batch_size(16_384, available_gb * 1024, max_batch_size=64) == batch
-
-
 def test_never_above_the_rows_of_a_forward() -> None:
-    assert recommended_batch_size(16_384, 100 * 1024, max_batch_size=16) == 16
-    assert recommended_batch_size(16_384, None, max_batch_size=16) == 16
+    assert recommended_batch_size(16_384, max_batch_size=16) == 16
 
 
 @pytest.mark.parametrize(("budget", "batch"), [(0, 8), (128, 8), (512, 16), (1024, 32), (1792, 56), (16_384, 64)])
 def test_four_forward_passes_of_code_chunks(budget: int, batch: int) -> None:
-    assert recommended_batch_size(budget, None, max_batch_size=64) == batch
+    assert recommended_batch_size(budget, max_batch_size=64) == batch
 
 
 def test_the_guard_says_no_before_memory_is_short() -> None:

@@ -62,7 +62,7 @@ class Context:
     @cached_property
     def _gpu(self) -> GpuReading | NvmlUnavailable:
         uuid = self._uuid() if self.uses_torch else None
-        found = within(NVML_SECONDS, lambda: _reading(uuid))
+        found = within(NVML_SECONDS, lambda: reading(uuid))
         return found or NvmlUnavailable(f"the driver did not answer within {NVML_SECONDS:.0f} s")
 
     def _uuid(self) -> str | None:
@@ -128,7 +128,8 @@ class Context:
         return self._plans.get(name, silence)
 
 
-def _reading(uuid: str | None) -> GpuReading | NvmlUnavailable:
+def reading(uuid: str | None) -> GpuReading | NvmlUnavailable:
+    """One look at a GPU, or why there is none. May hang in the driver."""
     try:
         nvml = Nvml()
     except NvmlUnavailable as error:

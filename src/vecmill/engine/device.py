@@ -1,12 +1,16 @@
-"""Which device, and what its memory says."""
+"""Which device, what it can run, and what its memory says."""
 
 from __future__ import annotations
 
 import torch
 
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.hardware.gpu import nvidia_gpu_present
-from vecmill.hardware.memory import MEGABYTE, DeviceMemory
+from vecmill.hardware.meminfo import meminfo, unified_available
+from vecmill.hardware.memory import MEGABYTE, DeviceMemory, GpuRoom, host_memory, memory_floor
+
+# Compute capability from which tensor cores take bfloat16 and torch has flash kernels: Ampere's. Turing has neither.
+AMPERE = (8, 0)
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -24,7 +28,7 @@ def choose_device(wanted: str) -> torch.device:
     if torch.cuda.is_available():
         return _cuda(wanted)
     if nvidia_gpu_present():
-        raise StartupError(_unusable_gpu())
+        raise _unusable_gpu()
     if wanted != "auto":
         raise StartupError(f"DEVICE={wanted}, but there is no CUDA GPU here: set DEVICE=cpu or DEVICE=auto.")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -38,21 +42,21 @@ def _cuda(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _unusable_gpu() -> str:
+def _unusable_gpu() -> StartupError:
     if torch.version.cuda is None:
-        return (
+        return StartupError(
             f"There is an NVIDIA GPU here, but torch {torch.__version__} is a CPU-only build: install a CUDA build "
             f"(`pip install --force-reinstall 'torch>=2.11'`, CUDA 13 on a DGX Spark), or set DEVICE=cpu to serve "
             f"from the CPU."
         )
-    return (
+    return StartupObstacle(  # the driver may not be loaded yet when the machine starts
         f"There is an NVIDIA GPU here, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: "
         f"check the driver with `nvidia-smi` (CUDA 13 needs R580 or newer), or set DEVICE=cpu to serve from the CPU."
     )
 
 
-def configure_device(device: torch.device, memory_fraction: float) -> None:
-    """TF32 for what is left in float32, and a bound on what the allocator takes of a GPU's memory.
+def configure_device(device: torch.device, memory_fraction: float, memory_floor_gb: float | None = None) -> None:
+    """TF32 for what is left in float32, no attention by cuDNN, and a bound on what torch takes of a GPU's memory.
 
     This one call sets TF32 on every torch from 1.12 on without mixing its old and its new settings. Not on a CPU: there
     it lets oneDNN round float32 to bfloat16.
@@ -60,7 +64,48 @@ def configure_device(device: torch.device, memory_fraction: float) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of this thread: events, properties and workspaces default to the current one
         torch.set_float32_matmul_precision("high")
-        torch.cuda.set_per_process_memory_fraction(memory_fraction, device)
+        # SDPA takes cuDNN first on an H100 or B200, and cuDNN plans anew for each shape that it has not seen. Batches
+        # here have few shapes in common: on an H100 what takes 1.4 s took 45.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        limit_memory(device, memory_fraction, memory_floor_gb)
+
+
+def limit_memory(device: torch.device, memory_fraction: float, memory_floor_gb: float | None) -> GpuRoom | None:
+    """Bound what torch's allocator takes of a GPU by what is there now; None on anything else.
+
+    Where CPU and GPU share their memory others may take it at any time, so the bound is set anew before each step that
+    takes much. Past it torch raises and the step is made smaller; past the machine's end a GB10 freezes.
+    """
+    if device.type != "cuda":
+        return None
+    room = gpu_room(device, memory_fraction, memory_floor_gb)
+    torch.cuda.set_per_process_memory_fraction(room.limit / room.total, device)
+    return room
+
+
+def gpu_room(device: torch.device, memory_fraction: float, memory_floor_gb: float | None) -> GpuRoom:
+    """What there is of a GPU's memory now."""
+    properties = torch.cuda.get_device_properties(device)
+    total, reserved = properties.total_memory, torch.cuda.memory_reserved(device)
+    unified = bool(properties.is_integrated)
+    if unified:
+        available = unified_available(meminfo())
+        available = host_memory().available_mb * MEGABYTE if available is None else available
+    else:
+        available = torch.cuda.mem_get_info(device)[0]
+    # A card's own memory has no floor: nothing else lives from it.
+    floor = memory_floor(total, memory_floor_gb) if unified else 0
+    return GpuRoom(total, reserved, available, int(floor), memory_fraction, unified)
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a CUDA device multiplies in bfloat16 without emulating it."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
+
+
+def has_flash_attention(device: torch.device) -> bool:
+    """Whether torch's flash kernels run on a CUDA device."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= AMPERE
 
 
 def describe(device: torch.device) -> str:
@@ -73,9 +118,16 @@ def describe(device: torch.device) -> str:
 
 
 def device_memory(device: torch.device) -> DeviceMemory | None:
-    """What torch holds on the device, in MB; None on a CPU, which has no memory of its own."""
+    """What torch holds on the device, in MB; None on a CPU, which has no memory of its own.
+
+    Asks the driver, which may hang: not to be called in the event loop.
+    """
     if device.type != "cuda":
         return None
+    # torch's counters are read under the allocator's lock without letting go of Python's: where another thread has hung
+    # in cudaMalloc, which holds the first, nothing in the process would run any more. An allocation waits for the lock
+    # too, and lets the others run meanwhile.
+    torch.empty(1, device=device)
     properties = torch.cuda.get_device_properties(device)
     return DeviceMemory(
         total_mb=properties.total_memory // MEGABYTE,
@@ -88,7 +140,7 @@ def device_memory(device: torch.device) -> DeviceMemory | None:
 
 
 def gpu_uuid(device: torch.device) -> str | None:
-    """The UUID by which NVML knows the device (`GPU-...`); None for what is no GPU."""
+    """The UUID by which NVML knows the device (`GPU-...`); None for what is no GPU. Asks the driver."""
     if device.type != "cuda":
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)

@@ -9,6 +9,8 @@ from time import perf_counter
 import torch
 import torch.nn.functional as F
 
+from vecmill.engine.device import has_bfloat16
+
 PROBE_ROWS, PROBE_RUNS = 512, 5
 PROBE_EXPANSION = 4  # of a transformer's feed-forward layer, where most of the time goes
 
@@ -30,7 +32,7 @@ def choose_dtype(wanted: str, device: torch.device, width: int) -> ChosenDtype:
     if wanted != "auto":
         return ChosenDtype(getattr(torch, wanted), f"DTYPE={wanted}")
     if device.type == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bfloat16(device):
             return ChosenDtype(torch.bfloat16, "range of float32 at the speed of 16 bits on this GPU")
         return ChosenDtype(torch.float32, "this GPU has no bfloat16, and float16 overflows")
     if device.type == "mps":

@@ -15,15 +15,17 @@ from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import ModelCard
 from vecmill.engine.choice import chosen_sources
-from vecmill.engine.device import choose_device, configure_device, describe
+from vecmill.engine.device import choose_device, configure_device, describe, has_flash_attention, limit_memory
 from vecmill.engine.dtype import ChosenDtype, choose_dtype, dtype_name
-from vecmill.engine.loaded import Loaded, LoadedModel
+from vecmill.engine.loaded import Device, Loaded, LoadedModel, Streams
+from vecmill.engine.out_of_memory import is_out_of_memory
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models import cards
 from vecmill.models import checkpoint as checkpoints
 from vecmill.models.aliases import aliases_of, with_aliases
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.registry import Model, family
+from vecmill.models.sizes import parameters
 from vecmill.models.weights import Target
 
 logger = logging.getLogger(__name__)
@@ -42,17 +44,66 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     """
     report(5, "choosing the device")
     device = choose_device(engine.device)
-    configure_device(device, engine.memory_fraction)
+    configure_device(device, engine.memory_fraction, engine.memory_floor_gb)
+    engine = engine.model_copy(update={"use_flash_attn": _uses_flash_attention(device, wanted=engine.use_flash_attn)})
     report(8, "finding the models")
     found = [checkpoints.read(source) for source in chosen_sources(models, device, partial(report, 8))]
     capped = _cap_lengths(found, models.max_model_len)
     distinct, aliases = _names(capped, models.model_aliases)
-    loaded = _load_all(distinct, aliases, models, device, report)
+    _check_room(distinct, models, engine, device)
+    try:
+        loaded = _load_all(distinct, aliases, models, device, report)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise StartupError(
+            f"The weights do not fit into the memory of {describe(device)}: {_first_line(error)}"
+        ) from None
+    streams = Streams.on(device) if device.type == "cuda" else None
+    runs_on = Device(device, engine.use_flash_attn, streams)
     warmed, choices = {}, Choices()
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
-        warmed[model.key] = warm_up(model, engine, device, choices)
-    return Loaded(device, {model.key: model for model in loaded}, warmed)
+        limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
+        warmed[model.key] = warm_up(model, engine, runs_on, choices)
+    return Loaded(runs_on, {model.key: model for model in loaded}, warmed)
+
+
+def _uses_flash_attention(device: torch.device, *, wanted: bool) -> bool:
+    """USE_FLASH_ATTN, unless it is a GPU that has no such kernels: they are then never tried."""
+    if not wanted or device.type != "cuda" or has_flash_attention(device):
+        return wanted
+    logger.info("%s has no flash attention: SDPA is used", describe(device))
+    return False
+
+
+def _check_room(
+    found: Sequence[Checkpoint], models: ModelSettings, engine: EngineSettings, device: torch.device
+) -> None:
+    """Say that the weights do not fit before a byte of them is read: a GB10 that runs out of memory freezes.
+
+    Raises:
+        StartupError: they do not.
+    """
+    room = limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
+    if room is not None and (shortage := room.shortage(_weights_in_memory(found, models, device))) is not None:
+        raise StartupError(f"The weights of {', '.join(one.id for one in found)} do not fit: {shortage}")
+
+
+def _weights_in_memory(found: Sequence[Checkpoint], models: ModelSettings, device: torch.device) -> int:
+    """Bytes of all weights in the types that they get; a folder that is named twice counts once."""
+    sizes: dict[Path, int] = {}
+    for one in found:
+        try:
+            count = parameters(one.weight_files)
+        except (OSError, ValueError):  # said better when they are read
+            continue
+        sizes[one.folder.resolve()] = count * choose_dtype(models.dtype, device, _width(one)).dtype.itemsize
+    return sum(sizes.values())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _cap_lengths(found: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:

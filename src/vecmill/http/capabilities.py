@@ -18,9 +18,8 @@ router = APIRouter(tags=["TEI and CodeCartographer"])
 
 
 def recommended(services: Services) -> int:
-    """Texts per request for this device as it is now."""
-    most = services.settings.engine.max_batch_size
-    return recommended_batch_size(max_batch_tokens(services) or 0, available_mb(services), most)
+    """Texts per request for this device and model, by what was found to fit."""
+    return recommended_batch_size(max_batch_tokens(services) or 0, services.settings.engine.max_batch_size)
 
 
 def max_batch_tokens(services: Services) -> int | None:
@@ -30,13 +29,13 @@ def max_batch_tokens(services: Services) -> int | None:
 
 def available_mb(services: Services) -> int | None:
     """Memory that the GPU could still take; None without one."""
-    return None if services.device_memory() is None else memory_of_gpu(services).available_mb
+    return memory_of_gpu(services).available_mb if services.gpu_in_use() else None
 
 
 @router.get("/capabilities", summary="Capabilities")
 async def capabilities(services: ServicesOf) -> dict[str, Any]:
     """Limits, the recommended batch and memory in MB; GPU fields are null without a GPU."""
-    memory = services.device_memory()
+    memory = services.gpu().memory
     host = host_memory()
     cards = services.inference.cards
     limits = services.settings.inference
@@ -84,5 +83,10 @@ def forward_pass(services: Services, key: str) -> dict[str, Any]:
         "free_tokens": budget.free_tokens,
         "compiled": found.compiled,
         "compile_reason": found.compile_reason,
+        "cuda_graphs": {
+            "count": found.graphs,
+            "max_tokens": found.graph_tokens,
+            "memory_mb": found.graph_memory_bytes // MEGABYTE,
+        },
         "measured": [{"tokens": tokens, "ms": round(1000 * taken, 3)} for tokens, taken in calibration.measured],
     }

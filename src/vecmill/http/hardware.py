@@ -27,17 +27,23 @@ READINGS = (
     "performance_state",
     "clock_reasons",
 )
+HANGING = "if `nvidia-smi` hangs too, only a restart of the machine helps; `sudo dmesg` may say why."
 
 
 def gpu_facts(services: Services) -> dict[str, Any] | None:
-    """The GPU, also one that is not used; None without one. Fields that nobody knows are null, never zero."""
-    look, memory = services.gpu(), services.device_memory()
-    if look.gpu is None and memory is None:
+    """The GPU, also one that is not used; None without one. Fields that nobody knows are null, never zero.
+
+    `stale`: the driver does not answer; what is said of memory was so `age_seconds` ago, and the rest is null.
+    """
+    look, in_use = services.gpu(), services.gpu_in_use()
+    if look.gpu is None and not in_use and not look.stale:
         return None
     gpu = look.gpu or GpuReading(not_available={"all": look.reason or ""})
     return {
         **{name: getattr(gpu, name) for name in READINGS},
-        "in_use": memory is not None,
+        "in_use": in_use,
+        "stale": look.stale,
+        "age_seconds": round(look.age_seconds, 1),
         "clock": {"state": look.clock.state.value, "message": look.clock.message},
         "memory": asdict(memory_of_gpu(services)),
         "not_available": gpu.not_available,
@@ -46,9 +52,12 @@ def gpu_facts(services: Services) -> dict[str, Any] | None:
 
 def memory_of_gpu(services: Services) -> GpuMemory:
     """The GPU's memory now."""
-    return gpu_memory(services.gpu().gpu, services.device_memory(), meminfo(), os.getpid())
+    look = services.gpu()
+    return gpu_memory(look.gpu, look.memory, meminfo(), os.getpid())
 
 
 def warnings(look: Look) -> list[str]:
     """What is wrong with the machine though requests are served, one sentence with the cure each."""
+    if look.stale:
+        return [f"{look.reason}: {HANGING}"]
     return [look.clock.message] if look.clock.bad else []

@@ -1,5 +1,6 @@
 /* A libnvidia-ml.so.1 that answers from a recording: FAKE_NVML names a file of lines "function value". A function that the
- * recording does not have is NOT_SUPPORTED, as on a GB10. "!N" answers with NVML's return code N. */
+ * recording does not have is NOT_SUPPORTED, as on a GB10. "!N" answers with NVML's return code N. While there is a line "hang", nothing
+ * that reads the recording comes back. */
 #define _GNU_SOURCE
 #include <stdio.h>
 #include <stdlib.h>
@@ -12,10 +13,24 @@ typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned int gpu, memory; } Utilization;
 typedef struct { unsigned int pid; unsigned long long used; unsigned int gpu_instance, compute_instance; } Process;
 
-/* The text behind a function's name; an NVML return code. The file is read anew each time, so that a test can change it. */
-static int text(const char *function, char *found, size_t size) {
+/* Read anew each time, so that a test can change it. */
+static FILE *recording(void) {
     const char *path = getenv("FAKE_NVML");
-    FILE *file = path ? fopen(path, "r") : NULL;
+    for (;;) {
+        FILE *file = path ? fopen(path, "r") : NULL;
+        char line[512];
+        int hangs = 0;
+        while (file && fgets(line, sizeof line, file)) hangs |= !strncmp(line, "hang", 4);
+        if (file) rewind(file);
+        if (!hangs) return file;
+        fclose(file);
+        usleep(10000);
+    }
+}
+
+/* The text behind a function's name; an NVML return code. */
+static int text(const char *function, char *found, size_t size) {
+    FILE *file = recording();
     char line[512];
     int code = NOT_SUPPORTED;
     size_t length = strlen(function);
@@ -104,8 +119,7 @@ int nvmlDeviceGetMemoryInfo(void *gpu, Memory *found) {
 
 /* Lines "process PID BYTES"; PID "self" is whoever asks. */
 int nvmlDeviceGetComputeRunningProcesses_v3(void *gpu, unsigned int *count, Process *found) {
-    const char *path = getenv("FAKE_NVML");
-    FILE *file = path ? fopen(path, "r") : NULL;
+    FILE *file = recording();
     char line[512], pid[32];
     unsigned int seen = 0, room = *count;
     unsigned long long bytes;

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vecmill.doctor.context import Context
+from vecmill.doctor.context import Context, reading
 from vecmill.doctor.report import Finding, fail, ok, warn
+from vecmill.doctor.timely import within
 from vecmill.engine.probes.results import Load
 from vecmill.hardware.clocks import LOADED_PERCENT, clock_verdict
 from vecmill.hardware.gpu import GpuReading
-from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 
 SECONDS = 30.0
+LOOK_SECONDS = 5.0
+HANGS = "If nvidia-smi hangs too, restart the machine; `sudo dmesg` may say why."
 
 
 def check(context: Context) -> Finding:
@@ -24,20 +26,29 @@ def check(context: Context) -> Finding:
         if context.settings.engine.device in ("cpu", "mps"):
             return ok("not measured: DEVICE leaves the GPU unused")
         return warn("not measured: this torch cannot put a load on the GPU", "See the check torch.")
-    readings: list[GpuReading] = []
-    nvml = Nvml()
+    looks = _Looks(context.gpu.uuid)
+    load = context.prober.ask("load", context.device, Load, SECONDS, looks.look)
+    if looks.hung:
+        return fail(f"the driver did not answer within {LOOK_SECONDS:.0f} s under load", HANGS)
+    return judge(looks.readings, load)
 
-    def look() -> None:
-        try:
-            readings.append(nvml.read(context.gpu.uuid if context.gpu else None))
-        except NvmlUnavailable:
+
+class _Looks:
+    """At one GPU, until a look hangs."""
+
+    def __init__(self, uuid: str | None) -> None:
+        self._uuid = uuid
+        self.readings: list[GpuReading] = []
+        self.hung = False
+
+    def look(self) -> None:
+        """Look, unless the driver hangs: then it is asked no more."""
+        if self.hung:
             return
-
-    try:
-        load = context.prober.ask("load", context.device, Load, SECONDS, look)
-    finally:
-        nvml.close()
-    return judge(readings, load)
+        found = within(LOOK_SECONDS, lambda: reading(self._uuid))
+        self.hung = found is None
+        if isinstance(found, GpuReading):
+            self.readings.append(found)
 
 
 def judge(readings: Sequence[GpuReading], load: Load) -> Finding:

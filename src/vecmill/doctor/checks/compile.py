@@ -15,7 +15,12 @@ from vecmill.doctor.report import Finding, fail, ok, warn
 from vecmill.engine.probes.results import CompileTry
 
 SECONDS = 90.0
-COMPILERS = {"cuda": ("CC", ("gcc", "cc", "clang")), "cpu": ("CXX", ("g++", "c++", "clang++"))}
+# The variable that names it, the names that are looked for, what it is called and the package that has it. Triton takes
+# a C compiler, torch on a CPU one for C++.
+COMPILERS = {
+    "cuda": ("CC", ("gcc", "clang"), "a C compiler", "gcc"),
+    "cpu": ("CXX", ("g++", "c++", "clang++"), "a C++ compiler", "g++"),
+}
 TOLERANCE = 0.001
 NOT_NEEDED = "or set TORCH_COMPILE=false: eager layers need none of it"
 
@@ -25,16 +30,15 @@ def check(context: Context) -> Finding:
     wanted = context.settings.engine.torch_compile
     if wanted == "false":
         return ok("TORCH_COMPILE=false: not needed")
-    compiler, headers = _compiler(context.device), _headers()
+    on_gpu = context.device.startswith("cuda")
+    required = on_gpu or wanted == "true"
+    compiler, headers = _compiler(on_gpu=on_gpu), _headers()
     if compiler is None or not headers.is_file():
-        missing = " and ".join(
-            what for what, there in (("a C++ compiler", compiler), ("Python.h", headers.is_file())) if not there
-        )
-        return judge_missing(missing, required=wanted == "true")
+        return judge_missing(compiler=compiler is not None, headers=headers.is_file(), on_gpu=on_gpu, required=required)
     try:
         tried = context.prober.ask("compiling", context.device, CompileTry, SECONDS)
     except ProbeFailed as error:
-        finding = fail if wanted == "true" else warn
+        finding = fail if required else warn
         return finding(
             f"{compiler} and {headers} are there, and torch.compile fails: {error}",
             f"{install('--upgrade', 'torch')}, {NOT_NEEDED}",
@@ -42,13 +46,19 @@ def check(context: Context) -> Finding:
     return judge(tried, compiler)
 
 
-def judge_missing(missing: str, *, required: bool) -> Finding:
-    """`required`: TORCH_COMPILE=true."""
-    version = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
-    cure = f"sudo apt install build-essential {version}, {NOT_NEEDED}"
-    if required:
-        return fail(f"{missing} not found, and TORCH_COMPILE=true needs it", cure)
-    return warn(f"{missing} not found: the layers run in eager mode", cure)
+def judge_missing(*, compiler: bool, headers: bool, on_gpu: bool, required: bool) -> Finding:
+    """`compiler`, `headers`: which is there. `required`: by TORCH_COMPILE=true, or on a GPU, where much is lost."""
+    _, _, called, package = COMPILERS["cuda" if on_gpu else "cpu"]
+    needs = (
+        (called, package, compiler),
+        ("Python.h", f"python{sys.version_info.major}.{sys.version_info.minor}-dev", headers),
+    )
+    missing = " and ".join(what for what, _, there in needs if not there)
+    cure = f"sudo apt install {' '.join(name for _, name, there in needs if not there)}, {NOT_NEEDED}"
+    if not required:
+        return warn(f"{missing} not found: the layers run in eager mode", cure)
+    why = "the layers run in eager mode on the GPU, up to half as fast" if on_gpu else "TORCH_COMPILE=true needs it"
+    return fail(f"{missing} not found, and {why}", cure)
 
 
 def judge(tried: CompileTry, compiler: str) -> Finding:
@@ -60,9 +70,9 @@ def judge(tried: CompileTry, compiler: str) -> Finding:
     return ok(seen, compiler=compiler, seconds=tried.seconds)
 
 
-def _compiler(device: str) -> str | None:
-    """The one that torch, or Triton on a GPU, would take."""
-    variable, names = COMPILERS["cuda" if device.startswith("cuda") else "cpu"]
+def _compiler(*, on_gpu: bool) -> str | None:
+    """The one that Triton, or torch on a CPU, would take."""
+    variable, names, _, _ = COMPILERS["cuda" if on_gpu else "cpu"]
     given = os.environ.get(variable)
     return next((found for name in ([given] if given else names) if (found := shutil.which(name))), None)
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.types import Row
+from vecmill.engine.device import has_bfloat16, has_flash_attention
 from vecmill.engine.dtype import dtype_name
 from vecmill.engine.probes.results import AttentionComparison
 from vecmill.models.packed_attention import packed_attention
@@ -26,9 +27,10 @@ WARM_UP, TIMINGS = 3, 9
 
 @torch.inference_mode()
 def attention(device: str) -> AttentionComparison:
-    """Compare values and speed: bidirectional, in bfloat16 on a GPU and float32 elsewhere."""
+    """Compare values and speed: bidirectional, in bfloat16 on a GPU that has it and float32 elsewhere."""
     on_gpu = device.startswith("cuda")
-    dtype = torch.bfloat16 if on_gpu else torch.float32
+    dtype = torch.bfloat16 if on_gpu and has_bfloat16(torch.device(device)) else torch.float32
+    flash = on_gpu and dtype is torch.bfloat16 and has_flash_attention(torch.device(device))
     lengths = sorted(LENGTHS * (GPU_COPIES if on_gpu else 1))
     batch = pack([Row(np.zeros(length, dtype=np.int32)) for length in lengths], torch.device(device))
     total = batch.input_ids.shape[1]
@@ -37,7 +39,9 @@ def attention(device: str) -> AttentionComparison:
     module = nn.Module()
 
     def ours() -> Tensor:
-        out, _ = packed_attention(module, query, key, value, None, packed_batch=batch, is_causal=False)
+        out, _ = packed_attention(
+            module, query, key, value, None, packed_batch=batch, is_causal=False, use_flash_attn=flash
+        )
         return out[0]
 
     def row_by_row() -> Tensor:
@@ -52,7 +56,7 @@ def attention(device: str) -> AttentionComparison:
     tokens = sum(lengths)
     difference = (ours()[:tokens].float() - row_by_row().float()).abs().max().item()
     return AttentionComparison(
-        varlen=on_gpu,
+        varlen=flash,
         dtype=dtype_name(dtype),
         rows=len(lengths),
         tokens=tokens,

@@ -1,0 +1,179 @@
+"""An application that takes its device for a GPU, beside a stand-in for the driver.
+
+A driver that hangs holds up no answer: what is said of the GPU is of the last look, and says so.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.checkpoints import tiny_bert
+from tests.conftest import serving
+from tests.hardware import fake_nvml
+from tests.hardware.fake_nvml import GB10
+from vecmill.app import Server
+from vecmill.engine.engine import Engine
+from vecmill.hardware import monitor as monitor_module
+from vecmill.hardware.memory import DeviceMemory
+
+HELD = DeviceMemory(124_600, 9000, 9200, None, True)
+ROUTES = ("/health", "/ready", "/stats", "/stats/detailed", "/capabilities", "/metrics", "/info", "/")
+PROMPT_SECONDS = 0.1
+SLOW_SECONDS = 2.0  # on a machine that has a lot else to do
+HANG_SECONDS = 60.0
+
+
+@dataclass
+class Driver:
+    """What torch asks of CUDA; it can hang."""
+
+    answers: threading.Event = field(default_factory=threading.Event)
+    asked: threading.Event = field(default_factory=threading.Event)
+    held: DeviceMemory = HELD
+
+    def memory(self) -> DeviceMemory:
+        self.asked.set()
+        assert self.answers.wait(HANG_SECONDS)
+        return self.held
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+    """In place of the calls that go to a GPU's driver, for an application that takes its device for one."""
+    driver = Driver()
+    driver.answers.set()
+    monkeypatch.setattr(Engine, "memory", lambda engine: driver.memory())
+    monkeypatch.setattr(Engine, "gpu_uuid", lambda engine: None)
+    monkeypatch.setattr(Server, "_uses_gpu", lambda server: True)
+    monkeypatch.setattr(monitor_module, "PERIOD", 0.01)
+    monkeypatch.setattr(monitor_module, "FIRST_LOOK_PATIENCE", 0.2)
+    yield driver
+    driver.answers.set()
+
+
+@pytest.fixture
+def recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    fake_nvml.load()
+    file = tmp_path / "recording.txt"
+    answer(file)
+    monkeypatch.setenv("FAKE_NVML", str(file))
+    yield file
+    answer(file)
+
+
+def hang(recording: Path) -> None:
+    recording.write_text(GB10.read_text() + "hang\n")
+
+
+def answer(recording: Path) -> None:
+    recording.write_text(GB10.read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("tiny") / "tiny", minilm_folder)
+
+
+@pytest.fixture
+async def client(driver: Driver, recording: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with serving(embed_model=str(folder), max_batch_tokens=64) as client:
+        yield client
+
+
+async def answered(client: httpx.AsyncClient) -> None:
+    """Every route that tells of the GPU, and a search."""
+    for route in ROUTES:
+        seconds = []
+        for _ in range(3):
+            began = perf_counter()
+            assert (await client.get(route)).status_code == 200
+            seconds.append(perf_counter() - began)
+        assert min(seconds) < PROMPT_SECONDS, route
+        assert max(seconds) < SLOW_SECONDS, route
+    found = await client.post("/v1/embeddings", json={"input": "a search meanwhile"})
+    assert found.status_code == 200
+
+
+async def gpu(client: httpx.AsyncClient, route: str = "/health") -> tuple[dict[str, Any], dict[str, Any]]:
+    said = (await client.get(route)).json()
+    return said, said["gpu"]
+
+
+async def test_a_driver_that_hangs_holds_up_no_answer(
+    client: httpx.AsyncClient, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    health, found = await gpu(client)
+    assert (health["cuda_available"], health["gpu_memory_allocated_mb"]) == (True, 9000)
+    assert (found["in_use"], found["stale"], found["name"]) == (True, False, "NVIDIA GB10")
+
+    driver.answers.clear()
+    driver.asked.clear()
+    assert driver.asked.wait(10)
+    await answered(client)
+    monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
+    while not (await gpu(client))[1]["stale"]:
+        pass
+    await answered(client)
+    for route in ("/health", "/stats", "/capabilities"):
+        said, found = await gpu(client, route)
+        assert (found["stale"], found["in_use"], found["name"]) == (True, True, None)
+        assert found["age_seconds"] >= 0
+        assert found["memory"]["allocated_mb"] == 9000  # of the last look
+        assert "has not answered" in found["not_available"]["all"]
+        if "warnings" in said:
+            assert "nvidia-smi" in said["warnings"][0]
+    health, _ = await gpu(client)
+    assert (health["status"], health["cuda_available"]) == ("ok", True)
+
+    driver.answers.set()
+    while (await gpu(client))[1]["stale"]:
+        pass
+    health, found = await gpu(client)
+    assert (found["name"], health["warnings"]) == ("NVIDIA GB10", [])
+
+
+async def test_nvml_that_hangs_holds_up_no_answer(
+    client: httpx.AsyncClient, recording: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
+    hang(recording)
+    while not (await gpu(client))[1]["stale"]:
+        pass
+    await answered(client)
+    answer(recording)
+    while (await gpu(client))[1]["stale"]:
+        pass
+
+
+async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
+    driver: Driver, recording: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
+    hang(recording)
+    driver.answers.clear()
+    async with serving(embed_model=str(folder), max_batch_tokens=64) as client:
+        health, found = await gpu(client)
+        assert (health["status"], health["cuda_available"], health["gpu_memory_allocated_mb"]) == ("ok", True, None)
+        assert (found["stale"], found["memory"]["allocated_mb"]) == (True, None)
+        await answered(client)
+        answer(recording)
+        driver.answers.set()
+
+
+@pytest.mark.parametrize("available_gb", [6, 14, 40])
+async def test_the_recommended_batch_is_what_was_found_to_fit(driver: Driver, folder: Path, available_gb: int) -> None:
+    """By the forward pass that warm-up ran, on a card of whatever size: torch keeps what that took."""
+    driver.held = DeviceMemory(124_600, 9000, 9200, 1024 * available_gb, False)
+    settings = {"max_batch_tokens": 1024, "max_batch_ms": 100_000}
+    async with serving(embed_model=str(folder), **settings) as client:
+        found = (await client.get("/capabilities")).json()
+    assert (found["gpu_available_mb"], found["max_batch_tokens"]) == (1024 * available_gb, 1024)
+    assert found["recommended_batch_size"] == 4 * 1024 // 128
