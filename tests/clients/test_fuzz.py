@@ -10,7 +10,7 @@ import pytest
 from benchmarks.servers import free_port, running, vecmill_command
 
 ROOT = Path(__file__).parents[2]
-FOLDER = Path(__file__).parent / "environments" / "schemathesis"  # its settings are there
+SETTINGS = Path(__file__).parent / "environments" / "schemathesis" / "schemathesis.toml"
 SCHEMATHESIS = ROOT / ".clients" / "schemathesis" / "bin" / "schemathesis"
 SERVER = ("--device", "cpu", "--dtype", "float32", "--torch-compile", "false")
 KEY = "schemathesis-has-this-key"
@@ -31,16 +31,17 @@ pytestmark = pytest.mark.timeout(600)
         pytest.param(f"fuzz:{KEY}", (), 60, id="without the key"),
     ],
 )
-def test_every_answer_is_as_documented(api_key: str, options: tuple[str, ...], seconds: int) -> None:
+def test_every_answer_is_as_documented(api_key: str, options: tuple[str, ...], seconds: int, tmp_path: Path) -> None:
     """What it finds is this test's output: each with the curl that repeats it."""
     port = free_port()
     with running(vecmill_command(port, *SERVER), port, "/ready", {"API_KEY": api_key}) as server:
         finished = subprocess.run(
             [
-                *(str(SCHEMATHESIS), "run", str(ROOT / "docs" / "openapi.json"), "--url", server.url),
+                *(str(SCHEMATHESIS), "--config-file", str(SETTINGS)),
+                *("run", str(ROOT / "docs" / "openapi.json"), "--url", server.url),
                 *(*BOUNDED, *SAME_EVERY_TIME, *ENDLESS, *options, "--max-time", str(seconds), "--no-color"),
             ],
-            cwd=FOLDER,
+            cwd=tmp_path,  # it writes down what failed
             check=False,
         )
         assert finished.returncode == 0

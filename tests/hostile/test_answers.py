@@ -69,6 +69,25 @@ async def test_an_error_is_short_and_no_page(client: httpx.AsyncClient, path: st
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
+UNWRITABLE = [
+    *[(path, body) for path, body in CALLS if body is not None and "<" not in path],
+    ("/v1/batches", {"input_file_id": "f", "endpoint": "/v1/embeddings", "metadata": {LONG: LONG}}),
+    ("/v2/rerank", {"query": "q", "documents": [{LONG: 1}], "rank_fields": [LONG]}),
+    ("/embed", {"inputs": {LONG: LONG}}),
+    ("/v1/embeddings", {"input": "x", "priority": LONG, "user": LONG}),
+]
+
+
+@pytest.mark.parametrize(("path", "body"), UNWRITABLE, ids=lambda value: str(value)[:40])
+async def test_half_a_character_is_refused_by_name(client: httpx.AsyncClient, path: str, body: object) -> None:
+    """A lone surrogate: JSON can escape it, in names and in values, and no UTF-8 holds it."""
+    content = json.dumps(body).replace(json.dumps(LONG)[1:-1], "\\ud800")
+    assert "\\ud800" in content
+    answer = await client.post(path, content=content, headers={"Content-Type": "application/json"})
+    assert 400 <= answer.status_code < 500
+    assert answer.json()
+
+
 async def test_the_end_of_a_long_error_has_its_cure(client: httpx.AsyncClient) -> None:
     message = (await client.post("/v1/embeddings", json={"input": "x", "model": LONG})).json()["error"]["message"]
     assert message.startswith("The model")

@@ -57,15 +57,23 @@ def shortened(text: object, longest: int = LONGEST_NAME) -> str:
 
 def bounded_body(shape: ErrorShape, error: VecmillError, status: int) -> dict[str, object]:
     """An error in a dialect's shape, of at most MOST_BYTES as JSON, whatever of the client's own it repeats."""
-    body = shape.body(error, status)
+    told = copy(error)
+    told.message = encodable(error.message)
+    told.param = None if error.param is None else encodable(error.param)
+    body = shape.body(told, status)
     for longest in LENGTHS:
         if len(json.dumps(body)) <= MOST_BYTES:
             break
-        short = copy(error)
-        short.message = shortened(error.message, longest)
-        short.param = None if error.param is None else shortened(error.param)
+        short = copy(told)
+        short.message = shortened(told.message, longest)
+        short.param = None if told.param is None else shortened(told.param)
         body = shape.body(short, status)
     return body
+
+
+def encodable(text: str) -> str:
+    """Lone surrogates, which JSON's escapes can bring and UTF-8 cannot hold, as escapes again."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def nearest(table: Mapping[type[VecmillError], T], error: VecmillError) -> T:
