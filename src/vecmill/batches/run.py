@@ -108,6 +108,9 @@ class BatchRun:
             return Status.CANCELLED
         return Status.EXPIRED if self._around.clock() >= record.expires_at else None
 
+    async def _over(self) -> bool:
+        return await self._interruption() is not None
+
     async def _answer(self) -> Status:
         """Do the lines; says how the batch ends."""
         if await self._interruption() is Status.CANCELLED:
@@ -240,7 +243,7 @@ class BatchRun:
     async def _note(self, lines: int, *, alone: bool) -> None:
         note = WorkNote(first=self.record.progress.lines + 1, lines=lines, alone=alone)
         write = partial(self._around.store.note_work, self.record.id, note)
-        await self._disk.until_done(write, lambda: self._interruption() is not None)
+        await self._disk.until_done(write, self._over)
 
     async def _reader(self) -> LineReader:
         record = self.record
@@ -269,10 +272,7 @@ class BatchRun:
             )
             return self._write(answers, output, errors, progress=progress, model=model)
 
-        async def over() -> bool:
-            return await self._interruption() is not None
-
-        return await self._committed(write, over)
+        return await self._committed(write, self._over)
 
     async def _expire_rest(self, answers: Answers) -> None:
         """What was not run in time goes to the errors. It may be taken up where it was left, like everything else."""
