@@ -180,7 +180,7 @@ def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
     elif name == "engine":
         engine_overlap(device, keep)
     else:
-        person_beside_bulk(device, keep, tiny=options.tiny, seconds=1 if options.tiny else 6)
+        person_beside_bulk(device, keep, tiny=options.tiny, seconds=1 if options.tiny else 4)
     return all(seen["ok"] for seen in found.values())
 
 
