@@ -134,3 +134,16 @@ def test_cache_tells_of_hits_the_store_and_a_batch_beside_their_targets() -> Non
     assert found["batch"]["overhead_percent"].keys() == JUDGED
     assert found["batch"]["percent_of_loop"]["median"] > 0
     assert done.stdout.count("target at") == 3
+
+
+def test_hostile_tells_of_every_case_how_long_the_loop_was_held() -> None:
+    done = run_benchmark("hostile", "--tiny", "--serve", *QUICK_START[1:])
+    found = json_line(done)
+    assert len(found["cases"]) > 50
+    for name, sizes in found["cases"].items():
+        for one in sizes.values():
+            assert one["status"]["met"], name
+            assert one["stall_ms"].keys() == {"longest", "target", "met"}
+            assert one["memory_mb"].keys() == {"grown", "target", "met"}
+            assert not one["killed"]
+    assert "within the targets" in done.stdout

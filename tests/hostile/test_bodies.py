@@ -85,8 +85,8 @@ async def test_a_body_of_too_many_values_is_a_413_that_names_field_and_cure(
     answer = await sent(client, TOO_MUCH[shape])
     assert answer.status_code == 413
     error = answer.json()["error"]
-    assert error["param"] == "other"
-    assert "`other`" in error["message"]
+    assert error["param"].partition(".")[0] == "other"
+    assert f"`{error['param']}`" in error["message"]
     assert "split the request" in error["message"]
 
 
