@@ -15,6 +15,7 @@ from vecmill.batches.endpoint import Endpoint, Line, LineResult
 from vecmill.batches.record import BatchRecord
 from vecmill.batches.service import Batches
 from vecmill.config import BatchSettings
+from vecmill.core.types import Caller
 from vecmill.storage.state_folder import StateFolder
 from vecmill.telemetry.telemetry import Telemetry
 
@@ -41,7 +42,7 @@ class LightEndpoint:
     def texts(self, body: Mapping[str, Any]) -> int:
         return 1
 
-    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
         await asyncio.sleep(0)
         if self._allowed is not None and lines[-1].number > self._allowed:
             await self._never.wait()
