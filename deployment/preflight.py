@@ -97,8 +97,8 @@ def _keys(found: Situation) -> Iterator[str]:
         value, *options = (key if colon else name).split() or [""]
         if not SAFE_KEY.fullmatch(value) or "," in line or not all(map(KEY_OPTION.fullmatch, options)):
             yield (
-                f"--api-key-file {path}, line {number}: a key is printable ASCII of at least 16 characters without "
-                f"spaces and commas; after it may stand `scopes=use+admin`, `requests=N`, `tokens=N`, `jobs=N`."
+                f"--api-key-file {path}, line {number}: a key is printable ASCII without spaces and commas, of at "
+                f"least 16 characters; after it may stand `scopes=use+admin`, `requests=N`, `tokens=N`, `jobs=N`."
             )
 
 
