@@ -71,7 +71,7 @@ async def test_an_error_is_short_and_no_page(client: httpx.AsyncClient, path: st
 
 UNWRITABLE = [
     *[(path, body) for path, body in CALLS if body is not None and "<" not in path],
-    ("/v1/batches", {"input_file_id": "f", "endpoint": "/v1/embeddings", "metadata": {LONG: LONG}}),
+    ("/v1/batches", {"input_file_id": "f", "endpoint": "/v1/embeddings", "metadata": {LONG: "x"}}),
     ("/v2/rerank", {"query": "q", "documents": [{LONG: 1}], "rank_fields": [LONG]}),
     ("/embed", {"inputs": {LONG: LONG}}),
     ("/v1/embeddings", {"input": "x", "priority": LONG, "user": LONG}),
