@@ -21,7 +21,7 @@ CLIENT_FILES := tests/clients/environments
 LOWEST := .lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients test-lowest check coverage lint fix chromium redis systemd
+.PHONY: help serve test test-clients test-python-clients test-lowest fuzz check coverage lint fix chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -29,7 +29,7 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev chromium redis systemd  ## Run every test. Options: ARGS="-k jobs".
+test: $(VENV)/.dev chromium redis systemd java  ## Run every test. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
@@ -38,12 +38,15 @@ test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Py
 test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## Only Python's. Options: ARGS="-k langchain".
 	$(BIN)/python -m pytest tests/clients/test_environments.py -k python $(ARGS)
 
+# Not among the development tools: it would be a plugin of every run of pytest.
+fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
+	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
 test-lowest: $(LOWEST)/.installed  ## Run the tests of the models and the engine on the lowest versions that are allowed.
 	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine $(ARGS)
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 
-coverage: $(VENV)/.dev chromium redis systemd  ## Run every test and say which lines none of them reaches.
+coverage: $(VENV)/.dev chromium redis systemd java  ## Run every test and say which lines none of them reaches.
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
@@ -106,3 +109,9 @@ systemd:
 	@command -v systemd-analyze >/dev/null || \
 		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y systemd >/dev/null; } || \
 		{ echo "The tests of deploy.py need systemd-analyze on the PATH: sudo apt install systemd"; exit 1; }
+
+# Java's own HTTP client asks for HTTP/2 in a way that no other does.
+java:
+	@command -v java >/dev/null || \
+		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y default-jdk-headless >/dev/null; } || \
+		{ echo "The test of Java's HTTP client needs a JDK on the PATH: sudo apt install default-jdk-headless"; exit 1; }

@@ -1,20 +1,32 @@
-"""Full-size models of random weights on a GPU, against its own limits and against sentence-transformers.
+"""One call on a machine with a GPU: what must be true there first, then how fast it is against the card's own limits.
 
-Qwen3-Embedding-4B and -0.6B and NV-Embed-v2, drawn on the device one after the other; random token ids in the lengths
-of code chunks. Nothing is downloaded and no tokenizer is used. Of each model: forward passes of 16 to 16,384 tokens,
-eager and compiled, as a share of a large matmul timed beside them; one query against the time in which its weights are
-read; and the texts per second beside sentence-transformers on the same weights. What there is no time for is skipped
-and named. Needs torch, transformers, sentence-transformers, psutil and rich, and no installed vecmill:
+It proves values, rotary angles, captured passes, the engine under overlap and real HTTP with a person beside bulk; then
+it measures Qwen3-Embedding-0.6B and -4B, BERT-base and NV-Embed-v2 with random weights drawn on the device: forward
+passes of 16 to 16,384 tokens, eager, compiled and in CUDA graphs, as a share of a large matmul timed beside them; one
+query against the time in which its weights are read; and the texts per second beside sentence-transformers on the same
+weights. Nothing is downloaded.
 
-    PYTHONPATH=src:. python -m benchmarks.gpu
+Every stage is a process of its own with a time limit, in the order of its value, and keeps what it finds as soon as it
+finds it, in the folder that OUT names (else a temporary one): a run that is cut off at any second loses nothing. What
+there is no time for is skipped and named. Needs torch, transformers, numpy, psutil, rich and safetensors, and no
+installed vecmill; the stages that need more say so before they start:
+
+    PYTHONPATH=src:. OUT=/tmp/found python -m benchmarks.gpu
+    python -m benchmarks.gpu --stages values,engine
     python -m benchmarks.gpu --tiny --no-store    # tiny models on a CPU: whether it works, not how fast
 """
 
 import argparse
+import json
+import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +37,7 @@ import torch
 from benchmarks.gpu_card import describe_card, sampled
 from benchmarks.gpu_forward import Timing, measure_forwards, read_rate, timed
 from benchmarks.gpu_model import Subject, make, read_side
+from benchmarks.gpu_proofs import engine_overlap, person_beside_bulk, run_values
 from benchmarks.gpu_reference import compare
 from benchmarks.gpu_report import print_machine, print_model, print_stages, print_targets, targets
 from benchmarks.gpu_sizes import FULL, TINY, GpuSizes
@@ -40,18 +53,52 @@ from vecmill.engine.dtype import choose_dtype, dtype_name
 from vecmill.models.weights import Target
 
 MEMORY_FRACTION = 0.9  # the default of MEMORY_FRACTION
-BUILD_SECONDS = 30.0
+BUILD_SECONDS = 5.0
+
+
+SERVER = ("pydantic", "pydantic_settings", "fastapi", "uvicorn", "orjson", "isal", "httpx2", "typer")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What runs in a process of its own."""
+
+    name: str
+    seconds: float
+    """Limit of the process."""
+    needs: Sequence[str] = ()
+    """Modules, beside those that every stage needs."""
+
+    @property
+    def file(self) -> str:
+        """Of what it has found."""
+        return f"gpu-{re.sub('[^a-z0-9]+', '-', self.name.lower())}"
+
+
+PROOFS = (
+    Stage("values", 90),
+    Stage("engine", 120, ("pydantic", "pydantic_settings")),
+    Stage("http", 120, SERVER),
+)
+MODEL_SECONDS = 110.0
+
+
+def stages_of(sizes: GpuSizes) -> list[Stage]:
+    """In the order of their value."""
+    return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models)]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=9.0, help="bound on the whole run (default: %(default)s)")
+    parser.add_argument("--stages", help="only these, by name, separated by commas")
     parser.add_argument("--tiny", action="store_true", help="tiny models, on the CPU unless --device says otherwise")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda, or cpu with --tiny")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="default: auto, float32 with --tiny")
     parser.add_argument("--rounds", type=int, help="default: 5, or 2 with --tiny")
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -64,7 +111,7 @@ def measure_rates(machine: Machine, dtype: torch.dtype, sizes: GpuSizes) -> dict
 
 def empty_result(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """What a model's entry holds before anything of it is measured."""
-    nothing = dict.fromkeys(("weight_gb", "matrix_products", "compile", "chosen", "against"))
+    nothing = dict.fromkeys(("weight_gb", "matrix_products", "compile", "graphs", "chosen", "against"))
     return {"name": name, "dtype": dtype_name(dtype), "modes": {}, **nothing}
 
 
@@ -86,32 +133,87 @@ def measure_model(kind: str, shape: Shape, target: Target, timing: Timing, found
             stages.skip(f"{name}: against sentence-transformers", "its forward passes were not measured")
 
 
-def measure(
-    options: argparse.Namespace,
-    sizes: GpuSizes,
-    device: torch.device,
-    stages: Stages,
-    console: Console,
-    found: dict[str, Any],
-) -> None:
-    """Put the machine's rates and every model into `found`, printed as they come."""
+def measure(name: str, options: argparse.Namespace, sizes: GpuSizes, device: torch.device, started: float) -> bool:
+    """One model, printed and kept as it goes; whether all went well."""
     machine = Machine(device, options.rounds or sizes.rounds, sizes.seconds, sizes.matmul_size, sizes.copy_bytes)
     wanted = options.dtype or ("float32" if options.tiny else "auto")
     dtype = choose_dtype(wanted, device, 1024).dtype
-    need = (machine.rounds + 2) * (len(LIMITS) + 1) * sizes.seconds
-    rates = stages.run("rates", need, partial(measure_rates, machine, dtype, sizes))
-    found.update({"card": describe_card(device), "dtype": dtype_name(dtype), "rates": rates, "models": []})
-    print_machine(console, found)
-    if rates is None:
-        stages.skip("every model", "the machine's rates are not known")
-        return
-    timing = Timing(stages, machine, sizes, 1e12 * rates["matmul_tflops"]["median"])
-    for name, (kind, shape) in sizes.models.items():
-        one = empty_result(name, dtype)
-        found["models"].append(one)
-        # A target of its own: it keeps what was loaded. Guarded: what fails leaves what was found before.
-        stages.guard(name, partial(measure_model, kind, shape, Target(dtype, device), timing, one))
-        print_model(console, one)
+    found: dict[str, Any] = {"card": describe_card(device), "dtype": dtype_name(dtype), "rates": None}
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    with sampled(device) as samples, torch.inference_mode():
+        stages = Stages(
+            started + 60 * options.minutes,
+            device,
+            samples,
+            keep=lambda: keep_so_far(options.child, {**found, "stages": stages.records}),
+        )
+        need = (machine.rounds + 2) * (len(LIMITS) + 1) * sizes.seconds
+        found["rates"] = stages.run("rates", need, partial(measure_rates, machine, dtype, sizes))
+        if found["rates"] is None:
+            stages.skip(name, "the machine's rates are not known")
+        else:
+            timing = Timing(stages, machine, sizes, 1e12 * found["rates"]["matmul_tflops"]["median"])
+            found["model"] = empty_result(name, dtype)
+            kind, shape = sizes.models[name]
+            # Guarded: what fails leaves what was found before.
+            stages.guard(name, partial(measure_model, kind, shape, Target(dtype, device), timing, found["model"]))
+            print_machine(console, found)
+            print_model(console, found["model"])
+    print_stages(console, stages.records)
+    found["stages"] = stages.records
+    keep_so_far(options.child, found)
+    return not stages.failed
+
+
+def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
+    """One stage of proofs, printed and kept as it goes; whether all is as it must be."""
+    found: dict[str, Any] = {}
+
+    def keep(proof: str, seen: dict[str, Any]) -> None:
+        found[proof] = seen
+        keep_so_far(options.child, {"proofs": found})
+        print(f"{'ok  ' if seen['ok'] else 'FAIL'} {name}: {proof}: {json.dumps(seen)[:600]}", flush=True)
+
+    if name == "values":
+        with torch.inference_mode():
+            run_values(device, keep)
+    elif name == "engine":
+        engine_overlap(device, keep)
+    else:
+        person_beside_bulk(device, keep, tiny=options.tiny, seconds=1 if options.tiny else 4)
+    return all(seen["ok"] for seen in found.values())
+
+
+def child(name: str, options: argparse.Namespace, device: torch.device, started: float) -> int:
+    """One stage, in this process."""
+    configure_device(device, MEMORY_FRACTION)
+    sizes = TINY if options.tiny else FULL
+    if name in sizes.models:
+        return 0 if measure(name, options, sizes, device, started) else 1
+    return 0 if prove(name, options, device) else 1
+
+
+def run_stage(stage: Stage, arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
+    """A stage in a process of its own, and what it kept; whatever becomes of the process."""
+    missing = [module for module in stage.needs if find_spec(module) is None]
+    if missing:
+        return {"stage": stage.name, "status": "skipped", "reason": f"needs the Python packages {', '.join(missing)}"}
+    limit = min(stage.seconds, seconds)
+    if limit < 5:
+        return {"stage": stage.name, "status": "skipped", "reason": "there was no time left"}
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments]
+    command += ["--stages", stage.name, "--child", stage.file, "--minutes", str((limit - 2) / 60)]
+    started = time.perf_counter()
+    try:
+        status = subprocess.run(
+            command, env={**os.environ, "OUT": str(folder)}, timeout=limit, check=False, stdin=subprocess.DEVNULL
+        ).returncode
+        ended = {"status": "done"} if status == 0 else {"status": "failed", "reason": f"it ended with status {status}"}
+    except subprocess.TimeoutExpired:
+        ended = {"status": "failed", "reason": f"cut off after {limit:.0f} s"}
+    record = {"stage": stage.name, **ended, "seconds": round(time.perf_counter() - started, 1)}
+    kept = folder / f"{stage.file}.json"
+    return {**record, **({"found": json.loads(kept.read_text())} if kept.exists() else {})}
 
 
 def settings(options: argparse.Namespace, device: torch.device, sizes: GpuSizes) -> Mapping[str, Any]:
@@ -126,42 +228,63 @@ def settings(options: argparse.Namespace, device: torch.device, sizes: GpuSizes)
     }
 
 
+def summary_of(records: Sequence[Mapping[str, Any]], sizes: GpuSizes) -> dict[str, Any]:
+    """Models, proofs, targets and the stages' ends, from what the stages kept."""
+    kept = [record["found"] for record in records if "found" in record]
+    models = [each["model"] for each in kept if each.get("model")]
+    first: Mapping[str, Any] = next((each for each in kept if each.get("rates")), {})
+    proved = [record for record in records if "proofs" in record.get("found", {})]
+    return {
+        "card": first.get("card"),
+        "dtype": first.get("dtype"),
+        "rates": first.get("rates"),
+        "proofs": {record["stage"]: record["found"]["proofs"] for record in proved},
+        "models": models,
+        "targets": targets(models, sizes.first, sizes.busy_tokens),
+        "stages": [
+            *({key: record[key] for key in record if key != "found"} for record in records),
+            *(stage for each in kept for stage in each.get("stages", ())),
+        ],
+        "same_vectors": all(model["against"]["same"] for model in models if model["against"]),
+    }
+
+
 def main(arguments: Sequence[str] | None = None, already: float = 0.0) -> int:
-    """Measure, print, store; status 1 where vectors differ or a stage failed. `already`: seconds gone before."""
+    """Prove, measure, print, store; status 1 where a stage failed or vectors differ. `already`: seconds gone before."""
     started = time.perf_counter() - already
     options = parse_arguments(arguments)
     sizes = TINY if options.tiny else FULL
-    device = torch.device("cuda", 0) if (options.device or ("cpu" if options.tiny else "cuda")) == "cuda" else None
-    if device is not None and not torch.cuda.is_available():
+    on_gpu = (options.device or ("cpu" if options.tiny else "cuda")) == "cuda"
+    if on_gpu and not torch.cuda.is_available():
         print("There is no CUDA GPU here; --tiny shows on a CPU that the benchmark works.", file=sys.stderr)
         return 2
-    device = device or torch.device("cpu")
-    configure_device(device, MEMORY_FRACTION)
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 130)
-    found: dict[str, Any] = {}
-    with sampled(device) as samples, torch.inference_mode():
-        stages = Stages(
-            started + 60 * options.minutes,
-            device,
-            samples,
-            keep=lambda: keep_so_far("gpu", {**found, "stages": stages.records}),
-        )
-        measure(options, sizes, device, stages, console, found)
-    wanted = targets(found["models"], next(iter(sizes.models)), sizes.busy_tokens)
-    print_targets(console, wanted)
-    print_stages(console, stages.records)
-    same = all(model["against"]["same"] for model in found["models"] if model["against"])
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    if options.child:
+        return child(options.stages, options, device, started)
+    wanted = options.stages.split(",") if options.stages else None
+    chosen = [stage for stage in stages_of(sizes) if wanted is None or stage.name in wanted]
+    passed_on = [word for word in (arguments if arguments is not None else sys.argv[1:]) if word != "--no-store"]
+    records = []
+    with TemporaryDirectory() as temporary:
+        folder = Path(os.environ.get("OUT") or temporary)
+        for stage in chosen:
+            print(f"== {stage.name}", flush=True)
+            left = started + 60 * options.minutes - time.perf_counter()
+            records.append(run_stage(stage, passed_on, folder, left))
+    found = summary_of(records, sizes)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    print_targets(console, found["targets"])
+    for record in records:
+        console.print(f"{record['stage']}: {record['status']} {record.get('reason', '')}", soft_wrap=True)
     result = {
         "host": describe_host(),
         "settings": settings(options, device, sizes),
         **found,
-        "targets": wanted,
-        "stages": stages.records,
-        "same_vectors": same,
         "seconds": round(time.perf_counter() - started, 1),
     }
     publish("gpu", result, store=not options.no_store)
-    return 0 if same and not stages.failed else 1
+    failed = any(record["status"] == "failed" for record in records)
+    return 1 if failed or not found["same_vectors"] else 0
 
 
 if __name__ == "__main__":

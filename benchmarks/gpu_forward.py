@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from time import perf_counter
 from typing import Any
 
 import torch
-from benchmarks.gpu_model import READ, WITH_PACKING, Subject, estimate, forwards, matrix_products, one_forward
+from benchmarks.gpu_model import (
+    MAX_ROWS,
+    READ,
+    WITH_PACKING,
+    Subject,
+    estimate,
+    forwards,
+    matrix_products,
+    one_forward,
+)
 from benchmarks.gpu_sizes import GpuSizes
 from benchmarks.gpu_stages import Stages
 from benchmarks.model_rounds import LIMITS, Machine, Side, alternate, report, significant, spread
+from benchmarks.model_workloads import first_tokens
 from benchmarks.progress import progress
 
 from vecmill.core.calibration import fit
-from vecmill.engine.compilation import choose, compilations, compile_layers, make_eager
+from vecmill.engine.compilation import MEASURED_TOKENS, Run, choose, compilations, compile_layers, make_eager
+from vecmill.engine.cuda_graphs import shape_of
+from vecmill.models.packing import pack
 
 MAX_BATCH_SECONDS = 0.1  # the setting MAX_BATCH_MS
-COMPILE_SECONDS = 60.0  # a guess at what inductor takes for one layer
+GRAPHS = "graphs"
+COMPILE_SECONDS = 15.0  # what inductor takes for one layer, and the choice; 5 s were seen on an H100
+CAPTURE_SECONDS = 20.0
 START_SECONDS = 5.0
 
 
@@ -55,7 +70,7 @@ def read_rate(milliseconds: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def measure_forwards(subject: Subject, timing: Timing, found: dict[str, Any]) -> None:
-    """Put both ways to run the layers into `found`, and which one the server chooses: the model is left that way."""
+    """Put every way to run the model into `found`, and which one the server chooses: the model is left that way."""
     stages, sizes = timing.stages, timing.sizes
     sides = forwards(subject, sizes)
     products = {str(tokens): matrix_products(subject, tokens) for tokens in sizes.matrix_tokens}
@@ -76,6 +91,47 @@ def measure_forwards(subject: Subject, timing: Timing, found: dict[str, Any]) ->
     found["chosen"] = "compiled" if "compiled" in modes and found["compile"]["compiled"] else "eager"
     if found["chosen"] == "eager":
         make_eager(subject.model.layers)
+    if subject.stream is not None:
+        stage = f"{subject.name}: capture"
+        found["graphs"] = stages.run(stage, CAPTURE_SECONDS, partial(_capture, subject, max(sizes.tokens)))
+        if subject.graphs.passes:
+            in_graphs = forwards(subject, sizes)
+            run = partial(_mode, subject, timing, in_graphs, GRAPHS)
+            _put(modes, GRAPHS, stages.run(f"{subject.name}: {GRAPHS}", timing.needs(in_graphs), run))
+        found["chosen"] = GRAPHS if GRAPHS in modes else found["chosen"]
+
+
+def _capture(subject: Subject, largest: int) -> dict[str, Any]:
+    subject.capture(largest)
+    graphs = subject.graphs
+    return {
+        "count": len(graphs.passes),
+        "reason": graphs.reason,
+        "memory_gb": significant(graphs.memory_bytes / 1e9),
+        "gains": [
+            {
+                "tokens": gain.tokens,
+                "direct_ms": significant(1e3 * gain.direct_seconds),
+                "graph_ms": significant(1e3 * gain.graph_seconds),
+            }
+            for gain in graphs.gains
+        ],
+        "equal": _equal(subject),
+    }
+
+
+def _equal(subject: Subject) -> dict[str, float]:
+    """Least cosine of batches in graphs to the same batches launched kernel by kernel, by tokens."""
+    found = {}
+    for tokens in (16, 100, 1000, 4000):
+        rows = first_tokens(subject.texts, tokens)
+        if subject.graphs.shape_for(rows) is not None:
+            direct = pack(rows, subject.target.device)
+            wanted = subject.model.forward(direct, use_flash_attn=True).cpu()
+            # Both are in packed order, the same for both.
+            cosines = torch.nn.functional.cosine_similarity(subject.run(subject.pack(rows)), wanted, dim=1)
+            found[str(tokens)] = float(cosines.nan_to_num(nan=-1).min())
+    return found
 
 
 def _put(modes: dict[str, Any], mode: str, measured: dict[str, Any] | None) -> None:
@@ -87,11 +143,34 @@ def _compile(subject: Subject, backend: str) -> dict[str, Any]:
     """Choose as the server does at warm-up, and have the layers compiled also where it chose eager."""
     run = partial(one_forward, subject)
     before = compilations()
-    choice = choose(subject.model, "auto", run, backend)
+    choice = choose(subject.model, "auto", run, backend, _replays(subject) if subject.stream is not None else None)
     graphs = compilations() - before
     if not choice.compiled:
         compile_layers(subject.model.layers, run, backend)
     return {"compiled": choice.compiled, "reason": choice.reason, "backend": backend, "graphs": graphs}
+
+
+def _replays(subject: Subject) -> Callable[[], Run]:
+    """What makes graphs ready to be measured, of the layers as they are then."""
+
+    def prepare() -> Run:
+        capture = subject.capturing
+        passes, packs = {}, {}
+        for tokens in MEASURED_TOKENS:
+            shape = shape_of(tokens, MAX_ROWS)
+            passes[tokens] = capture(shape)
+            with torch.cuda.stream(subject.stream):
+                packs[tokens] = pack(first_tokens(subject.texts, tokens), subject.target.device, shape=shape)
+
+        def run(tokens: int) -> float:
+            started = perf_counter()
+            with torch.cuda.stream(subject.stream):
+                passes[tokens](packs[tokens]).cpu()
+            return perf_counter() - started
+
+        return run
+
+    return prepare
 
 
 def _products(subject: Subject, timing: Timing, sides: Mapping[str, Side]) -> dict[str, Any]:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 from benchmarks.gpu_sizes import GpuSizes
 from benchmarks.model_builds import build, matmul_parameters
-from benchmarks.model_forward import operations, run_model
+from benchmarks.model_forward import operations
 from benchmarks.model_rounds import Side
 from benchmarks.model_shapes import Shape
 from benchmarks.model_workloads import first_tokens, ragged_rows
 from torch import Tensor, nn
 
-from vecmill.core.types import Row, TokenIds
-from vecmill.models.packing import pack
+from vecmill.core.types import Lane, Row, TokenIds
+from vecmill.engine.cuda_graphs import CudaCapture, Graphs, capture_graphs
+from vecmill.models.packing import PackedBatch, PackShape, pack
 from vecmill.models.registry import Model
 from vecmill.models.weights import Target
 
+MAX_ROWS = 256
+"""Of a captured pass; MAX_BATCH_SIZE, in the server."""
 READ = "read"
 WITH_PACKING = "one query, packed anew"
 
@@ -39,6 +44,53 @@ class Subject:
     """Where NV-Embed's latent attention is, as on the hub."""
     texts: Sequence[TokenIds]
     """Random tokens in the lengths of code chunks."""
+    graphs: Graphs = field(default_factory=Graphs)
+    """None are there until `capture` was called."""
+    stream: torch.cuda.Stream | None = None
+    """On which graphs are captured and run; None on a CPU."""
+
+    @property
+    def capturing(self) -> CudaCapture:
+        """What captures the model's passes, all on one stream."""
+        assert self.stream is not None
+        return CudaCapture(self.model, self.target.device, dict.fromkeys(Lane, self.stream))
+
+    def capture(self, largest: int) -> None:
+        """Capture passes of up to so many tokens, as far as that is faster, as the server does at warm-up."""
+
+        def run_directly(packed: PackedBatch) -> None:
+            self.model.forward(packed, use_flash_attn=True)
+
+        found = capture_graphs(self.capturing, run_directly, self.target.device, largest, MAX_ROWS)
+        self.graphs.passes, self.graphs.gains = found.passes, found.gains
+        self.graphs.memory_bytes, self.graphs.reason = found.memory_bytes, found.reason
+
+    def pack(self, rows: Sequence[Row]) -> PackedBatch:
+        """On the device, in the shape of a graph where one holds them."""
+        shape = self.graphs.shape_for(rows)
+        with self._on_stream(shape):  # the pass does not wait for copies on another one
+            return pack(rows, self.target.device, shape=shape)
+
+    def run(self, packed: PackedBatch) -> Tensor:
+        """(N, width) on the CPU in packed order."""
+        if packed.shape is None:
+            return self.model.forward(packed, use_flash_attn=True).cpu()
+        with self._on_stream(packed.shape):
+            return self.graphs.run(packed).cpu()
+
+    def _on_stream(self, shape: PackShape | None) -> AbstractContextManager[Any]:
+        return torch.cuda.stream(self.stream) if self.stream is not None and shape is not None else nullcontext()
+
+    def run_all(self, packs: Sequence[Sequence[Row]]) -> Tensor:
+        """(N, width) on the CPU in the rows' order."""
+        parts = []
+        for rows in packs:
+            packed = self.pack(rows)
+            answers = self.run(packed)
+            restored = torch.empty_like(answers)
+            restored[torch.tensor(packed.order)] = answers
+            parts.append(restored)
+        return torch.cat(parts)
 
     @property
     def text_shape(self) -> Shape:
@@ -60,17 +112,14 @@ def make(name: str, kind: str, shape: Shape, sizes: GpuSizes, target: Target, fo
     """Draw the weights on the target's device; only NV-Embed's latents, which are folded, are written to `folder`."""
     vocab_size = shape.get("text_config", shape)["vocab_size"]
     texts = ragged_rows(sizes.texts[1], vocab_size, sizes.longest_text)
-    return Subject(name, kind, shape, target, build(kind, shape, target, folder), folder, texts)
+    stream = torch.cuda.Stream(target.device) if target.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+    return Subject(name, kind, shape, target, build(kind, shape, target, folder), folder, texts, stream=stream)
 
 
 def forward(subject: Subject, rows: Sequence[Row]) -> Side:
     """Forward passes over a pack that is on the device: in the server another thread packs while one runs."""
-    packed = pack(rows, subject.target.device)
-
-    def run() -> Tensor:
-        return subject.model.forward(packed, use_flash_attn=True).cpu()
-
-    return Side(run, subject.operations([rows]), subject.weight_bytes)
+    packed = subject.pack(rows)
+    return Side(partial(subject.run, packed), subject.operations([rows]), subject.weight_bytes)
 
 
 def forwards(subject: Subject, sizes: GpuSizes) -> dict[str, Side]:
@@ -78,7 +127,7 @@ def forwards(subject: Subject, sizes: GpuSizes) -> dict[str, Side]:
     rows = {tokens: first_tokens(subject.texts, tokens) for tokens in sizes.tokens}
     sides = {str(tokens): forward(subject, rows[tokens]) for tokens in sizes.tokens}
     query = rows[sizes.tokens[0]]
-    anew = partial(run_model, subject.model, [query], subject.target.device)
+    anew = partial(subject.run_all, [query])
     return {
         **sides,
         WITH_PACKING: Side(anew, subject.operations([query]), subject.weight_bytes),

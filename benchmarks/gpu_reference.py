@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from benchmarks.gpu_forward import START_SECONDS, Timing, timed
 from benchmarks.gpu_model import Subject, estimate
-from benchmarks.model_forward import CAUSAL, run_model
+from benchmarks.model_forward import CAUSAL
 from benchmarks.model_plain import PlainLatentAttention, pad_right, pooled, with_sdpa
 from benchmarks.model_rounds import Machine, Side, significant
 from benchmarks.model_workloads import batches
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vecmill.core.types import Row, TokenIds
 
 BATCH_SIZES = (32, 64)  # its default, and twice that
-ROUNDS = 3
+ROUNDS = 2
 LATENT_HEADS = 8
 # Rounding through full depth leaves cosines of 0.999; a wrong mask or position takes several times more.
 LEAST_COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.99}
@@ -64,7 +64,7 @@ def compare(subject: Subject, timing: Timing, mode: Mapping[str, Any]) -> dict[s
     texts = subject.texts[: _how_many(subject, timing, mode["fit"]["us_per_token"])]
     packs = batches([Row(text) for text in texts], mode["fit"]["budget_tokens"])
     ours = Side(
-        partial(run_model, subject.model, packs, subject.target.device),
+        partial(subject.run_all, packs),
         subject.operations(packs),
         subject.weight_bytes * len(packs),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks.model_shapes import CUDA, NV_EMBED_V2, QUICK, QWEN3_0_6B, QWEN3_4B, Shape
+from benchmarks.model_shapes import BERT_BASE, CUDA, NV_EMBED_V2, QUICK, QWEN3_0_6B, QWEN3_4B, Shape
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,9 @@ class GpuSizes:
     """What one run measures."""
 
     models: Mapping[str, tuple[str, Shape]]
-    """Name to kind and shape, in this order; the first one has the targets."""
+    """Name to kind and shape, in this order."""
+    first: str
+    """The model with a target for its share of the matmul rate."""
     tokens: Sequence[int]
     """Of one forward pass, ascending; the first is a single search query."""
     matrix_tokens: Sequence[int]
@@ -35,16 +37,18 @@ class GpuSizes:
 
 FULL = GpuSizes(
     models={
-        "Qwen3-Embedding-4B": ("qwen3", QWEN3_4B),
         "Qwen3-Embedding-0.6B": ("qwen3", QWEN3_0_6B),
+        "Qwen3-Embedding-4B": ("qwen3", QWEN3_4B),
+        "BERT-base": ("bert", {**BERT_BASE, "max_position_embeddings": 8192}),
         "NV-Embed-v2": ("nvembed", NV_EMBED_V2),
     },
+    first="Qwen3-Embedding-4B",
     tokens=(16, 64, 256, 1024, 4096, 8192, 16384),
     matrix_tokens=(16, 4096),
     busy_tokens=4096,
     longest_text=8192,
     texts=(256, 2048),
-    encode_seconds=1.5,
+    encode_seconds=0.5,
     rounds=5,
     seconds=0.2,
     matmul_size=CUDA.matmul_size,
@@ -53,6 +57,7 @@ FULL = GpuSizes(
 )
 TINY = GpuSizes(
     models=QUICK.whole,
+    first=next(iter(QUICK.whole)),
     tokens=(16, 64, 256),
     matrix_tokens=(16, 64),
     busy_tokens=64,

@@ -18,6 +18,7 @@ from vecmill.core.types import Task
 from vecmill.models.bert import BertEmbedder
 from vecmill.models.checkpoint import Checkpoint, Pooling
 from vecmill.models.latent_attention import LatentAttention
+from vecmill.models.merged_projections import merge_projections
 from vecmill.models.nv_embed import NVEmbedder
 from vecmill.models.packed_attention import ATTENTION
 from vecmill.models.qwen3 import Qwen3Embedder
@@ -114,6 +115,7 @@ def _backbone(kind: str, shape: Shape, target: Target) -> nn.Module:
         else:
             model = Qwen3Model(Qwen3Config(**shape, use_cache=False))
     model.set_attn_implementation(ATTENTION)
+    merge_projections(model)
     fill(model, RandomValues(target.device, target.dtype))
     backbone: nn.Module = model.to(target.device).eval()  # the buffers
     return backbone

@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 import torch
+from benchmarks.model_plain import unmerged
 from torch import nn
 from transformers import Qwen3Model
 
@@ -113,7 +114,7 @@ def touch(module: nn.Module) -> None:
 def digest(module: nn.Module) -> int:
     """The same for the same weights."""
     found = 0
-    for name, parameter in sorted(module.named_parameters()):
+    for name, parameter in sorted(unmerged(module).items()):
         values: Any = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
         found = zlib.crc32(values, zlib.crc32(name.encode(), found))
     return found

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vecmill.core.types import TokenIds
+from vecmill.models.merged_projections import GATE_AND_UP, QUERY_KEY_VALUE, MergedAttention, MergedMLP
 
 BATCH = 32
 
@@ -88,13 +89,28 @@ def with_sdpa(packed_backbone: nn.Module) -> nn.Module:
     with torch.device("meta"):
         new = type(old)(config, **options)
     new.set_attn_implementation("sdpa")
-    new.load_state_dict(old.state_dict(), assign=True)
+    new.load_state_dict(unmerged(old), assign=True)
     buffers = dict(old.named_buffers())
     for name, _ in list(new.named_buffers()):
         module_name, _, leaf = name.rpartition(".")
         setattr(new.get_submodule(module_name), leaf, buffers[name])
     module: nn.Module = new.eval()
     return module
+
+
+def unmerged(model: nn.Module) -> dict[str, Tensor]:
+    """The weights under transformers' names; those of merged products as views of their rows."""
+    weights = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, MergedAttention):
+            merged, parts, sizes = "qkv_proj", QUERY_KEY_VALUE, module.sizes
+        elif isinstance(module, MergedMLP):
+            merged, parts, sizes = "gate_up_proj", GATE_AND_UP, module.sizes
+        else:
+            continue
+        rows = weights.pop(f"{name}.{merged}.weight").split(sizes)
+        weights |= {f"{name}.{part}.weight": own for part, own in zip(parts, rows, strict=True)}
+    return weights
 
 
 def padded(backbone: nn.Module, rows: Sequence[TokenIds], device: torch.device, pooling: str) -> Tensor:

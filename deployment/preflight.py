@@ -12,7 +12,8 @@ from deployment import files, machine
 from deployment.commands import ask, ask_json
 from deployment.situation import VENV_BYTES, Situation
 
-SAFE_KEY = re.compile(r"[!-~]+")
+SAFE_KEY = re.compile(r"[!-~]{16,}")
+KEY_OPTION = re.compile(r"scopes=(use|admin)([+,](use|admin))*|(requests|tokens|jobs)=[1-9][0-9]*")
 
 
 def problems(found: Situation) -> list[str]:
@@ -93,8 +94,12 @@ def _keys(found: Situation) -> Iterator[str]:
         yield f"--api-key-file {path} holds no key: write one on each line, `name:key` or `key`."
     for number, line in entries:
         name, colon, key = line.partition(":")
-        if not SAFE_KEY.fullmatch(key.strip() if colon else name) or "," in line:
-            yield f"--api-key-file {path}, line {number}: a key is printable ASCII without spaces and commas."
+        value, *options = (key if colon else name).split() or [""]
+        if not SAFE_KEY.fullmatch(value) or "," in line or not all(map(KEY_OPTION.fullmatch, options)):
+            yield (
+                f"--api-key-file {path}, line {number}: a key is printable ASCII of at least 16 characters without "
+                f"spaces and commas; after it may stand `scopes=use+admin`, `requests=N`, `tokens=N`, `jobs=N`."
+            )
 
 
 def _embed_port(found: Situation) -> Iterator[str]:

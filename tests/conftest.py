@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
+import hypothesis
 import pytest
 from benchmarks.servers import RunningServer, free_port, running, vecmill_command
 
@@ -16,6 +17,10 @@ from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS
 from vecmill.models.source import find
+
+# How long one example takes is no property of the code: a machine may be busy.
+hypothesis.settings.register_profile("busy", deadline=None)
+hypothesis.settings.load_profile("busy")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,11 +5,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from benchmarks.gpu import Stage, run_stage
 from benchmarks.gpu_card import Samples, sampled, summary
+from benchmarks.gpu_proofs import VALUES
 from benchmarks.gpu_report import targets
 from benchmarks.gpu_sizes import FULL, TINY
 from benchmarks.gpu_stages import Stages
@@ -34,12 +37,46 @@ def result() -> dict[str, Any]:
 
 def test_the_json_line_holds_the_machine_every_model_and_every_stage(result: dict[str, Any]) -> None:
     assert result.keys() == {
-        *("benchmark", "measured_at", "host", "settings", "card", "dtype", "rates", "models"),
+        *("benchmark", "measured_at", "host", "settings", "card", "dtype", "rates", "proofs", "models"),
         *("targets", "stages", "same_vectors", "seconds"),
     }
     assert result["rates"].keys() == {"matmul_tflops", "copy_gb_per_s", "read_gb_per_s"}
     assert [model["name"] for model in result["models"]] == list(TINY.models)
     assert {stage["status"] for stage in result["stages"]} == {"done"}
+
+
+def test_what_must_be_true_is_proven_first(result: dict[str, Any]) -> None:
+    assert list(result["proofs"]) == ["values", "engine", "http"]
+    assert all(proof["ok"] for stage in result["proofs"].values() for proof in stage.values())
+    assert result["proofs"]["http"]["as it starts"]["person_beside_bulk"]["requests"] > 0
+
+
+def test_each_stage_keeps_what_it_finds_in_the_folder_that_out_names(tmp_path: Path) -> None:
+    """In a process that is cut off: what was found before is there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OUT", str(tmp_path))
+        done = run("--stages", "values", "--minutes", "0.6")
+    assert done.returncode == 0, done.stderr
+    kept = json.loads((tmp_path / "gpu-values.json").read_text())
+    assert kept["proofs"].keys() == VALUES.keys()
+    assert json.loads((tmp_path / "gpu.json").read_text())["proofs"]["values"] == kept["proofs"]
+
+
+def test_a_stage_says_what_it_lacks_before_it_starts(tmp_path: Path) -> None:
+    record = run_stage(Stage("http", 60, ("no_such_package", "json")), [], tmp_path, 60)
+    assert record["status"] == "skipped"
+    assert record["reason"] == "needs the Python packages no_such_package"
+
+
+def test_a_stage_that_hangs_is_cut_off_with_what_it_had_found(tmp_path: Path) -> None:
+    (tmp_path / "gpu-values.json").write_text('{"proofs": {"first": {"ok": true}}}')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(tmp_path))
+        (tmp_path / "sitecustomize.py").write_text("import time; time.sleep(60)")
+        record = run_stage(Stage("values", 5), ["--tiny"], tmp_path, 60)
+    assert record["status"] == "failed"
+    assert "cut off after 5 s" in record["reason"]
+    assert record["found"] == {"proofs": {"first": {"ok": True}}}
 
 
 def test_both_sides_give_the_same_vectors(result: dict[str, Any]) -> None:
@@ -76,7 +113,7 @@ def test_what_there_is_no_time_for_is_named() -> None:
 
     assert done.returncode == 0, done.stderr
     assert [stage["status"] for stage in found["stages"]] == ["skipped"] * len(found["stages"])
-    assert "SKIPPED: every model" in done.stdout
+    assert "http: skipped there was no time left" in done.stdout
     assert all(target["met"] is None for target in found["targets"])
 
 
@@ -144,6 +181,7 @@ def test_the_targets_judge_the_mode_that_the_server_runs() -> None:
     assert (ratio["found"], ratio["met"]) == (2.5, False), "against the faster of the others"
 
 
-def test_the_full_run_has_the_4b_model_first() -> None:
-    assert list(FULL.models) == ["Qwen3-Embedding-4B", "Qwen3-Embedding-0.6B", "NV-Embed-v2"]
+def test_the_full_run_has_the_hubs_models() -> None:
+    assert list(FULL.models) == ["Qwen3-Embedding-0.6B", "Qwen3-Embedding-4B", "BERT-base", "NV-Embed-v2"]
+    assert FULL.first == "Qwen3-Embedding-4B"
     assert FULL.models["Qwen3-Embedding-4B"][1]["num_hidden_layers"] == 36

@@ -14,13 +14,16 @@ import httpx
 import pytest
 from benchmarks.servers import free_port, vecmill_command
 
+from vecmill.storage.state_folder import StateFolder
 
-def serve(*options: str, **environment: str) -> subprocess.CompletedProcess[str]:
+
+def serve(*options: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "vecmill", "serve", *options],
         capture_output=True,
         text=True,
         timeout=90,
+        cwd=cwd,
         env={**os.environ, **environment},
     )
 
@@ -33,8 +36,12 @@ def serve(*options: str, **environment: str) -> subprocess.CompletedProcess[str]
         (["--no-such-flag"], 2, "No such option"),
         (["--env-file", "./nowhere.env"], 2, "nowhere.env cannot be read"),
         (["--api-key-file", "./nowhere.keys"], 2, "nowhere.keys cannot be read"),
-        (["--port", "0", "--embed-model", "./nowhere"], 1, "no such folder"),
-        (["--port", "0", "--max-model-len", "100000"], 1, "above the 256 tokens"),
+        (["--state-dir", "~nobody-here/state"], 2, "STATE_DIR"),
+        (["--host", "256.1.1.1.1"], 2, "HOST=256.1.1.1.1 PORT=8080 cannot be bound"),
+        (["--host", "a" * 70], 2, "set HOST to an address of this machine"),
+        (["--host", "203.0.113.77", "--port", "0"], 1, "set HOST to an address of this machine"),
+        (["--port", "0", "--embed-model", "./nowhere"], 2, "no such folder"),
+        (["--port", "0", "--max-model-len", "100000"], 2, "above the 256 tokens"),
     ],
 )
 def test_a_wrong_start_ends_with_a_sentence(options: list[str], status: int, said: str) -> None:
@@ -42,6 +49,21 @@ def test_a_wrong_start_ends_with_a_sentence(options: list[str], status: int, sai
     assert ended.returncode == status
     assert said in " ".join(ended.stderr.split())
     assert "Traceback" not in ended.stderr
+
+
+def test_a_dotenv_that_is_no_text_ends_with_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_bytes(b"HOST=\xff\xfe")
+    ended = serve(cwd=tmp_path)
+    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
+    assert ".env is no text" in ended.stderr
+
+
+def test_a_second_server_on_one_folder_may_come_later(tmp_path: Path) -> None:
+    held = StateFolder.open(tmp_path)
+    ended = serve("--port", "0", "--state-dir", str(tmp_path))
+    held.close()
+    assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
+    assert "in use by another vecmill server" in ended.stderr
 
 
 def test_a_port_in_use_ends_with_a_sentence() -> None:

@@ -15,7 +15,7 @@ from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service, until
 from tests.held_server import held
 
-OLD, NEW, OF_FILE = "first-secret", "second-secret", "third-secret"
+OLD, NEW, OF_FILE = "the-first-secret", "the-second-secret", "the-third-secret"
 
 
 @dataclass
@@ -59,7 +59,7 @@ def locked(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Ite
     folder = tmp_path_factory.mktemp("reload")
     (gate := folder / "gate").touch()
     tiny, settings = tiny_bert(folder / "tiny", minilm_folder), folder / "settings.env"
-    serve = ("-m", "tests.held_server", str(gate), "--env-file", str(settings), "--admin-api-key", "admin-secret")
+    serve = ("-m", "tests.held_server", str(gate), "--env-file", str(settings), "--admin-api-key", "the-admin-secret")
     with service(tiny, folder / "state", folder / "log", {"STRICT_MODEL": "true"}, serve=serve) as one:
         found = Locked(one, settings, folder / "keys", gate)
         found.write(API_KEY=f"editor:{OLD}")
@@ -95,7 +95,7 @@ def test_a_flag_wins_and_what_cannot_change_now_is_named(locked: Locked) -> None
     locked.write(API_KEY=f"editor:{OLD}", ADMIN_API_KEY=NEW, MAX_QUEUED_TOKENS="3000000", GENERATION_API_KEY="hidden")
     assert locked.reload() == "nothing has changed"
     until(lambda: "GENERATION_API_KEY, MAX_QUEUED_TOKENS changed too" in locked.one.said())
-    assert [locked.ask(key) for key in ("admin-secret", NEW)] == [200, 401]
+    assert [locked.ask(key) for key in ("the-admin-secret", NEW)] == [200, 401]
 
 
 def test_aliases_are_exchanged(locked: Locked) -> None:

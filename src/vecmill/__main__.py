@@ -1,4 +1,4 @@
-"""The command line: `vecmill serve`, `pull`, `verify`, `bench`, `embed` and `doctor`.
+"""The command line: `vecmill serve`, `pull`, `verify`, `bench`, `embed`, `doctor` and `keys new`.
 
 What needs torch is imported when it runs: no other command waits for it, nor fails where torch is broken.
 """
@@ -19,12 +19,15 @@ from vecmill import __version__
 from vecmill.bench.command import bench
 from vecmill.config import load_settings
 from vecmill.config.env_example import default_text
+from vecmill.config.key_file import key_line
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
+from vecmill.core.types import KeyLimits
 from vecmill.doctor.command import doctor
 from vecmill.embed.command import embed
 from vecmill.pull import run_pull
 
+keys = typer.Typer(no_args_is_help=True, help="The API keys of a server.")
 cli = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
 errors = Console(stderr=True)
 
@@ -62,6 +65,25 @@ def verify(
     """Run the model card's example on the loaded weights: expected and measured numbers side by side."""
     run_verify = import_module("vecmill.verify").run_verify
     raise typer.Exit(run_verify(model, rerank=rerank, example=example, dtype=dtype, device=device))
+
+
+@keys.command("new")
+def new_key(
+    name: Annotated[
+        str | None, typer.Argument(help="Whose it is, for the log and for who owns jobs, files and batches.")
+    ] = None,
+    scopes: Annotated[str, typer.Option(help="`use`, `admin` or `use+admin`.")] = "use",
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests in progress, at the most.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens in progress, at the most.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Open jobs, at the most.")] = None,
+) -> None:
+    """Print a fresh key, and below it the line for API_KEY_FILE, which takes effect on SIGHUP."""
+    try:
+        key, line = key_line(name, scopes, KeyLimits(requests, tokens, jobs))
+    except ValueError as error:
+        errors.print(f"vecmill: this {error}.", style="bold red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+    sys.stdout.write(f"{key}\n{line}\n")
 
 
 EnvFile = Annotated[
@@ -128,6 +150,7 @@ cli.command()(_with_flags())
 cli.command()(bench)
 cli.command()(embed)
 cli.command()(doctor)
+cli.add_typer(keys, name="keys")
 
 
 def main() -> None:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
-from starlette.middleware.cors import CORSMiddleware
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
 from vecmill.gauges import watch, watch_budgets
@@ -25,8 +25,8 @@ from vecmill.hardware.clocks import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
-from vecmill.http.access import Access
-from vecmill.http.body_limit import BodyLimit
+from vecmill.http.access import Access, in_both_families
+from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import (
     cohere,
@@ -51,7 +51,9 @@ from vecmill.http.generation import Generation
 from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.in_progress import Draining, InProgress
 from vecmill.http.keys import Keys
+from vecmill.http.origins import Cors, Origins
 from vecmill.http.request_id import RequestId
+from vecmill.http.request_line import RequestLine
 from vecmill.http.services import Services
 from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
@@ -106,7 +108,10 @@ class Server:
         self._scheduler: Scheduler | None = None
         self.health = Health()
         self.load_ended = asyncio.Event()
+        self.misconfigured = False
+        """Whether it could not start for its settings, so that no restart cures it."""
         self.requests = InProgress()
+        self.bodies = Bodies(settings.http.max_body_bytes, settings.http.body_timeout)
         self.keys = Keys(settings.access)
         """Exchanged where API_KEY changes."""
         self.telemetry = Telemetry()
@@ -118,6 +123,9 @@ class Server:
             self._threads,
             MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
             cache_queries=settings.cache.cache_queries,
+            cache_across_keys=settings.cache.cache_across_keys,
+            limits_of=self.keys.limits_of,
+            several_keys=lambda: self.keys.several,
         )
         self.monitor = Monitor(_tell_clock)
         self.state = State(settings, self.telemetry)
@@ -132,6 +140,7 @@ class Server:
             batches=self.state.batches,
             cache=lambda: self.state.cache,
             state=lambda: self.state.folder,
+            kept=self.state.problems,
             generation=self.generation,
             telemetry=self.telemetry,
             threads=self._threads,
@@ -139,6 +148,7 @@ class Server:
             gpu_in_use=self._uses_gpu,
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
+            keys=self.keys,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
         watch(self.services)
@@ -148,10 +158,8 @@ class Server:
         self.monitor.start()
         if self.generation is not None:
             self.generation.open()
-        try:
+        with self._failing_start():
             await self.state.open()
-        except StartupError as error:
-            self._fail(error.message)
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
@@ -159,20 +167,27 @@ class Server:
             self.load_ended.set()
             return
         try:
-            loaded = await self._load()
+            with self._failing_start():
+                loaded = await self._load()
+                self.telemetry.rolling.warmup_seconds = tuple(
+                    seconds for one in loaded.warmed.values() for seconds in one.seconds
+                )
+                self._on_loaded()
+                self.health.update(Phase.READY, 100, "ready")
+        finally:
+            self.load_ended.set()
+
+    @contextmanager
+    def _failing_start(self) -> Iterator[None]:
+        """Whatever keeps the server from starting is recorded. A fault's own text goes to the log alone."""
+        try:
+            yield
         except StartupError as error:
+            self.misconfigured = not isinstance(error, StartupObstacle)
             self._fail(error.message)
         except Exception as error:
             logger.exception("the start failed")
-            self._fail(f"The start failed: {type(error).__name__}: {error}")
-        else:
-            self.telemetry.rolling.warmup_seconds = tuple(
-                seconds for one in loaded.warmed.values() for seconds in one.seconds
-            )
-            self._on_loaded()
-            self.health.update(Phase.READY, 100, "ready")
-        finally:
-            self.load_ended.set()
+            self._fail(f"The start failed ({type(error).__name__}); the log says why.")
 
     async def _load(self) -> Loaded:
         self.health.update(Phase.LOADING, 0, "importing torch")
@@ -189,8 +204,10 @@ class Server:
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
-        self.inference.attach(models, self._scheduler, self.state.cache)
-        self.state.batches.start(batch_endpoints(self.inference, self._threads, self._settings.inference))
+        endpoints = batch_endpoints(self.inference, self._threads, self._settings.inference)
+        rates = [one.calibration.best_rate for one in loaded.warmed.values()]
+        self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
+        self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self._loaded = loaded
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
@@ -228,6 +245,7 @@ class Server:
         """Refuse new work; end whoever follows the jobs, which have no end of their own."""
         self.health.update(Phase.DRAINING, 100, "stopping: requests in progress are answered")
         self.requests.stop()
+        self.bodies.stop()
         self.state.jobs.end_following()
 
     async def close(self) -> None:
@@ -271,28 +289,39 @@ def create_app(
         version=__version__,
         description=DESCRIPTION,
         lifespan=lifespan,
+        docs_url=None,  # `api_document` has it, with a policy for its scripts
         redoc_url=None,
         # Weaviate sends JSON without a Content-Type. What FastAPI would guard by it, `Access` guards by the Origin.
         strict_content_type=False,
+        redirect_slashes=False,  # `RequestLine` has taken them off
     )
     app.state.server, app.state.services = server, server.services
+    app.state.progress = {}
     for module in (*DIALECTS, cache, capabilities, job_events, jobs, health, stats, page):
         app.include_router(module.router)
     errors.install(app)
     api_document.install(app)
-    app.add_middleware(BodyLimit, max_bytes=settings.http.max_body_bytes, not_in_memory=(UPLOAD,))
+    app.add_middleware(
+        BodyLimit,
+        bodies=server.bodies,
+        threads=server.services.threads,
+        request_timeout=settings.scheduler.request_timeout,
+        not_in_memory=(UPLOAD,),
+    )
     app.add_middleware(AcceptedGZip)
     app.add_middleware(Draining, requests=server.requests)
-    app.add_middleware(Access, settings=settings.access, keys=server.keys, host=settings.http.host)
-    if settings.access.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.access.cors_origins,
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["*"],
-        )
+    app.add_middleware(
+        Access,
+        settings=settings.access,
+        keys=server.keys,
+        host=settings.http.host,
+        on_job=server.state.jobs.touch,
+    )
+    app.add_middleware(Cors, origins=Origins(settings.access.cors_origins))
+    app.add_middleware(RequestLine)
     app.add_middleware(RequestId)
+    if proxies := settings.access.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app
 
 

@@ -106,8 +106,14 @@ def _files(count: int) -> str:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Ctrl-C also sets the event: the library waits for its threads, which would go on to their files' end."""
+    """Ctrl-C also sets the event: the library waits for its threads, which would go on to their files' end.
+
+    Where it is ignored, as in a script's background, it stays ignored.
+    """
     stopped = threading.Event()
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield stopped
+        return
 
     def stop(number: int, frame: FrameType | None) -> None:
         stopped.set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from functools import partial
 from importlib import import_module
-from types import ModuleType
+from typing import Any
 
 from vecmill.batches.record import Status
 from vecmill.batches.service import Batches
@@ -23,6 +23,8 @@ from vecmill.storage.sqlite_vectors import SqliteVectors
 from vecmill.storage.state_folder import StateFolder
 from vecmill.telemetry.telemetry import Telemetry
 
+LOOK_SECONDS = 1.0
+
 
 class State:
     """One server's. Belongs to the event loop's thread."""
@@ -35,6 +37,7 @@ class State:
         """None where nothing is cached."""
         self.jobs = JobQueue(settings.jobs)
         self.batches = Batches(settings.batches, settings.http.max_body_bytes, telemetry)
+        self._looking: asyncio.Task[None] | None = None
         self._watch(telemetry)
 
     def _watch(self, telemetry: Telemetry) -> None:
@@ -62,6 +65,26 @@ class State:
         self.batches.open(folder.path, folder.problem)
         await self.jobs.open(self._job_store(folder))
         self.jobs.start()
+        self._looking = asyncio.create_task(self._look_again_and_again(), name="state folder")
+
+    async def _look_again_and_again(self) -> None:
+        while self.folder is not None:
+            await asyncio.to_thread(self.folder.look)
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def problems(self) -> dict[str, str | None]:
+        """Why the jobs, the cache and the batches are not kept now, each as a sentence; None where they are."""
+        local = self._folder_problem()
+        cache = None
+        if self.cache is not None:
+            cache = "The cache's store cannot be used." if self.cache.failing else local
+        # Batches are in the folder whatever is in Redis.
+        batches = self.batches.problem or (self.folder.problem if self.folder else None)
+        return {"jobs": self.jobs.problem or local, "cache": cache, "batches": batches}
+
+    def _folder_problem(self) -> str | None:
+        """Of what is in the folder where there is no Redis."""
+        return self.folder.problem if self.folder is not None and self._settings.state.redis_url is None else None
 
     def _open_cache(self, folder: StateFolder) -> EmbeddingCache | None:
         settings, url = self._settings.cache, self._redis_url()
@@ -69,7 +92,7 @@ class State:
             return None
         store: VectorStore
         if url is not None:
-            store = _redis_module("redis_vectors").RedisVectors(url)
+            store = _of_redis("redis_vectors", "RedisVectors", url)
         else:
             store = SqliteVectors(folder.path / "cache.db", settings.cache_max_bytes)
         return EmbeddingCache(store, settings.cache_dtype)
@@ -77,7 +100,7 @@ class State:
     def _job_store(self, folder: StateFolder) -> JobStore:
         settings, url = self._settings.jobs, self._redis_url()
         if url is not None:
-            return SharedJobs(settings, _redis_module("redis_jobs").RedisJobs(url))
+            return SharedJobs(settings, _of_redis("redis_jobs", "RedisJobs", url))
         return OwnedJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
 
     def _redis_url(self) -> str | None:
@@ -86,6 +109,9 @@ class State:
 
     async def close(self) -> None:
         """Write what is left, and let another server have the folder. Nothing may compute any more."""
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
         await self.jobs.close()
         if self.cache is not None:
             await asyncio.to_thread(self.cache.close)
@@ -93,9 +119,13 @@ class State:
             self.folder.close()
 
 
-def _redis_module(name: str) -> ModuleType:
-    """A module of `storage`. Raises StartupError where the extra that it needs is not installed."""
+def _of_redis(module: str, name: str, url: str) -> Any:
+    """A store of `storage`. Raises StartupError where the extra that it needs is missing, or the address is none."""
     try:
-        return import_module(f"vecmill.storage.{name}")
+        store = getattr(import_module(f"vecmill.storage.{module}"), name)
     except ModuleNotFoundError:
         raise StartupError("REDIS_URL needs the extra `redis`: pip install 'vecmill[redis]'.") from None
+    try:
+        return store(url)
+    except (ValueError, TypeError):  # the message may repeat the address, which may have a password
+        raise StartupError("REDIS_URL has an option or a part that Redis' client does not know.") from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
@@ -15,6 +17,7 @@ from vecmill.batches.endpoint import Endpoint, Line, LineResult
 from vecmill.batches.record import BatchRecord
 from vecmill.batches.service import Batches
 from vecmill.config import BatchSettings
+from vecmill.core.types import Caller
 from vecmill.storage.state_folder import StateFolder
 from vecmill.telemetry.telemetry import Telemetry
 
@@ -41,7 +44,7 @@ class LightEndpoint:
     def texts(self, body: Mapping[str, Any]) -> int:
         return 1
 
-    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
         await asyncio.sleep(0)
         if self._allowed is not None and lines[-1].number > self._allowed:
             await self._never.wait()
@@ -106,9 +109,19 @@ async def content(batches: Batches, file_id: str | None) -> list[dict[str, Any]]
     return [orjson.loads(line) for line in raw.splitlines()]
 
 
+class DeadlyEndpoint(LightEndpoint):
+    """Some lines kill the process, by themselves or among others."""
+
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
+        results = await super().run(caller, lines)
+        if any("kill" in line.body for line in lines):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return results
+
+
 async def _run_until_killed(folder: Path, chunk_size: int) -> None:
     state = StateFolder.open(folder, shared=True)
-    batches = opened(state.path, LightEndpoint(), batch_chunk_size=chunk_size)
+    batches = opened(state.path, DeadlyEndpoint(), batch_chunk_size=chunk_size)
     sys.stdout.write("running\n")
     sys.stdout.flush()
     while not all(batch.ended for batch in await batches.all()):

@@ -67,17 +67,23 @@ def requests(count: int) -> bytes:
     return b"".join(line(str(n), input=n) if n % 5 else line(str(n), refuse=n) for n in range(1, count + 1))
 
 
-async def check(folder: Path, batch_id: str, lines: int, status: Status = Status.COMPLETED) -> None:
-    """Go on with a batch, and look at each of its lines."""
+async def check(
+    folder: Path, batch_id: str, lines: int, status: Status = Status.COMPLETED, *, may_have_killed: int = 0
+) -> None:
+    """Go on with a batch, and look at each of its lines. So many may be taken for what killed the process."""
     batches = opened(folder, LightEndpoint(), batch_chunk_size=CHUNK)
     try:
         batch = await ended(batches, batch_id)
         assert batch.status is status
         output = [entry["custom_id"] for entry in await content(batches, batch.output_file_id)]
-        errors = [entry["custom_id"] for entry in await content(batches, batch.error_file_id)]
+        failed = await content(batches, batch.error_file_id)
+        killers = [entry["custom_id"] for entry in failed if (entry["error"] or {}).get("code") == "process_died"]
+        errors = [entry["custom_id"] for entry in failed if entry["custom_id"] not in killers]
         done = batch.progress.completed + batch.progress.failed
-        assert output == [str(n) for n in range(1, done + 1) if n % 5]
-        assert errors == [str(n) for n in range(1, done + 1) if n % 5 == 0]
+        assert len(killers) <= may_have_killed
+        ran = [n for n in range(1, done + 1) if str(n) not in killers]
+        assert output == [str(n) for n in ran if n % 5]
+        assert errors == [str(n) for n in ran if n % 5 == 0]
         assert status is not Status.COMPLETED or done == lines == batch.total
         assert len(await batches.all_files()) == 3
     finally:
@@ -136,14 +142,18 @@ async def test_it_may_die_while_a_file_comes_in(tmp_path: Path, snapshots: Snaps
 
 @pytest.mark.parametrize("seed", range(3))
 async def test_it_may_be_killed_again_and_again(tmp_path: Path, seed: int) -> None:
-    """Ten times, at random moments, the processes' starts among them."""
+    """Ten times, at random moments, the processes' starts among them; more often where work is slow to begin.
+
+    What a process was alone with when it was killed is not run again; nobody can know that it was not the cause.
+    """
     chance = random.Random(seed)
     batches = opened(tmp_path, None)
     total = 4000
     batch_id = await create(batches, await upload(batches, requests(total)))
-    lost, done = [], 0
-    for _ in range(10):
-        await asyncio.to_thread(run_and_kill, tmp_path, chance.uniform(0.0, 0.1))
+    lost, done, times = [], 0, 0
+    while times < 10 or not done:
+        await asyncio.to_thread(run_and_kill, tmp_path, chance.uniform(0.0, 0.2 * (1 + times // 10)))
+        times += 1
         batch = await batches.get(batch_id)
         done = batch.progress.lines
         written = tmp_path / "batches" / batch_id / "output.jsonl"
@@ -152,7 +162,7 @@ async def test_it_may_be_killed_again_and_again(tmp_path: Path, seed: int) -> No
             lost.append(beyond.count(b"\n"))
     assert max(lost) <= CHUNK
     assert 0 < done < total
-    await asyncio.wait_for(check(tmp_path, batch_id, total), 60.0)
+    await asyncio.wait_for(check(tmp_path, batch_id, total, may_have_killed=times - 1), 60.0)
 
 
 def run_and_kill(folder: Path, after_seconds: float) -> None:

@@ -15,7 +15,7 @@ from tests.clients.expected import expected
 
 ENVIRONMENTS = Path(__file__).parent / "environments"
 INSTALLED = Path(__file__).parents[2] / ".clients"
-KEY = "secret-key"
+KEY = "a-quite-long-secret-key"
 
 OPTIONS = ("--dtype", "float32", "--device", "cpu", "--torch-compile", "false")
 

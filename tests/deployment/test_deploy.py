@@ -141,7 +141,7 @@ def test_without_vllm_and_tailscale_neither_is_needed(world: World) -> None:
 
 def test_keys_are_copied_and_never_shown(world: World, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("# of ours\nann:sesame-1\nsesame-2\n")
+    keys.write_text("# of ours\nann:open-sesame-number-1 scopes=use+admin jobs=2\nopen-sesame-number-2\n")
     keys.chmod(0o600)
     options = ("--no-vllm", "--host", "0.0.0.0", "--api-key-file", str(keys))
     done = world.deploy(*options)
@@ -154,7 +154,7 @@ def test_keys_are_copied_and_never_shown(world: World, tmp_path: Path) -> None:
     assert mode(world, "etc/vecmill/api-keys") == 0o640
     everything = done.stdout + done.stderr + "".join(world.changes())
     # Other keys alone are no reason to stop.
-    keys.write_text("sesame-3\n")
+    keys.write_text("open-sesame-number-3\n")
     done = world.deploy(*options)
     assert world.changes() == ["systemctl reload qmd-embed.service"]
     assert "sesame" not in everything + done.stdout + done.stderr

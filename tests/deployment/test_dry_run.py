@@ -64,7 +64,7 @@ def test_uninstall_restart_and_stop_can_be_tried_too(deployed: World) -> None:
 
 def test_secrets_are_not_in_it(deployed: World, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
-    keys.write_text("sesame-1\n")
+    keys.write_text("open-sesame-number-1\n")
     with (deployed.root / "etc/vecmill/embed.env").open("a") as settings:
         settings.write("HF_TOKEN=hf_tahini\nADMIN_API_KEY='tahini'\nREDIS_URL=redis://:tahini@host\n")
     told = deployed.deploy("--api-key-file", str(keys), "--dry-run").stdout

@@ -99,6 +99,7 @@ def test_an_address_that_is_not_of_this_machine(world: World) -> None:
         (b"good\nann:two words\n", "line 2: a key is printable ASCII without spaces and commas"),
         (b"a,b\n", "line 1"),
         (b"ann:\n", "line 1"),
+        (b"ann:a-short-key\n", "16 characters"),
         (b"\xff\xfe\n", "not UTF-8"),
     ],
 )

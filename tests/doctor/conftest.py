@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
+
+from vecmill.doctor import probing
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +17,9 @@ def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "no-hub"))
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+
+
+@pytest.fixture
+def recorded_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probes answer what RECORDED_PROBES holds, whatever this machine's torch can do."""
+    monkeypatch.setattr(probing, "COMMAND", (sys.executable, str(Path(__file__).with_name("recorded_probes.py"))))

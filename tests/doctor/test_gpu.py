@@ -1,8 +1,10 @@
-"""A recorded card beside this machine's torch, through a driver library that answers as the card did."""
+"""A recorded card, through a driver library that answers as the card did, beside a torch that cannot use it."""
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,14 @@ from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10, H100
 from vecmill.doctor.pci import nvidia_cards
 
+CPU_ONLY = {"version": "2.13.0+cpu", "cuda": None, "cuda_error": None}
+NO_DRIVER = {
+    "version": "2.13.0+cu130",
+    "cuda": "13.0",
+    "cuda_error": "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a "
+    "driver from http://www.nvidia.com/Download/index.aspx",
+}
+
 
 @pytest.fixture(autouse=True)
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,9 +30,16 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FAKE_NVML", raising=False)
 
 
+def built(build: Mapping[str, str | None]) -> str:
+    """RECORDED_PROBES of a torch that can use no GPU."""
+    return json.dumps({"build": {**build, "hip": None, "arch_list": [], "gpus": []}})
+
+
+@pytest.mark.usefixtures("recorded_probes")
 def test_a_gb10_beside_a_torch_without_cuda() -> None:
     """What a Spark looks like when torch was installed from the wrong place."""
-    found = checks("torch", "driver", "gpu", "clock", "allocation", "compile", FAKE_NVML=str(GB10))
+    names = ("torch", "driver", "gpu", "clock", "allocation", "compile")
+    found = checks(*names, FAKE_NVML=str(GB10), RECORDED_PROBES=built(CPU_ONLY))
     assert {name: one["status"] for name, one in found.items()} == {
         "torch": "fail",
         "driver": "ok",
@@ -38,6 +55,16 @@ def test_a_gb10_beside_a_torch_without_cuda() -> None:
     assert "5 are not available, which is normal for it" in found["gpu"]["seen"]
     assert found["gpu"]["details"]["memory_total_mb"] == "not available: this GPU does not have it"
     assert "cannot put a load on the GPU" in found["clock"]["seen"]
+
+
+@pytest.mark.usefixtures("recorded_probes")
+def test_a_gb10_beside_a_torch_that_finds_no_driver() -> None:
+    """In a container that was given NVML's library and not CUDA's."""
+    found = checks("torch", "clock", FAKE_NVML=str(GB10), RECORDED_PROBES=built(NO_DRIVER))
+    assert {name: one["status"] for name, one in found.items()} == {"torch": "fail", "clock": "warn"}
+    assert "CUDA 13.0, cannot use the GPU: Found no NVIDIA driver on your system" in found["torch"]["seen"]
+    assert "nvidia-smi" in found["torch"]["cure"]
+    assert "DEVICE=cpu" in found["torch"]["cure"]
 
 
 def test_device_cpu_is_a_choice() -> None:

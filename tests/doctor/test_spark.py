@@ -14,7 +14,6 @@ import pytest
 from tests.doctor.command_line import Check, checks
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10
-from vecmill.doctor import probing
 from vecmill.doctor.checks import clock
 from vecmill.doctor.context import reading
 
@@ -53,10 +52,9 @@ PROBES: dict[str, Any] = {
 
 
 @pytest.fixture
-def spark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def spark(tmp_path: Path, recorded_probes: None) -> Any:
     """Runs the checks on it, with some lines of the driver's and some of the probes' answers changed."""
     fake_nvml.load()
-    monkeypatch.setattr(probing, "COMMAND", (sys.executable, str(Path(__file__).with_name("recorded_probes.py"))))
 
     def run(clock_mhz: int = 2190, names: Sequence[str] = NAMES, **changes: Any) -> dict[str, Check]:
         recording = tmp_path / "recording.txt"

@@ -20,7 +20,11 @@ from tests.doctor.command_line import COMMAND, check, doctor, doctor_process
 from vecmill import __version__
 from vecmill.doctor.order import CHECKS
 
-SECRETS = {"HF_TOKEN": "hf_verysecrettoken", "API_KEY": "me:a-secret-key", "ADMIN_API_KEY": "another-secret"}
+SECRETS = {
+    "HF_TOKEN": "hf_verysecrettoken",
+    "API_KEY": "me:a-quite-secret-key",
+    "ADMIN_API_KEY": "another-quite-secret",
+}
 
 
 @pytest.fixture(scope="module")

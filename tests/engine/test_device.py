@@ -19,7 +19,7 @@ from vecmill.engine import device as device_module
 from vecmill.engine import loader
 from vecmill.engine.device import configure_device, device_memory, limit_memory
 from vecmill.engine.dtype import choose_dtype
-from vecmill.engine.loaded import Loaded
+from vecmill.engine.loaded import Loaded, Streams
 from vecmill.engine.out_of_memory import is_out_of_memory, unless_out_of_memory
 from vecmill.hardware.memory import GIGABYTE, GpuRoom
 
@@ -84,6 +84,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(device_module, "meminfo", lambda: {"MemAvailable": int(card.available)})
     monkeypatch.setattr(loader, "choose_device", lambda wanted: SECOND)
+    monkeypatch.setattr(Streams, "on", lambda device: None)
     precision, enabled = torch.get_float32_matmul_precision(), cudnn()
     yield card
     torch.set_float32_matmul_precision(precision)
@@ -216,8 +217,8 @@ def test_flash_attention_is_chosen_once_by_what_the_card_can(
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
     monkeypatch.setattr(loader, "_load_all", lambda *_: [SimpleNamespace(card=SimpleNamespace(id="one"), key="one")])
     monkeypatch.setattr(loader, "warm_up", lambda model, engine, *_: used.append(engine.use_flash_attn))
-    assert load(folder, dtype="float16").use_flash_attn is flash
-    assert not load(folder, dtype="float16", use_flash_attn=False).use_flash_attn
+    assert load(folder, dtype="float16").runs_on.use_flash_attn is flash
+    assert not load(folder, dtype="float16", use_flash_attn=False).runs_on.use_flash_attn
     assert used == [flash, False]
 
 

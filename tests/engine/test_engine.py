@@ -6,6 +6,7 @@ import asyncio
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, St
 from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.device import choose_device
-from vecmill.engine.engine import Engine
+from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, Work, may_launch
 from vecmill.engine.loaded import LoadedModel
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
@@ -264,3 +265,37 @@ print(*(tokens for tokens, _ in loaded.warmed[{KEY!r}].calibration.measured))
     measured = [int(tokens) for tokens in done.stdout.split()]
     assert 16 < measured[0] < 200_000
     assert "does not fit, trying" in done.stderr
+
+
+def test_bulk_that_was_launched_does_not_keep_interactive_work_from_the_device() -> None:
+    loop = asyncio.new_event_loop()
+    inbox = Inbox()
+    work = {name: Work(name, [], loop, loop.create_future()) for name in ("b1", "b2", "b3", "i1", "i2", "i3")}
+    for name, one in work.items():
+        inbox.put(Lane.INTERACTIVE if name[0] == "i" else Lane.BULK, one)
+
+    taken = [inbox.take() for _ in range(4)]
+    assert [(lane, one.model) for lane, one in filter(None, taken)] == [
+        (Lane.INTERACTIVE, "i1"),
+        (Lane.INTERACTIVE, "i2"),
+        (Lane.BULK, "b1"),
+        (Lane.BULK, "b2"),
+    ]
+    inbox.ended(Lane.BULK)
+    assert inbox.take() == (Lane.BULK, work["b3"]), "the interactive lane is full by itself"
+    inbox.ended(Lane.INTERACTIVE)
+    inbox.probe()
+    assert inbox.take() is None, "a probe goes first"
+    inbox.close()
+    assert inbox.take() == (Lane.INTERACTIVE, work["i3"]), "what was queued before the end is still done"
+    with pytest.raises(Closed):
+        inbox.take()
+    loop.close()
+
+
+@pytest.mark.parametrize("lane", list(Lane))
+def test_a_lane_only_waits_for_itself(lane: Lane) -> None:
+    others = Counter({each: 5 for each in Lane if each != lane})
+
+    assert may_launch(lane, others + Counter({lane: LAUNCHED_AT_A_TIME - 1}))
+    assert not may_launch(lane, Counter({lane: LAUNCHED_AT_A_TIME}))

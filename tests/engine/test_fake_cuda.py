@@ -23,6 +23,7 @@ from tests.checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xl
 from tests.models.loaded import GOLDEN, load_model
 from vecmill.core.types import Prefix, Row, Task
 from vecmill.models.packing import pack
+from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import FAMILIES
 
 Family = tuple[Task, str]
@@ -31,7 +32,7 @@ EVERY_FAMILY: list[Any] = [
     pytest.param((task, model_type), id=f"{task}-{model_type}") for task in Task for model_type in FAMILIES[task]
 ]
 # Copies from the host inside a forward pass; from pageable memory they wait for all that was launched before.
-COPIES = {"aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy"}
+COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy"}
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,40 @@ def test_a_forward_pass_on_cuda_never_waits(
     assert log.from_host == []
     attention = sum(name == "torch_attn::_varlen_attn" for name in log.operations)
     assert attention == (len(model.layers) if flash and dtype is torch.bfloat16 else 0)
+
+
+@pytest.mark.parametrize("recalled", [False, True], ids=["new", "recalled"])
+@pytest.mark.parametrize("flash", [True, False], ids=["flash", "sdpa"])
+@pytest.mark.parametrize("task", list(Task))
+def test_a_pass_with_prefixes_never_waits(
+    folder_of: Callable[[Family], Path], task: Task, flash: bool, recalled: bool
+) -> None:
+    _, model = load_model(folder_of((task, "qwen3")), task, torch.bfloat16)
+    rows = rows_of((task, "qwen3"), model.vocab_size)
+    memory = PrefixMemory()
+    with fake_cuda(model):
+        for number in range(2 if recalled else 1):
+            packed = pack(rows, CUDA, memory)
+            assert bool(packed.recalled) is (number == 1)
+            with Log() as log:
+                answers = model.forward(packed, use_flash_attn=flash)
+            for new in packed.new_prefixes:
+                memory.keep(new.prefix, new.layers)
+            assert answers.device == CUDA
+            assert log.from_host == []
+
+
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_one_copy_brings_a_batch_to_the_device(folder_of: Callable[[Family], Path], family: Family) -> None:
+    _, model = load_model(folder_of(family), family[0], torch.bfloat16)
+    with fake_cuda(model):
+        with Log() as log:
+            packed = pack(rows_of(family, model.vocab_size), CUDA)
+        assert all(
+            each.device == CUDA
+            for each in (packed.input_ids, packed.position_ids, packed.token_type_ids, packed.cu_seqlens, packed.last)
+        )
+    assert len(log.from_host) == 1
 
 
 def test_the_answers_are_waited_for_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,19 +60,25 @@ def done(batch: dict[str, Any]) -> int:
     return int(counts["completed"] + counts["failed"])
 
 
-def assert_whole(service: Service, batch: dict[str, Any], lines: int) -> np.ndarray:
-    """Every line is in one of the files, once, in order. The vectors, one for each line that was not refused."""
+def assert_whole(service: Service, batch: dict[str, Any], lines: int, kills: int = 0) -> dict[int, np.ndarray]:
+    """Every line is in one of the files, once, in order. The vectors by line, of each that was not refused.
+
+    At each of the `kills` the process may have been alone with one line, which is not run again then.
+    """
     assert batch["status"] == "completed", batch
-    refused = [str(number) for number in range(lines) if is_refused(number)]
-    taken = [str(number) for number in range(lines) if not is_refused(number)]
-    assert batch["request_counts"] == {"total": lines, "completed": len(taken), "failed": len(refused)}
-    output, errors = (_content(service, batch[f"{kind}_file_id"]) for kind in ("output", "error"))
-    assert [line["custom_id"] for line in output] == taken
-    assert [line["custom_id"] for line in errors] == refused
+    output, failed = (_content(service, batch[f"{kind}_file_id"]) for kind in ("output", "error"))
+    killers = [line["custom_id"] for line in failed if line["error"]]
+    errors = [line for line in failed if not line["error"]]
+    assert {line["error"]["code"] for line in failed if line["error"]} <= {"process_died"}
+    assert len(killers) <= kills
+    ran = [number for number in range(lines) if str(number) not in killers]
+    assert [line["custom_id"] for line in output] == [str(number) for number in ran if not is_refused(number)]
+    assert [line["custom_id"] for line in errors] == [str(number) for number in ran if is_refused(number)]
+    assert batch["request_counts"] == {"total": lines, "completed": len(output), "failed": len(failed)}
     assert {line["response"]["status_code"] for line in output} == {200}
     assert {line["response"]["status_code"] for line in errors} == {400}
-    assert len({line["id"] for line in (*output, *errors)}) == lines
-    return np.array([line["response"]["body"]["data"][0]["embedding"] for line in output], dtype=np.float32)
+    assert len({line["id"] for line in (*output, *failed)}) == lines
+    return {int(line["custom_id"]): np.array(line["response"]["body"]["data"][0]["embedding"]) for line in output}
 
 
 def _content(service: Service, file_id: str) -> Sequence[dict[str, Any]]:

@@ -63,6 +63,9 @@ def test_a_full_disk_stops_what_needs_it_and_nothing_else(new_service: NewServic
     waiting = service.get(f"/v1/batches/{batch_id}")
     assert waiting["status"] == "in_progress"
     assert service.get("/health")["status"] == "ok"
+    told = until(lambda: (health := service.get("/health")) and not health["state"]["ok"] and health)
+    assert (told["jobs"]["ok"], told["cache"]["ok"], told["batches"]["ok"]) == (False, False, False)
+    assert "full" in told["state"]["message"]
 
     assert service.http.delete(f"/v1/files/{ballast_id}").is_success  # there is room, and it is used at once
     assert_whole(service, ended(service, batch_id), LINES)
@@ -84,7 +87,7 @@ def test_a_disk_that_cannot_be_written_keeps_nothing_from_being_served(new_servi
     assert embed(service, "a")
     job_that_ends(service)
     health = service.get("/health")
-    assert (health["status"], health["state"]["ok"]) == ("ok", False)
+    assert (health["status"], health["state"]["ok"], health["jobs"]["ok"]) == ("ok", False, False)
     assert "cannot be written" in health["state"]["message"]
     for answer in (send(service, b"{}"), service.http.get("/v1/files"), service.http.get("/v1/batches")):
         assert answer.status_code == 503

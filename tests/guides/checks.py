@@ -41,7 +41,6 @@ VARIABLES = {
     "TRITON_PTXAS_PATH": "triton before 3.6; named to say that it is not needed",
     "OLLAMA_KEEP_ALIVE": "Ollama",
     "OLLAMA_MAX_LOADED_MODELS": "Ollama",
-    "FORWARDED_ALLOW_IPS": "uvicorn",
 }
 # Made by whoever follows the guides.
 MADE = {"docker/.env"}

@@ -182,17 +182,22 @@ def test_the_kernels_files(tmp_path: Path) -> None:
     assert memory_pressure(tmp_path) == 1.25
 
 
+def monitors() -> list[threading.Thread]:
+    """Their threads, those of an application that other tests share among them."""
+    return [thread for thread in threading.enumerate() if thread.name == "gpu-monitor"]
+
+
 @pytest.fixture
 def verdicts(recording: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Monitor, Queue[ClockVerdict]]]:
     """A monitor of a GB10 that looks almost without pause, and what it reports."""
     monkeypatch.setattr(monitor_module, "PERIOD", 0.001)
     record(recording, GB10)
-    reported = Queue[ClockVerdict]()
+    reported, before = Queue[ClockVerdict](), len(monitors())
     monitor = Monitor(reported.put)
     monitor.start()
     yield monitor, reported
     monitor.close()
-    assert "gpu-monitor" not in {thread.name for thread in threading.enumerate()}
+    assert len(monitors()) == before
 
 
 def test_a_slow_clock_is_reported_once_and_its_end_too(
@@ -259,7 +264,7 @@ def test_torch_has_a_gpu_that_nvml_does_not_know(monkeypatch: pytest.MonkeyPatch
     held.clear()
     while (look := monitor.latest()).memory is not None:
         pass
-    assert (look.reason, look.stale) == ("torch says IndexError", False)
+    assert (look.reason, look.stale) == ("the GPU cannot be looked at (IndexError)", False)
     held.append(memory)
     while monitor.latest().memory is None:
         pass
@@ -270,6 +275,7 @@ def test_a_machine_without_a_gpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
     fake_nvml.load()
     monkeypatch.delenv("FAKE_NVML", raising=False)
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.001)
+    before = len(monitors())
     monitor = Monitor()
     monitor.start()
     while (look := monitor.latest()).reason != "the NVIDIA driver is not loaded":
@@ -279,4 +285,4 @@ def test_a_machine_without_a_gpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
         pass
     assert not monitor.latest().stale  # there is nothing to look at, and so nothing that is old
     monitor.close()
-    assert "gpu-monitor" not in {thread.name for thread in threading.enumerate()}
+    assert len(monitors()) == before

@@ -12,7 +12,7 @@ from tests.conftest import serving
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 
-KEYS = "editor:first-secret, ci:second-secret"
+KEYS = "editor:the-first-secret, ci:the-second-secret"
 
 # A call of each dialect, and where its client finds the text of an error.
 CALLS = [
@@ -64,19 +64,21 @@ async def test_without_a_key_nothing_is_done(
 @pytest.mark.parametrize(
     "given",
     [
-        {"authorization": "Bearer first-secret"},
-        {"authorization": "bearer  second-secret"},
-        {"authorization": "first-secret"},  # LlamaIndex's client of TEI
-        {"api-key": "first-secret"},
-        {"x-api-key": "second-secret"},
-        {"authorization": "Basic dXNlcjpwYXNz", "x-api-key": "second-secret"},  # a proxy's own
+        {"authorization": "Bearer the-first-secret"},
+        {"authorization": "bearer  the-second-secret"},
+        {"authorization": "the-first-secret"},  # LlamaIndex's client of TEI
+        {"api-key": "the-first-secret"},
+        {"x-api-key": "the-second-secret"},
+        {"authorization": "Basic dXNlcjpwYXNz", "x-api-key": "the-second-secret"},  # a proxy's own
     ],
 )
 async def test_any_key_in_any_of_three_headers(locked: httpx.AsyncClient, given: dict[str, str]) -> None:
     assert (await locked.post("/v1/embeddings", json={"input": "x"}, headers=given)).status_code == 200
 
 
-@pytest.mark.parametrize("key", ["first-secre", "first-secrets", "FIRST-SECRET", "editor:first-secret", "editor", "é"])
+@pytest.mark.parametrize(
+    "key", ["the-first-secre", "the-first-secrets", "THE-FIRST-SECRET", "editor:the-first-secret", "editor", "é"]
+)
 async def test_nearly_right_is_wrong(locked: httpx.AsyncClient, key: str) -> None:
     headers = [(b"authorization", f"Bearer {key}".encode())]
     assert (await locked.post("/embed", json={"inputs": "x"}, headers=headers)).status_code == 401
@@ -103,7 +105,7 @@ async def test_health_checks_and_pages_stay_open(locked: httpx.AsyncClient, path
 
 async def test_no_key_is_in_the_log(locked: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
-        await locked.post("/embed", json={"inputs": "x"}, headers={"api-key": "first-secret"})
+        await locked.post("/embed", json={"inputs": "x"}, headers={"api-key": "the-first-secret"})
         await locked.post("/embed", json={"inputs": "x"}, headers={"api-key": "wrong-secret"})
     shown = [vars(record) for record in caplog.records if record.name.startswith("vecmill")]
     assert [one["key"] for one in shown if one["msg"] == "request"] == ["editor", None]
@@ -118,9 +120,9 @@ def test_unusable_keys_stop_the_start_without_being_shown(value: str) -> None:
 
 
 def test_keys_are_not_in_the_settings_text() -> None:
-    settings = load_settings({"api_key": "only-secret,ci:other-secret"})
+    settings = load_settings({"api_key": "the-only-secret-key,ci:the-other-secret-key"})
     assert "secret" not in repr(settings)
-    assert [name for name, _ in settings.access.api_key] == ["key 1", "ci"]
+    assert [entry.name for entry in settings.access.api_key] == ["key 1", "ci"]
 
 
 EVIL = {"origin": "https://evil.example"}
@@ -141,12 +143,12 @@ async def test_its_own_page_is_not(client: httpx.AsyncClient) -> None:
 
 
 async def test_with_a_key_the_origin_does_not_matter(locked: httpx.AsyncClient) -> None:
-    headers = {**EVIL, "api-key": "first-secret"}
+    headers = {**EVIL, "api-key": "the-first-secret"}
     assert (await locked.post("/embed", json={"inputs": "x"}, headers=headers)).status_code == 200
 
 
 async def test_allowed_origins_get_their_answers() -> None:
-    async with serving(cors_origins="https://app.example, app://obsidian.md", api_key="secret") as client:
+    async with serving(cors_origins="https://app.example, app://obsidian.md", api_key="a-quite-long-secret") as client:
         origin = {"origin": "https://app.example"}
         asked = {
             **origin,
@@ -157,7 +159,7 @@ async def test_allowed_origins_get_their_answers() -> None:
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == "https://app.example"
         assert "authorization" in preflight.headers["access-control-allow-headers"]
-        for headers, status in ((origin, 401), ({**origin, "authorization": "Bearer secret"}, 200)):
+        for headers, status in ((origin, 401), ({**origin, "authorization": "Bearer a-quite-long-secret"}, 200)):
             answer = await client.post("/v1/embeddings", json={"input": "x"}, headers=headers)
             assert answer.status_code == status
             assert answer.headers["access-control-allow-origin"] == "https://app.example"
@@ -188,6 +190,20 @@ async def test_names_that_are_set_are_the_only_ones() -> None:
             assert (await client.get(probe, headers={"host": "10.1.2.3:8080"})).status_code == 200
 
 
-async def test_every_name_is_answered_once_the_server_is_opened() -> None:
+async def test_every_name_is_answered_once_there_are_keys() -> None:
+    async with serving(host="0.0.0.0", api_key="a-long-secret-key") as client:
+        assert (await client.get("/health", headers={"host": "spark.example"})).status_code == 200
+
+
+async def test_an_address_of_the_network_makes_no_name_known() -> None:
     async with serving(host="0.0.0.0") as client:
+        for host in ("spark.example", "evil.example:8080", "10.1.2.3.evil.example", "localhost.evil.example"):
+            answer = await client.post("/embed", json={"inputs": "x"}, headers={"host": host})
+            assert answer.status_code == 403
+            assert "ALLOWED_HOSTS" in answer.json()["error"]
+            assert "API_KEY" in answer.json()["error"]
+        for host in ("10.1.2.3:8080", "[fd00::1]:8080", "vecmill:8080", "spark", "spark.local", "vecmill.default.svc"):
+            assert (await client.post("/embed", json={"inputs": "x"}, headers={"host": host})).status_code == 200
+        assert (await client.post("/embed", json={"inputs": "x"}, headers=EVIL)).status_code == 403
+    async with serving(host="0.0.0.0", allowed_hosts="*") as client:
         assert (await client.get("/health", headers={"host": "spark.example"})).status_code == 200

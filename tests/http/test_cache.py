@@ -213,17 +213,17 @@ async def wait_until_written(client: httpx.AsyncClient, entries: int) -> None:
 
 
 async def test_only_the_admin_empties_it_where_there_are_keys() -> None:
-    keys = {"api_key": "person:one-key", "cache_max_bytes": 1_000_000}
-    async with serving(**keys, admin_api_key="the-admin-key") as client:
+    keys = {"api_key": "person:the-key-of-a-person", "cache_max_bytes": 1_000_000}
+    async with serving(**keys, admin_api_key="the-key-of-the-admin") as client:
         assert (await client.delete("/cache")).status_code == 401
-        refused = await client.delete("/cache", headers={"Authorization": "Bearer one-key"})
+        refused = await client.delete("/cache", headers={"Authorization": "Bearer the-key-of-a-person"})
         assert refused.status_code == 403
         assert "ADMIN_API_KEY" in refused.text
-        admin = {"Authorization": "Bearer the-admin-key"}
+        admin = {"Authorization": "Bearer the-key-of-the-admin"}
         assert (await client.delete("/cache", headers=admin)).json() == {"deleted": 0}
         await embed(client, TEXTS, admin)
     async with serving(**keys) as client:
-        refused = await client.delete("/cache", headers={"Authorization": "Bearer one-key"})
+        refused = await client.delete("/cache", headers={"Authorization": "Bearer the-key-of-a-person"})
         assert refused.status_code == 403
 
 

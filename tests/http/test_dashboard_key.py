@@ -11,7 +11,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.http.test_dashboard import field, jobs_in, register
 
-KEY = "a-long-secret"
+KEY = "a-long-enough-secret"
 UNKNOWN = "\N{EN DASH}"
 
 

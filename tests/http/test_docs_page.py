@@ -49,7 +49,7 @@ ANSWERED = {
 @pytest.fixture(scope="module")
 def locked() -> Iterator[RunningServer]:
     port = free_port()
-    with running(vecmill_command(port), port, "/ready", {"API_KEY": "a-long-secret"}) as server:
+    with running(vecmill_command(port), port, "/ready", {"API_KEY": "a-long-enough-secret"}) as server:
         yield server
 
 
@@ -96,7 +96,7 @@ def test_the_key_is_sent_once_it_is_given(browser: Browser, locked: RunningServe
         expect_status(call, "401")
         page.locator(".auth-wrapper .authorize").click()
         dialog = page.locator(".dialog-ux")
-        dialog.get_by_role("textbox").fill("a-long-secret")
+        dialog.get_by_role("textbox").fill("a-long-enough-secret")
         dialog.get_by_role("button", name="Apply credentials").click()
         dialog.get_by_role("button", name="Close").click()
         expect_status(call, "200")

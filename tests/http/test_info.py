@@ -36,6 +36,7 @@ async def test_capabilities(client: httpx.AsyncClient) -> None:
     assert 0 < costs["free_tokens"] <= costs["max_batch_tokens"] <= measured[0]
     assert found["max_batch_tokens"] == costs["max_batch_tokens"]
     assert (costs["compiled"], costs["compile_reason"]) == (False, "eager: TORCH_COMPILE=false")
+    assert costs["cuda_graphs"] == {"count": 0, "max_tokens": 0, "memory_mb": 0}
 
 
 async def test_health_has_the_fields_of_the_servers_before(client: httpx.AsyncClient) -> None:

@@ -119,11 +119,11 @@ async def test_a_slow_reader_gets_the_newest_state(http: httpx.AsyncClient) -> N
 
 async def test_it_needs_a_key_and_ends_with_the_server() -> None:
     port = free_port()
-    command = vecmill_command(port, "--torch-compile", "false", "--api-key", "secret")
+    command = vecmill_command(port, "--torch-compile", "false", "--api-key", "a-quite-long-secret")
     with running(command, port, "/ready") as server:
         async with asyncio.timeout(PROMPT_SECONDS), httpx.AsyncClient(base_url=server.url, timeout=30) as client:
             assert (await client.get("/jobs/events")).status_code == 401
-            async with following(client, Authorization="Bearer secret") as events:
+            async with following(client, Authorization="Bearer a-quite-long-secret") as events:
                 os.kill(server.pid, signal.SIGTERM)
                 with pytest.raises(EOFError):
                     await events.block()

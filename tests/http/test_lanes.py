@@ -3,76 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
 from tests.checkpoints import tiny_bert
-from tests.in_process import InProcess
-from vecmill.app import create_app
-from vecmill.config import load_settings
+from tests.gated import Gate, gated, small_server, until_waiting, words
 from vecmill.core.types import Lane
-from vecmill.engine import engine as engine_module
-from vecmill.engine import forward
-from vecmill.http.services import Services
-
-
-class Gate:
-    """Holds every forward pass until the test opens it, and notes the lengths of the rows that each has."""
-
-    def __init__(self) -> None:
-        self._open = threading.Event()
-        self._launch = forward.launch
-        self.batches: list[list[int]] = []
-
-    def __call__(self, model: Any, rows: Any, *args: Any, **flags: Any) -> Any:
-        assert self._open.wait(30)
-        self.batches.append([len(row) for row in rows])
-        return self._launch(model, rows, *args, **flags)
-
-    def open(self) -> None:
-        self._open.set()
+from vecmill.http.dialects.openai import EmbeddingsBody
+from vecmill.inference.prompts import asks_for_query
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate()
-    monkeypatch.setattr(engine_module, "launch", gate)
-    yield gate
-    gate.open()
+    yield from gated(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Path:
     return tiny_bert(tmp_path_factory.mktemp("lanes") / "tiny", minilm_folder)
-
-
-@asynccontextmanager
-async def small_server(folder: Path, **flags: object) -> AsyncIterator[tuple[httpx.AsyncClient, Services]]:
-    """One text a forward pass, so that the order of the passes is the order of the texts."""
-    quick = {"dtype": "float32", "device": "cpu", "max_batch_size": 1}
-    app: FastAPI = create_app(load_settings({"embed_model": str(folder), **quick, **flags}))
-    async with app.router.lifespan_context(app):
-        await app.state.loading
-        transport = InProcess(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
-            yield client, app.state.services
-
-
-async def until_waiting(services: Services, lane: Lane, count: int) -> None:
-    async with asyncio.timeout(20):
-        while services.inference.waiting[lane] < count:
-            await asyncio.sleep(0)
-
-
-def words(count: int) -> str:
-    return " ".join(["word"] * (count - 2))
 
 
 BULK = [words(20 + number) for number in range(10)]
@@ -84,6 +36,7 @@ LARGE_SEARCH = [words(5), *(words(31 + number) for number in range(9))]  # too l
     [
         ({"input": [words(5), words(6)]}, {}),
         ({"input": LARGE_SEARCH, "input_type": "query"}, {}),
+        ({"input": LARGE_SEARCH, "prompt_name": "query"}, {}),
         ({"input": LARGE_SEARCH, "priority": "interactive"}, {}),
         ({"input": LARGE_SEARCH, "priority": -1}, {}),
         ({"input": LARGE_SEARCH}, {"X-Priority": "interactive"}),
@@ -102,6 +55,13 @@ async def test_a_search_overtakes_an_index(
         assert (await index).status_code == 200
     order = [length for batch in gate.batches for length in batch]
     assert order.index(5) < order.index(23)
+
+
+@pytest.mark.parametrize("said", [{"is_query": True}, {"input_type": "query"}, {"prompt_name": "query"}])
+def test_a_query_with_an_instruction_of_its_own_is_still_one(said: dict[str, Any]) -> None:
+    choice = EmbeddingsBody.model_validate({"input": "x", "instruction": "find", **said}).prompt_choice()
+    assert choice.instruction == "find"
+    assert asks_for_query(choice)
 
 
 @pytest.mark.parametrize("marked", [{"priority": "bulk"}, {"priority": 5}, {"priority": "BULK"}])
@@ -151,7 +111,7 @@ async def test_a_priority_that_is_none_is_refused(client: httpx.AsyncClient, fie
     assert "interactive, bulk" in refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf"])
+@pytest.mark.parametrize("value", ["0", "-1", "soon", "nan", "inf", "5e-324", "0.0009"])
 async def test_a_timeout_that_is_none_is_refused(client: httpx.AsyncClient, value: str) -> None:
     refused = await client.post("/v1/embeddings", json={"input": "x"}, headers={"X-Request-Timeout": value})
     assert refused.status_code == 400

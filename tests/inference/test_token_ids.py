@@ -18,7 +18,7 @@ from tests.checkpoints import plain_tokenizer
 from tests.conftest import serving
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import TokenVocabulary
+from vecmill.core.types import TokenVocabulary, Truncation
 from vecmill.inference import token_ids
 from vecmill.inference.token_ids import CUT_FROM_TOKENS, texts_of_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
@@ -71,6 +71,13 @@ async def embed(client: httpx.AsyncClient, inputs: object, path: str = "/v1/embe
     return np.array([entry["embedding"] for entry in found["data"]] if isinstance(found, dict) else found)
 
 
+def texts_of(inputs: Sequence[Sequence[int]], pool: TokenizerPool) -> list[str] | None:
+    """What is read of cl100k's ids, whole; None where they are the model's own."""
+    found = texts_of_ids(TokenVocabulary.CL100K, inputs, pool, "input", Truncation(False))
+    assert found is None or not found.cut
+    return found.texts if found else None
+
+
 async def test_vectors_of_cl100ks_ids_are_those_of_the_texts(
     client: httpx.AsyncClient, cl100k: tiktoken.Encoding
 ) -> None:
@@ -92,7 +99,7 @@ async def test_prompts_go_before_the_text_of_ids(client: httpx.AsyncClient, cl10
 @settings(deadline=None)
 @given(text=st.text(min_size=1, max_size=200))
 def test_any_text_comes_back_from_cl100k(pool: TokenizerPool, cl100k: tiktoken.Encoding, text: str) -> None:
-    assert texts_of_ids(TokenVocabulary.CL100K, [cl100k.encode_ordinary(text)], pool, "input") == [text]
+    assert texts_of([cl100k.encode_ordinary(text)], pool) == [text]
 
 
 @pytest.mark.parametrize("start", range(0, 40, 3))
@@ -101,16 +108,16 @@ def test_a_text_that_was_cut_anywhere_comes_back(pool: TokenizerPool, cl100k: ti
     ids = cl100k.encode_ordinary(LONG)[start:]
     chunks = [ids[index : index + CHUNK] for index in range(0, len(ids), CHUNK)]
     assert len(chunks) > 2
-    found = texts_of_ids(TokenVocabulary.CL100K, chunks, pool, "input")
+    found = texts_of(chunks, pool)
     assert found == [cl100k.decode(chunk) for chunk in chunks]
-    assert texts_of_ids(TokenVocabulary.CL100K, [chunks[0]], pool, "input") == found[:1]
+    assert texts_of([chunks[0]], pool) == found[:1]
 
 
 @pytest.mark.parametrize("length", range(1, 20))
 def test_a_cut_texts_rest_may_be_short(pool: TokenizerPool, cl100k: tiktoken.Encoding, length: int) -> None:
     ids = cl100k.encode_ordinary("word " * 300 + "你好😀antidisestablishmentarianism😀")
     chunks = [ids[:-length], ids[-length:]]
-    assert texts_of_ids(TokenVocabulary.CL100K, chunks, pool, "input") == [cl100k.decode(chunk) for chunk in chunks]
+    assert texts_of(chunks, pool) == [cl100k.decode(chunk) for chunk in chunks]
 
 
 async def test_a_character_that_was_cut_does_not_fail_over_http(
@@ -159,7 +166,7 @@ def test_ids_of_another_vocabulary_are_refused_however_long(pool: TokenizerPool,
     other = [(7 * index * index + 11) % 50_000 for index in range(20 * CUT_FROM_TOKENS)]
     for inputs in ([other], [cl100k.encode_ordinary(LONG), other]):
         with pytest.raises(InvalidInput, match=rf"input\[{len(inputs) - 1}\].*neither"):
-            texts_of_ids(TokenVocabulary.CL100K, inputs, pool, "input")
+            texts_of(inputs, pool)
 
 
 async def test_both_vocabularies_in_one_request_are_refused(

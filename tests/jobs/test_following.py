@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
+import orjson
 import pytest
 
 from tests.jobs.queues import Hand, in_memory, on_redis, opened
@@ -14,9 +15,9 @@ from vecmill.jobs.queue import JobQueue
 LONG = 60.0  # seconds; no test waits for it
 
 
-async def news(changes: AsyncGenerator[list[View], None]) -> list[tuple[str, str, int]]:
+async def news(changes: AsyncGenerator[list[bytes], None]) -> list[tuple[str, str, int]]:
     """Project, state and position of the next ones."""
-    return [(job["project"], job["status"], job["position"]) for job in await anext(changes)]
+    return [(job["project"], job["status"], job["position"]) for job in map(orjson.loads, await anext(changes))]
 
 
 async def test_each_change_comes_once_and_a_lease_is_none(jobs: JobQueue, hand: Hand) -> None:
@@ -45,7 +46,7 @@ async def test_a_slow_reader_gets_the_present_and_not_what_it_missed(hand: Hand)
         for current in range(1, 501):
             await jobs.progress(job["id"], current)
         [seen] = await anext(changes)
-        assert seen["current"] == 500
+        assert orjson.loads(seen)["current"] == 500
 
 
 async def test_many_jobs_come_in_pieces_and_of_the_ended_only_the_last(hand: Hand) -> None:
@@ -56,7 +57,7 @@ async def test_many_jobs_come_in_pieces_and_of_the_ended_only_the_last(hand: Han
     seen: list[View] = []
     async with aclosing(jobs.follow(LONG)) as changes:
         while len(seen) < 210:
-            seen += await anext(changes)
+            seen += map(orjson.loads, await anext(changes))
     assert [job["project"] for job in seen[:10]] == [f"ended {index}" for index in range(20, 30)]
     assert [job["id"] for job in seen[10:]] == open_jobs
 

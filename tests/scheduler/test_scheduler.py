@@ -10,7 +10,7 @@ import pytest
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, NonFiniteEmbedding, ShuttingDown
 from vecmill.core.protocols import BatchResult, Runner
-from vecmill.core.types import Lane, Row
+from vecmill.core.types import Lane, Prefix, Row
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.scheduler.sequence import SequenceResult
@@ -344,4 +344,146 @@ async def test_clients_come_and_go_by_the_thousand() -> None:
     for client in range(3000):
         await sums(scheduler.submit("m", [ids(client)], client=str(client)))
     assert scheduler.stats.sequences == 3000
+    await scheduler.close()
+
+
+async def order_of(runner: GatedRunner, *futures: asyncio.Future[SequenceResult]) -> list[float]:
+    """Let everything run, one text a batch; the texts in the order in which they ran."""
+    for _ in range(1000):
+        runner.permits.release()
+    await sums(futures)
+    return [value for _, batch in runner.batches for value in batch]
+
+
+async def test_jobs_divide_what_their_client_gets_and_nobody_elses() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    greedy = [
+        future
+        for number in range(200)
+        for future in scheduler.submit("m", [ids(number)], client="greedy", job=f"job {number}")
+    ]
+    await runner.wait_until_begun(2)
+    neighbour = scheduler.submit("m", [ids(1000 + value) for value in range(5)], client="neighbour")
+    order = await order_of(runner, *greedy, *neighbour)
+    assert order.index(1004) <= 12
+    await scheduler.close()
+
+
+async def test_the_jobs_of_one_client_take_turns() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    first = scheduler.submit("m", [ids(value) for value in range(10)], client="one", job="first")
+    await runner.wait_until_begun(2)
+    second = scheduler.submit("m", [ids(100 + value) for value in range(3)], client="one", job="second")
+    order = await order_of(runner, *first, *second)
+    assert order.index(102) < order.index(6)
+    await scheduler.close()
+
+
+async def test_jobs_that_stand_still_give_their_client_no_precedence() -> None:
+    """With many jobs one of them is always the longest waiting; only a client that gets nothing has aged."""
+    now = 0.0
+    runner = GatedRunner()
+    scheduler = Scheduler(runner, dict.fromkeys(MODELS, ONE_BY_ONE), clock=lambda: now)
+    greedy = [
+        future
+        for number in range(60)
+        for future in scheduler.submit("m", [ids(number)], client="greedy", job=f"job {number}")
+    ]
+    neighbour = scheduler.submit("m", [ids(1000 + value) for value in range(30)], client="neighbour")
+    await runner.wait_until_begun(2)
+    begun = 2
+    while begun < 40:
+        now += 1.0
+        runner.permits.release()
+        begun += 1
+        await runner.wait_until_begun(begun)
+    order = await order_of(runner, *greedy, *neighbour)
+    assert sum(value >= 1000 for value in order[:40]) >= 15
+    await scheduler.close()
+
+
+async def test_two_models_of_one_client_keep_one_share_however_many_clients_there_were() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    for _ in range(5000):
+        runner.permits.release()
+    for number in range(1100):
+        await sums(scheduler.submit("m", [ids(7)], client=f"client {number}"))
+    runner.permits = asyncio.Semaphore(0)
+    begun = runner.begun
+    held = scheduler.submit("m", [ids(1), ids(2)], client="someone")
+    await runner.wait_until_begun(begun + 2)
+    ours = [
+        future
+        for value in range(20)
+        for model in ("a", "b")
+        for future in scheduler.submit(model, [ids(value)], client="two models")
+    ]
+    theirs = scheduler.submit("m", [ids(100 + value) for value in range(20)], client="one model")
+    runner.batches.clear()
+    order = await order_of(runner, *held, *ours, *theirs)
+    assert 18 <= sum(value >= 100 for value in order[2:42]) <= 20
+    await scheduler.close()
+
+
+async def test_an_equal_text_waits_for_nobody_elses_turn() -> None:
+    runner = GatedRunner()
+    scheduler = scheduler_of(runner, ONE_BY_ONE)
+    greedy = scheduler.submit("m", [ids(value) for value in range(100)], client="greedy")
+    await runner.wait_until_begun(2)
+    [same] = scheduler.submit("m", [ids(99)], client="neighbour")
+    order = await order_of(runner, *greedy, same)
+    assert order.index(99) < 5
+    assert len(order) == 100
+    assert scheduler.stats.joined == 1
+    await scheduler.close()
+
+
+async def test_texts_apart_are_not_taken_for_equal() -> None:
+    scheduler = scheduler_of(SumRunner())
+    await sums([*scheduler.submit("m", [ids(1)], apart="one"), *scheduler.submit("m", [ids(1)], apart="other")])
+    assert scheduler.stats.joined == 0
+    await scheduler.close()
+
+
+async def test_one_models_texts_do_not_fill_the_batch_of_another() -> None:
+    """A batch goes behind a busy device when it is full: that of its own model, by that model's budget."""
+    runner = GatedRunner()
+    budgets = {
+        "a": Budget(max_batch_tokens=100, max_batch_size=64),
+        "b": Budget(max_batch_tokens=100, max_batch_size=64),
+    }
+    scheduler = Scheduler(runner, budgets)
+    futures = scheduler.submit("a", [ids(1)])
+    await runner.wait_until_begun(1)
+    futures += scheduler.submit("a", [ids(*[1] * 60)])
+    futures += scheduler.submit("b", [ids(*[1] * 61)])
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert runner.begun == 1
+    futures += scheduler.submit("a", [ids(*[1] * 40)])
+    await runner.wait_until_begun(2)
+    for _ in range(9):
+        runner.permits.release()
+    await sums(futures)
+    await scheduler.close()
+
+
+async def test_a_shared_prefix_fills_a_batch_once() -> None:
+    runner = GatedRunner()
+    scheduler = Scheduler(runner, {"m": Budget(max_batch_tokens=100, max_batch_size=64)})
+    prefix = Prefix(np.ones(40, dtype=np.int32))
+    futures = scheduler.submit("m", [ids(1)])
+    await runner.wait_until_begun(1)
+    futures += scheduler.submit("m", [Row(np.full(10, value, dtype=np.int32), prefix) for value in range(5)])
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert runner.begun == 1  # 90 tokens, not 250
+    futures += scheduler.submit("m", [Row(np.full(10, 9, dtype=np.int32), prefix)])
+    await runner.wait_until_begun(2)
+    for _ in range(9):
+        runner.permits.release()
+    await sums(futures)
     await scheduler.close()

@@ -42,3 +42,22 @@ def test_where_nothing_can_be_written_it_says_so_and_serves(tmp_path: Path) -> N
     assert folder.problem is not None
     assert "cannot be written" in folder.problem
     folder.close()
+
+
+def test_what_becomes_of_the_folder_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    folder = StateFolder.open(path)
+    folder.look()
+    assert folder.problem is None
+    path.rename(tmp_path / "elsewhere")
+    folder.look()
+    assert folder.problem is not None
+    assert "was removed" in folder.problem
+    path.mkdir()
+    folder.look()
+    assert "replaced by another folder" in folder.problem
+    path.rmdir()
+    (tmp_path / "elsewhere").rename(path)
+    folder.look()
+    assert folder.problem is None
+    folder.close()

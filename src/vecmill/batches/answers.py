@@ -54,10 +54,27 @@ def written(batch_id: str, lines: Sequence[Line], results: Sequence[LineResult])
 
 def expired(batch_id: str, lines: Iterable[Line]) -> bytes:
     """What goes to the errors for lines that were not run in time."""
-    error = {
-        "code": "batch_expired",
-        "message": "This request was not run before the completion window of its batch was over.",
-    }
+    return _unanswered(
+        batch_id,
+        lines,
+        "batch_expired",
+        "This request was not run before the completion window of its batch was over.",
+    )
+
+
+def process_died(batch_id: str, lines: Iterable[Line]) -> bytes:
+    """What goes to the errors for a line that is not run again."""
+    return _unanswered(
+        batch_id,
+        lines,
+        "process_died",
+        "The server's process died twice while it worked on this request, the second time on nothing else; it was not "
+        "tried again. Send less text in one request.",
+    )
+
+
+def _unanswered(batch_id: str, lines: Iterable[Line], code: str, message: str) -> bytes:
+    error = {"code": code, "message": message}
     return b"".join(
         orjson.dumps(
             {"id": _id(batch_id, line), "custom_id": line.custom_id, "response": None, "error": error},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -15,6 +15,14 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 5.0
+
+Stop = Callable[[], Awaitable[bool]]
+"""Whether there is no point in waiting any longer; it may look at the disk."""
+
+
+async def never() -> bool:
+    """Wait for as long as it takes."""
+    return False
 
 
 class DiskPatience:
@@ -29,7 +37,7 @@ class DiskPatience:
         """Try again now."""
         self._again.set()
 
-    async def until_done(self, write: Callable[[], T], stop: Callable[[], bool] = lambda: False) -> T | None:
+    async def until_done(self, write: Callable[[], T], stop: Stop = never) -> T | None:
         """Call a function in a thread until it raises neither OSError nor FilesFull; None where `stop` says so first.
 
         What it does must be the same the second time.
@@ -40,7 +48,7 @@ class DiskPatience:
                 done = await in_thread(write)
             except (OSError, FilesFull) as error:
                 self._log(error)
-                if stop():
+                if await stop():
                     return None
                 with suppress(TimeoutError):
                     async with asyncio.timeout(RETRY_SECONDS):

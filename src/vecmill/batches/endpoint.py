@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vecmill.core.types import Caller
+
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -43,9 +45,9 @@ class Endpoint(Protocol):
         """About how many texts a body has, whatever it holds; for any thread."""
         ...
 
-    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
         """Answer each line. Waits while the server has no room; raises nothing but what is a fault of its own.
 
-        `client` takes turns with other clients.
+        `caller`: the batch, which takes turns as a job of whoever created it, in the bulk lane whatever its lines say.
         """
         ...

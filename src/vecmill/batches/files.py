@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from vecmill.batches.room import Room
 from vecmill.core.clock import Clock
 from vecmill.core.errors import NoSuchFile
-from vecmill.storage.atomic_files import TEMPORARY, sync_folder, write_atomically
+from vecmill.core.types import EVERYONE, Viewer
+from vecmill.storage.atomic_files import TEMPORARY, delete_unfinished, sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
@@ -34,6 +35,8 @@ class StoredFile(BaseModel):
     expires_at: float
     filename: str
     purpose: Literal["batch", "batch_output"]
+    owner: str | None = None
+    """The key that sent it, or had it made; None: there were no keys, or it was before files had owners."""
 
 
 class FileStore:
@@ -68,6 +71,7 @@ class FileStore:
         filename: str,
         purpose: Literal["batch", "batch_output"],
         expires_seconds: float | None = None,
+        owner: str | None = None,
     ) -> StoredFile:
         """Take over what was written under another name. Can be repeated after a crash at any point."""
         if written.exists():
@@ -75,20 +79,26 @@ class FileStore:
         now = self._clock()
         expires_at = now + (self._expires_seconds if expires_seconds is None else expires_seconds)
         file = StoredFile(
-            id=file_id, bytes=size, created_at=now, expires_at=expires_at, filename=filename, purpose=purpose
+            id=file_id,
+            bytes=size,
+            created_at=now,
+            expires_at=expires_at,
+            filename=filename,
+            purpose=purpose,
+            owner=owner,
         )
         write_atomically(self._metadata(file_id), file.model_dump_json().encode())
         sync_folder(self._folder)
         return file
 
-    def get(self, file_id: str) -> StoredFile:
-        """A whole file that has not expired.
+    def get(self, file_id: str, viewer: Viewer = EVERYONE) -> StoredFile:
+        """A whole file of the viewer that has not expired.
 
         Raises:
-            NoSuchFile: there is none of this id, whatever the id looks like.
+            NoSuchFile: there is none of this id, whatever the id looks like, or it is somebody else's.
         """
         file = self._read(file_id) if FILE_ID.fullmatch(file_id) else None
-        if file is None or file.expires_at <= self._clock():
+        if file is None or file.expires_at <= self._clock() or not viewer.sees(file.owner):
             raise NoSuchFile(f"There is no file {file_id[:100]!r}: it was deleted, has expired, or never was.")
         return file
 
@@ -122,6 +132,7 @@ class FileStore:
         for file_id, names in orphans.items():
             if file_id not in in_use:
                 self._delete_orphan(file_id, names)
+        delete_unfinished(self._folder)
 
     def orphans(self) -> dict[str, list[str]]:
         """Names of what has no metadata, by the id of the file that it was to be."""
@@ -140,7 +151,8 @@ class FileStore:
         try:
             if locks and None not in locks and not self._metadata(file_id).exists():
                 # The content last: what is left without it would be left for good.
-                for path in (self._folder / (file_id + METADATA + TEMPORARY), *content):
+                unwritten = [self._folder / name for name in names if name.endswith(TEMPORARY)]
+                for path in (*unwritten, *content):
                     path.unlink(missing_ok=True)
         finally:
             for lock in filter(None, locks):
@@ -152,9 +164,9 @@ class FileStore:
     def _read(self, file_id: str) -> StoredFile | None:
         """None where there is no such file, or its metadata is broken. What is written once is read once."""
         try:
-            if file_id in self._known:
+            if (known := self._known.get(file_id)) is not None:  # another thread may forget it meanwhile
                 self.data(file_id).stat()
-                return self._known[file_id]
+                return known
             file = StoredFile.model_validate_json(self._metadata(file_id).read_bytes())
         except (FileNotFoundError, ValidationError):
             self._known.pop(file_id, None)

@@ -64,6 +64,10 @@ class BatchRecord(BaseModel):
     expires_at: float
     metadata: Mapping[str, str] | None = None
     output_expires_seconds: float | None = None
+    owner: str | None = None
+    """The key that created it; None: there were no keys, or it was before batches had owners."""
+    client: str = "batches"
+    """In whose turns its lines are run: the client's that created it."""
 
     status: Status = Status.VALIDATING
     ends_as: Status | None = None
@@ -91,3 +95,24 @@ class BatchRecord(BaseModel):
     def ended(self) -> bool:
         """Whether nothing of it will change any more."""
         return self.status in ENDED
+
+
+class WorkNote(BaseModel):
+    """Which lines are being worked on. It is there only meanwhile: found later, it says on what a process died."""
+
+    model_config = ConfigDict(frozen=True)
+
+    first: int
+    """The first line that was not recorded as answered when this was written."""
+    lines: int
+    """So many may have been begun with: from `first` on if alone, else from wherever the record is."""
+    alone: bool
+    """The first was worked on by itself, and nothing else of any batch."""
+
+    def last(self, answered: int) -> int:
+        """The last line that may have been begun with, where so many lines are recorded as answered."""
+        return self.first - 1 + self.lines if self.alone else answered + self.lines
+
+    def convicts(self, answered: int) -> bool:
+        """Whether the next line is the one that was worked on by itself."""
+        return self.alone and answered == self.first - 1

@@ -3,27 +3,37 @@
 Whatever is done is done in this order, so that a kill at any moment loses nothing and repeats nothing: the answers are
 on disk before the record says so, the record has the files' ids before the files get their names, and says that the
 batch has ended after that.
+
+A line may be what killed the process. So there is a note on disk of what is being worked on, and whoever finds it does
+those lines again one at a time, nothing else beside them; a line that is found to have been alone is not run a third
+time.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from vecmill.batches.answers import ERRORS, OUTPUT, Answers, expired, written
-from vecmill.batches.disk_patience import DiskPatience
-from vecmill.batches.endpoint import Endpoint
+from vecmill.batches.answers import ERRORS, OUTPUT, Answers, expired, process_died, written
+from vecmill.batches.disk_patience import DiskPatience, Stop, never
+from vecmill.batches.endpoint import Endpoint, Line
 from vecmill.batches.files import FileStore
-from vecmill.batches.lines import InputChanged, LineReader
-from vecmill.batches.record import BatchRecord, LineError, Progress, Status
+from vecmill.batches.lines import Group, InputChanged, LineReader
+from vecmill.batches.record import BatchRecord, LineError, Progress, Status, WorkNote
 from vecmill.batches.store import BatchStore
 from vecmill.batches.threads import in_thread
 from vecmill.batches.validation import Checked, validate
-from vecmill.batches.window import Answered, Window
+from vecmill.batches.window import Answered, Turns, Window
 from vecmill.core.clock import Clock
+from vecmill.core.types import Caller, Lane
 from vecmill.telemetry.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +47,9 @@ class Surroundings:
     chunk_size: int
     """Lines in flight."""
     max_line_bytes: int
+    turns: Turns = field(default_factory=Turns)
+    device_failed: Callable[[], bool] = lambda: False
+    """Whether the process ends because the device does not get on, which a line may have caused."""
 
 
 class Suspended(Exception):
@@ -83,15 +96,24 @@ class BatchRun:
             await self._decided(await self._answer())
         await self._finish()
 
-    def _interruption(self) -> Status | None:
+    @property
+    def _caller(self) -> Caller:
+        """Whoever created it; the batch is one of that client's jobs."""
         record = self.record
-        if self._around.store.cancel_asked(record.id) is not None:
+        return Caller(client=record.client, owner=record.owner, job_id=record.id, lane=Lane.BULK)
+
+    async def _interruption(self) -> Status | None:
+        record = self.record
+        if await in_thread(self._around.store.cancel_asked, record.id) is not None:
             return Status.CANCELLED
         return Status.EXPIRED if self._around.clock() >= record.expires_at else None
 
+    async def _over(self) -> bool:
+        return await self._interruption() is not None
+
     async def _answer(self) -> Status:
         """Do the lines; says how the batch ends."""
-        if self._interruption() is Status.CANCELLED:
+        if await self._interruption() is Status.CANCELLED:
             return Status.CANCELLED
         if self.record.status is Status.VALIDATING and not await self._validate():
             return Status.FAILED
@@ -140,26 +162,88 @@ class BatchRun:
 
     async def _work(self, answers: Answers) -> Status:
         """Answer lines until all are, or until the batch is cancelled or over its time."""
-        interrupted = asyncio.create_task(self._interrupted.wait())
-        window = Window(self._endpoint, f"batch {self.record.id}", await self._reader(), self._around.chunk_size)
+        store, batch_id = self._around.store, self.record.id
+        noted = await self._disk.until_done(lambda: store.noted_work(batch_id))
         try:
-            while True:
-                if (reason := self._interruption()) is not None:
+            if noted is not None and (ends_as := await self._recover(answers, noted)) is not None:
+                return ends_as
+            ends_as = await self._answer_lines(answers)
+            assert ends_as is not None  # no line is the last but that of the input
+            return ends_as
+        finally:
+            if not self._around.device_failed():
+                with suppress(OSError):  # the next to run it is careful then
+                    await in_thread(store.end_work, batch_id)
+
+    async def _recover(self, answers: Answers, noted: WorkNote) -> Status | None:
+        """Do what a process died on, one line at a time; says how the batch ends if it ends meanwhile."""
+        answered = self.record.progress.lines
+        last = min(noted.last(answered), self.record.total)
+        extra = {"batch": self.record.id, "first": answered + 1, "last": last}
+        logger.warning("a process died on lines of a batch; they are done again one at a time", extra=extra)
+        if noted.convicts(answered):
+            await self._report_death(answers)
+        return await self._answer_lines(answers, last)
+
+    async def _report_death(self, answers: Answers) -> None:
+        """The next line has killed twice."""
+        number = self.record.progress.lines + 1
+        extra = {"batch": self.record.id, "line": number}
+        logger.error("a line of a batch killed the process twice; it is not run again", extra=extra)
+        reader = await self._reader()
+        try:
+            if group := await in_thread(reader.next, lambda body: 0, 1):
+                await self._fail(answers, group, process_died)
+        finally:
+            await in_thread(reader.close)
+
+    async def _answer_lines(self, answers: Answers, last_alone: int | None = None) -> Status | None:
+        """Answer lines until all are, or until the batch ends otherwise; those up to `last_alone` one at a time, and
+        then no more (None).
+        """
+        most, turn = self._around.chunk_size, self._around.turns.together
+        if last_alone is not None:
+            most, turn = 1, partial(self._alone, last_alone)
+        else:
+            await self._note(most, alone=False)
+        interrupted = asyncio.create_task(self._interrupted.wait())
+        window = Window(self._endpoint, self._caller, await self._reader(), most, turn)
+        try:
+            while last_alone is None or self.record.progress.lines < last_alone:
+                self._interrupted.clear()  # before the look, so that what comes during it is not missed
+                if (reason := await self._interruption()) is not None:
                     return reason
-                self._interrupted.clear()
                 if self._suspending and not window.groups:
                     raise Suspended
                 if not self._suspending and not await window.fill():
                     return Status.COMPLETED
-                await window.first_or(interrupted)
-                taken = window.take()
-                if taken and await self._commit(answers, taken):
-                    window.release(len(taken))
-                if interrupted.done():
-                    interrupted = asyncio.create_task(self._interrupted.wait())
+                interrupted = await self._take(answers, window, interrupted)
+            return None
         finally:
             interrupted.cancel()
             await window.drop()
+
+    async def _take(self, answers: Answers, window: Window, interrupted: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """Wait for answers and put them on disk; gives the task that waits for the next interruption."""
+        await window.first_or(interrupted)
+        taken = window.take()
+        if taken and await self._commit(answers, taken):
+            window.release(len(taken))
+        return asyncio.create_task(self._interrupted.wait()) if interrupted.done() else interrupted
+
+    @asynccontextmanager
+    async def _alone(self, last: int) -> AsyncIterator[None]:
+        """While nothing else is worked on; the note says that the next line is, and only then."""
+        async with self._around.turns.alone():
+            lines = last - self.record.progress.lines
+            await self._note(lines, alone=True)
+            yield
+            await self._note(lines, alone=False)
+
+    async def _note(self, lines: int, *, alone: bool) -> None:
+        note = WorkNote(first=self.record.progress.lines + 1, lines=lines, alone=alone)
+        write = partial(self._around.store.note_work, self.record.id, note)
+        await self._disk.until_done(write, self._over)
 
     async def _reader(self) -> LineReader:
         record = self.record
@@ -188,28 +272,32 @@ class BatchRun:
             )
             return self._write(answers, output, errors, progress=progress, model=model)
 
-        return await self._committed(write, lambda: self._interruption() is not None)
+        return await self._committed(write, self._over)
 
     async def _expire_rest(self, answers: Answers) -> None:
         """What was not run in time goes to the errors. It may be taken up where it was left, like everything else."""
         reader = await self._reader()
         try:
             while group := await in_thread(reader.next, lambda body: 0, self._around.chunk_size):
-                before, lines, stop = self.record.progress, group.lines, group.stop
-                errors = await in_thread(expired, self.record.id, lines)
-                progress = before.model_copy(
-                    update={
-                        "input_offset": stop,
-                        "lines": before.lines + len(lines),
-                        "error_bytes": before.error_bytes + len(errors),
-                        "failed": before.failed + len(lines),
-                    }
-                )
-                await self._committed(lambda e=errors, p=progress: self._write(answers, b"", e, progress=p))  # type: ignore[misc]
+                await self._fail(answers, group, expired)
         finally:
             await in_thread(reader.close)
 
-    async def _committed(self, write: Callable[[], BatchRecord], stop: Callable[[], bool] = lambda: False) -> bool:
+    async def _fail(self, answers: Answers, group: Group, errors_of: Callable[[str, Sequence[Line]], bytes]) -> None:
+        """Put lines among the errors without running them."""
+        before = self.record.progress
+        errors = await in_thread(errors_of, self.record.id, group.lines)
+        progress = before.model_copy(
+            update={
+                "input_offset": group.stop,
+                "lines": before.lines + len(group.lines),
+                "error_bytes": before.error_bytes + len(errors),
+                "failed": before.failed + len(group.lines),
+            }
+        )
+        await self._committed(lambda: self._write(answers, b"", errors, progress=progress))
+
+    async def _committed(self, write: Callable[[], BatchRecord], stop: Stop = never) -> bool:
         before = self.record.progress
         record = await self._disk.until_done(write, stop)
         if record is None:
@@ -232,7 +320,7 @@ class BatchRun:
         if ends_as is Status.FAILED:
             changes = {}
         elif ends_as is Status.CANCELLED:
-            asked = self._around.store.cancel_asked(self.record.id)
+            asked = await in_thread(self._around.store.cancel_asked, self.record.id)
             changes = {"status": Status.CANCELLING, "cancelling_at": asked}
         await self._save(
             **changes,
@@ -268,6 +356,7 @@ class BatchRun:
                 filename=f"{record.id}_{name}",
                 purpose="batch_output",
                 expires_seconds=record.output_expires_seconds,
+                owner=record.owner,
             )
 
     async def _save(self, **changes: Any) -> None:

@@ -41,7 +41,8 @@ class Runner:
         self._sweep = sweep
         self._next_sweep = 0.0
         self._wake = asyncio.Event()
-        self._waiting = False
+        self.waiting = False
+        """Whether the disk keeps it from looking for batches."""
         self._active: dict[str, tuple[BatchRun, asyncio.Task[None]]] = {}
         self._not_before: dict[str, float] = {}
         self._loop = asyncio.create_task(self._look_again_and_again(), name="batches")
@@ -77,11 +78,11 @@ class Runner:
             self._wake.clear()
             try:
                 await self._look()
-                self._waiting = False
+                self.waiting = False
             except OSError as error:  # the folder cannot be used now
-                if not self._waiting:
+                if not self.waiting:
                     logger.error("batches wait for the disk: %s", error)
-                self._waiting = True
+                self.waiting = True
             except Exception:  # whatever it is, the other batches must go on
                 logger.exception("looking for batches failed")
             with suppress(TimeoutError):

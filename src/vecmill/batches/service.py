@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from vecmill.batches.endpoint import Endpoint
@@ -18,7 +20,10 @@ from vecmill.batches.upload import Upload, too_large
 from vecmill.config import BatchSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BatchConflict, InvalidInput, StateUnavailable
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.telemetry.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 
 class Batches:
@@ -36,14 +41,19 @@ class Batches:
         self._problem = "503: the server is starting and temporarily has no files and batches; try again."
 
     def open(self, folder: Path, problem: str | None) -> None:
-        """Have files and batches in this folder. `problem`: why nothing can be kept there; every call says so then."""
+        """Have files and batches in this folder. `problem`: why nothing can be kept there; every call says so then,
+
+        without the folder's path, which is the operator's.
+        """
         try:
             if problem is None:
                 self._around = self._opened(folder)
         except OSError as error:
-            problem = f"STATE_DIR={folder} cannot be used ({error.strerror})."
+            logger.error("STATE_DIR=%s cannot be used (%s): no files and batches", folder, error)
+            problem = f"STATE_DIR cannot be used ({error.strerror})."
         if problem is not None:
-            self._problem = f"503: there are no files and batches: {problem}"
+            reason = problem.replace(f"STATE_DIR={folder}", "STATE_DIR")
+            self._problem = f"503: there are no files and batches: {reason}"
 
     def _opened(self, folder: Path) -> Surroundings:
         files_folder, batches_folder = folder / "files", folder / "batches"
@@ -59,9 +69,18 @@ class Batches:
             store, files, self._clock, self._telemetry, self._settings.batch_chunk_size, self._max_line_bytes
         )
 
-    def start(self, endpoints: Mapping[str, Endpoint]) -> None:
-        """Begin to run batches."""
+    @property
+    def problem(self) -> str | None:
+        """Why files and batches cannot be used now, as a sentence; None where they can."""
+        if self._around is None:
+            return self._problem
+        waiting = self._runner is not None and self._runner.waiting
+        return "STATE_DIR cannot be read; batches wait until it can." if waiting else None
+
+    def start(self, endpoints: Mapping[str, Endpoint], device_failed: Callable[[], bool] = lambda: False) -> None:
+        """Begin to run batches. `device_failed`: what was being worked on may be the cause, as where a process dies."""
         if self._around is not None:
+            self._around = replace(self._around, device_failed=device_failed)
             sweep = Sweep(self._around.store, self._around.files, self._clock, self._settings.file_expires_days)
             self._runner = Runner(self._around, endpoints, self._settings.batches_max_active, sweep)
 
@@ -79,8 +98,8 @@ class Batches:
         """Batches in a state, as they were a moment ago."""
         return self._runner.counts.get(status, 0) if self._runner else 0
 
-    async def upload(self, declared_bytes: int) -> Upload:
-        """Begin to take a file. `declared_bytes`: how large its sender says that it is.
+    async def upload(self, declared_bytes: int, viewer: Viewer = EVERYONE) -> Upload:
+        """Begin to take a file of the viewer. `declared_bytes`: how large its sender says that it is.
 
         Raises:
             BodyTooLarge: it is too large. FilesFull: there is no room. StateUnavailable, InsufficientStorage.
@@ -91,30 +110,31 @@ class Batches:
 
         def begin() -> Upload:
             files.room.take(0)
-            return Upload(files, limit)
+            return Upload(files, limit, viewer.owner)
 
         return await on_disk(begin)
 
-    async def file(self, file_id: str) -> StoredFile:
-        """A file.
+    async def file(self, file_id: str, viewer: Viewer = EVERYONE) -> StoredFile:
+        """A file. Here and below what is not the viewer's is not there.
 
         Raises:
             NoSuchFile: there is none.
         """
         files = self._surroundings().files
-        return await on_disk(lambda: files.get(file_id))
+        return await on_disk(lambda: files.get(file_id, viewer))
 
     def path_of(self, file_id: str) -> Path:
         """Where the content of a file is that `file` has found."""
         return self._surroundings().files.data(file_id)
 
-    async def all_files(self) -> list[StoredFile]:
+    async def all_files(self, viewer: Viewer = EVERYONE) -> list[StoredFile]:
         """All files, the newest first."""
         files = self._surroundings().files
         found = await on_disk(files.all)
+        found = [file for file in found if viewer.sees(file.owner)]
         return sorted(found, key=lambda file: (file.created_at, file.id), reverse=True)
 
-    async def delete_file(self, file_id: str) -> None:
+    async def delete_file(self, file_id: str, viewer: Viewer = EVERYONE) -> None:
         """Delete a file.
 
         Raises:
@@ -123,7 +143,7 @@ class Batches:
         around = self._surroundings()
 
         def delete() -> None:
-            around.files.get(file_id)
+            around.files.get(file_id, viewer)
             for record in around.store.all():
                 if not record.ended and file_id in files_of(record):
                     raise BatchConflict(
@@ -144,8 +164,10 @@ class Batches:
         window_seconds: float,
         metadata: Mapping[str, str] | None,
         output_expires_seconds: float | None,
+        viewer: Viewer = EVERYONE,
+        client: str = "batches",
     ) -> BatchRecord:
-        """Have a file worked through.
+        """Have a file worked through, for the viewer and in the turns of `client`.
 
         Raises:
             NoSuchFile: there is no such input. InvalidInput: it was not meant as one.
@@ -153,7 +175,7 @@ class Batches:
         around = self._surroundings()
 
         def create() -> BatchRecord:
-            if around.files.get(input_file_id).purpose != "batch":
+            if around.files.get(input_file_id, viewer).purpose != "batch":
                 raise InvalidInput("`input_file_id` must be a file with the purpose `batch`.", param="input_file_id")
             now = self._clock()
             record = BatchRecord(
@@ -166,6 +188,8 @@ class Batches:
                 expires_at=now + window_seconds,
                 metadata=metadata,
                 output_expires_seconds=output_expires_seconds,
+                owner=viewer.owner,
+                client=client,
             )
             around.store.create(record)
             return record
@@ -174,21 +198,23 @@ class Batches:
         self.wake()
         return record
 
-    async def get(self, batch_id: str) -> BatchRecord:
+    async def get(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """A batch.
 
         Raises:
             NoSuchBatch: there is none.
         """
         store = self._surroundings().store
-        return await on_disk(lambda: _as_asked(store, store.get(batch_id)))
+        return await on_disk(lambda: _as_asked(store, store.get(batch_id, viewer)))
 
-    async def all(self) -> list[BatchRecord]:
+    async def all(self, viewer: Viewer = EVERYONE) -> list[BatchRecord]:
         """All batches, the newest first."""
         store = self._surroundings().store
-        return await on_disk(lambda: [_as_asked(store, record) for record in reversed(store.all())])
+        return await on_disk(
+            lambda: [_as_asked(store, record) for record in reversed(store.all()) if viewer.sees(record.owner)]
+        )
 
-    async def cancel(self, batch_id: str) -> BatchRecord:
+    async def cancel(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """Ask for a batch to be cancelled; what it has answered stays.
 
         Raises:
@@ -197,7 +223,7 @@ class Batches:
         store = self._surroundings().store
 
         def cancel() -> BatchRecord:
-            record = store.get(batch_id)
+            record = store.get(batch_id, viewer)
             if record.ends_as not in (None, Status.CANCELLED) or record.ended:
                 raise BatchConflict(f"The batch is {record.status.value} already, it cannot be cancelled.")
             store.cancel(batch_id, self._clock())

@@ -1,4 +1,4 @@
-"""The folder of batches: `<id>/batch.json`, its `lock`, its `cancel` and what it has answered so far."""
+"""The folder of batches: `<id>/batch.json`, its `lock`, `cancel` and `working`, and what it has answered so far."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from time import time
 
 from pydantic import ValidationError
 
-from vecmill.batches.record import BatchRecord
+from vecmill.batches.record import BatchRecord, WorkNote
 from vecmill.core.errors import NoSuchBatch
-from vecmill.storage.atomic_files import sync_folder, write_atomically
+from vecmill.core.types import EVERYONE, Viewer
+from vecmill.storage.atomic_files import delete_unfinished, sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
 
 logger = logging.getLogger(__name__)
 
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
-RECORD, LOCK, CANCEL = "batch.json", "lock", "cancel"
+RECORD, LOCK, CANCEL, WORKING = "batch.json", "lock", "cancel", "working"
 UNBORN = "new."
 UNBORN_SECONDS = 3600.0
 
@@ -60,15 +61,16 @@ class BatchStore:
         """Replace a record. For whoever holds the batch's lock."""
         write_atomically(self.folder(record.id) / RECORD, _serialised(record))
 
-    def get(self, batch_id: str) -> BatchRecord:
-        """A batch.
+    def get(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
+        """A batch of the viewer.
 
         Raises:
-            NoSuchBatch: there is none of this id, whatever the id looks like, or its record cannot be read.
+            NoSuchBatch: there is none of this id, whatever the id looks like, its record cannot be read, or it is
+                somebody else's.
         """
         record = self._read(batch_id) if BATCH_ID.fullmatch(batch_id) else None
-        if record is None:
-            raise NoSuchBatch(f"There is no batch {batch_id[:100]!r}.")
+        if record is None or not viewer.sees(record.owner):
+            raise _none_of(batch_id)
         return record
 
     def all(self) -> list[BatchRecord]:
@@ -82,9 +84,17 @@ class BatchStore:
         return FileLock.take(self.folder(batch_id) / LOCK)
 
     def cancel(self, batch_id: str, now: float) -> None:
-        """Ask whoever runs the batch to cancel it."""
-        if self.cancel_asked(batch_id) is None:
+        """Ask whoever runs the batch to cancel it.
+
+        Raises:
+            NoSuchBatch: it was deleted meanwhile.
+        """
+        if self.cancel_asked(batch_id) is not None:
+            return
+        try:
             write_atomically(self.folder(batch_id) / CANCEL, repr(now).encode())
+        except FileNotFoundError:
+            raise _none_of(batch_id) from None
 
     def cancel_asked(self, batch_id: str) -> float | None:
         """When the batch was asked to be cancelled; None: it was not."""
@@ -93,13 +103,29 @@ class BatchStore:
         except (FileNotFoundError, ValueError):
             return None
 
+    def note_work(self, batch_id: str, note: WorkNote) -> None:
+        """Have it on disk what is about to be worked on. For whoever holds the batch's lock, as the next two."""
+        write_atomically(self.folder(batch_id) / WORKING, note.model_dump_json().encode())
+
+    def noted_work(self, batch_id: str) -> WorkNote | None:
+        """What a process worked on when it died; None: none did."""
+        try:
+            return WorkNote.model_validate_json((self.folder(batch_id) / WORKING).read_bytes())
+        except (FileNotFoundError, ValidationError):
+            return None
+
+    def end_work(self, batch_id: str) -> None:
+        """Nothing is being worked on any more."""
+        (self.folder(batch_id) / WORKING).unlink(missing_ok=True)
+
     def forget(self, batch_id: str) -> None:
         """Delete a batch with all that is its own."""
         self._ended.pop(batch_id, None)
         shutil.rmtree(self.folder(batch_id), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Delete what is left of batches whose creation was cut short, by a kill."""
+        """Delete what is left of writes that were cut short, by a kill."""
+        delete_unfinished(self._folder, "batch_*/")
         for path in self._folder.glob(UNBORN + "*"):
             if abs(time() - path.stat().st_mtime) > UNBORN_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
@@ -108,9 +134,9 @@ class BatchStore:
         """None where it is gone or broken. What has ended does not change and is not read again."""
         path = self.folder(batch_id) / RECORD
         try:
-            if batch_id in self._ended:
+            if (known := self._ended.get(batch_id)) is not None:  # another thread may forget it meanwhile
                 path.stat()
-                return self._ended[batch_id]
+                return known
             record = BatchRecord.model_validate_json(path.read_bytes())
         except FileNotFoundError:
             self._ended.pop(batch_id, None)
@@ -123,6 +149,10 @@ class BatchStore:
         if record.ended:
             self._ended[batch_id] = record
         return record
+
+
+def _none_of(batch_id: str) -> NoSuchBatch:
+    return NoSuchBatch(f"There is no batch {batch_id[:100]!r}.")
 
 
 def _serialised(record: BatchRecord) -> bytes:

@@ -25,7 +25,8 @@ async def on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
     except OSError as error:
         if error.errno in FULL:
             raise InsufficientStorage from error
+        reason = error.strerror or type(error).__name__
         raise StateUnavailable(
-            f"503: STATE_DIR cannot be used ({error.strerror or error}), so files and batches are temporarily "
-            f"unavailable; embedding is not."
+            f"503: STATE_DIR cannot be used ({reason}), so files and batches are temporarily unavailable; embedding is "
+            f"not."
         ) from error

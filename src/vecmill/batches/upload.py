@@ -15,8 +15,9 @@ from vecmill.core.errors import BodyTooLarge
 class Upload:
     """A file that is not whole yet. For any thread, one at a time; every call may raise OSError."""
 
-    def __init__(self, files: FileStore, max_bytes: int) -> None:
+    def __init__(self, files: FileStore, max_bytes: int, owner: str | None = None) -> None:
         self._files = files
+        self._owner = owner
         self._max_bytes = max_bytes
         self._id = files.new_id()
         self._path = files.part(self._id)
@@ -40,7 +41,13 @@ class Upload:
         self._file.flush()
         os.fsync(self._file.fileno())
         file = self._files.add(
-            self._id, self._path, self.size, filename=filename, purpose="batch", expires_seconds=expires_seconds
+            self._id,
+            self._path,
+            self.size,
+            filename=filename,
+            purpose="batch",
+            expires_seconds=expires_seconds,
+            owner=self._owner,
         )
         self._file.close()
         return file

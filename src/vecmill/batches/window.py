@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.lines import Group, LineReader
 from vecmill.batches.threads import in_thread
+from vecmill.core.types import Caller
 
 # Beside the limit on lines, so that the longest of them do not take all of the server's room.
 WINDOW_BYTES = 1_048_576
@@ -17,12 +19,57 @@ FEWEST_GROUPS = 2  # the device has the second to do while the first is written
 Answered = tuple[Group, Sequence[LineResult]]
 
 
+class Turns:
+    """Lines of all batches are worked on together, or one of them alone. Belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._together = 0
+        self._nobody, self._nobody_alone = asyncio.Event(), asyncio.Event()
+        self._nobody.set()
+        self._nobody_alone.set()
+        self._one = asyncio.Lock()
+
+    @asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        """Beside others, once nobody is alone or waits to be."""
+        while not self._nobody_alone.is_set():
+            await self._nobody_alone.wait()
+        self._together += 1
+        self._nobody.clear()
+        try:
+            yield
+        finally:
+            self._together -= 1
+            if not self._together:
+                self._nobody.set()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Once the others are done."""
+        async with self._one:
+            self._nobody_alone.clear()
+            try:
+                await self._nobody.wait()
+                yield
+            finally:
+                self._nobody_alone.set()
+
+
 class Window:
     """Groups in flight: read, being answered, or answered and not yet taken. Belongs to the event loop's thread."""
 
-    def __init__(self, endpoint: Endpoint, client: str, reader: LineReader, most_lines: int) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        caller: Caller,
+        reader: LineReader,
+        most_lines: int,
+        turn: Callable[[], AbstractAsyncContextManager[None]],
+    ) -> None:
+        """`turn` is held while a group is worked on."""
         self._endpoint = endpoint
-        self._client = client
+        self._turn = turn
+        self._caller = caller
         self._reader = reader
         self._most_lines = most_lines
         self._groups: deque[tuple[Group, asyncio.Task[Sequence[LineResult]]]] = deque()
@@ -46,7 +93,9 @@ class Window:
             if group is None:
                 self._exhausted = True
             else:
-                task = asyncio.create_task(self._answer(group), name=f"{self._client}, line {group.lines[0].number}")
+                task = asyncio.create_task(
+                    self._answer(group), name=f"batch {self._caller.job_id}, line {group.lines[0].number}"
+                )
                 self._groups.append((group, task))
         return bool(self._groups)
 
@@ -78,7 +127,8 @@ class Window:
         await in_thread(self._reader.close)
 
     async def _answer(self, group: Group) -> Sequence[LineResult]:
-        return await self._endpoint.run(self._client, group.lines)
+        async with self._turn():
+            return await self._endpoint.run(self._caller, group.lines)
 
     def _lines(self) -> int:
         return sum(len(group.lines) for group, _ in self._groups)

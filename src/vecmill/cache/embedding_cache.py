@@ -76,13 +76,26 @@ class EmbeddingCache:
         """Whether the store could not be used lately."""
         return bool(self._failed_at)
 
-    def look_up(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
-        """The vectors, (dimensions,) each, that are there. For worker threads: it reads from disk."""
-        found = {key: kept.vector for key in keys if (kept := self._on_the_way(key)) is not None}
+    def look_up(self, keys: Sequence[bytes], dimensions: int, *, as_read: bool = False) -> dict[bytes, Vector]:
+        """The vectors, (dimensions,) each, that are there. For worker threads: it reads from disk.
+
+        `as_read`: also those that are not written yet are rounded as they will be.
+        """
+        kept = {key: one for key in keys if (one := self._on_the_way(key)) is not None}
+        found = {
+            key: self.as_read([one.vector], one.smallest)[0] if as_read else one.vector for key, one in kept.items()
+        }
         missing = [key for key in keys if key not in found]
         if missing and not self._left_alone():
             found |= self._read(missing, dimensions)
         return found
+
+    def as_read(self, vectors: Sequence[Vector], smallest: int) -> list[Vector]:
+        """What would be read if these were kept: rounded, so that an answer does not show whether it was."""
+        encoded = encode_vectors(np.stack(vectors), smallest, exact=self._exact)
+        keys = [b"%d" % index for index in range(len(encoded))]
+        read = decode_values(dict(zip(keys, encoded, strict=True)), len(vectors[0]))
+        return [read.get(key, vector) for key, vector in zip(keys, vectors, strict=True)]
 
     def _on_the_way(self, key: bytes) -> Kept | None:
         return self._pending.get(key) or self._writing.get(key)
@@ -92,12 +105,11 @@ class EmbeddingCache:
 
     def _read(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
         try:
-            values = self._store.get(keys)
-        except StoreFailed as error:
+            found = decode_values(self._store.get(keys), dimensions)
+        except Exception as error:  # whatever it is, the vectors can be computed
             self._failed("read", error)
             return {}
         self._worked("read")
-        found = decode_values(values, dimensions)
         self._touch(found)
         return found
 
@@ -126,12 +138,13 @@ class EmbeddingCache:
             StoreFailed: it cannot be done now.
         """
         with self._storing:
+            dropped = self._store.clear()
+            # Not before: where the store fails, what is on its way to it is still to be written.
             with self._lock:
                 self._pending_bytes = 0
                 for waiting in (self._pending, self._writing, self._used, self._touched):
                     waiting.clear()
-            dropped = self._store.clear()
-            self.size = self._store.size()
+            self._measure()
         return dropped
 
     def close(self) -> None:
@@ -146,10 +159,7 @@ class EmbeddingCache:
         measured, last = monotonic(), False
         while not last:
             last = self._closing.wait(RETRY_SECONDS if "write" in self._failed_at else WRITE_EVERY)
-            with self._lock:
-                used = self._take()
-            if self._writing or used:
-                self._write(used)
+            self._write()
             if monotonic() - measured >= SIZE_EVERY:
                 self._measure()
                 measured = monotonic()
@@ -161,15 +171,18 @@ class EmbeddingCache:
             self._touched.clear()
         return used
 
-    def _write(self, used: dict[bytes, None]) -> None:
+    def _write(self) -> None:
         try:
+            with self._lock:
+                used = self._take()
+            if not self._writing and not used:
+                return
             with self._storing:
                 self.stats.dropped += self._store.put(self._encoded(), used)
         except StoreFailed as error:
             self._failed("write", error)
             return  # and try again
-        except Exception as error:  # whatever it is, the thread goes on
-            logger.exception("the cache could not be written")
+        except Exception as error:  # not the store's: what cannot be written today cannot be tomorrow
             self.stats.lost += len(self._writing)
             self._failed("write", error)
         else:
@@ -191,12 +204,17 @@ class EmbeddingCache:
         return encoded
 
     def _measure(self) -> None:
-        with suppress(StoreFailed):  # reading or writing will say so
+        with suppress(Exception):  # reading or writing will say so; the thread goes on
             self.size = self._store.size()
 
     def _failed(self, what: str, error: Exception) -> None:
         if what not in self._failed_at:
-            logger.error("the embedding cache cannot be used to %s (%s): going on without until it can", what, error)
+            logger.error(
+                "the embedding cache cannot be used to %s (%s): going on without until it can",
+                what,
+                str(error) or type(error).__name__,
+                exc_info=None if isinstance(error, StoreFailed) else error,
+            )
         self._failed_at[what] = monotonic()
 
     def _worked(self, what: str) -> None:

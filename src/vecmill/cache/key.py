@@ -18,6 +18,11 @@ def model_fingerprint(card: ModelCard) -> bytes:
     return blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
 
+def fingerprint_of(fingerprint: bytes, owner: str) -> bytes:
+    """A model's fingerprint among the vectors that one API key has for itself."""
+    return blake2b(owner.encode(), digest_size=len(fingerprint), key=fingerprint).digest()
+
+
 def row_key(fingerprint: bytes, row: Row) -> bytes:
     """Of one input: the token ids that the model runs, and which of them it leaves out of the mean."""
     digest = blake2b(row.token_ids.tobytes(), digest_size=KEY_BYTES, key=fingerprint)

@@ -19,7 +19,13 @@ def env_example() -> str:
         for name, field in group.model_fields.items():
             lines += [
                 "",
-                *textwrap.wrap(field.description or "", 100, initial_indent="# ", subsequent_indent="# "),
+                *textwrap.wrap(
+                    field.description or "",
+                    100,
+                    initial_indent="# ",
+                    subsequent_indent="# ",
+                    break_on_hyphens=False,
+                ),
             ]
             lines.append(f"#{name.upper()}={default_text(field.default)}")
     return "\n".join(lines) + "\n"

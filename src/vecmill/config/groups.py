@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -10,12 +11,17 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from vecmill.config.key_file import KEY, KeyEntry, check_length, check_unique, key_entry
 from vecmill.core.types import TokenVocabulary
 
 Pairs = tuple[tuple[str, str], ...]
 
 # ASCII without spaces, as an address or a header takes it.
-PRINTABLE = re.compile("[!-~]+")
+# Scheme, host and port, of which the host, its first label or the port may be `*`.
+ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://(\*|(\*\.)?[a-z0-9._~!$&'()=;%-]+|\[[0-9a-f:.]+\])(:([0-9]{1,5}|\*))?", re.ASCII
+)
+PRINTABLE = KEY
 
 
 class SettingsGroup(BaseSettings):
@@ -30,6 +36,25 @@ class SettingsGroup(BaseSettings):
 
 def _split_commas(value: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _origin(value: str) -> str:
+    """An origin as browsers write it, or a pattern of origins."""
+    origin = value.lower()
+    if origin != "*" and not ORIGIN.fullmatch(origin):
+        raise ValueError(
+            f"{value[:100]!r} is no origin: write `https://example.org`, without a path and a `/` at its end, "
+            f"`https://*.example.org`, `http://localhost:*`, `chrome-extension://*`, or `*` alone"
+        )
+    scheme = origin.partition(":")[0]
+    return origin.removesuffix({"http": ":80", "https": ":443"}.get(scheme, " "))
+
+
+def _absolute_path(value: Path) -> Path:
+    try:
+        return value.expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("`~` stands for the home of a user that this machine does not know") from None
 
 
 def _base_url(value: str) -> str:
@@ -152,6 +177,11 @@ class EngineSettings(SettingsGroup):
         description="torch.compile of the models' layers. `auto`: measured against eager at warm-up, the faster is "
         "kept; where it cannot be compiled, eager with a warning.",
     )
+    cuda_graphs: bool = Field(
+        True,
+        description="Forward passes captured as CUDA graphs at warm-up, up to the number of tokens at which that is "
+        "no longer faster; false: every kernel is launched by itself.",
+    )
     memory_fraction: float = Field(
         0.9,
         gt=0,
@@ -226,9 +256,21 @@ class InferenceSettings(SettingsGroup):
         "none. /embed takes the model's own.",
     )
     max_client_batch_size: int = Field(2048, ge=1, description="Inputs per request; more is a 4xx.")
-    max_concurrent_requests: int = Field(512, ge=1, description="Requests in progress; more is a 429.")
+    max_concurrent_requests: int = Field(
+        512, ge=1, description="Requests in progress; more wait. An eighth of it is kept for searches."
+    )
     max_queued_tokens: int = Field(
-        2_000_000, ge=8, description="Tokens admitted and not yet answered, over all requests; more is a 429."
+        2_000_000,
+        ge=8,
+        description="Tokens admitted and not yet answered, over all requests; more wait. An eighth of it is kept for "
+        "searches.",
+    )
+    queue_timeout: float = Field(
+        30,
+        ge=0,
+        le=3600,
+        description="Seconds that a request waits for room, at the most, before it is refused with 503 or 429, "
+        "whichever its client tries again after; 0: it is refused at once.",
     )
     tokenization_workers: int | None = Field(
         None,
@@ -277,7 +319,7 @@ class StateSettings(SettingsGroup):
     @field_validator("state_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        return _absolute_path(value)
 
     @field_validator("redis_url")
     @classmethod
@@ -302,6 +344,11 @@ class CacheSettings(SettingsGroup):
         "auto",
         description="How vectors are kept. `auto`: 16 bits for each dimension where no cosine changes by more than "
         "0.0001, else 32; `float32`: as they were computed.",
+    )
+    cache_across_keys: bool = Field(
+        True,
+        description="Answer a text that another API key has sent before with the vector that was computed then; no "
+        "answer says so. false: each key has vectors of its own.",
     )
     cache_queries: bool = Field(
         True, description="Keep the vectors of queries too; false: queries are neither looked up nor kept."
@@ -337,8 +384,25 @@ class HttpSettings(SettingsGroup):
     max_body_bytes: int = Field(
         33_554_432,
         ge=1024,
-        description="Bytes per request body; more is a 413. Bodies being read at one time may take eight times this; "
-        "more is a 429.",
+        description="Bytes per request body, decompressed; more is a 413. All bodies at one time may take eight times "
+        "this, those of one client half of that; a body waits 5 seconds for room, then it is a 429.",
+    )
+    head_timeout: float = Field(
+        20,
+        gt=0,
+        description="Seconds within which a request's line and header fields must have come; longer is a 408.",
+    )
+    body_timeout: float = Field(
+        20,
+        gt=0,
+        description="Seconds that a request's body may pause, or come with less than 500 bytes a second; longer is a "
+        "408. All of it must come within REQUEST_TIMEOUT.",
+    )
+    idle_timeout: float = Field(
+        75,
+        gt=0,
+        description="Seconds that a connection stays open without a request, or with an answer that its client does "
+        "not take. Longer than clients keep theirs, or one would send on a connection that is just being closed.",
     )
     shutdown_seconds: int = Field(
         30,
@@ -358,70 +422,99 @@ class AccessSettings(SettingsGroup):
 
     title: ClassVar[str] = "Access"
 
-    api_key: Annotated[tuple[tuple[str, SecretStr], ...], NoDecode] = Field(
+    api_key: Annotated[tuple[KeyEntry, ...], NoDecode] = Field(
         (),
-        description="Keys that requests must carry one of, as `Authorization: Bearer KEY`, `api-key` or `x-api-key`: "
-        "comma-separated, each with a name for the log where it is written `name:key`. Default: none, everyone who "
-        "reaches the address may use the server. /health and /ready need none. Read again on SIGHUP.",
+        description="Keys that requests must carry one of, as `Authorization: Bearer KEY`, `api-key` or `x-api-key`, "
+        "of at least 16 characters (`vecmill keys new` makes one): comma-separated, each with a name where it is "
+        "written `name:key`, and what it may after a space: `scopes=use+admin`, `requests=N` and `tokens=N` in "
+        "progress, `jobs=N`. Default: none, everyone who reaches the address may use the server. /health and /ready "
+        "need none. Read again on SIGHUP.",
     )
     api_key_file: Path | None = Field(
         None,
-        description="File with more such keys, one a line, `key` or `name:key`; lines with `#` are comments. Read "
-        "again on SIGHUP.",
+        description="File with more such keys, one a line, `key` or `name:key` and what it may; lines with `#` are "
+        "comments. Read again on SIGHUP.",
     )
     admin_api_key: SecretStr | None = Field(
         None,
-        description="Key for what concerns everyone, `DELETE /cache`; it opens everything else too. Default: with "
-        "API_KEY nobody may do that, without it everyone. Read again on SIGHUP.",
+        description="Key with all scopes, of at least 16 characters: it sees every key's jobs, files and batches, and "
+        "does what concerns everyone, `DELETE /cache`. Default: with API_KEY only keys with `scopes=admin` may do "
+        "that, without it everyone. Read again on SIGHUP.",
+    )
+    trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Addresses and networks (`10.0.0.1`, `172.16.0.0/12`) of proxies, comma-separated, whose "
+        "`X-Forwarded-For` and `X-Forwarded-Proto` are believed. Default: nobody's, a client is the address that it "
+        "connects from.",
     )
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Origins whose web pages may call the server, comma-separated (`https://example.org`), or `*`. "
-        "Default: only its own pages.",
+        description="Origins whose web pages may call the server, comma-separated: `https://example.org`, "
+        "`https://*.example.org` (what is below it), `http://localhost:*` (any port), `chrome-extension://*` (any "
+        "host), or `*`. Default: only its own pages.",
     )
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
-        description="Names that the server answers to, comma-separated, or `*`. Default: every name; without API_KEY "
-        "and bound to loopback only localhost, addresses and the machine's own name.",
+        description="Names that the server answers to, comma-separated, or `*`. Default: with API_KEY every name; "
+        "without, only addresses, localhost, the machine's own name and others that only a local network has "
+        "(`vecmill`, `spark.local`).",
     )
 
-    @field_validator("cors_origins", "allowed_hosts", mode="before")
+    @field_validator("cors_origins", "allowed_hosts", "trusted_proxies", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return _split_commas(value) if isinstance(value, str) else value
+        if not isinstance(value, str):
+            return value
+        parts = _split_commas(value)
+        if not parts:
+            raise ValueError("names none; leave it out for the default")
+        return parts
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _networks(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for network in value:
+            try:
+                ip_network(network)
+            except ValueError as error:
+                raise ValueError(f"must be addresses and networks, comma-separated ({error})") from None
+        return value
 
     @field_validator("api_key_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        return None if value is None else value.expanduser().absolute()
+        return None if value is None else _absolute_path(value)
 
     @field_validator("api_key", mode="before")
     @classmethod
     def _split_keys(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
-        given = [entry.partition(":") for entry in _split_commas(value)]
-        return tuple(
-            (name.strip(), key.strip()) if colon else (f"key {number}", name)
-            for number, (name, colon, key) in enumerate(given, 1)
-        )
+        entries = _split_commas(value)
+        if not entries:
+            # It was meant to lock the server; without a key it would be open to everyone.
+            raise ValueError("holds no key; leave the setting out to open the server to everyone")
+        return tuple(key_entry(entry, f"key {number}") for number, entry in enumerate(entries, 1))
 
     @field_validator("api_key")
     @classmethod
-    def _usable(cls, value: tuple[tuple[str, SecretStr], ...]) -> tuple[tuple[str, SecretStr], ...]:
-        keys = [key.get_secret_value() for _, key in value]
-        if not all(name and PRINTABLE.fullmatch(key) for (name, _), key in zip(value, keys, strict=True)):
-            raise ValueError("must be keys of ASCII without spaces, comma-separated, each `key` or `name:key`")
-        if len(set(keys)) < len(keys) or len({name for name, _ in value}) < len(value):
-            raise ValueError("has a key or a name twice")
+    def _usable(cls, value: tuple[KeyEntry, ...]) -> tuple[KeyEntry, ...]:
+        check_unique(value)
+        return value
+
+    @field_validator("admin_api_key")
+    @classmethod
+    def _safe(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None:
+            if not KEY.fullmatch(value.get_secret_value()):
+                raise ValueError("must be a key of ASCII without spaces")
+            check_length(value.get_secret_value())
         return value
 
     @field_validator("cors_origins")
     @classmethod
     def _origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not all(origin == "*" or re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin) for origin in value):
-            raise ValueError("must be origins of the form https://example.org, without a path, or `*`")
-        return value
+        return tuple(_origin(origin) for origin in value)
 
 
 class GenerationSettings(SettingsGroup):

@@ -72,8 +72,10 @@ def load_settings(flags: Mapping[str, object] | None = None, env_file: Path | st
         StartupError: a value is unknown or two settings contradict each other; one sentence with the cure.
     """
     given = {name: value for name, value in (flags or {}).items() if value is not None}
-    if env_file is not None:
-        _check_readable(env_file)
+    usual = GROUPS[0].model_config.get("env_file")
+    for file in (env_file, Path(usual) if isinstance(usual, str) and Path(usual).is_file() else None):
+        if file is not None:
+            _check_readable(file)
     groups = [_read(group, given, env_file) for group in GROUPS]
     settings = Settings(*groups)  # type: ignore[arg-type]  # GROUPS is in the order of the fields
     for contradiction in CONTRADICTIONS:

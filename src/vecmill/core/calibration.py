@@ -80,6 +80,11 @@ class Warmed:
     """Up to here bulk rides along with an interactive forward."""
     compiled: bool
     compile_reason: str
+    graphs: int
+    """CUDA graphs that were captured."""
+    graph_tokens: int
+    """Of the largest of them."""
+    graph_memory_bytes: int
     seconds: tuple[float, ...]
     """Of each forward pass that was run."""
 

@@ -2,6 +2,7 @@
 
     VecmillError
     ├── StartupError                 the process cannot serve with this configuration
+    │   └── StartupObstacle          not now: a restart may find it otherwise
     ├── InvalidInput                 the client can correct it; `param` names the field
     │   ├── MalformedBody
     │   ├── EmptyInput
@@ -9,6 +10,10 @@
     │   │   └── DoesNotFit
     │   ├── TooManyInputs
     │   └── NonFiniteEmbedding
+    ├── MalformedRequest             it is no HTTP/1.1, or not within its limits
+    │   └── HeadTooLarge
+    ├── RequestTimedOut              the client did not send it in time
+    ├── UnsupportedEncoding          of the body
     ├── InvalidApiKey
     ├── NotAllowed                   from where it comes, or by which name it calls the server
     ├── BodyTooLarge
@@ -62,6 +67,10 @@ class StartupError(VecmillError):
     """The server cannot start with this configuration."""
 
 
+class StartupObstacle(StartupError):
+    """The server cannot start now, though its configuration may be right; a later start may succeed."""
+
+
 class InvalidInput(VecmillError):
     """The request is not valid."""
 
@@ -88,6 +97,22 @@ class TooManyInputs(InvalidInput):
 
 class NonFiniteEmbedding(InvalidInput):
     """The model gave a value that is not finite for this input; shorten or change the text."""
+
+
+class MalformedRequest(VecmillError):
+    """The request is not valid HTTP/1.1."""
+
+
+class HeadTooLarge(MalformedRequest):
+    """The request's target and header fields are longer than 65536 bytes; send fewer or shorter ones."""
+
+
+class RequestTimedOut(VecmillError):
+    """timeout: the request did not arrive in time; send it again."""
+
+
+class UnsupportedEncoding(VecmillError):
+    """The Content-Encoding of the request body is not known here; use gzip or deflate, or none."""
 
 
 class InvalidApiKey(VecmillError):
@@ -145,7 +170,7 @@ class BatchConflict(VecmillError):
 class Overloaded(VecmillError):
     """The server is temporarily overloaded; try again after the time in Retry-After."""
 
-    retry_after: int = 1  # seconds
+    retry_after: float = 1  # seconds
 
 
 class DeadlineExceeded(VecmillError):
@@ -159,7 +184,7 @@ class GenerationTimeout(DeadlineExceeded):
 class Unavailable(VecmillError):
     """503: the server is temporarily unavailable; try again."""
 
-    retry_after: int = 2  # seconds
+    retry_after: float = 2  # seconds
 
 
 class MemoryLow(Unavailable):

@@ -95,6 +95,46 @@ class Lane(StrEnum):
     BULK = "bulk"
 
 
+class Scope(StrEnum):
+    """What the holder of an API key may do."""
+
+    USE = "use"
+    """Ask for work, and see and change what the key made: jobs, files, batches."""
+    ADMIN = "admin"
+    """See and change what every key made, and what concerns everyone: `DELETE /cache`, the cache's counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyLimits:
+    """The most that one key may have in progress; None: no limit but the server's."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    jobs: int | None = None
+    """Not ended yet."""
+
+
+NO_LIMITS = KeyLimits()
+
+
+@dataclass(frozen=True, slots=True)
+class Viewer:
+    """Whose things a request may see and change."""
+
+    owner: str | None = None
+    """What the records of this key's things say; None: there are no keys."""
+    everything: bool = False
+    limits: KeyLimits = NO_LIMITS
+
+    def sees(self, owner: str | None) -> bool:
+        """Whether something is the viewer's. What has no owner was made without keys, or by an earlier version."""
+        return self.everything or owner == self.owner
+
+
+EVERYONE = Viewer(everything=True)
+"""Whoever asks from within the server."""
+
+
 class CacheControl(StrEnum):
     """What a request says of kept vectors, in HTTP's words."""
 
@@ -110,13 +150,17 @@ class Caller:
     """Who asks, and how urgently."""
 
     client: str = ""
-    """What takes turns with other clients: an indexing job, or else an address."""
+    """What takes turns with other clients: a key and an address."""
+    owner: str | None = None
+    """The key that it came with; None: there are no keys."""
     job_id: str | None = None
-    """The indexing job that it belongs to."""
+    """The indexing job, or the batch, that it belongs to: a client's jobs take turns in what that client gets."""
     lane: Lane | None = None
     """None: by the request's size and kind."""
     timeout: float | None = None
     """Seconds after which the answer is of no use; None leaves it to REQUEST_TIMEOUT."""
+    began: float | None = None
+    """When the first byte of its request came, by `monotonic`, from which `timeout` counts; None: when it is done."""
     cache_control: CacheControl = CacheControl.ANY
 
 

@@ -45,8 +45,13 @@ class CompileChoice:
     """One phrase for the log."""
 
 
-def choose(model: Model, wanted: str, run: Run, backend: str = "inductor") -> CompileChoice:
+def choose(
+    model: Model, wanted: str, run: Run, backend: str = "inductor", prepare: Callable[[], Run] | None = None
+) -> CompileChoice:
     """Compile a model's layers, or leave them eager, as TORCH_COMPILE wants it: `auto`, `true` or `false`.
+
+    `prepare` makes ready what is measured, of the layers as they are at that moment (a graph of them); left out, `run`
+    itself is measured.
 
     Must be called in the thread and the inference mode that the model is then run in: what is compiled holds only
     there. What cannot be compiled is eager, with a warning.
@@ -55,7 +60,7 @@ def choose(model: Model, wanted: str, run: Run, backend: str = "inductor") -> Co
         return CompileChoice(False, "eager: TORCH_COMPILE=false")
     try:
         compile_layers(model.layers, run, backend)
-        speedup = None if wanted == "true" else _speedup(model.layers, run)
+        speedup = None if wanted == "true" else _speedup(model.layers, prepare or (lambda: run))
     except Exception as error:  # compilers fail in every way there is
         make_eager(model.layers)
         reason = f"eager: could not be compiled ({_phrase(error)})"
@@ -79,17 +84,15 @@ def compile_layers(layers: Sequence[nn.Module], run: Run, backend: str = "induct
     # torch's own modules, as inductor imports them.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is deprecated", DeprecationWarning)
     compiled = _Compiled(layers[0], backend)
-    for number, layer in enumerate(layers):
-        _set_call(layer, partial(compiled, number, layer))
+    _set_calls(layers, [partial(compiled, number, layer) for number, layer in enumerate(layers)])
     for tokens in MEASURED_TOKENS:
         run(tokens)
         compiled.traced = True
 
 
-def make_eager(layers: Iterable[nn.Module]) -> None:
+def make_eager(layers: Sequence[nn.Module]) -> None:
     """Have the layers run as they are written."""
-    for layer in layers:
-        _set_call(layer, None)
+    _set_calls(layers, None)
 
 
 def compilations() -> int:
@@ -130,31 +133,34 @@ def _mark_tokens(values: Iterable[object]) -> None:
             _mark_tokens(value)
 
 
-def _set_call(layer: nn.Module, call: Callable[..., Any] | None) -> None:
-    layer._compiled_call_impl = call  # what nn.Module.compile sets
+def _set_calls(layers: Sequence[nn.Module], calls: Sequence[Callable[..., Any] | None] | None) -> None:
+    for number, layer in enumerate(layers):
+        layer._compiled_call_impl = calls[number] if calls is not None else None  # what nn.Module.compile sets
 
 
-def _speedup(layers: Sequence[nn.Module], run: Run) -> float:
+def _speedup(layers: Sequence[nn.Module], prepare: Callable[[], Run]) -> float:
     """Times that compiled layers are as fast as eager ones: the mean over the measured sizes.
 
     Of each size the median of pairs, one run right after the other and each first in turn: what slows a machine down
     for a while slows both.
     """
     calls = [layer._compiled_call_impl for layer in layers]
+    runs: dict[bool, Run] = {}
+    for compiled in (False, True):
+        _set_calls(layers, calls if compiled else None)
+        runs[compiled] = prepare()
     ratios: dict[int, list[float]] = {tokens: [] for tokens in MEASURED_TOKENS}
     started = perf_counter()
     for number in range(MEASURE_ROUNDS):
         for tokens in MEASURED_TOKENS:
             seconds = {}
             for compiled in (False, True) if number % 2 else (True, False):
-                for layer, call in zip(layers, calls, strict=True):
-                    _set_call(layer, call if compiled else None)
-                seconds[compiled] = run(tokens)
+                _set_calls(layers, calls if compiled else None)
+                seconds[compiled] = runs[compiled](tokens)
             ratios[tokens].append(seconds[False] / seconds[True])
         if perf_counter() - started > MEASURE_SECONDS:
             break
-    for layer, call in zip(layers, calls, strict=True):
-        _set_call(layer, call)
+    _set_calls(layers, calls)
     return geometric_mean(median(of_size) for of_size in ratios.values())
 
 

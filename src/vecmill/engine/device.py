@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.hardware.meminfo import meminfo, unified_available
 from vecmill.hardware.memory import MEGABYTE, DeviceMemory, GpuRoom, host_memory, memory_floor
@@ -28,7 +28,7 @@ def choose_device(wanted: str) -> torch.device:
     if torch.cuda.is_available():
         return _cuda(wanted)
     if nvidia_gpu_present():
-        raise StartupError(_unusable_gpu())
+        raise _unusable_gpu()
     if wanted != "auto":
         raise StartupError(f"DEVICE={wanted}, but there is no CUDA GPU here: set DEVICE=cpu or DEVICE=auto.")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -42,14 +42,14 @@ def _cuda(wanted: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def _unusable_gpu() -> str:
+def _unusable_gpu() -> StartupError:
     if torch.version.cuda is None:
-        return (
+        return StartupError(
             f"There is an NVIDIA GPU here, but torch {torch.__version__} is a CPU-only build: install a CUDA build "
             f"(`pip install --force-reinstall 'torch>=2.11'`, CUDA 13 on a DGX Spark), or set DEVICE=cpu to serve "
             f"from the CPU."
         )
-    return (
+    return StartupObstacle(  # the driver may not be loaded yet when the machine starts
         f"There is an NVIDIA GPU here, but torch {torch.__version__} (CUDA {torch.version.cuda}) cannot use it: "
         f"check the driver with `nvidia-smi` (CUDA 13 needs R580 or newer), or set DEVICE=cpu to serve from the CPU."
     )

@@ -1,45 +1,117 @@
 """The thread that owns the device. Others hand it batches; every batch is answered, also when the thread dies.
 
 While one batch runs, the next is packed and copied by another thread. On CUDA the thread launches a batch while the one
-before it still runs, and a third thread waits for the answers.
+before it still runs, each on the stream of its lane, and a thread for each lane waits for the answers.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
-import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 
 import numpy as np
-import torch
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import EngineFailed
 from vecmill.core.protocols import BatchResult
 from vecmill.core.types import Lane, Row
 from vecmill.engine.device import device_memory, gpu_uuid
-from vecmill.engine.forward import Launched, collect, launch
-from vecmill.engine.loaded import Loaded
+from vecmill.engine.forward import Launched, Packed, collect, launch, pack_on
+from vecmill.engine.loaded import Device, Loaded
 from vecmill.engine.loader import Report, load
 from vecmill.engine.progress import Progress
 from vecmill.hardware.memory import DeviceMemory
-from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
-# On CUDA: one runs, one is queued behind it. More would only stand between an interactive batch and the device.
 LAUNCHED_AT_A_TIME = 2
-# Who leaves the inbox first.
-PROBE, CLOSE = -1, 9
-ORDER = {Lane.INTERACTIVE: 0, Lane.BULK: 1}
+"""Of one lane, on CUDA: one runs, one is queued behind it. More would gain nothing and only be harder to overtake."""
+
+
+def may_launch(lane: Lane, launched: Mapping[Lane, int]) -> bool:
+    """Whether a batch may go to the device while so many of each lane are there.
+
+    Bulk that has been launched does not hold interactive work up: that has a stream of higher priority, whose kernels
+    go first. So each lane is only kept from crowding itself.
+    """
+    return launched[lane] < LAUNCHED_AT_A_TIME
+
+
+class Inbox:
+    """What the device's thread does next: probes, then interactive batches, then bulk, each as soon as it may be.
+
+    Belongs to no thread.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: dict[Lane, deque[Work]] = {lane: deque() for lane in Lane}
+        self._launched: Counter[Lane] = Counter()
+        self._probes = 0
+        self._closed = False
+
+    def put(self, lane: Lane, work: Work) -> None:
+        """Queue a batch."""
+        with self._changed:
+            self._waiting[lane].append(work)
+            self._changed.notify()
+
+    def probe(self) -> None:
+        """Have the device probed before anything else is run."""
+        with self._changed:
+            self._probes += 1
+            self._changed.notify()
+
+    def close(self) -> None:
+        """End after the batches that are queued."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def ended(self, lane: Lane) -> None:
+        """A batch that was taken is off the device."""
+        with self._changed:
+            self._launched[lane] -= 1
+            self._changed.notify()
+
+    def take(self) -> tuple[Lane, Work] | None:
+        """Wait for a batch that may be launched; None: probe the device.
+
+        Raises:
+            Closed: it was closed, and all is done.
+        """
+        with self._changed:
+            while True:
+                if self._probes:
+                    self._probes -= 1
+                    return None
+                for lane in (Lane.INTERACTIVE, Lane.BULK):
+                    if self._waiting[lane] and may_launch(lane, self._launched):
+                        self._launched[lane] += 1
+                        return lane, self._waiting[lane].popleft()
+                if self._closed and not any(self._waiting.values()):
+                    raise Closed
+                self._changed.wait()
+
+    def clear(self) -> list[Work]:
+        """Take out all that waits."""
+        with self._changed:
+            left = [work for waiting in self._waiting.values() for work in waiting]
+            for waiting in self._waiting.values():
+                waiting.clear()
+            return left
+
+
+class Closed(Exception):
+    """There is nothing left to take."""
 
 
 @dataclass(slots=True)
@@ -50,7 +122,7 @@ class Work:
     rows: Sequence[Row]
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[BatchResult]
-    packed: PackedBatch | None = None
+    packed: Packed | None = None
 
     def resolve(self, result: BatchResult | Exception) -> None:
         """Answer from another thread; the event loop may be gone by now."""
@@ -74,17 +146,13 @@ class Engine:
         self._model_settings = models
         self._settings = engine
         self._report = report
-        # (order, number, work): numbers keep equals in order. None closes, or probes.
-        self._inbox: queue.PriorityQueue[tuple[int, int, Work | None]] = queue.PriorityQueue()
-        self._numbers = itertools.count()
+        self._inbox = Inbox()
         self._lock = threading.Lock()
         self._failure: str | None = None
         self._progress = Progress()
         self._last_done = 0.0
-        self._launched = threading.Semaphore(LAUNCHED_AT_A_TIME)
-        self._copies: torch.cuda.Stream | None = None
         self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
-        self._collecting = ThreadPoolExecutor(1, thread_name_prefix="collect")
+        self._collecting = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"collect-{lane}") for lane in Lane}
         self._thread = threading.Thread(target=self._own_device, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -98,7 +166,7 @@ class Engine:
     def _close(self) -> None:
         with self._lock:
             self._failure = self._failure or "503: the server is shutting down."
-            self._inbox.put((CLOSE, next(self._numbers), None))
+            self._inbox.close()
 
     @property
     def busy(self) -> bool:
@@ -155,27 +223,16 @@ class Engine:
     def _pack_and_queue(self, work: Work, lane: Lane) -> None:
         # What goes wrong here goes wrong again on the device's thread, which answers for it.
         with contextlib.suppress(Exception):
-            work.packed = self._pack(work.rows)
+            loaded = self.loaded.result()
+            work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
         self._queue(work, lane)
 
     def _queue(self, work: Work, lane: Lane) -> None:
         with self._lock:
             if self._failure is None:
-                self._inbox.put((ORDER[lane], next(self._numbers), work))
+                self._inbox.put(lane, work)
             else:
                 work.resolve(EngineFailed(self._failure))
-
-    def _pack(self, rows: Sequence[Row]) -> PackedBatch:
-        """Pack and copy on a stream of its own: a copy on the forward pass's stream would wait for that."""
-        device = self.loaded.result().device
-        if device.type != "cuda":
-            return pack(rows, device)
-        if self._copies is None:
-            self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._copies):
-            packed = pack(rows, device)
-        self._copies.synchronize()
-        return packed
 
     def _own_device(self) -> None:
         try:
@@ -185,14 +242,17 @@ class Engine:
             self.loaded.set_exception(error)
             return
         self.loaded.set_result(loaded)
+        device = loaded.runs_on
         work: Work | None = None
         try:
-            while (taken := self._inbox.get())[0] != CLOSE:
-                work = taken[2]
-                if work is None:
-                    self._probe(loaded)
+            while True:
+                taken = self._inbox.take()
+                if taken is None:
+                    self._probe(loaded, device)
                 else:
-                    self._execute(loaded, work)
+                    lane, work = taken
+                    self._execute(loaded, device, lane, work)
+        except Closed:
             self._end()
         except BaseException as error:
             logger.critical("the device's thread ended", exc_info=error)
@@ -206,51 +266,49 @@ class Engine:
         with self._lock:
             self._failure = reason
         self._end()
-        while not self._inbox.empty():
-            if (work := self._inbox.get()[2]) is not None:
-                work.resolve(EngineFailed(reason))
+        for work in self._inbox.clear():
+            work.resolve(EngineFailed(reason))
 
     def _end(self) -> None:
         self._packing.shutdown(wait=False)
-        self._collecting.shutdown(wait=False)
+        for collecting in self._collecting.values():
+            collecting.shutdown(wait=False)
 
-    def _execute(self, loaded: Loaded, work: Work) -> None:
-        model = loaded.models[work.model]
-        self._launched.acquire()
+    def _execute(self, loaded: Loaded, device: Device, lane: Lane, work: Work) -> None:
         started = perf_counter()
         try:
-            launched = launch(model, work.rows, loaded.device, use_flash_attn=loaded.use_flash_attn, packed=work.packed)
+            launched = launch(loaded.models[work.model], work.rows, device, lane, work.packed)
         except Exception as error:
-            self._launched.release()
+            self._inbox.ended(lane)
             logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
-            self._probe(loaded)
+            self._probe(loaded, device)
             work.resolve(error)
             return
-        if loaded.device.type == "cuda":
-            self._collecting.submit(self._answer, work, launched, started)
+        if device.streams is not None:
+            self._collecting[lane].submit(self._answer, lane, work, launched, started)
         else:
-            self._answer(work, launched, started)
+            self._answer(lane, work, launched, started)
 
-    def _answer(self, work: Work, launched: Launched, started: float) -> None:
+    def _answer(self, lane: Lane, work: Work, launched: Launched, started: float) -> None:
         """Wait for a batch that was launched at `started` and answer it."""
         try:
             rows = collect(launched)
         except Exception as error:  # CUDA reports what goes wrong in a kernel here
             logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
-            self._inbox.put((PROBE, next(self._numbers), None))
+            self._inbox.probe()
             work.resolve(error)
         else:
-            done = perf_counter()
-            # The device began with this batch when it was done with the one before.
-            seconds = done - max(started, self._last_done)
-            self._last_done = done
+            with self._lock:
+                done = perf_counter()
+                # The device began with this batch when it was done with the one before.
+                seconds = done - max(started, self._last_done)
+                self._last_done = done
             fitting = launched.fitting_tokens if launched.splits else None
             work.resolve(BatchResult(rows, seconds, launched.splits, fitting))
         finally:
-            self._launched.release()
+            self._inbox.ended(lane)
 
-    def _probe(self, loaded: Loaded) -> None:
+    def _probe(self, loaded: Loaded, device: Device) -> None:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""
         for model in loaded.models.values():
-            row = Row(np.zeros(1, dtype=np.int32))
-            collect(launch(model, [row], loaded.device, use_flash_attn=loaded.use_flash_attn))
+            collect(launch(model, [Row(np.zeros(1, dtype=np.int32))], device))

@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
-from vecmill.core.types import Row, Vector
-from vecmill.engine.loaded import LoadedModel
+from vecmill.core.types import Lane, Row, Vector
+from vecmill.engine.cuda_graphs import lane_of
+from vecmill.engine.loaded import Device, LoadedModel
 from vecmill.engine.out_of_memory import unless_out_of_memory
 from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch on the device, or on its way there."""
+
+    batch: PackedBatch
+    copied: torch.cuda.Event | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,14 +57,26 @@ class Launched:
         return max((part.packed.input_ids.shape[1] for part in self.parts), default=0)
 
 
-@torch.inference_mode()
+def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> Packed:
+    """Pack rows in the shape of a graph, where one holds them, and copy them on a stream of its own.
+
+    On the forward pass's stream the copy would wait for the passes before. Rows that share a prefix belong to the
+    thread that owns the device, which knows what is in the memory of prefixes.
+    """
+    rows = model.graphs.whole_rows(rows) or rows
+    shape = model.graphs.shape_for(rows)
+    memory = model.prefixes if any(row.prefix is not None for row in rows) else None
+    if device.streams is None:
+        return Packed(pack(rows, device.device, memory, shape), None)
+    with torch.cuda.stream(device.streams.copies):
+        packed = pack(rows, device.device, memory, shape)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record(device.streams.copies)
+    return Packed(packed, copied)
+
+
 def launch(
-    model: LoadedModel,
-    rows: Sequence[Row],
-    device: torch.device,
-    *,
-    use_flash_attn: bool,
-    packed: PackedBatch | None = None,
+    model: LoadedModel, rows: Sequence[Row], device: Device, lane: Lane = Lane.BULK, packed: Packed | None = None
 ) -> Launched:
     """Run a batch; on CUDA, put it on the stream. `packed`: of exactly these rows, where that is done already.
 
@@ -63,10 +84,10 @@ def launch(
         Exception: what the forward pass raised, unless it was for lack of memory.
     """
     launched = Launched(rows)
-    waiting: list[tuple[Sequence[int], PackedBatch | None]] = [(range(len(rows)), packed)]
+    waiting: list[tuple[Sequence[int], Packed | None]] = [(range(len(rows)), packed)]
     while waiting:
         indexes, ready = waiting.pop(0)
-        part = unless_out_of_memory(partial(_part, model, rows, indexes, device, use_flash_attn, ready))
+        part = unless_out_of_memory(partial(run_part, model, rows, indexes, device, lane, ready))
         if part is not None:
             launched.parts.append(part)
             continue
@@ -80,19 +101,31 @@ def launch(
     return launched
 
 
-def _part(
+@torch.inference_mode()
+def run_part(
     model: LoadedModel,
     rows: Sequence[Row],
     indexes: Sequence[int],
-    device: torch.device,
-    use_flash_attn: bool,
-    ready: PackedBatch | None,
+    device: Device,
+    lane: Lane,
+    ready: Packed | None,
 ) -> Part:
-    """One forward pass."""
-    packed = ready or pack([rows[index] for index in indexes], device, model.prefixes)
-    answers = model.forward(packed, use_flash_attn=use_flash_attn)
-    part = Part(indexes, packed, *_to_host(answers))
-    for new in packed.new_prefixes:  # after the pass was launched whole; the stream keeps the order
+    """One forward pass; on CUDA it is put on the stream.
+
+    Raises:
+        Exception: what the forward pass raised.
+    """
+    ready = ready or pack_on(device, model, [rows[index] for index in indexes])
+    packed = ready.batch
+    with device.on_stream(lane_of(packed.shape, lane)):
+        if ready.copied is not None:
+            torch.cuda.current_stream(device.device).wait_event(ready.copied)
+        for recalled in packed.recalled:
+            recalled.wait()
+        answers = model.forward(packed, use_flash_attn=device.use_flash_attn)
+        part = Part(indexes, packed, *_to_host(answers))
+    for new in packed.new_prefixes:  # after the pass was launched whole
+        new.layers.computed = part.done
         model.prefixes.keep(new.prefix, new.layers)
     return part
 

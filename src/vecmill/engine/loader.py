@@ -17,7 +17,7 @@ from vecmill.core.types import ModelCard
 from vecmill.engine.choice import chosen_sources
 from vecmill.engine.device import choose_device, configure_device, describe, has_flash_attention, limit_memory
 from vecmill.engine.dtype import ChosenDtype, choose_dtype, dtype_name
-from vecmill.engine.loaded import Loaded, LoadedModel
+from vecmill.engine.loaded import Device, Loaded, LoadedModel, Streams
 from vecmill.engine.out_of_memory import is_out_of_memory
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models import cards
@@ -59,12 +59,14 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
         raise StartupError(
             f"The weights do not fit into the memory of {describe(device)}: {_first_line(error)}"
         ) from None
+    streams = Streams.on(device) if device.type == "cuda" else None
+    runs_on = Device(device, engine.use_flash_attn, streams)
     warmed, choices = {}, Choices()
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
         limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-        warmed[model.key] = warm_up(model, engine, device, choices)
-    return Loaded(device, {model.key: model for model in loaded}, warmed, engine.use_flash_attn)
+        warmed[model.key] = warm_up(model, engine, runs_on, choices)
+    return Loaded(runs_on, {model.key: model for model in loaded}, warmed)
 
 
 def _uses_flash_attention(device: torch.device, *, wanted: bool) -> bool:

@@ -13,13 +13,15 @@ from torch import nn
 
 from vecmill.config import EngineSettings
 from vecmill.core.calibration import Warmed, fit
-from vecmill.core.errors import StartupError
-from vecmill.core.types import Row
+from vecmill.core.errors import StartupObstacle
+from vecmill.core.types import Lane, Row
 from vecmill.engine import compilation
-from vecmill.engine.compilation import CompileChoice
-from vecmill.engine.loaded import LoadedModel
+from vecmill.engine.compilation import CompileChoice, Run
+from vecmill.engine.cuda_graphs import Capture, CudaCapture, Pass, capture_graphs, lane_of, shape_of
+from vecmill.engine.forward import Launched, collect, pack_on, run_part
+from vecmill.engine.loaded import Device, LoadedModel
 from vecmill.engine.out_of_memory import unless_out_of_memory
-from vecmill.models.packing import pack
+from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
@@ -41,16 +43,16 @@ def largest_batch(engine: EngineSettings, device: torch.device) -> int:
     return engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
 
 
-def warm_up(model: LoadedModel, engine: EngineSettings, device: torch.device, choices: Choices) -> Warmed:
-    """Run every shape; choose between eager and compiled layers; fit the cost and set the budgets.
+def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices: Choices) -> Warmed:
+    """Run every shape; choose between eager and compiled layers; capture graphs; fit the cost and set the budgets.
 
     `choices` are kept from model to model: where two share their layers, the first decides for both.
 
     Raises:
-        StartupError: not one token fits into memory.
+        StartupObstacle: not one token fits into memory.
     """
     stopwatch = _Stopwatch(model, engine, device)
-    tokens = largest_batch(engine, device)
+    tokens = largest_batch(engine, device.device)
     stopwatch.try_longest_text(tokens)
     while tokens:
         warmed = unless_out_of_memory(partial(_warm_up, stopwatch, model, engine, device, tokens, choices))
@@ -58,21 +60,24 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: torch.device, ch
             return warmed
         logger.warning("out of memory: a forward pass of %d tokens does not fit, trying %d", tokens, tokens // 2)
         tokens //= 2
-    raise StartupError(f"{model.card.id}: not one token fits into the memory that is left: free some.")
+    raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
 
 
 def _warm_up(
     stopwatch: _Stopwatch,
     model: LoadedModel,
     engine: EngineSettings,
-    device: torch.device,
+    device: Device,
     largest: int,
     choices: Choices,
 ) -> Warmed:
     stopwatch.run(largest)
-    if device.type == "cpu":
+    if device.device.type == "cpu":
         model.threads.measure(stopwatch.run, largest)
-    choice = _choose(model, engine, choices, lambda tokens: stopwatch.run(min(tokens, largest)))
+    capture = _capture(model, engine, device)
+    choice = _choose(model, engine, choices, stopwatch, largest, capture)
+    if capture is not None:
+        model.graphs = capture_graphs(capture, stopwatch.run_directly, device.device, largest, engine.max_batch_size)
     calibration = fit(stopwatch.fastest(list(_shapes(largest))))
     model.threads.restore()
     max_batch_tokens = calibration.bulk_tokens(engine.max_batch_ms / 1000, largest)
@@ -82,6 +87,9 @@ def _warm_up(
         free_tokens=min(calibration.free_tokens(engine.max_batch_ms / 1000), max_batch_tokens),
         compiled=choice.compiled,
         compile_reason=choice.reason,
+        graphs=len(model.graphs.passes),
+        graph_tokens=max((shape.tokens for shape in model.graphs.passes), default=0),
+        graph_memory_bytes=model.graphs.memory_bytes,
         seconds=tuple(stopwatch.seconds),
     )
     logger.info(
@@ -93,13 +101,51 @@ def _warm_up(
         warmed.max_batch_tokens,
         warmed.compile_reason,
     )
+    if capture is not None:
+        logger.info(
+            "%s: %d CUDA graphs in %.1f GB of memory: %s",
+            model.card.id,
+            warmed.graphs,
+            warmed.graph_memory_bytes / 1e9,
+            model.graphs.reason,
+        )
     return warmed
 
 
-def _choose(model: LoadedModel, engine: EngineSettings, choices: Choices, run: compilation.Run) -> CompileChoice:
+def _capture(model: LoadedModel, engine: EngineSettings, device: Device) -> Capture | None:
+    """What captures the model's passes; None where they cannot be captured, or need not."""
+    flash = device.use_flash_attn and model.card.dtype in ("float16", "bfloat16")  # others run by each batch's lengths
+    if device.streams is None or not flash or not engine.cuda_graphs:
+        return None
+    return CudaCapture(model.model, device.device, device.streams.run)
+
+
+def _choose(
+    model: LoadedModel,
+    engine: EngineSettings,
+    choices: Choices,
+    stopwatch: _Stopwatch,
+    largest: int,
+    capture: Capture | None,
+) -> CompileChoice:
     shared = model.model.layers[0]
     if shared not in choices:
-        choices[shared] = compilation.choose(model.model, engine.torch_compile, run)
+
+        def run(tokens: int) -> float:
+            return stopwatch.run(min(tokens, largest))
+
+        def replays() -> Run:
+            """Of the layers as they are now: graphs are how passes of few tokens will run."""
+            assert capture is not None
+            passes = {
+                tokens: capture(shape_of(min(tokens, largest), engine.max_batch_size))
+                for tokens in compilation.MEASURED_TOKENS
+            }
+            return lambda tokens: stopwatch.replay(passes[tokens], min(tokens, largest))
+
+        choices[shared] = compilation.choose(
+            model.model, engine.torch_compile, run, prepare=replays if capture is not None else None
+        )
     return choices[shared]
 
 
@@ -115,7 +161,7 @@ def _shapes(largest: int) -> Iterator[int]:
 class _Stopwatch:
     """Times forward passes of one model."""
 
-    def __init__(self, model: LoadedModel, engine: EngineSettings, device: torch.device) -> None:
+    def __init__(self, model: LoadedModel, engine: EngineSettings, device: Device) -> None:
         self._model, self._engine, self._device = model, engine, device
         self._random = np.random.default_rng(0)
         self.seconds: list[float] = []
@@ -124,7 +170,7 @@ class _Stopwatch:
     def try_longest_text(self, tokens: int) -> None:
         """On CUDA, run the longest text where it is longer than the largest batch: it may come at any time."""
         longest = self._model.card.max_model_len
-        if self._device.type != "cuda" or longest <= tokens:
+        if self._device.streams is None or longest <= tokens:
             return
         if unless_out_of_memory(lambda: self._forward([self._row(longest)])) is None:
             logger.warning("out of memory: a text of %d tokens does not fit, and will be refused", longest)
@@ -141,14 +187,30 @@ class _Stopwatch:
         return [(tokens, min(seconds)) for tokens, seconds in runs.items()]
 
     def run(self, tokens: int) -> float:
-        """Seconds of one forward pass over ragged rows of so many tokens."""
+        """Seconds of one forward pass over ragged rows of so many tokens, as bulk runs."""
         return self._forward(self._rows(tokens))
 
     @torch.inference_mode()
+    def run_directly(self, packed: PackedBatch) -> None:
+        """Launch a forward pass without a graph."""
+        with self._device.on_stream(Lane.BULK):
+            self._model.forward(packed, use_flash_attn=self._device.use_flash_attn)
+
+    @torch.inference_mode()
+    def replay(self, captured: Pass, tokens: int) -> float:
+        """Seconds of a captured pass of so many tokens."""
+        shape = shape_of(tokens, self._engine.max_batch_size)
+        with self._device.on_stream(lane_of(shape, Lane.BULK)):
+            packed = pack([self._row(1)] * min(shape.rows, tokens), self._device.device, shape=shape)
+            started = perf_counter()
+            captured(packed).cpu()
+        return perf_counter() - started
+
     def _forward(self, rows: Sequence[Row]) -> float:
-        packed = pack(rows, self._device)
+        packed = pack_on(self._device, self._model, rows)
         started = perf_counter()
-        self._model.forward(packed, use_flash_attn=self._engine.use_flash_attn).cpu()
+        part = run_part(self._model, rows, range(len(rows)), self._device, Lane.BULK, packed)
+        collect(Launched(rows, [part]))
         self.seconds.append(perf_counter() - started)
         return self.seconds[-1]
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import psutil
 
 from vecmill.core.errors import MemoryLow
+from vecmill.hardware.control_group import ControlGroups
 from vecmill.hardware.meminfo import memory_pressure
 
 MEGABYTE = 1024 * 1024
 GIGABYTE = 1024 * MEGABYTE
+CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 FLOOR_SHARE, HIGHEST_FLOOR = 0.04, 8 * GIGABYTE
-CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,12 +106,14 @@ def memory_floor(total: int, floor_gb: float | None) -> float:
 class MemoryGuard:
     """Says no before the machine has to swap: on a GB10 the GPU's memory is the machine's, and past its end it hangs.
 
-    Source: MemAvailable in /proc/meminfo; where a control group limits the process, what that has left.
+    Source: MemAvailable in /proc/meminfo; where control groups limit the process, what they have left.
     """
 
     def __init__(self, floor_gb: float | None, fraction: float) -> None:
         """`floor_gb` stays free (None: 4 % of the machine, at most 8); the process takes `fraction` of all, at most."""
-        self._total = _limit() or psutil.virtual_memory().total
+        self._groups = ControlGroups(CGROUP, OWN_CGROUP)
+        machine = int(psutil.virtual_memory().total)
+        self._total = min(machine, self._groups.limit() or machine)
         self._floor = memory_floor(self._total, floor_gb)
         self._most = fraction * self._total
         self._process = psutil.Process()
@@ -129,8 +132,8 @@ class MemoryGuard:
 
     def _available(self) -> int:
         available = int(psutil.virtual_memory().available)
-        limit = _limit()
-        return available if limit is None else min(available, limit - _held())
+        left = self._groups.left()
+        return available if left is None else min(available, left)
 
     @staticmethod
     def _low(reason: str) -> MemoryLow:
@@ -138,25 +141,3 @@ class MemoryGuard:
             f"503: the machine is short of memory, the server is temporarily unavailable: {reason} "
             f"(MEMORY_FLOOR_GB, MEMORY_FRACTION); try again with fewer texts."
         )
-
-
-def _limit() -> int | None:
-    """Bytes that the control group allows, where it limits."""
-    return _read(CGROUP / "memory.max", 0) or None
-
-
-def _held() -> int:
-    """Bytes that count against the limit; file cache that nobody has used lately is given up first."""
-    try:
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
-    except OSError:
-        stat = {}
-    return _read(CGROUP / "memory.current", 0) - int(stat.get("inactive_file", 0))
-
-
-def _read(file: Path, otherwise: int) -> int:
-    try:
-        said = file.read_text().strip()
-    except OSError:
-        return otherwise
-    return int(said) if said.isdecimal() else otherwise

@@ -121,12 +121,21 @@ class Monitor:
                 return replace(_nothing(reason), memory=memory)
             gpu = nvml.read(uuid)
         except NvmlUnavailable as error:
-            return replace(_nothing(str(error)), memory=memory)
-        except Exception as error:  # torch's, of a device that has failed
+            return replace(self._missed(str(error)), memory=memory)
+        except Exception as error:  # torch's, of a device that has failed; the thread goes on: nobody else looks
             if self._found.reason is None:
                 logger.warning("the GPU cannot be looked at: %s: %s", type(error).__name__, error)
-            return _nothing(f"torch says {type(error).__name__}")
+            return self._missed(f"the GPU cannot be looked at ({type(error).__name__})")
         return Look(gpu, self._verdict(clock_verdict(gpu)), memory=memory)
+
+    def _missed(self, reason: str) -> Look:
+        self._forget_unconfirmed()
+        return _nothing(reason)
+
+    def _forget_unconfirmed(self) -> None:
+        """What has not been seen often enough in a row begins anew; what has stays until a loaded clock is well."""
+        if self._bad_looks < BAD_LOOKS:
+            self._bad_looks = 0
 
     def _verdict(self, verdict: ClockVerdict) -> ClockVerdict:
         was_bad = self._bad_looks >= BAD_LOOKS
@@ -140,6 +149,8 @@ class Monitor:
             self._bad_looks = 0
             if was_bad:
                 self._on_verdict(verdict)
+        else:
+            self._forget_unconfirmed()
         return verdict
 
 
@@ -149,6 +160,9 @@ def _opened() -> tuple[Nvml | None, str]:
         return Nvml(), ""
     except NvmlUnavailable as error:
         return None, str(error)
+    except Exception as error:
+        logger.exception("the GPU's driver cannot be opened")
+        return None, f"the driver cannot be opened ({type(error).__name__})"
 
 
 def _nothing(reason: str) -> Look:

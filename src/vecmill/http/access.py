@@ -1,14 +1,15 @@
 """Who may use the server: keys, and what web pages may do that somebody on this machine has open.
 
-Without keys a server on localhost is open to every program here, and a web page is one: it may post to any address. So
-then a page of another origin is refused, and so is a request by a name that only such a page would know this server by
-(DNS rebinding).
+Without keys a server is open to every program that reaches it, and a web page that somebody has open is one: it may
+post to any address. So then a page of another origin is refused, and so is a request by a name that only such a page
+would know this server by (DNS rebinding), whatever address is bound.
 """
 
 from __future__ import annotations
 
 import socket
-from ipaddress import ip_address
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address, ip_network
 
 from fastapi import Request
 from starlette.datastructures import Headers
@@ -16,8 +17,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vecmill.config import AccessSettings
 from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
+from vecmill.core.types import Viewer
 from vecmill.http.errors import refused
-from vecmill.http.keys import Keys
+from vecmill.http.keys import NOBODY, Keys
+from vecmill.http.origins import Origins, not_allowed
 
 # What load balancers and supervisors ask.
 PROBES = frozenset(
@@ -26,9 +29,10 @@ PROBES = frozenset(
 # And pages a browser opens by itself, which hold no secrets.
 OPEN = PROBES | {"/", "/docs", "/openapi.json"}
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
-ADMIN = "admin"  # the name of whoever has ADMIN_API_KEY
 READING = ("GET", "HEAD", "OPTIONS")
-LOCAL_SUFFIXES = (".localhost", ".local", ".internal")
+# Names that nobody can buy: reserved (RFC 6761, 6762, 8375; ICANN's .internal), or of no public registry.
+LOCAL_SUFFIXES = (".localhost", ".local", ".internal", ".home.arpa", ".lan", ".svc")
+HOST_NAME = socket.gethostname().lower()
 
 
 def is_loopback(host: str) -> bool:
@@ -39,14 +43,31 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def in_both_families(networks: Iterable[str]) -> list[str]:
+    """Addresses and networks, those of IPv4 also as a socket for both families shows them (`::ffff:10.0.0.1`)."""
+    found = list(networks)
+    for network in map(ip_network, list(found)):
+        if network.version == 4:
+            found.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+    return found
+
+
 class Access:
     """ASGI middleware: 401 without a key where there are keys; 403 for a name or an origin that is not allowed."""
 
-    def __init__(self, app: ASGIApp, settings: AccessSettings, keys: Keys, host: str) -> None:
-        """`host` is the address that the server binds."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: AccessSettings,
+        keys: Keys,
+        host: str,
+        on_job: Callable[[str, Viewer], None] = lambda job_id, viewer: None,
+    ) -> None:
+        """`host` is the address that the server binds; `on_job` is told of every request that carries `X-Job-ID`."""
         self._app = app
         self._keys = keys
-        self._origins = frozenset(settings.cors_origins)
+        self._origins = Origins(settings.cors_origins)
+        self._on_job = on_job
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._is_loopback = is_loopback(host)
 
@@ -56,43 +77,41 @@ class Access:
             return
         headers = Headers(scope=scope)
         error = self._host_error(scope["path"], headers) or self._origin_error(scope["method"], headers)
-        key = presented_key(headers)
-        admin = self._keys.is_admin(key)
-        scope.setdefault("state", {})["admin"] = admin
-        if error is None and self._keys and not is_open(scope["method"], scope["path"]):
-            name = self._keys.name_of(key) or (ADMIN if admin else None)
-            scope["state"]["api_key_name"] = name
-            error = None if name else InvalidApiKey()
-        if error is None:
-            await self._app(scope, receive, send)
-        else:
+        holder = self._keys.holder_of(presented_key(headers))
+        if holder is None and not is_open(scope["method"], scope["path"]):
+            error = error or InvalidApiKey()
+        holder = holder or NOBODY
+        scope.setdefault("state", {}).update(viewer=holder.viewer, may_use=holder.may_use, api_key_name=holder.name)
+        if error is not None:
             response = await refused(Request(scope, receive), error)
             await response(scope, receive, send)
+            return
+        if job_id := headers.get("x-job-id"):
+            self._on_job(job_id, holder.viewer)
+        await self._app(scope, receive, send)
 
     def _host_error(self, path: str, headers: Headers) -> VecmillError | None:
         host = _without_port(headers.get("host", ""))
         # Who probes a pod or a container calls it by its address, which ALLOWED_HOSTS cannot know.
         if path in PROBES and _is_address(host):
             return None
-        local_names_only = not self._hosts and not self._keys and self._is_loopback
+        local_names_only = not self._hosts and not self._keys
         if host in self._hosts or (not self._hosts and not local_names_only) or "*" in self._hosts:
             return None
         if local_names_only and _is_local(host):
             return None
+        cure = "use localhost" if self._is_loopback else "set API_KEY, or use its address"
         return NotAllowed(
-            f"This server does not answer to the name {host[:100]!r}: add it to ALLOWED_HOSTS, or use localhost."
+            f"This server does not answer to the name {host[:100]!r}: add it to ALLOWED_HOSTS, or {cure}."
         )
 
     def _origin_error(self, method: str, headers: Headers) -> VecmillError | None:
         origin = headers.get("origin")
         if origin is None or self._keys or method in READING:
             return None
-        if origin in self._origins or "*" in self._origins or origin.partition("://")[2] == headers.get("host"):
+        if origin in self._origins or origin.partition("://")[2] == headers.get("host"):
             return None
-        return NotAllowed(
-            f"This server does not answer web pages of {origin[:100]!r}: add that origin to CORS_ORIGINS, or set "
-            f"API_KEY."
-        )
+        return not_allowed(origin)
 
 
 def presented_key(headers: Headers) -> str:
@@ -106,6 +125,11 @@ def presented_key(headers: Headers) -> str:
     return headers.get("x-api-key") or headers.get("api-key") or ("" if token else scheme)
 
 
+def may_use(request: Request) -> bool:
+    """Whether whoever asks may use the server: with a key where there are keys. Pages without a key need not."""
+    return bool(getattr(request.state, "may_use", True))
+
+
 def is_open(method: str, path: str) -> bool:
     """Whether a call needs no key where there are keys."""
     return method in READING and (path in OPEN or path.startswith(OPEN_BELOW))
@@ -117,9 +141,12 @@ def _without_port(host: str) -> str:
 
 
 def _is_local(host: str) -> bool:
-    """Addresses, which no web page can give another meaning, and names that lead to this machine or its network."""
-    names = ("", "localhost", socket.gethostname().lower())
-    return _is_address(host) or host in names or host.endswith(LOCAL_SUFFIXES)
+    """Addresses, which no web page can give another meaning, and names that lead to this machine or its network.
+
+    A name of one label is no web page's: it is looked up in this network, as `vecmill` in a compose file or a cluster.
+    """
+    name = host.removesuffix(".")
+    return _is_address(host) or "." not in name or name == HOST_NAME or name.endswith(LOCAL_SUFFIXES)
 
 
 def _is_address(host: str) -> bool:

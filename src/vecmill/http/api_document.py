@@ -5,11 +5,16 @@ Source: https://spec.openapis.org/oas/v3.1.0
 
 from __future__ import annotations
 
+import re
+from base64 import b64encode
 from collections.abc import Iterator
 from functools import cache
+from hashlib import sha256
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
 
 from vecmill.core.errors import InvalidInput
 from vecmill.http.access import is_open
@@ -18,14 +23,19 @@ from vecmill.http.error_shapes import shape_for
 
 Object = dict[str, Any]
 
+OFFLINE_FILES = "/static-offline-docs"
+SCRIPT = re.compile(rb"<script>(.*?)</script>", re.DOTALL)
+
 RETRY_AFTER = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
 ERRORS: dict[str, Object] = {
     "400": {"description": "The request is not valid; the message names the field."},
     "401": {"description": "The API key is missing or wrong."},
     "403": {"description": "A web page of another origin, or a name that this server does not answer to."},
     "404": {"description": "There is no such model, job, file or batch."},
+    "408": {"description": "The request did not arrive in time."},
     "409": {"description": "The present state of the job or batch does not allow this."},
     "413": {"description": "The body is larger than MAX_BODY_BYTES, or a file than MAX_FILE_BYTES or MAX_FILES_BYTES."},
+    "415": {"description": "The Content-Encoding of the body is neither gzip nor deflate."},
     "422": {"description": "A vector is not finite; or, in TEI's and NIM's dialects, the request is not valid."},
     "429": {"description": "There is no room now.", "headers": RETRY_AFTER},
     "503": {"description": "Loading, shutting down, short of memory or failed.", "headers": RETRY_AFTER},
@@ -52,6 +62,40 @@ def install(app: FastAPI) -> None:
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
+    @app.get("/docs", include_in_schema=False)
+    async def docs(request: Request) -> HTMLResponse:
+        return _page(app, str(request.scope.get("root_path", "")))
+
+
+def _page(app: FastAPI, root: str) -> HTMLResponse:
+    """The document for people, with the files that fastapi-offline ships. Nothing else may run in it, or show it."""
+    html = bytes(
+        get_swagger_ui_html(
+            openapi_url=f"{root}{app.openapi_url}",
+            title=f"{app.title} - Swagger UI",
+            swagger_js_url=f"{root}{OFFLINE_FILES}/swagger-ui-bundle.js",
+            swagger_css_url=f"{root}{OFFLINE_FILES}/swagger-ui.css",
+            swagger_favicon_url=f"{root}{OFFLINE_FILES}/favicon.png",
+        ).body
+    )
+    own = " ".join(f"'sha256-{b64encode(sha256(script).digest()).decode()}'" for script in SCRIPT.findall(html))
+    policy = (
+        "default-src 'none'",
+        f"script-src 'self' {own}",
+        "style-src 'self' 'unsafe-inline'",  # Swagger UI writes style attributes
+        "connect-src 'self'",
+        "img-src 'self' data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+    headers = {
+        "Content-Security-Policy": "; ".join(policy),
+        "X-Content-Type-Options": "nosniff",
+        "X-Frame-Options": "DENY",
+    }
+    return HTMLResponse(html, headers=headers)
+
 
 def _completed(document: Object) -> Object:
     components = document["components"]
@@ -62,9 +106,21 @@ def _completed(document: Object) -> Object:
     components["securitySchemes"] = {"API key": KEY}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
+            _no_null_parameters(operation)
             _show_examples(operation, components["schemas"])
             _name_errors(operation, path, method.upper())
     return document
+
+
+def _no_null_parameters(operation: Object) -> None:
+    """A header or a query has no null: one that may be left out is only not required."""
+    for parameter in operation.get("parameters", ()):
+        schema = parameter["schema"]
+        kinds = [one for one in schema.pop("anyOf", ()) if one != {"type": "null"}]
+        if len(kinds) == 1:
+            schema.update({**kinds[0], **schema})
+        elif kinds:
+            schema["anyOf"] = kinds
 
 
 def _show_examples(operation: Object, schemas: Object) -> None:
@@ -109,7 +165,9 @@ def _statuses(operation: Object, path: str, method: str) -> list[str]:
         (not is_open(method, path), "401"),
         (True, "403"),
         (has_body or (keeps_state and has_query), "400"),
+        (has_body, "408"),
         (has_body, "413"),
+        (has_body, "415"),
         ("{" in path or (has_body and not of_jobs and path != UPLOAD), "404"),
         (("{job_id}" in path and method != "GET") or (method, path) in BATCH_409, "409"),
         (has_deadline or refuses_with_422, "422"),

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 from fastapi import APIRouter, Request
 
 from vecmill.core.errors import NotAllowed, StateUnavailable
-from vecmill.http.services import Services, ServicesOf
+from vecmill.http.caller import ViewerOf
+from vecmill.http.services import Services, ServicesOf, shows_work_of_all
 from vecmill.storage.errors import StoreFailed
+
+logger = logging.getLogger(__name__)
 
 router = APIRouter(tags=["Cache"])
 
@@ -34,20 +38,25 @@ def cache_facts(services: Services) -> dict[str, Any] | None:
 
 
 @router.get("/cache", summary="Cache statistics")
-async def get_cache(services: ServicesOf) -> dict[str, Any]:
-    """Entries and bytes kept; hits, entries written, dropped and lost since the start."""
-    return {"enabled": services.cache() is not None, **(cache_facts(services) or {})}
+async def get_cache(request: Request, services: ServicesOf) -> dict[str, Any]:
+    """Entries and bytes kept; hits, entries written, dropped and lost since the start.
+
+    With several keys and a common cache the counts are for the scope `admin`: they tell of other keys' texts.
+    """
+    counts = cache_facts(services) if shows_work_of_all(request) else None
+    return {"enabled": services.cache() is not None, **(counts or {})}
 
 
 @router.delete("/cache", summary="Empty the cache")
-async def delete_cache(request: Request, services: ServicesOf) -> dict[str, Any]:
-    """Forget every vector; needs ADMIN_API_KEY where there are keys."""
-    if not getattr(request.state, "admin", False):
-        raise NotAllowed("DELETE /cache is for the holder of ADMIN_API_KEY: set it, and send it as the API key.")
+async def delete_cache(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
+    """Forget every vector; needs a key with the scope `admin` where there are keys."""
+    if not viewer.everything:
+        raise NotAllowed("DELETE /cache is for keys with the scope `admin`: send such a key, or that of ADMIN_API_KEY.")
     cache = services.cache()
     if cache is None:
         return {"deleted": 0}
     try:
         return {"deleted": await asyncio.to_thread(cache.clear)}
     except StoreFailed as error:
-        raise StateUnavailable(f"503: the cache is temporarily unavailable ({error}); try again.") from None
+        logger.error("the cache cannot be emptied (%s)", error)
+        raise StateUnavailable("503: the cache is temporarily unavailable; the log says why. Try again.") from None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request
-from pydantic import BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from vecmill.core.types import CacheControl, Caller, Lane
+from vecmill.core.types import CacheControl, Caller, Lane, Viewer
+from vecmill.http.bounds import Word
 from vecmill.http.in_progress import NewWork
 
+SHORTEST_TIMEOUT = 0.001  # seconds; no answer is so fast
 LANES = f"must be {', '.join(lane.value for lane in Lane)}, or a whole number (negative: first, positive: bulk)"
 
 
@@ -37,6 +40,7 @@ def parse_priority(value: Any) -> Any:
 Priority = Annotated[
     Lane | None,
     BeforeValidator(parse_priority),
+    Word,
     Field(
         description="`interactive`: before all bulk; `bulk`: whenever there is room; or vLLM's number (lower is "
         "earlier, 0 says nothing). Left out: queries, reranking and up to 8 texts with 512 tokens that are of no "
@@ -45,9 +49,50 @@ Priority = Annotated[
 ]
 
 
+LONGEST_JOB_ID = 100
+
+
+async def _viewer_of(request: Request) -> Viewer:
+    found: Viewer = request.state.viewer
+    return found
+
+
+ViewerOf = Annotated[Viewer, Depends(_viewer_of)]
+"""A parameter of every route that shows or changes what belongs to a key."""
+
+
+def client_of(request: Request) -> str:
+    """Who takes turns with other clients: a key and an address, whatever else the request says of itself."""
+    address = _address(request.client.host) if request.client else ""
+    key = request.state.viewer.owner
+    return f"{key}@{address}" if key else address
+
+
+def _address(host: str) -> str:
+    """One client has one address, also where the server listens to both families."""
+    try:
+        mapped = getattr(ip_address(host), "ipv4_mapped", None)
+    except ValueError:
+        return host
+    return str(mapped or host)
+
+
+def _long_enough(seconds: float) -> float:
+    if seconds < SHORTEST_TIMEOUT:
+        raise ValueError(f"must be at least {SHORTEST_TIMEOUT:g} (seconds)")
+    return seconds
+
+
+Timeout = Annotated[
+    float,
+    AfterValidator(_long_enough),
+    Field(allow_inf_nan=False),
+]
+
+
 def of_job(caller: Caller, job_id: str) -> Caller:
-    """The caller as one of an indexing job, which takes turns by itself."""
-    return replace(caller, client=f"job {job_id[:100]}", job_id=job_id)
+    """The caller as one of an indexing job, which takes turns with the client's other jobs."""
+    return replace(caller, job_id=job_id[:LONGEST_JOB_ID])
 
 
 # Async, as every dependency here: FastAPI calls others in a thread, which costs a request a twentieth of a millisecond.
@@ -58,21 +103,21 @@ async def caller_of(
         Priority, Header(description="As `priority` in the body, for clients that send headers.")
     ] = None,
     x_request_timeout: Annotated[
-        float | None,
-        Header(gt=0, allow_inf_nan=False, description="Seconds until the answer is of no use: 504, texts not run."),
+        Timeout | None,
+        Header(description=f"Seconds, at least {SHORTEST_TIMEOUT}, until the answer is of no use: 504, texts not run."),
     ] = None,
     x_job_id: Annotated[str | None, Header(description="The indexing job this belongs to.")] = None,
     cache_control: Annotated[
         str | None, Header(description="`no-store`: neither look up nor keep vectors; `no-cache`: compute them anew.")
     ] = None,
 ) -> Caller:
-    """Clients take turns: those of one job together, others by their key and address."""
-    client = request.client.host if request.client else ""
-    key = getattr(request.state, "api_key_name", None)
+    """Who asks."""
     caller = Caller(
-        client=f"{key}@{client}" if key else client,
+        client=client_of(request),
+        owner=request.state.viewer.owner,
         lane=x_priority,
         timeout=x_request_timeout,
+        began=request.state.began,
         cache_control=_cache_control(cache_control or ""),
     )
     return of_job(caller, x_job_id) if x_job_id else caller

@@ -83,5 +83,10 @@ def forward_pass(services: Services, key: str) -> dict[str, Any]:
         "free_tokens": budget.free_tokens,
         "compiled": found.compiled,
         "compile_reason": found.compile_reason,
+        "cuda_graphs": {
+            "count": found.graphs,
+            "max_tokens": found.graph_tokens,
+            "memory_mb": found.graph_memory_bytes // MEGABYTE,
+        },
         "measured": [{"tokens": tokens, "ms": round(1000 * taken, 3)} for tokens, taken in calibration.measured],
     }

@@ -21,7 +21,7 @@ from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import EmbedResult, Matrix, ScoreResult
 from vecmill.http.embedding_formats import FLOAT, EmbeddingFormat, encode
 from vecmill.http.gzip import GZIP_FROM_BYTES, GZIP_LEVEL, accepts_gzip
-from vecmill.http.services import services_of
+from vecmill.http.services import services_of, shows_work_of_all
 
 STREAM_FROM_BYTES = 1_048_576
 PIECE_BYTES = 262_144
@@ -40,7 +40,7 @@ async def vectors_response(
     # base64 of floats hardly compresses: a quarter less for several milliseconds more.
     compressible = not all(form.base64 for form in formats)
     compress = compressible and accepts_gzip(request.headers.get("accept-encoding", ""))
-    headers = result_headers(result) | (COMPRESSED if compress and size >= GZIP_FROM_BYTES else {})
+    headers = result_headers(request, result) | (COMPRESSED if compress and size >= GZIP_FROM_BYTES else {})
     threads = services_of(request).threads
     if size <= STREAM_FROM_BYTES:
         whole = partial(_whole, build, embeddings, formats, compress and size >= GZIP_FROM_BYTES)
@@ -128,17 +128,18 @@ def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool
     return body, False
 
 
-def result_headers(result: EmbedResult | ScoreResult) -> dict[str, str]:
+def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[str, str]:
     """TEI's times in milliseconds, and the note that goes with an answer some of whose inputs were cut."""
     timings = result.timings
     computed = timings.tokenize + timings.infer
-    seconds = {
-        "x-total-time": computed + timings.queue,
-        "x-compute-time": computed,
-        "x-tokenization-time": timings.tokenize,
-        "x-queue-time": timings.queue,
-        "x-inference-time": timings.infer,
-    }
+    seconds = {"x-total-time": computed + timings.queue}
+    if shows_work_of_all(request):
+        seconds |= {
+            "x-compute-time": computed,
+            "x-tokenization-time": timings.tokenize,
+            "x-queue-time": timings.queue,
+            "x-inference-time": timings.infer,
+        }
     headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
     headers["x-compute-tokens"] = str(result.prompt_tokens)
     if result.cached_tokens:

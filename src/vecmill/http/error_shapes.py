@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -27,6 +29,9 @@ T = TypeVar("T")
 
 # Begins the tags that tell the bodies of a shared path apart.
 DIALECT_TAG = "dialect:"
+LONGEST_NAME = 100  # characters, of a field that the client has named
+MOST_BYTES = 4096  # of an error
+LENGTHS = (1000, 500, 200, 50)  # characters of its message, of which some shapes have three
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,38 @@ class ErrorShape:
     body: Callable[[VecmillError, int], dict[str, object]]
     status: Mapping[type[VecmillError], int] = field(default_factory=dict)
     """Where this dialect's statuses differ from the common ones."""
+    busy: Callable[[Mapping[str, str]], int] = lambda headers: 429
+    """The status that makes its clients try again when there is no room, by the request's headers."""
+
+
+def shortened(text: object, longest: int = LONGEST_NAME) -> str:
+    """The text, its middle left out where it is long: the end of a sentence has the cure."""
+    whole = str(text)
+    if len(whole) <= longest:
+        return whole
+    kept = longest // 2
+    return f"{whole[:kept]} ... {whole[-kept:]}"
+
+
+def bounded_body(shape: ErrorShape, error: VecmillError, status: int) -> dict[str, object]:
+    """An error in a dialect's shape, of at most MOST_BYTES as JSON, whatever of the client's own it repeats."""
+    told = copy(error)
+    told.message = encodable(error.message)
+    told.param = None if error.param is None else encodable(error.param)
+    body = shape.body(told, status)
+    for longest in LENGTHS:
+        if len(json.dumps(body)) <= MOST_BYTES:
+            break
+        short = copy(told)
+        short.message = shortened(told.message, longest)
+        short.param = None if told.param is None else shortened(told.param)
+        body = shape.body(short, status)
+    return body
+
+
+def encodable(text: str) -> str:
+    """Lone surrogates, which JSON's escapes can bring and UTF-8 cannot hold, as escapes again."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def nearest(table: Mapping[type[VecmillError], T], error: VecmillError) -> T:
@@ -127,18 +164,28 @@ def _detail(error: VecmillError, status: int) -> dict[str, object]:
     return {"detail": error.message}
 
 
-OPENAI = ErrorShape("openai", _openai)
+def _busy_for_openai(headers: Mapping[str, str]) -> int:
+    """QMD, whose requests are those of Node itself, takes every 4xx for final, as plain HTTP clients do.
+
+    The OpenAI SDKs try again after either. Roo Code and Kilo Code count on 429, with an SDK or, without one, with a
+    header `api-key`.
+    """
+    return 429 if "api-key" in headers or "openai/" in headers.get("user-agent", "").lower() else 503
+
+
+OPENAI = ErrorShape("openai", _openai, busy=_busy_for_openai)
 COHERE = ErrorShape("cohere", _message)
 TEI = ErrorShape(
     "tei",
     _tei,
     # An over-long input stays a 400: TEI's own status for it changed from 413 to 422 between versions.
     {InvalidInput: 422, EmptyInput: 400, InputTooLong: 400, MalformedBody: 400, NotServed: 424},
+    busy=lambda headers: 503,
 )
-OLLAMA = ErrorShape("ollama", _ollama)
-LLAMA_SERVER = ErrorShape("llama-server", _llama_server)
+OLLAMA = ErrorShape("ollama", _ollama, busy=lambda headers: 503)
+LLAMA_SERVER = ErrorShape("llama-server", _llama_server, busy=lambda headers: 503)
 NIM = ErrorShape("nim", _nim, {InvalidInput: 422, InputTooLong: 400, MalformedBody: 400})
-WEAVIATE = ErrorShape("weaviate", _error)
+WEAVIATE = ErrorShape("weaviate", _error, busy=lambda headers: 503)
 DETAIL = ErrorShape("detail", _detail)
 
 # The path itself or what is below it; the longest that fits decides. Where bodies of several dialects share a path,

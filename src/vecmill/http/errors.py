@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from http import HTTPStatus
+from math import ceil
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,6 +13,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from vecmill.core.errors import (
@@ -19,34 +21,49 @@ from vecmill.core.errors import (
     BodyTooLarge,
     DeadlineExceeded,
     GenerationUnavailable,
+    HeadTooLarge,
     InsufficientStorage,
     InvalidApiKey,
     InvalidInput,
     JobConflict,
     MalformedBody,
+    MalformedRequest,
     NonFiniteEmbedding,
     NotAllowed,
     NotFound,
     Overloaded,
+    RequestTimedOut,
+    TooManyInputs,
     Unavailable,
+    UnsupportedEncoding,
     VecmillError,
 )
-from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, nearest, shape_for
+from vecmill.http.bounds import TOO_MANY_INPUTS
+from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, bounded_body, nearest, shape_for, shortened
 from vecmill.http.services import services_of
 
 logger = logging.getLogger(__name__)
+
+MOST_PARTS = 4  # that a base address may have too many
+CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+LOGGED_CHARACTERS = 200
+LONGEST_PROBLEM = 500  # characters
 
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
     InvalidInput: 400,
     NonFiniteEmbedding: 422,
+    MalformedRequest: 400,
+    HeadTooLarge: 431,
+    RequestTimedOut: 408,
+    UnsupportedEncoding: 415,
     InvalidApiKey: 401,
     NotAllowed: 403,
     BodyTooLarge: 413,
     NotFound: 404,
+    Overloaded: 429,
     JobConflict: 409,
     BatchConflict: 409,
-    Overloaded: 429,
     DeadlineExceeded: 504,
     Unavailable: 503,
     GenerationUnavailable: 502,
@@ -54,21 +71,34 @@ STATUS: Mapping[type[VecmillError], int] = {
     VecmillError: 500,
 }
 
+OTHER_HEADERS: Mapping[type[VecmillError], Mapping[str, str]] = {
+    InvalidApiKey: {"WWW-Authenticate": "Bearer"},
+    RequestTimedOut: {"Connection": "close"},  # what is left of it cannot be told from another request
+    UnsupportedEncoding: {"Accept-Encoding": "gzip, deflate"},
+    VecmillError: {},
+}
 
-def error_response(shape: ErrorShape, error: VecmillError) -> Response:
-    """The answer to an error, in a dialect's shape."""
+
+def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer to an error, in a dialect's shape. `headers` are those of the request, if there is one."""
     status = nearest({**STATUS, **shape.status}, error)
-    return JSONResponse(shape.body(error, status), status_code=status, headers=_headers(error))
+    if isinstance(error, Overloaded) and headers is not None:
+        status = shape.busy(headers)
+    return JSONResponse(bounded_body(shape, error, status), status_code=status, headers=_headers(error))
 
 
 def _headers(error: VecmillError) -> dict[str, str]:
     """What says whether to try again, in the words that the OpenAI and Cohere SDKs read."""
     if isinstance(error, Overloaded | Unavailable):
         seconds = error.retry_after
-        return {"Retry-After": str(seconds), "retry-after-ms": str(1000 * seconds), "x-should-retry": "true"}
+        return {
+            "Retry-After": str(ceil(seconds)),
+            "retry-after-ms": str(ceil(1000 * seconds)),
+            "x-should-retry": "true",
+        }
     if isinstance(error, DeadlineExceeded | InsufficientStorage):
         return {"x-should-retry": "false"}  # it would only take as long, or be as full, again
-    return {"WWW-Authenticate": "Bearer"} if isinstance(error, InvalidApiKey) else {}
+    return dict(nearest(OTHER_HEADERS, error))
 
 
 def shape_of(request: Request) -> ErrorShape:
@@ -82,12 +112,13 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(VecmillError, refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_exception)  # type: ignore[arg-type]
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _on_bug)
 
 
 async def refused(request: Request, error: VecmillError) -> Response:
     """The answer to an error, counted and logged."""
-    response = error_response(shape_of(request), error)
+    response = error_response(shape_of(request), error, request.headers)
     kind = type(error).__name__
     services_of(request).telemetry.error(response.status_code, kind)
     level = logging.WARNING if response.status_code >= 429 else logging.INFO
@@ -95,7 +126,12 @@ async def refused(request: Request, error: VecmillError) -> Response:
     logger.log(
         level,
         "request refused",
-        extra={"path": request.url.path, "status": response.status_code, "error": kind, "param": error.param},
+        extra={
+            "path": request.url.path[:LOGGED_CHARACTERS],
+            "status": response.status_code,
+            "error": kind,
+            "param": error.param and error.param[:LOGGED_CHARACTERS],
+        },
     )
     return response
 
@@ -114,13 +150,15 @@ def _translate(first: Mapping[str, Any]) -> VecmillError:
     """One of pydantic's errors as one sentence that names the field and repeats no input."""
     # Without where it was found (body, path or query), and without which of several bodies it is.
     location = [part for part in first["loc"][1:] if not str(part).startswith(DIALECT_TAG)]
-    field = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    field = "".join(f"[{part}]" if isinstance(part, int) else f".{shortened(part)}" for part in location).lstrip(".")
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
         return MalformedBody(f"The request body is not valid JSON: {reason}.")
     if not location:
         return MalformedBody("The request body must be a JSON object, sent with Content-Type: application/json.")
-    problem = first["msg"].removeprefix("Value error, ")
+    if first["type"] == TOO_MANY_INPUTS:
+        return TooManyInputs(f"`{field}` {first['msg']}.", param=field)
+    problem = shortened(first["msg"].removeprefix("Value error, "), LONGEST_PROBLEM)
     return InvalidInput(f"`{field}`: {problem}", param=field)
 
 
@@ -128,27 +166,43 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     """404, 405 and their like from the router; and what FastAPI wraps when a body cannot be read."""
     if isinstance(error.__cause__, VecmillError):
         return await refused(request, error.__cause__)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _gone(request, error.__cause__)
     headers = dict(error.headers or {})
     message = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
-        message = f"There is nothing at {request.url.path[:200]}; see /docs for what there is."
+        meant = _meant(request)
+        cure = f"{meant} is served: take what stands before it off the client's base URL, or see" if meant else "see"
+        message = f"There is nothing at {request.url.path[:200]}; {cure} /docs for what there is."
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
-    body = shape_of(request).body(NotFound(message), error.status_code)
+    body = bounded_body(shape_of(request), NotFound(message), error.status_code)
     services_of(request).telemetry.error(error.status_code, "HTTPException")
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
+async def _gone(request: Request, error: Exception) -> Response:
+    """The client left before it had sent its request: neither a fault nor worth a line above `debug`."""
+    return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
 def _methods(request: Request) -> list[str]:
     """Every method of this path; Starlette names those of the first route that fits."""
-    return sorted(
-        method
-        for method in ("DELETE", "GET", "POST")
-        if any(
-            route.matches({**request.scope, "method": method})[0] is Match.FULL for route in request.app.router.routes
-        )
-    )
+    found = [method for method in ("DELETE", "GET", "POST") if _is_served(request, method, request.scope["path"])]
+    return sorted([*found, "HEAD"] if "GET" in found else found)
+
+
+def _is_served(request: Request, method: str, path: str) -> bool:
+    scope = {**request.scope, "method": method, "path": path}
+    return any(route.matches(scope)[0] is Match.FULL for route in request.app.router.routes)
+
+
+def _meant(request: Request) -> str | None:
+    """The path that is served where a base address ends with a part too many: `/v1/v2/embed`, `/api/v1/embeddings`."""
+    parts = request.scope["path"].split("/")[1:]
+    paths = ("/" + "/".join(parts[start:]) for start in range(1, min(len(parts), MOST_PARTS)))
+    return next((path for path in paths if _is_served(request, request.method, path)), None)
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -152,6 +152,9 @@ class Generation:
             found = Found(False, f"no answer within {LOOK_SECONDS:g} s")
         except httpx2.RequestError as error:
             found = Found(False, f"cannot be reached: {type(error).__name__}")
+        except Exception as error:  # whatever it answers with, the next look may find it well
+            logger.warning("the generation server's answer cannot be read", exc_info=error)
+            found = Found(False, f"cannot be read: {type(error).__name__}")
         if (found.ok, found.message) != (self._found.ok, self._found.message):
             level = logging.INFO if found.ok else logging.WARNING
             logger.log(level, "generation server: %s", found.message, extra={"url": self.url})

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 
 from vecmill import __version__
 from vecmill.core.health import Phase
 from vecmill.core.types import Task
+from vecmill.http.access import may_use
 from vecmill.http.hardware import gpu_facts, warnings
 from vecmill.http.services import Services, ServicesOf
 
@@ -18,8 +19,12 @@ LOOK_PATIENCE = 0.25  # seconds that /health waits, at the most, for the server 
 
 
 @router.get("/health", summary="Health")
-async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
-    """200 when requests are served, else 503; either way with the state, the models and the device."""
+async def health(request: Request, services: ServicesOf, response: Response) -> dict[str, Any]:
+    """200 when requests are served, else 503; either way with the state, the models and the device.
+
+    Where there are keys, addresses, paths and what exactly failed are for their holders alone.
+    """
+    told = may_use(request)
     phase, percent, message = services.health.snapshot()
     status = "ok" if phase is Phase.READY else phase.value
     if phase is Phase.READY and (hung := services.hung()) is not None:
@@ -28,12 +33,12 @@ async def health(services: ServicesOf, response: Response) -> dict[str, Any]:
     return {
         "status": status,
         "percent": round(percent),
-        "message": message,
+        "message": message if told or phase is not Phase.FAILED else "failed; the log says why",
         "version": __version__,
         **_models(services),
         **_gpu(services),
-        **_state(services),
-        "generation": await _generation(services),
+        **_state(services, told=told),
+        "generation": await _generation(services, told=told),
         "warnings": warnings(services.gpu()),
     }
 
@@ -65,21 +70,23 @@ def _models(services: Services) -> dict[str, Any]:
     }
 
 
-async def _generation(services: Services) -> dict[str, Any] | None:
+async def _generation(services: Services, *, told: bool) -> dict[str, Any] | None:
     """The server at GENERATION_URL, as it was found lately; what it is does not change ours."""
     if services.generation is None:
         return None
     found = await services.generation.found(LOOK_PATIENCE)
-    return {"url": services.generation.url, "ok": found.ok, "message": found.message}
+    return {"url": services.generation.url if told else None, "ok": found.ok, "message": found.message}
 
 
-def _state(services: Services) -> dict[str, Any]:
+def _state(services: Services, *, told: bool) -> dict[str, Any]:
     """Whether what should outlive the process does; the server answers either way."""
-    state, cache = services.state(), services.cache()
-    return {
-        "state": {"ok": state is not None and state.problem is None, "message": state and state.problem},
-        "cache": {"enabled": cache is not None, "ok": cache is None or not cache.failing},
+    state = services.state()
+    problems = {"state": "STATE_DIR is not open." if state is None else state.problem, **services.kept()}
+    found: dict[str, dict[str, Any]] = {
+        name: {"ok": problem is None, "message": problem if told else None} for name, problem in problems.items()
     }
+    found["cache"]["enabled"] = services.cache() is not None
+    return found
 
 
 def _gpu(services: Services) -> dict[str, Any]:

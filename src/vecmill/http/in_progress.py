@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -12,8 +12,10 @@ from fastapi import Depends, Request
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vecmill.core.errors import ShuttingDown
+from vecmill.core.errors import NotAllowed, ShuttingDown
 from vecmill.http.errors import refused
+
+REST_SECONDS = 1.0  # for the rest of a body that nobody wants any more
 
 
 @dataclass(eq=False, slots=True)
@@ -84,6 +86,27 @@ class InProgress:
                 self._none.set()
 
 
+class _Body:
+    """A request's body on its way, as far as it has been read."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._ended = False
+
+    async def receive(self) -> Message:
+        """The next message."""
+        message = await self._receive()
+        self._ended = self._ended or message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def rest(self) -> None:
+        """Read what still comes, and drop it: a connection closed over it is reset, and its answer lost on the way."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(REST_SECONDS):
+                while not self._ended:
+                    await self.receive()
+
+
 class Draining:
     """ASGI middleware: every request is one of those in progress."""
 
@@ -97,21 +120,24 @@ class Draining:
             return
         with self._requests.begun() as exchange:
             scope.setdefault("state", {})["late"] = exchange.late
+            body = _Body(receive)
 
             async def marking_send(message: Message) -> None:
                 if message["type"] == "http.response.start":
                     exchange.answering = True
                     if self._requests.stopping:  # the client's next request finds another server, or the next process
                         MutableHeaders(scope=message)["Connection"] = "close"
+                    if exchange.late or exchange.ended:
+                        await body.rest()
                 await send(message)
 
             try:
-                await self._app(scope, receive, marking_send)
+                await self._app(scope, body.receive, marking_send)
             except asyncio.CancelledError:
                 if not exchange.ended:
                     raise
                 exchange.task.uncancel()
-                await self._answer(exchange, scope, receive, marking_send)
+                await self._answer(exchange, scope, body.receive, marking_send)
 
     async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         """What is half sent is cut: its client must not take it for the whole."""
@@ -121,18 +147,20 @@ class Draining:
             await response(scope, receive, send)
 
 
-def refuse_late(request: Request) -> None:
-    """Refuse new work once the server is stopping.
+def check_new_work(request: Request) -> None:
+    """Refuse new work once the server is stopping, and from a key that is not for it.
 
     Raises:
-        ShuttingDown: so it is.
+        ShuttingDown, NotAllowed.
     """
     if getattr(request.state, "late", False):
         raise ShuttingDown
+    if not getattr(request.state, "may_use", True):
+        raise NotAllowed("This API key lacks the scope `use`, which work needs: send another, or give it that scope.")
 
 
 async def _new_work(request: Request) -> None:
-    refuse_late(request)
+    check_new_work(request)
 
 
 NewWork = Annotated[None, Depends(_new_work)]

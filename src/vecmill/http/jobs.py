@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from vecmill.http.caller import ViewerOf
 from vecmill.http.capabilities import recommended
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import JsonRoute
@@ -59,9 +60,9 @@ class DeprecatedProgress(BaseModel):
 
 @router.post("/jobs", summary="Register a job")
 @router.post("/jobs/register", summary="Register a job", name="register_job_alias")
-async def register_job(body: RegisterBody, services: ServicesOf, new_work: NewWork) -> dict[str, Any]:
+async def register_job(body: RegisterBody, services: ServicesOf, viewer: ViewerOf, new_work: NewWork) -> dict[str, Any]:
     """Queue a job. Position 0: it is active, begin."""
-    job = await services.jobs.register(body.project, body.total_chunks, body.instance_id)
+    job = await services.jobs.register(body.project, body.total_chunks, body.instance_id, viewer)
     position = job["position"]
     return {
         "job_id": job["id"],
@@ -76,68 +77,81 @@ async def register_job(body: RegisterBody, services: ServicesOf, new_work: NewWo
 @router.get("/jobs", summary="List jobs")
 async def list_jobs(
     services: ServicesOf,
+    viewer: ViewerOf,
     limit: Annotated[int, Query(ge=1, le=1000, description="Ended jobs in `recent`, at the most.")] = ENDED_SHOWN,
     state: Annotated[JobStatus | None, Query(description="Only jobs in this state; the other lists are empty.")] = None,
     project: Annotated[str | None, Query(max_length=500, description="Only jobs of exactly this project.")] = None,
 ) -> dict[str, Any]:
     """Active, queued and those that ended last."""
-    return await services.jobs.overview(limit, state, project)
+    return await services.jobs.overview(limit, state, project, viewer)
 
 
 @router.delete("/jobs/recent", summary="Forget ended jobs")
-async def clear_recent(services: ServicesOf) -> dict[str, Any]:
+async def clear_recent(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Empty the list of jobs that have ended."""
-    return {"cleared": await services.jobs.clear_ended()}
+    return {"cleared": await services.jobs.clear_ended(viewer)}
 
 
 @router.get("/jobs/{job_id}", summary="Get a job")
-async def get_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
+async def get_job(job_id: JobId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """One job; asking renews its lease."""
-    return await services.jobs.get(job_id)
+    return await services.jobs.get(job_id, viewer)
 
 
 @router.post("/jobs/{job_id}/progress", summary="Report progress")
-async def report_progress(job_id: JobId, body: ProgressBody, services: ServicesOf) -> dict[str, Any]:
+async def report_progress(job_id: JobId, body: ProgressBody, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Record how many chunks are done; renews the lease."""
-    return await services.jobs.progress(job_id, body.current)
+    return await services.jobs.progress(job_id, body.current, viewer)
 
 
 @router.post("/jobs/{job_id}/complete", summary="Complete a job")
-async def complete_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
+async def complete_job(job_id: JobId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """The job is done; the next in the queue starts."""
-    return await services.jobs.complete(job_id)
+    return await services.jobs.complete(job_id, viewer)
 
 
 @router.post("/jobs/{job_id}/fail", summary="Fail a job")
-async def fail_job(job_id: JobId, services: ServicesOf, body: FailBody | None = None) -> dict[str, Any]:
+async def fail_job(
+    job_id: JobId, services: ServicesOf, viewer: ViewerOf, body: FailBody | None = None
+) -> dict[str, Any]:
     """The client gave up; the next in the queue starts."""
-    return await services.jobs.fail(job_id, (body or FailBody.model_validate({})).error)
+    return await services.jobs.fail(job_id, (body or FailBody.model_validate({})).error, viewer)
 
 
 @router.delete("/jobs/{job_id}", summary="Cancel a job")
 @router.post("/jobs/{job_id}/cancel", summary="Cancel a job", name="cancel_job_alias")
-async def cancel_job(job_id: JobId, services: ServicesOf) -> dict[str, Any]:
+async def cancel_job(job_id: JobId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """End a job that waits or runs; its client finds it `failed`, with the error `cancelled`."""
-    return await services.jobs.cancel(job_id)
+    return await services.jobs.cancel(job_id, viewer)
 
 
 @router.post("/progress", summary="Report progress (deprecated)", deprecated=True)
-async def post_progress(body: DeprecatedProgress, request: Request) -> dict[str, Any]:
+async def post_progress(body: DeprecatedProgress, request: Request, viewer: ViewerOf) -> dict[str, Any]:
     """Keep the last report; use /jobs instead."""
-    request.app.state.progress = body.model_dump()
+    reports = _reports(request)
+    reports.pop(viewer.owner, None)
+    reports[viewer.owner] = body.model_dump()
     return body.model_dump()
 
 
 @router.get("/progress", summary="Last progress (deprecated)", deprecated=True)
-async def get_progress(request: Request) -> dict[str, Any]:
+async def get_progress(request: Request, viewer: ViewerOf) -> dict[str, Any]:
     """The last report, or zeros."""
     empty = DeprecatedProgress(current=0, total=0, project="")
-    found: dict[str, Any] = getattr(request.app.state, "progress", None) or empty.model_dump()
-    return found
+    mine = [report for owner, report in _reports(request).items() if viewer.sees(owner)]
+    return mine[-1] if mine else empty.model_dump()
 
 
 @router.delete("/progress", summary="Clear progress (deprecated)", deprecated=True)
-async def delete_progress(request: Request) -> dict[str, Any]:
+async def delete_progress(request: Request, viewer: ViewerOf) -> dict[str, Any]:
     """Forget the last report."""
-    request.app.state.progress = None
+    reports = _reports(request)
+    for owner in [owner for owner in reports if viewer.sees(owner)]:
+        del reports[owner]
     return {"cleared": True}
+
+
+def _reports(request: Request) -> dict[str | None, dict[str, Any]]:
+    """The last of each key, the newest at the end."""
+    found: dict[str | None, dict[str, Any]] = request.app.state.progress
+    return found

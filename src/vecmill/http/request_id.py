@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 logger = logging.getLogger(__name__)
 
+LOGGED_CHARACTERS = 200
 ACCEPTABLE = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -34,7 +35,10 @@ class RequestId:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["X-Request-ID"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["X-Request-ID"] = request_id
+                # Answers repeat what clients say; no browser may take one for a page.
+                headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)
 
         try:
@@ -45,7 +49,7 @@ class RequestId:
                 extra={
                     "request": request_id,
                     "method": scope["method"],
-                    "path": scope["path"],
+                    "path": scope["path"][:LOGGED_CHARACTERS],
                     "status": status,
                     "key": scope.get("state", {}).get("api_key_name"),
                     "ms": round(1000 * (perf_counter() - started), 1),

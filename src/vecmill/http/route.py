@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
 
-import orjson
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 
-from vecmill.core.errors import InvalidInput, MalformedBody
+from vecmill.core.json_body import JsonLimits, parse
+from vecmill.http.bounds import most_inputs
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import services_of
 
-SURROGATE = re.compile("[\ud800-\udfff]")
-CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
+BOM = "\ufeff".encode()  # which some write before their JSON, though it says nothing
 
 Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class JsonRequest(Request):
-    """A request whose `json()` is orjson, with the cause named where orjson refuses."""
+    """A request whose `json()` is orjson, bounded, with the cause named where orjson refuses."""
 
     async def json(self) -> Any:
-        """The body, parsed once.
+        """The body, parsed once. From here on its lists may have as many inputs as the server's settings allow.
 
         Raises:
-            MalformedBody, InvalidInput: it is not JSON in valid Unicode.
+            BodyTooLarge: it holds too many values. MalformedBody, InvalidInput: it is not JSON in valid Unicode.
         """
         if not hasattr(self, "_parsed"):
-            body = await self.body()
-            self._parsed = await services_of(self).threads.run_if_large(partial(_parse, body), size=len(body))
+            services = services_of(self)
+            most = services.settings.inference.max_client_batch_size
+            most_inputs.set(most)
+            body = (await self.body()).removeprefix(BOM)
+            read = partial(parse, body, JsonLimits.for_inputs(most))
+            self._parsed = await services.threads.run_if_large(read, size=len(body))
         return self._parsed
 
 
@@ -79,38 +81,3 @@ async def _until_disconnect(request: Request, work: Coroutine[Any, Any, Response
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _parse(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise _diagnose(body, error) from None
-
-
-def _diagnose(body: bytes, error: orjson.JSONDecodeError) -> Exception:
-    """What orjson refuses and the standard library reads is a lone surrogate or a NaN: name the field."""
-    try:
-        parsed = json.loads(body)
-    except (ValueError, RecursionError):
-        return MalformedBody(f"The request body is not valid JSON: {error}.")
-    for path, value in _leaves(parsed):
-        if isinstance(value, str) and SURROGATE.search(value):
-            return InvalidInput(
-                f"`{path}` has half of a surrogate pair, which is no character: cut texts between characters, not "
-                f"between UTF-16 units.",
-                param=path,
-            )
-    return MalformedBody(f"The request body is not valid JSON: {error}. NaN and Infinity are not JSON.")
-
-
-def _leaves(value: object, path: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield (f"{path}.{key}".lstrip("."), key)
-            yield from _leaves(inner, f"{path}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}[{index}]")
-    else:
-        yield path, value

@@ -16,6 +16,7 @@ from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.monitor import Look
 from vecmill.http.generation import Generation
+from vecmill.http.keys import Keys
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
 from vecmill.storage.state_folder import StateFolder
@@ -34,6 +35,8 @@ class Services:
     cache: Callable[[], EmbeddingCache | None]
     """None where nothing is cached."""
     state: Callable[[], StateFolder | None]
+    kept: Callable[[], Mapping[str, str | None]]
+    """Why the jobs, the cache and the batches are not kept now, by their names; None where they are."""
     generation: Generation | None
     """None without GENERATION_URL."""
     telemetry: Telemetry
@@ -46,6 +49,7 @@ class Services:
     hung: Callable[[], str | None]
     """Why the device is taken for hung; None while it gets on."""
     device_busy: Callable[[], bool]
+    keys: Keys
     warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""
 
@@ -53,6 +57,16 @@ class Services:
 def services_of(request: Request) -> Services:
     """The services of the application that serves this request."""
     return cast(Services, request.app.state.services)
+
+
+def shows_work_of_all(request: Request) -> bool:
+    """Whether a request may be told what had to be computed, by counts and by times.
+
+    With several keys and a common cache that would tell whether another key's texts are the same.
+    """
+    services = services_of(request)
+    hidden = services.settings.cache.cache_across_keys and services.keys.several
+    return request.state.viewer.everything or not hidden
 
 
 async def _services(request: Request) -> Services:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from vecmill import __version__
@@ -13,14 +14,26 @@ from vecmill.core.types import Lane
 from vecmill.hardware.memory import host_memory
 from vecmill.http.cache import cache_facts
 from vecmill.http.hardware import gpu_facts, warnings
-from vecmill.http.services import ServicesOf
+from vecmill.http.services import Services, ServicesOf, shows_work_of_all
+from vecmill.telemetry.rolling import summary
 
 router = APIRouter(tags=["Statistics"])
 
+# What says how much had to be computed of what was asked.
+WORK = ("texts_cached", "tokens_cached", "texts_computed", "cache", "queue_waits", "texts_joined")
+
 
 @router.get("/stats", summary="Statistics")
-async def stats(services: ServicesOf) -> dict[str, Any]:
-    """Totals since the start; rates over the last minute; latencies over the last 1,000 requests."""
+async def stats(request: Request, services: ServicesOf) -> dict[str, Any]:
+    """Totals since the start; rates over the last minute; latencies over the last 1,000 requests.
+
+    With several keys and a common cache, what would tell of other keys' texts is null but for the scope `admin`.
+    """
+    found = _stats(services)
+    return found if shows_work_of_all(request) else found | dict.fromkeys(WORK)
+
+
+def _stats(services: Services) -> dict[str, Any]:
     rolling = services.telemetry.rolling
     latency = rolling.latency_ms("total")
     texts_per_second, tokens_per_second = rolling.rates()
@@ -67,23 +80,26 @@ async def stats(services: ServicesOf) -> dict[str, Any]:
 
 
 @router.get("/stats/detailed", summary="Detailed statistics")
-async def detailed(services: ServicesOf) -> dict[str, Any]:
+async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
     """Where the time of the last 1,000 requests went, and how full the forward passes were."""
-    rolling = services.telemetry.rolling
+    rolling, shown = services.telemetry.rolling, shows_work_of_all(request)
     texts_per_second, tokens_per_second = rolling.rates()
+    stages: Mapping[str, Callable[[], Mapping[str, float | None]]] = {
+        "gpu": lambda: rolling.latency_ms("infer"),
+        "queue": lambda: rolling.latency_ms("queue"),
+        "tokenize": lambda: rolling.latency_ms("tokenize"),
+        "overhead": lambda: rolling.latency_ms("overhead"),
+        "per_text_gpu": rolling.per_text_ms,
+    }
     return {
         "sample_count": rolling.sample_count,
         "latency_ms": {
             "total": rolling.latency_ms("total"),
-            "gpu": rolling.latency_ms("infer"),
-            "queue": rolling.latency_ms("queue"),
-            "tokenize": rolling.latency_ms("tokenize"),
-            "overhead": rolling.latency_ms("overhead"),
-            "per_text_gpu": rolling.per_text_ms(),
+            **{name: read() if shown else summary(()) for name, read in stages.items()},
         },
         "batch_sizes": {
-            "distribution": rolling.batch_distribution(),
-            "recent_avg": rolling.recent_batch_rows(),
+            "distribution": rolling.batch_distribution() if shown else {},
+            "recent_avg": rolling.recent_batch_rows() if shown else None,
         },
         "throughput": {
             "texts_per_second": round(texts_per_second, 2),
@@ -96,6 +112,8 @@ async def detailed(services: ServicesOf) -> dict[str, Any]:
 
 
 @router.get("/metrics", summary="Prometheus metrics", response_class=Response)
-async def metrics(services: ServicesOf) -> Response:
-    """Prometheus text format."""
-    return Response(services.telemetry.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(request: Request, services: ServicesOf) -> Response:
+    """Prometheus text format. With several keys and a common cache, what would tell of other keys' texts is left out
+    but for the scope `admin`."""
+    shown = services.telemetry.metrics.exposition(work=shows_work_of_all(request))
+    return Response(shown, media_type=CONTENT_TYPE_LATEST)

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from vecmill.cache.key import model_fingerprint
 from vecmill.config import InferenceSettings
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import ModelCard, Task
+from vecmill.core.types import ModelCard, Task, TokenVocabulary
 from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairTokenizer
 from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.token_ids import cl100k
 from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.checkpoint import Checkpoint
@@ -24,6 +25,8 @@ def assemble(
     Raises:
         StartupError: a tokenizer is not that of its model.
     """
+    if settings.token_ids is TokenVocabulary.CL100K:
+        cl100k()  # not with the first request that needs it: reading it holds the interpreter
     embedders, rerankers = [], []
     for key, card, checkpoint in loaded:
         if card.task is Task.EMBED:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import cast
 
 from vecmill.cache.embedding_cache import EmbeddingCache
+from vecmill.cache.key import fingerprint_of
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import EmptyInput, InvalidInput, ModelLoading, TooManyInputs
+from vecmill.core.errors import EmptyInput, ModelLoading, TooManyInputs
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
+    NO_LIMITS,
     CacheControl,
+    Caller,
     DetokenizeRequest,
     EmbedRequest,
     EmbedResult,
+    KeyLimits,
     Lane,
     ModelCard,
     PromptChoice,
@@ -30,9 +35,10 @@ from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission, Permit
 from vecmill.inference.cost import entries, estimate, result_bytes
 from vecmill.inference.finish import check_dimensions, finish
-from vecmill.inference.pieces import pieces, texts_of
+from vecmill.inference.lane import expected_lane
+from vecmill.inference.pieces import check_size, pieces, texts_of
 from vecmill.inference.prompts import asks_for_query, choose_prompt
-from vecmill.inference.recall import Recall, Recalled, TextMemory
+from vecmill.inference.recall import Recall, Recalled, SentBefore, TextMemory
 from vecmill.inference.running import Asked, Ran, run_rows, within
 from vecmill.inference.scoring import cost, names_apart, score_result, tokenize_apart, tokenize_pairs, tokenize_texts
 from vecmill.inference.served import Aliases, ServedEmbedder, ServedModels, ServedReranker
@@ -41,9 +47,6 @@ from vecmill.inference.tokenization import Tokenized
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler, SchedulerStats
 from vecmill.telemetry.telemetry import Telemetry
-
-# Of /tokenize: a token takes some hundred bytes until it is answered.
-MOST_SHOWN_CHARACTERS = 1_000_000
 
 
 class Inference:
@@ -59,11 +62,18 @@ class Inference:
         memory: MemoryGuard,
         *,
         cache_queries: bool = True,
+        cache_across_keys: bool = True,
+        limits_of: Callable[[str | None], KeyLimits] = lambda owner: NO_LIMITS,
+        several_keys: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`limits_of` a key's owner: what that key may have in progress. `several_keys`: whether there are others."""
         self._settings = settings
         self._cache_queries = cache_queries
         self._cache: EmbeddingCache | None = None
         self._texts = TextMemory()
+        self._sent = SentBefore()
+        self._across_keys = cache_across_keys
+        self._several_keys = several_keys
         self._request_timeout = request_timeout
         self._health = health
         self._telemetry = telemetry
@@ -73,12 +83,24 @@ class Inference:
         self.admission = Admission(
             settings.max_concurrent_requests,
             settings.max_queued_tokens,
-            lambda: telemetry.rolling.rates()[1],
-            memory.check,
+            wait_seconds=settings.queue_timeout,
+            tokens_run=lambda: self.stats.tokens,
+            expected_rate=lambda: self._expected_rate,
+            check_memory=memory.check,
+            limits_of=limits_of,
         )
+        self._expected_rate = 0.0
 
-    def attach(self, models: ServedModels, scheduler: Scheduler, cache: EmbeddingCache | None = None) -> None:
-        """Begin to serve."""
+    def attach(
+        self,
+        models: ServedModels,
+        scheduler: Scheduler,
+        cache: EmbeddingCache | None = None,
+        *,
+        expected_rate: float = 0.0,
+    ) -> None:
+        """Begin to serve. `expected_rate`: tokens a second that the device did at warm-up."""
+        self._expected_rate = expected_rate
         self._models = models
         self._scheduler = scheduler
         self._cache = cache
@@ -127,20 +149,23 @@ class Inference:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
         started = perf_counter()
-        model, is_query = self._models_or_raise().embedder(request.model)
+        model, named_role = self._models_or_raise().embedder(request.model)
         card = model.card
         check_dimensions(card, request.dimensions)
         self._check_count(len(request.inputs), request.param)
         # A field of the request wins over the role that its model's name ends with.
-        choice = PromptChoice(is_query) if request.prompt == PromptChoice() else request.prompt
+        choice = PromptChoice(named_role) if request.prompt == PromptChoice() else request.prompt
         prompt = choose_prompt(card, choice)
         tokens = estimate(card, request.inputs, len(prompt))
+        is_query = asks_for_query(choice)
+        lane = expected_lane(request.caller, is_query=is_query, texts=len(request.inputs), estimated_tokens=tokens)
         async with within(request.caller, self._request_timeout) as deadline:
-            with self.admission.admit(tokens, result_bytes(card, len(request.inputs))) as permit:
+            size = result_bytes(card, len(request.inputs))
+            async with self.admission.admit(request.caller, lane, tokens, size) as permit:
                 asked = Asked(
-                    request.caller, bool(choice.is_query), self._truncate(request.truncation), started, deadline
+                    request.caller, is_query, self._truncate(request.truncation), started, perf_counter(), deadline
                 )
-                recall = self._recall(model, asked, is_query=asks_for_query(choice))
+                recall = self._recall(model, asked, is_query=is_query)
                 inputs = await self._tokenize(model, request, prompt, recall)
                 ran = await self._run(model, inputs, permit, asked, entries(request.param))
                 finished = partial(
@@ -148,7 +173,7 @@ class Inference:
                 )
                 embeddings = await self._threads.run_if_large(finished, size=ran.rows[0].nbytes * len(ran.rows))
         self._report("embed", model, len(request.inputs), ran, started)
-        return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings, ran.tokens, ran.cached)
+        return EmbedResult(embeddings, card.id, ran.prompt_tokens, ran.truncated, ran.timings, ran.tokens, ran.told)
 
     def _recall(self, model: ServedEmbedder, asked: Asked, *, is_query: bool) -> Recall | None:
         """The way to kept vectors; None where the request, or a setting, rules them out."""
@@ -159,10 +184,11 @@ class Inference:
         return Recall(
             self._cache,
             self._texts,
-            model.fingerprint,
+            fingerprint_of(model.fingerprint, apart) if (apart := self._apart(asked.caller)) else model.fingerprint,
             model.card.dimensions or 0,
             look_up=control is not CacheControl.NO_CACHE,
             truncate=asked.truncate,
+            as_read=self._hides_hits,
         )
 
     async def _tokenize(
@@ -172,14 +198,16 @@ class Inference:
         if not isinstance(texts[0], str):
             ids = cast(Sequence[Sequence[int]], texts)
             whose = request.token_vocabulary or self._settings.token_ids
-            read = partial(texts_of_ids, whose, ids, model.tokenizer.pool, request.param)
+            truncation = replace(request.truncation, allowed=self._truncate(request.truncation))
+            read = partial(texts_of_ids, whose, ids, model.tokenizer.pool, request.param, truncation)
             size = sum(map(len, ids))
             found = await self._threads.run_if_large(read, size=size)
             if found is None:
                 check = partial(model.tokenizer.check, ids, request.param, request.truncation)
                 rows = await self._threads.run_if_large(check, size=size)
                 return await self._threads.run(partial(recall.of_rows, rows), size=size) if recall else rows
-            texts = found
+            inputs = await tokenize_texts(model, found.texts, prompt, request.truncation, recall)
+            return [one.marked_as_cut() if index in found.cut else one for index, one in enumerate(inputs)]
         return await tokenize_texts(model, cast(Sequence[str], texts), prompt, request.truncation, recall)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
@@ -192,8 +220,11 @@ class Inference:
         model = self._models_or_raise().reranker(request.model)
         self._check_count(len(request.documents), request.param)
         async with within(request.caller, self._request_timeout) as deadline:
-            asked = Asked(request.caller, True, self._truncate(request.truncation), started, deadline)
-            with self.admission.admit(*cost(model, request)) as permit:
+            tokens, size = cost(model, request)
+            lane = expected_lane(request.caller, is_query=True, texts=len(request.documents), estimated_tokens=tokens)
+            async with self.admission.admit(request.caller, lane, tokens, size) as permit:
+                truncate = self._truncate(request.truncation)
+                asked = Asked(request.caller, True, truncate, started, perf_counter(), deadline)
                 if isinstance(model, ServedReranker):
                     inputs: Sequence[Tokenized | Recalled] = await tokenize_pairs(model.tokenizer, request)
                     names = entries(request.param)
@@ -216,14 +247,8 @@ class Inference:
         model = self._models_or_raise().any(request.model)
         self._check_count(len(request.texts), request.param)
         prompt = choose_prompt(model.card, request.prompt)
-        size = sum(len(text) + len(prompt) for text in request.texts)
-        if size > MOST_SHOWN_CHARACTERS:
-            raise InvalidInput(
-                f"`{request.param}` has {size} characters, {MOST_SHOWN_CHARACTERS} can be shown as tokens; split the "
-                f"request.",
-                param=request.param,
-            )
-        show = partial(pieces, model, request.texts, prompt, special_tokens=request.special_tokens)
+        size = check_size(request, prompt)
+        show = partial(pieces, model, request, prompt)
         return TokenizeResult(await self._threads.run(show, size=size), model.card)
 
     async def detokenize(self, request: DetokenizeRequest) -> list[str]:
@@ -234,8 +259,7 @@ class Inference:
         """
         model = self._models_or_raise().any(request.model)
         self._check_count(len(request.inputs), request.param)
-        read = partial(texts_of, model, request.inputs, request.param, skip_special_tokens=request.skip_special_tokens)
-        return await self._threads.run(read, size=sum(map(len, request.inputs)))
+        return await self._threads.run(partial(texts_of, model, request), size=check_size(request))
 
     async def _run(
         self,
@@ -250,7 +274,37 @@ class Inference:
         keep = None
         if self._cache is not None and model.card.supported_dimensions:
             keep = partial(self._cache.keep, smallest=min(model.card.supported_dimensions))
-        return await run_rows(self._scheduler, model, inputs, asked, name, keep)
+        asked = replace(asked, apart=self._apart(asked.caller))
+        ran = await run_rows(self._scheduler, model, inputs, asked, name, keep)
+        return await self._hidden(ran, inputs, model, asked.caller) if self._hides_hits else ran
+
+    @property
+    def _hides_hits(self) -> bool:
+        """Whether no answer may tell that its texts were another key's."""
+        return self._cache is not None and self._across_keys and self._several_keys()
+
+    async def _hidden(
+        self,
+        ran: Ran,
+        inputs: Sequence[Tokenized | Recalled],
+        model: ServedEmbedder | ServedReranker,
+        caller: Caller,
+    ) -> Ran:
+        """What was computed looks like what was kept, and a key is told of the hits of its own texts alone."""
+        new = [index for index, one in enumerate(inputs) if isinstance(one, Tokenized) and one.key is not None]
+        rows = list(ran.rows)
+        if new and self._cache is not None:
+            smallest = min(model.card.supported_dimensions)
+            read = partial(self._cache.as_read, [rows[index] for index in new], smallest)
+            for index, row in zip(
+                new, await self._threads.run_if_large(read, size=rows[0].nbytes * len(new)), strict=True
+            ):
+                rows[index] = row
+        return replace(ran, rows=rows, told=self._sent.told(caller.owner or "", inputs))
+
+    def _apart(self, caller: Caller) -> str:
+        """Whose texts a request's may be taken for equal with; empty: everyone's."""
+        return "" if self._across_keys else caller.owner or ""
 
     def _truncate(self, truncation: Truncation) -> bool:
         return self._settings.auto_truncate if truncation.allowed is None else truncation.allowed

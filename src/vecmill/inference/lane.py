@@ -9,6 +9,14 @@ FEW_TEXTS = 8
 FEW_TOKENS = 512
 
 
+CHARACTERS_PER_TOKEN = 4  # about, for texts that are not counted yet
+
+
+def expected_lane(caller: Caller, *, is_query: bool, texts: int, estimated_tokens: int) -> Lane:
+    """The lane before tokens are counted; estimates count characters."""
+    return choose_lane(caller, is_query=is_query, texts=texts, tokens=estimated_tokens // CHARACTERS_PER_TOKEN)
+
+
 def choose_lane(caller: Caller, *, is_query: bool, texts: int, tokens: int) -> Lane:
     """What the request says; else interactive for queries, reranking, and few texts with few tokens of no job."""
     if caller.lane is not None:

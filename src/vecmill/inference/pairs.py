@@ -115,9 +115,10 @@ class CrossEncoderTokenizer:
         return tokenized(row, total, limits, self._max_model_len, shortened)
 
 
-def encode_documents(pool: TokenizerPool, texts: Sequence[str], side: Side) -> list[list[int]]:
-    """The tokens of each; of a long one those at the end that stays."""
-    return pool.encode_part_from_end(texts) if side is Side.LEFT else pool.encode_part(texts)
+def encode_documents(pool: TokenizerPool, texts: Sequence[str], side: Side, before: str = "") -> list[list[int]]:
+    """The tokens of each, with what goes before it; of a long one those at the end that stays."""
+    encode = pool.encode_part_from_end if side is Side.LEFT else pool.encode_part
+    return encode(texts, lambda text: before)
 
 
 def tokenized(row: Row, total: int, limits: PairLimits, max_model_len: int, shortened: bool) -> Tokenized:
@@ -222,7 +223,7 @@ class InstructTokenizer:
     def _encode_part(
         self, prefix: Prefix, limits: PairLimits, shortened: bool, documents: Sequence[str]
     ) -> list[Tokenized]:
-        tails = encode_documents(self.pool, [answer(document) for document in documents], limits.side)
+        tails = encode_documents(self.pool, documents, limits.side, answer(""))
         return [self._row(prefix, tail, limits, shortened) for tail in tails]
 
     def _row(self, prefix: Prefix, whole: list[int], limits: PairLimits, shortened: bool) -> Tokenized:

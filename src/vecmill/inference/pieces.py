@@ -3,56 +3,97 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from tokenizers import Encoding
+from typing import Any
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import Piece
-from vecmill.inference.prompts import with_prompt
+from vecmill.core.types import DetokenizeRequest, Piece, TokenizeRequest
+from vecmill.inference.prompts import missing_prompt
 from vecmill.inference.served import ServedEmbedder, ServedReranker
-from vecmill.inference.token_ids import refuse_empty
+from vecmill.inference.token_ids import check_ids
+from vecmill.inference.tokenizer_pool import TokenizerPool
+
+# Bytes of texts, or token ids, of one request. Nothing may be cut here, and a token takes some hundred bytes until it
+# is answered; of a text there may be one for each byte.
+MOST_SHOWN = 250_000
 
 
-def pieces(
-    model: ServedEmbedder | ServedReranker, texts: Sequence[str], prompt: str, *, special_tokens: bool
-) -> list[list[Piece]]:
-    """The pieces of each text, uncut; with the special tokens that an embedding model's rows have around them."""
+def check_size(request: TokenizeRequest | DetokenizeRequest, prompt: str = "") -> int:
+    """How large a request is, in characters with the prompt before each text, or in token ids.
+
+    Raises:
+        InvalidInput: too large to be shown.
+    """
+    if isinstance(request, TokenizeRequest):
+        return _within(sum(len(text) + len(prompt) for text in request.texts), request.param, "characters")
+    return _within(sum(map(len, request.inputs)), request.param, "token ids")
+
+
+def _within(size: int, param: str, unit: str) -> int:
+    if size > MOST_SHOWN:
+        raise InvalidInput(
+            f"`{param}` has {size} {unit}; {MOST_SHOWN} are possible in one request, split it.", param=param
+        )
+    return size
+
+
+def pieces(model: ServedEmbedder | ServedReranker, request: TokenizeRequest, prompt: str) -> list[Sequence[Piece]]:
+    """The pieces of each text, uncut; with the special tokens that an embedding model's rows have around them.
+
+    Raises:
+        InvalidInput: the texts are too large, once the tokenizer has normalised them.
+    """
     pool = model.tokenizer.pool
+    special_tokens = request.special_tokens and isinstance(model, ServedEmbedder)
     before, after = model.tokenizer.around if special_tokens and isinstance(model, ServedEmbedder) else ([], [])
     names = pool.tokens([*before, *after])
     special = [
         Piece(number, name, name, True, None, None) for number, name in zip([*before, *after], names, strict=True)
     ]
-    found = []
-    for text in texts:
-        prompted = with_prompt(prompt, text)
-        inner = _inner(pool.copy().encode(prompted, add_special_tokens=False), prompted)
-        found.append([*special[: len(before)], *inner, *special[len(before) :]])
-    return found
-
-
-def _inner(encoding: Encoding, text: str) -> list[Piece]:
-    """What stands in the text is never special, as TEI has it: an unknown word, a control token written out."""
+    size = sum(pool.normalised_bytes(text) + len(prompt) for text in request.texts)
+    _within(size, request.param, "bytes in the tokenizer's form")
     return [
-        Piece(number, token, text[start:stop], False, start, stop)
-        for number, token, (start, stop) in zip(encoding.ids, encoding.tokens, encoding.offsets, strict=True)
+        _Pieces(pool, missing_prompt(prompt, text) + text, special[: len(before)], special[len(before) :])
+        for text in request.texts
     ]
 
 
-def texts_of(
-    model: ServedEmbedder | ServedReranker, inputs: Sequence[Sequence[int]], param: str, *, skip_special_tokens: bool
-) -> list[str]:
+class _Pieces(Sequence[Piece]):
+    """The pieces of one text. They are made as they are looked at: there may be hundreds of thousands.
+
+    What stands in the text is never special, as TEI has it: an unknown word, a control token written out.
+    """
+
+    def __init__(self, pool: TokenizerPool, text: str, before: Sequence[Piece], after: Sequence[Piece]) -> None:
+        encoding = pool.with_offsets(text)
+        self._text = text
+        self._before, self._after = before, after
+        self._ids: list[int] = encoding.ids
+        self._tokens = pool.tokens(self._ids)
+        self._offsets: list[tuple[int, int]] = encoding.offsets
+
+    def __len__(self) -> int:
+        return len(self._before) + len(self._ids) + len(self._after)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        place = range(len(self))[index] - len(self._before)
+        if place < 0:
+            return self._before[place]
+        if place >= len(self._ids):
+            return self._after[place - len(self._ids)]
+        start, stop = self._offsets[place]
+        return Piece(self._ids[place], self._tokens[place], self._text[start:stop], False, start, stop)
+
+
+def texts_of(model: ServedEmbedder | ServedReranker, request: DetokenizeRequest) -> list[str]:
     """The text of each list of token ids.
 
     Raises:
         InvalidInput: an id is outside the model's vocabulary, or a list is empty.
     """
-    for index, ids in enumerate(inputs):
-        refuse_empty(ids, f"{param}[{index}]")
-        if not 0 <= min(ids) <= max(ids) < model.card.vocab_size:
-            raise InvalidInput(
-                f"`{param}[{index}]` has a token id outside 0..{model.card.vocab_size - 1}, the vocabulary of "
-                f"{model.card.id}.",
-                param=f"{param}[{index}]",
-            )
-    return [model.tokenizer.pool.decode(ids, skip_special_tokens=skip_special_tokens) for ids in inputs]
+    for index, ids in enumerate(request.inputs):
+        param = f"{request.param}[{index}]"
+        check_ids(ids, model.card.vocab_size, param, f"the vocabulary of {model.card.id}.")
+    pool = model.tokenizer.pool
+    return [pool.decode(ids, skip_special_tokens=request.skip_special_tokens) for ids in request.inputs]

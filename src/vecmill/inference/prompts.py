@@ -50,9 +50,9 @@ def _first(card: ModelCard, names: tuple[str, ...]) -> str:
     return next((card.prompts[name] for name in names if name in card.prompts), "")
 
 
-def with_prompt(prompt: str, text: str) -> str:
-    """Clients that prefix by themselves are not prefixed twice."""
-    return text if text.startswith(prompt) else prompt + text
+def missing_prompt(prompt: str, text: str) -> str:
+    """What still has to go before a text: clients that prefix by themselves are not prefixed twice."""
+    return "" if text.startswith(prompt) else prompt
 
 
 def asks_for_query(choice: PromptChoice) -> bool:

@@ -29,10 +29,14 @@ class Asked:
     is_query: bool
     """A person seems to wait for it."""
     truncate: bool
+    came: float
+    """By `perf_counter`, as the next."""
     started: float
-    """By `perf_counter`."""
+    """When it was admitted."""
     deadline: float
     """By `monotonic`."""
+    apart: str = ""
+    """Equal texts of requests that have another one here are run again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,8 @@ class Ran:
     timings: Timings
     lane: Lane
     waited: bool
+    told: tuple[int, ...]
+    """Those of `cached` that the client is told of."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -60,6 +66,11 @@ class Ran:
         """Of those that were not run."""
         return sum(self.tokens[index] for index in self.cached)
 
+    @property
+    def told_tokens(self) -> int:
+        """Of those that were not run and that the client is told of."""
+        return sum(self.tokens[index] for index in self.told)
+
 
 Keep = Callable[[bytes, Vector], None]
 
@@ -68,13 +79,17 @@ Keep = Callable[[bytes, Vector], None]
 async def within(caller: Caller, longest: float) -> AsyncIterator[float]:
     """Hold the block to the caller's timeout, or to `longest` seconds where that is less; gives the deadline.
 
+    The time counts from the first byte of the request.
+
     Raises:
         DeadlineExceeded: the time was over before the block.
     """
     seconds = min(longest, LONGEST_TIMEOUT if caller.timeout is None else caller.timeout)
+    now = monotonic()
+    left = seconds if caller.began is None else caller.began + seconds - now
     try:
-        async with asyncio.timeout(seconds):
-            yield monotonic() + seconds
+        async with asyncio.timeout(left):
+            yield now + left
     except TimeoutError:
         raise DeadlineExceeded(
             f"timeout: the request was not answered within {seconds:g} s (X-Request-Timeout, REQUEST_TIMEOUT); its "
@@ -109,14 +124,17 @@ async def run_rows(
     vectors, queue = await _run_new(scheduler, model, new, asked, name, lane, keep)
     # Of an equal text that was queued before this request, only the part since then is this request's wait.
     queue = min(queue, perf_counter() - submitted)
+    infer = perf_counter() - submitted - queue
+    cached = tuple(index for index, one in enumerate(inputs) if isinstance(one, Recalled))
     return Ran(
         rows=[one.vector if isinstance(one, Recalled) else vectors[index] for index, one in enumerate(inputs)],
         tokens=tokens,
-        cached=tuple(index for index, one in enumerate(inputs) if isinstance(one, Recalled)),
+        cached=cached,
         truncated=tuple(index for index, one in enumerate(inputs) if one.truncated),
-        timings=Timings(submitted - asked.started, queue, perf_counter() - submitted - queue),
+        timings=Timings(submitted - asked.started, queue + asked.started - asked.came, infer),
         lane=lane,
         waited=waited,
+        told=cached,
     )
 
 
@@ -138,6 +156,8 @@ async def _run_new(
         (one.row for one in new.values()),
         lane=lane,
         client=asked.caller.client,
+        job=asked.caller.job_id or "",
+        apart=asked.apart,
         deadline=asked.deadline,
         keep=(partial(keep, one.key) if keep is not None and one.key is not None else None for one in new.values()),
     )

@@ -114,4 +114,4 @@ def score_result(model: ServedEmbedder | ServedReranker, request: ScoreRequest, 
     similarities = cosines(rows[:queries], rows[queries:])
     scores = similarities if request.raw_scores else cosine_to_relevance(similarities)
     truncated = tuple(index - queries for index in ran.truncated if index >= queries)
-    return ScoreResult(scores, model.card.id, "cosine", ran.prompt_tokens, truncated, ran.timings, ran.cached_tokens)
+    return ScoreResult(scores, model.card.id, "cosine", ran.prompt_tokens, truncated, ran.timings, ran.told_tokens)

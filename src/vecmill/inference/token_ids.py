@@ -8,13 +8,14 @@ Source: https://github.com/openai/tiktoken (cl100k_base).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from vecmill.core.errors import InvalidInput
-from vecmill.core.types import TokenVocabulary
+from vecmill.core.errors import InputTooLong, InvalidInput
+from vecmill.core.types import Side, TokenVocabulary, Truncation
 from vecmill.inference.tokenizer_pool import TokenizerPool
 
 if TYPE_CHECKING:
@@ -32,15 +33,38 @@ CURE = (
 # from both ends the tokens are those of the whole text. Ids of another vocabulary never look so over such a length.
 CUT_FROM_TOKENS = 256
 EDGE_TOKENS = 16
+# Whose ids they are is judged by so many of a long list's first.
+JUDGED_TOKENS = 1024
+# A text is put together only as far as the model may read it: a token of a model stands for fewer bytes than this, but
+# for spaces and unknown words without end.
+BYTES_PER_TOKEN = 64
+IDS_AT_ONCE = 8192  # in one call, which holds the interpreter while it reads them
+REPLACEMENT = "\ufffd"  # stands for bytes that are no character
+
+
+@dataclass(frozen=True, slots=True)
+class TextsOfIds:
+    """What ids of another vocabulary stand for."""
+
+    texts: list[str]
+    cut: frozenset[int]
+    """Indexes of those of which only as much was read as the model can use."""
 
 
 def texts_of_ids(
-    whose: TokenVocabulary, inputs: Sequence[Sequence[int]], pool: TokenizerPool, param: str
-) -> list[str] | None:
+    whose: TokenVocabulary,
+    inputs: Sequence[Sequence[int]],
+    pool: TokenizerPool,
+    param: str,
+    truncation: Truncation,
+) -> TextsOfIds | None:
     """The texts that ids of another vocabulary stand for; None where they are the model's own.
+
+    `truncation.allowed` must not be None.
 
     Raises:
         InvalidInput: ids are not taken, or these are of neither vocabulary; an empty list stands for nothing.
+        InputTooLong: more of them than the model can use, and they must not be cut.
     """
     if whose is TokenVocabulary.MODEL:
         return None
@@ -55,33 +79,93 @@ def texts_of_ids(
         )
     for index, ids in enumerate(inputs):
         refuse_empty(ids, f"{param}[{index}]")
-    return _of_either(encoding, inputs, pool, param)
-
-
-def _of_either(
-    encoding: Encoding, inputs: Sequence[Sequence[int]], pool: TokenizerPool, param: str
-) -> list[str] | None:
-    texts = [cl100k_text(encoding, ids) for ids in inputs]
-    if None not in texts:
-        return _complete(texts)
-    own = [_given_by(pool, ids) for ids in inputs]
-    if all(own):
+    if not _are_cl100k(encoding, [ids[:JUDGED_TOKENS] for ids in inputs], pool, param):
         return None
-    # The rest of a long text may be short; it follows what was cut off before it.
-    if any(text is not None and len(ids) >= CUT_FROM_TOKENS for text, ids in zip(texts, inputs, strict=True)):
-        texts = [_rest(encoding, ids) if text is None else text for text, ids in zip(texts, inputs, strict=True)]
-        if None not in texts:
-            return _complete(texts)
-    neither = next((index for index, text in enumerate(texts) if text is None and not own[index]), texts.index(None))
-    raise InvalidInput(
-        f"`{param}[{neither}]` has token ids that neither cl100k_base (OpenAI's) nor this model's own tokenizer would "
-        f"give for a text. {CURE}",
-        param=f"{param}[{neither}]",
+    most_bytes = BYTES_PER_TOKEN * pool.max_tokens
+    read = [_read(encoding, ids, truncation.side, most_bytes, f"{param}[{index}]") for index, ids in enumerate(inputs)]
+    cut = frozenset(index for index, (_, complete) in enumerate(read) if not complete)
+    if cut and truncation.allowed is False:
+        raise _too_many(inputs, min(cut), pool.max_tokens, param)
+    return TextsOfIds([text for text, _ in read], cut)
+
+
+def _too_many(inputs: Sequence[Sequence[int]], index: int, max_tokens: int, param: str) -> InputTooLong:
+    return InputTooLong(
+        f"This model's maximum context length is {max_tokens} tokens, however `{param}[{index}]` is the "
+        f"{len(inputs[index])} token ids of a much longer text. Shorten it, or let it be truncated (`truncate`, "
+        f"AUTO_TRUNCATE).",
+        param=f"{param}[{index}]",
     )
 
 
-def _complete(texts: Sequence[str | None]) -> list[str]:
-    return [text for text in texts if text is not None]
+def _are_cl100k(encoding: Encoding, judged: Sequence[Sequence[int]], pool: TokenizerPool, param: str) -> bool:
+    """Whether each list, or the beginning of a longer one, is cl100k's; False where they are the model's own.
+
+    Raises:
+        InvalidInput: they are neither.
+    """
+    fits = [_is_cl100k(encoding, ids) for ids in judged]
+    if all(fits):
+        return True
+    # The rest of a long text may be short; it follows what was cut off before it.
+    if any(fit and len(ids) >= CUT_FROM_TOKENS for fit, ids in zip(fits, judged, strict=True)):
+        fits = [fit or _is_rest(encoding, ids) for fit, ids in zip(fits, judged, strict=True)]
+        if all(fits):
+            return True
+    # Those that are not cl100k's first: at the first that is neither no more are looked at.
+    for index in sorted(range(len(judged)), key=fits.__getitem__):
+        if not _given_by(pool, judged[index]):
+            raise _neither(f"{param}[{fits.index(False) if fits[index] else index}]")
+    return False
+
+
+def _neither(param: str) -> InvalidInput:
+    return InvalidInput(
+        f"`{param}` has token ids that neither cl100k_base (OpenAI's) nor this model's own tokenizer would give for a "
+        f"text. {CURE}",
+        param=param,
+    )
+
+
+def _read(encoding: Encoding, ids: Sequence[int], side: Side, most_bytes: int, param: str) -> tuple[str, bool]:
+    """The text of ids from the end that stays, of so many bytes or a little more; whether that is all of it.
+
+    Raises:
+        InvalidInput: an id stands for nothing.
+    """
+    parts: list[bytes] = []
+    size = taken = 0
+    for part in _portions(ids, from_end=side is Side.LEFT):
+        content = _bytes_of(encoding, part)
+        if content is None:
+            raise _neither(param)
+        parts.append(content)
+        size, taken = size + len(content), taken + len(part)
+        if size > most_bytes:
+            break
+    from_end = side is Side.LEFT
+    text = b"".join(reversed(parts) if from_end else parts).decode("utf-8", "replace")
+    if taken == len(ids):
+        return text, True
+    # A character that was cut here is no character of the text.
+    return text.lstrip(REPLACEMENT) if from_end else text.rstrip(REPLACEMENT), False
+
+
+def _portions(ids: Sequence[int], *, from_end: bool) -> Iterator[Sequence[int]]:
+    for done in range(0, len(ids), IDS_AT_ONCE):
+        yield (
+            ids[max(0, len(ids) - done - IDS_AT_ONCE) : len(ids) - done] if from_end else ids[done : done + IDS_AT_ONCE]
+        )
+
+
+def _bytes_of(encoding: Encoding, ids: Sequence[int]) -> bytes | None:
+    """What a few ids stand for; None where one stands for nothing."""
+    if not 0 <= min(ids) <= max(ids) < encoding.n_vocab:
+        return None
+    try:
+        return encoding.decode_bytes(ids)
+    except KeyError:  # a hole between the special tokens
+        return None
 
 
 def refuse_empty(ids: Sequence[int], param: str) -> None:
@@ -92,6 +176,17 @@ def refuse_empty(ids: Sequence[int], param: str) -> None:
     """
     if not ids:
         raise InvalidInput(f"`{param}` is an empty list of token ids; send at least one.", param=param)
+
+
+def check_ids(ids: Sequence[int], vocab_size: int, param: str, advice: str) -> None:
+    """Let pass ids that a vocabulary has, in steps that do not hold the interpreter.
+
+    Raises:
+        InvalidInput: one is outside, or the list is empty; `advice` ends the sentence.
+    """
+    refuse_empty(ids, param)
+    if not all(0 <= min(part) <= max(part) < vocab_size for part in _portions(ids, from_end=False)):
+        raise InvalidInput(f"`{param}` has a token id outside 0..{vocab_size - 1}{advice}", param=param)
 
 
 @cache
@@ -105,31 +200,25 @@ def cl100k() -> Encoding | None:
     return encoding
 
 
-def cl100k_text(encoding: Encoding, ids: Sequence[int]) -> str | None:
-    """The text that the ids are the encoding of; None where they are that of none."""
-    text, again = _decoded(encoding, ids)
+def _is_cl100k(encoding: Encoding, ids: Sequence[int]) -> bool:
+    """Whether a text has this encoding, or had it before it was cut."""
+    again = _again(encoding, ids)
     if again == list(ids):
-        return text
-    cut = len(ids) >= CUT_FROM_TOKENS and _within(list(ids[EDGE_TOKENS:-EDGE_TOKENS]), again)
-    return text if cut else None
+        return True
+    return len(ids) >= CUT_FROM_TOKENS and _within(list(ids[EDGE_TOKENS:-EDGE_TOKENS]), again)
 
 
-def _decoded(encoding: Encoding, ids: Sequence[int]) -> tuple[str | None, list[int]]:
-    """A text and its own encoding; no text where an id stands for none."""
-    if not 0 <= min(ids) <= max(ids) < encoding.n_vocab:
-        return None, []
-    try:
-        text = encoding.decode(list(ids))
-    except KeyError:  # a hole between the special tokens
-        return None, []
-    return text, encoding.encode_ordinary(text)
-
-
-def _rest(encoding: Encoding, ids: Sequence[int]) -> str | None:
-    """The text of ids that are a text's encoding but for the first few, where it was cut."""
-    text, again = _decoded(encoding, ids)
+def _is_rest(encoding: Encoding, ids: Sequence[int]) -> bool:
+    """Whether these are a text's encoding but for the first few, where it was cut."""
+    again = _again(encoding, ids)
     sure = list(ids[EDGE_TOKENS:])
-    return text if again[len(again) - len(sure) :] == sure else None
+    return bool(again) and again[len(again) - len(sure) :] == sure
+
+
+def _again(encoding: Encoding, ids: Sequence[int]) -> list[int]:
+    """The encoding of the text that ids stand for; empty where one stands for nothing."""
+    content = _bytes_of(encoding, ids)
+    return [] if content is None else encoding.encode_ordinary(content.decode("utf-8", "replace"))
 
 
 def _within(part: list[int], whole: list[int]) -> bool:
@@ -137,15 +226,20 @@ def _within(part: list[int], whole: list[int]) -> bool:
 
 
 def _given_by(pool: TokenizerPool, ids: Sequence[int]) -> bool:
-    """Whether the model's tokenizer gives these ids for their own text, special tokens around them or not."""
-    tokenizer = pool.copy()
+    """Whether the model's tokenizer gives these ids for their own text, special tokens around them or not.
+
+    Of a list as long as is judged the last few may be of a word that was cut.
+    """
+    sure = list(ids if len(ids) < JUDGED_TOKENS else ids[:-EDGE_TOKENS])
     try:
         # With special tokens in it, a text has its unknown words too.
         bare, full = (pool.decode(ids, skip_special_tokens=skip) for skip in (True, False))
     except OverflowError:  # negative, or no id of any vocabulary
         return False
-    return list(ids) in (
-        tokenizer.encode(bare).ids,
-        tokenizer.encode(bare, add_special_tokens=False).ids,
-        tokenizer.encode(full, add_special_tokens=False).ids,
+    possible = (
+        pool.encode(bare, special_tokens=True),
+        pool.encode(bare),
+        pool.encode(full),
     )
+    exact = len(ids) < JUDGED_TOKENS
+    return any(found == sure if exact else found[: len(sure)] == sure for found in possible)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Row, Side, Truncation
-from vecmill.inference.prompts import with_prompt
-from vecmill.inference.token_ids import refuse_empty
+from vecmill.inference.prompts import missing_prompt
+from vecmill.inference.token_ids import check_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.text_format import TextFormat
 
@@ -37,11 +37,17 @@ class Tokenized:
 
     @property
     def too_long(self) -> bool:
+        """Cut, and the request did not ask for it."""
         return self.total > len(self.row)
 
     @property
     def truncated(self) -> bool:
+        """Cut for whatever reason."""
         return self.shortened or self.too_long
+
+    def marked_as_cut(self) -> Tokenized:
+        """The row of a text that had been cut before it was tokenized."""
+        return replace(self, shortened=True)
 
 
 class TextTokenizer:
@@ -120,22 +126,30 @@ class TextTokenizer:
         # token included.
         unpooled = len(instruction) if self._format.instruction_unpooled else 0
         if truncation.side is Side.LEFT:
-            encoded = self.pool.encode_part_from_end([with_prompt(prompt, text) for text in texts], len(prompt))
+            encoded = self.pool.encode_part_from_end(texts, partial(missing_prompt, prompt), len(prompt))
         else:
-            encoded = self.pool.encode_part([with_prompt(prompt, text) for text in texts])
+            encoded = self.pool.encode_part(texts, partial(missing_prompt, prompt))
         return [self._finish(ids, truncation, unpooled, instruction) for ids in encoded]
 
     def _finish(
-        self, ids: Sequence[int], truncation: Truncation, unpooled: int = 0, instruction: Sequence[int] = ()
+        self,
+        ids: Sequence[int],
+        truncation: Truncation,
+        unpooled: int = 0,
+        instruction: Sequence[int] = (),
+        left_out: int = 0,
     ) -> Tokenized:
-        """Cut, and put the special tokens around. The instruction's tokens stay when the left side is cut."""
-        total = len(ids) + self.special_tokens
+        """Cut, and put the special tokens around. The instruction's tokens stay when the left side is cut.
+
+        `left_out`: tokens that there are beside the ids, and that do not fit.
+        """
+        total = len(ids) + left_out + self.special_tokens
         limit = min(truncation.max_tokens or self._max_model_len, self._max_model_len)
         room = limit - self.special_tokens
         if truncation.side is Side.LEFT:
             ids = cut_left(ids, room, common_start(ids, instruction))
-        elif self._format.end_survives_truncation:
-            ids = ids[:room]
+        else:
+            ids = ids[: room if self._format.end_survives_truncation else limit]
         whole = np.array([*self._prefix, *ids, *self._suffix][:limit], dtype=np.int32)
         # A limit of the request's own is no error where it may cut.
         own = truncation.max_tokens is not None and truncation.max_tokens <= self._max_model_len
@@ -152,19 +166,22 @@ class TextTokenizer:
         return [self._check_one(ids, truncation, f"{param}[{index}]") for index, ids in enumerate(inputs)]
 
     def _check_one(self, ids: Sequence[int], truncation: Truncation, param: str) -> Tokenized:
-        refuse_empty(ids, param)
-        if not 0 <= min(ids) <= max(ids) < self._vocab_size:
-            raise InvalidInput(
-                f"`{param}` has a token id outside 0..{self._vocab_size - 1}: ids must come from this model's own "
-                f"tokenizer. Send text instead (with LangChain: check_embedding_ctx_length=False).",
-                param=param,
-            )
-        bare = list(ids)
-        if self._prefix and bare[: len(self._prefix)] == self._prefix:
-            bare = bare[len(self._prefix) :]
-        if self._suffix and bare[-len(self._suffix) :] == self._suffix:
-            bare = bare[: -len(self._suffix)]
-        return self._finish(bare, truncation)
+        advice = (
+            ": ids must come from this model's own tokenizer. Send text instead (with LangChain: "
+            "check_embedding_ctx_length=False)."
+        )
+        check_ids(ids, self._vocab_size, param, advice)
+        start, stop = 0, len(ids)
+        if self._prefix and list(ids[: len(self._prefix)]) == self._prefix:
+            start = len(self._prefix)
+        if self._suffix and list(ids[max(start, stop - len(self._suffix)) :]) == self._suffix:
+            stop -= len(self._suffix)
+        # No copy of what does not fit: there may be millions.
+        if truncation.side is Side.LEFT:
+            kept = ids[max(start, stop - self._max_model_len) : stop]
+        else:
+            kept = ids[start : min(stop, start + self._max_model_len)]
+        return self._finish(kept, truncation, left_out=stop - start - len(kept))
 
 
 def common_start(ids: Sequence[int], instruction: Sequence[int]) -> int:

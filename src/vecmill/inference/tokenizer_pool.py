@@ -2,6 +2,9 @@
 
 transformers' wrappers rebuild some tokenizers with other ids. Truncation and padding that a file switches on
 (MiniLM's does) are switched off: both are done here. Fast tokenizers are not safe to share between threads.
+
+Of the library's methods only those that take a batch are called with what clients send: the others hold the interpreter
+for as long as they run, and the event loop with it.
 """
 
 from __future__ import annotations
@@ -10,12 +13,13 @@ import asyncio
 import json
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
@@ -23,12 +27,27 @@ from vecmill.core.threads import WorkerThreads
 T = TypeVar("T")
 
 TEXTS_PER_TASK = 64
-# A long text is tokenized only as far as needed: this many characters per token that fits, doubled until the
-# limit is passed. Tokens near the end of a cut text may differ from those of the whole, so they do not count.
+# A long text is tokenized only as far as needed: this many characters per token that fits, then more until the limit is
+# passed. Tokens near the end of a cut text may differ from those of the whole, so they do not count.
 CHARACTERS_PER_TOKEN = 16
 UNSURE_TOKENS = 128
+# Characters tokenized in one call, but for a single text of more: the library takes 150 bytes for each, and over 1,800
+# where a character is normalised to eighteen (U+FDFA). A text of other characters than ASCII's may be of such.
+CHARACTERS_AT_ONCE = 16_384
+FIRST_PER_TOKEN, FIRST_PER_TOKEN_ASCII = 2, 4
+GROWTH = 3  # of what is tokenized of a long text, at most
+# A stretch of text without any token's start or end is one unknown word, or nothing (spaces, characters that are
+# dropped). From this length on, how long it is makes no difference; tokenizers' limits on words are near 100.
+LONGEST_STRETCH = 2_048
+STRETCH_CHARACTERS = 256  # different ones, at most, in a stretch that is skipped
+SKIPPED_AT_ONCE = 1_048_576
 # Rows of a token embedding without a token: vocabularies are padded to round numbers.
 SPARE_ROWS, SPARE_SHARE = 512, 0.01
+
+
+def _nothing(text: str) -> str:
+    """What goes before a text without a prompt."""
+    return ""
 
 
 class TokenizerPool:
@@ -62,7 +81,7 @@ class TokenizerPool:
             self._hidden = frozenset(token["id"] for token in known if token.get("special"))
             _forget_control_tokens(definition, self._secret)
         self._definition = json.dumps(definition)
-        self._max_tokens = max_tokens
+        self.max_tokens = max_tokens
         self._threads = threads
         self._local = threading.local()
         try:
@@ -93,17 +112,31 @@ class TokenizerPool:
         tokenizer = self.copy()
         return [tokenizer.id_to_token(number) or "" for number in ids]
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """All tokens of a short text, in this thread."""
-        ids: list[int] = self.copy().encode(text, add_special_tokens=False).ids
+        [encoding] = self.copy().encode_batch_fast([text], add_special_tokens=special_tokens)
+        ids: list[int] = encoding.ids
         return ids
+
+    def with_offsets(self, text: str) -> Encoding:
+        """The same, with the place of each token in the text."""
+        [encoding] = self.copy().encode_batch([text], add_special_tokens=False)
+        return encoding
+
+    def normalised_bytes(self, text: str) -> int:
+        """How many bytes a text is normalised to, about: not fewer than it has tokens."""
+        if text.isascii():  # no normaliser makes more of it
+            return len(text)
+        normalizer = self.copy().normalizer
+        parts = (text[i : i + CHARACTERS_AT_ONCE] for i in range(0, len(text), CHARACTERS_AT_ONCE))
+        return sum(len((normalizer.normalize_str(part) if normalizer else part).encode()) for part in parts)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, in this thread."""
         shown = [number for number in ids if not (skip_special_tokens and number in self._hidden)]
-        text: str = self.copy().decode(shown, skip_special_tokens=skip_special_tokens)
+        [text] = self.copy().decode_batch([shown], skip_special_tokens=skip_special_tokens)
         # Whoever knew it could write control tokens.
-        return text.replace(self._secret, "")
+        return str(text).replace(self._secret, "")
 
     async def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The tokens of each text, in order; of a long one at least the first `max_tokens`."""
@@ -116,42 +149,124 @@ class TokenizerPool:
         done = await asyncio.gather(*(self._threads.run(partial(function, part), size=size) for part in parts))
         return [one for part in done for one in part]
 
-    def encode_part(self, texts: Sequence[str]) -> list[list[int]]:
-        """As `encode_batch`, in this thread."""
-        tokenizer = self.copy()
-        longest_sure = CHARACTERS_PER_TOKEN * self._max_tokens
-        short = [text for text in texts if len(text) <= longest_sure]
-        encoded = iter(tokenizer.encode_batch_fast(short, add_special_tokens=False))
-        return [next(encoded).ids if len(text) <= longest_sure else self._encode_head(text) for text in texts]
+    def encode_part(self, texts: Sequence[str], before: Callable[[str], str] = _nothing) -> list[list[int]]:
+        """As `encode_batch`, in this thread. `before` says what goes before a text."""
+        return self._encode(texts, before, lambda text: self._encode_long(text, before(text), from_end=False))
 
-    def encode_part_from_end(self, texts: Sequence[str], head: int = 0) -> list[list[int]]:
+    def encode_part_from_end(
+        self, texts: Sequence[str], before: Callable[[str], str] = _nothing, head: int = 0
+    ) -> list[list[int]]:
         """As `encode_part`, but of a long text the tokens of its first `head` characters or more, then those of its
-        end: at least the last `max_tokens`.
+        end: at least the last `max_tokens`. What goes before a text counts as its beginning.
         """
-        longest_sure = CHARACTERS_PER_TOKEN * self._max_tokens
-        return [self.encode(text) if len(text) <= longest_sure else self._encode_tail(text, head) for text in texts]
+        return self._encode(texts, before, lambda text: self._encode_long(text, before(text), head, from_end=True))
 
-    def _encode_tail(self, text: str, head: int) -> list[int]:
-        """The tokens of a long text's end, more than fit, after its head; all tokens where there are not so many."""
-        length = CHARACTERS_PER_TOKEN * self._max_tokens
-        while length < len(text):
-            ids = self.encode(text[-length:])
-            if len(ids) > self._max_tokens + UNSURE_TOKENS:
-                # The head's last token may take in characters that follow it.
-                beginning = self.encode(text[: head + UNSURE_TOKENS]) if head else []
-                return [*beginning, *ids[UNSURE_TOKENS:]]
-            length *= 2
-        return self.encode(text)
+    def _encode(
+        self, texts: Sequence[str], before: Callable[[str], str], encode_long: Callable[[str], list[int]]
+    ) -> list[list[int]]:
+        """Short texts together, as many as are tokenized at once; long ones by themselves."""
+        short = (before(text) + text for text in texts if len(text) <= self._first_length(text))
+        tokenize = partial(self.copy().encode_batch_fast, add_special_tokens=False)
+        encoded = chain.from_iterable(map(tokenize, _portions(short)))
+        return [next(encoded).ids if len(text) <= self._first_length(text) else encode_long(text) for text in texts]
 
-    def _encode_head(self, text: str) -> list[int]:
-        """The tokens of a long text's beginning, more than fit; all tokens where there are not so many."""
-        length = CHARACTERS_PER_TOKEN * self._max_tokens
-        while length < len(text):
-            ids = self.encode(text[:length])
-            if len(ids) > self._max_tokens + UNSURE_TOKENS:
+    def _first_length(self, text: str) -> int:
+        """Characters to begin with; a text that is not longer is tokenized whole."""
+        first = FIRST_PER_TOKEN_ASCII if text.isascii() else FIRST_PER_TOKEN
+        return min(CHARACTERS_PER_TOKEN * self.max_tokens, max(CHARACTERS_AT_ONCE, first * self.max_tokens))
+
+    def _encode_long(self, text: str, before: str, head: int = 0, *, from_end: bool) -> list[int]:
+        """The tokens of a long text's beginning, more than fit, or of its end, after those of its head; all tokens
+        where there are not so many.
+
+        Stretches that are one token, or none, whatever their length, are shortened on the way: the memory is that of
+        what fits, and the time that of reading the text once.
+        """
+        reader = _LongText(text, before, from_end=from_end)
+        length, needed = self._first_length(text), self.max_tokens + UNSURE_TOKENS
+        while True:
+            reader.take(length)
+            ids = self.encode(reader.part)
+            if reader.whole:
+                return ids
+            if len(ids) > needed and not from_end:
                 return ids[:-UNSURE_TOKENS]
-            length *= 2
-        return self.encode(text)
+            if len(ids) > needed:
+                # The head's last token may take in characters that follow it.
+                beginning = (before + text[: head + UNSURE_TOKENS])[: head + UNSURE_TOKENS] if head else ""
+                return [*self.encode(beginning), *ids[UNSURE_TOKENS:]]
+            if len(reader.part) > CHARACTERS_PER_TOKEN * len(ids):
+                reader.shorten(self.with_offsets(reader.part).offsets)
+            missing = len(reader.part) * (needed - len(ids)) // max(1, len(ids))
+            length = max(CHARACTERS_AT_ONCE, min(missing + missing // 4, GROWTH * len(reader.part)))
+
+
+class _LongText:
+    """A text that is taken a piece at a time, from its beginning or its end, with what goes before it."""
+
+    def __init__(self, text: str, before: str, *, from_end: bool) -> None:
+        self._text = text
+        self._before = before
+        self._from_end = from_end
+        self._taken = 0
+        self.part = "" if from_end else before
+        """What has been taken, stretches shortened."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether all of it has been taken."""
+        return self._taken == len(self._text)
+
+    def take(self, length: int) -> None:
+        """Take so many characters more."""
+        piece = self._next(length)
+        self._taken += len(piece)
+        self.part = piece + self.part if self._from_end else self.part + piece
+        if self.whole and self._from_end:
+            self.part = self._before + self.part
+
+    def shorten(self, offsets: Sequence[tuple[int, int]]) -> None:
+        """Take the middle out of each stretch that is within one token or between two; skip what continues the last.
+
+        `offsets` are those of the tokens of `part`.
+        """
+        edges = sorted({0, len(self.part), *chain.from_iterable(offsets)})
+        stretches = [self.part[start:stop] for start, stop in pairwise(edges)]
+        last = stretches[0 if self._from_end else -1]
+        if len(last) > LONGEST_STRETCH and len(characters := set(last)) <= STRETCH_CHARACTERS:
+            self._skip("".join(characters))
+        half = LONGEST_STRETCH // 2
+        self.part = "".join(
+            stretch if len(stretch) <= LONGEST_STRETCH else stretch[:half] + stretch[-half:] for stretch in stretches
+        )
+
+    def _skip(self, characters: str) -> None:
+        """Pass over all that follows of these characters."""
+        while piece := self._next(SKIPPED_AT_ONCE):
+            rest = piece.rstrip(characters) if self._from_end else piece.lstrip(characters)
+            self._taken += len(piece) - len(rest)
+            if rest:
+                return
+
+    def _next(self, length: int) -> str:
+        if self._from_end:
+            stop = len(self._text) - self._taken
+            return self._text[max(0, stop - length) : stop]
+        return self._text[self._taken : self._taken + length]
+
+
+def _portions(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Texts in lists of not more characters than are tokenized at once, or of a single text."""
+    portion: list[str] = []
+    size = 0
+    for text in texts:
+        if portion and size + len(text) > CHARACTERS_AT_ONCE:
+            yield portion
+            portion, size = [], 0
+        portion.append(text)
+        size += len(text)
+    if portion:
+        yield portion
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from vecmill.config import JobSettings
-from vecmill.core.errors import InvalidInput, JobNotFound, Overloaded
+from vecmill.core.errors import InvalidInput, Overloaded
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import Job
 from vecmill.jobs.ledger import Ledger
 from vecmill.jobs.transitions import JobEvent, JobStatus, after
@@ -53,14 +54,20 @@ class Book:
             self._open[job.id] = replace(job, lease_until=self._lease(), counted_at=None)
         self._totals = replace(self._totals, counted_at=self.now)
 
-    def register(self, project: str, total_chunks: int, instance_id: str) -> str:
-        """The id of a new job.
+    def register(self, project: str, total_chunks: int, instance_id: str, viewer: Viewer = EVERYONE) -> str:
+        """The id of a new job, which belongs to the viewer.
 
         Raises:
-            Overloaded: too many jobs are open.
+            Overloaded: too many jobs are open, of all clients or of this key.
         """
         if len(self._open) >= OPEN_JOBS_MAX:
             raise Overloaded(f"The server is temporarily overloaded: {len(self._open)} jobs are open.")
+        own = sum(job.owner == viewer.owner for job in self._open.values())
+        if viewer.limits.jobs is not None and own >= viewer.limits.jobs:
+            raise Overloaded(
+                f"{own} jobs of this API key are open, which is its limit (`jobs`), so that another is temporarily not "
+                f"possible: complete or cancel one."
+            )
         job = Job(
             id=secrets.token_hex(8),
             number=self._next(),
@@ -70,51 +77,56 @@ class Book:
             created_at=self.now,
             lease_until=self._lease(),
             counted_at=self.now,
+            owner=viewer.owner,
         )
         self._open[job.id] = job
         self._fill()
         logger.info("job registered", extra={"job": job.id, "chunks": total_chunks})
         return job.id
 
-    def renew(self, job_id: str) -> None:
+    def renew(self, job_id: str, viewer: Viewer = EVERYONE) -> None:
         """A sign of life. Raises JobNotFound."""
-        job = self._find(job_id)
+        job = self._find(job_id, viewer)
         if not job.status.ended:
             self._open[job.id] = replace(job, lease_until=self._lease())
 
-    def progress(self, job_id: str, current: int) -> None:
+    def progress(self, job_id: str, current: int, viewer: Viewer = EVERYONE) -> None:
         """Record how many chunks are done.
 
         Raises:
             InvalidInput: below zero or above the job's total. JobNotFound, JobConflict.
         """
-        job = self._find(job_id)
+        job = self._find(job_id, viewer)
         status = after(job.id, job.status, JobEvent.PROGRESS)
         if not 0 <= current <= job.total_chunks:
             raise InvalidInput(f"`current` is {current}; this job has 0 to {job.total_chunks} chunks.", param="current")
         self._change(self._counted(job, current), status=status, lease_until=self._lease())
 
-    def complete(self, job_id: str) -> None:
+    def complete(self, job_id: str, viewer: Viewer = EVERYONE) -> None:
         """The client is done. Raises JobNotFound, JobConflict."""
-        job = self._find(job_id)
+        job = self._find(job_id, viewer)
         after(job.id, job.status, JobEvent.COMPLETE)
         self._end(self._counted(job, job.total_chunks), JobEvent.COMPLETE)
 
-    def fail(self, job_id: str, event: JobEvent, error: str) -> None:
+    def fail(self, job_id: str, event: JobEvent, error: str, viewer: Viewer = EVERYONE) -> None:
         """Its client gave up, or somebody cancelled it. Raises JobNotFound, JobConflict."""
-        self._end(self._find(job_id), event, error)
+        self._end(self._find(job_id, viewer), event, error)
 
-    def clear_ended(self) -> int:
-        """Forget the jobs that have ended; how many they were."""
-        count = len(self._ended)
-        self._forget(count)
-        return count
+    def clear_ended(self, viewer: Viewer = EVERYONE) -> int:
+        """Forget the jobs that have ended, or show the viewer's no more; how many they were."""
+        ledger = self.ledger()
+        shown = sum(ledger.shows(job, viewer) for job in self._ended.values())
+        if viewer.everything:
+            self._forget(len(self._ended))
+        elif shown:
+            latest = next(reversed(self._ended.values())).ended_number
+            # Those of keys that are gone need no mention once their jobs are.
+            kept = {owner: number for owner, number in self._totals.cleared.items() if number > self._totals.forgotten}
+            self._totals = replace(self._totals, cleared={**kept, viewer.owner or "": latest})
+        return shown
 
-    def _find(self, job_id: str) -> Job:
-        job = self._open.get(job_id) or self._ended.get(job_id)
-        if job is None:
-            raise JobNotFound(f"There is no job {job_id[:80]!r}; register one with POST /jobs.", param="job_id")
-        return job
+    def _find(self, job_id: str, viewer: Viewer) -> Job:
+        return self.ledger().find(job_id, viewer)
 
     def _change(self, job: Job, **fields: Any) -> Job:
         changed = replace(job, version=job.version + 1, **fields)

@@ -34,6 +34,8 @@ class Job:
     error: str | None = None
     ended_number: int = 0
     """Order of ending, in the same count as `number`; 0 while open."""
+    owner: str | None = None
+    """The key that registered it; None: there were no keys, or it was before jobs had owners."""
     pace: Pace = field(default_factory=Pace)
 
     @property

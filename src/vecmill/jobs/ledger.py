@@ -9,7 +9,9 @@ from dataclasses import dataclass, field, replace
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
+from vecmill.core.errors import JobNotFound
 from vecmill.core.protocols import JobChanges, StoredJobs
+from vecmill.core.types import Viewer
 from vecmill.jobs.job import Job
 from vecmill.jobs.pace import Pace
 
@@ -24,6 +26,8 @@ class Totals:
     """Counts registrations and ends."""
     forgotten: int = 0
     """Ended jobs up to this number are gone."""
+    cleared: Mapping[str, int] = field(default_factory=dict)
+    """By owner: its ended jobs up to this number are shown no more."""
     pace: Pace = field(default_factory=Pace)
     counted_at: float = 0.0
     """Until when `pace` has counted."""
@@ -44,6 +48,23 @@ class Ledger:
     ended: Mapping[str, Job] = field(default_factory=dict)
     """In order of ending."""
     totals: Totals = field(default_factory=Totals)
+
+    def find(self, job_id: str, viewer: Viewer) -> Job:
+        """A job that is the viewer's.
+
+        Raises:
+            JobNotFound: there is none, or it is somebody else's, which is told alike.
+        """
+        job = self.open.get(job_id) or self.ended.get(job_id)
+        if job is None or not self.shows(job, viewer):
+            raise JobNotFound(f"There is no job {job_id[:80]!r}; register one with POST /jobs.", param="job_id")
+        return job
+
+    def shows(self, job: Job, viewer: Viewer) -> bool:
+        """Whether a job is the viewer's, and the viewer has not cleared it away."""
+        if viewer.everything or job.owner != viewer.owner:
+            return viewer.everything
+        return not job.status.ended or job.ended_number > self.totals.cleared.get(viewer.owner or "", 0)
 
     @property
     def latest(self) -> float:
@@ -112,6 +133,7 @@ def changes(old: Ledger | None, new: Ledger, *, leases: bool, always: bool = Fal
         if old is None or job.ended_number > old.totals.sequence
     ]
     same = not written and not closed and not ended and new.totals.forgotten == was.totals.forgotten
+    same = same and new.totals.cleared == was.totals.cleared
     if same and old is not None and not always:
         return None
     return JobChanges(written, closed, ended, new.totals.forgotten, orjson.dumps(new.totals), whole=old is None)
@@ -128,6 +150,10 @@ def joined(earlier: Ledger, later: Ledger) -> Ledger:
         later.totals if later.totals.pace.rate is not None else earlier.totals,
         sequence=shift + later.totals.sequence,
         forgotten=earlier.totals.forgotten,
+        cleared={
+            **earlier.totals.cleared,
+            **{owner: shift + number for owner, number in later.totals.cleared.items()},
+        },
     )
     return ledger_of([*earlier.open.values(), *open_jobs], [*earlier.ended.values(), *ended], totals)
 

@@ -36,6 +36,13 @@ class OwnedJobs:
         async with self._lock:
             await self._keep()
 
+    @property
+    def problem(self) -> str | None:
+        """Why the jobs do not outlive the process; None where they do."""
+        if self._failed_at is None:
+            return None
+        return "The jobs' database cannot be used; they are kept in memory until it can."
+
     def now(self) -> float:
         """Unix time by the clock of leases."""
         return self._clock()

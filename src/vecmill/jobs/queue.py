@@ -10,6 +10,7 @@ from typing import Any
 
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.book import Book
 from vecmill.jobs.following import Followers
 from vecmill.jobs.job import View
@@ -44,6 +45,11 @@ class JobQueue:
         await store.open()
         self._store = store
 
+    @property
+    def problem(self) -> str | None:
+        """Why the jobs cannot be kept, or used, now; None where they can."""
+        return "The jobs are not open yet." if self._store is None else self._store.problem
+
     def start(self) -> None:
         """Sweep every second until `close`."""
         self._keep(asyncio.create_task(self._sweep_for_ever(), name="jobs"))
@@ -59,66 +65,73 @@ class JobQueue:
             await self._store.close()
             self._store = None
 
-    async def register(self, project: str, total_chunks: int, instance_id: str) -> View:
-        """A new job. Position 0 is active, 1 the first that waits.
+    async def register(self, project: str, total_chunks: int, instance_id: str, viewer: Viewer = EVERYONE) -> View:
+        """A new job, of the viewer. Position 0 is active, 1 the first that waits.
 
         Raises:
             Overloaded: too many jobs are open. JobsUnavailable.
         """
 
         def work(book: Book) -> Callable[[Views], View]:
-            job_id = book.register(project, total_chunks, instance_id)
+            job_id = book.register(project, total_chunks, instance_id, viewer)
             return lambda views: views.one(job_id)
 
         return await self._transact(work)
 
-    async def get(self, job_id: str) -> View:
-        """The job; asking renews its lease. Raises JobNotFound, JobsUnavailable."""
-        return await self._change(job_id, lambda book: book.renew(job_id))
+    async def get(self, job_id: str, viewer: Viewer = EVERYONE) -> View:
+        """The job; asking renews its lease. Raises JobNotFound, JobsUnavailable.
 
-    async def progress(self, job_id: str, current: int) -> View:
+        Here and below a job that is not the viewer's is none.
+        """
+        return await self._change(job_id, lambda book: book.renew(job_id, viewer))
+
+    async def progress(self, job_id: str, current: int, viewer: Viewer = EVERYONE) -> View:
         """Record how many chunks are done.
 
         Raises:
             InvalidInput: below zero or above the job's total. JobNotFound, JobConflict, JobsUnavailable.
         """
-        return await self._change(job_id, lambda book: book.progress(job_id, current))
+        return await self._change(job_id, lambda book: book.progress(job_id, current, viewer))
 
-    async def complete(self, job_id: str) -> View:
+    async def complete(self, job_id: str, viewer: Viewer = EVERYONE) -> View:
         """The client is done. Raises JobNotFound, JobConflict, JobsUnavailable."""
-        return await self._change(job_id, lambda book: book.complete(job_id))
+        return await self._change(job_id, lambda book: book.complete(job_id, viewer))
 
-    async def fail(self, job_id: str, error: str) -> View:
+    async def fail(self, job_id: str, error: str, viewer: Viewer = EVERYONE) -> View:
         """The client gave up. Raises JobNotFound, JobConflict, JobsUnavailable."""
-        return await self._change(job_id, lambda book: book.fail(job_id, JobEvent.FAIL, error))
+        return await self._change(job_id, lambda book: book.fail(job_id, JobEvent.FAIL, error, viewer))
 
-    async def cancel(self, job_id: str) -> View:
+    async def cancel(self, job_id: str, viewer: Viewer = EVERYONE) -> View:
         """Somebody cancelled it. Raises JobNotFound, JobConflict, JobsUnavailable."""
-        return await self._change(job_id, lambda book: book.fail(job_id, JobEvent.CANCEL, "cancelled"))
+        return await self._change(job_id, lambda book: book.fail(job_id, JobEvent.CANCEL, "cancelled", viewer))
 
-    async def clear_ended(self) -> int:
+    async def clear_ended(self, viewer: Viewer = EVERYONE) -> int:
         """Forget the jobs that have ended; how many they were. Raises JobsUnavailable."""
 
         def work(book: Book) -> Callable[[Views], int]:
-            count = book.clear_ended()
+            count = book.clear_ended(viewer)
             return lambda views: count
 
         return await self._transact(work)
 
     async def overview(
-        self, limit: int = ENDED_SHOWN, state: JobStatus | None = None, project: str | None = None
+        self,
+        limit: int = ENDED_SHOWN,
+        state: JobStatus | None = None,
+        project: str | None = None,
+        viewer: Viewer = EVERYONE,
     ) -> View:
         """All of `GET /jobs`; `limit` is of the recent ones. Raises JobsUnavailable."""
-        return await self._transact(lambda book: lambda views: views.overview(limit, state, project))
+        return await self._transact(lambda book: lambda views: views.overview(limit, state, project, viewer))
 
     async def sweep(self) -> None:
         """Do what is due by itself. Raises JobsUnavailable."""
         await self._transact(lambda book: lambda views: None)
 
-    def touch(self, job_id: str) -> None:
-        """Renew the lease of a job that tagged other work with its id, soon; unknown ids are let be."""
+    def touch(self, job_id: str, viewer: Viewer = EVERYONE) -> None:
+        """Renew the lease of a job of the viewer that tagged other work with its id, soon; other ids are let be."""
         job = None if self._store is None else self._store.ledger.open.get(job_id)
-        if self._store is None or job is None or job_id in self._touching:
+        if self._store is None or job is None or job_id in self._touching or not viewer.sees(job.owner):
             return
         renewed_at = job.lease_until - self._settings.job_lease_seconds
         if self._store.now() - renewed_at < min(TOUCH_SECONDS, self._settings.job_lease_seconds / 4):
@@ -131,13 +144,15 @@ class JobQueue:
         ledger = self._ledger()
         return sum(job.status is status for job in (*ledger.open.values(), *ledger.ended.values()))
 
-    def follow(self, idle_seconds: float) -> AsyncGenerator[list[View], None]:
-        """The open jobs and the last that ended, then each job whenever it changes; nothing after `idle_seconds`.
+    def follow(self, idle_seconds: float, viewer: Viewer = EVERYONE) -> AsyncGenerator[list[bytes], None]:
+        """The open jobs and the last that ended, then each job whenever it changes, as JSON; nothing after
+        `idle_seconds`.
 
-        Ends with the server's own end. Raises JobsUnavailable before the queue is open.
+        Ends with the server's own end. Raises JobsUnavailable before the queue is open, Overloaded where too many
+        follow.
         """
         self._opened()
-        return self._followers.follow(idle_seconds)
+        return self._followers.follow(idle_seconds, viewer)
 
     def end_following(self) -> None:
         """End all that follow, and whoever begins to."""

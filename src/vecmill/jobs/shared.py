@@ -50,6 +50,11 @@ class SharedJobs:
         except JobsUnavailable as error:
             logger.debug(error.message)
 
+    @property
+    def problem(self) -> str | None:
+        """Why there are no jobs; None where there are."""
+        return None if self._failed_at is None else "Redis cannot be used; /jobs answers 503 until it can."
+
     def now(self) -> float:
         """Unix time by the clock of leases, as far as known here."""
         return self._time()

@@ -23,6 +23,11 @@ class JobStore(Protocol):
     ledger: Ledger
     """As it was last seen here."""
 
+    @property
+    def problem(self) -> str | None:
+        """Why the jobs cannot be kept now, as a sentence; None where they can."""
+        ...
+
     async def open(self) -> None:
         """Find what is kept. Raises nothing: what cannot be read now is read later."""
         ...

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from vecmill.config import JobSettings
-from vecmill.core.errors import JobNotFound
+from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import Job, View
 from vecmill.jobs.ledger import Ledger
 from vecmill.jobs.transitions import JobStatus
@@ -20,7 +20,7 @@ class Views:
     def __init__(self, ledger: Ledger, settings: JobSettings, now: float) -> None:
         self.ledger = ledger
         self._settings = settings
-        self._now = now
+        self.now = now
         self._places: dict[str, tuple[int, int]] = {}
         position = ahead = 0
         for job in ledger.open.values():
@@ -33,29 +33,27 @@ class Views:
         """0 while active or ended, else its place among those that wait, from 1."""
         return self._places.get(job.id, (0, 0))[0]
 
-    def one(self, job_id: str) -> View:
+    def one(self, job_id: str, viewer: Viewer = EVERYONE) -> View:
         """A job with its place in the queue while it waits. Raises JobNotFound."""
-        job = self.ledger.open.get(job_id) or self.ledger.ended.get(job_id)
-        if job is None:
-            raise JobNotFound(f"There is no job {job_id[:80]!r}; register one with POST /jobs.", param="job_id")
-        return self.of(job)
+        return self.of(self.ledger.find(job_id, viewer))
 
     def of(self, job: Job) -> View:
         """The same of a job at hand."""
         position, ahead = self._places.get(job.id, (0, 0))
-        shown = job.view(self._now) | {"position": position, "queue_position": position}
+        shown = job.view(self.now) | {"position": position, "queue_position": position}
         if job.status is JobStatus.QUEUED:
             shown |= {"chunks_ahead": ahead, "estimated_wait": self._wait(job, ahead)}
         return shown
 
-    def overview(self, limit: int, state: JobStatus | None, project: str | None) -> View:
-        """All of `GET /jobs`."""
+    def overview(self, limit: int, state: JobStatus | None, project: str | None, viewer: Viewer = EVERYONE) -> View:
+        """All of `GET /jobs`: the viewer's jobs, and how busy the queue is, whoever's jobs are in it."""
         rate = self.ledger.totals.pace.rate
         open_jobs, ended = self.ledger.open.values(), reversed(list(self.ledger.ended.values()))
 
         def of(jobs: Iterable[Job], *states: JobStatus) -> Iterable[View]:
             shown = states if state is None else {state}.intersection(states)
-            return (self.of(job) for job in jobs if job.status in shown and project in (None, job.project))
+            mine = (job for job in jobs if self.ledger.shows(job, viewer))
+            return (self.of(job) for job in mine if job.status in shown and project in (None, job.project))
 
         return {
             "active": list(of(open_jobs, JobStatus.ACTIVE)),
@@ -73,5 +71,5 @@ class Views:
         rate = self.ledger.totals.pace.rate
         if rate is None:
             return None
-        left = job.created_at + self._settings.jobs_max_wait_seconds - self._now
+        left = job.created_at + self._settings.jobs_max_wait_seconds - self.now
         return round(max(0.0, min(ahead / rate, left)), 1)

@@ -27,7 +27,7 @@ from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defin
 from huggingface_hub.utils.tqdm import tqdm
 from rich.filesize import decimal
 
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, StartupObstacle
 
 logger = logging.getLogger(__name__)
 
@@ -103,10 +103,16 @@ def download(
         return _fetched(name, revision, hf_token, NEEDED_FILES, report)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
-        raise StartupError(
+        raise (StartupError if _is_final(error) else StartupObstacle)(
             f"{name}: not a folder, not in the hub's cache (HF_HOME), and the hub gave no answer for it "
             f"({type(error).__name__}): check the name, the network, HF_HUB_OFFLINE and, for a gated model, HF_TOKEN."
         ) from None
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether the hub, asked again with the same settings, would say the same."""
+    named_wrongly = (GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError, HFValidationError)
+    return isinstance(error, named_wrongly) or is_offline_mode()
 
 
 def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: list[str], report: Report) -> Path:

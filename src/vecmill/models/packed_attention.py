@@ -96,10 +96,10 @@ def _with_prefixes(layer: int | None, key: Tensor, value: Tensor, packed: Packed
     """Note this layer's keys and values of new prefixes; put those of recalled ones after the pack's."""
     for new in packed.new_prefixes:
         own = slice(new.start, new.start + len(new.prefix))
-        new.layers.append((key[:, :, own].clone(), value[:, :, own].clone()))
+        new.layers.tensors.append((key[:, :, own].clone(), value[:, :, own].clone()))
     if packed.recalled:
         assert layer is not None
-        recalled = [layers[layer] for layers in packed.recalled]
+        recalled = [layers.tensors[layer] for layers in packed.recalled]
         key = torch.cat([key, *(keys for keys, _ in recalled)], dim=2)
         value = torch.cat([value, *(values for _, values in recalled)], dim=2)
     return key, value

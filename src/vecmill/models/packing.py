@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vecmill.core.types import Prefix, Row, TokenIds
-from vecmill.models.prefix_memory import Layers, PrefixMemory
+from vecmill.models.prefix_memory import PrefixLayers, PrefixMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class NewPrefix:
 
     prefix: Prefix
     start: int
-    layers: Layers
+    layers: PrefixLayers
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +44,29 @@ class Keys:
 
 
 @dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """N rows as S segments of T tokens in all. Segments are rows, the prefixes they share, and a filler."""
+class PackShape:
+    """The room of a pack that runs as a CUDA graph, which is captured for one shape and replayed for many batches."""
 
+    tokens: int
+    rows: int
+    """At most; the others are empty."""
+    max_length: int
+    """Of a row, at most."""
+
+    def holds(self, lengths: Sequence[int]) -> bool:
+        """Whether rows of these lengths fit."""
+        return len(lengths) <= self.rows and sum(lengths) <= self.tokens and max(lengths) <= self.max_length
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """N rows as S segments of T tokens in all. Segments are rows, the prefixes they share, and a filler.
+
+    With a shape, N and S are what the shape has room for; rows beyond `order` have no meaning, and segments beyond the
+    filler are empty.
+    """
+
+    memory: Tensor  # (bytes,) uint8: everything below lies in it, so that one copy brings it to the device
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, restarting at 0 with each row
     token_type_ids: Tensor  # (1, T) int64
@@ -55,25 +75,19 @@ class PackedBatch:
     max_length: int
     lengths: Tensor  # (S,) int64
     segments: Tensor  # (N,) int64: the segment of each row
+    first: Tensor  # (N,) int64: index of each row's first token
+    last: Tensor  # (N,) int64: index of each row's last token
     keys: Keys | None
     """None where no row has a prefix: each segment looks at itself."""
     new_prefixes: tuple[NewPrefix, ...]
     """Empty where there is no memory to keep them."""
-    recalled: tuple[Layers, ...]
+    recalled: tuple[PrefixLayers, ...]
     """Prefixes computed in an earlier batch; their tokens count from T on."""
     groups: tuple[EqualLengths, ...]
+    """For attention without flash kernels."""
     order: tuple[int, ...]
-    """`order[i]` is the caller's index of packed row i; N long."""
-
-    @property
-    def first(self) -> Tensor:
-        """(N,) index of each row's first token."""
-        return self.cu_seqlens[self.segments].long()
-
-    @property
-    def last(self) -> Tensor:
-        """(N,) index of each row's last token."""
-        return self.cu_seqlens[self.segments + 1].long() - 1
+    """`order[i]` is the caller's index of packed row i."""
+    shape: PackShape | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,43 +107,111 @@ class _Segment:
         return len(self.token_ids)
 
 
-def pack(rows: Sequence[Row], device: torch.device, memory: PrefixMemory | None = None) -> PackedBatch:
+def pack(
+    rows: Sequence[Row], device: torch.device, memory: PrefixMemory | None = None, shape: PackShape | None = None
+) -> PackedBatch:
     """Pack rows for one forward pass: those without a prefix by length, then each prefix and what follows it.
 
-    A prefix that `memory` recalls is not in the pack.
+    A prefix that `memory` recalls is not in the pack. `shape` must hold the rows, and none of them may have a prefix.
+    On CUDA everything is copied at once from pinned memory, on the current stream, and nobody waits for it.
     """
     recalled = _recalled(rows, memory) if memory is not None else {}
-    segments = _segments(rows, recalled)
-    lengths = [len(segment) for segment in segments]
+    segments = _segments(rows, recalled, shape)
+    of_rows = [(number, segment) for number, segment in enumerate(segments) if segment.index is not None]
+    lengths = np.array([len(segment) for segment in segments], dtype=np.int64)
     cu_seqlens = _cumulative(lengths)
-    of_rows = [number for number, segment in enumerate(segments) if segment.index is not None]
+    keys = _keys(segments)
+    arrays = {
+        "input_ids": np.concatenate([segment.token_ids for segment in segments]).astype(np.int64)[None],
+        "position_ids": np.concatenate([np.arange(len(each)) + each.position for each in segments])[None],
+        "token_type_ids": np.concatenate([_token_types(segment) for segment in segments])[None],
+        "cu_seqlens": cu_seqlens,
+        "lengths": lengths,
+        "segments": np.array([number for number, _ in of_rows], dtype=np.int64),
+        "first": np.array([segment.start for _, segment in of_rows], dtype=np.int64),
+        "last": np.array([segment.start + len(segment) - 1 for _, segment in of_rows], dtype=np.int64),
+    }
+    if shape is not None or any(segment.unpooled for segment in segments):
+        arrays["pooled"] = _pooled(segments, int(cu_seqlens[-1]))
+    if keys is not None:
+        arrays |= {"keys": keys[0], "keys_cu_seqlens": keys[1]}
+    if shape is not None:
+        arrays |= _padded(arrays, shape)
+    whole, tensors = _to_device(arrays, device)
     return PackedBatch(
-        input_ids=_tokens([segment.token_ids for segment in segments]).to(device),
-        position_ids=_tokens([np.arange(len(segment)) + segment.position for segment in segments]).to(device),
-        token_type_ids=_tokens([_token_types(segment) for segment in segments]).to(device),
-        pooled=_pooled(segments, cu_seqlens, device),
-        cu_seqlens=torch.from_numpy(cu_seqlens).to(device),
-        max_length=max(lengths),
-        lengths=torch.tensor(lengths, device=device),
-        segments=torch.tensor(of_rows, device=device),
-        keys=_keys(segments, device),
+        memory=whole,
+        input_ids=tensors["input_ids"],
+        position_ids=tensors["position_ids"],
+        token_type_ids=tensors["token_type_ids"],
+        pooled=tensors.get("pooled"),
+        cu_seqlens=tensors["cu_seqlens"],
+        max_length=shape.max_length if shape is not None else int(lengths.max()),
+        lengths=tensors["lengths"],
+        segments=tensors["segments"],
+        first=tensors["first"],
+        last=tensors["last"],
+        keys=Keys(tensors["keys"], tensors["keys_cu_seqlens"], int(np.diff(keys[1]).max())) if keys else None,
         new_prefixes=tuple(
-            NewPrefix(segment.shared, segment.start, [])
+            NewPrefix(segment.shared, segment.start, PrefixLayers())
             for segment in segments
             if segment.shared is not None and memory is not None
         ),
         recalled=tuple(recalled.values()),
         groups=_groups(segments),
         order=tuple(segment.index for segment in segments if segment.index is not None),
+        shape=shape,
     )
 
 
-def _recalled(rows: Sequence[Row], memory: PrefixMemory) -> dict[Prefix, Layers]:
+Array = np.typing.NDArray[np.generic]
+ALIGNED = 16  # bytes
+
+
+def _to_device(arrays: Mapping[str, Array], device: torch.device) -> tuple[Tensor, dict[str, Tensor]]:
+    """One piece of memory on the device, and the arrays as tensors in it."""
+    starts: dict[str, int] = {}
+    size = 0
+    for name, array in arrays.items():
+        starts[name] = size
+        size += -(-array.nbytes // ALIGNED) * ALIGNED
+    buffer = np.zeros(size, dtype=np.uint8)
+    for name, array in arrays.items():
+        buffer[starts[name] : starts[name] + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    host = torch.from_numpy(buffer)
+    if device.type == "cuda" and torch.cuda.is_available():
+        host = host.pin_memory()  # from pageable memory a copy would wait for all that was launched before
+    whole = host.to(device, non_blocking=True)
+    return whole, {
+        name: whole.narrow(0, starts[name], array.nbytes).view(TORCH_TYPES[array.dtype.name]).view(array.shape)
+        for name, array in arrays.items()
+    }
+
+
+TORCH_TYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.float32}
+
+
+def _padded(arrays: Mapping[str, Array], shape: PackShape) -> dict[str, Array]:
+    """What has an entry for each row or segment, with as many as the shape has room for."""
+    segments = shape.rows + 1  # and the filler
+    return {
+        "cu_seqlens": _pad(arrays["cu_seqlens"], segments + 1, shape.tokens),
+        "lengths": _pad(arrays["lengths"], segments, 0),
+        **{name: _pad(arrays[name], shape.rows, 0) for name in ("segments", "first", "last")},
+    }
+
+
+def _pad(array: Array, length: int, value: int) -> Array:
+    padded = np.full(length, value, dtype=array.dtype)
+    padded[: len(array)] = array
+    return padded
+
+
+def _recalled(rows: Sequence[Row], memory: PrefixMemory) -> dict[Prefix, PrefixLayers]:
     prefixes = dict.fromkeys(row.prefix for row in rows if row.prefix is not None)
     return {prefix: layers for prefix in prefixes if (layers := memory.recall(prefix)) is not None}
 
 
-def _segments(rows: Sequence[Row], recalled: Collection[Prefix]) -> list[_Segment]:
+def _segments(rows: Sequence[Row], recalled: Collection[Prefix], shape: PackShape | None) -> list[_Segment]:
     families: dict[Prefix | None, list[int]] = {}
     for index, row in enumerate(rows):
         families.setdefault(row.prefix, []).append(index)
@@ -147,7 +229,7 @@ def _segments(rows: Sequence[Row], recalled: Collection[Prefix]) -> list[_Segmen
             position = len(prefix) if prefix else 0
             segments.append(_Segment(row.token_ids, start, position, span, index, row.unpooled, row.second_text))
             start += len(row.token_ids)
-    if filler := _filler(start):
+    if filler := (_filler(start) if shape is None else shape.tokens - start):
         segments.append(_Segment(np.zeros(filler, dtype=np.int32), start))
     return segments
 
@@ -175,12 +257,7 @@ def _filler(tokens: int) -> int:
     return -tokens % (16 if tokens <= 256 else 64)
 
 
-def _tokens(parts: Sequence[np.typing.NDArray[np.integer]]) -> Tensor:
-    """(T,) in parts -> (1, T) int64."""
-    return torch.from_numpy(np.concatenate(parts).astype(np.int64))[None]
-
-
-def _cumulative(lengths: Sequence[int]) -> np.typing.NDArray[np.int32]:
+def _cumulative(lengths: Sequence[int] | np.typing.NDArray[np.int64]) -> np.typing.NDArray[np.int32]:
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
 
 
@@ -191,18 +268,15 @@ def _token_types(segment: _Segment) -> np.typing.NDArray[np.int64]:
     return types
 
 
-def _pooled(
-    segments: Sequence[_Segment], cu_seqlens: np.typing.NDArray[np.int32], device: torch.device
-) -> Tensor | None:
-    if not any(segment.unpooled for segment in segments):
-        return None
-    pooled = torch.ones(int(cu_seqlens[-1]), 1)
+def _pooled(segments: Sequence[_Segment], tokens: int) -> np.typing.NDArray[np.float32]:
+    pooled = np.ones((tokens, 1), dtype=np.float32)
     for segment in segments:
         pooled[segment.start : segment.start + segment.unpooled] = 0
-    return pooled.to(device)
+    return pooled
 
 
-def _keys(segments: Sequence[_Segment], device: torch.device) -> Keys | None:
+def _keys(segments: Sequence[_Segment]) -> tuple[np.typing.NDArray[np.int64], np.typing.NDArray[np.int32]] | None:
+    """The tokens that each segment looks at, and where each segment's begin; None where each looks at itself alone."""
     if all(segment.prefix is None for segment in segments):
         return None
     parts = []
@@ -210,12 +284,7 @@ def _keys(segments: Sequence[_Segment], device: torch.device) -> Keys | None:
         own = np.arange(segment.start, segment.start + len(segment))
         first, length = segment.prefix or (0, 0)
         parts.append(np.concatenate((np.arange(first, first + length), own)))
-    lengths = [len(part) for part in parts]
-    return Keys(
-        index=torch.from_numpy(np.concatenate(parts)).to(device),
-        cu_seqlens=torch.from_numpy(_cumulative(lengths)).to(device),
-        max_length=max(lengths),
-    )
+    return np.concatenate(parts), _cumulative([len(part) for part in parts])
 
 
 def _groups(segments: Sequence[_Segment]) -> tuple[EqualLengths, ...]:

@@ -51,7 +51,7 @@ def find(
     """
     if name == "auto":
         return _bundled()
-    folder = Path(name).expanduser()
+    folder = _folder(name)
     if folder.is_dir():
         return Source(_id_of(folder), folder, task)
     setting = f"{task.value.upper()}_MODEL="
@@ -67,8 +67,15 @@ def find(
         )
     except StartupError as error:
         said = error.message if error.message.startswith(setting) else setting + error.message
-        raise StartupError(said) from None
+        raise type(error)(said) from None
     return Source(name, folder, task)
+
+
+def _folder(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError:  # `~somebody`, whom this machine does not know
+        return Path(name)
 
 
 def is_hub_id(name: str) -> bool:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.packed_attention import ATTENTION
 
 transformers_logging.set_verbosity_error()
@@ -161,26 +162,37 @@ def load_weights(
 def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target, rename: Rename) -> None:
     weights = WeightFiles(checkpoint)
     places = {name: rename(name) for name in weights.files}
-    wanted = {name for name, _ in model.named_parameters()}
+    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     found = {place for several in places.values() for place in several}
-    if missing := sorted(wanted - found):
+    if missing := sorted(wanted.keys() - found):
         raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
-    if unknown := sorted(name for name, several in places.items() if not wanted.issuperset(several)):
+    if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
         raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}")
+    merged = merge_projections(model)
     for name, tensor in weights.tensors([name for name, several in places.items() if several]):
         for place, part in zip(places[name], tensor.chunk(len(places[name])), strict=True):
-            _set(model, place, part, checkpoint, target)
+            if part.shape != wanted[place]:
+                shapes = f"{tuple(part.shape)} instead of {tuple(wanted[place])}"
+                raise _unfit(model, checkpoint, f"{place} has the shape {shapes}")
+            _set(model, merged.get(place, place), part, target)
         target.progress(tensor.numel() * tensor.element_size())
 
 
-def _set(model: nn.Module, place: str, part: Tensor, checkpoint: Checkpoint, target: Target) -> None:
-    module_name, _, leaf = place.rpartition(".")
+def _set(model: nn.Module, place: str | Rows, part: Tensor, target: Target) -> None:
+    """Put a tensor where a parameter is, or into some rows of one."""
+    rows = place if isinstance(place, Rows) else None
+    module_name, _, leaf = (rows.parameter if rows else str(place)).rpartition(".")
     module = model.get_submodule(module_name)
-    expected = getattr(module, leaf).shape
-    if part.shape != expected:
-        raise _unfit(model, checkpoint, f"{place} has the shape {tuple(part.shape)} instead of {tuple(expected)}")
-    moved = part.to(target.device, target.dtype)
-    setattr(module, leaf, nn.Parameter(moved, requires_grad=False))
+    parameter: Tensor = getattr(module, leaf)
+    if rows is None:
+        setattr(module, leaf, nn.Parameter(part.to(target.device, target.dtype), requires_grad=False))
+        return
+    if parameter.device != target.device or parameter.dtype != target.dtype:  # the first of its parts
+        parameter = nn.Parameter(
+            torch.empty(parameter.shape, device=target.device, dtype=target.dtype), requires_grad=False
+        )
+        setattr(module, leaf, parameter)
+    parameter.data[rows.start : rows.stop].copy_(part)
 
 
 def _unfit(model: nn.Module, checkpoint: Checkpoint, problem: str) -> StartupError:

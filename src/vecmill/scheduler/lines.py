@@ -1,22 +1,34 @@
-"""The lines that sequences stand in, and whose turn it is."""
+"""The lines that sequences stand in, whose turn it is, and how much waits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from vecmill.core.types import Lane
-from vecmill.scheduler.policy import Client, Cut, Line
+from vecmill.scheduler.policy import Budget, Client, Cut, Line
 from vecmill.scheduler.sequence import Sequence
 
 MOST_CLIENTS = 1024  # remembered though nothing of theirs waits
+MOST_JOBS = 64  # that a client's turns are divided among; those beyond share one part
+JOBS_BEYOND = "\0beyond"
+
+
+@dataclass(eq=False, slots=True)
+class Sharing(Client):
+    """A client, whose jobs take turns in what it gets."""
+
+    jobs: dict[str, Client] = field(default_factory=dict)
+    """Those with something waiting, and those that had lately."""
 
 
 class Lines:
     """Every line in which something waits."""
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[str, Lane, str], Line[Sequence]] = {}
-        self._clients: dict[tuple[Lane, str], Client] = {}
+        self._lines: dict[tuple[str, Lane, str, str], Line[Sequence]] = {}
+        self._clients: dict[tuple[Lane, str], Sharing] = {}
 
     def __iter__(self) -> Iterator[Line[Sequence]]:
         return iter(self._lines.values())
@@ -25,26 +37,44 @@ class Lines:
         """Whether anything waits in a lane."""
         return any(line.lane is lane for line in self._lines.values())
 
-    def join(self, model: str, lane: Lane, client: str, now: float) -> Line[Sequence]:
-        """The line of a client; it must be given a sequence."""
-        key = model, lane, client
+    def join(self, model: str, lane: Lane, client: str, now: float, job: str = "") -> Line[Sequence]:
+        """The line of a client's job; it must be given a sequence."""
+        key = model, lane, client, job
         if key not in self._lines:
-            self._lines[key] = Line(model, lane, self._client(lane, client), now)
+            sharing = self._client(lane, client)
+            part = self._job(sharing, job)
+            self._lines[key] = Line(model, lane, sharing, now, job=part)
         return self._lines[key]
 
-    def _client(self, lane: Lane, name: str) -> Client:
+    def _client(self, lane: Lane, name: str) -> Sharing:
         """A client that comes (back) begins level with the one served least: time away earns no turns."""
         active = {line.client for line in self._lines.values() if line.lane is lane}
-        client = self._clients.setdefault((lane, name), Client())
+        client = self._clients.pop((lane, name), None) or Sharing()
+        self._clients[lane, name] = client  # the last of those that would be forgotten
         if client not in active:
-            client.served = max(client.served, min((one.served for one in active), default=0.0))
-            self._forget(lane)
+            _level(client, active)
+            client.jobs.clear()
+            self._forget(active | {client}, lane)
         return client
 
-    def _forget(self, lane: Lane) -> None:
-        if len(self._clients) > MOST_CLIENTS:
-            active = {line.client for line in self._lines.values()}
-            self._clients = {key: one for key, one in self._clients.items() if one in active or key[0] is not lane}
+    def _forget(self, active: set[Client], lane: Lane) -> None:
+        """Let those go that have been away longest."""
+        excess = len(self._clients) - MOST_CLIENTS
+        if excess > 0:
+            away = [key for key, one in self._clients.items() if key[0] is lane and one not in active]
+            for key in away[:excess]:
+                del self._clients[key]
+
+    def _job(self, client: Sharing, name: str) -> Client:
+        """The part of a client's turns that a job has; beyond MOST_JOBS all further jobs have one together."""
+        active = {line.job for line in self._lines.values() if line.client is client}
+        client.jobs = {key: job for key, job in client.jobs.items() if job in active or key == name}
+        if name not in client.jobs and len(client.jobs) >= MOST_JOBS:
+            name = JOBS_BEYOND
+        job = client.jobs.setdefault(name, Client())
+        if job not in active:
+            _level(job, active)
+        return job
 
     def leave(self, cut: Cut[Sequence], now: float) -> None:
         """Take a batch off the fronts."""
@@ -54,6 +84,7 @@ class Lines:
             line.front_since = now
         for client, tokens in cut.served.items():
             client.served += tokens
+            client.served_at = now
         self._lines = {key: line for key, line in self._lines.items() if line.waiting}
 
     def clear(self) -> list[Sequence]:
@@ -61,3 +92,42 @@ class Lines:
         waiting = [sequence for line in self._lines.values() for sequence in line.waiting]
         self._lines.clear()
         return waiting
+
+
+def _level(client: Client, active: Iterable[Client]) -> None:
+    client.served = max(client.served, min((one.served for one in active), default=0.0))
+
+
+class Backlog:
+    """How much waits for each model."""
+
+    def __init__(self) -> None:
+        self._rows: Counter[str] = Counter()
+        self._tokens: Counter[str] = Counter()
+        self._prefixes: Counter[int] = Counter()
+
+    def add(self, sequence: Sequence) -> None:
+        """One more waits."""
+        self._count(sequence, 1)
+
+    def remove(self, sequence: Sequence) -> None:
+        """It waits no longer."""
+        self._count(sequence, -1)
+
+    def fills(self, model: str, budget: Budget) -> bool:
+        """Whether a whole forward pass of a model waits."""
+        return self._tokens[model] >= budget.max_batch_tokens or self._rows[model] >= budget.max_batch_size
+
+    def _count(self, sequence: Sequence, one: int) -> None:
+        """A prefix that several share is computed once, so it counts once."""
+        tokens = len(sequence)
+        if (prefix := sequence.prefix) is not None:
+            tokens -= len(prefix)
+            self._prefixes[id(prefix)] += one
+            shared = self._prefixes[id(prefix)]
+            if shared == (1 if one > 0 else 0):
+                tokens += len(prefix)
+            if not shared:
+                del self._prefixes[id(prefix)]
+        self._rows[sequence.model] += one
+        self._tokens[sequence.model] += one * tokens

@@ -65,11 +65,13 @@ class Client:
 
     served: float = 0.0
     """Tokens run for it, or what the others had been served when it came."""
+    served_at: float = float("-inf")
+    """When something of it was last put into a batch."""
 
 
 @dataclass(eq=False, slots=True)
 class Line(Generic[S]):
-    """What one client has waiting in one lane for one model, first come first served."""
+    """What one job of one client has waiting in one lane for one model, first come first served."""
 
     model: str
     lane: Lane
@@ -77,6 +79,8 @@ class Line(Generic[S]):
     front_since: float
     """When its present head came to the front. A deep line does not age, only one that stands still."""
     waiting: deque[S] = field(default_factory=deque)
+    job: Client = field(default_factory=Client)
+    """The job as one that takes turns with the client's other jobs."""
 
 
 @dataclass(slots=True)
@@ -91,7 +95,7 @@ class Cut(Generic[S]):
     popped: dict[Line[S], int] = field(default_factory=dict)
     """Sequences to take off the front of each line."""
     served: dict[Client, int] = field(default_factory=dict)
-    """Tokens of the batch for each client."""
+    """Tokens of the batch for each client, and for each job."""
     tokens: int = 0
     """What the batch has to compute, at the most: the runner may know a prefix from an earlier batch."""
     owed: float = 0.0
@@ -148,16 +152,29 @@ class _Draft(Generic[S]):
         return bulk if self._owed >= len(self._heads[bulk]) else interactive
 
     def _aged(self, lines: Iterable[Line[S]]) -> list[Line[S]]:
-        """Lines that have stood still for too long, longest first."""
+        """The longest-standing line of each client that has been served nothing for too long, longest first.
+
+        By client: one with many jobs has always a line that stands still while its others are served.
+        """
         limit = self._now - self._rules.aging_seconds
-        return sorted((line for line in lines if line.front_since <= limit), key=lambda line: line.front_since)
+        standing = (line for line in lines if line.front_since <= limit and line.client.served_at <= limit)
+        oldest: dict[Client, Line[S]] = {}
+        for line in sorted(standing, key=lambda line: line.front_since):
+            oldest.setdefault(line.client, line)
+        return list(oldest.values())
 
     def _turn(self, lane: Lane) -> Line[S] | None:
         """The line of a lane whose client was served least."""
         return min((line for line in self._heads if line.lane is lane), key=self._turn_key, default=None)
 
-    def _turn_key(self, line: Line[S]) -> tuple[float, float]:
-        return line.client.served + self._cut.served.get(line.client, 0), self._heads[line].submitted
+    def _turn_key(self, line: Line[S]) -> tuple[float, float, float]:
+        """Clients take turns, and jobs within their client's."""
+        served = self._cut.served
+        return (
+            line.client.served + served.get(line.client, 0),
+            line.job.served + served.get(line.job, 0),
+            self._heads[line].submitted,
+        )
 
     def begin(self, first: Line[S]) -> None:
         """Take the first sequence; the rest of the batch is of its model."""
@@ -211,7 +228,8 @@ class _Draft(Generic[S]):
             self._prefixes.add(id(head.prefix))
         self._cut.tokens += added
         self._of_lane[line.lane] += added
-        self._cut.served[line.client] = self._cut.served.get(line.client, 0) + added
+        for one in (line.client, line.job):
+            self._cut.served[one] = self._cut.served.get(one, 0) + added
         self._pass_chosen(line)
 
     def _pass_chosen(self, line: Line[S]) -> None:

@@ -14,7 +14,7 @@ from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, Shu
 from vecmill.core.protocols import BatchResult, Runner
 from vecmill.core.types import Lane, Row, Vector
 from vecmill.scheduler.in_flight import InFlight
-from vecmill.scheduler.lines import Lines
+from vecmill.scheduler.lines import Backlog, Lines
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
 from vecmill.scheduler.sequence import Sequence, SequenceResult, row_key
 
@@ -69,7 +69,7 @@ class Scheduler:
         self.budgets = dict(budgets)
         self.waiting = dict.fromkeys(Lane, 0)
         """Sequences not yet in a batch, by the lane that they were first submitted to."""
-        self._waiting_tokens = 0
+        self._backlog = Backlog()
         self._runner = runner
         self._rules = rules or Rules()
         self._on_batch, self._on_failure, self._clock = on_batch, on_failure, clock
@@ -95,12 +95,16 @@ class Scheduler:
         *,
         lane: Lane = Lane.BULK,
         client: str = "",
+        job: str = "",
+        apart: str = "",
         deadline: float = float("inf"),
         keep: Iterable[Keep | None] = repeat(None),
     ) -> list[asyncio.Future[SequenceResult]]:
         """Queue rows and return one future for each, in order. Rows equal to one in flight wait for that one.
 
-        `keep`, one for each row, is given its vector even where nobody waits for it any more.
+        Clients take turns, and the `job`s of one client take turns in what it gets. Rows of requests that have another
+        `apart` are not taken for equal. `keep`, one for each row, is given its vector even where nobody waits for it
+        any more.
 
         Cancelling all futures of a sequence frees it before it is run; so does its `deadline`, by the clock.
 
@@ -113,27 +117,28 @@ class Scheduler:
         futures = []
         for row, kept_by in zip(rows, keep, strict=False):
             future: asyncio.Future[SequenceResult] = loop.create_future()
-            sequence = self._queue(model, row, lane, client)
+            sequence = self._queue((apart, row_key(model, row)), model, row, lane, client, job)
             sequence.join(future, deadline)
             sequence.keep = sequence.keep or kept_by
             futures.append(future)
         self._wake.set()
         return futures
 
-    def _queue(self, model: str, row: Row, lane: Lane, client: str) -> Sequence:
-        key = row_key(model, row)
+    def _queue(self, key: Hashable, model: str, row: Row, lane: Lane, client: str, job: str) -> Sequence:
         now = self._clock()
         if key in self._unanswered:
-            sequence, queued_as = self._unanswered[key]
+            sequence, _ = self._unanswered[key]
             self.stats.joined += 1
-            if sequence.taken or lane is not Lane.INTERACTIVE or queued_as is lane:
+            if sequence.taken or (lane, client, job) in sequence.stands_in:
                 return sequence
         else:
             sequence = Sequence(row, model, key, submitted=now)
             self._unanswered[key] = sequence, lane
             self.waiting[lane] += 1
-            self._waiting_tokens += len(row)
-        self._lines.join(model, lane, client, now).waiting.append(sequence)
+            self._backlog.add(sequence)
+        # In the line of each who asks for it: nobody waits for the turn of another client.
+        sequence.stands_in.add((lane, client, job))
+        self._lines.join(model, lane, client, now, job).waiting.append(sequence)
         return sequence
 
     async def close(self) -> None:
@@ -162,10 +167,7 @@ class Scheduler:
                 await asyncio.sleep(0)
 
     def _may_cut(self) -> bool:
-        full = any(
-            self._waiting_tokens >= budget.max_batch_tokens or sum(self.waiting.values()) >= budget.max_batch_size
-            for budget in self.budgets.values()
-        )
+        full = any(self._backlog.fills(model, budget) for model, budget in self.budgets.items())
         return self._in_flight.has_room(full=full, interactive=self._lines.waits(Lane.INTERACTIVE))
 
     def _apply(self, taken: Cut[Sequence], now: float) -> None:
@@ -186,7 +188,7 @@ class Scheduler:
 
     def _leave_queue(self, sequence: Sequence) -> None:
         sequence.taken = True
-        self._waiting_tokens -= len(sequence)
+        self._backlog.remove(sequence)
         self.waiting[self._unanswered[sequence.key][1]] -= 1
 
     def _start(self, taken: Cut[Sequence]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from time import monotonic
 
 from vecmill.core.errors import VecmillError
-from vecmill.core.types import Prefix, Row, Vector
+from vecmill.core.types import Lane, Prefix, Row, Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +36,10 @@ class Sequence:
     futures: list[asyncio.Future[SequenceResult]] = field(default_factory=list)
     keep: Callable[[Vector], None] | None = None
     """Given the vector too, whoever still waits."""
+    stands_in: set[tuple[Lane, str, str]] = field(default_factory=set)
+    """Lane, client and job of each line that it waits in: one for each who asked for it."""
     taken: bool = False
-    """In a batch, or dropped: a sequence that somebody in a hurry asks for too stands in two lines."""
+    """In a batch, or dropped, though it may still stand in other lines."""
 
     def __len__(self) -> int:
         return len(self.row)

@@ -13,6 +13,7 @@ from typing import Any
 
 from vecmill.app import Server, create_app
 from vecmill.config import Settings, load_settings
+from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.http.access import is_loopback
 from vecmill.serve.announcement import announce
 from vecmill.serve.http_server import LAST_ANSWERS, HttpServer
@@ -32,9 +33,14 @@ else:
 
 logger = logging.getLogger(__name__)
 
+WRONG_SETTINGS = 2
+"""The exit code where no restart would help; as for an unknown option."""
+
 
 def run_server(settings: Settings, reread: Callable[[], Settings] = load_settings) -> int:
-    """Serve until stopped; the process's exit code: 0, or 1 where the server could not serve.
+    """Serve until stopped; the process's exit code.
+
+    0; 1 where the server could not serve and a restart may find it otherwise; 2 where its settings are wrong.
 
     `reread` gives the settings as they are when SIGHUP comes.
     """
@@ -42,14 +48,9 @@ def run_server(settings: Settings, reread: Callable[[], Settings] = load_setting
     notifier = Notifier(os.environ)
     try:
         listener = listen(settings.http.host, settings.http.port)
-    except OSError as error:
-        logger.error(
-            "HOST=%s PORT=%d cannot be bound (%s): stop what uses it or set another PORT.",
-            settings.http.host,
-            settings.http.port,
-            error.strerror,
-        )
-        return 1
+    except StartupError as error:
+        logger.error(error.message)
+        return _code_of(misconfigured=not isinstance(error, StartupObstacle))
     process = _Process(settings, reread, listener, notifier)
     ignore_stops()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
@@ -69,20 +70,24 @@ class _Process:
         self._listener = listener
         self._notifier = notifier
         self._failures: list[str] = []
+        self._server: Server | None = None
         self._last_resort = LastResort(self.exit_code)
         self._stopping: Stopping | None = None
 
     def exit_code(self) -> int:
-        """1 where the server could not serve."""
-        return 1 if self._failures else 0
+        """As of `run_server`."""
+        if not self._failures:
+            return 0
+        return _code_of(misconfigured=self._server is not None and self._server.misconfigured)
 
     async def run(self) -> None:
         """Serve until stopped."""
         address = address_of(self._listener)
         app = create_app(self._settings, self._on_failure, _freeze)
         server: Server = app.state.server
+        self._server = server
         server.health.listen(Status(self._notifier, address).changed)
-        http = HttpServer(app, server.requests.end)
+        http = HttpServer(app, self._settings.http, server.requests.end)
         seconds = self._settings.http.shutdown_seconds
         stopping = self._stopping = Stopping(server, http, seconds, self._notifier, self._last_resort)
         reloading = Reloading(server, self._settings, self._reread, self._notifier)
@@ -104,8 +109,9 @@ class _Process:
         access = self._settings.access
         if not is_loopback(self._settings.http.host) and not access.api_key:
             logger.warning(
-                "HOST=%s without API_KEY: everyone who reaches this address may use the server",
+                "HOST=%s without API_KEY: everyone who reaches this address may use the server%s",
                 self._settings.http.host,
+                "" if access.allowed_hosts else "; by a public name only once that is in ALLOWED_HOSTS",
             )
         warn_of_readable_keys(access)
 
@@ -120,6 +126,11 @@ class _Process:
             self._stopping.tell()
         for reason in self._failures:
             logger.error(reason)
+
+
+def _code_of(*, misconfigured: bool) -> int:
+    """systemd's unit starts no process again that ended with 2."""
+    return WRONG_SETTINGS if misconfigured else 1
 
 
 async def _beside(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:

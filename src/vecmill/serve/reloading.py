@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
-
-from pydantic import SecretStr
 
 from vecmill.app import Server
 from vecmill.config import AccessSettings, Settings
-from vecmill.config.key_file import readable_by_others
+from vecmill.config.key_file import KeyEntry, readable_by_others
 from vecmill.core.errors import StartupError, VecmillError
 from vecmill.serve.notifier import Notifier
 
@@ -88,7 +86,7 @@ def _check_locked(before: AccessSettings, now: AccessSettings) -> None:
 
 def _changes(before: Settings, now: Settings) -> Iterator[str]:
     """What is different, by names, never by keys."""
-    if keys := _changed_keys(dict(before.access.api_key), dict(now.access.api_key)):
+    if keys := _changed_keys(before.access.api_key, now.access.api_key):
         yield f"keys: {keys}"
     if before.access.admin_api_key != now.access.admin_api_key:
         yield "ADMIN_API_KEY changed" if now.access.admin_api_key else "ADMIN_API_KEY is gone"
@@ -97,7 +95,8 @@ def _changes(before: Settings, now: Settings) -> Iterator[str]:
         yield f"MODEL_ALIASES: {aliases or 'none'}"
 
 
-def _changed_keys(before: dict[str, SecretStr], now: dict[str, SecretStr]) -> str:
+def _changed_keys(entries_before: Iterable[KeyEntry], entries_now: Iterable[KeyEntry]) -> str:
+    before, now = ({entry.name: entry for entry in entries} for entries in (entries_before, entries_now))
     told = {
         "new": sorted(now.keys() - before.keys()),
         "gone": sorted(before.keys() - now.keys()),

@@ -67,7 +67,7 @@ def _state(services: Services) -> str:
 def _access(settings: Settings) -> str:
     reach = "this machine only" if is_loopback(settings.http.host) else "everyone who reaches it"
     if settings.access.api_key:
-        return f"{reach}, with a key ({', '.join(name for name, _ in settings.access.api_key)})"
+        return f"{reach}, with a key ({', '.join(entry.name for entry in settings.access.api_key)})"
     return f"{reach}, no keys (API_KEY)"
 
 
@@ -94,4 +94,8 @@ def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_s
         f"{costs['max_batch_tokens']} tokens ({costs['max_batch_tokens_ms']:.0f} ms) in {max_batch_size} rows; "
         f"up to {costs['free_tokens']} bulk rides free with a search",
     )
-    table.add_row("layers", costs["compile_reason"], end_section=True)
+    graphs = costs["cuda_graphs"]
+    table.add_row("layers", costs["compile_reason"], end_section=not graphs["count"])
+    if graphs["count"]:
+        in_graphs = f"{graphs['count']}, for up to {graphs['max_tokens']} tokens, {graphs['memory_mb']} MB"
+        table.add_row("CUDA graphs", in_graphs, end_section=True)

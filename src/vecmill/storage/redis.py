@@ -15,8 +15,12 @@ MAX_CONNECTIONS = 32
 
 
 def connect(url: str) -> Redis:
-    """A client that connects when it is first used, and again after Redis was away. Answers are bytes."""
-    return Redis.from_url(
+    """A client that connects when it is first used, and again after Redis was away. Answers are bytes.
+
+    Raises:
+        ValueError, TypeError: the address has what the library does not know.
+    """
+    client = Redis.from_url(
         url,
         socket_timeout=TIMEOUT_SECONDS,
         socket_connect_timeout=TIMEOUT_SECONDS,
@@ -24,3 +28,6 @@ def connect(url: str) -> Redis:
         retry=Retry(NoBackoff(), 1),
         max_connections=MAX_CONNECTIONS,
     )
+    # Not connected yet; it would raise at each use otherwise.
+    client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+    return client

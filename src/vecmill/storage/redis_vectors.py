@@ -32,20 +32,25 @@ class RedisVectors:
     """Bytes by key, shared."""
 
     def __init__(self, url: str) -> None:
-        """Connects when it is first used, and again after Redis was away."""
+        """Connects when it is first used, and again after Redis was away.
+
+        Raises:
+            ValueError, TypeError: the address has what the library does not know.
+        """
         self._redis = Redis.from_url(
             url,
             socket_timeout=TIMEOUT_SECONDS,
             socket_connect_timeout=TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 1),
         )
+        self._redis.connection_pool.make_connection()  # not connected yet; it would raise at each use otherwise
         self._checked = False
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
         try:
             yield
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, MemoryError) as error:
             raise StoreFailed(f"Redis: {error}") from None
 
     def get(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:

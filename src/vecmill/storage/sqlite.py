@@ -28,7 +28,7 @@ def connect(path: Path, *, durable: bool = False, busy_seconds: float = BUSY_SEC
     try:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-    except sqlite3.Error:
+    except BaseException:
         connection.close()
         raise
     return connection
@@ -43,6 +43,7 @@ def open_database(
 
     Raises:
         sqlite3.Error: the database cannot be used now (locked, read-only, no room).
+        OSError: it is broken and cannot be put aside (a read-only disk).
     """
     try:
         return _prepared(path, schema, version, durable, busy_seconds)
@@ -55,15 +56,17 @@ def open_database(
 
 @contextmanager
 def transaction(connection: sqlite3.Connection) -> Iterator[None]:
-    """All that the block writes, or nothing of it."""
+    """All that the block writes, or nothing of it, whatever ends the block: out of memory, Ctrl-C, a bug."""
+    if connection.in_transaction:  # a rollback that failed itself: `BEGIN` would be taken for a broken file
+        connection.rollback()
     try:
         connection.execute("BEGIN IMMEDIATE")
         yield
         connection.execute("COMMIT")
-    except sqlite3.Error:
-        # Without this, a commit that found no room would leave its transaction open.
-        with suppress(sqlite3.Error):
-            connection.execute("ROLLBACK")
+    except BaseException:
+        # A transaction that stays open keeps every other connection from writing.
+        with suppress(sqlite3.Error, MemoryError):
+            connection.rollback()
         raise
 
 
@@ -92,7 +95,7 @@ def _prepared(path: Path, schema: str, version: int, durable: bool, busy_seconds
             connection.close()
             set_aside(path, f"it is of version {found}, this vecmill writes {version}")
             return _prepared(path, schema, version, durable, busy_seconds)
-    except sqlite3.Error:
+    except BaseException:
         connection.close()
         raise
     return connection

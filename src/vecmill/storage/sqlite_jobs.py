@@ -64,8 +64,9 @@ class SqliteJobs:
     async def _run(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except (sqlite3.Error, OSError) as error:
-            raise JobsUnavailable(f"The jobs' database {self._path} cannot be used ({error}).") from None
+        except (sqlite3.Error, OSError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
+            raise JobsUnavailable(f"The jobs' database {self._path} cannot be used ({reason}).") from None
 
     def _load(self) -> StoredJobs:
         try:
@@ -112,10 +113,15 @@ class SqliteJobs:
 
     def _opened(self) -> sqlite3.Connection:
         if self._connection is None:
-            self._connection = open_database(self._path, SCHEMA, VERSION, durable=True, busy_seconds=BUSY_SECONDS)
+            connection = open_database(self._path, SCHEMA, VERSION, durable=True, busy_seconds=BUSY_SECONDS)
             # Kept open beside the connection: closing it would take SQLite's locks away
             # (https://www.sqlite.org/howtocorrupt.html, 2.2).
-            self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._file = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                connection.close()
+                raise
+            self._connection = connection
         return self._connection
 
     def _is_ours(self) -> bool:

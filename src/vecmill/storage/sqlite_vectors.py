@@ -6,6 +6,7 @@ that begin alike. `used` counts the writes: the machine's clock may be set back.
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,8 @@ import numpy as np
 from vecmill.core.protocols import StoreSize
 from vecmill.storage.errors import StoreFailed
 from vecmill.storage.sqlite import connect, is_broken, open_database, set_aside, transaction
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 SCHEMA = """
@@ -68,7 +71,10 @@ class SqliteVectors:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Turn SQLite's errors into ours. A broken file is put aside; the next call begins a new one."""
+        """Turn the errors of SQLite and of the disk into ours, and memory that SQLite does not get.
+
+        A broken file is put aside; the next call begins a new one.
+        """
         generation = self._generation
         try:
             yield
@@ -76,6 +82,8 @@ class SqliteVectors:
             if is_broken(error):
                 self._begin_anew(str(error), generation)
             raise StoreFailed(str(error)) from None
+        except (OSError, MemoryError) as error:
+            raise StoreFailed(str(error) or "out of memory") from None
 
     def _begin_anew(self, reason: str, generation: int) -> None:
         with self._lock, suppress(OSError):
@@ -152,12 +160,20 @@ class SqliteVectors:
         return dropped
 
     def clear(self) -> int:
-        """Drop everything and give the disk back. Raises StoreFailed."""
-        with self._lock, self._failing():
-            writer = self._open()
-            dropped, self._entries = self._entries, 0
-            for statement in ("DELETE FROM vectors", "VACUUM", "PRAGMA wal_checkpoint(TRUNCATE)"):
-                writer.execute(statement)
+        """Drop everything and give the disk back. Raises StoreFailed: nothing was dropped."""
+        with self._lock:
+            with self._failing():
+                writer = self._open()
+                with transaction(writer):
+                    dropped = writer.execute("DELETE FROM vectors").rowcount
+                self._entries = 0
+            # To copy the file needs room that a full disk does not have. The entries are gone either way.
+            try:
+                with self._failing():
+                    writer.execute("VACUUM")
+                    writer.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            except StoreFailed as error:
+                logger.warning("the cache is empty, but its file %s could not be made smaller: %s", self._path, error)
             return dropped
 
     def size(self) -> StoreSize:

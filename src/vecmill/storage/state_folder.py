@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 from pathlib import Path
 from typing import Self
 
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupObstacle
 from vecmill.storage.file_lock import FileLock
 
 logger = logging.getLogger(__name__)
+
+LEAST_FREE_BYTES = 65_536  # with less, neither jobs nor vectors can be written
 
 
 class StateFolder:
@@ -19,8 +22,9 @@ class StateFolder:
     def __init__(self, path: Path, lock: FileLock | None, problem: str | None) -> None:
         self.path = path
         self.problem = problem
-        """Why nothing can be kept in it, as a sentence; None where everything can."""
+        """Why nothing can be kept in it, as a sentence, as last looked at; None where everything can."""
         self._lock = lock
+        self._opened = None if lock is None else path.stat()
 
     @classmethod
     def open(cls, path: Path, *, shared: bool = False) -> Self:
@@ -30,7 +34,7 @@ class StateFolder:
         servers that say the same.
 
         Raises:
-            StartupError: another server holds it.
+            StartupObstacle: another server holds it.
         """
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -42,13 +46,44 @@ class StateFolder:
             logger.error(problem)
             return cls(path, None, problem)
         if lock is None:
-            raise StartupError(
+            raise StartupObstacle(
                 f"STATE_DIR={path} is in use by another vecmill server: stop it, give this one a STATE_DIR of its own, "
                 f"or set REDIS_URL for both so that they share their state."
             )
         return cls(path, lock, None)
 
+    def look(self) -> None:
+        """Find out what has become of the folder since; writes nothing. It may wait for the disk."""
+        if self._opened is None:
+            return
+        found = self._found(self._opened)
+        problem = None if found is None else f"STATE_DIR={self.path} {found}."
+        if problem is not None and self.problem is None:
+            logger.error(problem)
+        elif problem is None and self.problem is not None:
+            logger.warning("STATE_DIR=%s can be used again", self.path)
+        self.problem = problem
+
+    def _found(self, opened: os.stat_result) -> str | None:
+        try:
+            now, disk = self.path.stat(), os.statvfs(self.path)
+        except FileNotFoundError:
+            return "was removed: what is kept now does not outlive this process"
+        except OSError as error:
+            return f"cannot be used ({error.strerror})"
+        if not os.path.samestat(opened, now):
+            return "was replaced by another folder: restart the server"
+        if disk.f_flag & os.ST_RDONLY:
+            return "cannot be written (Read-only file system)"
+        return "is on a disk that is full: make room there" if _is_full(disk) else None
+
     def close(self) -> None:
         """Let others in."""
         if self._lock is not None:
             self._lock.release()
+
+
+def _is_full(disk: os.statvfs_result) -> bool:
+    """Whether there is no room for data or for new files. Some file systems count neither, and say 0 of 0."""
+    free = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail  # what is kept for root
+    return bool((disk.f_blocks and free * disk.f_frsize < LEAST_FREE_BYTES) or (disk.f_files and not disk.f_favail))

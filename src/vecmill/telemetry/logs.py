@@ -1,4 +1,9 @@
-"""The log: readable lines, or one JSON object a line. Never texts, never secrets."""
+"""The log: readable lines, or one JSON object a line. Never texts, never secrets.
+
+What clients say may stand in it, in a path or the name of a field. So nothing in it ends a line, moves a terminal's
+cursor or turns the direction of writing, and nothing is long.
+Source: https://cheatsheetseries.owasp.org/cheatsheets/Logging_Cheat_Sheet.html (event data, log injection)
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,9 @@ import orjson
 
 # What a LogRecord carries of itself; everything else came in through `extra`.
 STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "color_message", "taskName"}
+LONGEST_MESSAGE, LONGEST_VALUE = 2000, 500  # characters
+LONGEST_LINE, MOST_LINES = 500, 200  # of a traceback
+DEEPEST = 4  # of values within values
 
 
 class JsonFormatter(logging.Formatter):
@@ -20,12 +28,12 @@ class JsonFormatter(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": printable(record.getMessage(), LONGEST_MESSAGE),
             **extras(record),
         }
         if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return orjson.dumps(line, default=str).decode()
+            line["exception"] = "\n".join(_traceback(self.formatException(record.exc_info)))
+        return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
 class TextFormatter(logging.Formatter):
@@ -33,14 +41,53 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created).astimezone().strftime("%H:%M:%S")
-        pairs = "".join(f" {key}={value}" for key, value in extras(record).items())
-        line = f"{time} {record.levelname.lower():<8} {record.getMessage()}{pairs}"
-        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+        pairs = "".join(f" {key}={_value(value)}" for key, value in extras(record).items())
+        line = f"{time} {record.levelname.lower():<8} {printable(record.getMessage(), LONGEST_MESSAGE)}{pairs}"
+        if not record.exc_info:
+            return line
+        # Indented, so that no line of an exception's text can be taken for one of the log.
+        return "\n    ".join([line, *_traceback(self.formatException(record.exc_info))])
 
 
 def extras(record: logging.LogRecord) -> dict[str, object]:
-    """The fields that the caller put into `extra`."""
-    return {key: value for key, value in vars(record).items() if key not in STANDARD}
+    """The fields that the caller put into `extra`, as they may be written."""
+    return {key: _bounded(value) for key, value in vars(record).items() if key not in STANDARD}
+
+
+def printable(text: str, longest: int) -> str:
+    """The text on one line: what does not print is escaped, what is too long is cut, and says so."""
+    if len(text) > longest:
+        text = f"{text[:longest]}... ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
+def _bounded(value: object, depth: int = 0) -> object:
+    if isinstance(value, dict | list | tuple) and depth == DEEPEST:
+        return "..."
+    if isinstance(value, dict):
+        return {printable(str(key), LONGEST_VALUE): _bounded(inner, depth + 1) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_bounded(inner, depth + 1) for inner in value]
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return printable(str(value), LONGEST_VALUE)
+
+
+def _value(value: object) -> object:
+    """In quotes where it would be taken for several fields."""
+    if isinstance(value, str) and any(mark in value for mark in ' ="'):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return value
+
+
+def _traceback(text: str) -> list[str]:
+    lines = [printable(line, LONGEST_LINE) for line in text.split("\n")]
+    if len(lines) > MOST_LINES:
+        half = MOST_LINES // 2
+        lines = [*lines[:half], f"... ({len(lines) - 2 * half} lines)", *lines[-half:]]
+    return lines
 
 
 def configure_logging(log_format: str, level: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -11,6 +12,13 @@ from vecmill.telemetry.optional_gauge import OptionalGauge
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+# Lines of what says how much had to be computed of what was asked.
+OF_WORK = re.compile(
+    rb"(# \w+ )?vecmill_(cache|computed|joined|batch_(rows|tokens|duration))"
+    rb"|vecmill_request_duration_seconds\w*{[^}]*stage=\"(tokenize|queue|infer)\""
+)
 
 
 class Metrics:
@@ -125,6 +133,7 @@ class Metrics:
         """Read a gauge's value at scrape time."""
         gauge.set_function(read)
 
-    def exposition(self) -> bytes:
-        """The registry in Prometheus text format."""
-        return generate_latest(self.registry)
+    def exposition(self, *, work: bool = True) -> bytes:
+        """The registry in Prometheus text format; without `work` not what says how much had to be computed."""
+        whole = generate_latest(self.registry)
+        return whole if work else b"".join(line for line in whole.splitlines(keepends=True) if not OF_WORK.match(line))

@@ -29,6 +29,7 @@ CONTENT_SECURITY_POLICY = "; ".join(
 HEADERS = {
     "Content-Security-Policy": CONTENT_SECURITY_POLICY,
     "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
     # After an upgrade a page must not meet the scripts of the release before.
     "Cache-Control": "no-cache",
 }

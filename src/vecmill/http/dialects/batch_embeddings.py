@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from vecmill.batches.endpoint import Line, LineResult
 from vecmill.core.errors import VecmillError
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import EmbedRequest, EmbedResult
-from vecmill.http.dialects.line_requests import TRIES, bulk, patiently, refused_line
+from vecmill.core.types import Caller, EmbedRequest, EmbedResult
+from vecmill.http.bounds import at_most
+from vecmill.http.dialects.line_requests import TRIES, patiently, refused_line
 from vecmill.http.dialects.openai import EmbeddingsBody
 from vecmill.http.encoding import whole_body
 from vecmill.http.error_shapes import OPENAI
@@ -53,6 +54,7 @@ class EmbeddingsEndpoint:
         self._inference = inference
         self._threads = threads
         self._places = places
+        self._most = max_texts
         self._together = min(TOGETHER, max_texts)
 
     def texts(self, body: Mapping[str, Any]) -> int:
@@ -60,11 +62,11 @@ class EmbeddingsEndpoint:
         value = body.get("input")
         return len(value) if isinstance(value, list) and value and not isinstance(value[0], int) else 1
 
-    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
         """Answer each line."""
         texts = sum(self.texts(line.body) for line in lines)
         size = texts * CHARACTERS_PER_TEXT
-        asked = await self._threads.run(partial(_read, client, lines), size=size)
+        asked = await self._threads.run(partial(_read, caller, lines, self._most), size=size)
         results: dict[int, LineResult] = {one.place: one.result for one in asked if isinstance(one, _Refused)}
         groups = self._groups([one for one in asked if isinstance(one, Asked)])
         async with asyncio.TaskGroup() as tasks:
@@ -112,14 +114,15 @@ class _Refused:
     result: LineResult
 
 
-def _read(client: str, lines: Sequence[Line]) -> list[Asked | _Refused]:
-    return [_asked(client, place, line) for place, line in enumerate(lines)]
+def _read(caller: Caller, lines: Sequence[Line], most: int) -> list[Asked | _Refused]:
+    with at_most(most):
+        return [_asked(caller, place, line) for place, line in enumerate(lines)]
 
 
-def _asked(client: str, place: int, line: Line) -> Asked | _Refused:
+def _asked(caller: Caller, place: int, line: Line) -> Asked | _Refused:
     try:
         body = EmbeddingsBody.model_validate(line.body)
-        request = body.embed_request(bulk(client))
+        request = body.embed_request(caller)
         return Asked(place, body, request, replace(request, inputs=()))
     except ValidationError as error:
         return _Refused(place, refused_line(OPENAI, invalid_body(error)))

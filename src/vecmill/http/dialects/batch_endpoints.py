@@ -24,7 +24,7 @@ def batch_endpoints(
     places = asyncio.Semaphore(max(1, settings.max_concurrent_requests // LARGEST_SHARE))
     found: dict[str, Endpoint] = {
         "/v1/embeddings": EmbeddingsEndpoint(inference, threads, places, settings.max_client_batch_size),
-        "/v1/rerank": RerankEndpoint(inference, threads, places),
+        "/v1/rerank": RerankEndpoint(inference, threads, places, settings.max_client_batch_size),
     }
     assert set(found) == set(get_args(EndpointName))
     return found

@@ -12,9 +12,10 @@ from pydantic import TypeAdapter, ValidationError
 
 from vecmill.batches.endpoint import Line, LineResult
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import ScoreResult
+from vecmill.core.types import Caller, ScoreResult
+from vecmill.http.bounds import at_most
 from vecmill.http.dialects.bodies import RESULT_CHARACTERS, ScoreBody
-from vecmill.http.dialects.line_requests import bulk, patiently, refused_line
+from vecmill.http.dialects.line_requests import patiently, refused_line
 from vecmill.http.dialects.rerank import BODIES, AnyRerankBody, spoken
 from vecmill.http.errors import invalid_body
 from vecmill.inference.facade import Inference
@@ -26,33 +27,35 @@ READ: TypeAdapter[ScoreBody] = TypeAdapter(AnyRerankBody)
 class RerankEndpoint:
     """Answers lines as POST /v1/rerank does, in each line's dialect."""
 
-    def __init__(self, inference: Inference, threads: WorkerThreads, places: asyncio.Semaphore) -> None:
-        """`places`: for requests in progress, over all batches."""
+    def __init__(self, inference: Inference, threads: WorkerThreads, places: asyncio.Semaphore, max_texts: int) -> None:
+        """`places`: for requests in progress, over all batches. `max_texts`: of a request."""
         self._inference = inference
         self._threads = threads
         self._places = places
+        self._most = max_texts
 
     def texts(self, body: Mapping[str, Any]) -> int:
         """The documents, whatever this dialect calls them."""
         return max(1, *(len(value) for value in body.values() if isinstance(value, list)), 1)
 
-    async def run(self, client: str, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
         """Answer each line."""
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(self._answer(client, line)) for line in lines]
+            running = [tasks.create_task(self._answer(caller, line)) for line in lines]
         return [task.result() for task in running]
 
-    async def _answer(self, client: str, line: Line) -> LineResult:
+    async def _answer(self, caller: Caller, line: Line) -> LineResult:
         try:
-            return await self._score(client, line.body)
+            return await self._score(caller, line.body)
         except ValidationError as error:
             return refused_line(BODIES[spoken(line.body)].errors, invalid_body(error))
         except Exception as error:
             return refused_line(BODIES[spoken(line.body)].errors, error)
 
-    async def _score(self, client: str, raw: Mapping[str, Any]) -> LineResult:
-        body = READ.validate_python(raw)
-        asked = body.score_request(bulk(client))
+    async def _score(self, caller: Caller, raw: Mapping[str, Any]) -> LineResult:
+        with at_most(self._most):
+            body = READ.validate_python(raw)
+        asked = body.score_request(caller)
         async with self._places:
             result = await patiently(partial(self._inference.score, asked))
         size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)

@@ -77,7 +77,7 @@ async def score(body: ScoreBody, request: Request, caller: Caller) -> Response:
     result = await services_of(request).inference.score(asked)
     size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
     path = request.url.path
-    return await json_response(request, lambda: body.answer(result, path), result_headers(result), size=size)
+    return await json_response(request, lambda: body.answer(result, path), result_headers(request, result), size=size)
 
 
 def best_first(scores: Scores, top_n: int | None = None) -> list[int]:

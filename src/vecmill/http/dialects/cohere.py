@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult
+from vecmill.http.bounds import Counted, InputList
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Count, Dimensions, NotServedHere, warnings
@@ -23,6 +24,7 @@ from vecmill.http.route import InferenceRoute
 router = APIRouter(tags=["Cohere"], route_class=InferenceRoute)
 
 EmbeddingType = Literal["float", "int8", "uint8", "binary", "ubinary", "base64"]
+MOST_TYPES = 16
 
 
 def _texts_of(value: Any) -> Any:
@@ -58,12 +60,12 @@ class CohereEmbedBody(EmbedBody):
         {"texts": ["hello", "goodbye"], "input_type": "search_document", "embedding_types": ["float", "ubinary"]}
     )
 
-    texts: list[str] | None = Field(None, description="The texts; or `inputs`.")
+    texts: InputList[str] | None = Field(None, description="The texts; or `inputs`.")
     inputs: Annotated[
-        Any, BeforeValidator(_texts_of), WithJsonSchema({"type": "array", "items": {"type": "object"}})
+        Any, BeforeValidator(_texts_of), Counted, WithJsonSchema({"type": "array", "items": {"type": "object"}})
     ] = Field(None, description='Objects of the form `{"content": [{"type": "text", "text": "..."}]}`.')
     images: NotServedHere = None
-    embedding_types: list[EmbeddingType] | None = Field(
+    embedding_types: Annotated[list[EmbeddingType], Field(max_length=MOST_TYPES, fail_fast=True)] | None = Field(
         None, description="One or several. int8 and uint8 have a fixed scale, binary is the sign: see the README."
     )
     output_dimension: Dimensions = None

@@ -21,12 +21,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
-from vecmill.http.error_shapes import OPENAI
+from vecmill.http.error_shapes import MOST_BYTES, OPENAI, bounded_body
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.generation import Generation
-from vecmill.http.in_progress import refuse_late
+from vecmill.http.in_progress import check_new_work
 from vecmill.http.request_id import ACCEPTABLE
-from vecmill.http.route import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import Services, ServicesOf, services_of
+from vecmill.refusals import message_of
 
 logger = logging.getLogger(__name__)
 
@@ -84,13 +85,16 @@ async def create_chat_completion(request: Request, services: ServicesOf) -> Resp
 def _pass_through(request: Request, services: Services, path: str) -> Response:
     if services.generation is None:
         raise NotFound(UNSET.format(path=path))
-    refuse_late(request)
+    check_new_work(request)
     return PassThrough(services.generation, path, upward(request.headers))
 
 
 def upward(headers: Headers) -> dict[str, str]:
-    """The headers of a client's request that the generation server gets."""
-    sent = {name: headers[name] for name in UPWARD if name in headers}
+    """The headers of a client's request that the generation server gets.
+
+    Values are ASCII: HTTP gives other bytes no meaning (RFC 9110, section 5.5), and what has none is left out.
+    """
+    sent = {name: headers[name] for name in UPWARD if name in headers and headers[name].isascii()}
     if ACCEPTABLE.fullmatch(request_id := headers.get("x-request-id", "")):
         sent["x-request-id"] = request_id
     length = headers.get("content-length", "")
@@ -100,8 +104,9 @@ def upward(headers: Headers) -> dict[str, str]:
 
 
 def downward(response: httpx2.Response) -> dict[str, str]:
-    """The headers of the generation server's answer that the client gets."""
-    return {name: response.headers[name] for name in DOWNWARD if name in response.headers}
+    """The headers of the generation server's answer that the client gets, as far as they are ASCII."""
+    found = {name: response.headers[name] for name in DOWNWARD if name in response.headers}
+    return {name: value for name, value in found.items() if value.isascii()}
 
 
 class Upload:
@@ -196,12 +201,12 @@ class PassThrough(Response):
             if not _takes_an_event(headers, tail):
                 # The body stays unfinished, so the connection is closed and the client sees that it was cut off.
                 return
-            event = b"data: " + orjson.dumps(OPENAI.body(failure, HTTPStatus.BAD_GATEWAY)) + b"\n\n"
+            event = b"data: " + orjson.dumps(bounded_body(OPENAI, failure, HTTPStatus.BAD_GATEWAY)) + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _refusal(self, response: httpx2.Response) -> Response:
-        """An error as the generation server wrote it, or in OpenAI's shape where it wrote something else."""
+        """An error as the generation server wrote it; in OpenAI's shape where it wrote something else, or too much."""
         status = response.status_code
         if not response.is_error:
             raise GenerationUnavailable(f"502: GENERATION_URL redirects ({status}); it must name the final address.")
@@ -212,13 +217,16 @@ class PassThrough(Response):
         headers = downward(response)
         for name in ("content-length", "content-encoding"):
             headers.pop(name, None)
-        if _is_object(content):
+        is_object = _is_object(content)
+        if is_object and len(content) <= MOST_BYTES:
             return Response(content, status, headers)
         headers.pop("content-type", None)
         message = f"The generation server (GENERATION_URL) answered {status} {response.reason_phrase}".rstrip()
-        if response.headers.get("content-type", "").startswith("text/plain"):
+        if is_object:
+            message += f": {message_of(content)}"
+        elif response.headers.get("content-type", "").startswith("text/plain"):
             message += f": {content.decode(errors='replace')[:SHOWN_CHARACTERS].strip()}"
-        return JSONResponse(OPENAI.body(VecmillError(message), status), status, headers)
+        return JSONResponse(bounded_body(OPENAI, VecmillError(message), status), status, headers)
 
 
 def _takes_an_event(headers: dict[str, str], tail: bytes) -> bool:

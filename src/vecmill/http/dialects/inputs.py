@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import compress, count, repeat
+from operator import is_not
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import EmbedResult, ScoreResult
+from vecmill.http.bounds import check_count
 
 FOUR_SHAPES = "must be a string, a list of strings, a list of token ids, or a list of lists of token ids"
 
@@ -16,6 +19,7 @@ Inputs = list[str] | list[list[int]]
 
 # It goes before every text of a request, so its length counts as often as there are texts.
 LONGEST_INSTRUCTION = 8192  # characters
+DEEPEST_DOCUMENT = 64  # levels of lists and objects
 
 
 def parse_inputs(value: Any) -> Inputs:
@@ -30,15 +34,27 @@ def parse_inputs(value: Any) -> Inputs:
         raise ValueError(FOUR_SHAPES)
     if not value:
         return []
-    if _is_ids(value):
-        return [value]
+    if type(value[0]) is int:
+        return [_ids_of_one(value)]
+    check_count(value)
     if dict in set(map(type, value)):
         return [_text_of(entry, index) for index, entry in enumerate(value)]
     # The first entry says which shape it is, the others must follow it.
-    fits = next((fits for fits in (_is_text, _is_id, _is_ids) if fits(value[0])), _is_text)
+    fits = _is_ids if _is_ids(value[0]) else _is_text
     for index, entry in enumerate(value):
         if not fits(entry):
             raise ValueError(f"{FOUR_SHAPES}; entry {index} does not fit")
+    return value
+
+
+def _ids_of_one(value: list[Any]) -> list[int]:
+    """Many, perhaps: without a step in Python for each."""
+    if not _is_ids(value):
+        misfits = map(is_not, map(type, value), repeat(int))
+        index = next(compress(count(), misfits), None)
+        if index is None:
+            index = value.index(max(value, key=abs))
+        raise ValueError(f"{FOUR_SHAPES}; entry {index} does not fit")
     return value
 
 
@@ -59,10 +75,6 @@ def _refuse_image(entry: dict[str, Any], index: int) -> None:
 
 def _is_text(entry: object) -> bool:
     return isinstance(entry, str)
-
-
-def _is_id(entry: object) -> bool:
-    return isinstance(entry, int) and not isinstance(entry, bool) and abs(entry) < 2**31
 
 
 def _is_ids(entry: object) -> bool:
@@ -99,14 +111,32 @@ def parse_documents(value: Any) -> list[dict[str, Any]]:
         value = [value]
     if not isinstance(value, list):
         raise ValueError("must be a list of strings or of objects with a `text`")
+    check_count(value)
     documents = []
     for index, entry in enumerate(value):
         document = {"text": entry} if isinstance(entry, str) else entry
         if not isinstance(document, dict):
             raise ValueError(f"entry {index} must be a string or an object with a string `text`")
         _refuse_image(document, index)
+        if _is_too_deep(document):
+            raise ValueError(f"entry {index} is nested more than {DEEPEST_DOCUMENT} levels deep")
         documents.append(document)
     return documents
+
+
+def _is_too_deep(document: dict[str, Any]) -> bool:
+    """Of what is nested too deep neither a text nor JSON can be made."""
+    level: list[Any] = [document]
+    for _ in range(DEEPEST_DOCUMENT):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
 
 
 Documents = Annotated[
@@ -134,7 +164,8 @@ def ranked_text(document: dict[str, Any], fields: Sequence[str] | None, param: s
         raise InvalidInput(
             f"`{param}` must be a string or an object with a string `text` (or `rank_fields`).", param=param
         )
-    values = [str(document[field]) for field in fields if document.get(field) is not None]
+    # Each once: a field that is named again and again must not make a text of many times the request's size.
+    values = [str(document[field]) for field in dict.fromkeys(fields) if document.get(field) is not None]
     if values:
         return "\n".join(values)
     raise InvalidInput(f"`{param}` has none of the `rank_fields` ({', '.join(fields)[:200]}).", param=param)

@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from vecmill.batches.endpoint import LineResult
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, Overloaded, Unavailable, VecmillError
-from vecmill.core.types import Caller, Lane
 from vecmill.http.error_shapes import ErrorShape
 from vecmill.http.errors import error_response
 
@@ -19,11 +18,6 @@ logger = logging.getLogger(__name__)
 # Beside the requests of people (MAX_CONCURRENT_REQUESTS).
 LARGEST_SHARE = 8
 TRIES = 3
-
-
-def bulk(client: str) -> Caller:
-    """Who asks: a batch, whatever its lines say of their priority."""
-    return Caller(client=client, lane=Lane.BULK)
 
 
 async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:

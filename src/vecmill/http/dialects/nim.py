@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field
 
 from vecmill import __version__
 from vecmill.core.types import Caller, ScoreRequest, ScoreResult
+from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import ScoreBody, best_first, example, score
 from vecmill.http.dialects.inputs import NotServedHere, usage
@@ -50,7 +51,7 @@ class RankingBody(ScoreBody):
     errors: ClassVar[ErrorShape] = NIM
 
     query: Passage
-    passages: list[Passage]
+    passages: InputList[Passage]
     top_n: int | None = Field(None, ge=0, description="Only the best so many; RAGFlow sends it.")
 
     def score_request(self, caller: Caller) -> ScoreRequest:

@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard, Task
+from vecmill.http.bounds import Counted
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
@@ -54,6 +55,7 @@ class OllamaEmbedBody(EmbedBody):
     input: Annotated[
         Any,
         BeforeValidator(_texts),
+        Counted,
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = Field(None, validate_default=True)
     dimensions: Dimensions = None

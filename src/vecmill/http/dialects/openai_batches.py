@@ -8,10 +8,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from vecmill.batches.record import BatchRecord
+from vecmill.http.caller import ViewerOf, client_of
 from vecmill.http.dialects.batch_endpoints import EndpointName
 from vecmill.http.dialects.openai_files import LONGEST_LIFE, SHORTEST_LIFE
 from vecmill.http.dialects.paging import After, page
@@ -27,6 +28,12 @@ HOUR = 3600.0
 UNITS = {"h": HOUR, "d": 24 * HOUR}
 LONGEST_WINDOW = 30 * 24 * HOUR
 WINDOW = "must be hours or days, from `1h` to `30d`; OpenAI's own is `24h`"
+
+
+Metadata = Annotated[
+    dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]],
+    Field(max_length=16, fail_fast=True),
+]
 
 
 class ExpiresAfter(BaseModel):
@@ -56,9 +63,7 @@ class BatchBody(BaseModel):
     completion_window: str = Field(
         description="Hours or days after which what is not done is given up: `24h` as OpenAI has it, or up to `30d`."
     )
-    metadata: (
-        dict[Annotated[str, StringConstraints(max_length=64)], Annotated[str, StringConstraints(max_length=512)]] | None
-    ) = Field(None, max_length=16, description="Up to 16 notes, given back as they are.")
+    metadata: Metadata | None = Field(None, description="Up to 16 notes, given back as they are.")
     output_expires_after: ExpiresAfter | None = Field(
         None, description="When output and errors are deleted; left out: FILE_EXPIRES_DAYS."
     )
@@ -112,7 +117,9 @@ def _seconds(moment: float | None) -> int | None:
 
 
 @router.post("/v1/batches", summary="Create a batch")
-async def create_batch(body: BatchBody, services: ServicesOf, new_work: NewWork) -> dict[str, Any]:
+async def create_batch(
+    body: BatchBody, request: Request, services: ServicesOf, viewer: ViewerOf, new_work: NewWork
+) -> dict[str, Any]:
     """Work through a file in the bulk lane, line by line, and write a file of answers and one of errors."""
     expires = body.output_expires_after
     batch = await services.batches.create(
@@ -122,25 +129,27 @@ async def create_batch(body: BatchBody, services: ServicesOf, new_work: NewWork)
         window_seconds=window_seconds(body.completion_window),
         metadata=body.metadata,
         output_expires_seconds=None if expires is None else float(expires.seconds),
+        viewer=viewer,
+        client=client_of(request),
     )
     return batch_object(batch)
 
 
 @router.get("/v1/batches", summary="List batches")
 async def list_batches(
-    services: ServicesOf, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
+    services: ServicesOf, viewer: ViewerOf, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> dict[str, Any]:
     """The newest first; a batch is forgotten FILE_EXPIRES_DAYS after it has ended."""
-    return page(await services.batches.all(), batch_object, after, limit)
+    return page(await services.batches.all(viewer), batch_object, after, limit)
 
 
 @router.get("/v1/batches/{batch_id}", summary="Get a batch")
-async def get_batch(batch_id: BatchId, services: ServicesOf) -> dict[str, Any]:
+async def get_batch(batch_id: BatchId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """How far it is, and the ids of its files once it has ended."""
-    return batch_object(await services.batches.get(batch_id))
+    return batch_object(await services.batches.get(batch_id, viewer))
 
 
 @router.post("/v1/batches/{batch_id}/cancel", summary="Cancel a batch")
-async def cancel_batch(batch_id: BatchId, services: ServicesOf) -> dict[str, Any]:
+async def cancel_batch(batch_id: BatchId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Stop after what is done, which stays; `cancelling` until its files are there."""
-    return batch_object(await services.batches.cancel(batch_id))
+    return batch_object(await services.batches.cancel(batch_id, viewer))

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
-from starlette.requests import ClientDisconnect
 
 from vecmill.batches.files import StoredFile
 from vecmill.batches.service import Batches
@@ -18,10 +17,10 @@ from vecmill.batches.threads import in_thread
 from vecmill.batches.trouble import on_disk
 from vecmill.batches.upload import Upload
 from vecmill.core.errors import InvalidInput, VecmillError
+from vecmill.http.caller import ViewerOf
 from vecmill.http.dialects.paging import After, page
 from vecmill.http.errors import refused
-from vecmill.http.in_progress import refuse_late
-from vecmill.http.route import CLIENT_CLOSED_REQUEST
+from vecmill.http.in_progress import check_new_work
 from vecmill.http.services import ServicesOf
 from vecmill.http.upload_form import UploadForm
 
@@ -60,7 +59,10 @@ FORM: dict[str, Any] = {
 
 
 class FileContent(FileResponse):
-    """A file as it lies on the disk."""
+    """A file as it lies on the disk: bytes to be kept, whatever a client has named it and whatever is in it.
+
+    A browser that took it for a page would run what is in it with the rights of this server's own pages.
+    """
 
     media_type = "application/octet-stream"
     chunk_size = PIECE_BYTES
@@ -85,10 +87,8 @@ def file_object(file: StoredFile) -> dict[str, Any]:
 async def upload_file(request: Request, services: ServicesOf) -> Response:
     """Keep the input of a batch. It goes to the disk as it comes; what breaks off leaves nothing."""
     try:
-        refuse_late(request)
+        check_new_work(request)
         return Response(await _uploaded(request, services.batches), media_type="application/json")
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
     except VecmillError as error:
         response = await refused(request, error)
         # The rest of the body is not read, so the connection cannot carry another request.
@@ -98,7 +98,9 @@ async def upload_file(request: Request, services: ServicesOf) -> Response:
 
 async def _uploaded(request: Request, batches: Batches) -> bytes:
     declared = request.headers.get("content-length", "")
-    upload = await batches.upload(max(0, int(declared) - FORM_BYTES) if declared.isdecimal() else 0)
+    upload = await batches.upload(
+        max(0, int(declared) - FORM_BYTES) if declared.isdecimal() else 0, request.state.viewer
+    )
     try:
         file = await _received(request, upload)
     finally:
@@ -149,32 +151,38 @@ def _life(fields: dict[str, str]) -> float | None:
 @router.get(UPLOAD, summary="List files")
 async def list_files(
     services: ServicesOf,
+    viewer: ViewerOf,
     after: After = None,
     limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
     order: Annotated[Literal["asc", "desc"], Query(description="By `created_at`; the newest first: `desc`.")] = "desc",
     purpose: Annotated[str | None, Query(description="`batch`: uploads; `batch_output`: what batches gave.")] = None,
 ) -> dict[str, Any]:
     """Uploads and what batches gave."""
-    files = await services.batches.all_files()
+    files = await services.batches.all_files(viewer)
     chosen = [file for file in files if purpose is None or file.purpose == purpose]
     return page(chosen if order == "desc" else chosen[::-1], file_object, after, limit)
 
 
 @router.get("/v1/files/{file_id}", summary="Get a file's description")
-async def get_file(file_id: FileId, services: ServicesOf) -> dict[str, Any]:
+async def get_file(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Its name, size and purpose."""
-    return file_object(await services.batches.file(file_id))
+    return file_object(await services.batches.file(file_id, viewer))
 
 
 @router.get("/v1/files/{file_id}/content", summary="Get a file's content", response_class=FileContent)
-async def get_content(file_id: FileId, services: ServicesOf) -> Response:
+async def get_content(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -> Response:
     """The bytes themselves, from the disk as they are sent."""
-    file = await services.batches.file(file_id)
-    return FileContent(services.batches.path_of(file_id), filename=file.filename)
+    file = await services.batches.file(file_id, viewer)
+    return FileContent(
+        services.batches.path_of(file_id),
+        media_type=FileContent.media_type,  # not what its name would make of it
+        filename=file.filename,
+        headers={"X-Content-Type-Options": "nosniff"},
+    )
 
 
 @router.delete("/v1/files/{file_id}", summary="Delete a file")
-async def delete_file(file_id: FileId, services: ServicesOf) -> dict[str, Any]:
+async def delete_file(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """A file that a batch still needs is kept: 409."""
-    await services.batches.delete_file(file_id)
+    await services.batches.delete_file(file_id, viewer)
     return {"id": file_id, "object": "file", "deleted": True}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, Field
 
 from vecmill.core.types import PromptChoice
+from vecmill.http.bounds import Word
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
 
 # NIM's, Cohere's and Voyage's `input_type`, Jina's `task`.
@@ -35,7 +37,7 @@ def parse_use(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-Use = Annotated[str | None, BeforeValidator(parse_use)]
+Use = Annotated[str | None, BeforeValidator(parse_use), Word]
 
 
 class PromptFields(BaseModel):
@@ -58,10 +60,12 @@ class PromptFields(BaseModel):
     )
 
     def prompt_choice(self) -> PromptChoice:
-        """What the request says; nothing said is no prompt."""
-        if self.instruction is not None:
-            return PromptChoice(instruction=self.instruction)
-        if self.prompt_name is not None:
-            return PromptChoice(prompt_name=self.prompt_name)
+        """What the request says; nothing said is no prompt.
+
+        An instruction stands in place of the prompt, not of what the texts are.
+        """
         use = self.task or self.input_type
-        return CHOICES[use] if use else PromptChoice(self.is_query)
+        said = CHOICES[use] if use else PromptChoice(self.is_query)
+        if self.prompt_name is not None:
+            said = PromptChoice(prompt_name=self.prompt_name)
+        return said if self.instruction is None else replace(said, instruction=self.instruction)

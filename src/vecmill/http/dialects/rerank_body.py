@@ -7,7 +7,7 @@ https://docs.vllm.ai/en/latest/models/pooling_models.html
 from __future__ import annotations
 
 import secrets
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
 
@@ -15,6 +15,8 @@ from vecmill.core.types import Caller, ScoreRequest, ScoreResult
 from vecmill.http.dialects.bodies import ScoreBody, best_first, example
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, Documents, ranked_text, usage, warnings
 from vecmill.http.error_shapes import OPENAI, ErrorShape
+
+MOST_FIELDS = 128
 
 
 class RerankBody(ScoreBody):
@@ -33,7 +35,9 @@ class RerankBody(ScoreBody):
     documents: Documents
     top_n: int | None = Field(None, ge=0, description="Only the best so many; 0 or left out: all.")
     return_documents: bool | None = Field(None, description="Give each document back, as an object, beside its score.")
-    rank_fields: list[str] | None = Field(None, description="Which fields of the documents are scored, in this order.")
+    rank_fields: Annotated[list[str], Field(max_length=MOST_FIELDS, fail_fast=True)] | None = Field(
+        None, description="Which fields of the documents are scored, in this order."
+    )
     max_tokens_per_doc: Count = Field(None, description="Tokens of a document that are read.")
     max_tokens_per_query: Count = Field(None, description="Tokens of the query that are read.")
     instruction: str | None = Field(

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Discriminator, Tag
 
 from vecmill.core.types import Caller, EmbedRequest
+from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf, with_priority
 from vecmill.http.dialects.bodies import InferenceBody, example
 from vecmill.http.dialects.prompt_fields import PromptFields
@@ -29,7 +30,7 @@ class Sentences(BaseModel):
     """One sentence and those that it is compared with."""
 
     source_sentence: str
-    sentences: list[str]
+    sentences: InputList[str]
 
 
 class SimilarityParameters(PromptFields, InferenceBody):
@@ -65,7 +66,9 @@ async def similarity(body: SimilarityBody, request: Request, caller: CallerOf) -
     result = await services_of(request).inference.embed(body.embed_request(caller))
     source, others = result.embeddings[:1], result.embeddings[1:]
     size = others.nbytes + SCORE_CHARACTERS * len(others)
-    return await json_response(request, lambda: cosines(source, others).tolist(), result_headers(result), size=size)
+    return await json_response(
+        request, lambda: cosines(source, others).tolist(), result_headers(request, result), size=size
+    )
 
 
 def _kind(body: Any) -> str:

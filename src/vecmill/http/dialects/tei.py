@@ -14,6 +14,7 @@ from pydantic import Field
 from vecmill import __version__
 from vecmill.core.errors import NotServed
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, TokenVocabulary
+from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf, of_job
 from vecmill.http.capabilities import max_batch_tokens
 from vecmill.http.dialects.bodies import EmbedBody, ScoreBody, best_first, embed, example
@@ -60,9 +61,8 @@ class TeiEmbedBody(EmbedBody):
 @router.post("/embed", summary="Embed")
 async def embed_texts(body: TeiEmbedBody, request: Request, caller: CallerOf) -> Response:
     """Texts to a bare list of vectors, in input order. `X-Job-ID` may say what `job_id` says."""
-    job_id = body.job_id or caller.job_id
-    if job_id is not None:
-        services_of(request).jobs.touch(job_id)
+    if body.job_id:
+        services_of(request).jobs.touch(body.job_id, request.state.viewer)
     return await embed(body, request, caller)
 
 
@@ -78,7 +78,7 @@ class TeiRerankBody(ScoreBody):
     errors: ClassVar[ErrorShape] = TEI
 
     query: str
-    texts: list[str]
+    texts: InputList[str]
     raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
     return_text: bool | None = Field(None, description="Give each text back beside its score.")
     top_n: int | None = Field(None, ge=0, description="Only the best so many; LiteLLM sends it.")

@@ -6,8 +6,10 @@ https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
+import orjson
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import BaseModel, BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 
@@ -23,6 +25,7 @@ from vecmill.http.services import services_of
 router = APIRouter(route_class=InferenceRoute)
 
 PIECE_CHARACTERS = 80  # of a token in JSON, about
+PIECES_AT_ONCE = 1000
 
 
 def _texts(value: Any) -> Any:
@@ -66,7 +69,13 @@ class TeiTokenizeBody(BaseModel):
 
     def answer(self, result: TokenizeResult) -> object:
         """The pieces of each text, with their places in characters."""
-        return [[_tei_piece(piece) for piece in pieces] for pieces in result.pieces]
+        return [_tei_pieces(pieces) for pieces in result.pieces]
+
+
+def _tei_pieces(pieces: Sequence[Piece]) -> orjson.Fragment:
+    """As JSON, some at a time: hundreds of thousands of objects would keep the garbage collector busy."""
+    parts = (pieces[start : start + PIECES_AT_ONCE] for start in range(0, len(pieces), PIECES_AT_ONCE))
+    return orjson.Fragment(b"[%b]" % b",".join(orjson.dumps([*map(_tei_piece, part)])[1:-1] for part in parts))
 
 
 def _tei_piece(piece: Piece) -> dict[str, object]:

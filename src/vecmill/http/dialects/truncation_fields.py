@@ -8,6 +8,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Side, Truncation
+from vecmill.http.bounds import Word
 
 # NIM's and Cohere's words.
 WORDS = {"END": (True, Side.RIGHT), "START": (True, Side.LEFT), "NONE": (False, Side.RIGHT)}
@@ -33,7 +34,7 @@ def parse_side(value: Any) -> Any:
     return value.lower() if isinstance(value, str) else value
 
 
-OneSide = Annotated[Side | None, BeforeValidator(parse_side)]
+OneSide = Annotated[Side | None, BeforeValidator(parse_side), Word]
 
 
 class TruncationFields(BaseModel):
@@ -42,6 +43,7 @@ class TruncationFields(BaseModel):
     truncate: Annotated[
         str | bool | None,
         BeforeValidator(parse_truncate),
+        Word,
         Field(
             description="What is too long is cut (true, or Cohere's and NIM's `END`; `START` cuts the beginning) or "
             "refused (false, `NONE`). Default: AUTO_TRUNCATE."

@@ -14,6 +14,7 @@ from pydantic import AliasChoices, BeforeValidator, Field
 
 from vecmill.core.errors import EmptyInput, InvalidInput
 from vecmill.core.types import Caller, ScoreRequest, ScoreResult
+from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import ScoreBody, example, score
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, usage
@@ -27,7 +28,7 @@ def _texts(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Texts = Annotated[list[str], BeforeValidator(_texts)]
+Texts = Annotated[InputList[str], BeforeValidator(_texts)]
 
 
 class ScoreTextsBody(ScoreBody):

@@ -13,6 +13,7 @@ from pydantic import BaseModel, Field
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, PromptChoice, ScoreRequest, ScoreResult
+from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, ScoreBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
@@ -36,7 +37,7 @@ class VectorsBody(EmbedBody):
     model_config = example({"text": "parse an ISO 8601 date", "config": {"task_type": "query"}})
 
     text: str | None = None
-    texts: list[str] | None = Field(None, description="Several at once, as newer modules send them.")
+    texts: InputList[str] | None = Field(None, description="Several at once, as newer modules send them.")
     config: VectorsConfig | None = None
 
     def embed_request(self, caller: Caller) -> EmbedRequest:
@@ -79,7 +80,7 @@ class WeaviateRerankBody(ScoreBody):
     errors: ClassVar[ErrorShape] = WEAVIATE
 
     query: str
-    documents: list[str]
+    documents: InputList[str]
     property: str | None = None
 
     def score_request(self, caller: Caller) -> ScoreRequest:

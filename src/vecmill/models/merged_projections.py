@@ -1,0 +1,122 @@
+"""Fewer, larger matrix products: queries, keys and values in one, and the gate with the layer that it gates.
+
+Of few tokens a product takes as long as its launch and the read of its weights; one large product is both once. The
+weights are those of transformers' modules, one below the other; nothing else changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
+from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertAttention, NomicBertMLP
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
+
+from vecmill.models.packed_attention import packed_attention
+
+ATTENTIONS = (Qwen3Attention, MistralAttention, NomicBertAttention)
+MLPS = (Qwen3MLP, MistralMLP, NomicBertMLP)
+QUERY_KEY_VALUE: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
+GATE_AND_UP: tuple[str, ...] = ("gate_proj", "up_proj")
+
+
+class MergedAttention(nn.Module):
+    """Rotary attention of packed rows, whose queries, keys and values come from one product."""
+
+    def __init__(self, attention: Any) -> None:
+        """Take over what `attention`, one of ATTENTIONS, is made of."""
+        super().__init__()
+        self.layer_idx: int | None = getattr(attention, "layer_idx", None)
+        self.is_causal: bool = attention.is_causal
+        self.scaling: float = attention.scaling
+        self.head_dim: int = attention.head_dim
+        self.qkv_proj, self.sizes = _merged(attention, QUERY_KEY_VALUE)
+        self.o_proj: nn.Module = attention.o_proj
+        # Qwen3 norms each head of its queries and keys.
+        self.q_norm: nn.Module = getattr(attention, "q_norm", nn.Identity())
+        self.k_norm: nn.Module = getattr(attention, "k_norm", nn.Identity())
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """(1, T, width) -> (1, T, width), and no weights; called as the module that it stands for."""
+        query, key, value = (
+            part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
+        )
+        query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        attended, _ = packed_attention(
+            self, query, key, value.transpose(1, 2), attention_mask, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(attended.flatten(2)), None
+
+
+class MergedMLP(nn.Module):
+    """A gated feed-forward layer whose two products of the hidden states are one."""
+
+    def __init__(self, mlp: Any) -> None:
+        """Take over what `mlp`, one of MLPS, is made of."""
+        super().__init__()
+        self.gate_up_proj, self.sizes = _merged(mlp, GATE_AND_UP)
+        self.down_proj: nn.Module = mlp.down_proj
+        self.act_fn: nn.Module = mlp.act_fn
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(1, T, width) -> (1, T, width)"""
+        gate, up = self.gate_up_proj(hidden_states).split(self.sizes, dim=-1)
+        down: Tensor = self.down_proj(self.act_fn(gate) * up)
+        return down
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Where a parameter of transformers' class is now."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+def merge_projections(model: nn.Module) -> dict[str, Rows]:
+    """Replace the modules that can be merged; where the rows of each parameter that is gone belong.
+
+    To be called before the weights are there: what the merged parameters hold has not been written yet.
+    """
+    places: dict[str, Rows] = {}
+    for name, module in list(model.named_modules()):
+        merged: nn.Module
+        parts: tuple[str, ...]
+        if isinstance(module, ATTENTIONS):
+            merged, parts, whole = MergedAttention(module), QUERY_KEY_VALUE, f"{name}.qkv_proj"
+        elif isinstance(module, MLPS):
+            merged, parts, whole = MergedMLP(module), GATE_AND_UP, f"{name}.gate_up_proj"
+        else:
+            continue
+        start = 0
+        for part in parts:
+            stop = start + getattr(module, part).out_features
+            for leaf, _ in getattr(module, part).named_parameters():
+                places[f"{name}.{part}.{leaf}"] = Rows(f"{whole}.{leaf}", start, stop)
+            start = stop
+        model.set_submodule(name, merged)
+    return places
+
+
+def _merged(module: Any, names: tuple[str, ...]) -> tuple[nn.Linear, list[int]]:
+    """A layer for all of these, its weights not written, and how many of its outputs are each one's."""
+    parts: list[nn.Linear] = [getattr(module, name) for name in names]
+    sizes = [part.out_features for part in parts]
+    first = parts[0]
+    merged = nn.Linear(first.in_features, sum(sizes), bias=first.bias is not None, device="meta")
+    for name, old in list(merged.named_parameters()):
+        new = torch.empty(old.shape, dtype=first.weight.dtype, device=first.weight.device)
+        setattr(merged, name, nn.Parameter(new, requires_grad=False))
+    return merged, sizes

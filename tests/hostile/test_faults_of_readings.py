@@ -1,0 +1,169 @@
+"""What the machine says of itself is read where it says it, and believed for as long as it is so."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from pathlib import Path
+
+import pytest
+
+from vecmill.core.errors import MemoryLow
+from vecmill.hardware import memory as memory_module
+from vecmill.hardware import monitor as monitor_module
+from vecmill.hardware.clocks import Clock, ClockVerdict
+from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.memory import MemoryGuard
+from vecmill.hardware.monitor import Monitor
+from vecmill.hardware.nvml import NvmlUnavailable
+
+UNLIMITED_V1 = 9223372036854771712
+SERVICE = "system.slice/qmd-embed.service"
+
+
+def group(folder: Path, limit: object, used: int = 0, inactive: int = 0) -> None:
+    """A control group of version 2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.max").write_text(f"{limit}\n")
+    (folder / "memory.current").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon {used - inactive}\ninactive_file {inactive}\n")
+
+
+def group_v1(folder: Path, limit: int, used: int = 0, inactive: int = 0) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (folder / "memory.usage_in_bytes").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"inactive_file 1\ntotal_inactive_file {inactive}\n")
+
+
+@pytest.fixture
+def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the kernel shows the groups; `own` beside it says which are this process's."""
+    monkeypatch.setattr(memory_module, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(memory_module, "OWN_CGROUP", tmp_path / "own")
+    (tmp_path / "cgroup").mkdir()
+    return tmp_path / "cgroup"
+
+
+def is_in(groups: Path, *lines: str) -> None:
+    (groups.parent / "own").write_text("".join(f"{line}\n" for line in lines))
+
+
+def assert_left(gigabytes: float, floor: float = 0.1) -> None:
+    guard = MemoryGuard(floor, 1.0)
+    guard.check(needed=0)
+    with pytest.raises(MemoryLow, match=rf"{gigabytes:.1f} GB are free"):
+        guard.check(needed=int((gigabytes - floor + 0.01) * 2**30))
+
+
+def test_the_limit_of_a_service_counts(groups: Path) -> None:
+    is_in(groups, f"0::/{SERVICE}")
+    group(groups / "system.slice", "max")
+    group(groups / SERVICE, 40 * 2**30, 39 * 2**30, 2**30 // 2)
+    assert_left(1.5)
+
+
+def test_the_limit_of_a_group_above_counts(groups: Path) -> None:
+    is_in(groups, f"0::/{SERVICE}/inner")
+    group(groups / SERVICE / "inner", "max", 2**30)
+    group(groups / SERVICE, 30 * 2**30, 2**30)
+    group(groups / "system.slice", 40 * 2**30, 39 * 2**30)
+    assert_left(1.0)
+
+
+@pytest.mark.parametrize("line", ["4:memory:/docker/abc", "7:cpu,memory:/docker/abc"])
+def test_version_1_counts(groups: Path, line: str) -> None:
+    is_in(groups, "9:name=systemd:/docker/abc", line, "0::/")
+    group_v1(groups / "memory", UNLIMITED_V1)
+    group_v1(groups / "memory/docker", UNLIMITED_V1)
+    group_v1(groups / "memory/docker/abc", 40 * 2**30, 39 * 2**30, 2**30)
+    assert_left(2.0)
+
+
+@pytest.mark.parametrize("own", [["0::/"], ["0::/../../elsewhere"], ["4:memory:/docker/abc"], ["nonsense", ""]])
+def test_a_container_that_sees_its_own_part_alone(groups: Path, own: list[str]) -> None:
+    is_in(groups, *own)
+    group(groups, 40 * 2**30, 39 * 2**30)
+    group_v1(groups / "memory", 60 * 2**30, 0)
+    assert_left(1.0)
+
+
+def test_without_a_limit_the_machine_decides(groups: Path) -> None:
+    MemoryGuard(0.1, 1.0).check(needed=0)  # no control groups at all
+    is_in(groups, f"0::/{SERVICE}")
+    group(groups / SERVICE, "max", 2**50)
+    group_v1(groups / "memory", UNLIMITED_V1, 2**50)
+    MemoryGuard(0.1, 1.0).check(needed=0)
+
+
+def test_a_limit_above_the_machines_memory_is_none(groups: Path) -> None:
+    is_in(groups, "0::/")
+    group(groups, 2**55, 0)
+    with pytest.raises(MemoryLow, match="MEMORY_FRACTION"):
+        MemoryGuard(0.0, 1.0).check(needed=2**50)
+
+
+def test_a_limit_that_is_set_later_counts(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_in(groups, f"0::/{SERVICE}")
+    group(groups / SERVICE, "max", 39 * 2**30)
+    guard = MemoryGuard(0.1, 1.0)
+    guard.check(needed=0)
+    group(groups / SERVICE, 39 * 2**30, 39 * 2**30)
+    monkeypatch.setattr("vecmill.hardware.control_group.LOOK_SECONDS", 0.0)
+    with pytest.raises(MemoryLow, match=r"0\.0 GB are free"):
+        guard.check(needed=0)
+
+
+class Driver:
+    """Answers with one reading after another, an error where one is, then with the last for ever."""
+
+    def __init__(self, *readings: GpuReading | Exception) -> None:
+        self._readings = deque(readings)
+        self.done = threading.Event()
+
+    def __call__(self) -> Driver:
+        return self
+
+    def read(self, uuid: str | None) -> GpuReading:
+        found = self._readings[0]
+        if len(self._readings) == 1:
+            self.done.set()
+        else:
+            self._readings.popleft()
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def close(self) -> None:
+        pass
+
+
+def reported(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[Clock]:
+    """The verdicts that a monitor tells of while the driver answers."""
+    monkeypatch.setattr(monitor_module, "PERIOD", 0.0005)
+    monkeypatch.setattr(monitor_module, "Nvml", driver)
+    verdicts: list[ClockVerdict] = []
+    monitor = Monitor(verdicts.append)
+    monitor.start()
+    assert driver.done.wait(30)
+    monitor.close()
+    return [verdict.state for verdict in verdicts]
+
+
+WELL = GpuReading(name="NVIDIA GB10", sm_clock_mhz=2190, utilization_percent=96)
+SLOW = GpuReading(name="NVIDIA GB10", sm_clock_mhz=612, utilization_percent=96)
+IDLE = GpuReading(name="NVIDIA GB10", sm_clock_mhz=208, utilization_percent=2)
+UNKNOWN = GpuReading(name="NVIDIA GB10", utilization_percent=96)
+
+
+@pytest.mark.parametrize("between", [IDLE, WELL, UNKNOWN, NvmlUnavailable("lost"), RuntimeError("not thought of")])
+def test_slow_looks_that_are_not_in_a_row_are_no_verdict(
+    between: GpuReading | Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of them may have fallen into the moment in which a load began."""
+    assert reported(Driver(*[SLOW, SLOW, between] * 5, WELL), monkeypatch) == []
+
+
+def test_a_verdict_stays_until_a_loaded_clock_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver(SLOW, SLOW, SLOW, IDLE, SLOW, UNKNOWN, RuntimeError("not thought of"), SLOW, WELL)
+    assert reported(driver, monkeypatch) == [Clock.LOCKED, Clock.OK]
