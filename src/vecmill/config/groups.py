@@ -187,7 +187,8 @@ class EngineSettings(SettingsGroup):
         gt=0,
         le=1,
         description="Share of the device's memory that the process may take (on a CPU: of the machine's); more is "
-        "refused with 503.",
+        "refused with 503. On a GPU that shares the machine's memory no more than is available above MEMORY_FLOOR_GB "
+        "when the models load.",
     )
     memory_floor_gb: float | None = Field(
         None,
@@ -197,7 +198,8 @@ class EngineSettings(SettingsGroup):
     )
     use_flash_attn: bool = Field(
         True,
-        description="Variable-length flash attention (part of torch) on CUDA; false: one SDPA call per sequence.",
+        description="Variable-length flash attention (part of torch) on CUDA, from compute capability 8.0 on; false: "
+        "SDPA, one call for each length.",
     )
 
 

@@ -14,7 +14,7 @@ export function showGpu(gpu) {
     "gpu-clock": unit(gpu.sm_clock_mhz, "MHz"),
     "gpu-clock-state": gpu.clock.state,
     "gpu-utilization": percent(gpu.utilization_percent),
-    "gpu-state": gpu.in_use ? (gpu.performance_state ?? UNKNOWN) : "not used by this server",
+    "gpu-state": stateOf(gpu),
     "gpu-temperature": unit(gpu.temperature_c, "°C"),
     "gpu-reasons": (gpu.clock_reasons ?? []).map((reason) => `(${reason.replaceAll("_", " ")})`).join(" "),
     "gpu-power": unit(gpu.power_watts, "W"),
@@ -25,6 +25,11 @@ export function showGpu(gpu) {
   const slow = gpu.clock.state === "throttled" || gpu.clock.state === "locked";
   field(document, "gpu-clock").classList.toggle("bad", slow);
   showMemory(gpu.memory);
+}
+
+function stateOf(gpu) {
+  if (gpu.stale) return "the driver does not answer";
+  return gpu.in_use ? (gpu.performance_state ?? UNKNOWN) : "not used by this server";
 }
 
 function nameOf(gpu) {
