@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -104,8 +105,11 @@ async def test_nothing_is_captured_once_the_engine_is_ready(monkeypatch: pytest.
 
 def test_a_budget_that_does_not_fit_the_cards_memory_is_lowered_at_warm_up() -> None:
     total = torch.cuda.get_device_properties(0).total_memory
+    gc.collect()  # the engines of other tests
+    torch.cuda.empty_cache()
+    fraction = (torch.cuda.memory_reserved(0) + 300e6) / total
     try:
-        with engine_on("cuda", max_batch_tokens=1_000_000, memory_fraction=300e6 / total) as engine:
+        with engine_on("cuda", max_batch_tokens=1_000_000, memory_fraction=fraction) as engine:
             assert engine.loaded.result().warmed[KEY].calibration.measured[0][0] < 1_000_000
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)

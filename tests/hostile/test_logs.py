@@ -39,11 +39,13 @@ def written(formatter: logging.Formatter, level: int = logging.DEBUG) -> Iterato
     before = logger.level
     logger.addHandler(handler)
     logger.setLevel(level)
+    logger.propagate = False  # pytest would keep the records, and cannot send half a character from process to process
     try:
         yield stream
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+        logger.propagate = True
 
 
 @pytest.mark.parametrize("formatter", FORMATTERS, ids=["text", "json"])
