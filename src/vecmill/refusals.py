@@ -1,4 +1,4 @@
-"""What a server's refusal says, whichever server it is: for the commands that call one."""
+"""What the commands that call a server share, whichever server it is: how it is reached, and what its refusal says."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from email.utils import parsedate_to_datetime
 
 import orjson
 
+# For `mounts` of an HTTP client: what is on this machine is not reached by way of the environment's proxy.
+NOT_THROUGH_PROXIES: Mapping[str, None] = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
 SHOWN_CHARACTERS = 500
 SHOWN_START = 200  # of what is not JSON
 

@@ -97,3 +97,11 @@ def test_mixed_table(server: RunningServer) -> None:
     assert re.search(r"^person .*^alone +2 .*^beside bulk +2 ", result.stdout, re.M | re.S)
     assert re.search(r"^bulk .*^alone .*^beside person ", result.stdout, re.M | re.S)
     assert re.search(r"The person costs the bulk -?[\d.]+ % of its texts/s\.", result.stdout)
+
+
+def test_a_server_here_is_not_asked_by_way_of_a_proxy(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that is not there."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    found = bench_json(server.url, *SMALL, "--connections", 1, "--texts", 8)
+    check_load(found["levels"][0], tokens=True)

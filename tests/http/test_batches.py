@@ -447,6 +447,8 @@ async def test_lists_come_in_pages(tmp_path: Path) -> None:
         assert (newest["first_id"], newest["last_id"], newest["has_more"]) == (ids[2], ids[1], True)
         rest = (await client.get("/v1/files", params={"after": ids[1]})).json()
         assert ([file["id"] for file in rest["data"]], rest["has_more"]) == ([ids[0]], False)
+        first = (await client.get("/v1/files", params={"after": "", "limit": 2})).json()
+        assert first == newest, "as some clients ask for the first page"
         oldest = (await client.get("/v1/files", params={"order": "asc"})).json()
         assert [file["id"] for file in oldest["data"]] == ids
         assert (await client.get("/v1/files", params={"purpose": "batch_output"})).json()["data"] == []

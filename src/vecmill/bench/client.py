@@ -14,7 +14,7 @@ import httpx2
 from vecmill.bench.answers import tokens_of
 from vecmill.bench.errors import BenchError
 from vecmill.bench.target import Target
-from vecmill.refusals import message_of, retry_after
+from vecmill.refusals import NOT_THROUGH_PROXIES, message_of, retry_after
 
 CONNECT_S = 10.0
 ANSWER_S = 300.0
@@ -61,6 +61,7 @@ class Client:
         self._http = httpx2.AsyncClient(
             headers=target.headers,
             timeout=httpx2.Timeout(ANSWER_S, connect=CONNECT_S, pool=None),
+            mounts=NOT_THROUGH_PROXIES,
             limits=httpx2.Limits(max_connections=connections, max_keepalive_connections=connections),
         )
 

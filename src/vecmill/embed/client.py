@@ -13,7 +13,7 @@ import httpx2
 
 from vecmill.embed.errors import EmbedError, NotThere, UsageError
 from vecmill.embed.options import Server
-from vecmill.refusals import message_of, retry_after, start_of
+from vecmill.refusals import NOT_THROUGH_PROXIES, message_of, retry_after, start_of
 
 CONNECT_S = 10.0
 LATER = frozenset({429, 502, 503, 504})
@@ -57,7 +57,9 @@ class Client:
             raise UsageError(f"{server.url} is not an address of the form http://host:port.")
         try:
             self._http = httpx2.Client(
-                headers=headers, timeout=httpx2.Timeout(server.answer_seconds, connect=CONNECT_S)
+                headers=headers,
+                timeout=httpx2.Timeout(server.answer_seconds, connect=CONNECT_S),
+                mounts=NOT_THROUGH_PROXIES,
             )
         except UnicodeEncodeError as error:
             raise UsageError("The API key is not plain ASCII, as a header must be.") from error

@@ -30,7 +30,7 @@ def page(items: Sequence[T], view: Callable[[T], dict[str, Any]], after: str | N
         InvalidInput: there is no such id.
     """
     start = 0
-    if after is not None:
+    if after:  # empty: from the beginning, as some clients say it
         start = 1 + next((place for place, item in enumerate(items) if item.id == after), -1)
         if start == 0:
             raise InvalidInput("`after` is no id of this list.", param="after")
