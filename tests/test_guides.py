@@ -10,6 +10,7 @@ import subprocess
 import tempfile
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import crossplane
@@ -172,7 +173,8 @@ def test_settings_that_are_named_exist(name: str) -> None:
 def shown_requests() -> Iterator[tuple[str, Sequence[str], bool]]:
     """Every call of this server that is shown: where, its words, and whether the block after it shows an error."""
     for page in PAGES.values():
-        for block, after in zip(page.blocks, [*page.blocks[1:], None], strict=True):
+        for block, after in pairwise([*page.blocks, None]):
+            assert block is not None  # only the last one has none after it
             refused = after is not None and after.text.startswith('{"error"')
             for command in commands(block.text) if block.language == "sh" else ():
                 if command.words[:1] == ("curl",):

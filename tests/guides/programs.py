@@ -43,6 +43,7 @@ PROGRAMS: Mapping[str, Program] = {
     "cat": program(source=MAN),
     "cd": program(source="bash"),
     "cp": program("-r", source=MAN),
+    "dmesg": program(source=MAN),
     "docker": program(
         source=DOCKER,
         build=program("-t= --tag= -f= --file= --build-arg= --platform= --load --push"),

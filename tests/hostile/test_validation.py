@@ -148,7 +148,7 @@ async def test_a_million_entries_cost_as_much_as_their_parsing(
     assert answer.status_code in (400, 422)
     assert len(answer.content) <= MOST_ERROR_BYTES
     assert taken < MOST_SECONDS
-    assert memory.highest < 8 * len(content) + 50_000_000
+    assert memory.highest < 8 * len(content) + 100_000_000  # 50 MB in a process that has nothing else to do
 
 
 TOO_MANY: list[tuple[str, dict[str, Any], str]] = [

@@ -20,6 +20,7 @@ from vecmill.core.errors import (
     NotServed,
     Overloaded,
     StartupError,
+    StartupObstacle,
     Unavailable,
     VecmillError,
 )
@@ -34,8 +35,8 @@ def every_error(base: type[VecmillError] = VecmillError) -> Iterator[type[Vecmil
         yield from every_error(kind)
 
 
-# A StartupError ends the process before there is anybody to answer.
-SERVED = [kind for kind in every_error() if kind is not StartupError]
+# These end the process before there is anybody to answer.
+SERVED = [kind for kind in every_error() if not issubclass(kind, StartupError | StartupObstacle)]
 SHAPES = {shape.name: shape for shape in vars(error_shapes).values() if isinstance(shape, ErrorShape)}
 
 # Where each dialect's client finds the text.

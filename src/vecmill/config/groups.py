@@ -466,8 +466,8 @@ class AccessSettings(SettingsGroup):
         if not isinstance(value, str):
             return value
         parts = _split_commas(value)
-        if not parts:
-            raise ValueError("names none; leave it out for the default")
+        if value.strip() and not parts:
+            raise ValueError("names none; leave it empty for the default")
         return parts
 
     @field_validator("trusted_proxies")
@@ -491,7 +491,7 @@ class AccessSettings(SettingsGroup):
         if not isinstance(value, str):
             return value
         entries = _split_commas(value)
-        if not entries:
+        if value.strip() and not entries:
             # It was meant to lock the server; without a key it would be open to everyone.
             raise ValueError("holds no key; leave the setting out to open the server to everyone")
         return tuple(key_entry(entry, f"key {number}") for number, entry in enumerate(entries, 1))

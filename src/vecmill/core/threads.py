@@ -34,7 +34,13 @@ class WorkerThreads:
             running = threads.submit(function)
         except RuntimeError:
             raise ShuttingDown from None
-        return await asyncio.wrap_future(running)
+        try:
+            return await asyncio.wrap_future(running)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise ShuttingDown from None  # the threads ended before it was its turn
 
     async def run_if_large(self, function: Callable[[], T], *, size: int) -> T:
         """As `run`, but what is small is called at once: for work that costs less than the way to a thread."""

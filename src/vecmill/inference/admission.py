@@ -23,7 +23,9 @@ K = TypeVar("K", str, str | None)
 LONGEST_RETRY_AFTER = 60.0  # seconds; SDKs give up when told to wait for minutes
 SEARCH_SHARE = 8  # one part of so many is kept for searches
 MOST_WAITING = 4096  # of each lane; their bodies have a limit of their own
-PACE_SECONDS = 10.0  # that the measured rate looks back, of those with something in progress
+PACE_SECONDS = 10.0  # that the measured rate looks back, of those with much in progress
+BUSY_SHARE = 8  # with one part of so many of the room taken, the device has as much to do as it can; less says little
+KNOWN_SECONDS = 1.0  # that the expected rate counts for beside what is measured
 COUNTED_OF_ESTIMATED = 0.25  # tokens, before any were counted: estimates count characters
 
 
@@ -102,6 +104,10 @@ class Admission:
         self._admissions = 0
         self.requests = 0
         self.tokens = 0
+
+    @property
+    def _busy(self) -> bool:
+        return self.requests * BUSY_SHARE >= self._all.requests or self.tokens * BUSY_SHARE >= self._all.tokens
 
     @property
     def waiting(self) -> int:
@@ -241,7 +247,7 @@ class Admission:
 
     def _hold(self, caller: Caller, lane: Lane, requests: int, tokens: int) -> None:
         """Count, for the lane and all that it is counted for."""
-        self._pace.look(busy=self.requests > 0)
+        self._pace.look(busy=self._busy)
         room = self._rooms[lane]
         self.requests += requests
         self.tokens += tokens
@@ -263,7 +269,7 @@ class Admission:
 
     def _overloaded(self, reason: str) -> Overloaded:
         error = Overloaded(f"The server is temporarily overloaded: {reason}; try again after Retry-After seconds.")
-        self._pace.look(busy=self.requests > 0)
+        self._pace.look(busy=self._busy)
         counted = sum(permit.tokens for permit in self._permits.values() if permit.settled)
         waiting = [one for room in self._rooms.values() for waiters in room.waiting.values() for one in waiters]
         estimated = self.tokens - counted + sum(one.tokens for one in waiting)
@@ -289,7 +295,7 @@ def _count(table: dict[K, Held], name: K, requests: int, tokens: int) -> None:
 
 
 class _Pace:
-    """How fast what is in progress gets done, measured while there is any."""
+    """How fast what is in progress gets done, measured while there is much."""
 
     def __init__(
         self, tokens_run: Callable[[], int], expected_rate: Callable[[], float], clock: Callable[[], float]
@@ -301,7 +307,7 @@ class _Pace:
         self._ratio = COUNTED_OF_ESTIMATED
 
     def look(self, *, busy: bool) -> None:
-        """Time has passed, with something in progress or not."""
+        """Time has passed, with much in progress or not."""
         now, run = self._clock(), self._tokens_run()
         if busy:
             seconds = now - self._looked_at
@@ -326,8 +332,9 @@ class _Pace:
         """Until so many tokens, of so many requests, are done: 0 where nothing is known."""
         tokens = counted + estimated * self._ratio
         # What was answered lacks what long requests have done already, what was run lacks what need not be run.
-        rate = max(self._run, self._answered) / self._seconds if self._seconds else 0.0
-        if rate <= 0 and self._requests and self._seconds:
-            return requests * self._seconds / self._requests
-        rate = rate or self._expected_rate()
-        return tokens / rate if rate else 0.0
+        done, seconds, expected = max(self._run, self._answered), self._seconds, self._expected_rate()
+        if done <= 0 and self._requests and seconds:
+            return requests * seconds / self._requests
+        if expected > 0:
+            done, seconds = done + expected * KNOWN_SECONDS, seconds + KNOWN_SECONDS
+        return tokens * seconds / done if done > 0 else 0.0

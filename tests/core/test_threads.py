@@ -1,0 +1,37 @@
+"""Worker threads: whoever waits for one is answered, also when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from vecmill.core.errors import ShuttingDown
+from vecmill.core.threads import SMALL, WorkerThreads
+
+
+async def test_what_had_no_turn_when_the_threads_end_is_told_so() -> None:
+    gate = threading.Event()
+    threads = WorkerThreads(1)
+    first = asyncio.create_task(threads.run(gate.wait, size=SMALL + 1))
+    second = asyncio.create_task(threads.run(lambda: 1, size=SMALL + 1))
+    await asyncio.sleep(0)
+    threads.shutdown()
+    gate.set()
+    assert await first
+    with pytest.raises(ShuttingDown):
+        await second
+    with pytest.raises(ShuttingDown):
+        await threads.run(lambda: 1, size=1)
+
+
+async def test_who_is_cancelled_is_not_told_anything_else() -> None:
+    gate = threading.Event()
+    with WorkerThreads(1) as threads:
+        waiting = asyncio.create_task(threads.run(gate.wait, size=1))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        gate.set()
