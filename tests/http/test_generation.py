@@ -416,6 +416,34 @@ async def test_the_limits_on_bodies_and_requests_hold(upstream: GenerationServer
         assert (await first).status_code == 200
 
 
+async def test_a_keys_limit_on_requests_counts_those_that_are_passed_through(upstream: GenerationServer) -> None:
+    asked, done = Moment(), Moment()
+
+    async def wait(request: Request) -> Response:
+        asked.happen()
+        await done.wait()
+        return await generate(request)
+
+    keys = {name: f"{name}-key-of-enough-characters" for name in ("ann", "ben")}
+    with vecmill_before(upstream.url, api_key=f"ann:{keys['ann']} requests=1,ben:{keys['ben']}") as url:
+
+        async def post(name: str, path: str, **body: object) -> httpx.Response:
+            async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
+                return await client.post(path, json=body, headers={"Authorization": f"Bearer {keys[name]}"})
+
+        upstream.generate = wait
+        first = asyncio.create_task(post("ann", "/v1/completions", model="m", prompt="p"))
+        await asked.wait()
+        second = await post("ann", "/v1/completions", model="m", prompt="p")
+        assert (second.status_code, second.json()["error"]["code"]) == (503, "rate_limit_exceeded")
+        assert "limit (`requests`)" in second.json()["error"]["message"]
+        upstream.generate = generate
+        assert (await post("ben", "/v1/completions", model="m", prompt="p")).status_code == 200
+        done.happen()
+        assert (await first).status_code == 200
+        assert (await post("ann", "/v1/completions", model="m", prompt="p")).status_code == 200
+
+
 async def test_sigterm_ends_streams_in_time_and_no_secret_is_in_the_log(
     upstream: GenerationServer, tmp_path: Path, minilm_folder: Path
 ) -> None:

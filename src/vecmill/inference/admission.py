@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
 from math import exp
 from time import monotonic
@@ -133,6 +133,22 @@ class Admission:
             del self._permits[id(permit)]
             self._pace.done(permit.tokens if permit.settled else 0)
             self._hold(caller, lane, -1, -permit.tokens)
+            self._admit_waiting()
+
+    @contextmanager
+    def counted_for_key(self, owner: str | None) -> Iterator[None]:
+        """Count a request that takes nothing of the room here, passed on to another server, among its key's.
+
+        Raises:
+            Overloaded: as many of this key's are in progress as may be.
+        """
+        if (refusal := self._key_limit(Caller(owner=owner), 0)) is not None:
+            raise self._overloaded(refusal)
+        _count(self._owners, owner, 1, 0)
+        try:
+            yield
+        finally:
+            _count(self._owners, owner, -1, 0)
             self._admit_waiting()
 
     async def _admitted(self, caller: Caller, lane: Lane, tokens: int) -> None:

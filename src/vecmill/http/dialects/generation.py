@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -86,7 +86,8 @@ def _pass_through(request: Request, services: Services, path: str) -> Response:
     if services.generation is None:
         raise NotFound(UNSET.format(path=path))
     check_new_work(request)
-    return PassThrough(services.generation, path, upward(request.headers))
+    counted = services.inference.admission.counted_for_key(request.state.viewer.owner)
+    return PassThrough(services.generation, path, upward(request.headers), counted)
 
 
 def upward(headers: Headers) -> dict[str, str]:
@@ -144,14 +145,22 @@ class Upload:
 class PassThrough(Response):
     """One exchange with the generation server. It ends when either side leaves."""
 
-    def __init__(self, generation: Generation, path: str, headers: dict[str, str]) -> None:
+    def __init__(
+        self, generation: Generation, path: str, headers: dict[str, str], counted: AbstractContextManager[None]
+    ) -> None:
+        """`counted` is entered for as long as it lasts."""
         super().__init__()
+        self._counted = counted
         self._generation = generation
         self._path = path
         self._upward = headers
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._counted:
+            await self._passed(scope, receive, send)
+
+    async def _passed(self, scope: Scope, receive: Receive, send: Send) -> None:
         upload = Upload(receive)
         exchange = asyncio.create_task(self._exchange(upload, scope, receive, send))
         leaving = asyncio.create_task(upload.client_left())
