@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 from benchmarks.servers import RunningServer, free_port
 
 from tests.checkpoints import tiny_bert
@@ -97,6 +98,7 @@ def test_says_in_one_sentence_that_no_server_answers() -> None:
     assert len(ran.stderr.splitlines()) == 1
 
 
+@pytest.mark.nightly
 def test_a_server_killed_half_way_computes_nothing_twice(tmp_path: Path, minilm_folder: Path) -> None:
     folder, state, log = tmp_path / "many", tmp_path / "state", tmp_path / "log"
     folder.mkdir()

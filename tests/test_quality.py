@@ -32,6 +32,7 @@ def reference() -> Reference:
         return Reference(corpus, embed_in_process(bundled_model(), corpus))
 
 
+@pytest.mark.nightly
 def test_ndcg_equals_that_of_sentence_transformers(server: RunningServer, reference: Reference) -> None:
     found = compare(reference.corpus, embed_through(server.url, reference.corpus), reference.embedded)
 

@@ -6,6 +6,8 @@ import os
 import signal
 import time
 
+import pytest
+
 from tests.faults.batch_lines import assert_whole, batch_input, create, done, ended, upload
 from tests.faults.conftest import NewService
 from tests.faults.service import Service, until
@@ -22,6 +24,7 @@ def states(service: Service, jobs: list[str]) -> list[tuple[str, int]]:
     return [(job["status"], job["current"]) for job in found]
 
 
+@pytest.mark.nightly
 def test_neither_jobs_nor_batches_nor_vectors_mind(new_service: NewService) -> None:
     service = new_service(SETTINGS, serve=("-m", "tests.faults.moved_clock", str(DAYS), "serve"))
     service.start()

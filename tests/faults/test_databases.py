@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from tests.faults.conftest import NewService
 from tests.faults.service import Service, until
 
@@ -85,6 +87,7 @@ def test_garbage_is_put_aside(new_service: NewService) -> None:
     assert "Traceback" not in service.said()
 
 
+@pytest.mark.nightly
 def test_a_locked_database_is_waited_for_by_nobody(new_service: NewService) -> None:
     """Nor is it at a start that comes meanwhile."""
     service = new_service(CACHE)

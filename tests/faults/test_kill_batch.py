@@ -72,6 +72,7 @@ class Lives:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.nightly
 def test_no_line_is_lost_or_there_twice(new_service: NewService) -> None:
     chance = random.Random(20)
     service = new_service({"BATCH_CHUNK_SIZE": str(CHUNK), "CACHE_MAX_BYTES": "0", "BATCHES_MAX_ACTIVE": "4"})

@@ -120,6 +120,7 @@ class Lives:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.nightly
 def test_no_job_is_lost_and_none_is_stuck(new_service: NewService) -> None:
     chance = random.Random(21)
     service = new_service({"JOBS_MAX_ACTIVE": "1", "CACHE_MAX_BYTES": "100000000"})
