@@ -10,9 +10,10 @@ from time import perf_counter
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vecmill.http.errors import LOGGED_CHARACTERS
+
 logger = logging.getLogger(__name__)
 
-LOGGED_CHARACTERS = 200
 ACCEPTABLE = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
