@@ -12,7 +12,7 @@ import psutil
 import pytest
 from benchmarks.servers import RunningServer, free_port, running
 
-from tests.checkpoints import tiny_bert
+from tests.tiny_checkpoints import tiny_bert
 
 # The real server, but every forward pass ends as on a GPU after an illegal memory access.
 SCRIPT = """

@@ -11,8 +11,8 @@ import httpx
 import pytest
 from benchmarks.servers import RunningServer, free_port
 
-from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service, until
+from tests.tiny_checkpoints import tiny_bert
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "codebase_search.py"
 FILES = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service, until
 from tests.held_server import held
+from tests.tiny_checkpoints import tiny_bert
 
 OLD, NEW, OF_FILE = "the-first-secret", "the-second-secret", "the-third-secret"
 

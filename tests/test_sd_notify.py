@@ -16,8 +16,8 @@ import httpx
 import pytest
 from benchmarks.servers import free_port
 
-from tests.checkpoints import tiny_bert
 from tests.test_device_failure import SCRIPT
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.health import Phase
 from vecmill.serve.notifier import Notifier
 from vecmill.serve.systemd import Status

@@ -18,12 +18,12 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service, until
 from tests.generation_server import DONE, GenerationServer, Moment, event, generation_server
 from tests.held_server import held
 from tests.in_process import InProcess
 from tests.slow_loading_server import LOADING
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.app import create_app
 from vecmill.config import load_settings
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import edit_json
+from tests.tiny_checkpoints import edit_json
 from vecmill import verify
 from vecmill.core.types import Task
 from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example

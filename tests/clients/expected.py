@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from tests.checkpoints import plain_tokenizer
 from tests.oracle import st_encode
+from tests.tiny_checkpoints import plain_tokenizer
 
 # Newlines, accents, a character outside the basic plane and a script without spaces: what encodings get wrong.
 TEXTS = [

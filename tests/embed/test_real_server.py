@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 import pytest
 from benchmarks.servers import RunningServer, free_port, running, vecmill_command
 
-from tests.checkpoints import tiny_bert
 from tests.embed.command_line import embed, embedded, write_jsonl
+from tests.tiny_checkpoints import tiny_bert
 
 TEXTS = ["Berlin has 3.5 million inhabitants.", "def add(a, b): return a + b", "ünïcödé \u2028 text"]
 CLOSE = 0.9999  # cosine: in bfloat16 a vector depends a little on its batch

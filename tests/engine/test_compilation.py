@@ -16,8 +16,8 @@ import torch
 from torch._dynamo import config as dynamo
 from torch._inductor import config as inductor
 
-from tests.checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic
 from tests.models.loaded import CPU, GOLDEN, load_model
+from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic
 from vecmill.config import load_settings
 from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine import compilation

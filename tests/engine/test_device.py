@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.checkpoints import tiny_bert
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.engine import device as device_module

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.checkpoints import tiny_bert
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, StartupError
 from vecmill.core.types import Lane, Row

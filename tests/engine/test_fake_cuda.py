@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from tests.models.loaded import GOLDEN, load_model
+from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.types import Prefix, Row, Task
 from vecmill.models.packing import pack
 from vecmill.models.prefix_memory import PrefixMemory

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service
+from tests.tiny_checkpoints import tiny_bert
 
 NewService = Callable[..., Service]
 

@@ -102,10 +102,11 @@ class Service:
         return self._log.read_text()
 
     def close(self) -> None:
-        """Leave no process behind."""
+        """Leave no process behind, whether it runs, is ending or has ended."""
         self.http.close()
-        if self._process is not None and self._process.poll() is None:
-            self.kill()
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait(PATIENCE)
 
     def get(self, path: str) -> Any:
         """The JSON of an answer that must be a success."""

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service
+from tests.tiny_checkpoints import tiny_bert
 
 HEAD_TIMEOUT = BODY_TIMEOUT = 1
 IDLE_TIMEOUT = 2

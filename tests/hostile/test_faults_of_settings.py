@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import tiny_bert
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError, StartupObstacle

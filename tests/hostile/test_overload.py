@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
 from tests.gated import Gate, from_address, gated, small_server, until_waiting, words
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.types import Lane
 from vecmill.http.services import Services
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.faults.service import Service, service, until
 from tests.hostile.conftest import BODY_TIMEOUT, MAX_BODY_BYTES
 from tests.hostile.wire import Answer, Wire, asked, connected, request
+from tests.tiny_checkpoints import tiny_bert
 
 BODY = b'{"input":"x"}'
 LARGE = b'{"inputs":"' + b"x" * (MAX_BODY_BYTES - 20) + b'"}'

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import tiktoken
 
-from tests.checkpoints import plain_tokenizer
 from tests.hostile.stalls import LONGEST_STALL, longest_stall, memory_taken
+from tests.tiny_checkpoints import plain_tokenizer
 from vecmill.core.errors import InputTooLong, InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side, TokenVocabulary, Truncation

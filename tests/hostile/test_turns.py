@@ -12,9 +12,9 @@ import httpx
 import pytest
 from fastapi import FastAPI, Request
 
-from tests.checkpoints import tiny_bert
 from tests.gated import Gate, from_address, gated, small_server, until_waiting, words
 from tests.hostile.keys import ANN, BEN, KEYS, bearer
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.types import Lane
 from vecmill.http.services import Services

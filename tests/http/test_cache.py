@@ -12,8 +12,8 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.inference import recall
 
 TEXTS = ["def add(a, b): return a + b", "Berlin has 3.5 million inhabitants."]

@@ -19,7 +19,6 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.responses import StreamingResponse as Streaming
 
-from tests.checkpoints import tiny_bert
 from tests.generation_server import (
     DONE,
     PATIENCE,
@@ -33,6 +32,7 @@ from tests.generation_server import (
     listener,
     vecmill_before,
 )
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 

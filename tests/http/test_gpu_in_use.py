@@ -15,10 +15,10 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.app import Server
 from vecmill.engine.engine import Engine
 from vecmill.hardware import monitor as monitor_module

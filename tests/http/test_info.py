@@ -7,8 +7,8 @@ from pathlib import Path
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
+from tests.tiny_checkpoints import tiny_bert
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 

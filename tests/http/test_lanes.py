@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.gated import Gate, gated, small_server, until_waiting, words
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.types import Lane
 from vecmill.http.dialects.openai import EmbeddingsBody
 from vecmill.inference.prompts import asks_for_query

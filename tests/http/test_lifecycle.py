@@ -12,8 +12,8 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from tests.checkpoints import tiny_bert
 from tests.in_process import InProcess
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.core.types import Lane

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import tiny_bert, tiny_cross_encoder
 from tests.conftest import serving
 from tests.oracle import st_encode
+from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder
 
 OVERFLOWING = 7592  # "hello"
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.models.bert import BertEmbedder
 from vecmill.models.packing import PackedBatch
 

@@ -10,9 +10,9 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
 from tests.oracle import st_encode
+from tests.tiny_checkpoints import tiny_bert
 
 PROMPTS = {"query": "search_query: ", "passage": "search_document: ", "classification": "classify: "}
 

@@ -10,10 +10,10 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.checkpoints import tiny_cross_encoder
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
 from tests.oracle import cross_encoder_scores, st_encode
+from tests.tiny_checkpoints import tiny_cross_encoder
 
 QUERIES = ["a dog", "a dog", "What is the capital of China?", "a fox"]
 DOCUMENTS = [

@@ -12,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.engine.loaded import Loaded

@@ -9,8 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.checkpoints import tiny_bert
 from tests.conftest import serving
+from tests.tiny_checkpoints import tiny_bert
 
 HELLO = [101, 7592, 2088, 102]
 

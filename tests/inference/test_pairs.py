@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.checkpoints import plain_tokenizer, tiny_cross_encoder
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN, load_model
+from tests.tiny_checkpoints import plain_tokenizer, tiny_cross_encoder
 from vecmill.core.errors import InputTooLong, InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side, Task

@@ -10,9 +10,9 @@ import httpx
 import pytest
 from tokenizers import Tokenizer
 
-from tests.checkpoints import plain_tokenizer, tiny_cross_encoder, tiny_xlm_roberta
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
+from tests.tiny_checkpoints import plain_tokenizer, tiny_cross_encoder, tiny_xlm_roberta
 
 PROMPTS = {"query": "query: "}
 TEXTS = [

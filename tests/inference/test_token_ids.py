@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.checkpoints import plain_tokenizer
 from tests.conftest import serving
+from tests.tiny_checkpoints import plain_tokenizer
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import TokenVocabulary, Truncation

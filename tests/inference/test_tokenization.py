@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.checkpoints import tiny_xlm_roberta
+from tests.tiny_checkpoints import tiny_xlm_roberta
 from vecmill.core.errors import InvalidInput, StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.inference.tokenization import TextTokenizer

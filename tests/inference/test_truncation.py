@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.checkpoints import plain_tokenizer
 from tests.models.loaded import GOLDEN, load_model, text_tokenizer
+from tests.tiny_checkpoints import plain_tokenizer
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side, Truncation

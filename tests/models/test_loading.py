@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta, write
 from tests.models.loaded import GOLDEN
+from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta, write
 from vecmill.app import Server
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError

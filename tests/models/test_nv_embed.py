@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints import edit_json
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN, LoadedModel, ids, load_model, run, text_tokenizer, unit
+from tests.tiny_checkpoints import edit_json
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Row
 

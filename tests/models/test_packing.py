@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from tests.models.loaded import CPU, GOLDEN, ids, load_model, run, unit
+from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Prefix, Row, Task, TokenIds
 from vecmill.models.packing import pack

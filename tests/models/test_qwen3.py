@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from tests.checkpoints import edit_json
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN, LoadedModel, load_model, run, text_tokenizer, unit
+from tests.tiny_checkpoints import edit_json
 
 FOLDER = GOLDEN / "qwen3" / "embedding"
 SAID = json.loads((GOLDEN / "qwen3" / "embedding_cases.json").read_text())

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from tests.checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from tests.oracle import cross_encoder_scores, nomic_encode, st_encode
+from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 
 TEXTS = ["one", "def add(first, second):\n    return first + second", "", "a longer text " * 60, "naïve 你好  <s> дела"]
 DOCUMENTS = ["one", "Plants create oxygen.", "", "a longer text " * 60, "你好"]
