@@ -28,7 +28,7 @@ DOCUMENTS = [
     "short",
     "",
     "plants create oxygen through a process that is known as photosynthesis. " * 4,
-    "über die Brücke führt die Straße " * 3000,
+    "über die Brücke führt die Straße " * 600,
     "def add(first, second): return first + second",
 ]
 SIDES = list(Side)
