@@ -106,7 +106,7 @@ def download(
         return folder
     try:
         small = _fetched(name, revision, hf_token, SMALL_FILES, report)
-        if found := other_format(file.path for file in get_cached_repo_tree(name, revision=small.name)):
+        if found := other_format(_listed(name, small.name)):
             raise StartupError(f"{name}: it has {found}.")
         check(small)
         return _fetched(name, revision, hf_token, NEEDED_FILES, report)
@@ -126,6 +126,14 @@ def other_format(files: Iterable[str]) -> str | None:
         if ".safetensors" in endings
         else next((OTHER_FORMATS[one] for one in OTHER_FORMATS if one in endings), None)
     )
+
+
+def _listed(name: str, commit: str) -> list[str]:
+    """The names of all files of a model at a commit; empty where the cache has no list of them."""
+    try:
+        return [file.path for file in get_cached_repo_tree(name, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        return []
 
 
 def _is_final(error: Exception) -> bool:

@@ -39,7 +39,7 @@ FOLDED = (
     *(f"{ATTENTION}fn.{part}.weight" for part in ("to_q", "to_kv", "to_out")),
 )
 # The reference's defaults; the hub's config.json leaves them out.
-HEADS, HEAD_SIZE, LATENTS = 8, 4096, 512
+HEADS, HEAD_SIZE = 8, 4096
 
 
 class LatentAttention(nn.Module):
@@ -89,11 +89,12 @@ def _check_sizes(weights: WeightFiles, config: Mapping[str, Any], heads: int) ->
     inner, width = weights.shape(ATTENTION + "fn.to_q.weight")
     latents = weights.shape(LATENT_PREFIX + "latents")[0]
     said = {
-        "num_cross_heads and cross_dim_head": (heads * config.get("cross_dim_head", HEAD_SIZE), inner),
-        "num_latents_value": (config.get("num_latents_value", LATENTS), latents),
+        "num_latents_value": (config.get("num_latents_value", latents), latents),
         "hidden_dim": (config.get("hidden_dim", width), width),
         "latent_dim": (config.get("latent_dim", width), width),
     }
+    if config.keys() & {"num_cross_heads", "cross_dim_head"}:
+        said["num_cross_heads and cross_dim_head"] = (heads * config.get("cross_dim_head", HEAD_SIZE), inner)
     for name, (one, other) in said.items():
         if one != other:
             raise weights.unfit(f"latent_attention_config has {name} for a size of {one}, the weights one of {other}")
