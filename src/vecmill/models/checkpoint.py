@@ -15,14 +15,7 @@ from typing import Any, Literal
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models import config_keys
-from vecmill.models.hub import other_format
-from vecmill.models.modules import (
-    TRANSFORMER_FILES,
-    check_sentence_transformers,
-    check_transformer,
-    pooling_modes,
-    read_modules,
-)
+from vecmill.models.modules import check_sentence_transformers, pooling_modes, read_modules
 from vecmill.models.source import Source
 
 Pooling = Literal["mean", "cls", "lasttoken"]
@@ -30,11 +23,6 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 HASHED_BLOCKS, HASHED_BLOCK = 64, 65_536
 
 POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
-ADAPTER = (
-    "an adapter (PEFT, LoRA), which is not applied here: merge it into its base model with peft's "
-    "`PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged)`, copy the files of the "
-    "tokenizer and of sentence-transformers there, and name that folder"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,19 +106,15 @@ def read(source: Source) -> Checkpoint:
         StartupError: a file is missing or says something that is not supported.
     """
     folder, named, task = source.folder, source.named, source.task
-    if (folder / "adapter_config.json").is_file():
-        raise StartupError(f"{named}: {folder} has {ADAPTER}.")
     config = read_json(folder / "config.json")
     modules = _modules(folder, named, task, config)
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
-            files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-            instead = f": it has {found}" if (found := other_format(files)) else ", so it is not a model folder"
-            raise StartupError(f"{named}: {folder} has no {needed}{instead}.")
+            raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
     config_keys.check_config(named, folder / "config.json", config, task)
-    said = read_json(folder / "config_sentence_transformers.json")
+    # Without modules.json sentence-transformers does not read it.
+    said = read_json(folder / "config_sentence_transformers.json") if modules else {}
     check_sentence_transformers(named, folder / "config_sentence_transformers.json", said, task)
-    _check_transformer(folder, named, task)
     positions = _positions(folder, config)
     max_model_len = _max_model_len(folder, positions)
     _check_longrope(folder, named, config, max_model_len)
@@ -179,13 +163,6 @@ def _is_a(config: Mapping[str, Any], ending: str) -> bool:
     """Whether one of its `architectures` has this ending."""
     names = config.get("architectures")
     return isinstance(names, list) and any(str(name).endswith(ending) for name in names)
-
-
-def _check_transformer(folder: Path, named: str, task: Task) -> None:
-    for name in TRANSFORMER_FILES:
-        if said := read_json(folder / name):
-            check_transformer(named, folder / name, said, task)
-            return
 
 
 def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_model_len: int) -> None:

@@ -280,10 +280,11 @@ NV_EMBED_TEXT: Mapping[str, Rule] = {
     "model_type": only("bidir_mistral", "mistral"),
     "num_key_value_heads": whole(null=True),
     "rms_norm_eps": positive(),
-    "rope_parameters": only(None),
+    "rope_parameters": HONOURED,  # see PLAIN_ROPE
     "rope_scaling": only(None),
     "sliding_window": HARMLESS,  # the reference attends to every token whatever it says
 }
+PLAIN_ROPE: Mapping[str, Rule] = {"rope_type": only("default"), "rope_theta": positive()}
 LATENT_ATTENTION: Mapping[str, Rule] = {
     "model_type": only("latent_attention"),
     "output_normalize": only(True),
@@ -372,6 +373,8 @@ def _check_nomic_layout(config: Config) -> None:
 def _check_nv_embed(config: Config) -> None:
     text, latent = config.said.get("text_config"), config.said.get("latent_attention_config") or {}
     check_keys(config.named, config.file, text, NV_EMBED_TEXT, within="text_config")
+    rope = text.get("rope_parameters") or {} if isinstance(text, Mapping) else {}
+    check_keys(config.named, config.file, rope, PLAIN_ROPE, within="text_config.rope_parameters")
     check_keys(config.named, config.file, latent, LATENT_ATTENTION, within="latent_attention_config")
 
 

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,12 +35,6 @@ SMALL_FILES = ["*.json", "*/config.json"]
 NEEDED_FILES = [*SMALL_FILES, "*.safetensors"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
-# Weights that are not loaded, by the endings of their files, and what to do about it.
-OTHER_FORMATS = {
-    ".gguf": "GGUF weights: name the repository that they were made from, or serve them with llama.cpp",
-    ".onnx": "ONNX weights: name a model or a revision with safetensors",
-    ".xml": "OpenVINO weights: name a model or a revision with safetensors",
-}
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
 NON_COMMERCIAL = re.compile(r"-nc(-|$)")
 BFLOAT16_BYTES = 2
@@ -105,10 +99,7 @@ def download(
     if (folder := cached(name, revision)) is not None:
         return folder
     try:
-        small = _fetched(name, revision, hf_token, SMALL_FILES, report)
-        if found := other_format(_listed(name, small.name)):
-            raise StartupError(f"{name}: it has {found}.")
-        check(small)
+        check(_fetched(name, revision, hf_token, SMALL_FILES, report))
         return _fetched(name, revision, hf_token, NEEDED_FILES, report)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
@@ -116,24 +107,6 @@ def download(
             f"{name}: not a folder, not in the hub's cache (HF_HOME), and the hub gave no answer for it "
             f"({type(error).__name__}): check the name, the network, HF_HUB_OFFLINE and, for a gated model, HF_TOKEN."
         ) from None
-
-
-def other_format(files: Iterable[str]) -> str | None:
-    """What a model without safetensors has instead, and the cure, by the names of its files; None: nothing known."""
-    endings = {Path(file).suffix for file in files}
-    return (
-        None
-        if ".safetensors" in endings
-        else next((OTHER_FORMATS[one] for one in OTHER_FORMATS if one in endings), None)
-    )
-
-
-def _listed(name: str, commit: str) -> list[str]:
-    """The names of all files of a model at a commit; empty where the cache has no list of them."""
-    try:
-        return [file.path for file in get_cached_repo_tree(name, revision=commit)]
-    except CachedRepoTreeNotFoundError:
-        return []
 
 
 def _is_final(error: Exception) -> bool:

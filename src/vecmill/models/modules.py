@@ -12,7 +12,7 @@ from typing import Any
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, rules, shown, unsupported, whole
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, rules, shown, whole
 
 PACKAGE = "sentence_transformers."
 # The module paths under which the package has a class, its older ones included.
@@ -87,37 +87,6 @@ MODULE_KEYS: Mapping[str, Mapping[str, Rule]] = {
     "Normalize": NORMALIZE,
     "LogitScore": LOGIT_SCORE,
 }
-
-# In the order in which sentence-transformers looks for them; the first that says anything is the one that is read.
-TRANSFORMER_FILES = tuple(
-    f"sentence_{name}_config.json"
-    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
-)
-LOADING = rules(HARMLESS, ("attn_implementation", "device_map", "dtype", "low_cpu_mem_usage", "torch_dtype")) | rules(
-    HARMLESS, ("trust_remote_code", "use_safetensors")
-)
-"""Arguments of transformers' loading that change no value beyond rounding."""
-OVERRIDES = only({}, None, cure="Put what it says into config.json itself.")
-TRANSFORMER: Mapping[Task, Mapping[str, Rule]] = {
-    task: {
-        **rules(HONOURED, ("do_lower_case", "document_length", "max_seq_length", "query_length")),
-        **rules(HONOURED, ("processing_kwargs", "processor_kwargs", "tokenizer_args")),
-        **rules(HONOURED, ("model_args", "model_kwargs")),  # see LOADING
-        **rules(OVERRIDES, ("config_args", "config_kwargs")),
-        "tokenizer_name_or_path": only(None),
-        "unpad_inputs": HARMLESS,
-        "query_expansion": only(None),
-        "modality_config": HONOURED,  # see `_is_plain_forward`
-        "transformer_task": only(*tasks),
-        "module_output_name": only(*outputs, None),
-    }
-    for task, tasks, outputs in (
-        (Task.EMBED, ("feature-extraction",), ("token_embeddings",)),
-        (Task.RERANK, ("text-generation", "sequence-classification"), ("causal_logits", "scores")),
-    )
-}
-OUTPUTS = {Task.EMBED: "last_hidden_state", Task.RERANK: "logits"}
-INPUTS = {Task.EMBED: {"text"}, Task.RERANK: {"text", "message"}}
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 SENTENCE_TRANSFORMERS: Mapping[Task, Mapping[str, Rule]] = {
@@ -223,32 +192,6 @@ def pooling_modes(said: Mapping[str, Any]) -> list[str]:
         if key.startswith(POOLING_MODE)
     }
     return [name for name, value in old.items() if value] or ["mean"]
-
-
-def check_transformer(named: str, file: Path, said: Mapping[str, Any], task: Task) -> None:
-    """A Transformer's sentence_bert_config.json, or one of its older names.
-
-    Raises:
-        StartupError: a key is not known or not implemented.
-    """
-    check_keys(named, file, said, TRANSFORMER[task])
-    for key in ("model_args", "model_kwargs"):
-        check_keys(named, file, said.get(key) or {}, LOADING, within=key)
-    modalities = said.get("modality_config")
-    if modalities is not None and not _is_plain_forward(modalities, task):
-        supported = f"{INPUTS[task]} by `forward` to `{OUTPUTS[task]}`"
-        raise unsupported(named, file, "modality_config", modalities, supported)
-
-
-def _is_plain_forward(modalities: Any, task: Task) -> bool:
-    """Whether texts go through the model as they always did, and no other part of it."""
-    wanted = {"method": "forward", "method_output_name": OUTPUTS[task]}
-    if not isinstance(modalities, Mapping) or not modalities.keys() & INPUTS[task]:
-        return False
-    return all(
-        isinstance(how, Mapping) and {**wanted, **how, "format": None} == {**wanted, "format": None}
-        for how in modalities.values()
-    )
 
 
 def check_sentence_transformers(named: str, file: Path, said: Mapping[str, Any], task: Task) -> None:

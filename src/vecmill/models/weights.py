@@ -21,7 +21,6 @@ from transformers.utils import logging as transformers_logging
 
 from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.hub import other_format
 from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.packed_attention import ATTENTION
 
@@ -58,9 +57,9 @@ class WeightFiles:
         self._checkpoint = checkpoint
         paths = checkpoint.weight_files
         if not paths:
-            files = (path.name for path in checkpoint.folder.rglob("*"))
-            instead = other_format(files) or "pickled weights are not loaded"
-            raise StartupError(f"{checkpoint.named}: {checkpoint.folder} has no safetensors; {instead}.")
+            raise StartupError(
+                f"{checkpoint.named}: {checkpoint.folder} has no safetensors; pickled weights are not loaded."
+            )
         self.files: dict[str, Path] = {}
         for path in paths:
             with self._open(path) as opened:
