@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,8 +90,22 @@ async def served(variants: Sequence[Variant], root: Path) -> AsyncIterator[Serve
     models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto"}
     if rerankers:
         models["rerank_model"] = ",".join(rerankers)
-    async with serving(**models) as client:
-        yield Served(client, folders)
+    with one_thread():
+        async with serving(**models) as client:
+            yield Served(client, folders)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's threads only wait for each other in models as small as these, the longer the busier the machine is."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

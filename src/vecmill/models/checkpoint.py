@@ -197,7 +197,8 @@ def _max_model_len(folder: Path, positions: int) -> int:
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:
     if not modules:  # what sentence-transformers adds to a bare decoder or encoder
-        return "lasttoken" if _is_a(config, "ForCausalLM") else "mean"
+        names = config.get("architectures") or [""]
+        return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"
     said = read_json(folder / modules["Pooling"] / "config.json")
     if not said:
         raise StartupError(f"{named}: {folder / modules['Pooling']} has no config.json that says how to pool.")

@@ -30,7 +30,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "LogitScore": ("cross_encoder.modules", "cross_encoder.modules.logit_score"),
 }
 SERVED = {f"{PACKAGE}{path}.{name}": name for name, paths in PATHS.items() for path in paths}
-IGNORED = "Dropout"  # does nothing outside training
+IGNORED = "Dropout"  # of pooled vectors; does nothing outside training
 
 SPARSE = "of a sparse encoder (SPLADE), whose vectors have a value for each word of the vocabulary"
 SEVERAL = "of a multi-vector model (ColBERT), which has a vector for each token"
@@ -167,9 +167,10 @@ def _check_order(named: str, task: Task, kinds: Sequence[str], names: Sequence[A
         raise StartupError(f"{named}: this is {KINDS[Task.EMBED]}.")
     if task is Task.EMBED and "Pooling" not in order:
         raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
-    if order not in ORDERS[task]:
+    early = IGNORED in kinds and "Pooling" in kinds[kinds.index(IGNORED) :]
+    if order not in ORDERS[task] or early:
         possible = " or ".join(", ".join(one) for one in ORDERS[task])
-        raise StartupError(f"{named}: modules.json has {', '.join(order)}; supported, in this order: {possible}.")
+        raise StartupError(f"{named}: modules.json has {', '.join(kinds)}; supported, in this order: {possible}.")
     if len(set(map(str, names))) < len(names):  # a later module would take the place of one before it
         raise StartupError(f"{named}: two modules in modules.json have the same `name`: number them.")
 
