@@ -74,7 +74,8 @@ def test_a_pulled_revision_is_pinned_where_it_is_served(fake: FakeHub, capsys: C
 
 def test_a_reranker_is_served_as_one(fake: FakeHub, capsys: Captured) -> None:
     fake.files["config.json"] = (
-        b'{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "max_position_embeddings": 512}'
+        b'{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "max_position_embeddings": 512, '
+        b'"id2label": {"0": "LABEL_0"}}'
     )
     assert run_pull(NAME) == 0
     assert capsys.readouterr().out.splitlines()[-1] == f"serve     vecmill serve --rerank-model {NAME}"

@@ -78,6 +78,10 @@ class ModelCard:
     prompts: Mapping[str, str] = field(default_factory=dict)
     instruction_template: str | None = None
     """Where a request's `instruction` goes, as `{instruction}`; None: it is put before the text as it is."""
+    similarity: str = "cosine"
+    """How the model's vectors are compared: `cosine`, `dot`, or minus a distance, `euclidean` or `manhattan`."""
+    unit_vectors: bool = False
+    """Whether the model's own files make vectors of length 1, and it is those that are compared."""
     layer_norm_before_slice: bool = False
     """Whether fewer dimensions are cut from the layer-normed vector (nomic-embed)."""
     aliases: Sequence[str] = ()
@@ -280,7 +284,7 @@ class ScoreResult:
     scores: Scores
     model: str
     method: str
-    """`cosine`: an embedding model ranked; `cross_encoder`: a reranker did."""
+    """`cross_encoder`: a reranker ranked; else the similarity of an embedding model's vectors, such as `cosine`."""
     prompt_tokens: int
     truncated: tuple[int, ...]
     timings: Timings

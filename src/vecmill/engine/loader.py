@@ -203,5 +203,7 @@ def _card(
         dtype_reason=chosen.reason,
         device=describe(device),
         weight_bytes=weight_bytes,
+        similarity=checkpoint.similarity,
+        unit_vectors=checkpoint.normalizes,
         layer_norm_before_slice=cards.layer_norm_before_slice(checkpoint),
     )

@@ -14,21 +14,15 @@ from typing import Any, Literal
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
+from vecmill.models import config_keys
+from vecmill.models.modules import check_sentence_transformers, pooling_modes, read_modules
 from vecmill.models.source import Source
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 
 HASHED_BLOCKS, HASHED_BLOCK = 64, 65_536
 
-# The last part of a module's type in modules.json: what runs here, by task.
-MODULES = {Task.EMBED: {"Transformer", "Pooling", "Normalize"}, Task.RERANK: {"Transformer", "LogitScore"}}
-POOLING_MODES: Mapping[str, Pooling] = {
-    "mean_tokens": "mean",
-    "mean": "mean",
-    "cls_token": "cls",
-    "cls": "cls",
-    "lasttoken": "lasttoken",
-}
+POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +42,10 @@ class Checkpoint:
     logit_score: Mapping[str, Any]
     """A reranker's `LogitScore` module; empty where there is none."""
     revision: str
+    normalizes: bool = False
+    """Whether its own files make unit vectors."""
+    similarity: str = "cosine"
+    """How its vectors are compared: the name of sentence-transformers' function."""
 
     @property
     def id(self) -> str:
@@ -69,6 +67,11 @@ class Checkpoint:
     @property
     def model_type(self) -> str:
         return str(self.config.get("model_type", "missing"))
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The keys of `config.json` that make the model, without those that change nothing."""
+        return config_keys.architecture(self.config, self.task)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -103,19 +106,27 @@ def read(source: Source) -> Checkpoint:
         StartupError: a file is missing or says something that is not supported.
     """
     folder, named, task = source.folder, source.named, source.task
+    config = read_json(folder / "config.json")
+    modules = _modules(folder, named, task, config)
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
             raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
-    config = read_json(folder / "config.json")
-    modules = _modules(folder, named, task, config)
+    config_keys.check_config(named, folder / "config.json", config, task)
+    # Without modules.json sentence-transformers does not read it.
+    said = read_json(folder / "config_sentence_transformers.json") if modules else {}
+    check_sentence_transformers(named, folder / "config_sentence_transformers.json", said, task)
     positions = _positions(folder, config)
+    max_model_len = _max_model_len(folder, positions)
+    _check_longrope(folder, named, config, max_model_len)
     return Checkpoint(
         source=source,
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
+        normalizes="Normalize" in modules,
+        similarity=said.get("similarity_fn_name") or "cosine",
         positions=positions,
-        max_model_len=_max_model_len(folder, positions),
-        prompts=read_json(folder / "config_sentence_transformers.json").get("prompts") or {},
+        max_model_len=max_model_len,
+        prompts=said.get("prompts") or {},
         logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
         revision=_revision(folder),
     )
@@ -141,20 +152,28 @@ def _load(path: Path) -> Any:
 
 
 def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> dict[str, str]:
-    """The modules by kind, with their folders; empty where there is no modules.json."""
-    path = folder / "modules.json"
-    listed = _load(path) if path.is_file() else []
-    modules = {str(module["type"]).rsplit(".", 1)[-1]: str(module.get("path", "")) for module in listed}
-    classifies = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    if task is Task.EMBED and ("LogitScore" in modules or classifies):
+    """The modules by class, with their folders; empty where there is no modules.json."""
+    if task is Task.EMBED and _is_a(config, "ForSequenceClassification"):
         raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
-    if task is Task.RERANK and "Pooling" in modules:
-        raise StartupError(f"{named}: this is an embedding model; name it in EMBED_MODEL instead.")
-    if unknown := set(modules) - MODULES[task]:
+    path = folder / "modules.json"
+    return read_modules(folder, named, task, _load(path), read_json) if path.is_file() else {}
+
+
+def _is_a(config: Mapping[str, Any], ending: str) -> bool:
+    """Whether one of its `architectures` has this ending."""
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(ending) for name in names)
+
+
+def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_model_len: int) -> None:
+    """One text beyond the length for which the short factors are would turn its whole batch over to the long ones."""
+    kind, parameters = config_keys.rope_type(config)
+    short = parameters.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
+    if kind == "longrope" and max_model_len > short:
         raise StartupError(
-            f"{named}: modules.json has {', '.join(sorted(unknown))}; supported are {', '.join(sorted(MODULES[task]))}."
+            f"{named}: config.json has longrope, whose short and long factors take turns at {short} tokens, so that a "
+            f"vector would depend on its batch: set `max_seq_length` in {folder}/sentence_bert_config.json to {short}."
         )
-    return modules
 
 
 def _positions(folder: Path, config: Mapping[str, Any]) -> int:
@@ -178,20 +197,17 @@ def _max_model_len(folder: Path, positions: int) -> int:
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:
     if not modules:  # what sentence-transformers adds to a bare decoder or encoder
-        decoder = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-        return "lasttoken" if decoder else "mean"
-    if "Pooling" not in modules:
-        raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
+        names = config.get("architectures") or [""]
+        return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"
     said = read_json(folder / modules["Pooling"] / "config.json")
-    on = {key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value}
-    if isinstance(mode := said.get("pooling_mode"), str):  # written so since sentence-transformers 5.4
-        on.add(mode)
-    modes = {POOLING_MODES.get(mode) for mode in on}
-    if len(modes) != 1 or None in modes:
+    if not said:
+        raise StartupError(f"{named}: {folder / modules['Pooling']} has no config.json that says how to pool.")
+    modes = pooling_modes(said)
+    if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise StartupError(
-            f"{named}: pooling {'+'.join(sorted(on)) or 'none'} is not supported; mean, cls and lasttoken are."
+            f"{named}: pooling {'+'.join(sorted(modes)) or 'none'} is not supported; mean, cls and lasttoken are."
         )
-    return modes.pop() or "mean"
+    return POOLING_MODES[modes[0]]
 
 
 def _revision(folder: Path) -> str:

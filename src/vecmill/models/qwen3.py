@@ -14,7 +14,7 @@ from transformers import Qwen3Config, Qwen3Model
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
 from vecmill.models.pooling import pool
-from vecmill.models.weights import Target, load_weights
+from vecmill.models.weights import Target, load_weights, make_config
 
 
 class Qwen3Embedder:
@@ -42,7 +42,7 @@ class Qwen3Embedder:
 
 def load_backbone(checkpoint: Checkpoint, target: Target) -> tuple[nn.Module, Qwen3Config]:
     """The decoder without its head. Raises StartupError where a weight is missing or unknown."""
-    config = Qwen3Config(**{**checkpoint.config, "use_cache": False})
+    config = make_config(Qwen3Config, checkpoint, {**checkpoint.architecture, "use_cache": False})
     return load_weights(Qwen3Model, checkpoint, config, target, _rename), config
 
 

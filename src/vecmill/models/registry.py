@@ -7,7 +7,6 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.bert import BertEmbedder
 from vecmill.models.checkpoint import Checkpoint
@@ -69,15 +68,5 @@ FAMILIES: Mapping[Task, Mapping[str, Family]] = {
 
 
 def family(checkpoint: Checkpoint) -> Family:
-    """The class that runs a checkpoint.
-
-    Raises:
-        StartupError: no family here has this model_type.
-    """
-    families = FAMILIES[checkpoint.task]
-    if checkpoint.model_type not in families:
-        raise StartupError(
-            f"{checkpoint.named}: model_type {checkpoint.model_type!r} is not supported; "
-            f"supported: {', '.join(sorted(families))}."
-        )
-    return families[checkpoint.model_type]
+    """The class that runs a checkpoint: one for each family whose config.json is read."""
+    return FAMILIES[checkpoint.task][checkpoint.model_type]

@@ -7,10 +7,10 @@ CPU and GPU share it, and it warns of what is refused here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ transformers_logging.set_verbosity_error()
 
 FORGET_EVERY = 268_435_456  # bytes
 
+C = TypeVar("C", bound=PreTrainedConfig)
 Rename = Callable[[str], Sequence[str]]
 """A name in the file to the names in the class: none leaves it out, several share its rows equally."""
 
@@ -113,6 +114,10 @@ class WeightFiles:
         if unknown := sorted(name for name in self.files if name.startswith(prefix) and name not in known):
             raise StartupError(f"{self._checkpoint.named}: {len(unknown)} unknown weights {unknown[:3]}.")
 
+    def unfit(self, problem: str) -> StartupError:
+        """The error for weights that are others than config.json says."""
+        return StartupError(f"{self._checkpoint.named}: {problem}; fetch the model again.")
+
     def _file(self, name: str) -> Path:
         if name not in self.files:
             raise StartupError(f"{self._checkpoint.named}: 1 weight is missing: {name}; fetch the model again.")
@@ -136,6 +141,25 @@ def _forget_pages(path: Path) -> None:
             os.close(descriptor)
 
 
+def make_config(config_class: type[C], checkpoint: Checkpoint, said: Mapping[str, Any]) -> C:
+    """transformers' configuration.
+
+    Raises:
+        StartupError: the class does not accept what config.json says.
+    """
+    try:
+        config: C = config_class(**said)
+    except Exception as error:  # whatever the class raises, the file is at fault
+        raise _unaccepted(checkpoint, error) from None
+    return config
+
+
+def _unaccepted(checkpoint: Checkpoint, error: Exception) -> StartupError:
+    """What transformers said of a config.json, in one sentence."""
+    said = " ".join((str(error) or type(error).__name__).split())
+    return StartupError(f"{checkpoint.named}: {checkpoint.folder}/config.json cannot be right ({said[:300]}).")
+
+
 def load_weights(
     model_class: type[PreTrainedModel],
     checkpoint: Checkpoint,
@@ -151,8 +175,11 @@ def load_weights(
     """
     key = (checkpoint.folder.resolve(), model_class)
     if key not in target.shared:
-        with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
-            model = model_class(config, **options)
+        try:
+            with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
+                model = model_class(config, **options)
+        except Exception as error:
+            raise _unaccepted(checkpoint, error) from None
         model.set_attn_implementation(ATTENTION)
         _fill(model, checkpoint, target, rename)
         target.shared[key] = model.to(target.device).eval()  # the buffers

@@ -35,7 +35,8 @@ def start_table(services: Services, address: str) -> Table:
         _add_model(table, card, forward_pass(services, card.key), settings.engine.max_batch_size)
     table.add_row("device", cards[0].device)
     if not any(card.task is Task.RERANK for card in cards):
-        table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")
+        how = {"cosine": "cosine", "dot": "dot product"}.get(cards[0].similarity, f"{cards[0].similarity} distance")
+        table.add_row("reranker", f"none loaded: {how} of the embedding model, as 0..1")
     limits = settings.inference
     table.add_row(
         "limits",

@@ -84,6 +84,7 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "supported_dimensions": _sizes(card.supported_dimensions),
         "max_model_len": card.max_model_len,
         "pooling": card.pooling,
+        "similarity": card.similarity if card.dimensions else None,
         "dtype": card.dtype,
         "prompts": dict(card.prompts),
         "aliases": list(card.aliases),
