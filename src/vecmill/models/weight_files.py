@@ -43,14 +43,14 @@ OTHERS = (
         "fetch the model again",
     ),
     (
-        ("*.safetensors",),
-        f"safetensors under other names than {SINGLE}",
-        "take the repository's conversion for transformers, which has it",
-    ),
-    (
         (PICKLE, PICKLE_INDEX, "pytorch_model-*-of-*.bin", "pytorch_model.*.bin"),
         "only pickled weights, which can run code when they are loaded",
         "`vecmill pull {model}` looks for a revision that has it, and with `--convert-pickle` converts them once",
+    ),
+    (
+        ("*.safetensors",),
+        f"safetensors under other names than {SINGLE}",
+        "take the repository's conversion for transformers, which has it",
     ),
     (("*.gguf",), "only GGUF, the format of llama.cpp", "take the repository that it was converted from"),
     (
@@ -104,22 +104,50 @@ class Listing:
         Raises:
             StartupError: there are none, or the index names a file that is not there; the sentence says what helps.
         """
+        if adapters := [name for name in ADAPTERS if name in self.present]:
+            raise _adapter(self.named, adapters[0], None)
         if SINGLE in self.present:
             return [SINGLE]
         if INDEX not in self.present:
             raise StartupError(f"{self.named}: {self._instead()}.")
-        listed = _listed(self.named, read_index())
-        if missing := sorted(listed - set(self.present)):
-            raise StartupError(
-                f"{self.named}: {INDEX} lists {len(listed)} files, and {', '.join(missing[:3])} is not in "
-                f"{self.where}; fetch the model again."
-            )
-        return sorted(listed)
+        return self._listed(INDEX, read_index())
+
+    def pickles(self, read_index: Callable[[], Any]) -> list[str]:
+        """The names of the pickled weights, where there are no others; `read_index` is of their index.
+
+        Raises:
+            StartupError: there are none either, or the index names a file that is not there.
+        """
+        if PICKLE in self.present:
+            return [PICKLE]
+        if PICKLE_INDEX not in self.present:
+            raise StartupError(f"{self.named}: {self._instead()}.")
+        return self._listed(PICKLE_INDEX, read_index())
+
+    @property
+    def readable(self) -> bool:
+        """Whether it has the weights that are read here."""
+        return SINGLE in self.present or INDEX in self.present
 
     @property
     def pickled(self) -> bool:
-        """Whether pickles are what it has in place of safetensors."""
-        return not {SINGLE, INDEX} & set(self.present) and bool({PICKLE, PICKLE_INDEX} & set(self.present))
+        """Whether pickles are what it has in place of them."""
+        return not self.readable and (PICKLE in self.present or PICKLE_INDEX in self.present)
+
+    def _listed(self, file: str, index: Any) -> list[str]:
+        """The files that an index lists."""
+        listed = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
+            raise StartupError(f"{self.named}: {file} has no `weight_map` of tensors to files; fetch the model again.")
+        names = sorted(set(listed.values()))
+        if outside := [name for name in names if PurePosixPath(name).name != name]:
+            raise StartupError(f"{self.named}: {file} lists {outside[0]!r}, which is not a file beside it.")
+        if missing := [name for name in names if name not in self.present]:
+            raise StartupError(
+                f"{self.named}: {file} lists {len(names)} files, and {', '.join(missing[:3])} is not in "
+                f"{self.where}; fetch the model again."
+            )
+        return names
 
     def _instead(self) -> str:
         """What there is in place of weights that can be read."""
@@ -144,23 +172,16 @@ def refuse_adapter(named: str, folder: Path) -> None:
     with suppress(OSError, ValueError):  # damaged: it is an adapter all the same
         said = json.loads((folder / ADAPTERS[0]).read_text("utf-8"))
     base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
-    raise StartupError(
-        f"{named}: {found[0]} is a PEFT adapter's (LoRA or the like), which changes the weights of "
+    raise _adapter(named, found[0], base)
+
+
+def _adapter(named: str, file: str, base: str | None) -> StartupError:
+    return StartupError(
+        f"{named}: {file} is a PEFT adapter's (LoRA or the like), which changes the weights of "
         f"{base or 'its base model'}; adapters are not applied here. Merge it once, in Python with peft: "
         f"`PeftModel.from_pretrained(base, folder).merge_and_unload().save_pretrained(merged)`; copy the files of the "
         f"tokenizer and of sentence-transformers to `merged`, and serve that."
     )
-
-
-def _listed(named: str, index: Any) -> set[str]:
-    """The files that an index lists."""
-    listed = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
-        raise StartupError(f"{named}: {INDEX} has no `weight_map` of tensors to files; fetch the model again.")
-    names = set(listed.values())
-    if outside := sorted(name for name in names if PurePosixPath(name).name != name):
-        raise StartupError(f"{named}: {INDEX} lists {outside[0]!r}, which is not a file beside it.")
-    return names
 
 
 def refuse_misplaced(named: str, index: Mapping[str, str], files: Mapping[str, Path]) -> None:
