@@ -99,7 +99,6 @@ def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
         max_model_len=32768,
         prompts={},
         logit_score=ANSWERS if reranks else {},
-        revision="random",
     )
 
 

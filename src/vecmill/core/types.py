@@ -59,7 +59,9 @@ class ModelCard:
     task: Task
     family: str
     revision: str
-    """Commit of the hub snapshot, else a SHA-256 over parts of the weights (first 12 hex digits)."""
+    """Commit of the hub's snapshot, else a hash of everything that was read (first 12 hex digits): for people."""
+    fingerprint: str
+    """A hash of everything that was read of the checkpoint, the hub's snapshots included."""
     dimensions: int | None
     """Of a vector; None for a reranker."""
     supported_dimensions: Sequence[int]

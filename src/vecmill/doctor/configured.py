@@ -10,8 +10,8 @@ from vecmill.core.types import Task
 from vecmill.doctor.context import Context
 from vecmill.models import hub
 from vecmill.models.checkpoint import Checkpoint, read
-from vecmill.models.sizes import parameters
 from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, Source, find, is_hub_id
+from vecmill.models.weight_files import parameters
 
 AUTO, NONE = "auto", "none"
 BYTES = {"float32": 4}  # of a parameter; all other types have 2
@@ -85,11 +85,9 @@ def _here(wanted: str, name: str, task: Task) -> Configured:
 def _read(name: str, source: Source, *, automatic: bool) -> Configured:
     try:
         checkpoint = read(source)
+        _ = checkpoint.weight_files  # which must be there
     except StartupError as error:
         return Configured(name, source.task, automatic, None, error.message)
-    if not all(path.is_file() for path in checkpoint.weight_files) or not checkpoint.weight_files:
-        problem = f"{source.named}: {source.folder} lacks weights in safetensors; fetch the model again."
-        return Configured(name, source.task, automatic, None, problem)
     return Configured(name, source.task, automatic, checkpoint, None)
 
 

@@ -5,22 +5,20 @@ Source of the layout: https://sbert.net/docs/package_reference/sentence_transfor
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models import config_keys
+from vecmill.models import config_keys, weight_files
+from vecmill.models.fingerprint import Fingerprint, commit_of
 from vecmill.models.modules import check_sentence_transformers, pooling_modes, read_modules
 from vecmill.models.source import Source
 
 Pooling = Literal["mean", "cls", "lasttoken"]
-
-HASHED_BLOCKS, HASHED_BLOCK = 64, 65_536
 
 POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
 
@@ -41,11 +39,14 @@ class Checkpoint:
     """Those of `config_sentence_transformers.json`."""
     logit_score: Mapping[str, Any]
     """A reranker's `LogitScore` module; empty where there is none."""
-    revision: str
     normalizes: bool = False
     """Whether its own files make unit vectors."""
     similarity: str = "cosine"
     """How its vectors are compared: the name of sentence-transformers' function."""
+    commit: str | None = None
+    """The hub's, for a folder of its cache. Only shown: whether the files are still that commit's is not known."""
+    fingerprint: Fingerprint = field(default_factory=Fingerprint, compare=False)
+    """Of what has been read; whole when the model is loaded."""
 
     @property
     def id(self) -> str:
@@ -84,14 +85,29 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The safetensors of the model: those that the index lists, else the one."""
-        index = read_json(self.folder / "model.safetensors.index.json").get("weight_map", {})
-        return [self.folder / name for name in sorted(set(index.values()))] or sorted(self.folder.glob("*.safetensors"))
+        """The safetensors that are read.
+
+        Raises:
+            StartupError: there are none; the sentence says what there is instead, and what to do.
+        """
+        model = self.id if self.commit else str(self.folder)
+        listing = weight_files.list_folder(self.named, self.folder, model)
+        names = listing.chosen(self.weight_index)
+        return [self.folder / name for name in names]
+
+    def weight_index(self) -> Any:
+        """What the index of the weights says; it is not looked at where there is `model.safetensors`."""
+        return _load(self.folder / weight_files.INDEX)
 
     @property
     def weight_bytes(self) -> int:
-        """Of the files."""
-        return sum(path.stat().st_size for path in self.weight_files if path.is_file())
+        """Of the files that are read. Raises StartupError as `weight_files`."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    @property
+    def revision(self) -> str:
+        """What is shown: the hub's commit, else a short hash of all that was read; so after the model is loaded."""
+        return self.commit or self.fingerprint.shown
 
     def require_pooling(self) -> Pooling:
         """How an embedder makes one vector of many."""
@@ -106,6 +122,7 @@ def read(source: Source) -> Checkpoint:
         StartupError: a file is missing or says something that is not supported.
     """
     folder, named, task = source.folder, source.named, source.task
+    weight_files.refuse_adapter(named, folder)
     config = read_json(folder / "config.json")
     modules = _modules(folder, named, task, config)
     for needed in ("config.json", "tokenizer.json"):
@@ -118,6 +135,8 @@ def read(source: Source) -> Checkpoint:
     positions = _positions(folder, config)
     max_model_len = _max_model_len(folder, positions)
     _check_longrope(folder, named, config, max_model_len)
+    fingerprint = Fingerprint()
+    fingerprint.add_files(folder, modules.values())
     return Checkpoint(
         source=source,
         config=config,
@@ -128,7 +147,8 @@ def read(source: Source) -> Checkpoint:
         max_model_len=max_model_len,
         prompts=said.get("prompts") or {},
         logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
-        revision=_revision(folder),
+        commit=commit_of(folder),
+        fingerprint=fingerprint,
     )
 
 
@@ -208,21 +228,3 @@ def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mappi
             f"{named}: pooling {'+'.join(sorted(modes)) or 'none'} is not supported; mean, cls and lasttoken are."
         )
     return POOLING_MODES[modes[0]]
-
-
-def _revision(folder: Path) -> str:
-    """The hub's commit, else a hash of the weights' headers and of blocks spread over all of them.
-
-    Reading every byte would take as long as loading; a training run changes every block.
-    """
-    if folder.resolve().parent.name == "snapshots":  # the hub's cache names the folder after the commit
-        return folder.resolve().name
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for block in range(HASHED_BLOCKS):
-                file.seek(block * max(HASHED_BLOCK, size // HASHED_BLOCKS))
-                digest.update(file.read(HASHED_BLOCK))
-    return "sha256:" + digest.hexdigest()[:12]
