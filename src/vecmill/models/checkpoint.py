@@ -20,6 +20,10 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 
 HASHED_BLOCKS, HASHED_BLOCK = 64, 65_536
 
+LIBRARY_CONFIG = "config_sentence_transformers.json"
+LIBRARY_TYPES = {Task.EMBED: "SentenceTransformer", Task.RERANK: "CrossEncoder"}
+ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
+
 # The last part of a module's type in modules.json: what runs here, by task.
 MODULES = {Task.EMBED: {"Transformer", "Pooling", "Normalize"}, Task.RERANK: {"Transformer", "LogitScore"}}
 POOLING_MODES: Mapping[str, Pooling] = {
@@ -43,8 +47,10 @@ class Checkpoint:
     positions: int
     """Tokens that the weights have positions for or were trained on."""
     max_model_len: int
-    prompts: Mapping[str, str]
-    """Those of `config_sentence_transformers.json`."""
+    library_config: Mapping[str, Any]
+    """`config_sentence_transformers.json`, as far as sentence-transformers reads it."""
+    include_prompt: bool
+    """Whether the tokens of a prompt are pooled."""
     logit_score: Mapping[str, Any]
     """A reranker's `LogitScore` module; empty where there is none."""
     revision: str
@@ -71,9 +77,15 @@ class Checkpoint:
         return str(self.config.get("model_type", "missing"))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What it may be called: its id, and where its files were made."""
-        return (self.id, str(self.config.get("_name_or_path", "")))
+    def prompts(self) -> Mapping[str, str]:
+        """Those of the files, by name."""
+        return {name: text or "" for name, text in (self.library_config.get("prompts") or {}).items()}
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """Of the prompt that goes before a text of which nothing is said."""
+        name: str | None = self.library_config.get("default_prompt_name")
+        return name
 
     @property
     def tokenizer_file(self) -> Path:
@@ -115,8 +127,9 @@ def read(source: Source) -> Checkpoint:
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
         positions=positions,
         max_model_len=_max_model_len(folder, positions),
-        prompts=read_json(folder / "config_sentence_transformers.json").get("prompts") or {},
-        logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
+        library_config=_library_config(folder, named, task, modules),
+        include_prompt=bool(_module_config(folder, modules, "Pooling").get("include_prompt", True)),
+        logit_score=_module_config(folder, modules, "LogitScore"),
         revision=_revision(folder),
     )
 
@@ -157,6 +170,39 @@ def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) ->
     return modules
 
 
+def _module_config(folder: Path, modules: Mapping[str, str], kind: str) -> dict[str, Any]:
+    return read_json(folder / modules[kind] / "config.json") if kind in modules else {}
+
+
+def _library_config(folder: Path, named: str, task: Task, modules: Mapping[str, str]) -> dict[str, Any]:
+    """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
+    said = read_json(folder / LIBRARY_CONFIG) if modules else {}
+    kind = said.get("model_type", LIBRARY_TYPES[Task.EMBED])
+    if task is Task.EMBED and kind == LIBRARY_TYPES[Task.RERANK]:
+        raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
+    if kind != LIBRARY_TYPES[task]:
+        if task is Task.EMBED or "LogitScore" in modules:
+            raise StartupError(
+                f"{named}: {LIBRARY_CONFIG} has `model_type`: {kind!r}; supported: {LIBRARY_TYPES[task]!r}."
+            )
+        return {}  # what another kind of model says of itself is not a reranker's
+    _check_prompts(named, task, said)
+    return said
+
+
+def _check_prompts(named: str, task: Task, said: Mapping[str, Any]) -> None:
+    prompts = said.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(text is None or isinstance(text, str) for text in prompts.values()):
+        raise StartupError(f"{named}: `prompts` in {LIBRARY_CONFIG} must be an object of texts.")
+    default = said.get("default_prompt_name")
+    known = {*prompts, *(ALWAYS_NAMED if task is Task.EMBED else ())}
+    if default is not None and default not in known:
+        raise StartupError(
+            f"{named}: `default_prompt_name` in {LIBRARY_CONFIG} is {str(default)[:100]!r}, which is none of its "
+            f"prompts ({', '.join(sorted(prompts)) or 'there are none'}); add the prompt, or remove the name."
+        )
+
+
 def _positions(folder: Path, config: Mapping[str, Any]) -> int:
     backbone = config.get("text_config") or config
     # nomic: positions beyond those trained need rotary scaling, which makes vectors depend on the longest of a batch.
@@ -182,7 +228,7 @@ def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mappi
         return "lasttoken" if decoder else "mean"
     if "Pooling" not in modules:
         raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
-    said = read_json(folder / modules["Pooling"] / "config.json")
+    said = _module_config(folder, modules, "Pooling")
     on = {key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value}
     if isinstance(mode := said.get("pooling_mode"), str):  # written so since sentence-transformers 5.4
         on.add(mode)

@@ -31,7 +31,7 @@ from vecmill.core.errors import StartupError, StartupObstacle
 
 logger = logging.getLogger(__name__)
 
-SMALL_FILES = ["*.json", "*/config.json"]
+SMALL_FILES = ["*.json", "*/config.json", "*.jinja"]
 NEEDED_FILES = [*SMALL_FILES, "*.safetensors"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
