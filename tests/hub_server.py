@@ -112,7 +112,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.asked.append((self.command, path, self.headers.get("Range")))
         if self.hub.status != 200:
             return self._send(self.hub.status)
-        where = re.fullmatch(r"(/api/models)?/(\w+/\w+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
+        where = re.fullmatch(r"(/api/models)?/([\w.-]+/[\w.-]+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
         if where is None or where[2] != NAME:
             return self._send(404, {"X-Error-Code": "RepoNotFound"})
         if where[4] not in (None, "main", COMMIT):

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from vecmill.core.types import PromptSource, Task
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION
+from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3_PROMPT, rerank_form
 
 BGE_EN = "Represent this sentence for searching relevant passages: "
 BGE_ZH = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001  # as the card has it
@@ -69,17 +69,32 @@ def prompts(checkpoint: Checkpoint, query_instruction: str | None = None) -> Pro
     """
     found = _found(checkpoint)
     query = found.by_name.get("query")
-    if query_instruction is None or not query or checkpoint.task is Task.RERANK:
+    if query_instruction is None:
+        return found
+    if checkpoint.task is Task.RERANK:
+        return _instructed(checkpoint, found, query_instruction)
+    if not query:
         return found
     template = instruction_template(found.by_name) or INSTRUCTION
-    changed = {**found.by_name, "query": template.replace(INSTRUCTION, query_instruction)}
-    return replace(found, by_name=changed)
+    return replace(found, by_name={**found.by_name, "query": template.replace(INSTRUCTION, query_instruction)})
+
+
+def _instructed(checkpoint: Checkpoint, found: Prompts, instruction: str) -> Prompts:
+    """A reranker's default prompt is its instruction, where it takes one."""
+    prompt = rerank_form(checkpoint).prompt
+    if prompt is None or not prompt.takes_instruction:
+        return found
+    name = found.default_name or "query"
+    return replace(found, by_name={**found.by_name, name: instruction}, default_name=name)
 
 
 def _found(checkpoint: Checkpoint) -> Prompts:
     if checkpoint.prompts or checkpoint.default_prompt_name:
         return Prompts(checkpoint.prompts, checkpoint.default_prompt_name, "files")
-    card = next((prompts for owner, name, prompts in PROMPTS if called(checkpoint, owner, name)), None)
+    if checkpoint.task is Task.RERANK:
+        own = rerank_form(checkpoint).prompt is QWEN3_PROMPT
+        return Prompts({"query": DEFAULT_INSTRUCTION}, "query", "card") if own else Prompts({})
+    card = next((prompts for owner, name, prompts in PROMPTS if checkpoint.is_called(owner, name)), None)
     return Prompts({}) if card is None else Prompts(card, source="card")
 
 
@@ -101,20 +116,11 @@ def supported_dimensions(checkpoint: Checkpoint, native: int) -> Sequence[int]:
         return range(1, native + 1)
     if checkpoint.model_type == "qwen3":
         return range(min(QWEN3_SMALLEST, native), native + 1)
-    if called(checkpoint, *NOMIC_V1_5):
+    if checkpoint.is_called(*NOMIC_V1_5):
         return (*(size for size in NOMIC_V1_5_DIMENSIONS if size < native), native)
     return (native,)
 
 
 def layer_norm_before_slice(checkpoint: Checkpoint) -> bool:
     """nomic-embed-text-v1.5's card norms the full vector, without weights, before it is cut."""
-    return called(checkpoint, *NOMIC_V1_5)
-
-
-def called(checkpoint: Checkpoint, owner: str, name: str) -> bool:
-    """Whether its id is the owner's model of that name, or it is a folder that is named so.
-
-    `_name_or_path` in config.json does not count: a fine-tune has that of the model that it was made from.
-    """
-    *owners, last = checkpoint.id.split("/")
-    return (not owners or owners[-1].casefold() == owner.casefold()) and bool(re.fullmatch(name, last, re.IGNORECASE))
+    return checkpoint.is_called(*NOMIC_V1_5)

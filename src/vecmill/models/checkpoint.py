@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,15 @@ class Checkpoint:
         name: str | None = self.library_config.get("default_prompt_name")
         return name
 
+    def is_called(self, owner: str, name: str) -> bool:
+        """Whether its id is the owner's model of a name (a regular expression), or it is a folder that is named so.
+
+        `_name_or_path` in config.json does not count: a fine-tune has that of the model that it was made from.
+        """
+        *owners, last = self.id.split("/")
+        by_owner = not owners or owners[-1].casefold() == owner.casefold()
+        return by_owner and re.fullmatch(name, last, re.IGNORECASE) is not None
+
     @property
     def tokenizer_file(self) -> Path:
         return self.folder / "tokenizer.json"
@@ -121,6 +131,9 @@ def read(source: Source) -> Checkpoint:
     config = read_json(folder / "config.json")
     modules = _modules(folder, named, task, config)
     positions = _positions(folder, config)
+    logit_score = _module_config(folder, modules, "LogitScore")
+    if "LogitScore" in modules and not logit_score:
+        raise StartupError(f"{named}: {folder / modules['LogitScore']} has no config.json that names its tokens.")
     return Checkpoint(
         source=source,
         config=config,
@@ -129,7 +142,7 @@ def read(source: Source) -> Checkpoint:
         max_model_len=_max_model_len(folder, positions),
         library_config=_library_config(folder, named, task, modules),
         include_prompt=bool(_module_config(folder, modules, "Pooling").get("include_prompt", True)),
-        logit_score=_module_config(folder, modules, "LogitScore"),
+        logit_score=logit_score,
         revision=_revision(folder),
     )
 
