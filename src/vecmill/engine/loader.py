@@ -164,8 +164,14 @@ def _load_all(
         model = build(one, Target(chosen.dtype, device, progress, shared, parts))
         card = _card(one, model, chosen, device, _uncounted_bytes(model, counted))
         prompts = cards.prompts(one, settings.query_instruction)
-        template = cards.instruction_template(prompts)
-        card = replace(card, prompts=prompts, instruction_template=template, aliases=aliases[one.id])
+        card = replace(
+            card,
+            prompts=prompts.by_name,
+            default_prompt_name=prompts.default_name,
+            prompts_from=prompts.source,
+            instruction_template=cards.instruction_template(prompts.by_name),
+            aliases=aliases[one.id],
+        )
         loaded.append(LoadedModel(card, one, model))
     return loaded
 

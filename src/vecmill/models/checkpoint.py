@@ -6,6 +6,7 @@ Source of the layout: https://sbert.net/docs/package_reference/sentence_transfor
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,10 @@ from vecmill.models.modules import check_sentence_transformers, pooling_modes, r
 from vecmill.models.source import Source
 
 Pooling = Literal["mean", "cls", "lasttoken"]
+
+LIBRARY_CONFIG = "config_sentence_transformers.json"
+LIBRARY_TYPES = {Task.EMBED: "SentenceTransformer", Task.RERANK: "CrossEncoder"}
+ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
 
 POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
 
@@ -35,8 +40,10 @@ class Checkpoint:
     positions: int
     """Tokens that the weights have positions for or were trained on."""
     max_model_len: int
-    prompts: Mapping[str, str]
-    """Those of `config_sentence_transformers.json`."""
+    library_config: Mapping[str, Any]
+    """`config_sentence_transformers.json`, as far as sentence-transformers reads it."""
+    include_prompt: bool
+    """Whether the tokens of a prompt are pooled."""
     logit_score: Mapping[str, Any]
     """A reranker's `LogitScore` module; empty where there is none."""
     normalizes: bool = False
@@ -75,9 +82,24 @@ class Checkpoint:
         return config_keys.architecture(self.config, self.task)
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What it may be called: its id, and where its files were made."""
-        return (self.id, str(self.config.get("_name_or_path", "")))
+    def prompts(self) -> Mapping[str, str]:
+        """Those of the files, by name."""
+        return {name: text or "" for name, text in (self.library_config.get("prompts") or {}).items()}
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """Of the prompt that goes before a text of which nothing is said."""
+        name: str | None = self.library_config.get("default_prompt_name")
+        return name
+
+    def is_called(self, owner: str, name: str) -> bool:
+        """Whether its id is the owner's model of a name (a regular expression), or it is a folder that is named so.
+
+        `_name_or_path` in config.json does not count: a fine-tune has that of the model that it was made from.
+        """
+        *owners, last = self.id.split("/")
+        by_owner = not owners or owners[-1].casefold() == owner.casefold()
+        return by_owner and re.fullmatch(name, last, re.IGNORECASE) is not None
 
     @property
     def tokenizer_file(self) -> Path:
@@ -129,12 +151,14 @@ def read(source: Source) -> Checkpoint:
         if not (folder / needed).is_file():
             raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
     config_keys.check_config(named, folder / "config.json", config, task)
-    # Without modules.json sentence-transformers does not read it.
-    said = read_json(folder / "config_sentence_transformers.json") if modules else {}
-    check_sentence_transformers(named, folder / "config_sentence_transformers.json", said, task)
+    library = _library_config(folder, named, task, modules)
+    check_sentence_transformers(named, folder / LIBRARY_CONFIG, library, task)
     positions = _positions(folder, config)
     max_model_len = _max_model_len(folder, positions)
     _check_longrope(folder, named, config, max_model_len)
+    logit_score = _module_config(folder, modules, "LogitScore")
+    if "LogitScore" in modules and not logit_score:
+        raise StartupError(f"{named}: {folder / modules['LogitScore']} has no config.json that names its tokens.")
     fingerprint = Fingerprint()
     fingerprint.add_files(folder, modules.values())
     return Checkpoint(
@@ -142,11 +166,12 @@ def read(source: Source) -> Checkpoint:
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
         normalizes="Normalize" in modules,
-        similarity=said.get("similarity_fn_name") or "cosine",
+        similarity=library.get("similarity_fn_name") or "cosine",
         positions=positions,
         max_model_len=max_model_len,
-        prompts=said.get("prompts") or {},
-        logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
+        library_config=library,
+        include_prompt=bool(_module_config(folder, modules, "Pooling").get("include_prompt", True)),
+        logit_score=logit_score,
         commit=commit_of(folder),
         fingerprint=fingerprint,
     )
@@ -196,6 +221,39 @@ def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_mod
         )
 
 
+def _module_config(folder: Path, modules: Mapping[str, str], kind: str) -> dict[str, Any]:
+    return read_json(folder / modules[kind] / "config.json") if kind in modules else {}
+
+
+def _library_config(folder: Path, named: str, task: Task, modules: Mapping[str, str]) -> dict[str, Any]:
+    """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
+    said = read_json(folder / LIBRARY_CONFIG) if modules else {}
+    kind = said.get("model_type", LIBRARY_TYPES[Task.EMBED])
+    if task is Task.EMBED and kind == LIBRARY_TYPES[Task.RERANK]:
+        raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
+    if kind != LIBRARY_TYPES[task]:
+        if task is Task.EMBED or "LogitScore" in modules:
+            raise StartupError(
+                f"{named}: {LIBRARY_CONFIG} has `model_type`: {kind!r}; supported: {LIBRARY_TYPES[task]!r}."
+            )
+        return {}  # what another kind of model says of itself is not a reranker's
+    _check_prompts(named, task, said)
+    return said
+
+
+def _check_prompts(named: str, task: Task, said: Mapping[str, Any]) -> None:
+    prompts = said.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(text is None or isinstance(text, str) for text in prompts.values()):
+        raise StartupError(f"{named}: `prompts` in {LIBRARY_CONFIG} must be an object of texts.")
+    default = said.get("default_prompt_name")
+    known = {*prompts, *(ALWAYS_NAMED if task is Task.EMBED else ())}
+    if default is not None and default not in known:
+        raise StartupError(
+            f"{named}: `default_prompt_name` in {LIBRARY_CONFIG} is {str(default)[:100]!r}, which is none of its "
+            f"prompts ({', '.join(sorted(prompts)) or 'there are none'}); add the prompt, or remove the name."
+        )
+
+
 def _positions(folder: Path, config: Mapping[str, Any]) -> int:
     backbone = config.get("text_config") or config
     # nomic: positions beyond those trained need rotary scaling, which makes vectors depend on the longest of a batch.
@@ -219,7 +277,7 @@ def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mappi
     if not modules:  # what sentence-transformers adds to a bare decoder or encoder
         names = config.get("architectures") or [""]
         return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"
-    said = read_json(folder / modules["Pooling"] / "config.json")
+    said = _module_config(folder, modules, "Pooling")
     if not said:
         raise StartupError(f"{named}: {folder / modules['Pooling']} has no config.json that says how to pool.")
     modes = pooling_modes(said)

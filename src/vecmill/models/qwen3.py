@@ -16,6 +16,8 @@ from vecmill.models.packing import PackedBatch
 from vecmill.models.pooling import pool
 from vecmill.models.weights import Target, load_weights, make_config
 
+HEADS = ("lm_head.", "score.")
+
 
 class Qwen3Embedder:
     """A packed causal forward pass."""
@@ -59,4 +61,4 @@ def decode(backbone: nn.Module, packed: PackedBatch, use_flash_attn: bool) -> Te
 
 def _rename(name: str) -> Sequence[str]:
     """Embedders are stored under the base model's names, rerankers under the causal model's; the head is not used."""
-    return () if name.startswith("lm_head.") else (name.removeprefix("model."),)
+    return () if name.startswith(HEADS) else (name.removeprefix("model."),)

@@ -81,7 +81,10 @@ def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_s
     if card.aliases:
         table.add_row("aliases", ", ".join(card.aliases))
     if query := card.prompts.get("query"):
-        table.add_row("query prompt", repr(query))
+        table.add_row("query prompt", f"{query!r} (from the model's {card.prompts_from})")
+    if card.default_prompt_name is not None:
+        default = card.prompts.get(card.default_prompt_name, "")
+        table.add_row("default prompt", f"{card.default_prompt_name}, for plain requests: {default!r}")
     table.add_row("revision", card.revision)
     table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
     table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB")

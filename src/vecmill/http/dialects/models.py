@@ -87,6 +87,8 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "similarity": card.similarity if card.dimensions else None,
         "dtype": card.dtype,
         "prompts": dict(card.prompts),
+        "prompts_from": card.prompts_from,
+        "default_prompt_name": card.default_prompt_name,
         "aliases": list(card.aliases),
     }
 
