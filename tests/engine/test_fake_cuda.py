@@ -6,6 +6,7 @@ would make the host wait for the device (a fake tensor has no value to give); a 
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.models.loaded import GOLDEN, load_model
-from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
+from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, shape_of
@@ -121,6 +122,8 @@ class Step:
     stream: Stream
     blocking: bool = False
     """A copy that the host waits for: not asked to be asynchronous, or its side on the host is not pinned."""
+    window: Any = None
+    """Of attention."""
 
 
 class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -189,8 +192,8 @@ class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 query, key, value, *others = args
                 return packed_attention._attend(query, key, value, packed_attention.compiled_call.get(), *others)
         out = func(*args, **(kwargs or {}))
-        step = Step(name, self.current_stream())
-        self.steps.append(step)
+        window = next((list(each) for each in args if isinstance(each, list | tuple)), None)
+        self.steps.append(Step(name, self.current_stream(), window=window))
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
         self.devices |= {each.device for each in (*given, *made) if each.is_cuda}
@@ -331,7 +334,7 @@ class OnCuda:
         with self.driver:
             return launch(self.model, rows, Device(CUDA, flash, self.streams), lane)
 
-    def compile(self) -> None:
+    def compile(self, graphs: int = 1) -> None:
         """The layers, traced as on a GPU; what inductor makes of the trace needs one."""
         before = compilations()
         packed = pack([*self.rows, *self.rows], CUDA)
@@ -341,7 +344,7 @@ class OnCuda:
             return 0.0
 
         compile_layers(self.model.model.layers, run, backend="eager")
-        assert compilations() == before + 1
+        assert compilations() == before + graphs
 
 
 @contextmanager
@@ -434,6 +437,20 @@ def test_a_captured_pass_reads_and_writes_on_the_device_alone(
             check_launched(on, launched, on.streams.run[lane], model.width)
             assert driver.count("replay") == 1
             assert not {step.name for step in driver.steps} & COMPUTING
+
+
+@pytest.mark.parametrize("flash", [True, False], ids=["flash", "sdpa"])
+def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver, flash: bool) -> None:
+    """One layer with a window and one without, compiled; rows longer and shorter than it."""
+    folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")
+    edit_json(folder / "config.json", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with on_cuda(folder, (Task.EMBED, "qwen3"), torch.bfloat16, driver) as on:
+        on.compile(graphs=2)
+        for lane in (Lane.BULK, Lane.INTERACTIVE):
+            launched = on.launch(on.rows, lane, flash=flash)
+            check_launched(on, launched, on.streams.run[lane], on.model.model.width)
+            windows = [step.window for step in driver.steps if step.name == "torch_attn::_varlen_attn"]
+            assert windows == ([[-1, 0], [7, 0]] if flash else [])
 
 
 def test_what_would_make_the_host_wait_is_seen(driver: Driver) -> None:
