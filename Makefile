@@ -41,8 +41,8 @@ test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## O
 # Not among the development tools: it would be a plugin of every run of pytest.
 fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
 	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
-test-lowest: $(LOWEST)/.installed  ## Run the tests of the models and the engine on the lowest versions that are allowed.
-	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine $(ARGS)
+test-lowest: $(LOWEST)/.installed  ## Run the tests of the models, the engine and the GPU benchmark on the lowest versions that are allowed.
+	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine tests/test_gpu_benchmark.py $(ARGS)
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 

@@ -4,7 +4,7 @@ It proves values, rotary angles, captured passes, the engine under overlap and r
 it measures Qwen3-Embedding-0.6B and -4B, BERT-base and NV-Embed-v2 with random weights drawn on the device: forward
 passes of 16 to 16,384 tokens, eager, compiled and in CUDA graphs, as a share of a large matmul timed beside them; one
 query against the time in which its weights are read; and the texts per second beside sentence-transformers on the same
-weights. Nothing is downloaded.
+weights. Last, what it costs bulk that interactive work goes first. Nothing is downloaded.
 
 Every stage is a process of its own with a time limit, in the order of its value, and keeps what it finds as soon as it
 finds it, in the folder that OUT names (else a temporary one): a run that is cut off at any second loses nothing. What
@@ -36,10 +36,11 @@ import psutil
 import torch
 from benchmarks.gpu_card import describe_card, sampled
 from benchmarks.gpu_forward import Timing, measure_forwards, read_rate, timed
+from benchmarks.gpu_lanes import lane_cost
 from benchmarks.gpu_model import Subject, make, read_side
 from benchmarks.gpu_proofs import engine_overlap, person_beside_bulk, run_values
 from benchmarks.gpu_reference import compare
-from benchmarks.gpu_report import print_machine, print_model, print_stages, print_targets, targets
+from benchmarks.gpu_report import print_lanes, print_machine, print_model, print_stages, print_targets, targets
 from benchmarks.gpu_sizes import FULL, TINY, GpuSizes
 from benchmarks.gpu_stages import Stages
 from benchmarks.host import describe_host
@@ -80,12 +81,13 @@ PROOFS = (
     Stage("engine", 120, ("pydantic", "pydantic_settings")),
     Stage("http", 120, SERVER),
 )
+LANES = Stage("lanes", 150, ("pydantic", "pydantic_settings"))
 MODEL_SECONDS = 110.0
 
 
 def stages_of(sizes: GpuSizes) -> list[Stage]:
     """In the order of their value."""
-    return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models)]
+    return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models), LANES]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -179,6 +181,9 @@ def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
             run_values(device, keep)
     elif name == "engine":
         engine_overlap(device, keep)
+    elif name == LANES.name:
+        rounds = options.rounds or (2 if options.tiny else 4)
+        lane_cost(device, keep, tiny=options.tiny, rounds=rounds, seconds=0.2 if options.tiny else 3)
     else:
         person_beside_bulk(device, keep, tiny=options.tiny, seconds=1 if options.tiny else 4)
     return all(seen["ok"] for seen in found.values())
@@ -273,6 +278,8 @@ def main(arguments: Sequence[str] | None = None, already: float = 0.0) -> int:
             records.append(run_stage(stage, passed_on, folder, left))
     found = summary_of(records, sizes)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    if "lanes" in found["proofs"]:
+        print_lanes(console, found["proofs"]["lanes"]["lanes"])
     print_targets(console, found["targets"])
     for record in records:
         console.print(f"{record['stage']}: {record['status']} {record.get('reason', '')}", soft_wrap=True)

@@ -263,7 +263,7 @@ def person_beside_bulk(
     """A person's queries alone, bulk alone, and both, over HTTP, on Qwen3-0.6B's shape with random weights."""
     with TemporaryDirectory() as name:
         folder = Path(name) / "random-qwen3"
-        _write_checkpoint(folder, QUICK.encoders["tiny Qwen3"][1] if tiny else QWEN3_0_6B)
+        write_checkpoint(folder, QUICK.encoders["tiny Qwen3"][1] if tiny else QWEN3_0_6B)
         for label, options in {"as it starts": (), "without graphs": ("--no-cuda-graphs",)}.items():
             serve = ("--embed-model", str(folder), "--rerank-model", "none", "--device", device.type, *options)
             keep(label, _attempt(partial(_mixed_load, serve, seconds)))
@@ -285,7 +285,7 @@ def _mixed_load(serve: Sequence[str], seconds: float) -> dict[str, Any]:
     return {**json.loads(done.stdout), "ok": True}
 
 
-def _write_checkpoint(folder: Path, shape: Shape) -> None:
+def write_checkpoint(folder: Path, shape: Shape) -> None:
     """Random weights in the hub's layout, with the tiny checkpoint's tokenizer."""
     source = GOLDEN / "qwen3" / "embedding"
     shutil.copytree(source, folder)

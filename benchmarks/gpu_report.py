@@ -134,6 +134,22 @@ def _print_comparison(console: Console, found: Mapping[str, Any]) -> None:
     console.print(table)
 
 
+def print_lanes(console: Console, found: Mapping[str, Any]) -> None:
+    """Bulk and a person's queries, with a stream for each lane and without."""
+    table = Table(box=SIMPLE)
+    table.add_column("", no_wrap=True)
+    for heading in ("bulk alone tokens/s", "beside a person", "a query p50 ms", "p95"):
+        table.add_column(heading, justify="right")
+    for way, side in found["ways"].items():
+        rates = (side["bulk_alone_tokens_per_s"], side["bulk_beside_a_person_tokens_per_s"])
+        cells = [f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})" for rate in rates]
+        table.add_row(way, *cells, *(f"{milliseconds:.4g}" for milliseconds in side["query_ms"].values()))
+    console.print(table)
+    costs = (found["cost_alone"], found["cost_beside_a_person"])
+    alone, beside = (f"{cost['median']:.1%} ({cost['min']:.1%} to {cost['max']:.1%})" for cost in costs)
+    console.print(f"  A stream for each lane costs bulk {alone} alone, {beside} beside a person.", soft_wrap=True)
+
+
 def print_targets(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
     """Met or not."""
     console.print()

@@ -12,14 +12,17 @@ import pytest
 import torch
 from benchmarks.gpu import Stage, run_stage
 from benchmarks.gpu_card import Samples, sampled, summary
+from benchmarks.gpu_lanes import LANES, ONE_STREAM, Counted, one_stream
+from benchmarks.gpu_lanes import summary as summary_of_lanes
 from benchmarks.gpu_proofs import VALUES
 from benchmarks.gpu_report import targets
 from benchmarks.gpu_sizes import FULL, TINY
 from benchmarks.gpu_stages import Stages
 
 from tests.benchmark_runs import REPOSITORY, json_line, run_benchmark
+from vecmill.engine.loaded import Streams
 
-pytestmark = pytest.mark.benchmark
+pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(600)]  # a run is a dozen processes, one after the other
 
 CPU = torch.device("cpu")
 
@@ -46,9 +49,43 @@ def test_the_json_line_holds_the_machine_every_model_and_every_stage(result: dic
 
 
 def test_what_must_be_true_is_proven_first(result: dict[str, Any]) -> None:
-    assert list(result["proofs"]) == ["values", "engine", "http"]
+    assert list(result["proofs"]) == ["values", "engine", "http", "lanes"]
     assert all(proof["ok"] for stage in result["proofs"].values() for proof in stage.values())
     assert result["proofs"]["http"]["as it starts"]["person_beside_bulk"]["requests"] > 0
+
+
+def test_what_a_stream_for_each_lane_costs_bulk_is_measured(result: dict[str, Any]) -> None:
+    lanes = result["proofs"]["lanes"]["lanes"]
+    assert list(lanes["ways"]) == ["a stream for each lane", "one stream"]
+    for way in lanes["ways"].values():
+        assert way["bulk_alone_tokens_per_s"]["min"] > 0
+        assert way["bulk_beside_a_person_tokens_per_s"]["min"] > 0
+        assert way["query_ms"]["p50"] > 0
+    assert all(len(lanes[name]["rounds"]) == TINY.rounds for name in ("cost_alone", "cost_beside_a_person"))
+
+
+def test_what_lanes_cost_is_the_share_of_bulks_tokens() -> None:
+    def rounds(*tokens: int) -> list[Counted]:
+        return [Counted(each, 2.0, [0.010]) for each in tokens]
+
+    found = summary_of_lanes(
+        {
+            LANES: {False: rounds(98, 99), True: rounds(80, 90)},
+            ONE_STREAM: {False: rounds(100, 100), True: rounds(100, 100)},
+        }
+    )
+
+    assert found["ways"][LANES]["bulk_alone_tokens_per_s"]["rounds"] == [49, 49.5]
+    assert found["cost_alone"]["rounds"] == pytest.approx([0.02, 0.01])
+    assert found["cost_beside_a_person"]["median"] == pytest.approx(0.15)
+    assert found["ways"][ONE_STREAM]["query_ms"] == {"p50": 10, "p95": 10}
+
+
+def test_without_the_rule_both_lanes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority=0: (object(), priority))
+
+    assert len({id(stream) for stream in one_stream(CPU).run.values()}) == 1
+    assert len({id(stream) for stream in Streams.on(CPU).run.values()}) == 2
 
 
 def test_each_stage_keeps_what_it_finds_in_the_folder_that_out_names(tmp_path: Path) -> None:

@@ -359,8 +359,19 @@ VARIANTS = [
     embeds("not-json", bert, lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
     embeds("per-layer", qwen3, config(per_layer_config={"0": {"hidden_act": "relu"}}), "`per_layer_config`"),
     embeds("both-ways", qwen3, config(is_causal=False), "`is_causal`: false"),
-    embeds("window", qwen3, config(use_sliding_window=True, sliding_window=8, max_window_layers=1), "Sliding windows"),
-    embeds("window-by-layer", qwen3, config(layer_types=["full_attention", "sliding_attention"]), "`layer_types`"),
+    embeds("window", qwen3, config(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    embeds(
+        "window-by-layer",
+        qwen3,
+        config(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    ),
+    embeds(
+        "window-by-layer-unused",
+        qwen3,
+        config(layer_types=["full_attention", "sliding_attention"]),
+        "`use_sliding_window`",
+    ),
+    embeds("window-in-chunks", qwen3, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),
     embeds(
         "longrope", qwen3, config(rope_scaling={**LONGROPE, "original_max_position_embeddings": 64}), "at 64 tokens"
     ),
@@ -412,7 +423,7 @@ VARIANTS = [
     ),
     reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "its head has 3 labels"),
     reranks("ce-alibi", cross_encoder, config(position_embedding_type="alibi"), NO_ALIBI),
-    reranks("qwen3-reranker-window", qwen3_reranker, config(layer_types=["sliding_attention"] * 2), "`layer_types`"),
+    reranks("qwen3-reranker-window", qwen3_reranker, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),
     reranks("a-family-without-rerankers", bare_nomic, config(), "'nomic_bert' is not supported"),
 ]
 SERVED = [one for one in VARIANTS if one.refused is None]

@@ -1,38 +1,49 @@
 """The CUDA branches without a GPU: every family on fake CUDA tensors, which have shapes, types and devices, no values.
 
 What is caught: a wrong device, type or shape; an argument that this torch's `varlen_attn` does not have; any step that
-would make the host wait for the device (a fake tensor has no value to give).
+would make the host wait for the device (a fake tensor has no value to give); a copy or a kernel on the wrong stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.models.loaded import GOLDEN, load_model
-from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
-from vecmill.core.types import Prefix, Row, Task
+from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
+from vecmill.core.types import Lane, Prefix, Row, Task
+from vecmill.engine.compilation import compilations, compile_layers
+from vecmill.engine.cuda_graphs import CudaCapture, Graphs, shape_of
+from vecmill.engine.forward import Launched, launch
+from vecmill.engine.loaded import Device, LoadedModel, Streams
+from vecmill.models import packed_attention
 from vecmill.models.packing import pack
 from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import FAMILIES
 
 Family = tuple[Task, str]
-CUDA = torch.device("cuda", 0)
+# Not the first: what is made on "cuda" without a number is on that one, and does not fit.
+CUDA = torch.device("cuda", 1)
 EVERY_FAMILY: list[Any] = [
     pytest.param((task, model_type), id=f"{task}-{model_type}") for task in Task for model_type in FAMILIES[task]
 ]
-# Copies from the host inside a forward pass; from pageable memory they wait for all that was launched before.
 COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy"}
+COMPUTING = {"aten::embedding", "aten::linear", "aten::segment_reduce", "torch_attn::_varlen_attn"}
+COMPUTING |= {"aten::scaled_dot_product_attention"}
 
 
 @pytest.fixture(scope="module")
@@ -51,26 +62,163 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> 
     return cache(lambda family: makers[family]())
 
 
-class Log(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Every operation, and the copies from the host among them."""
+@dataclass
+class Stream:
+    """In a CUDA stream's place."""
+
+    driver: Driver
+    device: torch.device
+    priority: int = 0
+    waited_for: list[Event] = field(default_factory=list)
+
+    def wait_event(self, event: Event) -> None:
+        assert event.stream is not None, "an event that was never recorded is waited for"
+        self.waited_for.append(event)
+        self.driver.steps.append(Step("wait", self))
+
+    def synchronize(self) -> None:
+        self.driver.waits.append("Stream.synchronize")
+
+
+class Event:
+    """In a CUDA event's place."""
+
+    def __init__(self, driver: Driver, **_: Any) -> None:
+        self._driver = driver
+        self.stream: Stream | None = None
+
+    def record(self, stream: Stream | None = None) -> None:
+        self.stream = stream or self._driver.current_stream()
+        self._driver.steps.append(Step("record", self.stream))
+
+    def synchronize(self) -> None:
+        self._driver.waits.append("Event.synchronize")
+
+
+class Graph:
+    """In a CUDA graph's place: what is captured runs at once, on fake tensors."""
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self.stream: Stream | None = None
+
+    def capture_begin(self, pool: object, capture_error_mode: str) -> None:
+        self.stream = self._driver.current_stream()
+        self._driver.steps.append(Step("capture", self.stream))
+
+    def capture_end(self) -> None:
+        self._driver.steps.append(Step("captured", self._driver.current_stream()))
+
+    def replay(self) -> None:
+        assert self._driver.current_stream() is self.stream, "replayed on another stream than it was captured on"
+        self._driver.steps.append(Step("replay", self._driver.current_stream()))
+
+
+@dataclass(frozen=True)
+class Step:
+    """What was asked of the driver, and on which stream."""
+
+    name: str
+    stream: Stream
+    blocking: bool = False
+    """A copy that the host waits for: not asked to be asynchronous, or its side on the host is not pinned."""
+    window: Any = None
+    """Of attention."""
+
+
+class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes every operation with its stream, the copies among them, and what the host would wait for."""
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Or dynamo would run compiled layers as they are written."""
+        return True
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.operations: list[str] = []
-        self.from_host: list[str] = []
+        self.steps: list[Step] = []
+        self.from_host: list[Step] = []
+        self.to_host: list[Step] = []
+        self.waits: list[str] = []
+        self.devices: set[torch.device] = set()
+        self.asked = False
+        """Whether there is a card now: while dynamo traces, it must not look for one."""
+        self._pinned: list[Tensor] = []
+        self._default = Stream(self, torch.device("cuda", 0))
+        self._current = [self._default]
+
+    def __enter__(self) -> Driver:
+        self.asked = True
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self.asked = False
+
+    def forget(self) -> None:
+        """All steps so far."""
+        for each in (self.steps, self.from_host, self.to_host, self.waits, self._pinned):
+            each.clear()
+
+    def count(self, name: str) -> int:
+        """Steps of this name."""
+        return sum(step.name == name for step in self.steps)
+
+    def current_stream(self, device: torch.device | None = None) -> Stream:
+        """On the device, by default the current one."""
+        stream = self._current[-1]
+        return self._default if device is not None and device != stream.device else stream
+
+    @contextmanager
+    def on(self, stream: Stream) -> Iterator[None]:
+        self._current.append(stream)
+        yield
+        self._current.pop()
+
+    def pin(self, tensor: Tensor) -> Tensor:
+        self._pinned.append(tensor)
+        return tensor
+
+    def empty(self, *sizes: Any, pin_memory: bool = False, **kwargs: Any) -> Tensor:
+        """torch.empty; a build for the CPU cannot pin."""
+        made = EMPTY(*sizes, **kwargs)
+        return self.pin(made) if pin_memory else made
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
         name = func._schema.name
-        self.operations.append(name)
-        tensors = [each for each in args if isinstance(each, torch.Tensor)]
-        if name in COPIES and isinstance(out, torch.Tensor) and out.is_cuda and any(not t.is_cuda for t in tensors):
-            self.from_host.append(name)
+        if name == "vecmill::packed_attention":  # a fake tensor's stops at its shape
+            with self:
+                query, key, value, *others = args
+                return packed_attention._attend(query, key, value, packed_attention.compiled_call.get(), *others)
+        out = func(*args, **(kwargs or {}))
+        window = next((list(each) for each in args if isinstance(each, list | tuple)), None)
+        self.steps.append(Step(name, self.current_stream(), window=window))
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        made = [each for each in tree_leaves(out) if isinstance(each, Tensor)]
+        self.devices |= {each.device for each in (*given, *made) if each.is_cuda}
+        # A number (no dimensions) on the host goes to the device as an argument of a kernel.
+        on_host = [each for each in given if not each.is_cuda and (each.dim() or name in COPIES)]
+        if name == "aten::copy_":
+            on_host, given, made = [each for each in given[1:] if not each.is_cuda], given[1:], given[:1]
+        copy = self._copy(name, args, kwargs or {}, [*on_host, *made])
+        if on_host and any(each.is_cuda for each in (*made, *given)):
+            self.from_host.append(copy)
+        if any(each.is_cuda for each in given) and any(not each.is_cuda for each in made):
+            self.to_host.append(copy)
         return out
+
+    def _copy(self, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Step:
+        asynchronous = name in COPIES and (kwargs.get("non_blocking") or any(each is True for each in args))
+        pinned = any(one is other for one in tensors for other in self._pinned)
+        return Step(name, self.current_stream(), blocking=not (asynchronous and pinned))
+
+
+EMPTY = torch.empty
 
 
 def getitem(tensor: torch.Tensor, key: Any) -> torch.Tensor:
-    """Indexing by operations: a build for the CPU has no device guard for it."""
+    """Indexing by operations: a build for the CPU has no device guard for it, nor for copies."""
     dimension = 0
     indices: list[Tensor | None] = []
     keys = key if isinstance(key, tuple) else (key,)
@@ -96,6 +244,33 @@ def getitem(tensor: torch.Tensor, key: Any) -> torch.Tensor:
 def indexing(monkeypatch: pytest.MonkeyPatch) -> None:
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         monkeypatch.setattr(FakeTensor, "__getitem__", getitem, raising=False)
+        copy = torch.ops.aten.copy_.default
+        monkeypatch.setattr(
+            FakeTensor, "copy_", lambda into, source, non_blocking=False: copy(into, source, non_blocking)
+        )
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+    """In the place of what torch asks of CUDA."""
+    torch.compiler.reset()  # what one test compiled must not serve another
+    driver = Driver()
+    monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
+    for name, standing in {
+        "is_available": lambda: driver.asked,
+        "synchronize": lambda device=None: driver.waits.append("torch.cuda.synchronize"),
+        "current_stream": driver.current_stream,
+        "stream": driver.on,
+        "Stream": partial(Stream, driver),
+        "Event": partial(Event, driver),
+        "CUDAGraph": partial(Graph, driver),
+        "graph_pool_handle": object,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, standing)
+    monkeypatch.setattr(torch, "empty", driver.empty)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: driver.pin(tensor))
+    monkeypatch.setattr(FakeTensor, "record_stream", lambda tensor, stream: None, raising=False)
+    return driver
 
 
 def move(value: Any, mode: FakeTensorMode) -> Any:
@@ -143,58 +318,159 @@ def rows_of(family: Family, vocab_size: int) -> list[Row]:
     return rows
 
 
+@dataclass(frozen=True)
+class OnCuda:
+    """A model on a fake card, with the engine's streams."""
+
+    model: LoadedModel
+    driver: Driver
+    streams: Any
+    """The engine's, of these tests' streams."""
+    rows: Sequence[Row]
+
+    def launch(self, rows: Sequence[Row], lane: Lane, *, flash: bool = True) -> Launched:
+        """One batch as the engine launches it, and what was noted of nothing else."""
+        self.driver.forget()
+        with self.driver:
+            return launch(self.model, rows, Device(CUDA, flash, self.streams), lane)
+
+    def compile(self, graphs: int = 1) -> None:
+        """The layers, traced as on a GPU; what inductor makes of the trace needs one."""
+        before = compilations()
+        packed = pack([*self.rows, *self.rows], CUDA)
+
+        def run(tokens: int) -> float:
+            self.model.model.forward(packed, use_flash_attn=True)
+            return 0.0
+
+        compile_layers(self.model.model.layers, run, backend="eager")
+        assert compilations() == before + graphs
+
+
+@contextmanager
+def on_cuda(folder: Path, family: Family, dtype: torch.dtype, driver: Driver) -> Iterator[OnCuda]:
+    checkpoint, model = load_model(folder, family[0], dtype)
+    loaded = LoadedModel(cast(Any, None), checkpoint, model)
+    with fake_cuda(model):
+        yield OnCuda(loaded, driver, Streams.on(CUDA), rows_of(family, model.vocab_size))
+
+
+def check_launched(on: OnCuda, launched: Launched, stream: Stream, width: int) -> None:
+    """One copy there and one back, both asynchronous, each on its stream; all else on that of the pass."""
+    driver, (part,) = on.driver, launched.parts
+    assert driver.waits == []
+    assert driver.devices == {CUDA}
+    assert [(step.stream, step.blocking) for step in driver.from_host] == [(on.streams.copies, False)]
+    assert [(step.stream, step.blocking) for step in driver.to_host] == [(stream, False)]
+    assert {id(step.stream) for step in driver.steps if step.name in COMPUTING} <= {id(stream)}
+    names = [step.name for step in driver.steps if step.stream is stream]
+    assert names[0] == "wait", "the pass begins before its batch is there"
+    assert stream.waited_for[-1].stream is not None
+    assert names[-2:] == ["aten::copy_", "record"]
+    assert cast(Any, part.done).stream is stream
+    assert (part.answers.shape, part.answers.dtype) == ((len(part.indexes), width), torch.float32)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("flash", [True, False], ids=["flash", "sdpa"])
 @pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_a_forward_pass_on_cuda_never_waits(
-    folder_of: Callable[[Family], Path], family: Family, flash: bool, dtype: torch.dtype
+def test_a_batch_is_launched_without_waiting(
+    folder_of: Callable[[Family], Path], driver: Driver, family: Family, dtype: torch.dtype, compiled: bool
 ) -> None:
-    _, model = load_model(folder_of(family), family[0], dtype)
-    rows = rows_of(family, model.vocab_size)
-    with fake_cuda(model):
-        packed = pack(rows, CUDA)
-        with Log() as log:
-            answers = model.forward(packed, use_flash_attn=flash)
-    assert answers.device == CUDA
-    assert answers.dtype is torch.float32
-    assert answers.shape == (len(rows), model.width)
-    assert log.from_host == []
-    attention = sum(name == "torch_attn::_varlen_attn" for name in log.operations)
-    assert attention == (len(model.layers) if flash and dtype is torch.bfloat16 else 0)
+    with on_cuda(folder_of(family), family, dtype, driver) as on:
+        if compiled:
+            on.compile()
+        prefixed = any(row.prefix is not None for row in on.rows)
+        traced = compilations()
+        for flash in (True, False):
+            on.model.prefixes = PrefixMemory()
+            for lane in (Lane.BULK, Lane.INTERACTIVE) if prefixed else (Lane.INTERACTIVE,):
+                recalled = on.model.prefixes.recall(cast(Prefix, on.rows[-1].prefix)) if prefixed else None
+                stream: Stream = on.streams.run[lane]
+                launched = on.launch(on.rows, lane, flash=flash)
+                check_launched(on, launched, stream, on.model.model.width)
+                assert bool(launched.parts[0].packed.recalled) is (recalled is not None)
+                assert recalled is None or cast(Any, recalled.computed) in stream.waited_for, (
+                    "its keys may not be there yet"
+                )
+                calls = driver.count("torch_attn::_varlen_attn")
+                assert calls == (len(on.model.model.layers) if flash and dtype is torch.bfloat16 else 0)
+            assert bool(len(on.model.prefixes)) is prefixed
+        assert compilations() == traced
 
 
-@pytest.mark.parametrize("recalled", [False, True], ids=["new", "recalled"])
+@pytest.mark.parametrize(
+    ("family", "compiled"),
+    [
+        *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in EVERY_FAMILY),
+        # How its layers run changes nothing of what is around them.
+        pytest.param((Task.EMBED, "qwen3"), True, id="embed-qwen3-compiled"),
+        pytest.param((Task.RERANK, "bert"), True, id="rerank-bert-compiled"),
+    ],
+)
+def test_a_captured_pass_reads_and_writes_on_the_device_alone(
+    folder_of: Callable[[Family], Path], driver: Driver, family: Family, compiled: bool
+) -> None:
+    with on_cuda(folder_of(family), family, torch.bfloat16, driver) as on:
+        if compiled:
+            on.compile()
+        model = on.model.model
+        capture = CudaCapture(model, CUDA, on.streams.run)
+        shapes = [shape_of(tokens, 64) for tokens in (64, 2048)]
+        passes = {}
+        for shape in shapes:
+            driver.forget()
+            with driver:
+                passes[shape] = capture(shape)
+            assert passes[shape].answers.shape == (shape.rows, model.width)
+            names = [step.name for step in driver.steps]
+            began, ended = names.index("capture"), names.index("captured")
+            assert driver.steps[began].stream is on.streams.run[Lane.INTERACTIVE if shape.tokens <= 1024 else Lane.BULK]
+            assert {id(step.stream) for step in driver.steps[began:ended]} == {id(driver.steps[began].stream)}
+            assert names[began:ended].count("torch_attn::_varlen_attn") == len(model.layers)
+            assert len(driver.from_host) == 1, "the batch that it is captured with"
+            assert driver.to_host == []
+        on.model.graphs = Graphs(passes)
+        rows = [Row(row.token_ids, unpooled=row.unpooled, second_text=row.second_text) for row in on.rows]
+        for batch, lane in ((rows[:3], Lane.INTERACTIVE), (rows * 3, Lane.BULK)):
+            launched = on.launch(batch, Lane.BULK)
+            check_launched(on, launched, on.streams.run[lane], model.width)
+            assert driver.count("replay") == 1
+            assert not {step.name for step in driver.steps} & COMPUTING
+
+
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "sdpa"])
-@pytest.mark.parametrize("task", list(Task))
-def test_a_pass_with_prefixes_never_waits(
-    folder_of: Callable[[Family], Path], task: Task, flash: bool, recalled: bool
-) -> None:
-    _, model = load_model(folder_of((task, "qwen3")), task, torch.bfloat16)
-    rows = rows_of((task, "qwen3"), model.vocab_size)
-    memory = PrefixMemory()
-    with fake_cuda(model):
-        for number in range(2 if recalled else 1):
-            packed = pack(rows, CUDA, memory)
-            assert bool(packed.recalled) is (number == 1)
-            with Log() as log:
-                answers = model.forward(packed, use_flash_attn=flash)
-            for new in packed.new_prefixes:
-                memory.keep(new.prefix, new.layers)
-            assert answers.device == CUDA
-            assert log.from_host == []
+def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver, flash: bool) -> None:
+    """One layer with a window and one without, compiled; rows longer and shorter than it."""
+    folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")
+    edit_json(folder / "config.json", use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    with on_cuda(folder, (Task.EMBED, "qwen3"), torch.bfloat16, driver) as on:
+        on.compile(graphs=2)
+        for lane in (Lane.BULK, Lane.INTERACTIVE):
+            launched = on.launch(on.rows, lane, flash=flash)
+            check_launched(on, launched, on.streams.run[lane], on.model.model.width)
+            windows = [step.window for step in driver.steps if step.name == "torch_attn::_varlen_attn"]
+            assert windows == ([[-1, 0], [7, 0]] if flash else [])
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_one_copy_brings_a_batch_to_the_device(folder_of: Callable[[Family], Path], family: Family) -> None:
-    _, model = load_model(folder_of(family), family[0], torch.bfloat16)
-    with fake_cuda(model):
-        with Log() as log:
-            packed = pack(rows_of(family, model.vocab_size), CUDA)
-        assert all(
-            each.device == CUDA
-            for each in (packed.input_ids, packed.position_ids, packed.token_type_ids, packed.cu_seqlens, packed.last)
-        )
-    assert len(log.from_host) == 1
+def test_what_would_make_the_host_wait_is_seen(driver: Driver) -> None:
+    """The watch of these tests."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
+        there = torch.zeros(4, device=CUDA)
+        waiting: list[Callable[[], object]] = [
+            lambda: there.cpu(),
+            lambda: torch.zeros(4).to(CUDA),
+            lambda: there.copy_(torch.zeros(4)),
+            lambda: torch.ops.aten.index.Tensor(there, [torch.zeros(1, dtype=torch.int64)]),
+        ]
+        for one in waiting:
+            driver.forget()
+            with driver:
+                one()
+            assert [step.blocking for step in (*driver.from_host, *driver.to_host)] == [True]
+        for needs_values in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
+            with pytest.raises(Exception, match=r"aten\."):
+                needs_values.default(there)
 
 
 def test_the_answers_are_waited_for_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,7 +65,7 @@ async def test_nomic_equals_transformers(tmp_path: Path, minilm_folder: Path, pr
 
 
 async def test_nomics_fewer_dimensions_are_layer_normed_first(tmp_path: Path, minilm_folder: Path) -> None:
-    folder = tiny_nomic(tmp_path / "nomic", minilm_folder)
+    folder = tiny_nomic(tmp_path / "nomic-embed-text-v1.5", minilm_folder)
     edit_json(folder / "config.json", matryoshka_dimensions=[8, 16])
     async with serving(embed_model=str(folder)) as client:
         [card] = (await client.get("/v1/models")).json()["data"]

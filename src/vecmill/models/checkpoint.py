@@ -152,7 +152,6 @@ def read(source: Source) -> Checkpoint:
             raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
     config_keys.check_config(named, folder / "config.json", config, task)
     library = _library_config(folder, named, task, modules)
-    check_sentence_transformers(named, folder / LIBRARY_CONFIG, library, task)
     positions = _positions(folder, config)
     max_model_len = _max_model_len(folder, positions)
     _check_longrope(folder, named, config, max_model_len)
@@ -229,14 +228,11 @@ def _library_config(folder: Path, named: str, task: Task, modules: Mapping[str, 
     """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
     said = read_json(folder / LIBRARY_CONFIG) if modules else {}
     kind = said.get("model_type", LIBRARY_TYPES[Task.EMBED])
-    if task is Task.EMBED and kind == LIBRARY_TYPES[Task.RERANK]:
-        raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
-    if kind != LIBRARY_TYPES[task]:
-        if task is Task.EMBED or "LogitScore" in modules:
-            raise StartupError(
-                f"{named}: {LIBRARY_CONFIG} has `model_type`: {kind!r}; supported: {LIBRARY_TYPES[task]!r}."
-            )
+    if task is Task.RERANK and "LogitScore" not in modules and kind != LIBRARY_TYPES[task]:
         return {}  # what another kind of model says of itself is not a reranker's
+    check_sentence_transformers(named, folder / LIBRARY_CONFIG, said, task)
+    if said and kind != LIBRARY_TYPES[task]:
+        raise StartupError(f"{named}: {LIBRARY_CONFIG} has `model_type`: {kind!r}; supported: {LIBRARY_TYPES[task]!r}.")
     _check_prompts(named, task, said)
     return said
 

@@ -322,6 +322,9 @@ def _all_match(value: Any, pattern: str) -> bool:
     return bool(flat) and all(name is None or re.fullmatch(pattern, str(name)) for name in flat)
 
 
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
 def _check_rope(config: Config) -> None:
     for key in ("rope_parameters", "rope_scaling"):
         if config.said.get(key) is not None:
@@ -329,15 +332,21 @@ def _check_rope(config: Config) -> None:
 
 
 def _check_sliding_window(config: Config) -> None:
-    """Attention that sees only the last tokens is not implemented: no layer may have it."""
+    """Layers that see only the last tokens have a window, which Qwen3Config forgets where it is not to be used."""
     said = config.said
     layers, window = said.get("layer_types"), said.get("sliding_window", 4096)  # as Qwen3Config
-    if layers is None:
-        slides = said.get("use_sliding_window", False) and window is not None
-        if slides and said.get("max_window_layers", 28) < said.get("num_hidden_layers", 32):
-            raise config.refuse("use_sliding_window", "false", "Sliding windows are not implemented.")
-    elif not isinstance(layers, list) or set(layers) - {"full_attention"}:
-        raise config.refuse("layer_types", 'lists of "full_attention"', "Sliding windows are not implemented.")
+    used = said.get("use_sliding_window", False)
+    if layers is not None and (not isinstance(layers, list) or set(layers) - LAYER_TYPES):
+        raise config.refuse("layer_types", 'lists of "full_attention" and "sliding_attention"')
+    if layers is not None and "sliding_attention" in layers and not used:
+        raise config.refuse("use_sliding_window", "true, where layer_types has sliding_attention")
+    slides = (
+        "sliding_attention" in layers
+        if layers is not None
+        else said.get("max_window_layers", 28) < said.get("num_hidden_layers", 32)
+    )
+    if used and slides and (window or 0) < 1 and not (layers is None and window is None):
+        raise config.refuse("sliding_window", "at least 1, where layers have one")
 
 
 def _check_one_label(config: Config) -> None:

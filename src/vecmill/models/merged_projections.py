@@ -34,6 +34,12 @@ class MergedAttention(nn.Module):
         self.is_causal: bool = attention.is_causal
         self.scaling: float = attention.scaling
         self.head_dim: int = attention.head_dim
+        # Mistral's layers are all alike and ask their configuration; the others differ.
+        self.sliding_window: int | None = (
+            attention.config.sliding_window
+            if isinstance(attention, MistralAttention)
+            else getattr(attention, "sliding_window", None)
+        )
         self.qkv_proj, self.sizes = _merged(attention, QUERY_KEY_VALUE)
         self.o_proj: nn.Module = attention.o_proj
         # Qwen3 norms each head of its queries and keys.
@@ -54,7 +60,14 @@ class MergedAttention(nn.Module):
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         attended, _ = packed_attention(
-            self, query, key, value.transpose(1, 2), attention_mask, scaling=self.scaling, **kwargs
+            self,
+            query,
+            key,
+            value.transpose(1, 2),
+            attention_mask,
+            scaling=self.scaling,
+            sliding_window=self.sliding_window,
+            **kwargs,
         )
         return self.o_proj(attended.flatten(2)), None
 

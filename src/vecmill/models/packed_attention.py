@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -31,6 +32,14 @@ VARLEN_OPTIONS: dict[str, Any] = {
     for name, value in (("enable_gqa", True), ("num_splits", 1))
     if name in signature(varlen_attn).parameters
 }
+
+
+# In a sliding window the queries of a row are taken in blocks of so many, or of as many as the window has where that is
+# more: the mask of a block does not grow with the row.
+BLOCK_QUERIES = 512
+
+Window = tuple[int, int]
+"""How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,38 +66,57 @@ def packed_attention(
     packed_batch: PackedBatch,
     scaling: float | None = None,
     is_causal: bool | None = None,
+    sliding_window: int | None = None,
     use_flash_attn: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed row and the prefix it follows. Returns (1, T, heads, head_dim), and no weights.
 
     Flash kernels take 16-bit types on CUDA only; everywhere else SDPA runs once per distinct length.
+
+    Args:
+        sliding_window: as transformers' layers say it, so many keys up to the query's own, and as many from there on
+            where attention is not causal; None: all.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if torch.compiler.is_compiling():
-        return _operation(query, key, value, scaling, causal), None
+        return _operation(query, key, value, scaling, causal, sliding_window), None
     call = LayerCall(getattr(module, "layer_idx", None), packed_batch, use_flash_attn)
-    return _attend(query, key, value, call, scaling, causal), None
+    return _attend(query, key, value, call, scaling, causal, sliding_window), None
 
 
 @torch.library.custom_op("vecmill::packed_attention", mutates_args=())
-def _operation(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool) -> Tensor:
-    return _attend(query, key, value, compiled_call.get(), scaling, causal).contiguous()
+def _operation(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool, sliding_window: int | None
+) -> Tensor:
+    return _attend(query, key, value, compiled_call.get(), scaling, causal, sliding_window).contiguous()
 
 
 @_operation.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool, sliding_window: int | None
+) -> Tensor:
     _, heads, tokens, head_dim = query.shape
     return query.new_empty(1, tokens, heads, head_dim)
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, call: LayerCall, scaling: float | None, causal: bool) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    call: LayerCall,
+    scaling: float | None,
+    causal: bool,
+    sliding_window: int | None,
+) -> Tensor:
     """(1, T, heads, head_dim)"""
     packed = call.packed_batch
+    reach = -1 if sliding_window is None else sliding_window - 1
+    window = (reach, 0 if causal else reach)
     key, value = _with_prefixes(call.layer, key, value, packed)
     if call.use_flash_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
-        return _flash(query, key, value, packed, scaling, causal)
-    parts = [_sdpa(query, key, value, group, scaling, causal) for group in packed.groups]
+        return _flash(query, key, value, packed, scaling, window)
+    parts = [_sdpa(query, key, value, packed, group, scaling, window) for group in packed.groups]
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None]
 
 
@@ -106,13 +134,13 @@ def _with_prefixes(layer: int | None, key: Tensor, value: Tensor, packed: Packed
 
 
 def _flash(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float | None, causal: bool
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float | None, window: Window
 ) -> Tensor:
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, head_dim)
     cu_keys, max_keys = packed.cu_seqlens, packed.max_length
     if packed.keys is not None:
         # A prefix's keys are copied before each row that follows it; its tokens are still computed only once. The
-        # causal window is aligned at the last key, so each query sees the whole prefix and its own row up to itself.
+        # window is aligned at the last key, so each query sees the prefix and its own row up to itself.
         k, v = k[packed.keys.index], v[packed.keys.index]
         cu_keys, max_keys = packed.keys.cu_seqlens, packed.keys.max_length
     out = varlen_attn(
@@ -124,35 +152,62 @@ def _flash(
         packed.max_length,
         max_keys,
         scale=scaling,
-        window_size=(-1, 0) if causal else (-1, -1),
+        window_size=_narrowest(window, max_keys),
         **VARLEN_OPTIONS,
     )
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out[None]
 
 
+def _narrowest(window: Window, keys: int) -> Window:
+    """The window, without a side that none of so many keys is beyond."""
+    left, right = window
+    return -1 if left >= keys - 1 else left, -1 if right and right >= keys - 1 else right
+
+
 def _sdpa(
-    query: Tensor, key: Tensor, value: Tensor, group: EqualLengths, scaling: float | None, causal: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedBatch,
+    group: EqualLengths,
+    scaling: float | None,
+    window: Window,
 ) -> Tensor:
     """(rows, heads, length, head_dim)"""
-    k, v = _rows(key, group), _rows(value, group)
-    mask = None
+    q, k, v = _rows(query, group), _rows(key, group), _rows(value, group)
     if group.prefix is not None:
         first, length = group.prefix
         k, v = (
             torch.cat((whole[:, :, first : first + length].expand(group.rows, -1, -1, -1), own), dim=2)
             for whole, own in ((key, k), (value, v))
         )
-        mask = torch.ones(group.length, length + group.length, dtype=torch.bool, device=query.device).tril(length)
-    return F.scaled_dot_product_attention(
-        _rows(query, group),
-        k,
-        v,
-        attn_mask=mask,
-        scale=scaling,
-        is_causal=causal and mask is None,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
+    attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
+    keys = k.shape[2]
+    before = keys - group.length
+    left, right = window = _narrowest(window, keys)
+    if left < 0 and (right < 0 or not before):  # causal or not, as SDPA does it without a mask
+        return attend(q, k, v, is_causal=right == 0)
+    step = group.length if left < 0 else max(BLOCK_QUERIES, left + 1)
+    parts = []
+    for start in range(0, group.length, step):
+        stop = min(start + step, group.length)
+        first = max(0, before + start - left) if left >= 0 else 0
+        last = min(keys, before + stop + right) if right >= 0 else keys
+        mask = _mask(packed, (stop - start, last - first), before + start - first, window, q.device)
+        parts.append(attend(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], attn_mask=mask))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Window, device: torch.device) -> Tensor:
+    """(queries, keys) bool: what each query sees, whose own key is `first` for the first; made once for a batch."""
+    known = (*shape, first, *window)
+    if known not in packed.masks:
+        left, right = window
+        mask = torch.ones(shape, dtype=torch.bool, device=device)
+        mask = mask.tril(first + right) if right >= 0 else mask
+        packed.masks[known] = mask.triu(first - left) if left >= 0 else mask
+    return packed.masks[known]
 
 
 def _rows(tensor: Tensor, group: EqualLengths) -> Tensor:

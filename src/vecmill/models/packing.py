@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import numpy as np
@@ -88,6 +88,8 @@ class PackedBatch:
     order: tuple[int, ...]
     """`order[i]` is the caller's index of packed row i."""
     shape: PackShape | None
+    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    """For attention without flash kernels: filled by the first layer that needs one, read by the others."""
 
 
 @dataclass(frozen=True, slots=True)
