@@ -255,7 +255,7 @@ class InstructTokenizer:
         room = limits.room(self._max_model_len) - (len(prefix) if prefix else 0)
         total = len(document) + len(tail)
         cut = len(document) < len(whole)
-        if (cut or total > room) and limits.side is Side.RIGHT and layout.restored != tail:
+        if (cut or total > room) and limits.side is not Side.LEFT and layout.restored != tail:
             document, tail = [*document, *(() if cut else tail)], layout.restored
         ids = np.array([*keep(document, max(room - len(tail), 0), limits.side), *tail], dtype=np.int32)
         row = Row(without_padding(ids, self._padding), prefix=prefix)
