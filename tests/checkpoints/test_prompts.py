@@ -81,6 +81,19 @@ def without_modules(folder: Path) -> None:
     (folder / "modules.json").unlink()
 
 
+def chat(*, modules: bool = True, **message: object) -> Change:
+    """With a chat template, which is used where texts are messages."""
+
+    def change(folder: Path) -> None:
+        (folder / "chat_template.jinja").write_text("{{ messages[0].content }}", "utf-8")
+        if not modules:
+            (folder / "modules.json").unlink()
+        if message:
+            write(folder / "sentence_bert_config.json", {"modality_config": message})
+
+    return change
+
+
 def texts_for(name: str) -> tuple[str, ...]:
     """Special tokens that are written out, and long texts, have tables of their own."""
     return PLAIN_TEXTS[:-1] if name == "bert-without-modules" else TEXTS if name.startswith("bert") else PLAIN_TEXTS
@@ -117,6 +130,7 @@ VARIANTS = [
         ("xlm-roberta-left-out-cls", xlm_roberta("cls_token"), left_out()),
         ("xlm-roberta-left-out-last", xlm_roberta("lasttoken"), left_out()),
         ("qwen3-no-prompts", qwen3(), unchanged),
+        ("qwen3-unused-template", qwen3(), chat()),
         ("qwen3-default", qwen3(), default("query")),
         ("qwen3-made-from", qwen3(), made_from("Qwen/Qwen3-Embedding-0.6B")),
         ("qwen3-left-out", qwen3(), left_out()),
@@ -125,7 +139,7 @@ VARIANTS = [
     ]
 ]
 REFUSED = [
-    Variant(name, bert(), change, refused)
+    Variant(name, qwen3() if name.startswith("rendered") else bert(), change, refused)
     for name, change, refused in [
         ("no-such-default", default("codes"), "'codes', which is none of its prompts (code, document, query)"),
         ("default-without-prompts", says(default_prompt_name="code"), "which is none of its prompts (there are none)"),
@@ -136,6 +150,8 @@ REFUSED = [
             "`prompts` in config_sentence_transformers.json must be an obj",
         ),
         ("a-number-for-a-prompt", says(prompts={"query": 7}), "must be an object of texts"),
+        ("rendered-without-modules", chat(modules=False), "its chat template would be put around every text"),
+        ("rendered-messages", chat(message={"method": "forward"}), "remove `message` from `modality_config`"),
         ("sparse", says(model_type="SparseEncoder"), "has `model_type`: 'SparseEncoder'; supported: 'SentenceTransf"),
         ("cross-encoder", says(model_type="CrossEncoder"), "this is a reranker; name it in RERANK_MODEL"),
     ]

@@ -178,8 +178,15 @@ def ends_with_padding(folder: Path) -> None:
 
 # Without `<pad>` and its like.
 PLAIN = ("one", "Plants create oxygen.", "naïve 你好 ÉCOLE", "a longer text " * 60)
+EMPTY = ("", "one", "")
+
+
+def documents_of(name: str, base: Change) -> tuple[str, ...]:
+    return PLAIN if base is xlm_roberta else EMPTY if name.startswith("empty") else DOCUMENTS
+
+
 VARIANTS = [
-    Variant(name, base, change, rerank=True, documents=PLAIN if base is xlm_roberta else DOCUMENTS)
+    Variant(name, base, change, rerank=True, documents=documents_of(name, base))
     for name, base, change in [
         ("qwen3", qwen3, lambda folder: None),
         ("untied", untied, lambda folder: None),
@@ -231,6 +238,10 @@ VARIANTS = [
             qwen3,
             several(template(LINES), edit("tokenizer_config.json", model_max_length=80)),
         ),
+        ("empty-documents-alone", qwen3, template(f"<|im_start|>{QUERY}<|im_end|>{DOCUMENT}")),
+        ("empty-documents", qwen3, template(MXBAI)),
+        ("empty-documents-and-padding", classifier, template(f"<|im_start|>{QUERY}<|im_end|>{DOCUMENT}<|endoftext|>")),
+        ("template-ends-with-padding", classifier, template(LINES + "<|endoftext|><|endoftext|>")),
         ("causal-with-roles", causal, template(ZERANK)),
         ("classifier", classifier, lambda folder: None),
         ("classifier-cut", classifier, edit("tokenizer_config.json", model_max_length=64)),

@@ -17,7 +17,7 @@ from vecmill.models.nv_embed import NVEmbedder
 from vecmill.models.packing import PackedBatch
 from vecmill.models.qwen3 import Qwen3Embedder
 from vecmill.models.qwen3_reranker import Qwen3Reranker
-from vecmill.models.rerank_prompt import rerank_form
+from vecmill.models.rerank_prompt import refuse_rendered_texts, rerank_form
 from vecmill.models.weights import Target
 
 
@@ -83,4 +83,6 @@ def family(checkpoint: Checkpoint) -> Family:
         )
     if checkpoint.task is Task.RERANK:
         rerank_form(checkpoint)
+    else:
+        refuse_rendered_texts(checkpoint)
     return families[checkpoint.model_type]

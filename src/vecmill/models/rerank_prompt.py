@@ -104,6 +104,27 @@ def rerank_form(checkpoint: Checkpoint) -> RerankForm:
     return RerankForm(_prompt(checkpoint), None)
 
 
+def refuse_rendered_texts(checkpoint: Checkpoint) -> None:
+    """An embedding model whose texts sentence-transformers would give to a chat template is not supported.
+
+    Raises:
+        StartupError: it is one.
+    """
+    if checkpoint.model_type not in DECODERS:
+        return
+    if (checkpoint.folder / "modules.json").is_file():
+        rendered = "message" in (read_json(checkpoint.folder / MODULE_CONFIG).get("modality_config") or {})
+        cure = f"remove `message` from `modality_config` in {MODULE_CONFIG} if it was not trained so"
+    else:
+        rendered = bool(chat_templates(checkpoint.folder))
+        cure = "save it with sentence-transformers (a modules.json), or remove the template if it was not trained so"
+    if rendered:
+        raise StartupError(
+            f"{checkpoint.named}: its chat template would be put around every text, which is not supported for an "
+            f"embedding model; {cure}."
+        )
+
+
 def padding_token(checkpoint: Checkpoint) -> int | None:
     """The token that a decoder's classification head passes over where it ends a row; it looks at the one before."""
     if checkpoint.model_type not in DECODERS or rerank_form(checkpoint).answers is not None:
@@ -221,7 +242,7 @@ def _pair_prompt(template: ChatTemplate) -> PairPrompt:
 def _are_messages(checkpoint: Checkpoint) -> bool:
     """Whether sentence-transformers gives pairs to the chat template, and not to the tokenizer."""
     if not checkpoint.library_config:  # it is no saved CrossEncoder: whatever has a template is rendered
-        return bool(_sources(checkpoint.folder))
+        return bool(chat_templates(checkpoint.folder))
     said = read_json(checkpoint.folder / MODULE_CONFIG)
     task = said.get("transformer_task", "feature-extraction")
     wanted = "text-generation" if checkpoint.logit_score else "sequence-classification"
@@ -233,7 +254,7 @@ def _are_messages(checkpoint: Checkpoint) -> bool:
     return "message" in (said.get("modality_config") or {})
 
 
-def _sources(folder: Path) -> dict[str, str]:
+def chat_templates(folder: Path) -> dict[str, str]:
     """The chat templates of a folder by name; the files win over tokenizer_config.json, as transformers has it."""
     files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
@@ -254,7 +275,7 @@ def _template(checkpoint: Checkpoint) -> ChatTemplate:
     """
     said = read_json(checkpoint.folder / MODULE_CONFIG) if checkpoint.library_config else {}
     options = dict(_options(checkpoint, said.get("processing_kwargs") or {}))
-    sources = _sources(checkpoint.folder)
+    sources = chat_templates(checkpoint.folder)
     named = options.pop("chat_template", None)
     if named is not None and set(sources) <= {DEFAULT}:
         source = str(named)  # a template itself
