@@ -18,6 +18,7 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.checkpoint import read
 from vecmill.models.hub import Plan, Report, fetch, plan, require_space
+from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import Source
 
 LINE_EVERY = 10  # percent between lines of progress where there is no terminal
@@ -79,7 +80,8 @@ def _flag(model: str, folder: Path) -> str:
     """The flag of `vecmill serve` that takes the model."""
     for task in Task:
         with suppress(StartupError):
-            return f"--{read(Source(model, folder, task)).task}-model"
+            check_form(checkpoint := read(Source(model, folder, task)))
+            return f"--{checkpoint.task}-model"
     return "--embed-model"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import shutil
 import warnings
 from collections.abc import AsyncIterator, Callable
@@ -13,13 +14,17 @@ import httpx
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from rich.console import Console
 
 from tests.checkpoints.variants import TEXTS, TOLERANCE, Served, Variant, one_thread, refusal, served
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
 from tests.oracle import st_encode
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_nomic, tiny_xlm_roberta, write
+from vecmill.app import create_app
+from vecmill.config import load_settings
 from vecmill.models.source import find
+from vecmill.serve.start_log import start_table
 
 Change = Callable[[Path], Any]
 
@@ -295,3 +300,25 @@ async def check_queries(client: httpx.AsyncClient, ids: list[str], folders: list
         found = await client.post("/embed", json={"model": ids[index], "inputs": "a text", "is_query": True})
         expected = await asyncio.to_thread(st_encode, folders[index], ["a text"], BGE if index == 0 else "")
         np.testing.assert_allclose(found.json()[0], expected[0], atol=1e-5)
+
+
+async def test_the_start_log_says_which_prompts_there_are_and_from_where(tmp_path: Path) -> None:
+    folders = [tmp_path / "tuned", tmp_path / "bge-small-en-v1.5", tmp_path / "reranker"]
+    for folder in folders[:2]:
+        folder.mkdir()
+        bert()(folder)
+    default("code")(folders[0])
+    shutil.copytree(GOLDEN / "qwen3" / "reranker", folders[2])
+    models = {"embed_model": f"{folders[0]},{folders[1]}", "rerank_model": str(folders[2])}
+    app = create_app(load_settings({**models, "dtype": "float32", "device": "cpu", "max_batch_tokens": 64}))
+    with one_thread():
+        async with app.router.lifespan_context(app):
+            await app.state.loading
+            console = Console(file=(written := io.StringIO()), width=200)
+            console.print(start_table(app.state.services, "http://localhost"))
+    log = written.getvalue()
+    assert "'search_query: ' (from the model's files)" in log
+    assert "'Find code: ', code, for plain requests (from the model's files)" in log
+    assert f"'{BGE}' (from the model's card)" in log
+    assert "instruction" in log
+    assert "relevant passages that answer the query' (from the model's files)" in log

@@ -17,7 +17,7 @@ from vecmill.models.nv_embed import NVEmbedder
 from vecmill.models.packing import PackedBatch
 from vecmill.models.qwen3 import Qwen3Embedder
 from vecmill.models.qwen3_reranker import Qwen3Reranker
-from vecmill.models.rerank_prompt import refuse_rendered_texts, rerank_form
+from vecmill.models.rerank_prompt import check_form
 from vecmill.models.weights import Target
 
 
@@ -73,7 +73,7 @@ def family(checkpoint: Checkpoint) -> Family:
     """The class that runs a checkpoint.
 
     Raises:
-        StartupError: no family here has this model_type, or the files do not make a reranker of it.
+        StartupError: no family here has this model_type, or see `check_form`.
     """
     families = FAMILIES[checkpoint.task]
     if checkpoint.model_type not in families:
@@ -81,8 +81,5 @@ def family(checkpoint: Checkpoint) -> Family:
             f"{checkpoint.named}: model_type {checkpoint.model_type!r} is not supported; "
             f"supported: {', '.join(sorted(families))}."
         )
-    if checkpoint.task is Task.RERANK:
-        rerank_form(checkpoint)
-    else:
-        refuse_rendered_texts(checkpoint)
+    check_form(checkpoint)
     return families[checkpoint.model_type]

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
 from vecmill.models.chat_template import SPECIAL_TOKENS, ChatTemplate, Pieces, Slot, UnfitTemplateError
 from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint, read_json
 from vecmill.models.keys import HONOURED, check_keys, only
@@ -104,7 +105,19 @@ def rerank_form(checkpoint: Checkpoint) -> RerankForm:
     return RerankForm(_prompt(checkpoint), None)
 
 
-def refuse_rendered_texts(checkpoint: Checkpoint) -> None:
+def check_form(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose files put its texts or pairs into a form that is not supported.
+
+    Raises:
+        StartupError: they do, or they do not make a reranker of what is named as one.
+    """
+    if checkpoint.task is Task.RERANK:
+        rerank_form(checkpoint)
+    else:
+        _refuse_rendered_texts(checkpoint)
+
+
+def _refuse_rendered_texts(checkpoint: Checkpoint) -> None:
     """An embedding model whose texts sentence-transformers would give to a chat template is not supported.
 
     Raises:
