@@ -19,6 +19,7 @@ from vecmill.core.types import Task
 from vecmill.models.checkpoint import read
 from vecmill.models.hub import Plan, Report, converted, converted_folder, fetch, plan, require_space
 from vecmill.models.pickles import convert
+from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import Source
 from vecmill.models.weight_files import list_folder
 
@@ -109,7 +110,8 @@ def _flag(model: str, folder: Path) -> str:
     """The flag of `vecmill serve` that takes the model."""
     for task in Task:
         with suppress(StartupError):
-            return f"--{read(Source(model, folder, task)).task}-model"
+            check_form(checkpoint := read(Source(model, folder, task)))
+            return f"--{checkpoint.task}-model"
     return "--embed-model"
 
 

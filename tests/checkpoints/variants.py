@@ -87,11 +87,13 @@ async def served(variants: Sequence[Variant], root: Path) -> AsyncIterator[Serve
     folders = {one.name: one.write(root) for one in variants if one.refused is None}
     embedders = [str(folders[one.name]) for one in variants if one.refused is None and not one.rerank]
     rerankers = [str(folders[one.name]) for one in variants if one.refused is None and one.rerank]
-    models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto"}
+    # What warm-up measures is of no use here, and every model is warmed up.
+    models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto", "max_batch_tokens": 64}
     if rerankers:
         models["rerank_model"] = ",".join(rerankers)
+    # The reference obeys control tokens in documents.
     with one_thread():
-        async with serving(**models) as client:
+        async with serving(allow_control_tokens=True, **models) as client:
             yield Served(client, folders)
 
 

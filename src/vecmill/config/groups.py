@@ -82,7 +82,7 @@ class ModelSettings(SettingsGroup):
         ("auto",),
         description="Embedding models, comma-separated, the first is the default: folders in the hub's layout, hub "
         "ids, or `auto`: Qwen/Qwen3-Embedding-4B on a CUDA GPU where it is cached or the hub is reachable, else the "
-        "MiniLM that the extra `bundled` installs.",
+        "MiniLM that the extra `bundled` installs. Its own id, all-MiniLM-L6-v2, names it too.",
     )
     rerank_model: Annotated[tuple[str, ...], NoDecode] = Field(
         ("auto",),

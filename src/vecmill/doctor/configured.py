@@ -10,6 +10,7 @@ from vecmill.core.types import Task
 from vecmill.doctor.context import Context
 from vecmill.models import hub
 from vecmill.models.checkpoint import Checkpoint, read
+from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, Source, bundled_instead, find, hub_id, is_hub_id
 from vecmill.models.weight_files import parameters
 
@@ -88,6 +89,7 @@ def _here(wanted: str, name: str, task: Task) -> Configured:
 def _read(name: str, source: Source, *, automatic: bool) -> Configured:
     try:
         checkpoint = read(source)
+        check_form(checkpoint)
         _ = checkpoint.weight_files  # which must be there
     except StartupError as error:
         return Configured(name, source.task, automatic, None, error.message)

@@ -48,6 +48,8 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     engine = engine.model_copy(update={"use_flash_attn": _uses_flash_attention(device, wanted=engine.use_flash_attn)})
     report(8, "finding the models")
     found = [checkpoints.read(source) for source in chosen_sources(models, device, partial(report, 8))]
+    for one in found:
+        family(one)  # what cannot be run is refused before any weights are read
     capped = _cap_lengths(found, models.max_model_len)
     distinct, aliases = _names(capped, models.model_aliases)
     _check_room(distinct, models, engine, device)

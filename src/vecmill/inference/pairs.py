@@ -255,12 +255,20 @@ class InstructTokenizer:
         room = limits.room(self._max_model_len) - (len(prefix) if prefix else 0)
         total = len(document) + len(tail)
         cut = len(document) < len(whole)
-        if (cut or total > room) and limits.side is Side.RIGHT and layout.restored != tail:
-            document, tail = [*document, *(() if cut else tail)], layout.restored
+        if (cut or total > room) and limits.side is not Side.LEFT and layout.restored != tail:
+            document, tail = [*document, *(() if cut else tail)], layout.restored[-room:]
         ids = np.array([*keep(document, max(room - len(tail), 0), limits.side), *tail], dtype=np.int32)
-        row = Row(without_padding(ids, self._padding), prefix=prefix)
-        total += len(prefix) if prefix else 0
-        return tokenized(row, total - (len(ids) - len(row.token_ids)), limits, self._max_model_len, shortened or cut)
+        row = self._behind(prefix, ids)
+        left_out = len(ids) + (len(prefix) if prefix else 0) - len(row)
+        total += (len(prefix) if prefix else 0) - left_out
+        return tokenized(row, total, limits, self._max_model_len, shortened or cut)
+
+    def _behind(self, prefix: Prefix | None, ids: TokenIds) -> Row:
+        """The tokens after the shared ones, or all together where nothing that counts comes after them."""
+        own = without_padding(ids, self._padding)
+        if prefix is None or (len(own) and own[-1] != self._padding):
+            return Row(own, prefix=prefix)
+        return Row(without_padding(np.concatenate((prefix.token_ids, ids)), self._padding))
 
 
 def without_padding(ids: TokenIds, padding: int | None) -> TokenIds:

@@ -122,5 +122,5 @@ def supported_dimensions(checkpoint: Checkpoint, native: int) -> Sequence[int]:
 
 
 def layer_norm_before_slice(checkpoint: Checkpoint) -> bool:
-    """nomic-embed-text-v1.5's card norms the full vector, without weights, before it is cut."""
-    return checkpoint.is_called(*NOMIC_V1_5)
+    """nomic's card norms the full vector, without weights, before it is cut."""
+    return checkpoint.model_type == "nomic_bert"

@@ -58,9 +58,9 @@ def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Qwen3Config, an
     tokens = [answers.true] if answers.false is None else [answers.true, answers.false]
     if max(tokens) >= config.vocab_size:
         raise StartupError(f"{checkpoint.named}: the tokens of its answers {tokens} are not in its vocabulary.")
-    # The 8B stores its head; the smaller ones use their token embedding for it.
+    # The 8B stores its head; the smaller ones use their token embedding for it. One that is stored counts always.
     head = HEAD
-    if config.tie_word_embeddings:
+    if HEAD not in weights.files and config.tie_word_embeddings:
         head = next((name for name in EMBEDDINGS if name in weights.files), EMBEDDINGS[0])
     true, *false = (weights.part(head, slice(token, token + 1))[0] for token in tokens)
     return answers.scale * (true - false[0] if false else true)

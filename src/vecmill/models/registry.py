@@ -16,7 +16,7 @@ from vecmill.models.nv_embed import NVEmbedder
 from vecmill.models.packing import PackedBatch
 from vecmill.models.qwen3 import Qwen3Embedder
 from vecmill.models.qwen3_reranker import Qwen3Reranker
-from vecmill.models.rerank_prompt import rerank_form
+from vecmill.models.rerank_prompt import check_form
 from vecmill.models.weights import Target
 
 
@@ -72,8 +72,7 @@ def family(checkpoint: Checkpoint) -> Family:
     """The class that runs a checkpoint: one for each family whose config.json is read.
 
     Raises:
-        StartupError: the files do not make a reranker of it.
+        StartupError: see `check_form`.
     """
-    if checkpoint.task is Task.RERANK:
-        rerank_form(checkpoint)
+    check_form(checkpoint)
     return FAMILIES[checkpoint.task][checkpoint.model_type]

@@ -19,6 +19,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
 from vecmill.models.chat_template import SPECIAL_TOKENS, ChatTemplate, Pieces, Slot, UnfitTemplateError
 from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint, read_json
 from vecmill.models.keys import HONOURED, check_keys, only
@@ -102,6 +103,39 @@ def rerank_form(checkpoint: Checkpoint) -> RerankForm:
             f"reranker is a ...ForSequenceClassification, or a ...ForCausalLM with a LogitScore module."
         )
     return RerankForm(_prompt(checkpoint), None)
+
+
+def check_form(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint whose files put its texts or pairs into a form that is not supported.
+
+    Raises:
+        StartupError: they do, or they do not make a reranker of what is named as one.
+    """
+    if checkpoint.task is Task.RERANK:
+        rerank_form(checkpoint)
+    else:
+        _refuse_rendered_texts(checkpoint)
+
+
+def _refuse_rendered_texts(checkpoint: Checkpoint) -> None:
+    """An embedding model whose texts sentence-transformers would give to a chat template is not supported.
+
+    Raises:
+        StartupError: it is one.
+    """
+    if checkpoint.model_type not in DECODERS:
+        return
+    if (checkpoint.folder / "modules.json").is_file():
+        rendered = "message" in (read_json(checkpoint.folder / MODULE_CONFIG).get("modality_config") or {})
+        cure = f"remove `message` from `modality_config` in {MODULE_CONFIG} if it was not trained so"
+    else:
+        rendered = bool(chat_templates(checkpoint.folder))
+        cure = "save it with sentence-transformers (a modules.json), or remove the template if it was not trained so"
+    if rendered:
+        raise StartupError(
+            f"{checkpoint.named}: its chat template would be put around every text, which is not supported for an "
+            f"embedding model; {cure}."
+        )
 
 
 def padding_token(checkpoint: Checkpoint) -> int | None:
@@ -221,7 +255,7 @@ def _pair_prompt(template: ChatTemplate) -> PairPrompt:
 def _are_messages(checkpoint: Checkpoint) -> bool:
     """Whether sentence-transformers gives pairs to the chat template, and not to the tokenizer."""
     if not checkpoint.library_config:  # it is no saved CrossEncoder: whatever has a template is rendered
-        return bool(_sources(checkpoint.folder))
+        return bool(chat_templates(checkpoint.folder))
     said = read_json(checkpoint.folder / MODULE_CONFIG)
     task = said.get("transformer_task", "feature-extraction")
     wanted = "text-generation" if checkpoint.logit_score else "sequence-classification"
@@ -233,7 +267,7 @@ def _are_messages(checkpoint: Checkpoint) -> bool:
     return "message" in (said.get("modality_config") or {})
 
 
-def _sources(folder: Path) -> dict[str, str]:
+def chat_templates(folder: Path) -> dict[str, str]:
     """The chat templates of a folder by name; the files win over tokenizer_config.json, as transformers has it."""
     files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
@@ -254,7 +288,7 @@ def _template(checkpoint: Checkpoint) -> ChatTemplate:
     """
     said = read_json(checkpoint.folder / MODULE_CONFIG) if checkpoint.library_config else {}
     options = dict(_options(checkpoint, said.get("processing_kwargs") or {}))
-    sources = _sources(checkpoint.folder)
+    sources = chat_templates(checkpoint.folder)
     named = options.pop("chat_template", None)
     if named is not None and set(sources) <= {DEFAULT}:
         source = str(named)  # a template itself

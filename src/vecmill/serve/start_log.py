@@ -80,11 +80,14 @@ def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_s
         table.add_row("reranker", f"{card.id} ({card.family}), up to {card.max_model_len} tokens per document")
     if card.aliases:
         table.add_row("aliases", ", ".join(card.aliases))
-    if query := card.prompts.get("query"):
-        table.add_row("query prompt", f"{query!r} (from the model's {card.prompts_from})")
-    if card.default_prompt_name is not None:
-        default = card.prompts.get(card.default_prompt_name, "")
-        table.add_row("default prompt", f"{card.default_prompt_name}, for plain requests: {default!r}")
+    default = None if card.default_prompt_name is None else card.prompts.get(card.default_prompt_name, "")
+    source = f"(from the model's {card.prompts_from})"
+    if card.task is Task.RERANK and default is not None:
+        table.add_row("instruction", f"{default!r} {source}")
+    elif query := card.prompts.get("query"):
+        table.add_row("query prompt", f"{query!r} {source}")
+    if card.task is Task.EMBED and default is not None:
+        table.add_row("default prompt", f"{default!r}, {card.default_prompt_name}, for plain requests {source}")
     table.add_row("revision", card.revision)
     table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
     table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB")
