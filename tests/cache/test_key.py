@@ -55,6 +55,11 @@ def test_what_does_not_change_the_numbers_does_not_change_the_key() -> None:
     assert model_fingerprint(same) == model_fingerprint(CARD)
 
 
+def test_float32_by_tf32_is_another_key_than_float32() -> None:
+    whole = replace(CARD, dtype="float32", device="cpu (2 threads)")
+    assert model_fingerprint(whole) != model_fingerprint(replace(whole, device="cuda:0 (NVIDIA H100)"))
+
+
 def test_other_tokens_or_other_unpooled_tokens_are_another_key() -> None:
     model = model_fingerprint(CARD)
     rows = [

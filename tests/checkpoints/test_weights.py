@@ -172,6 +172,10 @@ def adapter_alone(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def twice_by_prefix(folder: Path) -> None:
+    edited(lambda weights: weights.update({f"model.{name}": each + 1 for name, each in list(weights.items())}))(folder)
+
+
 def cast(dtype: torch.dtype) -> Change:
     return edited(lambda weights: weights.update({name: each.to(dtype) for name, each in weights.items()}))
 
@@ -207,6 +211,8 @@ VARIANTS = [
     Variant("bfloat16", bert, cast(torch.bfloat16)),
     Variant("position-ids", bert, put("embeddings.position_ids", torch.arange(128)[None])),
     Variant("head-of-pre-training", bert, put("cls.predictions.bias", torch.ones(3))),
+    Variant("another-head", qwen3, edited(lambda weights: weights.update({"lm_head.weight": torch.ones(3, 3)}))),
+    Variant("prefixed-xlm-roberta", xlm_roberta, renamed(lambda name: f"roberta.{name}"), texts=TEXTS[:4]),
     Variant("a-pooler-of-int8", bert, put("pooler.dense.weight", torch.ones(32, 32, dtype=torch.int8))),
     # What is refused: files.
     Variant("pickle", bert, instead("pytorch_model.bin"), "only pickled weights, which can run code"),
@@ -249,6 +255,7 @@ VARIANTS = [
     Variant("shape", bert, put(BIAS, torch.zeros(31)), f"{BIAS} has the shape (31,) instead of (32,)"),
     Variant("not-finite", bert, put(BIAS, torch.full((32,), torch.inf)), f"{BIAS} has values that are not finite"),
     Variant("twice", bert, put(f"bert.{BIAS}", torch.ones(32)), f"{BIAS} are the same weight twice"),
+    Variant("twice-by-prefix", qwen3, twice_by_prefix, "are the same weight twice"),
     Variant("int8", bert, put(BIAS, torch.ones(32, dtype=torch.int8)), f"weight {BIAS} is stored as I8"),
     Variant("fp8", bert, put(BIAS, torch.ones(32).to(torch.float8_e4m3fn)), f"weight {BIAS} is stored as F8_E4M3"),
     Variant(

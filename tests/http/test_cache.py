@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from tests.conftest import serving
-from tests.tiny_checkpoints import tiny_bert
+from tests.oracle import st_encode
+from tests.tiny_checkpoints import edit_json, tiny_bert
 from vecmill.inference import recall
 
 TEXTS = ["def add(a, b): return a + b", "Berlin has 3.5 million inhabitants."]
@@ -236,3 +237,16 @@ async def test_a_folder_that_cannot_be_written_is_no_reason_not_to_serve(tmp_pat
         health = (await client.get("/health")).json()
         assert (health["status"], health["state"]["ok"], health["cache"]["enabled"]) == ("ok", False, False)
         assert "cannot be written" in health["state"]["message"]
+
+
+async def test_a_folder_that_is_edited_in_place_gives_no_old_vector(tmp_path: Path, minilm_folder: Path) -> None:
+    folder = tiny_bert(tmp_path / "models--o--m" / "snapshots" / ("0" * 40), minilm_folder)
+    flags = {**ON, "embed_model": str(folder), "state_dir": str(tmp_path / "state")}
+    async with serving(**flags) as client:
+        await embed(client, TEXTS)
+    async with serving(**flags) as client:  # as it was: nothing is computed again
+        assert (await embed(client, TEXTS)).headers["x-cached-inputs"] == "2"
+    edit_json(folder / "config.json", hidden_act="relu")
+    async with serving(**flags) as client:
+        found = vectors(await embed(client, TEXTS))
+    np.testing.assert_allclose(found, st_encode(folder, TEXTS), atol=1e-5)

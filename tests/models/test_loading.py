@@ -305,6 +305,27 @@ def test_any_change_to_what_is_read_changes_the_fingerprint(folder: Path, change
     assert content(folder) != before
 
 
+@pytest.mark.parametrize(
+    ("kind", "task", "name"),
+    [
+        ("nvembed/checkpoint", Task.EMBED, "latent_attention_model.latents"),
+        ("nvembed/checkpoint", Task.EMBED, "latent_attention_model.cross_attend_blocks.0.fn.to_kv.weight"),
+        ("qwen3/reranker_untied", Task.RERANK, "lm_head.weight"),
+    ],
+)
+def test_weights_that_are_read_in_parts_are_in_the_fingerprint(
+    tmp_path: Path, kind: str, task: Task, name: str
+) -> None:
+    folder = shutil.copytree(GOLDEN / kind, tmp_path / "model")
+    before = content(folder, task)
+    for path in folder.glob("*.safetensors"):
+        weights = load_file(path)
+        if name in weights:
+            weights[name] += 1
+            save_file(weights, path, metadata={"format": "pt"})
+    assert content(folder, task) != before
+
+
 def test_the_fingerprint_is_the_content_s_not_the_folder_s(folder: Path, tmp_path: Path) -> None:
     before = content(folder)
     copy = shutil.copytree(folder, tmp_path / "elsewhere" / "copy")

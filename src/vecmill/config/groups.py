@@ -342,8 +342,8 @@ class CacheSettings(SettingsGroup):
     )
     cache_dtype: Literal["auto", "float32"] = Field(
         "auto",
-        description="How vectors are kept. `auto`: 16 bits for each dimension where no cosine changes by more than "
-        "0.0001, else 32; `float32`: as they were computed.",
+        description="How vectors are kept. `auto`: 16 bits for each dimension where no value of a vector of length 1 "
+        "changes by more than 8e-6, else 32; `float32`: as they were computed.",
     )
     cache_across_keys: bool = Field(
         True,

@@ -42,7 +42,7 @@ class Fingerprint:
         for below in sorted({"", *modules}):
             for path in (path for pattern in READ for path in (folder / below).glob(pattern)):
                 if path.is_file() and not path.match(INDEXES):
-                    self.add(path.relative_to(folder).as_posix(), path.read_bytes())
+                    self.add(f"{below}/{path.name}", path.read_bytes())
 
     def include(self, parts: Mapping[str, str]) -> None:
         """What was read for another model of the same folder and is used by this one too."""

@@ -158,8 +158,12 @@ def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: li
 
 def _weights_of(name: str, snapshot: Path) -> list[str]:
     """The weight files of the commit whose small files are in the snapshot."""
-    present = [file.path for file in get_cached_repo_tree(name, revision=snapshot.name)]
-    return Listing(name, REPOSITORY, name, present).chosen(lambda: _read(snapshot / INDEX))
+    try:
+        present = [file.path for file in get_cached_repo_tree(name, revision=snapshot.name)]
+        listing = Listing(name, REPOSITORY, name, present)
+    except CachedRepoTreeNotFoundError:  # another program's folder, and the hub cannot be asked: what is there counts
+        listing = list_folder(name, snapshot, name)
+    return listing.chosen(lambda: _read(snapshot / INDEX))
 
 
 def _read(index: Path) -> Any:
