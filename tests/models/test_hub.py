@@ -320,7 +320,7 @@ def test_auto_on_a_gpu_is_the_default_that_the_hub_gives(fake: FakeHub, monkeypa
     told: list[str] = []
     [embedder] = chosen_sources(load_settings().model, torch.device("cuda"), told.append)
     assert embedder.id == NAME
-    assert told[-1] == "fetching owner/tiny: 0.0 GB, 4 files complete"
+    assert told[-1] == "fetching owner/tiny: 0.0 GB, 5 files complete"
 
 
 def test_auto_on_a_gpu_without_its_default_is_the_bundled_model_and_says_so(

@@ -405,7 +405,13 @@ FAMILIES: Mapping[Task, Mapping[str, Family]] = {
         "bert": Family({**BERT, **HEAD, "type_vocab_size": whole(2)}, BERT_EMBEDDER.classes, (_check_one_label,)),
         "xlm-roberta": Family({**XLM_ROBERTA, **HEAD}, XLM_ROBERTA_EMBEDDER.classes, (_check_one_label,)),
         "qwen3": Family(
-            {**QWEN3, **HEAD, "tie_word_embeddings": only(False, True)},
+            {
+                **QWEN3,
+                **HEAD,
+                "tie_word_embeddings": only(False, True),
+                "is_original_qwen3_reranker": HONOURED,  # vLLM's, as the next
+                "classifier_from_token": HARMLESS,  # how a head was made of a language model's
+            },
             r"Qwen3\w+",
             (_check_rope, _check_sliding_window),
         ),
