@@ -174,7 +174,8 @@ def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) ->
     classifies = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
     if task is Task.EMBED and ("LogitScore" in modules or classifies):
         raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
-    if task is Task.RERANK and "Pooling" in modules:
+    kind = read_json(folder / LIBRARY_CONFIG).get("model_type")
+    if task is Task.RERANK and "Pooling" in modules and kind != LIBRARY_TYPES[Task.RERANK]:
         raise StartupError(f"{named}: this is an embedding model; name it in EMBED_MODEL instead.")
     if unknown := set(modules) - MODULES[task]:
         raise StartupError(
