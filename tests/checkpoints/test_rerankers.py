@@ -239,6 +239,7 @@ VARIANTS = [
         ("end-token", qwen3, template(ZERANK + "{{ eos_token }}")),
         ("text-behind-the-document", qwen3, template(MXBAI)),
         ("no-control-tokens", qwen3, template(LINES)),
+        ("no-space-before-the-document", qwen3, template(f"question:{QUERY}\n\n passage:{DOCUMENT}")),
         ("instruction-last-before", qwen3, template(f"Q: {QUERY}\nI: {SYSTEM}\nD: {DOCUMENT}\n")),
         ("cut", qwen3, edit("tokenizer_config.json", model_max_length=128)),
         ("cut-behind", qwen3, several(template(MXBAI), edit("tokenizer_config.json", model_max_length=80))),
