@@ -28,14 +28,13 @@ FILES = {
     "model.safetensors": WEIGHTS,
     "modeling_tiny.py": b"raise SystemExit",
     "pytorch_model.bin": b"pickled",
-    "chat_template.jinja": b"{{ messages }}",
     "README.md": b"# tiny",
     "onnx/config.json": b"{}",
     "onnx/model.onnx": b"onnx",
     "openvino/openvino_tokenizer.json": b"{}",
     "openvino/model.safetensors": b"the weights once more",
 }
-NEEDED = {"config.json", "tokenizer.json", "1_Pooling/config.json", "chat_template.jinja", "model.safetensors"}
+NEEDED = {"config.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors"}
 
 
 @dataclass

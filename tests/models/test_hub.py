@@ -78,6 +78,13 @@ def test_only_needed_files_are_fetched(fake: FakeHub) -> None:
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_chat_templates_are_fetched_before_the_weights(fake: FakeHub) -> None:
+    fake.files["chat_template.jinja"] = fake.files["additional_chat_templates/score.jinja"] = b"{{ messages }}"
+    seen: list[set[str]] = []
+    hub.download(NAME, hf_token=None, check=lambda folder: seen.append(files_in(folder)))
+    assert seen == [NEEDED - {"model.safetensors"} | {"chat_template.jinja", "additional_chat_templates/score.jinja"}]
+
+
 def test_a_cut_connection_is_taken_up_where_it_broke(fake: FakeHub) -> None:
     fake.cuts = [5000]
     counts: list[tuple[int, int]] = []
