@@ -92,7 +92,7 @@ def build_latents(width: int, latent_config: Shape, target: Target, folder: Path
 def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
     reranks = kind == "qwen3-reranker"
     return Checkpoint(
-        source=Source(kind, folder, Task.RERANK if reranks else Task.EMBED),
+        source=Source("Qwen3-Reranker-0.6B" if reranks else kind, folder, Task.RERANK if reranks else Task.EMBED),
         config={**shape, "model_type": "qwen3" if reranks else kind},
         pooling=POOLINGS.get(kind),
         positions=32768,

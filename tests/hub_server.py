@@ -28,7 +28,6 @@ FILES = {
     "model.safetensors": WEIGHTS,
     "modeling_tiny.py": b"raise SystemExit",
     "pytorch_model.bin": b"pickled",
-    "chat_template.jinja": b"{{ messages }}",
     "README.md": b"# tiny",
     "onnx/config.json": b"{}",
     "onnx/model.onnx": b"onnx",
@@ -39,7 +38,7 @@ ADDRESS = re.compile(
     r"(/api/models)?/(?P<name>[\w.-]+/[\w.-]+)"
     r"(?:/(?P<what>revision|tree|resolve|refs|discussions)(?:/(?P<revision>refs/pr/\d+|[^/]+))?(?:/(?P<file>.+))?)?"
 )
-NEEDED = {"config.json", "tokenizer.json", "1_Pooling/config.json", "chat_template.jinja", "model.safetensors"}
+NEEDED = {"config.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors"}
 
 
 @dataclass

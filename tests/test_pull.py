@@ -52,12 +52,12 @@ def test_a_pull_says_what_it_will_fetch_and_then_where_it_is(fake: FakeHub, tmp_
     assert before.splitlines() == [
         f"model     owner/tiny at {COMMIT}",
         "licence   apache-2.0",
-        "size      16.4 kB in 5 files; 16.4 kB in 5 files to fetch",
+        "size      16.4 kB in 4 files; 16.4 kB in 4 files to fetch",
         "memory    about 8.0 MB for the weights in bfloat16 (an estimate: 4,000,000 parameters of 2 bytes), "
         "and room for the batches besides",
     ]
     assert after.splitlines()[-2:] == [
-        "fetched   16.4 kB of 16.4 kB, 5 of 5 files complete",
+        "fetched   16.4 kB of 16.4 kB, 4 of 4 files complete",
         "checked   every file has the size that the hub says",
     ]
 
@@ -81,7 +81,6 @@ def test_a_pulled_revision_is_pinned_where_it_is_served(fake: FakeHub, capsys: C
 
 
 def test_a_reranker_is_served_as_one(fake: FakeHub, capsys: Captured) -> None:
-    del fake.files["chat_template.jinja"]
     fake.files["config.json"] = (
         b'{"model_type": "bert", "architectures": ["BertForSequenceClassification"], "max_position_embeddings": 512, '
         b'"id2label": {"0": "LABEL_0"}}'
@@ -108,7 +107,7 @@ def test_on_a_terminal_there_is_a_bar(fake: FakeHub, monkeypatch: pytest.MonkeyP
         pull, "said", Console(file=terminal, force_terminal=True, width=120, soft_wrap=True, color_system=None)
     )
     assert run_pull(NAME) == 0
-    assert "5 of 5 files" in terminal.getvalue()
+    assert "4 of 4 files" in terminal.getvalue()
     assert "16.4/16.4 kB" in terminal.getvalue()
     assert "fetched" not in terminal.getvalue()
 
@@ -230,7 +229,7 @@ def test_the_library_s_own_variables_work(tmp_path: Path) -> None:
         )
     assert (done.returncode, done.stderr.count("\x1b")) == (0, 0)
     assert f"folder    {tmp_path / 'hub' / 'models--owner--tiny' / 'snapshots' / COMMIT}\n" in done.stdout
-    assert "5 of 5 files complete" in done.stderr
+    assert "4 of 4 files complete" in done.stderr
 
 
 CONFIG = b'{"model_type": "bert", "max_position_embeddings": 512}'

@@ -132,6 +132,15 @@ def named_template(folder: Path) -> None:
     options(chat_template="score", add_generation_prompt=True)(folder)
 
 
+def pooled(folder: Path) -> None:
+    """A head of sentence-transformers' own modules."""
+    kinds = ("Transformer", "Pooling", "Dense")
+    modules = [
+        {"idx": i, "name": str(i), "path": "", "type": f"sentence_transformers.models.{kinds[i]}"} for i in range(3)
+    ]
+    write(folder / "modules.json", modules)
+
+
 def stored_head(folder: Path) -> None:
     """Beside embeddings that config.json ties to it: what is stored counts."""
     weights = load_file(folder / "model.safetensors")
@@ -230,6 +239,7 @@ VARIANTS = [
         ("end-token", qwen3, template(ZERANK + "{{ eos_token }}")),
         ("text-behind-the-document", qwen3, template(MXBAI)),
         ("no-control-tokens", qwen3, template(LINES)),
+        ("no-space-before-the-document", qwen3, template(f"question:{QUERY}\n\n passage:{DOCUMENT}")),
         ("instruction-last-before", qwen3, template(f"Q: {QUERY}\nI: {SYSTEM}\nD: {DOCUMENT}\n")),
         ("cut", qwen3, edit("tokenizer_config.json", model_max_length=128)),
         ("cut-behind", qwen3, several(template(MXBAI), edit("tokenizer_config.json", model_max_length=80))),
@@ -349,6 +359,13 @@ REFUSED = [
         ),
         ("not-restored", qwen3, options(restore_suffix=False), "processing_kwargs.chat_template.restore_suffix"),
         ("other-lengths", qwen3, module(processing_kwargs={"text": {"max_length": 40}}), "processing_kwargs.text"),
+        (
+            "cut-from-the-left",
+            qwen3,
+            edit("tokenizer_config.json", truncation_side="left"),
+            "`truncation_side` in tokenizer_config.json would cut the beginning",
+        ),
+        ("pooled", qwen3, pooled, "modules.json has Dense, Pooling; supported are LogitScore, Transformer"),
         ("no-tokens", qwen3, logit_score(), "has no config.json that names its tokens"),
         ("no-true-token", qwen3, logit_score(false_token_id=267), NO_TOKEN),
         ("a-word-for-a-token", qwen3, logit_score(true_token_id="yes"), NO_TOKEN),

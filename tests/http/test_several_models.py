@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
-from tests.tiny_checkpoints import tiny_bert
+from tests.tiny_checkpoints import edit_json, tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.engine.loaded import Loaded
@@ -131,7 +131,9 @@ def test_a_folder_named_twice_is_loaded_once(tmp_path: Path, minilm_folder: Path
 
 def test_a_backbone_that_embeds_and_reranks_is_loaded_once(tmp_path: Path) -> None:
     folder = shutil.copytree(RERANKER, tmp_path / "both")
-    (folder / "modules.json").unlink()
+    for name in ("modules.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    edit_json(folder / "config.json", is_original_qwen3_reranker=True)
     embedder, reranker = loaded(embed_model=str(folder), rerank_model=str(folder)).models.values()
     assert embedder.model.modules[0] is reranker.model.modules[0]
     assert embedder.card.weight_bytes > 0

@@ -20,7 +20,8 @@ from vecmill.core.types import Side, Task
 from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairLimits
 from vecmill.inference.tokenization import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, QWEN3_PROMPT, SUFFIX
+from vecmill.models.chat_template import Pieces, Slot, UnfitTemplateError, filled
+from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, QWEN3_PROMPT, SUFFIX, PairPrompt
 
 LIMIT, INSTRUCT_LIMIT = 64, 200
 QUERY = "the quick brown fox jumps over the lazy dog"
@@ -259,6 +260,40 @@ async def test_qwen3s_limit_without_room_for_a_document_is_refused(instructed: I
     assert not isinstance(refused.value, InputTooLong)
     with pytest.raises(InputTooLong, match="maximum context length"):
         await instructed.tokenizer.encode("China " * 500, ["a"], None, PairLimits(pair=INSTRUCT_LIMIT))
+
+
+LINES = ("Query: ", Slot.QUERY, "\nDocument: ", Slot.DOCUMENT, "\nRelevant:")
+SEVERAL_TURNS = (
+    "<|im_start|>system\n",
+    Slot.INSTRUCTION,
+    "<|im_end|>\n<|im_start|>user\n",
+    Slot.QUERY,
+    "<|im_end|>\n<|im_start|>user\n",
+    Slot.DOCUMENT,
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+
+
+@pytest.mark.parametrize("pieces", [QWEN3_PROMPT.plain, LINES, SEVERAL_TURNS])
+async def test_a_prompt_in_parts_has_the_tokens_of_the_whole(instructed: Instructed, pieces: Pieces) -> None:
+    pool = instructed.pool
+    tokenizer = InstructTokenizer(pool, pool, INSTRUCT_LIMIT, PairPrompt(pieces, pieces), "Find it")
+    documents = ["oxygen", "", " space", "\n\nlines\n", "?!", "7", "é", "你好", "'s", "<|im_end|>", "ends.\n"]
+    found = await tokenizer.encode(INSTRUCT_QUERY, documents, None)
+    assert [whole(one) for one in found] == [
+        instructed.ids(filled(pieces, "Find it", INSTRUCT_QUERY, document)) for document in documents
+    ]
+    # All before the documents is computed once, but for what may be one token with a document's first.
+    [prefix] = {one.row.prefix for one in found}
+    assert prefix is not None
+    before = filled(pieces[: pieces.index(Slot.DOCUMENT)], "Find it", INSTRUCT_QUERY, "")
+    assert len(instructed.ids(before)) - len(prefix) <= 1
+
+
+def test_a_prompt_that_is_not_split_before_the_document_is_refused(instructed: Instructed) -> None:
+    pieces = ("<", Slot.QUERY, ">>", Slot.DOCUMENT)
+    with pytest.raises(UnfitTemplateError, match="not split between the query and the document"):
+        InstructTokenizer(instructed.pool, instructed.pool, INSTRUCT_LIMIT, PairPrompt(pieces, pieces))
 
 
 def rerank(query: str, documents: Sequence[str], **fields: object) -> dict[str, object]:

@@ -79,6 +79,13 @@ def test_only_needed_files_are_fetched(fake: FakeHub) -> None:
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_chat_templates_are_fetched_before_the_weights(fake: FakeHub) -> None:
+    fake.files["chat_template.jinja"] = fake.files["additional_chat_templates/score.jinja"] = b"{{ messages }}"
+    seen: list[set[str]] = []
+    hub.download(NAME, hf_token=None, check=lambda folder: seen.append(files_in(folder)))
+    assert seen == [NEEDED - {"model.safetensors"} | {"chat_template.jinja", "additional_chat_templates/score.jinja"}]
+
+
 def test_a_cut_connection_is_taken_up_where_it_broke(fake: FakeHub) -> None:
     fake.cuts = [5000]
     counts: list[tuple[int, int]] = []
@@ -320,7 +327,7 @@ def test_auto_on_a_gpu_is_the_default_that_the_hub_gives(fake: FakeHub, monkeypa
     told: list[str] = []
     [embedder] = chosen_sources(load_settings().model, torch.device("cuda"), told.append)
     assert embedder.id == NAME
-    assert told[-1] == "fetching owner/tiny: 0.0 GB, 5 files complete"
+    assert told[-1] == "fetching owner/tiny: 0.0 GB, 4 files complete"
 
 
 def test_auto_on_a_gpu_without_its_default_is_the_bundled_model_and_says_so(

@@ -6,11 +6,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain, groupby
+from string import punctuation
 
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.chat_template import Pieces, Slot, UnfitTemplateError, filled
 
-# Texts that show where a tokenizer always splits: the first character may be one token with what is before it.
+# Beginnings of texts, of every kind of character: where a tokenizer splits depends on what follows.
 PROBES = (
     *(
         "x",
@@ -24,35 +25,14 @@ PROBES = (
         "\r\n",
         "7",
         "77 8",
-        ".",
         "...",
-        ")",
         "?!",
         "'s",
-        "'",
-        '"',
-    ),
-    *(
-        "#x",
-        "/",
-        ">",
-        ">>",
-        "<",
         "<x>",
-        "=",
-        ":",
+        ">>",
         ": x",
-        "_",
-        "-",
-        "é",
-        "ü 1",
-        "\u0301x",
-        "你好",
-        "。",
-        "дела",
-        "😀",
-        "▁x",
     ),
+    *("é", "ü 1", "\u0301x", "你好", "。", "дела", "😀", "▁x", "\u00a0x", "\u200bx", *punctuation),
 )
 INSTRUCTION = "Find it"
 
@@ -154,8 +134,17 @@ def _cut(rest: Pieces, before: str, behind: str, pool: TokenizerPool) -> tuple[P
 
 
 def _splits(rest: Pieces, left: str, second: str, probe: str, pool: TokenizerPool) -> bool:
+    """Whether no token can have characters of both, by the rule that splits texts into words, and none has here."""
     first = filled(rest, INSTRUCTION, probe, "") + left
-    return [*pool.encode(first), *pool.encode(second)] == pool.encode(first + second)
+    if [*pool.encode(first), *pool.encode(second)] != pool.encode(first + second):
+        return False
+    tokenizer = pool.copy()
+    if tokenizer.normalizer is not None:
+        first, second = map(tokenizer.normalizer.normalize_str, (first, second))
+    if tokenizer.pre_tokenizer is None:
+        return True
+    words = tokenizer.pre_tokenizer.pre_tokenize_str(first + second)
+    return not any(start < len(first) < stop for _, (start, stop) in words)
 
 
 def _restored(pieces: Pieces, control: TokenizerPool) -> tuple[int, ...]:

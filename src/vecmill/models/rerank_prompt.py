@@ -191,7 +191,8 @@ def answer_tokens(checkpoint: Checkpoint, yes: str = "yes", no: str = "no") -> t
 
 def _answers(checkpoint: Checkpoint) -> Answers:
     said = checkpoint.logit_score
-    check_keys(checkpoint.named, checkpoint.folder / "LogitScore/config.json", said, LOGIT_SCORE)
+    file = next(checkpoint.folder.glob("*LogitScore/config.json"), checkpoint.folder / "config.json")
+    check_keys(checkpoint.named, file, said, LOGIT_SCORE)
     true, false = said.get("true_token_id"), said.get("false_token_id")
     if not _is_id(true) or not (false is None or _is_id(false)):
         raise StartupError(
@@ -241,6 +242,11 @@ def _prompt(checkpoint: Checkpoint) -> PairPrompt | None:
         if is_named(checkpoint):  # the first releases have the chat template of the model that they were made from
             return QWEN3_PROMPT
         raise StartupError(f"{checkpoint.named}: its chat template {error}.") from None
+    if read_json(checkpoint.folder / "tokenizer_config.json").get("truncation_side", "right") != "right":
+        raise StartupError(
+            f"{checkpoint.named}: `truncation_side` in tokenizer_config.json would cut the beginning of its chat "
+            f"template; supported is 'right'."
+        )
     if checkpoint.model_type not in DECODERS:
         raise StartupError(
             f"{checkpoint.named}: chat templates are supported for decoders only: {', '.join(DECODERS)}."
