@@ -140,9 +140,21 @@ BOOKKEEPING = (
 QUANTIZED = "Name the checkpoint that it was made of: weights are loaded as they were trained."
 REMOTE_CODE = "The model needs code of its own, and no remote code is run: serve it with sentence-transformers."
 
+# More are no model's, and would only take memory before the weights show that they do not fit.
+MOST_LAYERS, MOST_POSITIONS = 1000, 10_000_000
+
+
+def _are_sizes(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(whole().accepts(size) for size in value))
+
+
+SIZES = Rule(_are_sizes, "a list of whole numbers, null")
+
 COMMON: Mapping[str, Rule] = {
     **rules(HARMLESS, (*TRAINING, *GENERATION, *BOOKKEEPING)),
-    **rules(HONOURED, ("_name_or_path", "is_matryoshka", "matryoshka_dimensions", "model_type")),
+    **rules(HONOURED, ("_name_or_path", "model_type")),
+    "is_matryoshka": only(False, True, None),
+    "matryoshka_dimensions": SIZES,
     "architectures": HONOURED,  # see `_check_architectures`
     "auto_map": only(None, cure=REMOTE_CODE),
     "add_cross_attention": only(False, None),
@@ -155,9 +167,9 @@ COMMON: Mapping[str, Rule] = {
     "hidden_act": only(*ACTIVATIONS),
     "hidden_size": whole(),
     "intermediate_size": whole(),
-    "max_position_embeddings": whole(),
+    "max_position_embeddings": whole(largest=MOST_POSITIONS),
     "num_attention_heads": whole(),
-    "num_hidden_layers": whole(),
+    "num_hidden_layers": whole(largest=MOST_LAYERS),
     "vocab_size": whole(),
 }
 BERT: Mapping[str, Rule] = {
@@ -216,9 +228,9 @@ NOMIC_BERT: Mapping[str, Rule] = {
     "n_embd": whole(),
     "n_head": whole(),
     "n_inner": whole(),
-    "n_layer": whole(),
-    "n_positions": whole(),
-    "max_trained_positions": whole(),
+    "n_layer": whole(largest=MOST_LAYERS),
+    "n_positions": whole(largest=MOST_POSITIONS),
+    "max_trained_positions": whole(largest=MOST_POSITIONS),
     "layer_norm_epsilon": positive(),
     "rotary_emb_base": positive(),
     "activation_function": only("swiglu"),
@@ -260,7 +272,9 @@ NOMIC_REQUIRED = (
 NV_EMBED_CODE = r"(nvidia/NV-Embed-v2--)?(configuration|modeling)_nvembed\.\w+"
 NV_EMBED: Mapping[str, Rule] = {
     **rules(HARMLESS, (*BOOKKEEPING, *GENERATION, "add_pad_token", "tie_word_embeddings")),
-    **rules(HONOURED, ("_name_or_path", "architectures", "is_matryoshka", "matryoshka_dimensions", "model_type")),
+    **rules(HONOURED, ("_name_or_path", "architectures", "model_type")),
+    "is_matryoshka": only(False, True, None),
+    "matryoshka_dimensions": SIZES,
     "auto_map": Rule(
         lambda value: value is None or _all_match(value, NV_EMBED_CODE), "nvidia/NV-Embed-v2's classes", REMOTE_CODE
     ),
@@ -356,11 +370,14 @@ def _check_nomic_layout(config: Config) -> None:
     missing = [key for key in NOMIC_REQUIRED if key not in said]
     if missing:
         raise StartupError(f"{config.named}: {config.file.name} leaves out `{missing[0]}`, which has no one default.")
-    rope = said.get("rope_parameters") or {}
+    if said.get("rope_scaling"):
+        raise config.refuse("rope_scaling", "null beside `rotary_emb_base`", "Put it into `rope_parameters`.")
+    rope = {"rope_theta": said.get("rope_theta"), **(said.get("rope_parameters") or {})}
     same = [
         (hub, said[hub], native, said[native]) for hub, native in NOMIC_KEYS.items() if {hub, native} <= said.keys()
     ]
-    same += [("rotary_emb_base", said["rotary_emb_base"], key, rope[key]) for key in ("rope_theta",) if key in rope]
+    if rope["rope_theta"] is not None:
+        same += [("rotary_emb_base", said["rotary_emb_base"], "rope_theta", rope["rope_theta"])]
     same += [("activation_function", "silu", "hidden_act", said["hidden_act"])] if "hidden_act" in said else []
     for hub, one, native, other in same:
         if one != other:
