@@ -330,6 +330,7 @@ VARIANTS = [
     embeds("xlm-eps", xlm_roberta, config(layer_norm_eps=0.1, hidden_act="gelu_fast")),
     embeds("heads", bert, config(num_attention_heads=8)),
     embeds("outputs", bert, config(output_hidden_states=True, output_attentions=True, return_dict=False)),
+    embeds("made-from-a-reranker", bert, config(sentence_transformers={"version": "5.0.0"}, num_labels=1)),
     embeds("bert-half", bert, config(dtype="float16")),
     embeds("padding", bert, config(pad_token_id=None)),
     embeds("qwen3-act", qwen3, config(hidden_act="gelu_pytorch_tanh", rms_norm_eps=0.1)),
@@ -440,6 +441,7 @@ VARIANTS = [
         "nv-length", nv_embed, within("latent_attention_config", output_normalize=False), "config.output_normalize`"
     ),
     reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "its head has 3 labels"),
+    reranks("no-head", cross_encoder, config(architectures=["BertModel"]), "have no head that scores a pair"),
     reranks("ce-alibi", cross_encoder, config(position_embedding_type="alibi"), NO_ALIBI),
     reranks("qwen3-reranker-window", qwen3_reranker, config(layer_types=["sliding_attention"] * 2), "`layer_types`"),
     reranks("a-family-without-rerankers", bare_nomic, config(), "'nomic_bert' is not supported"),

@@ -355,7 +355,12 @@ def _check_sliding_window(config: Config) -> None:
 
 
 def _check_one_label(config: Config) -> None:
-    """A relevance score is one number."""
+    """A relevance score is one number, and a head gives it: transformers would make up one that is missing."""
+    names = config.said.get("architectures") or []
+    if names and not any(name.endswith("ForSequenceClassification") for name in names):
+        raise config.refuse(
+            "architectures", "a ...ForSequenceClassification", "Others have no head that scores a pair."
+        )
     labels = config.said.get("id2label")
     count = len(labels) if isinstance(labels, Mapping) else config.said.get("num_labels") or 2  # as transformers
     if count != 1:
@@ -395,19 +400,18 @@ def _check_nv_embed(config: Config) -> None:
     check_keys(config.named, config.file, latent, LATENT_ATTENTION, within="latent_attention_config")
 
 
-BERT_EMBEDDER = Family({**BERT, **rules(HARMLESS, LABELS)}, r"Bert\w+")
-XLM_ROBERTA_EMBEDDER = Family({**XLM_ROBERTA, **rules(HARMLESS, LABELS)}, r"(XLM)?Roberta\w+")
-# What a cross-encoder's config.json says of its labels and activation.
-HEAD = rules(HONOURED, (*LABELS, "sbert_ce_default_activation_function", "sentence_transformers"))
+# What a cross-encoder's config.json says of its labels and activation; an embedder made from one has no use for it.
+OF_HEAD = (*LABELS, "sbert_ce_default_activation_function", "sentence_transformers")
+HEAD, NO_HEAD = rules(HONOURED, OF_HEAD), rules(HARMLESS, OF_HEAD)
+BERT_EMBEDDER = Family({**BERT, **NO_HEAD}, r"Bert\w+")
+XLM_ROBERTA_EMBEDDER = Family({**XLM_ROBERTA, **NO_HEAD}, r"(XLM)?Roberta\w+")
 FAMILIES: Mapping[Task, Mapping[str, Family]] = {
     Task.EMBED: {
         "bert": BERT_EMBEDDER,
         "xlm-roberta": XLM_ROBERTA_EMBEDDER,
-        "nomic_bert": Family(
-            {**NOMIC_BERT, **rules(HARMLESS, LABELS)}, r"NomicBert\w+", (_check_rope, _check_nomic_layout)
-        ),
-        "qwen3": Family({**QWEN3, **rules(HARMLESS, LABELS)}, r"Qwen3\w+", (_check_rope, _check_sliding_window)),
-        "nvembed": Family({**NV_EMBED, **rules(HARMLESS, LABELS)}, r"NVEmbedModel", (_check_nv_embed,)),
+        "nomic_bert": Family({**NOMIC_BERT, **NO_HEAD}, r"NomicBert\w+", (_check_rope, _check_nomic_layout)),
+        "qwen3": Family({**QWEN3, **NO_HEAD}, r"Qwen3\w+", (_check_rope, _check_sliding_window)),
+        "nvembed": Family({**NV_EMBED, **NO_HEAD}, r"NVEmbedModel", (_check_nv_embed,)),
     },
     Task.RERANK: {
         "bert": Family({**BERT, **HEAD, "type_vocab_size": whole(2)}, BERT_EMBEDDER.classes, (_check_one_label,)),
