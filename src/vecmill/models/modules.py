@@ -99,7 +99,7 @@ SENTENCE_TRANSFORMERS: Mapping[Task, Mapping[str, Rule]] = {
         "truncate_dim": only(
             None, cure="Remove it, list the size in `matryoshka_dimensions` of config.json, and ask for `dimensions`."
         ),
-        "model_type": only(model_type, None),
+        "model_type": only(model_type),  # of any other, null too, sentence-transformers takes the transformer alone
     }
     for task, model_type in ((Task.EMBED, "SentenceTransformer"), (Task.RERANK, "CrossEncoder"))
 }
