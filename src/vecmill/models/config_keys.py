@@ -172,10 +172,13 @@ COMMON: Mapping[str, Rule] = {
     "num_hidden_layers": whole(largest=MOST_LAYERS),
     "vocab_size": whole(),
 }
+# Of Google's releases; read by nothing.
+POOLER = tuple(
+    f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+)
 BERT: Mapping[str, Rule] = {
     **COMMON,
-    **rules(HARMLESS, (*(f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers")),)),
-    **rules(HARMLESS, ("pooler_size_per_head", "pooler_type")),  # of Google's release; read by nothing
+    **rules(HARMLESS, POOLER),
     "layer_norm_eps": positive(),
     "pad_token_id": whole(0, null=True),
     "position_embedding_type": only("absolute", None, cure="Its positions (ALiBi, relative) are not implemented."),
