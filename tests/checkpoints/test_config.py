@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     GenerationConfig,
@@ -307,6 +308,17 @@ def reranks(
     return Variant(name, base, change, refused, rerank=True, documents=DOCUMENTS)
 
 
+def biases(folder: Path) -> None:
+    """Qwen3's projections of attention have biases too."""
+    file = folder / "model.safetensors"
+    weights, generator = load_file(file), torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.endswith("_proj.weight") and "self_attn" in name]:
+        bias = torch.randn(len(weights[name]), generator=generator)
+        weights[name.replace(".weight", ".bias")] = bias.to(weights[name].dtype)
+    save_file(weights, file, metadata={"format": "pt"})
+    config(attention_bias=True)(folder)
+
+
 def nomic_of_2026(folder: Path) -> None:
     nomic(folder)
     config(**NATIVE_NOMIC)(folder)
@@ -334,6 +346,7 @@ VARIANTS = [
     embeds("bert-half", bert, config(dtype="float16")),
     embeds("padding", bert, config(pad_token_id=None)),
     embeds("qwen3-act", qwen3, config(hidden_act="gelu_pytorch_tanh", rms_norm_eps=0.1)),
+    embeds("qwen3-bias", qwen3, biases),
     embeds("qwen3-theta", qwen3, config(rope_theta=100)),
     embeds("qwen3-parameters", qwen3, config(rope_parameters={"rope_type": "default", "rope_theta": 50.0})),
     embeds("qwen3-linear", qwen3, config(rope_scaling={"type": "linear", "factor": 4.0})),
