@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     GenerationConfig,
@@ -29,6 +30,7 @@ from tests.oracle import nomic_encode
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.types import Task
 from vecmill.models import config_keys
+from vecmill.models.checkpoint import read
 from vecmill.models.keys import Rule
 from vecmill.models.source import find
 
@@ -178,6 +180,23 @@ NOMIC = {
     "use_flash_attn": True,
     "use_xentropy": True,
 }
+NATIVE_NOMIC = {  # since 2026 the hub's file has both kinds of keys
+    "attention_probs_dropout_prob": 0.0,
+    "classifier_dropout": None,
+    "dtype": "float32",
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "layer_norm_eps": 1e-12,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"},
+    "tie_word_embeddings": True,
+}
 QWEN3 = {
     "_name_or_path": "Qwen/Qwen3-0.6B-Base",
     "attention_dropout": 0.0,
@@ -289,6 +308,23 @@ def reranks(
     return Variant(name, base, change, refused, rerank=True, documents=DOCUMENTS)
 
 
+def biases(folder: Path) -> None:
+    """Qwen3's projections of attention have biases too."""
+    file = folder / "model.safetensors"
+    weights, generator = load_file(file), torch.Generator().manual_seed(0)
+    for name in [name for name in weights if name.endswith("_proj.weight") and "self_attn" in name]:
+        bias = torch.randn(len(weights[name]), generator=generator)
+        weights[name.replace(".weight", ".bias")] = bias.to(weights[name].dtype)
+    save_file(weights, file, metadata={"format": "pt"})
+    config(attention_bias=True)(folder)
+
+
+def nomic_of_2026(folder: Path) -> None:
+    nomic(folder)
+    config(**NATIVE_NOMIC)(folder)
+    edit_json(folder / "sentence_bert_config.json", max_seq_length=128)
+
+
 VARIANTS = [
     # As the hub has them.
     embeds("bge-en", bert, config(**CLASSIC)),
@@ -306,9 +342,11 @@ VARIANTS = [
     embeds("xlm-eps", xlm_roberta, config(layer_norm_eps=0.1, hidden_act="gelu_fast")),
     embeds("heads", bert, config(num_attention_heads=8)),
     embeds("outputs", bert, config(output_hidden_states=True, output_attentions=True, return_dict=False)),
+    embeds("made-from-a-reranker", bert, config(sentence_transformers={"version": "5.0.0"}, num_labels=1)),
     embeds("bert-half", bert, config(dtype="float16")),
     embeds("padding", bert, config(pad_token_id=None)),
     embeds("qwen3-act", qwen3, config(hidden_act="gelu_pytorch_tanh", rms_norm_eps=0.1)),
+    embeds("qwen3-bias", qwen3, biases),
     embeds("qwen3-theta", qwen3, config(rope_theta=100)),
     embeds("qwen3-parameters", qwen3, config(rope_parameters={"rope_type": "default", "rope_theta": 50.0})),
     embeds("qwen3-linear", qwen3, config(rope_scaling={"type": "linear", "factor": 4.0})),
@@ -318,6 +356,8 @@ VARIANTS = [
     embeds("qwen3-longrope", qwen3, config(rope_scaling=LONGROPE)),
     embeds("qwen3-window-unused", qwen3, config(sliding_window=8, max_window_layers=0)),
     embeds("qwen3-window-of-no-layer", qwen3, config(use_sliding_window=True, sliding_window=8, max_window_layers=2)),
+    embeds("nomic-of-2026", nomic_of_2026, config(**NOMIC)),
+    embeds("nomic-of-2026-linear", nomic_of_2026, config(rope_parameters={"rope_type": "linear", "factor": 4.0})),
     embeds("native-nomic", native_nomic, config()),
     embeds("native-nomic-theta", native_nomic, config(rope_parameters={"rope_type": "default", "rope_theta": 7.0})),
     embeds("native-nomic-linear", native_nomic, config(rope_parameters={"rope_type": "linear", "factor": 4.0})),
@@ -406,6 +446,9 @@ VARIANTS = [
     embeds(
         "nomic-both", nomic, config(hidden_size=768), "has `n_embd` (32) and `hidden_size` (768), which do not agree"
     ),
+    embeds(
+        "nomic-scaled", nomic, config(rope_scaling={"type": "linear", "factor": 2}), "null beside `rotary_emb_base`"
+    ),
     embeds("nomic-both-thetas", nomic, config(rope_parameters={"rope_theta": 10.0}), "`rotary_emb_base` (1000)"),
     embeds("nomic-code", nomic, config(auto_map={"AutoModel": "someone/else--modeling_x.NomicBertModel"}), REMOTE),
     embeds("nv-eos", nv_embed, config(add_eos=False), "`add_eos`: false; supported: true"),
@@ -422,6 +465,7 @@ VARIANTS = [
         "nv-length", nv_embed, within("latent_attention_config", output_normalize=False), "config.output_normalize`"
     ),
     reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "its head has 3 labels"),
+    reranks("no-head", cross_encoder, config(architectures=["BertModel"]), "have no head that scores a pair"),
     reranks("ce-alibi", cross_encoder, config(position_embedding_type="alibi"), NO_ALIBI),
     reranks("qwen3-reranker-window", qwen3_reranker, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),
     reranks("a-family-without-rerankers", bare_nomic, config(), "'nomic_bert' is not supported"),
@@ -465,6 +509,12 @@ async def test_the_hubs_keys_of_nomic(server: Served, variant: Variant) -> None:
     """transformers reads the native keys alone: they are translated for it."""
     expected = nomic_encode(server.folders[variant.name], variant.texts)
     np.testing.assert_allclose(await server.vectors(variant), expected, atol=TOLERANCE, rtol=0)
+
+
+def test_nomic_is_cut_where_its_code_takes_it_to_be_trained(tmp_path: Path) -> None:
+    folder = Variant("nomic", nomic, without("max_trained_positions")).write(tmp_path)
+    edit_json(folder / "config.json", n_positions=8192)
+    assert read(find(str(folder))).positions == 2048
 
 
 @pytest.mark.parametrize(("base", "variant"), HARMLESS, ids=str)

@@ -196,6 +196,7 @@ VARIANTS = [
     row("maxsim", library(similarity_fn_name="maxsim"), '`similarity_fn_name`: "maxsim"; supported: "cosine", "dot"'),
     row("sparse", library(model_type="SparseEncoder"), '`model_type`: "SparseEncoder"'),
     row("multi-vector", library(model_type="MultiVectorEncoder"), '`model_type`: "MultiVectorEncoder"'),
+    row("of-no-type", library(model_type=None), '`model_type`: null; supported: "SentenceTransformer"'),
     row("of-a-reranker", library(model_type="CrossEncoder"), "this is a reranker; name it in RERANK_MODEL instead"),
     row("pylate", library(query_prefix="[Q] "), "the key `query_prefix`"),
     Variant("embedder", bert, refused="this is an embedding model", rerank=True),

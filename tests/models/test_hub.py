@@ -307,6 +307,34 @@ def test_what_cannot_be_run_is_refused_before_its_weights_are_fetched(fake: Fake
     assert "config.json" in fake.fetched()
 
 
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"position_embedding_type": "alibi"}, r"`position_embedding_type`: \"alibi\"; supported: \"absolute\""),
+        ({"auto_map": {"AutoModel": "jinaai/x--modeling_bert.JinaBertModel"}}, "no remote code is run"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "`quantization_config`"),
+        ({"surprise": 1}, "the key `surprise`"),
+    ],
+)
+def test_a_key_that_is_not_implemented_is_refused_before_the_weights_are_fetched(
+    fake: FakeHub, keys: dict[str, object], said: str
+) -> None:
+    fake.files["config.json"] = json.dumps({"model_type": "bert", "max_position_embeddings": 512, **keys}).encode()
+    with pytest.raises(StartupError, match=rf"^EMBED_MODEL=owner/tiny: config.json has .*{said}"):
+        chosen_sources(load_settings({"embed_model": NAME}).model, torch.device("cpu"))
+    assert "model.safetensors" not in fake.fetched()
+
+
+def test_a_module_that_is_not_served_is_refused_before_the_weights_are_fetched(fake: FakeHub) -> None:
+    fake.files["config.json"] = SUPPORTED
+    fake.files["modules.json"] = json.dumps([{"type": "custom_st.Transformer", "path": "", "name": "0"}]).encode()
+    with pytest.raises(
+        StartupError, match=r"^EMBED_MODEL=owner/tiny: modules.json has the class custom_st.Transformer"
+    ):
+        chosen_sources(load_settings({"embed_model": NAME}).model, torch.device("cpu"))
+    assert "model.safetensors" not in fake.fetched()
+
+
 SUPPORTED = b'{"model_type": "bert", "max_position_embeddings": 512}'
 
 

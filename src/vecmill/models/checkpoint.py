@@ -25,6 +25,7 @@ LIBRARY_CONFIG = "config_sentence_transformers.json"
 LIBRARY_TYPES = {Task.EMBED: "SentenceTransformer", Task.RERANK: "CrossEncoder"}
 ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
 
+NOMIC_TRAINED = 2048  # what the code of nomic's files takes for the positions that it was trained on
 POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
 
 
@@ -255,6 +256,8 @@ def _positions(folder: Path, config: Mapping[str, Any]) -> int:
     # nomic: positions beyond those trained need rotary scaling, which makes vectors depend on the longest of a batch.
     keys = ("max_trained_positions", "max_position_embeddings", "n_positions")
     said = next((backbone[key] for key in keys if backbone.get(key)), None)
+    if said is not None and said == backbone.get("n_positions") and config.get("model_type") == "nomic_bert":
+        said = min(said, NOMIC_TRAINED)
     if said is None:
         raise StartupError(f"{folder}/config.json does not say how many positions the model has.")
     before_first = backbone.get("pad_token_id", 1) + 1 if config.get("model_type") == "xlm-roberta" else 0

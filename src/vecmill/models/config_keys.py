@@ -140,9 +140,21 @@ BOOKKEEPING = (
 QUANTIZED = "Name the checkpoint that it was made of: weights are loaded as they were trained."
 REMOTE_CODE = "The model needs code of its own, and no remote code is run: serve it with sentence-transformers."
 
+# More are no model's, and would only take memory before the weights show that they do not fit.
+MOST_LAYERS, MOST_POSITIONS = 1000, 10_000_000
+
+
+def _are_sizes(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(whole().accepts(size) for size in value))
+
+
+SIZES = Rule(_are_sizes, "a list of whole numbers, null")
+
 COMMON: Mapping[str, Rule] = {
     **rules(HARMLESS, (*TRAINING, *GENERATION, *BOOKKEEPING)),
-    **rules(HONOURED, ("_name_or_path", "is_matryoshka", "matryoshka_dimensions", "model_type")),
+    **rules(HONOURED, ("_name_or_path", "model_type")),
+    "is_matryoshka": only(False, True, None),
+    "matryoshka_dimensions": SIZES,
     "architectures": HONOURED,  # see `_check_architectures`
     "auto_map": only(None, cure=REMOTE_CODE),
     "add_cross_attention": only(False, None),
@@ -155,15 +167,18 @@ COMMON: Mapping[str, Rule] = {
     "hidden_act": only(*ACTIVATIONS),
     "hidden_size": whole(),
     "intermediate_size": whole(),
-    "max_position_embeddings": whole(),
+    "max_position_embeddings": whole(largest=MOST_POSITIONS),
     "num_attention_heads": whole(),
-    "num_hidden_layers": whole(),
+    "num_hidden_layers": whole(largest=MOST_LAYERS),
     "vocab_size": whole(),
 }
+# Of Google's releases; read by nothing.
+POOLER = tuple(
+    f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+)
 BERT: Mapping[str, Rule] = {
     **COMMON,
-    **rules(HARMLESS, (*(f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers")),)),
-    **rules(HARMLESS, ("pooler_size_per_head", "pooler_type")),  # of Google's release; read by nothing
+    **rules(HARMLESS, POOLER),
     "layer_norm_eps": positive(),
     "pad_token_id": whole(0, null=True),
     "position_embedding_type": only("absolute", None, cure="Its positions (ALiBi, relative) are not implemented."),
@@ -216,9 +231,9 @@ NOMIC_BERT: Mapping[str, Rule] = {
     "n_embd": whole(),
     "n_head": whole(),
     "n_inner": whole(),
-    "n_layer": whole(),
-    "n_positions": whole(),
-    "max_trained_positions": whole(),
+    "n_layer": whole(largest=MOST_LAYERS),
+    "n_positions": whole(largest=MOST_POSITIONS),
+    "max_trained_positions": whole(largest=MOST_POSITIONS),
     "layer_norm_epsilon": positive(),
     "rotary_emb_base": positive(),
     "activation_function": only("swiglu"),
@@ -260,7 +275,9 @@ NOMIC_REQUIRED = (
 NV_EMBED_CODE = r"(nvidia/NV-Embed-v2--)?(configuration|modeling)_nvembed\.\w+"
 NV_EMBED: Mapping[str, Rule] = {
     **rules(HARMLESS, (*BOOKKEEPING, *GENERATION, "add_pad_token", "tie_word_embeddings")),
-    **rules(HONOURED, ("_name_or_path", "architectures", "is_matryoshka", "matryoshka_dimensions", "model_type")),
+    **rules(HONOURED, ("_name_or_path", "architectures", "model_type")),
+    "is_matryoshka": only(False, True, None),
+    "matryoshka_dimensions": SIZES,
     "auto_map": Rule(
         lambda value: value is None or _all_match(value, NV_EMBED_CODE), "nvidia/NV-Embed-v2's classes", REMOTE_CODE
     ),
@@ -350,7 +367,12 @@ def _check_sliding_window(config: Config) -> None:
 
 
 def _check_one_label(config: Config) -> None:
-    """A relevance score is one number."""
+    """A relevance score is one number, and a head gives it: transformers would make up one that is missing."""
+    names = config.said.get("architectures") or []
+    if names and not any(name.endswith("ForSequenceClassification") for name in names):
+        raise config.refuse(
+            "architectures", "a ...ForSequenceClassification", "Others have no head that scores a pair."
+        )
     labels = config.said.get("id2label")
     count = len(labels) if isinstance(labels, Mapping) else config.said.get("num_labels") or 2  # as transformers
     if count != 1:
@@ -365,11 +387,14 @@ def _check_nomic_layout(config: Config) -> None:
     missing = [key for key in NOMIC_REQUIRED if key not in said]
     if missing:
         raise StartupError(f"{config.named}: {config.file.name} leaves out `{missing[0]}`, which has no one default.")
-    rope = said.get("rope_parameters") or {}
+    if said.get("rope_scaling"):
+        raise config.refuse("rope_scaling", "null beside `rotary_emb_base`", "Put it into `rope_parameters`.")
+    rope = {"rope_theta": said.get("rope_theta"), **(said.get("rope_parameters") or {})}
     same = [
         (hub, said[hub], native, said[native]) for hub, native in NOMIC_KEYS.items() if {hub, native} <= said.keys()
     ]
-    same += [("rotary_emb_base", said["rotary_emb_base"], key, rope[key]) for key in ("rope_theta",) if key in rope]
+    if rope["rope_theta"] is not None:
+        same += [("rotary_emb_base", said["rotary_emb_base"], "rope_theta", rope["rope_theta"])]
     same += [("activation_function", "silu", "hidden_act", said["hidden_act"])] if "hidden_act" in said else []
     for hub, one, native, other in same:
         if one != other:
@@ -387,19 +412,18 @@ def _check_nv_embed(config: Config) -> None:
     check_keys(config.named, config.file, latent, LATENT_ATTENTION, within="latent_attention_config")
 
 
-BERT_EMBEDDER = Family({**BERT, **rules(HARMLESS, LABELS)}, r"Bert\w+")
-XLM_ROBERTA_EMBEDDER = Family({**XLM_ROBERTA, **rules(HARMLESS, LABELS)}, r"(XLM)?Roberta\w+")
-# What a cross-encoder's config.json says of its labels and activation.
-HEAD = rules(HONOURED, (*LABELS, "sbert_ce_default_activation_function", "sentence_transformers"))
+# What a cross-encoder's config.json says of its labels and activation; an embedder made from one has no use for it.
+OF_HEAD = (*LABELS, "sbert_ce_default_activation_function", "sentence_transformers")
+HEAD, NO_HEAD = rules(HONOURED, OF_HEAD), rules(HARMLESS, OF_HEAD)
+BERT_EMBEDDER = Family({**BERT, **NO_HEAD}, r"Bert\w+")
+XLM_ROBERTA_EMBEDDER = Family({**XLM_ROBERTA, **NO_HEAD}, r"(XLM)?Roberta\w+")
 FAMILIES: Mapping[Task, Mapping[str, Family]] = {
     Task.EMBED: {
         "bert": BERT_EMBEDDER,
         "xlm-roberta": XLM_ROBERTA_EMBEDDER,
-        "nomic_bert": Family(
-            {**NOMIC_BERT, **rules(HARMLESS, LABELS)}, r"NomicBert\w+", (_check_rope, _check_nomic_layout)
-        ),
-        "qwen3": Family({**QWEN3, **rules(HARMLESS, LABELS)}, r"Qwen3\w+", (_check_rope, _check_sliding_window)),
-        "nvembed": Family({**NV_EMBED, **rules(HARMLESS, LABELS)}, r"NVEmbedModel", (_check_nv_embed,)),
+        "nomic_bert": Family({**NOMIC_BERT, **NO_HEAD}, r"NomicBert\w+", (_check_rope, _check_nomic_layout)),
+        "qwen3": Family({**QWEN3, **NO_HEAD}, r"Qwen3\w+", (_check_rope, _check_sliding_window)),
+        "nvembed": Family({**NV_EMBED, **NO_HEAD}, r"NVEmbedModel", (_check_nv_embed,)),
     },
     Task.RERANK: {
         "bert": Family({**BERT, **HEAD, "type_vocab_size": whole(2)}, BERT_EMBEDDER.classes, (_check_one_label,)),

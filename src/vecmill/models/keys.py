@@ -44,15 +44,16 @@ def only(*values: Any, cure: str = "") -> Rule:
     )
 
 
-def whole(smallest: int = 1, *, null: bool = False) -> Rule:
+def whole(smallest: int = 1, largest: int = LARGEST_NUMBER, *, null: bool = False) -> Rule:
     """A whole number that is read; also null where that stands for a default."""
 
     def accepts(value: Any) -> bool:
         return (null and value is None) or (
-            isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= LARGEST_NUMBER
+            isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
         )
 
-    return Rule(accepts, f"a whole number from {smallest} on" + (", null" if null else ""))
+    bounds = f"from {smallest} on" if largest == LARGEST_NUMBER else f"from {smallest} to {largest:,}"
+    return Rule(accepts, f"a whole number {bounds}" + (", null" if null else ""))
 
 
 def positive(*, null: bool = False) -> Rule:

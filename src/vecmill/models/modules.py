@@ -69,14 +69,16 @@ ENTRY: Mapping[str, Rule] = {
 }
 POOLING_MODE = "pooling_mode_"
 POOLING: Mapping[str, Rule] = {
-    **rules(HARMLESS, ("word_embedding_dimension", "embedding_dimension")),  # the width of what is pooled
+    **rules(whole(), ("word_embedding_dimension", "embedding_dimension")),  # stated, and read by nothing that follows
     **rules(HONOURED, ("include_prompt", "pooling_mode")),
     **rules(only(False, True, None), (f"{POOLING_MODE}{name}_tokens" for name in ("max", "mean", "weightedmean"))),
     **rules(only(False, True, None), (f"{POOLING_MODE}{name}" for name in ("cls_token", "lasttoken"))),
     f"{POOLING_MODE}mean_sqrt_len_tokens": only(False, True, None),
 }
-IN_PLACE = only("sentence_embedding", None)
-NORMALIZE: Mapping[str, Rule] = {"module_input_name": IN_PLACE, "module_output_name": IN_PLACE}
+NORMALIZE: Mapping[str, Rule] = {
+    "module_input_name": only("sentence_embedding"),
+    "module_output_name": only("sentence_embedding", None),
+}
 LOGIT_SCORE: Mapping[str, Rule] = {
     "true_token_id": whole(0),
     "false_token_id": whole(0, null=True),
@@ -97,7 +99,7 @@ SENTENCE_TRANSFORMERS: Mapping[Task, Mapping[str, Rule]] = {
         "truncate_dim": only(
             None, cure="Remove it, list the size in `matryoshka_dimensions` of config.json, and ask for `dimensions`."
         ),
-        "model_type": only(model_type, None),
+        "model_type": only(model_type),  # of any other, null too, sentence-transformers takes the transformer alone
     }
     for task, model_type in ((Task.EMBED, "SentenceTransformer"), (Task.RERANK, "CrossEncoder"))
 }

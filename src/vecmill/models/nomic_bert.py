@@ -64,7 +64,7 @@ def read_config(checkpoint: Checkpoint) -> NomicBertConfig:
     """
     said = checkpoint.architecture
     native = {NOMIC_KEYS.get(key, key): value for key, value in said.items()}
-    if "rotary_emb_base" in said:
+    if "rotary_emb_base" in said and said.get("rope_parameters") is None:
         # Rotary scaling beyond the trained length would make a vector depend on the longest text of its batch. Texts
         # are cut at that length instead, so the plain rotation is right.
         native["rope_parameters"] = {"rope_type": "default", "rope_theta": float(said["rotary_emb_base"])}
