@@ -228,6 +228,16 @@ def test_the_files_of_an_index_are_fetched_and_no_others(fake: FakeHub) -> None:
         hub.plan(NAME, hf_token=None)
 
 
+def test_a_repository_of_another_format_is_named_as_what_it_is(fake: FakeHub) -> None:
+    fake.files = {"README.md": b"# tiny", "tiny-q4_k_m.gguf": b"GGUF", "tiny-q8_0.gguf": b"GGUF"}
+    said = r"has only GGUF, the format of llama.cpp \(tiny-q4_k_m.gguf\).*: take the repository that it was converted"
+    with pytest.raises(StartupError, match=said):
+        hub.plan(NAME, hf_token=None)
+    with pytest.raises(StartupError, match=said):
+        chosen_sources(load_settings({"embed_model": NAME}).model, torch.device("cpu"))
+    assert fake.fetched() == []
+
+
 def test_an_adapter_is_refused_before_its_weights_are_fetched(fake: FakeHub) -> None:
     fake.files = FILES | {"adapter_config.json": b'{"base_model_name_or_path": "owner/base"}'}
     with pytest.raises(StartupError, match="PEFT adapter"):

@@ -121,6 +121,7 @@ def read(source: Source) -> Checkpoint:
     """
     folder, named, task = source.folder, source.named, source.task
     weight_files.refuse_adapter(named, folder)
+    weight_files.refuse_other_formats(named, folder)
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
             raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")

@@ -39,13 +39,13 @@ from huggingface_hub.utils.tqdm import tqdm
 from rich.filesize import decimal
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.models.fingerprint import READ
 from vecmill.models.weight_files import INDEX, PICKLE_INDEX, Listing, list_folder
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = "the repository"
-SMALL_FILES = [*READ, "*/config.json"]
+CONFIG = "config.json"
+SMALL_FILES = ["*.json", "*.jinja", "*/config.json"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
@@ -127,6 +127,8 @@ def download(
         return folder
     try:
         small = _fetched(name, revision, hf_token, SMALL_FILES, report)
+        if not (small / CONFIG).is_file():
+            _weights_of(name, small)  # says what it is instead, such as GGUF
         check(small)
         return _fetched(name, revision, hf_token, [*SMALL_FILES, *_weights_of(name, small)], report)
     except HUB_ERRORS as error:
