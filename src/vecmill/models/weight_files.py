@@ -149,17 +149,17 @@ class Listing:
             )
         return names
 
-    def refusal(self) -> StartupError:
-        """For a model without weights that can be read."""
-        said = self.instead or f"{self.where} has no {SINGLE}: choose a model or a revision that has it"
-        return StartupError(f"{self.named}: {said}.")
+    def refusal(self, cure: str = "") -> StartupError:
+        """For a model without weights that can be read; `cure`: what to do, in place of what is said of its kind."""
+        what, usual = self.instead or (f"no {SINGLE}", "choose a model or a revision that has it")
+        return StartupError(f"{self.named}: {self.where} has {what}: {cure or usual}.")
 
     @property
-    def instead(self) -> str | None:
+    def instead(self) -> tuple[str, str] | None:
         """What there is in place of weights that can be read, and what to do."""
         for patterns, what, cure in OTHERS:
             if found := sorted(name for name in self.present if any(fnmatchcase(name, each) for each in patterns)):
-                return f"{self.where} has {what} ({found[0]}), not {SINGLE}: {cure.format(model=self.model)}"
+                return f"{what} ({found[0]}), not {SINGLE}", cure.format(model=self.model)
         return None
 
 
