@@ -95,6 +95,10 @@ def instead(*names: str) -> Change:
     return change
 
 
+def gguf_alone(folder: Path) -> None:
+    (folder / "tiny-q8_0.gguf").write_bytes(b"GGUF")
+
+
 def sharded(folder: Path) -> dict[str, Weights]:
     """The weights in two files with an index, and what each holds."""
     weights = load_file(folder / SINGLE)
@@ -221,6 +225,7 @@ VARIANTS = [
     Variant("another-name", bert, moved("weights.safetensors"), "under other names than model.safetensors (weights."),
     Variant("below-a-folder", bert, moved("0_Transformer/model.safetensors"), "(0_Transformer/model.safetensors)"),
     Variant("gguf", bert, instead("tiny-q8_0.gguf"), "only GGUF, the format of llama.cpp (tiny-q8_0.gguf)"),
+    Variant("gguf-alone", gguf_alone, refused="only GGUF, the format of llama.cpp (tiny-q8_0.gguf)"),
     Variant("onnx", bert, instead("onnx/model.onnx"), "an export to ONNX or OpenVINO (onnx/model.onnx)"),
     Variant("openvino", bert, instead("openvino_model.xml", "openvino_model.bin"), "an export to ONNX or OpenVINO"),
     Variant("tensorflow", bert, instead("tf_model.h5"), "only weights of TensorFlow or Flax (tf_model.h5)"),

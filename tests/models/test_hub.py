@@ -184,10 +184,10 @@ def test_no_safetensors(fake: FakeHub) -> None:
 
 def test_pickles_alone_are_refused_with_what_would_convert_them(fake: FakeHub) -> None:
     fake.files = PICKLED
-    said = r"only pickled weights.*\(pytorch_model.bin\).*`vecmill pull owner/tiny`.*`--convert-pickle` converts them"
-    with pytest.raises(StartupError, match=said):
+    here = r"^owner/tiny: the repository has only pickled weights.*\(pytorch_model.bin\), not model.safetensors: "
+    with pytest.raises(StartupError, match=here + "no branch and no pull request has it; .*--convert-pickle` converts"):
         hub.plan(NAME, hf_token=None)
-    with pytest.raises(StartupError, match=said):
+    with pytest.raises(StartupError, match=here + "`vecmill pull owner/tiny` looks for .*`--convert-pickle` converts"):
         hub.download(NAME, hf_token=None)
     assert set(fake.fetched()) == NEEDED - {"model.safetensors"}
 
@@ -198,8 +198,8 @@ def test_pull_requests_with_safetensors_are_offered_the_hub_s_own_first(fake: Fa
     with pytest.raises(StartupError, match="only pickled weights") as refused:
         hub.plan(NAME, hf_token=None)
     first, second = refused.value.message.split("`vecmill pull owner/tiny --revision ")[1:]
-    assert first.startswith("refs/pr/5` has them as safetensors, in a pull request of SFconvertbot (the hub's conv")
-    assert second.startswith("refs/pr/4` has them as safetensors, in a pull request of somebody (anybody may open")
+    assert first.startswith("refs/pr/5` has it, in a pull request of SFconvertbot (the hub's conv")
+    assert second.startswith("refs/pr/4` has it, in a pull request of somebody (anybody may open")
     found = hub.plan(NAME, hf_token=None, revision="refs/pr/5")
     folder = hub.fetch(found, hf_token=None, revision="refs/pr/5", report=lambda fetched, complete: None)
     assert (folder.name, files_in(folder)) == (f"{5:040x}", NEEDED)
@@ -235,6 +235,16 @@ def test_the_files_of_an_index_are_fetched_and_no_others(fake: FakeHub) -> None:
     del fake.files[shards[1]]
     with pytest.raises(StartupError, match=f"lists 2 files, and {shards[1]} is not in the repository"):
         hub.plan(NAME, hf_token=None)
+
+
+def test_a_repository_of_another_format_is_named_as_what_it_is(fake: FakeHub) -> None:
+    fake.files = {"README.md": b"# tiny", "tiny-q4_k_m.gguf": b"GGUF", "tiny-q8_0.gguf": b"GGUF"}
+    said = r"has only GGUF, the format of llama.cpp \(tiny-q4_k_m.gguf\).*: take the repository that it was converted"
+    with pytest.raises(StartupError, match=said):
+        hub.plan(NAME, hf_token=None)
+    with pytest.raises(StartupError, match=said):
+        chosen_sources(load_settings({"embed_model": NAME}).model, torch.device("cpu"))
+    assert fake.fetched() == []
 
 
 def test_an_adapter_is_refused_before_its_weights_are_fetched(fake: FakeHub) -> None:

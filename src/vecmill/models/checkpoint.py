@@ -148,6 +148,7 @@ def read(source: Source) -> Checkpoint:
     weight_files.refuse_adapter(named, folder)
     config = read_json(folder / "config.json")
     modules = _modules(folder, named, task, config)
+    weight_files.refuse_other_formats(named, folder)
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
             raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")

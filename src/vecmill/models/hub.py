@@ -39,13 +39,13 @@ from huggingface_hub.utils.tqdm import tqdm
 from rich.filesize import decimal
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.models.fingerprint import READ
 from vecmill.models.weight_files import INDEX, PICKLE_INDEX, Listing, list_folder
 
 logger = logging.getLogger(__name__)
 
 REPOSITORY = "the repository"
-SMALL_FILES = [*READ, "*/config.json"]
+CONFIG = "config.json"
+SMALL_FILES = ["*.json", "*.jinja", "*/config.json"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
@@ -127,6 +127,8 @@ def download(
         return folder
     try:
         small = _fetched(name, revision, hf_token, SMALL_FILES, report)
+        if not (small / CONFIG).is_file():
+            _weights_of(name, small)  # says what it is instead, such as GGUF
         check(small)
         return _fetched(name, revision, hf_token, [*SMALL_FILES, *_weights_of(name, small)], report)
     except HUB_ERRORS as error:
@@ -262,19 +264,18 @@ def _weights_on_hub(api: HfApi, name: str, info: ModelInfo, *, pickles: bool) ->
     def index(file: str) -> Any:
         return _read(Path(hf_hub_download(name, file, revision=str(info.sha), token=api.token)))
 
+    convert = f"`vecmill pull {name} --convert-pickle` converts them once"
     if listing.pickled and pickles:
         return listing.pickles(lambda: index(PICKLE_INDEX))
-    try:
-        return listing.chosen(lambda: index(INDEX))
-    except StartupError as error:
-        offers = [] if listing.readable else _other_revisions(api, name)
-        if not offers:
-            raise
-        raise StartupError(f"{error.message} {' '.join(offers)}") from None
+    if not listing.readable and (offers := _other_revisions(api, name)):
+        raise listing.refusal("; ".join(offers if not listing.pickled else [*offers, convert]))
+    if listing.pickled:
+        raise listing.refusal(f"no branch and no pull request has it; {convert}")
+    return listing.chosen(lambda: index(INDEX))
 
 
 def _other_revisions(api: HfApi, name: str) -> list[str]:
-    """Sentences about branches and pull requests that have safetensors, the hub's own conversions first."""
+    """Which branches and pull requests have safetensors, in words; the hub's own conversions first."""
     try:
         refs = api.list_repo_refs(name, include_pull_requests=True)
         asked = api.get_repo_discussions(name, discussion_type="pull_request")
@@ -297,10 +298,10 @@ def _is_readable(api: HfApi, name: str, revision: str) -> bool:
 def _offer(name: str, ref: str, author: str | None) -> str:
     command = f"`vecmill pull {name} --revision {ref}`"
     if not ref.startswith("refs/pr/"):
-        return f"{command} has them as safetensors."
+        return f"{command} has it"
     page = f"{constants.ENDPOINT}/{name}/discussions/{ref.rpartition('/')[2]}"
-    whose = "the hub's converter" if author == CONVERTER else "anybody may open one: compare before you trust it"
-    return f"{command} has them as safetensors, in a pull request of {author or 'somebody'} ({whose}; {page})."
+    whose = "the hub's converter" if author == CONVERTER else "anybody may open one, so compare before you trust it"
+    return f"{command} has it, in a pull request of {author or 'somebody'} ({whose}; {page})"
 
 
 def _needed(info: ModelInfo, patterns: list[str]) -> list[Any]:

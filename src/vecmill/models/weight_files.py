@@ -109,7 +109,7 @@ class Listing:
         if SINGLE in self.present:
             return [SINGLE]
         if INDEX not in self.present:
-            raise StartupError(f"{self.named}: {self._instead()}.")
+            raise self.refusal()
         return self._listed(INDEX, read_index())
 
     def pickles(self, read_index: Callable[[], Any]) -> list[str]:
@@ -121,7 +121,7 @@ class Listing:
         if PICKLE in self.present:
             return [PICKLE]
         if PICKLE_INDEX not in self.present:
-            raise StartupError(f"{self.named}: {self._instead()}.")
+            raise self.refusal()
         return self._listed(PICKLE_INDEX, read_index())
 
     @property
@@ -149,18 +149,31 @@ class Listing:
             )
         return names
 
-    def _instead(self) -> str:
-        """What there is in place of weights that can be read."""
+    def refusal(self, cure: str = "") -> StartupError:
+        """For a model without weights that can be read; `cure`: what to do, in place of what is said of its kind."""
+        what, usual = self.instead or (f"no {SINGLE}", "choose a model or a revision that has it")
+        return StartupError(f"{self.named}: {self.where} has {what}: {cure or usual}.")
+
+    @property
+    def instead(self) -> tuple[str, str] | None:
+        """What there is in place of weights that can be read, and what to do."""
         for patterns, what, cure in OTHERS:
             if found := sorted(name for name in self.present if any(fnmatchcase(name, each) for each in patterns)):
-                return f"{self.where} has {what} ({found[0]}), not {SINGLE}: {cure.format(model=self.model)}"
-        return f"{self.where} has no {SINGLE}: choose a model or a revision that has it"
+                return f"{what} ({found[0]}), not {SINGLE}", cure.format(model=self.model)
+        return None
 
 
 def list_folder(named: str, folder: Path, model: str) -> Listing:
     """The files of a folder and of the folders in it."""
     found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
     return Listing(named, str(folder), model, [path.relative_to(folder).as_posix() for path in found])
+
+
+def refuse_other_formats(named: str, folder: Path) -> None:
+    """Raise StartupError for a folder without config.json that holds weights of another kind, such as GGUF."""
+    listing = list_folder(named, folder, str(folder))
+    if "config.json" not in listing.present and not listing.readable and listing.instead:
+        raise listing.refusal()
 
 
 def refuse_adapter(named: str, folder: Path) -> None:
