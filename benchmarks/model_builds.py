@@ -106,9 +106,9 @@ def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
         pooling=POOLINGS.get(kind),
         positions=32768,
         max_model_len=32768,
-        prompts={},
+        library_config={},
+        include_prompt=True,
         logit_score=ANSWERS if reranks else {},
-        revision="random",
     )
 
 

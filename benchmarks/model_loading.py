@@ -33,8 +33,7 @@ WAYS = ("vecmill", "transformers")
 def loading(machine: Machine, shape: Shape, gigabytes: float) -> dict[str, Any]:
     """Peak memory and time of vecmill's loading and of transformers', beside plainly reading the files."""
     with TemporaryDirectory() as name:
-        folder = Path(name, "snapshots", "0" * 40)  # as the hub's cache names it; others are hashed to name a revision
-        folder.mkdir(parents=True)
+        folder = Path(name)
         room = min(shutil.disk_usage(folder).free / 3e9, psutil.virtual_memory().available / 4e9)
         write_checkpoint(folder, shape, min(gigabytes, room))
         files = sorted(folder.glob("*.safetensors"))

@@ -10,9 +10,10 @@ from pathlib import Path
 import httpx
 import hypothesis
 import pytest
-from benchmarks.servers import RunningServer, free_port, running, vecmill_command
+from benchmarks.servers import RunningServer, free_port, vecmill_command
 
 from tests.in_process import InProcess
+from tests.preloaded import running
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS
@@ -45,7 +46,7 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def server() -> Iterator[RunningServer]:
     """`vecmill serve` on the bundled model, as a user starts it."""
     port = free_port()
-    with running(vecmill_command(port, "--torch-compile", "auto"), port, "/ready") as server:
+    with running(vecmill_command(port), port, "/ready") as server:
         yield server
 
 

@@ -34,6 +34,10 @@ FILES = {
     "openvino/openvino_tokenizer.json": b"{}",
     "openvino/model.safetensors": b"the weights once more",
 }
+ADDRESS = re.compile(
+    r"(/api/models)?/(?P<name>[\w.-]+/[\w.-]+)"
+    r"(?:/(?P<what>revision|tree|resolve|refs|discussions)(?:/(?P<revision>refs/pr/\d+|[^/]+))?(?:/(?P<file>.+))?)?"
+)
 NEEDED = {"config.json", "tokenizer.json", "1_Pooling/config.json", "model.safetensors"}
 
 
@@ -54,26 +58,36 @@ class FakeHub:
     interrupt: Callable[[], None] = lambda: None
     """Called before the weights are sent."""
     status: int = 200
+    requests: dict[int, tuple[str, dict[str, bytes]]] = field(default_factory=dict)
+    """Pull requests by number: who opened each, and the files of its revision `refs/pr/N`."""
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path and Range of every request."""
     endpoint: str = ""
 
     def fetched(self) -> list[str]:
         """The files whose bytes were asked for."""
-        return [path.split("/resolve/")[1].split("/", 1)[1] for method, path, _ in self.asked if _gets(method, path)]
+        found = [ADDRESS.fullmatch(path) for method, path, _ in self.asked if _gets(method, path)]
+        return [where["file"] for where in found if where is not None]
 
     def ranges(self) -> list[str]:
         return [asked for _, _, asked in self.asked if asked is not None]
 
-    def info(self) -> dict[str, object]:
+    def at(self, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
+        """The commit and the files of a revision."""
+        if revision in (None, "main", COMMIT):
+            return COMMIT, self.files
+        found = [number for number in self.requests if revision in (f"refs/pr/{number}", _commit(number))]
+        return (_commit(found[0]), self.requests[found[0]][1]) if found else None
+
+    def info(self, commit: str, files: dict[str, bytes]) -> dict[str, object]:
         siblings = [
             {"rfilename": path, "size": self.claimed.get(path, len(content)), "blobId": _oid(content)}
-            for path, content in self.files.items()
+            for path, content in files.items()
         ]
         counted = self.parameters
         return {
             "id": NAME,
-            "sha": COMMIT,
+            "sha": commit,
             "siblings": siblings,
             "cardData": self.card,
             "tags": self.tags,
@@ -81,11 +95,36 @@ class FakeHub:
             **({"safetensors": {"parameters": counted, "total": sum(counted.values())}} if counted else {}),
         }
 
-    def tree(self) -> list[dict[str, object]]:
-        return [
-            {"type": "file", "path": path, "size": len(content), "oid": _oid(content)}
-            for path, content in self.files.items()
+    def refs(self) -> dict[str, object]:
+        pulls = [{"name": f"{number}", "ref": f"refs/pr/{number}", "targetCommit": "0"} for number in self.requests]
+        main = {"name": "main", "ref": "refs/heads/main", "targetCommit": COMMIT}
+        return {"branches": [main], "converts": [], "tags": [], "pullRequests": pulls}
+
+    def discussions(self) -> dict[str, object]:
+        opened = [
+            {
+                "title": "Adding `safetensors` variant of this model",
+                "num": number,
+                "author": {"name": author},
+                "createdAt": "2024-01-31T08:30:00.000Z",
+                "status": "open",
+                "repo": {"name": NAME, "type": "model"},
+                "isPullRequest": True,
+            }
+            for number, (author, _) in self.requests.items()
         ]
+        return {"count": len(opened), "start": 0, "discussions": opened}
+
+
+def _tree(files: dict[str, bytes]) -> list[dict[str, object]]:
+    return [
+        {"type": "file", "path": path, "size": len(content), "oid": _oid(content)} for path, content in files.items()
+    ]
+
+
+def _commit(number: int) -> str:
+    """Of a pull request."""
+    return f"{number:040x}"
 
 
 def _gets(method: str, path: str) -> bool:
@@ -112,20 +151,25 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.asked.append((self.command, path, self.headers.get("Range")))
         if self.hub.status != 200:
             return self._send(self.hub.status)
-        where = re.fullmatch(r"(/api/models)?/(\w+/\w+)(?:/(revision|tree|resolve)/([^/]+)(?:/(.+))?)?", path)
-        if where is None or where[2] != NAME:
+        where = ADDRESS.fullmatch(path)
+        if where is None or where["name"] != NAME:
             return self._send(404, {"X-Error-Code": "RepoNotFound"})
-        if where[4] not in (None, "main", COMMIT):
+        if where["what"] in ("refs", "discussions"):
+            return self._json(self.hub.refs() if where["what"] == "refs" else self.hub.discussions())
+        if (found := self.hub.at(where["revision"])) is None:
             return self._send(404, {"X-Error-Code": "RevisionNotFound"})
-        if where[3] == "resolve":
-            return self._file(where[5])
-        return self._send(200, body=json.dumps(self.hub.tree() if where[3] == "tree" else self.hub.info()).encode())
+        if where["what"] == "resolve":
+            return self._file(where["file"], *found)
+        return self._json(_tree(found[1]) if where["what"] == "tree" else self.hub.info(*found))
 
-    def _file(self, path: str) -> None:
+    def _json(self, answer: object) -> None:
+        self._send(200, body=json.dumps(answer).encode())
+
+    def _file(self, path: str, commit: str, files: dict[str, bytes]) -> None:
         if self.hub.token and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             return self._send(401, {"X-Error-Code": "GatedRepo"})
-        content = self.hub.files[path]
-        about = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        content = files[path]
+        about = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         start = 0
         if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
             start = int(asked[1])
@@ -177,6 +221,7 @@ def hub_here(cache: Path) -> Iterator[FakeHub]:
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", fake.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         )
         patch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        patch.setattr(constants, "HF_HOME", str(cache / "home"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
         patch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)
         patch.setenv("NO_PROXY", "127.0.0.1")

@@ -26,6 +26,7 @@ def result() -> dict[str, Any]:
     return json_line(run_benchmark("models", "--quick"))
 
 
+@pytest.mark.benchmark
 def test_every_comparison_gives_the_same_numbers_on_all_sides(result: dict[str, Any]) -> None:
     assert result["same_numbers"]
     checks = {one["name"]: one["check"] for one in result["comparisons"]}
@@ -39,6 +40,7 @@ def test_every_comparison_gives_the_same_numbers_on_all_sides(result: dict[str, 
     assert all(check["error"] < 1e-5 for check in checks.values()), checks
 
 
+@pytest.mark.benchmark
 def test_every_side_is_set_against_the_machine_and_the_first_side(result: dict[str, Any]) -> None:
     assert {"benchmark", "measured_at", "host", "settings", "comparisons", "loading"} <= result.keys()
     for one in result["comparisons"]:
@@ -52,6 +54,7 @@ def test_every_side_is_set_against_the_machine_and_the_first_side(result: dict[s
         assert one["sides"][ours]["per_s"]["min"] > 0
 
 
+@pytest.mark.benchmark
 def test_a_shared_prefix_saves_it_for_all_documents_but_one(result: dict[str, Any]) -> None:
     (one,) = (one for one in result["comparisons"] if one["name"].startswith("shared prefix"))
     whole = SMOKE_DOCUMENTS * (BEFORE_DOCUMENT + SMOKE_DOCUMENT_TOKENS + AFTER_DOCUMENT)
@@ -61,6 +64,7 @@ def test_a_shared_prefix_saves_it_for_all_documents_but_one(result: dict[str, An
     assert one["about"]["saved_share"] == pytest.approx((SMOKE_DOCUMENTS - 1) * BEFORE_DOCUMENT / whole)
 
 
+@pytest.mark.benchmark
 def test_both_ways_of_loading_end_with_the_same_weights(result: dict[str, Any]) -> None:
     loading = result["loading"]
 

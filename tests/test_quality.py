@@ -10,6 +10,8 @@ from benchmarks.corpus import Corpus, build_corpus
 from benchmarks.quality import ALLOWED_DIFFERENCE, Embedded, compare, embed_in_process, embed_through
 from benchmarks.servers import RunningServer
 
+pytestmark = pytest.mark.nightly
+
 # Every document answers a query, for queries are cheap and many are needed: the rounding of bfloat16 moves the
 # difference by 0.003 (standard deviation over draws) with 60 queries, 0.002 with 200, 0.0013 with 400.
 DOCUMENTS, QUERIES = 400, 400
@@ -32,7 +34,6 @@ def reference() -> Reference:
         return Reference(corpus, embed_in_process(bundled_model(), corpus))
 
 
-@pytest.mark.nightly
 def test_ndcg_equals_that_of_sentence_transformers(server: RunningServer, reference: Reference) -> None:
     found = compare(reference.corpus, embed_through(server.url, reference.corpus), reference.embedded)
 

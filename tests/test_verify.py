@@ -55,6 +55,12 @@ def test_the_bundled_weights_give_the_expected_numbers(dtype: str, capsys: Captu
     assert lines[-1] == f"ok: all 4 numbers of {MINILM} are within the tolerance of {dtype}."
 
 
+@pytest.mark.parametrize("name", [MINILM, "all-MiniLM-L6-v2"])
+def test_the_bundled_models_id_is_verified_without_network(name: str, capsys: Captured) -> None:
+    assert run_verify(name, dtype="float32", device="cpu") == 0
+    assert capsys.readouterr().out.startswith(f"model     {MINILM} (embedding model)")
+
+
 def test_a_disturbed_weight_is_off(disturbed: Path, capsys: Captured) -> None:
     assert run_verify(str(disturbed), dtype="float32", device="cpu") == 1
     out = capsys.readouterr().out

@@ -45,11 +45,20 @@ def version() -> None:
 
 @cli.command()
 def pull(
-    model: Annotated[str, typer.Argument(help="A hub id, `owner/name`.")],
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit. Default: the default branch.")] = None,
+    model: Annotated[str, typer.Argument(help="A hub id, `owner/name`; with --convert-pickle also a folder.")],
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag, commit or `refs/pr/N`. Default: the default branch.")
+    ] = None,
+    convert_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--convert-pickle",
+            help="Where the weights are pickles only, make safetensors of them once, in a process that has no network.",
+        ),
+    ] = False,
 ) -> None:
     """Fetch a model from the hub: its size, memory and licence first, then the files, then a check of their sizes."""
-    raise typer.Exit(run_pull(model, revision))
+    raise typer.Exit(run_pull(model, revision, convert_pickle=convert_pickle))
 
 
 @cli.command()

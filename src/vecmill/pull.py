@@ -17,8 +17,10 @@ from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.checkpoint import read
-from vecmill.models.hub import Plan, Report, fetch, plan, require_space
+from vecmill.models.hub import Plan, Report, converted, converted_folder, fetch, plan, require_space
+from vecmill.models.pickles import convert
 from vecmill.models.source import Source
+from vecmill.models.weight_files import list_folder
 
 LINE_EVERY = 10  # percent between lines of progress where there is no terminal
 
@@ -26,14 +28,21 @@ said = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
 results = Console(soft_wrap=True, markup=False, highlight=False)
 
 
-def run_pull(model: str, revision: str | None = None) -> int:
-    """Fetch a model into the hub's cache; the process's exit code: 0, 1 refused or failed, 2 bad settings, 130 ^C."""
+def run_pull(model: str, revision: str | None = None, *, convert_pickle: bool = False) -> int:
+    """Fetch a model into the hub's cache; the process's exit code: 0, 1 refused or failed, 2 bad settings, 130 ^C.
+
+    `convert_pickle`: where its weights are pickled only, write them as safetensors into a folder beside that cache.
+    """
     try:
         secret = load_settings().model.hf_token
     except StartupError as error:
         return _fail(error, 2)
     try:
-        _pull(model, revision, secret.get_secret_value() if secret else None)
+        token = secret.get_secret_value() if secret else None
+        if convert_pickle and Path(model).expanduser().is_dir():
+            _convert_folder(Path(model).expanduser())
+        else:
+            _pull(model, revision, token, convert_pickle=convert_pickle)
     except StartupError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
@@ -47,16 +56,16 @@ def _fail(error: StartupError, code: int) -> int:
     return code
 
 
-def _pull(model: str, revision: str | None, hf_token: str | None) -> None:
+def _pull(model: str, revision: str | None, hf_token: str | None, *, convert_pickle: bool) -> None:
     if model == "auto":
         raise StartupError(
             "auto is the bundled model, whose files come with vecmill[bundled]: there is nothing to pull."
         )
     if model.count("/") != 1:
         raise StartupError(f"{model}: not a hub id, which would be `owner/name`.")
-    found = plan(model, hf_token=hf_token, revision=revision)
+    found = plan(model, hf_token=hf_token, revision=revision, pickles=convert_pickle)
     _describe(found)
-    require_space(found)
+    require_space(found, beside=0 if found.readable else found.weights_size)
     with _interruptible() as stopped, _progress(found) as show:
 
         def report(fetched: int, complete: int) -> None:
@@ -69,10 +78,31 @@ def _pull(model: str, revision: str | None, hf_token: str | None) -> None:
         said.print("checked   every file has the size that the hub says")
     else:
         said.print("checked   everything is there already, with the right sizes; nothing was fetched")
+    if not found.readable:
+        folder = _converted(model, folder, converted(model, found.commit))
+    elif convert_pickle:
+        said.print("convert   nothing: the model has safetensors")
     results.print(f"folder    {folder}")
     results.print(f"revision  {found.commit}")
     pinned = f" --revision {model}={found.commit}" if revision else ""
     results.print(f"serve     vecmill serve {_flag(model, folder)} {model}{pinned}", soft_wrap=True)
+
+
+def _convert_folder(folder: Path) -> None:
+    if list_folder(folder.name, folder, str(folder)).readable:
+        raise StartupError(f"{folder}: it has safetensors already: there is nothing to convert.")
+    made = _converted(str(folder), folder, converted_folder(folder))
+    results.print(f"folder    {made}")
+    results.print(f"serve     vecmill serve {_flag(folder.name, made)} {made}", soft_wrap=True)
+
+
+def _converted(named: str, folder: Path, target: Path) -> Path:
+    """The folder with safetensors that are made of a folder's pickles."""
+    if convert(named, folder, target, lambda message: said.print(f"convert   {message}")):
+        said.print("convert   done: the pickles are not read again; the hub's cache is as it was")
+    else:
+        said.print("convert   this was done before")
+    return target
 
 
 def _flag(model: str, folder: Path) -> str:

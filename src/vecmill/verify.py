@@ -32,6 +32,7 @@ else:
     from uvloop import new_event_loop
 
 AUTO = "auto"
+NO_PROMPT = PromptChoice(instruction="")  # not the default prompt either
 LOOK_EVERY = 0.1  # seconds between looks at the progress of the start
 WIDEST_TEXT = 27  # characters of a text in the table, which then fits 80 columns
 FEWEST_DIGITS = 4
@@ -170,7 +171,7 @@ def _progress() -> Iterator[Progress]:
 async def _measure(check: ScoreCheck | VectorCheck, inference: Inference, card: ModelCard) -> list[Number]:
     tolerance = check.tolerance.of(card)
     if isinstance(check, VectorCheck):
-        vectors = await _embed(inference, check.texts, PromptChoice())
+        vectors = await _embed(inference, check.texts, NO_PROMPT)
         stored = np.asarray(check.vectors, dtype=np.float32)
         return [
             Number(f"{_short(text)}\n  cosine of the two vectors", 1.0, _cosine(one, two), tolerance)
@@ -183,8 +184,8 @@ async def _measure(check: ScoreCheck | VectorCheck, inference: Inference, card: 
 
 
 async def _embedded(check: ScoreCheck, inference: Inference) -> list[float]:
-    as_query = PromptChoice(is_query=True, instruction=check.instruction) if check.prompted else PromptChoice()
-    as_document = PromptChoice(is_query=False) if check.prompted else PromptChoice()
+    as_query = PromptChoice(is_query=True, instruction=check.instruction) if check.prompted else NO_PROMPT
+    as_document = PromptChoice(is_query=False) if check.prompted else NO_PROMPT
     queries = await _embed(inference, check.queries, as_query)
     documents = await _embed(inference, check.documents, as_document)
     return [float(score) * check.scale for query in queries for score in cosines(query[None], documents)]

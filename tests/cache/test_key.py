@@ -15,6 +15,7 @@ CARD = ModelCard(
     task=Task.EMBED,
     family="bert",
     revision="a5beb1e3e68b",
+    fingerprint="0f1e2d3c",
     dimensions=768,
     supported_dimensions=(768,),
     max_model_len=512,
@@ -33,17 +34,23 @@ def row(*ids: int, unpooled: int = 0) -> Row:
 
 @pytest.mark.parametrize(
     "change",
-    [{"id": "other"}, {"revision": "b"}, {"dtype": "float32"}, {"pooling": "mean"}, {"family": "qwen3"}],
+    [{"id": "other"}, {"fingerprint": "b"}, {"dtype": "float32"}, {"pooling": "mean"}, {"family": "qwen3"}],
     ids=lambda change: next(iter(change)),
 )
-def test_another_model_revision_dtype_or_pooling_is_another_key(change: dict[str, str]) -> None:
+def test_another_model_content_dtype_or_pooling_is_another_key(change: dict[str, str]) -> None:
     before, after = model_fingerprint(CARD), model_fingerprint(replace(CARD, **change))  # type: ignore[arg-type]
     assert row_key(before, row(1, 2)) != row_key(after, row(1, 2))
 
 
 def test_what_does_not_change_the_numbers_does_not_change_the_key() -> None:
     same = replace(
-        CARD, device="cuda:0", max_model_len=128, prompts={"query": "q: "}, aliases=("bge",), dtype_reason="x"
+        CARD,
+        device="cuda:0",
+        revision="b",
+        max_model_len=128,
+        prompts={"query": "q: "},
+        aliases=("bge",),
+        dtype_reason="x",
     )
     assert model_fingerprint(same) == model_fingerprint(CARD)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Variant:
     """A part of the sentence that the server ends with; None: it is served, and equals the reference."""
     rerank: bool = False
     texts: Sequence[str] = field(default=TEXTS)
+    documents: Sequence[str] = field(default=DOCUMENTS)
 
     def write(self, root: Path) -> Path:
         """Its folder below `root`."""
@@ -89,8 +90,22 @@ async def served(variants: Sequence[Variant], root: Path) -> AsyncIterator[Serve
     models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto"}
     if rerankers:
         models["rerank_model"] = ",".join(rerankers)
-    async with serving(**models) as client:
-        yield Served(client, folders)
+    with one_thread():
+        async with serving(**models) as client:
+            yield Served(client, folders)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's threads only wait for each other in models as small as these, the longer the busier the machine is."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -108,8 +123,8 @@ class Served:
         return np.array([row["embedding"] for row in answer.json()["data"]], dtype=np.float32)
 
     async def logits(self, variant: Variant) -> NDArray[np.float32]:
-        """(n,) raw scores of QUERY with DOCUMENTS, in the documents' order."""
-        body = {"model": variant.name, "query": QUERY, "texts": list(DOCUMENTS), "raw_scores": True}
+        """(n,) raw scores of QUERY with the documents, in their order."""
+        body = {"model": variant.name, "query": QUERY, "texts": list(variant.documents), "raw_scores": True}
         answer = await self.client.post("/rerank", json=body)
         assert answer.is_success, answer.text
         in_order = sorted(answer.json(), key=lambda one: int(one["index"]))
@@ -119,7 +134,8 @@ class Served:
         """The server's numbers are the reference's."""
         folder = self.folders[variant.name]
         if variant.rerank:
-            measured, expected = await self.logits(variant), await asyncio.to_thread(reference_logits, folder)
+            measured = await self.logits(variant)
+            expected = await asyncio.to_thread(reference_logits, folder, variant.documents)
         else:
             measured = await self.vectors(variant)
             expected = await asyncio.to_thread(reference_vectors, folder, variant.texts)
@@ -137,7 +153,7 @@ def reference_vectors(folder: Path, texts: Sequence[str]) -> NDArray[np.float32]
     return encoded
 
 
-def reference_logits(folder: Path) -> NDArray[np.float32]:
+def reference_logits(folder: Path, documents: Sequence[str] = DOCUMENTS) -> NDArray[np.float32]:
     """What sentence-transformers' `predict` gives before any activation."""
     import torch
     from sentence_transformers import CrossEncoder
@@ -145,7 +161,7 @@ def reference_logits(folder: Path) -> NDArray[np.float32]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": "float32"})
-        pairs = [(QUERY, document) for document in DOCUMENTS]
+        pairs = [(QUERY, document) for document in documents]
         scores: NDArray[np.float32] = model.predict(
             pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False, batch_size=1
         )

@@ -87,7 +87,7 @@ def test_weights_that_are_missing(tmp_path: Path, minilm_folder: Path) -> None:
         (tmp_path / name).write_bytes((minilm_folder / name).read_bytes())
     found = checks("memory", "models", EMBED_MODEL=str(tmp_path))
     assert (found["memory"]["status"], found["models"]["status"]) == ("ok", "fail")
-    assert "lacks weights" in found["models"]["seen"]
+    assert "has no model.safetensors" in found["models"]["seen"]
     assert found["memory"]["details"]["unknown"] == [str(tmp_path)]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from benchmarks.servers import free_port
+from benchmarks.servers import Process, free_port
+
+from tests.preloaded import start
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Service:
         self._command = [*within, sys.executable, *serve, "--port", str(port), "--embed-model", str(model)]
         self._environment = {**os.environ, **SMALL, "STATE_DIR": str(state), **(settings or {})}
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
         self.url = f"http://127.0.0.1:{port}"
         self.state = state
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
@@ -56,9 +57,7 @@ class Service:
     def launch(self) -> None:
         """Start a process, and do not wait for it."""
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, env=self._environment, start_new_session=True
-            )
+            self._process = start(self._command, stdout=log, env=self._environment)
 
     def start(self) -> None:
         """Start a process and wait until it serves."""

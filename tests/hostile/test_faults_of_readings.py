@@ -110,8 +110,20 @@ def test_a_limit_that_is_set_later_counts(groups: Path, monkeypatch: pytest.Monk
     guard.check(needed=0)
     group(groups / SERVICE, 39 * 2**30, 39 * 2**30)
     monkeypatch.setattr("vecmill.hardware.control_group.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("vecmill.hardware.memory.READ_EVERY", -1.0)
     with pytest.raises(MemoryLow, match=r"0\.0 GB are free"):
         guard.check(needed=0)
+
+
+def test_between_two_readings_what_was_let_pass_counts(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many requests may come before the memory of the first is taken."""
+    is_in(groups, f"0::/{SERVICE}")
+    group(groups / SERVICE, 40 * 2**30, 39 * 2**30)
+    monkeypatch.setattr("vecmill.hardware.memory.READ_EVERY", 60.0)
+    guard = MemoryGuard(0.1, 1.0)
+    guard.check(needed=2**29)
+    with pytest.raises(MemoryLow, match=r"0\.5 GB are free"):
+        guard.check(needed=2**29)
 
 
 class Driver:

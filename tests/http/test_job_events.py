@@ -12,7 +12,9 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.servers import RunningServer, free_port, running, vecmill_command
+from benchmarks.servers import RunningServer, free_port, vecmill_command
+
+from tests.preloaded import running
 
 PROMPT_SECONDS = 20.0  # far below SHUTDOWN_SECONDS, which a stream without an end would use up
 

@@ -127,7 +127,7 @@ CARDS = {
 
 @pytest.mark.parametrize("name", CARDS)
 async def test_the_cards_prompt_where_the_files_say_none(tmp_path: Path, minilm_folder: Path, name: str) -> None:
-    folder = tiny_bert(tmp_path / name, minilm_folder, prompts={"query": "", "document": ""})
+    folder = tiny_bert(tmp_path / name, minilm_folder)
     async with serving(embed_model=str(folder)) as client:
         found = (await client.post("/embed", json={"inputs": "a text", "is_query": True})).json()[0]
     np.testing.assert_allclose(found, st_encode(folder, ["a text"], prompt=CARDS[name])[0], atol=1e-5)

@@ -20,7 +20,7 @@ from vecmill.core.types import Side, Task
 from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairLimits
 from vecmill.inference.tokenization import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, answer, question
+from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, QWEN3_PROMPT, SUFFIX
 
 LIMIT, INSTRUCT_LIMIT = 64, 200
 QUERY = "the quick brown fox jumps over the lazy dog"
@@ -28,7 +28,7 @@ DOCUMENTS = [
     "short",
     "",
     "plants create oxygen through a process that is known as photosynthesis. " * 4,
-    "über die Brücke führt die Straße " * 3000,
+    "über die Brücke führt die Straße " * 600,
     "def add(first, second): return first + second",
 ]
 SIDES = list(Side)
@@ -180,7 +180,7 @@ class Instructed:
     def __init__(self, threads: WorkerThreads) -> None:
         checkpoint, model = load_model(GOLDEN / "qwen3" / "reranker", Task.RERANK)
         self.pool = TokenizerPool(checkpoint.tokenizer_file, model.vocab_size, INSTRUCT_LIMIT, threads)
-        self.tokenizer = InstructTokenizer(self.pool, self.pool, INSTRUCT_LIMIT, DEFAULT_INSTRUCTION)
+        self.tokenizer = InstructTokenizer(self.pool, self.pool, INSTRUCT_LIMIT, QWEN3_PROMPT, DEFAULT_INSTRUCTION)
         self.own = Tokenizer.from_file(str(checkpoint.tokenizer_file))
 
     def ids(self, text: str) -> list[int]:
@@ -192,7 +192,7 @@ class Instructed:
         return text.rstrip("\ufffd")
 
     def row(self, query: str, document: Sequence[int]) -> list[int]:
-        asked = self.ids(question(DEFAULT_INSTRUCTION, query))
+        asked = self.ids(f"<Instruct>: {DEFAULT_INSTRUCTION}\n<Query>: {query}\n<Document>:")
         return [*self.ids(PREFIX), *asked, *document, *self.ids(SUFFIX)]
 
 
@@ -213,7 +213,7 @@ async def test_qwen3s_documents_are_cut_before_pairing(instructed: Instructed, s
     room = INSTRUCT_LIMIT - len(instructed.row(INSTRUCT_QUERY, []))
     most = min(limit, room)
     for one, document in zip(found, documents, strict=True):
-        ids = instructed.ids(answer(document))
+        ids = instructed.ids(f" {document}")
         kept = ids[-most:] if side is Side.LEFT else ids[:most]
         assert whole(one) == instructed.row(INSTRUCT_QUERY, kept)
         assert one.truncated == (len(ids) > most)
@@ -225,7 +225,7 @@ async def test_qwen3s_query_is_cut_before_pairing(instructed: Instructed, limit:
     [found] = await instructed.tokenizer.encode(INSTRUCT_QUERY, ["oxygen"], None, PairLimits(query=limit))
     query = instructed.cut_query(INSTRUCT_QUERY, limit)
     assert INSTRUCT_QUERY.startswith(query)
-    assert whole(found) == instructed.row(query, instructed.ids(answer("oxygen")))
+    assert whole(found) == instructed.row(query, instructed.ids(" oxygen"))
     assert found.truncated == (limit < len(instructed.ids(INSTRUCT_QUERY)))
 
 
@@ -233,14 +233,14 @@ async def test_control_tokens_in_a_cut_query_are_read_as_in_a_whole_one(instruct
     query = "<think>What is the capital of China?"
     limits = PairLimits(query=len(instructed.ids("<think>What")))
     [found] = await instructed.tokenizer.encode(query, ["oxygen"], None, limits)
-    assert whole(found) == instructed.row("<think>What", instructed.ids(answer("oxygen")))
+    assert whole(found) == instructed.row("<think>What", instructed.ids(" oxygen"))
 
 
 @pytest.mark.parametrize("side", SIDES)
 async def test_qwen3s_suffix_stays_within_every_limit(instructed: Instructed, side: Side) -> None:
     head = len(instructed.row(INSTRUCT_QUERY, []))
     suffix = instructed.ids(SUFFIX)
-    document = instructed.ids(answer("oxygen " * 30_000))
+    document = instructed.ids(" " + "oxygen " * 30_000)
     for limit in (head + 1, head + 5, INSTRUCT_LIMIT, 1000):
         limits = PairLimits(side, pair=limit)
         [found] = await instructed.tokenizer.encode(INSTRUCT_QUERY, ["oxygen " * 30_000], None, limits)

@@ -18,6 +18,7 @@ from vecmill.inference.tokenization import TextTokenizer, Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.checkpoint import Checkpoint, read
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, answer_tokens
+from vecmill.models.rerank_prompt import QWEN3_PROMPT as QWEN3_RERANKER
 from vecmill.models.source import Source
 from vecmill.models.text_format import text_format
 
@@ -107,7 +108,8 @@ def qwen3(folders: dict[str, Path], pool_of: PoolOf) -> Callable[[str, int], Tex
 def reranker(pool_of: PoolOf) -> InstructTokenizer:
     """As it is served by default: control tokens in what users send are plain text."""
     users = pool_of("qwen3_reranker", QWEN3_VOCAB, control_tokens=False)
-    return InstructTokenizer(users, pool_of("qwen3_reranker", QWEN3_VOCAB), LIMIT, DEFAULT_INSTRUCTION)
+    control = pool_of("qwen3_reranker", QWEN3_VOCAB)
+    return InstructTokenizer(users, control, LIMIT, QWEN3_RERANKER, DEFAULT_INSTRUCTION)
 
 
 def whole(row: Row) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_hub_download
 
+from tests import hub_server
 from tests.hub_server import COMMIT, FILES, NAME, NEEDED, WEIGHTS, FakeHub, hub_here
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
@@ -19,6 +21,7 @@ from vecmill.core.types import Task
 from vecmill.engine import choice
 from vecmill.engine.choice import chosen_sources
 from vecmill.models import hub
+from vecmill.models.source import BUNDLED_ID, find
 
 
 @pytest.fixture
@@ -163,10 +166,78 @@ def test_offline(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
         hub.plan(NAME, hf_token=None)
 
 
+PICKLED = {path: content for path, content in FILES.items() if path != "model.safetensors"}
+
+
 def test_no_safetensors(fake: FakeHub) -> None:
-    fake.files = {path: content for path, content in FILES.items() if path != "model.safetensors"}
-    with pytest.raises(StartupError, match=r"has no \*.safetensors"):
+    fake.files = {"config.json": b"{}", "tokenizer.json": b"{}"}
+    with pytest.raises(StartupError, match=r"^owner/tiny: the repository has no model.safetensors: choose"):
         hub.plan(NAME, hf_token=None)
+
+
+def test_pickles_alone_are_refused_with_what_would_convert_them(fake: FakeHub) -> None:
+    fake.files = PICKLED
+    said = r"only pickled weights.*\(pytorch_model.bin\).*`vecmill pull owner/tiny`.*`--convert-pickle` converts them"
+    with pytest.raises(StartupError, match=said):
+        hub.plan(NAME, hf_token=None)
+    with pytest.raises(StartupError, match=said):
+        hub.download(NAME, hf_token=None)
+    assert set(fake.fetched()) == NEEDED - {"model.safetensors"}
+
+
+def test_pull_requests_with_safetensors_are_offered_the_hub_s_own_first(fake: FakeHub) -> None:
+    fake.files = PICKLED
+    fake.requests = {4: ("somebody", FILES), 5: ("SFconvertbot", FILES), 6: ("another", PICKLED)}
+    with pytest.raises(StartupError, match="only pickled weights") as refused:
+        hub.plan(NAME, hf_token=None)
+    first, second = refused.value.message.split("`vecmill pull owner/tiny --revision ")[1:]
+    assert first.startswith("refs/pr/5` has them as safetensors, in a pull request of SFconvertbot (the hub's conv")
+    assert second.startswith("refs/pr/4` has them as safetensors, in a pull request of somebody (anybody may open")
+    found = hub.plan(NAME, hf_token=None, revision="refs/pr/5")
+    folder = hub.fetch(found, hf_token=None, revision="refs/pr/5", report=lambda fetched, complete: None)
+    assert (folder.name, files_in(folder)) == (f"{5:040x}", NEEDED)
+    assert hub.cached(NAME, f"{5:040x}") == folder
+
+
+def test_of_several_weights_only_those_that_are_read_are_fetched(fake: FakeHub) -> None:
+    fake.files = FILES | {
+        "model_old.safetensors": b"old",
+        "model.fp16.safetensors": b"half",
+        "model.safetensors.index.json": b'{"weight_map": {"a": "model-00001-of-00002.safetensors"}}',
+        "model-00001-of-00002.safetensors": b"a part",
+        "1_Dense/model.safetensors": b"of a module",
+        "checkpoint-5/model.safetensors": b"earlier",
+    }
+    folder = fetch()
+    assert files_in(folder) == NEEDED | {"model.safetensors.index.json"}
+    assert hub.cached(NAME) == folder
+
+
+def test_the_files_of_an_index_are_fetched_and_no_others(fake: FakeHub) -> None:
+    shards = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": dict(zip("ab", shards, strict=True))}
+    fake.files = PICKLED | {
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        **dict.fromkeys(shards, b"a part"),
+        "model-00003-of-00003.safetensors": b"of an earlier save",
+    }
+    wanted = (NEEDED - {"model.safetensors"}) | {*shards, "model.safetensors.index.json"}
+    assert set(hub.plan(NAME, hf_token=None).sizes) == wanted
+    folder = hub.download(NAME, hf_token=None)
+    assert files_in(folder) == wanted
+    del fake.files[shards[1]]
+    with pytest.raises(StartupError, match=f"lists 2 files, and {shards[1]} is not in the repository"):
+        hub.plan(NAME, hf_token=None)
+
+
+def test_an_adapter_is_refused_before_its_weights_are_fetched(fake: FakeHub) -> None:
+    fake.files = FILES | {"adapter_config.json": b'{"base_model_name_or_path": "owner/base"}'}
+    with pytest.raises(StartupError, match="PEFT adapter"):
+        hub.plan(NAME, hf_token=None)
+    settings = load_settings({"embed_model": NAME}).model
+    with pytest.raises(StartupError, match=r"changes the weights of owner/base; .*merge_and_unload"):
+        chosen_sources(settings, torch.device("cpu"))
+    assert "model.safetensors" not in fake.fetched()
 
 
 def test_a_full_disk_is_refused(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,3 +337,11 @@ def test_auto_on_a_gpu_without_its_default_is_the_bundled_model_and_says_so(
 def test_auto_on_a_cpu_is_the_bundled_model_and_no_reranker() -> None:
     [embedder] = chosen_sources(load_settings().model, torch.device("cpu"))
     assert embedder.id == "sentence-transformers/all-MiniLM-L6-v2"
+
+
+def test_the_cache_stands_before_the_bundled_files(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub_server, "NAME", BUNDLED_ID)
+    found = hub.plan(BUNDLED_ID, hf_token=None)
+    assert find(BUNDLED_ID) == find("auto")  # nothing is there yet
+    folder = hub.fetch(found, hf_token=None, revision=None, report=lambda fetched, complete: None)
+    assert find(BUNDLED_ID).folder == folder != find("auto").folder

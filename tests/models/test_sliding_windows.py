@@ -187,10 +187,10 @@ def test_the_masks_of_a_long_row_stay_small() -> None:
 @pytest.mark.parametrize(
     ("said", "named"),
     [
-        ({"layer_types": [SLIDES, "full_attention"], "use_sliding_window": False}, "use_sliding_window=False"),
-        ({"layer_types": [SLIDES, "full_attention"], "sliding_window": None}, "sliding_window=None"),
-        ({"sliding_window": 0, "max_window_layers": 0}, "sliding_window=0"),
-        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"layer_types": [SLIDES, "full_attention"], "use_sliding_window": False}, "`use_sliding_window`: false"),
+        ({"layer_types": [SLIDES, "full_attention"], "sliding_window": None}, "`sliding_window`: null"),
+        ({"sliding_window": 0, "max_window_layers": 0}, "`sliding_window`: 0"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "`layer_types`"),
     ],
 )
 def test_windows_that_mean_nothing_are_refused(tmp_path: Path, said: dict[str, Any], named: str) -> None:

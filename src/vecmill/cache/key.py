@@ -9,12 +9,16 @@ from vecmill.core.types import ModelCard, Row
 
 KEY_BYTES = 16
 # Raised when the same tokens give other vectors than before: a new packing, another pooling.
-FORMAT = 1
+FORMAT = 2
 
 
 def model_fingerprint(card: ModelCard) -> bytes:
-    """Of the model as it is loaded: which weights, in which type, pooled how. Prompts are part of the token ids."""
-    parts = [FORMAT, card.id, card.revision, card.family, card.dtype, card.pooling, card.dimensions]
+    """Of the model as it is loaded: what was read of its files, in which type its weights are, pooled how.
+
+    Prompts and truncation are part of the token ids. The device, the attention kernels and the versions of the
+    libraries change the last bits only, which the stated tolerances allow for.
+    """
+    parts = [FORMAT, card.id, card.fingerprint, card.family, card.dtype, card.pooling, card.dimensions]
     return blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +35,17 @@ class Row:
     prefix: Prefix | None = None
     """For causal models only."""
     unpooled: int = 0
-    """Leading tokens that are attended to but left out of mean pooling (NV-Embed's instruction)."""
+    """Leading tokens that are attended to but not pooled: those of a prompt that the pooling leaves out."""
     second_text: int | None = None
     """Where the second text of a pair begins, for models with token types (BERT)."""
 
     def __len__(self) -> int:
         """Tokens, those of the prefix included."""
         return len(self.token_ids) + (len(self.prefix) if self.prefix else 0)
+
+
+PromptSource = Literal["files", "card"]
+"""Where a model's prompts are from: its own files, or its card, which a checkpoint of that name does not repeat."""
 
 
 class Task(StrEnum):
@@ -59,7 +64,9 @@ class ModelCard:
     task: Task
     family: str
     revision: str
-    """Commit of the hub snapshot, else a SHA-256 over parts of the weights (first 12 hex digits)."""
+    """Commit of the hub's snapshot, else a hash of everything that was read (first 12 hex digits): for people."""
+    fingerprint: str
+    """A hash of everything that was read of the checkpoint, the hub's snapshots included."""
     dimensions: int | None
     """Of a vector; None for a reranker."""
     supported_dimensions: Sequence[int]
@@ -76,8 +83,16 @@ class ModelCard:
     weight_bytes: int
     """Not counting weights that another model had loaded already."""
     prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt_name: str | None = None
+    """Of the prompt that goes before a text of which nothing is said."""
+    prompts_from: PromptSource | None = None
+    """None: it has no prompts."""
     instruction_template: str | None = None
     """Where a request's `instruction` goes, as `{instruction}`; None: it is put before the text as it is."""
+    similarity: str = "cosine"
+    """How the model's vectors are compared: `cosine`, `dot`, or minus a distance, `euclidean` or `manhattan`."""
+    unit_vectors: bool = False
+    """Whether the model's own files make vectors of length 1, and it is those that are compared."""
     layer_norm_before_slice: bool = False
     """Whether fewer dimensions are cut from the layer-normed vector (nomic-embed)."""
     aliases: Sequence[str] = ()
@@ -178,7 +193,7 @@ class Timings:
 
 @dataclass(frozen=True, slots=True)
 class PromptChoice:
-    """How a request says what its texts are; nothing said is no prompt."""
+    """How a request says what its texts are; nothing said is the model's default prompt, if it has one."""
 
     is_query: bool | None = None
     prompt_name: str | None = None
@@ -280,7 +295,7 @@ class ScoreResult:
     scores: Scores
     model: str
     method: str
-    """`cosine`: an embedding model ranked; `cross_encoder`: a reranker did."""
+    """`cross_encoder`: a reranker ranked; else the similarity of an embedding model's vectors, such as `cosine`."""
     prompt_tokens: int
     truncated: tuple[int, ...]
     timings: Timings

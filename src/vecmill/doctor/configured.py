@@ -10,8 +10,8 @@ from vecmill.core.types import Task
 from vecmill.doctor.context import Context
 from vecmill.models import hub
 from vecmill.models.checkpoint import Checkpoint, read
-from vecmill.models.sizes import parameters
-from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, Source, find, is_hub_id
+from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, Source, bundled_instead, find, hub_id, is_hub_id
+from vecmill.models.weight_files import parameters
 
 AUTO, NONE = "auto", "none"
 BYTES = {"float32": 4}  # of a parameter; all other types have 2
@@ -66,12 +66,15 @@ def configured(context: Context) -> list[Configured]:
 
 
 def _found(context: Context, name: str, task: Task, *, automatic: bool) -> Configured:
-    if Path(name).expanduser().is_dir() or not is_hub_id(name):
+    revision, model = context.settings.model.revision_of(name), hub_id(name)
+    if Path(name).expanduser().is_dir() or not is_hub_id(model):
         return _here(name, name, task)
-    folder = hub.cached(name, context.settings.model.revision_of(name))
+    if (bundled := bundled_instead(model, task, revision)) is not None:
+        return _read(name, bundled, automatic=automatic)
+    folder = hub.cached(model, revision)
     if folder is None:
         return Configured(name, task, automatic, None, None)
-    return _read(name, Source(name, folder, task), automatic=automatic)
+    return _read(name, Source(model, folder, task), automatic=automatic)
 
 
 def _here(wanted: str, name: str, task: Task) -> Configured:
@@ -85,11 +88,9 @@ def _here(wanted: str, name: str, task: Task) -> Configured:
 def _read(name: str, source: Source, *, automatic: bool) -> Configured:
     try:
         checkpoint = read(source)
+        _ = checkpoint.weight_files  # which must be there
     except StartupError as error:
         return Configured(name, source.task, automatic, None, error.message)
-    if not all(path.is_file() for path in checkpoint.weight_files) or not checkpoint.weight_files:
-        problem = f"{source.named}: {source.folder} lacks weights in safetensors; fetch the model again."
-        return Configured(name, source.task, automatic, None, problem)
     return Configured(name, source.task, automatic, checkpoint, None)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from vecmill.models import checkpoint as checkpoints
 from vecmill.models.aliases import aliases_of, with_aliases
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.registry import Model, family
-from vecmill.models.sizes import parameters
+from vecmill.models.weight_files import parameters
 from vecmill.models.weights import Target
 
 logger = logging.getLogger(__name__)
@@ -153,6 +153,7 @@ def _load_all(
         report(10 + 75 * min(1, read / total), f"loading {name}: {read / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB")
 
     shared: dict[tuple[Path, type], nn.Module] = {}
+    parts: dict[tuple[Path, type], Mapping[str, str]] = {}
     loaded = []
     counted: set[int] = set()
     for one in found:
@@ -160,11 +161,17 @@ def _load_all(
         build = family(one)
         progress(0)
         chosen = choose_dtype(settings.dtype, device, _width(one))
-        model = build(one, Target(chosen.dtype, device, progress, shared))
+        model = build(one, Target(chosen.dtype, device, progress, shared, parts))
         card = _card(one, model, chosen, device, _uncounted_bytes(model, counted))
         prompts = cards.prompts(one, settings.query_instruction)
-        template = cards.instruction_template(prompts)
-        card = replace(card, prompts=prompts, instruction_template=template, aliases=aliases[one.id])
+        card = replace(
+            card,
+            prompts=prompts.by_name,
+            default_prompt_name=prompts.default_name,
+            prompts_from=prompts.source,
+            instruction_template=cards.instruction_template(prompts.by_name),
+            aliases=aliases[one.id],
+        )
         loaded.append(LoadedModel(card, one, model))
     return loaded
 
@@ -194,6 +201,7 @@ def _card(
         task=checkpoint.task,
         family=checkpoint.model_type,
         revision=checkpoint.revision,
+        fingerprint=checkpoint.fingerprint.hex,
         dimensions=model.width if embeds else None,
         supported_dimensions=cards.supported_dimensions(checkpoint, model.width) if embeds else (),
         max_model_len=checkpoint.max_model_len,
@@ -203,5 +211,7 @@ def _card(
         dtype_reason=chosen.reason,
         device=describe(device),
         weight_bytes=weight_bytes,
+        similarity=checkpoint.similarity,
+        unit_vectors=checkpoint.normalizes,
         layer_norm_before_slice=cards.layer_norm_before_slice(checkpoint),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import psutil
 
@@ -15,6 +16,7 @@ MEGABYTE = 1024 * 1024
 GIGABYTE = 1024 * MEGABYTE
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 FLOOR_SHARE, HIGHEST_FLOOR = 0.04, 8 * GIGABYTE
+READ_EVERY = 0.05  # seconds: the kernel takes as long to say it as a small request takes to be read
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,9 @@ class MemoryGuard:
         self._floor = memory_floor(self._total, floor_gb)
         self._most = fraction * self._total
         self._process = psutil.Process()
+        self._read_at: float | None = None
+        self._last = (0, 0)
+        """What was available and used then, less and plus what was let pass since."""
 
     def check(self, needed: int) -> None:
         """Pass where `needed` bytes more leave the floor free.
@@ -124,11 +129,19 @@ class MemoryGuard:
         Raises:
             MemoryLow: they do not, or the process would have more than its share.
         """
-        available, used = self._available(), self._process.memory_info().rss
+        available, used = self._now()
         if available - needed < self._floor:
             raise self._low(f"{available / GIGABYTE:.1f} GB are free and {self._floor / GIGABYTE:.1f} must stay so")
         if used + needed > self._most:
             raise self._low(f"the process has {used / GIGABYTE:.1f} of the {self._most / GIGABYTE:.1f} GB it may take")
+        self._last = (available - needed, used + needed)
+
+    def _now(self) -> tuple[int, int]:
+        """Bytes that are available, and those that the process has."""
+        if self._read_at is None or monotonic() - self._read_at > READ_EVERY:
+            self._read_at = monotonic()
+            self._last = (self._available(), self._process.memory_info().rss)
+        return self._last
 
     def _available(self) -> int:
         available = int(psutil.virtual_memory().available)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from ipaddress import ip_address, ip_network
 
 from fastapi import Request
@@ -149,6 +150,7 @@ def _is_local(host: str) -> bool:
     return _is_address(host) or "." not in name or name == HOST_NAME or name.endswith(LOCAL_SUFFIXES)
 
 
+@lru_cache(maxsize=128)  # of names that clients choose, so few: each may be as long as a request's head
 def _is_address(host: str) -> bool:
     try:
         ip_address(host)

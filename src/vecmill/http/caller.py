@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Annotated, Any
 
@@ -68,6 +69,7 @@ def client_of(request: Request) -> str:
     return f"{key}@{address}" if key else address
 
 
+@lru_cache(maxsize=4096)
 def _address(host: str) -> str:
     """One client has one address, also where the server listens to both families."""
     try:

@@ -65,7 +65,7 @@ def _models(services: Services) -> dict[str, Any]:
         "device": card and card.device,
         "max_batch_size": max_batch_size(services),
         "models": {"embed": card and card.id, "rerank": rerankers[0] if rerankers else card and card.id},
-        "rerank_method": "cross_encoder" if rerankers else "cosine",
+        "rerank_method": "cross_encoder" if rerankers else card.similarity if card else "cosine",
         "embedding_models": [card.id for card in cards if card.task is Task.EMBED],
         "rerank_models": rerankers,
     }

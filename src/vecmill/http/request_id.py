@@ -45,14 +45,15 @@ class RequestId:
         try:
             await self._app(scope, receive, stamping_send)
         finally:
-            logger.debug(
-                "request",
-                extra={
-                    "request": request_id,
-                    "method": scope["method"],
-                    "path": scope["path"][:LOGGED_CHARACTERS],
-                    "status": status,
-                    "key": scope.get("state", {}).get("api_key_name"),
-                    "ms": round(1000 * (perf_counter() - started), 1),
-                },
-            )
+            if logger.isEnabledFor(logging.DEBUG):
+                logger.debug(
+                    "request",
+                    extra={
+                        "request": request_id,
+                        "method": scope["method"],
+                        "path": scope["path"][:LOGGED_CHARACTERS],
+                        "status": status,
+                        "key": scope.get("state", {}).get("api_key_name"),
+                        "ms": round(1000 * (perf_counter() - started), 1),
+                    },
+                )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from vecmill.cache.key import model_fingerprint
 from vecmill.config import InferenceSettings
+from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import ModelCard, Task, TokenVocabulary
 from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairTokenizer
@@ -13,7 +14,9 @@ from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranke
 from vecmill.inference.token_ids import cl100k
 from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.models.chat_template import UnfitTemplateError
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.rerank_prompt import padding_token, rerank_form
 from vecmill.models.text_format import text_format
 
 
@@ -54,7 +57,13 @@ def _pair_tokenizer(
     card: ModelCard, checkpoint: Checkpoint, settings: InferenceSettings, threads: WorkerThreads
 ) -> PairTokenizer:
     pool = _pool(card, checkpoint, threads, control_tokens=settings.allow_control_tokens)
-    if card.family == "qwen3":
-        prompt = pool if settings.allow_control_tokens else _pool(card, checkpoint, threads)
-        return InstructTokenizer(pool, prompt, card.max_model_len, card.prompts["query"])
-    return CrossEncoderTokenizer(pool, card.max_model_len)
+    form = rerank_form(checkpoint)
+    default = None if card.default_prompt_name is None else card.prompts.get(card.default_prompt_name)
+    padding = padding_token(checkpoint)
+    if form.prompt is None:
+        return CrossEncoderTokenizer(pool, card.max_model_len, default or "", padding)
+    control = pool if settings.allow_control_tokens else _pool(card, checkpoint, threads)
+    try:
+        return InstructTokenizer(pool, control, card.max_model_len, form.prompt, default, padding)
+    except UnfitTemplateError as error:
+        raise StartupError(f"{checkpoint.named}: its chat template {error}.") from None

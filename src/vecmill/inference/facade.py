@@ -211,7 +211,7 @@ class Inference:
         return await tokenize_texts(model, cast(Sequence[str], texts), prompt, request.truncation, recall)
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
-        """Score documents against queries: by a reranker, or by the cosine of an embedding model.
+        """Score documents against queries: by a reranker, or by the similarity of an embedding model's vectors.
 
         Raises:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.

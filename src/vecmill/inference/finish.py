@@ -75,8 +75,28 @@ def cosines(queries: Matrix, documents: Matrix) -> Scores:
     return similarities
 
 
-def cosine_to_relevance(similarities: Scores) -> Scores:
-    """Cosine -1..1 -> relevance score 0..1, order kept and without ties at the ends."""
+def similarities(card: ModelCard, queries: Matrix, documents: Matrix) -> Scores:
+    """Similarity of each document with its query, by the model's own function: (1 or n, d), (n, d) -> (n,).
+
+    Source: sentence_transformers.util.similarity; a distance is negative, so that more is nearer.
+    """
+    if card.similarity == "cosine":
+        return cosines(queries, documents)
+    one, other = (unit(queries), unit(documents)) if card.unit_vectors else (queries, documents)
+    if card.similarity == "dot":
+        found: Scores = np.einsum("nd,nd->n", np.broadcast_to(one, other.shape), other, dtype=np.float64)
+        return found
+    order = 1 if card.similarity == "manhattan" else 2
+    distances: Scores = np.linalg.norm(other - one, ord=order, axis=1).astype(np.float64)
+    return -distances
+
+
+def similarity_to_relevance(card: ModelCard, similarities: Scores) -> Scores:
+    """What `similarities` gives -> relevance score 0..1, order kept and without ties at the ends."""
+    if card.similarity in ("euclidean", "manhattan"):
+        return 1 / (1 - similarities)
+    if card.similarity == "dot" and not card.unit_vectors:  # without bounds
+        similarities = similarities / (1 + np.abs(similarities))
     return (similarities + 1) / 2
 
 

@@ -10,10 +10,11 @@ from typing import Protocol
 import numpy as np
 
 from vecmill.core.errors import InputTooLong, InvalidInput, StartupError
-from vecmill.core.types import Prefix, Row, Side
+from vecmill.core.types import Prefix, Row, Side, TokenIds
+from vecmill.inference.pair_layout import PairLayout, lay_out
 from vecmill.inference.tokenization import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.rerank_prompt import PREFIX, SUFFIX, answer, question
+from vecmill.models.rerank_prompt import PairPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,11 @@ class PairTokenizer(Protocol):
 class CrossEncoderTokenizer:
     """`[CLS] query [SEP] document [SEP]`, as the tokenizer's own template for pairs has it."""
 
-    def __init__(self, pool: TokenizerPool, max_model_len: int) -> None:
+    def __init__(self, pool: TokenizerPool, max_model_len: int, prompt: str = "", padding: int | None = None) -> None:
+        """`prompt` goes before every query. `padding`: a token that the head does not look at where it ends a row."""
         self.pool = pool
+        self._prompt = prompt
+        self._padding = padding
         self._max_model_len = max_model_len
         self._before, self._between, self._after, self._second_text = _template(pool)
         self._around = len(self._before) + len(self._between) + len(self._after)
@@ -90,7 +94,7 @@ class CrossEncoderTokenizer:
                 f"A limit of {limits.pair} tokens (`truncate_prompt_tokens`) leaves no room for a query and a document "
                 f"beside the model's {self._around} special tokens; raise it to at least {self._around + 2}."
             )
-        [whole] = await self.pool.encode_batch([query])
+        [whole] = await self.pool.encode_batch([self._prompt + query])
         first = limits.cut_query(whole)
         return await self.pool.map(partial(self._encode_part, first, len(first) < len(whole), limits), documents)
 
@@ -110,7 +114,10 @@ class CrossEncoderTokenizer:
         )
         head = [*self._before, *first[:keep_first], *self._between]
         ids = np.array([*head, *keep(second, keep_second, limits.side), *self._after], dtype=np.int32)
-        row = Row(ids, second_text=len(head) if self._second_text else None)
+        if not len(ids):
+            raise InvalidInput("The query and a document are both empty; send a text.", param="query")
+        row = Row(without_padding(ids, self._padding), second_text=len(head) if self._second_text else None)
+        total -= len(ids) - len(row)
         shortened = shortened or len(second) < len(document)
         return tokenized(row, total, limits, self._max_model_len, shortened)
 
@@ -153,32 +160,36 @@ def _template(pool: TokenizerPool) -> tuple[list[int], list[int], list[int], boo
 
 
 class InstructTokenizer:
-    """Qwen3-Reranker's prompt. All before the documents is their rows' prefix, tokenized and computed once."""
+    """A decoder's prompt around a pair. All before the documents is their rows' prefix, tokenized and computed once."""
 
     def __init__(
-        self, pool: TokenizerPool, prompt: TokenizerPool, max_model_len: int, default_instruction: str
+        self,
+        pool: TokenizerPool,
+        control: TokenizerPool,
+        max_model_len: int,
+        prompt: PairPrompt,
+        default_instruction: str | None = None,
+        padding: int | None = None,
     ) -> None:
-        """`pool` tokenizes what users send, `prompt` the words around it.
+        """`pool` tokenizes what users send, `control` the words around it. `padding` as in `CrossEncoderTokenizer`.
 
         Raises:
-            StartupError: the tokenizer has no control tokens for a chat.
+            StartupError: the prompt leaves no room.
+            UnfitTemplateError: the tokenizer would split it otherwise than in parts.
         """
-        if prompt.special("<|im_start|>") is None or prompt.special("<|im_end|>") is None:
-            raise StartupError("The reranker's tokenizer.json has no <|im_start|> and <|im_end|>: fetch it again.")
         self.pool = pool
+        self._control = control
         self._max_model_len = max_model_len
-        self._before, self._after = prompt.encode(PREFIX), prompt.encode(SUFFIX)
-        room = max_model_len - self._around
-        if room < 1:
-            raise StartupError(
-                f"MAX_MODEL_LEN={max_model_len} leaves no room beside the reranker's prompt of "
-                f"{self._around} tokens: raise it."
-            )
+        self._padding = padding
+        self._takes_instruction = prompt.takes_instruction
         self._default_instruction = default_instruction
-
-    @property
-    def _around(self) -> int:
-        return len(self._before) + len(self._after)
+        self._plain, self._instructed = (lay_out(pieces, pool, control) for pieces in (prompt.plain, prompt.instructed))
+        fewest = min(layout.fixed_tokens for layout in (self._plain, self._instructed))
+        if max_model_len <= fewest:
+            raise StartupError(
+                f"MAX_MODEL_LEN={max_model_len} leaves no room beside the reranker's prompt of {fewest} tokens: "
+                f"raise it."
+            )
 
     async def encode(
         self, query: str, documents: Sequence[str], instruction: str | None, limits: PairLimits = NO_LIMITS
@@ -189,27 +200,35 @@ class InstructTokenizer:
             InputTooLong: instruction and query leave no room for a document.
             InvalidInput: within the request's own limit they leave none.
         """
+        if instruction and not self._takes_instruction:
+            raise InvalidInput(
+                "`instruction`: this reranker's prompt has no place for one; leave it out.", param="instruction"
+            )
         query, shortened = await self._cut_query(query, limits)
-        asked = question(self._default_instruction if instruction is None else instruction, query)
-        [head] = await self.pool.encode_batch([asked])
-        most = limits.room(self._max_model_len) - self._around
+        asked = self._default_instruction if instruction is None else instruction
+        layout = self._instructed if asked else self._plain
+        head = await self._head(layout, asked or "", query)
+        most = limits.room(self._max_model_len) - len(layout.tail)
         if most - len(head) < 1:
-            self._check_own_limit(limits, len(head))
+            self._check_own_limit(limits, len(head) + len(layout.tail))
             raise InputTooLong(
-                f"`query` and instruction have {len(head)} tokens, but the model's maximum context length leaves "
-                f"{max(most, 0)} for them and a document; shorten the query.",
+                f"`query` and instruction have {len(head)} tokens with the prompt around them, but the model's maximum "
+                f"context length leaves {max(most, 0)} for them and a document; shorten the query.",
                 param="query",
             )
-        prefix = Prefix(np.array([*self._before, *head], dtype=np.int32))
-        return await self.pool.map(partial(self._encode_part, prefix, limits, shortened), documents)
+        prefix = Prefix(np.array(head, dtype=np.int32)) if head else None
+        return await self.pool.map(partial(self._encode_part, layout, prefix, limits, shortened), documents)
 
-    def _check_own_limit(self, limits: PairLimits, head: int) -> None:
+    async def _head(self, layout: PairLayout, instruction: str, query: str) -> list[int]:
+        users = iter(await self.pool.encode_batch(layout.users_texts(instruction, query)))
+        return [token for part in layout.head for token in (next(users) if part.pieces else part.tokens)]
+
+    def _check_own_limit(self, limits: PairLimits, around: int) -> None:
         """Refuse a limit of the request's own where the model's would leave room."""
-        needed = self._around + head + 1
-        if limits.pair is not None and needed <= self._max_model_len:
+        if limits.pair is not None and around < self._max_model_len:
             raise InvalidInput(
                 f"A limit of {limits.pair} tokens (`truncate_prompt_tokens`) leaves no room for a document beside the "
-                f"{needed - 1} tokens of prompt, instruction and query; raise it to at least {needed}."
+                f"{around} tokens of prompt, instruction and query; raise it to at least {around + 1}."
             )
 
     async def _cut_query(self, query: str, limits: PairLimits) -> tuple[str, bool]:
@@ -221,15 +240,32 @@ class InstructTokenizer:
         return kept.rstrip("\ufffd"), True  # the first bytes of a character
 
     def _encode_part(
-        self, prefix: Prefix, limits: PairLimits, shortened: bool, documents: Sequence[str]
+        self, layout: PairLayout, prefix: Prefix | None, limits: PairLimits, shortened: bool, documents: Sequence[str]
     ) -> list[Tokenized]:
-        tails = encode_documents(self.pool, documents, limits.side, answer(""))
-        return [self._row(prefix, tail, limits, shortened) for tail in tails]
+        if layout.behind:
+            documents = [document + layout.behind for document in documents]
+        wholes = encode_documents(self.pool, documents, limits.side, layout.before)
+        return [self._row(layout, prefix, whole, limits, shortened) for whole in wholes]
 
-    def _row(self, prefix: Prefix, whole: list[int], limits: PairLimits, shortened: bool) -> Tokenized:
+    def _row(
+        self, layout: PairLayout, prefix: Prefix | None, whole: list[int], limits: PairLimits, shortened: bool
+    ) -> Tokenized:
         """The words after the document stay."""
-        tail = limits.cut_document(whole)
-        room = limits.room(self._max_model_len) - len(prefix) - len(self._after)
-        row = Row(np.array([*keep(tail, room, limits.side), *self._after], dtype=np.int32), prefix=prefix)
-        total = len(prefix) + len(tail) + len(self._after)
-        return tokenized(row, total, limits, self._max_model_len, shortened or len(tail) < len(whole))
+        document, tail = limits.cut_document(whole), layout.tail
+        room = limits.room(self._max_model_len) - (len(prefix) if prefix else 0)
+        total = len(document) + len(tail)
+        cut = len(document) < len(whole)
+        if (cut or total > room) and limits.side is Side.RIGHT and layout.restored != tail:
+            document, tail = [*document, *(() if cut else tail)], layout.restored
+        ids = np.array([*keep(document, max(room - len(tail), 0), limits.side), *tail], dtype=np.int32)
+        row = Row(without_padding(ids, self._padding), prefix=prefix)
+        total += len(prefix) if prefix else 0
+        return tokenized(row, total - (len(ids) - len(row.token_ids)), limits, self._max_model_len, shortened or cut)
+
+
+def without_padding(ids: TokenIds, padding: int | None) -> TokenIds:
+    """A row without the padding tokens that it ends with: in a causal model nothing before them sees them."""
+    if padding is None or not len(ids) or ids[-1] != padding:
+        return ids
+    others = np.flatnonzero(ids != padding)
+    return ids[: int(others[-1]) + 1 if len(others) else 1]

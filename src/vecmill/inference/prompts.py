@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import ModelCard, PromptChoice
+from vecmill.core.types import ModelCard, PromptChoice, Task
 from vecmill.models.cards import INSTRUCTION
 
 # sentence-transformers' encode_query and encode_document look for these names, in this order.
@@ -12,7 +12,9 @@ DOCUMENT_NAMES = ("document", "passage", "corpus")
 
 
 def choose_prompt(card: ModelCard, choice: PromptChoice) -> str:
-    """The instruction, else the prompt by name, else by role, else none: a plain request is embedded as it is.
+    """The instruction, else the prompt by name, else by role, else the model's default prompt, if it has one.
+
+    As sentence-transformers has it: a role without a prompt is no prompt, and not the default one.
 
     Raises:
         InvalidInput: the model has no prompt of that name.
@@ -24,7 +26,7 @@ def choose_prompt(card: ModelCard, choice: PromptChoice) -> str:
     if choice.task is not None:
         return card.prompts.get(choice.task, "")
     if choice.is_query is None:
-        return ""
+        return _default(card)
     return _first(card, QUERY_NAMES if choice.is_query else DOCUMENT_NAMES)
 
 
@@ -44,6 +46,12 @@ def _named(card: ModelCard, name: str) -> str:
     raise InvalidInput(
         f"`prompt_name` {name[:100]!r} is not a prompt of {card.id}; these are: {known}.", param="prompt_name"
     )
+
+
+def _default(card: ModelCard) -> str:
+    if card.task is Task.RERANK or card.default_prompt_name is None:  # a reranker's is its instruction
+        return ""
+    return card.prompts.get(card.default_prompt_name, "")
 
 
 def _first(card: ModelCard, names: tuple[str, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Queries and documents to rows and back to scores: by a reranker, or by the cosine of an embedding model."""
+"""Queries and documents to rows and back to scores: by a reranker, or by how similar an embedder's vectors are."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from vecmill.core.types import PromptChoice, ScoreRequest, ScoreResult, Side, Truncation
 from vecmill.inference.cost import PAIR_TOKENS, entries, estimate, result_bytes
-from vecmill.inference.finish import cosine_to_relevance, cosines, logit_to_relevance
+from vecmill.inference.finish import logit_to_relevance, similarities, similarity_to_relevance
 from vecmill.inference.pairs import PairLimits, PairTokenizer
 from vecmill.inference.prompts import choose_prompt
 from vecmill.inference.recall import Recall, Recalled
@@ -111,7 +111,8 @@ def score_result(model: ServedEmbedder | ServedReranker, request: ScoreRequest, 
         scores = logits if request.raw_scores else logit_to_relevance(logits)
         return ScoreResult(scores, model.card.id, "cross_encoder", ran.prompt_tokens, ran.truncated, ran.timings)
     queries = len(request.queries)
-    similarities = cosines(rows[:queries], rows[queries:])
-    scores = similarities if request.raw_scores else cosine_to_relevance(similarities)
+    found = similarities(model.card, rows[:queries], rows[queries:])
+    scores = found if request.raw_scores else similarity_to_relevance(model.card, found)
     truncated = tuple(index - queries for index in ran.truncated if index >= queries)
-    return ScoreResult(scores, model.card.id, "cosine", ran.prompt_tokens, truncated, ran.timings, ran.told_tokens)
+    method = model.card.similarity
+    return ScoreResult(scores, model.card.id, method, ran.prompt_tokens, truncated, ran.timings, ran.told_tokens)

@@ -59,6 +59,8 @@ class TextTokenizer:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._prefix, self._suffix = self._special_tokens()
+        added = pool.copy().get_added_tokens_decoder()
+        self._special_ids = frozenset(number for number, token in added.items() if token.special)
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
         """What goes before and after a text."""
@@ -103,7 +105,7 @@ class TextTokenizer:
         """
         instruction: list[int] = []
         limited = truncation.max_tokens is not None or truncation.side is Side.LEFT
-        if prompt and (self._format.instruction_unpooled or limited):
+        if prompt and (self._format.unpooled != "nothing" or limited):
             [instruction] = await self.pool.encode_batch([prompt])
         self._check_room(truncation, len(instruction))
         return partial(self._encode_part, prompt, instruction, truncation)
@@ -122,14 +124,24 @@ class TextTokenizer:
     def _encode_part(
         self, prompt: str, instruction: list[int], truncation: Truncation, texts: Sequence[str]
     ) -> list[Tokenized]:
-        # The reference counts the prompt's tokens by themselves and leaves out so many of the row, the first special
-        # token included.
-        unpooled = len(instruction) if self._format.instruction_unpooled else 0
+        unpooled = self._unpooled(instruction) if prompt else 0
         if truncation.side is Side.LEFT:
             encoded = self.pool.encode_part_from_end(texts, partial(missing_prompt, prompt), len(prompt))
         else:
             encoded = self.pool.encode_part(texts, partial(missing_prompt, prompt))
         return [self._finish(ids, truncation, unpooled, instruction) for ids in encoded]
+
+    def _unpooled(self, prompt: Sequence[int]) -> int:
+        """How many leading tokens of a row are left out of the pooling, of a prompt with these tokens by itself.
+
+        Both references count from the row's first token, special or not.
+        """
+        if self._format.unpooled == "nothing":
+            return 0
+        if self._format.unpooled == "instruction":
+            return len(prompt)
+        whole = self._finish(prompt, NO_LIMIT).row.token_ids
+        return len(whole) - (len(whole) > 0 and int(whole[-1]) in self._special_ids)
 
     def _finish(
         self,

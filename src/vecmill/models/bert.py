@@ -15,7 +15,7 @@ from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaMode
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
 from vecmill.models.pooling import pool
-from vecmill.models.weights import Target, load_weights
+from vecmill.models.weights import Target, load_weights, make_config
 
 CLASSES = {"bert": (BertConfig, BertModel), "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel)}
 # What checkpoints carry of pre-training; an encoder's own pooler is trained for next-sentence prediction.
@@ -28,7 +28,7 @@ class BertEmbedder:
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         """Load the weights. Raises StartupError where any is missing or unknown."""
         config_class, model_class = CLASSES[checkpoint.model_type]
-        config = config_class(**checkpoint.config)
+        config: Any = make_config(config_class, checkpoint, checkpoint.architecture)
         self.width: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self._pooling = checkpoint.require_pooling()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from vecmill.core.types import Task
+from vecmill.core.types import PromptSource, Task
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION
+from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3_PROMPT, rerank_form
 
 BGE_EN = "Represent this sentence for searching relevant passages: "
 BGE_ZH = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001  # as the card has it
@@ -21,56 +22,80 @@ NOMIC = {
     "classification": "classification: ",
 }
 
-# By the last part of the model's name, the first that matches.
-PROMPTS: tuple[tuple[str, Mapping[str, str]], ...] = (
-    (r"bge-(small|base|large)-en(-v1\.5)?", {"query": BGE_EN}),
-    (r"bge-(small|base|large)-zh(-v1\.5)?", {"query": BGE_ZH}),
-    (r"(multilingual-)?e5-(small|base|large)(-v2)?", {"query": "query: ", "document": "passage: "}),
-    (r"multilingual-e5-large-instruct", {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: "}),
-)
-# By family, whatever the name.
-FAMILY_PROMPTS: Mapping[str, Mapping[str, str]] = {
-    "qwen3": {
-        "query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery:",
-        "document": "",
-    },
-    "nvembed": {
-        "query": "Instruct: Given a question, retrieve passages that answer the question\nQuery: ",
-        "document": "",
-    },
-    "nomic_bert": NOMIC,
+QWEN3_EMBEDDING = {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery:", "document": ""}
+NV_EMBED = {
+    "query": "Instruct: Given a question, retrieve passages that answer the question\nQuery: ",
+    "document": "",
 }
+
+# By the model's id: the owner, and the name. The first that matches.
+PROMPTS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    ("BAAI", r"bge-(small|base|large)-en(-v1\.5)?", {"query": BGE_EN}),
+    ("BAAI", r"bge-(small|base|large)-zh(-v1\.5)?", {"query": BGE_ZH}),
+    ("intfloat", r"(multilingual-)?e5-(small|base|large)(-v2)?", {"query": "query: ", "document": "passage: "}),
+    (
+        "intfloat",
+        r"multilingual-e5-large-instruct",
+        {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""},
+    ),
+    ("Qwen", r"Qwen3-Embedding-[\d.]+B", QWEN3_EMBEDDING),
+    ("nvidia", r"NV-Embed-v[12]", NV_EMBED),
+    ("nomic-ai", r"nomic-embed-text-v1(\.5)?", NOMIC),
+)
 INSTRUCT = re.compile(r"^Instruct: (?P<instruction>.*)\nQuery:(?P<space> ?)$", re.DOTALL)
 INSTRUCTION = "{instruction}"
 
-NOMIC_V1_5 = r"nomic-embed-text-v1\.5"
+NOMIC_V1_5 = ("nomic-ai", r"nomic-embed-text-v1\.5")
 NOMIC_V1_5_DIMENSIONS = (64, 128, 256, 512, 768)
 QWEN3_SMALLEST = 32
 
 
-def prompts(checkpoint: Checkpoint, query_instruction: str | None = None) -> dict[str, str]:
-    """The model's prompts by name: those of its files, else those of its card.
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What goes before a model's texts."""
+
+    by_name: Mapping[str, str]
+    default_name: str | None = None
+    """Of the one that goes before a text of which nothing is said."""
+    source: PromptSource | None = None
+    """None: it has none."""
+
+
+def prompts(checkpoint: Checkpoint, query_instruction: str | None = None) -> Prompts:
+    """The model's prompts: those of its files, the empty ones included, else those of its card.
 
     `query_instruction` (QUERY_INSTRUCTION) replaces the task in the query prompt, or the whole of a prompt that has no
     place for one; a model without a query prompt was not trained with any and keeps none.
     """
+    found = _found(checkpoint)
+    query = found.by_name.get("query")
+    if query_instruction is None:
+        return found
     if checkpoint.task is Task.RERANK:
-        return _instruction(checkpoint, query_instruction)
-    card = next((prompts for pattern, prompts in PROMPTS if called(checkpoint, pattern)), {})
-    found = {**FAMILY_PROMPTS.get(checkpoint.model_type, {}), **card}
-    # Newer sentence-transformers write empty prompts where there are none.
-    found |= {name: text for name, text in checkpoint.prompts.items() if text or name not in found}
-    if query_instruction is not None and found.get("query"):
-        template = instruction_template(found) or INSTRUCTION
-        found["query"] = template.replace(INSTRUCTION, query_instruction)
-    return found
+        return _instructed(checkpoint, found, query_instruction)
+    if not query:
+        return found
+    template = instruction_template(found.by_name) or INSTRUCTION
+    return replace(found, by_name={**found.by_name, "query": template.replace(INSTRUCTION, query_instruction)})
 
 
-def _instruction(checkpoint: Checkpoint, query_instruction: str | None) -> dict[str, str]:
-    """A reranker's default instruction, under the name that sentence-transformers gives it."""
-    if checkpoint.model_type != "qwen3":
-        return {}
-    return {"query": query_instruction or checkpoint.prompts.get("query") or DEFAULT_INSTRUCTION}
+def _instructed(checkpoint: Checkpoint, found: Prompts, instruction: str) -> Prompts:
+    """A reranker's default prompt is its instruction, where it takes one."""
+    prompt = rerank_form(checkpoint).prompt
+    if prompt is None or not prompt.takes_instruction:
+        return found
+    name = found.default_name or "query"
+    return replace(found, by_name={**found.by_name, name: instruction}, default_name=name)
+
+
+def _found(checkpoint: Checkpoint) -> Prompts:
+    if checkpoint.prompts or checkpoint.default_prompt_name:
+        return Prompts(checkpoint.prompts, checkpoint.default_prompt_name, "files")
+    if checkpoint.task is Task.RERANK:
+        own = rerank_form(checkpoint).prompt is QWEN3_PROMPT
+        return Prompts({"query": DEFAULT_INSTRUCTION}, "query", "card") if own else Prompts({})
+    card = next((prompts for owner, name, prompts in PROMPTS if checkpoint.is_called(owner, name)), None)
+    return Prompts({}) if card is None else Prompts(card, source="card")
 
 
 def instruction_template(prompts: Mapping[str, str]) -> str | None:
@@ -91,16 +116,11 @@ def supported_dimensions(checkpoint: Checkpoint, native: int) -> Sequence[int]:
         return range(1, native + 1)
     if checkpoint.model_type == "qwen3":
         return range(min(QWEN3_SMALLEST, native), native + 1)
-    if called(checkpoint, NOMIC_V1_5):
+    if checkpoint.is_called(*NOMIC_V1_5):
         return (*(size for size in NOMIC_V1_5_DIMENSIONS if size < native), native)
     return (native,)
 
 
 def layer_norm_before_slice(checkpoint: Checkpoint) -> bool:
-    """nomic's card norms the full vector, without weights, before it is cut."""
-    return checkpoint.model_type == "nomic_bert"
-
-
-def called(checkpoint: Checkpoint, pattern: str) -> bool:
-    """Whether the last part of one of its names is the pattern."""
-    return any(re.fullmatch(pattern, name.rsplit("/", 1)[-1], re.IGNORECASE) for name in checkpoint.names)
+    """nomic-embed-text-v1.5's card norms the full vector, without weights, before it is cut."""
+    return checkpoint.is_called(*NOMIC_V1_5)

@@ -5,30 +5,27 @@ Source of the layout: https://sbert.net/docs/package_reference/sentence_transfor
 
 from __future__ import annotations
 
-import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
+from vecmill.models import config_keys, weight_files
+from vecmill.models.fingerprint import Fingerprint, commit_of
+from vecmill.models.modules import check_sentence_transformers, pooling_modes, read_modules
 from vecmill.models.source import Source
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 
-HASHED_BLOCKS, HASHED_BLOCK = 64, 65_536
+LIBRARY_CONFIG = "config_sentence_transformers.json"
+LIBRARY_TYPES = {Task.EMBED: "SentenceTransformer", Task.RERANK: "CrossEncoder"}
+ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
 
-# The last part of a module's type in modules.json: what runs here, by task.
-MODULES = {Task.EMBED: {"Transformer", "Pooling", "Normalize"}, Task.RERANK: {"Transformer", "LogitScore"}}
-POOLING_MODES: Mapping[str, Pooling] = {
-    "mean_tokens": "mean",
-    "mean": "mean",
-    "cls_token": "cls",
-    "cls": "cls",
-    "lasttoken": "lasttoken",
-}
+POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +40,20 @@ class Checkpoint:
     positions: int
     """Tokens that the weights have positions for or were trained on."""
     max_model_len: int
-    prompts: Mapping[str, str]
-    """Those of `config_sentence_transformers.json`."""
+    library_config: Mapping[str, Any]
+    """`config_sentence_transformers.json`, as far as sentence-transformers reads it."""
+    include_prompt: bool
+    """Whether the tokens of a prompt are pooled."""
     logit_score: Mapping[str, Any]
     """A reranker's `LogitScore` module; empty where there is none."""
-    revision: str
+    normalizes: bool = False
+    """Whether its own files make unit vectors."""
+    similarity: str = "cosine"
+    """How its vectors are compared: the name of sentence-transformers' function."""
+    commit: str | None = None
+    """The hub's, for a folder of its cache. Only shown: whether the files are still that commit's is not known."""
+    fingerprint: Fingerprint = field(default_factory=Fingerprint, compare=False)
+    """Of what has been read; whole when the model is loaded."""
 
     @property
     def id(self) -> str:
@@ -71,9 +77,29 @@ class Checkpoint:
         return str(self.config.get("model_type", "missing"))
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """What it may be called: its id, and where its files were made."""
-        return (self.id, str(self.config.get("_name_or_path", "")))
+    def architecture(self) -> dict[str, Any]:
+        """The keys of `config.json` that make the model, without those that change nothing."""
+        return config_keys.architecture(self.config, self.task)
+
+    @property
+    def prompts(self) -> Mapping[str, str]:
+        """Those of the files, by name."""
+        return {name: text or "" for name, text in (self.library_config.get("prompts") or {}).items()}
+
+    @property
+    def default_prompt_name(self) -> str | None:
+        """Of the prompt that goes before a text of which nothing is said."""
+        name: str | None = self.library_config.get("default_prompt_name")
+        return name
+
+    def is_called(self, owner: str, name: str) -> bool:
+        """Whether its id is the owner's model of a name (a regular expression), or it is a folder that is named so.
+
+        `_name_or_path` in config.json does not count: a fine-tune has that of the model that it was made from.
+        """
+        *owners, last = self.id.split("/")
+        by_owner = not owners or owners[-1].casefold() == owner.casefold()
+        return by_owner and re.fullmatch(name, last, re.IGNORECASE) is not None
 
     @property
     def tokenizer_file(self) -> Path:
@@ -81,14 +107,29 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The safetensors of the model: those that the index lists, else the one."""
-        index = read_json(self.folder / "model.safetensors.index.json").get("weight_map", {})
-        return [self.folder / name for name in sorted(set(index.values()))] or sorted(self.folder.glob("*.safetensors"))
+        """The safetensors that are read.
+
+        Raises:
+            StartupError: there are none; the sentence says what there is instead, and what to do.
+        """
+        model = self.id if self.commit else str(self.folder)
+        listing = weight_files.list_folder(self.named, self.folder, model)
+        names = listing.chosen(self.weight_index)
+        return [self.folder / name for name in names]
+
+    def weight_index(self) -> Any:
+        """What the index of the weights says; it is not looked at where there is `model.safetensors`."""
+        return _load(self.folder / weight_files.INDEX)
 
     @property
     def weight_bytes(self) -> int:
-        """Of the files."""
-        return sum(path.stat().st_size for path in self.weight_files if path.is_file())
+        """Of the files that are read. Raises StartupError as `weight_files`."""
+        return sum(path.stat().st_size for path in self.weight_files)
+
+    @property
+    def revision(self) -> str:
+        """What is shown: the hub's commit, else a short hash of all that was read; so after the model is loaded."""
+        return self.commit or self.fingerprint.shown
 
     def require_pooling(self) -> Pooling:
         """How an embedder makes one vector of many."""
@@ -103,21 +144,36 @@ def read(source: Source) -> Checkpoint:
         StartupError: a file is missing or says something that is not supported.
     """
     folder, named, task = source.folder, source.named, source.task
+    weight_files.refuse_adapter(named, folder)
+    config = read_json(folder / "config.json")
+    modules = _modules(folder, named, task, config)
     for needed in ("config.json", "tokenizer.json"):
         if not (folder / needed).is_file():
             raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
-    config = read_json(folder / "config.json")
-    modules = _modules(folder, named, task, config)
+    config_keys.check_config(named, folder / "config.json", config, task)
+    library = _library_config(folder, named, task, modules)
+    check_sentence_transformers(named, folder / LIBRARY_CONFIG, library, task)
     positions = _positions(folder, config)
+    max_model_len = _max_model_len(folder, positions)
+    _check_longrope(folder, named, config, max_model_len)
+    logit_score = _module_config(folder, modules, "LogitScore")
+    if "LogitScore" in modules and not logit_score:
+        raise StartupError(f"{named}: {folder / modules['LogitScore']} has no config.json that names its tokens.")
+    fingerprint = Fingerprint()
+    fingerprint.add_files(folder, modules.values())
     return Checkpoint(
         source=source,
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
+        normalizes="Normalize" in modules,
+        similarity=library.get("similarity_fn_name") or "cosine",
         positions=positions,
-        max_model_len=_max_model_len(folder, positions),
-        prompts=read_json(folder / "config_sentence_transformers.json").get("prompts") or {},
-        logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
-        revision=_revision(folder),
+        max_model_len=max_model_len,
+        library_config=library,
+        include_prompt=bool(_module_config(folder, modules, "Pooling").get("include_prompt", True)),
+        logit_score=logit_score,
+        commit=commit_of(folder),
+        fingerprint=fingerprint,
     )
 
 
@@ -141,20 +197,61 @@ def _load(path: Path) -> Any:
 
 
 def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> dict[str, str]:
-    """The modules by kind, with their folders; empty where there is no modules.json."""
-    path = folder / "modules.json"
-    listed = _load(path) if path.is_file() else []
-    modules = {str(module["type"]).rsplit(".", 1)[-1]: str(module.get("path", "")) for module in listed}
-    classifies = any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ())
-    if task is Task.EMBED and ("LogitScore" in modules or classifies):
+    """The modules by class, with their folders; empty where there is no modules.json."""
+    if task is Task.EMBED and _is_a(config, "ForSequenceClassification"):
         raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
-    if task is Task.RERANK and "Pooling" in modules:
-        raise StartupError(f"{named}: this is an embedding model; name it in EMBED_MODEL instead.")
-    if unknown := set(modules) - MODULES[task]:
+    path = folder / "modules.json"
+    return read_modules(folder, named, task, _load(path), read_json) if path.is_file() else {}
+
+
+def _is_a(config: Mapping[str, Any], ending: str) -> bool:
+    """Whether one of its `architectures` has this ending."""
+    names = config.get("architectures")
+    return isinstance(names, list) and any(str(name).endswith(ending) for name in names)
+
+
+def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_model_len: int) -> None:
+    """One text beyond the length for which the short factors are would turn its whole batch over to the long ones."""
+    kind, parameters = config_keys.rope_type(config)
+    short = parameters.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
+    if kind == "longrope" and max_model_len > short:
         raise StartupError(
-            f"{named}: modules.json has {', '.join(sorted(unknown))}; supported are {', '.join(sorted(MODULES[task]))}."
+            f"{named}: config.json has longrope, whose short and long factors take turns at {short} tokens, so that a "
+            f"vector would depend on its batch: set `max_seq_length` in {folder}/sentence_bert_config.json to {short}."
         )
-    return modules
+
+
+def _module_config(folder: Path, modules: Mapping[str, str], kind: str) -> dict[str, Any]:
+    return read_json(folder / modules[kind] / "config.json") if kind in modules else {}
+
+
+def _library_config(folder: Path, named: str, task: Task, modules: Mapping[str, str]) -> dict[str, Any]:
+    """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
+    said = read_json(folder / LIBRARY_CONFIG) if modules else {}
+    kind = said.get("model_type", LIBRARY_TYPES[Task.EMBED])
+    if task is Task.EMBED and kind == LIBRARY_TYPES[Task.RERANK]:
+        raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
+    if kind != LIBRARY_TYPES[task]:
+        if task is Task.EMBED or "LogitScore" in modules:
+            raise StartupError(
+                f"{named}: {LIBRARY_CONFIG} has `model_type`: {kind!r}; supported: {LIBRARY_TYPES[task]!r}."
+            )
+        return {}  # what another kind of model says of itself is not a reranker's
+    _check_prompts(named, task, said)
+    return said
+
+
+def _check_prompts(named: str, task: Task, said: Mapping[str, Any]) -> None:
+    prompts = said.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(text is None or isinstance(text, str) for text in prompts.values()):
+        raise StartupError(f"{named}: `prompts` in {LIBRARY_CONFIG} must be an object of texts.")
+    default = said.get("default_prompt_name")
+    known = {*prompts, *(ALWAYS_NAMED if task is Task.EMBED else ())}
+    if default is not None and default not in known:
+        raise StartupError(
+            f"{named}: `default_prompt_name` in {LIBRARY_CONFIG} is {str(default)[:100]!r}, which is none of its "
+            f"prompts ({', '.join(sorted(prompts)) or 'there are none'}); add the prompt, or remove the name."
+        )
 
 
 def _positions(folder: Path, config: Mapping[str, Any]) -> int:
@@ -178,35 +275,14 @@ def _max_model_len(folder: Path, positions: int) -> int:
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:
     if not modules:  # what sentence-transformers adds to a bare decoder or encoder
-        decoder = any(str(name).endswith("ForCausalLM") for name in config.get("architectures") or ())
-        return "lasttoken" if decoder else "mean"
-    if "Pooling" not in modules:
-        raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
-    said = read_json(folder / modules["Pooling"] / "config.json")
-    on = {key.removeprefix("pooling_mode_") for key, value in said.items() if key.startswith("pooling_mode_") and value}
-    if isinstance(mode := said.get("pooling_mode"), str):  # written so since sentence-transformers 5.4
-        on.add(mode)
-    modes = {POOLING_MODES.get(mode) for mode in on}
-    if len(modes) != 1 or None in modes:
+        names = config.get("architectures") or [""]
+        return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"
+    said = _module_config(folder, modules, "Pooling")
+    if not said:
+        raise StartupError(f"{named}: {folder / modules['Pooling']} has no config.json that says how to pool.")
+    modes = pooling_modes(said)
+    if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise StartupError(
-            f"{named}: pooling {'+'.join(sorted(on)) or 'none'} is not supported; mean, cls and lasttoken are."
+            f"{named}: pooling {'+'.join(sorted(modes)) or 'none'} is not supported; mean, cls and lasttoken are."
         )
-    return modes.pop() or "mean"
-
-
-def _revision(folder: Path) -> str:
-    """The hub's commit, else a hash of the weights' headers and of blocks spread over all of them.
-
-    Reading every byte would take as long as loading; a training run changes every block.
-    """
-    if folder.resolve().parent.name == "snapshots":  # the hub's cache names the folder after the commit
-        return folder.resolve().name
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(str(size).encode())
-        with path.open("rb") as file:
-            for block in range(HASHED_BLOCKS):
-                file.seek(block * max(HASHED_BLOCK, size // HASHED_BLOCKS))
-                digest.update(file.read(HASHED_BLOCK))
-    return "sha256:" + digest.hexdigest()[:12]
+    return POOLING_MODES[modes[0]]

@@ -17,11 +17,10 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from vecmill.core.errors import StartupError
 from vecmill.models.bert import encode, first_position, layer_norm_name
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
-from vecmill.models.weights import Target, load_weights
+from vecmill.models.weights import Target, load_weights, make_config
 
 CLASSES = {
     "bert": (BertConfig, BertForSequenceClassification),
@@ -36,13 +35,9 @@ class CrossEncoder:
     width = 1
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
-        """Load the weights. Raises StartupError where any is missing, or the head has other than one label."""
+        """Load the weights. Raises StartupError where any is missing or unknown."""
         config_class, model_class = CLASSES[checkpoint.model_type]
-        config = config_class(**checkpoint.config)
-        if config.num_labels != 1:
-            raise StartupError(
-                f"{checkpoint.named}: its head has {config.num_labels} labels; a reranker has one (a relevance score)."
-            )
+        config: Any = make_config(config_class, checkpoint, checkpoint.architecture)
         self.vocab_size: int = config.vocab_size
         self._first_position = first_position(config)
         model: Any = load_weights(model_class, checkpoint, config, target, rename)

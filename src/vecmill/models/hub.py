@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import shutil
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelInfo, constants, get_cached_repo_tree, is_offline_mode, snapshot_download
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    constants,
+    get_cached_repo_tree,
+    hf_hub_download,
+    is_offline_mode,
+    snapshot_download,
+)
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is httpx's in 1.x and httpx2's in 2.x
     CachedRepoTreeNotFoundError,
     DryRunError,
@@ -28,17 +39,21 @@ from huggingface_hub.utils.tqdm import tqdm
 from rich.filesize import decimal
 
 from vecmill.core.errors import StartupError, StartupObstacle
+from vecmill.models.fingerprint import READ
+from vecmill.models.weight_files import INDEX, PICKLE_INDEX, Listing, list_folder
 
 logger = logging.getLogger(__name__)
 
-SMALL_FILES = ["*.json", "*/config.json"]
-NEEDED_FILES = [*SMALL_FILES, "*.safetensors"]
+REPOSITORY = "the repository"
+SMALL_FILES = [*READ, "*/config.json"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
 NON_COMMERCIAL = re.compile(r"-nc(-|$)")
 BFLOAT16_BYTES = 2
 INFO_TIMEOUT = 30.0  # seconds
+CONVERTER = "SFconvertbot"  # the hub's own, which opens pull requests with safetensors
+MOST_TRIED, MOST_OFFERED, MOST_REQUESTS = 10, 3, 100
 
 Report = Callable[[int, int], None]
 """Called with the bytes fetched and the files that are complete, from any thread. May raise to stop the download."""
@@ -54,6 +69,8 @@ class Plan:
     """Bytes of each needed file; None where the hub does not say."""
     missing: dict[str, int]
     """Bytes of each file that is still to be fetched."""
+    weights: list[str]
+    """Those of the files that are the weights."""
     licence: str
     parameters: int | None
 
@@ -68,6 +85,11 @@ class Plan:
         return sum(self.missing.values())
 
     @property
+    def readable(self) -> bool:
+        """Whether the weights are safetensors; else they are pickles, to be converted."""
+        return all(path.endswith(".safetensors") for path in self.weights)
+
+    @property
     def non_commercial(self) -> bool:
         """Whether the licence's name says so; a licence without `-nc` may still forbid it in its text."""
         return any(NON_COMMERCIAL.search(word) for word in re.split(r"[\s,()]+", self.licence.lower()))
@@ -77,7 +99,12 @@ class Plan:
         """Bytes of the weights in bfloat16. From the files' sizes, which are larger where they hold float32."""
         if self.parameters is not None:
             return self.parameters * BFLOAT16_BYTES
-        return sum(size or 0 for path, size in self.sizes.items() if path.endswith(".safetensors"))
+        return self.weights_size
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes of the weight files."""
+        return sum(self.sizes.get(path) or 0 for path in self.weights)
 
 
 def download(
@@ -99,8 +126,9 @@ def download(
     if (folder := cached(name, revision)) is not None:
         return folder
     try:
-        check(_fetched(name, revision, hf_token, SMALL_FILES, report))
-        return _fetched(name, revision, hf_token, NEEDED_FILES, report)
+        small = _fetched(name, revision, hf_token, SMALL_FILES, report)
+        check(small)
+        return _fetched(name, revision, hf_token, [*SMALL_FILES, *_weights_of(name, small)], report)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
         raise (StartupError if _is_final(error) else StartupObstacle)(
@@ -128,26 +156,62 @@ def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: li
     )
 
 
+def _weights_of(name: str, snapshot: Path) -> list[str]:
+    """The weight files of the commit whose small files are in the snapshot."""
+    present = [file.path for file in get_cached_repo_tree(name, revision=snapshot.name)]
+    return Listing(name, REPOSITORY, name, present).chosen(lambda: _read(snapshot / INDEX))
+
+
+def _read(index: Path) -> Any:
+    try:
+        return json.loads(index.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None  # said better by who looks for what is in it
+
+
 def cached(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a model that is complete in the cache, else None. Asks nobody."""
+    """The folder of a model that is complete in the cache, else None. Asks nobody.
+
+    Of a repository that has no safetensors it is the folder with those that were made of its pickles, if they were.
+    """
     try:
         # Without the commit's listing a folder with one file, as another program leaves it, would pass as complete.
         get_cached_repo_tree(name, revision=revision)
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=NEEDED_FILES,
-                ignore_patterns=DUPLICATES,
-                local_files_only=True,
-            )
-        )
+        small = _here(name, revision, SMALL_FILES)
+        try:
+            weights = _weights_of(name, small)
+        except StartupError:  # is said to who serves the folder
+            made = converted(name, small.name)
+            return made if list_folder(name, made, name).readable else small
+        return _here(name, revision, [*SMALL_FILES, *weights])
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, HFValidationError):
         return None
 
 
-def plan(name: str, *, hf_token: str | None, revision: str | None = None) -> Plan:
-    """Ask the hub what a model is and what of it is missing here. Fetches no file.
+def _here(name: str, revision: str | None, patterns: list[str]) -> Path:
+    return Path(
+        snapshot_download(
+            name, revision=revision, allow_patterns=patterns, ignore_patterns=DUPLICATES, local_files_only=True
+        )
+    )
+
+
+def converted(name: str, commit: str) -> Path:
+    """Where a model's safetensors are that were made of its pickles; not in the hub's cache, which has the hub's."""
+    return Path(constants.HF_HOME) / "vecmill" / f"models--{name.replace('/', '--')}" / "snapshots" / commit
+
+
+def converted_folder(folder: Path) -> Path:
+    """The same for a folder that is not the hub's: the last part of its name is what it is called."""
+    path = folder.resolve()
+    return Path(constants.HF_HOME) / "vecmill" / "folders" / sha256(str(path).encode()).hexdigest()[:12] / path.name
+
+
+def plan(name: str, *, hf_token: str | None, revision: str | None = None, pickles: bool = False) -> Plan:
+    """Ask the hub what a model is and what of it is missing here. Fetches no file, but for an index of weights.
+
+    Args:
+        pickles: also a model that has only pickled weights, which are to be converted.
 
     Raises:
         StartupError: the hub does not give it, or it has no safetensors; the sentence says what would help.
@@ -155,20 +219,17 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None) -> Pla
     if is_offline_mode():
         raise StartupError(f"{name}: HF_HUB_OFFLINE=1 forbids asking the hub: unset it to pull a model.")
     try:
-        info = HfApi(token=hf_token).model_info(name, revision=revision, files_metadata=True, timeout=INFO_TIMEOUT)
-        sizes = {file.rfilename: file.size for file in _needed(info)}
-        if not any(path.endswith(".safetensors") for path in sizes):
-            raise StartupError(
-                f"{name}: the repository has no *.safetensors, and vecmill loads no other format: choose a model or a "
-                f"--revision that has them."
-            )
+        api = HfApi(token=hf_token)
+        info = api.model_info(name, revision=revision, files_metadata=True, timeout=INFO_TIMEOUT)
         commit = str(info.sha)
+        weights = _weights_on_hub(api, name, info, pickles=pickles)
+        needed = [*SMALL_FILES, *weights]
         # The commit, not the branch: a dry run must not move the cache's idea of where the branch is.
         found = snapshot_download(
             name,
             revision=commit,
             token=hf_token,
-            allow_patterns=NEEDED_FILES,
+            allow_patterns=needed,
             ignore_patterns=DUPLICATES,
             tqdm_class=_counting_bar(lambda fetched, complete: None),
             dry_run=True,
@@ -178,18 +239,71 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None) -> Pla
     return Plan(
         name=name,
         commit=commit,
-        sizes=sizes,
+        sizes={file.rfilename: file.size for file in _needed(info, needed)},
         missing={file.filename: file.file_size or 0 for file in found if file.will_download},
+        weights=weights,
         licence=_licence(info),
         parameters=info.safetensors.total if info.safetensors else None,
     )
 
 
-def _needed(info: ModelInfo) -> list[Any]:
+def _weights_on_hub(api: HfApi, name: str, info: ModelInfo, *, pickles: bool) -> list[str]:
+    """The weight files of a repository at a commit.
+
+    Raises:
+        StartupError: there are none that are read here.
+    """
+    listing = Listing(name, REPOSITORY, name, [file.rfilename for file in info.siblings or []])
+
+    def index(file: str) -> Any:
+        return _read(Path(hf_hub_download(name, file, revision=str(info.sha), token=api.token)))
+
+    if listing.pickled and pickles:
+        return listing.pickles(lambda: index(PICKLE_INDEX))
+    try:
+        return listing.chosen(lambda: index(INDEX))
+    except StartupError as error:
+        offers = [] if listing.readable else _other_revisions(api, name)
+        if not offers:
+            raise
+        raise StartupError(f"{error.message} {' '.join(offers)}") from None
+
+
+def _other_revisions(api: HfApi, name: str) -> list[str]:
+    """Sentences about branches and pull requests that have safetensors, the hub's own conversions first."""
+    try:
+        refs = api.list_repo_refs(name, include_pull_requests=True)
+        asked = api.get_repo_discussions(name, discussion_type="pull_request")
+        authors = {f"refs/pr/{each.num}": each.author for each in islice(asked, MOST_REQUESTS)}
+        branches = [each.name for each in refs.branches]
+        requests = [each.ref for each in reversed(refs.pull_requests or [])]
+        candidates = [*branches, *sorted(requests, key=lambda ref: authors.get(ref) != CONVERTER)][:MOST_TRIED]
+        good = [ref for ref in candidates if _is_readable(api, name, ref)][:MOST_OFFERED]
+    except HUB_ERRORS as error:
+        logger.debug("hub: %s", error)
+        return []
+    return [_offer(name, ref, authors.get(ref)) for ref in good]
+
+
+def _is_readable(api: HfApi, name: str, revision: str) -> bool:
+    info = api.model_info(name, revision=revision, timeout=INFO_TIMEOUT)
+    return Listing(name, REPOSITORY, name, [file.rfilename for file in info.siblings or []]).readable
+
+
+def _offer(name: str, ref: str, author: str | None) -> str:
+    command = f"`vecmill pull {name} --revision {ref}`"
+    if not ref.startswith("refs/pr/"):
+        return f"{command} has them as safetensors."
+    page = f"{constants.ENDPOINT}/{name}/discussions/{ref.rpartition('/')[2]}"
+    whose = "the hub's converter" if author == CONVERTER else "anybody may open one: compare before you trust it"
+    return f"{command} has them as safetensors, in a pull request of {author or 'somebody'} ({whose}; {page})."
+
+
+def _needed(info: ModelInfo, patterns: list[str]) -> list[Any]:
     return list(
         filter_repo_objects(
             info.siblings or [],
-            allow_patterns=NEEDED_FILES,
+            allow_patterns=patterns,
             ignore_patterns=DUPLICATES,
             key=lambda file: file.rfilename,
         )
@@ -205,8 +319,8 @@ def _licence(info: ModelInfo) -> str:
     return ", ".join(map(str, words)) or "not stated"
 
 
-def require_space(plan: Plan) -> None:
-    """Refuse a download that would fill the disk.
+def require_space(plan: Plan, *, beside: int = 0) -> None:
+    """Refuse a download that would fill the disk, `beside` bytes included that are written besides.
 
     Raises:
         StartupError: the cache's disk has less room than the missing files take.
@@ -214,10 +328,10 @@ def require_space(plan: Plan) -> None:
     cache = Path(constants.HF_HUB_CACHE).absolute()
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    if free < plan.missing_size:
+    if free < plan.missing_size + beside:
         raise StartupError(
-            f"{plan.name}: {decimal(plan.missing_size)} are missing and {decimal(free)} are free in {cache}: make room "
-            f"or set HF_HOME to a folder on a larger disk."
+            f"{plan.name}: {decimal(plan.missing_size + beside)} are missing and {decimal(free)} are free in {cache}: "
+            f"make room or set HF_HOME to a folder on a larger disk."
         )
 
 
@@ -230,7 +344,7 @@ def fetch(plan: Plan, *, hf_token: str | None, revision: str | None, report: Rep
         StartupError: the hub or the disk failed, or a file has the wrong size; the sentence says what would help.
     """
     try:
-        folder = _fetched(plan.name, revision, hf_token, NEEDED_FILES, report)
+        folder = _fetched(plan.name, revision, hf_token, [*SMALL_FILES, *plan.weights], report)
     except HUB_ERRORS as error:
         raise _refusal(plan.name, revision, error) from None
     if folder.name != plan.commit:

@@ -6,6 +6,7 @@ refused, unless it is listed as one that changes nothing.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from vecmill.core.errors import StartupError
 
 LONGEST_VALUE = 80  # characters of a value that an error shows
+LARGEST_NUMBER = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,8 @@ class Rule:
     accepts: Callable[[Any], bool]
     supported: str = ""
     """The values that are accepted, for the error's text."""
+    cure: str = ""
+    """A sentence on what to do where it says something else."""
 
 
 HONOURED = Rule(lambda value: True)
@@ -31,12 +35,35 @@ HARMLESS = Rule(lambda value: True)
 """Changes no vector and no score: training, generation, bookkeeping."""
 
 
-def only(*values: Any) -> Rule:
+def only(*values: Any, cure: str = "") -> Rule:
     """One of these values: what is implemented. None also stands for a key that is left out or null."""
     return Rule(
         lambda value: any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values),
-        ", ".join("null" if one is None else repr(one) for one in values),
+        ", ".join("null" if one is None else json.dumps(one) for one in values),
+        cure,
     )
+
+
+def whole(smallest: int = 1, *, null: bool = False) -> Rule:
+    """A whole number that is read; also null where that stands for a default."""
+
+    def accepts(value: Any) -> bool:
+        return (null and value is None) or (
+            isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= LARGEST_NUMBER
+        )
+
+    return Rule(accepts, f"a whole number from {smallest} on" + (", null" if null else ""))
+
+
+def positive(*, null: bool = False) -> Rule:
+    """A finite number above 0 that is read; also null where that stands for a default."""
+
+    def accepts(value: Any) -> bool:
+        return (null and value is None) or (
+            isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= LARGEST_NUMBER
+        )
+
+    return Rule(accepts, "a number above 0" + (", null" if null else ""))
 
 
 def rules(rule: Rule, names: Iterable[str]) -> dict[str, Rule]:
@@ -44,9 +71,7 @@ def rules(rule: Rule, names: Iterable[str]) -> dict[str, Rule]:
     return dict.fromkeys(names, rule)
 
 
-def check_keys(
-    named: str, file: Path, found: Mapping[str, Any], known: Mapping[str, Rule], *, within: str = ""
-) -> None:
+def check_keys(named: str, file: Path, found: Any, known: Mapping[str, Rule], *, within: str = "") -> None:
     """Every key of a JSON object is known and says what is supported.
 
     Args:
@@ -55,22 +80,34 @@ def check_keys(
         within: the key of the object, where it is a part of the file's.
 
     Raises:
-        StartupError: a key is not known, or its value is not supported.
+        StartupError: it is no object, a key is not known, or its value is not supported.
     """
     prefix = f"{within}." if within else ""
+    if not isinstance(found, Mapping):
+        raise StartupError(f"{named}: {within or file.name} in {file} is no JSON object.")
     for key, value in found.items():
         rule = known.get(key)
         if rule is None:
             raise StartupError(
-                f"{named}: {file.name} has the key `{prefix}{key}` ({_shown(value)}), which is not known here: what it "
+                f"{named}: {file.name} has the key `{prefix}{key}` ({shown(value)}), which is not known here: what it "
                 f"changes would be missing from the vectors. If it changes nothing, remove it from {file}."
             )
         if not rule.accepts(value):
-            raise StartupError(
-                f"{named}: {file.name} has `{prefix}{key}`: {_shown(value)}; supported: {rule.supported}."
-            )
+            raise unsupported(named, file, f"{prefix}{key}", value, rule.supported, rule.cure)
 
 
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
+def unsupported(named: str, file: Path, key: str, value: Any, supported: str, cure: str = "") -> StartupError:
+    """The error for a key whose value is not implemented."""
+    sentence = f"{named}: {file.name} has `{key}`: {shown(value)}; supported: {supported}."
+    return StartupError(f"{sentence} {cure}".rstrip())
+
+
+def honoured(found: Mapping[str, Any], known: Mapping[str, Rule]) -> dict[str, Any]:
+    """The keys that are read, without those that change nothing."""
+    return {key: value for key, value in found.items() if known.get(key) is not HARMLESS}
+
+
+def shown(value: Any) -> str:
+    """A value as JSON has it, cut to LONGEST_VALUE."""
+    text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"

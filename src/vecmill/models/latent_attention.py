@@ -38,7 +38,8 @@ FOLDED = (
     *(f"{ATTENTION}norm_context.{part}" for part in ("weight", "bias")),
     *(f"{ATTENTION}fn.{part}.weight" for part in ("to_q", "to_kv", "to_out")),
 )
-HEADS = 8  # the reference's default; the hub's config.json leaves it out
+# The reference's defaults; the hub's config.json leaves them out.
+HEADS, HEAD_SIZE = 8, 4096
 
 
 class LatentAttention(nn.Module):
@@ -63,6 +64,7 @@ class LatentAttention(nn.Module):
         """
         weights.refuse_unknown(LATENT_PREFIX, {*FOLDED, *KEPT.values()})
         heads = int(config.get("num_cross_heads", HEADS))
+        _check_sizes(weights, config, heads)
         latents = _layer_norm(weights, weights.part(LATENT_PREFIX + "latents"), "norm_context")
         scores, outputs = zip(*(_fold_head(weights, latents, head, heads) for head in range(heads)), strict=True)
         cast = partial(Tensor.to, device=target.device, dtype=target.dtype)
@@ -80,6 +82,22 @@ class LatentAttention(nn.Module):
         value, gate = self.up(self.feed_forward_norm(hidden)).chunk(2, dim=-1)
         added: Tensor = self.down(value * F.gelu(gate))
         return added + hidden
+
+
+def _check_sizes(weights: WeightFiles, config: Mapping[str, Any], heads: int) -> None:
+    """The sizes in config.json are those of the weights: other heads would attend to other parts of them."""
+    inner, width = weights.shape(ATTENTION + "fn.to_q.weight")
+    latents = weights.shape(LATENT_PREFIX + "latents")[0]
+    said = {
+        "num_latents_value": (config.get("num_latents_value", latents), latents),
+        "hidden_dim": (config.get("hidden_dim", width), width),
+        "latent_dim": (config.get("latent_dim", width), width),
+    }
+    if config.keys() & {"num_cross_heads", "cross_dim_head"}:
+        said["num_cross_heads and cross_dim_head"] = (heads * config.get("cross_dim_head", HEAD_SIZE), inner)
+    for name, (one, other) in said.items():
+        if one != other:
+            raise weights.unfit(f"latent_attention_config has {name} for a size of {one}, the weights one of {other}")
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

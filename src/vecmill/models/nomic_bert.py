@@ -5,41 +5,19 @@ Source: Nussbaum et al. 2024 (https://arxiv.org/abs/2402.01613); https://hugging
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import NomicBertConfig, NomicBertModel
 
-from vecmill.core.errors import StartupError
 from vecmill.models.bert import encode
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.config_keys import NOMIC_KEYS
 from vecmill.models.packing import PackedBatch
 from vecmill.models.pooling import pool
-from vecmill.models.weights import Target, load_weights
+from vecmill.models.weights import Target, load_weights, make_config
 
-# The hub's files have the keys and names of the remote code that they were made with.
-CONFIG_KEYS = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_inner": "intermediate_size",
-    "layer_norm_epsilon": "layer_norm_eps",
-}
-# What the class here does. Other nomic checkpoints may ask for something else.
-REQUIRED = {
-    "activation_function": "swiglu",
-    "prenorm": False,
-    "qkv_proj_bias": False,
-    "mlp_fc1_bias": False,
-    "mlp_fc2_bias": False,
-    "rotary_emb_fraction": 1.0,
-    "rotary_emb_interleaved": False,
-    "rotary_emb_scale_base": None,
-    "causal": False,
-    "use_rms_norm": False,
-    "num_experts": 0,
-}
 PARTS = {
     "attn.Wqkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
     "attn.out_proj.weight": ("self_attn.o_proj.weight",),
@@ -82,22 +60,15 @@ def read_config(checkpoint: Checkpoint) -> NomicBertConfig:
     """The native configuration from the hub's keys or from the native ones.
 
     Raises:
-        StartupError: it asks for what is not done here.
+        StartupError: the class does not accept what it says.
     """
-    said = checkpoint.config
-    for key, only in REQUIRED.items():
-        if key in said and said[key] != only:
-            raise StartupError(f"{checkpoint.named}: config.json has {key}={said[key]!r}; only {only!r} is supported.")
-    native = {CONFIG_KEYS.get(key, key): value for key, value in said.items() if key not in REQUIRED}
-    # Rotary scaling beyond the trained length would make a vector depend on the longest text of its batch. Texts are
-    # cut at that length instead, so the plain rotation is right.
-    native["rope_parameters"] = {"rope_type": "default", "rope_theta": _theta(said)}
-    return NomicBertConfig(**{**native, "max_position_embeddings": checkpoint.positions})
-
-
-def _theta(said: Mapping[str, Any]) -> float:
-    native = said.get("rope_parameters") or {}
-    return float(said.get("rotary_emb_base") or native.get("rope_theta") or 1000.0)
+    said = checkpoint.architecture
+    native = {NOMIC_KEYS.get(key, key): value for key, value in said.items()}
+    if "rotary_emb_base" in said:
+        # Rotary scaling beyond the trained length would make a vector depend on the longest text of its batch. Texts
+        # are cut at that length instead, so the plain rotation is right.
+        native["rope_parameters"] = {"rope_type": "default", "rope_theta": float(said["rotary_emb_base"])}
+    return make_config(NomicBertConfig, checkpoint, {**native, "max_position_embeddings": checkpoint.positions})
 
 
 def _rename(name: str) -> Sequence[str]:

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralModel
 
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.config_keys import NV_EMBED_TEXT
+from vecmill.models.keys import honoured
 from vecmill.models.latent_attention import LATENT_PREFIX, LatentAttention
 from vecmill.models.packing import PackedBatch
 from vecmill.models.pooling import mean
-from vecmill.models.weights import Target, WeightFiles, load_weights
+from vecmill.models.weights import Target, WeightFiles, load_weights, make_config
 
 BACKBONE_PREFIX = "embedding_model."
 
@@ -25,8 +27,10 @@ class NVEmbedder:
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         """Load and fold the weights. Raises StartupError where any is missing or unknown."""
-        text_config = {key: value for key, value in checkpoint.config["text_config"].items() if key != "model_type"}
-        config = MistralConfig(**{**text_config, "sliding_window": None, "use_cache": False})  # both as the reference
+        text_config = honoured(checkpoint.config["text_config"], NV_EMBED_TEXT)
+        del text_config["model_type"]
+        as_reference = {"sliding_window": None, "use_cache": False}
+        config = make_config(MistralConfig, checkpoint, {**text_config, **as_reference})
         config.is_causal = False
         self.width: int = config.hidden_size
         self.vocab_size: int = config.vocab_size

@@ -70,12 +70,12 @@ class PackedBatch:
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, restarting at 0 with each row
     token_type_ids: Tensor  # (1, T) int64
-    pooled: Tensor | None  # (T, 1) float32: 0 where a token is left out of mean pooling; None: all are in
+    pooled: Tensor | None  # (T, 1) float32: 0 where a token is left out of pooling; None: all are in
     cu_seqlens: Tensor  # (S + 1,) int32: where each segment starts, and T
     max_length: int
     lengths: Tensor  # (S,) int64
     segments: Tensor  # (N,) int64: the segment of each row
-    first: Tensor  # (N,) int64: index of each row's first token
+    first: Tensor  # (N,) int64: index of each row's first token that is pooled
     last: Tensor  # (N,) int64: index of each row's last token
     keys: Keys | None
     """None where no row has a prefix: each segment looks at itself."""
@@ -108,6 +108,11 @@ class _Segment:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def first_pooled(self) -> int:
+        """Of its tokens; the first where none is."""
+        return self.unpooled if self.unpooled < len(self) else 0
+
 
 def pack(
     rows: Sequence[Row], device: torch.device, memory: PrefixMemory | None = None, shape: PackShape | None = None
@@ -130,7 +135,7 @@ def pack(
         "cu_seqlens": cu_seqlens,
         "lengths": lengths,
         "segments": np.array([number for number, _ in of_rows], dtype=np.int64),
-        "first": np.array([segment.start for _, segment in of_rows], dtype=np.int64),
+        "first": np.array([segment.start + segment.first_pooled for _, segment in of_rows], dtype=np.int64),
         "last": np.array([segment.start + len(segment) - 1 for _, segment in of_rows], dtype=np.int64),
     }
     if shape is not None or any(segment.unpooled for segment in segments):

@@ -11,14 +11,12 @@ from typing import Any, cast
 from torch import Tensor, nn
 from transformers import Qwen3Config, Qwen3Model
 
-from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
 from vecmill.models.pooling import pool
-from vecmill.models.weights import Target, load_weights
+from vecmill.models.weights import Target, load_weights, make_config
 
-SLIDING = "sliding_attention"
-LAYER_TYPES = {"full_attention", SLIDING}
+HEADS = ("lm_head.", "score.")
 
 
 class Qwen3Embedder:
@@ -46,24 +44,8 @@ class Qwen3Embedder:
 
 def load_backbone(checkpoint: Checkpoint, target: Target) -> tuple[nn.Module, Qwen3Config]:
     """The decoder without its head. Raises StartupError where a weight is missing or unknown."""
-    config = Qwen3Config(**{**checkpoint.config, "use_cache": False})
-    check_windows(checkpoint, config)
+    config = make_config(Qwen3Config, checkpoint, {**checkpoint.architecture, "use_cache": False})
     return load_weights(Qwen3Model, checkpoint, config, target, _rename), config
-
-
-def check_windows(checkpoint: Checkpoint, config: Qwen3Config) -> None:
-    """Raise StartupError where layers are of another kind, or have a sliding window without a width."""
-    kinds, width = config.layer_types, config.sliding_window
-    if unknown := set(kinds) - LAYER_TYPES:
-        raise StartupError(
-            f"{checkpoint.named}: config.json has {', '.join(sorted(unknown))} in layer_types; supported are "
-            f"{', '.join(sorted(LAYER_TYPES))}."
-        )
-    if SLIDING in kinds and (width is None or width < 1):
-        raise StartupError(
-            f"{checkpoint.named}: config.json has layers with a sliding window, and sliding_window={width!r} with "
-            f"use_sliding_window={config.use_sliding_window!r}; at least 1 and true are supported."
-        )
 
 
 def decode(backbone: nn.Module, packed: PackedBatch, use_flash_attn: bool) -> Tensor:
@@ -79,4 +61,4 @@ def decode(backbone: nn.Module, packed: PackedBatch, use_flash_attn: bool) -> Te
 
 def _rename(name: str) -> Sequence[str]:
     """Embedders are stored under the base model's names, rerankers under the causal model's; the head is not used."""
-    return () if name.startswith("lm_head.") else (name.removeprefix("model."),)
+    return () if name.startswith(HEADS) else (name.removeprefix("model."),)

@@ -1,4 +1,5 @@
-"""Qwen3-Reranker 0.6B, 4B and 8B: how much more likely "yes" is than "no" after the prompt.
+"""Rerankers on a Qwen3 decoder: how much more likely one token is than another after the prompt (Qwen3-Reranker 0.6B,
+4B and 8B), or a classification head (`Qwen3ForSequenceClassification`).
 
 Source: Zhang et al. 2025 (https://arxiv.org/abs/2506.05176); https://huggingface.co/Qwen/Qwen3-Reranker-0.6B.
 """
@@ -10,20 +11,21 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import Qwen3Config
 
 from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
 from vecmill.models.qwen3 import decode, load_backbone
-from vecmill.models.rerank_prompt import answer_tokens
+from vecmill.models.rerank_prompt import Answers, rerank_form
 from vecmill.models.weights import Target, WeightFiles
 
-# The 8B stores its head; the smaller ones use their token embedding for it.
-HEADS = ("lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight")
+HEAD, SCORE = "lm_head.weight", "score.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
 class Qwen3Reranker:
-    """A packed causal forward pass; of the head's 151,669 rows the two that are compared."""
+    """A packed causal forward pass; of the head the one row, or the difference of two, that makes the score."""
 
     width = 1
 
@@ -31,14 +33,10 @@ class Qwen3Reranker:
         """Load the weights. Raises StartupError where any is missing or unknown."""
         self._backbone, config = load_backbone(checkpoint, target)
         self.vocab_size: int = config.vocab_size
+        answers = rerank_form(checkpoint).answers
         weights = WeightFiles(checkpoint)
-        head = next((name for name in HEADS if name in weights.files), HEADS[0])
-        answers = answer_tokens(checkpoint)
-        if max(answers) >= config.vocab_size:
-            raise StartupError(f"{checkpoint.named}: the tokens of yes and no {answers} are not in its vocabulary.")
-        yes, no = (weights.part(head, slice(token, token + 1))[0] for token in answers)
-        # log p(yes) - log p(no) = h . yes - h . no = h . (yes - no)
-        self._yes_minus_no = (yes - no).to(target.device)
+        row = _score(checkpoint, weights, config) if answers is None else _logit(checkpoint, weights, config, answers)
+        self._row = row.to(target.device)
 
     @property
     def modules(self) -> Sequence[nn.Module]:
@@ -49,7 +47,28 @@ class Qwen3Reranker:
         return tuple(cast(Any, self._backbone).layers)
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        """(N, 1) float32 logits of "yes" against "no", in packed order."""
+        """(N, 1) float32 logits, in packed order."""
         last = decode(self._backbone, packed, use_flash_attn)[packed.last].float()
         # Row by row, so that a score does not depend on how many others there are.
-        return torch.sum(last * self._yes_minus_no, dim=1, keepdim=True)
+        return torch.sum(last * self._row, dim=1, keepdim=True)
+
+
+def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Qwen3Config, answers: Answers) -> Tensor:
+    """(hidden,) such that h . row = scale * (log p(true) - log p(false)), or the logit of `true` alone."""
+    tokens = [answers.true] if answers.false is None else [answers.true, answers.false]
+    if max(tokens) >= config.vocab_size:
+        raise StartupError(f"{checkpoint.named}: the tokens of its answers {tokens} are not in its vocabulary.")
+    # The 8B stores its head; the smaller ones use their token embedding for it.
+    head = HEAD
+    if config.tie_word_embeddings:
+        head = next((name for name in EMBEDDINGS if name in weights.files), EMBEDDINGS[0])
+    true, *false = (weights.part(head, slice(token, token + 1))[0] for token in tokens)
+    return answers.scale * (true - false[0] if false else true)
+
+
+def _score(checkpoint: Checkpoint, weights: WeightFiles, config: Qwen3Config) -> Tensor:
+    """(hidden,) of a classification head."""
+    labels = config.num_labels
+    if labels != 1 or (SCORE in weights.files and weights.shape(SCORE)[0] != 1):
+        raise StartupError(f"{checkpoint.named}: its head has {labels} labels; a reranker has one (a relevance score).")
+    return weights.part(SCORE)[0]

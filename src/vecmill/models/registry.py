@@ -7,7 +7,6 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.bert import BertEmbedder
 from vecmill.models.checkpoint import Checkpoint
@@ -17,6 +16,7 @@ from vecmill.models.nv_embed import NVEmbedder
 from vecmill.models.packing import PackedBatch
 from vecmill.models.qwen3 import Qwen3Embedder
 from vecmill.models.qwen3_reranker import Qwen3Reranker
+from vecmill.models.rerank_prompt import rerank_form
 from vecmill.models.weights import Target
 
 
@@ -69,15 +69,11 @@ FAMILIES: Mapping[Task, Mapping[str, Family]] = {
 
 
 def family(checkpoint: Checkpoint) -> Family:
-    """The class that runs a checkpoint.
+    """The class that runs a checkpoint: one for each family whose config.json is read.
 
     Raises:
-        StartupError: no family here has this model_type.
+        StartupError: the files do not make a reranker of it.
     """
-    families = FAMILIES[checkpoint.task]
-    if checkpoint.model_type not in families:
-        raise StartupError(
-            f"{checkpoint.named}: model_type {checkpoint.model_type!r} is not supported; "
-            f"supported: {', '.join(sorted(families))}."
-        )
-    return families[checkpoint.model_type]
+    if checkpoint.task is Task.RERANK:
+        rerank_form(checkpoint)
+    return FAMILIES[checkpoint.task][checkpoint.model_type]

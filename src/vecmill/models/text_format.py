@@ -6,8 +6,11 @@ Sources: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B, https://huggingface.c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vecmill.models.checkpoint import Checkpoint
+
+Unpooled = Literal["nothing", "instruction", "prompt"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,15 +20,17 @@ class TextFormat:
     end_token: str | None = None
     """Ends every text; added where the template does not add it."""
     end_survives_truncation: bool = True
-    instruction_unpooled: bool = False
-    """The mean leaves out as many leading tokens as the prompt has by itself."""
+    unpooled: Unpooled = "nothing"
+    """Which leading tokens are not pooled: as many as the prompt has by itself (`instruction`, NV-Embed), or as many as
+    it has with the special tokens around it, less an ending one (`prompt`, sentence-transformers' `include_prompt`)."""
 
 
 def text_format(checkpoint: Checkpoint) -> TextFormat:
     """The format of a checkpoint's family."""
+    unpooled: Unpooled = "nothing" if checkpoint.include_prompt else "prompt"
     if checkpoint.model_type == "qwen3":  # the first release's tokenizer left the end to the caller
-        return TextFormat(end_token="<|endoftext|>")  # noqa: S106
+        return TextFormat(end_token="<|endoftext|>", unpooled=unpooled)  # noqa: S106
     if checkpoint.model_type == "nvembed":  # its reference appends the end as text and then cuts on the right
-        unpooled = bool(checkpoint.config.get("is_mask_instruction", True))
-        return TextFormat("</s>", end_survives_truncation=False, instruction_unpooled=unpooled)
-    return TextFormat()
+        unpooled = "instruction" if checkpoint.config.get("is_mask_instruction", True) else "nothing"
+        return TextFormat("</s>", end_survives_truncation=False, unpooled=unpooled)
+    return TextFormat(unpooled=unpooled)

@@ -7,10 +7,11 @@ CPU and GPU share it, and it warns of what is refused here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,11 +24,13 @@ from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.packed_attention import ATTENTION
+from vecmill.models.weight_files import SINGLE, Header, read_header, refuse_misplaced, refuse_quantised, refuse_type
 
 transformers_logging.set_verbosity_error()
 
 FORGET_EVERY = 268_435_456  # bytes
 
+C = TypeVar("C", bound=PreTrainedConfig)
 Rename = Callable[[str], Sequence[str]]
 """A name in the file to the names in the class: none leaves it out, several share its rows equally."""
 
@@ -42,6 +45,8 @@ class Target:
     """Told how many bytes of the checkpoint have been read since the last call."""
     shared: dict[tuple[Path, type], nn.Module] = field(default_factory=dict)
     """What was loaded before: a folder named twice is loaded once."""
+    read: dict[tuple[Path, type], Mapping[str, str]] = field(default_factory=dict)
+    """What was read for each of them, for the fingerprint of who shares it."""
 
 
 class WeightFiles:
@@ -54,42 +59,71 @@ class WeightFiles:
             StartupError: there is no such file, or one is damaged.
         """
         self._checkpoint = checkpoint
-        paths = checkpoint.weight_files
-        if not paths:
-            raise StartupError(
-                f"{checkpoint.named}: {checkpoint.folder} has no safetensors; pickled weights are not loaded."
-            )
         self.files: dict[str, Path] = {}
+        self._dtypes: dict[str, str] = {}
+        paths = checkpoint.weight_files
         for path in paths:
-            with self._open(path) as opened:
-                self.files |= dict.fromkeys(opened.keys(), path)
+            self._add(path)
+        if paths[0].name != SINGLE:
+            refuse_misplaced(checkpoint.named, checkpoint.weight_index()["weight_map"], self.files)
+
+    def _add(self, path: Path) -> None:
+        with self._open(path):  # the library checks the file's size and the tensors' places
+            header = self._header(path)
+        refuse_quantised(self._checkpoint.named, header)
+        if twice := sorted(self.files.keys() & header.keys()):
+            raise StartupError(
+                f"{self._checkpoint.named}: {self.files[twice[0]].name} and {path.name} both hold {twice[0]}, so that "
+                f"it is not known which one counts; fetch the model again."
+            )
+        self.files |= dict.fromkeys(header, path)
+        self._dtypes |= {name: str(tensor["dtype"]) for name, tensor in header.items()}
+
+    def _header(self, path: Path) -> Header:
+        try:
+            return read_header(path)
+        except (OSError, ValueError) as error:
+            raise self._damaged(path, error) from None
 
     def _open(self, path: Path) -> Any:
         try:
             # pread: each tensor is read into memory of its own; a mapped file would stay beside the copies.
             return safe_open(path, framework="pt", backend="pread")
         except (OSError, SafetensorError) as error:
-            raise StartupError(
-                f"{self._checkpoint.named}: {path.name} cannot be loaded ({error}); fetch the model again."
-            ) from None
+            raise self._damaged(path, error) from None
+
+    def _damaged(self, path: Path, error: Exception) -> StartupError:
+        return StartupError(f"{self._checkpoint.named}: {path.name} cannot be loaded ({error}); fetch the model again.")
 
     def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, on the CPU in the file's type; each is forgotten when the next is asked for.
 
+        Each is hashed while its values are looked at and copied, for the checkpoint's fingerprint.
+
         Raises:
-            StartupError: a value is not finite.
+            StartupError: a value is not a finite floating-point number.
         """
         for path in dict.fromkeys(self.files[name] for name in names):
             unforgotten = 0
-            with self._open(path) as opened:
+            with self._open(path) as opened, ThreadPoolExecutor(1, "weights-hash") as hasher:
                 for name in (name for name in names if self.files[name] == path):
-                    tensor = self._finite(name, opened.get_tensor(name))
+                    tensor = self._typed(name, opened.get_tensor(name))
+                    hashed = hasher.submit(self._hash, name, tensor)
                     unforgotten += tensor.numel() * tensor.element_size()
                     if unforgotten > FORGET_EVERY:
                         _forget_pages(path)
                         unforgotten = 0
-                    yield name, tensor
+                    yield name, self._finite(name, tensor)
+                    hashed.result()
             _forget_pages(path)
+
+    def _hash(self, name: str, tensor: Tensor) -> None:
+        values = tensor.reshape(-1).view(torch.uint8).numpy().data
+        self._checkpoint.fingerprint.add(f"{name} {tensor.dtype} {tuple(tensor.shape)}", values)
+
+    def _typed(self, name: str, tensor: Tensor) -> Tensor:
+        refuse_type(self._checkpoint.named, name, self._dtypes[name])
+        return tensor
 
     def shape(self, name: str) -> Sequence[int]:
         """Of a tensor, from its file's header. Raises StartupError as `part`."""
@@ -105,13 +139,18 @@ class WeightFiles:
         """
         with self._open(self._file(name)) as opened:
             stored = opened.get_slice(name)
-            part = stored[rows] if columns is None else stored[rows, columns]
+            part = self._typed(name, stored[rows] if columns is None else stored[rows, columns])
+            self._hash(f"{name}[{rows}, {columns}]", part)
             return self._finite(name, part).float()
 
     def refuse_unknown(self, prefix: str, known: Collection[str]) -> None:
         """Raise StartupError where a name with the prefix is not known."""
         if unknown := sorted(name for name in self.files if name.startswith(prefix) and name not in known):
             raise StartupError(f"{self._checkpoint.named}: {len(unknown)} unknown weights {unknown[:3]}.")
+
+    def unfit(self, problem: str) -> StartupError:
+        """The error for weights that are others than config.json says."""
+        return StartupError(f"{self._checkpoint.named}: {problem}; fetch the model again.")
 
     def _file(self, name: str) -> Path:
         if name not in self.files:
@@ -136,6 +175,25 @@ def _forget_pages(path: Path) -> None:
             os.close(descriptor)
 
 
+def make_config(config_class: type[C], checkpoint: Checkpoint, said: Mapping[str, Any]) -> C:
+    """transformers' configuration.
+
+    Raises:
+        StartupError: the class does not accept what config.json says.
+    """
+    try:
+        config: C = config_class(**said)
+    except Exception as error:  # whatever the class raises, the file is at fault
+        raise _unaccepted(checkpoint, error) from None
+    return config
+
+
+def _unaccepted(checkpoint: Checkpoint, error: Exception) -> StartupError:
+    """What transformers said of a config.json, in one sentence."""
+    said = " ".join((str(error) or type(error).__name__).split())
+    return StartupError(f"{checkpoint.named}: {checkpoint.folder}/config.json cannot be right ({said[:300]}).")
+
+
 def load_weights(
     model_class: type[PreTrainedModel],
     checkpoint: Checkpoint,
@@ -151,11 +209,16 @@ def load_weights(
     """
     key = (checkpoint.folder.resolve(), model_class)
     if key not in target.shared:
-        with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
-            model = model_class(config, **options)
+        try:
+            with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
+                model = model_class(config, **options)
+        except Exception as error:
+            raise _unaccepted(checkpoint, error) from None
         model.set_attn_implementation(ATTENTION)
         _fill(model, checkpoint, target, rename)
         target.shared[key] = model.to(target.device).eval()  # the buffers
+        target.read[key] = dict(checkpoint.fingerprint.parts)
+    checkpoint.fingerprint.include(target.read.get(key, {}))
     return target.shared[key]
 
 
@@ -164,6 +227,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target, rename: Rena
     places = {name: rename(name) for name in weights.files}
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
     found = {place for several in places.values() for place in several}
+    _refuse_twice(checkpoint, places)
     if missing := sorted(wanted.keys() - found):
         raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
     if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
@@ -176,6 +240,18 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target, rename: Rena
                 raise _unfit(model, checkpoint, f"{place} has the shape {shapes}")
             _set(model, merged.get(place, place), part, target)
         target.progress(tensor.numel() * tensor.element_size())
+
+
+def _refuse_twice(checkpoint: Checkpoint, places: Mapping[str, Sequence[str]]) -> None:
+    """Two names in the files may stand for one weight, as with and without a prefix."""
+    first: dict[str, str] = {}
+    for name, several in places.items():
+        for place in several:
+            if (other := first.setdefault(place, name)) != name:
+                raise StartupError(
+                    f"{checkpoint.named}: {other} and {name} are the same weight twice, so that it is not known which "
+                    f"one counts; fetch the model again."
+                )
 
 
 def _set(model: nn.Module, place: str | Rows, part: Tensor, target: Target) -> None:

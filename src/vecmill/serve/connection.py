@@ -45,6 +45,7 @@ WORTH_READING = 262_144
 # Seconds to go on reading after the last answer: closing at once would reset the connection, and a client that still
 # sends would lose the answer (RFC 9112, section 9.6).
 LINGER = 5.0
+SENT_TOGETHER = 65_536  # bytes of a body that are copied behind its head, rather than sent by themselves
 STOPPING = 1.0  # seconds for the rest of a head, and to linger, once the server stops
 
 
@@ -178,6 +179,7 @@ class _Chunked:
 class _Exchange(RequestResponseCycle):
     """One request and its answer."""
 
+    connection: Connection
     fault: VecmillError | None = None
     """Why the body cannot be read to its end: raised into whoever reads it."""
     unread: Callable[[], bool] = staticmethod(lambda: False)
@@ -187,6 +189,8 @@ class _Exchange(RequestResponseCycle):
         if message["type"] == "http.response.start" and self.more_body:
             # A client that waits for `100 Continue` does not send the body after another status.
             self.keep_alive = self.keep_alive and not (self.waiting_for_100_continue or self.unread())
+        if message["type"] == "http.response.start":
+            self.connection.expect_head()
         await super().send(message)
 
     async def receive(self) -> Any:
@@ -236,6 +240,10 @@ class Connection(asyncio.Protocol):
         self._stopping = False
         self._closed = False
         """No request is read any more."""
+        self._expects_head = False
+        """What is written next is the head of an answer."""
+        self._unsent = b""
+        """The head of an answer, until its body is there or the event loop turns."""
 
     # What asyncio calls.
 
@@ -302,9 +310,27 @@ class Connection(asyncio.Protocol):
 
     # What an exchange takes for its transport.
 
+    def expect_head(self) -> None:
+        """The next write is a head: most bodies follow at once, and both then leave in one call of the system."""
+        self._expects_head = True
+
     def write(self, data: bytes) -> None:
-        if not self._closed:
+        if self._closed:
+            return
+        if self._expects_head:
+            self._expects_head, self._unsent = False, data
+            self._loop.call_soon(self._send_head)
+        elif self._unsent and len(data) <= SENT_TOGETHER:
+            head, self._unsent = self._unsent, b""
+            self.transport.write(head + data)
+        else:
+            self._send_head()
             self.transport.write(data)
+
+    def _send_head(self) -> None:
+        if self._unsent and not self.transport.is_closing():
+            self.transport.write(self._unsent)
+        self._unsent = b""
 
     def is_closing(self) -> bool:
         return self._closed or self.transport.is_closing()
@@ -313,6 +339,7 @@ class Connection(asyncio.Protocol):
         """Close once what was written is sent; where the client may still be sending, listen a little longer."""
         if self._closed:
             return
+        self._send_head()
         self._closed = True
         if self._exchange is not None and not self._exchange.response_complete:
             self._exchange.disconnected = True
@@ -429,6 +456,7 @@ class Connection(asyncio.Protocol):
             keep_alive=version != "1.0" and self._parser.should_keep_alive() and not self._stopping,
             on_response=self._answered,
         )
+        exchange.connection = self
         self._exchange = exchange
         self._body = body
         if body is None:

@@ -36,7 +36,8 @@ def start_table(services: Services, address: str) -> Table:
         _add_model(table, card, forward_pass(services, card.key), rows)
     table.add_row("device", cards[0].device)
     if not any(card.task is Task.RERANK for card in cards):
-        table.add_row("reranker", "none loaded: cosine of the embedding model, as 0..1")
+        how = {"cosine": "cosine", "dot": "dot product"}.get(cards[0].similarity, f"{cards[0].similarity} distance")
+        table.add_row("reranker", f"none loaded: {how} of the embedding model, as 0..1")
     limits = settings.inference
     table.add_row(
         "limits",
@@ -81,7 +82,10 @@ def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_s
     if card.aliases:
         table.add_row("aliases", ", ".join(card.aliases))
     if query := card.prompts.get("query"):
-        table.add_row("query prompt", repr(query))
+        table.add_row("query prompt", f"{query!r} (from the model's {card.prompts_from})")
+    if card.default_prompt_name is not None:
+        default = card.prompts.get(card.default_prompt_name, "")
+        table.add_row("default prompt", f"{card.default_prompt_name}, for plain requests: {default!r}")
     table.add_row("revision", card.revision)
     table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
     table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB")

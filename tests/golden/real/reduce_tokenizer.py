@@ -23,7 +23,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, answer, question
+from vecmill.models.chat_template import filled
+from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3
 
 HERE = Path(__file__).parent
 # What the tests send beside the stored texts: control tokens that are plain text there.
@@ -65,11 +66,10 @@ def embedding_texts(stored: dict[str, Any]) -> Iterator[str]:
 
 
 def reranker_texts(stored: dict[str, Any]) -> Iterator[str]:
-    """The parts of each prompt."""
-    yield from (PREFIX, SUFFIX)
+    """Each prompt."""
     pairs = [(pair["query"], pair["document"]) for pair in stored["pairs"]]
     yield from (
-        question(DEFAULT_INSTRUCTION, query) + answer(document) for query, document in [*pairs, (pairs[0][0], ENDED)]
+        filled(QWEN3, DEFAULT_INSTRUCTION, query, document) for query, document in [*pairs, (pairs[0][0], ENDED)]
     )
 
 

@@ -44,7 +44,8 @@ def _judge(context: Context, model: Configured) -> Finding:
         return fail(model.problem, f"Set {setting} to a folder with a model's files, a hub id (owner/name), or auto.")
     if model.checkpoint is not None:
         size = decimal(model.checkpoint.weight_bytes)
-        return ok(f"{model.named}: {size} in {model.checkpoint.folder}, revision {model.checkpoint.revision}")
+        commit = f", revision {model.checkpoint.commit}" if model.checkpoint.commit else ""
+        return ok(f"{model.named}: {size} in {model.checkpoint.folder}{commit}")
     plan = context.plan(model.name, HUB_SECONDS)
     return _unreachable(model, plan) if isinstance(plan, StartupError) else _to_fetch(model, plan)
 

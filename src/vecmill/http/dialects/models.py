@@ -85,8 +85,11 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "supported_dimensions": _sizes(card.supported_dimensions),
         "max_model_len": card.max_model_len,
         "pooling": card.pooling,
+        "similarity": card.similarity if card.dimensions else None,
         "dtype": card.dtype,
         "prompts": dict(card.prompts),
+        "prompts_from": card.prompts_from,
+        "default_prompt_name": card.default_prompt_name,
         "aliases": list(card.aliases),
     }
 

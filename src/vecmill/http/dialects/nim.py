@@ -67,7 +67,7 @@ class RankingBody(ScoreBody):
         )
 
     def answer(self, result: ScoreResult, path: str) -> object:
-        """Logits (of an embedding model: cosines), best first."""
+        """Logits (of an embedding model: similarities), best first."""
         return {
             "rankings": [
                 {"index": index, "logit": float(result.scores[index])}

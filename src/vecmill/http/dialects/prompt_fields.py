@@ -41,7 +41,7 @@ Use = Annotated[str | None, BeforeValidator(parse_use), Word]
 
 
 class PromptFields(BaseModel):
-    """Of several that are given, the first here wins. None: the texts are embedded as they are."""
+    """Of several that are given, the first here wins. None: the model's default prompt, where its files name one."""
 
     instruction: str | None = Field(
         None,
@@ -60,7 +60,7 @@ class PromptFields(BaseModel):
     )
 
     def prompt_choice(self) -> PromptChoice:
-        """What the request says; nothing said is no prompt.
+        """What the request says; nothing said is the model's default prompt, if it has one.
 
         An instruction stands in place of the prompt, not of what the texts are.
         """

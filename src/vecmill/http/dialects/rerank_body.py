@@ -45,7 +45,7 @@ class RerankBody(ScoreBody):
         max_length=LONGEST_INSTRUCTION,
         description="What makes a document relevant, in place of the model's default (Qwen3-Reranker).",
     )
-    raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
+    raw_scores: bool | None = Field(None, description="The model's own scale (logit or similarity) instead of 0..1.")
 
     def score_request(self, caller: Caller) -> ScoreRequest:
         """What is asked of the model."""

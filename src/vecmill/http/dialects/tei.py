@@ -79,7 +79,7 @@ class TeiRerankBody(ScoreBody):
 
     query: str
     texts: InputList[str]
-    raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
+    raw_scores: bool | None = Field(None, description="The model's own scale (logit or similarity) instead of 0..1.")
     return_text: bool | None = Field(None, description="Give each text back beside its score.")
     top_n: int | None = Field(None, ge=0, description="Only the best so many; LiteLLM sends it.")
 

@@ -45,7 +45,7 @@ class ScoreTextsBody(ScoreBody):
     use_activation: bool | None = Field(
         None, validation_alias=AliasChoices("use_activation", "activation"), description="false: raw scores."
     )
-    raw_scores: bool | None = Field(None, description="The model's own scale (logit or cosine) instead of 0..1.")
+    raw_scores: bool | None = Field(None, description="The model's own scale (logit or similarity) instead of 0..1.")
 
     def score_request(self, caller: Caller) -> ScoreRequest:
         """What is asked of the model.

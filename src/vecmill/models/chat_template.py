@@ -1,0 +1,176 @@
+"""Chat templates of rerankers, as the pieces around an instruction, a query and a document. Reads no tensors.
+
+Source: sentence-transformers' CrossEncoder (https://sbert.net), which gives a template messages of the roles `system`
+(the instruction, if there is one), `query` and `document`; transformers' apply_chat_template, which renders them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from types import FrameType
+from typing import Any
+
+from jinja2 import Environment, Template, TemplateError
+from jinja2.exceptions import SecurityError
+from jinja2.meta import find_undeclared_variables
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MOST_CHARACTERS = 65_536  # of a template
+MOST_LINES = 200_000  # of compiled template that one rendering may run
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Slot(StrEnum):
+    """What differs from pair to pair."""
+
+    INSTRUCTION = "instruction"
+    QUERY = "query"
+    DOCUMENT = "document"
+
+
+Pieces = tuple[str | Slot, ...]
+"""A rendered template: fixed texts, and what stands between them."""
+
+# Texts that a template must leave as they are. Jinja, HTML, white space and nothing at all have filters of their own.
+PROBES = (
+    ("an instruction", "a query", "a document"),
+    (" space \n", "\tspace ", "\n space\r\n "),
+    ("Find", "", ""),
+    ("é 你好", "ÉCOLE 你好?", "naïve <b>\"&'</b> {{ x }} {% y %} \\n"),
+    ("a" * 5_000, "query " * 2_000, "document\n" * 2_000),
+)
+MARK = re.compile("\ue000(instruction|query|document)\ue001")
+
+
+class UnfitTemplateError(Exception):
+    """Why a template cannot be used; continues the sentence "its chat template ..."."""
+
+
+def filled(pieces: Pieces, instruction: str, query: str, document: str) -> str:
+    """The text of one pair."""
+    texts = {Slot.INSTRUCTION: instruction, Slot.QUERY: query, Slot.DOCUMENT: document}
+    return "".join(texts[piece] if isinstance(piece, Slot) else piece for piece in pieces)
+
+
+class ChatTemplate:
+    """One template with what it is rendered with besides the messages."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], options: Mapping[str, Any], *, structured: bool):
+        """`options` are the template's own variables; `structured`: a message's content is a list of parts.
+
+        Raises:
+            UnfitTemplateError: it is no template, or too long.
+        """
+        if len(source) > MOST_CHARACTERS:
+            raise UnfitTemplateError(f"has {len(source)} characters; {MOST_CHARACTERS} are possible")
+        environment = _environment()
+        try:
+            used = find_undeclared_variables(environment.parse(source))
+            self._template = environment.from_string(source)
+        except TemplateError as error:
+            raise UnfitTemplateError(f"cannot be read ({error})") from None
+        if missing := used.intersection(SPECIAL_TOKENS) - special_tokens.keys() - options.keys():
+            raise UnfitTemplateError(f"uses {', '.join(sorted(missing))}, which tokenizer_config.json does not name")
+        self._context = {"tools": None, "documents": None, "add_generation_prompt": False, **special_tokens, **options}
+        self._structured = structured
+
+    def pieces(self, *, instructed: bool) -> Pieces:
+        """The template with an instruction or without one, as what it does to any texts.
+
+        Raises:
+            UnfitTemplateError: it does more than put texts between texts, or in an order that is not supported.
+        """
+        marks = {slot: f"\ue000{slot.value}\ue001" for slot in Slot}
+        parts = MARK.split(self._render(*marks.values(), instructed=instructed))
+        found = [Slot(part) for part in parts[1::2]]
+        if not {Slot.QUERY, Slot.DOCUMENT} <= set(found):
+            raise UnfitTemplateError("does not carry messages of the roles `query` and `document` as they are")
+        if len(set(found)) != len(found):
+            raise UnfitTemplateError("has the instruction, the query or the document more than once")
+        if found[-1] is not Slot.DOCUMENT:
+            raise UnfitTemplateError("has the query or the instruction after the document, which is not supported")
+        pieces = tuple(Slot(part) if index % 2 else part for index, part in enumerate(parts) if index % 2 or part)
+        if isinstance(pieces[pieces.index(Slot.DOCUMENT) - 1], Slot):
+            raise UnfitTemplateError("has nothing between the query and the document")
+        for probe in PROBES:
+            if self._render(*probe, instructed=instructed) != filled(pieces, *probe):
+                raise UnfitTemplateError("changes the texts that it is given, which is not supported")
+        return pieces
+
+    def names_its_roles(self) -> bool:
+        """Whether it is made for pairs: it has a place for `query` and `document`, not for any role at all."""
+        try:
+            self.pieces(instructed=False)
+        except UnfitTemplateError:
+            return False
+        mark = "\ue000any\ue001"
+        try:
+            return mark not in self._run([self._message("any", mark)])
+        except UnfitTemplateError:
+            return True
+
+    def _render(self, instruction: str, query: str, document: str, *, instructed: bool) -> str:
+        messages = [self._message("query", query), self._message("document", document)]
+        return self._run([self._message("system", instruction), *messages] if instructed else messages)
+
+    def _message(self, role: str, text: str) -> dict[str, Any]:
+        return {"role": role, "content": [{"type": "text", "text": text}] if self._structured else text}
+
+    def _run(self, messages: Sequence[Mapping[str, Any]]) -> str:
+        try:
+            return _rendered(self._template, {**self._context, "messages": messages})
+        except UnfitTemplateError:
+            raise
+        except Exception as error:  # a template may fail in any way that Python can
+            raise UnfitTemplateError(f"cannot be rendered ({type(error).__name__}: {error})") from None
+
+
+class _Sandbox(ImmutableSandboxedEnvironment):
+    """Arithmetic is that of numbers: a text times a large number fills the memory."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" or not (isinstance(left, int) and isinstance(right, int)):
+            raise SecurityError(f"{operator} is not supported here")
+        return super().call_binop(context, operator, left, right)
+
+
+def _environment() -> Environment:
+    """As transformers has it. Nothing of the machine can be reached from a template."""
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: _raise("a score must not depend on the date (strftime_now)")
+    return environment
+
+
+def _to_json(value: Any, **options: Any) -> str:
+    return json.dumps(value, **{"ensure_ascii": False, **options})
+
+
+def _raise(message: str) -> str:
+    raise TemplateError(message)
+
+
+def _rendered(template: Template, context: Mapping[str, Any]) -> str:
+    """Render, but not for ever: loops in loops end at some number of lines."""
+    left = MOST_LINES
+
+    def count(frame: FrameType, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise UnfitTemplateError(f"runs for more than {MOST_LINES:,} lines")
+        return count
+
+    before = sys.gettrace()
+    sys.settrace(count)
+    try:
+        return template.render(context)
+    finally:
+        sys.settrace(before)
