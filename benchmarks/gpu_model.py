@@ -25,8 +25,8 @@ from vecmill.models.packing import PackedBatch, PackShape, pack
 from vecmill.models.registry import Model
 from vecmill.models.weights import Target
 
-MAX_ROWS = 256
-"""Of a captured pass; MAX_BATCH_SIZE, in the server."""
+MAX_ROWS = 1024
+"""Of a captured pass; the server's default for MAX_BATCH_SIZE on a GPU."""
 READ = "read"
 WITH_PACKING = "one query, packed anew"
 

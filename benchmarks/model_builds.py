@@ -11,7 +11,16 @@ import torch
 from benchmarks.model_shapes import Shape
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel, MistralConfig, MistralModel, Qwen3Config, Qwen3Model
+from transformers import (
+    BertConfig,
+    BertModel,
+    MistralConfig,
+    MistralModel,
+    NomicBertConfig,
+    NomicBertModel,
+    Qwen3Config,
+    Qwen3Model,
+)
 from transformers.initialization import no_init_weights
 
 from vecmill.core.types import Task
@@ -104,6 +113,26 @@ def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
 
 
 def _backbone(kind: str, shape: Shape, target: Target) -> nn.Module:
+    model = _unfilled(kind, shape)
+    merge_projections(model)
+    return _filled(model, target)
+
+
+def merged_and_separate(kind: str, shape: Shape, target: Target) -> tuple[nn.Module, nn.Module]:
+    """The same backbone with its projections merged, as it is loaded, and as transformers has it."""
+    separate = _filled(_unfilled(kind, shape), target)
+    merged = _unfilled(kind, shape)
+    places = merge_projections(merged)
+    merged = _filled(merged, target)
+    parameters = dict(merged.named_parameters())
+    for name, value in separate.named_parameters():
+        place = places.get(name)
+        whole = parameters[place.parameter if place else name]
+        (whole.data[place.start : place.stop] if place else whole.data).copy_(value)
+    return merged, separate
+
+
+def _unfilled(kind: str, shape: Shape) -> nn.Module:
     model: Any
     with no_init_weights():
         if kind == "bert":
@@ -112,13 +141,18 @@ def _backbone(kind: str, shape: Shape, target: Target) -> nn.Module:
             config = MistralConfig(**shape["text_config"], sliding_window=None, use_cache=False)
             config.is_causal = False
             model = MistralModel(config)
+        elif kind == "nomic_bert":
+            model = NomicBertModel(NomicBertConfig(**shape), add_pooling_layer=False)
         else:
             model = Qwen3Model(Qwen3Config(**shape, use_cache=False))
     model.set_attn_implementation(ATTENTION)
-    merge_projections(model)
+    unfilled: nn.Module = model
+    return unfilled
+
+
+def _filled(model: nn.Module, target: Target) -> nn.Module:
     fill(model, RandomValues(target.device, target.dtype))
-    backbone: nn.Module = model.to(target.device).eval()  # the buffers
-    return backbone
+    return model.to(target.device).eval()  # the buffers
 
 
 def fill(model: nn.Module, values: RandomValues) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.model_builds import RandomValues, build, build_latents, matmul_parameters
+from benchmarks.model_builds import RandomValues, build, build_latents, matmul_parameters, merged_and_separate
 from benchmarks.model_comparison import SCORE_TOLERANCE, Case
 from benchmarks.model_forward import CAUSAL, operations, run_model
 from benchmarks.model_plain import PlainLatentAttention, by_length, padded, with_sdpa
@@ -23,6 +23,7 @@ from benchmarks.model_workloads import (
     batches,
     computed_tokens,
     equal_rows,
+    first_tokens,
     ragged_rows,
     reranker_rows,
     with_shared_prefix,
@@ -32,6 +33,7 @@ from torch import Tensor
 from vecmill.core.types import Row
 from vecmill.engine.dtype import choose_dtype
 from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
+from vecmill.models.packing import PackedBatch, pack
 from vecmill.models.registry import Model
 from vecmill.models.weights import Target
 
@@ -57,12 +59,6 @@ class Given:
     def target(self, width: int) -> Target:
         """The type that the server would choose, and the device."""
         return Target(choose_dtype(self.dtype, self.device, width).dtype, self.device)
-
-
-def cases(given: Given) -> Iterator[Case]:
-    """All of them."""
-    for make in (latent_attention, shared_prefix, packed_rows, whole_models):
-        yield from make(given)
 
 
 def latent_attention(given: Given) -> Iterator[Case]:
@@ -181,6 +177,46 @@ def _packed(name: str, kind: str, shape: Shape, given: Given) -> Case:
     )
 
 
+def merged_projections(given: Given) -> Iterator[Case]:
+    """Queries, keys and values in one product and gate and up in another, against each in its own."""
+    for name, (kind, shape) in given.sizes.merged.items():
+        yield from _merged(name, kind, shape, given)
+
+
+def _merged(name: str, kind: str, shape: Shape, given: Given) -> Iterator[Case]:
+    text_shape = shape.get("text_config", shape)
+    target = given.target(text_shape["hidden_size"])
+    ways = dict(zip(("merged", "separate"), merged_and_separate(kind, shape, target), strict=True))
+    parameters = matmul_parameters([ways["merged"]])
+    texts = ragged_rows(64, text_shape["vocab_size"])
+    for tokens in given.sizes.merged_tokens:
+        packed = pack(first_tokens(texts, tokens), target.device)
+        sides = {
+            way: _side(partial(_hidden, model, packed), 2.0 * parameters * tokens, parameters, target)
+            for way, model in ways.items()
+        }
+        yield Case(
+            f"merged projections, {name}, {tokens} tokens",
+            target.dtype,
+            sides,
+            tokens,
+            "tokens",
+            {way: side.run().float() for way, side in sides.items()},
+            {"hidden_size": text_shape["hidden_size"], "layers": text_shape["num_hidden_layers"]},
+        )
+
+
+def _hidden(model: Any, packed: PackedBatch) -> Tensor:
+    """(T, width)"""
+    hidden: Tensor = model(
+        input_ids=packed.input_ids,
+        position_ids=packed.position_ids,
+        packed_batch=packed,
+        use_flash_attn=True,
+    ).last_hidden_state[0]
+    return hidden
+
+
 def whole_models(given: Given) -> Iterator[Case]:
     """Full-size models, against what the machine can do alone."""
     for name, (kind, shape) in given.sizes.whole.items():
@@ -222,3 +258,15 @@ def _model_side(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[
 
 def _side(run: Callable[[], Tensor], computed: float, parameters: int, target: Target) -> Side:
     return Side(run, computed, parameters * target.dtype.itemsize)
+
+
+CASES: Mapping[str, Callable[[Given], Iterator[Case]]] = {
+    make.__name__: make for make in (latent_attention, shared_prefix, packed_rows, merged_projections, whole_models)
+}
+
+
+def cases(given: Given, only: str | None = None) -> Iterator[Case]:
+    """All of them, or those of one name in CASES."""
+    for name, make in CASES.items():
+        if only in (None, name):
+            yield from make(given)

@@ -23,6 +23,14 @@ BERT_BASE: Shape = {
     "num_hidden_layers": 12,
     "intermediate_size": 3072,
 }
+NOMIC: Shape = {
+    "vocab_size": 30528,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 2048,
+}
 QWEN3_0_6B: Shape = {
     "vocab_size": 151669,
     "hidden_size": 1024,
@@ -77,11 +85,18 @@ class Sizes:
     whole: Mapping[str, tuple[str, Shape]]
     """As `encoders`, for the share of the matmul rate."""
     whole_tokens: Sequence[int]
+    merged: Mapping[str, tuple[str, Shape]]
+    """As `encoders`, for merged projections against separate ones: their backbones alone."""
+    merged_tokens: Sequence[int]
     load_gb: float
     load_shape: Shape
     """Its layers are repeated until the checkpoint is large enough."""
     matmul_size: int
     copy_bytes: int
+
+
+def _few_layers(shape: Shape, layers: int) -> Shape:
+    return {**shape, "text_config": {**shape["text_config"], "num_hidden_layers": layers}}
 
 
 CUDA = Sizes(
@@ -95,6 +110,12 @@ CUDA = Sizes(
     texts=2048,
     whole={"Qwen3-Embedding-4B": ("qwen3", QWEN3_4B), "NV-Embed-v2": ("nvembed", NV_EMBED_V2)},
     whole_tokens=(64, 512, 4096, 16384),
+    merged={
+        "Qwen3-0.6B": ("qwen3", QWEN3_0_6B),
+        "nomic-embed": ("nomic_bert", NOMIC),
+        "NV-Embed, 8 layers": ("nvembed", _few_layers(NV_EMBED_V2, 8)),
+    },
+    merged_tokens=(16, 512, 4096),
     load_gb=8,
     load_shape=QWEN3_4B,
     matmul_size=8192,
@@ -111,6 +132,12 @@ CPU = Sizes(
     texts=256,
     whole={},
     whole_tokens=(),
+    merged={
+        "Qwen3-0.6B, 4 layers": ("qwen3", {**QWEN3_0_6B, "num_hidden_layers": 4, "vocab_size": 1000}),
+        "nomic-embed, 4 layers": ("nomic_bert", {**NOMIC, "num_hidden_layers": 4}),
+        "NV-Embed, 1 layer": ("nvembed", _few_layers(NV_EMBED_V2, 1)),
+    },
+    merged_tokens=(16, 512),
     load_gb=4,
     load_shape=QWEN3_4B,
     matmul_size=2048,
@@ -135,6 +162,12 @@ QUICK = Sizes(
     texts=40,
     whole={"tiny Qwen3": ("qwen3", _TINY_QWEN3), "tiny NV-Embed": ("nvembed", _TINY_NV_EMBED)},
     whole_tokens=(64, 600),
+    merged={
+        "tiny Qwen3": ("qwen3", _TINY_QWEN3),
+        "tiny nomic": ("nomic_bert", {**NOMIC, **_TINY, "num_attention_heads": 4}),
+        "tiny NV-Embed": ("nvembed", _TINY_NV_EMBED),
+    },
+    merged_tokens=(16, 64),
     load_gb=0.064,
     load_shape={**_TINY_QWEN3, "hidden_size": 512, "intermediate_size": 2048},
     matmul_size=128,

@@ -34,6 +34,7 @@ def test_every_comparison_gives_the_same_numbers_on_all_sides(result: dict[str, 
         "latent attention",
         "shared prefix",
         "packed rows",
+        "merged projections",
         "whole model",
     }
     assert all(check["error"] < 1e-5 for check in checks.values()), checks

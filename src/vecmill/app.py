@@ -199,8 +199,9 @@ class Server:
         loaded = await _result(engine.loaded)
         served = ((model.key, model.card, model.checkpoint) for model in loaded.models.values())
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
-        rows = self._settings.engine.max_batch_size
-        budgets = {key: Budget(one.max_batch_tokens, rows, one.free_tokens) for key, one in loaded.warmed.items()}
+        budgets = {
+            key: Budget(one.max_batch_tokens, one.max_batch_size, one.free_tokens) for key, one in loaded.warmed.items()
+        }
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)

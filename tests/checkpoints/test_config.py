@@ -325,6 +325,9 @@ def nomic_of_2026(folder: Path) -> None:
     edit_json(folder / "sentence_bert_config.json", max_seq_length=128)
 
 
+WINDOWED = ["sliding_attention", "full_attention"]
+SLIDING = {"use_sliding_window": True, "sliding_window": 4}
+
 VARIANTS = [
     # As the hub has them.
     embeds("bge-en", bert, config(**CLASSIC)),
@@ -355,6 +358,9 @@ VARIANTS = [
     embeds("qwen3-dynamic", qwen3, config(rope_scaling={"rope_type": "dynamic", "factor": 4.0})),
     embeds("qwen3-longrope", qwen3, config(rope_scaling=LONGROPE)),
     embeds("qwen3-window-unused", qwen3, config(sliding_window=8, max_window_layers=0)),
+    embeds("qwen3-window", qwen3, config(**SLIDING, max_window_layers=1)),
+    embeds("qwen3-window-of-all-layers", qwen3, config(**SLIDING, max_window_layers=0)),
+    embeds("qwen3-window-by-layer", qwen3, config(**SLIDING, layer_types=WINDOWED)),
     embeds("qwen3-window-of-no-layer", qwen3, config(use_sliding_window=True, sliding_window=8, max_window_layers=2)),
     embeds("nomic-of-2026", nomic_of_2026, config(**NOMIC)),
     embeds("nomic-of-2026-linear", nomic_of_2026, config(rope_parameters={"rope_type": "linear", "factor": 4.0})),
@@ -363,6 +369,7 @@ VARIANTS = [
     embeds("native-nomic-linear", native_nomic, config(rope_parameters={"rope_type": "linear", "factor": 4.0})),
     embeds("native-nomic-act", native_nomic, config(hidden_act="gelu", layer_norm_eps=0.1)),
     reranks("ce-act", cross_encoder, config(hidden_act="relu", layer_norm_eps=0.01)),
+    reranks("qwen3-reranker-window", qwen3_reranker, config(**SLIDING, max_window_layers=1)),
     reranks("qwen3-reranker-yarn", qwen3_reranker, config(rope_scaling=YARN, hidden_act="gelu")),
     # Refused.
     embeds("jina-v2", bert, config(**JINA_V2), REMOTE),
@@ -399,19 +406,15 @@ VARIANTS = [
     embeds("not-json", bert, lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
     embeds("per-layer", qwen3, config(per_layer_config={"0": {"hidden_act": "relu"}}), "`per_layer_config`"),
     embeds("both-ways", qwen3, config(is_causal=False), "`is_causal`: false"),
-    embeds("window", qwen3, config(use_sliding_window=True, sliding_window=8, max_window_layers=1)),
+    embeds("window-not-used", qwen3, config(layer_types=WINDOWED), "`use_sliding_window`"),
     embeds(
-        "window-by-layer",
+        "window-of-none",
         qwen3,
-        config(use_sliding_window=True, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+        config(use_sliding_window=True, layer_types=WINDOWED, sliding_window=0),
+        "`sliding_window`: 0",
     ),
-    embeds(
-        "window-by-layer-unused",
-        qwen3,
-        config(layer_types=["full_attention", "sliding_attention"]),
-        "`use_sliding_window`",
-    ),
-    embeds("window-in-chunks", qwen3, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),
+    embeds("window-without", qwen3, config(use_sliding_window=True, layer_types=WINDOWED), "`sliding_window`: null"),
+    embeds("chunks", qwen3, config(layer_types=["full_attention", "chunked_attention"]), "`layer_types`"),
     embeds(
         "longrope", qwen3, config(rope_scaling={**LONGROPE, "original_max_position_embeddings": 64}), "at 64 tokens"
     ),
@@ -467,7 +470,7 @@ VARIANTS = [
     reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "its head has 3 labels"),
     reranks("no-head", cross_encoder, config(architectures=["BertModel"]), "have no head that scores a pair"),
     reranks("ce-alibi", cross_encoder, config(position_embedding_type="alibi"), NO_ALIBI),
-    reranks("qwen3-reranker-window", qwen3_reranker, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),
+    reranks("qwen3-reranker-chunks", qwen3_reranker, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),
     reranks("a-family-without-rerankers", bare_nomic, config(), "'nomic_bert' is not supported"),
 ]
 SERVED = [one for one in VARIANTS if one.refused is None]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.models.loaded import CPU, GOLDEN, load_model
+from vecmill.config import load_settings
+from vecmill.core.calibration import fit
 from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine.cuda_graphs import (
     INTERACTIVE_TOKENS,
@@ -27,6 +32,7 @@ from vecmill.engine.cuda_graphs import (
     lane_of,
     shape_of,
 )
+from vecmill.engine.warmup import largest_size
 from vecmill.models.packing import PackedBatch, PackShape, pack
 
 MAX_ROWS = 64
@@ -84,6 +90,49 @@ def test_what_a_graph_cannot_hold_runs_directly() -> None:
     assert graphs.shape_for(rows(1025)) is None, "longer than any row in a graph"
     assert graphs.shape_for(rows(5, prefix=Prefix(np.ones(3, dtype=np.int32)))) is None
     assert Graphs().shape_for(rows(5)) is None
+
+
+@pytest.mark.parametrize(("rows_of_16", "found"), [(16, 512), (64, 2048), (128, 4096), (200, None), (512, None)])
+def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: int, found: int | None) -> None:
+    """Direct passes take 10 ms up to 4,096 tokens, and graphs 2 ms for each 1,024."""
+    gains = [Gain(tokens, 0.010, tokens * 0.002 / 1024) for tokens in (512, 1024, 2048, 4096)]
+    gains.append(Gain(8192, 0.014, 0.016))
+    graphs = Graphs({shape_of(tokens, 1024): Standing() for tokens in (512, 1024, 2048, 4096, 8192)}, gains)
+
+    shape = graphs.shape_for(rows(*[16] * rows_of_16))
+
+    assert (shape and shape.tokens) == found
+
+
+@pytest.mark.parametrize(
+    ("device", "flags", "size"),
+    [
+        ("cpu", {}, 64),
+        ("cpu", {"max_batch_tokens": 32}, 32),
+        ("cuda:1", {}, 1024),
+        ("cuda", {"max_batch_tokens": 4096}, 256),
+        ("cuda", {"max_batch_tokens": 512}, 64),
+        ("cuda", {"max_batch_size": 17}, 17),
+    ],
+)
+def test_rows_of_a_pass_follow_the_device_and_its_tokens(device: str, flags: dict[str, Any], size: int) -> None:
+    assert largest_size(load_settings(flags).engine, torch.device(device)) == size
+
+
+def test_short_texts_fill_a_pass_on_a_gpu() -> None:
+    """As measured on an H100: what 95 % of the best rate takes is more than 64 rows of a query's length have."""
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-2026-11-26-h100.json"
+    (model,) = json.loads(path.read_text())["models"]
+    forwards = model["modes"]["graphs"]["forwards"]
+    calibration = fit([(each["tokens"], each["ms"]["median"] / 1000) for each in forwards])
+    budget = calibration.bulk_tokens(0.1, 16_384)
+
+    def rate(size: int) -> float:
+        tokens = min(16 * size, budget)
+        return tokens / calibration.seconds(tokens)
+
+    assert rate(64) < 0.7 * calibration.best_rate
+    assert rate(largest_size(load_settings().engine, torch.device("cuda"))) > 0.94 * calibration.best_rate
 
 
 def test_small_graphs_run_before_bulk_whoever_asks() -> None:

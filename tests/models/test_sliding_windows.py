@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import Qwen3Model
+from transformers import MistralConfig, MistralModel, ModernBertConfig, ModernBertModel, Qwen3Model
 from transformers.masking_utils import sliding_window_bidirectional_mask_function, sliding_window_causal_mask_function
 
 from tests.models.loaded import CPU, GOLDEN, load_model, run
@@ -22,6 +22,7 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Prefix, Row, TokenIds
 from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.models import packed_attention
+from vecmill.models.merged_projections import merge_projections
 from vecmill.models.packing import PackedBatch, pack
 from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model
@@ -189,7 +190,7 @@ def test_the_masks_of_a_long_row_stay_small() -> None:
         ({"layer_types": [SLIDES, "full_attention"], "use_sliding_window": False}, "`use_sliding_window`: false"),
         ({"layer_types": [SLIDES, "full_attention"], "sliding_window": None}, "`sliding_window`: null"),
         ({"sliding_window": 0, "max_window_layers": 0}, "`sliding_window`: 0"),
-        ({"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "`layer_types`"),
     ],
 )
 def test_windows_that_mean_nothing_are_refused(tmp_path: Path, said: dict[str, Any], named: str) -> None:
@@ -205,3 +206,67 @@ def _run(model: Model, packed: PackedBatch) -> NDArray[np.float32]:
     """In packed order."""
     answers: NDArray[np.float32] = model.forward(packed, use_flash_attn=False).numpy()
     return answers
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["separate", "merged"])
+@torch.inference_mode()
+def test_mistrals_window_is_the_same_in_every_layer(merged: bool) -> None:
+    """It says it in its configuration alone."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MistralConfig(**shape, vocab_size=400, num_hidden_layers=2, head_dim=8, sliding_window=WINDOW)
+    model: Any = MistralModel(config).eval()
+    texts = [ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    wanted = _each_alone(model, texts)
+    weights = model.state_dict()
+    model.set_attn_implementation(packed_attention.ATTENTION)
+    places = merge_projections(model) if merged else {}
+    parameters = dict(model.named_parameters())
+    for name, value in weights.items():
+        if name in places:
+            place = places[name]
+            parameters[place.parameter].data[place.start : place.stop] = value
+
+    np.testing.assert_allclose(_packed(model, texts), wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.inference_mode()
+def test_modernberts_layers_look_both_ways() -> None:
+    """No family here has them yet: transformers' own class, every other layer with a window on either side."""
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_hidden_layers=4,
+        local_attention=WINDOW,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        cls_token_id=1,
+        sep_token_id=2,
+    )
+    model: Any = ModernBertModel(config).eval()
+    texts = [ids(length, seed) for seed, length in enumerate(LENGTHS)]
+    wanted = _each_alone(model, texts)
+    model.set_attn_implementation(packed_attention.ATTENTION)
+
+    np.testing.assert_allclose(_packed(model, texts), wanted, atol=1e-4, rtol=1e-4)
+
+
+def _each_alone(model: Any, texts: Sequence[TokenIds]) -> NDArray[np.float32]:
+    """The last token's hidden state of each, by transformers' eager attention."""
+    model.set_attn_implementation("eager")
+    rows = [torch.from_numpy(text.astype(np.int64))[None] for text in texts]
+    return np.stack([model(input_ids=row).last_hidden_state[0, -1].numpy() for row in rows])
+
+
+def _packed(model: Any, texts: Sequence[TokenIds]) -> NDArray[np.float32]:
+    """The same of a pack, in the order of the texts."""
+    batch = pack([Row(text) for text in texts], CPU)
+    given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "packed_batch": batch}
+    hidden = model(**given, use_flash_attn=False).last_hidden_state[0, batch.last].numpy()
+    found: NDArray[np.float32] = hidden[np.argsort(batch.order)]
+    return found

@@ -158,7 +158,13 @@ class EngineSettings(SettingsGroup):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="`auto` (CUDA, else MPS, else CPU), `cuda`, `cuda:N`, `mps` or `cpu`.",
     )
-    max_batch_size: int = Field(64, ge=1, le=4096, description="Rows per forward pass, at most.")
+    max_batch_size: int | None = Field(
+        None,
+        ge=1,
+        le=4096,
+        description="Rows per forward pass, at most. Default: 64 on a CPU; on a GPU one for each 16 tokens that a "
+        "forward pass may have, 1024 without MAX_BATCH_TOKENS.",
+    )
     max_batch_tokens: int | None = Field(
         None,
         ge=8,

@@ -118,7 +118,7 @@ def _client_batch_never_admitted(settings: Settings) -> str | None:
 
 def _more_rows_than_tokens(settings: Settings) -> str | None:
     rows, tokens = settings.engine.max_batch_size, settings.engine.max_batch_tokens
-    if tokens is None or rows <= tokens:
+    if tokens is None or rows is None or rows <= tokens:
         return None
     return (
         f"MAX_BATCH_SIZE={rows} is above MAX_BATCH_TOKENS={tokens}, but every row has at least one token: "

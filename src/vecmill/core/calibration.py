@@ -76,6 +76,8 @@ class Warmed:
     calibration: Calibration
     max_batch_tokens: int
     """Tokens of a bulk forward."""
+    max_batch_size: int
+    """Rows of a forward."""
     free_tokens: int
     """Up to here bulk rides along with an interactive forward."""
     compiled: bool

@@ -37,6 +37,8 @@ TOKENS_PER_ROW, FEWEST_ROWS = 32, 16
 PROBED_TOKENS = (16, 128, 512, 1024, 2048, 4096, 8192, 16_384)
 # A batch is filled up to the next shape, by 6 % on average: below this a graph gains nothing.
 LEAST_SPEEDUP = 1.08
+# A batch that a shape makes larger by more than this is compared with how long it takes directly.
+MOST_FILLED = 1.2
 RUNS = 5
 CAPTURE_SECONDS = 30.0
 
@@ -98,11 +100,18 @@ class Graphs:
     """Why there are none, or not more; one phrase for the log."""
 
     def shape_for(self, rows: Sequence[Row]) -> PackShape | None:
-        """The smallest shape that holds a batch; None where it has to run directly."""
+        """The smallest shape that holds a batch; None where it has to run directly, or sooner ends so.
+
+        Many short rows may need the room of a shape with far more tokens than they have.
+        """
         if not self.passes or any(row.prefix is not None for row in rows):
             return None
         lengths = [len(row) for row in rows]
-        return next((shape for shape in self.passes if shape.holds(lengths)), None)
+        shape = next((shape for shape in self.passes if shape.holds(lengths)), None)
+        if shape is None or shape.tokens <= MOST_FILLED * sum(lengths) or not self.gains:
+            return shape
+        direct = next((gain.direct_seconds for gain in self.gains if gain.tokens >= sum(lengths)), float("inf"))
+        return shape if self._seconds(shape.tokens) <= direct else None
 
     def run(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32 of a batch that was packed in one of the shapes, in packed order."""

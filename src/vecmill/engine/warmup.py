@@ -27,6 +27,11 @@ logger = logging.getLogger(__name__)
 
 CUDA_BATCH_TOKENS = 16_384
 CPU_BATCH_TOKENS = 2_048
+CPU_BATCH_ROWS = 64
+# On a GPU texts of so few tokens on average still fill a forward pass. With 64 rows they did not: queries of 16 tokens
+# made passes of 1,024, which take an H100 as long as 4,096 where each kernel is launched, and 1.4 times as long a token
+# in graphs.
+SHORT_TEXT = 16
 SMALLEST_SHAPE = 16  # tokens: a search query
 TYPICAL_TEXT = 128  # tokens: a chunk of code
 # Rounds over all shapes, until one of these is reached. Of each shape the fastest run counts: others were disturbed,
@@ -41,6 +46,14 @@ Choices = dict[nn.Module, CompileChoice]
 def largest_batch(engine: EngineSettings, device: torch.device) -> int:
     """Tokens of the largest forward pass that is tried."""
     return engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
+
+
+def largest_size(engine: EngineSettings, device: torch.device) -> int:
+    """Rows of a forward pass, at most."""
+    if engine.max_batch_size is not None:
+        return engine.max_batch_size
+    tokens = largest_batch(engine, device)
+    return min(tokens, CPU_BATCH_ROWS if device.type == "cpu" else max(CPU_BATCH_ROWS, tokens // SHORT_TEXT))
 
 
 def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices: Choices) -> Warmed:
@@ -77,13 +90,14 @@ def _warm_up(
     capture = _capture(model, engine, device)
     choice = _choose(model, engine, choices, stopwatch, largest, capture)
     if capture is not None:
-        model.graphs = capture_graphs(capture, stopwatch.run_directly, device.device, largest, engine.max_batch_size)
+        model.graphs = capture_graphs(capture, stopwatch.run_directly, device.device, largest, stopwatch.max_rows)
     calibration = fit(stopwatch.fastest(list(_shapes(largest))))
     model.threads.restore()
     max_batch_tokens = calibration.bulk_tokens(engine.max_batch_ms / 1000, largest)
     warmed = Warmed(
         calibration=calibration,
         max_batch_tokens=max_batch_tokens,
+        max_batch_size=stopwatch.max_rows,
         free_tokens=min(calibration.free_tokens(engine.max_batch_ms / 1000), max_batch_tokens),
         compiled=choice.compiled,
         compile_reason=choice.reason,
@@ -138,7 +152,7 @@ def _choose(
             """Of the layers as they are now: graphs are how passes of few tokens will run."""
             assert capture is not None
             passes = {
-                tokens: capture(shape_of(min(tokens, largest), engine.max_batch_size))
+                tokens: capture(shape_of(min(tokens, largest), stopwatch.max_rows))
                 for tokens in compilation.MEASURED_TOKENS
             }
             return lambda tokens: stopwatch.replay(passes[tokens], min(tokens, largest))
@@ -162,7 +176,8 @@ class _Stopwatch:
     """Times forward passes of one model."""
 
     def __init__(self, model: LoadedModel, engine: EngineSettings, device: Device) -> None:
-        self._model, self._engine, self._device = model, engine, device
+        self._model, self._device = model, device
+        self.max_rows = largest_size(engine, device.device)
         self._random = np.random.default_rng(0)
         self.seconds: list[float] = []
         """Every run."""
@@ -199,7 +214,7 @@ class _Stopwatch:
     @torch.inference_mode()
     def replay(self, captured: Pass, tokens: int) -> float:
         """Seconds of a captured pass of so many tokens."""
-        shape = shape_of(tokens, self._engine.max_batch_size)
+        shape = shape_of(tokens, self.max_rows)
         with self._device.on_stream(lane_of(shape, Lane.BULK)):
             packed = pack([self._row(1)] * min(shape.rows, tokens), self._device.device, shape=shape)
             started = perf_counter()
@@ -216,7 +231,7 @@ class _Stopwatch:
 
     def _rows(self, tokens: int) -> list[Row]:
         """Lengths around a typical text's, or longer where there would be more than MAX_BATCH_SIZE rows."""
-        typical = min(max(TYPICAL_TEXT, 2 * tokens // self._engine.max_batch_size), self._model.card.max_model_len)
+        typical = min(max(TYPICAL_TEXT, 2 * tokens // self.max_rows), self._model.card.max_model_len)
         rows = []
         while tokens:
             length = min(tokens, int(self._random.integers(typical // 2, typical + 1)))

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from vecmill import __version__
 from vecmill.core.types import ModelCard
 from vecmill.hardware.memory import MEGABYTE, host_memory
-from vecmill.hardware.recommendation import recommended_batch_size
+from vecmill.hardware.recommendation import FEWEST, recommended_batch_size
 from vecmill.http.hardware import gpu_facts, memory_of_gpu
 from vecmill.http.services import Services, ServicesOf
 
@@ -19,12 +19,18 @@ router = APIRouter(tags=["TEI and CodeCartographer"])
 
 def recommended(services: Services) -> int:
     """Texts per request for this device and model, by what was found to fit."""
-    return recommended_batch_size(max_batch_tokens(services) or 0, services.settings.engine.max_batch_size)
+    return recommended_batch_size(max_batch_tokens(services) or 0, max_batch_size(services) or FEWEST)
 
 
 def max_batch_tokens(services: Services) -> int | None:
     """Tokens of a bulk forward pass of the default model; None while loading."""
     return next((budget.max_batch_tokens for budget in services.inference.budgets.values()), None)
+
+
+def max_batch_size(services: Services) -> int | None:
+    """Rows of a forward pass of the default model; None while loading, where the setting does not say it."""
+    rows = (budget.max_batch_size for budget in services.inference.budgets.values())
+    return next(rows, services.settings.engine.max_batch_size)
 
 
 def available_mb(services: Services) -> int | None:
@@ -48,7 +54,7 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "unified_memory": memory and memory.unified,
         "gpu": gpu_facts(services),
         "model_memory_mb": sum(card.weight_bytes for card in cards) // MEGABYTE,
-        "max_batch_size": services.settings.engine.max_batch_size,
+        "max_batch_size": max_batch_size(services),
         "recommended_batch_size": recommended(services),
         "gpu_busy": services.device_busy(),
         "max_client_batch_size": limits.max_client_batch_size,

@@ -10,6 +10,7 @@ from vecmill import __version__
 from vecmill.core.health import Phase
 from vecmill.core.types import Task
 from vecmill.http.access import may_use
+from vecmill.http.capabilities import max_batch_size
 from vecmill.http.hardware import gpu_facts, warnings
 from vecmill.http.services import Services, ServicesOf
 
@@ -62,7 +63,7 @@ def _models(services: Services) -> dict[str, Any]:
         "dtype": card and card.dtype,
         "dtype_reason": card and card.dtype_reason,
         "device": card and card.device,
-        "max_batch_size": services.settings.engine.max_batch_size,
+        "max_batch_size": max_batch_size(services),
         "models": {"embed": card and card.id, "rerank": rerankers[0] if rerankers else card and card.id},
         "rerank_method": "cross_encoder" if rerankers else card.similarity if card else "cosine",
         "embedding_models": [card.id for card in cards if card.task is Task.EMBED],

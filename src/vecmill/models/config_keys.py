@@ -339,7 +339,8 @@ def _all_match(value: Any, pattern: str) -> bool:
     return bool(flat) and all(name is None or re.fullmatch(pattern, str(name)) for name in flat)
 
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+SLIDING = "sliding_attention"
+LAYER_TYPES = ("full_attention", SLIDING)
 
 
 def _check_rope(config: Config) -> None:
@@ -349,21 +350,19 @@ def _check_rope(config: Config) -> None:
 
 
 def _check_sliding_window(config: Config) -> None:
-    """Layers that see only the last tokens have a window, which Qwen3Config forgets where it is not to be used."""
+    """Layers are of the two kinds that packed attention has, and one with a sliding window has a width."""
     said = config.said
-    layers, window = said.get("layer_types"), said.get("sliding_window", 4096)  # as Qwen3Config
-    used = said.get("use_sliding_window", False)
-    if layers is not None and (not isinstance(layers, list) or set(layers) - LAYER_TYPES):
-        raise config.refuse("layer_types", 'lists of "full_attention" and "sliding_attention"')
-    if layers is not None and "sliding_attention" in layers and not used:
-        raise config.refuse("use_sliding_window", "true, where layer_types has sliding_attention")
-    slides = (
-        "sliding_attention" in layers
-        if layers is not None
-        else said.get("max_window_layers", 28) < said.get("num_hidden_layers", 32)
-    )
-    if used and slides and (window or 0) < 1 and not (layers is None and window is None):
-        raise config.refuse("sliding_window", "at least 1, where layers have one")
+    layers = said.get("layer_types")
+    if layers is None:
+        return
+    if not isinstance(layers, list) or not set(map(str, layers)) <= set(LAYER_TYPES):
+        raise config.refuse("layer_types", f"lists of {' and '.join(LAYER_TYPES)}")
+    if SLIDING not in layers:
+        return
+    if not said.get("use_sliding_window", False):
+        raise config.refuse("use_sliding_window", "true, where `layer_types` has a sliding window")
+    if said.get("sliding_window", 4096) is None:  # as Qwen3Config
+        raise config.refuse("sliding_window", "a whole number from 1 on, where `layer_types` has a sliding window")
 
 
 def _check_one_label(config: Config) -> None:

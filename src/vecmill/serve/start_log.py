@@ -32,7 +32,8 @@ def start_table(services: Services, address: str) -> Table:
     table.add_column(overflow="fold")
     cards, settings = services.inference.cards, services.settings
     for card in cards:
-        _add_model(table, card, forward_pass(services, card.key), settings.engine.max_batch_size)
+        rows = services.inference.budgets[card.key].max_batch_size
+        _add_model(table, card, forward_pass(services, card.key), rows)
     table.add_row("device", cards[0].device)
     if not any(card.task is Task.RERANK for card in cards):
         how = {"cosine": "cosine", "dot": "dot product"}.get(cards[0].similarity, f"{cards[0].similarity} distance")

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Path
 
 from vecmill.core.errors import ModelNotFound
 from vecmill.core.types import ModelCard
+from vecmill.http.capabilities import max_batch_size
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["OpenAI"])
@@ -57,7 +58,7 @@ async def list_infinity_models(services: ServicesOf) -> dict[str, Any]:
         "queue_fraction": services.inference.admission.tokens / services.settings.inference.max_queued_tokens,
         "queue_absolute": queued,
         "results_pending": services.inference.admission.requests,
-        "batch_size": services.settings.engine.max_batch_size,
+        "batch_size": max_batch_size(services),
     }
     fixed = {"owned_by": "infinity", "backend": "torch", "stats": stats}
     cards = services.inference.cards

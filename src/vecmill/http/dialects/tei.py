@@ -16,7 +16,7 @@ from vecmill.core.errors import NotServed
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, TokenVocabulary
 from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf, of_job
-from vecmill.http.capabilities import max_batch_tokens
+from vecmill.http.capabilities import max_batch_size, max_batch_tokens
 from vecmill.http.dialects.bodies import EmbedBody, ScoreBody, best_first, embed, example
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs
 from vecmill.http.error_shapes import TEI, ErrorShape
@@ -128,7 +128,7 @@ async def info(services: ServicesOf) -> dict[str, Any]:
         "max_concurrent_requests": limits.max_concurrent_requests,
         "max_input_length": card and card.max_model_len,
         "max_batch_tokens": max_batch_tokens(services),
-        "max_batch_requests": services.settings.engine.max_batch_size,
+        "max_batch_requests": max_batch_size(services),
         "max_client_batch_size": limits.max_client_batch_size,
         "auto_truncate": limits.auto_truncate,
         "tokenization_workers": limits.tokenization_workers,
