@@ -25,6 +25,7 @@ from vecmill.models.qwen3 import Qwen3Embedder
 from vecmill.models.qwen3_reranker import Qwen3Reranker
 from vecmill.models.registry import Model
 from vecmill.models.source import Source
+from vecmill.models.tokenizer_files import TokenizerSettings
 from vecmill.models.weights import Target, WeightFiles
 
 SEED = 26
@@ -97,6 +98,7 @@ def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
         pooling=POOLINGS.get(kind),
         positions=32768,
         max_model_len=32768,
+        tokenizer=TokenizerSettings(None, lower_case=False),
         prompts={},
         logit_score=ANSWERS if reranks else {},
         revision="random",

@@ -89,7 +89,8 @@ async def served(variants: Sequence[Variant], root: Path) -> AsyncIterator[Serve
     models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto"}
     if rerankers:
         models["rerank_model"] = ",".join(rerankers)
-    async with serving(**models) as client:
+    # The reference obeys control tokens in documents.
+    async with serving(allow_control_tokens=True, **models) as client:
         yield Served(client, folders)
 
 

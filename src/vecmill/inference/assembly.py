@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from vecmill.cache.key import model_fingerprint
 from vecmill.config import InferenceSettings
@@ -14,13 +15,17 @@ from vecmill.inference.token_ids import cl100k
 from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.rerank_prompt import PREFIX, SUFFIX
 from vecmill.models.text_format import text_format
+from vecmill.models.tokenizer_files import ReadTokenizer
 
 
 def assemble(
-    loaded: Iterable[tuple[str, ModelCard, Checkpoint]], settings: InferenceSettings, threads: WorkerThreads
+    loaded: Iterable[tuple[str, ModelCard, Checkpoint, ReadTokenizer]],
+    settings: InferenceSettings,
+    threads: WorkerThreads,
 ) -> ServedModels:
-    """Read every tokenizer. `loaded` are the scheduler's key, the card and the files of each model.
+    """Ready every tokenizer. `loaded` are the scheduler's key, the card, the files and the tokenizer of each model.
 
     Raises:
         StartupError: a tokenizer is not that of its model.
@@ -28,33 +33,28 @@ def assemble(
     if settings.token_ids is TokenVocabulary.CL100K:
         cl100k()  # not with the first request that needs it: reading it holds the interpreter
     embedders, rerankers = [], []
-    for key, card, checkpoint in loaded:
+    for key, card, checkpoint, read in loaded:
         if card.task is Task.EMBED:
-            tokenizer = _text_tokenizer(card, checkpoint, threads)
+            tokenizer = _text_tokenizer(card, checkpoint, read, threads)
             embedders.append(ServedEmbedder(key, card, tokenizer, model_fingerprint(card)))
         else:
-            rerankers.append(ServedReranker(key, card, _pair_tokenizer(card, checkpoint, settings, threads)))
+            rerankers.append(ServedReranker(key, card, _pair_tokenizer(card, read, settings, threads)))
     return ServedModels(embedders, rerankers, strict=settings.strict_model)
 
 
-def _pool(
-    card: ModelCard, checkpoint: Checkpoint, threads: WorkerThreads, *, control_tokens: bool = True
-) -> TokenizerPool:
-    return TokenizerPool(
-        checkpoint.tokenizer_file, card.vocab_size, card.max_model_len, threads, control_tokens=control_tokens
-    )
-
-
-def _text_tokenizer(card: ModelCard, checkpoint: Checkpoint, threads: WorkerThreads) -> TextTokenizer:
-    pool = _pool(card, checkpoint, threads)
+def _text_tokenizer(
+    card: ModelCard, checkpoint: Checkpoint, read: ReadTokenizer, threads: WorkerThreads
+) -> TextTokenizer:
+    pool = TokenizerPool(read, card.vocab_size, card.max_model_len, threads)
     return TextTokenizer(pool, text_format(checkpoint), card.max_model_len, card.vocab_size)
 
 
 def _pair_tokenizer(
-    card: ModelCard, checkpoint: Checkpoint, settings: InferenceSettings, threads: WorkerThreads
+    card: ModelCard, read: ReadTokenizer, settings: InferenceSettings, threads: WorkerThreads
 ) -> PairTokenizer:
-    pool = _pool(card, checkpoint, threads, control_tokens=settings.allow_control_tokens)
+    make = partial(TokenizerPool, read, card.vocab_size, card.max_model_len, threads)
+    pool = make(control_tokens=settings.allow_control_tokens, prompt=PREFIX + SUFFIX)
     if card.family == "qwen3":
-        prompt = pool if settings.allow_control_tokens else _pool(card, checkpoint, threads)
+        prompt = pool if settings.allow_control_tokens else make()
         return InstructTokenizer(pool, prompt, card.max_model_len, card.prompts["query"])
     return CrossEncoderTokenizer(pool, card.max_model_len)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.source import Source
+from vecmill.models.tokenizer_files import TokenizerSettings, tokenizer_settings
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 
@@ -43,6 +44,7 @@ class Checkpoint:
     positions: int
     """Tokens that the weights have positions for or were trained on."""
     max_model_len: int
+    tokenizer: TokenizerSettings
     prompts: Mapping[str, str]
     """Those of `config_sentence_transformers.json`."""
     logit_score: Mapping[str, Any]
@@ -103,18 +105,19 @@ def read(source: Source) -> Checkpoint:
         StartupError: a file is missing or says something that is not supported.
     """
     folder, named, task = source.folder, source.named, source.task
-    for needed in ("config.json", "tokenizer.json"):
-        if not (folder / needed).is_file():
-            raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
+    if not (folder / "config.json").is_file():
+        raise StartupError(f"{named}: {folder} has no config.json, so it is not a model folder.")
     config = read_json(folder / "config.json")
     modules = _modules(folder, named, task, config)
     positions = _positions(folder, config)
+    tokenizer = tokenizer_settings(named, folder, task, str(config.get("model_type")))
     return Checkpoint(
         source=source,
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
         positions=positions,
-        max_model_len=_max_model_len(folder, positions),
+        max_model_len=positions if tokenizer.max_length is None else int(min(tokenizer.max_length, positions)),
+        tokenizer=tokenizer,
         prompts=read_json(folder / "config_sentence_transformers.json").get("prompts") or {},
         logit_score=read_json(folder / modules.get("LogitScore", "missing") / "config.json"),
         revision=_revision(folder),
@@ -166,14 +169,6 @@ def _positions(folder: Path, config: Mapping[str, Any]) -> int:
         raise StartupError(f"{folder}/config.json does not say how many positions the model has.")
     before_first = backbone.get("pad_token_id", 1) + 1 if config.get("model_type") == "xlm-roberta" else 0
     return int(said) - before_first
-
-
-def _max_model_len(folder: Path, positions: int) -> int:
-    """sentence-transformers' rule: its own file first, else the tokenizer's limit; never more than the positions."""
-    said = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
-    if said is None:
-        said = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    return positions if said is None else int(min(said, positions))
 
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 SMALL_FILES = ["*.json", "*/config.json"]
 NEEDED_FILES = [*SMALL_FILES, "*.safetensors"]
+TOKENIZER = "tokenizer.json"
+# What a tokenizer is made of where there is no tokenizer.json; `*.json` has the others.
+VOCABULARIES = ["vocab.txt", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
@@ -99,14 +102,23 @@ def download(
     if (folder := cached(name, revision)) is not None:
         return folder
     try:
-        check(_fetched(name, revision, hf_token, SMALL_FILES, report))
-        return _fetched(name, revision, hf_token, NEEDED_FILES, report)
+        folder = _fetched(name, revision, hf_token, SMALL_FILES, report)
+        more = _vocabularies([TOKENIZER] if (folder / TOKENIZER).is_file() else [])
+        if more:
+            folder = _fetched(name, revision, hf_token, [*SMALL_FILES, *more], report)
+        check(folder)
+        return _fetched(name, revision, hf_token, [*NEEDED_FILES, *more], report)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
         raise (StartupError if _is_final(error) else StartupObstacle)(
             f"{name}: not a folder, not in the hub's cache (HF_HOME), and the hub gave no answer for it "
             f"({type(error).__name__}): check the name, the network, HF_HUB_OFFLINE and, for a gated model, HF_TOKEN."
         ) from None
+
+
+def _vocabularies(paths: Collection[str]) -> list[str]:
+    """The files beside the needed ones that a repository's tokenizer is made of."""
+    return [] if TOKENIZER in paths else VOCABULARIES
 
 
 def _is_final(error: Exception) -> bool:
@@ -132,12 +144,12 @@ def cached(name: str, revision: str | None = None) -> Path | None:
     """The folder of a model that is complete in the cache, else None. Asks nobody."""
     try:
         # Without the commit's listing a folder with one file, as another program leaves it, would pass as complete.
-        get_cached_repo_tree(name, revision=revision)
+        more = _vocabularies([file.path for file in get_cached_repo_tree(name, revision=revision)])
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=NEEDED_FILES,
+                allow_patterns=[*NEEDED_FILES, *more],
                 ignore_patterns=DUPLICATES,
                 local_files_only=True,
             )
@@ -168,7 +180,7 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None) -> Pla
             name,
             revision=commit,
             token=hf_token,
-            allow_patterns=NEEDED_FILES,
+            allow_patterns=[*NEEDED_FILES, *_vocabularies(sizes)],
             ignore_patterns=DUPLICATES,
             tqdm_class=_counting_bar(lambda fetched, complete: None),
             dry_run=True,
@@ -186,10 +198,11 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None) -> Pla
 
 
 def _needed(info: ModelInfo) -> list[Any]:
+    files = info.siblings or []
     return list(
         filter_repo_objects(
-            info.siblings or [],
-            allow_patterns=NEEDED_FILES,
+            files,
+            allow_patterns=[*NEEDED_FILES, *_vocabularies([file.rfilename for file in files])],
             ignore_patterns=DUPLICATES,
             key=lambda file: file.rfilename,
         )
@@ -230,7 +243,7 @@ def fetch(plan: Plan, *, hf_token: str | None, revision: str | None, report: Rep
         StartupError: the hub or the disk failed, or a file has the wrong size; the sentence says what would help.
     """
     try:
-        folder = _fetched(plan.name, revision, hf_token, NEEDED_FILES, report)
+        folder = _fetched(plan.name, revision, hf_token, [*NEEDED_FILES, *_vocabularies(plan.sizes)], report)
     except HUB_ERRORS as error:
         raise _refusal(plan.name, revision, error) from None
     if folder.name != plan.commit:
