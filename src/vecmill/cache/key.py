@@ -8,8 +8,9 @@ from hashlib import blake2b
 from vecmill.core.types import ModelCard, Row
 
 KEY_BYTES = 16
-# Raised when the same tokens give other vectors than before: a new packing, another pooling.
-FORMAT = 1
+# Raised when the same tokens give other vectors than before: a new packing, another pooling. 2: the positions of tokens
+# after a padding in an XLM-R's text.
+FORMAT = 2
 
 
 def model_fingerprint(card: ModelCard) -> bytes:
