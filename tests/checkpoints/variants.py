@@ -81,12 +81,12 @@ def refusal(folder: Path, *, rerank: bool = False) -> str:
 
 
 @asynccontextmanager
-async def served(variants: Sequence[Variant], root: Path) -> AsyncIterator[Served]:
+async def served(variants: Sequence[Variant], root: Path, **flags: object) -> AsyncIterator[Served]:
     """One server with all variants of a table that are not refused."""
     folders = {one.name: one.write(root) for one in variants if one.refused is None}
     embedders = [str(folders[one.name]) for one in variants if one.refused is None and not one.rerank]
     rerankers = [str(folders[one.name]) for one in variants if one.refused is None and one.rerank]
-    models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto"}
+    models: dict[str, object] = {**flags, "embed_model": ",".join(embedders) or "auto"}
     if rerankers:
         models["rerank_model"] = ",".join(rerankers)
     # The reference obeys control tokens in documents.

@@ -70,6 +70,7 @@ TOKENIZER_CONFIG: Mapping[str, Rule] = {
     ),
     # Code of the checkpoint's own, and processors of images and sound.
     "auto_map": only(None),
+    "init_inputs": only(None, []),
     "processor_class": only(None),
     **rules(
         HARMLESS,
@@ -80,6 +81,7 @@ TOKENIZER_CONFIG: Mapping[str, Rule] = {
             "do_basic_tokenize",
             "errors",
             "from_slow",
+            "full_tokenizer_file",
             "is_local",
             "local_files_only",
             "max_length",
@@ -105,8 +107,20 @@ SPECIAL_TOKENS_MAP: Mapping[str, Rule] = rules(
     HONOURED, (*SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
 )
 # Of arguments that the module's file has for transformers.
+NO_ARGUMENTS = {
+    "auto_map",
+    "backend",
+    "from_slow",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "processor_class",
+    "special_tokens_map_file",
+    "tokenizer_class",
+    "tokenizer_file",  # as an argument it would be opened, wherever it is
+}
 PROCESSOR_ARGUMENTS: Mapping[str, Rule] = {
-    key: rule for key, rule in TOKENIZER_CONFIG.items() if key not in ("tokenizer_class", "auto_map", "processor_class")
+    key: rule for key, rule in TOKENIZER_CONFIG.items() if key not in NO_ARGUMENTS
 } | rules(HARMLESS, ("trust_remote_code",))
 MODEL_ARGUMENTS: Mapping[str, Rule] = rules(
     HARMLESS, ("attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code")
