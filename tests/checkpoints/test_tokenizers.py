@@ -51,6 +51,21 @@ def qwen3(folder: Path) -> None:
     shutil.copytree(GOLDEN / "qwen3" / "embedding", folder, dirs_exist_ok=True)
 
 
+def saved_again(base: Change) -> Change:
+    """As sentence-transformers writes what it has loaded."""
+
+    def write_again(folder: Path) -> None:
+        from sentence_transformers import SentenceTransformer  # slow to import
+
+        first = folder / "first"
+        first.mkdir()
+        base(first)
+        SentenceTransformer(str(first), device="cpu").save_pretrained(str(folder), create_model_card=False)
+        shutil.rmtree(first)
+
+    return write_again
+
+
 def bert_pairs(folder: Path) -> None:
     tiny_cross_encoder(folder, kind="bert", tokenizer_from=find("auto").folder)
 
@@ -218,6 +233,8 @@ SERVED = [
     row("xlm-made-anew", xlm_roberta, says(CONFIG, tokenizer_class="XLMRobertaTokenizer")),
     row("xlm-no-prefix", xlm_roberta, says(CONFIG, tokenizer_class="XLMRobertaTokenizerFast", add_prefix_space=False)),
     row("xlm-no-config", xlm_roberta, without(CONFIG, MAP)),
+    row("bert-saved-again", saved_again(bert)),
+    row("xlm-saved-again", saved_again(xlm_roberta), texts=PADS),
     # special and added tokens
     row(
         "bert-other-separator",
