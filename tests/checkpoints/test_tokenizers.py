@@ -391,6 +391,14 @@ REFUSED = [
     refused(
         "unknown-argument", bert, "`processor_kwargs.subfolder`", says(MODULE, processor_kwargs={"subfolder": "x"})
     ),
+    refused("chance", qwen3, "`model.dropout`: 0.5", plain, in_tokenizer(lambda one: one["model"].update(dropout=0.5))),
+    refused(
+        "unknown-word",
+        bert,
+        "fails on a word that it does not know",
+        plain,
+        in_tokenizer(lambda one: one["model"].update(unk_token="[none]")),
+    ),
     refused(
         "file-argument",
         bert,

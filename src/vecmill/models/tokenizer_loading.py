@@ -20,6 +20,8 @@ from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, t
 
 # Their references are codes of their own, which read tokenizer.json as it stands.
 AS_IT_STANDS = {"nvembed"}
+# A character that no vocabulary has (of Unicode's private use), and a word that is too long for one.
+UNKNOWN_WORDS = ["\ue000", "x" * 1000]
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
@@ -35,6 +37,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     backend = tokenizer.backend_tokenizer
     if checkpoint.tokenizer.lower_case:
         backend.normalizer = _lower_case_first(backend.normalizer)
+    _check_model(checkpoint, backend)
     types = "token_type_ids" in tokenizer.model_input_names
     pairs = checkpoint.task is Task.RERANK and not _has_prompt(checkpoint)
     around_pair = template(file, backend, pair=True, token_types=types) if pairs else None
@@ -124,6 +127,22 @@ def _lower_case_first(normalizer: Any) -> Any:
 def _has_prompt(checkpoint: Checkpoint) -> bool:
     """Whether it is a reranker that reads one text, in which query and document are put together."""
     return checkpoint.task is Task.RERANK and checkpoint.model_type == "qwen3"
+
+
+def _check_model(checkpoint: Checkpoint, backend: Any) -> None:
+    """A tokenizer must give every text tokens, and each time the same."""
+    if getattr(backend.model, "dropout", None):
+        raise StartupError(
+            f"{checkpoint.named}: tokenizer.json has `model.dropout`: {backend.model.dropout}, with which a text's "
+            f"tokens are drawn by chance; set it to null, as it is for all but training."
+        )
+    try:
+        backend.encode_batch_fast(UNKNOWN_WORDS)
+    except Exception as error:  # the library raises nothing narrower
+        raise StartupError(
+            f"{checkpoint.named}: the tokenizer fails on a word that it does not know ({_first_line(error)}): its "
+            f"`unk_token` is missing, or not in the vocabulary."
+        ) from None
 
 
 def _check_sides(checkpoint: Checkpoint, tokenizer: Any) -> None:
