@@ -34,6 +34,7 @@ from vecmill.models.qwen3 import Qwen3Embedder
 from vecmill.models.qwen3_reranker import Qwen3Reranker
 from vecmill.models.registry import Model
 from vecmill.models.source import Source
+from vecmill.models.tokenizer_files import TokenizerSettings
 from vecmill.models.weights import Target, WeightFiles
 
 SEED = 26
@@ -108,6 +109,7 @@ def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
         max_model_len=32768,
         library_config={},
         include_prompt=True,
+        tokenizer=TokenizerSettings(None, lower_case=False),
         logit_score=ANSWERS if reranks else {},
     )
 

@@ -17,13 +17,15 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import constants
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
 NAME = "owner/tiny"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = bytes(range(256)) * 64
 FILES = {
     "config.json": b'{"model_type": "bert"}',
-    "tokenizer.json": b"{}",
+    "tokenizer.json": Tokenizer(WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]")).to_str().encode(),
     "1_Pooling/config.json": b'{"pooling_mode": "mean"}',
     "model.safetensors": WEIGHTS,
     "modeling_tiny.py": b"raise SystemExit",

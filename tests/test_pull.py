@@ -52,12 +52,12 @@ def test_a_pull_says_what_it_will_fetch_and_then_where_it_is(fake: FakeHub, tmp_
     assert before.splitlines() == [
         f"model     owner/tiny at {COMMIT}",
         "licence   apache-2.0",
-        "size      16.4 kB in 4 files; 16.4 kB in 4 files to fetch",
+        "size      16.7 kB in 4 files; 16.7 kB in 4 files to fetch",
         "memory    about 8.0 MB for the weights in bfloat16 (an estimate: 4,000,000 parameters of 2 bytes), "
         "and room for the batches besides",
     ]
     assert after.splitlines()[-2:] == [
-        "fetched   16.4 kB of 16.4 kB, 4 of 4 files complete",
+        "fetched   16.7 kB of 16.7 kB, 4 of 4 files complete",
         "checked   every file has the size that the hub says",
     ]
 
@@ -108,7 +108,7 @@ def test_on_a_terminal_there_is_a_bar(fake: FakeHub, monkeypatch: pytest.MonkeyP
     )
     assert run_pull(NAME) == 0
     assert "4 of 4 files" in terminal.getvalue()
-    assert "16.4/16.4 kB" in terminal.getvalue()
+    assert "16.7/16.7 kB" in terminal.getvalue()
     assert "fetched" not in terminal.getvalue()
 
 

@@ -197,7 +197,7 @@ class Server:
         self._engine = engine
         engine.start()
         loaded = await _result(engine.loaded)
-        served = ((model.key, model.card, model.checkpoint) for model in loaded.models.values())
+        served = ((model.key, model.card, model.checkpoint, model.tokenizer) for model in loaded.models.values())
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
         budgets = {
             key: Budget(one.max_batch_tokens, one.max_batch_size, one.free_tokens) for key, one in loaded.warmed.items()

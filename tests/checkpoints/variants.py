@@ -82,13 +82,13 @@ def refusal(folder: Path, *, rerank: bool = False) -> str:
 
 
 @asynccontextmanager
-async def served(variants: Sequence[Variant], root: Path) -> AsyncIterator[Served]:
+async def served(variants: Sequence[Variant], root: Path, **flags: object) -> AsyncIterator[Served]:
     """One server with all variants of a table that are not refused."""
     folders = {one.name: one.write(root) for one in variants if one.refused is None}
     embedders = [str(folders[one.name]) for one in variants if one.refused is None and not one.rerank]
     rerankers = [str(folders[one.name]) for one in variants if one.refused is None and one.rerank]
     # What warm-up measures is of no use here, and every model is warmed up.
-    models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto", "max_batch_tokens": 64}
+    models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto", "max_batch_tokens": 64, **flags}
     if rerankers:
         models["rerank_model"] = ",".join(rerankers)
     # The reference obeys control tokens in documents.

@@ -23,10 +23,10 @@ def test_a_model_that_is_to_be_fetched(fake: FakeHub) -> None:
     found = checks("memory", "models", "disk", EMBED_MODEL=NAME)
     assert found["models"]["status"] == "ok"
     assert found["models"]["seen"] == (
-        "EMBED_MODEL=owner/tiny: not here yet, 16.4 kB to fetch at the start; licence apache-2.0"
+        "EMBED_MODEL=owner/tiny: not here yet, 16.7 kB to fetch at the start; licence apache-2.0"
     )
     assert found["models"]["cure"] == "vecmill pull owner/tiny (fetches it now)"
-    assert "16.4 kB to be fetched" in found["disk"]["seen"]
+    assert "16.7 kB to be fetched" in found["disk"]["seen"]
     assert found["memory"]["details"]["weights_bytes"] == 4_000_000 * 2
     assert fake.fetched() == []
 

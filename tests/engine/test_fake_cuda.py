@@ -350,7 +350,7 @@ class OnCuda:
 @contextmanager
 def on_cuda(folder: Path, family: Family, dtype: torch.dtype, driver: Driver) -> Iterator[OnCuda]:
     checkpoint, model = load_model(folder, family[0], dtype)
-    loaded = LoadedModel(cast(Any, None), checkpoint, model)
+    loaded = LoadedModel(cast(Any, None), checkpoint, model, cast(Any, None))
     with fake_cuda(model):
         yield OnCuda(loaded, driver, Streams.on(CUDA), rows_of(family, model.vocab_size))
 

@@ -20,6 +20,7 @@ from tests.tiny_checkpoints import plain_tokenizer, tiny_xlm_roberta
 from vecmill.core.threads import WorkerThreads
 from vecmill.inference.pieces import MOST_SHOWN
 from vecmill.inference.tokenizer_pool import LONGEST_STRETCH, TokenizerPool
+from vecmill.models.tokenizer_files import read_file
 
 MB = 1_000_000
 LIMIT = 24
@@ -31,7 +32,7 @@ RUNS = ["x", " ", "\n", "\u200b", "\u0301", "\u2603", "\ufdfa", "好", "=", "ab"
 def pool_of(folder: Path, limit: int = LIMIT) -> Iterator[tuple[TokenizerPool, Tokenizer]]:
     own = plain_tokenizer(folder)
     with WorkerThreads(1) as threads:
-        yield TokenizerPool(folder / "tokenizer.json", own.get_vocab_size(), limit, threads), own
+        yield TokenizerPool(read_file(folder / "tokenizer.json"), own.get_vocab_size(), limit, threads), own
 
 
 @pytest.fixture(scope="module", params=["bert", "xlm-roberta", "qwen3", "nv-embed"])

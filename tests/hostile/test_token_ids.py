@@ -19,6 +19,7 @@ from vecmill.core.types import Side, TokenVocabulary, Truncation
 from vecmill.inference.pieces import MOST_SHOWN
 from vecmill.inference.token_ids import BYTES_PER_TOKEN, IDS_AT_ONCE, JUDGED_TOKENS, TextsOfIds, texts_of_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.models.tokenizer_files import read_file
 
 MILLION = 1_000_000
 MB = 1_000_000
@@ -40,7 +41,7 @@ def long_ids(cl100k: tiktoken.Encoding) -> list[int]:
 @pytest.fixture(scope="module")
 def pool(minilm_folder: Path) -> Iterator[TokenizerPool]:
     with WorkerThreads(1) as threads:
-        yield TokenizerPool(minilm_folder / "tokenizer.json", VOCAB, LIMIT, threads)
+        yield TokenizerPool(read_file(minilm_folder / "tokenizer.json"), VOCAB, LIMIT, threads)
 
 
 def read(ids: list[int], pool: TokenizerPool, truncation: Truncation) -> TextsOfIds:

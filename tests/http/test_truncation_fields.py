@@ -189,10 +189,10 @@ def test_the_first_of_several_wins(fields: dict[str, Any], expected: Truncation)
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
-        ({}, Truncation(False, RIGHT, 9)),
+        ({}, Truncation(False, None, 9)),
         ({"truncate": "START"}, Truncation(True, LEFT, 9)),
-        ({"truncate_prompt_tokens": -1}, Truncation(True, RIGHT, 9)),
-        ({"truncate_prompt_tokens": 7}, Truncation(True, RIGHT, 7)),
+        ({"truncate_prompt_tokens": -1}, Truncation(True, None, 9)),
+        ({"truncate_prompt_tokens": 7}, Truncation(True, None, 7)),
     ],
 )
 def test_a_dialects_own_defaults(fields: dict[str, Any], expected: Truncation) -> None:

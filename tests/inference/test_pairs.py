@@ -22,6 +22,7 @@ from vecmill.inference.tokenization import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.chat_template import Pieces, Slot, UnfitTemplateError, filled
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, QWEN3_PROMPT, SUFFIX, PairPrompt
+from vecmill.models.tokenizer_files import read_file
 
 LIMIT, INSTRUCT_LIMIT = 64, 200
 QUERY = "the quick brown fox jumps over the lazy dog"
@@ -49,7 +50,7 @@ def own(folder: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def pairs(folder: Path, own: Tokenizer) -> Iterator[CrossEncoderTokenizer]:
     with WorkerThreads(2) as threads:
-        pool = TokenizerPool(folder / "tokenizer.json", own.get_vocab_size(), LIMIT, threads)
+        pool = TokenizerPool(read_file(folder / "tokenizer.json", pairs=True), own.get_vocab_size(), LIMIT, threads)
         yield CrossEncoderTokenizer(pool, LIMIT)
 
 
@@ -59,7 +60,7 @@ def by_hand(own: Tokenizer, query: str, document: str, limits: PairLimits) -> li
     if limits.query is not None:
         first.truncate(limits.query)
     if limits.document is not None:
-        second.truncate(limits.document, direction=limits.side.value)
+        second.truncate(limits.document, direction=(limits.side or Side.RIGHT).value)
     ids: list[int] = own.post_process(first, second).ids
     return ids
 
@@ -180,7 +181,7 @@ class Instructed:
 
     def __init__(self, threads: WorkerThreads) -> None:
         checkpoint, model = load_model(GOLDEN / "qwen3" / "reranker", Task.RERANK)
-        self.pool = TokenizerPool(checkpoint.tokenizer_file, model.vocab_size, INSTRUCT_LIMIT, threads)
+        self.pool = TokenizerPool(read_file(checkpoint.tokenizer_file), model.vocab_size, INSTRUCT_LIMIT, threads)
         self.tokenizer = InstructTokenizer(self.pool, self.pool, INSTRUCT_LIMIT, QWEN3_PROMPT, DEFAULT_INSTRUCTION)
         self.own = Tokenizer.from_file(str(checkpoint.tokenizer_file))
 

@@ -21,6 +21,7 @@ from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, an
 from vecmill.models.rerank_prompt import QWEN3_PROMPT as QWEN3_RERANKER
 from vecmill.models.source import Source
 from vecmill.models.text_format import text_format
+from vecmill.models.tokenizer_files import read_file
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 LIMIT = 8192
@@ -76,7 +77,7 @@ def pool_of(folders: dict[str, Path]) -> Iterator[PoolOf]:
 
         def make(name: str, vocab_size: int, *, control_tokens: bool = True) -> TokenizerPool:
             file = folders[name] / "tokenizer.json"
-            return TokenizerPool(file, vocab_size, LIMIT, threads, control_tokens=control_tokens)
+            return TokenizerPool(read_file(file), vocab_size, LIMIT, threads, control_tokens=control_tokens)
 
         yield make
 
@@ -146,12 +147,14 @@ async def test_nv_embeds_passages_are_pooled_whole(nv_embed: TextTokenizer) -> N
 
 @pytest.mark.parametrize("vocab_size", [QWEN3_VOCAB, QWEN3_4B_VOCAB])
 @pytest.mark.parametrize("name", ["qwen3_embedding", "first_release"])
-async def test_qwen3_embeddings_texts_end_once(
+async def test_qwen3_embeddings_texts_end_as_their_tokenizer_says(
     qwen3: Callable[[str, int], TextTokenizer], name: str, vocab_size: int
 ) -> None:
     tokenizer = qwen3(name, vocab_size)
     for prompt, cases in ((QWEN3_PROMPT, EMBEDDING["queries"]), ("", EMBEDDING["documents"])):
         texts, expected = texts_and_ids(cases)
+        if name == "first_release":  # its tokenizer adds no end, and sentence-transformers none of its own
+            expected = [one[:-1] for one in expected]
         assert ids(await tokenizer.encode(texts, prompt)) == expected
 
 

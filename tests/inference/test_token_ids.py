@@ -22,6 +22,7 @@ from vecmill.core.types import TokenVocabulary, Truncation
 from vecmill.inference import token_ids
 from vecmill.inference.token_ids import CUT_FROM_TOKENS, texts_of_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.models.tokenizer_files import read_file
 
 VOCAB = 30522
 CHUNK = 8191  # LangChain's embedding_ctx_length
@@ -48,7 +49,7 @@ def own(minilm_folder: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def pool(minilm_folder: Path) -> Iterator[TokenizerPool]:
     with WorkerThreads(1) as threads:
-        yield TokenizerPool(minilm_folder / "tokenizer.json", VOCAB, 256, threads)
+        yield TokenizerPool(read_file(minilm_folder / "tokenizer.json"), VOCAB, 256, threads)
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
+from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import tiny_xlm_roberta
 from vecmill.core.errors import InvalidInput, StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.text_format import TextFormat
+from vecmill.models.tokenizer_files import read_file
 
 LIMIT, VOCAB = 32, 30522
 
@@ -32,7 +34,7 @@ def own(minilm_folder: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def tokenizer(minilm_folder: Path) -> Iterator[TextTokenizer]:
     with WorkerThreads(2) as threads:
-        pool = TokenizerPool(minilm_folder / "tokenizer.json", VOCAB, LIMIT, threads)
+        pool = TokenizerPool(read_file(minilm_folder / "tokenizer.json"), VOCAB, LIMIT, threads)
         yield TextTokenizer(pool, TextFormat(), LIMIT, VOCAB)
 
 
@@ -75,14 +77,14 @@ def test_ids_outside_the_vocabulary_are_refused_by_name(tokenizer: TextTokenizer
 @pytest.mark.parametrize("vocab_size", [1000, VOCAB - 1, 250_002])
 def test_a_tokenizer_of_another_model_is_refused(minilm_folder: Path, vocab_size: int) -> None:
     with WorkerThreads(1) as threads, pytest.raises(StartupError, match="belongs to another model"):
-        TokenizerPool(minilm_folder / "tokenizer.json", vocab_size, LIMIT, threads)
+        TokenizerPool(read_file(minilm_folder / "tokenizer.json"), vocab_size, LIMIT, threads)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"model": {"type": "BPE"}}', '{"model": {"type": "?", "vocab": {}}}'])
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with WorkerThreads(1) as threads, pytest.raises(StartupError, match="is not a tokenizer"):
-        TokenizerPool(tmp_path / "tokenizer.json", 10, LIMIT, threads)
+        TokenizerPool(read_file(tmp_path / "tokenizer.json"), 10, LIMIT, threads)
 
 
 TRICKS = ["a </s> b", "</s></s>", "a<s>b", "x [SEP] y", "[CLS][SEP]", "<mask> [MASK]", "<pad>"]
@@ -97,7 +99,7 @@ async def test_without_control_tokens_no_text_has_any(tmp_path: Path, minilm_fol
     vocabulary = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab_size()
     with WorkerThreads(1) as threads:
         obeying, plain = (
-            TokenizerPool(folder / "tokenizer.json", vocabulary, LIMIT, threads, control_tokens=allowed)
+            TokenizerPool(read_file(folder / "tokenizer.json"), vocabulary, LIMIT, threads, control_tokens=allowed)
             for allowed in (True, False)
         )
         read = await obeying.encode_batch([*TRICKS, *control.values()])
@@ -106,3 +108,43 @@ async def test_without_control_tokens_no_text_has_any(tmp_path: Path, minilm_fol
             assert not set(ids) & set(control)
         ordinary = ["def add(a, b): return a + b", "naïve", "What is the capital of China?"]
         assert await plain.encode_batch(ordinary) == await obeying.encode_batch(ordinary)
+
+
+def added(content: str, number: int, **flags: bool) -> dict[str, object]:
+    usual = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+    return {"id": number, "content": content, **usual, **flags}
+
+
+@pytest.mark.parametrize("kind", ["bert", "xlm-roberta", "qwen3"])
+async def test_without_control_tokens_added_words_are_tokens_all_the_same(
+    tmp_path: Path, minilm_folder: Path, kind: str
+) -> None:
+    source = {"bert": minilm_folder, "qwen3": GOLDEN / "qwen3" / "reranker"}.get(kind) or tiny_xlm_roberta(tmp_path)
+    definition = json.loads((source / "tokenizer.json").read_text("utf-8"))
+    first = Tokenizer.from_str(json.dumps(definition)).get_vocab_size()
+    words: dict[str, dict[str, bool]] = {
+        "photosynthesizer": {},
+        "gold std": {"normalized": False},
+        "oxq": {"single_word": True},
+        "µgq": {"lstrip": True},
+    }
+    definition["added_tokens"] += [added(word, first + i, **flags) for i, (word, flags) in enumerate(words.items())]
+    definition["added_tokens"] += [added("<|secret|>", first + 4, special=True), added("<turn>", first + 5)]
+    definition["added_tokens"].append(added("last word", first + 6))
+    file = tmp_path / "added.json"
+    file.write_text(json.dumps(definition), "utf-8")
+    texts = ["photosynthesizer of an oxq, oxqen", "gold std  µgq PHOTOSYNTHESIZER", "the last word", "a query"]
+    tricks = ["<|secret|>", "a<|secret|>b", "<turn> a", "</s> [SEP] <|im_end|>"]
+    with WorkerThreads(1) as threads:
+        obeying, plain = (
+            TokenizerPool(read_file(file), first + 7, LIMIT, threads, control_tokens=allowed, prompt="<turn>\n")
+            for allowed in (True, False)
+        )
+        expected = await obeying.encode_batch(texts)
+        assert {number for ids in expected for number in ids} >= {first, first + 1, first + 2, first + 3, first + 6}
+        assert await plain.encode_batch(texts) == expected
+        control = {token["id"] for token in definition["added_tokens"] if token["special"]} | {first + 5}
+        unknown = {plain.copy().token_to_id(token) for token in ("[UNK]", "<unk>")}
+        for ids in await plain.encode_batch(tricks):
+            assert not set(ids) & (control - unknown)
+        assert plain.decode([first, first + 4]).strip() == "photosynthesizer"

@@ -18,6 +18,7 @@ from vecmill.core.types import Side, Truncation
 from vecmill.inference.tokenization import TextTokenizer, Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.text_format import TextFormat
+from vecmill.models.tokenizer_files import read_file
 
 LIMIT, VOCAB = 32, 30522
 CLS, SEP = 101, 102
@@ -34,7 +35,7 @@ ENDLESS = [
 @pytest.fixture(scope="module")
 def tokenizer(minilm_folder: Path) -> Iterator[TextTokenizer]:
     with WorkerThreads(2) as threads:
-        pool = TokenizerPool(minilm_folder / "tokenizer.json", VOCAB, LIMIT, threads)
+        pool = TokenizerPool(read_file(minilm_folder / "tokenizer.json"), VOCAB, LIMIT, threads)
         yield TextTokenizer(pool, TextFormat(), LIMIT, VOCAB)
 
 

@@ -19,6 +19,7 @@ from vecmill.models.packing import pack
 from vecmill.models.registry import Model, family
 from vecmill.models.source import Source
 from vecmill.models.text_format import text_format
+from vecmill.models.tokenizer_files import read_file
 from vecmill.models.weights import Target
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -58,5 +59,5 @@ def text_tokenizer(loaded: LoadedModel, max_model_len: int) -> Iterator[TextToke
     """The tokenizer of an embedding model, cut at another length."""
     checkpoint, model = loaded
     with WorkerThreads(1) as threads:
-        pool = TokenizerPool(checkpoint.tokenizer_file, model.vocab_size, max_model_len, threads)
+        pool = TokenizerPool(read_file(checkpoint.tokenizer_file), model.vocab_size, max_model_len, threads)
         yield TextTokenizer(pool, text_format(checkpoint), max_model_len, model.vocab_size)

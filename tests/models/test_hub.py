@@ -86,6 +86,25 @@ def test_chat_templates_are_fetched_before_the_weights(fake: FakeHub) -> None:
     assert seen == [NEEDED - {"model.safetensors"} | {"chat_template.jinja", "additional_chat_templates/score.jinja"}]
 
 
+def test_without_a_tokenizer_json_the_vocabulary_is_fetched(fake: FakeHub) -> None:
+    fake.files |= {"vocab.txt": b"[PAD]", "merges.txt": b"#", "nested/vocab.txt": b""}
+    assert set(hub.plan(NAME, hf_token=None).sizes) == NEEDED
+    del fake.files["tokenizer.json"]
+    needed = NEEDED - {"tokenizer.json"} | {"vocab.txt", "merges.txt"}
+    assert files_in(fetch()) == needed
+    found = hub.cached(NAME)
+    assert found is not None
+    assert files_in(found) == needed
+
+
+def test_before_the_weights_the_check_sees_the_vocabulary(fake: FakeHub) -> None:
+    fake.files["vocab.txt"] = fake.files.pop("tokenizer.json")
+    seen: list[set[str]] = []
+    folder = hub.download(NAME, hf_token=None, check=lambda folder: seen.append(files_in(folder)))
+    assert seen == [{"config.json", "1_Pooling/config.json", "vocab.txt"}]
+    assert files_in(folder) == seen[0] | {"model.safetensors"}
+
+
 def test_a_cut_connection_is_taken_up_where_it_broke(fake: FakeHub) -> None:
     fake.cuts = [5000]
     counts: list[tuple[int, int]] = []
@@ -122,7 +141,7 @@ def test_a_truncated_file_is_named_and_removed_and_then_fetched_again(fake: Fake
 
 def test_a_file_of_another_size_than_the_metadata_says_is_refused(fake: FakeHub) -> None:
     fake.claimed = {"tokenizer.json": 99}
-    with pytest.raises(StartupError, match=r"tokenizer.json \(2 of 99 bytes\)"):
+    with pytest.raises(StartupError, match=r"tokenizer.json \(283 of 99 bytes\)"):
         fetch()
 
 
@@ -262,7 +281,7 @@ def test_a_full_disk_is_refused(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=found.missing_size))
     hub.require_space(found)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=found.missing_size - 1))
-    with pytest.raises(StartupError, match=r"16.4 kB are missing and 16.4 kB are free in .*HF_HOME"):
+    with pytest.raises(StartupError, match=r"16.7 kB are missing and 16.7 kB are free in .*HF_HOME"):
         hub.require_space(found)
 
 

@@ -18,6 +18,7 @@ from vecmill.core.types import Row, Task
 from vecmill.inference.pairs import InstructTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3_PROMPT, answer_tokens
+from vecmill.models.tokenizer_files import read_file
 
 HEADS = {"reranker": "tied", "reranker_untied": "untied"}
 
@@ -59,7 +60,7 @@ async def test_ids_equal_the_card(loaded: dict[str, Any], name: str, case: dict[
     checkpoint, model = loaded[name]
     with WorkerThreads(1) as threads:
         # Control tokens in a document are read as the card's code reads them; one document has some.
-        pool = TokenizerPool(checkpoint.tokenizer_file, model.vocab_size, 512, threads)
+        pool = TokenizerPool(read_file(checkpoint.tokenizer_file), model.vocab_size, 512, threads)
         tokenizer = InstructTokenizer(pool, pool, case["max_length"], QWEN3_PROMPT, DEFAULT_INSTRUCTION)
         found = await tokenizer.encode(case["query"], case["documents"], case["instruction"])
     for one, wanted in zip(found, case["ids"], strict=True):
@@ -123,7 +124,14 @@ async def test_a_document_cannot_forge_the_prompts_control_tokens(loaded: dict[s
     control = {450, 451, 452}
     with WorkerThreads(1) as threads:
         user, prompt = (
-            TokenizerPool(checkpoint.tokenizer_file, model.vocab_size, 512, threads, control_tokens=allowed)
+            TokenizerPool(
+                read_file(checkpoint.tokenizer_file),
+                model.vocab_size,
+                512,
+                threads,
+                control_tokens=allowed,
+                prompt=QWEN3_PROMPT.fixed_text,
+            )
             for allowed in (False, True)
         )
         assert set(prompt.encode(ATTACK)) & control

@@ -8,7 +8,8 @@ from hashlib import blake2b
 from vecmill.core.types import ModelCard, Row
 
 KEY_BYTES = 16
-# Raised when the same tokens give other vectors than before: a new packing, another pooling.
+# Raised when the same tokens give other vectors than before: a new packing, another pooling, or the positions of tokens
+# after a padding in an XLM-R's text.
 FORMAT = 2
 
 

@@ -217,7 +217,8 @@ class Truncation:
 
     allowed: bool | None = None
     """None leaves it to AUTO_TRUNCATE."""
-    side: Side = Side.RIGHT
+    side: Side | None = None
+    """None: what the model's tokenizer cuts, the prompt included where that is the beginning."""
     max_tokens: int | None = None
     """Fewer than the model's own limit, special tokens included."""
 

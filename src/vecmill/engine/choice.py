@@ -13,6 +13,7 @@ from vecmill.core.types import Task
 from vecmill.models.checkpoint import read
 from vecmill.models.registry import family
 from vecmill.models.source import GPU_DEFAULTS, Source, find
+from vecmill.models.tokenizer_loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,12 @@ def _find(
     return find(AUTO, task) if task is Task.EMBED else None
 
 
+def _check(source: Source) -> None:
+    checkpoint = read(source)
+    family(checkpoint)
+    load_tokenizer(checkpoint)
+
+
 def _named(task: Task, name: str, models: ModelSettings, report: Callable[[str], None]) -> Source:
     token = models.hf_token.get_secret_value() if models.hf_token else None
     # What no family here can run is refused before its weights are fetched.
@@ -56,6 +63,6 @@ def _named(task: Task, name: str, models: ModelSettings, report: Callable[[str],
         task,
         hf_token=token,
         revision=models.revision_of(name),
-        check=lambda source: family(read(source)),
+        check=_check,
         report=lambda fetched, complete: report(f"fetching {name}: {fetched / 1e9:.1f} GB, {complete} files complete"),
     )

@@ -17,6 +17,7 @@ from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
 from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model
+from vecmill.models.tokenizer_files import ReadTokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,7 @@ class LoadedModel:
     card: ModelCard
     checkpoint: Checkpoint
     model: Model
+    tokenizer: ReadTokenizer
     prefixes: PrefixMemory = field(default_factory=PrefixMemory)
     threads: CpuThreads = field(default_factory=CpuThreads)
     graphs: Graphs = field(default_factory=Graphs)

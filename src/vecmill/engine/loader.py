@@ -25,6 +25,8 @@ from vecmill.models import checkpoint as checkpoints
 from vecmill.models.aliases import aliases_of, with_aliases
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.registry import Model, family
+from vecmill.models.tokenizer_files import ReadTokenizer
+from vecmill.models.tokenizer_loading import load_tokenizer
 from vecmill.models.weight_files import parameters
 from vecmill.models.weights import Target
 
@@ -52,9 +54,10 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
         family(one)  # what cannot be run is refused before any weights are read
     capped = _cap_lengths(found, models.max_model_len)
     distinct, aliases = _names(capped, models.model_aliases)
+    tokenizers = [load_tokenizer(one) for one in distinct]
     _check_room(distinct, models, engine, device)
     try:
-        loaded = _load_all(distinct, aliases, models, device, report)
+        loaded = _load_all(list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -139,13 +142,13 @@ def _same_folder(one: Checkpoint, other: Checkpoint) -> bool:
 
 
 def _load_all(
-    found: Sequence[Checkpoint],
+    found: Sequence[tuple[Checkpoint, ReadTokenizer]],
     aliases: dict[str, tuple[str, ...]],
     settings: ModelSettings,
     device: torch.device,
     report: Report,
 ) -> list[LoadedModel]:
-    total = sum(one.weight_bytes for one in found) or 1
+    total = sum(one.weight_bytes for one, _ in found) or 1
     read = 0
     name = ""
 
@@ -158,7 +161,7 @@ def _load_all(
     parts: dict[tuple[Path, type], Mapping[str, str]] = {}
     loaded = []
     counted: set[int] = set()
-    for one in found:
+    for one, tokenizer in found:
         name = one.id
         build = family(one)
         progress(0)
@@ -174,7 +177,7 @@ def _load_all(
             instruction_template=cards.instruction_template(prompts.by_name),
             aliases=aliases[one.id],
         )
-        loaded.append(LoadedModel(card, one, model))
+        loaded.append(LoadedModel(card, one, model, tokenizer))
     return loaded
 
 

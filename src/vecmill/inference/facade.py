@@ -198,7 +198,8 @@ class Inference:
         if not isinstance(texts[0], str):
             ids = cast(Sequence[Sequence[int]], texts)
             whose = request.token_vocabulary or self._settings.token_ids
-            truncation = replace(request.truncation, allowed=self._truncate(request.truncation))
+            side = model.tokenizer.side(request.truncation)
+            truncation = replace(request.truncation, allowed=self._truncate(request.truncation), side=side)
             read = partial(texts_of_ids, whose, ids, model.tokenizer.pool, request.param, truncation)
             size = sum(map(len, ids))
             found = await self._threads.run_if_large(read, size=size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -21,18 +21,19 @@ from vecmill.models.rerank_prompt import PairPrompt
 class PairLimits:
     """What a request wants cut from queries and documents, in tokens without special tokens."""
 
-    side: Side = Side.RIGHT
-    """Of documents; a query is cut at its end."""
+    side: Side | None = None
+    """Of documents; a query is then cut at its end. None: of both what the tokenizer cuts."""
     query: int | None = None
     document: int | None = None
     pair: int | None = None
     """Of both together, all tokens around them included."""
     refuse: bool = False
     """What is longer than `pair` is an error."""
+    query_side: Side = Side.RIGHT
 
     def cut_query(self, ids: list[int]) -> list[int]:
         """The query's tokens that stay."""
-        return ids[: self.query]
+        return keep(ids, self.query, self.query_side)
 
     def cut_document(self, ids: list[int]) -> list[int]:
         """The document's tokens that stay."""
@@ -46,7 +47,7 @@ class PairLimits:
 NO_LIMITS = PairLimits()
 
 
-def keep(ids: list[int], limit: int | None, side: Side) -> list[int]:
+def keep(ids: list[int], limit: int | None, side: Side | None) -> list[int]:
     """So many tokens, the `side` cut off."""
     if limit is None or len(ids) <= limit:
         return ids
@@ -78,8 +79,10 @@ class CrossEncoderTokenizer:
         self._prompt = prompt
         self._padding = padding
         self._max_model_len = max_model_len
-        self._before, self._between, self._after, self._second_text = _template(pool)
-        self._around = len(self._before) + len(self._between) + len(self._after)
+        template = pool.around_pair
+        self._before, self._between, self._after = template.before, template.between, template.after
+        self._second_type = template.second_type
+        self._around = len(template)
 
     async def encode(
         self, query: str, documents: Sequence[str], instruction: str | None, limits: PairLimits = NO_LIMITS
@@ -94,9 +97,14 @@ class CrossEncoderTokenizer:
                 f"A limit of {limits.pair} tokens (`truncate_prompt_tokens`) leaves no room for a query and a document "
                 f"beside the model's {self._around} special tokens; raise it to at least {self._around + 2}."
             )
-        [whole] = await self.pool.encode_batch([self._prompt + query])
+        limits = replace(limits, side=limits.side or self.pool.truncation_side, query_side=self._query_side(limits))
+        encode = partial(encode_documents, self.pool, side=limits.query_side)
+        [whole] = await self.pool.map(encode, [self._prompt + query])
         first = limits.cut_query(whole)
         return await self.pool.map(partial(self._encode_part, first, len(first) < len(whole), limits), documents)
+
+    def _query_side(self, limits: PairLimits) -> Side:
+        return self.pool.truncation_side if limits.side is None else Side.RIGHT
 
     def _encode_part(
         self, first: list[int], shortened: bool, limits: PairLimits, documents: Sequence[str]
@@ -112,17 +120,17 @@ class CrossEncoderTokenizer:
         keep_first, keep_second = longest_first(
             len(first), len(second), limits.room(self._max_model_len) - self._around
         )
-        head = [*self._before, *first[:keep_first], *self._between]
+        head = [*self._before, *keep(first, keep_first, limits.query_side), *self._between]
         ids = np.array([*head, *keep(second, keep_second, limits.side), *self._after], dtype=np.int32)
         if not len(ids):
             raise InvalidInput("The query and a document are both empty; send a text.", param="query")
-        row = Row(without_padding(ids, self._padding), second_text=len(head) if self._second_text else None)
+        row = Row(without_padding(ids, self._padding), second_text=len(head) if self._second_type else None)
         total -= len(ids) - len(row)
         shortened = shortened or len(second) < len(document)
         return tokenized(row, total, limits, self._max_model_len, shortened)
 
 
-def encode_documents(pool: TokenizerPool, texts: Sequence[str], side: Side, before: str = "") -> list[list[int]]:
+def encode_documents(pool: TokenizerPool, texts: Sequence[str], side: Side | None, before: str = "") -> list[list[int]]:
     """The tokens of each, with what goes before it; of a long one those at the end that stays."""
     encode = pool.encode_part_from_end if side is Side.LEFT else pool.encode_part
     return encode(texts, lambda text: before)
@@ -145,18 +153,6 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
     if shorter + longer > room:
         shorter, longer = room // 2, room - room // 2
     return (shorter, longer) if first <= second else (longer, shorter)
-
-
-def _template(pool: TokenizerPool) -> tuple[list[int], list[int], list[int], bool]:
-    """Special tokens before, between and after two texts, and whether the second has a token type of its own."""
-    tokenizer = pool.copy()
-    first, second = (tokenizer.encode(text, add_special_tokens=False).ids for text in ("a", "b"))
-    whole = tokenizer.encode("a", "b")
-    ids = whole.ids
-    start = next(i for i in range(len(ids)) if ids[i : i + len(first)] == first)
-    end = start + len(first)
-    start_second = next(i for i in range(end, len(ids)) if ids[i : i + len(second)] == second)
-    return ids[:start], ids[end:start_second], ids[start_second + len(second) :], whole.type_ids[start_second] == 1
 
 
 class InstructTokenizer:

@@ -116,7 +116,7 @@ class Recall:
         self, encode: Callable[[Sequence[str]], list[Tokenized]], prompt: str, truncation: Truncation
     ) -> Callable[[Sequence[str]], list[Tokenized | Recalled]]:
         """What does for texts what `encode` does, without tokenizing those that are known."""
-        how = f"{truncation.side.value} {truncation.max_tokens} {prompt}".encode("utf-8", "surrogatepass")
+        how = f"{truncation.side} {truncation.max_tokens} {prompt}".encode("utf-8", "surrogatepass")
         context = blake2b(how, digest_size=32, key=self.fingerprint).digest()
 
         def recall(texts: Sequence[str]) -> list[Tokenized | Recalled]:

@@ -178,12 +178,18 @@ def _too_long(card: ModelCard, tokenized: Tokenized, name: str) -> InputTooLong:
 
 
 def _check_pooled(tokenized: Mapping[int, Tokenized], name: Callable[[int], str]) -> None:
-    """Refuse a text that was cut before its first token that counts: there would be nothing to take the mean of.
+    """Refuse a text without tokens, and one that was cut before its first token that counts: there would be nothing to
+    take the mean of.
 
     Raises:
-        InvalidInput: the instruction fills the model's length.
+        InvalidInput: there are no tokens, or the instruction fills the model's length.
     """
     for index, one in tokenized.items():
+        if not len(one.row):
+            raise InvalidInput(
+                f"`{name(index)}`: the model's tokenizer makes no tokens of it, and adds none; send another text.",
+                param=name(index),
+            )
         if one.row.unpooled >= len(one.row):
             raise InvalidInput(
                 f"`{name(index)}`: the instruction alone fills the model's maximum context length, nothing of the "

@@ -9,7 +9,7 @@ from itertools import groupby
 
 import numpy as np
 
-from vecmill.core.types import PromptChoice, ScoreRequest, ScoreResult, Side, Truncation
+from vecmill.core.types import PromptChoice, ScoreRequest, ScoreResult, Truncation
 from vecmill.inference.cost import PAIR_TOKENS, entries, estimate, result_bytes
 from vecmill.inference.finish import logit_to_relevance, similarities, similarity_to_relevance
 from vecmill.inference.pairs import PairLimits, PairTokenizer
@@ -56,8 +56,8 @@ async def tokenize_apart(
 ) -> list[Tokenized | Recalled]:
     """A row for each query, then one for each document, or the vectors that were kept of them."""
     query_prompt, document_prompt = _prompts(model, request)
-    from_right = replace(request.truncation, side=Side.RIGHT)
-    query = await _limited(model, from_right, request.max_tokens_per_query, query_prompt)
+    own_side = replace(request.truncation, side=None)
+    query = await _limited(model, own_side, request.max_tokens_per_query, query_prompt)
     document = await _limited(model, request.truncation, request.max_tokens_per_document, document_prompt)
     return [
         *await tokenize_texts(model, request.queries, query_prompt, query, of_query),

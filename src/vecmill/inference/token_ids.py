@@ -60,7 +60,7 @@ def texts_of_ids(
 ) -> TextsOfIds | None:
     """The texts that ids of another vocabulary stand for; None where they are the model's own.
 
-    `truncation.allowed` must not be None.
+    `truncation.allowed` and `truncation.side` must not be None.
 
     Raises:
         InvalidInput: ids are not taken, or these are of neither vocabulary; an empty list stands for nothing.
@@ -127,7 +127,7 @@ def _neither(param: str) -> InvalidInput:
     )
 
 
-def _read(encoding: Encoding, ids: Sequence[int], side: Side, most_bytes: int, param: str) -> tuple[str, bool]:
+def _read(encoding: Encoding, ids: Sequence[int], side: Side | None, most_bytes: int, param: str) -> tuple[str, bool]:
     """The text of ids from the end that stays, of so many bytes or a little more; whether that is all of it.
 
     Raises:

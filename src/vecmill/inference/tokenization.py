@@ -64,15 +64,11 @@ class TextTokenizer:
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:
         """What goes before and after a text."""
-        tokenizer = self.pool.copy()
-        plain = tokenizer.encode("a", add_special_tokens=False).ids
-        whole = tokenizer.encode("a").ids
-        start = next(i for i in range(len(whole)) if whole[i : i + len(plain)] == plain)
-        prefix, suffix = whole[:start], whole[start + len(plain) :]
+        prefix, suffix = self.pool.around.before, self.pool.around.after
         if self._format.end_token is not None:
             end = self.pool.special(self._format.end_token)
             if end is not None and suffix[-1:] != [end]:
-                suffix.append(end)
+                suffix = [*suffix, end]
         return prefix, suffix
 
     @property
@@ -84,6 +80,10 @@ class TextTokenizer:
     def special_tokens(self) -> int:
         """How many there are."""
         return len(self._prefix) + len(self._suffix)
+
+    def side(self, truncation: Truncation) -> Side:
+        """What is cut of a text that is too long: what the request says, else what the tokenizer does."""
+        return truncation.side or self.pool.truncation_side
 
     async def encode(
         self, texts: Sequence[str], prompt: str = "", truncation: Truncation = NO_LIMIT
@@ -125,8 +125,10 @@ class TextTokenizer:
         self, prompt: str, instruction: list[int], truncation: Truncation, texts: Sequence[str]
     ) -> list[Tokenized]:
         unpooled = self._unpooled(instruction) if prompt else 0
-        if truncation.side is Side.LEFT:
-            encoded = self.pool.encode_part_from_end(texts, partial(missing_prompt, prompt), len(prompt))
+        if self.side(truncation) is Side.LEFT:
+            # The tokenizer's own cut takes the prompt with it.
+            head = len(prompt) if truncation.side else 0
+            encoded = self.pool.encode_part_from_end(texts, partial(missing_prompt, prompt), head)
         else:
             encoded = self.pool.encode_part(texts, partial(missing_prompt, prompt))
         return [self._finish(ids, truncation, unpooled, instruction) for ids in encoded]
@@ -158,8 +160,8 @@ class TextTokenizer:
         total = len(ids) + left_out + self.special_tokens
         limit = min(truncation.max_tokens or self._max_model_len, self._max_model_len)
         room = limit - self.special_tokens
-        if truncation.side is Side.LEFT:
-            ids = cut_left(ids, room, common_start(ids, instruction))
+        if self.side(truncation) is Side.LEFT:
+            ids = cut_left(ids, room, common_start(ids, instruction) if truncation.side else 0)
         else:
             ids = ids[: room if self._format.end_survives_truncation else limit]
         whole = np.array([*self._prefix, *ids, *self._suffix][:limit], dtype=np.int32)
@@ -189,7 +191,7 @@ class TextTokenizer:
         if self._suffix and list(ids[max(start, stop - len(self._suffix)) :]) == self._suffix:
             stop -= len(self._suffix)
         # No copy of what does not fit: there may be millions.
-        if truncation.side is Side.LEFT:
+        if self.side(truncation) is Side.LEFT:
             kept = ids[max(start, stop - self._max_model_len) : stop]
         else:
             kept = ids[start : min(stop, start + self._max_model_len)]

@@ -1,7 +1,7 @@
-"""One tokenizer.json, read with the `tokenizers` library itself, and a copy of it for each thread.
+"""One tokenizer, run by the `tokenizers` library itself, and a copy of it for each thread.
 
-transformers' wrappers rebuild some tokenizers with other ids. Truncation and padding that a file switches on
-(MiniLM's does) are switched off: both are done here. Fast tokenizers are not safe to share between threads.
+Truncation and padding that a file switches on (MiniLM's does) are switched off: both are done here. Fast tokenizers
+are not safe to share between threads.
 
 Of the library's methods only those that take a batch are called with what clients send: the others hold the interpreter
 for as long as they run, and the event loop with it.
@@ -16,13 +16,14 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
-from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenizers import Encoding, Tokenizer
 
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
+from vecmill.core.types import Side
+from vecmill.models.tokenizer_files import ReadTokenizer, Template
 
 T = TypeVar("T")
 
@@ -55,21 +56,24 @@ class TokenizerPool:
 
     def __init__(
         self,
-        file: Path,
+        read: ReadTokenizer,
         vocab_size: int,
         max_tokens: int,
         threads: WorkerThreads,
         *,
         control_tokens: bool = True,
+        prompt: str = "",
     ) -> None:
-        """Read the file. `max_tokens` is the most that is ever used of a text.
+        """Take a tokenizer. `max_tokens` is the most that is ever used of a text.
 
-        Without `control_tokens`, what looks like one in a text is plain text.
+        Without `control_tokens`, what looks like one in a text is plain text: a special token, or one that `prompt` is
+        written with. Added words that are neither are tokens all the same.
 
         Raises:
             StartupError: it is not a tokenizer, or not that of a model with `vocab_size` rows.
         """
-        definition = _read(file)
+        file = read.file
+        definition = _definition(read)
         _check_size(file, definition, vocab_size)
         # A token without a row in the model (Qwen3-Embedding-4B's `<think>`) is plain text to it.
         known = [token for token in definition.get("added_tokens", []) if token["id"] < vocab_size]
@@ -78,9 +82,11 @@ class TokenizerPool:
         self._secret = secrets.token_hex(16)
         self._hidden = frozenset[int]()
         if not control_tokens:
-            self._hidden = frozenset(token["id"] for token in known if token.get("special"))
-            _forget_control_tokens(definition, self._secret)
+            control = [token for token in known if token.get("special") or token["content"] in prompt]
+            self._hidden = frozenset(token["id"] for token in control if token.get("special"))
+            _hide(definition, {token["content"] for token in control}, self._secret)
         self._definition = json.dumps(definition)
+        self._read = read
         self.max_tokens = max_tokens
         self._threads = threads
         self._local = threading.local()
@@ -89,7 +95,8 @@ class TokenizerPool:
         except Exception as error:  # the library raises nothing narrower
             raise StartupError(f"{file} is not a tokenizer ({error}); fetch the model again.") from None
 
-        if control_tokens and any(tokenizer.token_to_id(token) != number for token, number in self._special.items()):
+        added = ((token["content"], token["id"]) for token in definition["added_tokens"])
+        if any(tokenizer.token_to_id(token) != number for token, number in added):
             raise StartupError(
                 f"{file}: a vocabulary with holes gives its added tokens other ids; fetch the model again."
             )
@@ -101,7 +108,24 @@ class TokenizerPool:
             tokenizer = self._local.tokenizer = Tokenizer.from_str(self._definition)
             tokenizer.no_truncation()
             tokenizer.no_padding()
+            tokenizer.encode_special_tokens = self._read.split_special_tokens
         return tokenizer
+
+    @property
+    def truncation_side(self) -> Side:
+        """What is cut of a text that is too long, unless its request says another."""
+        return self._read.truncation_side
+
+    @property
+    def around(self) -> Template:
+        """What the tokenizer puts around a text."""
+        return self._read.around
+
+    @property
+    def around_pair(self) -> Template:
+        """What it puts around and between two texts."""
+        assert self._read.around_pair is not None  # that of every reranker of two texts has one
+        return self._read.around_pair
 
     def special(self, token: str) -> int | None:
         """The id of an added token."""
@@ -269,18 +293,18 @@ def _portions(texts: Iterator[str]) -> Iterator[list[str]]:
         yield portion
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _definition(read: ReadTokenizer) -> dict[str, Any]:
     try:
-        definition: dict[str, Any] = json.loads(file.read_text("utf-8"))
+        definition: dict[str, Any] = json.loads(read.definition)
         definition["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise StartupError(
-            f"{file} is not a tokenizer ({type(error).__name__}: {error}); fetch the model again."
+            f"{read.file} is not a tokenizer ({type(error).__name__}: {error}); fetch the model again."
         ) from None
     return definition
 
 
-def _check_size(file: Path, definition: dict[str, Any], vocab_size: int) -> None:
+def _check_size(file: object, definition: dict[str, Any], vocab_size: int) -> None:
     """A tokenizer with more tokens than the model has rows, or with far fewer, belongs to another model."""
     ids = set(_vocabulary(definition).values())
     largest = max(ids, default=0)
@@ -299,20 +323,28 @@ def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:
     return {piece: index for index, (piece, _) in enumerate(vocabulary)}  # Unigram
 
 
-def _forget_control_tokens(definition: dict[str, Any], secret: str) -> None:
-    """Take the added tokens out, and their pieces of the vocabulary out of reach of any text.
+def _hide(definition: dict[str, Any], control: set[str], secret: str) -> None:
+    """Put tokens out of reach of any text.
 
-    Ids must stay where they are, so a piece is renamed, to what nobody can guess; the unknown token keeps its name.
+    Ids must stay where they are, so a token is renamed, to what nobody can guess. The unknown token keeps its name in
+    the vocabulary, where the library looks for it.
     """
     model = definition["model"]
-    added = {token["content"] for token in definition["added_tokens"]} - {model.get("unk_token")}
-    definition["added_tokens"] = []
-    vocabulary = model["vocab"]
-    if isinstance(vocabulary, dict):
-        model["vocab"] = {f"{secret}{piece}" if piece in added else piece: index for piece, index in vocabulary.items()}
+    vocabulary = _vocabulary(definition)
+    # An added token has its id from the vocabulary where that has it, and else from its place in the list.
+    definition["added_tokens"] = [
+        {**token, "content": secret + token["content"]} if token["content"] in control else token
+        for token in definition["added_tokens"]
+        if token["content"] not in control or token["content"] not in vocabulary
+    ]
+    hidden = (control & vocabulary.keys()) - {model.get("unk_token")}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {
+            f"{secret}{piece}" if piece in hidden else piece: index for piece, index in vocabulary.items()
+        }
         return
     unknown = model.get("unk_id")
     model["vocab"] = [
-        [f"{secret}{piece}" if piece in added and index != unknown else piece, score]
-        for index, (piece, score) in enumerate(vocabulary)
+        [secret + piece if piece in hidden and index != unknown else piece, score]
+        for index, (piece, score) in enumerate(model["vocab"])
     ]

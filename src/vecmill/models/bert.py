@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
 
@@ -32,7 +33,7 @@ class BertEmbedder:
         self.width: int = config.hidden_size
         self.vocab_size: int = config.vocab_size
         self._pooling = checkpoint.require_pooling()
-        self._first_position = first_position(config)
+        self._padding = padding_with_a_place(config)
         self.encoder = load_weights(model_class, checkpoint, config, target, rename, add_pooling_layer=False)
 
     @property
@@ -45,14 +46,14 @@ class BertEmbedder:
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""
-        return pool(encode(self.encoder, packed, self._first_position, use_flash_attn), packed, self._pooling)
+        return pool(encode(self.encoder, packed, self._padding, use_flash_attn), packed, self._pooling)
 
 
-def encode(encoder: nn.Module, packed: PackedBatch, first_position: int, use_flash_attn: bool) -> Tensor:
-    """(T, width) hidden states of the last layer."""
+def encode(encoder: nn.Module, packed: PackedBatch, padding: int | None, use_flash_attn: bool) -> Tensor:
+    """(T, width) hidden states of the last layer. `padding` as of `padding_with_a_place`."""
     hidden: Tensor = encoder(
         input_ids=packed.input_ids,
-        position_ids=packed.position_ids + first_position,
+        position_ids=packed.position_ids if padding is None else positions(packed, padding),
         token_type_ids=packed.token_type_ids,
         packed_batch=packed,
         use_flash_attn=use_flash_attn,
@@ -60,9 +61,22 @@ def encode(encoder: nn.Module, packed: PackedBatch, first_position: int, use_fla
     return hidden
 
 
-def first_position(config: Any) -> int:
-    """XLM-R's positions begin after the padding's (fairseq's convention)."""
-    return config.pad_token_id + 1 if config.model_type == "xlm-roberta" else 0
+def padding_with_a_place(config: Any) -> int | None:
+    """XLM-R's id of padding, which the positions are counted around (fairseq's convention); None for other models."""
+    return int(config.pad_token_id) if config.model_type == "xlm-roberta" else None
+
+
+def positions(packed: PackedBatch, padding: int) -> Tensor:
+    """(1, T) XLM-R's positions: they begin after the padding's id, and padding written in a text is not counted.
+
+    Such a token has the padding's own position, as transformers computes it.
+    """
+    index = torch.arange(packed.position_ids.shape[1], device=packed.position_ids.device)
+    is_padding = packed.input_ids[0] == padding
+    before = torch.cumsum(is_padding, 0) - is_padding.long()
+    of_row = before - before[index - packed.position_ids[0]]
+    counted = packed.position_ids[0] - of_row + padding + 1
+    return torch.where(is_padding, padding, counted)[None]
 
 
 def rename(name: str) -> Sequence[str]:

@@ -18,6 +18,7 @@ from vecmill.models import config_keys, weight_files
 from vecmill.models.fingerprint import Fingerprint, commit_of
 from vecmill.models.modules import check_sentence_transformers, pooling_modes, read_modules
 from vecmill.models.source import Source
+from vecmill.models.tokenizer_files import TokenizerSettings, tokenizer_settings
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 
@@ -41,6 +42,7 @@ class Checkpoint:
     positions: int
     """Tokens that the weights have positions for or were trained on."""
     max_model_len: int
+    tokenizer: TokenizerSettings
     library_config: Mapping[str, Any]
     """`config_sentence_transformers.json`, as far as sentence-transformers reads it."""
     include_prompt: bool
@@ -149,13 +151,13 @@ def read(source: Source) -> Checkpoint:
     config = read_json(folder / "config.json")
     modules = _modules(folder, named, task, config)
     weight_files.refuse_other_formats(named, folder)
-    for needed in ("config.json", "tokenizer.json"):
-        if not (folder / needed).is_file():
-            raise StartupError(f"{named}: {folder} has no {needed}, so it is not a model folder.")
+    if not (folder / "config.json").is_file():
+        raise StartupError(f"{named}: {folder} has no config.json, so it is not a model folder.")
     config_keys.check_config(named, folder / "config.json", config, task)
     library = _library_config(folder, named, task, modules)
     positions = _positions(folder, config)
-    max_model_len = _max_model_len(folder, positions)
+    tokenizer = tokenizer_settings(named, folder, task, str(config.get("model_type")))
+    max_model_len = positions if tokenizer.max_length is None else int(min(tokenizer.max_length, positions))
     _check_longrope(folder, named, config, max_model_len)
     logit_score = _module_config(folder, modules, "LogitScore")
     if "LogitScore" in modules and not logit_score:
@@ -170,6 +172,7 @@ def read(source: Source) -> Checkpoint:
         similarity=library.get("similarity_fn_name") or "cosine",
         positions=positions,
         max_model_len=max_model_len,
+        tokenizer=tokenizer,
         library_config=library,
         include_prompt=bool(_module_config(folder, modules, "Pooling").get("include_prompt", True)),
         logit_score=logit_score,
@@ -263,14 +266,6 @@ def _positions(folder: Path, config: Mapping[str, Any]) -> int:
         raise StartupError(f"{folder}/config.json does not say how many positions the model has.")
     before_first = backbone.get("pad_token_id", 1) + 1 if config.get("model_type") == "xlm-roberta" else 0
     return int(said) - before_first
-
-
-def _max_model_len(folder: Path, positions: int) -> int:
-    """sentence-transformers' rule: its own file first, else the tokenizer's limit; never more than the positions."""
-    said = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
-    if said is None:
-        said = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    return positions if said is None else int(min(said, positions))
 
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:

@@ -17,7 +17,7 @@ from transformers import (
     XLMRobertaForSequenceClassification,
 )
 
-from vecmill.models.bert import encode, first_position, layer_norm_name
+from vecmill.models.bert import encode, layer_norm_name, padding_with_a_place
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.packing import PackedBatch
 from vecmill.models.weights import Target, load_weights, make_config
@@ -39,7 +39,7 @@ class CrossEncoder:
         config_class, model_class = CLASSES[checkpoint.model_type]
         config: Any = make_config(config_class, checkpoint, checkpoint.architecture)
         self.vocab_size: int = config.vocab_size
-        self._first_position = first_position(config)
+        self._padding = padding_with_a_place(config)
         model: Any = load_weights(model_class, checkpoint, config, target, rename)
         self._encoder: nn.Module = model.base_model
         head: nn.Module = model.classifier
@@ -58,7 +58,7 @@ class CrossEncoder:
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, 1) float32 logits, in packed order."""
-        hidden = encode(self._encoder, packed, self._first_position, use_flash_attn)
+        hidden = encode(self._encoder, packed, self._padding, use_flash_attn)
         # The head takes the first token of (N, 1, width) by itself.
         logits: Tensor = self._head(hidden[packed.first].float()[:, None])
         return logits.view(-1, 1)

@@ -7,7 +7,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -46,6 +46,9 @@ logger = logging.getLogger(__name__)
 REPOSITORY = "the repository"
 CONFIG = "config.json"
 SMALL_FILES = ["*.json", "*.jinja", "*/config.json"]
+TOKENIZER = "tokenizer.json"
+# What a tokenizer is made of where there is no tokenizer.json; `*.json` has the others.
+VOCABULARIES = ["vocab.txt", "merges.txt", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model"]
 DUPLICATES = ["onnx/*", "openvino/*", "original/*", "consolidated*.safetensors"]  # the same weights in other formats
 
 HUB_ERRORS = (HTTPError, OSError, ValueError, RuntimeError)  # RuntimeError and ValueError: hf_xet, and its absence
@@ -129,14 +132,22 @@ def download(
         small = _fetched(name, revision, hf_token, SMALL_FILES, report)
         if not (small / CONFIG).is_file():
             _weights_of(name, small)  # says what it is instead, such as GGUF
+        needed = [*SMALL_FILES, *_vocabularies([TOKENIZER] if (small / TOKENIZER).is_file() else [])]
+        if len(needed) > len(SMALL_FILES):
+            small = _fetched(name, revision, hf_token, needed, report)
         check(small)
-        return _fetched(name, revision, hf_token, [*SMALL_FILES, *_weights_of(name, small)], report)
+        return _fetched(name, revision, hf_token, [*needed, *_weights_of(name, small)], report)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
         raise (StartupError if _is_final(error) else StartupObstacle)(
             f"{name}: not a folder, not in the hub's cache (HF_HOME), and the hub gave no answer for it "
             f"({type(error).__name__}): check the name, the network, HF_HUB_OFFLINE and, for a gated model, HF_TOKEN."
         ) from None
+
+
+def _vocabularies(paths: Collection[str]) -> list[str]:
+    """The files beside the needed ones that a repository's tokenizer is made of."""
+    return [] if TOKENIZER in paths else VOCABULARIES
 
 
 def _is_final(error: Exception) -> bool:
@@ -182,14 +193,15 @@ def cached(name: str, revision: str | None = None) -> Path | None:
     """
     try:
         # Without the commit's listing a folder with one file, as another program leaves it, would pass as complete.
-        get_cached_repo_tree(name, revision=revision)
-        small = _here(name, revision, SMALL_FILES)
+        present = [file.path for file in get_cached_repo_tree(name, revision=revision)]
+        needed = [*SMALL_FILES, *_vocabularies(present)]
+        small = _here(name, revision, needed)
         try:
             weights = _weights_of(name, small)
         except StartupError:  # is said to who serves the folder
             made = converted(name, small.name)
             return made if list_folder(name, made, name).readable else small
-        return _here(name, revision, [*SMALL_FILES, *weights])
+        return _here(name, revision, [*needed, *weights])
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, HFValidationError):
         return None
 
@@ -229,7 +241,7 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None, pickle
         info = api.model_info(name, revision=revision, files_metadata=True, timeout=INFO_TIMEOUT)
         commit = str(info.sha)
         weights = _weights_on_hub(api, name, info, pickles=pickles)
-        needed = [*SMALL_FILES, *weights]
+        needed = [*SMALL_FILES, *_vocabularies([file.rfilename for file in info.siblings or []]), *weights]
         # The commit, not the branch: a dry run must not move the cache's idea of where the branch is.
         found = snapshot_download(
             name,
@@ -349,7 +361,8 @@ def fetch(plan: Plan, *, hf_token: str | None, revision: str | None, report: Rep
         StartupError: the hub or the disk failed, or a file has the wrong size; the sentence says what would help.
     """
     try:
-        folder = _fetched(plan.name, revision, hf_token, [*SMALL_FILES, *plan.weights], report)
+        needed = [*SMALL_FILES, *_vocabularies(plan.sizes), *plan.weights]
+        folder = _fetched(plan.name, revision, hf_token, needed, report)
     except HUB_ERRORS as error:
         raise _refusal(plan.name, revision, error) from None
     if folder.name != plan.commit:

@@ -53,7 +53,7 @@ class NomicBertEmbedder:
 
     def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""
-        return pool(encode(self._encoder, packed, 0, use_flash_attn), packed, self._pooling)
+        return pool(encode(self._encoder, packed, None, use_flash_attn), packed, self._pooling)
 
 
 def read_config(checkpoint: Checkpoint) -> NomicBertConfig:

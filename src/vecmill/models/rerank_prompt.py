@@ -62,6 +62,11 @@ class PairPrompt:
     def takes_instruction(self) -> bool:
         return Slot.INSTRUCTION in self.instructed
 
+    @property
+    def fixed_text(self) -> str:
+        """All that is the same around every pair."""
+        return "".join(piece for piece in (*self.plain, *self.instructed) if not isinstance(piece, Slot))
+
 
 QWEN3_PROMPT = PairPrompt(QWEN3, QWEN3)
 

@@ -1,6 +1,6 @@
 """How a family's texts are put into tokens where tokenizer.json alone does not say. Reads no tensors.
 
-Sources: https://huggingface.co/Qwen/Qwen3-Embedding-0.6B, https://huggingface.co/nvidia/NV-Embed-v2.
+Source: https://huggingface.co/nvidia/NV-Embed-v2.
 """
 
 from __future__ import annotations
@@ -28,8 +28,6 @@ class TextFormat:
 def text_format(checkpoint: Checkpoint) -> TextFormat:
     """The format of a checkpoint's family."""
     unpooled: Unpooled = "nothing" if checkpoint.include_prompt else "prompt"
-    if checkpoint.model_type == "qwen3":  # the first release's tokenizer left the end to the caller
-        return TextFormat(end_token="<|endoftext|>", unpooled=unpooled)  # noqa: S106
     if checkpoint.model_type == "nvembed":  # its reference appends the end as text and then cuts on the right
         unpooled = "instruction" if checkpoint.config.get("is_mask_instruction", True) else "nothing"
         return TextFormat("</s>", end_survives_truncation=False, unpooled=unpooled)

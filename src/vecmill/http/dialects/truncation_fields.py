@@ -11,7 +11,7 @@ from vecmill.core.types import Side, Truncation
 from vecmill.http.bounds import Word
 
 # NIM's and Cohere's words.
-WORDS = {"END": (True, Side.RIGHT), "START": (True, Side.LEFT), "NONE": (False, Side.RIGHT)}
+WORDS = {"END": (True, Side.RIGHT), "START": (True, Side.LEFT), "NONE": (False, None)}
 
 
 def parse_truncate(value: Any) -> Any:
@@ -38,7 +38,8 @@ OneSide = Annotated[Side | None, BeforeValidator(parse_side), Word]
 
 
 class TruncationFields(BaseModel):
-    """Of several that are given, the first here wins. None: AUTO_TRUNCATE decides, and the end is cut."""
+    """Of several that are given, the first here wins. None: AUTO_TRUNCATE decides, and what the model's
+    tokenizer cuts is cut: the end, unless its files say the beginning."""
 
     truncate: Annotated[
         str | bool | None,
@@ -53,7 +54,7 @@ class TruncationFields(BaseModel):
     truncate_prompt_tokens: int | None = Field(
         None, ge=-1, description="vLLM: cut to so many tokens, special tokens included; -1: to the model's length."
     )
-    truncation_side: OneSide = Field(None, description="vLLM: the side that is cut, `left` or `right` (default).")
+    truncation_side: OneSide = Field(None, description="vLLM: the side that is cut, `left` or `right`.")
     truncation_direction: OneSide = Field(None, description="TEI: the same, `Left` or `Right`.")
 
     def asked_truncation(self, default: bool | None = None, max_tokens: int | None = None) -> Truncation:
@@ -64,7 +65,7 @@ class TruncationFields(BaseModel):
         """
         if self.truncate_prompt_tokens == 0:
             raise InvalidInput("`truncate_prompt_tokens` must be at least 1, or -1.", param="truncate_prompt_tokens")
-        allowed, side = default, self.truncation_side or self.truncation_direction or Side.RIGHT
+        allowed, side = default, self.truncation_side or self.truncation_direction
         if isinstance(self.truncate, str):
             allowed, side = WORDS[self.truncate]
         elif self.truncate is not None:

@@ -1,0 +1,366 @@
+"""What a checkpoint's files say about its tokenizer, key by key. Reads no tensors and does not know transformers.
+
+The files are those that sentence-transformers and transformers read: tokenizer_config.json, special_tokens_map.json,
+added_tokens.json and, of a folder with a modules.json, the transformer module's own file. `tokenizer_loading` reads the
+tokenizer itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Side, Task
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, rules
+
+# The first of these that says anything is read, as sentence-transformers does.
+MODULE_FILES = tuple(
+    f"sentence_{name}_config.json"
+    for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+)
+# Their presence makes of a folder a model of images or sound.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+# What transformers converts where there is no tokenizer.json.
+VOCABULARY_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def _is_length(value: Any) -> bool:
+    return value is None or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 1)
+
+
+def _names_inputs(value: Any) -> bool:
+    return isinstance(value, list) and {"input_ids", "attention_mask"} <= {str(name) for name in value}
+
+
+LENGTH = Rule(_is_length, "null or a number of tokens from 1 on")
+FLAG = only(True, False)
+
+# Of tokenizer_config.json. What is honoured is read by transformers, which makes the tokenizer of it, or here.
+TOKENIZER_CONFIG: Mapping[str, Rule] = {
+    "model_max_length": LENGTH,
+    "max_len": LENGTH,
+    "truncation_side": only("right", "left"),
+    "padding_side": only("right", "left"),
+    "model_input_names": Rule(_names_inputs, "a list with input_ids and attention_mask"),
+    "split_special_tokens": FLAG,
+    **rules(HONOURED, SPECIAL_TOKENS),
+    **rules(
+        HONOURED,
+        (
+            "add_bos_token",
+            "add_eos_token",
+            "add_prefix_space",
+            "added_tokens_decoder",
+            "additional_special_tokens",
+            "do_lower_case",
+            "extra_special_tokens",
+            "legacy",
+            "strip_accents",
+            "tokenize_chinese_chars",
+            "tokenizer_class",
+        ),
+    ),
+    # Code of the checkpoint's own, and processors of images and sound.
+    "auto_map": only(None),
+    "init_inputs": only(None, []),
+    "processor_class": only(None),
+    **rules(
+        HARMLESS,
+        (
+            "backend",
+            "chat_template",  # where it is used, the module's file says so
+            "clean_up_tokenization_spaces",
+            "do_basic_tokenize",
+            "errors",
+            "from_slow",
+            "full_tokenizer_file",
+            "is_local",
+            "local_files_only",
+            "max_length",
+            "name_or_path",
+            "never_split",
+            "pad_to_multiple_of",
+            "pad_token_type_id",
+            "sp_model_kwargs",
+            "spaces_between_special_tokens",
+            "special_tokens_map_file",
+            "stride",
+            "tokenizer_file",
+            "trim_offsets",
+            "truncation_strategy",
+            "use_default_system_prompt",
+            "use_fast",
+            "verbose",
+        ),
+    ),
+}
+# Of special_tokens_map.json.
+SPECIAL_TOKENS_MAP: Mapping[str, Rule] = rules(
+    HONOURED, (*SPECIAL_TOKENS, "additional_special_tokens", "extra_special_tokens")
+)
+# Of arguments that the module's file has for transformers.
+NO_ARGUMENTS = {
+    "auto_map",
+    "backend",
+    "from_slow",
+    "is_local",
+    "local_files_only",
+    "name_or_path",
+    "processor_class",
+    "special_tokens_map_file",
+    "tokenizer_class",
+    "tokenizer_file",  # as an argument it would be opened, wherever it is
+}
+PROCESSOR_ARGUMENTS: Mapping[str, Rule] = {
+    key: rule for key, rule in TOKENIZER_CONFIG.items() if key not in NO_ARGUMENTS
+} | rules(HARMLESS, ("trust_remote_code",))
+MODEL_ARGUMENTS: Mapping[str, Rule] = rules(
+    HARMLESS, ("attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code")
+)
+CONFIG_ARGUMENTS: Mapping[str, Rule] = rules(HARMLESS, ("trust_remote_code",))
+# Each may stand under its old name or its new one; the new one counts, as the old one is put in its place.
+ARGUMENTS = {
+    "processor_kwargs": PROCESSOR_ARGUMENTS,
+    "tokenizer_args": PROCESSOR_ARGUMENTS,
+    "model_kwargs": MODEL_ARGUMENTS,
+    "model_args": MODEL_ARGUMENTS,
+    "config_kwargs": CONFIG_ARGUMENTS,
+    "config_args": CONFIG_ARGUMENTS,
+}
+# What the transformer module gives, by task.
+OUTPUTS: Mapping[Task, Mapping[str, tuple[str, str]]] = {
+    Task.EMBED: {"feature-extraction": ("last_hidden_state", "token_embeddings")},
+    Task.RERANK: {
+        "sequence-classification": ("logits", "scores"),
+        "text-generation": ("logits", "causal_logits"),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerSettings:
+    """What the files say beside the tokenizer itself."""
+
+    max_length: float | None
+    """Tokens of a text at most; None: as many as the model has positions for."""
+    lower_case: bool
+    """Texts are put in lower case before the tokenizer's own normalisation."""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    """What the module's file adds to tokenizer_config.json."""
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Special tokens around a text, or around and between two."""
+
+    before: list[int]
+    between: list[int]
+    after: list[int]
+    second_type: bool = False
+    """Whether the second text has the token type 1."""
+
+    def __len__(self) -> int:
+        return len(self.before) + len(self.between) + len(self.after)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadTokenizer:
+    """A tokenizer as the `tokenizers` library reads it, and what is done around that."""
+
+    file: Path
+    """Where it is from, for error texts."""
+    definition: str
+    """JSON."""
+    around: Template
+    around_pair: Template | None
+    """None where it is not needed, or not supported."""
+    truncation_side: Side = Side.RIGHT
+    """What is cut of a text that is too long, unless the request says another."""
+    split_special_tokens: bool = False
+    """Special tokens written in a text are plain text."""
+
+
+def read_file(file: Path, *, pairs: bool = False) -> ReadTokenizer:
+    """A tokenizer.json as it stands; with `pairs`, for a reranker of two texts.
+
+    Raises:
+        StartupError: it is not a tokenizer.
+    """
+    try:
+        definition = file.read_text("utf-8")
+        tokenizer = Tokenizer.from_str(definition)
+    except Exception as error:  # the library raises nothing narrower
+        raise StartupError(
+            f"{file} is not a tokenizer ({type(error).__name__}: {error}); fetch the model again."
+        ) from None
+    around_pair = template(file, tokenizer, pair=True) if pairs else None
+    return ReadTokenizer(file, definition, template(file, tokenizer, pair=False), around_pair)
+
+
+def _text_with_tokens(tokenizer: Tokenizer) -> str | None:
+    """With one that has none it could not be told what goes before a text."""
+    for texts in (lambda: ("a", "0", "."), tokenizer.get_vocab):  # a vocabulary takes a while to be listed
+        for text in texts():
+            if tokenizer.encode(text, add_special_tokens=False).ids:
+                return text
+    return None
+
+
+def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool = True) -> Template:
+    """What a tokenizer puts around a text, or around and between two.
+
+    Args:
+        file: for errors.
+        token_types: whether the model is told of them.
+
+    Raises:
+        StartupError: it turns the texts round, or gives them other token types than 0 and 1.
+    """
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    text = _text_with_tokens(tokenizer)
+    if text is None:
+        raise StartupError(f"{file}: the tokenizer gives no tokens for any text; fetch the model again.")
+    encoding = tokenizer.encode(text, text) if pair else tokenizer.encode(text)
+    first, second = ([index for index, place in enumerate(encoding.sequence_ids) if place == one] for one in (0, 1))
+    start = second[0] if pair and second else len(encoding.ids)
+    kinds = set(encoding.type_ids[:start]), set(encoding.type_ids[start:])
+    known = kinds[0] == {0} and kinds[1] in (set(), {0}, {1})
+    whole = all(part and list(range(part[0], part[-1] + 1)) == part for part in ((first, second) if pair else (first,)))
+    if not whole or first[-1] >= start or (token_types and not known):
+        raise StartupError(
+            f"{file}: the template that puts special tokens around texts is not supported: the texts in their order, "
+            f"the first with the token type 0 and the second with 0 or 1."
+        )
+    ids: list[int] = encoding.ids
+    end = second[-1] if pair else first[-1]
+    between = ids[first[-1] + 1 : start] if pair else []
+    return Template(ids[: first[0]], between, ids[end + 1 :], token_types and kinds[1] == {1})
+
+
+def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) -> TokenizerSettings:
+    """Check every key of the tokenizer's files, and read those that are not the tokenizer's own.
+
+    Args:
+        named: the setting that names the model, for errors.
+        model_type: of config.json.
+
+    Raises:
+        StartupError: a file or a key is not supported.
+    """
+    _check_files(named, folder)
+    config = _checked(named, folder / "tokenizer_config.json", TOKENIZER_CONFIG)
+    _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
+    module = _module(named, folder, task)
+    _check_chat_template(named, folder, task, model_type, config)
+    arguments = module.get("processor_kwargs", module.get("tokenizer_args")) or {}
+    return TokenizerSettings(
+        max_length=_max_length(config, module, arguments),
+        lower_case=bool(module.get("do_lower_case", False)),
+        arguments={key: value for key, value in arguments.items() if key != "trust_remote_code"},
+    )
+
+
+def _max_length(config: Mapping[str, Any], module: Mapping[str, Any], arguments: Mapping[str, Any]) -> float | None:
+    """sentence-transformers' order: the module's arguments, its own key, the tokenizer's file."""
+    if "model_max_length" not in arguments and (said := module.get("max_seq_length")) is not None:
+        return float(said)
+    merged = {**config, **arguments}
+    length = merged.get("model_max_length", merged.get("max_len"))
+    return None if length is None else float(length)
+
+
+def _check_files(named: str, folder: Path) -> None:
+    if processor := next((name for name in PROCESSOR_FILES if (folder / name).is_file()), None):
+        raise StartupError(
+            f"{named}: {folder} has a {processor}, so its reference is a processor of images or sound; models of text "
+            f"alone are served. If the model reads text alone, remove the file."
+        )
+    if not any((folder / name).is_file() for name in ("tokenizer.json", *VOCABULARY_FILES)):
+        raise StartupError(
+            f"{named}: {folder} has no tokenizer.json, and no vocabulary to make one of "
+            f"({', '.join(VOCABULARY_FILES)}), so it is not a model folder."
+        )
+    added = _object(named, folder / "added_tokens.json")
+    if wrong := next((token for token, index in added.items() if type(index) is not int), None):
+        raise StartupError(f"{named}: added_tokens.json gives {wrong!r} no number.")
+
+
+def _checked(named: str, file: Path, known: Mapping[str, Rule]) -> dict[str, Any]:
+    found = _object(named, file)
+    check_keys(named, file, found, known)
+    return found
+
+
+def _object(named: str, file: Path) -> dict[str, Any]:
+    """What a file says; empty where there is none."""
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except ValueError as error:
+        raise StartupError(f"{file} is not valid JSON ({error}); fetch the model again.") from None
+    if not isinstance(found, dict):
+        raise StartupError(f"{named}: {file} holds no JSON object; fetch the model again.")
+    return found
+
+
+def _module(named: str, folder: Path, task: Task) -> dict[str, Any]:
+    """What the transformer module's file says; sentence-transformers reads it only where modules.json lists modules."""
+    if not (folder / "modules.json").is_file():
+        return {}
+    file, said = next(
+        ((folder / name, found) for name in MODULE_FILES if (found := _object(named, folder / name))),
+        (folder / MODULE_FILES[0], {}),
+    )
+    check_keys(named, file, said, _module_keys(task, str(said.get("transformer_task", "feature-extraction"))))
+    for key, known in ARGUMENTS.items():
+        arguments = said.get(key) or {}
+        if not isinstance(arguments, dict):
+            raise StartupError(f"{named}: {file.name} has `{key}`: {arguments!r}; supported: a JSON object.")
+        check_keys(named, file, arguments, known, within=key)
+    return said
+
+
+def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
+    outputs = OUTPUTS[task]
+    output, module_output = outputs.get(transformer_task, next(iter(outputs.values())))
+    text = {"method": "forward", "method_output_name": output}
+
+    def reads_text(value: Any) -> bool:
+        if transformer_task == "text-generation":  # its texts are messages, which the chat template puts together
+            return isinstance(value, dict) and value.get("text", text) == text
+        return bool(value == {"text": text})
+
+    return {
+        "transformer_task": only(*outputs),
+        "modality_config": Rule(reads_text, repr({"text": text})),
+        "module_output_name": only(module_output),
+        "max_seq_length": LENGTH,
+        "do_lower_case": FLAG,
+        **rules(only(None), ("query_length", "document_length", "query_expansion", "cache_dir", "processing_kwargs")),
+        "processing_kwargs": only(None, {}),
+        **rules(HARMLESS, ("unpad_inputs",)),
+        **rules(HONOURED, ARGUMENTS),
+    }
+
+
+def _check_chat_template(named: str, folder: Path, task: Task, model_type: str, config: Mapping[str, Any]) -> None:
+    """Without modules.json sentence-transformers makes messages of texts where the tokenizer has a chat template."""
+    if (folder / "modules.json").is_file() or (task is Task.RERANK and model_type == "qwen3"):
+        return
+    file = folder / "chat_template.jinja"
+    if config.get("chat_template") is not None or file.is_file() or (folder / "additional_chat_templates").is_dir():
+        raise StartupError(
+            f"{named}: the tokenizer has a chat template and {folder} has no modules.json: sentence-transformers would "
+            f"put every text into a message of that template. Save the model with sentence-transformers, or remove the "
+            f"template ({file.name}, `chat_template` of tokenizer_config.json)."
+        )

@@ -1,0 +1,182 @@
+"""A checkpoint's tokenizer, as transformers makes it of the folder's files.
+
+transformers 5 makes many tokenizers anew from vocabulary and settings, and so does not always do what tokenizer.json
+says: a BERT's is put in lower case by tokenizer_config.json. So the tokenizer is what transformers makes, handed on as
+the `tokenizers` library's own JSON. Nothing is downloaded, and no code of the checkpoint's is run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from tokenizers import normalizers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Side, Task
+from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, template
+
+# Their references are codes of their own, which read tokenizer.json as it stands.
+AS_IT_STANDS = {"nvembed"}
+# A character that no vocabulary has (of Unicode's private use), and a word that is too long for one.
+UNKNOWN_WORDS = ["\ue000", "x" * 1000]
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        StartupError: transformers makes none of the files, or one that cannot be run here.
+    """
+    file = checkpoint.folder / "tokenizer.json"
+    if checkpoint.model_type in AS_IT_STANDS:
+        return read_file(file)
+    tokenizer = _from_files(checkpoint)
+    backend = tokenizer.backend_tokenizer
+    if checkpoint.tokenizer.lower_case:
+        backend.normalizer = _lower_case_first(backend.normalizer)
+    _check_model(checkpoint, backend)
+    types = "token_type_ids" in tokenizer.model_input_names
+    pairs = checkpoint.task is Task.RERANK and not _has_prompt(checkpoint)
+    around_pair = template(file, backend, pair=True, token_types=types) if pairs else None
+    read = ReadTokenizer(
+        file,
+        backend.to_str(),
+        template(file, backend, pair=False, token_types=types),
+        around_pair,
+        Side(tokenizer.truncation_side),
+        bool(tokenizer.split_special_tokens),
+    )
+    _check_sides(checkpoint, tokenizer)
+    if _has_prompt(checkpoint):
+        _check_prompt(checkpoint, read)
+    else:
+        _check_template(checkpoint, read.around_pair or read.around)
+    return read
+
+
+def _from_files(checkpoint: Checkpoint) -> Any:
+    folder = checkpoint.folder
+    if (
+        not (folder / "tokenizer.json").is_file()
+        and checkpoint.task is Task.RERANK
+        and checkpoint.model_type == "qwen3"
+    ):
+        raise StartupError(f"{checkpoint.named}: {folder} has no tokenizer.json. {_cure(folder)}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **checkpoint.tokenizer.arguments
+        )
+    except Exception as error:  # whatever a file makes of transformers
+        raise StartupError(
+            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}). {_cure(folder)}"
+        ) from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or _has_own_steps(type(tokenizer)):
+        raise StartupError(
+            f"{checkpoint.named}: the tokenizer class {type(tokenizer).__name__} is not one of the `tokenizers` "
+            f"library; only those are served."
+        )
+    if not (folder / "tokenizer.json").is_file() and not _has_vocabulary(folder, type(tokenizer)):
+        raise StartupError(
+            f"{checkpoint.named}: {folder} has no tokenizer.json, and none of the files that "
+            f"{type(tokenizer).__name__} is made of. {_cure(folder)}"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+
+
+def _cure(folder: Path) -> str:
+    return (
+        f"Where the files are right, write a tokenizer.json: `pip install sentencepiece protobuf`, then `python -c "
+        f'"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained('
+        f'{str(folder)!r})"`.'
+    )
+
+
+def _has_own_steps(kind: type[PreTrainedTokenizerBase]) -> bool:
+    """Whether a class does more to texts than the library."""
+    base: Any = PreTrainedTokenizerFast
+    return any(getattr(kind, name) is not getattr(base, name) for name in ("__call__", "_encode_plus"))
+
+
+def _has_vocabulary(folder: Path, kind: type[PreTrainedTokenizerBase]) -> bool:
+    """Without it transformers makes a tokenizer of the special tokens alone."""
+    name = kind.vocab_files_names.get("vocab_file")
+    return name is not None and (folder / name).is_file()
+
+
+def _lower_case_first(normalizer: Any) -> Any:
+    """sentence-transformers' `do_lower_case`."""
+    steps: list[Any] = (
+        list(cast(Any, normalizer))
+        if isinstance(normalizer, normalizers.Sequence)
+        else [normalizer]
+        if normalizer
+        else []
+    )
+    if any(isinstance(step, normalizers.Lowercase) for step in steps):
+        return normalizer
+    return normalizers.Sequence([normalizers.Lowercase(), *steps])
+
+
+def _has_prompt(checkpoint: Checkpoint) -> bool:
+    """Whether it is a reranker that reads one text, in which query and document are put together."""
+    return checkpoint.task is Task.RERANK and checkpoint.model_type == "qwen3"
+
+
+def _check_model(checkpoint: Checkpoint, backend: Any) -> None:
+    """A tokenizer must give every text tokens, and each time the same."""
+    if getattr(backend.model, "dropout", None):
+        raise StartupError(
+            f"{checkpoint.named}: tokenizer.json has `model.dropout`: {backend.model.dropout}, with which a text's "
+            f"tokens are drawn by chance; set it to null, as it is for all but training."
+        )
+    try:
+        backend.encode_batch_fast(UNKNOWN_WORDS)
+    except Exception as error:  # the library raises nothing narrower
+        raise StartupError(
+            f"{checkpoint.named}: the tokenizer fails on a word that it does not know ({_first_line(error)}): its "
+            f"`unk_token` is missing, or not in the vocabulary."
+        ) from None
+
+
+def _check_sides(checkpoint: Checkpoint, tokenizer: Any) -> None:
+    """On the left, padding moves the positions of a text by as much as its batch is longer."""
+    if tokenizer.padding_side != "left":
+        return
+    known = checkpoint.config.get("pad_token_id", 1)
+    moved = checkpoint.model_type == "xlm-roberta" and tokenizer.pad_token_id != known
+    if checkpoint.model_type == "bert" or moved:
+        raise StartupError(
+            f"{checkpoint.named}: the tokenizer has `padding_side`: 'left', with which the reference's vectors "
+            f"depend on what a text is batched with; supported: 'right'."
+        )
+
+
+def _check_template(checkpoint: Checkpoint, around: Template) -> None:
+    texts = 2 if checkpoint.task is Task.RERANK else 1
+    if len(around) + texts > checkpoint.max_model_len:
+        raise StartupError(
+            f"{checkpoint.named}: a maximum length of {checkpoint.max_model_len} tokens leaves no room for a text "
+            f"beside the {len(around)} special tokens; raise it (MAX_MODEL_LEN, `max_seq_length`, `model_max_length`)."
+        )
+    if around.second_type and int(checkpoint.config.get("type_vocab_size", 2)) < 2:
+        raise StartupError(
+            f"{checkpoint.named}: the tokenizer gives the second text of a pair a token type of its own, and the model "
+            f"has one type; take `token_type_ids` out of `model_input_names`."
+        )
+
+
+def _check_prompt(checkpoint: Checkpoint, read: ReadTokenizer) -> None:
+    """A reranker's prompt must stay whole."""
+    if read.truncation_side is Side.LEFT or read.split_special_tokens:
+        raise StartupError(
+            f"{checkpoint.named}: the tokenizer has `truncation_side`: {read.truncation_side.value!r} and "
+            f"`split_special_tokens`: {read.split_special_tokens}; of a reranker with a prompt only 'right' and False "
+            f"are supported."
+        )
