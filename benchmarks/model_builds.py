@@ -101,9 +101,10 @@ def build_latents(width: int, latent_config: Shape, target: Target, folder: Path
 
 def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
     reranks = kind == "qwen3-reranker"
+    text = {"text_config": {**shape["text_config"], "model_type": "mistral"}} if "text_config" in shape else {}
     return Checkpoint(
         source=Source("Qwen3-Reranker-0.6B" if reranks else kind, folder, Task.RERANK if reranks else Task.EMBED),
-        config={**shape, "model_type": "qwen3" if reranks else kind},
+        config={**shape, **text, "model_type": "qwen3" if reranks else kind},
         pooling=POOLINGS.get(kind),
         positions=32768,
         max_model_len=32768,
