@@ -423,7 +423,12 @@ VARIANTS = [
     embeds("rope-by-layer", qwen3, config(rope_parameters={"full_attention": {}}), "`rope_parameters.full_attention`"),
     embeds("rope-number", qwen3, config(rope_scaling=3), "rope_scaling in"),
     embeds("rope-partly", qwen3, config(partial_rotary_factor=0.5), "`partial_rotary_factor`: 0.5"),
-    embeds("yarn-without-factor", qwen3, config(rope_scaling={"rope_type": "yarn"}), "config.json cannot be right"),
+    embeds(
+        "yarn-without-factor",
+        qwen3,
+        config(rope_scaling={"rope_type": "yarn"}),
+        "Missing required keys in `rope_parameters`",
+    ),
     embeds("bias", qwen3, config(attention_bias=True), "missing"),
     embeds("head-dim", qwen3, config(head_dim=8), "has the shape"),
     embeds("kv-heads", qwen3, config(num_key_value_heads=4), "has the shape"),

@@ -155,9 +155,9 @@ REFUSED = [
             "`prompts` in config_sentence_transformers.json must be an obj",
         ),
         ("a-number-for-a-prompt", says(prompts={"query": 7}), "must be an object of texts"),
-        ("rendered-without-modules", chat(modules=False), "its chat template would be put around every text"),
-        ("rendered-messages", chat(message={"method": "forward"}), "remove `message` from `modality_config`"),
-        ("sparse", says(model_type="SparseEncoder"), "has `model_type`: 'SparseEncoder'; supported: 'SentenceTransf"),
+        ("rendered-without-modules", chat(modules=False), "would put every text into a message"),
+        ("rendered-messages", chat(message={"method": "forward"}), "`modality_config`"),
+        ("sparse", says(model_type="SparseEncoder"), '`model_type`: "SparseEncoder"; supported: "SentenceTransf'),
         ("cross-encoder", says(model_type="CrossEncoder"), "this is a reranker; name it in RERANK_MODEL"),
     ]
 ]

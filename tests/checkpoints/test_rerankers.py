@@ -289,7 +289,7 @@ VARIANTS = [
 ]
 
 NOT_A_RERANKER = "nothing in its files says that it is a reranker"
-NO_TOKEN = "the first must be a token's id"
+NO_TOKEN = "`true_token_id`"
 REFUSED = [
     Variant(name, base, change, refused, rerank=True)
     for name, base, change, refused in [
@@ -315,7 +315,7 @@ REFUSED = [
             "another-task",
             qwen3,
             module(transformer_task="feature-extraction"),
-            "`transformer_task`: 'feature-extraction'; for these modules it must be 'text-generation'",
+            '`transformer_task`: "feature-extraction"',
         ),
         ("stock-template", qwen3, template(STOCK), "does not carry messages of the roles `query` and `document`"),
         ("document-dropped", qwen3, template(f"<|im_start|>{QUERY}<|im_end|>"), "does not carry"),
@@ -365,9 +365,9 @@ REFUSED = [
             edit("tokenizer_config.json", truncation_side="left"),
             "`truncation_side` in tokenizer_config.json would cut the beginning",
         ),
-        ("pooled", qwen3, pooled, "modules.json has Dense, Pooling; supported are LogitScore, Transformer"),
+        ("pooled", qwen3, pooled, "a trained layer after the pooling"),
         ("no-tokens", qwen3, logit_score(), "has no config.json that names its tokens"),
-        ("no-true-token", qwen3, logit_score(false_token_id=267), NO_TOKEN),
+        ("no-true-token", qwen3, logit_score(false_token_id=267), "the first must be a token's id"),
         ("a-word-for-a-token", qwen3, logit_score(true_token_id="yes"), NO_TOKEN),
         ("a-token-from-the-end", qwen3, logit_score(true_token_id=-1), NO_TOKEN),
         (
@@ -382,7 +382,7 @@ REFUSED = [
             "other-input",
             qwen3,
             logit_score(true_token_id=268, module_input_name="logits"),
-            "`module_input_name`: 'logits'",
+            '`module_input_name`: "logits"',
         ),
         (
             "no-such-default-prompt",
@@ -395,7 +395,7 @@ REFUSED = [
             "not-a-cross-encoder",
             qwen3,
             library(model_type="SentenceTransformer"),
-            "has `model_type`: 'SentenceTransformer'",
+            "name it in EMBED_MODEL instead",
         ),
         (
             "tanh",

@@ -343,7 +343,7 @@ REFUSED = [
     refused(
         "unknown-key",
         bert,
-        "the key `lower_everything` (True), which is not known",
+        "the key `lower_everything` (true), which is not known",
         says(CONFIG, lower_everything=True),
     ),
     refused("vocabulary-elsewhere", bert, "`vocab_file`", says(CONFIG, vocab_file="/etc/passwd")),
@@ -351,9 +351,9 @@ REFUSED = [
     refused("processor", bert, "`processor_class`", says(CONFIG, processor_class="CLIPProcessor")),
     refused("no-mask", bert, "`model_input_names`", says(CONFIG, model_input_names=["input_ids"])),
     refused("bad-length", bert, "`model_max_length`: 0;", says(CONFIG, model_max_length=0)),
-    refused("length-as-text", bert, "`max_seq_length`: '64'", says(MODULE, max_seq_length="64")),
+    refused("length-as-text", bert, '`max_seq_length`: "64"', says(MODULE, max_seq_length="64")),
     refused("no-room", bert, "leaves no room for a text", says(MODULE, max_seq_length=2)),
-    refused("bad-side", bert, "`truncation_side`: 'middle'", says(CONFIG, truncation_side="middle")),
+    refused("bad-side", bert, '`truncation_side`: "middle"', says(CONFIG, truncation_side="middle")),
     refused("left-padding", bert, "`padding_side`: 'left'", says(CONFIG, padding_side="left")),
     refused(
         "left-padding-in-tokenizer",
@@ -387,7 +387,7 @@ REFUSED = [
     ),
     refused("processing", bert, "`processing_kwargs`", says(MODULE, processing_kwargs={"text": {"max_length": 8}})),
     refused("messages", bert, "`modality_config`", says(MODULE, modality_config={"message": {}})),
-    refused("other-output", bert, "`transformer_task`: 'fill-mask'", says(MODULE, transformer_task="fill-mask")),
+    refused("other-output", bert, '`transformer_task`: "fill-mask"', says(MODULE, transformer_task="fill-mask")),
     refused(
         "unknown-argument", bert, "`processor_kwargs.subfolder`", says(MODULE, processor_kwargs={"subfolder": "x"})
     ),

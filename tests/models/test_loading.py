@@ -146,6 +146,7 @@ def test_a_shard_that_is_missing_is_refused(tmp_path: Path) -> None:
 
 def test_a_tokenizer_of_another_model_stops_the_start(folder: Path) -> None:
     shutil.copy(GOLDEN / "qwen3" / "embedding" / "tokenizer.json", folder / "tokenizer.json")
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
     settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
     failures: list[str] = []
     server = Server(settings, failures.append)

@@ -112,6 +112,7 @@ GENERATION = (
     "typical_p",
     "use_cache",
 )
+OF_RERANKERS = ("classifier_from_token", "is_original_qwen3_reranker")  # vLLM's, of language models that score
 LABELS = ("_num_labels", "id2label", "label2id", "num_labels", "problem_type")
 BOOKKEEPING = (
     "_commit_hash",
@@ -421,7 +422,9 @@ FAMILIES: Mapping[Task, Mapping[str, Family]] = {
         "bert": BERT_EMBEDDER,
         "xlm-roberta": XLM_ROBERTA_EMBEDDER,
         "nomic_bert": Family({**NOMIC_BERT, **NO_HEAD}, r"NomicBert\w+", (_check_rope, _check_nomic_layout)),
-        "qwen3": Family({**QWEN3, **NO_HEAD}, r"Qwen3\w+", (_check_rope, _check_sliding_window)),
+        "qwen3": Family(
+            {**QWEN3, **NO_HEAD, **rules(HARMLESS, OF_RERANKERS)}, r"Qwen3\w+", (_check_rope, _check_sliding_window)
+        ),
         "nvembed": Family({**NV_EMBED, **NO_HEAD}, r"NVEmbedModel", (_check_nv_embed,)),
     },
     Task.RERANK: {
@@ -432,8 +435,7 @@ FAMILIES: Mapping[Task, Mapping[str, Family]] = {
                 **QWEN3,
                 **HEAD,
                 "tie_word_embeddings": only(False, True),
-                "is_original_qwen3_reranker": HONOURED,  # vLLM's, as the next
-                "classifier_from_token": HARMLESS,  # how a head was made of a language model's
+                **rules(HONOURED, OF_RERANKERS),
             },
             r"Qwen3\w+",
             (_check_rope, _check_sliding_window),

@@ -111,36 +111,13 @@ def rerank_form(checkpoint: Checkpoint) -> RerankForm:
 
 
 def check_form(checkpoint: Checkpoint) -> None:
-    """Refuse a checkpoint whose files put its texts or pairs into a form that is not supported.
+    """Refuse a reranker whose files put its pairs into a form that is not supported.
 
     Raises:
         StartupError: they do, or they do not make a reranker of what is named as one.
     """
     if checkpoint.task is Task.RERANK:
         rerank_form(checkpoint)
-    else:
-        _refuse_rendered_texts(checkpoint)
-
-
-def _refuse_rendered_texts(checkpoint: Checkpoint) -> None:
-    """An embedding model whose texts sentence-transformers would give to a chat template is not supported.
-
-    Raises:
-        StartupError: it is one.
-    """
-    if checkpoint.model_type not in DECODERS:
-        return
-    if (checkpoint.folder / "modules.json").is_file():
-        rendered = "message" in (read_json(checkpoint.folder / MODULE_CONFIG).get("modality_config") or {})
-        cure = f"remove `message` from `modality_config` in {MODULE_CONFIG} if it was not trained so"
-    else:
-        rendered = bool(chat_templates(checkpoint.folder))
-        cure = "save it with sentence-transformers (a modules.json), or remove the template if it was not trained so"
-    if rendered:
-        raise StartupError(
-            f"{checkpoint.named}: its chat template would be put around every text, which is not supported for an "
-            f"embedding model; {cure}."
-        )
 
 
 def padding_token(checkpoint: Checkpoint) -> int | None:

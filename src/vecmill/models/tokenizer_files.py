@@ -260,7 +260,7 @@ def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) ->
     config = _checked(named, folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
     module = _module(named, folder, task)
-    _check_chat_template(named, folder, task, model_type, config)
+    _check_chat_template(named, folder, task, config)
     arguments = module.get("processor_kwargs", module.get("tokenizer_args")) or {}
     return TokenizerSettings(
         max_length=_max_length(config, module, arguments),
@@ -336,9 +336,12 @@ def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
     text = {"method": "forward", "method_output_name": output}
 
     def reads_text(value: Any) -> bool:
-        if transformer_task == "text-generation":  # its texts are messages, which the chat template puts together
-            return isinstance(value, dict) and value.get("text", text) == text
-        return bool(value == {"text": text})
+        if task is Task.EMBED:
+            return bool(value == {"text": text})
+        # A pair may be messages, which a chat template puts together: `rerank_prompt` reads how.
+        plain = dict(value.get("text") or text) if isinstance(value, dict) else {}
+        plain.pop("format", None)
+        return plain == text and set(value) <= {"text", "message"}
 
     return {
         "transformer_task": only(*outputs),
@@ -346,16 +349,16 @@ def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
         "module_output_name": only(module_output),
         "max_seq_length": LENGTH,
         "do_lower_case": FLAG,
-        **rules(only(None), ("query_length", "document_length", "query_expansion", "cache_dir", "processing_kwargs")),
-        "processing_kwargs": only(None, {}),
+        **rules(only(None), ("query_length", "document_length", "query_expansion", "cache_dir")),
+        "processing_kwargs": only(None, {}) if task is Task.EMBED else HONOURED,  # of chat templates
         **rules(HARMLESS, ("unpad_inputs",)),
         **rules(HONOURED, ARGUMENTS),
     }
 
 
-def _check_chat_template(named: str, folder: Path, task: Task, model_type: str, config: Mapping[str, Any]) -> None:
+def _check_chat_template(named: str, folder: Path, task: Task, config: Mapping[str, Any]) -> None:
     """Without modules.json sentence-transformers makes messages of texts where the tokenizer has a chat template."""
-    if (folder / "modules.json").is_file() or (task is Task.RERANK and model_type == "qwen3"):
+    if (folder / "modules.json").is_file() or task is Task.RERANK:
         return
     file = folder / "chat_template.jinja"
     if config.get("chat_template") is not None or file.is_file() or (folder / "additional_chat_templates").is_dir():

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Side, Task
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.rerank_prompt import rerank_form
 from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, template
 
 # Their references are codes of their own, which read tokenizer.json as it stands.
@@ -59,19 +60,16 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
 
 def _from_files(checkpoint: Checkpoint) -> Any:
     folder = checkpoint.folder
-    if (
-        not (folder / "tokenizer.json").is_file()
-        and checkpoint.task is Task.RERANK
-        and checkpoint.model_type == "qwen3"
-    ):
+    if not (folder / "tokenizer.json").is_file() and _has_prompt(checkpoint):
         raise StartupError(f"{checkpoint.named}: {folder} has no tokenizer.json. {_cure(folder)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **checkpoint.tokenizer.arguments
         )
     except Exception as error:  # whatever a file makes of transformers
+        cure = "" if (folder / "tokenizer.json").is_file() else f" {_cure(folder)}"
         raise StartupError(
-            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}). {_cure(folder)}"
+            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}).{cure}"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or _has_own_steps(type(tokenizer)):
         raise StartupError(
@@ -126,7 +124,7 @@ def _lower_case_first(normalizer: Any) -> Any:
 
 def _has_prompt(checkpoint: Checkpoint) -> bool:
     """Whether it is a reranker that reads one text, in which query and document are put together."""
-    return checkpoint.task is Task.RERANK and checkpoint.model_type == "qwen3"
+    return checkpoint.task is Task.RERANK and rerank_form(checkpoint).prompt is not None
 
 
 def _check_model(checkpoint: Checkpoint, backend: Any) -> None:
