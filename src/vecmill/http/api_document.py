@@ -62,9 +62,12 @@ def install(app: FastAPI) -> None:
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
-    @app.get("/docs", include_in_schema=False)
-    async def docs(request: Request) -> HTMLResponse:
-        return _page(app, str(request.scope.get("root_path", "")))
+    app.get("/docs", include_in_schema=False)(_docs)
+
+
+# FastAPI keeps the functions of routes for as long as the process lives, so none of them may hold an application.
+async def _docs(request: Request) -> HTMLResponse:
+    return _page(request.app, str(request.scope.get("root_path", "")))
 
 
 def _page(app: FastAPI, root: str) -> HTMLResponse:
