@@ -9,6 +9,7 @@ a graph of it would have to be compiled anew for the next one. The batch reaches
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -24,14 +25,18 @@ from transformers import AttentionInterface
 from vecmill.models.packing import EqualLengths, PackedBatch
 
 ATTENTION = "packed"
+
+
 # Arguments that not every torch has. torch 2.11 takes neither: its kernel accepts fewer key heads without being told.
 # From 2.14 on either one keeps the call off cuDNN, which on H100 and B200 plans anew for each shape. One split: the
 # sums of a row are added in the same order whatever it is packed with.
-VARLEN_OPTIONS: dict[str, Any] = {
-    name: value
-    for name, value in (("enable_gqa", True), ("num_splits", 1))
-    if name in signature(varlen_attn).parameters
-}
+def varlen_options(kernel: Callable[..., Any]) -> dict[str, Any]:
+    """Those of the arguments above that a kernel has."""
+    wanted = {"enable_gqa": True, "num_splits": 1}
+    return {name: value for name, value in wanted.items() if name in signature(kernel).parameters}
+
+
+VARLEN_OPTIONS = varlen_options(varlen_attn)
 
 
 # In a sliding window the queries of a row are taken in blocks of so many, or of as many as the window has where that is
