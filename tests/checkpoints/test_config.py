@@ -25,7 +25,7 @@ from transformers import (
 from transformers.activations import ACT2CLS
 
 from tests.checkpoints import variants
-from tests.checkpoints.variants import TOLERANCE, Served, Variant, refusal, served
+from tests.checkpoints.variants import TOLERANCE, Served, Variant, served
 from tests.oracle import nomic_encode
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.types import Task
@@ -508,8 +508,7 @@ async def test_equal(server: Served, variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", REFUSED, ids=str)
 def test_refused(variant: Variant, tmp_path: Path) -> None:
-    assert variant.refused is not None
-    assert variant.refused in refusal(variant.write(tmp_path), rerank=variant.rerank)
+    variant.assert_refused(tmp_path)
 
 
 @pytest.mark.parametrize("variant", NOMICS, ids=str)

@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.checkpoints import variants
-from tests.checkpoints.variants import QUERY, TOLERANCE, Served, Variant, refusal, served
+from tests.checkpoints.variants import QUERY, TOLERANCE, Served, Variant, served
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, write
 from vecmill.models import modules
 from vecmill.models.source import find
@@ -230,8 +230,7 @@ async def test_equal(server: Served, variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", REFUSED, ids=str)
 def test_refused(variant: Variant, tmp_path: Path) -> None:
-    assert variant.refused is not None
-    assert variant.refused in refusal(variant.write(tmp_path), rerank=variant.rerank)
+    variant.assert_refused(tmp_path)
 
 
 async def test_without_normalize_the_vectors_keep_their_length(server: Served) -> None:

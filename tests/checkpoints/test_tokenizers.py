@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from tests.checkpoints.variants import TOLERANCE, Served, Variant, reference_vectors, refusal, served
-from tests.models.loaded import GOLDEN, LoadedModel, load_model, run, unit
-from tests.tiny_checkpoints import VOCAB, edit_json, tiny_bert, tiny_cross_encoder, tiny_xlm_roberta, write
+from tests.checkpoints.variants import TOLERANCE, Served, Variant, bert, qwen3, reference_vectors, served, xlm_roberta
+from tests.models.loaded import LoadedModel, load_model, run, unit
+from tests.tiny_checkpoints import VOCAB, edit_json, tiny_cross_encoder, write
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row
@@ -37,18 +37,6 @@ TEMPLATE = "TemplateProcessing"
 # A text that is longer than most limits of this table, with different tokens all along.
 NO_EMPTY = ("one", "naïve 你好 ÉCOLE дела", "How do I parse dates in Python? " * 20)
 PADS = ("<pad>", "a<pad> <pad>b", "one <pad> two", "<pad> " * 50 + "one", "plain")
-
-
-def bert(folder: Path) -> None:
-    tiny_bert(folder, find("auto").folder)
-
-
-def xlm_roberta(folder: Path) -> None:
-    tiny_xlm_roberta(folder)
-
-
-def qwen3(folder: Path) -> None:
-    shutil.copytree(GOLDEN / "qwen3" / "embedding", folder, dirs_exist_ok=True)
 
 
 def saved_again(base: Change) -> Change:
@@ -464,8 +452,7 @@ async def test_equal(server: Served, variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", REFUSED, ids=str)
 def test_refused(variant: Variant, tmp_path: Path) -> None:
-    assert variant.refused is not None
-    assert variant.refused in refusal(variant.write(tmp_path), rerank=variant.rerank)
+    variant.assert_refused(tmp_path)
 
 
 async def test_a_text_without_tokens_is_named(server: Served) -> None:

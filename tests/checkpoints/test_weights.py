@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
@@ -11,9 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints.variants import TEXTS, Served, Variant, refusal, served
-from tests.tiny_checkpoints import tiny_bert, tiny_xlm_roberta, write
-from vecmill.models.source import find
+from tests.checkpoints.variants import TEXTS, Served, Variant, bert, qwen3, served, xlm_roberta
+from tests.tiny_checkpoints import write
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -22,18 +20,6 @@ WORDS, BIAS = "embeddings.word_embeddings.weight", "encoder.layer.0.output.dense
 
 Weights = dict[str, torch.Tensor]
 Change = Callable[[Path], object]
-
-
-def bert(folder: Path) -> None:
-    tiny_bert(folder, find("auto").folder)
-
-
-def xlm_roberta(folder: Path) -> None:
-    tiny_xlm_roberta(folder)
-
-
-def qwen3(folder: Path) -> None:
-    shutil.copytree(GOLDEN / "qwen3" / "embedding", folder, dirs_exist_ok=True)
 
 
 def other_weights(folder: Path) -> Weights:
@@ -286,5 +272,4 @@ async def test_equal(server: Served, variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", REFUSED, ids=str)
 def test_refused(variant: Variant, tmp_path: Path) -> None:
-    assert variant.refused is not None
-    assert variant.refused in refusal(variant.write(tmp_path), rerank=variant.rerank)
+    variant.assert_refused(tmp_path)

@@ -8,6 +8,7 @@ table that are served are loaded by one server.
 from __future__ import annotations
 
 import asyncio
+import shutil
 import warnings
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
@@ -20,9 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tests.conftest import serving
+from tests.models.loaded import GOLDEN
+from tests.tiny_checkpoints import tiny_bert, tiny_xlm_roberta
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.engine.loader import load
+from vecmill.models.source import find
 
 TEXTS = (
     "one",
@@ -39,6 +43,21 @@ TOLERANCE = 1e-5
 
 def unchanged(folder: Path) -> None:
     """The base as it is."""
+
+
+def bert(folder: Path) -> None:
+    """A tiny BERT with the bundled model's tokenizer."""
+    tiny_bert(folder, find("auto").folder)
+
+
+def xlm_roberta(folder: Path) -> None:
+    """A tiny XLM-RoBERTa."""
+    tiny_xlm_roberta(folder)
+
+
+def qwen3(folder: Path) -> None:
+    """A tiny Qwen3-Embedding, with the hub's files."""
+    shutil.copytree(GOLDEN / "qwen3" / "embedding", folder, dirs_exist_ok=True)
 
 
 @dataclass(frozen=True)
@@ -63,6 +82,11 @@ class Variant:
         self.base(folder)
         self.change(folder)
         return folder
+
+    def assert_refused(self, root: Path) -> None:
+        """The server ends with the sentence."""
+        assert self.refused is not None
+        assert self.refused in refusal(self.write(root), rerank=self.rerank)
 
     def __str__(self) -> str:
         return self.name

@@ -121,7 +121,7 @@ class MemoryGuard:
         self._process = psutil.Process()
         self._read_at: float | None = None
         self._last = (0, 0)
-        """What was available and used then, less and plus what was let pass since."""
+        """Bytes available and bytes used at the last reading, corrected by what `check` has admitted since."""
 
     def check(self, needed: int) -> None:
         """Pass where `needed` bytes more leave the floor free.

@@ -16,23 +16,22 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models import config_keys, weight_files
 from vecmill.models.fingerprint import Fingerprint, commit_of
-from vecmill.models.modules import check_sentence_transformers, pooling_modes, read_modules
+from vecmill.models.modules import LIBRARY_TYPES, check_sentence_transformers, pooling_modes, read_modules
 from vecmill.models.source import Source
 from vecmill.models.tokenizer_files import TokenizerSettings, tokenizer_settings
 
 Pooling = Literal["mean", "cls", "lasttoken"]
 
 LIBRARY_CONFIG = "config_sentence_transformers.json"
-LIBRARY_TYPES = {Task.EMBED: "SentenceTransformer", Task.RERANK: "CrossEncoder"}
 ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
 
 NOMIC_TRAINED = 2048  # what the code of nomic's files takes for the positions that it was trained on
 POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Checkpoint:
-    """A model folder, read."""
+    """A model folder, read. Compared and hashed by identity, so that what is made of one can be cached."""
 
     source: Source
     config: Mapping[str, Any]
@@ -55,7 +54,7 @@ class Checkpoint:
     """How its vectors are compared: the name of sentence-transformers' function."""
     commit: str | None = None
     """The hub's, for a folder of its cache. Only shown: whether the files are still that commit's is not known."""
-    fingerprint: Fingerprint = field(default_factory=Fingerprint, compare=False)
+    fingerprint: Fingerprint = field(default_factory=Fingerprint)
     """Of what has been read; whole when the model is loaded."""
 
     @property

@@ -90,6 +90,8 @@ MODULE_KEYS: Mapping[str, Mapping[str, Rule]] = {
     "LogitScore": LOGIT_SCORE,
 }
 
+# What `model_type` in config_sentence_transformers.json says of a model for each task.
+LIBRARY_TYPES = {Task.EMBED: "SentenceTransformer", Task.RERANK: "CrossEncoder"}
 SIMILARITIES = ("cosine", "dot", "euclidean", "manhattan")
 SENTENCE_TRANSFORMERS: Mapping[Task, Mapping[str, Rule]] = {
     task: {
@@ -101,9 +103,8 @@ SENTENCE_TRANSFORMERS: Mapping[Task, Mapping[str, Rule]] = {
         ),
         "model_type": only(model_type),  # of any other, null too, sentence-transformers takes the transformer alone
     }
-    for task, model_type in ((Task.EMBED, "SentenceTransformer"), (Task.RERANK, "CrossEncoder"))
+    for task, model_type in LIBRARY_TYPES.items()
 }
-ELSEWHERE = {"SentenceTransformer": Task.EMBED, "CrossEncoder": Task.RERANK}
 KINDS = {
     Task.EMBED: "an embedding model; name it in EMBED_MODEL instead",
     Task.RERANK: "a reranker; name it in RERANK_MODEL instead",
@@ -203,7 +204,7 @@ def check_sentence_transformers(named: str, file: Path, said: Mapping[str, Any],
     Raises:
         StartupError: it is of a model for another task, or a key is not known or not implemented.
     """
-    meant = ELSEWHERE.get(str(said.get("model_type")), task)
-    if meant is not task:
-        raise StartupError(f"{named}: this is {KINDS[meant]}.")
+    for other, model_type in LIBRARY_TYPES.items():
+        if other is not task and said.get("model_type") == model_type:
+            raise StartupError(f"{named}: this is {KINDS[other]}.")
     check_keys(named, file, said, SENTENCE_TRANSFORMERS[task])

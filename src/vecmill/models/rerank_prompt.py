@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.chat_template import SPECIAL_TOKENS, ChatTemplate, Pieces, Slot, UnfitTemplateError
 from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint, read_json
-from vecmill.models.keys import HONOURED, check_keys, only
 
 PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
@@ -42,7 +42,6 @@ QWEN3 = (
 NAMED = (("Qwen", r"Qwen3-Reranker-[\d.]+B"), ("tomaarsen", r"Qwen3-Reranker-[\d.]+B-seq-cls"))
 
 DECODERS = ("qwen3",)
-LOGIT_SCORE = {"true_token_id": HONOURED, "false_token_id": HONOURED, "module_input_name": only("causal_logits")}
 ACTIVATIONS = ("Identity", "Sigmoid")  # neither changes the order; scores are the sigmoid, raw scores the logit
 MODULE_CONFIG = "sentence_bert_config.json"
 DEFAULT, TEMPLATE_FILE, TEMPLATE_FOLDER = "default", "chat_template.jinja", "additional_chat_templates"
@@ -90,6 +89,7 @@ class RerankForm:
     """None: a classification head gives the score."""
 
 
+@lru_cache(maxsize=16)  # templates are rendered and tokenizers read for it, and a start asks several times
 def rerank_form(checkpoint: Checkpoint) -> RerankForm:
     """What the files of a reranker say, or its name.
 
@@ -173,8 +173,6 @@ def answer_tokens(checkpoint: Checkpoint, yes: str = "yes", no: str = "no") -> t
 
 def _answers(checkpoint: Checkpoint) -> Answers:
     said = checkpoint.logit_score
-    file = next(checkpoint.folder.glob("*LogitScore/config.json"), checkpoint.folder / "config.json")
-    check_keys(checkpoint.named, file, said, LOGIT_SCORE)
     true, false = said.get("true_token_id"), said.get("false_token_id")
     if not _is_id(true) or not (false is None or _is_id(false)):
         raise StartupError(

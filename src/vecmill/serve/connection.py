@@ -311,7 +311,7 @@ class Connection(asyncio.Protocol):
     # What an exchange takes for its transport.
 
     def expect_head(self) -> None:
-        """The next write is a head: most bodies follow at once, and both then leave in one call of the system."""
+        """Hold the next write, a head, back until its body follows, so that one system call sends both."""
         self._expects_head = True
 
     def write(self, data: bytes) -> None:
