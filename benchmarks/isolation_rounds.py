@@ -12,9 +12,9 @@ from benchmarks.peers import PEERS, SERVED_NAME, Peer, Wanted
 from benchmarks.rounds import in_turns
 from benchmarks.servers import RunningServer
 
-from vecmill.bench.errors import BenchError
-from vecmill.bench.mixed import MixedResult, measure
-from vecmill.bench.target import PATHS, Dialect, Target
+from vecmill.tools.bench.errors import BenchError
+from vecmill.tools.bench.mixed import MixedResult, measure
+from vecmill.tools.bench.target import PATHS, Dialect, Target
 
 OURS = "vecmill"
 DIALECTS = {PATHS[dialect]: dialect for dialect in (Dialect.OPENAI, Dialect.INFINITY, Dialect.TEI)}

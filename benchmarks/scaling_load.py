@@ -10,13 +10,13 @@ from typing import Any
 from benchmarks.model_rounds import spread
 from benchmarks.rounds import in_turns
 
-from vecmill.bench.bulk import Bulk
-from vecmill.bench.client import Client
-from vecmill.bench.event_loop import run
-from vecmill.bench.results import Load, Outcomes
-from vecmill.bench.sweep import measure as measure_levels
-from vecmill.bench.target import Target
-from vecmill.bench.workload import payloads
+from vecmill.tools.bench.bulk import Bulk
+from vecmill.tools.bench.client import Client
+from vecmill.tools.bench.event_loop import run
+from vecmill.tools.bench.results import Load, Outcomes
+from vecmill.tools.bench.sweep import measure as measure_levels
+from vecmill.tools.bench.target import Target
+from vecmill.tools.bench.workload import payloads
 
 WARM_UP_SECONDS = 0.5
 

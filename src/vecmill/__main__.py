@@ -16,16 +16,16 @@ from pydantic.fields import FieldInfo
 from rich.console import Console
 
 from vecmill import __version__
-from vecmill.bench.command import bench
 from vecmill.config import load_settings
 from vecmill.config.env_example import default_text
 from vecmill.config.key_file import key_line
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
 from vecmill.core.types import KeyLimits
-from vecmill.doctor.command import doctor
-from vecmill.embed.command import embed
-from vecmill.pull import run_pull
+from vecmill.tools.bench.command import bench
+from vecmill.tools.doctor.command import doctor
+from vecmill.tools.embed.command import embed
+from vecmill.tools.pull import run_pull
 
 keys = typer.Typer(no_args_is_help=True, help="The API keys of a server.")
 cli = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
@@ -72,7 +72,7 @@ def verify(
     device: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
 ) -> None:
     """Run the model card's example on the loaded weights: expected and measured numbers side by side."""
-    run_verify = import_module("vecmill.verify").run_verify
+    run_verify = import_module("vecmill.tools.verify").run_verify
     raise typer.Exit(run_verify(model, rerank=rerank, example=example, dtype=dtype, device=device))
 
 

@@ -16,11 +16,11 @@ from pathlib import Path
 
 import typer
 from deployment.layout import EMBED_UNIT, VLLM_UNIT
-from examples import codebase_search
 from fastapi import FastAPI
 from starlette.routing import Match
 
 from deployment import cli as deploy_cli
+from examples import codebase_search
 from tests.guides import curl, programs
 from tests.guides.shell import Command, NotShell, commands
 from vecmill.__main__ import cli

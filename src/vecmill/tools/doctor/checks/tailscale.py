@@ -1,0 +1,70 @@
+"""Tailscale, where it is installed.
+
+Source: https://tailscale.com/docs/reference/tailscale-cli (`status --json`, `serve status --json`).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from vecmill.tools.doctor.context import Context
+from vecmill.tools.doctor.report import Finding, ok, warn
+from vecmill.tools.doctor.timely import ended
+
+
+def check(context: Context) -> Finding:
+    """Ask the daemon."""
+    if shutil.which("tailscale") is None:
+        return ok("not installed, and not needed")
+    said = ended("tailscale", "status", "--json")
+    status = _parsed(said.stdout)
+    if not status:
+        return warn(f"installed, and its daemon does not answer: {said.problem}", "sudo systemctl start tailscaled")
+    if status.get("BackendState") != "Running":
+        return warn(f"installed, and not connected ({status.get('BackendState')})", "sudo tailscale up")
+    serving = _parsed(ended("tailscale", "serve", "status", "--json").stdout)
+    return judge(status, serving, context.settings.http.port)
+
+
+def judge(status: dict[str, Any], serving: dict[str, Any], port: int) -> Finding:
+    """By what `tailscale status --json` and `tailscale serve status --json` say."""
+    name = str((status.get("Self") or {}).get("DNSName") or "").rstrip(".")
+    here = sorted({host for host, target in proxies(serving) if target.rstrip("/").endswith(f":{port}")})
+    https = bool(status.get("CertDomains"))
+    facts = {"name": name, "https": https, "serves": here}
+    seen = f"connected as {name}"
+    if not here:
+        return ok(f"{seen}; port {port} is not served to the tailnet (tailscale serve --bg {port} would)", **facts)
+    seen += f"; {', '.join(here)} leads to port {port}"
+    if not https:
+        return warn(
+            f"{seen}, and HTTPS is off in this tailnet",
+            "Turn on HTTPS certificates: https://login.tailscale.com/admin/dns",
+            **facts,
+        )
+    return ok(seen, **facts)
+
+
+def proxies(serving: Any, host: str = "") -> Iterator[tuple[str, str]]:
+    """Name and target of everything that is passed on, wherever it stands in the configuration."""
+    if not isinstance(serving, dict):
+        return
+    for key, value in serving.items():
+        if key == "Proxy":
+            yield host, str(value)
+        elif key == "Web" and isinstance(value, dict):
+            for name, handlers in value.items():
+                yield from proxies(handlers, name)
+        else:
+            yield from proxies(value, host)
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
