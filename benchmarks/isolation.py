@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from vecmill.tools.bench.results import Outcomes
+from vecmill.tools.bench.load_generator import Outcomes
 from vecmill.tools.bench.workload import QUERIES
 
 PERCENTILES = ("p50", "p95", "p99")

@@ -12,9 +12,8 @@ from benchmarks.peers import PEERS, SERVED_NAME, Peer, Wanted
 from benchmarks.rounds import in_turns
 from benchmarks.servers import RunningServer
 
-from vecmill.tools.bench.errors import BenchError
-from vecmill.tools.bench.mixed import MixedResult, measure
-from vecmill.tools.bench.target import PATHS, Dialect, Target
+from vecmill.tools.bench.scenarios import MixedResult, measure_mixed
+from vecmill.tools.bench.target import PATHS, BenchError, Dialect, Target
 
 OURS = "vecmill"
 DIALECTS = {PATHS[dialect]: dialect for dialect in (Dialect.OPENAI, Dialect.INFINITY, Dialect.TEI)}
@@ -107,7 +106,7 @@ def _forward_ms(server: RunningServer) -> float:
 
 def _pass(target: Target, plan: Plan, forward_ms: float | None) -> Pass:
     with watched() as contention:
-        mixed = measure(target, plan.texts, batch=plan.batch, connections=plan.connections, seconds=plan.seconds)
+        mixed = measure_mixed(target, plan.texts, batch=plan.batch, connections=plan.connections, seconds=plan.seconds)
     outcomes = (
         mixed.person_alone,
         mixed.person_beside_bulk,

@@ -25,9 +25,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.hub_server import COMMIT, FILES, NAME, WEIGHTS, FakeHub, hub_here, served_hub
-from vecmill import pull
 from vecmill.models.checkpoint import read
 from vecmill.models.source import find
+from vecmill.tools import pull
 from vecmill.tools.pull import run_pull
 
 Captured = pytest.CaptureFixture[str]
@@ -104,7 +104,7 @@ def test_estimate_from_the_files(fake: FakeHub, capsys: Captured) -> None:
 def test_on_a_terminal_there_is_a_bar(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = io.StringIO()
     monkeypatch.setattr(
-        pull, "said", Console(file=terminal, force_terminal=True, width=120, soft_wrap=True, color_system=None)
+        pull, "messages", Console(file=terminal, force_terminal=True, width=120, soft_wrap=True, color_system=None)
     )
     assert run_pull(NAME) == 0
     assert "4 of 4 files" in terminal.getvalue()

@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_checkpoints import edit_json
-from vecmill import verify
 from vecmill.core.types import Task
 from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example
+from vecmill.tools import verify
 from vecmill.tools.verify import run_verify
 
 Captured = pytest.CaptureFixture[str]
@@ -165,7 +165,7 @@ def test_what_cannot_be_run_is_said_and_exits_2(case: object, tmp_path: Path, ca
 
 def test_on_a_terminal_loading_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
     terminal = io.StringIO()
-    monkeypatch.setattr(verify, "said", Console(file=terminal, force_terminal=True, width=100, color_system=None))
+    monkeypatch.setattr(verify, "messages", Console(file=terminal, force_terminal=True, width=100, color_system=None))
     assert run_verify("auto", dtype="float32", device="cpu") == 0
     assert "%" in terminal.getvalue()
 

@@ -9,7 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -22,11 +21,9 @@ from vecmill.models.pickles import convert
 from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import Source
 from vecmill.models.weight_files import list_folder
+from vecmill.tools.console import INTERRUPTED, messages, print_error, results
 
 LINE_EVERY = 10  # percent between lines of progress where there is no terminal
-
-said = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-results = Console(soft_wrap=True, markup=False, highlight=False)
 
 
 def run_pull(model: str, revision: str | None = None, *, convert_pickle: bool = False) -> int:
@@ -47,13 +44,13 @@ def run_pull(model: str, revision: str | None = None, *, convert_pickle: bool = 
     except StartupError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        said.print("vecmill: stopped; complete files are kept, run the same command again for the rest.")
-        return 130
+        messages.print("vecmill: stopped; complete files are kept, run the same command again for the rest.")
+        return INTERRUPTED
     return 0
 
 
 def _fail(error: StartupError, code: int) -> int:
-    said.print(f"vecmill: {error.message}", style="bold red")
+    print_error(error.message)
     return code
 
 
@@ -76,15 +73,15 @@ def _pull(model: str, revision: str | None, hf_token: str | None, *, convert_pic
 
         folder = fetch(found, hf_token=hf_token, revision=revision, report=report)
     if found.missing:
-        said.print("checked   every file has the size that the hub says")
+        messages.print("checked   every file has the size that the hub says")
     else:
-        said.print("checked   everything is there already, with the right sizes; nothing was fetched")
+        messages.print("checked   everything is there already, with the right sizes; nothing was fetched")
     if not found.readable:
         folder = _converted(model, folder, converted(model, found.commit))
     elif convert_pickle:
-        said.print("convert   nothing: the model has safetensors")
-    results.print(f"folder    {folder}")
-    results.print(f"revision  {found.commit}")
+        messages.print("convert   nothing: the model has safetensors")
+    results.print(f"folder    {folder}", soft_wrap=True)
+    results.print(f"revision  {found.commit}", soft_wrap=True)
     pinned = f" --revision {model}={found.commit}" if revision else ""
     results.print(f"serve     vecmill serve {_flag(model, folder)} {model}{pinned}", soft_wrap=True)
 
@@ -93,16 +90,16 @@ def _convert_folder(folder: Path) -> None:
     if list_folder(folder.name, folder, str(folder)).readable:
         raise StartupError(f"{folder}: it has safetensors already: there is nothing to convert.")
     made = _converted(str(folder), folder, converted_folder(folder))
-    results.print(f"folder    {made}")
+    results.print(f"folder    {made}", soft_wrap=True)
     results.print(f"serve     vecmill serve {_flag(folder.name, made)} {made}", soft_wrap=True)
 
 
 def _converted(named: str, folder: Path, target: Path) -> Path:
     """The folder with safetensors that are made of a folder's pickles."""
-    if convert(named, folder, target, lambda message: said.print(f"convert   {message}")):
-        said.print("convert   done: the pickles are not read again; the hub's cache is as it was")
+    if convert(named, folder, target, lambda message: messages.print(f"convert   {message}")):
+        messages.print("convert   done: the pickles are not read again; the hub's cache is as it was")
     else:
-        said.print("convert   this was done before")
+        messages.print("convert   this was done before")
     return target
 
 
@@ -116,17 +113,17 @@ def _flag(model: str, folder: Path) -> str:
 
 
 def _describe(found: Plan) -> None:
-    said.print(f"model     {found.name} at {found.commit}")
-    said.print(f"licence   {found.licence}")
+    messages.print(f"model     {found.name} at {found.commit}")
+    messages.print(f"licence   {found.licence}")
     if found.non_commercial:
-        said.print("warning   non-commercial use only: the licence forbids commercial use.", style="bold yellow")
+        messages.print("warning   non-commercial use only: the licence forbids commercial use.", style="bold yellow")
     to_fetch = f"{decimal(found.missing_size)} in {_files(len(found.missing))} to fetch"
-    said.print(f"size      {decimal(found.size)} in {_files(len(found.sizes))}; {to_fetch}")
+    messages.print(f"size      {decimal(found.size)} in {_files(len(found.sizes))}; {to_fetch}")
     if found.parameters is not None:
         reason = f"{found.parameters:,} parameters of 2 bytes"
     else:
         reason = "the weight files' size; half of it where they hold float32"
-    said.print(
+    messages.print(
         f"memory    about {decimal(found.memory)} for the weights in bfloat16 (an estimate: {reason}), "
         f"and room for the batches besides"
     )
@@ -163,11 +160,11 @@ def _progress(found: Plan) -> Iterator[Report]:
     """A bar on a terminal, else a line at every tenth."""
     if not found.missing:
         yield lambda fetched, complete: None
-    elif not said.is_terminal:
+    elif not messages.is_terminal:
         yield _lines(found)
     else:
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-        with Progress(TextColumn("{task.description}"), *columns, console=said) as progress:
+        with Progress(TextColumn("{task.description}"), *columns, console=messages) as progress:
             task = progress.add_task("starting", total=found.missing_size)
             yield lambda fetched, complete: progress.update(
                 task, completed=fetched, description=f"{complete} of {_files(len(found.sizes))}"
@@ -183,7 +180,7 @@ def _lines(found: Plan) -> Report:
         last = complete == len(found.sizes)
         if tenth > shown or last:
             shown = tenth
-            said.print(
+            messages.print(
                 f"fetched   {decimal(fetched)} of {decimal(found.missing_size)}, "
                 f"{complete} of {_files(len(found.sizes))} complete"
             )

@@ -12,7 +12,6 @@ from textwrap import shorten
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -25,6 +24,7 @@ from vecmill.core.types import EmbedRequest, Matrix, ModelCard, PromptChoice, Sc
 from vecmill.inference.facade import Inference
 from vecmill.inference.finish import cosines
 from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example, names_of
+from vecmill.tools.console import INTERRUPTED, messages, print_error, results
 
 if sys.platform == "win32":
     from asyncio import new_event_loop
@@ -36,9 +36,6 @@ NO_PROMPT = PromptChoice(instruction="")  # not the default prompt either
 LOOK_EVERY = 0.1  # seconds between looks at the progress of the start
 WIDEST_TEXT = 27  # characters of a text in the table, which then fits 80 columns
 FEWEST_DIGITS = 4
-
-said = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
-results = Console(markup=False, highlight=False, emoji=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +87,11 @@ def run_verify(
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             verified = runner.run(_verify(settings, chosen, task))
     except VecmillError as error:
-        said.print(f"vecmill: {error.message}", style="bold red")
+        print_error(error.message)
         return 2
     except KeyboardInterrupt:
-        said.print("vecmill: stopped.")
-        return 130
+        messages.print("vecmill: stopped.")
+        return INTERRUPTED
     _show(verified)
     return 0 if all(number.ok for numbers in verified.numbers for number in numbers) else 1
 
@@ -163,7 +160,7 @@ async def _follow(health: Health) -> None:
 @contextmanager
 def _progress() -> Iterator[Progress]:
     columns = (BarColumn(), TextColumn("{task.percentage:>3.0f} % {task.description}", markup=False))
-    with Progress(*columns, console=said, transient=True, disable=not said.is_terminal) as progress:
+    with Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal) as progress:
         progress.add_task("starting", total=100)
         yield progress
 

@@ -9,11 +9,8 @@ import pytest
 
 from tests.tools.bench.command_line import bench_json
 from tests.tools.bench.scripted_server import Reply, scripted, vectors
-from vecmill.tools.bench.client import Client
-from vecmill.tools.bench.event_loop import run
-from vecmill.tools.bench.person import search
+from vecmill.tools.bench.load_generator import BulkLoad, Outcomes, TargetClient, run, search
 from vecmill.tools.bench.report import warnings
-from vecmill.tools.bench.results import Load, Outcomes
 from vecmill.tools.bench.target import Dialect, Target
 
 LEVEL = ("--texts", 2, "--batch", 2, "--connections", 1)
@@ -88,7 +85,7 @@ def test_a_person_does_not_wait_for_answers() -> None:
         return vectors(body)
 
     async def ask(url: str) -> Outcomes:
-        async with Client(Target(url)) as client:
+        async with TargetClient(Target(url)) as client:
             return await search(client, seconds=0.03, interval=0.01)
 
     with scripted(answer) as server:
@@ -102,6 +99,6 @@ def test_a_person_does_not_wait_for_answers() -> None:
 
 def test_a_busy_load_generator_is_said() -> None:
     outcomes = Outcomes(1, None, {}, {}, None)
-    calm, busy = (Load(n, outcomes, 1, 1.0, 1.0, 1.0, None, cpu) for n, cpu in ((1, 0.5), (8, 0.95)))
+    calm, busy = (BulkLoad(n, outcomes, 1, 1.0, 1.0, 1.0, None, cpu) for n, cpu in ((1, 0.5), (8, 0.95)))
     (said,) = warnings([calm, busy])
     assert said.startswith("with 8 connections the load generator itself used 95% of a core")

@@ -15,17 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tools.embed.command_line import write_jsonl
-from vecmill.tools.embed.errors import UsageError
+from vecmill.tools.console import UsageError
 from vecmill.tools.embed.inputs import opened
-from vecmill.tools.embed.options import Source
-from vecmill.tools.embed.rows import Row
+from vecmill.tools.embed.rows import Row, TextSource
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 
 def read(path: Path, **options: object) -> tuple[list[Row], dict[str, int]]:
     """The texts, and what was skipped."""
-    with opened(Source(path, **options)) as (rows, table):  # type: ignore[arg-type]
+    with opened(TextSource(path, **options)) as (rows, table):  # type: ignore[arg-type]
         return list(rows), dict(table.skipped)
 
 

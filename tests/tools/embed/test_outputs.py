@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 from tests.tools.embed.batch_server import MODEL, BatchServer, answer, failure, vector
 from tests.tools.embed.command_line import embed, embedded, write_jsonl
-from vecmill.tools.embed.errors import EmbedError
+from vecmill.tools.console import CommandError
+from vecmill.tools.embed.outputs import Vectors
 from vecmill.tools.embed.parquet import ParquetWriter
-from vecmill.tools.embed.vectors import Vectors
 
 VECTORS = st.lists(st.none() | st.binary(min_size=12, max_size=12), min_size=1)
 
@@ -52,7 +52,7 @@ def test_vectors_written_in_any_order(
 
 @pytest.mark.parametrize(("index", "size"), [(0, 8), (0, 16), (2, 12), (-1, 12)])
 def test_a_vector_that_does_not_fit(index: int, size: int, tmp_path: Path) -> None:
-    with Vectors(tmp_path / "v.npy", 2, 3) as vectors, pytest.raises(EmbedError, match="another model"):
+    with Vectors(tmp_path / "v.npy", 2, 3) as vectors, pytest.raises(CommandError, match="another model"):
         vectors.put(index, bytes(size))
 
 

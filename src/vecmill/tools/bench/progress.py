@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from vecmill.tools.bench.bulk import Advance
+from vecmill.tools.bench.load_generator import Advance
+from vecmill.tools.console import messages
 
 BAR_WIDTH = 40  # characters
 LOOKS_PER_SECOND = 4  # each costs the measured machine about a millisecond
-
-said = Console(stderr=True, soft_wrap=True, markup=False, highlight=False, emoji=False)
 
 
 class _Rate(ProgressColumn):
@@ -36,20 +34,20 @@ class _Stage(ProgressColumn):
         return ProgressBar(total=total, completed=min(done, total), width=BAR_WIDTH)
 
 
-class Progress:
+class StageBars:
     """A bar for each stage, on a terminal; nothing elsewhere."""
 
     def __init__(self, *, shown: bool = True) -> None:
         columns = (TextColumn("{task.description:<16}", markup=False), _Stage(), TimeElapsedColumn(), _Rate())
         self._bar = Bar(
             *columns,
-            console=said,
+            console=messages,
             transient=True,
             refresh_per_second=LOOKS_PER_SECOND,
-            disable=not (shown and said.is_terminal),
+            disable=not (shown and messages.is_terminal),
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> StageBars:
         self._bar.start()
         return self
 
@@ -58,7 +56,7 @@ class Progress:
 
     @contextmanager
     def stage(self, name: str, seconds: float | None, expected: int = 0) -> Iterator[Advance]:
-        """A bar while the block runs, which ends after `seconds` or else after `expected` texts; tell it of texts."""
+        """A bar while the block runs, full after `seconds` or else after `expected` texts; tell it of texts."""
         task = self._bar.add_task(name, total=None, seconds=seconds, expected=expected, texts=0)
         answered = 0
 

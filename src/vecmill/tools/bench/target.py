@@ -1,12 +1,38 @@
-"""Which server is measured, and how its dialect is spoken."""
+"""The server that is measured: its address, how its dialect is spoken, and what is read of its answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from base64 import b64decode
+from binascii import Error as Base64Error
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 import orjson
+
+from vecmill.refusals import start_of
+from vecmill.tools.console import CommandError
+from vecmill.tools.http_client import base_url, request_headers
+
+# `usage` stands before or behind the list, so looking at both ends saves parsing megabytes of numbers.
+ENDS_BYTES = 1024
+TOKENS = re.compile(rb'"(?:prompt|total)_tokens"\s*:\s*(\d+)')
+TOKENS_HEADER = "x-compute-tokens"  # tei has no place for it in the body
+FLOAT_BYTES = 4
+
+
+class BenchError(CommandError):
+    """Nothing can be measured."""
+
+    exit_code = 2
+
+
+class BadAnswer(BenchError):
+    """The server is there, and its first answer is an error or not what the dialect asks for."""
+
+    exit_code = 1
 
 
 class Dialect(StrEnum):
@@ -34,6 +60,16 @@ PATHS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Payload:
+    """A request, ready to be sent."""
+
+    body: bytes
+    texts: int
+    text_bytes: int
+    """UTF-8, without what JSON adds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Target:
     """A server's address, its dialect, and what goes into every request."""
 
@@ -48,10 +84,12 @@ class Target:
 
     @property
     def endpoint(self) -> str:
-        """The address that requests go to."""
-        base = self.url if "://" in self.url else f"http://{self.url}"
-        base = base.rstrip("/")
-        path = PATHS[self.dialect]
+        """The address that requests go to.
+
+        Raises:
+            UsageError: `url` is not an address.
+        """
+        base, path = base_url(self.url), PATHS[self.dialect]
         if path.startswith("/v1/"):
             base = base.removesuffix("/v1")
         return base + path
@@ -59,11 +97,7 @@ class Target:
     @property
     def headers(self) -> dict[str, str]:
         """The headers of every request."""
-        # Compression would cost both sides time and says nothing about the model.
-        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        return headers
+        return {"Content-Type": "application/json", **request_headers(self.api_key)}
 
     def body(self, texts: Sequence[str], query: str) -> bytes:
         """A request for the texts' vectors, or with `rerank` for the texts' scores against the query."""
@@ -81,3 +115,47 @@ class Target:
     def query_body(self, query: str) -> bytes:
         """The smallest request that a person's search makes: one query, with `rerank` against one document."""
         return self.body((query,), query)
+
+
+def tokens_of(content: bytes, headers: Mapping[str, str]) -> int | None:
+    """The tokens that the server says it computed; None where it does not say."""
+    match = TOKENS.search(content[-ENDS_BYTES:]) or TOKENS.search(content[:ENDS_BYTES])
+    if match:
+        return int(match[1])
+    header = headers.get(TOKENS_HEADER, "")
+    return int(header) if header.isdigit() else None
+
+
+def dimensions_of(content: bytes, dialect: Dialect, texts: int) -> int | None:
+    """The size of the vectors; None for scores.
+
+    Raises:
+        BadAnswer: it is not one vector or score for each text, or the vectors differ in size.
+    """
+    try:
+        entries = _entries(orjson.loads(content), dialect)
+        sizes = {_size(entry) for entry in entries} if dialect is not Dialect.RERANK else set()
+    except (ValueError, KeyError, TypeError, Base64Error) as error:
+        raise BadAnswer(f"The answer is not one of the dialect {dialect}: {start_of(content)}") from error
+    if len(entries) != texts:
+        kind = "scores" if dialect is Dialect.RERANK else "vectors"
+        raise BadAnswer(f"{texts} texts were sent and {len(entries)} {kind} came back.")
+    if dialect is Dialect.RERANK:
+        return None
+    if len(sizes) != 1 or 0 in sizes:
+        raise BadAnswer(f"The vectors that came back have {sorted(sizes)} values; one size above 0 was expected.")
+    return sizes.pop()
+
+
+def _entries(answer: Any, dialect: Dialect) -> list[Any]:
+    match dialect:
+        case Dialect.OPENAI | Dialect.INFINITY:
+            return [entry["embedding"] for entry in answer["data"]]
+        case Dialect.TEI:
+            return list(answer)
+        case Dialect.RERANK:
+            return [entry["relevance_score"] for entry in answer["results"]]
+
+
+def _size(vector: Any) -> int:
+    return len(b64decode(vector, validate=True)) // FLOAT_BYTES if isinstance(vector, str) else len(vector)

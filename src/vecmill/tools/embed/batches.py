@@ -1,18 +1,24 @@
 """The files and batches API, as far as embedding needs it.
 
-Source: https://platform.openai.com/docs/api-reference/files, https://platform.openai.com/docs/api-reference/batch
+Source: https://platform.openai.com/docs/api-reference/files, https://platform.openai.com/docs/api-reference/batch,
+https://platform.openai.com/docs/api-reference/batch/request-output
 """
 
 from __future__ import annotations
 
+from base64 import b64decode
+from binascii import Error as Base64Error
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from vecmill.tools.embed.client import Client, Unreachable
-from vecmill.tools.embed.errors import EmbedError, NotThere
+import numpy as np
+import orjson
+
+from vecmill.tools.console import CommandError
 from vecmill.tools.embed.requests import ENDPOINT, RequestFile
+from vecmill.tools.http_client import HttpClient, NotThere, Unreachable
 
 DIGEST = "vecmill_embed"  # in a batch's metadata: the digest of its requests
 PAGE = 100
@@ -21,11 +27,14 @@ TRIES = 3  # at a call that must not be made twice
 RUNNING = frozenset({"validating", "in_progress", "finalizing", "cancelling"})
 ENDED_EARLY = frozenset({"expired", "cancelled"})
 
+OK = 200
+TIMEOUT, TOO_MANY = 408, 429
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class RemoteBatch:
     """A batch as the server describes it."""
 
     id: str
@@ -55,17 +64,17 @@ class Batch:
         return self.status not in ("failed", "cancelling")
 
 
-def batch_of(found: Mapping[str, Any]) -> Batch:
+def batch_of(found: Mapping[str, Any]) -> RemoteBatch:
     """From the API's object.
 
     Raises:
-        EmbedError: it is none.
+        CommandError: it is none.
     """
     try:
         counts = found.get("request_counts") or {}
         errors = (found.get("errors") or {}).get("data") or []
         details = (found.get("usage") or {}).get("input_tokens_details") or {}
-        return Batch(
+        return RemoteBatch(
             id=found["id"],
             status=found["status"],
             digest=(found.get("metadata") or {}).get(DIGEST),
@@ -78,37 +87,37 @@ def batch_of(found: Mapping[str, Any]) -> Batch:
             cached_tokens=details.get("cached_tokens"),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise EmbedError(f"The server's batch is not one of OpenAI's: {found}") from error
+        raise CommandError(f"The server's batch is not one of OpenAI's: {found}") from error
 
 
-class Batches:
+class RemoteBatches:
     """The calls. What an earlier run of the same command has left on the server is found, not made again."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: HttpClient) -> None:
         self._client = client
-        self._batches: dict[str, Batch] = {}
+        self._batches: dict[str, RemoteBatch] = {}
         self._files: dict[str, str] = {}
 
     def look_around(self) -> None:
         """Find what there is.
 
         Raises:
-            EmbedError: the server has no batches API, or cannot be asked.
+            CommandError: the server has no batches API, or cannot be asked.
         """
         try:
             self._batches = self._find_batches()
             self._files = self._find_files()
         except NotThere as error:
-            raise EmbedError(
+            raise CommandError(
                 f"{self._client.base} has no batches API (GET /v1/batches was answered with 404): "
                 f"give the --url of a vecmill that has one."
             ) from error
 
-    def take(self, digest: str) -> Batch | None:
+    def take(self, digest: str) -> RemoteBatch | None:
         """The batch of these requests that was found, the first time it is asked for."""
         return self._batches.pop(digest, None)
 
-    def submit(self, file: RequestFile) -> Batch:
+    def submit(self, file: RequestFile) -> RemoteBatch:
         """Upload the requests, if they are not there, and have them worked through."""
         name = f"vecmill-embed-{file.digest}.jsonl"
         uploaded = self._files.pop(name, None) or self._once(
@@ -119,11 +128,11 @@ class Batches:
             lambda: self._find_batches().get(file.digest),
         )
 
-    def batch(self, batch_id: str) -> Batch:
+    def batch(self, batch_id: str) -> RemoteBatch:
         """How far it is.
 
         Raises:
-            EmbedError: it is gone, or the server is.
+            CommandError: it is gone, or the server is.
         """
         return batch_of(self._client.ask("GET", f"/v1/batches/{batch_id}"))
 
@@ -147,7 +156,7 @@ class Batches:
             )
         return str(found["id"])
 
-    def _create(self, file_id: str, digest: str) -> Batch:
+    def _create(self, file_id: str, digest: str) -> RemoteBatch:
         asked = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h"}
         return batch_of(self._client.ask_once("POST", "/v1/batches", json={**asked, "metadata": {DIGEST: digest}}))
 
@@ -162,9 +171,9 @@ class Batches:
                     return found
         return make()
 
-    def _find_batches(self) -> dict[str, Batch]:
+    def _find_batches(self) -> dict[str, RemoteBatch]:
         """Those of use that have a digest, by it; of several the newest."""
-        found: dict[str, Batch] = {}
+        found: dict[str, RemoteBatch] = {}
         for batch in map(batch_of, self._pages("/v1/batches")):
             if batch.digest is not None and batch.of_use:
                 found.setdefault(batch.digest, batch)
@@ -186,3 +195,66 @@ class Batches:
             if not page.get("has_more") or not entries:
                 return
             after = {"after": entries[-1]["id"]}
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why a text has no vector."""
+
+    status: int | None
+    """None: there was no answer."""
+    message: str
+
+    @property
+    def passing(self) -> bool:
+        """It is the server's trouble rather than the text's: worth another try."""
+        return self.status is None or self.status in (TIMEOUT, TOO_MANY) or self.status >= 500
+
+
+@dataclass(frozen=True, slots=True)
+class TextVector:
+    """A text's vector."""
+
+    values: bytes
+    """Little-endian float32."""
+    model: str
+    tokens: int
+    cached_tokens: int | None
+    """None: the server does not say."""
+
+
+def result_of(line: bytes) -> tuple[int, TextVector | Failure]:
+    """A text's index, and what became of it.
+
+    Raises:
+        CommandError: it is not a line of the API.
+    """
+    try:
+        found = orjson.loads(line)
+        return int(found["custom_id"]), _result(found)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, Base64Error) as error:
+        shown = line[:200].decode(errors="replace")
+        raise CommandError(f"A line of the results is not one of OpenAI's batches: {shown}") from error
+
+
+def _result(found: dict[str, Any]) -> TextVector | Failure:
+    response, error = found.get("response"), found.get("error")
+    if response is not None and response["status_code"] == OK:
+        return vector_of(response["body"])
+    if response is not None:
+        body = response.get("body") or {}
+        reason = body.get("error") or body.get("message") or body.get("detail") or body
+        message = reason.get("message", reason) if isinstance(reason, dict) else reason
+        return Failure(int(response["status_code"]), str(message))
+    error = error or {}
+    return Failure(None, str(error.get("message") or error.get("code") or "no answer"))
+
+
+def vector_of(body: dict[str, Any]) -> TextVector:
+    """The one vector of an answer to /v1/embeddings. KeyError, TypeError, ValueError: it is none."""
+    embedding = body["data"][0]["embedding"]
+    # Some servers take no notice of `encoding_format`.
+    values = b64decode(embedding) if isinstance(embedding, str) else np.asarray(embedding, "<f4").tobytes()
+    usage = body.get("usage") or {}
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
+    return TextVector(values, str(body.get("model")), int(usage.get("prompt_tokens") or 0), cached)

@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from vecmill.tools.embed.errors import EmbedError, UsageError
-from vecmill.tools.embed.options import ANSWER_S, BATCH_FILE_BYTES, PATIENCE_S, Options, Output, Server, Source
-from vecmill.tools.embed.progress import said
-from vecmill.tools.embed.run import run_embed
+from vecmill.tools.console import UsageError, print_error
+from vecmill.tools.embed.outputs import OutputFile
+from vecmill.tools.embed.requests import BATCH_FILE_BYTES
+from vecmill.tools.embed.rows import TextSource
+from vecmill.tools.embed.run import EmbedOptions, run_embed
+from vecmill.tools.http_client import ANSWER_S, PATIENCE_S, ServerAddress
 
 
 def embed(
@@ -75,16 +77,16 @@ def embed(
     130: interrupted.
     """
     try:
-        options = Options(
-            server=Server(url, api_key, timeout, patience),
-            source=Source(source, field, id_field, _patterns(glob), skip_bad),
-            output=Output(output, overwrite, text),
+        options = EmbedOptions(
+            server=ServerAddress(url, api_key, timeout, patience),
+            source=TextSource(source, field, id_field, _patterns(glob), skip_bad),
+            output=OutputFile(output, overwrite, text),
             fields=_fields(model, dimensions, "query" if query else None, input_type, prompt_name),
             batch_file_bytes=batch_file_bytes,
             keep=keep,
         )
-    except EmbedError as error:
-        said.print(f"vecmill: {error}", style="bold red")
+    except UsageError as error:
+        print_error(error)
         raise typer.Exit(error.exit_code) from None
     raise typer.Exit(run_embed(options))
 
@@ -97,7 +99,7 @@ def _fields(
     model: str | None, dimensions: int | None, query: str | None, input_type: str | None, prompt_name: str | None
 ) -> dict[str, Any]:
     """What every request carries beside its text."""
-    if sum(one is not None for one in (query, input_type, prompt_name)) > 1:
+    if sum(value is not None for value in (query, input_type, prompt_name)) > 1:
         raise UsageError("--query, --input-type and --prompt-name each say what the texts are: give one of them.")
     fields = {
         "model": model,

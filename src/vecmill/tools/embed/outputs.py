@@ -2,35 +2,141 @@
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import numpy as np
 import orjson
 
-from vecmill.tools.embed.errors import UsageError
-from vecmill.tools.embed.options import Format, Output
+from vecmill.tools.console import CommandError, UsageError
 from vecmill.tools.embed.parquet import ParquetWriter, require_pyarrow
 from vecmill.tools.embed.requests import Prepared
-from vecmill.tools.embed.vectors import Vectors
 
+FLOAT_BYTES = 4
 Failed = tuple[int, int | None, str]
 """Index, status and message of a text without a vector; in order of index wherever there are several."""
 
 
-def check(output: Output) -> None:
-    """Before any work.
+class Format(StrEnum):
+    """What is written, by the output's suffix."""
 
-    Raises:
-        UsageError: it cannot be written, or must not be.
+    PARQUET = ".parquet"
+    NPY = ".npy"
+    NPZ = ".npz"
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """What is written, and where."""
+
+    path: Path
+    overwrite: bool = False
+    with_text: bool = True
+
+    @property
+    def format(self) -> Format:
+        """By the suffix.
+
+        Raises:
+            UsageError: it is none of the three.
+        """
+        try:
+            return Format(self.path.suffix.lower())
+        except ValueError:
+            raise UsageError(f"{self.path}: the name must end in one of {', '.join(Format)}.") from None
+
+    @property
+    def errors_path(self) -> Path:
+        """Where the rows without a vector are listed."""
+        return self.path.with_name(f"{self.path.name}.errors.jsonl")
+
+    @property
+    def ids_path(self) -> Path:
+        """Where the ids of an .npy are, which has no place for them."""
+        return self.path.with_name(f"{self.path.name}.ids.txt")
+
+    def check(self) -> None:
+        """Before any work.
+
+        Raises:
+            UsageError: it cannot be written, or must not be.
+        """
+        if self.format is Format.PARQUET:
+            require_pyarrow()
+        if not self.path.parent.is_dir():
+            raise UsageError(f"{self.path}: there is no folder {self.path.parent}.")
+        if self.path.is_dir():
+            raise UsageError(f"{self.path} is a folder.")
+        if self.path.exists() and not self.overwrite:
+            raise UsageError(f"{self.path} is there already: give --overwrite or another name.")
+
+
+class Vectors:
+    """float32 of shape (texts, dimensions).
+
+    Written with the file's own calls: through a memory map a full disk would be a SIGBUS, not an error.
     """
-    output.check()
-    if output.format is Format.PARQUET:
-        require_pyarrow()
+
+    def __init__(self, path: Path, texts: int, dimensions: int) -> None:
+        self.path, self.dimensions = path, dimensions
+        self._size = FLOAT_BYTES * dimensions
+        self._there = bytearray(texts)
+        self._file = path.open("w+b", buffering=0)
+        header = {"descr": "<f4", "fortran_order": False, "shape": (texts, dimensions)}
+        np.lib.format.write_array_header_1_0(self._file, header)
+        self._start = self._file.tell()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def __contains__(self, index: int) -> bool:
+        return bool(self._there[index])
+
+    def put(self, index: int, values: bytes) -> None:
+        """A text's vector, as little-endian float32.
+
+        Raises:
+            CommandError: it has another size than the others, or there is no such text.
+        """
+        if len(values) != self._size or not 0 <= index < len(self._there):
+            raise CommandError(
+                f"The vector of text {index} has {len(values) // FLOAT_BYTES} values where {self.dimensions} were "
+                f"expected: was the server started with another model? Run the same command again."
+            )
+        self._write(index, values)
+        self._there[index] = 1
+
+    def fill(self) -> None:
+        """NaN for the texts without a vector."""
+        empty = np.full(self.dimensions, np.nan, "<f4").tobytes()
+        for index, there in enumerate(self._there):
+            if not there:
+                self._write(index, empty)
+
+    def in_order(self) -> Iterator[bytes | None]:
+        """Each text's vector; None where there is none."""
+        self._file.seek(self._start)
+        for there in self._there:
+            values = self._file.read(self._size)
+            yield values if there else None
+
+    def _write(self, index: int, values: bytes) -> None:
+        self._file.seek(self._start + index * self._size)
+        rest = memoryview(values)
+        while rest:  # without a buffer a write may stop short, as on a disk that is nearly full
+            rest = rest[self._file.write(rest) :]
 
 
-def check_ids(output: Output, prepared: Prepared) -> None:
+def check_ids(output: OutputFile, prepared: Prepared) -> None:
     """When the ids are known.
 
     Raises:
@@ -43,7 +149,7 @@ def check_ids(output: Output, prepared: Prepared) -> None:
         )
 
 
-def write(output: Output, folder: Path, prepared: Prepared, vectors: Vectors, model: str) -> None:
+def write(output: OutputFile, folder: Path, prepared: Prepared, vectors: Vectors, model: str) -> None:
     """Write it in the folder, then move it to where it belongs: half a file never has its name."""
     if output.format is Format.PARQUET:
         _write_parquet(folder, prepared, vectors, model, with_text=output.with_text).replace(output.path)
@@ -69,7 +175,7 @@ def _write_parquet(folder: Path, prepared: Prepared, vectors: Vectors, model: st
 
 
 def _write_npz(folder: Path, prepared: Prepared, vectors: Vectors) -> Path:
-    """As numpy.savez, whose arrays would have to be in memory."""
+    """Ids and vectors are mapped from files, so that neither has to be in memory."""
     path, ids = folder / "out.npz", folder / "ids.npy"
     dtype = np.dtype("<i8") if prepared.integer_ids else np.dtype(f"<U{prepared.longest_id}")
     with ids.open("wb") as file:
@@ -77,9 +183,7 @@ def _write_npz(folder: Path, prepared: Prepared, vectors: Vectors) -> Path:
         np.lib.format.write_array_header_1_0(file, header)
         for _, identity in prepared.rows():
             file.write(np.array(identity if prepared.integer_ids else str(identity), dtype).tobytes())
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.write(ids, "ids.npy")
-        archive.write(vectors.path, "embeddings.npy")
+    np.savez(path, ids=np.load(ids, mmap_mode="r"), embeddings=np.load(vectors.path, mmap_mode="r"))
     return path
 
 
@@ -96,7 +200,7 @@ def _write_ids(scratch: Path, path: Path, prepared: Prepared) -> None:
         scratch.replace(path)
 
 
-def write_errors(output: Output, scratch: Path, failures: Iterable[Failed], prepared: Prepared) -> None:
+def write_errors(output: OutputFile, scratch: Path, failures: Iterable[Failed], prepared: Prepared) -> None:
     """A line of JSON for each text without a vector: row, id, status, message. No file where there is none."""
     rows = enumerate(prepared.rows())
     failed = False

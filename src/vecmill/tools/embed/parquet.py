@@ -11,9 +11,8 @@ from typing import IO, Any, Self
 import numpy as np
 
 from vecmill import __version__
-from vecmill.tools.embed.errors import UsageError
-from vecmill.tools.embed.options import Source
-from vecmill.tools.embed.rows import Columns, Record, Table, id_field_of, text_field_of
+from vecmill.tools.console import UsageError
+from vecmill.tools.embed.rows import Columns, Record, Table, TextSource, id_field_of, text_field_of
 
 SUFFIX = ".parquet"
 ROWS_AT_A_TIME = 1024  # of an input; they are in memory at one time
@@ -36,7 +35,7 @@ def _arrow(module: str = "pyarrow") -> Any:
         raise UsageError("Parquet files need pyarrow: pip install 'vecmill[parquet]'.") from error
 
 
-def parquet_table(content: IO[bytes], source: Source) -> Table:
+def parquet_table(content: IO[bytes], source: TextSource) -> Table:
     """A row for each of the file's, of which only the columns that are used are read.
 
     Raises:

@@ -18,6 +18,7 @@ from vecmill.tools.embed.rows import Row
 
 ENDPOINT = "/v1/embeddings"
 MAX_REQUESTS = 50_000  # in a batch: the limit of OpenAI's own
+BATCH_FILE_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,28 +1,49 @@
-"""From what a reader finds to texts with ids."""
+"""The rows of an input, whatever its format: which field holds the text and which the id."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeGuard
 
-from vecmill.tools.embed.errors import UsageError
-from vecmill.tools.embed.options import Source
+from vecmill.tools.console import UsageError
 
 TEXT_FIELDS = ("text", "content", "input", "body", "document")
 ID_FIELD = "id"
+STDIN = Path("-")
 INT64 = range(-(2**63), 2**63)
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
+class TextSource:
+    """What is read, and what of it."""
+
+    path: Path
+    """`-`: JSONL on stdin."""
+    text_field: str | None = None
+    """None: guessed."""
+    id_field: str | None = None
+    """None: `id` where there is one, else the row's number."""
+    patterns: tuple[str, ...] = ()
+    """Of a folder's files; none: all."""
+    skip_bad: bool = False
+
+    @property
+    def name(self) -> str:
+        """As a person calls it."""
+        return "stdin" if self.path == STDIN else str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
     """A row that is no text, and why."""
 
     reason: str
 
 
-Record = Mapping[str, Any] | str | Bad
+Record = Mapping[str, Any] | str | BadRow
 """Columns by name, a bare text, or neither."""
 Columns = Mapping[str, bool]
 """The names of the columns, and whether each holds strings."""
@@ -50,7 +71,7 @@ class Table:
     """What the reader left out, by reason."""
 
 
-def text_field_of(columns: Columns, source: Source) -> str:
+def text_field_of(columns: Columns, source: TextSource) -> str:
     """The field that holds the texts: the one asked for, one of the usual names, or the only one with strings.
 
     Raises:
@@ -72,7 +93,7 @@ def text_field_of(columns: Columns, source: Source) -> str:
     return strings[0]
 
 
-def id_field_of(columns: Columns, source: Source) -> str | None:
+def id_field_of(columns: Columns, source: TextSource) -> str | None:
     """The field that holds the ids; None: they are the rows' numbers.
 
     Raises:
@@ -89,7 +110,7 @@ def id_field_of(columns: Columns, source: Source) -> str | None:
 class Rows:
     """The texts of a table, in order; what is skipped is counted in the table."""
 
-    def __init__(self, table: Table, source: Source) -> None:
+    def __init__(self, table: Table, source: TextSource) -> None:
         self._table, self._source = table, source
         self._fields: tuple[str, str | None] | None = None if table.columns is None else self._choose(table.columns)
 
@@ -108,22 +129,22 @@ class Rows:
                     f"Row {number} of {self._source.name} {found.reason}; --skip-bad leaves such rows out."
                 )
 
-    def _row(self, number: int, record: Record) -> Row | Bad:
-        if isinstance(record, Bad):
+    def _row(self, number: int, record: Record) -> Row | BadRow:
+        if isinstance(record, BadRow):
             return record
         if isinstance(record, str):
-            return Row(number, number, record) if record.strip() else Bad("is an empty text")
+            return Row(number, number, record) if record.strip() else BadRow("is an empty text")
         if self._fields is None:
             self._fields = self._choose({name: isinstance(value, str) for name, value in record.items()})
         text_field, id_field = self._fields
         text = record.get(text_field)
         if not isinstance(text, str):
-            return Bad(f"has no string in `{text_field}`")
+            return BadRow(f"has no string in `{text_field}`")
         if not text.strip():
-            return Bad(f"has an empty `{text_field}`")
+            return BadRow(f"has an empty `{text_field}`")
         found = number if id_field is None else record.get(id_field)
         if not _is_id(found):
-            return Bad(f"has neither a string nor an integer in `{id_field}`")
+            return BadRow(f"has neither a string nor an integer in `{id_field}`")
         return Row(number, found, text)
 
 

@@ -5,34 +5,45 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic, sleep
-from types import FrameType
+from types import FrameType, TracebackType
+from typing import Any, Self
 
-from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vecmill.tools.console import INTERRUPTED, CommandError, UsageError, messages, print_error, results
 from vecmill.tools.embed import inputs, outputs
-from vecmill.tools.embed.batches import Batches
-from vecmill.tools.embed.client import Client
-from vecmill.tools.embed.errors import EmbedError, UsageError
-from vecmill.tools.embed.options import Options
-from vecmill.tools.embed.progress import Show, said
-from vecmill.tools.embed.requests import ENDPOINT, Prepared, prepare
-from vecmill.tools.embed.results import Vector, vector_of
-from vecmill.tools.embed.rows import Table
-from vecmill.tools.embed.vectors import FLOAT_BYTES, Vectors
-from vecmill.tools.embed.work import SHOWN_REASONS, Totals, Work
+from vecmill.tools.embed.batches import RemoteBatches, TextVector, vector_of
+from vecmill.tools.embed.outputs import FLOAT_BYTES, OutputFile, Vectors
+from vecmill.tools.embed.requests import BATCH_FILE_BYTES, ENDPOINT, Prepared, prepare
+from vecmill.tools.embed.rows import Table, TextSource
+from vecmill.tools.embed.work import SHOWN_REASONS, PartWork, Totals
+from vecmill.tools.http_client import HttpClient, ServerAddress
 
 IN_PROGRESS = 4  # batches at a time; the server works through as many by default
 FIRST_POLL_S, LONGEST_POLL_S = 0.25, 5.0
 PROBE = "vecmill"
-INTERRUPTED = 130
-TERMINATED = 143
+TERMINATED = 143  # the exit code after SIGTERM
+SHOWN_EVERY = 1000  # texts while they are read: showing each would take longer than reading it
+LINE_EVERY = 10  # percent between lines where there is no terminal
 
-results = Console(soft_wrap=True, markup=False, highlight=False, emoji=False)
+
+@dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """An embedding run; see the help of `vecmill embed`."""
+
+    server: ServerAddress
+    source: TextSource
+    output: OutputFile
+    fields: dict[str, Any] = field(default_factory=dict)
+    """What every request carries beside its text."""
+    batch_file_bytes: int = BATCH_FILE_BYTES
+    keep: bool = False
+    """Leave the files on the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,26 +60,25 @@ class _Outcome:
     seconds: float
 
 
-def run_embed(options: Options) -> int:
-    """Do it and say so; the process's exit code."""
+def run_embed(options: EmbedOptions) -> int:
+    """Embed, and print a summary; the process's exit code."""
     try:
-        outputs.check(options.output)
-        with _ended_by_sigterm(), Show() as show, Client(options.server, show.waiting) as client:
+        options.output.check()
+        with _ended_by_sigterm(), RunProgress() as show, HttpClient(options.server, show.waiting) as client:
             outcome = _Run(options, show, client).run()
-    except EmbedError as error:
-        return _fail(str(error), error.exit_code)
+    except CommandError as error:
+        print_error(error)
+        return error.exit_code
     except OSError as error:
-        return _fail(f"{error.filename or options.output.path}: {error.strerror or error}.", EmbedError.exit_code)
+        print_error(f"{error.filename or options.output.path}: {error.strerror or error}.")
+        return CommandError.exit_code
     except KeyboardInterrupt:
-        said.print("vecmill: stopped; the server goes on with what it has, and the same command takes up its results.")
+        messages.print(
+            "vecmill: stopped; the server goes on with what it has, and the same command takes up its results."
+        )
         return INTERRUPTED
     _summarise(options, outcome)
     return 1 if outcome.totals.failed else 0
-
-
-def _fail(message: str, code: int) -> int:
-    said.print(f"vecmill: {message}", style="bold red")
-    return code
 
 
 @contextmanager
@@ -85,12 +95,76 @@ def _ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+class RunProgress:
+    """The progress on stderr: a bar on a terminal, lines elsewhere."""
+
+    def __init__(self) -> None:
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}", markup=False),
+            TimeRemainingColumn(),
+        )
+        self._bar = Progress(*columns, console=messages, transient=True, disable=not messages.is_terminal)
+        self._task = self._bar.add_task("reading", total=None, rate="")
+        self._doing, self._waiting = "reading", ""
+        self._began, self._at_start = monotonic(), 0
+        self._total, self._tenth = 0, -1
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def read(self, texts: int) -> None:
+        """So many texts of the input so far."""
+        if texts % SHOWN_EVERY == 0:
+            self._bar.update(self._task, completed=texts)
+
+    def begin(self, texts: int, answered: int) -> None:
+        """All are read, and an earlier run has dealt with some."""
+        self._began, self._at_start, self._total = monotonic(), answered, texts
+        self._bar.reset(self._task, total=texts, completed=answered)
+        if answered:
+            messages.print(f"found     {answered:,} of {texts:,} texts on the server, of an earlier run")
+
+    def answered(self, texts: int) -> None:
+        """So many have an answer."""
+        rate = (texts - self._at_start) / max(monotonic() - self._began, 1e-9)
+        self._bar.update(self._task, completed=texts, rate=f"{rate:,.0f} texts/s" if texts > self._at_start else "")
+        tenth = 100 * texts // max(self._total, 1) // LINE_EVERY
+        if not messages.is_terminal and tenth > self._tenth:
+            self._tenth = tenth
+            messages.print(f"embedded  {texts:,} of {self._total:,} texts, {rate:,.0f} texts/s")
+
+    def doing(self, what: str) -> None:
+        """What is being done, in one or two words."""
+        self._doing = what
+        self._describe()
+
+    def waiting(self, reason: str) -> None:
+        """Why the server is waited for; empty: it is not any more."""
+        if reason == self._waiting:
+            return
+        self._waiting = reason
+        self._describe()
+        messages.print(f"waiting   {reason}" if reason else "waiting   no longer: the server answers")
+
+    def _describe(self) -> None:
+        self._bar.update(self._task, description="waiting" if self._waiting else self._doing)
+
+
 class _Run:
     """The steps, in order."""
 
-    def __init__(self, options: Options, show: Show, client: Client) -> None:
+    def __init__(self, options: EmbedOptions, show: RunProgress, client: HttpClient) -> None:
         self._options, self._show, self._client = options, show, client
-        self._batches = Batches(client)
+        self._batches = RemoteBatches(client)
         self._totals = Totals()
 
     def run(self) -> _Outcome:
@@ -104,7 +178,7 @@ class _Run:
             outputs.check_ids(output, prepared)
             dimensions = len(probe.values) // FLOAT_BYTES
             with Vectors(folder / "embeddings.npy", prepared.texts, dimensions) as vectors:
-                works = [Work(part, self._batches, vectors, probe.model, self._totals) for part in prepared.parts]
+                works = [PartWork(part, self._batches, vectors, probe.model, self._totals) for part in prepared.parts]
                 began = monotonic()
                 found = self._work_off(works, prepared.texts)
                 seconds = monotonic() - began
@@ -116,14 +190,14 @@ class _Run:
             self._delete()
         return _Outcome(prepared, table, self._totals, probe.model, dimensions, prepared.texts - found, seconds)
 
-    def _probe(self) -> Vector:
+    def _probe(self) -> TextVector:
         """One text, so that wrong options are said at once, and model and dimensions are known."""
         body = {"input": PROBE, "encoding_format": "base64", **self._options.fields}
         answer = self._client.ask("POST", ENDPOINT, json=body)
         try:
             return vector_of(answer)
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-            raise EmbedError(f"{self._client.base}{ENDPOINT} does not answer as OpenAI's does.") from error
+            raise CommandError(f"{self._client.base}{ENDPOINT} does not answer as OpenAI's does.") from error
 
     def _prepare(self, folder: Path, model: str) -> tuple[Prepared, Table]:
         with inputs.opened(self._options.source) as (rows, table):
@@ -133,7 +207,7 @@ class _Run:
             raise UsageError(f"There are no texts in {self._options.source.name}.")
         return prepared, table
 
-    def _work_off(self, works: Sequence[Work], texts: int) -> int:
+    def _work_off(self, works: Sequence[PartWork], texts: int) -> int:
         """Until all have ended; how many texts an earlier run had dealt with."""
         for work in works:
             work.take_up()
@@ -152,7 +226,7 @@ class _Run:
             sleep(wait)
             wait = FIRST_POLL_S if still_open < open_before else min(1.5 * wait, LONGEST_POLL_S)
 
-    def _hand_in(self, works: Sequence[Work]) -> None:
+    def _hand_in(self, works: Sequence[PartWork]) -> None:
         """Keep as many batches going as the server works through at a time."""
         going = sum(work.running for work in works)
         for work in works:
@@ -170,22 +244,27 @@ class _Run:
         try:
             for file_id in sorted(self._totals.remote_files):
                 self._batches.delete(file_id)
-        except EmbedError as error:
-            said.print(f"vecmill: the batches' files are left on the server: {error}")
+        except CommandError as error:
+            messages.print(f"vecmill: the batches' files are left on the server: {error}")
 
 
-def _summarise(options: Options, outcome: _Outcome) -> None:
+def _summarise(options: EmbedOptions, outcome: _Outcome) -> None:
+    for line in _summary(options, outcome):
+        results.print(line, soft_wrap=True)
+
+
+def _summary(options: EmbedOptions, outcome: _Outcome) -> Iterator[str]:
     output, totals, texts = options.output, outcome.totals, outcome.prepared.texts
     vectors = texts - totals.failed
-    results.print(f"wrote     {output.path}: {vectors:,} vectors of {outcome.dimensions} values ({outcome.model})")
+    yield f"wrote     {output.path}: {vectors:,} vectors of {outcome.dimensions} values ({outcome.model})"
     rate = f", {outcome.computed / outcome.seconds:,.0f} texts/s" if outcome.computed and outcome.seconds else ""
-    found = f" ({texts - outcome.computed:,} found on the server)" if outcome.computed < texts else ""
-    results.print(f"texts     {texts:,} in {outcome.seconds:,.1f} s{rate}{found}")
+    earlier = f" ({texts - outcome.computed:,} found on the server)" if outcome.computed < texts else ""
+    yield f"texts     {texts:,} in {outcome.seconds:,.1f} s{rate}{earlier}"
     cached = f", {totals.cached_tokens:,} of them from the cache" if totals.cached_tokens else ""
-    results.print(f"tokens    {totals.tokens:,}{cached}")
+    yield f"tokens    {totals.tokens:,}{cached}"
     for reason, count in outcome.table.skipped.most_common(SHOWN_REASONS):
-        results.print(f"skipped   {count:,} x {reason}")
+        yield f"skipped   {count:,} x {reason}"
     if totals.failed:
-        results.print(f"failed    {totals.failed:,}, listed in {output.errors_path}")
+        yield f"failed    {totals.failed:,}, listed in {output.errors_path}"
         for reason in totals.reasons:
-            results.print(f"error     {reason}")
+            yield f"error     {reason}"

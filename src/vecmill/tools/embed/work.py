@@ -7,12 +7,11 @@ from dataclasses import dataclass, field
 
 import orjson
 
-from vecmill.tools.embed.batches import Batch, Batches
-from vecmill.tools.embed.errors import EmbedError, NotThere
-from vecmill.tools.embed.outputs import Failed
+from vecmill.tools.console import CommandError
+from vecmill.tools.embed.batches import Failure, RemoteBatch, RemoteBatches, TextVector, result_of
+from vecmill.tools.embed.outputs import Failed, Vectors
 from vecmill.tools.embed.requests import Part, RequestFile, select
-from vecmill.tools.embed.results import Failure, Vector, result_of
-from vecmill.tools.embed.vectors import Vectors
+from vecmill.tools.http_client import NotThere
 
 SHOWN_REASONS = 3
 
@@ -54,15 +53,15 @@ class _Results:
     failures: dict[int, Failure] = field(default_factory=dict)
 
 
-class Work:
+class PartWork:
     """Until each text of the part has its vector, or a reason why not."""
 
-    def __init__(self, part: Part, batches: Batches, vectors: Vectors, model: str, totals: Totals) -> None:
+    def __init__(self, part: Part, batches: RemoteBatches, vectors: Vectors, model: str, totals: Totals) -> None:
         self._part, self._batches, self._vectors, self._model = part, batches, vectors, model
         self._totals = totals
         self._file: RequestFile | None = part.file
         """What is handed in now; None: nothing is left to do."""
-        self._batch: Batch | None = None
+        self._batch: RemoteBatch | None = None
         self._failures: dict[int, Failure] = {}
         self._failures_path = part.file.path.with_suffix(".failures")
         self._rounds = 0
@@ -113,7 +112,7 @@ class Work:
         """See how far the batch is, and collect what has ended.
 
         Raises:
-            EmbedError: the server will not do it.
+            CommandError: the server will not do it.
         """
         if self._batch is None or self._file is None:
             return
@@ -121,15 +120,17 @@ class Work:
         if batch.running:
             return
         if batch.status == "cancelled":
-            raise EmbedError(f"{batch.id} was cancelled on the server. The same command goes on with what is missing.")
+            raise CommandError(
+                f"{batch.id} was cancelled on the server. The same command goes on with what is missing."
+            )
         if batch.status not in ("completed", "expired"):
-            raise EmbedError(
+            raise CommandError(
                 f"The server refused {batch.id} ({batch.status}): {batch.message or 'it does not say why'}."
             )
         self._collect(batch)
         self.take_up()
 
-    def _collect(self, batch: Batch) -> None:
+    def _collect(self, batch: RemoteBatch) -> None:
         """Take its results; what is missing is the next round's, unless this one has brought nothing."""
         assert self._file is not None
         before = self._missing()
@@ -179,16 +180,16 @@ class Work:
                 results.failures[index] = result
                 continue
             if result.model != self._model:
-                raise EmbedError(
+                raise CommandError(
                     f"Vectors come from {result.model} and from {self._model}: the server was started with another "
                     f"model meanwhile. Run the same command again."
                 )
             self._put(index, result, results)
         return results
 
-    def _put(self, index: int, vector: Vector, results: _Results) -> None:
+    def _put(self, index: int, vector: TextVector, results: _Results) -> None:
         if index not in self._part.indexes:
-            raise EmbedError(f"The server's results are for a text that was not sent: {index}.")
+            raise CommandError(f"The server's results are for a text that was not sent: {index}.")
         self._vectors.put(index, vector.values)
         results.tokens += vector.tokens
         if vector.cached_tokens is not None:
