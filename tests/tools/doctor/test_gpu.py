@@ -12,7 +12,7 @@ import pytest
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10, H100
 from tests.tools.doctor.command_line import check, checks, doctor
-from vecmill.tools.doctor.pci import nvidia_cards
+from vecmill.tools.doctor.context import nvidia_cards
 
 CPU_ONLY = {"version": "2.13.0+cpu", "cuda": None, "cuda_error": None}
 NO_DRIVER = {

@@ -17,19 +17,8 @@ from vecmill.engine.probes.results import (
     TorchBuild,
 )
 from vecmill.hardware.gpu import GpuReading
-from vecmill.tools.doctor.checks import (
-    allocation,
-    attention,
-    clock,
-    compile,
-    driver,
-    gpu,
-    matmul,
-    memory,
-    python,
-    torch,
-)
-from vecmill.tools.doctor.report import Finding, Status
+from vecmill.tools.doctor.checks import computing, gpu, installation, memory
+from vecmill.tools.doctor.findings import Finding, Status
 
 GB = 1 << 30
 ARM = ("sm_80", "sm_90", "sm_100", "sm_110", "sm_120")
@@ -43,7 +32,7 @@ LOAD = Load(5.0, 88.0)
 
 
 def judged(build: TorchBuild, device: str = "auto", *, has_gpu: bool = True) -> Finding:
-    return torch.judge(build, device, has_gpu=has_gpu)
+    return installation.judge_torch(build, device, has_gpu=has_gpu)
 
 
 def speed(tflops: float) -> MatmulSpeed:
@@ -54,49 +43,49 @@ def test_a_healthy_gb10() -> None:
     found = judged(SPARK)
     assert found.status is Status.OK
     assert "NVIDIA GB10 (compute capability 12.1, by the code for sm_120)" in found.seen
-    assert driver.judge("580.173.02", "13.0", "13.2").status is Status.OK
-    assert "torch's CUDA 13.2 runs on it" in driver.judge("580.173.02", "13.0", "13.2").seen
-    assert matmul.judge(speed(88.4), GB10.name).status is Status.OK
+    assert gpu.judge_driver("580.173.02", "13.0", "13.2").status is Status.OK
+    assert "torch's CUDA 13.2 runs on it" in gpu.judge_driver("580.173.02", "13.0", "13.2").seen
+    assert gpu.judge_matmul(speed(88.4), GB10.name).status is Status.OK
     rising = replace(HEALTHY, sm_clock_mhz=1100)
     idle = replace(HEALTHY, sm_clock_mhz=208, utilization_percent=0)
-    found = clock.judge([idle, rising, HEALTHY, HEALTHY, HEALTHY], LOAD)
+    found = gpu.judge_clock([idle, rising, HEALTHY, HEALTHY, HEALTHY], LOAD)
     assert (found.status, found.seen.startswith("1100 to 2190 MHz under load, 82.4 W, 71 °C")) == (Status.OK, True)
 
 
 def test_a_gb10_in_a_slow_power_state() -> None:
-    found = matmul.judge(speed(18.2), GB10.name)
+    found = gpu.judge_matmul(speed(18.2), GB10.name)
     assert (found.status, "18.2 TFLOPS" in found.seen) == (Status.FAIL, True)
     slow = replace(HEALTHY, sm_clock_mhz=612, power_watts=17.0)
-    found = clock.judge([slow] * 9, LOAD)
+    found = gpu.judge_clock([slow] * 9, LOAD)
     assert found.status is Status.FAIL
     assert "612 MHz under load, 17 W" in found.seen
     assert "unplug the supply from the wall and from the Spark for 60 seconds" in str(found.cure)
 
 
 def test_a_gb10_that_is_warm_is_a_warning() -> None:
-    assert matmul.judge(speed(55.0), GB10.name).status is Status.WARN
+    assert gpu.judge_matmul(speed(55.0), GB10.name).status is Status.WARN
 
 
 def test_a_gb10_with_cuda_12() -> None:
     found = judged(TorchBuild("2.12.0+cu128", "12.8", None, (*ARM, "compute_120"), (GB10,), None))
     assert (found.status, "with CUDA 12" in found.seen) == (Status.FAIL, True)
-    assert matmul.judge(speed(11.9), GB10.name).status is Status.FAIL
+    assert gpu.judge_matmul(speed(11.9), GB10.name).status is Status.FAIL
 
 
 def test_a_healthy_h100() -> None:
     build = TorchBuild("2.15.0+cu132", "13.2", None, ("sm_75", "sm_80", "sm_90"), (H100,), None)
     assert judged(build).status is Status.OK
-    found = matmul.judge(speed(640), H100.name)
+    found = gpu.judge_matmul(speed(640), H100.name)
     assert (found.status, "65% of its peak of 989" in found.seen) == (Status.OK, True)
     busy = GpuReading(name=H100.name, utilization_percent=99, sm_clock_mhz=1755, max_sm_clock_mhz=1980)
-    assert clock.judge([busy], LOAD).status is Status.OK
-    assert clock.judge([replace(busy, sm_clock_mhz=700)], LOAD).status is Status.FAIL
-    assert matmul.judge(speed(300), H100.name).status is Status.WARN
+    assert gpu.judge_clock([busy], LOAD).status is Status.OK
+    assert gpu.judge_clock([replace(busy, sm_clock_mhz=700)], LOAD).status is Status.FAIL
+    assert gpu.judge_matmul(speed(300), H100.name).status is Status.WARN
 
 
 def test_a_clock_that_nobody_can_read() -> None:
-    assert clock.judge([], LOAD).status is Status.WARN
-    assert clock.judge([replace(HEALTHY, utilization_percent=None)], LOAD).status is Status.WARN
+    assert gpu.judge_clock([], LOAD).status is Status.WARN
+    assert gpu.judge_clock([replace(HEALTHY, utilization_percent=None)], LOAD).status is Status.WARN
 
 
 @pytest.mark.parametrize(
@@ -151,14 +140,14 @@ def test_a_device_that_is_not_there(device: str, said: str) -> None:
     ],
 )
 def test_what_runs_on_what(capability: tuple[int, int], arch: str, runs: bool) -> None:
-    assert torch.covered(capability, (arch,)) is runs
+    assert installation.covered(capability, (arch,)) is runs
 
 
 def test_drivers() -> None:
-    assert driver.judge("570.10", "12.8", "13.0").status is Status.FAIL
-    assert driver.judge("550.10", "12.4", "12.8").status is Status.OK
-    assert driver.judge("470.10", "11.4", "12.8").status is Status.FAIL
-    assert driver.judge("580.10", "13.0", None).status is Status.OK
+    assert gpu.judge_driver("570.10", "12.8", "13.0").status is Status.FAIL
+    assert gpu.judge_driver("550.10", "12.4", "12.8").status is Status.OK
+    assert gpu.judge_driver("470.10", "11.4", "12.8").status is Status.FAIL
+    assert gpu.judge_driver("580.10", "13.0", None).status is Status.OK
 
 
 @pytest.mark.parametrize(
@@ -182,37 +171,37 @@ def test_drivers() -> None:
     ],
 )
 def test_peaks_go_by_the_whole_name(card: str, peak: int | None) -> None:
-    assert matmul.peak_of(card) == peak
+    assert gpu.peak_of(card) == peak
 
 
 def test_a_card_that_is_not_in_the_table_gets_no_verdict() -> None:
-    found = matmul.judge(speed(3), "NVIDIA T1000")
+    found = gpu.judge_matmul(speed(3), "NVIDIA T1000")
     assert (found.status, "what it should give is not known" in found.seen) == (Status.OK, True)
 
 
 def test_allocations() -> None:
     refused = Oversized(GB, int(1.1 * GB), "OutOfMemoryError", 0.01, True)
-    assert allocation.judge(refused).status is Status.OK
-    assert allocation.judge(replace(refused, seconds=9.0)).status is Status.WARN
-    assert allocation.judge(replace(refused, refused=None)).status is Status.FAIL
-    assert allocation.judge(replace(refused, works_after=False)).status is Status.FAIL
+    assert computing.judge_allocation(refused).status is Status.OK
+    assert computing.judge_allocation(replace(refused, seconds=9.0)).status is Status.WARN
+    assert computing.judge_allocation(replace(refused, refused=None)).status is Status.FAIL
+    assert computing.judge_allocation(replace(refused, works_after=False)).status is Status.FAIL
 
 
 def test_attention() -> None:
     varlen = AttentionComparison(True, "bfloat16", 72, 10_056, 0.0078, 0.0004, 0.004)
-    found = attention.judge(varlen, used=True)
+    found = computing.judge_attention(varlen, used=True)
     assert (found.status, "10.0 times as fast" in found.seen) == (Status.OK, True)
-    assert attention.judge(replace(varlen, largest_difference=0.7), used=True).status is Status.FAIL
-    assert attention.judge(replace(varlen, largest_difference=None), used=True).status is Status.FAIL
-    slow = attention.judge(replace(varlen, seconds=0.008), used=True)
+    assert computing.judge_attention(replace(varlen, largest_difference=0.7), used=True).status is Status.FAIL
+    assert computing.judge_attention(replace(varlen, largest_difference=None), used=True).status is Status.FAIL
+    slow = computing.judge_attention(replace(varlen, seconds=0.008), used=True)
     assert (slow.status, slow.cure) == (Status.WARN, "Set USE_FLASH_ATTN=false: it is faster here.")
-    assert attention.judge(replace(varlen, seconds=0.008), used=False).status is Status.OK
+    assert computing.judge_attention(replace(varlen, seconds=0.008), used=False).status is Status.OK
 
 
 def test_compiling() -> None:
-    assert compile.judge(CompileTry(2.0, 1e-6), "gcc").status is Status.OK
-    assert compile.judge(CompileTry(2.0, 0.5), "gcc").status is Status.FAIL
-    assert compile.judge(CompileTry(2.0, None), "gcc").status is Status.FAIL
+    assert computing.judge_compile(CompileTry(2.0, 1e-6), "gcc").status is Status.OK
+    assert computing.judge_compile(CompileTry(2.0, 0.5), "gcc").status is Status.FAIL
+    assert computing.judge_compile(CompileTry(2.0, None), "gcc").status is Status.FAIL
 
 
 def spark_room(available: float) -> memory.Room:
@@ -221,8 +210,8 @@ def spark_room(available: float) -> memory.Room:
 
 def test_two_models_of_4b_on_a_spark_beside_vllm() -> None:
     need = memory.Need({"embed": 8 * GB, "rerank": 8 * GB}, (), 4 * GB)
-    assert memory.judge(spark_room(60), need).status is Status.OK
-    found = memory.judge(spark_room(12), need)
+    assert memory.judge_memory(spark_room(60), need).status is Status.OK
+    found = memory.judge_memory(spark_room(12), need)
     assert found.status is Status.FAIL
     assert "the models need 20.0: 16.0 of weights and an allowance of 4.0" in found.seen
     assert "12.9 GB are missing" in str(found.cure)
@@ -242,13 +231,13 @@ def test_swap_on_unified_memory() -> None:
 
 
 def test_pythons() -> None:
-    assert python.judge((3, 12, 3), "aarch64", in_environment=True).status is Status.OK
-    assert python.judge((3, 10, 1), "aarch64", in_environment=True).status is Status.FAIL
-    assert python.judge((3, 12, 3), "armv7l", in_environment=True).status is Status.FAIL
-    assert python.judge((3, 16, 0), "x86_64", in_environment=False).status is Status.WARN
+    assert installation.judge_python((3, 12, 3), "aarch64", in_environment=True).status is Status.OK
+    assert installation.judge_python((3, 10, 1), "aarch64", in_environment=True).status is Status.FAIL
+    assert installation.judge_python((3, 12, 3), "armv7l", in_environment=True).status is Status.FAIL
+    assert installation.judge_python((3, 16, 0), "x86_64", in_environment=False).status is Status.WARN
 
 
 def test_a_card_that_says_nothing_of_its_memory() -> None:
     card = GpuReading(name="NVIDIA L4", not_available={"memory_total_mb": "no", "memory_free_mb": "no"})
-    assert gpu.judge(card).status is Status.WARN
-    assert gpu.judge(replace(card, name="NVIDIA GB10")).status is Status.OK
+    assert gpu.judge_gpu(card).status is Status.WARN
+    assert gpu.judge_gpu(replace(card, name="NVIDIA GB10")).status is Status.OK

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from tests.tools.doctor.command_line import check, checks
-from vecmill.tools.doctor import timely
-from vecmill.tools.doctor.checks import docker, tailscale
-from vecmill.tools.doctor.report import Status
+from vecmill.tools.doctor import context
+from vecmill.tools.doctor.checks import programs
+from vecmill.tools.doctor.findings import Status
 
 CONNECTED: dict[str, Any] = {
     "BackendState": "Running",
@@ -78,9 +78,9 @@ def test_tailscale_that_is_not_connected(path: Path, script: str, seen: str, cur
 
 
 def test_tailscale_without_https() -> None:
-    found = tailscale.judge({**CONNECTED, "CertDomains": None}, NODE, 8001)
+    found = programs.judge_tailscale({**CONNECTED, "CertDomains": None}, NODE, 8001)
     assert (found.status, "HTTPS is off" in found.seen) == (Status.WARN, True)
-    assert tailscale.judge(CONNECTED, NODE, 8001).status is Status.OK
+    assert programs.judge_tailscale(CONNECTED, NODE, 8001).status is Status.OK
 
 
 def test_docker(path: Path) -> None:
@@ -90,13 +90,13 @@ def test_docker(path: Path) -> None:
     put(path, "docker", """echo '{"ServerVersion": "", "ServerErrors": ["permission denied"]}'; exit 1""")
     away = check("docker")
     assert (away["status"], "permission denied" in away["seen"]) == ("warn", True)
-    assert docker.judge(info, has_gpu=True).status is Status.OK
-    without = docker.judge({**info, "Runtimes": {"runc": {}}}, has_gpu=True)
+    assert programs.judge_docker(info, has_gpu=True).status is Status.OK
+    without = programs.judge_docker({**info, "Runtimes": {"runc": {}}}, has_gpu=True)
     assert (without.status, "nvidia-ctk runtime configure" in str(without.cure)) == (Status.WARN, True)
 
 
 def test_a_program_that_does_not_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timely, "COMMAND_SECONDS", 0.2)
+    monkeypatch.setattr(context, "COMMAND_SECONDS", 0.2)
     put(path, "docker", "exec /bin/sleep 60")
     assert "did not answer within" in check("docker")["seen"]
 

@@ -14,7 +14,7 @@ import pytest
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10
 from tests.tools.doctor.command_line import Check, checks
-from vecmill.tools.doctor.checks import clock
+from vecmill.tools.doctor.checks import gpu
 from vecmill.tools.doctor.context import reading
 
 GB = 1 << 30
@@ -123,7 +123,7 @@ def test_one_without_what_layers_are_compiled_with(spark: Any, tmp_path: Path, m
 
 
 def test_a_driver_that_hangs_under_load(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clock, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(gpu, "LOOK_SECONDS", 0.1)
     looked: list[object] = []
 
     def hang(uuid: str | None) -> object:
@@ -131,7 +131,7 @@ def test_a_driver_that_hangs_under_load(spark: Any, tmp_path: Path, monkeypatch:
         (tmp_path / "recording.txt").write_text("hang\n")
         return reading(uuid)
 
-    monkeypatch.setattr("vecmill.tools.doctor.checks.clock.reading", hang)
+    monkeypatch.setattr("vecmill.tools.doctor.checks.gpu.reading", hang)
     found = spark(names=("clock",))["clock"]
     (tmp_path / "recording.txt").write_text(GB10.read_text())  # whoever still waits goes on
     assert (found["status"], len(looked)) == ("fail", 1)

@@ -18,7 +18,7 @@ from benchmarks.servers import free_port
 
 from tests.tools.doctor.command_line import COMMAND, check, doctor, doctor_process
 from vecmill import __version__
-from vecmill.tools.doctor.order import CHECKS
+from vecmill.tools.doctor.run import CHECKS
 
 SECRETS = {
     "HF_TOKEN": "hf_verysecrettoken",

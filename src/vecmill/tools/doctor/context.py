@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import subprocess
+import threading
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
+from typing import TypeVar
 
 from vecmill.config import Settings
+from vecmill.core.address import url_here
 from vecmill.core.errors import StartupError
 from vecmill.engine.probes.results import TorchBuild
 from vecmill.hardware.gpu import GpuReading, nvidia_gpu_present
@@ -14,21 +20,24 @@ from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
 from vecmill.hardware.meminfo import meminfo
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 from vecmill.models import hub
-from vecmill.tools.doctor.pci import nvidia_cards
 from vecmill.tools.doctor.probing import ProbeFailed, Prober
-from vecmill.tools.doctor.running import RunningServer, server_at
-from vecmill.tools.doctor.timely import within
+from vecmill.tools.http_client import get_here
 
+COMMAND_SECONDS = 5.0
+HEALTH_SECONDS = 1.0
 BUILD_SECONDS = 120.0  # importing torch from a cold disk takes its time
 NVML_SECONDS = 10.0
 TORCH_CHECKS = frozenset({"torch", "driver", "matmul", "clock", "allocation", "attention", "compile"})
+NVIDIA, DISPLAY = "0x10de", "0x03"  # a PCI device's vendor; the first byte of its class
+
+T = TypeVar("T")
 
 
 class NoTorch(Exception):
     """Torch cannot be imported here: what needs it is not measured."""
 
 
-class Context:
+class DoctorContext:
     """For one round."""
 
     def __init__(self, settings: Settings, prober: Prober, names: Collection[str]) -> None:
@@ -147,3 +156,105 @@ def _plan(name: str, hf_token: str | None, revision: str | None) -> hub.Plan | S
         return hub.plan(name, hf_token=hf_token, revision=revision)
     except StartupError as error:
         return error
+
+
+def within(seconds: float, function: Callable[[], T]) -> T | None:
+    """What the function gives; None where it takes longer, and is left behind in its thread.
+
+    Raises:
+        Exception: what the function raised.
+    """
+    results: list[T] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(function())
+        except Exception as error:  # raised again in the thread that asked
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if errors:
+        raise errors[0]
+    return results[0] if results else None
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A command that ended; with status None it did not, or could not be started."""
+
+    status: int | None
+    stdout: str
+    problem: str
+    """One line: why it is of no use, empty where it succeeded."""
+
+
+def ended(*command: str) -> Ended:
+    """Run a command for COMMAND_SECONDS at the most."""
+    try:
+        done = subprocess.run(  # noqa: S603  # found on the PATH, as from a shell
+            command, stdin=subprocess.DEVNULL, capture_output=True, timeout=COMMAND_SECONDS, errors="replace"
+        )
+    except subprocess.TimeoutExpired:
+        return Ended(None, "", f"`{_shown(command)}` did not answer within {COMMAND_SECONDS:.0f} s")
+    except OSError as error:
+        return Ended(None, "", f"`{_shown(command)}` cannot be run ({error.strerror})")
+    said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit status {done.returncode}"]
+    return Ended(done.returncode, done.stdout, said[0] if done.returncode else "")
+
+
+def _shown(command: Sequence[str]) -> str:
+    return " ".join(command)
+
+
+def nvidia_cards(root: Path = Path("/")) -> list[str]:
+    """Their bus addresses. `root` is the file system to look at."""
+    found = []
+    for device in sorted((root / "sys/bus/pci/devices").glob("*")):
+        try:
+            vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
+        except OSError:  # it has just been taken away
+            continue
+        if vendor == NVIDIA and kind.startswith(DISPLAY):
+            found.append(device.name)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class RunningServer:
+    """Something that speaks HTTP there. `version` and `status` are /health's; None where it is not vecmill."""
+
+    url: str
+    status_code: int
+    software: str | None
+    """Its `Server` header."""
+    version: str | None
+    status: str | None
+
+    @property
+    def is_vecmill(self) -> bool:
+        return self.version is not None
+
+
+def server_at(host: str, port: int) -> RunningServer | None:
+    """Ask /health; None where nothing answers in HTTP."""
+    if port == 0:
+        return None
+    url = url_here(host, port)
+    answer = get_here(f"{url}/health", HEALTH_SECONDS)
+    if answer is None:
+        return None
+    try:
+        health = answer.json() if "json" in answer.headers.get("content-type", "") else {}
+    except ValueError:  # it says JSON and is none: another server
+        health = {}
+    ours = isinstance(health, dict) and {"version", "status", "embedding_models"} <= health.keys()
+    return RunningServer(
+        url,
+        answer.status_code,
+        answer.headers.get("server"),
+        str(health["version"]) if ours else None,
+        str(health["status"]) if ours else None,
+    )

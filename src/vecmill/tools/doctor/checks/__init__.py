@@ -1,1 +1,1 @@
-"""One file for each check: a function from the round's context to a finding, and apart from it what it judges by."""
+"""The checks, by what they look at: each a function `check_*` of the round, and apart from it a pure `judge_*`."""

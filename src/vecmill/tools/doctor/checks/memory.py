@@ -8,10 +8,10 @@ from vecmill.core.errors import MemoryLow, StartupError
 from vecmill.engine.probes.results import ClaimedMemory
 from vecmill.hardware.meminfo import meminfo
 from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory, memory_floor
-from vecmill.tools.doctor.configured import bytes_per_parameter, configured
-from vecmill.tools.doctor.context import Context
+from vecmill.tools.doctor.checks.models import bytes_per_parameter, configured
+from vecmill.tools.doctor.context import DoctorContext
+from vecmill.tools.doctor.findings import Finding, fail, ok, together, warn
 from vecmill.tools.doctor.probing import ProbeFailed
-from vecmill.tools.doctor.report import Finding, fail, ok, together, warn
 
 HUB_SECONDS = 2.0  # a server that is to start waits for this
 PROBE_SECONDS = 30.0
@@ -46,17 +46,17 @@ class Need:
         return sum(self.weights.values()) + self.allowance if self.weights else 0
 
 
-def check(context: Context) -> Finding:
+def check_memory(context: DoctorContext) -> Finding:
     """Read the kernel's and the driver's account; ask CUDA only where torch is imported anyway."""
     room = _room(context)
-    parts = [_judge(context, room)]
+    parts = [_judge_room(context, room)]
     if context.uses_torch and room.of_gpu:
         parts.append(_claimed(context, room))
     parts.append(judge_swap(meminfo().get("SwapTotal", 0), unified=room.unified))
     return together(parts)
 
 
-def _room(context: Context) -> Room:
+def _room(context: DoctorContext) -> Room:
     machine, engine, gpu = host_memory(), context.settings.engine, context.gpu_memory
     of_gpu = context.wants_gpu and gpu.total_mb is not None and gpu.available_mb is not None
     total = (gpu.total_mb or 0 if of_gpu else machine.total_mb) * MEGABYTE
@@ -69,7 +69,7 @@ def _room(context: Context) -> Room:
     )
 
 
-def need_of(context: Context) -> Need:
+def need_of(context: DoctorContext) -> Need:
     """What the configured models take. The hub is asked for what is not cached, and not waited for."""
     width = bytes_per_parameter(context.settings.model.dtype)
     weights: dict[str, int] = {}
@@ -87,11 +87,11 @@ def need_of(context: Context) -> Need:
     return Need(weights, tuple(unknown), GPU_ALLOWANCE if context.wants_gpu else CPU_ALLOWANCE)
 
 
-def _judge(context: Context, room: Room) -> Finding:
+def _judge_room(context: DoctorContext, room: Room) -> Finding:
     if context.server is not None and context.server.is_vecmill:
-        return judge(room, Need({}, (), 0), running=context.server.url)
+        return judge_memory(room, Need({}, (), 0), running=context.server.url)
     need = need_of(context)
-    finding = judge(room, need)
+    finding = judge_memory(room, need)
     if finding.cure is None and not (room.of_gpu and not room.unified):
         try:
             MemoryGuard(context.settings.engine.memory_floor_gb, context.settings.engine.memory_fraction).check(
@@ -102,7 +102,7 @@ def _judge(context: Context, room: Room) -> Finding:
     return finding
 
 
-def judge(room: Room, need: Need, running: str | None = None) -> Finding:
+def judge_memory(room: Room, need: Need, running: str | None = None) -> Finding:
     """`running`: the server that has what it needs already."""
     owner = (
         "the GPU shares it with the machine" if room.unified else "the GPU's own" if room.of_gpu else "the machine's"
@@ -144,13 +144,13 @@ def judge(room: Room, need: Need, running: str | None = None) -> Finding:
     return ok(seen, **facts)
 
 
-def _claimed(context: Context, room: Room) -> Finding:
+def _claimed(context: DoctorContext, room: Room) -> Finding:
     if not context.device.startswith("cuda"):
         return ok("")
     try:
         claimed = context.prober.ask("memory", context.device, ClaimedMemory, PROBE_SECONDS)
     except ProbeFailed as error:
-        return warn(f"CUDA does not say what is free: {error}", "See the check torch.")
+        return warn(f"CUDA does not say what is free: {error}", "See the check_memory torch.")
     return judge_claim(claimed, room.available)
 
 

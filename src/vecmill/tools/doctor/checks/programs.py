@@ -1,6 +1,7 @@
-"""Tailscale, where it is installed.
+"""Other programs, where they are installed: Tailscale and Docker.
 
-Source: https://tailscale.com/docs/reference/tailscale-cli (`status --json`, `serve status --json`).
+Sources: https://tailscale.com/docs/reference/tailscale-cli (`status --json`, `serve status --json`);
+https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install-guide.html
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
-from vecmill.tools.doctor.context import Context
-from vecmill.tools.doctor.report import Finding, ok, warn
-from vecmill.tools.doctor.timely import ended
+from vecmill.tools.doctor.context import DoctorContext, ended
+from vecmill.tools.doctor.findings import Finding, ok, warn
 
 
-def check(context: Context) -> Finding:
+def check_tailscale(context: DoctorContext) -> Finding:
     """Ask the daemon."""
     if shutil.which("tailscale") is None:
         return ok("not installed, and not needed")
@@ -26,10 +26,10 @@ def check(context: Context) -> Finding:
     if status.get("BackendState") != "Running":
         return warn(f"installed, and not connected ({status.get('BackendState')})", "sudo tailscale up")
     serving = _parsed(ended("tailscale", "serve", "status", "--json").stdout)
-    return judge(status, serving, context.settings.http.port)
+    return judge_tailscale(status, serving, context.settings.http.port)
 
 
-def judge(status: dict[str, Any], serving: dict[str, Any], port: int) -> Finding:
+def judge_tailscale(status: dict[str, Any], serving: dict[str, Any], port: int) -> Finding:
     """By what `tailscale status --json` and `tailscale serve status --json` say."""
     name = str((status.get("Self") or {}).get("DNSName") or "").rstrip(".")
     here = sorted({host for host, target in proxies(serving) if target.rstrip("/").endswith(f":{port}")})
@@ -68,3 +68,35 @@ def _parsed(text: str) -> dict[str, Any]:
     except ValueError:
         return {}
     return said if isinstance(said, dict) else {}
+
+
+START = "If containers are to be used: sudo systemctl start docker, and sudo usermod -aG docker $USER"
+RUNTIME = "sudo nvidia-ctk runtime configure --runtime=docker && sudo systemctl restart docker"
+
+
+def check_docker(context: DoctorContext) -> Finding:
+    """Ask the engine."""
+    if shutil.which("docker") is None:
+        return ok("not installed, and not needed")
+    said = ended("docker", "info", "--format", "{{json .}}")
+    try:
+        info = json.loads(said.stdout)
+    except ValueError:
+        info = {}
+    if not isinstance(info, dict) or not info.get("ServerVersion"):
+        errors = (info.get("ServerErrors") or [said.problem]) if isinstance(info, dict) else [said.problem]
+        return warn(f"installed, and its engine does not answer: {str(errors[0]).splitlines()[0]}", START)
+    return judge_docker(info, has_gpu=context.has_gpu)
+
+
+def judge_docker(info: dict[str, Any], *, has_gpu: bool) -> Finding:
+    """By what `docker info` says."""
+    seen = f"engine {info['ServerVersion']} answers"
+    if not has_gpu:
+        return ok(seen, version=info["ServerVersion"])
+    nvidia = "nvidia" in (info.get("Runtimes") or {}) or any(
+        str(device.get("ID", "")).startswith("nvidia.com/gpu") for device in info.get("DiscoveredDevices") or ()
+    )
+    if nvidia:
+        return ok(f"{seen}, with NVIDIA's runtime", version=info["ServerVersion"])
+    return warn(f"{seen}, without NVIDIA's runtime: containers see no GPU", RUNTIME, version=info["ServerVersion"])

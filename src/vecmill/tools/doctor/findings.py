@@ -1,10 +1,13 @@
-"""What a check found."""
+"""What a check found, and the commands that cures are made of."""
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from importlib.machinery import PathFinder
 
 
 class Status(StrEnum):
@@ -29,7 +32,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class CheckResult:
     """A check's finding, and how long it took."""
 
     name: str
@@ -64,7 +67,7 @@ def together(findings: Iterable[Finding]) -> Finding:
     return Finding(worst, "\n".join(one.seen for one in found if one.seen), "\n".join(cures) or None, details)
 
 
-def summary(results: Iterable[Result]) -> str:
+def summary(results: Iterable[CheckResult]) -> str:
     """`13 ok, 1 warning, 0 failed`"""
     statuses = [result.finding.status for result in results]
     warnings = statuses.count(Status.WARN)
@@ -72,3 +75,14 @@ def summary(results: Iterable[Result]) -> str:
         f"{statuses.count(Status.OK)} ok, {warnings} warning{'' if warnings == 1 else 's'}, "
         f"{statuses.count(Status.FAIL)} failed"
     )
+
+
+def install(*arguments: str) -> str:
+    """For the installer that this Python has; environments that uv makes have no pip."""
+    # Not find_spec: setuptools watches for a search for pip, and then takes its replacement of distutils away.
+    if PathFinder.find_spec("pip") is None:
+        words = ["uv", "pip", "install", "--python", sys.executable]
+        arguments = tuple("--reinstall" if argument == "--force-reinstall" else argument for argument in arguments)
+    else:
+        words = [sys.executable, "-m", "pip", "install"]
+    return shlex.join([*words, *arguments])

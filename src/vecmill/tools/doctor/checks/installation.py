@@ -1,39 +1,69 @@
-"""Whether torch was built for what is here.
+"""Whether Python and torch are right for what is here.
 
-Source of the rules: machine code for compute capability 12.0 runs on 12.1 (https://github.com/pytorch/pytorch/pull/166185),
-PyPI's wheels for Arm have CUDA from torch 2.11 on, and CUDA 12 reaches an eighth of a GB10's speed.
+Source of the rules on torch: machine code for compute capability 12.0 runs on 12.1
+(https://github.com/pytorch/pytorch/pull/166185), PyPI's wheels for Arm have CUDA from torch 2.11 on, and CUDA 12
+reaches an eighth of a GB10's speed.
 """
 
 from __future__ import annotations
 
+import platform
 import re
+import sys
 
 from vecmill.engine.probes.results import GpuSeen, TorchBuild
-from vecmill.tools.doctor.context import Context
-from vecmill.tools.doctor.installing import install
+from vecmill.tools.doctor.context import DoctorContext
+from vecmill.tools.doctor.findings import Finding, fail, install, ok, warn
 from vecmill.tools.doctor.probing import ProbeFailed
-from vecmill.tools.doctor.report import Finding, fail, ok
 
-OLDEST = (2, 11)
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)  # that torch has wheels for
+MACHINES = ("x86_64", "aarch64", "arm64", "amd64")
+
+
+def check_python(context: DoctorContext) -> Finding:
+    """The Python that runs this."""
+    return judge_python(sys.version_info[:3], platform.machine(), in_environment=sys.prefix != sys.base_prefix)
+
+
+def judge_python(version: tuple[int, ...], machine: str, *, in_environment: bool) -> Finding:
+    """By version, architecture and whether it is a virtual environment's."""
+    shown = ".".join(map(str, version))
+    where = f"in the virtual environment {sys.prefix}" if in_environment else f"the machine's own, {sys.executable}"
+    seen = f"Python {shown} on {machine}, {where}"
+    facts = {"version": shown, "machine": machine, "virtual_environment": in_environment}
+    if version < OLDEST_PYTHON:
+        return fail(seen, "vecmill needs Python 3.11 or newer: python3.12 -m venv .venv", **facts)
+    if machine.lower() not in MACHINES:
+        return fail(f"{seen}; torch has no wheels for it", "A 64-bit Arm or x86 system is needed.", **facts)
+    if version[:2] > NEWEST_PYTHON:
+        return warn(
+            f"{seen}; newer than what vecmill is tried with",
+            "If a package cannot be installed: python3.12 -m venv .venv",
+            **facts,
+        )
+    return ok(seen, **facts)
+
+
+OLDEST_TORCH = (2, 11)
 GB10 = (12, 1)
 INSTALL = install("--force-reinstall", "torch>=2.11")
 ON_THE_CPU = "or set DEVICE=cpu to serve from the CPU"
 
 
-def check(context: Context) -> Finding:
+def check_torch(context: DoctorContext) -> Finding:
     """The torch that the server would import."""
     build = context.torch_build
     if isinstance(build, ProbeFailed):
         return fail(f"torch cannot be imported: {build}", INSTALL)
-    return judge(build, context.settings.engine.device, has_gpu=context.has_gpu)
+    return judge_torch(build, context.settings.engine.device, has_gpu=context.has_gpu)
 
 
-def judge(build: TorchBuild, device: str, *, has_gpu: bool) -> Finding:
+def judge_torch(build: TorchBuild, device: str, *, has_gpu: bool) -> Finding:
     """`device`: DEVICE; `has_gpu`: the NVIDIA driver has one."""
     facts: dict[str, object] = {"version": build.version, "cuda": build.cuda, "arch_list": build.arch_list}
     made_for = f"CUDA {build.cuda}" if build.cuda else f"ROCm {build.hip}" if build.hip else "a CPU-only build"
     seen = f"torch {build.version}, {made_for}"
-    if _numbers(build.version) < OLDEST:
+    if _numbers(build.version) < OLDEST_TORCH:
         return fail(f"{seen}; 2.11 or newer is needed", INSTALL, **facts)
     if (missing := _missing(build, device, has_gpu=has_gpu)) is not None:
         return fail(f"{seen}; {missing}", "Set DEVICE=auto.", **facts)
@@ -46,7 +76,7 @@ def judge(build: TorchBuild, device: str, *, has_gpu: bool) -> Finding:
     if not build.gpus:
         return fail(
             f"{seen}, cannot use the GPU: {build.cuda_error}",
-            f"nvidia-smi (see the check driver), {ON_THE_CPU}",
+            f"nvidia-smi (see the check_torch driver), {ON_THE_CPU}",
             **facts,
         )
     return _judge_cards(build, seen, facts)
