@@ -1,9 +1,6 @@
 """The example must work as its docstring says, from the command line against a real server."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +8,11 @@ import httpx
 import pytest
 from benchmarks.servers import RunningServer, free_port
 
+from tests.examples.command_line import run_example, start_example
 from tests.faults.service import Service, service, until
 from tests.tiny_checkpoints import tiny_bert
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "codebase_search.py"
+EXAMPLE = "codebase_search.py"
 FILES = {
     "billing/tax.py": '''
 class TaxTable:
@@ -45,19 +43,6 @@ async def resize_image(image, width):
 CHUNKS = 3000
 
 
-def start_example(*arguments: str) -> "subprocess.Popen[str]":
-    # A wide terminal, or rich would cut the lines that the tests look at.
-    environment = os.environ | {"COLUMNS": "160", "PYTHONWARNINGS": "error"}
-    command = [sys.executable, str(EXAMPLE), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-
-
-def run_example(*arguments: str) -> subprocess.CompletedProcess[str]:
-    with start_example(*arguments) as process:
-        out, err = process.communicate(timeout=100)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-
 def test_finds_code_by_its_meaning_and_closes_its_job(server: RunningServer, tmp_path: Path) -> None:
     folder = tmp_path / "shop"
     for name, source in FILES.items():
@@ -65,6 +50,7 @@ def test_finds_code_by_its_meaning_and_closes_its_job(server: RunningServer, tmp
         (folder / name).write_text(source)
 
     ran = run_example(
+        EXAMPLE,
         str(folder),
         "--url",
         server.url,
@@ -90,7 +76,7 @@ def test_finds_code_by_its_meaning_and_closes_its_job(server: RunningServer, tmp
 def test_says_in_one_sentence_that_no_server_answers() -> None:
     nowhere = f"http://127.0.0.1:{free_port()}"
 
-    ran = run_example("--url", nowhere)
+    ran = run_example(EXAMPLE, "--url", nowhere)
 
     assert ran.returncode == 1
     assert ran.stdout == ""
@@ -108,7 +94,7 @@ def test_a_server_killed_half_way_computes_nothing_twice(tmp_path: Path, minilm_
     with service(model, state, log, {"CACHE_MAX_BYTES": "100000000"}) as server:
         server.start()
         arguments = (str(folder), "--url", server.url, "--query", "add seven", "--top", "1")
-        with start_example(*arguments) as first:
+        with start_example(EXAMPLE, *arguments) as first:
             until(lambda: progress(server) > CHUNKS // 2)
             server.kill()
             _, said = first.communicate(timeout=100)
@@ -117,7 +103,7 @@ def test_a_server_killed_half_way_computes_nothing_twice(tmp_path: Path, minilm_
         kept = until(lambda: server.get("/cache")["entries"])
         assert kept > CHUNKS // 4
 
-        ran = run_example(*arguments)
+        ran = run_example(EXAMPLE, *arguments)
 
         assert ran.returncode == 0, ran.stderr
         found = re.search(rf"([0-9,]+) of {CHUNKS:,} chunks were in the server's cache already", ran.stdout)

@@ -61,15 +61,17 @@ def test_table_and_plot_for_a_time(server: RunningServer, tmp_path: Path) -> Non
     rows = [line.split() for line in result.stdout.splitlines() if re.match(r" +[12] +\d+ ", line)]
     assert [row[0] for row in rows] == ["1", "2"]
     assert all(len(row) == 9 for row in rows)
-    assert "> (texts/s)" in result.stdout
-    assert "p99 at each number of connections" in result.stdout
+    bars = result.stdout[result.stdout.index("texts/s, 0 to ") :].splitlines()
+    assert "p50 to p99, 0 to " in bars[0]
+    assert [line.split()[0] for line in bars[1:3]] == ["1", "2"]
+    assert all("█" in line for line in bars[1:3])
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_one_level_has_no_plot(server: RunningServer) -> None:
     result = bench(server.url, *SMALL, "--texts", 4, "--connections", 1)
     assert result.exit_code == 0, result.output
-    assert "(texts/s)" not in result.stdout
+    assert "p50 to p99" not in result.stdout
 
 
 def test_a_folder_is_the_workload(server: RunningServer, tmp_path: Path) -> None:
