@@ -61,28 +61,28 @@ def _pull(model: str, revision: str | None, hf_token: str | None, *, convert_pic
         )
     if model.count("/") != 1:
         raise StartupError(f"{model}: not a hub id, which would be `owner/name`.")
-    found = plan(model, hf_token=hf_token, revision=revision, pickles=convert_pickle)
-    _describe(found)
-    require_space(found, beside=0 if found.readable else found.weights_size)
-    with _interruptible() as stopped, _progress(found) as show:
+    fetch_plan = plan(model, hf_token=hf_token, revision=revision, pickles=convert_pickle)
+    _describe(fetch_plan)
+    require_space(fetch_plan, beside=0 if fetch_plan.readable else fetch_plan.weights_size)
+    with _interruptible() as stopped, _progress(fetch_plan) as show:
 
         def report(fetched: int, complete: int) -> None:
             if stopped.is_set():
                 raise KeyboardInterrupt
             show(fetched, complete)
 
-        folder = fetch(found, hf_token=hf_token, revision=revision, report=report)
-    if found.missing:
+        folder = fetch(fetch_plan, hf_token=hf_token, revision=revision, report=report)
+    if fetch_plan.missing:
         messages.print("checked   every file has the size that the hub says")
     else:
         messages.print("checked   everything is there already, with the right sizes; nothing was fetched")
-    if not found.readable:
-        folder = _converted(model, folder, converted(model, found.commit))
+    if not fetch_plan.readable:
+        folder = _converted(model, folder, converted(model, fetch_plan.commit))
     elif convert_pickle:
         messages.print("convert   nothing: the model has safetensors")
     results.print(f"folder    {folder}", soft_wrap=True)
-    results.print(f"revision  {found.commit}", soft_wrap=True)
-    pinned = f" --revision {model}={found.commit}" if revision else ""
+    results.print(f"revision  {fetch_plan.commit}", soft_wrap=True)
+    pinned = f" --revision {model}={fetch_plan.commit}" if revision else ""
     results.print(f"serve     vecmill serve {_flag(model, folder)} {model}{pinned}", soft_wrap=True)
 
 
@@ -104,7 +104,7 @@ def _converted(named: str, folder: Path, target: Path) -> Path:
 
 
 def _flag(model: str, folder: Path) -> str:
-    """The flag of `vecmill serve` that takes the model."""
+    """The flag of `vecmill serve` that takes the model: --embed-model or --rerank-model."""
     for task in Task:
         with suppress(StartupError):
             check_form(checkpoint := read(Source(model, folder, task)))
@@ -112,19 +112,19 @@ def _flag(model: str, folder: Path) -> str:
     return "--embed-model"
 
 
-def _describe(found: Plan) -> None:
-    messages.print(f"model     {found.name} at {found.commit}")
-    messages.print(f"licence   {found.licence}")
-    if found.non_commercial:
+def _describe(fetch_plan: Plan) -> None:
+    messages.print(f"model     {fetch_plan.name} at {fetch_plan.commit}")
+    messages.print(f"licence   {fetch_plan.licence}")
+    if fetch_plan.non_commercial:
         messages.print("warning   non-commercial use only: the licence forbids commercial use.", style="bold yellow")
-    to_fetch = f"{decimal(found.missing_size)} in {_files(len(found.missing))} to fetch"
-    messages.print(f"size      {decimal(found.size)} in {_files(len(found.sizes))}; {to_fetch}")
-    if found.parameters is not None:
-        reason = f"{found.parameters:,} parameters of 2 bytes"
+    to_fetch = f"{decimal(fetch_plan.missing_size)} in {_files(len(fetch_plan.missing))} to fetch"
+    messages.print(f"size      {decimal(fetch_plan.size)} in {_files(len(fetch_plan.sizes))}; {to_fetch}")
+    if fetch_plan.parameters is not None:
+        reason = f"{fetch_plan.parameters:,} parameters of 2 bytes"
     else:
         reason = "the weight files' size; half of it where they hold float32"
     messages.print(
-        f"memory    about {decimal(found.memory)} for the weights in bfloat16 (an estimate: {reason}), "
+        f"memory    about {decimal(fetch_plan.memory)} for the weights in bfloat16 (an estimate: {reason}), "
         f"and room for the batches besides"
     )
 
@@ -156,33 +156,33 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _progress(found: Plan) -> Iterator[Report]:
-    """A bar on a terminal, else a line at every tenth."""
-    if not found.missing:
+def _progress(fetch_plan: Plan) -> Iterator[Report]:
+    """Show progress: a bar on a terminal, else a line at every tenth."""
+    if not fetch_plan.missing:
         yield lambda fetched, complete: None
     elif not messages.is_terminal:
-        yield _lines(found)
+        yield _lines(fetch_plan)
     else:
         columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         with Progress(TextColumn("{task.description}"), *columns, console=messages) as progress:
-            task = progress.add_task("starting", total=found.missing_size)
+            task = progress.add_task("starting", total=fetch_plan.missing_size)
             yield lambda fetched, complete: progress.update(
-                task, completed=fetched, description=f"{complete} of {_files(len(found.sizes))}"
+                task, completed=fetched, description=f"{complete} of {_files(len(fetch_plan.sizes))}"
             )
 
 
-def _lines(found: Plan) -> Report:
+def _lines(fetch_plan: Plan) -> Report:
     shown = -1
 
     def report(fetched: int, complete: int) -> None:
         nonlocal shown
-        tenth = 100 * fetched // max(found.missing_size, 1) // LINE_EVERY
-        last = complete == len(found.sizes)
+        tenth = 100 * fetched // max(fetch_plan.missing_size, 1) // LINE_EVERY
+        last = complete == len(fetch_plan.sizes)
         if tenth > shown or last:
             shown = tenth
             messages.print(
-                f"fetched   {decimal(fetched)} of {decimal(found.missing_size)}, "
-                f"{complete} of {_files(len(found.sizes))} complete"
+                f"fetched   {decimal(fetched)} of {decimal(fetch_plan.missing_size)}, "
+                f"{complete} of {_files(len(fetch_plan.sizes))} complete"
             )
 
     return report

@@ -57,7 +57,7 @@ class Number:
 
     @property
     def digits(self) -> int:
-        """Decimals that show the tolerance."""
+        """How many decimals show the tolerance."""
         return max(FEWEST_DIGITS, 1 - math.floor(math.log10(self.tolerance)))
 
 
@@ -68,7 +68,7 @@ class Verified:
     example: Example
     card: ModelCard
     numbers: list[list[Number]]
-    """By check."""
+    """The numbers of each check."""
 
 
 def run_verify(
@@ -97,19 +97,19 @@ def run_verify(
 
 
 def _choose(model: str, named: str | None, rerank: bool) -> Example | None:
-    """The example by its own or by the model's name; None: `auto`, of which loading says what it is.
+    """The example by its own or by the model's name; None for `auto`, whose model is known only when loaded.
 
     Raises:
         StartupError: there is none, or it is not a reranker's and --rerank is given.
     """
     if named is None and model == AUTO:
         return None
-    found = find_example([named] if named is not None else names_of(model))
-    if found is None:
+    chosen = find_example([named] if named is not None else names_of(model))
+    if chosen is None:
         raise _no_example(model if named is None else f"--example {named}")
-    if rerank and found.task is not Task.RERANK:
-        raise StartupError(f"{found.model} is an embedding model: leave --rerank out, or name a reranker's --example.")
-    return found
+    if rerank and chosen.task is not Task.RERANK:
+        raise StartupError(f"{chosen.model} is an embedding model: leave --rerank out, or name a reranker's --example.")
+    return chosen
 
 
 def _no_example(name: str) -> StartupError:
@@ -201,7 +201,7 @@ async def _embed(inference: Inference, texts: tuple[str, ...], prompt: PromptCho
 
 
 def _cosine(one: Vector, two: Vector) -> float:
-    """Of vectors; not a number where another model's have another size."""
+    """The cosine of two vectors; NaN where their sizes differ."""
     return float(cosines(one[None], two[None])[0]) if one.shape == two.shape else math.nan
 
 

@@ -67,12 +67,12 @@ class BulkLoad:
     connections: int
     outcomes: Outcomes
     texts: int
-    """Answered."""
+    """Texts that were answered."""
     seconds: float
     """From the first request to the last answer: the rates are over these."""
     texts_per_second: float
     megabytes_per_second: float
-    """Of UTF-8 text, in units of a million bytes."""
+    """Million bytes of UTF-8 text per second."""
     tokens_per_second: float | None
     """None: the server does not say how many tokens it computed."""
     client_cpu: float
@@ -107,16 +107,16 @@ class Bulk:
     def __init__(
         self, client: TargetClient, payloads: Iterable[Payload], advance: Advance = lambda texts: None
     ) -> None:
-        """It ends with the payloads, which may be endless, or with the time given to `run`."""
+        """`payloads` may be endless: `run` then needs a time."""
         self._client = client
         self._payloads: Iterator[Payload] = iter(payloads)
         self._advance = advance
         self._done: list[tuple[Payload, Answer, int | None]] = []
-        """With the tokens that the server says it computed."""
+        """Request, answer, and the tokens that the server says it computed."""
         self._failures_in_a_row = 0
 
     async def run(self, connections: int, seconds: float | None = None) -> BulkLoad:
-        """Send until the payloads end or, after so many seconds, no new ones are to be sent."""
+        """Send until the payloads end or `seconds` have passed; requests in progress are waited for."""
         began, cpu = perf_counter(), process_time()
         deadline = None if seconds is None else began + seconds
         await asyncio.gather(*(self._connection(deadline) for _ in range(connections)))

@@ -28,7 +28,7 @@ INCHES = (8, 5)
 
 
 def show_sweep(sweep: Sweep) -> None:
-    """A row for each level; below it, of several levels, bars."""
+    """Print a row for each level, and bars below them where there are several levels."""
     table = _table(["conns", "requests", "texts/s", "MB/s", "tokens/s", *LATENCIES])
     for load in sweep.levels:
         requests = f"{load.outcomes.requests:,}"
@@ -41,7 +41,7 @@ def show_sweep(sweep: Sweep) -> None:
 
 
 def show_mixed(mixed: MixedResult) -> None:
-    """The person's latency and the bulk's throughput, each alone and beside the other."""
+    """Print the person's latency and the bulk's throughput, each alone and beside the other."""
     person = _table(["requests", *LATENCIES], first="person")
     for name, outcomes in (("alone", mixed.person_alone), ("beside bulk", mixed.person_beside_bulk)):
         person.add_row(name, f"{outcomes.requests:,}", *_latency(outcomes))
@@ -57,7 +57,7 @@ def show_mixed(mixed: MixedResult) -> None:
 
 
 def show_remarks(outcomes_by_name: Mapping[str, Outcomes], loads: Sequence[BulkLoad]) -> None:
-    """What went wrong where, and whether the load generator was what was measured."""
+    """Print waits and errors, and a warning where the load generator was the bottleneck."""
     named = outcomes_by_name.items()
     first_errors = dict.fromkeys(outcomes.first_error for _, outcomes in named if outcomes.first_error)
     remarks = [
@@ -120,7 +120,7 @@ class _Point:
 
 
 def _points(loads: Sequence[BulkLoad]) -> list[_Point]:
-    """Of the loads with answers, in order of connections."""
+    """The loads that have answers, in order of connections."""
     return [
         _Point(load.connections, load.texts_per_second, latency.p50, latency.p99)
         for load in sorted(loads, key=lambda load: load.connections)

@@ -42,13 +42,13 @@ class MixedResult:
 
     @property
     def bulk_loss_percent(self) -> float | None:
-        """Of the bulk's texts per second, negative for a gain; None where none were answered alone."""
+        """What the bulk loses of its texts per second; negative: a gain; None where none were answered alone."""
         alone, beside = self.bulk_alone.texts_per_second, self.bulk_beside_person.texts_per_second
         return 100 * (1 - beside / alone) if alone else None
 
 
 def level_name(connections: int) -> str:
-    """A level of a sweep as people call it."""
+    """The name of a sweep's level in the output."""
     return f"{connections} connection{'s' if connections > 1 else ''}"
 
 

@@ -66,7 +66,7 @@ class Payload:
     body: bytes
     texts: int
     text_bytes: int
-    """UTF-8, without what JSON adds."""
+    """Of the texts in UTF-8, without what JSON adds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ def _cut(text: str, longest: int) -> str:
 
 
 def _definitions(body: Sequence[ast.stmt], lines: list[str]) -> Iterator[str]:
-    """A class stands for its header: everything before its first method."""
+    """Functions, methods and class headers, depth first; a class's header ends before its first method."""
     for node in body:
         if not isinstance(node, Definition):
             continue

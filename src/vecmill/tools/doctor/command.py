@@ -50,7 +50,7 @@ class LineReporter(Reporter):
             console.print(line, soft_wrap=True)
 
     def close(self, results: Iterable[CheckResult], *, interrupted: bool) -> None:
-        """The last line."""
+        """Print the last line."""
         self._still()
         ended = "stopped; " if interrupted else ""
         console.print(f"\n{ended}{summary(results)}", style="bold", soft_wrap=True)
@@ -71,7 +71,7 @@ class JsonReporter(Reporter):
     """For programs: one object, when all is done."""
 
     def close(self, results: Iterable[CheckResult], *, interrupted: bool) -> None:
-        """Write it."""
+        """Print the object."""
         ended = list(results)
         document = {
             "version": __version__,

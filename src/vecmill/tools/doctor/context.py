@@ -38,7 +38,7 @@ class NoTorch(Exception):
 
 
 class DoctorContext:
-    """For one round."""
+    """What the checks of one round share."""
 
     def __init__(self, settings: Settings, prober: Prober, names: Collection[str]) -> None:
         """`names`: the checks of the round."""
@@ -71,8 +71,8 @@ class DoctorContext:
     @cached_property
     def _gpu(self) -> GpuReading | NvmlUnavailable:
         uuid = self._uuid() if self.uses_torch else None
-        found = within(NVML_SECONDS, lambda: reading(uuid))
-        return found or NvmlUnavailable(f"the driver did not answer within {NVML_SECONDS:.0f} s")
+        answer = within(NVML_SECONDS, lambda: reading(uuid))
+        return answer or NvmlUnavailable(f"the driver did not answer within {NVML_SECONDS:.0f} s")
 
     def _uuid(self) -> str | None:
         if isinstance(self.torch_build, ProbeFailed) or not self.torch_build.gpus:
@@ -92,7 +92,7 @@ class DoctorContext:
 
     @cached_property
     def gpu_memory(self) -> GpuMemory:
-        """What the GPU has, by the kernel's account where it shares the machine's memory."""
+        """The GPU's memory; by the kernel's account where it shares the machine's."""
         return gpu_memory(self.gpu, None, meminfo(), os.getpid())
 
     @cached_property
@@ -128,11 +128,11 @@ class DoctorContext:
         if name not in self._plans and self._silent.get(name, 0.0) < seconds:
             models = self.settings.model
             token = models.hf_token.get_secret_value() if models.hf_token else None
-            found = within(seconds, lambda: _plan(name, token, models.revision_of(name)))
-            if found is None:
+            answer = within(seconds, lambda: _plan(name, token, models.revision_of(name)))
+            if answer is None:
                 self._silent[name] = seconds
             else:
-                self._plans[name] = found
+                self._plans[name] = answer
         silence = StartupError(f"{name}: the hub did not answer within {seconds:.0f} s: check the network.")
         return self._plans.get(name, silence)
 
@@ -159,7 +159,7 @@ def _plan(name: str, hf_token: str | None, revision: str | None) -> hub.Plan | S
 
 
 def within(seconds: float, function: Callable[[], T]) -> T | None:
-    """What the function gives; None where it takes longer, and is left behind in its thread.
+    """Call a function; None where it takes longer than `seconds`, and goes on in its thread.
 
     Raises:
         Exception: what the function raised.
@@ -201,8 +201,8 @@ def ended(*command: str) -> Ended:
         return Ended(None, "", f"`{_shown(command)}` did not answer within {COMMAND_SECONDS:.0f} s")
     except OSError as error:
         return Ended(None, "", f"`{_shown(command)}` cannot be run ({error.strerror})")
-    said = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit status {done.returncode}"]
-    return Ended(done.returncode, done.stdout, said[0] if done.returncode else "")
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or [f"exit status {done.returncode}"]
+    return Ended(done.returncode, done.stdout, lines[0] if done.returncode else "")
 
 
 def _shown(command: Sequence[str]) -> str:
@@ -210,16 +210,16 @@ def _shown(command: Sequence[str]) -> str:
 
 
 def nvidia_cards(root: Path = Path("/")) -> list[str]:
-    """Their bus addresses. `root` is the file system to look at."""
-    found = []
+    """The bus addresses of NVIDIA's GPUs, with or without a driver. `root` is the file system to look at."""
+    addresses = []
     for device in sorted((root / "sys/bus/pci/devices").glob("*")):
         try:
             vendor, kind = ((device / name).read_text().strip() for name in ("vendor", "class"))
         except OSError:  # it has just been taken away
             continue
         if vendor == NVIDIA and kind.startswith(DISPLAY):
-            found.append(device.name)
-    return found
+            addresses.append(device.name)
+    return addresses
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,9 +26,9 @@ class Finding:
     seen: str
     cure: str | None = None
     details: Mapping[str, object] = field(default_factory=dict)
-    """For programs."""
+    """For programs: part of the JSON."""
     listed: bool = False
-    """Whether people get the details too."""
+    """Whether people are shown the details too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +58,13 @@ def fail(seen: str, cure: str | None = None, **details: object) -> Finding:
 
 def together(findings: Iterable[Finding]) -> Finding:
     """One finding of several: the worst status, everything that was seen, every cure once."""
-    found = list(findings)
+    parts = list(findings)
     details: dict[str, object] = {}
-    for one in found:
-        details |= one.details
-    cures = dict.fromkeys(one.cure for one in found if one.cure)
-    worst = max((one.status for one in found), key=list(Status).index, default=Status.OK)
-    return Finding(worst, "\n".join(one.seen for one in found if one.seen), "\n".join(cures) or None, details)
+    for part in parts:
+        details |= part.details
+    cures = dict.fromkeys(part.cure for part in parts if part.cure)
+    worst = max((part.status for part in parts), key=list(Status).index, default=Status.OK)
+    return Finding(worst, "\n".join(part.seen for part in parts if part.seen), "\n".join(cures) or None, details)
 
 
 def summary(results: Iterable[CheckResult]) -> str:
@@ -78,7 +78,7 @@ def summary(results: Iterable[CheckResult]) -> str:
 
 
 def install(*arguments: str) -> str:
-    """For the installer that this Python has; environments that uv makes have no pip."""
+    """The command with this Python's installer: pip, or uv in an environment that has no pip."""
     # Not find_spec: setuptools watches for a search for pip, and then takes its replacement of distutils away.
     if PathFinder.find_spec("pip") is None:
         words = ["uv", "pip", "install", "--python", sys.executable]

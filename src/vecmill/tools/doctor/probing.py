@@ -121,7 +121,7 @@ class Prober:
         assert self._errors is not None
         status = self._process.wait()
         self._errors.seek(max(0, self._errors.seek(0, os.SEEK_END) - LAST_BYTES))
-        said = self._errors.read().decode("utf-8", "replace").strip().splitlines()
+        lines = self._errors.read().decode("utf-8", "replace").strip().splitlines()
         self.close()
         kind = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return ProbeFailed(kind, said[-1] if said else "")
+        return ProbeFailed(kind, lines[-1] if lines else "")

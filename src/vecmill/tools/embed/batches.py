@@ -40,12 +40,12 @@ class RemoteBatch:
     id: str
     status: str
     digest: str | None
-    """Of its requests; None: somebody else's."""
+    """The digest of its requests; None where another program made the batch."""
     input_file: str
     result_files: tuple[str, ...]
     """The output and error files that there are."""
     answered: int
-    """Requests, whether or not they failed."""
+    """Requests that are completed or failed."""
     message: str
     """Why it failed, where it did."""
     cached_tokens: int | None
@@ -53,45 +53,45 @@ class RemoteBatch:
 
     @property
     def running(self) -> bool:
-        """Worth polling."""
+        """Whether it is worth polling."""
         return self.status in RUNNING
 
     @property
     def of_use(self) -> bool:
-        """It has results, or will have."""
+        """Whether it has results, or will have."""
         if self.status in ENDED_EARLY:
             return bool(self.result_files)
         return self.status not in ("failed", "cancelling")
 
 
-def batch_of(found: Mapping[str, Any]) -> RemoteBatch:
-    """From the API's object.
+def batch_of(body: Mapping[str, Any]) -> RemoteBatch:
+    """The batch that a JSON object of the API describes.
 
     Raises:
         CommandError: it is none.
     """
     try:
-        counts = found.get("request_counts") or {}
-        errors = (found.get("errors") or {}).get("data") or []
-        details = (found.get("usage") or {}).get("input_tokens_details") or {}
+        counts = body.get("request_counts") or {}
+        errors = (body.get("errors") or {}).get("data") or []
+        details = (body.get("usage") or {}).get("input_tokens_details") or {}
         return RemoteBatch(
-            id=found["id"],
-            status=found["status"],
-            digest=(found.get("metadata") or {}).get(DIGEST),
-            input_file=found["input_file_id"],
+            id=body["id"],
+            status=body["status"],
+            digest=(body.get("metadata") or {}).get(DIGEST),
+            input_file=body["input_file_id"],
             result_files=tuple(
-                found[name] for name in ("output_file_id", "error_file_id") if found.get(name) is not None
+                body[name] for name in ("output_file_id", "error_file_id") if body.get(name) is not None
             ),
             answered=counts.get("completed", 0) + counts.get("failed", 0),
             message="; ".join(str(error.get("message")) for error in errors[:3]),
             cached_tokens=details.get("cached_tokens"),
         )
     except (KeyError, TypeError, AttributeError) as error:
-        raise CommandError(f"The server's batch is not one of OpenAI's: {found}") from error
+        raise CommandError(f"The server's batch is not one of OpenAI's: {body}") from error
 
 
 class RemoteBatches:
-    """The calls. What an earlier run of the same command has left on the server is found, not made again."""
+    """The calls of the API. What an earlier run of the same command left on the server is taken up, not made again."""
 
     def __init__(self, client: HttpClient) -> None:
         self._client = client
@@ -99,7 +99,7 @@ class RemoteBatches:
         self._files: dict[str, str] = {}
 
     def look_around(self) -> None:
-        """Find what there is.
+        """List the batches and files that are on the server.
 
         Raises:
             CommandError: the server has no batches API, or cannot be asked.
@@ -114,7 +114,7 @@ class RemoteBatches:
             ) from error
 
     def take(self, digest: str) -> RemoteBatch | None:
-        """The batch of these requests that was found, the first time it is asked for."""
+        """The batch of these requests that `look_around` listed; None when asked for it again."""
         return self._batches.pop(digest, None)
 
     def submit(self, file: RequestFile) -> RemoteBatch:
@@ -129,7 +129,7 @@ class RemoteBatches:
         )
 
     def batch(self, batch_id: str) -> RemoteBatch:
-        """How far it is.
+        """The batch as it is now.
 
         Raises:
             CommandError: it is gone, or the server is.
@@ -137,7 +137,7 @@ class RemoteBatches:
         return batch_of(self._client.ask("GET", f"/v1/batches/{batch_id}"))
 
     def download(self, file_id: str, collect: Callable[[Iterator[bytes]], T]) -> T:
-        """Hand a file's lines to `collect`, from the first again where the connection breaks.
+        """Give a file's lines to `collect`, which starts again at the first line where the connection breaks.
 
         Raises:
             NotThere: the file is gone.
@@ -145,39 +145,39 @@ class RemoteBatches:
         return self._client.patiently(lambda: collect(self._client.lines(f"/v1/files/{file_id}/content")))
 
     def delete(self, file_id: str) -> None:
-        """Free the server of a file; it may be gone already."""
+        """Delete a file on the server; it may be gone already."""
         with suppress(NotThere):
             self._client.ask("DELETE", f"/v1/files/{file_id}")
 
     def _upload(self, name: str, file: RequestFile) -> str:
         with file.path.open("rb") as content:
-            found = self._client.ask_once(
+            uploaded = self._client.ask_once(
                 "POST", "/v1/files", data={"purpose": "batch"}, files={"file": (name, content, "application/jsonl")}
             )
-        return str(found["id"])
+        return str(uploaded["id"])
 
     def _create(self, file_id: str, digest: str) -> RemoteBatch:
-        asked = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h"}
-        return batch_of(self._client.ask_once("POST", "/v1/batches", json={**asked, "metadata": {DIGEST: digest}}))
+        request = {"input_file_id": file_id, "endpoint": ENDPOINT, "completion_window": "24h"}
+        return batch_of(self._client.ask_once("POST", "/v1/batches", json={**request, "metadata": {DIGEST: digest}}))
 
     def _once(self, make: Callable[[], T], find: Callable[[], T | None]) -> T:
-        """Make it; where the connection broke, see whether it was made."""
+        """Make something once: where the connection broke, see whether it was made before trying again."""
         for _ in range(TRIES - 1):
             try:
                 return make()
             except Unreachable:
-                found = find()
-                if found is not None:
-                    return found
+                existing = find()
+                if existing is not None:
+                    return existing
         return make()
 
     def _find_batches(self) -> dict[str, RemoteBatch]:
-        """Those of use that have a digest, by it; of several the newest."""
-        found: dict[str, RemoteBatch] = {}
+        """The batches of use by the digest of their requests; of several the newest."""
+        batches: dict[str, RemoteBatch] = {}
         for batch in map(batch_of, self._pages("/v1/batches")):
             if batch.digest is not None and batch.of_use:
-                found.setdefault(batch.digest, batch)
-        return found
+                batches.setdefault(batch.digest, batch)
+        return batches
 
     def _find_files(self) -> dict[str, str]:
         return {
@@ -207,7 +207,7 @@ class Failure:
 
     @property
     def passing(self) -> bool:
-        """It is the server's trouble rather than the text's: worth another try."""
+        """True where the server is at fault, not the text: worth another try."""
         return self.status is None or self.status in (TIMEOUT, TOO_MANY) or self.status >= 500
 
 
@@ -230,15 +230,15 @@ def result_of(line: bytes) -> tuple[int, TextVector | Failure]:
         CommandError: it is not a line of the API.
     """
     try:
-        found = orjson.loads(line)
-        return int(found["custom_id"]), _result(found)
+        entry = orjson.loads(line)
+        return int(entry["custom_id"]), _result(entry)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, Base64Error) as error:
         shown = line[:200].decode(errors="replace")
         raise CommandError(f"A line of the results is not one of OpenAI's batches: {shown}") from error
 
 
-def _result(found: dict[str, Any]) -> TextVector | Failure:
-    response, error = found.get("response"), found.get("error")
+def _result(entry: dict[str, Any]) -> TextVector | Failure:
+    response, error = entry.get("response"), entry.get("error")
     if response is not None and response["status_code"] == OK:
         return vector_of(response["body"])
     if response is not None:

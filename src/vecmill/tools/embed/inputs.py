@@ -32,7 +32,7 @@ ID, TEXT = "id", "text"  # the columns of a folder
 
 @contextmanager
 def opened(source: TextSource) -> Iterator[tuple[Rows, Table]]:
-    """The texts, read as they are asked for, and what they are read from.
+    """Open an input: its texts, read lazily, and the table they are read from.
 
     Raises:
         UsageError: it is not there, not of a known kind, or what is in it is not that.
@@ -101,10 +101,10 @@ def _jsonl_records(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
 
 def _jsonl_record(line: bytes) -> Record:
     try:
-        found = orjson.loads(line)
+        record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         return BadRow(f"is not JSON ({error.msg})")
-    return found if isinstance(found, dict | str) else BadRow("is neither an object nor a string")
+    return record if isinstance(record, dict | str) else BadRow("is neither an object nor a string")
 
 
 def _delimited_table(file: IO[bytes], delimiter: str, name: str) -> Table:

@@ -39,7 +39,7 @@ class OutputFile:
 
     @property
     def format(self) -> Format:
-        """By the suffix.
+        """The format that the suffix names.
 
         Raises:
             UsageError: it is none of the three.
@@ -60,7 +60,7 @@ class OutputFile:
         return self.path.with_name(f"{self.path.name}.ids.txt")
 
     def check(self) -> None:
-        """Before any work.
+        """Look, before any work, whether the output can be written.
 
         Raises:
             UsageError: it cannot be written, or must not be.
@@ -116,7 +116,7 @@ class Vectors:
         self._there[index] = 1
 
     def fill(self) -> None:
-        """NaN for the texts without a vector."""
+        """Write NaN for the texts without a vector."""
         empty = np.full(self.dimensions, np.nan, "<f4").tobytes()
         for index, there in enumerate(self._there):
             if not there:
@@ -137,7 +137,7 @@ class Vectors:
 
 
 def check_ids(output: OutputFile, prepared: Prepared) -> None:
-    """When the ids are known.
+    """Look, once the ids are known, whether the format can hold them.
 
     Raises:
         UsageError: the format has no place for them.
@@ -150,7 +150,7 @@ def check_ids(output: OutputFile, prepared: Prepared) -> None:
 
 
 def write(output: OutputFile, folder: Path, prepared: Prepared, vectors: Vectors, model: str) -> None:
-    """Write it in the folder, then move it to where it belongs: half a file never has its name."""
+    """Write the output in the scratch folder, then move it into place: no unfinished file ever has its name."""
     if output.format is Format.PARQUET:
         _write_parquet(folder, prepared, vectors, model, with_text=output.with_text).replace(output.path)
         return
@@ -188,7 +188,7 @@ def _write_npz(folder: Path, prepared: Prepared, vectors: Vectors) -> Path:
 
 
 def _write_ids(scratch: Path, path: Path, prepared: Prepared) -> None:
-    """One a line, as TensorFlow's embedding projector reads labels; none where they are the rows' own numbers."""
+    """Write an id on each line, as TensorFlow's embedding projector reads labels; no file where ids are row numbers."""
     plain = True
     with scratch.open("w", encoding="utf-8", newline="\n") as file:
         for index, (_, identity) in enumerate(prepared.rows(), 1):
@@ -201,7 +201,7 @@ def _write_ids(scratch: Path, path: Path, prepared: Prepared) -> None:
 
 
 def write_errors(output: OutputFile, scratch: Path, failures: Iterable[Failed], prepared: Prepared) -> None:
-    """A line of JSON for each text without a vector: row, id, status, message. No file where there is none."""
+    """Write a line of JSON for each text without a vector: row, id, status, message. No file where there is none."""
     rows = enumerate(prepared.rows())
     failed = False
     with scratch.open("wb") as file:

@@ -20,7 +20,7 @@ ROW_GROUP_BYTES = 64 * 1024 * 1024  # of an output, before compression; they are
 
 
 def require_pyarrow() -> None:
-    """Before any work.
+    """Look whether pyarrow is installed.
 
     Raises:
         UsageError: it is not installed.
@@ -36,7 +36,7 @@ def _arrow(module: str = "pyarrow") -> Any:
 
 
 def parquet_table(content: IO[bytes], source: TextSource) -> Table:
-    """A row for each of the file's, of which only the columns that are used are read.
+    """The file's rows; only the columns that are used are read.
 
     Raises:
         UsageError: it is no Parquet file, or pyarrow is not installed.
@@ -70,7 +70,7 @@ def _records(file: Any, used: Sequence[str], name: str) -> Iterator[tuple[int, R
 
 
 class ParquetWriter:
-    """Ids, texts and vectors, in row groups. A text without a vector has a null."""
+    """Writes ids, texts and vectors in row groups; a text without a vector gets a null."""
 
     def __init__(self, path: Path, dimensions: int, model: str, *, integer_ids: bool, with_text: bool) -> None:
         arrow = _arrow()
@@ -101,7 +101,7 @@ class ParquetWriter:
         self._writer.close()
 
     def write(self, identity: int | str, text: str, vector: bytes | None) -> None:
-        """A row; the vector as little-endian float32."""
+        """Append a row; the vector is little-endian float32."""
         self._ids.append(identity if self._integer_ids else str(identity))
         self._vectors.append(vector)
         self._bytes += 4 * self._dimensions

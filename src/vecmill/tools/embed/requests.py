@@ -43,7 +43,7 @@ class Part:
 
     @property
     def indexes(self) -> range:
-        """Of its texts, over all parts."""
+        """The indexes of its texts, counted over all parts."""
         return range(self.first, self.first + self.file.count)
 
 
@@ -61,7 +61,7 @@ class Prepared:
 
     @property
     def texts(self) -> int:
-        """How many."""
+        """How many texts there are."""
         return sum(part.file.count for part in self.parts)
 
     def rows(self) -> Iterator[tuple[int, int | str]]:
@@ -72,7 +72,7 @@ class Prepared:
                 yield number, identity
 
     def texts_in_order(self) -> Iterator[str]:
-        """Each text."""
+        """The texts, read back from the parts."""
         for part in self.parts:
             with part.file.path.open("rb") as file:
                 for line in file:
@@ -80,7 +80,7 @@ class Prepared:
 
 
 class _Writer:
-    """A file of request lines that grows."""
+    """A file of request lines, while it is written."""
 
     def __init__(self, path: Path, model: str) -> None:
         self._path, self._model, self._file = path, model, path.open("wb")
@@ -107,7 +107,7 @@ class _Writer:
 
 
 class _Preparation:
-    """The parts so far, and what is to be known of the ids."""
+    """The parts so far, and what is known of the ids so far."""
 
     def __init__(self, folder: Path, model: str, fields: Mapping[str, Any], max_bytes: int) -> None:
         self._folder, self._model, self._max_bytes = folder, model, max_bytes
@@ -118,7 +118,7 @@ class _Preparation:
         self.texts = 0
 
     def add(self, row: Row) -> None:
-        """A text, into the file that grows or a new one."""
+        """Append a text to the file that is being written, or begin the next one."""
         body = {"input": row.text, "encoding_format": "base64", **self._fields}
         request = {"custom_id": str(self.texts), "method": "POST", "url": ENDPOINT, "body": body}
         line = orjson.dumps(request, option=orjson.OPT_APPEND_NEWLINE)
@@ -135,14 +135,14 @@ class _Preparation:
         self._longest_id = max(self._longest_id, len(str(row.id)))
 
     def cut(self) -> None:
-        """End the file that grows."""
+        """Close the file that is being written: it is a part."""
         if self._writer is not None:
             file = self._writer.close()
             self._parts.append(Part(self.texts - file.count, file))
             self._writer = None
 
     def prepared(self, rows_path: Path) -> Prepared:
-        """All of it."""
+        """Close the last part, and describe all of them."""
         self.cut()
         return Prepared(self._parts, rows_path, self._integer_ids, self._longest_id, self._multiline_ids)
 
@@ -173,7 +173,7 @@ def prepare(
 
 
 def select(source: RequestFile, path: Path, wanted: Callable[[int], bool]) -> RequestFile:
-    """The lines of some texts, by index, as a file of their own."""
+    """Copy the lines of those texts whose index is `wanted` into a file of their own."""
     with source.path.open("rb") as lines, _Writer(path, source.model) as writer:
         for line in lines:
             if wanted(int(orjson.loads(line)["custom_id"])):

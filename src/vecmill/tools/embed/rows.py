@@ -18,12 +18,12 @@ INT64 = range(-(2**63), 2**63)
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """What is read, and what of it."""
+    """What is read, and which fields of it."""
 
     path: Path
     """`-`: JSONL on stdin."""
     text_field: str | None = None
-    """None: guessed."""
+    """None: guessed from the names and types."""
     id_field: str | None = None
     """None: `id` where there is one, else the row's number."""
     patterns: tuple[str, ...] = ()
@@ -32,7 +32,7 @@ class TextSource:
 
     @property
     def name(self) -> str:
-        """As a person calls it."""
+        """The name for messages."""
         return "stdin" if self.path == STDIN else str(self.path)
 
 
@@ -119,15 +119,13 @@ class Rows:
 
     def __iter__(self) -> Iterator[Row]:
         for number, record in self._table.records:
-            found = self._row(number, record)
-            if isinstance(found, Row):
-                yield found
+            row = self._row(number, record)
+            if isinstance(row, Row):
+                yield row
             elif self._source.skip_bad:
-                self._table.skipped[found.reason] += 1
+                self._table.skipped[row.reason] += 1
             else:
-                raise UsageError(
-                    f"Row {number} of {self._source.name} {found.reason}; --skip-bad leaves such rows out."
-                )
+                raise UsageError(f"Row {number} of {self._source.name} {row.reason}; --skip-bad leaves such rows out.")
 
     def _row(self, number: int, record: Record) -> Row | BadRow:
         if isinstance(record, BadRow):
@@ -142,10 +140,10 @@ class Rows:
             return BadRow(f"has no string in `{text_field}`")
         if not text.strip():
             return BadRow(f"has an empty `{text_field}`")
-        found = number if id_field is None else record.get(id_field)
-        if not _is_id(found):
+        identity = number if id_field is None else record.get(id_field)
+        if not _is_id(identity):
             return BadRow(f"has neither a string nor an integer in `{id_field}`")
-        return Row(number, found, text)
+        return Row(number, identity, text)
 
 
 def _is_id(value: Any) -> TypeGuard[int | str]:

@@ -48,7 +48,7 @@ class EmbedOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Outcome:
-    """What the summary tells."""
+    """What the summary is written from."""
 
     prepared: Prepared
     table: Table
@@ -83,7 +83,7 @@ def run_embed(options: EmbedOptions) -> int:
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM too leaves nothing behind: without it Python would not tidy up."""
+    """Turn SIGTERM into SystemExit, so that scratch files are removed."""
 
     def end(number: int, frame: FrameType | None) -> None:
         raise SystemExit(TERMINATED)
@@ -122,19 +122,19 @@ class RunProgress:
         self._bar.stop()
 
     def read(self, texts: int) -> None:
-        """So many texts of the input so far."""
+        """Show how many texts have been read."""
         if texts % SHOWN_EVERY == 0:
             self._bar.update(self._task, completed=texts)
 
     def begin(self, texts: int, answered: int) -> None:
-        """All are read, and an earlier run has dealt with some."""
+        """All texts are read; `answered` of them have results of an earlier run."""
         self._began, self._at_start, self._total = monotonic(), answered, texts
         self._bar.reset(self._task, total=texts, completed=answered)
         if answered:
             messages.print(f"found     {answered:,} of {texts:,} texts on the server, of an earlier run")
 
     def answered(self, texts: int) -> None:
-        """So many have an answer."""
+        """Show how many texts are answered."""
         rate = (texts - self._at_start) / max(monotonic() - self._began, 1e-9)
         self._bar.update(self._task, completed=texts, rate=f"{rate:,.0f} texts/s" if texts > self._at_start else "")
         tenth = 100 * texts // max(self._total, 1) // LINE_EVERY
@@ -143,12 +143,12 @@ class RunProgress:
             messages.print(f"embedded  {texts:,} of {self._total:,} texts, {rate:,.0f} texts/s")
 
     def doing(self, what: str) -> None:
-        """What is being done, in one or two words."""
+        """Show what is being done, in one or two words."""
         self._doing = what
         self._describe()
 
     def waiting(self, reason: str) -> None:
-        """Why the server is waited for; empty: it is not any more."""
+        """Show why the server is waited for; an empty reason: it answers again."""
         if reason == self._waiting:
             return
         self._waiting = reason
@@ -160,7 +160,7 @@ class RunProgress:
 
 
 class _Run:
-    """The steps, in order."""
+    """The steps of a run, in order."""
 
     def __init__(self, options: EmbedOptions, show: RunProgress, client: HttpClient) -> None:
         self._options, self._show, self._client = options, show, client
@@ -168,7 +168,7 @@ class _Run:
         self._totals = Totals()
 
     def run(self) -> _Outcome:
-        """All of it. Scratch files lie beside the output, for the disk there must hold it anyway."""
+        """Run all steps. Scratch files lie beside the output: that disk must have room for it anyway."""
         self._batches.look_around()
         probe = self._probe()
         output = self._options.output
@@ -180,7 +180,7 @@ class _Run:
             with Vectors(folder / "embeddings.npy", prepared.texts, dimensions) as vectors:
                 works = [PartWork(part, self._batches, vectors, probe.model, self._totals) for part in prepared.parts]
                 began = monotonic()
-                found = self._work_off(works, prepared.texts)
+                earlier = self._work_off(works, prepared.texts)
                 seconds = monotonic() - began
                 self._show.doing("writing")
                 failures = chain.from_iterable(work.failures() for work in works)
@@ -188,10 +188,10 @@ class _Run:
                 outputs.write(output, folder, prepared, vectors, probe.model)
         if not self._options.keep:
             self._delete()
-        return _Outcome(prepared, table, self._totals, probe.model, dimensions, prepared.texts - found, seconds)
+        return _Outcome(prepared, table, self._totals, probe.model, dimensions, prepared.texts - earlier, seconds)
 
     def _probe(self) -> TextVector:
-        """One text, so that wrong options are said at once, and model and dimensions are known."""
+        """Embed one text, to learn model and dimensions, and to fail at once where the options are wrong."""
         body = {"input": PROBE, "encoding_format": "base64", **self._options.fields}
         answer = self._client.ask("POST", ENDPOINT, json=body)
         try:
@@ -208,11 +208,11 @@ class _Run:
         return prepared, table
 
     def _work_off(self, works: Sequence[PartWork], texts: int) -> int:
-        """Until all have ended; how many texts an earlier run had dealt with."""
+        """Work until all parts have ended; returns how many texts an earlier run had answered."""
         for work in works:
             work.take_up()
-        found = sum(work.answered for work in works)
-        self._show.begin(texts, found)
+        earlier = sum(work.answered for work in works)
+        self._show.begin(texts, earlier)
         wait = FIRST_POLL_S
         while True:
             self._hand_in(works)
@@ -222,12 +222,12 @@ class _Run:
             self._show.answered(sum(work.answered for work in works))
             still_open = sum(not work.ended for work in works)
             if not still_open:
-                return found
+                return earlier
             sleep(wait)
             wait = FIRST_POLL_S if still_open < open_before else min(1.5 * wait, LONGEST_POLL_S)
 
     def _hand_in(self, works: Sequence[PartWork]) -> None:
-        """Keep as many batches going as the server works through at a time."""
+        """Submit parts until as many batches run as the server works through at a time."""
         going = sum(work.running for work in works)
         for work in works:
             if going >= IN_PROGRESS:
@@ -239,7 +239,7 @@ class _Run:
         self._show.doing("embedding")
 
     def _delete(self) -> None:
-        """What is on the server is not needed any more; that it cannot be deleted is no reason to fail."""
+        """Delete the batches' files on the server. A failure to do so is only reported."""
         self._show.doing("tidying up")
         try:
             for file_id in sorted(self._totals.remote_files):

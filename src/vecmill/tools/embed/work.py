@@ -1,4 +1,4 @@
-"""A part on its way: handed in, polled, its results collected, and again what is missing of it."""
+"""Embedding one part: submit its batch, poll it, collect results, and submit again what is missing."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN_REASONS = 3
 
 @dataclass(slots=True)
 class Totals:
-    """Over all parts."""
+    """Counts over all parts."""
 
     tokens: int = 0
     cached_tokens: int | None = None
@@ -32,21 +32,21 @@ class Totals:
     """The first few of them."""
 
     def add_failure(self, failure: Failure) -> None:
-        """A text without a vector."""
+        """Count a text without a vector, and keep its reason among the first few."""
         self.failed += 1
         reason = failure.message if failure.status is None else f"{failure.status}: {failure.message}"
         if len(self.reasons) < SHOWN_REASONS and reason not in self.reasons:
             self.reasons.append(reason)
 
     def add_cached(self, tokens: int | None) -> None:
-        """None: not said."""
+        """Add a count of cached tokens; None where the server does not say."""
         if tokens is not None:
             self.cached_tokens = (self.cached_tokens or 0) + tokens
 
 
 @dataclass(slots=True)
 class _Results:
-    """Of one file of results. A download that breaks begins a new one."""
+    """What one file of results holds. A download that breaks begins anew."""
 
     tokens: int = 0
     cached_tokens: int | None = None
@@ -54,27 +54,27 @@ class _Results:
 
 
 class PartWork:
-    """Until each text of the part has its vector, or a reason why not."""
+    """Works until each text of the part has its vector, or a reason why it has none."""
 
     def __init__(self, part: Part, batches: RemoteBatches, vectors: Vectors, model: str, totals: Totals) -> None:
         self._part, self._batches, self._vectors, self._model = part, batches, vectors, model
         self._totals = totals
         self._file: RequestFile | None = part.file
-        """What is handed in now; None: nothing is left to do."""
+        """What is submitted now; None: nothing is left to do."""
         self._batch: RemoteBatch | None = None
         self._failures: dict[int, Failure] = {}
         self._failures_path = part.file.path.with_suffix(".failures")
         self._rounds = 0
         self._before = 0
-        """Texts that earlier rounds have dealt with."""
+        """Texts that earlier rounds answered."""
 
     @property
     def ended(self) -> bool:
-        """Nothing is left to do."""
+        """True once nothing is left to do."""
         return self._file is None
 
     def failures(self) -> Iterator[Failed]:
-        """The texts without a vector, in order; to be asked at the end."""
+        """The texts without a vector, in order; valid once it has ended."""
         with self._failures_path.open("rb") as file:
             for line in file:
                 index, status, message = orjson.loads(line)
@@ -82,7 +82,7 @@ class PartWork:
 
     @property
     def running(self) -> bool:
-        """The server has a batch of it in progress."""
+        """True while the server has a batch of it in progress."""
         return self._batch is not None and self._file is not None
 
     @property
@@ -94,22 +94,22 @@ class PartWork:
 
     def take_up(self) -> None:
         """Take up the batch that an earlier run has left, if there is one, and collect it if it has ended."""
-        while self._file is not None and (found := self._batches.take(self._file.digest)) is not None:
-            self._batch = found
-            if found.running:
+        while self._file is not None and (earlier := self._batches.take(self._file.digest)) is not None:
+            self._batch = earlier
+            if earlier.running:
                 return
             try:
-                self._collect(found)
+                self._collect(earlier)
             except NotThere:
                 self._batch = None  # its files were deleted
 
     def start(self) -> None:
-        """Hand it in."""
+        """Submit its batch."""
         assert self._file is not None
         self._batch = self._batches.submit(self._file)
 
     def poll(self) -> None:
-        """See how far the batch is, and collect what has ended.
+        """Ask for the batch's state, and collect its results if it has ended.
 
         Raises:
             CommandError: the server will not do it.
@@ -131,7 +131,7 @@ class PartWork:
         self.take_up()
 
     def _collect(self, batch: RemoteBatch) -> None:
-        """Take its results; what is missing is the next round's, unless this one has brought nothing."""
+        """Take a batch's results. What is missing is submitted again, unless this batch brought nothing new."""
         assert self._file is not None
         before = self._missing()
         failures: dict[int, Failure] = {}
@@ -159,7 +159,7 @@ class PartWork:
             self._end()
 
     def _end(self) -> None:
-        """Put the failures aside: memory does not grow with the parts."""
+        """Write the failures to disk, so that memory does not grow with the number of parts."""
         with self._failures_path.open("wb") as file:
             for index, failure in sorted(self._failures.items()):
                 line = (index, failure.status, failure.message)

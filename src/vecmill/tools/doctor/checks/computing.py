@@ -39,14 +39,14 @@ def check_allocation(context: DoctorContext) -> Finding:
 
 
 def judge_allocation(oversized: Oversized) -> Finding:
-    """It must raise, at once, and leave a device that works."""
-    asked = f"{oversized.asked / GIGABYTE:.1f} GB above a cap of {oversized.cap / GIGABYTE:.1f}"
+    """The allocation must fail at once and leave a device that works."""
+    request = f"{oversized.asked / GIGABYTE:.1f} GB above a cap of {oversized.cap / GIGABYTE:.1f}"
     facts = {"cap_bytes": oversized.cap, "asked_bytes": oversized.asked, "refused_with": oversized.refused}
     if oversized.refused is None:
-        return fail(f"{asked} were allocated: the cap does not hold", ALLOCATION_CURE, **facts)
+        return fail(f"{request} were allocated: the cap does not hold", ALLOCATION_CURE, **facts)
     if not oversized.works_after:
-        return fail(f"{asked} were refused, and then the device computed wrongly", ALLOCATION_CURE, **facts)
-    seen = f"{asked} were refused with {oversized.refused} in {oversized.seconds:.2f} s, and the device works on"
+        return fail(f"{request} were refused, and then the device computed wrongly", ALLOCATION_CURE, **facts)
+    seen = f"{request} were refused with {oversized.refused} in {oversized.seconds:.2f} s, and the device works on"
     return ok(seen, **facts) if oversized.seconds < QUICK else warn(seen, ALLOCATION_CURE, **facts)
 
 
@@ -57,7 +57,7 @@ WITHOUT_VARLEN = "Set USE_FLASH_ATTN=false"
 
 
 def check_attention(context: DoctorContext) -> Finding:
-    """Compare."""
+    """Compare attention over packed rows with SDPA row by row."""
     try:
         comparison = context.prober.ask("attention", context.device, AttentionComparison, ATTENTION_SECONDS)
     except ProbeFailed as error:
@@ -140,7 +140,7 @@ def judge_no_compiler(*, compiler: bool, headers: bool, on_gpu: bool, required: 
 
 
 def judge_compile(tried: CompileTry, compiler: str) -> Finding:
-    """What was compiled must compute the same."""
+    """The compiled function must compute the same as the eager one."""
     seen = f"{compiler} and Python's headers are there; a small function compiled in {tried.seconds:.1f} s"
     difference = tried.largest_difference
     if difference is None or difference > COMPILE_TOLERANCE:
@@ -149,10 +149,10 @@ def judge_compile(tried: CompileTry, compiler: str) -> Finding:
 
 
 def _compiler(*, on_gpu: bool) -> str | None:
-    """The one that Triton, or torch on a CPU, would take."""
+    """The compiler that Triton, or torch on a CPU, would use."""
     variable, names, _, _ = COMPILERS["cuda" if on_gpu else "cpu"]
     given = os.environ.get(variable)
-    return next((found for name in ([given] if given else names) if (found := shutil.which(name))), None)
+    return next((path for name in ([given] if given else names) if (path := shutil.which(name))), None)
 
 
 def _headers() -> Path:

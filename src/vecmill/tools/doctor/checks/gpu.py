@@ -81,7 +81,7 @@ EXPECTED = (
 
 
 def check_gpu(context: DoctorContext) -> Finding:
-    """Read all of it once."""
+    """Read every field once."""
     if context.gpu is not None:
         return judge_gpu(context.gpu)
     if context.has_gpu or context.cards:
@@ -130,7 +130,7 @@ HANGS = "If nvidia-smi hangs too, restart the machine; `sudo dmesg` may say why.
 
 
 def check_clock(context: DoctorContext) -> Finding:
-    """Look at it for five seconds of matrix products."""
+    """Read the clock during five seconds of matrix products."""
     if context.gpu is None:
         if context.has_gpu:
             return warn(f"cannot be read: {context.no_gpu}", "See the check_clock gpu.")
@@ -147,7 +147,7 @@ def check_clock(context: DoctorContext) -> Finding:
 
 
 class _Looks:
-    """At one GPU, until a look hangs."""
+    """Readings of one GPU, until one hangs."""
 
     def __init__(self, uuid: str | None) -> None:
         self._uuid = uuid
@@ -155,17 +155,17 @@ class _Looks:
         self.hung = False
 
     def look(self) -> None:
-        """Look, unless the driver hangs: then it is asked no more."""
+        """Take a reading; none more after the driver hung."""
         if self.hung:
             return
-        found = within(LOOK_SECONDS, lambda: reading(self._uuid))
-        self.hung = found is None
-        if isinstance(found, GpuReading):
-            self.readings.append(found)
+        result = within(LOOK_SECONDS, lambda: reading(self._uuid))
+        self.hung = result is None
+        if isinstance(result, GpuReading):
+            self.readings.append(result)
 
 
 def judge_clock(readings: Sequence[GpuReading], load: Load) -> Finding:
-    """By the median of the readings under load: the first ones fall into the moment in which the clock still rises."""
+    """Judge by the median reading under load: in the first ones the clock may still be rising."""
     under_load = sorted(
         (one for one in readings if one.sm_clock_mhz is not None and (one.utilization_percent or 0) >= LOADED_PERCENT),
         key=lambda one: one.sm_clock_mhz or 0,
@@ -219,7 +219,7 @@ SLOW_CURE = (
 
 
 def check_matmul(context: DoctorContext) -> Finding:
-    """Measure."""
+    """Measure matrix products."""
     device = context.device
     speed = context.prober.ask("matmul", device, MatmulSpeed, MATMUL_SECONDS)
     index = int(device.partition(":")[2] or 0)
@@ -227,7 +227,7 @@ def check_matmul(context: DoctorContext) -> Finding:
 
 
 def judge_matmul(speed: MatmulSpeed, card: str | None) -> Finding:
-    """By the card's name; None: a CPU, of which nothing is expected."""
+    """`card`: its name; None: a CPU, of which nothing is expected."""
     figure = speed.median
     seen = (
         f"{figure:.1f} TFLOPS ({min(speed.tflops):.1f} to {max(speed.tflops):.1f} in {len(speed.tflops)} timings) in "
@@ -251,6 +251,6 @@ def judge_matmul(speed: MatmulSpeed, card: str | None) -> Finding:
 
 
 def peak_of(card: str) -> int | None:
-    """TFLOPS in bfloat16; None of a card that is not in the table."""
+    """A card's peak in TFLOPS in bfloat16; None where it is not in the table."""
     name = card.removeprefix("NVIDIA ")
     return next((peak for pattern, peak in PEAKS if re.fullmatch(pattern, name)), None)

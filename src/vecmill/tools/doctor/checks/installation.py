@@ -21,12 +21,12 @@ MACHINES = ("x86_64", "aarch64", "arm64", "amd64")
 
 
 def check_python(context: DoctorContext) -> Finding:
-    """The Python that runs this."""
+    """Look at the Python that runs this."""
     return judge_python(sys.version_info[:3], platform.machine(), in_environment=sys.prefix != sys.base_prefix)
 
 
 def judge_python(version: tuple[int, ...], machine: str, *, in_environment: bool) -> Finding:
-    """By version, architecture and whether it is a virtual environment's."""
+    """Judge a Python by version and architecture."""
     shown = ".".join(map(str, version))
     where = f"in the virtual environment {sys.prefix}" if in_environment else f"the machine's own, {sys.executable}"
     seen = f"Python {shown} on {machine}, {where}"
@@ -51,7 +51,7 @@ ON_THE_CPU = "or set DEVICE=cpu to serve from the CPU"
 
 
 def check_torch(context: DoctorContext) -> Finding:
-    """The torch that the server would import."""
+    """Look at the torch that the server would import."""
     build = context.torch_build
     if isinstance(build, ProbeFailed):
         return fail(f"torch cannot be imported: {build}", INSTALL)
@@ -83,7 +83,7 @@ def judge_torch(build: TorchBuild, device: str, *, has_gpu: bool) -> Finding:
 
 
 def _missing(build: TorchBuild, device: str, *, has_gpu: bool) -> str | None:
-    """The device that the settings name and that is not there."""
+    """What is missing where the settings name a device that is not there; else None."""
     if device == "mps" and not build.mps:
         return "DEVICE=mps, and it sees no Apple GPU"
     if device.startswith("cuda") and not has_gpu and not build.gpus:
@@ -119,12 +119,12 @@ def covered(capability: tuple[int, int], arch_list: tuple[str, ...]) -> bool:
     (`compute_120`) on every newer card; `sm_120a` on its own alone.
     """
     for arch in arch_list:
-        if (said := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", arch)) is None:
+        if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)([a-z]?)", arch)) is None:
             continue
-        made_for = (int(said[2]), int(said[3]))
-        alone = bool(said[4]) and capability == made_for
-        newer = made_for <= capability and (said[1] == "compute" or made_for[0] == capability[0])
-        if alone or (not said[4] and newer):
+        made_for = (int(match[2]), int(match[3]))
+        alone = bool(match[4]) and capability == made_for
+        newer = made_for <= capability and (match[1] == "compute" or made_for[0] == capability[0])
+        if alone or (not match[4] and newer):
             return True
     return False
 

@@ -35,7 +35,7 @@ class Room:
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes of weights in the type they are loaded in, of each model; of `unknown` nobody says."""
+    """Bytes of weights by model, in the type they are loaded in; the size of `unknown` models is not known."""
 
     weights: dict[str, int]
     unknown: tuple[str, ...]
@@ -103,7 +103,7 @@ def _judge_room(context: DoctorContext, room: Room) -> Finding:
 
 
 def judge_memory(room: Room, need: Need, running: str | None = None) -> Finding:
-    """`running`: the server that has what it needs already."""
+    """`running`: the address of a server that has its models loaded already."""
     owner = (
         "the GPU shares it with the machine" if room.unified else "the GPU's own" if room.of_gpu else "the machine's"
     )

@@ -28,19 +28,19 @@ OTHER_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class Configured:
-    """One model. Without checkpoint and problem it is to be fetched from the hub."""
+    """A configured model. Without checkpoint and problem it is to be fetched from the hub."""
 
     name: str
     task: Task
     automatic: bool
-    """Whether `auto` chose it: without it the server starts with something smaller."""
+    """True where `auto` chose it: the server starts without it, on something smaller."""
     checkpoint: Checkpoint | None
     problem: str | None
     """Why its files are of no use, with what would help."""
 
     @property
     def named(self) -> str:
-        """The setting that names it."""
+        """The setting and its value."""
         return f"{self.task.value.upper()}_MODEL={self.name}"
 
     @property
@@ -49,7 +49,7 @@ class Configured:
 
     @property
     def weight_parameters(self) -> int | None:
-        """Of the files that are here; None where they cannot be read, or are not here."""
+        """Parameters in the weight files; None where those are not here or cannot be read."""
         if self.checkpoint is None:
             return None
         try:
@@ -60,20 +60,22 @@ class Configured:
 
 def configured(context: DoctorContext) -> list[Configured]:
     """The models of EMBED_MODEL, then those of RERANK_MODEL."""
-    models = context.settings.model
-    named = [(Task.EMBED, name) for name in models.embed_model] + [(Task.RERANK, name) for name in models.rerank_model]
-    found = []
+    settings = context.settings.model
+    named = [(Task.EMBED, name) for name in settings.embed_model] + [
+        (Task.RERANK, name) for name in settings.rerank_model
+    ]
+    models = []
     for task, name in named:
         if name == AUTO and context.wants_gpu:
-            found.append(_found(context, GPU_DEFAULTS[task], task, automatic=True))
+            models.append(_from_hub(context, GPU_DEFAULTS[task], task, automatic=True))
         elif name == AUTO and task is Task.EMBED:
-            found.append(_here(AUTO, BUNDLED_ID, task))
+            models.append(_here(AUTO, BUNDLED_ID, task))
         elif name not in (AUTO, NONE):
-            found.append(_found(context, name, task, automatic=False))
-    return found
+            models.append(_from_hub(context, name, task, automatic=False))
+    return models
 
 
-def _found(context: DoctorContext, name: str, task: Task, *, automatic: bool) -> Configured:
+def _from_hub(context: DoctorContext, name: str, task: Task, *, automatic: bool) -> Configured:
     revision, model = context.settings.model.revision_of(name), hub_id(name)
     if Path(name).expanduser().is_dir() or not is_hub_id(model):
         return _here(name, name, task)
@@ -104,7 +106,7 @@ def _read(name: str, source: Source, *, automatic: bool) -> Configured:
 
 
 def bytes_per_parameter(dtype: str) -> int:
-    """In memory; of `auto` the smaller of what it may become."""
+    """Bytes of a parameter in memory; for `auto` the smaller of the types it may become."""
     return BYTES.get(dtype, OTHER_BYTES)
 
 
@@ -112,12 +114,12 @@ HUB_SECONDS = 10.0
 
 
 def check_models(context: DoctorContext) -> Finding:
-    """Each model; the hub is asked only for what is not in its cache."""
-    found = configured(context)
-    if not found:
+    """Look at each model; the hub is asked only for what is not in its cache."""
+    models = configured(context)
+    if not models:
         return fail("no model is configured", "Set EMBED_MODEL.")
-    parts = [_judge_model(context, model) for model in found]
-    fetching = any(model.to_fetch for model in found)
+    parts = [_judge_model(context, model) for model in models]
+    fetching = any(model.to_fetch for model in models)
     if fetching and find_spec("hf_xet") is None:
         parts.append(warn("hf_xet is not installed: downloads are slower", install("hf_xet")))
     details = {
@@ -142,11 +144,11 @@ def _judge_model(context: DoctorContext, model: Configured) -> Finding:
 
 
 def _unreachable(model: Configured, error: StartupError) -> Finding:
-    said = f"{model.named} is not here: {error.message.removeprefix(f'{model.name}: ')}"
+    sentence = f"{model.named} is not here: {error.message.removeprefix(f'{model.name}: ')}"
     pull = f"\nvecmill pull {model.name}" if model.automatic or constants.HF_HUB_OFFLINE else ""
     if constants.HF_HUB_OFFLINE:
-        said = f"{model.named} is not here, and HF_HUB_OFFLINE=1 forbids fetching it: Unset HF_HUB_OFFLINE."
-    finding = split(warn if model.automatic else fail, said)
+        sentence = f"{model.named} is not here, and HF_HUB_OFFLINE=1 forbids fetching it: Unset HF_HUB_OFFLINE."
+    finding = split(warn if model.automatic else fail, sentence)
     instead = ""
     if model.automatic:
         small = "the small bundled model is served" if model.task is Task.EMBED else "documents are ranked by cosine"
@@ -170,7 +172,7 @@ def _token(context: DoctorContext) -> str:
 
 
 def split(judge: Callable[..., Finding], sentence: str) -> Finding:
-    """A sentence of ours, `what is wrong: what helps`, as a finding."""
+    """A finding from an error's sentence of the form `what is wrong: what helps`."""
     seen, colon, cure = sentence.rpartition(": ")
     return judge(seen, cure[:1].upper() + cure[1:]) if colon else judge(sentence)
 
@@ -180,7 +182,7 @@ LEAST = 100_000_000  # bytes: below, little can be kept
 
 
 def check_disk(context: DoctorContext) -> Finding:
-    """The hub's cache, then STATE_DIR."""
+    """Look at the disk of the hub's cache, then at that of STATE_DIR."""
     return together([_judge_hub_cache(context), _judge_state_dir(context)])
 
 

@@ -19,10 +19,10 @@ def check_tailscale(context: DoctorContext) -> Finding:
     """Ask the daemon."""
     if shutil.which("tailscale") is None:
         return ok("not installed, and not needed")
-    said = ended("tailscale", "status", "--json")
-    status = _parsed(said.stdout)
+    answer = ended("tailscale", "status", "--json")
+    status = _parsed(answer.stdout)
     if not status:
-        return warn(f"installed, and its daemon does not answer: {said.problem}", "sudo systemctl start tailscaled")
+        return warn(f"installed, and its daemon does not answer: {answer.problem}", "sudo systemctl start tailscaled")
     if status.get("BackendState") != "Running":
         return warn(f"installed, and not connected ({status.get('BackendState')})", "sudo tailscale up")
     serving = _parsed(ended("tailscale", "serve", "status", "--json").stdout)
@@ -49,7 +49,7 @@ def judge_tailscale(status: dict[str, Any], serving: dict[str, Any], port: int) 
 
 
 def proxies(serving: Any, host: str = "") -> Iterator[tuple[str, str]]:
-    """Name and target of everything that is passed on, wherever it stands in the configuration."""
+    """Name and target of every proxy, at any depth of the configuration."""
     if not isinstance(serving, dict):
         return
     for key, value in serving.items():
@@ -64,10 +64,10 @@ def proxies(serving: Any, host: str = "") -> Iterator[tuple[str, str]]:
 
 def _parsed(text: str) -> dict[str, Any]:
     try:
-        said = json.loads(text)
+        parsed = json.loads(text)
     except ValueError:
         return {}
-    return said if isinstance(said, dict) else {}
+    return parsed if isinstance(parsed, dict) else {}
 
 
 START = "If containers are to be used: sudo systemctl start docker, and sudo usermod -aG docker $USER"
@@ -78,13 +78,13 @@ def check_docker(context: DoctorContext) -> Finding:
     """Ask the engine."""
     if shutil.which("docker") is None:
         return ok("not installed, and not needed")
-    said = ended("docker", "info", "--format", "{{json .}}")
+    answer = ended("docker", "info", "--format", "{{json .}}")
     try:
-        info = json.loads(said.stdout)
+        info = json.loads(answer.stdout)
     except ValueError:
         info = {}
     if not isinstance(info, dict) or not info.get("ServerVersion"):
-        errors = (info.get("ServerErrors") or [said.problem]) if isinstance(info, dict) else [said.problem]
+        errors = (info.get("ServerErrors") or [answer.problem]) if isinstance(info, dict) else [answer.problem]
         return warn(f"installed, and its engine does not answer: {str(errors[0]).splitlines()[0]}", START)
     return judge_docker(info, has_gpu=context.has_gpu)
 

@@ -42,7 +42,7 @@ def _bind(host: str, port: int) -> None:
 
 
 def judge_taken(address: str, port: int, server: RunningServer | None) -> Finding:
-    """By what answers there."""
+    """`server`: what answers at the address; None: nothing that speaks HTTP."""
     if server is None or not server.is_vecmill:
         who = "something that does not speak HTTP"
         if server is not None:
@@ -107,7 +107,7 @@ def _write(folder: Path) -> None:
 
 
 def _held(lock: Path, *, shared: bool) -> bool:
-    """Whether another server keeps this one out. Its own lock is not touched; ours goes at once."""
+    """Whether a server holds the lock. A lock that is free is taken for a moment and released."""
     if not lock.exists():
         return False
     taken = FileLock.take(lock, shared=shared)
