@@ -12,14 +12,14 @@ from benchmarks.rounds import in_turns
 
 from vecmill.tools.bench.load_generator import Bulk, BulkLoad, Outcomes, TargetClient, run
 from vecmill.tools.bench.scenarios import measure_sweep
-from vecmill.tools.bench.target import Target
+from vecmill.tools.bench.target import BenchTarget
 from vecmill.tools.bench.workload import payloads
 
 WARM_UP_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class OfJob(Target):
+class OfJob(BenchTarget):
     """Requests that say which indexing job they belong to."""
 
     job: str = field(kw_only=True)
@@ -37,7 +37,7 @@ def measure_connections(
     found: dict[int, list[BulkLoad]] = {level: [] for level in levels}
     for level in in_turns(levels, rounds):
         sweep = measure_sweep(
-            Target(url), texts, batch=1, levels=[level], seconds=seconds, warm_up_seconds=WARM_UP_SECONDS
+            BenchTarget(url), texts, batch=1, levels=[level], seconds=seconds, warm_up_seconds=WARM_UP_SECONDS
         )
         found[level] += sweep.levels
         advance(1)

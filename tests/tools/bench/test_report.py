@@ -13,7 +13,7 @@ from rich.console import Console
 from vecmill.tools.bench import report
 from vecmill.tools.bench.load_generator import BulkLoad, Latency, Outcomes
 from vecmill.tools.bench.report import BAR_WIDTH, show_sweep
-from vecmill.tools.bench.scenarios import Sweep
+from vecmill.tools.bench.scenarios import SweepResult
 
 RATES = st.floats(1e-3, 1e7)
 LEVELS = st.lists(st.tuples(RATES, RATES, st.floats(1, 100)), min_size=2, max_size=8)
@@ -30,7 +30,7 @@ def shown(levels: Sequence[BulkLoad], encoding: str = "utf-8") -> str:
     with pytest.MonkeyPatch.context() as patch:
         file = io.TextIOWrapper(content, encoding)
         patch.setattr(report, "results", Console(file=file, width=80, markup=False, highlight=False))
-        show_sweep(Sweep(384, list(levels)))
+        show_sweep(SweepResult(384, list(levels)))
         file.flush()
         return content.getvalue().decode(encoding)
 

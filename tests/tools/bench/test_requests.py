@@ -11,7 +11,7 @@ from tests.tools.bench.command_line import bench_json
 from tests.tools.bench.scripted_server import Reply, scripted, vectors
 from vecmill.tools.bench.load_generator import BulkLoad, Outcomes, TargetClient, run, search
 from vecmill.tools.bench.report import warnings
-from vecmill.tools.bench.target import Dialect, Target
+from vecmill.tools.bench.target import BenchTarget, Dialect
 
 LEVEL = ("--texts", 2, "--batch", 2, "--connections", 1)
 
@@ -74,7 +74,7 @@ def test_the_first_answer_is_checked_and_not_measured() -> None:
     ],
 )
 def test_endpoints(url: str, dialect: Dialect, endpoint: str) -> None:
-    assert Target(url, dialect).endpoint == endpoint
+    assert BenchTarget(url, dialect).endpoint == endpoint
 
 
 def test_a_person_does_not_wait_for_answers() -> None:
@@ -85,7 +85,7 @@ def test_a_person_does_not_wait_for_answers() -> None:
         return vectors(body)
 
     async def ask(url: str) -> Outcomes:
-        async with TargetClient(Target(url)) as client:
+        async with TargetClient(BenchTarget(url)) as client:
             return await search(client, seconds=0.03, interval=0.01)
 
     with scripted(answer) as server:

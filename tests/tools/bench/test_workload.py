@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vecmill.tools.bench.target import BenchError, Target
+from vecmill.tools.bench.target import BenchError, BenchTarget
 from vecmill.tools.bench.workload import payloads, read_workload, text_chunks, text_files
 
 
@@ -59,5 +59,5 @@ def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
 
 
 def test_requests_hold_a_batch_each() -> None:
-    requests = payloads(Target("host"), ["a", "b", "ü"], 2)
+    requests = payloads(BenchTarget("host"), ["a", "b", "ü"], 2)
     assert [(one.texts, one.text_bytes) for one in requests] == [(2, 2), (1, 2)]

@@ -11,7 +11,7 @@ import pytest
 from tests.tools.doctor.command_line import check, checks
 from vecmill.tools.doctor import context
 from vecmill.tools.doctor.checks import programs
-from vecmill.tools.doctor.findings import Status
+from vecmill.tools.doctor.findings import FindingStatus
 
 CONNECTED: dict[str, Any] = {
     "BackendState": "Running",
@@ -79,8 +79,8 @@ def test_tailscale_that_is_not_connected(path: Path, script: str, seen: str, cur
 
 def test_tailscale_without_https() -> None:
     found = programs.judge_tailscale({**CONNECTED, "CertDomains": None}, NODE, 8001)
-    assert (found.status, "HTTPS is off" in found.seen) == (Status.WARN, True)
-    assert programs.judge_tailscale(CONNECTED, NODE, 8001).status is Status.OK
+    assert (found.status, "HTTPS is off" in found.seen) == (FindingStatus.WARN, True)
+    assert programs.judge_tailscale(CONNECTED, NODE, 8001).status is FindingStatus.OK
 
 
 def test_docker(path: Path) -> None:
@@ -90,9 +90,9 @@ def test_docker(path: Path) -> None:
     put(path, "docker", """echo '{"ServerVersion": "", "ServerErrors": ["permission denied"]}'; exit 1""")
     away = check("docker")
     assert (away["status"], "permission denied" in away["seen"]) == ("warn", True)
-    assert programs.judge_docker(info, has_gpu=True).status is Status.OK
+    assert programs.judge_docker(info, has_gpu=True).status is FindingStatus.OK
     without = programs.judge_docker({**info, "Runtimes": {"runc": {}}}, has_gpu=True)
-    assert (without.status, "nvidia-ctk runtime configure" in str(without.cure)) == (Status.WARN, True)
+    assert (without.status, "nvidia-ctk runtime configure" in str(without.cure)) == (FindingStatus.WARN, True)
 
 
 def test_a_program_that_does_not_answer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from tests.tools.embed.command_line import write_jsonl
 from vecmill.tools.console import UsageError
 from vecmill.tools.embed.inputs import opened
-from vecmill.tools.embed.rows import Row, TextSource
+from vecmill.tools.embed.rows import TextRow, TextSource
 
 TEXTS = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
 
 
-def read(path: Path, **options: object) -> tuple[list[Row], dict[str, int]]:
+def read(path: Path, **options: object) -> tuple[list[TextRow], dict[str, int]]:
     """The texts, and what was skipped."""
     with opened(TextSource(path, **options)) as (rows, table):  # type: ignore[arg-type]
         return list(rows), dict(table.skipped)
@@ -36,7 +36,7 @@ def texts(path: Path, **options: object) -> list[str]:
 @given(rows=st.lists(TEXTS, min_size=1))
 def test_jsonl_gives_back_what_was_written(rows: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = write_jsonl(tmp_path_factory.mktemp("jsonl") / "in.jsonl", *({"text": row, "id": row} for row in rows))
-    assert read(path)[0] == [Row(number, row, row) for number, row in enumerate(rows, 1)]
+    assert read(path)[0] == [TextRow(number, row, row) for number, row in enumerate(rows, 1)]
 
 
 @settings(deadline=None)
@@ -47,7 +47,7 @@ def test_csv_gives_back_what_was_written(rows: list[str], tabs: bool, tmp_path_f
         writer = csv.writer(file, "excel-tab" if tabs else "excel")
         writer.writerow(["id", "content"])
         writer.writerows([[f"00{at}", row] for at, row in enumerate(rows)])
-    assert read(path)[0] == [Row(at + 1, f"00{at}", row) for at, row in enumerate(rows)]
+    assert read(path)[0] == [TextRow(at + 1, f"00{at}", row) for at, row in enumerate(rows)]
 
 
 @settings(deadline=None)
@@ -55,13 +55,13 @@ def test_csv_gives_back_what_was_written(rows: list[str], tabs: bool, tmp_path_f
 def test_parquet_gives_back_what_was_written(rows: list[str], tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.mktemp("parquet") / "in.parquet"
     pq.write_table(pa.table({"n": range(len(rows)), "passage": rows}), path, row_group_size=2)
-    assert read(path, id_field="n")[0] == [Row(at + 1, at, row) for at, row in enumerate(rows)]
+    assert read(path, id_field="n")[0] == [TextRow(at + 1, at, row) for at, row in enumerate(rows)]
 
 
 def test_bare_strings_blank_lines_and_a_bom(tmp_path: Path) -> None:
     path = tmp_path / "in.ndjson"
     path.write_bytes(b'\xef\xbb\xbf"one"\n\n  \r\n{"input": "two"}\r\n"three"')
-    assert read(path)[0] == [Row(1, 1, "one"), Row(4, 4, "two"), Row(5, 5, "three")]
+    assert read(path)[0] == [TextRow(1, 1, "one"), TextRow(4, 4, "two"), TextRow(5, 5, "three")]
 
 
 def test_gzip(tmp_path: Path) -> None:
@@ -81,12 +81,12 @@ def test_a_text_longer_than_the_csv_modules_own_limit(tmp_path: Path) -> None:
 
 def test_a_field_by_name_before_the_usual_ones(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", {"text": "no", "title": "yes", "key": 7})
-    assert read(path, text_field="title", id_field="key")[0] == [Row(1, 7, "yes")]
+    assert read(path, text_field="title", id_field="key")[0] == [TextRow(1, 7, "yes")]
 
 
 def test_the_only_field_with_strings(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "in.jsonl", {"id": "a", "year": 1999, "abstract": "yes"})
-    assert read(path)[0] == [Row(1, "a", "yes")]
+    assert read(path)[0] == [TextRow(1, "a", "yes")]
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_a_bad_row_is_named_or_skipped(row: bytes, reason: str, tmp_path: Path) 
     with pytest.raises(UsageError, match=f"^Row 2 of .*in.jsonl {reason}.*; --skip-bad leaves such rows out.$"):
         read(path)
     rows, skipped = read(path, skip_bad=True)
-    assert rows == [Row(1, "a", "one"), Row(3, "c", "three")]
+    assert rows == [TextRow(1, "a", "one"), TextRow(3, "c", "three")]
     assert list(skipped.values()) == [1]
     assert next(iter(skipped)).startswith(reason)
 
@@ -161,7 +161,7 @@ def test_a_folder(tmp_path: Path) -> None:
     (tmp_path / ".git" / "config").write_text("no", "utf-8")
     (tmp_path / "link.txt").symlink_to(tmp_path / "one.txt")
     rows, skipped = read(tmp_path)
-    assert rows == [Row(1, "one.txt", "eins"), Row(2, "b/two.md", "zwei ü")]
+    assert rows == [TextRow(1, "one.txt", "eins"), TextRow(2, "b/two.md", "zwei ü")]
     assert skipped == {"is not UTF-8 text": 2, "is empty": 1}
     assert texts(tmp_path, patterns=("*.md",)) == ["zwei ü"]
     assert texts(tmp_path, patterns=("b/*.md", "o*")) == ["eins", "zwei ü"]

@@ -29,7 +29,7 @@ from vecmill.tools.bench.scenarios import (
     measure_mixed,
     measure_sweep,
 )
-from vecmill.tools.bench.target import BenchError, Dialect, Encoding, Target
+from vecmill.tools.bench.target import BenchError, BenchTarget, Dialect, Encoding
 from vecmill.tools.bench.workload import LONGEST, Workload, read_workload
 from vecmill.tools.console import INTERRUPTED, CommandError, messages, print_error, results
 
@@ -42,7 +42,7 @@ DIFFERENT_TEXTS = 2000  # sent again and again where the time, not the number of
 class BenchOptions:
     """A measurement; see the help of `vecmill bench`."""
 
-    target: Target
+    target: BenchTarget
     folder: Path | None
     texts: int | None
     longest: int
@@ -128,7 +128,7 @@ def bench(
     """
     try:
         options = BenchOptions(
-            Target(url, dialect, model, api_key, encoding_format),
+            BenchTarget(url, dialect, model, api_key, encoding_format),
             folder=folder,
             texts=texts,
             longest=longest,

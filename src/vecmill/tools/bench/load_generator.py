@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vecmill.tools.bench.target import BadAnswer, BenchError, Payload, Target, dimensions_of, tokens_of
+from vecmill.tools.bench.target import BadAnswer, BenchError, BenchTarget, Payload, dimensions_of, tokens_of
 from vecmill.tools.bench.workload import QUERIES
 from vecmill.tools.http_client import Answer, AsyncHttpClient, Patience
 
@@ -82,7 +82,7 @@ class BulkLoad:
 class TargetClient(AsyncHttpClient):
     """Connections to the server that is measured."""
 
-    def __init__(self, target: Target, connections: int | None = None) -> None:
+    def __init__(self, target: BenchTarget, connections: int | None = None) -> None:
         """`connections` None: as many as there are requests at once.
 
         Raises:

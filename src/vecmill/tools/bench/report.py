@@ -12,7 +12,7 @@ from rich.bar import Bar
 from rich.table import Table
 
 from vecmill.tools.bench.load_generator import BulkLoad, Latency, Outcomes
-from vecmill.tools.bench.scenarios import MixedResult, Sweep
+from vecmill.tools.bench.scenarios import MixedResult, SweepResult
 from vecmill.tools.bench.target import BenchError
 from vecmill.tools.console import results
 
@@ -27,7 +27,7 @@ PICTURES = (".pdf", ".png", ".svg")
 INCHES = (8, 5)
 
 
-def show_sweep(sweep: Sweep) -> None:
+def show_sweep(sweep: SweepResult) -> None:
     """Print a row for each level, and bars below them where there are several levels."""
     table = _table(["conns", "requests", "texts/s", "MB/s", "tokens/s", *LATENCIES])
     for load in sweep.levels:

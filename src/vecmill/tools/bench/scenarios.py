@@ -9,7 +9,7 @@ from itertools import cycle
 
 from vecmill.tools.bench.load_generator import Bulk, BulkLoad, Outcomes, TargetClient, run, search, warm_up
 from vecmill.tools.bench.progress import StageBars
-from vecmill.tools.bench.target import Payload, Target
+from vecmill.tools.bench.target import BenchTarget, Payload
 from vecmill.tools.bench.workload import payloads
 
 CONNECTIONS = 4  # of the bulk beside a person
@@ -19,7 +19,7 @@ WARM_UP_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Sweep:
+class SweepResult:
     """A server under rising load."""
 
     dimensions: int | None
@@ -53,7 +53,7 @@ def level_name(connections: int) -> str:
 
 
 def measure_sweep(
-    target: Target,
+    target: BenchTarget,
     texts: Sequence[str],
     *,
     batch: int,
@@ -61,7 +61,7 @@ def measure_sweep(
     seconds: float | None,
     warm_up_seconds: float = WARM_UP_S,
     progress: StageBars | None = None,
-) -> Sweep:
+) -> SweepResult:
     """Load the server at each level (a number of connections) for so many seconds, or None: with each text once.
 
     It must not be called from a running event loop.
@@ -75,13 +75,13 @@ def measure_sweep(
 
 
 async def _sweep(
-    target: Target,
+    target: BenchTarget,
     requests: list[Payload],
     levels: Sequence[int],
     seconds: float | None,
     warm_up_seconds: float,
     progress: StageBars,
-) -> Sweep:
+) -> SweepResult:
     most = max(levels)
     async with TargetClient(target, most) as client:
         with progress.stage("warm-up", warm_up_seconds):
@@ -92,11 +92,11 @@ async def _sweep(
             with progress.stage(level_name(connections), seconds, texts) as advance:
                 source: Iterable[Payload] = requests if seconds is None else cycle(requests)
                 loads.append(await Bulk(client, source, advance).run(connections, seconds))
-    return Sweep(dimensions, loads)
+    return SweepResult(dimensions, loads)
 
 
 def measure_mixed(
-    target: Target,
+    target: BenchTarget,
     texts: Sequence[str],
     *,
     batch: int = 32,
@@ -120,7 +120,7 @@ def measure_mixed(
 
 
 async def _mixed(
-    target: Target,
+    target: BenchTarget,
     requests: list[Payload],
     connections: int,
     seconds: float,

@@ -70,7 +70,7 @@ class Payload:
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class BenchTarget:
     """A server's address, its dialect, and what goes into every request."""
 
     url: str

@@ -13,7 +13,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from random import Random
 
-from vecmill.tools.bench.target import BenchError, Payload, Target
+from vecmill.tools.bench.target import BenchError, BenchTarget, Payload
 
 SEED = 0  # the same folder gives the same texts, in the same order
 LONGEST = 1500  # characters of a text
@@ -72,7 +72,7 @@ def read_workload(folder: Path | None, count: int, longest: int = LONGEST) -> Wo
     return Workload(source, tuple(islice(cycle(texts), count)))
 
 
-def payloads(target: Target, texts: Sequence[str], batch: int) -> list[Payload]:
+def payloads(target: BenchTarget, texts: Sequence[str], batch: int) -> list[Payload]:
     """The texts in requests of `batch`, the last perhaps smaller."""
     batches = [texts[start : start + batch] for start in range(0, len(texts), batch)]
     return [

@@ -18,12 +18,12 @@ from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.tools.console import INTERRUPTED, UsageError, print_error
 from vecmill.tools.console import results as console
-from vecmill.tools.doctor.findings import CheckResult, Status, summary
+from vecmill.tools.doctor.findings import CheckResult, FindingStatus, summary
 from vecmill.tools.doctor.run import CHECKS, Reporter, run_checks
 
 NAME, STATUS = 10, 4  # columns
 INDENT = NAME + STATUS + 4
-STYLES = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
+STYLES = {FindingStatus.OK: "green", FindingStatus.WARN: "yellow", FindingStatus.FAIL: "bold red"}
 
 
 class LineReporter(Reporter):

@@ -10,7 +10,7 @@ from enum import StrEnum
 from importlib.machinery import PathFinder
 
 
-class Status(StrEnum):
+class FindingStatus(StrEnum):
     """From good to bad."""
 
     OK = "ok"
@@ -22,7 +22,7 @@ class Status(StrEnum):
 class Finding:
     """A verdict. `seen` and `cure` may have several lines; the cure has a command where there is one."""
 
-    status: Status
+    status: FindingStatus
     seen: str
     cure: str | None = None
     details: Mapping[str, object] = field(default_factory=dict)
@@ -41,19 +41,19 @@ class CheckResult:
 
     @property
     def failed(self) -> bool:
-        return self.finding.status is Status.FAIL
+        return self.finding.status is FindingStatus.FAIL
 
 
 def ok(seen: str, **details: object) -> Finding:
-    return Finding(Status.OK, seen, None, details)
+    return Finding(FindingStatus.OK, seen, None, details)
 
 
 def warn(seen: str, cure: str | None = None, **details: object) -> Finding:
-    return Finding(Status.WARN, seen, cure, details)
+    return Finding(FindingStatus.WARN, seen, cure, details)
 
 
 def fail(seen: str, cure: str | None = None, **details: object) -> Finding:
-    return Finding(Status.FAIL, seen, cure, details)
+    return Finding(FindingStatus.FAIL, seen, cure, details)
 
 
 def together(findings: Iterable[Finding]) -> Finding:
@@ -63,17 +63,17 @@ def together(findings: Iterable[Finding]) -> Finding:
     for part in parts:
         details |= part.details
     cures = dict.fromkeys(part.cure for part in parts if part.cure)
-    worst = max((part.status for part in parts), key=list(Status).index, default=Status.OK)
+    worst = max((part.status for part in parts), key=list(FindingStatus).index, default=FindingStatus.OK)
     return Finding(worst, "\n".join(part.seen for part in parts if part.seen), "\n".join(cures) or None, details)
 
 
 def summary(results: Iterable[CheckResult]) -> str:
     """`13 ok, 1 warning, 0 failed`"""
     statuses = [result.finding.status for result in results]
-    warnings = statuses.count(Status.WARN)
+    warnings = statuses.count(FindingStatus.WARN)
     return (
-        f"{statuses.count(Status.OK)} ok, {warnings} warning{'' if warnings == 1 else 's'}, "
-        f"{statuses.count(Status.FAIL)} failed"
+        f"{statuses.count(FindingStatus.OK)} ok, {warnings} warning{'' if warnings == 1 else 's'}, "
+        f"{statuses.count(FindingStatus.FAIL)} failed"
     )
 
 

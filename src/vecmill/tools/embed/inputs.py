@@ -18,7 +18,7 @@ import orjson
 
 from vecmill.tools.console import UsageError
 from vecmill.tools.embed import parquet
-from vecmill.tools.embed.rows import STDIN, BadRow, Record, Rows, Table, TextSource
+from vecmill.tools.embed.rows import STDIN, BadRow, InputTable, Record, TextRows, TextSource
 
 GZIP = ".gz"
 JSON_LINES = (".jsonl", ".ndjson")
@@ -31,7 +31,7 @@ ID, TEXT = "id", "text"  # the columns of a folder
 
 
 @contextmanager
-def opened(source: TextSource) -> Iterator[tuple[Rows, Table]]:
+def opened(source: TextSource) -> Iterator[tuple[TextRows, InputTable]]:
     """Open an input: its texts, read lazily, and the table they are read from.
 
     Raises:
@@ -39,7 +39,7 @@ def opened(source: TextSource) -> Iterator[tuple[Rows, Table]]:
     """
     try:
         with _table(source) as table:
-            yield Rows(table, source), table
+            yield TextRows(table, source), table
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UsageError(f"{source.name} is a broken gzip file: {error}.") from error
     except UnicodeDecodeError as error:
@@ -47,7 +47,7 @@ def opened(source: TextSource) -> Iterator[tuple[Rows, Table]]:
 
 
 @contextmanager
-def _table(source: TextSource) -> Iterator[Table]:
+def _table(source: TextSource) -> Iterator[InputTable]:
     path = source.path
     if path == STDIN:
         yield _jsonl_table(sys.stdin.buffer)
@@ -87,9 +87,9 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
         yield cast(IO[bytes], gzip.GzipFile(fileobj=file)) if path.suffix.lower() == GZIP else file
 
 
-def _jsonl_table(file: IO[bytes]) -> Table:
+def _jsonl_table(file: IO[bytes]) -> InputTable:
     """A row for each line that is not blank, numbered as its line. Source: https://jsonlines.org/"""
-    return Table(_jsonl_records(file))
+    return InputTable(_jsonl_records(file))
 
 
 def _jsonl_records(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
@@ -107,7 +107,7 @@ def _jsonl_record(line: bytes) -> Record:
     return record if isinstance(record, dict | str) else BadRow("is neither an object nor a string")
 
 
-def _delimited_table(file: IO[bytes], delimiter: str, name: str) -> Table:
+def _delimited_table(file: IO[bytes], delimiter: str, name: str) -> InputTable:
     """A row for each record below the header (RFC 4180). A line break within quotes belongs to the text.
 
     Raises:
@@ -118,7 +118,7 @@ def _delimited_table(file: IO[bytes], delimiter: str, name: str) -> Table:
     header = next(records, None)
     if header is None:
         raise UsageError(f"{name} is empty; its first line must name the columns.")
-    return Table(_delimited_records(records, header), dict.fromkeys(header, True))
+    return InputTable(_delimited_records(records, header), dict.fromkeys(header, True))
 
 
 def _delimited_lines(file: IO[bytes], delimiter: str, name: str) -> Iterator[list[str]]:
@@ -135,14 +135,14 @@ def _delimited_records(records: Iterator[list[str]], header: Sequence[str]) -> I
         yield number, dict(zip(header, fields, strict=False))
 
 
-def _folder_table(folder: Path, patterns: Sequence[str]) -> Table:
+def _folder_table(folder: Path, patterns: Sequence[str]) -> InputTable:
     """A row for each text file below the folder, sorted by path, which is its id.
 
     Hidden files and links are not looked at; files that are binary, not UTF-8, empty, huge or unreadable are counted as
     skipped.
     """
     skipped: Counter[str] = Counter()
-    return Table(_folder_records(folder, patterns, skipped), {ID: True, TEXT: True}, skipped)
+    return InputTable(_folder_records(folder, patterns, skipped), {ID: True, TEXT: True}, skipped)
 
 
 def _folder_records(folder: Path, patterns: Sequence[str], skipped: Counter[str]) -> Iterator[tuple[int, Record]]:

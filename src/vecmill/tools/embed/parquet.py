@@ -12,7 +12,7 @@ import numpy as np
 
 from vecmill import __version__
 from vecmill.tools.console import UsageError
-from vecmill.tools.embed.rows import Columns, Record, Table, TextSource, id_field_of, text_field_of
+from vecmill.tools.embed.rows import Columns, InputTable, Record, TextSource, id_field_of, text_field_of
 
 SUFFIX = ".parquet"
 ROWS_AT_A_TIME = 1024  # of an input; they are in memory at one time
@@ -35,7 +35,7 @@ def _arrow(module: str = "pyarrow") -> Any:
         raise UsageError("Parquet files need pyarrow: pip install 'vecmill[parquet]'.") from error
 
 
-def parquet_table(content: IO[bytes], source: TextSource) -> Table:
+def parquet_table(content: IO[bytes], source: TextSource) -> InputTable:
     """The file's rows; only the columns that are used are read.
 
     Raises:
@@ -48,7 +48,7 @@ def parquet_table(content: IO[bytes], source: TextSource) -> Table:
         raise UsageError(f"{source.name} cannot be read as Parquet: {str(error).rstrip('.')}.") from error
     columns: Columns = {column.name: _holds_strings(column.type) for column in file.schema_arrow}
     used = {text_field_of(columns, source), id_field_of(columns, source)} - {None}
-    return Table(_records(file, sorted(map(str, used)), source.name), columns)
+    return InputTable(_records(file, sorted(map(str, used)), source.name), columns)
 
 
 def _holds_strings(kind: Any) -> bool:

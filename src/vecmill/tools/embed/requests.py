@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import orjson
 
-from vecmill.tools.embed.rows import Row
+from vecmill.tools.embed.rows import TextRow
 
 ENDPOINT = "/v1/embeddings"
 MAX_REQUESTS = 50_000  # in a batch: the limit of OpenAI's own
@@ -34,7 +34,7 @@ class RequestFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class InputPart:
     """Texts that follow each other, in one file."""
 
     first: int
@@ -51,7 +51,7 @@ class Part:
 class Prepared:
     """An input, cut into parts."""
 
-    parts: list[Part]
+    parts: list[InputPart]
     rows_path: Path
     """A line of JSON for each text: its row number and its id."""
     integer_ids: bool
@@ -114,10 +114,10 @@ class _Preparation:
         self._fields = {"model": model, **fields}
         self._writer: _Writer | None = None
         self._integer_ids, self._longest_id, self._multiline_ids = True, 1, False
-        self._parts: list[Part] = []
+        self._parts: list[InputPart] = []
         self.texts = 0
 
-    def add(self, row: Row) -> None:
+    def add(self, row: TextRow) -> None:
         """Append a text to the file that is being written, or begin the next one."""
         body = {"input": row.text, "encoding_format": "base64", **self._fields}
         request = {"custom_id": str(self.texts), "method": "POST", "url": ENDPOINT, "body": body}
@@ -138,7 +138,7 @@ class _Preparation:
         """Close the file that is being written: it is a part."""
         if self._writer is not None:
             file = self._writer.close()
-            self._parts.append(Part(self.texts - file.count, file))
+            self._parts.append(InputPart(self.texts - file.count, file))
             self._writer = None
 
     def prepared(self, rows_path: Path) -> Prepared:
@@ -148,7 +148,7 @@ class _Preparation:
 
 
 def prepare(
-    rows: Iterable[Row],
+    rows: Iterable[TextRow],
     folder: Path,
     model: str,
     fields: Mapping[str, Any],

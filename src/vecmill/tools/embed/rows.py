@@ -50,7 +50,7 @@ Columns = Mapping[str, bool]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class TextRow:
     """A text to embed."""
 
     number: int
@@ -60,7 +60,7 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
+class InputTable:
     """An input, being read."""
 
     records: Iterable[tuple[int, Record]]
@@ -107,31 +107,31 @@ def id_field_of(columns: Columns, source: TextSource) -> str | None:
     return source.id_field
 
 
-class Rows:
+class TextRows:
     """The texts of a table, in order; what is skipped is counted in the table."""
 
-    def __init__(self, table: Table, source: TextSource) -> None:
+    def __init__(self, table: InputTable, source: TextSource) -> None:
         self._table, self._source = table, source
         self._fields: tuple[str, str | None] | None = None if table.columns is None else self._choose(table.columns)
 
     def _choose(self, columns: Columns) -> tuple[str, str | None]:
         return text_field_of(columns, self._source), id_field_of(columns, self._source)
 
-    def __iter__(self) -> Iterator[Row]:
+    def __iter__(self) -> Iterator[TextRow]:
         for number, record in self._table.records:
             row = self._row(number, record)
-            if isinstance(row, Row):
+            if isinstance(row, TextRow):
                 yield row
             elif self._source.skip_bad:
                 self._table.skipped[row.reason] += 1
             else:
                 raise UsageError(f"Row {number} of {self._source.name} {row.reason}; --skip-bad leaves such rows out.")
 
-    def _row(self, number: int, record: Record) -> Row | BadRow:
+    def _row(self, number: int, record: Record) -> TextRow | BadRow:
         if isinstance(record, BadRow):
             return record
         if isinstance(record, str):
-            return Row(number, number, record) if record.strip() else BadRow("is an empty text")
+            return TextRow(number, number, record) if record.strip() else BadRow("is an empty text")
         if self._fields is None:
             self._fields = self._choose({name: isinstance(value, str) for name, value in record.items()})
         text_field, id_field = self._fields
@@ -143,7 +143,7 @@ class Rows:
         identity = number if id_field is None else record.get(id_field)
         if not _is_id(identity):
             return BadRow(f"has neither a string nor an integer in `{id_field}`")
-        return Row(number, identity, text)
+        return TextRow(number, identity, text)
 
 
 def _is_id(value: Any) -> TypeGuard[int | str]:

@@ -20,8 +20,8 @@ from vecmill.tools.embed import inputs, outputs
 from vecmill.tools.embed.batches import RemoteBatches, TextVector, vector_of
 from vecmill.tools.embed.outputs import FLOAT_BYTES, OutputFile, Vectors
 from vecmill.tools.embed.requests import BATCH_FILE_BYTES, ENDPOINT, Prepared, prepare
-from vecmill.tools.embed.rows import Table, TextSource
-from vecmill.tools.embed.work import SHOWN_REASONS, PartWork, Totals
+from vecmill.tools.embed.rows import InputTable, TextSource
+from vecmill.tools.embed.work import SHOWN_REASONS, EmbedTotals, PartWork
 from vecmill.tools.http_client import HttpClient, ServerAddress
 
 IN_PROGRESS = 4  # batches at a time; the server works through as many by default
@@ -51,8 +51,8 @@ class _Outcome:
     """What the summary is written from."""
 
     prepared: Prepared
-    table: Table
-    totals: Totals
+    table: InputTable
+    totals: EmbedTotals
     model: str
     dimensions: int
     computed: int
@@ -165,7 +165,7 @@ class _Run:
     def __init__(self, options: EmbedOptions, show: RunProgress, client: HttpClient) -> None:
         self._options, self._show, self._client = options, show, client
         self._batches = RemoteBatches(client)
-        self._totals = Totals()
+        self._totals = EmbedTotals()
 
     def run(self) -> _Outcome:
         """Run all steps. Scratch files lie beside the output: that disk must have room for it anyway."""
@@ -199,7 +199,7 @@ class _Run:
         except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
             raise CommandError(f"{self._client.base}{ENDPOINT} does not answer as OpenAI's does.") from error
 
-    def _prepare(self, folder: Path, model: str) -> tuple[Prepared, Table]:
+    def _prepare(self, folder: Path, model: str) -> tuple[Prepared, InputTable]:
         with inputs.opened(self._options.source) as (rows, table):
             options = self._options
             prepared = prepare(rows, folder, model, options.fields, options.batch_file_bytes, self._show.read)

@@ -10,14 +10,14 @@ import orjson
 from vecmill.tools.console import CommandError
 from vecmill.tools.embed.batches import Failure, RemoteBatch, RemoteBatches, TextVector, result_of
 from vecmill.tools.embed.outputs import Failed, Vectors
-from vecmill.tools.embed.requests import Part, RequestFile, select
+from vecmill.tools.embed.requests import InputPart, RequestFile, select
 from vecmill.tools.http_client import NotThere
 
 SHOWN_REASONS = 3
 
 
 @dataclass(slots=True)
-class Totals:
+class EmbedTotals:
     """Counts over all parts."""
 
     tokens: int = 0
@@ -56,7 +56,9 @@ class _Results:
 class PartWork:
     """Works until each text of the part has its vector, or a reason why it has none."""
 
-    def __init__(self, part: Part, batches: RemoteBatches, vectors: Vectors, model: str, totals: Totals) -> None:
+    def __init__(
+        self, part: InputPart, batches: RemoteBatches, vectors: Vectors, model: str, totals: EmbedTotals
+    ) -> None:
         self._part, self._batches, self._vectors, self._model = part, batches, vectors, model
         self._totals = totals
         self._file: RequestFile | None = part.file

@@ -18,7 +18,7 @@ from vecmill.engine.probes.results import Load, MatmulSpeed
 from vecmill.hardware.clocks import LOADED_PERCENT, clock_verdict
 from vecmill.hardware.gpu import GpuReading
 from vecmill.tools.doctor.context import DoctorContext, NoTorch, reading, within
-from vecmill.tools.doctor.findings import Finding, Status, fail, ok, warn
+from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, ok, warn
 
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version
 NOT_THE_GPU = "or set DEVICE=cpu to serve from the CPU"
@@ -107,8 +107,10 @@ def judge_gpu(gpu: GpuReading) -> Finding:
         seen += ", which is normal for it" if gpu.unified else ""
     unexpected = [name for name in EXPECTED if name in missing and not gpu.unified]
     if unexpected:
-        return Finding(Status.WARN, f"{seen}: {', '.join(unexpected)} should be", "nvidia-smi -q", values, listed=True)
-    return Finding(Status.OK, seen, None, values, listed=True)
+        return Finding(
+            FindingStatus.WARN, f"{seen}: {', '.join(unexpected)} should be", "nvidia-smi -q", values, listed=True
+        )
+    return Finding(FindingStatus.OK, seen, None, values, listed=True)
 
 
 def _shown(gpu: GpuReading, name: str) -> object:

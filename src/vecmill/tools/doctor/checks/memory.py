@@ -22,7 +22,7 @@ OF_GPU, OF_MACHINE = "nvidia-smi --query-compute-apps=pid,name,used_memory --for
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MemoryRoom:
     """Bytes. `floor` stays free; `most` is what the process may take."""
 
     total: int
@@ -34,7 +34,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
+class MemoryNeed:
     """Bytes of weights by model, in the type they are loaded in; the size of `unknown` models is not known."""
 
     weights: dict[str, int]
@@ -56,7 +56,7 @@ def check_memory(context: DoctorContext) -> Finding:
     return together(parts)
 
 
-def _room(context: DoctorContext) -> Room:
+def _room(context: DoctorContext) -> MemoryRoom:
     machine, engine, gpu = host_memory(), context.settings.engine, context.gpu_memory
     of_gpu = context.wants_gpu and gpu.total_mb is not None and gpu.available_mb is not None
     total = (gpu.total_mb or 0 if of_gpu else machine.total_mb) * MEGABYTE
@@ -64,12 +64,12 @@ def _room(context: DoctorContext) -> Room:
     unified = of_gpu and gpu.unified is True
     kept = int(memory_floor(total, engine.memory_floor_gb))
     # A card's own memory has no floor: nothing else lives from it.
-    return Room(
+    return MemoryRoom(
         total, available, 0 if of_gpu and not unified else kept, int(engine.memory_fraction * total), unified, of_gpu
     )
 
 
-def need_of(context: DoctorContext) -> Need:
+def need_of(context: DoctorContext) -> MemoryNeed:
     """What the configured models take. The hub is asked for what is not cached, and not waited for."""
     width = bytes_per_parameter(context.settings.model.dtype)
     weights: dict[str, int] = {}
@@ -84,12 +84,12 @@ def need_of(context: DoctorContext) -> Need:
             unknown.append(model.name)
         else:
             weights[str(model.checkpoint.folder.resolve()) if model.checkpoint else model.name] = count * width
-    return Need(weights, tuple(unknown), GPU_ALLOWANCE if context.wants_gpu else CPU_ALLOWANCE)
+    return MemoryNeed(weights, tuple(unknown), GPU_ALLOWANCE if context.wants_gpu else CPU_ALLOWANCE)
 
 
-def _judge_room(context: DoctorContext, room: Room) -> Finding:
+def _judge_room(context: DoctorContext, room: MemoryRoom) -> Finding:
     if context.server is not None and context.server.is_vecmill:
-        return judge_memory(room, Need({}, (), 0), running=context.server.url)
+        return judge_memory(room, MemoryNeed({}, (), 0), running=context.server.url)
     need = need_of(context)
     finding = judge_memory(room, need)
     if finding.cure is None and not (room.of_gpu and not room.unified):
@@ -102,7 +102,7 @@ def _judge_room(context: DoctorContext, room: Room) -> Finding:
     return finding
 
 
-def judge_memory(room: Room, need: Need, running: str | None = None) -> Finding:
+def judge_memory(room: MemoryRoom, need: MemoryNeed, running: str | None = None) -> Finding:
     """`running`: the address of a server that has its models loaded already."""
     owner = (
         "the GPU shares it with the machine" if room.unified else "the GPU's own" if room.of_gpu else "the machine's"
@@ -144,7 +144,7 @@ def judge_memory(room: Room, need: Need, running: str | None = None) -> Finding:
     return ok(seen, **facts)
 
 
-def _claimed(context: DoctorContext, room: Room) -> Finding:
+def _claimed(context: DoctorContext, room: MemoryRoom) -> Finding:
     if not context.device.startswith("cuda"):
         return ok("")
     try:

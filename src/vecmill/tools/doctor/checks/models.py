@@ -19,7 +19,7 @@ from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, Source, bundled_instead, find, hub_id, is_hub_id
 from vecmill.models.weight_files import parameters
 from vecmill.tools.doctor.context import DoctorContext
-from vecmill.tools.doctor.findings import Finding, Status, fail, install, ok, together, warn
+from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, install, ok, together, warn
 
 AUTO, NONE = "auto", "none"
 BYTES = {"float32": 4}  # of a parameter; all other types have 2
@@ -161,7 +161,7 @@ def _to_fetch(model: Configured, plan: hub.Plan) -> Finding:
     pull = f"vecmill pull {model.name}"
     if plan.non_commercial:
         return warn(f"{seen}, which forbids commercial use", f"{pull} (fetches it now)")
-    return Finding(Status.OK, seen, f"{pull} (fetches it now)")
+    return Finding(FindingStatus.OK, seen, f"{pull} (fetches it now)")
 
 
 def _token(context: DoctorContext) -> str:
