@@ -249,6 +249,8 @@ class HttpClient:
             with self._http.stream(method, self.base + path, **arguments) as response:
                 self._check(method, path, response)
                 yield response
+        except httpx2.DecodingError as error:
+            raise CommandError(f"The answer to {method} {self.base}{path} cannot be decompressed: {error}.") from error
         except httpx2.RequestError as error:
             why = str(error) or type(error).__name__
             raise Unreachable(f"{self.base} cannot be reached: {why}.") from error
