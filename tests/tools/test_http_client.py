@@ -72,15 +72,6 @@ def test_an_answer_that_cannot_be_decompressed_is_an_error_that_counts() -> None
     assert "errors    1 connection: 1 x DecodingError\n" in result.stdout
 
 
-def test_embed_gives_up_an_answer_that_cannot_be_decompressed() -> None:
-    broken = Reply({"data": []}, headers={"Content-Encoding": "gzip"})
-    with scripted(lambda number, body: broken) as server:
-        result = embed("-", "-o", "out.npy", "--url", server.url, stdin=b'"text"\n')
-    assert result.exit_code == 1
-    assert "cannot be decompressed" in result.stderr
-    assert len(server.asked) <= 1
-
-
 def test_one_look_at_what_does_not_speak_http() -> None:
     with scripted(lambda number, body: vectors(body)) as server:
         url = server.url

@@ -127,7 +127,7 @@ class Retries:
         now = perf_counter()
         if self._since is None:
             self._since = now
-        if now + wait > self._since + self._patience.seconds:
+        if now + wait >= self._since + self._patience.seconds:
             return None
         self._backoff = min(2 * self._backoff, LONGEST_WAIT_S)
         return wait

@@ -71,7 +71,7 @@ def test_a_server_that_only_fails_is_not_asked_on() -> None:
 
 def test_a_server_that_fails_both_times_in_mixed_mode_still_gets_its_tables() -> None:
     with scripted(lambda number, body: vectors(body) if number == 0 else Reply("gone", 500)) as server:
-        result = bench(server.url, "--mixed", "--seconds", 0.2)
+        result = bench(server.url, "--mixed", "--seconds", 0.6, "--query-interval", 0.3)
     assert result.exit_code == 1
     assert re.search(r"^errors    the person alone: 2 x 500\n", result.stdout, re.M)
     assert re.search(r"^errors    bulk alone: 10\d x 500\n", result.stdout, re.M)

@@ -364,3 +364,14 @@ def test_parquet_without_pyarrow(
     result = embed(source.parent / name, "-o", source.parent / output, "--url", batch_api.url)
     assert result.exit_code == 2
     assert result.stderr == "vecmill: Parquet files need pyarrow: pip install 'vecmill[parquet]'.\n"
+
+
+def test_an_answer_that_cannot_be_decompressed_is_not_asked_for_again(
+    batch_api: BatchServer, source: Path, out: Path
+) -> None:
+    broken = Reply({"data": []}, headers={"Content-Encoding": "gzip"})
+    batch_api.interfere = first(1, "POST", "/v1/embeddings", broken)
+    result = embed(source, "-o", out, "--url", batch_api.url)
+    assert result.exit_code == 1
+    assert f"The answer to POST {batch_api.url}/v1/embeddings cannot be decompressed" in result.stderr
+    assert batch_api.count("POST", "/v1/embeddings") == 1

@@ -21,7 +21,7 @@ SHORTEST_S = 1.0  # below it, opening connections is most of what the load gener
 LATENCIES = ("p50 ms", "p95 ms", "p99 ms", "max ms")
 
 BAR_WIDTH = 30  # characters; two bars and the number of connections fit 80 columns
-EIGHTHS = 8 * BAR_WIDTH  # a bar's smallest steps
+SHORTEST_BAR = 2 / (8 * BAR_WIDTH)  # of the longest: two of the eighths of a character that bars are drawn in
 
 PICTURES = (".pdf", ".png", ".svg")
 INCHES = (8, 5)
@@ -129,18 +129,19 @@ def _points(loads: Sequence[BulkLoad]) -> list[_Point]:
 
 
 def _bars(points: Sequence[_Point]) -> Table:
-    """A row for each level: its throughput, and the span from p50 to p99; every bar is at least one step wide."""
+    """A row for each level: its throughput, and the span from p50 to p99; no bar is too short to be seen."""
     fastest, slowest = max(point.throughput for point in points), max(point.p99 for point in points)
     table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("conns", justify="right", no_wrap=True)
     table.add_column(f"texts/s, 0 to {fastest:,.0f}", width=BAR_WIDTH, no_wrap=True)
     table.add_column(f"p50 to p99, 0 to {_ms(slowest)} ms", width=BAR_WIDTH, no_wrap=True)
     for point in points:
-        begin = max(0.0, min(point.p50, point.p99 - slowest / EIGHTHS))
+        begin = max(0.0, min(point.p50, point.p99 - slowest * SHORTEST_BAR))
+        end = max(point.p99, slowest * SHORTEST_BAR)
         table.add_row(
             f"{point.connections}",
-            Bar(fastest, 0, max(point.throughput, fastest / EIGHTHS), width=BAR_WIDTH, color="cyan"),
-            Bar(slowest, begin, max(point.p99, slowest / EIGHTHS), width=BAR_WIDTH, color="yellow"),
+            Bar(fastest, 0, max(point.throughput, fastest * SHORTEST_BAR), width=BAR_WIDTH, color="cyan"),
+            Bar(slowest, begin, end, width=BAR_WIDTH, color="yellow"),
         )
     return table
 
