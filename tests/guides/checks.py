@@ -57,7 +57,17 @@ JOURNALCTL = {"-u": True, "-n": True, "-f": False, "--since": True, "--user": Fa
 OUR_PORTS = {8001, 8080}
 VLLM_PORT = 8000
 VLLM_PATHS = {"/v1/models", "/health", "/v1/completions", "/v1/chat/completions"}
-PIP_FLAGS = {"-c", "-e", "--upgrade", "--force-reinstall", "--constraint", "--editable", "--group", "--index-url", "--no-deps"}
+PIP_FLAGS = {
+    "-c",
+    "-e",
+    "--constraint",
+    "--editable",
+    "--force-reinstall",
+    "--group",
+    "--index-url",
+    "--no-deps",
+    "--upgrade",
+}
 
 Check = Callable[[Command], Iterator[str]]
 
