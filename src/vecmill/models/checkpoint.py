@@ -195,7 +195,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def _load(path: Path) -> Any:
     try:
         return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise StartupError(f"{path} cannot be read ({error.strerror}): give read access.") from None
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{path} is not valid JSON ({error}); fetch the model again.") from None
 
 
