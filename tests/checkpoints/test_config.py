@@ -395,6 +395,8 @@ VARIANTS = [
     embeds("alibi", bert, config(position_embedding_type="alibi"), NO_ALIBI),
     embeds("relative", xlm_roberta, config(position_embedding_type="relative_key"), "`position_embedding_type`"),
     embeds("unknown", bert, config(surprise=1), "the key `surprise` (1), which is not known here"),
+    embeds("half-a-pair", bert, config(**{"\ud800": "\udfff"}), 'the key `\\ud800` ("\\udfff")'),
+    embeds("nested-too-deep", bert, lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not valid"),
     embeds("unknown-text", bert, config(surprise="x" * 500), "`surprise`"),
     embeds("act", bert, config(hidden_act="geglu"), '`hidden_act`: "geglu"; supported: "gelu", '),
     embeds("act-with-weights", bert, config(hidden_act="prelu"), '`hidden_act`: "prelu"'),
