@@ -193,6 +193,9 @@ def _check_pooled(tokenized: Mapping[int, Tokenized], name: Callable[[int], str]
         if one.row.unpooled >= len(one.row):
             raise InvalidInput(
                 f"`{name(index)}`: the instruction alone fills the model's maximum context length, nothing of the "
-                f"text is left; shorten the instruction or raise MAX_MODEL_LEN.",
+                f"text is left; shorten the instruction or raise MAX_MODEL_LEN."
+                if one.truncated
+                else f"`{name(index)}`: it has no tokens beside the prompt's, which the model does not pool; send "
+                f"another text.",
                 param=name(index),
             )

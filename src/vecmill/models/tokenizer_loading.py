@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Side, Task
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.rerank_prompt import rerank_form
+from vecmill.models.rerank_prompt import check_special_tokens, rerank_form
 from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, template
 
 # Their references are codes of their own, which read tokenizer.json as it stands.
@@ -53,6 +53,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     _check_sides(checkpoint, tokenizer)
     if _has_prompt(checkpoint):
         _check_prompt(checkpoint, read)
+        check_special_tokens(checkpoint, tokenizer.special_tokens_map)
     else:
         _check_template(checkpoint, read.around_pair or read.around)
     return read
