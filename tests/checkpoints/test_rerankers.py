@@ -499,7 +499,7 @@ REFUSED = [
             edit("config.json", sbert_ce_default_activation_function="torch.nn.Softmax"),
             "names the activation 'torch.nn.Softmax'",
         ),
-        ("two-labels", classifier, edit("config.json", id2label={"0": "no", "1": "yes"}), "and config.json has 2 (`id2label`"),
+        ("two-labels", classifier, edit("config.json", id2label={"0": "no", "1": "yes"}), "its head has 2 labels"),
         (
             "bert-messages",
             bert,
@@ -601,7 +601,10 @@ async def test_no_document_can_write_control_tokens_of_a_template(tmp_path: Path
 
 
 async def test_an_empty_pair_without_any_token_is_a_400(server: Served) -> None:
-    body = {"model": "classifier", "query": "", "documents": ["", "a text"]}
+    body = {"model": "classifier", "query": "", "documents": ["a text", ""]}
     answer = await server.client.post("/v1/rerank", json=body)
-    assert answer.status_code == 400
-    assert "empty" in answer.json()["error"]["message"]
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents[1]")
+    assert "it is empty" in answer.json()["error"]["message"]
+    texts = {"model": "classifier", "query": "", "texts": ["a text", ""]}
+    answer = await server.client.post("/rerank", json=texts)
+    assert (answer.status_code, answer.json()["error"].split(":")[0]) == (422, "`texts[1]`")

@@ -363,6 +363,8 @@ REFUSED = [
         says(MAP, pad_token="<mask>"),
     ),
     refused("python-tokenizer", bert, "BertJapaneseTokenizer", says(CONFIG, tokenizer_class="BertJapaneseTokenizer")),
+    refused("no-tokens-in-it", bert, "tokenizer.json is not a tokenizer", lambda f: write(f / "tokenizer.json", {})),
+    refused("text-for-a-flag", bert, "is of the wrong kind", says(CONFIG, do_lower_case="false")),
     refused("other-tokenizer", bert, "ByT5Tokenizer", says(CONFIG, tokenizer_class="ByT5Tokenizer")),
     refused(
         "unknown-in-map", bert, "special_tokens_map.json has the key `model_max_length`", says(MAP, model_max_length=7)

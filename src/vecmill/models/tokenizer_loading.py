@@ -24,6 +24,11 @@ AS_IT_STANDS = {"nvembed"}
 # A character that no vocabulary has (of Unicode's private use), and a word that is too long for one.
 UNKNOWN_WORDS = ["\ue000", "x" * 1000]
 
+CORRECT = (
+    "A value in tokenizer_config.json or special_tokens_map.json is of the wrong kind, or `tokenizer_class` is not "
+    "that of tokenizer.json: correct it, or fetch the model again."
+)
+
 
 def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     """The tokenizer of a checkpoint.
@@ -35,6 +40,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     if checkpoint.model_type in AS_IT_STANDS:
         return read_file(file)
     tokenizer = _from_files(checkpoint)
+    if not file.is_file():  # for errors
+        file = checkpoint.folder
     backend = tokenizer.backend_tokenizer
     if checkpoint.tokenizer.lower_case:
         backend.normalizer = _lower_case_first(backend.normalizer)
@@ -68,9 +75,11 @@ def _from_files(checkpoint: Checkpoint) -> Any:
             folder, local_files_only=True, trust_remote_code=False, **checkpoint.tokenizer.arguments
         )
     except Exception as error:  # whatever a file makes of transformers
-        cure = "" if (folder / "tokenizer.json").is_file() else f" {_cure(folder)}"
+        if (folder / "tokenizer.json").is_file():
+            read_file(folder / "tokenizer.json")  # says what is wrong with that
+        cure = CORRECT if (folder / "tokenizer.json").is_file() else _cure(folder)
         raise StartupError(
-            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}).{cure}"
+            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}). {cure}"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or _has_own_steps(type(tokenizer)):
         raise StartupError(
