@@ -13,11 +13,10 @@ from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
 from vecmill.core.protocols import VectorStore
-from vecmill.jobs.owned import OwnedJobs
-from vecmill.jobs.queue import JobQueue
+from vecmill.jobs.job import JobStatus
+from vecmill.jobs.local import LocalJobs
+from vecmill.jobs.queue import JobQueue, JobStore
 from vecmill.jobs.shared import SharedJobs
-from vecmill.jobs.store import JobStore
-from vecmill.jobs.transitions import JobStatus
 from vecmill.storage.sqlite_jobs import SqliteJobs
 from vecmill.storage.sqlite_vectors import SqliteVectors
 from vecmill.storage.state_folder import StateFolder
@@ -101,7 +100,7 @@ class State:
         settings, url = self._settings.jobs, self._redis_url()
         if url is not None:
             return SharedJobs(settings, _of_redis("redis_jobs", "RedisJobs", url))
-        return OwnedJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
+        return LocalJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
 
     def _redis_url(self) -> str | None:
         url = self._settings.state.redis_url

@@ -12,7 +12,7 @@ from vecmill.http.capabilities import recommended
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import JsonRoute
 from vecmill.http.services import ServicesOf
-from vecmill.jobs.transitions import JobStatus
+from vecmill.jobs.job import JobStatus
 from vecmill.jobs.views import ENDED_SHOWN
 
 router = APIRouter(tags=["Jobs"], route_class=JsonRoute)

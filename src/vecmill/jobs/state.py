@@ -1,20 +1,170 @@
-"""The rules of the queue: order, places, leases, waits. Sees one moment, waits for nothing, keeps nothing."""
+"""All jobs at one moment: the rules of the queue, and how the jobs become bytes and are read back."""
 
 from __future__ import annotations
 
 import logging
 import secrets
-from dataclasses import replace
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar, cast
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from vecmill.config import JobSettings
-from vecmill.core.errors import InvalidInput, Overloaded
+from vecmill.core.errors import InvalidInput, JobNotFound, Overloaded, VecmillError
+from vecmill.core.protocols import JobChanges, StoredJobs
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.jobs.job import Job
-from vecmill.jobs.ledger import Ledger
-from vecmill.jobs.transitions import JobEvent, JobStatus, after
+from vecmill.jobs.job import Job, JobEvent, JobStatus, Pace, after
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class JobTotals:
+    """What is kept about all jobs together."""
+
+    sequence: int = 0
+    """Counts registrations and ends."""
+    forgotten: int = 0
+    """Ended jobs up to this number are gone."""
+    cleared: Mapping[str, int] = field(default_factory=dict)
+    """By owner: its ended jobs up to this number are shown no more."""
+    pace: Pace = field(default_factory=Pace)
+    counted_at: float = 0.0
+    """Until when `pace` has counted."""
+    time: float = 0.0
+    """When this was written, by the queue's clock."""
+    server_time: float = 0.0
+    """The same by the clock of a shared store."""
+    token: str = ""
+    """Of the commit that wrote this, so that no two are equal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """All jobs, immutable: every change makes a new ledger."""
+
+    open: Mapping[str, Job] = field(default_factory=dict)
+    """Queued and active, in order of registration."""
+    ended: Mapping[str, Job] = field(default_factory=dict)
+    """In order of ending."""
+    totals: JobTotals = field(default_factory=JobTotals)
+
+    def find(self, job_id: str, viewer: Viewer) -> Job:
+        """A job that is the viewer's.
+
+        Raises:
+            JobNotFound: there is none, or it is somebody else's, which is told alike.
+        """
+        job = self.open.get(job_id) or self.ended.get(job_id)
+        if job is None or not self.shows(job, viewer):
+            raise JobNotFound(f"There is no job {job_id[:80]!r}; register one with POST /jobs.", param="job_id")
+        return job
+
+    def shows(self, job: Job, viewer: Viewer) -> bool:
+        """Whether a job is the viewer's, and the viewer has not cleared it away."""
+        if viewer.everything or job.owner != viewer.owner:
+            return viewer.everything
+        return not job.status.ended or job.ended_number > self.totals.cleared.get(viewer.owner or "", 0)
+
+    @property
+    def latest(self) -> float:
+        """The latest time in the ledger, leases excluded."""
+        times = [self.totals.time]
+        for job in (*self.open.values(), *self.ended.values()):
+            times += [job.created_at, job.counted_at or 0.0, job.completed_at or 0.0]
+        return max(times)
+
+
+_JOB = TypeAdapter(Job)
+_TOTALS = TypeAdapter(JobTotals)
+
+
+def ledger_of(open_jobs: Iterable[Job], ended: Iterable[Job], totals: JobTotals) -> Ledger:
+    """A ledger with its jobs in order, whatever order they are given in."""
+    return Ledger(
+        {job.id: job for job in sorted(open_jobs, key=lambda job: job.number)},
+        {job.id: job for job in sorted(ended, key=lambda job: job.ended_number)},
+        totals,
+    )
+
+
+def decode_job(record: bytes) -> Job | None:
+    """The stored job; None if it cannot be read, which loses this job alone."""
+    try:
+        return _JOB.validate_json(record)
+    except ValidationError:
+        logger.error("a stored job cannot be read: it is left out")
+        return None
+
+
+def decode_totals(meta: bytes | None) -> JobTotals | None:
+    """The stored totals; None if there are none, or they cannot be read."""
+    if meta is None:
+        return None
+    try:
+        return _TOTALS.validate_json(meta)
+    except ValidationError:
+        logger.error("the stored totals of the jobs cannot be read: they are counted anew")
+        return None
+
+
+def decode(stored: StoredJobs) -> Ledger:
+    """The stored jobs, as far as they can be read."""
+    jobs = [job for record in stored.open.values() if (job := decode_job(record)) is not None]
+    ended = [job for record in stored.ended if (job := decode_job(record)) is not None]
+    highest = max((max(job.number, job.ended_number) for job in (*jobs, *ended)), default=0)
+    totals = decode_totals(stored.meta) or JobTotals()
+    return ledger_of(jobs, ended, replace(totals, sequence=max(totals.sequence, highest)))
+
+
+def changes(old: Ledger | None, new: Ledger, *, leases: bool, always: bool = False) -> JobChanges | None:
+    """What to write to turn a stored `old` (None: unknown) into `new`; None if nothing has changed.
+
+    Without `leases` a renewed lease alone is not a change. `always` writes the totals even if nothing has changed.
+    """
+    was = Ledger() if old is None else old
+    written = {
+        job.id: orjson.dumps(job) for job in new.open.values() if _differs(was.open.get(job.id), job, leases=leases)
+    }
+    closed = [job_id for job_id in was.open if job_id not in new.open]
+    ended = [
+        (job.ended_number, orjson.dumps(job))
+        for job in new.ended.values()
+        if old is None or job.ended_number > old.totals.sequence
+    ]
+    same = not written and not closed and not ended and new.totals.forgotten == was.totals.forgotten
+    same = same and new.totals.cleared == was.totals.cleared
+    if same and old is not None and not always:
+        return None
+    return JobChanges(written, closed, ended, new.totals.forgotten, orjson.dumps(new.totals), whole=old is None)
+
+
+def joined(earlier: Ledger, later: Ledger) -> Ledger:
+    """The jobs of two ledgers with separate numbering, `later` renumbered to follow `earlier`."""
+    shift = earlier.totals.sequence
+    open_jobs = [replace(job, number=job.number + shift) for job in later.open.values()]
+    ended = [
+        replace(job, number=job.number + shift, ended_number=job.ended_number + shift) for job in later.ended.values()
+    ]
+    totals = replace(
+        later.totals if later.totals.pace.rate is not None else earlier.totals,
+        sequence=shift + later.totals.sequence,
+        forgotten=earlier.totals.forgotten,
+        cleared={
+            **earlier.totals.cleared,
+            **{owner: shift + number for owner, number in later.totals.cleared.items()},
+        },
+    )
+    return ledger_of([*earlier.open.values(), *open_jobs], [*earlier.ended.values(), *ended], totals)
+
+
+def _differs(old: Job | None, new: Job, *, leases: bool) -> bool:
+    return old is not new and (leases or old is None or old.version != new.version)
+
 
 ENDED_KEPT = 1000
 # More open jobs than any office has editors; a client that registers without end must not fill the memory.
@@ -25,7 +175,10 @@ TOTAL_PACE_SECONDS = 60.0
 
 
 class Book:
-    """A working copy of a ledger. Made anew for each transaction, which may be tried several times."""
+    """The rules of the queue (order, places, leases, waits), applied to a working copy of a ledger at one moment.
+
+    Made for one attempt of a transaction. It does no I/O.
+    """
 
     def __init__(self, ledger: Ledger, settings: JobSettings, now: float) -> None:
         self.now = now
@@ -35,20 +188,20 @@ class Book:
         self._totals = ledger.totals
 
     def ledger(self) -> Ledger:
-        """What it has become."""
+        """The ledger as changed so far."""
         return Ledger(self._open, self._ended, replace(self._totals, time=self.now))
 
     def tick(self) -> None:
-        """What is due by itself: give up jobs whose lease has run out, then fill the places."""
+        """Do what is due: fail jobs whose lease has run out, then activate queued jobs while there are places."""
         silent = f"abandoned: no sign from its client for {self._settings.job_lease_seconds:g} seconds"
         for job in [job for job in self._open.values() if job.lease_until < self.now]:
             self._end(job, JobEvent.ABANDON, silent)
         self._fill()
 
     def resume(self) -> None:
-        """After a time in which nobody could report: every open job gets a full lease.
+        """Give every open job a full lease, after a time in which no client could report.
 
-        How long its client worked in that time is not known, so that its next report counts for no pace.
+        How long the client worked in that time is unknown, so its next report does not count towards the pace.
         """
         for job in self._open.values():
             self._open[job.id] = replace(job, lease_until=self._lease(), counted_at=None)
@@ -85,7 +238,7 @@ class Book:
         return job.id
 
     def renew(self, job_id: str, viewer: Viewer = EVERYONE) -> None:
-        """A sign of life. Raises JobNotFound."""
+        """Renew the lease of a job that has not ended. Raises JobNotFound."""
         job = self._find(job_id, viewer)
         if not job.status.ended:
             self._open[job.id] = replace(job, lease_until=self._lease())
@@ -113,14 +266,14 @@ class Book:
         self._end(self._find(job_id, viewer), event, error)
 
     def clear_ended(self, viewer: Viewer = EVERYONE) -> int:
-        """Forget the jobs that have ended, or show the viewer's no more; how many they were."""
+        """Forget the ended jobs (a viewer of everything), or hide the viewer's own; returns how many."""
         ledger = self.ledger()
         shown = sum(ledger.shows(job, viewer) for job in self._ended.values())
         if viewer.everything:
             self._forget(len(self._ended))
         elif shown:
             latest = next(reversed(self._ended.values())).ended_number
-            # Those of keys that are gone need no mention once their jobs are.
+            # Entries of owners whose ended jobs are all forgotten are dropped.
             kept = {owner: number for owner, number in self._totals.cleared.items() if number > self._totals.forgotten}
             self._totals = replace(self._totals, cleared={**kept, viewer.owner or "": latest})
         return shown
@@ -134,25 +287,25 @@ class Book:
         return changed
 
     def _counted(self, job: Job, current: int) -> Job:
-        """The job with its progress, which counts into its own pace and that of all."""
+        """The job with its new progress, which is counted in its own pace and in the total one."""
         if job.counted_at is None:
             return replace(job, current=current, counted_at=self.now)
         done = max(0, current - job.current)
         totals = self._totals
-        # A silence longer than the pace looks back says nothing of how fast the machine is.
+        # A pause longer than the averaging window says nothing about how fast the machine is.
         since = min(self.now - totals.counted_at, TOTAL_PACE_SECONDS)
         self._totals = replace(totals, pace=totals.pace.plus(done, since, TOTAL_PACE_SECONDS), counted_at=self.now)
         pace = job.pace.plus(done, self.now - job.counted_at, JOB_PACE_SECONDS)
         return replace(job, current=current, pace=pace, counted_at=self.now)
 
     def _fill(self) -> None:
-        """First come first served while there are places; who has waited too long begins without one."""
+        """Activate queued jobs in order while there are places; one that has waited too long needs none."""
         queued = [job for job in self._open.values() if job.status is JobStatus.QUEUED]
         active = len(self._open) - len(queued)
         for job in queued:
             if active >= self._settings.jobs_max_active and not self._waited(job):
                 return
-            if active == 0:  # an idle time is nobody's pace
+            if active == 0:  # idle time does not count towards the pace
                 self._totals = replace(self._totals, counted_at=self.now)
             status = after(job.id, job.status, JobEvent.ACTIVATE)
             self._change(job, status=status, started_at=self.now, counted_at=self.now)
@@ -181,3 +334,29 @@ class Book:
 
     def _lease(self) -> float:
         return self.now + self._settings.job_lease_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """What one transaction made of the jobs, and what it returned or was refused with; told once the jobs are kept."""
+
+    ledger: Ledger
+    now: float
+    returned: T | None = None
+    refusal: VecmillError | None = None
+
+    def value(self) -> T:
+        """What the change returned. Raises what it raised."""
+        if self.refusal is not None:
+            raise self.refusal
+        return cast(T, self.returned)
+
+
+def attempt(book: Book, change: Callable[[Book], T]) -> Outcome[T]:
+    """Do what is due by itself, then the change. A change that raises undoes nothing of what was due."""
+    book.tick()
+    try:
+        returned = change(book)
+    except VecmillError as error:
+        return Outcome(book.ledger(), book.now, refusal=error)
+    return Outcome(book.ledger(), book.now, returned)
