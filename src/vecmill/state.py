@@ -7,8 +7,8 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from vecmill.batches.record import Status
-from vecmill.batches.service import Batches
+from vecmill.batches.record import BatchStatus
+from vecmill.batches.service import BatchService
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
@@ -35,7 +35,7 @@ class State:
         self.cache: EmbeddingCache | None = None
         """None where nothing is cached."""
         self.jobs = JobQueue(settings.jobs)
-        self.batches = Batches(settings.batches, settings.http.max_body_bytes, telemetry)
+        self.batches = BatchService(settings.batches, settings.http.max_body_bytes, telemetry)
         self._looking: asyncio.Task[None] | None = None
         self._watch(telemetry)
 
@@ -48,7 +48,7 @@ class State:
         metrics.watch(metrics.cache_failing, lambda: float(self.cache is not None and self.cache.failing))
         for status in JobStatus:
             metrics.watch(metrics.jobs.labels(status.value), partial(self.jobs.count, status))
-        for state in Status:
+        for state in BatchStatus:
             metrics.watch(metrics.batches.labels(state.value), partial(self.batches.count, state))
 
     async def open(self) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vecmill.batches.endpoint import Line, LineResult
+from vecmill.batches.endpoint import LineResult
+from vecmill.batches.input import InputLine
 from vecmill.core.errors import VecmillError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult
@@ -62,7 +63,7 @@ class EmbeddingsEndpoint:
         value = body.get("input")
         return len(value) if isinstance(value, list) and value and not isinstance(value[0], int) else 1
 
-    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[InputLine]) -> Sequence[LineResult]:
         """Answer each line."""
         texts = sum(self.texts(line.body) for line in lines)
         size = texts * CHARACTERS_PER_TEXT
@@ -114,12 +115,12 @@ class _Refused:
     result: LineResult
 
 
-def _read(caller: Caller, lines: Sequence[Line], most: int) -> list[Asked | _Refused]:
+def _read(caller: Caller, lines: Sequence[InputLine], most: int) -> list[Asked | _Refused]:
     with at_most(most):
         return [_asked(caller, place, line) for place, line in enumerate(lines)]
 
 
-def _asked(caller: Caller, place: int, line: Line) -> Asked | _Refused:
+def _asked(caller: Caller, place: int, line: InputLine) -> Asked | _Refused:
     try:
         body = EmbeddingsBody.model_validate(line.body)
         request = body.embed_request(caller)

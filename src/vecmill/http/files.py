@@ -12,10 +12,10 @@ from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 
 from vecmill.batches.files import StoredFile
-from vecmill.batches.service import Batches
-from vecmill.batches.threads import in_thread
-from vecmill.batches.trouble import on_disk
-from vecmill.batches.upload import Upload
+from vecmill.batches.service import BatchService
+from vecmill.batches.disk import in_thread
+from vecmill.batches.disk import on_disk
+from vecmill.batches.files import Upload
 from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.http.caller import ViewerOf
 from vecmill.http.dialects.paging import After, page
@@ -96,7 +96,7 @@ async def upload_file(request: Request, services: ServicesOf) -> Response:
         return response
 
 
-async def _uploaded(request: Request, batches: Batches) -> bytes:
+async def _uploaded(request: Request, batches: BatchService) -> bytes:
     declared = request.headers.get("content-length", "")
     upload = await batches.upload(
         max(0, int(declared) - FORM_BYTES) if declared.isdecimal() else 0, request.state.viewer

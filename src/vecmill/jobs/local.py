@@ -66,7 +66,7 @@ class LocalJobs:
                 self._database = None
 
     async def _keep(self) -> None:
-        """Bring the database up to date. While it fails it is tried at most once in RETRY_SECONDS, so requests rarely wait."""
+        """Bring the database up to date. While it fails, it is tried once in RETRY_SECONDS."""
         if self._database is None or (self._failed_at is not None and self._clock() < self._failed_at + RETRY_SECONDS):
             return
         try:

@@ -16,10 +16,10 @@ from vecmill.core.protocols import StoredJobs
 from vecmill.jobs.job import Job
 from vecmill.jobs.state import (
     Book,
+    JobTotals,
     Ledger,
     Outcome,
     T,
-    JobTotals,
     attempt,
     changes,
     decode,

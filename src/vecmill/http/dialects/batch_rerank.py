@@ -10,7 +10,8 @@ from typing import Any
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from vecmill.batches.endpoint import Line, LineResult
+from vecmill.batches.endpoint import LineResult
+from vecmill.batches.input import InputLine
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Caller, ScoreResult
 from vecmill.http.bounds import at_most
@@ -38,13 +39,13 @@ class RerankEndpoint:
         """The documents, whatever this dialect calls them."""
         return max(1, *(len(value) for value in body.values() if isinstance(value, list)), 1)
 
-    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[InputLine]) -> Sequence[LineResult]:
         """Answer each line."""
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(self._answer(caller, line)) for line in lines]
         return [task.result() for task in running]
 
-    async def _answer(self, caller: Caller, line: Line) -> LineResult:
+    async def _answer(self, caller: Caller, line: InputLine) -> LineResult:
         try:
             return await self._score(caller, line.body)
         except ValidationError as error:
