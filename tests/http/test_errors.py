@@ -24,9 +24,8 @@ from vecmill.core.errors import (
     Unavailable,
     VecmillError,
 )
-from vecmill.http import error_shapes
-from vecmill.http.error_shapes import ErrorShape, shape_for
-from vecmill.http.errors import STATUS, error_response
+from vecmill.http.dialects.registry import DIALECTS, shape_for
+from vecmill.http.errors import DETAIL, STATUS, ErrorShape, error_response
 
 
 def every_error(base: type[VecmillError] = VecmillError) -> Iterator[type[VecmillError]]:
@@ -37,7 +36,7 @@ def every_error(base: type[VecmillError] = VecmillError) -> Iterator[type[Vecmil
 
 # These end the process before there is anybody to answer.
 SERVED = [kind for kind in every_error() if not issubclass(kind, StartupError | StartupObstacle)]
-SHAPES = {shape.name: shape for shape in vars(error_shapes).values() if isinstance(shape, ErrorShape)}
+SHAPES = {shape.name: shape for shape in (DETAIL, *(dialect.errors for dialect in DIALECTS))}
 
 # Where each dialect's client finds the text.
 TEXT: dict[str, Callable[[Any], object]] = {

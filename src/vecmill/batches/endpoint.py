@@ -92,7 +92,7 @@ class Turns:
 
 
 class Window:
-    """The groups in flight, in input order: unanswered, or answered and not yet on disk. For the event loop's thread."""
+    """The groups in flight, in input order: unanswered, or answered and not on disk. For the event loop's thread."""
 
     def __init__(
         self,

@@ -18,8 +18,8 @@ from fastapi.responses import HTMLResponse
 
 from vecmill.core.errors import InvalidInput
 from vecmill.http.access import is_open
-from vecmill.http.dialects.openai_files import UPLOAD
-from vecmill.http.error_shapes import shape_for
+from vecmill.http.dialects.registry import shape_for
+from vecmill.http.files import UPLOAD
 
 Object = dict[str, Any]
 

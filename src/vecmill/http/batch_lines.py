@@ -1,27 +1,66 @@
-"""/v1/embeddings as an endpoint of batches: lines that ask for the same run together."""
+"""What answers the lines of batches: what answers the routes. /v1/rerank is an extension of OpenAI's API."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import ValidationError
+import orjson
+from pydantic import TypeAdapter, ValidationError
 
-from vecmill.batches.endpoint import LineResult
+from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.input import InputLine
-from vecmill.core.errors import VecmillError
+from vecmill.config import InferenceSettings
+from vecmill.core.errors import BatchFailed, DeadlineExceeded, Overloaded, Unavailable, VecmillError
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import Caller, EmbedRequest, EmbedResult
+from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreResult
 from vecmill.http.bounds import at_most
-from vecmill.http.dialects.line_requests import TRIES, patiently, refused_line
-from vecmill.http.dialects.openai import EmbeddingsBody
+from vecmill.http.dialects.bodies import RESULT_CHARACTERS, ScoreBody
+from vecmill.http.dialects.openai import OPENAI, EmbeddingsBody
+from vecmill.http.dialects.registry import RERANK, AnyRerankBody, rerank_spoken
 from vecmill.http.encoding import whole_body
-from vecmill.http.error_shapes import OPENAI
-from vecmill.http.errors import invalid_body
+from vecmill.http.errors import ErrorShape, error_response, invalid_body
 from vecmill.inference.facade import Inference
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+# Beside the requests of people (MAX_CONCURRENT_REQUESTS).
+LARGEST_SHARE = 8
+TRIES = 3
+
+
+async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
+    """Ask until the server has room.
+
+    Raises:
+        DeadlineExceeded, BatchFailed: so it was every time. Any other error of a request as it comes.
+    """
+    while True:
+        try:
+            return await call()
+        except (BatchFailed, DeadlineExceeded) as error:
+            tries -= 1
+            if tries <= 0:
+                raise
+            seconds = getattr(error, "retry_after", 1)
+        except (Overloaded, Unavailable) as error:
+            seconds = error.retry_after
+        await asyncio.sleep(seconds)
+
+
+def refused_line(shape: ErrorShape, error: Exception) -> LineResult:
+    """What the route would answer to an error."""
+    if not isinstance(error, VecmillError):
+        logger.error("unhandled error in a line of a batch", exc_info=error)
+        error = VecmillError("The server failed on this request; its log says why.")
+    response = error_response(shape, error)
+    return LineResult(response.status_code, bytes(response.body))
+
 
 TOGETHER = 64  # texts; a line with more goes alone
 CHARACTERS_PER_TEXT = 4096
@@ -151,3 +190,66 @@ def _part(result: EmbedResult, start: int, stop: int) -> EmbedResult:
         truncated=tuple(index - start for index in result.truncated if start <= index < stop),
         cached=tuple(index - start for index in result.cached if start <= index < stop),
     )
+
+
+PATH = "/v1/rerank"
+READ: TypeAdapter[ScoreBody] = TypeAdapter(AnyRerankBody)
+
+
+class RerankEndpoint:
+    """Answers lines as POST /v1/rerank does, in each line's dialect."""
+
+    def __init__(self, inference: Inference, threads: WorkerThreads, places: asyncio.Semaphore, max_texts: int) -> None:
+        """`places`: for requests in progress, over all batches. `max_texts`: of a request."""
+        self._inference = inference
+        self._threads = threads
+        self._places = places
+        self._most = max_texts
+
+    def texts(self, body: Mapping[str, Any]) -> int:
+        """The documents, whatever this dialect calls them."""
+        return max(1, *(len(value) for value in body.values() if isinstance(value, list)), 1)
+
+    async def run(self, caller: Caller, lines: Sequence[InputLine]) -> Sequence[LineResult]:
+        """Answer each line."""
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(self._answer(caller, line)) for line in lines]
+        return [task.result() for task in running]
+
+    async def _answer(self, caller: Caller, line: InputLine) -> LineResult:
+        try:
+            return await self._score(caller, line.body)
+        except ValidationError as error:
+            return refused_line(RERANK[rerank_spoken(line.body)].errors, invalid_body(error))
+        except Exception as error:
+            return refused_line(RERANK[rerank_spoken(line.body)].errors, error)
+
+    async def _score(self, caller: Caller, raw: Mapping[str, Any]) -> LineResult:
+        with at_most(self._most):
+            body = READ.validate_python(raw)
+        asked = body.score_request(caller)
+        async with self._places:
+            result = await patiently(partial(self._inference.score, asked))
+        size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
+        answer = await self._threads.run_if_large(partial(_serialised, body, result), size=size)
+        return LineResult(200, answer, result.prompt_tokens, result.cached_tokens, result.model)
+
+
+def _serialised(body: ScoreBody, result: ScoreResult) -> bytes:
+    return orjson.dumps(body.answer(result, PATH))
+
+
+EndpointName = Literal["/v1/embeddings", "/v1/rerank"]
+
+
+def batch_endpoints(
+    inference: Inference, threads: WorkerThreads, settings: InferenceSettings
+) -> Mapping[str, Endpoint]:
+    """The endpoints of one server, by path."""
+    places = asyncio.Semaphore(max(1, settings.max_concurrent_requests // LARGEST_SHARE))
+    found: dict[str, Endpoint] = {
+        "/v1/embeddings": EmbeddingsEndpoint(inference, threads, places, settings.max_client_batch_size),
+        "/v1/rerank": RerankEndpoint(inference, threads, places, settings.max_client_batch_size),
+    }
+    assert set(found) == set(get_args(EndpointName))
+    return found

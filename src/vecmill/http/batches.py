@@ -12,10 +12,9 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from vecmill.batches.record import BatchRecord
+from vecmill.http.batch_lines import EndpointName
 from vecmill.http.caller import ViewerOf, client_of
-from vecmill.http.dialects.batch_endpoints import EndpointName
-from vecmill.http.dialects.openai_files import LONGEST_LIFE, SHORTEST_LIFE
-from vecmill.http.dialects.paging import After, page
+from vecmill.http.files import LONGEST_LIFE, SHORTEST_LIFE, After, page
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf

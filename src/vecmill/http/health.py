@@ -10,8 +10,7 @@ from vecmill import __version__
 from vecmill.core.health import Phase
 from vecmill.core.types import Task
 from vecmill.http.access import may_use
-from vecmill.http.capabilities import max_batch_size
-from vecmill.http.hardware import gpu_facts, warnings
+from vecmill.http.capabilities import gpu_facts, max_batch_size, warnings
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["Health"])

@@ -1,10 +1,16 @@
-"""/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success."""
+"""/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success.
+
+Source of /jobs/events: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from itertools import count
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.http.caller import ViewerOf
@@ -16,6 +22,10 @@ from vecmill.jobs.job import JobStatus
 from vecmill.jobs.views import ENDED_SHOWN
 
 router = APIRouter(tags=["Jobs"], route_class=JsonRoute)
+
+# Proxies end connections that are silent for longer than a minute, some after 30 s.
+KEEP_ALIVE_SECONDS = 15.0
+RETRY_MS = 2000
 
 JobId = Annotated[str, Path(description="The `job_id` that POST /jobs answered with.")]
 
@@ -90,6 +100,32 @@ async def list_jobs(
 async def clear_recent(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Empty the list of jobs that have ended."""
     return {"cleared": await services.jobs.clear_ended(viewer)}
+
+
+@router.get(
+    "/jobs/events",
+    summary="Follow jobs",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events, without an end."}},
+)
+async def job_events(services: ServicesOf, viewer: ViewerOf) -> StreamingResponse:
+    """An event `job`, whose data are as those of GET /jobs/{job_id}, for each open job and those that ended last; then
+    one whenever a job changes."""
+    return StreamingResponse(
+        _events(services.jobs.follow(KEEP_ALIVE_SECONDS, viewer)),
+        media_type="text/event-stream",
+        # nginx holds answers back otherwise.
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(changes: AsyncGenerator[list[bytes], None]) -> AsyncIterator[bytes]:
+    numbers = count(1)
+    yield f"retry: {RETRY_MS}\n\n".encode()
+    async with aclosing(changes):
+        async for jobs in changes:
+            events = (b"event: job\nid: %d\ndata: %b\n\n" % (next(numbers), job) for job in jobs)
+            yield b"".join(events) or b": keep-alive\n\n"
 
 
 @router.get("/jobs/{job_id}", summary="Get a job")

@@ -1,71 +1,130 @@
-"""The rerank paths that several dialects share. The body says which of them is spoken.
-
-`texts` that is a list: TEI. `passages`: NIM. `property` without `model`: Weaviate. `top_k` without `top_n`: Voyage. All
-else: Cohere, Jina, vLLM, Infinity, llama-server.
-"""
+"""All dialects, which of them a path speaks, and the paths that several share: there the body says which one it is."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Discriminator, Tag
 
 from vecmill.http.caller import CallerOf
-from vecmill.http.dialects.bodies import ScoreBody, score
-from vecmill.http.dialects.nim import RankingBody
-from vecmill.http.dialects.rerank_body import RerankBody
-from vecmill.http.dialects.tei import TeiRerankBody
-from vecmill.http.dialects.voyage import VoyageRerankBody
-from vecmill.http.dialects.weaviate import WeaviateRerankBody
+from vecmill.http.dialects import (
+    cohere,
+    generation,
+    llama_server,
+    nim,
+    ollama,
+    openai,
+    tei,
+    vllm,
+    voyage,
+    weaviate,
+)
+from vecmill.http.dialects.bodies import Dialect, ScoreBody, SharedBody, TokenizeBody, score, tokenize_texts
+from vecmill.http.errors import DETAIL, DIALECT_TAG, ErrorShape
+from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 
-router = APIRouter(tags=["Rerank"], route_class=InferenceRoute)
+# On a shared path the first whose body `speaks` is spoken, and the last where none does.
+DIALECTS: tuple[Dialect, ...] = tuple(
+    module.DIALECT for module in (openai, generation, vllm, tei, nim, weaviate, voyage, cohere, ollama, llama_server)
+)
 
-BODIES: dict[str, type[ScoreBody]] = {
-    "dialect:cohere": RerankBody,
-    "dialect:tei": TeiRerankBody,
-    "dialect:nim": RankingBody,
-    "dialect:weaviate": WeaviateRerankBody,
-    "dialect:voyage": VoyageRerankBody,
-}
+NO_DIALECT = Dialect(APIRouter(), DETAIL)
+B = TypeVar("B", bound=SharedBody)
 
 
-def spoken(body: Any) -> str:
-    """The dialect of a rerank body."""
-    if not isinstance(body, dict):
-        return "dialect:cohere"
-    if isinstance(body.get("texts"), list):  # a client of llama-server sends `"texts": true` beside `documents`
-        return "dialect:tei"
-    if "passages" in body:
-        return "dialect:nim"
-    if "property" in body and body.get("model") is None:
-        return "dialect:weaviate"
-    return "dialect:voyage" if "top_k" in body and body.get("top_n") is None else "dialect:cohere"
+def _by_tag(bodies: Sequence[type[B] | None]) -> dict[str, type[B]]:
+    return {f"{DIALECT_TAG}{body.__name__}": body for body in bodies if body is not None}
 
 
-AnyRerankBody = Annotated[
-    Annotated[RerankBody, Tag("dialect:cohere")]
-    | Annotated[TeiRerankBody, Tag("dialect:tei")]
-    | Annotated[RankingBody, Tag("dialect:nim")]
-    | Annotated[WeaviateRerankBody, Tag("dialect:weaviate")]
-    | Annotated[VoyageRerankBody, Tag("dialect:voyage")],
-    Discriminator(spoken),
-]
+RERANK = _by_tag([dialect.rerank for dialect in DIALECTS])
+TOKENIZE = _by_tag([dialect.tokenize for dialect in DIALECTS])
 
 
-async def errors_as_spoken(request: Request) -> None:
+def _speaker(bodies: dict[str, type[B]]) -> Callable[[Any], str]:
+    """A function from a body to the tag of its dialect."""
+    *others, last = bodies
+
+    def spoken(body: Any) -> str:
+        if not isinstance(body, dict):
+            return last
+        return next((tag for tag in others if bodies[tag].speaks(body)), last)
+
+    return spoken
+
+
+rerank_spoken, tokenize_spoken = _speaker(RERANK), _speaker(TOKENIZE)
+
+if TYPE_CHECKING:
+    AnyRerankBody = ScoreBody
+    AnyTokenizeBody = TokenizeBody
+else:
+
+    def _any_of(bodies: dict[str, type[B]], spoken: Callable[[Any], str]) -> Any:
+        """The annotation of a parameter that takes each of the bodies."""
+        return Annotated[Union[*(Annotated[body, Tag(tag)] for tag, body in bodies.items())], Discriminator(spoken)]
+
+    AnyRerankBody = _any_of(RERANK, rerank_spoken)
+    AnyTokenizeBody = _any_of(TOKENIZE, tokenize_spoken)
+
+
+def _dialects_by_path() -> dict[str, Dialect]:
+    return {path: dialect for dialect in DIALECTS for path in dialect.paths}
+
+
+BY_PATH = _dialects_by_path()
+
+
+def dialect_for(path: str, method: str) -> Dialect:
+    """The dialect of a path: of the longest declared one that is the path itself or above it."""
+    if (exact := BY_PATH.get(f"{method} {path}")) is not None:
+        return exact
+    while path:
+        if path in BY_PATH:
+            return BY_PATH[path]
+        path = path.rpartition("/")[0]
+    return NO_DIALECT
+
+
+def shape_for(path: str, method: str = "") -> ErrorShape:
+    """How errors on a path are written, as long as its body has not been read."""
+    return dialect_for(path, method).errors
+
+
+async def _errors_as_reranked(request: Request) -> None:
     """From here on errors have the shape of the body's dialect."""
-    request.state.error_shape = BODIES[spoken(await request.json())].errors
+    request.state.error_shape = RERANK[rerank_spoken(await request.json())].errors
 
 
-@router.post("/v1/rerank", summary="Rerank")
-@router.post("/v2/rerank", summary="Rerank (Cohere v2)", name="rerank_v2")
-@router.post("/rerank", summary="Rerank (TEI, vLLM, Infinity, Weaviate)", name="rerank_without_version")
-@router.post("/reranking", summary="Rerank (llama-server)", name="reranking")
-@router.post("/v1/reranking", summary="Rerank (llama-server)", name="reranking_v1")
+async def _errors_as_tokenized(request: Request) -> None:
+    request.state.error_shape = TOKENIZE[tokenize_spoken(await request.json())].errors
+
+
+shared = APIRouter(route_class=InferenceRoute)
+
+
+@shared.post("/v1/rerank", summary="Rerank", tags=["Rerank"])
+@shared.post("/v2/rerank", summary="Rerank (Cohere v2)", name="rerank_v2", tags=["Rerank"])
+@shared.post(
+    "/rerank", summary="Rerank (TEI, vLLM, Infinity, Weaviate)", name="rerank_without_version", tags=["Rerank"]
+)
+@shared.post("/reranking", summary="Rerank (llama-server)", name="reranking", tags=["Rerank"])
+@shared.post("/v1/reranking", summary="Rerank (llama-server)", name="reranking_v1", tags=["Rerank"])
 async def rerank(
-    body: AnyRerankBody, request: Request, shape: Annotated[None, Depends(errors_as_spoken)], caller: CallerOf
+    body: AnyRerankBody, request: Request, shape: Annotated[None, Depends(_errors_as_reranked)], caller: CallerOf
 ) -> Response:
     """Documents sorted by relevance to the query, best first."""
     return await score(body, request, caller)
+
+
+@shared.post("/tokenize", summary="Tokenize", tags=["TEI and CodeCartographer", "vLLM"])
+async def tokenize(
+    body: AnyTokenizeBody,
+    request: Request,
+    shape: Annotated[None, Depends(_errors_as_tokenized)],
+    new_work: NewWork,
+) -> Response:
+    """Texts to tokens, uncut."""
+    return await tokenize_texts(body, request)
