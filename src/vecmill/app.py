@@ -263,14 +263,13 @@ def create_app(
     )
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
-    for router in (
-        *(dialect.router for dialect in registry.DIALECTS),
-        registry.shared,
-        *(module.router for module in (files, batches, jobs, capabilities, health, stats, page)),
-    ):
+    routers = [dialect.router for dialect in registry.DIALECTS]
+    routers += [registry.shared, files.router, batches.router, jobs.router, jobs.deprecated]
+    routers += [capabilities.router, health.router, stats.router, page.router]
+    for router in routers:
         app.include_router(router)
     errors.install(app, registry.shape_for)
-    api_document.install(app)
+    api_document.install(app, routers)
     app.add_middleware(
         BodyLimit,
         bodies=server.bodies,

@@ -155,6 +155,11 @@ def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str,
     return JSONResponse(bounded_body(shape, error, status), status_code=status, headers=_headers(error))
 
 
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route or a router: errors that it answers with, beyond those that `api_document` finds out."""
+    return {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
+
+
 def _headers(error: VecmillError) -> dict[str, str]:
     """What says whether to try again, in the words that the OpenAI and Cohere SDKs read."""
     if isinstance(error, Overloaded | Unavailable):

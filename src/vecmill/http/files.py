@@ -19,7 +19,7 @@ from vecmill.batches.record import BatchRecord
 from vecmill.batches.service import BatchService
 from vecmill.core.errors import InvalidInput, MalformedBody, VecmillError
 from vecmill.http.caller import ViewerOf
-from vecmill.http.errors import refused
+from vecmill.http.errors import documented, refused
 from vecmill.http.in_progress import check_new_work
 from vecmill.http.services import ServicesOf
 
@@ -158,7 +158,7 @@ class UploadForm:
         self._complete = True
 
 
-router = APIRouter(tags=["Batches"])
+router = APIRouter(tags=["Batches"], responses=documented(503))
 
 UPLOAD = "/v1/files"
 PIECE_BYTES = 262_144
@@ -217,7 +217,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
     }
 
 
-@router.post(UPLOAD, summary="Upload a file", openapi_extra=FORM)
+@router.post(UPLOAD, summary="Upload a file", openapi_extra=FORM, responses=documented(507))
 async def upload_file(request: Request, services: ServicesOf) -> Response:
     """Keep the input of a batch. It goes to the disk as it comes; what breaks off leaves nothing."""
     try:
@@ -315,7 +315,7 @@ async def get_content(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -
     )
 
 
-@router.delete("/v1/files/{file_id}", summary="Delete a file")
+@router.delete("/v1/files/{file_id}", summary="Delete a file", responses=documented(409))
 async def delete_file(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """A file that a batch still needs is kept: 409."""
     await services.batches.delete_file(file_id, viewer)

@@ -11,6 +11,7 @@ from vecmill.core.health import Phase
 from vecmill.core.types import Task
 from vecmill.http.access import may_use
 from vecmill.http.capabilities import gpu_facts, max_batch_size, warnings
+from vecmill.http.errors import documented
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["Health"])
@@ -18,7 +19,7 @@ router = APIRouter(tags=["Health"])
 LOOK_PATIENCE = 0.25  # seconds that /health waits, at the most, for the server at GENERATION_URL
 
 
-@router.get("/health", summary="Health")
+@router.get("/health", summary="Health", responses=documented(503))
 async def health(request: Request, services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503; either way with the state, the models and the device.
 
@@ -43,7 +44,7 @@ async def health(request: Request, services: ServicesOf, response: Response) -> 
     }
 
 
-@router.get("/ready", summary="Readiness")
+@router.get("/ready", summary="Readiness", responses=documented(503))
 async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503."""
     is_ready = services.health.ready and services.hung() is None

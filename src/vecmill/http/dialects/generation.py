@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
 from vecmill.http.dialects.bodies import Dialect
 from vecmill.http.dialects.openai import OPENAI
-from vecmill.http.errors import CLIENT_CLOSED_REQUEST, MOST_BYTES, bounded_body
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST, MOST_BYTES, bounded_body, documented
 from vecmill.http.generation import Generation
 from vecmill.http.in_progress import check_new_work
 from vecmill.http.request_id import ACCEPTABLE
@@ -71,13 +71,13 @@ COMPLETION = _documented({"model": "default", "prompt": "Once upon a time", "max
 CHAT = _documented({"model": "default", "messages": [{"role": "user", "content": "Hello"}], "stream": True})
 
 
-@router.post("/v1/completions", summary="Create a completion", openapi_extra=COMPLETION)
+@router.post("/v1/completions", summary="Create a completion", openapi_extra=COMPLETION, responses=documented(503))
 async def create_completion(request: Request, services: ServicesOf) -> Response:
     """Passed through to GENERATION_URL, streams included."""
     return _pass_through(request, services, "/v1/completions")
 
 
-@router.post("/v1/chat/completions", summary="Create a chat completion", openapi_extra=CHAT)
+@router.post("/v1/chat/completions", summary="Create a chat completion", openapi_extra=CHAT, responses=documented(503))
 async def create_chat_completion(request: Request, services: ServicesOf) -> Response:
     """Passed through to GENERATION_URL, streams included."""
     return _pass_through(request, services, "/v1/chat/completions")

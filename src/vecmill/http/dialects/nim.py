@@ -18,7 +18,7 @@ from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, ScoreBody, best_first, example, score
 from vecmill.http.dialects.inputs import NotServedHere, usage
-from vecmill.http.errors import ErrorShape
+from vecmill.http.errors import ErrorShape, documented
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -111,7 +111,7 @@ async def live() -> dict[str, Any]:
     return _health("live", "live", True)
 
 
-@router.get("/v1/health/ready", summary="Readiness")
+@router.get("/v1/health/ready", summary="Readiness", responses=documented(503))
 async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503."""
     is_ready = services.health.ready

@@ -17,7 +17,7 @@ from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, ScoreBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
-from vecmill.http.errors import ErrorShape
+from vecmill.http.errors import ErrorShape, documented
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -128,7 +128,7 @@ async def meta(services: ServicesOf) -> dict[str, Any]:
     return {"model_name": card.id, "model_type": card.family, "dim": card.dimensions, "max_length": card.max_model_len}
 
 
-@router.get("/.well-known/ready", summary="Readiness", status_code=204)
+@router.get("/.well-known/ready", summary="Readiness", status_code=204, responses=documented(503))
 async def ready(services: ServicesOf) -> Response:
     """204 when requests are served, else 503."""
     return Response(status_code=204 if services.health.ready else 503)
