@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployment import console, control, deploy, status, uninstall
-from deployment.layout import Layout
-from deployment.options import IMAGE, MODEL, PORT, SERVICES, VLLM, VLLM_PORT, WAIT_S, Options
+from deployment import console, control, deploy
+from deployment.layout import IMAGE, MODEL, PORT, SERVICES, VLLM, VLLM_PORT, WAIT_S, Layout, Options
 
 ACTIONS = {
     "status": "what runs, since when, on what; exit code 0 only when all of it is ready",
@@ -32,8 +31,8 @@ def main(argv: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     actions = {
         "deploy": deploy.run,
-        "uninstall": uninstall.run,
-        "status": status.run,
+        "uninstall": control.uninstall,
+        "status": control.status,
         "logs": control.logs,
         "restart": control.restart,
         "stop": control.stop,

@@ -12,9 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from deployment.actions import Action, Link, Remove, Run, Scratch, WriteFile
 from deployment.layout import Layout
-from deployment.steps import Step
+from deployment.steps import Action, Link, Remove, Run, Scratch, Step, WriteFile
 
 CLONE = Path(__file__).parents[1]
 STAMP = "complete"

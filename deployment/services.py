@@ -1,19 +1,106 @@
-"""qmd-embed: vecmill itself."""
+"""The services, qmd-embed and qmd-vllm: their configuration, units and steps, and their names in the tailnet."""
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
+from pathlib import Path
 
-from deployment import env_file, files, install, machine, units
-from deployment.actions import Action, MakeFolder, Run, WriteFile
-from deployment.layout import ACCOUNT, EMBED_UNIT, Layout
-from deployment.machine import Systemd, Unit
-from deployment.options import EMBED, PORT, Options
-from deployment.service import activation
-from deployment.steps import Step
-from deployment.waiting import Wait
+from deployment import files, install, machine
+from deployment.layout import (
+    ACCOUNT,
+    EMBED,
+    EMBED_UNIT,
+    IMAGE,
+    MODEL,
+    PORT,
+    VLLM,
+    VLLM_PORT,
+    VLLM_UNIT,
+    Layout,
+    Options,
+)
+from deployment.machine import Docker, Systemd, Tailscale, Unit
+from deployment.start import Wait, activation
+from deployment.steps import Action, MakeFolder, Run, Step, WriteFile
 
-HEAD = """\
+TEMPLATES = Path(__file__).parent / "units"
+SYSTEM_ORDER = "Wants=network-online.target\nAfter=network-online.target nvidia-persistenced.service"
+# Both talk to the engine's socket and need nothing else of the machine.
+VLLM_CONFINEMENT = "NoNewPrivileges=yes\nPrivateTmp=yes\nProtectSystem=strict\nProtectHome=read-only\nUMask=0077"
+
+
+def embed_unit(layout: Layout, shutdown_seconds: float) -> str:
+    """qmd-embed.service."""
+    kind = "user" if layout.user else "system"
+    return _fill(
+        "qmd-embed.service.in",
+        CONFINEMENT=_fill(f"embed-{kind}.conf.in", SECCOMP=_fill("seccomp.conf.in").rstrip()).rstrip(),
+        ORDER="" if layout.user else SYSTEM_ORDER,
+        VENV=layout.venv,
+        CONFIG=layout.config,
+        HUB_CACHE=layout.hub_cache,
+        CACHE=layout.cache,
+        STATE=layout.state,
+        STOP_SECONDS=round(shutdown_seconds) + 15,
+        TARGET=_target(layout),
+    )
+
+
+def vllm_unit(layout: Layout, docker: str, hub_cache: str) -> str:
+    """qmd-vllm.service."""
+    engine = "Requires=docker.service\nWants=network-online.target\nAfter=docker.service network-online.target"
+    return _fill(
+        "qmd-vllm.service.in",
+        ORDER=f"After={EMBED_UNIT}" + ("" if layout.user else f"\n{engine}"),
+        CONFIG=layout.config,
+        DOCKER=docker,
+        HUB_CACHE=hub_cache,
+        CONFINEMENT="NoNewPrivileges=yes" if layout.user else VLLM_CONFINEMENT,
+        TARGET=_target(layout),
+    )
+
+
+def _target(layout: Layout) -> str:
+    return "default.target" if layout.user else "multi-user.target"
+
+
+def _fill(template: str, **parts: object) -> str:
+    text = (TEMPLATES / template).read_text("utf-8")
+    for _ in range(2):  # parts have parts
+        text = re.sub(r"@([A-Z_]+)@", lambda found: str(parts.get(found[1], found[0])), text)
+    return text
+
+
+REFUSAL = "must be tagged nodes"  # with exit code 0
+WAITS = (
+    "approval from an admin is required",
+    "An admin has to approve this machine for the service once: https://login.tailscale.com/admin/services",
+)
+
+
+def serve_in_tailnet(
+    service: str, port: int, host: str, tailscale: Tailscale, layout: Layout, options: Options
+) -> Step:
+    """Give the service its name."""
+    target = f"{host}:{port}"
+    name = tailscale.name(service) or f"{service}.<tailnet>.ts.net"
+    title = f"Serve https://{name}"
+    undo = " ".join(take_from_tailnet(service).argv)
+    if not options.tailscale:
+        return Step(title, (), undo, done="left out (--no-tailscale)")
+    if tailscale.target(service) in (f"http://{target}", target):
+        return Step(title, (), undo, done="already so")
+    argv = ("tailscale", "serve", f"--service=svc:{service}", "--https=443", target)
+    return Step(title, (Run(argv, refusal=REFUSAL, remarks=(WAITS,)),), undo if layout.user else f"sudo {undo}")
+
+
+def take_from_tailnet(service: str) -> Run:
+    """Take the name away."""
+    return Run(("tailscale", "serve", "clear", f"svc:{service}"))
+
+
+EMBED_HEAD = """\
 # qmd-embed: settings of vecmill. README.md has them all. Then: systemctl restart qmd-embed (keys and aliases: reload).
 # deploy.py changes only what its options name.
 """
@@ -32,7 +119,7 @@ class Embed:
         self.unit: Unit = systemd.unit(EMBED_UNIT)
         self._env_path = layout.real(layout.embed_env)
         self._keys_path = layout.real(layout.api_keys)
-        self.before = env_file.values(files.text(self._env_path) or "")
+        self.before = files.settings(files.text(self._env_path) or "")
         self.new = files.text(self._env_path) is None
         additions = self._defaults(generation_url) if self.new else {}
         if generation_url:
@@ -40,8 +127,8 @@ class Embed:
         changes = self._asked()
         if tailnet_name and self._local_names_only({**additions, **self.before, **changes}):
             additions["ALLOWED_HOSTS"] = f"localhost,127.0.0.1,{EMBED},{tailnet_name}"
-        self.env = env_file.merged(HEAD if self.new else files.text(self._env_path) or "", changes, additions)
-        self.settings = env_file.values(self.env)
+        self.env = files.merged(EMBED_HEAD if self.new else files.text(self._env_path) or "", changes, additions)
+        self.settings = files.settings(self.env)
 
     def _defaults(self, generation_url: str | None) -> dict[str, str]:
         defaults = {"HOST": "127.0.0.1", "PORT": str(PORT), "STATE_DIR": str(self._layout.state)}
@@ -141,7 +228,7 @@ class Embed:
             shutdown = float(self.settings.get("SHUTDOWN_SECONDS") or SHUTDOWN_SECONDS)
         except ValueError:  # the server says that it is wrong
             shutdown = SHUTDOWN_SECONDS
-        text = units.embed_unit(self._layout, shutdown)
+        text = embed_unit(self._layout, shutdown)
         return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
 
     def _keys(self) -> tuple[WriteFile, ...]:
@@ -171,3 +258,90 @@ def loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+CONTAINER_CACHE = "/root/.cache/huggingface"
+GPU_SHARE = "0.2"
+MAX_MODEL_LEN = "16384"
+VLLM_HEAD = """\
+# qmd-vllm: what it runs and with how much. The container gets these too, so HF_TOKEN=... for a gated model goes here.
+# Then: systemctl restart qmd-vllm. deploy.py changes only what its options name.
+"""
+
+
+class Vllm:
+    """What is deployed of it, and what shall be."""
+
+    def __init__(self, layout: Layout, systemd: Systemd, docker: Docker, options: Options) -> None:
+        self._layout, self._systemd, self._docker, self._options = layout, systemd, docker, options
+        self.unit: Unit = systemd.unit(VLLM_UNIT)
+        self._env_path = layout.real(layout.vllm_env)
+        before = files.text(self._env_path)
+        self.before = files.settings(before or "")
+        defaults = {
+            "IMAGE": IMAGE,
+            "MODEL": MODEL,
+            "HOST_PORT": str(VLLM_PORT),
+            "GPU_MEMORY_UTILIZATION": GPU_SHARE,
+            "MAX_MODEL_LEN": MAX_MODEL_LEN,
+            "EXTRA_ARGS": "",
+        }
+        port = options.vllm_port and str(options.vllm_port)
+        asked = {"IMAGE": options.image, "MODEL": options.vllm_model, "HOST_PORT": port}
+        changes = {name: value for name, value in asked.items() if value}
+        self.env = files.merged(VLLM_HEAD if before is None else before, changes, defaults)
+        self.settings = files.settings(self.env)
+
+    @property
+    def port(self) -> int:
+        return int(self.settings["HOST_PORT"])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def replaces_container(self) -> bool:
+        """Whether a container of that name was started by hand, as the guide that this replaces does."""
+        return self._docker.container is not None and not self.unit.ours
+
+    def pull(self) -> Step:
+        """Fetch the image, which is many gigabytes."""
+        image = self.settings["IMAGE"]
+        title, undo = f"Fetch the image {image}", f"docker image rm {image}"
+        if self._docker.path is None or self._docker.has(image):
+            return Step(title, (), undo, done="already there")
+        return Step(title, (Run(("docker", "pull", image), shown=True),), undo)
+
+    def start(self) -> Step:
+        """Configuration and unit in place, the container running and ready."""
+        wait = Wait(self._systemd, VLLM_UNIT, self.url, "/health", self._options.wait)
+        before: tuple[Action, ...] = ()
+        if self.replaces_container:
+            before = (Run(("docker", "rm", "--force", VLLM)),)
+        return activation(
+            self.unit,
+            self._systemd,
+            (self._env_file(), self._unit_file()),
+            wait,
+            before=(*before, *self._cache()),
+            undo=self._layout.invocation("vllm", "--uninstall"),
+        )
+
+    def _env_file(self) -> WriteFile:
+        return WriteFile(self._env_path, self.env, 0o600, self._layout.root_only, staged=self._layout.staged)
+
+    def _unit_file(self) -> WriteFile:
+        text = vllm_unit(self._layout, self._docker.path or "/usr/bin/docker", self._hub_cache())
+        return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
+
+    def _hub_cache(self) -> str:
+        """Where it keeps its models already, else a folder of its own."""
+        told = re.search(rf" -v (\S+):{CONTAINER_CACHE} ", files.text(self.unit.path) or "") if self.unit.ours else None
+        return told[1] if told else self._docker.mounted(CONTAINER_CACHE) or str(self._layout.vllm_cache)
+
+    def _cache(self) -> tuple[Action, ...]:
+        folder = self._layout.real(self._layout.vllm_cache)
+        if self._hub_cache() != str(self._layout.vllm_cache) or files.exists(folder):
+            return ()
+        return (MakeFolder(folder),)

@@ -1,18 +1,18 @@
-"""Waiting until a service is ready, and seeing early that it will not be."""
+"""Bringing a unit up: files in place, systemd told, the process running and ready; or all of it back."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import monotonic, sleep
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import ProxyHandler, build_opener
 
 from deployment import console
-from deployment.actions import Undo
-from deployment.commands import Failed, ask
+from deployment.console import Failed, ask
 from deployment.machine import Systemd, Unit
+from deployment.steps import Action, Link, Run, Step, Undo, WriteFile, same
 
 LOOK_FIRST_S, LOOK_LAST_S = 0.05, 1.0  # between looks, longer from one to the next
 PATIENCE_S = 5.0
@@ -55,7 +55,7 @@ class Wait:
         return [f"wait for {self.url}{self.ready}, at most {console.duration(self.within)}"]
 
     def apply(self) -> Undo | None:
-        shown, started, pause = console.Progress(), monotonic(), LOOK_FIRST_S
+        shown, started, pause = console.ProgressLine(), monotonic(), LOOK_FIRST_S
         try:
             while not self._is_ready(shown):
                 if monotonic() - started > self.within:
@@ -66,7 +66,7 @@ class Wait:
             shown.clear()
         return None
 
-    def _is_ready(self, shown: console.Progress) -> bool:
+    def _is_ready(self, shown: console.ProgressLine) -> bool:
         unit = self.systemd.unit(self.unit)
         self._look_for_failure(unit)
         if unit.active == "deactivating" or (self.previous and unit.properties.get("InvocationID") == self.previous):
@@ -82,7 +82,7 @@ class Wait:
             result = unit.properties.get("Result", "unknown")
             raise Failed(f"{self.unit} is {unit.active} (result: {result})", self._journal())
 
-    def _show(self, shown: console.Progress, unit: Unit) -> None:
+    def _show(self, shown: console.ProgressLine, unit: Unit) -> None:
         status, health = fetch(f"{self.url}/health") if self.progress else (0, {})
         percent = health.get("percent")
         if status and isinstance(percent, int | float):
@@ -99,3 +99,60 @@ class Wait:
         return ask(
             *self.systemd.journal("--unit", self.unit, "--lines", JOURNAL_LINES, "--output", "cat", "--no-pager")
         ).stdout.strip()
+
+
+def activation(
+    unit: Unit,
+    systemd: Systemd,
+    wanted: tuple[WriteFile | Link, ...],
+    wait: Wait,
+    *,
+    undo: str,
+    before: tuple[Action, ...] = (),
+    after: tuple[Action, ...] = (),
+    reloadable: tuple[WriteFile, ...] = (),
+) -> Step:
+    """Change what differs on the disk, and restart only if something does or nothing runs.
+
+    A change of nothing but `reloadable` files is a reload. When the service ran before, a failure brings it back.
+    """
+    changed = [action for action in wanted if not same(action)]
+    reread = [action for action in reloadable if not same(action)]
+    told = _tell_systemd(unit, systemd, any(action.path == unit.path for action in changed))
+    starts = _start(unit, systemd, bool(changed), bool(reread))
+    actions: tuple[Action, ...] = (*before, *changed, *reread, *told, *starts)
+    if starts and wait.within > 0:
+        restarted = "restart" in starts[-1].argv
+        actions += (replace(wait, previous=unit.properties.get("InvocationID") if restarted else None),)
+    elif not starts and unit.active == "activating" and wait.within > 0:
+        actions += (wait,)
+    ran = unit.runs
+    return Step(
+        f"Start {unit.name}",
+        (*actions, *after),
+        undo,
+        done="runs as it should",
+        restores=ran,
+        recovery=_recovery(unit, systemd) if ran and actions else (),
+    )
+
+
+def _tell_systemd(unit: Unit, systemd: Systemd, rewritten: bool) -> tuple[Run, ...]:
+    told = []
+    if rewritten or unit.properties.get("NeedDaemonReload") == "yes":
+        told.append(Run(systemd.command("daemon-reload")))
+    if not unit.enabled:
+        told.append(Run(systemd.command("enable", unit.name)))
+    return tuple(told)
+
+
+def _start(unit: Unit, systemd: Systemd, changed: bool, reread: bool) -> tuple[Run, ...]:
+    if unit.runs and not changed:
+        return (Run(systemd.command("reload", unit.name)),) if reread else ()
+    again = (Run(systemd.command("reset-failed", unit.name)),) if unit.active == "failed" else ()
+    # Without --no-block it would wait in silence until the models are loaded.
+    return (*again, Run(systemd.command("restart", "--no-block", unit.name)))
+
+
+def _recovery(unit: Unit, systemd: Systemd) -> tuple[Run, ...]:
+    return (Run(systemd.command("daemon-reload")), Run(systemd.command("restart", "--no-block", unit.name)))
