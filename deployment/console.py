@@ -72,11 +72,11 @@ ASK_WITHIN_S = 30
 
 
 class Failed(Exception):
-    """Something could not be done. `said` is the end of what the program wrote."""
+    """Something could not be done. `output` is the end of what the program wrote."""
 
-    def __init__(self, what: str, said: str = "") -> None:
+    def __init__(self, what: str, output: str = "") -> None:
         super().__init__(what)
-        self.said = said
+        self.output = output
 
 
 def ask(*argv: str) -> subprocess.CompletedProcess[str]:
@@ -93,12 +93,12 @@ def ask_json(*argv: str) -> dict[str, Any] | None:
     """The JSON object (or the first of a list) that a program prints; None where it fails or prints none."""
     answered = ask(*argv)
     try:
-        found = json.loads(answered.stdout) if answered.returncode == 0 else None
+        value = json.loads(answered.stdout) if answered.returncode == 0 else None
     except ValueError:
         return None
-    if isinstance(found, list):
-        found = found[0] if found else None
-    return found if isinstance(found, dict) else None
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, dict) else None
 
 
 def tell(argv: Sequence[str], shown: bool) -> str:
@@ -128,7 +128,7 @@ def tell(argv: Sequence[str], shown: bool) -> str:
         process.terminate()
         process.wait()
         raise
-    said = "\n".join(tail)
+    output = "\n".join(tail)
     if code != 0:
-        raise Failed(f"exit code {code}", said)
-    return said
+        raise Failed(f"exit code {code}", output)
+    return output

@@ -128,11 +128,11 @@ LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=(.*)")
 
 def settings(text: str) -> dict[str, str]:
     """Names and values of an env file, without quotes and comments."""
-    found = {}
+    values = {}
     for line in text.splitlines():
         if match := LINE.match(line):
-            found[match[1]] = _value(match[2].strip())
-    return found
+            values[match[1]] = _value(match[2].strip())
+    return values
 
 
 def _value(raw: str) -> str:
@@ -163,5 +163,5 @@ SECRET = re.compile(r"\s*(?:export\s+)?(\w*(?:KEY|TOKEN|SECRET|PASSWORD)|REDIS_U
 
 def conceal(line: str) -> str:
     """A line of an env file without the value of a key or token."""
-    found = SECRET.match(line)
-    return f"{found[1]}=(not shown)" if found else line
+    match = SECRET.match(line)
+    return f"{match[1]}=(not shown)" if match else line

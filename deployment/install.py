@@ -31,8 +31,8 @@ class Release:
     @classmethod
     def of_clone(cls, layout: Layout, python: str) -> Release:
         """Named after the version and all that goes into it."""
-        found = re.search(r'__version__ = "(.*?)"', (CLONE / "src/vecmill/__init__.py").read_text("utf-8"))
-        version = found[1] if found else "unknown"
+        match = re.search(r'__version__ = "(.*?)"', (CLONE / "src/vecmill/__init__.py").read_text("utf-8"))
+        version = match[1] if match else "unknown"
         return cls(version, layout.real(layout.releases) / f"{version}-{_digest(python)}")
 
     @property
@@ -41,11 +41,11 @@ class Release:
 
 
 def _digest(python: str) -> str:
-    found = hashlib.sha256(f"{EXTRAS} {os.path.realpath(python)}".encode())
+    digest = hashlib.sha256(f"{EXTRAS} {os.path.realpath(python)}".encode())
     for path in [CLONE / "pyproject.toml", CLONE / "constraints.txt", *sorted((CLONE / "src").rglob("*"))]:
         if path.is_file() and path.suffix != ".pyc":
-            found.update(f"{path.relative_to(CLONE)}\0".encode() + path.read_bytes())
-    return found.hexdigest()[:12]
+            digest.update(f"{path.relative_to(CLONE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def build(release: Release, layout: Layout, python: str) -> Step:

@@ -82,7 +82,7 @@ class Systemd:
         answered = ask(*self.command("show", f"--property={PROPERTIES}", name))
         lines = (line.partition("=") for line in answered.stdout.splitlines())
         return Unit(
-            name, self.layout.real(self.layout.units / name), {key: value for key, found, value in lines if found}
+            name, self.layout.real(self.layout.units / name), {key: value for key, equals, value in lines if equals}
         )
 
     def journal(self, *words: str) -> tuple[str, ...]:
@@ -92,8 +92,8 @@ class Systemd:
 def gpu(layout: Layout) -> str | None:
     """The GPU's name, as far as the driver tells."""
     listed = ask("nvidia-smi", "-L").stdout if shutil.which("nvidia-smi") else ""
-    if found := re.search(r"GPU \d+: (.*?) \(UUID", listed):
-        return found[1]
+    if match := re.search(r"GPU \d+: (.*?) \(UUID", listed):
+        return match[1]
     return "an NVIDIA GPU" if layout.real(Path("/proc/driver/nvidia/version")).exists() else None
 
 
@@ -152,8 +152,8 @@ class Tailscale:
     @property
     def suffix(self) -> str | None:
         """`tail1234.ts.net`"""
-        found = self.status.get("MagicDNSSuffix") or (self.status.get("CurrentTailnet") or {}).get("MagicDNSSuffix")
-        return str(found) if found else None
+        suffix = self.status.get("MagicDNSSuffix") or (self.status.get("CurrentTailnet") or {}).get("MagicDNSSuffix")
+        return str(suffix) if suffix else None
 
     @property
     def https(self) -> bool:
@@ -167,7 +167,7 @@ class Tailscale:
         """Where the service's HTTPS goes, where this machine hosts it."""
         web = (self.served.get(f"svc:{service}") or {}).get("Web") or {}
         handlers = [entry.get("Handlers") or {} for name, entry in web.items() if name.endswith(":443")]
-        return next((found["/"].get("Proxy") for found in handlers if "/" in found), None)
+        return next((handler["/"].get("Proxy") for handler in handlers if "/" in handler), None)
 
 
 @dataclass(frozen=True)
@@ -201,5 +201,5 @@ class Docker:
     def mounted(self, folder: str) -> str | None:
         """The folder of this machine that the container sees as `folder`."""
         mounts = (self.container or {}).get("Mounts") or []
-        found = (mount.get("Source") for mount in mounts if mount.get("Destination") == folder)
-        return next((source for source in found if source), None)
+        sources = (mount.get("Source") for mount in mounts if mount.get("Destination") == folder)
+        return next((source for source in sources if source), None)

@@ -69,16 +69,16 @@ def _python(situation: Situation) -> Iterator[str]:
     if not situation.builds:
         return
     python = situation.options.python
-    asked = ask(python, "-c", WHAT_PYTHON)
-    if asked.returncode == 127:
+    answer = ask(python, "-c", WHAT_PYTHON)
+    if answer.returncode == 127:
         yield f"There is no {python}: --python names the Python to install with."
-    elif "ensurepip" in asked.stderr or "venv" in asked.stderr:
+    elif "ensurepip" in answer.stderr or "venv" in answer.stderr:
         yield f"{python} cannot make virtual environments: sudo apt install python3-venv"
-    elif asked.returncode != 0:
+    elif answer.returncode != 0:
         yield f"{python} is older than 3.11: --python names a newer one."
-    elif not situation.layout.user and asked.stdout.startswith(("/home/", "/root/")):
+    elif not situation.layout.user and answer.stdout.startswith(("/home/", "/root/")):
         yield (
-            f"{python} lies in {asked.stdout.strip()}, and the service cannot see home folders: --python "
+            f"{python} lies in {answer.stdout.strip()}, and the service cannot see home folders: --python "
             f"/usr/bin/python3 is the system's."
         )
 

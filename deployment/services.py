@@ -68,7 +68,7 @@ def _target(layout: Layout) -> str:
 def _fill(template: str, **parts: object) -> str:
     text = (TEMPLATES / template).read_text("utf-8")
     for _ in range(2):  # parts have parts
-        text = re.sub(r"@([A-Z_]+)@", lambda found: str(parts.get(found[1], found[0])), text)
+        text = re.sub(r"@([A-Z_]+)@", lambda match: str(parts.get(match[1], match[0])), text)
     return text
 
 
@@ -124,7 +124,7 @@ class Embed:
         additions = self._defaults(generation_url) if self.new else {}
         if generation_url:
             additions["GENERATION_URL"] = generation_url
-        changes = self._asked()
+        changes = self._changes()
         if tailnet_name and self._local_names_only({**additions, **self.before, **changes}):
             additions["ALLOWED_HOSTS"] = f"localhost,127.0.0.1,{EMBED},{tailnet_name}"
         self.env = files.merged(EMBED_HEAD if self.new else files.text(self._env_path) or "", changes, additions)
@@ -136,9 +136,9 @@ class Embed:
             defaults["MEMORY_FRACTION"] = SHARE_BESIDE_VLLM
         return defaults
 
-    def _asked(self) -> dict[str, str]:
+    def _changes(self) -> dict[str, str]:
         options = self._options
-        asked = {
+        chosen = {
             "HOST": options.host,
             "PORT": options.port and str(options.port),
             "EMBED_MODEL": options.embed_model,
@@ -146,8 +146,8 @@ class Embed:
             "API_KEY_FILE": options.api_key_file and str(self._layout.api_keys),
         }
         if options.vllm_port and self.before.get("GENERATION_URL", "").startswith("http://127.0.0.1:"):
-            asked["GENERATION_URL"] = f"http://127.0.0.1:{options.vllm_port}"
-        return {name: value for name, value in asked.items() if value}
+            chosen["GENERATION_URL"] = f"http://127.0.0.1:{options.vllm_port}"
+        return {name: value for name, value in chosen.items() if value}
 
     @staticmethod
     def _local_names_only(settings: dict[str, str]) -> bool:
@@ -287,8 +287,8 @@ class Vllm:
             "EXTRA_ARGS": "",
         }
         port = options.vllm_port and str(options.vllm_port)
-        asked = {"IMAGE": options.image, "MODEL": options.vllm_model, "HOST_PORT": port}
-        changes = {name: value for name, value in asked.items() if value}
+        chosen = {"IMAGE": options.image, "MODEL": options.vllm_model, "HOST_PORT": port}
+        changes = {name: value for name, value in chosen.items() if value}
         self.env = files.merged(VLLM_HEAD if before is None else before, changes, defaults)
         self.settings = files.settings(self.env)
 

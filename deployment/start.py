@@ -31,10 +31,10 @@ def fetch(url: str, key: str | None = None) -> tuple[int, dict[str, Any]]:
     except (URLError, OSError, ValueError):
         return 0, {}
     try:
-        found = json.loads(body)
+        value = json.loads(body)
     except ValueError:
-        found = None
-    return status, found if isinstance(found, dict) else {}
+        value = None
+    return status, value if isinstance(value, dict) else {}
 
 
 @dataclass(frozen=True)

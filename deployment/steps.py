@@ -127,10 +127,10 @@ class Run:
         return [f"$ {shlex.join(self.argv)}"]
 
     def apply(self) -> Undo | None:
-        said = tell(self.argv, self.shown)
-        if self.refusal and self.refusal in said:
-            raise Failed("exit code 0, but it refused", said)
-        console.detail(remark for sign, remark in self.remarks if sign in said)
+        output = tell(self.argv, self.shown)
+        if self.refusal and self.refusal in output:
+            raise Failed("exit code 0, but it refused", output)
+        console.detail(remark for sign, remark in self.remarks if sign in output)
         return None
 
 
@@ -325,13 +325,13 @@ def _take_back(step: Step, undo: Sequence[Undo]) -> None:
 
 
 def _report(step: Step, action: Action, error: Failed | OSError) -> None:
-    said = error.said if isinstance(error, Failed) else ""
+    output = error.output if isinstance(error, Failed) else ""
     what = str(error) if isinstance(error, Failed) else f"{error.strerror}: {error.filename}"
     console.complain(f"The step {step.title!r} failed at: {action.describe()[0]}")
     console.complain(f"  {what}")
-    for line in said.splitlines():
+    for line in output.splitlines():
         console.complain(f"  | {line}")
-    if cause := likely_cause(f"{said}\n{what}"):
+    if cause := likely_cause(f"{output}\n{what}"):
         console.complain(f"Why: {cause}")
     _advise(step)
 

@@ -249,9 +249,9 @@ def _with_cancellation(store: BatchStore, record: BatchRecord) -> BatchRecord:
     """The record, `cancelling` from the moment of the request on: whoever runs the batch may not have seen it yet."""
     if record.ended or record.ends_as is not None:
         return record
-    asked = store.cancel_requested_at(record.id)
+    requested_at = store.cancel_requested_at(record.id)
     return (
         record
-        if asked is None
-        else record.model_copy(update={"status": BatchStatus.CANCELLING, "cancelling_at": asked})
+        if requested_at is None
+        else record.model_copy(update={"status": BatchStatus.CANCELLING, "cancelling_at": requested_at})
     )

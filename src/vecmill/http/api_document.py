@@ -124,7 +124,7 @@ def _no_null_parameters(operation: Object) -> None:
     """A header or a query has no null: one that may be left out is only not required."""
     for parameter in operation.get("parameters", ()):
         schema = parameter["schema"]
-        kinds = [one for one in schema.pop("anyOf", ()) if one != {"type": "null"}]
+        kinds = [kind for kind in schema.pop("anyOf", ()) if kind != {"type": "null"}]
         if len(kinds) == 1:
             schema.update({**kinds[0], **schema})
         elif kinds:
@@ -134,9 +134,8 @@ def _no_null_parameters(operation: Object) -> None:
 def _show_examples(operation: Object, schemas: Object) -> None:
     """Those of a body's schemas again, where Swagger UI fills in a form from: one for each alternative."""
     for content in operation.get("requestBody", {}).get("content", {}).values():
-        found = dict(_examples(content["schema"], schemas))
-        if found:
-            content["examples"] = found
+        if examples := dict(_examples(content["schema"], schemas)):
+            content["examples"] = examples
 
 
 def _examples(schema: Object, schemas: Object) -> Iterator[tuple[str, Object]]:

@@ -35,10 +35,10 @@ TRIES = 3
 
 
 async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
-    """Ask until the server has room.
+    """Call until the server has room.
 
     Raises:
-        DeadlineExceeded, BatchFailed: so it was every time. Any other error of a request as it comes.
+        DeadlineExceeded, BatchFailed: it was raised at every try. Any other error at once.
     """
     while True:
         try:
@@ -54,7 +54,7 @@ async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
 
 
 def refused_line(shape: ErrorShape, error: Exception) -> LineResult:
-    """What the route would answer to an error."""
+    """The line's result for an error: what the route would answer."""
     if not isinstance(error, VecmillError):
         logger.error("unhandled error in a line of a batch", exc_info=error)
         error = VecmillError("The server failed on this request; its log says why.")
@@ -67,8 +67,8 @@ CHARACTERS_PER_TEXT = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What one line asks for."""
+class LineRequest:
+    """The request of one line."""
 
     place: int
     body: EmbeddingsBody
@@ -80,7 +80,7 @@ class Asked:
     def texts(self) -> int:
         return len(self.request.inputs)
 
-    def runs_with(self, other: Asked) -> bool:
+    def runs_with(self, other: LineRequest) -> bool:
         """Whether both differ in their inputs alone."""
         same_kind = type(self.request.inputs[0]) is type(other.request.inputs[0])  # texts, or token ids
         return same_kind and self.bare == other.bare
@@ -106,46 +106,49 @@ class EmbeddingsEndpoint:
         """Answer each line."""
         texts = sum(self.texts(line.body) for line in lines)
         size = texts * CHARACTERS_PER_TEXT
-        asked = await self._threads.run(partial(_read, caller, lines, self._most), size=size)
-        results: dict[int, LineResult] = {one.place: one.result for one in asked if isinstance(one, _Refused)}
-        groups = self._groups([one for one in asked if isinstance(one, Asked)])
+        read = await self._threads.run(partial(_read, caller, lines, self._most), size=size)
+        results: dict[int, LineResult] = {entry.place: entry.result for entry in read if isinstance(entry, _Refused)}
+        groups = self._groups([entry for entry in read if isinstance(entry, LineRequest)])
         async with asyncio.TaskGroup() as tasks:
             for group in groups:
                 tasks.create_task(self._embed(group, results))
         return [results[place] for place in range(len(lines))]
 
-    def _groups(self, asked: Sequence[Asked]) -> Iterator[list[Asked]]:
-        group: list[Asked] = []
+    def _groups(self, requests: Sequence[LineRequest]) -> Iterator[list[LineRequest]]:
+        """Consecutive requests that can run as one, of `_together` inputs at most."""
+        group: list[LineRequest] = []
         texts = 0
-        for one in asked:
-            if group and (texts + one.texts > self._together or not (one.texts and one.runs_with(group[0]))):
+        for request in requests:
+            if group and (
+                texts + request.texts > self._together or not (request.texts and request.runs_with(group[0]))
+            ):
                 yield group
                 group, texts = [], 0
-            group.append(one)
-            # One without inputs is refused, so it must be alone.
-            texts += one.texts or self._together
+            group.append(request)
+            # A request without inputs is refused, so it must be alone.
+            texts += request.texts or self._together
         if group:
             yield group
 
-    async def _embed(self, group: Sequence[Asked], results: dict[int, LineResult]) -> None:
+    async def _embed(self, group: Sequence[LineRequest], results: dict[int, LineResult]) -> None:
         request = group[0].request
         if len(group) > 1:
-            inputs: Any = [text for one in group for text in one.request.inputs]
+            inputs: Any = [text for line in group for text in line.request.inputs]
             request = replace(request, inputs=inputs)
         try:
             async with self._places:
                 result = await patiently(partial(self._inference.embed, request), 1 if len(group) > 1 else TRIES)
             encode = partial(_encode, group, result)
-            found = await self._threads.run(encode, size=len(request.inputs) * CHARACTERS_PER_TEXT)
+            answered = await self._threads.run(encode, size=len(request.inputs) * CHARACTERS_PER_TEXT)
         except Exception as error:
             if len(group) == 1:
                 results[group[0].place] = refused_line(OPENAI, error)
             else:  # only the guilty lines fail
                 async with asyncio.TaskGroup() as tasks:
-                    for one in group:
-                        tasks.create_task(self._embed([one], results))
+                    for line in group:
+                        tasks.create_task(self._embed([line], results))
         else:
-            results.update(found)
+            results.update(answered)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,31 +157,31 @@ class _Refused:
     result: LineResult
 
 
-def _read(caller: Caller, lines: Sequence[InputLine], most: int) -> list[Asked | _Refused]:
+def _read(caller: Caller, lines: Sequence[InputLine], most: int) -> list[LineRequest | _Refused]:
     with at_most(most):
-        return [_asked(caller, place, line) for place, line in enumerate(lines)]
+        return [_line_request(caller, place, line) for place, line in enumerate(lines)]
 
 
-def _asked(caller: Caller, place: int, line: InputLine) -> Asked | _Refused:
+def _line_request(caller: Caller, place: int, line: InputLine) -> LineRequest | _Refused:
     try:
         body = EmbeddingsBody.model_validate(line.body)
         request = body.embed_request(caller)
-        return Asked(place, body, request, replace(request, inputs=()))
+        return LineRequest(place, body, request, replace(request, inputs=()))
     except ValidationError as error:
         return _Refused(place, refused_line(OPENAI, invalid_body(error)))
     except VecmillError as error:
         return _Refused(place, refused_line(OPENAI, error))
 
 
-def _encode(group: Sequence[Asked], result: EmbedResult) -> dict[int, LineResult]:
-    found, start = {}, 0
-    for one in group:
-        stop = start + one.texts
+def _encode(group: Sequence[LineRequest], result: EmbedResult) -> dict[int, LineResult]:
+    results, start = {}, 0
+    for line in group:
+        stop = start + line.texts
         own = result if len(group) == 1 else _part(result, start, stop)
-        body = whole_body(partial(one.body.answer, own), own.embeddings, one.body.formats())
-        found[one.place] = LineResult(200, body, own.prompt_tokens, own.cached_tokens, own.model)
+        body = whole_body(partial(line.body.answer, own), own.embeddings, line.body.formats())
+        results[line.place] = LineResult(200, body, own.prompt_tokens, own.cached_tokens, own.model)
         start = stop
-    return found
+    return results
 
 
 def _part(result: EmbedResult, start: int, stop: int) -> EmbedResult:
@@ -227,9 +230,9 @@ class RerankEndpoint:
     async def _score(self, caller: Caller, raw: Mapping[str, Any]) -> LineResult:
         with at_most(self._most):
             body = READ.validate_python(raw)
-        asked = body.score_request(caller)
+        request = body.score_request(caller)
         async with self._places:
-            result = await patiently(partial(self._inference.score, asked))
+            result = await patiently(partial(self._inference.score, request))
         size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
         answer = await self._threads.run_if_large(partial(_serialised, body, result), size=size)
         return LineResult(200, answer, result.prompt_tokens, result.cached_tokens, result.model)
@@ -247,9 +250,9 @@ def batch_endpoints(
 ) -> Mapping[str, Endpoint]:
     """The endpoints of one server, by path."""
     places = asyncio.Semaphore(max(1, settings.max_concurrent_requests // LARGEST_SHARE))
-    found: dict[str, Endpoint] = {
+    endpoints: dict[str, Endpoint] = {
         "/v1/embeddings": EmbeddingsEndpoint(inference, threads, places, settings.max_client_batch_size),
         "/v1/rerank": RerankEndpoint(inference, threads, places, settings.max_client_batch_size),
     }
-    assert set(found) == set(get_args(EndpointName))
-    return found
+    assert set(endpoints) == set(get_args(EndpointName))
+    return endpoints

@@ -269,8 +269,8 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 def _methods(request: Request) -> list[str]:
     """Every method of this path; Starlette names those of the first route that fits."""
-    found = [method for method in ("DELETE", "GET", "POST") if _is_served(request, method, request.scope["path"])]
-    return sorted([*found, "HEAD"] if "GET" in found else found)
+    methods = [method for method in ("DELETE", "GET", "POST") if _is_served(request, method, request.scope["path"])]
+    return sorted([*methods, "HEAD"] if "GET" in methods else methods)
 
 
 def _is_served(request: Request, method: str, path: str) -> bool:

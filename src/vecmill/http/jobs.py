@@ -191,5 +191,5 @@ async def delete_progress(request: Request, viewer: ViewerOf) -> dict[str, Any]:
 
 def _reports(request: Request) -> dict[str | None, dict[str, Any]]:
     """The last of each key, the newest at the end."""
-    found: dict[str | None, dict[str, Any]] = request.app.state.progress
-    return found
+    reports: dict[str | None, dict[str, Any]] = request.app.state.progress
+    return reports

@@ -80,8 +80,8 @@ async def stats(request: Request, services: ServicesOf) -> dict[str, Any]:
 
     With several keys and a common cache, what would tell of other keys' texts is null but for the scope `admin`.
     """
-    found = _stats(services)
-    return found if shows_work_of_all(request) else found | dict.fromkeys(WORK)
+    statistics = _stats(services)
+    return statistics if shows_work_of_all(request) else statistics | dict.fromkeys(WORK)
 
 
 def _stats(services: Services) -> dict[str, Any]:

@@ -167,7 +167,7 @@ class SharedJobs:
         open_jobs = [job for job_id, record in stored.open.items() if (job := self._job(job_id, record)) is not None]
         new = [job for record in stored.ended if (job := decode_job(record)) is not None]
         ended = [job for job in (*self.ledger.ended.values(), *new) if job.ended_number > totals.forgotten]
-        self._decoded = {job_id: found for job_id, found in self._decoded.items() if job_id in stored.open}
+        self._decoded = {job_id: decoded for job_id, decoded in self._decoded.items() if job_id in stored.open}
         return ledger_of(open_jobs, ended, totals), True
 
     def _job(self, job_id: str, record: bytes) -> Job | None:

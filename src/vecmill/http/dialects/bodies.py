@@ -81,7 +81,7 @@ class TruncationFields(BaseModel):
     truncation_direction: OneSide = Field(None, description="TEI: the same, `Left` or `Right`.")
 
     def asked_truncation(self, default: bool | None = None, max_tokens: int | None = None) -> Truncation:
-        """What the request says; `default` where it says nothing.
+        """The truncation that the request chooses; `default` where it chooses none.
 
         Raises:
             InvalidInput: `truncate_prompt_tokens` is 0.
@@ -151,15 +151,15 @@ class PromptFields(BaseModel):
     )
 
     def prompt_choice(self) -> PromptChoice:
-        """What the request says; nothing said is the model's default prompt, if it has one.
+        """The prompt that the request chooses; the model's default prompt, if it has one, where it chooses none.
 
-        An instruction stands in place of the prompt, not of what the texts are.
+        An instruction replaces the prompt, not what kind of text it is for.
         """
         use = self.task or self.input_type
-        said = CHOICES[use] if use else PromptChoice(self.is_query)
+        choice = CHOICES[use] if use else PromptChoice(self.is_query)
         if self.prompt_name is not None:
-            said = PromptChoice(prompt_name=self.prompt_name)
-        return said if self.instruction is None else replace(said, instruction=self.instruction)
+            choice = PromptChoice(prompt_name=self.prompt_name)
+        return choice if self.instruction is None else replace(choice, instruction=self.instruction)
 
 
 PIECE_CHARACTERS = 80  # of a token in JSON, about
@@ -249,15 +249,15 @@ class Dialect:
 
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:
     """Answer a request for vectors."""
-    asked = body.embed_request(with_priority(caller, body.priority))
-    result = await services_of(request).inference.embed(asked)
+    embed_request = body.embed_request(with_priority(caller, body.priority))
+    result = await services_of(request).inference.embed(embed_request)
     return await vectors_response(request, result, lambda *rows: body.answer(result, *rows), body.formats())
 
 
 async def score(body: ScoreBody, request: Request, caller: Caller) -> Response:
     """Answer a request for scores."""
-    asked = body.score_request(with_priority(caller, body.priority))
-    result = await services_of(request).inference.score(asked)
+    score_request = body.score_request(with_priority(caller, body.priority))
+    result = await services_of(request).inference.score(score_request)
     size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
     path = request.url.path
     return await json_response(request, lambda: body.answer(result, path), result_headers(request, result), size=size)

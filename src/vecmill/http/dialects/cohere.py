@@ -210,14 +210,14 @@ class RerankBody(ScoreBody):
 
     def results(self, result: ScoreResult, top_n: int | None) -> list[dict[str, Any]]:
         """The best, each with its index, score and, where asked for, document."""
-        found: list[dict[str, Any]] = [
+        results: list[dict[str, Any]] = [
             {"index": index, "relevance_score": float(result.scores[index])}
             for index in best_first(result.scores, top_n)
         ]
         if self.return_documents:
-            for entry in found:
+            for entry in results:
                 entry["document"] = self.documents[entry["index"]]
-        return found
+        return results
 
     def answer(self, result: ScoreResult, path: str) -> object:
         """One object that Cohere's, Jina's, vLLM's and Infinity's clients can read."""

@@ -107,8 +107,8 @@ def upward(headers: Headers) -> dict[str, str]:
 
 def downward(response: httpx2.Response) -> dict[str, str]:
     """The headers of the generation server's answer that the client gets, as far as they are ASCII."""
-    found = {name: response.headers[name] for name in DOWNWARD if name in response.headers}
-    return {name: value for name, value in found.items() if value.isascii()}
+    headers = {name: response.headers[name] for name in DOWNWARD if name in response.headers}
+    return {name: value for name, value in headers.items() if value.isascii()}
 
 
 class RequestStream:

@@ -163,7 +163,10 @@ async def list_models(services: ServicesOf) -> dict[str, Any]:
     """The models that are loaded, the default first; after them those of GENERATION_URL."""
     own = [_model(card) for card in services.inference.cards]
     taken = {model["id"] for model in own}
-    return {"object": "list", "data": [*own, *(one for one in await _generating(services) if one["id"] not in taken)]}
+    return {
+        "object": "list",
+        "data": [*own, *(model for model in await _generating(services) if model["id"] not in taken)],
+    }
 
 
 @router.get("/v1/models/{model:path}", summary="Retrieve a model")

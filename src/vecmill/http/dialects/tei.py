@@ -225,8 +225,8 @@ class DecodeBody(BaseModel):
 @router.post("/decode", summary="Decode")
 async def decode(body: DecodeBody, request: Request, new_work: NewWork) -> Response:
     """Token ids to texts."""
-    asked = DetokenizeRequest(body.ids, body.model, body.skip_special_tokens is not False)
-    texts = await services_of(request).inference.detokenize(asked)
+    detokenize_request = DetokenizeRequest(body.ids, body.model, body.skip_special_tokens is not False)
+    texts = await services_of(request).inference.detokenize(detokenize_request)
     return await json_response(request, lambda: texts, {}, size=sum(map(len, texts)))
 
 

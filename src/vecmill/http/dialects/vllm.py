@@ -144,8 +144,8 @@ class DetokenizeBody(BaseModel):
 @router.post("/detokenize", summary="Detokenize")
 async def detokenize(body: DetokenizeBody, request: Request, new_work: NewWork) -> Response:
     """Token ids to a text."""
-    asked = DetokenizeRequest(body.tokens, body.model, skip_special_tokens=False, param="tokens")
-    texts = await services_of(request).inference.detokenize(asked)
+    detokenize_request = DetokenizeRequest(body.tokens, body.model, skip_special_tokens=False, param="tokens")
+    texts = await services_of(request).inference.detokenize(detokenize_request)
     return await json_response(request, lambda: {"prompt": "".join(texts)}, {}, size=sum(map(len, texts)))
 
 
