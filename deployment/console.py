@@ -1,4 +1,4 @@
-"""Other programs, and what this one writes to the terminal."""
+"""Runs other programs, and writes to the terminal."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ INDENT = "      "
 
 
 def say(text: str = "") -> None:
-    """One line, at once: what follows may take minutes."""
+    """Write one line and flush it: what follows may take minutes."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def detail(lines: Iterable[str]) -> None:
-    """Lines that belong to the step above them."""
+    """Write lines, indented below the step they belong to."""
     for line in lines:
         say(f"{INDENT}{line}".rstrip())
 
 
 def complain(text: str) -> None:
-    """One line for whoever has to mend something."""
+    """Write one line to stderr."""
     sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
@@ -41,14 +41,14 @@ def duration(seconds: float) -> str:
 
 
 class ProgressLine:
-    """How far something is: one line that is rewritten in a terminal, else a line whenever it says something new."""
+    """Progress: one line that is rewritten in a terminal, otherwise a new line whenever the message changes."""
 
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
         self._shown = ""
 
     def show(self, percent: float | None, message: str) -> None:
-        """`percent` is None where nobody knows it."""
+        """`percent` is None if it is unknown."""
         if self._terminal:
             filled = round(BAR_WIDTH * (percent or 0) / 100)
             bar = "" if percent is None else f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {percent:3.0f} % "
@@ -61,7 +61,7 @@ class ProgressLine:
             detail([line])
 
     def clear(self) -> None:
-        """Leave the line free for what follows."""
+        """Clear the line."""
         if self._terminal:
             sys.stdout.write("\r\x1b[K")
             sys.stdout.flush()
@@ -80,7 +80,7 @@ class Failed(Exception):
 
 
 def ask(*argv: str) -> subprocess.CompletedProcess[str]:
-    """Run a program that changes nothing; 127 where it is missing, 124 where it does not answer."""
+    """Run a program that changes nothing. Return code 127 if it is missing, 124 if it does not end in time."""
     try:
         return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=ASK_WITHIN_S, check=False)
     except subprocess.TimeoutExpired:
@@ -90,7 +90,7 @@ def ask(*argv: str) -> subprocess.CompletedProcess[str]:
 
 
 def ask_json(*argv: str) -> dict[str, Any] | None:
-    """The JSON object (or the first of a list) that a program prints; None where it fails or prints none."""
+    """The JSON object (or the first of a list) that a program prints; None if it fails or prints none."""
     answered = ask(*argv)
     try:
         value = json.loads(answered.stdout) if answered.returncode == 0 else None
@@ -102,7 +102,7 @@ def ask_json(*argv: str) -> dict[str, Any] | None:
 
 
 def tell(argv: Sequence[str], shown: bool) -> str:
-    """Run a program to its end; what it wrote last. `Failed` with its exit code otherwise.
+    """Run a program to its end; returns the last lines of its output. Raises Failed if its exit code is not 0.
 
     `shown`: its output is passed on while it runs.
     """

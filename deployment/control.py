@@ -89,7 +89,7 @@ HEADINGS: Row = ("service", "state", "since", "restarts", "what")
 
 
 def status(options: Options, layout: Layout) -> int:
-    """0 only when each service is running and ready; vLLM counts where it is deployed, or named."""
+    """Print a table. Returns 0 only if each service runs and is ready; vLLM counts if it is deployed or was named."""
     systemd = Systemd(layout)
     rows, code = [HEADINGS], 0
     for service in options.services:
@@ -162,7 +162,7 @@ def _print(rows: list[Row]) -> None:
 
 
 def uninstall(options: Options, layout: Layout) -> int:
-    """Each step is tried, whatever became of those before; 1 where one failed."""
+    """Try every step, even after one has failed; returns 1 if any has."""
     steps = _removal(options, layout)
     if options.dry_run:
         show(steps)
@@ -213,7 +213,7 @@ def _everything(options: Options) -> bool:
 
 
 def _paths(options: Options, layout: Layout) -> list[Path]:
-    """Code and configuration of the services; with --purge what they gathered too."""
+    """Code and configuration of the services; with --purge their state and models too."""
     paths = []
     if EMBED in options.services:
         paths += [layout.venv, layout.releases, layout.embed_env, layout.api_keys]

@@ -57,13 +57,13 @@ def _look(options: Options, layout: Layout, release: install.Release) -> Situati
 
 
 def _generation_url(layout: Layout, systemd: Systemd, options: Options, vllm: Vllm | None) -> str | None:
-    """Where vLLM is, or will be, on this machine."""
+    """The address of vLLM on this machine, if it is deployed or will be."""
     beside = vllm or Vllm(layout, systemd, Docker(None, "", False, None), options)
     return beside.url if vllm is not None or beside.unit.ours else None
 
 
 def account_name() -> str:
-    """Who runs this."""
+    """The name of the account that runs this."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
@@ -71,7 +71,7 @@ def account_name() -> str:
 
 
 def _plan(situation: Situation, release: install.Release) -> list[Step]:
-    """What takes long and may fail comes before anything that runs is touched."""
+    """The steps in order: what takes long and may fail comes before anything that runs is touched."""
     layout, options, embed, vllm = situation.layout, situation.options, situation.embed, situation.vllm
     steps = []
     if embed is not None:
@@ -98,7 +98,7 @@ def _account(embed: Embed, situation: Situation) -> Step:
 
 
 def _tell_next_steps(situation: Situation) -> None:
-    """Addresses, then a call, QMD's configuration and CodeCartographer's line."""
+    """Print the addresses, a curl call, and the configuration of QMD and CodeCartographer."""
     console.say()
     names = {service: situation.tailscale.name(service) if situation.tailscale else None for service in (EMBED, VLLM)}
     if situation.embed is not None:

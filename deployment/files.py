@@ -1,4 +1,4 @@
-"""Files on the disk, whole or not at all; and env files, changed without losing what administrators wrote."""
+"""Writes files atomically, and edits env files without losing what administrators wrote."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Before:
         return cls(path, path.read_bytes(), None, status.st_mode & 0o7777, (status.st_uid, status.st_gid))
 
     def restore(self) -> None:
-        """Make the path what it was."""
+        """Restore the path."""
         if self.target is not None:
             link(self.path, Path(self.target))
         elif self.content is not None:
@@ -44,7 +44,7 @@ class Before:
 
 
 def write(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None) -> None:
-    """Replace `path` in one step by a file that has its rights from the start. OSError."""
+    """Atomically replace `path` by a file that has its rights from the start. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
@@ -63,7 +63,7 @@ def write(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None) 
 
 
 def link(path: Path, target: Path) -> None:
-    """Point `path` at `target` in one step."""
+    """Atomically make `path` a link to `target`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f".{path.name}.new")
     new.unlink(missing_ok=True)
@@ -72,7 +72,7 @@ def link(path: Path, target: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Whatever is there, if anything."""
+    """Remove a file, a link or a folder with its content, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -80,7 +80,7 @@ def remove(path: Path) -> None:
 
 
 def read(path: Path) -> bytes | None:
-    """What a file holds; None where there is none, or none that this account may read."""
+    """The content of a file; None if there is none, or this account may not read it."""
     try:
         return path.read_bytes()
     except OSError:
@@ -88,13 +88,13 @@ def read(path: Path) -> bytes | None:
 
 
 def text(path: Path) -> str | None:
-    """The same as text."""
+    """The content of a file as text; None as in `read`."""
     content = read(path)
     return None if content is None else content.decode("utf-8", "replace")
 
 
 def exists(path: Path) -> bool:
-    """Whether something is there, also where this account may not look."""
+    """Whether something is there; true if this account may not look."""
     try:
         path.lstat()
     except PermissionError:
@@ -119,7 +119,7 @@ def mode(path: Path) -> int:
 
 
 def account(user: str, group: str) -> tuple[int, int]:
-    """Numbers of a user and a group. KeyError."""
+    """The ids of a user and a group. Raises KeyError."""
     return pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
 
 
@@ -142,7 +142,7 @@ def _value(raw: str) -> str:
 
 
 def merged(content: str, changes: Mapping[str, str], additions: Mapping[str, str]) -> str:
-    """The same file with `changes` in place of what it says, and `additions` where it says nothing of them.
+    """An env file with `changes` set, and `additions` set where the file has no value for them.
 
     Every other line stays as it is.
     """

@@ -44,7 +44,7 @@ class Unit:
 
     @property
     def ended(self) -> bool:
-        """Whether it does not run and will not by itself, or only after a failure."""
+        """Whether it does not run and will not start by itself, or only because it failed."""
         return (self.active in ("failed", "inactive") and not self.queued) or (
             self.properties.get("SubState") == "auto-restart"
         )
@@ -78,7 +78,7 @@ class Systemd:
         return ("systemctl", *(["--user"] if self.layout.user else []), *words)
 
     def unit(self, name: str) -> Unit:
-        """As it is now."""
+        """The state of a unit now."""
         answered = ask(*self.command("show", f"--property={PROPERTIES}", name))
         lines = (line.partition("=") for line in answered.stdout.splitlines())
         return Unit(
@@ -114,7 +114,7 @@ def missing_to_compile(python: str, *, on_gpu: bool) -> list[str]:
 
 
 def listen_error(host: str, port: int) -> str | None:
-    """Why nothing could listen there now; None where it could."""
+    """Why nothing can listen on this address and port now; None if it can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -176,7 +176,7 @@ class Docker:
 
     path: str | None
     answered: str
-    """Empty, or why it cannot be used."""
+    """Empty, or the error of `docker info`."""
     nvidia: bool
     container: dict[str, Any] | None
     """A container named qmd-vllm, whoever made it."""
@@ -195,7 +195,7 @@ class Docker:
         )
 
     def has(self, image: str) -> bool:
-        """Whether the image need not be pulled."""
+        """Whether the image is on this machine already."""
         return ask("docker", "image", "inspect", image).returncode == 0
 
     def mounted(self, folder: str) -> str | None:

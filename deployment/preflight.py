@@ -1,4 +1,4 @@
-"""All that is known before anything is done, what has to be mended first, and what one should know."""
+"""The situation before anything is done: problems that prevent the deployment, and remarks that do not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ VENV_BYTES = 8_000_000_000
 
 @dataclass(frozen=True)
 class Situation:
-    """All that is looked at."""
+    """Everything that is looked at before anything is done."""
 
     options: Options
     layout: Layout
@@ -38,7 +38,7 @@ KEY_OPTION = re.compile(r"scopes=(use|admin)([+,](use|admin))*|(requests|tokens|
 
 
 def problems(situation: Situation) -> list[str]:
-    """Sentences that say what is wrong and what to do."""
+    """Problems that prevent the deployment, each with its cure."""
     checks = (_rights, _systemd, _python, _compiler, _disk, _keys, _embed_port, _tailscale, _docker, _vllm_port)
     return [sentence for check in checks for sentence in check(situation)]
 
@@ -197,7 +197,7 @@ IMAGE_BYTES = 25_000_000_000
 
 
 def remarks(situation: Situation) -> list[str]:
-    """Sentences that one should know and that keep nothing from going on."""
+    """Remarks that do not prevent the deployment."""
     checks = (_gpu, _cpu_compiler, _reach, _names, _space, _takeover)
     return [sentence for check in checks for sentence in check(situation)]
 
@@ -208,7 +208,7 @@ def _gpu(situation: Situation) -> Iterator[str]:
 
 
 def _cpu_compiler(situation: Situation) -> Iterator[str]:
-    """With a GPU it is a problem (`_compiler`)."""
+    """Without a GPU a missing compiler is no problem; with one it is (`_compiler`)."""
     if situation.embed is None or not situation.embed.compiles or situation.embed.on_gpu:
         return
     if missing := machine.missing_to_compile(situation.options.python, on_gpu=False):

@@ -31,7 +31,7 @@ VLLM_CONFINEMENT = "NoNewPrivileges=yes\nPrivateTmp=yes\nProtectSystem=strict\nP
 
 
 def embed_unit(layout: Layout, shutdown_seconds: float) -> str:
-    """qmd-embed.service."""
+    """The text of qmd-embed.service."""
     kind = "user" if layout.user else "system"
     return _fill(
         "qmd-embed.service.in",
@@ -48,7 +48,7 @@ def embed_unit(layout: Layout, shutdown_seconds: float) -> str:
 
 
 def vllm_unit(layout: Layout, docker: str, hub_cache: str) -> str:
-    """qmd-vllm.service."""
+    """The text of qmd-vllm.service."""
     engine = "Requires=docker.service\nWants=network-online.target\nAfter=docker.service network-online.target"
     return _fill(
         "qmd-vllm.service.in",
@@ -82,7 +82,7 @@ WAITS = (
 def serve_in_tailnet(
     service: str, port: int, host: str, tailscale: Tailscale, layout: Layout, options: Options
 ) -> Step:
-    """Give the service its name."""
+    """Serve a local port as https://<service>.<tailnet>."""
     target = f"{host}:{port}"
     name = tailscale.name(service) or f"{service}.<tailnet>.ts.net"
     title = f"Serve https://{name}"
@@ -96,7 +96,7 @@ def serve_in_tailnet(
 
 
 def take_from_tailnet(service: str) -> Run:
-    """Take the name away."""
+    """Stop serving it in the tailnet."""
     return Run(("tailscale", "serve", "clear", f"svc:{service}"))
 
 
@@ -151,7 +151,7 @@ class Embed:
 
     @staticmethod
     def _local_names_only(settings: dict[str, str]) -> bool:
-        """Whether the server answers to no name but the machine's own, unless it is told others."""
+        """Whether the server answers only to local names unless ALLOWED_HOSTS names others."""
         keys = settings.get("API_KEY") or settings.get("API_KEY_FILE")
         return loopback(settings.get("HOST", "127.0.0.1")) and not keys
 
@@ -239,7 +239,7 @@ class Embed:
         return (WriteFile(self._keys_path, text, 0o640, self._layout.readers, secret=True, staged=self._layout.staged),)
 
     def _backup(self) -> tuple[Action, ...]:
-        """The unit of the guide that this replaces."""
+        """A copy of the unit of the older guide, which this one replaces."""
         if not self.unit.foreign:
             return ()
         kept = self.unit.path.with_name(f"{self.unit.path.name}.before-vecmill")
@@ -336,7 +336,7 @@ class Vllm:
         return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
 
     def _hub_cache(self) -> str:
-        """Where it keeps its models already, else a folder of its own."""
+        """The folder that has its models already, otherwise a folder of its own."""
         told = re.search(rf" -v (\S+):{CONTAINER_CACHE} ", files.text(self.unit.path) or "") if self.unit.ours else None
         return told[1] if told else self._docker.mounted(CONTAINER_CACHE) or str(self._layout.vllm_cache)
 

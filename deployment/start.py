@@ -1,4 +1,4 @@
-"""Bringing a unit up: files in place, systemd told, the process running and ready; or all of it back."""
+"""Starts a unit: puts its files in place, reloads systemd, waits until the process is ready; or takes it all back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DIRECT = build_opener(ProxyHandler({}))  # this machine is not reached through a
 
 
 def fetch(url: str, key: str | None = None) -> tuple[int, dict[str, Any]]:
-    """Status and JSON object of a GET; status 0 where nothing answers, an empty object where it is none."""
+    """Status and JSON object of a GET; status 0 if nothing answers, an empty object if the body is none."""
     try:
         with DIRECT.open(url, timeout=PATIENCE_S) as answer:
             status, body = answer.status, answer.read()
@@ -39,7 +39,7 @@ def fetch(url: str, key: str | None = None) -> tuple[int, dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Wait:
-    """Until `ready` answers 200, by the process that was started and not the one before."""
+    """Wait until `ready` answers 200, from the process that was started and not the one before."""
 
     systemd: Systemd
     unit: str

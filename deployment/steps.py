@@ -1,5 +1,7 @@
-"""A deployment: steps in order, each whole or not at all. A step is made of actions; each can be described, carried
-out, and, where it changes a file, taken back."""
+"""A deployment is a list of steps, each done wholly or not at all.
+
+A step is a list of actions. An action can be described, carried out and, if it changes a file, taken back.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ CAUSES = (
 
 
 def likely_cause(output: str) -> str | None:
-    """The sentence for the first message that is known."""
+    """The cause and cure of the first known message in a program's output."""
     return next((sentence for pattern, sentence in CAUSES if re.search(pattern, output)), None)
 
 
@@ -104,11 +106,11 @@ class Action(Protocol):
     """One thing to do."""
 
     def describe(self) -> list[str]:
-        """The lines that say all of it, without a secret."""
+        """Lines that describe it completely, without secrets."""
         ...
 
     def apply(self) -> Undo | None:
-        """Do it; what takes it back, if anything can. `Failed`, OSError."""
+        """Do it; returns a function that takes it back, if anything can. Raises Failed, OSError."""
         ...
 
 
@@ -119,9 +121,9 @@ class Run:
     argv: tuple[str, ...]
     shown: bool = False
     refusal: str | None = None
-    """What it says, with exit code 0, when it did not do it."""
+    """Output that means a refusal although the exit code is 0."""
     remarks: tuple[tuple[str, str], ...] = ()
-    """What it may say, and what that means for the user."""
+    """Pairs: output to look for, and the remark for the user."""
 
     def describe(self) -> list[str]:
         return [f"$ {shlex.join(self.argv)}"]
@@ -227,7 +229,7 @@ class Scratch:
 
 
 def same(action: WriteFile | Link) -> bool:
-    """Whether the disk already has it."""
+    """Whether the disk already has the same content."""
     if isinstance(action, Link):
         return action.path.is_symlink() and os.readlink(action.path) == str(action.target)
     return files.text(action.path) == action.content and files.mode(action.path) == action.mode
@@ -238,12 +240,12 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Step:
-    """What belongs together."""
+    """Actions that are done together or not at all."""
 
     title: str
     actions: tuple[Action, ...]
     undo: str
-    """How the user gets rid of what it did."""
+    """How the user undoes it, as a sentence or a command."""
     done: str = "nothing to do"
     """Why there is nothing to do, where there is not."""
     restores: bool = True

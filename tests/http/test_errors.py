@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from fastapi.routing import APIRoute
 
 from tests.conftest import serving
 from vecmill.core.errors import (
@@ -24,6 +25,7 @@ from vecmill.core.errors import (
     Unavailable,
     VecmillError,
 )
+from vecmill.http.dialects.bodies import Dialect
 from vecmill.http.dialects.registry import DIALECTS, shape_for
 from vecmill.http.errors import DETAIL, STATUS, ErrorShape, error_response
 
@@ -159,6 +161,19 @@ def test_codecartographer_tries_again_where_the_text_says_that_it_may() -> None:
 )
 def test_a_path_speaks_one_dialect(path: str, name: str) -> None:
     assert shape_for(path).name == name
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.errors.name)
+def test_errors_on_a_dialects_own_routes_have_its_shape(dialect: Dialect) -> None:
+    for route in dialect.router.routes:
+        assert isinstance(route, APIRoute)
+        for method in route.methods or ():
+            assert shape_for(route.path, method) is dialect.errors, route.path
+
+
+def test_a_path_is_declared_by_one_dialect() -> None:
+    declared = [path for dialect in DIALECTS for path in dialect.paths]
+    assert len(declared) == len(set(declared))
 
 
 # One way to be refused by the table itself, for each body of a shared path.

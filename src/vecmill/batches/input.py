@@ -1,6 +1,7 @@
 """The input of a batch: validated as a whole, then read in groups of lines from an offset on.
 
-Source: https://platform.openai.com/docs/guides/batch"""
+Source: https://platform.openai.com/docs/guides/batch
+"""
 
 from __future__ import annotations
 

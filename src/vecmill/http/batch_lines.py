@@ -1,4 +1,7 @@
-"""What answers the lines of batches: what answers the routes. /v1/rerank is an extension of OpenAI's API."""
+"""What answers the lines of batches: for each endpoint what answers its route.
+
+/v1/rerank is an extension of OpenAI's API.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,14 @@ from vecmill.inference.facade import Inference
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# Beside the requests of people (MAX_CONCURRENT_REQUESTS).
+EndpointName = Literal["/v1/embeddings", "/v1/rerank"]
+
+# Batches have at most one in so many of MAX_CONCURRENT_REQUESTS; the others are left to people.
 LARGEST_SHARE = 8
 TRIES = 3
+TOGETHER = 64  # texts; a line with more goes alone
+CHARACTERS_PER_TEXT = 4096
+ANY_RERANK_BODY: TypeAdapter[ScoreBody] = TypeAdapter(AnyRerankBody)
 
 
 async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
@@ -62,10 +70,6 @@ def refused_line(shape: ErrorShape, error: Exception) -> LineResult:
     return LineResult(response.status_code, bytes(response.body))
 
 
-TOGETHER = 64  # texts; a line with more goes alone
-CHARACTERS_PER_TEXT = 4096
-
-
 @dataclass(frozen=True, slots=True)
 class LineRequest:
     """The request of one line."""
@@ -74,7 +78,7 @@ class LineRequest:
     body: EmbeddingsBody
     request: EmbedRequest
     bare: EmbedRequest
-    """The same without inputs: lines that have it in common run together."""
+    """The request without its inputs: lines that are equal in it run together."""
 
     @property
     def texts(self) -> int:
@@ -195,10 +199,6 @@ def _part(result: EmbedResult, start: int, stop: int) -> EmbedResult:
     )
 
 
-PATH = "/v1/rerank"
-READ: TypeAdapter[ScoreBody] = TypeAdapter(AnyRerankBody)
-
-
 class RerankEndpoint:
     """Answers lines as POST /v1/rerank does, in each line's dialect."""
 
@@ -229,7 +229,7 @@ class RerankEndpoint:
 
     async def _score(self, caller: Caller, raw: Mapping[str, Any]) -> LineResult:
         with at_most(self._most):
-            body = READ.validate_python(raw)
+            body = ANY_RERANK_BODY.validate_python(raw)
         request = body.score_request(caller)
         async with self._places:
             result = await patiently(partial(self._inference.score, request))
@@ -239,10 +239,7 @@ class RerankEndpoint:
 
 
 def _serialised(body: ScoreBody, result: ScoreResult) -> bytes:
-    return orjson.dumps(body.answer(result, PATH))
-
-
-EndpointName = Literal["/v1/embeddings", "/v1/rerank"]
+    return orjson.dumps(body.answer(result, "/v1/rerank"))
 
 
 def batch_endpoints(

@@ -1,5 +1,7 @@
-"""/capabilities: what a client should know before its first batch; and the facts about the machine that /health,
-/capabilities and /stats share."""
+"""/capabilities: what a client should know before its first batch.
+
+And what /health, /capabilities and /stats all say of the machine.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ from vecmill.hardware.memory import MEGABYTE, host_memory
 from vecmill.hardware.monitor import Look
 from vecmill.hardware.recommendation import FEWEST, recommended_batch_size
 from vecmill.http.services import Services, ServicesOf
+
+router = APIRouter(tags=["TEI and CodeCartographer"])
 
 READINGS = (
     "name",
@@ -69,9 +73,6 @@ def warnings(look: Look) -> list[str]:
     if look.stale:
         return [f"{look.reason}: {HANGING}"]
     return [look.clock.message] if look.clock.bad else []
-
-
-router = APIRouter(tags=["TEI and CodeCartographer"])
 
 
 def recommended(services: Services) -> int:

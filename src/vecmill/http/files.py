@@ -1,6 +1,7 @@
 """OpenAI's files: what batches read and what they give. An upload goes to the disk as it comes.
 
-Source: https://platform.openai.com/docs/api-reference/files; https://datatracker.ietf.org/doc/html/rfc7578"""
+Source: https://platform.openai.com/docs/api-reference/files; https://datatracker.ietf.org/doc/html/rfc7578
+"""
 
 from __future__ import annotations
 
@@ -24,6 +25,42 @@ from vecmill.http.in_progress import check_new_work
 from vecmill.http.services import ServicesOf
 
 T = TypeVar("T", StoredFile, BatchRecord)
+
+router = APIRouter(tags=["Batches"], responses=documented(503))
+
+UPLOAD = "/v1/files"
+PIECE_BYTES = 262_144
+FORM_BYTES = 65_536  # of a form around its file, at most, so that it may be refused by its length
+SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds
+MOST_FIELDS = 64  # of a form
+LONGEST_FIELD = 4096  # bytes
+LONGEST_NAME = 255  # characters
+
+FileId = Annotated[str, Path(description="The `id` that POST /v1/files answered with, or a batch's output or errors.")]
+FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "purpose": {"type": "string", "enum": ["batch"]},
+                        "file": {"type": "string", "format": "binary", "description": "JSONL: a request on each line."},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {
+                            "type": "integer",
+                            "minimum": SHORTEST_LIFE,
+                            "maximum": LONGEST_LIFE,
+                            "description": "Default: FILE_EXPIRES_DAYS.",
+                        },
+                    },
+                }
+            }
+        },
+    }
+}
 
 After = Annotated[str | None, Query(description="The id after which the page begins: the last of the page before.")]
 
@@ -49,13 +86,11 @@ def page(items: Sequence[T], view: Callable[[T], dict[str, Any]], after: str | N
     }
 
 
-MOST_FIELDS = 64
-LONGEST_FIELD = 4096  # bytes
-LONGEST_NAME = 255  # characters
-
-
 class UploadForm:
-    """For any thread, one at a time."""
+    """A multipart form with one file, read as it arrives: the file's bytes are passed on, the fields are kept.
+
+    For one thread at a time.
+    """
 
     def __init__(self, content_type: str, write: Callable[[bytes], None]) -> None:
         """`write` is given the bytes of the part called `file`, as long as there are any.
@@ -156,40 +191,6 @@ class UploadForm:
 
     def _on_end(self) -> None:
         self._complete = True
-
-
-router = APIRouter(tags=["Batches"], responses=documented(503))
-
-UPLOAD = "/v1/files"
-PIECE_BYTES = 262_144
-FORM_BYTES = 65_536  # of a form around its file, at most, so that it may be refused by its length
-SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds
-
-FileId = Annotated[str, Path(description="The `id` that POST /v1/files answered with, or a batch's output or errors.")]
-FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "purpose": {"type": "string", "enum": ["batch"]},
-                        "file": {"type": "string", "format": "binary", "description": "JSONL: a request on each line."},
-                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
-                        "expires_after[seconds]": {
-                            "type": "integer",
-                            "minimum": SHORTEST_LIFE,
-                            "maximum": LONGEST_LIFE,
-                            "description": "Default: FILE_EXPIRES_DAYS.",
-                        },
-                    },
-                }
-            }
-        },
-    }
-}
 
 
 class FileContent(FileResponse):

@@ -1,6 +1,7 @@
 """/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success.
 
-Source of /jobs/events: https://html.spec.whatwg.org/multipage/server-sent-events.html"""
+Source of /jobs/events: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
 
 from __future__ import annotations
 

@@ -33,6 +33,9 @@ from vecmill.http.encoding import json_response, result_headers, vectors_respons
 from vecmill.http.errors import ErrorShape
 from vecmill.http.services import services_of
 
+PIECE_CHARACTERS = 80  # of a token in JSON, about
+RESULT_CHARACTERS = 64  # of an index and its score in JSON
+
 # NIM's and Cohere's words.
 WORDS = {"END": (True, Side.RIGHT), "START": (True, Side.LEFT), "NONE": (False, None)}
 
@@ -160,10 +163,6 @@ class PromptFields(BaseModel):
         if self.prompt_name is not None:
             choice = PromptChoice(prompt_name=self.prompt_name)
         return choice if self.instruction is None else replace(choice, instruction=self.instruction)
-
-
-PIECE_CHARACTERS = 80  # of a token in JSON, about
-RESULT_CHARACTERS = 64  # of an index and its score in JSON
 
 
 class InferenceBody(TruncationFields):

@@ -1,7 +1,8 @@
 """Cohere: /v1/embed, /v2/embed, and its rerank body, which Jina, vLLM, Infinity, llama-server and others have adopted.
 
 Source: https://docs.cohere.com/reference/embed and /rerank (v1 and v2); https://jina.ai/reranker/;
-https://docs.vllm.ai/en/latest/models/pooling_models.html"""
+https://docs.vllm.ai/en/latest/models/pooling_models.html
+"""
 
 from __future__ import annotations
 

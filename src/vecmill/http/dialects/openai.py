@@ -2,7 +2,8 @@
 
 Source: https://platform.openai.com/docs/api-reference/embeddings and /models; https://jina.ai/embeddings/;
 https://docs.voyageai.com/reference/embeddings-api; https://docs.vllm.ai/en/latest/models/pooling_models.html;
-https://docs.nvidia.com/nim/nemo-retriever/text-embedding/latest/reference.html; https://michaelfeil.eu/infinity/"""
+https://docs.nvidia.com/nim/nemo-retriever/text-embedding/latest/reference.html; https://michaelfeil.eu/infinity/
+"""
 
 from __future__ import annotations
 

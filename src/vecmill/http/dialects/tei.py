@@ -1,7 +1,9 @@
-"""text-embeddings-inference: /embed (with CodeCartographer's `is_query`), /similarity, /decode, /info, and POST /,
-which huggingface_hub calls; its bodies of /rerank and /tokenize.
+"""text-embeddings-inference: /embed, /similarity, /decode, /info and POST /, and its bodies of /rerank and /tokenize.
 
-Source: https://huggingface.github.io/text-embeddings-inference/ and huggingface_hub's InferenceClient."""
+/embed has the `is_query` that CodeCartographer adds; POST / is what huggingface_hub calls.
+
+Source: https://huggingface.github.io/text-embeddings-inference/ and huggingface_hub's InferenceClient.
+"""
 
 from __future__ import annotations
 
@@ -62,8 +64,8 @@ from vecmill.inference.finish import cosines
 
 router = APIRouter(tags=["TEI and CodeCartographer"], route_class=InferenceRoute)
 
+PIECES_AT_ONCE = 1000  # tokens that are serialised in one go
 # What the document says of a call that only ever fails.
-PIECES_AT_ONCE = 1000
 NOT_SERVED: dict[str, Any] = {"status_code": 424, "response_description": "Not served here."}
 
 
