@@ -195,8 +195,8 @@ class SharedBody(BaseModel):
 
     @classmethod
     def speaks(cls, body: Mapping[str, Any]) -> bool:
-        """Whether a JSON object is of this dialect, before it is validated."""
-        return True
+        """Whether a JSON object, not validated yet, is of this dialect and of no other."""
+        return False
 
 
 class ScoreBody(SharedBody, InferenceBody):

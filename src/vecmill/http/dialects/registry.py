@@ -26,36 +26,48 @@ from vecmill.http.errors import DETAIL, DIALECT_TAG, ErrorShape
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 
-# On a shared path the first whose body `speaks` is spoken, and the last where none does.
-DIALECTS: tuple[Dialect, ...] = tuple(
-    module.DIALECT for module in (openai, generation, vllm, tei, nim, weaviate, voyage, cohere, ollama, llama_server)
+# On a shared path the first whose body `speaks` is spoken.
+DIALECTS: tuple[Dialect, ...] = (
+    openai.DIALECT,
+    generation.DIALECT,
+    vllm.DIALECT,
+    tei.DIALECT,
+    nim.DIALECT,
+    weaviate.DIALECT,
+    voyage.DIALECT,
+    cohere.DIALECT,
+    ollama.DIALECT,
+    llama_server.DIALECT,
 )
 
 NO_DIALECT = Dialect(APIRouter(), DETAIL)
 B = TypeVar("B", bound=SharedBody)
 
 
+def _tag(body: type[SharedBody]) -> str:
+    return f"{DIALECT_TAG}{body.__name__}"
+
+
 def _by_tag(bodies: Sequence[type[B] | None]) -> dict[str, type[B]]:
-    return {f"{DIALECT_TAG}{body.__name__}": body for body in bodies if body is not None}
+    return {_tag(body): body for body in bodies if body is not None}
 
 
 RERANK = _by_tag([dialect.rerank for dialect in DIALECTS])
 TOKENIZE = _by_tag([dialect.tokenize for dialect in DIALECTS])
 
 
-def _speaker(bodies: dict[str, type[B]]) -> Callable[[Any], str]:
-    """A function from a body to the tag of its dialect."""
-    *others, last = bodies
+def _speaker(bodies: dict[str, type[B]], otherwise: type[B]) -> Callable[[Any], str]:
+    """A function from a JSON body to the tag of the body that reads it; `otherwise` reads what no other speaks."""
 
     def spoken(body: Any) -> str:
-        if not isinstance(body, dict):
-            return last
-        return next((tag for tag in others if bodies[tag].speaks(body)), last)
+        speaking = (tag for tag, kind in bodies.items() if isinstance(body, dict) and kind.speaks(body))
+        return next(speaking, _tag(otherwise))
 
     return spoken
 
 
-rerank_spoken, tokenize_spoken = _speaker(RERANK), _speaker(TOKENIZE)
+rerank_spoken = _speaker(RERANK, otherwise=cohere.RerankBody)
+tokenize_spoken = _speaker(TOKENIZE, otherwise=tei.TeiTokenizeBody)
 
 if TYPE_CHECKING:
     AnyRerankBody = ScoreBody
@@ -70,11 +82,7 @@ else:
     AnyTokenizeBody = _any_of(TOKENIZE, tokenize_spoken)
 
 
-def _dialects_by_path() -> dict[str, Dialect]:
-    return {path: dialect for dialect in DIALECTS for path in dialect.paths}
-
-
-BY_PATH = _dialects_by_path()
+BY_PATH: dict[str, Dialect] = {path: dialect for dialect in DIALECTS for path in dialect.paths}
 
 
 def dialect_for(path: str, method: str) -> Dialect:
