@@ -1,35 +1,40 @@
-"""OpenAI's files: what batches read and what they give.
+"""OpenAI's files: what batches read and what they give. An upload goes to the disk as it comes.
 
-Source: https://platform.openai.com/docs/api-reference/files
+Source: https://platform.openai.com/docs/api-reference/files; https://datatracker.ietf.org/doc/html/rfc7578
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
 from fastapi.responses import FileResponse
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import MultipartParser, parse_options_header
 
-from vecmill.batches.files import StoredFile
-from vecmill.batches.service import Batches
-from vecmill.batches.threads import in_thread
-from vecmill.batches.trouble import on_disk
-from vecmill.batches.upload import Upload
-from vecmill.core.errors import InvalidInput, VecmillError
+from vecmill.batches.disk import in_thread, on_disk
+from vecmill.batches.files import StoredFile, Upload
+from vecmill.batches.record import BatchRecord
+from vecmill.batches.service import BatchService
+from vecmill.core.errors import InvalidInput, MalformedBody, VecmillError
 from vecmill.http.caller import ViewerOf
-from vecmill.http.dialects.paging import After, page
-from vecmill.http.errors import refused
+from vecmill.http.errors import documented, refused
 from vecmill.http.in_progress import check_new_work
 from vecmill.http.services import ServicesOf
-from vecmill.http.upload_form import UploadForm
 
-router = APIRouter(tags=["Batches"])
+T = TypeVar("T", StoredFile, BatchRecord)
+
+router = APIRouter(tags=["Batches"], responses=documented(503))
 
 UPLOAD = "/v1/files"
 PIECE_BYTES = 262_144
 FORM_BYTES = 65_536  # of a form around its file, at most, so that it may be refused by its length
 SHORTEST_LIFE, LONGEST_LIFE = 3600, 2_592_000  # seconds
+MOST_FIELDS = 64  # of a form
+LONGEST_FIELD = 4096  # bytes
+LONGEST_NAME = 255  # characters
 
 FileId = Annotated[str, Path(description="The `id` that POST /v1/files answered with, or a batch's output or errors.")]
 FORM: dict[str, Any] = {
@@ -57,6 +62,136 @@ FORM: dict[str, Any] = {
     }
 }
 
+After = Annotated[str | None, Query(description="The id after which the page begins: the last of the page before.")]
+
+
+def page(items: Sequence[T], view: Callable[[T], dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
+    """A page of a list of OpenAI's, which begins after an id.
+
+    Raises:
+        InvalidInput: there is no such id.
+    """
+    start = 0
+    if after:  # empty is from the beginning: some clients send it
+        start = 1 + next((place for place, item in enumerate(items) if item.id == after), -1)
+        if start == 0:
+            raise InvalidInput("`after` is no id of this list.", param="after")
+    shown = items[start : start + limit]
+    return {
+        "object": "list",
+        "data": [view(item) for item in shown],
+        "first_id": shown[0].id if shown else None,
+        "last_id": shown[-1].id if shown else None,
+        "has_more": start + limit < len(items),
+    }
+
+
+class UploadForm:
+    """A multipart form with one file, read as it arrives: the file's bytes are passed on, the fields are kept.
+
+    For one thread at a time.
+    """
+
+    def __init__(self, content_type: str, write: Callable[[bytes], None]) -> None:
+        """`write` is given the bytes of the part called `file`, as long as there are any.
+
+        Raises:
+            MalformedBody: it is no multipart form.
+        """
+        kind, options = parse_options_header(content_type)
+        boundary = options.get(b"boundary", b"")
+        if kind != b"multipart/form-data" or not boundary:
+            raise MalformedBody(
+                "The request body must be a form with the file and its purpose, sent as multipart/form-data: "
+                "curl -F purpose=batch -F file=@input.jsonl."
+            )
+        self._write = write
+        self._header: tuple[bytearray, bytearray] = (bytearray(), bytearray())
+        self._disposition = b""
+        self._field: bytearray | None = None
+        self._name = ""
+        self._complete = False
+        self.fields: dict[str, str] = {}
+        self.filename: str | None = None
+        """None while no file has come."""
+        try:
+            self._parser = MultipartParser(
+                boundary,
+                {
+                    "on_part_begin": self._on_part_begin,
+                    "on_header_field": lambda data, start, end: self._header[0].extend(data[start:end]),
+                    "on_header_value": lambda data, start, end: self._header[1].extend(data[start:end]),
+                    "on_header_end": self._on_header_end,
+                    "on_headers_finished": self._on_headers_finished,
+                    "on_part_data": self._on_part_data,
+                    "on_part_end": self._on_part_end,
+                    "on_end": self._on_end,
+                },
+            )
+        except FormParserError as error:
+            raise MalformedBody(f"The form cannot be read: {error}.") from None
+
+    def feed(self, data: bytes) -> None:
+        """Read on.
+
+        Raises:
+            MalformedBody, InvalidInput: this is no such form. Whatever `write` raises.
+        """
+        try:
+            self._parser.write(data)
+        except FormParserError as error:
+            raise MalformedBody(f"The form cannot be read: {error}.") from None
+
+    def finish(self) -> str:
+        """The file's name, once all has been read.
+
+        Raises:
+            MalformedBody, InvalidInput: something is missing.
+        """
+        if not self._complete:
+            raise MalformedBody("The form ends before its last boundary: not all of it has arrived.")
+        if self.filename is None:
+            raise InvalidInput("`file` is missing from the form.", param="file")
+        return self.filename
+
+    def _on_part_begin(self) -> None:
+        self._disposition = b""
+        self._field = None
+
+    def _on_header_end(self) -> None:
+        name, value = self._header
+        if name.lower() == b"content-disposition":
+            self._disposition = bytes(value)
+        name.clear()
+        value.clear()
+
+    def _on_headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode("utf-8", "replace")
+        if self._name != "file":
+            self._field = bytearray()
+        elif self.filename is None:
+            self.filename = options.get(b"filename", b"").decode("utf-8", "replace")[:LONGEST_NAME] or "file"
+        else:
+            raise InvalidInput("`file` is there twice; upload one file at a time.", param="file")
+        if len(self.fields) >= MOST_FIELDS:
+            raise MalformedBody(f"The form has more than {MOST_FIELDS} fields.")
+
+    def _on_part_data(self, data: bytes, start: int, end: int) -> None:
+        if self._field is None:
+            self._write(data[start:end])
+        elif len(self._field) + end - start > LONGEST_FIELD:
+            raise InvalidInput(f"`{self._name[:100]}` is longer than {LONGEST_FIELD} bytes.", param=self._name[:100])
+        else:
+            self._field.extend(data[start:end])
+
+    def _on_part_end(self) -> None:
+        if self._field is not None:
+            self.fields[self._name] = self._field.decode("utf-8", "replace")
+
+    def _on_end(self) -> None:
+        self._complete = True
+
 
 class FileContent(FileResponse):
     """A file as it lies on the disk: bytes to be kept, whatever a client has named it and whatever is in it.
@@ -83,7 +218,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
     }
 
 
-@router.post(UPLOAD, summary="Upload a file", openapi_extra=FORM)
+@router.post(UPLOAD, summary="Upload a file", openapi_extra=FORM, responses=documented(507))
 async def upload_file(request: Request, services: ServicesOf) -> Response:
     """Keep the input of a batch. It goes to the disk as it comes; what breaks off leaves nothing."""
     try:
@@ -96,7 +231,7 @@ async def upload_file(request: Request, services: ServicesOf) -> Response:
         return response
 
 
-async def _uploaded(request: Request, batches: Batches) -> bytes:
+async def _uploaded(request: Request, batches: BatchService) -> bytes:
     declared = request.headers.get("content-length", "")
     upload = await batches.upload(
         max(0, int(declared) - FORM_BYTES) if declared.isdecimal() else 0, request.state.viewer
@@ -181,7 +316,7 @@ async def get_content(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -
     )
 
 
-@router.delete("/v1/files/{file_id}", summary="Delete a file")
+@router.delete("/v1/files/{file_id}", summary="Delete a file", responses=documented(409))
 async def delete_file(file_id: FileId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """A file that a batch still needs is kept: 409."""
     await services.batches.delete_file(file_id, viewer)

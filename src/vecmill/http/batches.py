@@ -12,15 +12,15 @@ from fastapi import APIRouter, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from vecmill.batches.record import BatchRecord
+from vecmill.http.batch_lines import EndpointName
 from vecmill.http.caller import ViewerOf, client_of
-from vecmill.http.dialects.batch_endpoints import EndpointName
-from vecmill.http.dialects.openai_files import LONGEST_LIFE, SHORTEST_LIFE
-from vecmill.http.dialects.paging import After, page
+from vecmill.http.errors import documented
+from vecmill.http.files import LONGEST_LIFE, SHORTEST_LIFE, After, page
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
-router = APIRouter(tags=["Batches"], route_class=InferenceRoute)
+router = APIRouter(tags=["Batches"], route_class=InferenceRoute, responses=documented(503))
 
 BatchId = Annotated[str, Path(description="The `id` that POST /v1/batches answered with.")]
 
@@ -116,7 +116,7 @@ def _seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
 
 
-@router.post("/v1/batches", summary="Create a batch")
+@router.post("/v1/batches", summary="Create a batch", responses=documented(507))
 async def create_batch(
     body: BatchBody, request: Request, services: ServicesOf, viewer: ViewerOf, new_work: NewWork
 ) -> dict[str, Any]:
@@ -149,7 +149,7 @@ async def get_batch(batch_id: BatchId, services: ServicesOf, viewer: ViewerOf) -
     return batch_object(await services.batches.get(batch_id, viewer))
 
 
-@router.post("/v1/batches/{batch_id}/cancel", summary="Cancel a batch")
+@router.post("/v1/batches/{batch_id}/cancel", summary="Cancel a batch", responses=documented(409, 507))
 async def cancel_batch(batch_id: BatchId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Stop after what is done, which stays; `cancelling` until its files are there."""
     return batch_object(await services.batches.cancel(batch_id, viewer))

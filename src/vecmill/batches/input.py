@@ -1,4 +1,4 @@
-"""Whether an input file can be run at all, before a line of it is.
+"""The input of a batch: validated as a whole, then read in groups of lines from an offset on.
 
 Source: https://platform.openai.com/docs/guides/batch
 """
@@ -6,12 +6,13 @@ Source: https://platform.openai.com/docs/guides/batch
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import orjson
 
 from vecmill.batches.record import LineError
 from vecmill.core.errors import BodyTooLarge, InvalidInput
@@ -31,7 +32,7 @@ class Stopped(Exception):
 
 @dataclass(slots=True)
 class Checked:
-    """What was found. Without errors the file can be run."""
+    """The result of a validation. Without errors the file can be run."""
 
     first_offset: int = 0
     """Where the first line begins."""
@@ -62,18 +63,18 @@ def validate(path: Path, endpoint: str, max_line_bytes: int, stopped: Callable[[
 def _check_lines(
     file: BinaryIO, checked: Checked, endpoint: str, max_line_bytes: int, stopped: Callable[[], bool]
 ) -> array[int]:
-    """Note the errors of lines; gives the hash of each valid custom_id. Python's hash has 64 bits and a secret seed."""
+    """Append the errors of lines to `checked`; returns the hash of each valid custom_id (64 bits, secretly seeded)."""
     hashes, blank = array("q"), 0
     for number, raw in _raw_lines(file, checked.first_offset, max_line_bytes, stopped):
         if not raw.strip():
             blank = blank or number
             continue
-        found = _blank(blank) if blank else _check(raw, endpoint, max_line_bytes)
+        checked_line = _blank(blank) if blank else _check(raw, endpoint, max_line_bytes)
         checked.total, blank = number, 0
-        if isinstance(found, str):
-            hashes.append(hash(found))
+        if isinstance(checked_line, str):
+            hashes.append(hash(checked_line))
         else:
-            checked.errors.append(found.model_copy(update={"line": found.line or number}))
+            checked.errors.append(checked_line.model_copy(update={"line": checked_line.line or number}))
             if len(checked.errors) == MOST_ERRORS:
                 break
     return hashes
@@ -82,7 +83,7 @@ def _check_lines(
 def _raw_lines(
     file: BinaryIO, start: int, max_line_bytes: int, stopped: Callable[[], bool]
 ) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers. Of one that is too long only the beginning is given."""
+    """Numbered lines; of one that is too long, only the beginning."""
     file.seek(start)
     number = 0
     while raw := file.readline(max_line_bytes + 1):
@@ -100,7 +101,7 @@ def _blank(number: int) -> LineError:
 
 
 def _check(raw: bytes, endpoint: str, max_line_bytes: int) -> str | LineError:
-    """The line's custom_id, or what is wrong with it."""
+    """The line's custom_id, or its error."""
     if len(raw) > max_line_bytes:
         return LineError(
             code="line_too_long", message=f"This line is longer than {max_line_bytes} bytes (MAX_BODY_BYTES)."
@@ -142,7 +143,7 @@ def _wrong(param: str, problem: str, code: str) -> LineError:
 def _duplicates(
     file: BinaryIO, checked: Checked, hashes: array[int], max_line_bytes: int, stopped: Callable[[], bool]
 ) -> list[LineError]:
-    """Errors of the custom_ids that are there twice. Only those with equal hashes are looked at again."""
+    """Errors of repeated custom_ids. Only lines whose hashes are equal are read again."""
     ordered = np.sort(np.frombuffer(hashes, np.int64)) if hashes else np.empty(0, np.int64)
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     room = MOST_ERRORS - len(checked.errors)
@@ -175,5 +176,86 @@ def _custom_id(raw: bytes) -> str | None:
         entry = parse(raw)
     except (BodyTooLarge, InvalidInput):
         return None
-    found = entry.get("custom_id") if isinstance(entry, dict) else None
-    return found if isinstance(found, str) else None
+    custom_id = entry.get("custom_id") if isinstance(entry, dict) else None
+    return custom_id if isinstance(custom_id, str) else None
+
+
+# As much as keeps a device busy, and no more than may be repeated after a crash.
+GROUP_TEXTS = 64
+GROUP_BYTES = 262_144
+
+
+@dataclass(frozen=True, slots=True)
+class InputLine:
+    """One request of a batch."""
+
+    number: int
+    """From 1."""
+    custom_id: str
+    body: Mapping[str, Any]
+
+
+class InputChanged(Exception):
+    """The input is not what it was when it was validated."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineGroup:
+    """Consecutive lines, answered together."""
+
+    lines: list[InputLine]
+    texts: int
+    size: int
+    """In bytes."""
+    stop: int
+    """Where in the input the next line begins."""
+
+
+class LineReader:
+    """An open input file that was found valid. For any thread, one at a time."""
+
+    def __init__(self, path: Path, offset: int, done: int, total: int) -> None:
+        """`done` of its `total` lines are before the offset.
+
+        Raises:
+            OSError: it cannot be opened.
+        """
+        self._file = path.open("rb")
+        self._file.seek(offset)
+        self._offset = offset
+        self._next = done + 1
+        self._total = total
+
+    def next(self, texts_of: Callable[[Mapping[str, Any]], int], most_lines: int) -> LineGroup | None:
+        """The next lines, at least one; None after the last.
+
+        Raises:
+            InputChanged: they are not what was validated. OSError: they cannot be read.
+        """
+        lines: list[InputLine] = []
+        start, texts = self._offset, 0
+        while (
+            self._next <= self._total
+            and len(lines) < most_lines
+            and texts < GROUP_TEXTS
+            and self._offset - start < GROUP_BYTES
+        ):
+            line = self._read()
+            lines.append(line)
+            texts += texts_of(line.body)
+        return LineGroup(lines, texts, self._offset - start, self._offset) if lines else None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read(self) -> InputLine:
+        raw = self._file.readline()
+        try:
+            entry = orjson.loads(raw)
+            line = InputLine(self._next, entry["custom_id"], entry["body"])
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            raise InputChanged from None
+        self._offset += len(raw)
+        self._next += 1
+        return line

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from vecmill.config import JobSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import JobsUnavailable
-from vecmill.core.protocols import JobDatabase
-from vecmill.jobs.book import Book
-from vecmill.jobs.ledger import Ledger, changes, decode, joined
-from vecmill.jobs.store import T, Work, attempt
+from vecmill.jobs.state import Book, Ledger, Outcome, T, attempt, changes, decode, joined
+from vecmill.storage.sqlite_jobs import SqliteJobs
 
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
 
 
-class OwnedJobs:
-    """Memory has the truth. A database that fails is tried again, and gets then what it missed."""
+class LocalJobs:
+    """Memory has the truth. A database that fails is retried, and then gets what it missed."""
 
-    def __init__(self, settings: JobSettings, database: JobDatabase | None = None, clock: Clock | None = None) -> None:
+    def __init__(self, settings: JobSettings, database: SqliteJobs | None = None, clock: Clock | None = None) -> None:
         self.ledger = Ledger()
         self._settings = settings
         self._database = database
@@ -32,7 +31,7 @@ class OwnedJobs:
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
-        """Find what was kept."""
+        """Read what is stored."""
         async with self._lock:
             await self._keep()
 
@@ -47,18 +46,18 @@ class OwnedJobs:
         """Unix time by the clock of leases."""
         return self._clock()
 
-    async def transact(self, work: Work[T]) -> T:
+    async def transact(self, change: Callable[[Book], T]) -> Outcome[T]:
         """Change the jobs; written when it returns, unless the database cannot be used now."""
         async with self._lock:
             if not self._loaded:
                 await self._keep()
-            ledger, answered = attempt(Book(self.ledger, self._settings, self._clock()), self._settings, work)
-            self.ledger = ledger
+            outcome = attempt(Book(self.ledger, self._settings, self._clock()), change)
+            self.ledger = outcome.ledger
             await self._keep()
-        return answered()
+        return outcome
 
     async def close(self) -> None:
-        """Write what is left and let go of the database."""
+        """Write what is missing and close the database."""
         async with self._lock:
             self._failed_at = None
             await self._keep()
@@ -67,7 +66,7 @@ class OwnedJobs:
                 self._database = None
 
     async def _keep(self) -> None:
-        """Bring the database up to date. While it fails, requests do not wait for it more than once a second."""
+        """Bring the database up to date. While it fails, it is tried once in RETRY_SECONDS."""
         if self._database is None or (self._failed_at is not None and self._clock() < self._failed_at + RETRY_SECONDS):
             return
         try:
@@ -83,17 +82,17 @@ class OwnedJobs:
                 logger.warning("the jobs are written to the database again")
             self._failed_at = None
 
-    async def _load(self, database: JobDatabase) -> None:
-        """What is stored comes before what was registered while it could not be read."""
-        found = decode(await database.load())
-        self._clock.reach(found.latest)
-        self._saved = found
-        book = Book(joined(found, self.ledger), self._settings, self._clock())
+    async def _load(self, database: SqliteJobs) -> None:
+        """Read the database. Its jobs come before those registered while it could not be read."""
+        stored = decode(await database.load())
+        self._clock.reach(stored.latest)
+        self._saved = stored
+        book = Book(joined(stored, self.ledger), self._settings, self._clock())
         book.resume()
         self.ledger = book.ledger()
         self._loaded = True
 
-    async def _save(self, database: JobDatabase) -> None:
+    async def _save(self, database: SqliteJobs) -> None:
         ledger = self.ledger
         missing = changes(self._saved, ledger, leases=False)
         if missing is not None and not await database.save(missing):
