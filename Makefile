@@ -42,7 +42,7 @@ test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## O
 fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
 	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
 test-lowest: $(LOWEST)/.installed  ## Run the tests of the models, the engine and the GPU benchmark on the lowest versions that are allowed.
-	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine tests/test_gpu_benchmark.py $(ARGS)
+	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine benchmarks/tests/test_gpu.py $(ARGS)
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 

@@ -10,10 +10,9 @@ from pathlib import Path
 import httpx
 import hypothesis
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 
 from tests.in_process import InProcess
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS

@@ -16,15 +16,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any
-
-from benchmarks import servers
-from benchmarks.servers import Process, RunningServer
 
 MODULES = ("vecmill.app", "vecmill.engine.engine", "vecmill.serve.process", "vecmill.telemetry.logs", "uvloop")
 VECMILL = [sys.executable, "-m", "vecmill"]
@@ -33,20 +30,14 @@ READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", 
 LARGEST = 1_000_000  # bytes of a command and its environment
 
 
-def start(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str]) -> Process:
-    """Start a command in a session of its own; its errors go where its output goes."""
-    if list(command[:3]) == VECMILL and _at_import(env) == _at_import(os.environ):
-        return _parent().fork(list(command[3:]), stdout, env)
-    return servers.start_process(command, stdout=stdout, env=env)
+def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
+    """True for a command of vecmill's whose environment asks for nothing else at the time of the imports."""
+    return list(command[:3]) == VECMILL and _at_import(env) == _at_import(os.environ)
 
 
-@contextmanager
-def running(
-    command: Sequence[str], port: int, ready_path: str, environment: Mapping[str, str] | None = None
-) -> Iterator[RunningServer]:
-    """`benchmarks.servers.running`, started with `start`."""
-    with servers.running(command, port, ready_path, environment, start=start) as server:
-        yield server
+def fork(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str]) -> Forked:
+    """Start a command that `forks`, in a session of its own; its errors go where its output goes."""
+    return _parent().fork(list(command[3:]), stdout, env)
 
 
 def _at_import(environment: Mapping[str, str]) -> dict[str, str]:

@@ -10,9 +10,8 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from benchmarks.servers import RunningServer, free_port
 
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running
 from tests.tiny_checkpoints import tiny_bert
 
 # The real server, but every forward pass ends as on a GPU after an illegal memory access.

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.servers import RunningServer, free_port
 
 from tests.faults.service import Service, service, until
+from tests.servers import RunningServer, free_port
 from tests.tiny_checkpoints import tiny_bert
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "codebase_search.py"

@@ -16,11 +16,11 @@ from pathlib import Path
 import crossplane
 import pytest
 import yaml
-from benchmarks.servers import RunningServer
 
 from tests.guides import checks, curl
 from tests.guides.markdown import Block, Page
 from tests.guides.shell import commands, tool
+from tests.servers import RunningServer
 
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: Page(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
@@ -218,8 +218,8 @@ def status_of(words: Sequence[str]) -> tuple[str, str]:
         ("cat <<END | tee a\n$(vecmill serve --prot 80)\nEND", "No such option"),
         ('make serve ARGS="--prot 80"', "No such option"),
         ("make serv", "no target 'serv'"),
-        ("python -m benchmarks.thruput", "no module"),
-        ("python -m benchmarks.scaling --rownds 3", "no --rownds"),
+        ("python -m benchmarks.serving.thruput", "no module"),
+        ("python -m benchmarks.serving.scaling --rownds 3", "no --rownds"),
         ("python3 deploy.py --statsu", "--statsu"),
         ("sudo python3 deploy.py vllm --rerank-model m", "does not concern vllm"),
         ("python examples/codebase_search.py --querry x", "--querry"),

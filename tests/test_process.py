@@ -12,8 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 
+from tests.servers import free_port, vecmill_command
 from vecmill.storage.state_folder import StateFolder
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from benchmarks.servers import free_port
 
+from tests.servers import free_port
 from tests.test_device_failure import SCRIPT
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.health import Phase

@@ -31,22 +31,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import benchmarks.model_threads  # noqa: F401  # before torch
+import benchmarks.lib.threads  # noqa: F401  # before torch
 import psutil
 import torch
-from benchmarks.gpu_card import describe_card, sampled
-from benchmarks.gpu_forward import Timing, measure_forwards, read_rate, timed
-from benchmarks.gpu_lanes import lane_cost
-from benchmarks.gpu_model import Subject, make, read_side
-from benchmarks.gpu_proofs import engine_overlap, person_beside_bulk, run_values
-from benchmarks.gpu_reference import compare
-from benchmarks.gpu_report import print_lanes, print_machine, print_model, print_stages, print_targets, targets
-from benchmarks.gpu_sizes import FULL, TINY, GpuSizes
-from benchmarks.gpu_stages import Stages
-from benchmarks.host import describe_host
-from benchmarks.model_rounds import LIMITS, Machine
-from benchmarks.model_shapes import Shape
-from benchmarks.results import keep_so_far, publish
+from benchmarks.gpu.forward import Timing, measure_forwards, read_rate, timed
+from benchmarks.gpu.lanes import lane_cost
+from benchmarks.gpu.proofs import engine_overlap, person_beside_bulk, run_values
+from benchmarks.gpu.reference import compare
+from benchmarks.gpu.report import print_lanes, print_machine, print_model, print_stages, print_targets, targets
+from benchmarks.gpu.stages import Stages, describe_card, sampled
+from benchmarks.gpu.subjects import FULL, TINY, GpuSizes, Subject, make, read_side
+from benchmarks.lib.host import describe_host
+from benchmarks.lib.results import keep_so_far, publish
+from benchmarks.lib.timing import LIMITS, Machine
+from benchmarks.models.shapes import Shape
 from rich.console import Console
 
 from vecmill.engine.device import configure_device, describe

@@ -9,21 +9,22 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from benchmarks.gpu_model import (
+from benchmarks.gpu.stages import Stages
+from benchmarks.gpu.subjects import (
     MAX_ROWS,
     READ,
     WITH_PACKING,
+    GpuSizes,
     Subject,
     estimate,
     forwards,
     matrix_products,
     one_forward,
 )
-from benchmarks.gpu_sizes import GpuSizes
-from benchmarks.gpu_stages import Stages
-from benchmarks.model_rounds import LIMITS, Machine, Side, alternate, report, significant, spread
-from benchmarks.model_workloads import first_tokens
-from benchmarks.progress import progress
+from benchmarks.lib.figures import significant, spread
+from benchmarks.lib.results import progress
+from benchmarks.lib.timing import LIMITS, Machine, Side, alternate, report
+from benchmarks.models.workloads import first_tokens
 
 from vecmill.core.calibration import fit
 from vecmill.engine.compilation import MEASURED_TOKENS, Run, choose, compilations, compile_layers, make_eager

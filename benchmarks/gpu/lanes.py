@@ -18,10 +18,9 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from benchmarks.gpu_proofs import write_checkpoint
-from benchmarks.model_rounds import spread
-from benchmarks.model_shapes import QUICK, QWEN3_0_6B
-from benchmarks.rounds import in_turns
+from benchmarks.gpu.proofs import write_checkpoint
+from benchmarks.lib.figures import in_turns, spread
+from benchmarks.models.shapes import QUICK, QWEN3_0_6B
 
 from vecmill.core.types import Lane, Row
 from vecmill.engine.loaded import Streams

@@ -1,6 +1,6 @@
 """What a forward pass should take on a card, from the card's rates and the model's shape, beside what was measured.
 
-    python -m benchmarks.gpu_predictions    # the table in docs/gpu.md
+    python -m benchmarks.gpu.predictions    # the table in docs/gpu.md
 
 A pass takes the longer of two times. The host's: kernels, times what it takes to launch one; a graph is launched whole.
 The card's: the matrix products, or the read of their weights where that takes longer; what element-wise kernels read
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.model_shapes import BERT_BASE, NV_EMBED_V2, QWEN3_0_6B, QWEN3_4B, Shape
-from benchmarks.results import RESULTS
+from benchmarks.lib.results import RESULTS
+from benchmarks.models.shapes import BERT_BASE, NV_EMBED_V2, QWEN3_0_6B, QWEN3_4B, Shape
 
 EAGER, COMPILED, GRAPH = "eager", "compiled", "graph"
 WAYS = (EAGER, COMPILED, GRAPH)

@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.model_builds import RandomValues, build
-from benchmarks.model_shapes import QUICK, QWEN3_0_6B, Shape
+from benchmarks.models.builds import RandomValues, build
+from benchmarks.models.shapes import QUICK, QWEN3_0_6B, Shape
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3Model
@@ -36,7 +36,7 @@ from vecmill.models.registry import Model, family
 from vecmill.models.source import Source
 from vecmill.models.weights import Target
 
-GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
+GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 CHECKPOINTS = {
     "qwen3": ("qwen3/embedding", Task.EMBED),
     "qwen3-reranker": ("qwen3/reranker", Task.RERANK),
@@ -273,7 +273,7 @@ def person_beside_bulk(
 
 def _mixed_load(serve: Sequence[str], seconds: float) -> dict[str, Any]:
     """What `vecmill bench --mixed` finds of a server with these options."""
-    from benchmarks.servers import free_port, running, vecmill_command
+    from benchmarks.lib.servers import free_port, running, vecmill_command
 
     port = free_port()
     with running(vecmill_command(port, *serve), port, "/ready") as server:

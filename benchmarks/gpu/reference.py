@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from benchmarks.gpu_forward import START_SECONDS, Timing, timed
-from benchmarks.gpu_model import Subject, estimate
-from benchmarks.model_forward import CAUSAL
-from benchmarks.model_plain import PlainLatentAttention, pad_right, pooled, with_sdpa
-from benchmarks.model_rounds import Machine, Side, significant
-from benchmarks.model_workloads import batches
+from benchmarks.gpu.forward import START_SECONDS, Timing, timed
+from benchmarks.gpu.subjects import Subject, estimate
+from benchmarks.lib.figures import significant
+from benchmarks.lib.timing import Machine, Side
+from benchmarks.models.plain import PlainLatentAttention, pad_right, pooled, with_sdpa
+from benchmarks.models.workloads import CAUSAL, batches
 from torch import Tensor, nn
 
 from vecmill.core.types import Row, TokenIds

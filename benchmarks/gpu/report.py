@@ -1,4 +1,4 @@
-"""What benchmarks/gpu.py found, for people: a table for each model, and the targets."""
+"""What the GPU benchmark found, for people: a table for each model, and the targets."""
 
 from __future__ import annotations
 

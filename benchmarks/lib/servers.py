@@ -10,8 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Protocol
+from typing import IO
 
 import httpx
 
@@ -29,33 +28,9 @@ class RunningServer:
     pid: int
 
 
-class Process(Protocol):
-    """A process that was started: what is needed of `subprocess.Popen`."""
-
-    pid: int
-    returncode: int | None
-
-    def poll(self) -> int | None: ...
-    def wait(self, timeout: float | None = None) -> int: ...
-    def send_signal(self, sig: int, /) -> None: ...
-    def terminate(self) -> None: ...
-    def kill(self) -> None: ...
-
-
-class Start(Protocol):
-    """Starts a command in a session of its own; its errors go where its output goes."""
-
-    def __call__(self, command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str]) -> Process: ...
-
-
 def vecmill_command(port: int, *options: str) -> list[str]:
     """The vecmill of this Python, on a port of this machine only."""
     return [sys.executable, "-m", "vecmill", "serve", "--port", str(port), *options]
-
-
-def reference_command(port: int, model: Path) -> list[str]:
-    """The hand-written server that vecmill is compared with."""
-    return [sys.executable, "-m", "benchmarks.reference_server", "--port", str(port), "--model", str(model)]
 
 
 def free_port() -> int:
@@ -65,18 +40,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start_process(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str]) -> Process:
-    """Start a command in a session of its own: whatever it starts can be ended with it."""
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, env=env, start_new_session=True)
-
-
 @contextmanager
 def running(
-    command: Sequence[str],
-    port: int,
-    ready_path: str,
-    environment: Mapping[str, str] | None = None,
-    start: Start = start_process,
+    command: Sequence[str], port: int, ready_path: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[RunningServer]:
     """The command's server while the block runs; RuntimeError with its log if it does not become ready.
 
@@ -85,7 +51,9 @@ def running(
     """
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as state:
         alone = {"STATE_DIR": state, "CACHE_MAX_BYTES": "0"}
-        process = start(command, stdout=log, env={**os.environ, **alone, **(environment or {})})
+        env = {**os.environ, **alone, **(environment or {})}
+        # A session of its own: whatever the server starts can be ended with it.
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, url + ready_path, log)
@@ -94,7 +62,7 @@ def running(
             _stop(process)
 
 
-def _wait_until_ready(process: Process, url: str, log: IO[bytes]) -> None:
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: IO[bytes]) -> None:
     deadline = time.monotonic() + READY_WITHIN_S
     while time.monotonic() < deadline:
         if process.poll() is not None:
@@ -117,7 +85,7 @@ def _tail(log: IO[bytes]) -> str:
     return "\n".join(log.read().decode(errors="replace").splitlines()[-LOG_TAIL_LINES:])
 
 
-def _stop(process: Process) -> None:
+def _stop(process: subprocess.Popen[bytes]) -> None:
     process.terminate()
     try:
         process.wait(STOP_WITHIN_S)

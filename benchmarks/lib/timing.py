@@ -1,7 +1,6 @@
 """Several ways to do one thing, in turns, beside what the machine can do at most."""
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,8 +8,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from benchmarks.contention import watched
-from benchmarks.rounds import in_turns
+from benchmarks.lib.figures import in_turns, significant, spread
+from benchmarks.lib.host import watched
 from torch import Tensor
 
 LIMITS = ("matmul", "copy")
@@ -127,18 +126,3 @@ def report(
         },
         "other_cores": significant(rounds.other_cores),
     }
-
-
-def spread(values: Sequence[float]) -> dict[str, Any]:
-    """Median and range of the rounds, and the rounds themselves in their order."""
-    return {
-        "median": significant(statistics.median(values)),
-        "min": significant(min(values)),
-        "max": significant(max(values)),
-        "rounds": [significant(value) for value in values],
-    }
-
-
-def significant(value: float) -> float:
-    """Four digits: more would be noise."""
-    return float(f"{value:.4g}")

@@ -14,16 +14,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import benchmarks.model_threads  # noqa: F401  # before torch
+import benchmarks.lib.threads  # noqa: F401  # before torch
 import torch
-from benchmarks.host import describe_host
-from benchmarks.model_cases import CASES, Given, cases
-from benchmarks.model_comparison import measure
-from benchmarks.model_loading import loading
-from benchmarks.model_rounds import Machine
-from benchmarks.model_shapes import CPU, CUDA, QUICK, Sizes
-from benchmarks.results import publish
-from benchmarks.rounds import print_disturbance
+from benchmarks.lib.figures import print_disturbance
+from benchmarks.lib.host import describe_host
+from benchmarks.lib.results import publish
+from benchmarks.lib.timing import Machine
+from benchmarks.models.cases import CASES, Given, cases, measure
+from benchmarks.models.loading import loading
+from benchmarks.models.shapes import CPU, CUDA, QUICK, Sizes
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.model_shapes import Shape
+from benchmarks.models.shapes import Shape
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,34 +12,83 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.model_builds import RandomValues, build, build_latents, matmul_parameters, merged_and_separate
-from benchmarks.model_comparison import SCORE_TOLERANCE, Case
-from benchmarks.model_forward import CAUSAL, operations, run_model
-from benchmarks.model_plain import PlainLatentAttention, by_length, padded, with_sdpa
-from benchmarks.model_rounds import Side
-from benchmarks.model_shapes import Shape, Sizes
-from benchmarks.model_workloads import (
+from benchmarks.lib.figures import significant
+from benchmarks.lib.results import progress
+from benchmarks.lib.timing import LIMITS, Machine, Side, alternate, report
+from benchmarks.models.builds import RandomValues, build, build_latents, matmul_parameters, merged_and_separate
+from benchmarks.models.plain import PlainLatentAttention, by_length, padded, with_sdpa
+from benchmarks.models.shapes import Shape, Sizes
+from benchmarks.models.workloads import (
     BEFORE_DOCUMENT,
+    CAUSAL,
     batches,
     computed_tokens,
     equal_rows,
     first_tokens,
+    operations,
     ragged_rows,
     reranker_rows,
+    run_model,
     with_shared_prefix,
 )
 from torch import Tensor
 
 from vecmill.core.types import Row
-from vecmill.engine.dtype import choose_dtype
+from vecmill.engine.dtype import choose_dtype, dtype_name
 from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from vecmill.models.packing import PackedBatch, pack
 from vecmill.models.registry import Model
 from vecmill.models.weights import Target
 
+# How far two answers may be apart, as a part of their norm. Through random weights rounding makes up to a third of it;
+# a position or a mask that is wrong makes several times more.
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.06}
+# A score is one sum in which much cancels, so rounding is a larger part of it.
+SCORE_TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.1}
 LATENT_HEADS = 8
 CHECKED_LAYERS = 4
 FULL_ROW = 512
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is compared; the first side is vecmill's."""
+
+    name: str
+    dtype: torch.dtype
+    sides: Mapping[str, Side]
+    items: int
+    """Of one call of each side."""
+    unit: str
+    answers: Mapping[str, Tensor]
+    """(rows, values), the same rows from each side."""
+    about: Mapping[str, Any]
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+
+
+def measure(case: Case, machine: Machine) -> dict[str, Any]:
+    """Check, time, and what JSON gets of it."""
+    first, *others = case.answers.values()
+    error = max(worst_error(first, other) for other in others)
+    tolerance = case.tolerances[case.dtype]
+    with progress(case.name, machine.rounds * (len(case.sides) + len(LIMITS))) as advance:
+        rounds = alternate(replace(machine, advance=advance), case.dtype, case.sides)
+    return {
+        "name": case.name,
+        "dtype": dtype_name(case.dtype),
+        "about": dict(case.about),
+        "items": case.items,
+        "unit": case.unit,
+        **report(machine, case.dtype, case.sides, rounds, case.items),
+        "check": {"error": significant(error), "tolerance": tolerance, "same": error <= tolerance},
+    }
+
+
+def worst_error(one: Tensor, other: Tensor) -> float:
+    """The largest difference of two rows, as a part of the row's norm; NaN counts as infinite."""
+    one, other = one.float(), other.float()
+    errors = (one - other).norm(dim=1) / other.norm(dim=1)
+    return float(errors.nan_to_num(nan=torch.inf).max())
 
 
 @dataclass(frozen=True)

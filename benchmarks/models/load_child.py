@@ -1,4 +1,4 @@
-"""Loads one checkpoint and prints what that took as one line of JSON; started by `model_loading`.
+"""Loads one checkpoint and prints what that took as one line of JSON; started by `benchmarks.models.loading`.
 
 Loading ends when every weight was looked at once: what is mapped and never read would cost its time and memory later.
 Memory is the highest resident set that the system noted for this process between the imports and the end of loading,
@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 import torch
-from benchmarks.model_plain import unmerged
+from benchmarks.models.plain import unmerged
 from torch import nn
 from transformers import Qwen3Model
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import psutil
 import torch
-from benchmarks.host import REPOSITORY
-from benchmarks.model_builds import RandomValues
-from benchmarks.model_rounds import Machine, spread
-from benchmarks.model_shapes import Shape
-from benchmarks.progress import progress
+from benchmarks.lib.figures import spread
+from benchmarks.lib.host import REPOSITORY
+from benchmarks.lib.results import progress
+from benchmarks.lib.timing import Machine
+from benchmarks.models.builds import RandomValues
+from benchmarks.models.shapes import Shape
 from safetensors.torch import save_file
 from transformers import Qwen3Config, Qwen3Model
 
@@ -121,7 +122,7 @@ def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, torch.Size]]:
 
 def _load_in_child(way: str, folder: Path, device: torch.device) -> dict[str, Any]:
     forget(folder)
-    command = [sys.executable, "-m", "benchmarks.model_load_child", way, str(folder), str(device)]
+    command = [sys.executable, "-m", "benchmarks.models.load_child", way, str(folder), str(device)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{way} could not load the checkpoint:\n{done.stderr}")

@@ -1,16 +1,47 @@
-"""What the models are given, and how much work it is."""
+"""What the models are given, how it is run, and how much work it is."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
+from benchmarks.models.builds import matmul_parameters
+from benchmarks.models.shapes import Shape
+from torch import Tensor
 
 from vecmill.core.types import Prefix, Row, TokenIds
+from vecmill.models.packing import pack
+from vecmill.models.registry import Model
 
+CAUSAL = {"qwen3", "qwen3-reranker"}
 SEED = 26
 BEFORE_DOCUMENT = 39 + 22 + 20  # Qwen3-Reranker's prompt, the instruction and what is around it, a query
 AFTER_DOCUMENT = 9
+
+
+def run_model(model: Model, packs: Sequence[Sequence[Row]], device: torch.device) -> Tensor:
+    """(N, width) on the CPU in the rows' order: what the server's engine does for each batch."""
+    parts = []
+    for rows in packs:
+        packed = pack(rows, device)
+        answers = model.forward(packed, use_flash_attn=True).cpu()
+        restored = torch.empty_like(answers)
+        restored[torch.tensor(packed.order)] = answers
+        parts.append(restored)
+    return torch.cat(parts)
+
+
+def operations(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]]) -> float:
+    """Floating-point operations of the packs' forward passes: linear layers and attention."""
+    parameters = matmul_parameters(model.modules)
+    head_width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    per_pair: int = 4 * shape["num_hidden_layers"] * shape["num_attention_heads"] * head_width
+    return sum(
+        2.0 * parameters * computed_tokens(rows) + per_pair * attended(rows, causal=kind in CAUSAL) for rows in packs
+    )
+
+
 MEDIAN_TOKENS, LOG_DEVIATION = 95, 0.792  # of functions and classes: a mean of 130 tokens, some much longer
 SHORTEST, LONGEST = 8, 512
 

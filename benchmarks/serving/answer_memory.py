@@ -5,8 +5,8 @@ set back; after it the mark says how far memory rose, in megabytes and in sizes 
 and dimension). Each encoding is asked for by a client that reads at once and by one that does not read until the answer
 has waited for it: what a server holds then is all that it holds at one time. The encodings take turns. Linux only.
 
-    python -m benchmarks.answer_memory
-    python -m benchmarks.answer_memory --texts 512 --wide 1024 --rounds 2
+    python -m benchmarks.serving.answer_memory
+    python -m benchmarks.serving.answer_memory --texts 512 --wide 1024 --rounds 2
 
 Ends with status 0 though a target is missed: that is only told.
 """
@@ -25,14 +25,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.bundled import bundled_model
-from benchmarks.host import describe_host
-from benchmarks.model_rounds import spread
-from benchmarks.progress import progress
-from benchmarks.results import publish
-from benchmarks.rounds import in_turns, judged, rounded, shown
-from benchmarks.servers import RunningServer, free_port, running, vecmill_command
-from benchmarks.wide_model import HEAD_DIMENSIONS, write_wide_model
+from benchmarks.lib.figures import in_turns, judged, rounded, shown, spread
+from benchmarks.lib.host import describe_host
+from benchmarks.lib.minilm import bundled_model
+from benchmarks.lib.results import progress, publish
+from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
+from benchmarks.serving.wide_model import HEAD_DIMENSIONS, write_wide_model
 from rich.console import Console
 from rich.table import Table
 

@@ -9,12 +9,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.bundled import bundled_model
-from benchmarks.echo import echo_server
-from benchmarks.rounds import in_turns
-from benchmarks.servers import RunningServer, free_port, running, vecmill_command
-from benchmarks.timed_http import Connection
-from benchmarks.wide_model import write_wide_model
+from benchmarks.lib.figures import in_turns
+from benchmarks.lib.minilm import bundled_model
+from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
+from benchmarks.lib.timed_http import Connection
+from benchmarks.serving.echo import echo_server
+from benchmarks.serving.wide_model import write_wide_model
 
 PATH = "/v1/embeddings"
 HEADERS = {"Content-Type": "application/json", "Accept-Encoding": "identity"}

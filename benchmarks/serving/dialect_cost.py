@@ -5,8 +5,8 @@ So the time is that of everything HTTP does in this process: middleware, routing
 in a thread. Beside it stands the limit of this machine: parsing and serialising the same bytes with orjson and nothing
 else. The dialects take turns.
 
-    python -m benchmarks.dialect_cost
-    python -m benchmarks.dialect_cost --texts 64 --dimensions 384 --rounds 5
+    python -m benchmarks.serving.dialect_cost
+    python -m benchmarks.serving.dialect_cost --texts 64 --dimensions 384 --rounds 5
 
 Ends with status 0 though a target is missed: that is only told.
 """
@@ -18,19 +18,15 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
 import orjson
-from benchmarks.contention import watched
-from benchmarks.dialect_calls import Call, dialect_calls
-from benchmarks.host import describe_host
-from benchmarks.model_rounds import spread
-from benchmarks.progress import progress
-from benchmarks.results import publish
-from benchmarks.rounds import in_turns, judged, print_disturbance, rounded, shown
-from benchmarks.texts import sample_texts
+from benchmarks.lib.figures import in_turns, judged, print_disturbance, rounded, shown, spread
+from benchmarks.lib.host import describe_host, watched
+from benchmarks.lib.minilm import sample_texts
+from benchmarks.lib.results import progress, publish
 from fastapi import FastAPI
 from rich.console import Console
 from rich.table import Table
@@ -41,9 +37,54 @@ from vecmill.config import load_settings
 from vecmill.core.types import EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, Timings
 from vecmill.inference.facade import Inference
 
+CLIENTS_HEADERS = ((b"host", b"localhost"), (b"content-type", b"application/json"), (b"user-agent", b"benchmark"))
 MOST_MS = 2.0
 GZIP_MAGIC = b"\x1f\x8b"
 TIMINGS = Timings(0.001, 0.0, 0.05)
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is sent."""
+
+    name: str
+    path: str
+    body: bytes
+    headers: tuple[tuple[bytes, bytes], ...] = CLIENTS_HEADERS
+
+
+def dialect_calls(texts: Sequence[str]) -> list[Call]:
+    """Embedding in each dialect that takes several texts at once, and reranking in each.
+
+    Two more ask for gzip, as clients built on httpx or requests do wherever they take floats.
+    """
+    query, passages = "parse an ISO 8601 date", [{"text": text} for text in texts]
+    by_type = ["float", "int8", "ubinary", "base64"]
+    bodies: list[tuple[str, str, dict[str, Any]]] = [
+        ("OpenAI, base64", "/v1/embeddings", {"model": "m", "input": texts, "encoding_format": "base64"}),
+        ("OpenAI, float", "/v1/embeddings", {"model": "m", "input": texts}),
+        ("Jina, binary", "/v1/embeddings", {"model": "m", "input": texts, "embedding_type": "binary"}),
+        ("Voyage, int8", "/v1/embeddings", {"model": "m", "input": texts, "output_dtype": "int8"}),
+        ("Cohere v2, float", "/v2/embed", {"model": "m", "texts": texts, "input_type": "search_document"}),
+        ("Cohere v2, four types", "/v2/embed", {"model": "m", "texts": texts, "embedding_types": by_type}),
+        ("TEI", "/embed", {"inputs": texts, "truncate": True}),
+        ("TEI, POST /", "/", {"inputs": texts}),
+        ("Ollama", "/api/embed", {"model": "m", "input": texts}),
+        ("llama-server", "/embedding", {"content": texts}),
+        ("Cohere v2 rerank", "/v2/rerank", {"model": "m", "query": query, "documents": texts}),
+        ("Jina rerank, documents back", "/v1/rerank", {"query": query, "documents": texts, "return_documents": True}),
+        ("TEI rerank", "/rerank", {"query": query, "texts": texts}),
+        ("NIM ranking", "/v1/ranking", {"query": {"text": query}, "passages": passages}),
+        ("vLLM score", "/score", {"text_1": query, "text_2": texts}),
+    ]
+    calls = [Call(name, path, orjson.dumps(body)) for name, path, body in bodies]
+    gzip = (*CLIENTS_HEADERS, (b"accept-encoding", b"gzip, deflate"))
+    compressed = [
+        replace(call, name=f"{call.name}, gzip", headers=gzip)
+        for call in calls
+        if call.name in ("OpenAI, float", "TEI")
+    ]
+    return [*calls, *compressed]
 
 
 class Ready:

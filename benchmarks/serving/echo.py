@@ -2,7 +2,7 @@
 
 In a process of its own, with uvloop and httptools as vecmill's.
 
-    python -m benchmarks.echo --port 9000 --answer answer.json
+    python -m benchmarks.serving.echo --port 9000 --answer answer.json
 """
 
 import argparse
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import uvicorn
-from benchmarks.servers import free_port, running
+from benchmarks.lib.servers import free_port, running
 from starlette.types import Receive, Scope, Send
 
 
@@ -37,7 +37,7 @@ def echo_server(answer: bytes) -> Iterator[str]:
     port = free_port()
     with tempfile.NamedTemporaryFile() as file:
         Path(file.name).write_bytes(answer)
-        command = [sys.executable, "-m", "benchmarks.echo", "--port", str(port), "--answer", file.name]
+        command = [sys.executable, "-m", "benchmarks.serving.echo", "--port", str(port), "--answer", file.name]
         with running(command, port, "/") as server:
             yield server.url
 

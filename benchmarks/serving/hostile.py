@@ -6,8 +6,8 @@ several sizes. Beside it another connection asks GET /health every 10 ms: the lo
 was held. Memory is the highest that was resident during a request less what was before; what an earlier request has
 taken and given back to the allocator alone counts as taken before. A server that takes more than --most-gb is killed.
 
-    python -m benchmarks.hostile
-    python -m benchmarks.hostile --sizes 1,33 --groups JSON,mistakes
+    python -m benchmarks.serving.hostile
+    python -m benchmarks.serving.hostile --sizes 1,33 --groups JSON,mistakes
 
 Ends with status 0 though a target is missed: that is only told.
 """
@@ -26,14 +26,12 @@ from threading import Event, Thread
 from typing import Any
 from urllib.parse import urlsplit
 
-from benchmarks.answer_memory import CLEAR_HIGHEST, megabytes
-from benchmarks.contention import watched
-from benchmarks.host import describe_host
-from benchmarks.hostile_cases import Case, cases
-from benchmarks.progress import progress
-from benchmarks.results import keep_so_far, publish
-from benchmarks.rounds import print_disturbance, rounded
-from benchmarks.servers import RunningServer, free_port, running, vecmill_command
+from benchmarks.lib.figures import print_disturbance, rounded
+from benchmarks.lib.host import describe_host, watched
+from benchmarks.lib.results import keep_so_far, progress, publish
+from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
+from benchmarks.serving.answer_memory import CLEAR_HIGHEST, megabytes
+from benchmarks.serving.hostile_cases import Case, cases
 from rich.console import Console
 from rich.table import Table
 

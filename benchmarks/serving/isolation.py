@@ -4,8 +4,8 @@ A query every 100 ms beside connections that each send batches of code, one afte
 the same server. Servers are measured in turns, each round on a fresh start. Bulk's loss is about as large as the noise
 of a machine, so it is taken several times, always from the neighbouring stretch without the person.
 
-    python -m benchmarks.isolation
-    python -m benchmarks.isolation --servers vecmill,reference --seconds 5
+    python -m benchmarks.serving.isolation
+    python -m benchmarks.serving.isolation --servers vecmill,reference --seconds 5
 
 Ends with status 1 where vecmill was not measured; a target that is missed is only told.
 """
@@ -13,28 +13,133 @@ Ends with status 1 where vecmill was not measured; a target that is missed is on
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.bundled import MAX_TOKENS
-from benchmarks.host import describe_host
-from benchmarks.isolation_rounds import OURS, Found, Pass, Plan, measure_rounds
-from benchmarks.model_rounds import spread
-from benchmarks.results import publish
-from benchmarks.rounds import judged, print_disturbance, rounded, shown
-from benchmarks.server_options import add_server_options, wanted
-from benchmarks.texts import sample_texts
+import httpx
+from benchmarks.lib.figures import in_turns, judged, print_disturbance, rounded, shown, spread
+from benchmarks.lib.host import describe_host, watched
+from benchmarks.lib.minilm import MAX_TOKENS, sample_texts
+from benchmarks.lib.results import publish
+from benchmarks.lib.servers import RunningServer
+from benchmarks.serving.environments import Unavailable
+from benchmarks.serving.peers import PEERS, SERVED_NAME, Peer, Wanted, add_server_options, wanted
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
+from vecmill.bench.errors import BenchError
+from vecmill.bench.mixed import MixedResult, measure
 from vecmill.bench.results import Outcomes
+from vecmill.bench.target import Dialect, Target
 from vecmill.bench.workload import QUERIES
 
+OURS = "vecmill"
 PERCENTILES = ("p50", "p95", "p99")
 MOST_P95_MS = 150.0
 MOST_FORWARDS = 3.0
 MOST_LOSS_PERCENT = 10.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is sent, and how often."""
+
+    texts: Sequence[str]
+    batch: int
+    connections: int
+    seconds: float
+    """Of the person alone, of bulk alone, and of both."""
+    rounds: int
+    passes: int
+    """In each round, on one start of a server."""
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The person alone, bulk alone, and both."""
+
+    mixed: MixedResult
+    forward_ms: float | None
+    """A full forward pass of bulk; None where the server does not say."""
+    other_cores: float
+    """That programs outside the benchmark used meanwhile."""
+
+
+@dataclass
+class Found:
+    """The passes of each server in their order, and why others have none or too few."""
+
+    passes: dict[str, list[Pass]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+    about: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Version and options of the servers that others wrote."""
+
+
+def measure_rounds(names: Sequence[str], wanted: Wanted, plan: Plan) -> Found:
+    """Every server in each round, each started anew."""
+    found = Found()
+    peers = {name: peer for name in names if (peer := _peer(name, wanted, found)) is not None}
+    found.about = {name: peer.about for name, peer in peers.items() if peer.about}
+    for number, name in enumerate(in_turns(list(peers), plan.rounds)):
+        if name in found.failed:
+            continue
+        print(f"round {number // len(peers) + 1}/{plan.rounds}, {name}", file=sys.stderr, flush=True)
+        try:
+            found.passes.setdefault(name, []).extend(_round(name, peers[name], plan))
+        except (RuntimeError, OSError, httpx.HTTPError, BenchError) as error:
+            _fail(name, error, found)
+    return found
+
+
+def _peer(name: str, wanted: Wanted, found: Found) -> Peer | None:
+    try:
+        return PEERS[name](wanted)
+    except Unavailable as error:
+        _fail(name, error, found)
+        return None
+
+
+def _fail(name: str, error: Exception, found: Found) -> None:
+    found.failed[name] = f"{type(error).__name__}: {error}"
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
+
+
+def _round(name: str, peer: Peer, plan: Plan) -> list[Pass]:
+    with peer.started() as server:
+        forward_ms = _forward_ms(server) if name == OURS else None
+        target = _target(name, peer, server.url)
+        return [_pass(target, plan, forward_ms) for _ in range(plan.passes)]
+
+
+def _target(name: str, peer: Peer, url: str) -> Target:
+    """In the dialect whose answers cost least to write; the hand-written server has only lists of digits."""
+    if name == OURS:
+        return Target(url, Dialect.OPENAI)
+    dialect = peer.dialect.kind
+    return Target(url, dialect, None if dialect is Dialect.TEI else SERVED_NAME)
+
+
+def _forward_ms(server: RunningServer) -> float:
+    capabilities: dict[str, Any] = httpx.get(f"{server.url}/capabilities", timeout=10.0).json()
+    (forward,) = capabilities["forward_passes"].values()
+    return float(forward["max_batch_tokens_ms"])
+
+
+def _pass(target: Target, plan: Plan, forward_ms: float | None) -> Pass:
+    with watched() as contention:
+        mixed = measure(target, plan.texts, batch=plan.batch, connections=plan.connections, seconds=plan.seconds)
+    outcomes = (
+        mixed.person_alone,
+        mixed.person_beside_bulk,
+        mixed.bulk_alone.outcomes,
+        mixed.bulk_beside_person.outcomes,
+    )
+    # A server that refuses is not a faster one.
+    if failed := [one.first_error for one in outcomes if one.errors]:
+        raise RuntimeError(f"{target.endpoint} answered with errors, the first: {failed[0]}")
+    return Pass(mixed, forward_ms, contention.other_cores)
 
 
 def cut_texts(model_folder: Path, count: int) -> list[str]:

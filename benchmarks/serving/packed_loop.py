@@ -3,7 +3,7 @@
 Reads a JSON list of texts on stdin, writes their vectors to a file and one line of JSON to stdout. Tokenization is
 not timed. Beside the texts a large matmul is timed in the same process: the machine's limit.
 
-    python -m benchmarks.packed_loop --dtype bfloat16 --vectors vectors.npy < texts.json
+    python -m benchmarks.serving.packed_loop --dtype bfloat16 --vectors vectors.npy < texts.json
 """
 
 import argparse
@@ -15,16 +15,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import benchmarks.model_threads  # noqa: F401  # before torch
+import benchmarks.lib.threads  # noqa: F401  # before torch
 import numpy as np
 import torch
-from benchmarks.bundled import bundled_model
-from benchmarks.model_cases import Given
-from benchmarks.model_forward import operations, run_model
-from benchmarks.model_rounds import Machine, alternate, limits
-from benchmarks.model_shapes import CPU, CUDA
-from benchmarks.model_workloads import batches
-from benchmarks.texts import tokenize
+from benchmarks.lib.minilm import bundled_model, tokenize
+from benchmarks.lib.timing import Machine, alternate, limits
+from benchmarks.models.cases import Given
+from benchmarks.models.shapes import CPU, CUDA
+from benchmarks.models.workloads import batches, operations, run_model
 
 from vecmill.config import load_settings
 from vecmill.core.types import Row

@@ -1,6 +1,9 @@
 """The servers that are compared: how each is started with its best settings, and how it is spoken to."""
 
+import argparse
 import re
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -9,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.bundled import MAX_TOKENS
-from benchmarks.dialects import Dialect, openai, tei
-from benchmarks.environments import Recipe, Unavailable, environment
-from benchmarks.servers import RunningServer, free_port, reference_command, running, vecmill_command
+from benchmarks.lib.load import Dialect, openai, tei
+from benchmarks.lib.minilm import MAX_TOKENS, bundled_model
+from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
+from benchmarks.serving.environments import Recipe, Unavailable, default_folder, environment
+
+from vecmill.bench import target as targets
 
 TORCH = "2.13.0"
 INFINITY = "0.0.78"
@@ -76,12 +81,13 @@ def vecmill(wanted: Wanted) -> Peer:
     """The vecmill of this Python."""
     options = ("--embed-model", str(wanted.model_folder), *wanted.vecmill)
     # "default": whatever it serves, as clients name it that do not know.
-    return Peer(lambda port: vecmill_command(port, *options), "/ready", openai("/v1/embeddings", "default"))
+    return Peer(lambda port: vecmill_command(port, *options), "/ready", openai("default"))
 
 
 def reference(wanted: Wanted) -> Peer:
     """The hand-written server."""
-    return Peer(lambda port: reference_command(port, wanted.model_folder), "/health", tei())
+    command = (sys.executable, "-m", "benchmarks.serving.reference_server", "--model", str(wanted.model_folder))
+    return Peer(lambda port: (*command, "--port", str(port)), "/health", tei())
 
 
 def infinity(wanted: Wanted) -> Peer:
@@ -102,7 +108,7 @@ def _infinity(wanted: Wanted, words: Sequence[str]) -> Peer:
     return Peer(
         lambda port: (program, "v2", *model, "--host", "127.0.0.1", "--port", str(port), *options),
         "/health",
-        openai("/embeddings", SERVED_NAME),
+        openai(SERVED_NAME, targets.Dialect.INFINITY),
         {**OFFLINE, **assigned},
         _about(INFINITY, words),
     )
@@ -119,7 +125,7 @@ def vllm(wanted: Wanted) -> Peer:
     return Peer(
         lambda port: (program, *model, "--host", "127.0.0.1", "--port", str(port), *options),
         "/health",
-        openai("/v1/embeddings", SERVED_NAME, truncate_prompt_tokens=MAX_TOKENS),
+        openai(SERVED_NAME, truncate_prompt_tokens=MAX_TOKENS),
         {
             **OFFLINE,
             "VLLM_NO_USAGE_STATS": "1",
@@ -155,3 +161,33 @@ PEERS: Mapping[str, Callable[[Wanted], Peer]] = {
     "vllm": vllm,
 }
 """By the name that --servers takes. They raise Unavailable."""
+
+
+def server_names(value: str) -> list[str]:
+    """Of a list with commas, in the order in which they are measured."""
+    names = value.split(",")
+    if unknown := [name for name in names if name not in PEERS]:
+        raise argparse.ArgumentTypeError(f"no such server: {', '.join(unknown)}; there are {', '.join(PEERS)}")
+    return [name for name in PEERS if name in names]
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Add them; --serve takes all that follows it, so it is the last on a command line."""
+    parser.add_argument("--servers", type=server_names, default=list(PEERS), help=f"default: {','.join(PEERS)}")
+    parser.add_argument("--model", type=Path, help="model folder (default: the bundled MiniLM)")
+    parser.add_argument(
+        "--environments",
+        type=Path,
+        default=default_folder(),
+        help="where Infinity and vLLM are installed (default: VECMILL_BENCHMARK_ENVIRONMENTS, or %(default)s)",
+    )
+    for name, default in (("infinity", INFINITY_OPTIONS), ("vllm", VLLM_OPTIONS)):
+        parser.add_argument(
+            f"--{name}", type=shlex.split, default=shlex.split(default), help=f"its options (default: {default})"
+        )
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options for `vecmill serve`")
+
+
+def wanted(options: argparse.Namespace) -> Wanted:
+    """What the servers are started with."""
+    return Wanted(options.model or bundled_model(), options.environments, options.serve, options.infinity, options.vllm)

@@ -3,7 +3,7 @@
 It is kept as good as such servers are: float32, normalised vectors, the model's own batching within a
 request, and a thread per request, so that parsing and answering go on while another request computes.
 
-    python -m benchmarks.reference_server --port 8090
+    python -m benchmarks.serving.reference_server --port 8090
 """
 
 import argparse
@@ -12,7 +12,7 @@ from threading import Lock
 from typing import Any
 
 import uvicorn
-from benchmarks.bundled import bundled_model
+from benchmarks.lib.minilm import bundled_model
 from fastapi import FastAPI
 from pydantic import BaseModel
 from sentence_transformers import SentenceTransformer

@@ -6,34 +6,150 @@ request counts whole, few requests per job make it look less fair than it is. Th
 of a batch and its texts leaving their lines, with 1, 16 and 256 clients. A cut looks at every line, so with fewer texts
 waiting than there are clients it has less to do; the growth is told from there and from where every client has a line.
 
-    python -m benchmarks.scaling
-    python -m benchmarks.scaling --parts queue
+    python -m benchmarks.serving.scaling
+    python -m benchmarks.serving.scaling --parts queue
 
 Ends with status 0 though a target is missed: that is only told.
 """
 
 import argparse
+import asyncio
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
-from benchmarks.bundled import bundled_model
-from benchmarks.contention import watched
-from benchmarks.host import describe_host
-from benchmarks.progress import progress
-from benchmarks.results import publish
-from benchmarks.rounds import print_disturbance, rounded, shown
-from benchmarks.scaling_load import measure_connections, measure_jobs
-from benchmarks.scaling_queue import measure as measure_queue
-from benchmarks.servers import free_port, running, vecmill_command
-from benchmarks.texts import sample_texts
+from benchmarks.lib.figures import in_turns, print_disturbance, rounded, shown, spread
+from benchmarks.lib.host import describe_host, watched
+from benchmarks.lib.minilm import bundled_model, sample_texts
+from benchmarks.lib.results import progress, publish
+from benchmarks.lib.servers import free_port, running, vecmill_command
+from benchmarks.serving.scaling_queue import measure as measure_queue
 from rich.console import Console
 from rich.table import Table
 
+from vecmill.bench.bulk import Bulk
+from vecmill.bench.client import Client
+from vecmill.bench.event_loop import run
+from vecmill.bench.results import Load, Outcomes
+from vecmill.bench.sweep import measure as measure_levels
+from vecmill.bench.target import Target
+from vecmill.bench.workload import payloads
+
+WARM_UP_SECONDS = 0.5
 PARTS = ("connections", "jobs", "queue")
 SHORT = 80  # characters
 # Of a job's texts. Short, so that each of many jobs has several requests answered in the time there is.
 OF_JOB = 160
+
+
+@dataclass(frozen=True)
+class OfJob(Target):
+    """Requests that say which indexing job they belong to."""
+
+    job: str = field(kw_only=True)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """As of any request, and the job's."""
+        return {**super().headers, "X-Job-ID": self.job}
+
+
+def measure_connections(
+    url: str, texts: Sequence[str], levels: Sequence[int], rounds: int, seconds: float, advance: Callable[[int], None]
+) -> dict[str, Any]:
+    """Requests of one text, by connections; the texts must be more than there are connections."""
+    found: dict[int, list[Load]] = {level: [] for level in levels}
+    for level in in_turns(levels, rounds):
+        sweep = measure_levels(
+            Target(url), texts, batch=1, levels=[level], seconds=seconds, warm_up_seconds=WARM_UP_SECONDS
+        )
+        found[level] += sweep.levels
+        advance(1)
+    fewest = found[min(levels)]
+    return {str(level): _level(loads, fewest) for level, loads in found.items()}
+
+
+def _level(loads: Sequence[Load], fewest: Sequence[Load]) -> dict[str, Any]:
+    pairs = zip(loads, fewest, strict=True)
+    latencies = [_answered(load.outcomes).latency_ms for load in loads]
+    return {
+        "texts_per_s": spread([load.texts_per_second for load in loads]),
+        "over_fewest": spread([load.texts_per_second / alone.texts_per_second for load, alone in pairs]),
+        "latency_ms": {
+            name: spread([getattr(latency, name) for latency in latencies]) for name in ("p50", "p95", "p99", "max")
+        },
+        "client_cpu": spread([load.client_cpu for load in loads]),
+    }
+
+
+def _answered(outcomes: Outcomes) -> Outcomes:
+    """RuntimeError where a request was refused or failed: a server that refuses does not scale."""
+    if outcomes.errors or outcomes.latency_ms is None:
+        raise RuntimeError(f"the server answered with errors, the first: {outcomes.first_error}")
+    return outcomes
+
+
+def measure_jobs(
+    url: str,
+    texts: Sequence[str],
+    levels: Sequence[int],
+    batch: int,
+    rounds: int,
+    seconds: float,
+    advance: Callable[[int], None],
+) -> dict[str, Any]:
+    """Jobs that each send batch after batch, by their number."""
+    found: dict[int, list[list[Load]]] = {level: [] for level in levels}
+    for level in in_turns(levels, rounds):
+        found[level].append(run(_jobs(url, texts, level, batch, seconds)))
+        advance(1)
+    fewest = found[min(levels)]
+    return {str(level): _of_jobs(each, fewest, batch) for level, each in found.items()}
+
+
+async def _jobs(url: str, texts: Sequence[str], jobs: int, batch: int, seconds: float) -> list[Load]:
+    async with AsyncExitStack() as stack:
+        targets = [OfJob(url, job=f"benchmark-{number}") for number in range(jobs)]
+        clients = [await stack.enter_async_context(Client(target, 1)) for target in targets]
+        # Its own texts for each job, for equal ones in flight are computed once; full batches, for the few texts of a
+        # last one would be taken for a person's.
+        each = len(texts) // jobs // batch * batch
+        sources = [cycle(payloads(target, texts[number::jobs][:each], batch)) for number, target in enumerate(targets)]
+        return await asyncio.gather(
+            *(Bulk(client, source).run(1, seconds) for client, source in zip(clients, sources, strict=True))
+        )
+
+
+def _of_jobs(rounds: Sequence[Sequence[Load]], fewest: Sequence[Sequence[Load]], batch: int) -> dict[str, Any]:
+    for loads in rounds:
+        for load in loads:
+            _answered(load.outcomes)
+    rates = [_rate(loads) for loads in rounds]
+    alone = [_rate(loads) for loads in fewest]
+    return {
+        "texts_per_s": spread(rates),
+        "over_fewest": spread([rate / one for rate, one in zip(rates, alone, strict=True)]),
+        "fairness_tokens": spread([_least_over_most([_tokens(load) for load in loads]) for loads in rounds]),
+        "fairness_texts": spread([_least_over_most([load.texts for load in loads]) for loads in rounds]),
+        "fewest_requests_of_a_job": min(load.texts for loads in rounds for load in loads) // batch,
+    }
+
+
+def _rate(loads: Sequence[Load]) -> float:
+    return sum(load.texts for load in loads) / max(load.seconds for load in loads)
+
+
+def _tokens(load: Load) -> float:
+    if load.tokens_per_second is None:
+        raise RuntimeError("the server does not say how many tokens it computed")
+    return load.tokens_per_second * load.seconds
+
+
+def _least_over_most(values: Sequence[float]) -> float:
+    return min(values) / max(values)
 
 
 def parts(value: str) -> list[str]:

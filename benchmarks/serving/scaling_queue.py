@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from benchmarks.model_rounds import spread
-from benchmarks.rounds import in_turns, judged
+from benchmarks.lib.figures import in_turns, judged, spread
 
 from vecmill.core.types import Lane, Row
 from vecmill.scheduler.lines import Lines

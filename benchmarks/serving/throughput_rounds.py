@@ -14,14 +14,14 @@ from typing import Any
 import httpx
 import numpy as np
 import numpy.typing as npt
-from benchmarks.contention import watched
-from benchmarks.environments import Unavailable
-from benchmarks.in_process import BATCH, encode, load_model
-from benchmarks.load import embed_all
-from benchmarks.peers import PEERS, Peer, Wanted
-from benchmarks.progress import progress
-from benchmarks.rounds import ALLOWED_OTHER_CORES
-from benchmarks.servers import RunningServer
+from benchmarks.lib.figures import ALLOWED_OTHER_CORES
+from benchmarks.lib.host import watched
+from benchmarks.lib.load import embed_all
+from benchmarks.lib.minilm import BATCH, encode, load_model
+from benchmarks.lib.results import progress
+from benchmarks.lib.servers import RunningServer
+from benchmarks.serving.environments import Unavailable
+from benchmarks.serving.peers import PEERS, Peer, Wanted
 
 CHECKED_TEXTS = 100  # whose vectors must be the same from all sides
 PACKED = "packed loop"
@@ -157,7 +157,7 @@ def _packed(model_folder: Path, plan: Plan, found: Found, label: str) -> Pass:
             file = Path(folder, "vectors.npy")
             options = ("--model", model_folder, "--dtype", dtype, "--warm-up", str(plan.warm_up), "--vectors", file)
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.packed_loop", *options],
+                [sys.executable, "-m", "benchmarks.serving.packed_loop", *options],
                 input=json.dumps(plan.texts),
                 capture_output=True,
                 text=True,

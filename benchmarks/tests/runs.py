@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 
 
 def run_benchmark(name: str, *options: str) -> subprocess.CompletedProcess[str]:

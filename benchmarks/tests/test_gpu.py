@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from benchmarks.gpu import Stage, run_stage
-from benchmarks.gpu_card import Samples, sampled, summary
-from benchmarks.gpu_lanes import LANES, ONE_STREAM, Counted, one_stream
-from benchmarks.gpu_lanes import summary as summary_of_lanes
-from benchmarks.gpu_proofs import VALUES
-from benchmarks.gpu_report import targets
-from benchmarks.gpu_sizes import FULL, TINY
-from benchmarks.gpu_stages import Stages
 
-from tests.benchmark_runs import REPOSITORY, json_line, run_benchmark
+from benchmarks.gpu.__main__ import Stage, run_stage
+from benchmarks.gpu.lanes import LANES, ONE_STREAM, Counted, one_stream
+from benchmarks.gpu.lanes import summary as summary_of_lanes
+from benchmarks.gpu.proofs import VALUES
+from benchmarks.gpu.report import targets
+from benchmarks.gpu.stages import Samples, Stages, sampled, summary
+from benchmarks.gpu.subjects import FULL, TINY
+from benchmarks.tests.runs import REPOSITORY, json_line, run_benchmark
 from vecmill.engine.loaded import Streams
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(600)]  # a run is a dozen processes, one after the other
@@ -155,7 +154,7 @@ def test_what_there_is_no_time_for_is_named() -> None:
 
 
 def test_a_gpu_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from benchmarks import gpu
+    from benchmarks.gpu import __main__ as gpu
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
@@ -164,7 +163,8 @@ def test_a_gpu_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
 
 def test_the_benchmark_needs_nothing_of_the_server() -> None:
-    code = "import sys, benchmarks.gpu; print([m for m in sys.modules if m.startswith(('vecmill.config', 'fastapi'))])"
+    unwanted = "[name for name in sys.modules if name.startswith(('vecmill.config', 'fastapi'))]"
+    code = f"import sys, benchmarks.gpu.__main__; print({unwanted})"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
 
     assert done.stdout.strip() == "[]"

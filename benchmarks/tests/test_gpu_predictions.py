@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from benchmarks.gpu_predictions import (
+
+from benchmarks.gpu.predictions import (
     CARDS,
     COMPILED,
     EAGER,
@@ -22,7 +23,7 @@ from benchmarks.gpu_predictions import (
     table,
 )
 
-DOCS = Path(__file__).parents[1] / "docs" / "gpu.md"
+DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
 # 1 TFLOP/s and 1 TB/s: a layer of a million parameters takes 2 us a token, or 2 us for the read of its weights.
 ROUND = Card("round", 1.0, 1000.0, measured=False)
 

@@ -6,14 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from benchmarks.model_builds import build
-from benchmarks.model_comparison import worst_error
-from benchmarks.model_forward import run_model
-from benchmarks.model_plain import PlainLatentAttention, with_sdpa
-from benchmarks.model_shapes import QUICK
-from benchmarks.model_workloads import BEFORE_DOCUMENT, attended, batches, ragged_rows
 
-from tests.benchmark_runs import json_line, run_benchmark
+from benchmarks.models.builds import build
+from benchmarks.models.cases import worst_error
+from benchmarks.models.plain import PlainLatentAttention, with_sdpa
+from benchmarks.models.shapes import QUICK
+from benchmarks.models.workloads import BEFORE_DOCUMENT, attended, batches, ragged_rows, run_model
+from benchmarks.tests.runs import json_line, run_benchmark
 from vecmill.core.types import Prefix, Row
 from vecmill.models.weights import Target
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 import pytest
-from benchmarks.rounds import in_turns, judged, shown
 
-from tests.benchmark_runs import json_line, run_benchmark
+from benchmarks.lib.figures import in_turns, judged, shown
+from benchmarks.tests.runs import json_line, run_benchmark
 
 pytestmark = pytest.mark.benchmark
 
@@ -17,7 +17,7 @@ FEW = ("--rounds", "1")
 
 def run(name: str, *options: str) -> tuple[dict[str, Any], str]:
     """The JSON line, and all that was printed."""
-    done = run_benchmark(name, *FEW, *options, *QUICK_START)
+    done = run_benchmark(f"serving.{name}", *FEW, *options, *QUICK_START)
     found = json_line(done)
     assert {"benchmark", "measured_at", "host", "settings"} <= found.keys()
     assert found["benchmark"] == name
@@ -84,7 +84,7 @@ def test_a_figure_is_told_beside_its_target() -> None:
 
 
 def test_dialect_cost_is_told_for_each_dialect_beside_the_machines_limit() -> None:
-    done = run_benchmark("dialect_cost", "--texts", "4", "--dimensions", "128", *FEW, "--repeats", "2")
+    done = run_benchmark("serving.dialect_cost", "--texts", "4", "--dimensions", "128", *FEW, "--repeats", "2")
     found = json_line(done)["dialects"]
     for one in found.values():
         assert one["ms"].keys() == JUDGED
@@ -95,7 +95,7 @@ def test_dialect_cost_is_told_for_each_dialect_beside_the_machines_limit() -> No
 
 
 def test_answer_memory_is_told_in_results() -> None:
-    done = run_benchmark("answer_memory", "--texts", "256", "--wide", "1024", *FEW, *QUICK_START)
+    done = run_benchmark("serving.answer_memory", "--texts", "256", "--wide", "1024", *FEW, *QUICK_START)
     found = json_line(done)
     assert found["result_mb"] == 1.0
     for one in found["encodings"].values():
@@ -123,7 +123,7 @@ def test_cache_tells_of_hits_the_store_and_a_batch_beside_their_targets() -> Non
         "16",
     )
     short = (*FEW, "--seconds", "0.3", "--limit-seconds", "0.1")
-    done = run_benchmark("cache", "--parts", "hits", "store", "batch", *tiny, *short, *QUICK_START)
+    done = run_benchmark("serving.cache", "--parts", "hits", "store", "batch", *tiny, *short, *QUICK_START)
     found = json_line(done)
     assert found["hits"]["384"]["texts_per_second"].keys() == JUDGED
     for one in found["hits"].values():
@@ -137,7 +137,7 @@ def test_cache_tells_of_hits_the_store_and_a_batch_beside_their_targets() -> Non
 
 
 def test_hostile_tells_of_every_case_how_long_the_loop_was_held() -> None:
-    done = run_benchmark("hostile", "--tiny", "--serve", *QUICK_START[1:])
+    done = run_benchmark("serving.hostile", "--tiny", "--serve", *QUICK_START[1:])
     found = json_line(done)
     assert len(found["cases"]) > 50
     for name, sizes in found["cases"].items():

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.servers import RunningServer
 
 from tests.bench.command_line import bench, bench_json
+from tests.servers import RunningServer
 
 SMALL = ("--longest", 200, "--batch", 4)
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import orjson
 import pytest
-from benchmarks.servers import free_port
 
 from tests.bench.command_line import bench, bench_json
 from tests.bench.scripted_server import Reply, scripted, vectors
+from tests.servers import free_port
 
 LEVEL = ("--texts", 4, "--batch", 2, "--connections", 1)
 BUSY = {"error": {"message": "busy"}}

@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from benchmarks.servers import free_port
 
 from tests.doctor.command_line import check, checks, doctor_process
 from tests.faults.service import Service, service, small_disk
 from tests.redis_server import redis_server
+from tests.servers import free_port
 from tests.tiny_checkpoints import tiny_bert
 from vecmill import __version__
 from vecmill.storage.state_folder import StateFolder

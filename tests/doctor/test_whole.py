@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.servers import free_port
 
 from tests.doctor.command_line import COMMAND, check, doctor, doctor_process
+from tests.servers import free_port
 from vecmill import __version__
 from vecmill.doctor.order import CHECKS
 

@@ -19,10 +19,9 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 
 from tests.embed.command_line import embed, embedded, write_jsonl
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 from tests.tiny_checkpoints import tiny_bert
 
 TEXTS = ["Berlin has 3.5 million inhabitants.", "def add(a, b): return a + b", "ünïcödé \u2028 text"]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.servers import free_port
 
 from tests.embed.batch_server import MODEL, BatchServer, Line, Reply, answer, failure, unanswered, vector
 from tests.embed.command_line import embed, embedded, write_jsonl
+from tests.servers import free_port
 
 BUSY = Reply({"error": {"message": "busy"}}, 503, {"Retry-After": "0"})
 CUT = Reply(status=None)

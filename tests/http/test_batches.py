@@ -13,11 +13,10 @@ import httpx
 import openai
 import orjson
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 from openai.types import Batch
 
 from tests.conftest import serving
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 
 EMBED, RERANK = "/v1/embeddings", "/v1/rerank"
 ENDED = ("failed", "completed", "expired", "cancelled")

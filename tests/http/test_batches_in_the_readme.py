@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from benchmarks.servers import RunningServer
+from tests.servers import RunningServer
 
 README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
 SECTION = README.partition("\n## Batches\n")[2].partition("\n## ")[0]

@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 
 TAGS = [
     "OpenAI",

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.responses import StreamingResponse as Streaming
@@ -32,6 +31,7 @@ from tests.generation_server import (
     listener,
     vecmill_before,
 )
+from tests.servers import free_port, vecmill_command
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError

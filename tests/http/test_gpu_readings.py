@@ -10,12 +10,11 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 from playwright.sync_api import Locator, Page, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.hardware.fake_nvml import GB10, environment
-from tests.preloaded import running
+from tests.servers import free_port, running, vecmill_command
 from vecmill.http.hardware import READINGS
 
 SLOW = {"sm_clock 2190": "sm_clock 612", "temperature 71": "temperature 84"}

@@ -10,11 +10,10 @@ from time import monotonic
 
 import httpx
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 
 from tests.conftest import serving
-from tests.preloaded import running
 from tests.redis_server import redis_server
+from tests.servers import free_port, running, vecmill_command
 
 REGISTRATION = {"project": "p", "total_chunks": 100, "instance_id": "codecart-1"}
 

@@ -12,9 +12,9 @@ from tempfile import NamedTemporaryFile
 from typing import Any
 
 import httpx
-from benchmarks.bundled import bundled_model
-from benchmarks.cache_hits import server
-from benchmarks.model_rounds import spread
+from benchmarks.lib.figures import spread
+from benchmarks.lib.minilm import bundled_model
+from benchmarks.serving.cache_hits import server
 
 POLL_EVERY_S = 0.25
 TIMEOUT_S = 600.0
@@ -34,7 +34,7 @@ class Loop:
         with NamedTemporaryFile(suffix=".npy") as vectors:
             options = ["--vectors", vectors.name, "--limit-seconds", str(self.limit_seconds)]
             ran = subprocess.run(
-                [sys.executable, "-m", "benchmarks.packed_loop", *options],
+                [sys.executable, "-m", "benchmarks.serving.packed_loop", *options],
                 input=json.dumps(list(texts[: self.texts])),
                 capture_output=True,
                 text=True,

@@ -1,5 +1,6 @@
-"""What alternates from round to round, and what the rounds come to beside a target."""
+"""Figures of several rounds: the order the sides take turns in, median and range, a figure beside its target."""
 
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -39,3 +40,18 @@ def print_disturbance(console: Console, other_cores: float) -> None:
     """Whether other programs were busy meanwhile; `other_cores` as the contention gives it."""
     if other_cores > ALLOWED_OTHER_CORES:
         console.print(f"Other programs used up to {other_cores:.2f} cores meanwhile: measure again on a quiet machine.")
+
+
+def spread(values: Sequence[float]) -> dict[str, Any]:
+    """Median and range of the rounds, and the rounds themselves in their order."""
+    return {
+        "median": significant(statistics.median(values)),
+        "min": significant(min(values)),
+        "max": significant(max(values)),
+        "rounds": [significant(value) for value in values],
+    }
+
+
+def significant(value: float) -> float:
+    """Four digits: more would be noise."""
+    return float(f"{value:.4g}")
