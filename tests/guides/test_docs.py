@@ -16,7 +16,7 @@ from vecmill.config import load_settings
 from vecmill.config.env_example import default_text
 from vecmill.config.settings import GROUPS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 

@@ -22,7 +22,7 @@ from tests.guides.markdown import Block, Page
 from tests.guides.shell import commands, tool
 from tests.servers import RunningServer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = {path.name: Page(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 GUIDES = [name for name in PAGES if name not in ("README.md", "clients.md")]
 # What other programs are to be told is no setting of ours.

@@ -28,7 +28,7 @@ TAGS = [
     "Statistics",
 ]
 
-# With a body, one of several bodies, a parameter in the path, neither; tests/test_openapi.py runs them all.
+# With a body, one of several bodies, a parameter in the path, neither; tests/http/test_openapi.py runs them all.
 CALLS = [
     ("OpenAI", "POST", "/v1/embeddings"),
     ("OpenAI", "GET", "/v1/models/{model}"),

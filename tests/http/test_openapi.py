@@ -16,7 +16,7 @@ from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.openapi import document_text
 
-STORED = Path(__file__).parents[1] / "docs" / "openapi.json"
+STORED = Path(__file__).parents[2] / "docs" / "openapi.json"
 DOCUMENT: dict[str, Any] = json.loads(STORED.read_text("utf-8"))
 
 # They answer with an error: the first two without GENERATION_URL, the others always.

@@ -15,8 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.serve.test_device_failure import SCRIPT
 from tests.servers import free_port
-from tests.test_device_failure import SCRIPT
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.health import Phase
 from vecmill.serve.notifier import Notifier
