@@ -21,7 +21,7 @@ CLIENT_FILES := tests/clients/environments
 LOWEST := .lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients test-lowest fuzz check coverage lint fix chromium redis systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint fix chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -29,7 +29,14 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev chromium redis systemd java  ## Run every test. Options: ARGS="-k jobs".
+test: $(VENV)/.dev chromium redis systemd java  ## Run the tests but for those of the night. Options: ARGS="-k jobs".
+	$(BIN)/python -m pytest $(BESIDE) -m 'not benchmark and not nightly' $(ARGS)
+
+# What starts nothing: no server, no browser, no reference library.
+quick: $(VENV)/.dev  ## Run what takes less than a minute: no processes, browsers, applications of a test's own.
+	$(BIN)/python -m pytest --numprocesses 2 $(QUICK) $(ARGS)
+
+test-all: $(VENV)/.dev chromium redis systemd java  ## Run every test, with repetitions and tiny runs of the benchmarks.
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.

@@ -11,6 +11,7 @@ import httpx
 import hypothesis
 import pytest
 
+from tests import kinds
 from tests.in_process import InProcess
 from tests.servers import RunningServer, free_port, running, vecmill_command
 from vecmill.app import create_app
@@ -21,6 +22,11 @@ from vecmill.models.source import find
 # How long one example takes is no property of the code: a machine may be busy.
 hypothesis.settings.register_profile("busy", deadline=None)
 hypothesis.settings.load_profile("busy")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a process, a browser, an application or a reference library."""
+    kinds.mark(items)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,4 +1,4 @@
-"""`python -m vecmill` as a process of its own that need not import everything anew: forked from one that has.
+"""`python -m MODULE` as a process of its own that need not import everything anew: forked from one that has.
 
 Importing torch and transformers takes most of a server's start, and the tests start about a hundred. What runs is the
 same from there on: arguments, environment, files, session and signals are the process's own. A command that wants
@@ -24,20 +24,24 @@ from pathlib import Path
 from typing import IO, Any
 
 MODULES = ("vecmill.app", "vecmill.engine.engine", "vecmill.serve.process", "vecmill.telemetry.logs", "uvloop")
-VECMILL = [sys.executable, "-m", "vecmill"]
+PYTHON = [sys.executable, "-m"]
 # What libraries read while they are imported.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTHON", "LD_")
 LARGEST = 1_000_000  # bytes of a command and its environment
 
 
 def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
-    """True for a command of vecmill's whose environment asks for nothing else at the time of the imports."""
-    return list(command[:3]) == VECMILL and _at_import(env) == _at_import(os.environ)
+    """True for a module of vecmill's or the tests', where its environment asks for nothing else when it is imported."""
+    return (
+        list(command[:2]) == PYTHON
+        and command[2].partition(".")[0] in ("vecmill", "tests")
+        and _at_import(env) == _at_import(os.environ)
+    )
 
 
-def fork(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str]) -> Forked:
+def fork(command: Sequence[str], stdout: IO[bytes], env: Mapping[str, str], cwd: Path) -> Forked:
     """Start a command that `forks`, in a session of its own; its errors go where its output goes."""
-    return _parent().fork(list(command[3:]), stdout, env)
+    return _parent().fork(command, stdout, env, cwd)
 
 
 def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
@@ -105,13 +109,13 @@ class _Parent:
             )
         atexit.register(self.close)
 
-    def fork(self, arguments: list[str], stdout: IO[bytes], env: Mapping[str, str]) -> Forked:
+    def fork(self, command: Sequence[str], stdout: IO[bytes], env: Mapping[str, str], cwd: Path) -> Forked:
         """A new process."""
         told, tells = socket.socketpair()
         with tells:
-            message = json.dumps({"arguments": arguments, "environment": dict(env), "folder": os.getcwd()}).encode()
-            socket.send_fds(self._control, [message], [stdout.fileno(), tells.fileno()])
-        return Forked([*VECMILL, *arguments], told)
+            message = {"arguments": list(command[2:]), "environment": dict(env), "folder": str(cwd)}
+            socket.send_fds(self._control, [json.dumps(message).encode()], [stdout.fileno(), tells.fileno()])
+        return Forked(command, told)
 
     def close(self) -> None:
         """End it, and with it whatever still runs."""
@@ -192,8 +196,8 @@ def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socke
     os.environ.clear()
     os.environ.update(message["environment"])
     os.chdir(message["folder"])
-    sys.argv = ["vecmill", *message["arguments"]]
-    runpy.run_module("vecmill", run_name="__main__", alter_sys=True)
+    sys.argv = message["arguments"]
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

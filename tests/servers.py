@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Protocol
 
 import httpx
@@ -60,11 +61,31 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def start(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str]) -> Process:
+def start(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str], cwd: Path | None = None) -> Process:
     """Start a command in a session of its own: whatever it starts can be ended with it. Its errors go to `stdout`."""
     if preloaded.forks(command, env):
-        return preloaded.fork(command, stdout=stdout, env=env)
-    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        return preloaded.fork(command, stdout, env, cwd or Path.cwd())
+    return subprocess.Popen(command, stdout=stdout, stderr=subprocess.STDOUT, env=env, cwd=cwd, start_new_session=True)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended, and all that it wrote."""
+
+    returncode: int
+    output: str
+
+
+def run(command: Sequence[str], *, env: Mapping[str, str], cwd: Path | None = None, timeout: float = 90) -> Ended:
+    """Run a command to its end. Raises subprocess.TimeoutExpired."""
+    with tempfile.TemporaryFile() as output:
+        process = start(command, stdout=output, env=env, cwd=cwd)
+        try:
+            returncode = process.wait(timeout)
+        finally:
+            process.kill()
+        output.seek(0)
+        return Ended(returncode, output.read().decode())
 
 
 @contextmanager
@@ -73,11 +94,11 @@ def running(
 ) -> Iterator[RunningServer]:
     """The command's server while the block runs; RuntimeError with its log if it does not become ready.
 
-    `environment` is added to this process's own. vecmill keeps its state in a folder that goes with the server, and no
-    cache, unless the environment says otherwise.
+    `environment` is added to this process's own. Unless it says otherwise, vecmill keeps its state in a folder that
+    goes with the server, keeps no cache, and has small forward passes: warm-up runs the largest at each start.
     """
     with tempfile.TemporaryFile() as log, tempfile.TemporaryDirectory() as state:
-        alone = {"STATE_DIR": state, "CACHE_MAX_BYTES": "0"}
+        alone = {"STATE_DIR": state, "CACHE_MAX_BYTES": "0", "MAX_BATCH_TOKENS": "256"}
         process = start(command, stdout=log, env={**os.environ, **alone, **(environment or {})})
         try:
             url = f"http://127.0.0.1:{port}"

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from tests.servers import RunningServer
 
 from benchmarks.lib.minilm import bundled_model
-from benchmarks.lib.servers import RunningServer
 from benchmarks.quality.__main__ import ALLOWED_DIFFERENCE, Embedded, compare, embed_in_process, embed_through
 from benchmarks.quality.corpus import Corpus, build_corpus
 

@@ -6,26 +6,18 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.servers import free_port, vecmill_command
+from tests.servers import Ended, free_port, run, start, vecmill_command
 from vecmill.storage.state_folder import StateFolder
 
 
-def serve(*options: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "vecmill", "serve", *options],
-        capture_output=True,
-        text=True,
-        timeout=90,
-        cwd=cwd,
-        env={**os.environ, **environment},
-    )
+def serve(*options: str, cwd: Path | None = None) -> Ended:
+    return run([sys.executable, "-m", "vecmill", "serve", *options], env=os.environ, cwd=cwd)
 
 
 @pytest.mark.parametrize(
@@ -47,23 +39,23 @@ def serve(*options: str, cwd: Path | None = None, **environment: str) -> subproc
 def test_a_wrong_start_ends_with_a_sentence(options: list[str], status: int, said: str) -> None:
     ended = serve(*options)
     assert ended.returncode == status
-    assert said in " ".join(ended.stderr.split())
-    assert "Traceback" not in ended.stderr
+    assert said in " ".join(ended.output.split())
+    assert "Traceback" not in ended.output
 
 
 def test_a_dotenv_that_is_no_text_ends_with_a_sentence(tmp_path: Path) -> None:
     (tmp_path / ".env").write_bytes(b"HOST=\xff\xfe")
     ended = serve(cwd=tmp_path)
-    assert (ended.returncode, "Traceback" in ended.stderr) == (2, False)
-    assert ".env is no text" in ended.stderr
+    assert (ended.returncode, "Traceback" in ended.output) == (2, False)
+    assert ".env is no text" in ended.output
 
 
 def test_a_second_server_on_one_folder_may_come_later(tmp_path: Path) -> None:
     held = StateFolder.open(tmp_path)
     ended = serve("--port", "0", "--state-dir", str(tmp_path))
     held.close()
-    assert (ended.returncode, "Traceback" in ended.stderr) == (1, False)
-    assert "in use by another vecmill server" in ended.stderr
+    assert (ended.returncode, "Traceback" in ended.output) == (1, False)
+    assert "in use by another vecmill server" in ended.output
 
 
 def test_a_port_in_use_ends_with_a_sentence() -> None:
@@ -72,14 +64,15 @@ def test_a_port_in_use_ends_with_a_sentence() -> None:
         taken.listen()
         ended = serve("--port", str(taken.getsockname()[1]))
     assert ended.returncode == 1
-    assert "another PORT" in ended.stderr
-    assert "Traceback" not in ended.stderr
+    assert "another PORT" in ended.output
+    assert "Traceback" not in ended.output
 
 
 def test_the_start_log_tells_what_runs_and_sigterm_ends_it(tmp_path: Path) -> None:
     port = free_port()
     log = tmp_path / "log"
-    with log.open("wb") as file, subprocess.Popen(vecmill_command(port), stderr=file) as process:
+    with log.open("wb") as file:
+        process = start(vecmill_command(port), stdout=file, env=os.environ)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=20)) as client:
                 while client.get("/health").status_code != 200:
@@ -113,16 +106,16 @@ def test_the_json_log_is_one_object_a_line(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with log.open("wb") as file:
         command = vecmill_command(port, "--log-format", "json", "--log-level", "debug")
-        with subprocess.Popen(command, stderr=file) as process:
-            try:
-                transport = httpx.HTTPTransport(retries=20)
-                with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
-                    while client.get("/ready").status_code != 200:
-                        assert process.poll() is None, log.read_text()
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(30) == 0
-            finally:
-                process.kill()
+        process = start(command, stdout=file, env=os.environ)
+        try:
+            transport = httpx.HTTPTransport(retries=20)
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
+                while client.get("/ready").status_code != 200:
+                    assert process.poll() is None, log.read_text()
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(30) == 0
+        finally:
+            process.kill()
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert {"time", "level", "logger", "message"} <= set(lines[0])
     assert any(line.get("path") == "/ready" and line.get("status") == 200 for line in lines)
