@@ -68,7 +68,7 @@ async def serving(**flags: object) -> AsyncIterator[httpx.AsyncClient]:
     Forward passes are small unless a test says otherwise: warm-up runs the largest, which takes seconds at each start.
     """
     with tempfile.TemporaryDirectory() as state:
-        common = {"dtype": "float32", "device": "cpu", "max_batch_tokens": 512, "state_dir": state}
+        common = {"dtype": "float32", "device": "cpu", "max_batch_tokens": 128, "state_dir": state}
         app = create_app(load_settings({**common, **flags}))
         async with app.router.lifespan_context(app):
             await app.state.loading
