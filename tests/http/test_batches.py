@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -40,7 +41,7 @@ def jsonl(bodies: list[Any], url: str = EMBED) -> bytes:
 
 def ended(client: openai.OpenAI, batch_id: str) -> Batch:
     while (batch := client.batches.retrieve(batch_id)).status not in ENDED:
-        pass
+        time.sleep(0.01)
     return batch
 
 

@@ -525,7 +525,7 @@ async def test_its_models_stand_after_ours(upstream: GenerationServer, tmp_path:
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
             async with asyncio.timeout(PATIENCE):
                 while (health := await client.get("/health")).status_code != 200:
-                    pass
+                    await asyncio.sleep(0.01)
             assert health.json()["generation"] == {"url": upstream.url, "ok": True, "message": "ok"}
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
             models = (await sdk.models.list()).data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -46,7 +47,7 @@ async def test_without_redis_jobs_are_503_at_once_and_embedding_goes_on(tmp_path
     async with serving(redis_url=f"redis://127.0.0.1:{port}/0", cache_max_bytes=0) as client:
         with redis_server(tmp_path, port=port):
             while (registered := await client.post("/jobs", json=REGISTRATION)).status_code == 503:
-                pass
+                await asyncio.sleep(0.01)
             job_id = registered.json()["job_id"]
         began = monotonic()
         refused = await client.get(f"/jobs/{job_id}")
@@ -61,7 +62,7 @@ async def test_without_redis_jobs_are_503_at_once_and_embedding_goes_on(tmp_path
         assert (await client.get("/health")).status_code == 200
         with redis_server(tmp_path, port=port):
             while (answer := await client.get(f"/jobs/{job_id}")).status_code == 503:
-                pass
+                await asyncio.sleep(0.01)
             assert answer.json()["status"] == "active"
 
 
