@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -32,6 +33,12 @@ if hasattr(signal, "SIGHUP"):
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts a process, a browser, an application or a reference library."""
     kinds.mark(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare every later garbage collection the millions of objects of modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

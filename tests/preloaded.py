@@ -8,6 +8,7 @@ another environment at the time of these imports gets an ordinary process.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -16,12 +17,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 MODULES = ("vecmill.app", "vecmill.engine.engine", "vecmill.serve.process", "vecmill.telemetry.logs", "uvloop")
 PYTHON = [sys.executable, "-m"]
@@ -134,6 +136,9 @@ def main() -> None:
     import_module("vecmill.app")._set_thread_defaults()
     for module in MODULES:
         import_module(module)
+    # What is there now is never looked at again: a collection in a forked process would copy every page of it.
+    gc.collect()
+    gc.freeze()
     ends, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.signal(signal.SIGCHLD, _nothing)
@@ -197,7 +202,22 @@ def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socke
     os.environ.update(message["environment"])
     os.chdir(message["folder"])
     sys.argv = message["arguments"]
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        _leave(end.code or 0)
+    _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End as Python ends, without taking apart all that was imported: every page of it would be copied for that."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":
