@@ -32,9 +32,11 @@ serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--
 test: $(VENV)/.dev chromium redis systemd java  ## Run the tests but for those of the night. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(BESIDE) -m 'not benchmark and not nightly' $(ARGS)
 
-# What starts nothing: no server, no browser, no reference library.
-quick: $(VENV)/.dev  ## Run what takes less than a minute: no processes, browsers, applications of a test's own.
-	$(BIN)/python -m pytest --numprocesses 2 $(QUICK) $(ARGS)
+# Nothing is started, and rooms in which nearly everything is are not even looked at.
+STARTS := process or browser or app or reference or slow or benchmark or nightly or gpu
+STARTING := checkpoints clients deployment docker faults serve
+quick: $(VENV)/.dev  ## Run the tests that start nothing, in less than a minute. Options: ARGS="-k jobs".
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not ($(STARTS))' tests $(STARTING:%=--ignore tests/%) $(ARGS)
 
 test-all: $(VENV)/.dev chromium redis systemd java  ## Run every test, with repetitions and tiny runs of the benchmarks.
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)

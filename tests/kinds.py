@@ -21,6 +21,9 @@ BY_MODULE: Mapping[str, str] = {
 }
 BY_FUNCTION: Mapping[str, str] = {
     "vecmill.app.create_app": "app",
+    "vecmill.engine.engine.Engine": "app",
+    "vecmill.pull.run_pull": "process",
+    "vecmill.verify.run_verify": "app",
     "tests.oracle._nomic": "reference",
 }
 

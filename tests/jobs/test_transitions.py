@@ -155,6 +155,7 @@ class Clients(RuleBasedStateMachine):
         self.runner.close()
 
 
+@pytest.mark.slow
 def test_any_clients_at_all() -> None:
     run_state_machine_as_test(
         Clients, settings=hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)

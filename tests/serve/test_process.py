@@ -110,7 +110,7 @@ def test_the_json_log_is_one_object_a_line(tmp_path: Path) -> None:
         try:
             transport = httpx.HTTPTransport(retries=20)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=transport) as client:
-                while client.get("/ready").status_code != 200:
+                while client.get("/ready").status_code != 200 or "ready on" not in log.read_text():
                     assert process.poll() is None, log.read_text()
             process.send_signal(signal.SIGTERM)
             assert process.wait(30) == 0
