@@ -22,8 +22,8 @@ BY_MODULE: Mapping[str, str] = {
 BY_FUNCTION: Mapping[str, str] = {
     "vecmill.app.create_app": "app",
     "vecmill.engine.engine.Engine": "app",
-    "vecmill.pull.run_pull": "process",
-    "vecmill.verify.run_verify": "app",
+    "vecmill.tools.pull.run_pull": "process",
+    "vecmill.tools.verify.run_verify": "app",
     "tests.oracle._nomic": "reference",
 }
 

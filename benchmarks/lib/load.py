@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from vecmill.bench import target as targets
-from vecmill.bench.bulk import Bulk
-from vecmill.bench.client import Answer, Client
-from vecmill.bench.event_loop import run
-from vecmill.bench.results import Load
-from vecmill.bench.target import Target
-from vecmill.bench.workload import Payload
+from vecmill.tools.bench import target as targets
+from vecmill.tools.bench.load_generator import Bulk, BulkLoad, TargetClient, run
+from vecmill.tools.bench.target import BenchTarget, Payload
+from vecmill.tools.http_client import Answer
 
 Vectors = npt.NDArray[np.float32]
 
@@ -64,10 +61,10 @@ class Answered:
     seconds: float
 
 
-class _Keeping(Client):
+class _Keeping(TargetClient):
     """A client that keeps the content of each answer, by the body it answers."""
 
-    def __init__(self, target: Target, connections: int) -> None:
+    def __init__(self, target: BenchTarget, connections: int) -> None:
         super().__init__(target, connections)
         self.contents: dict[bytes, bytes] = {}
 
@@ -98,8 +95,8 @@ def embed_all(
         for part in parts
     ]
 
-    async def send() -> tuple[Load, dict[bytes, bytes]]:
-        async with _Keeping(Target(url, dialect.kind), connections) as client:
+    async def send() -> tuple[BulkLoad, dict[bytes, bytes]]:
+        async with _Keeping(BenchTarget(url, dialect.kind), connections) as client:
             return await Bulk(client, requests, advance).run(connections), client.contents
 
     load, contents = run(send())

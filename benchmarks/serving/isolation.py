@@ -29,11 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from vecmill.bench.errors import BenchError
-from vecmill.bench.mixed import MixedResult, measure
-from vecmill.bench.results import Outcomes
-from vecmill.bench.target import Dialect, Target
-from vecmill.bench.workload import QUERIES
+from vecmill.tools.bench.load_generator import Outcomes
+from vecmill.tools.bench.scenarios import MixedResult, measure_mixed
+from vecmill.tools.bench.target import BenchError, BenchTarget, Dialect
+from vecmill.tools.bench.workload import QUERIES
 
 OURS = "vecmill"
 PERCENTILES = ("p50", "p95", "p99")
@@ -113,12 +112,12 @@ def _round(name: str, peer: Peer, plan: Plan) -> list[Pass]:
         return [_pass(target, plan, forward_ms) for _ in range(plan.passes)]
 
 
-def _target(name: str, peer: Peer, url: str) -> Target:
+def _target(name: str, peer: Peer, url: str) -> BenchTarget:
     """In the dialect whose answers cost least to write; the hand-written server has only lists of digits."""
     if name == OURS:
-        return Target(url, Dialect.OPENAI)
+        return BenchTarget(url, Dialect.OPENAI)
     dialect = peer.dialect.kind
-    return Target(url, dialect, None if dialect is Dialect.TEI else SERVED_NAME)
+    return BenchTarget(url, dialect, None if dialect is Dialect.TEI else SERVED_NAME)
 
 
 def _forward_ms(server: RunningServer) -> float:
@@ -127,9 +126,9 @@ def _forward_ms(server: RunningServer) -> float:
     return float(forward["max_batch_tokens_ms"])
 
 
-def _pass(target: Target, plan: Plan, forward_ms: float | None) -> Pass:
+def _pass(target: BenchTarget, plan: Plan, forward_ms: float | None) -> Pass:
     with watched() as contention:
-        mixed = measure(target, plan.texts, batch=plan.batch, connections=plan.connections, seconds=plan.seconds)
+        mixed = measure_mixed(target, plan.texts, batch=plan.batch, connections=plan.connections, seconds=plan.seconds)
     outcomes = (
         mixed.person_alone,
         mixed.person_beside_bulk,

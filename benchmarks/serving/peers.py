@@ -17,7 +17,7 @@ from benchmarks.lib.minilm import MAX_TOKENS, bundled_model
 from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
 from benchmarks.serving.environments import Recipe, Unavailable, default_folder, environment
 
-from vecmill.bench import target as targets
+from vecmill.tools.bench import target as targets
 
 TORCH = "2.13.0"
 INFINITY = "0.0.78"

@@ -140,7 +140,7 @@ def test_links_lead_somewhere(name: str) -> None:
             continue
         path = (page.path.parent / target).resolve() if target else page.path
         assert path.exists(), f"{name}: {link}"
-        assert not anchor or anchor in Page(path).anchors, f"{name}: {link}"
+        assert not anchor or path.suffix != ".md" or anchor in Page(path).anchors, f"{name}: {link}"
 
 
 def test_every_guide_is_reached_from_the_readme() -> None:

@@ -17,8 +17,8 @@ from tests.redis_server import redis_server
 from tests.servers import free_port
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
+from vecmill.jobs.job import JobStatus
 from vecmill.jobs.shared import SharedJobs
-from vecmill.jobs.transitions import JobStatus
 from vecmill.storage.redis_jobs import META, OPEN, RedisJobs
 
 
