@@ -33,7 +33,7 @@ CLIENT_FILES := tests/clients/environments
 LOWEST := .lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients test-lowest fuzz check coverage lint site fix chromium redis systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -41,7 +41,16 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000", TORCH_INDEX=https://... (where torch is from).
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev chromium redis systemd java  ## Run every test. Options: ARGS="-k jobs".
+test: $(VENV)/.dev chromium redis systemd java  ## Run the tests but for those of the night. Options: ARGS="-k jobs".
+	$(BIN)/python -m pytest $(BESIDE) -m 'not benchmark and not nightly' $(ARGS)
+
+# Nothing is started, and rooms in which nearly everything is are not even looked at.
+STARTS := process or browser or app or reference or slow or benchmark or nightly or gpu
+STARTING := checkpoints clients deployment docker faults serve
+quick: $(VENV)/.dev  ## Run the tests that start nothing, in less than a minute. Options: ARGS="-k jobs".
+	$(BIN)/python -m pytest --numprocesses 2 -m 'not ($(STARTS))' tests $(STARTING:%=--ignore tests/%) $(ARGS)
+
+test-all: $(VENV)/.dev chromium redis systemd java  ## Run every test, with repetitions and tiny runs of the benchmarks.
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
@@ -54,7 +63,7 @@ test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## O
 fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
 	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
 test-lowest: $(LOWEST)/.installed  ## Run the tests of the models, the engine and the GPU benchmark on the lowest versions that are allowed.
-	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine tests/test_gpu_benchmark.py $(ARGS)
+	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine benchmarks/tests/test_gpu.py $(ARGS)
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 

@@ -22,7 +22,9 @@ SERVICE = ("INVOCATION_ID", "JOURNAL_STREAM", "LISTEN_FDS", "LISTEN_PID", "NOTIF
 HUB = ("HF_ENDPOINT", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 SDKS = ("OPENAI_API_KEY", "OPENAI_BASE_URL", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID")
 UNSET = (*TERMINAL, *TERMINAL_OF_RICH, *LANGUAGE, *PYTHON, *SERVICE, *HUB, *SDKS, *PROXIES, *map(str.upper, PROXIES))
-SET = {"HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8", "TERM": "xterm-256color"}
+# Several processes of the tests share the cores: threads that wait for one another take longer than one that does all.
+THREADS = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+SET = {"HF_HUB_OFFLINE": "1", "LC_ALL": "C.UTF-8", "TERM": "xterm-256color", **THREADS}
 
 
 def _prepare() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import signal
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -11,10 +12,10 @@ from pathlib import Path
 import httpx
 import hypothesis
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 
+from tests import kinds
 from tests.in_process import InProcess
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS
@@ -27,6 +28,17 @@ hypothesis.settings.load_profile("busy")
 # A run under nohup ignores SIGHUP, and so would every server that it starts.
 if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what starts a process, a browser, an application or a reference library."""
+    kinds.mark(items)
+
+
+def pytest_collection_finish() -> None:
+    """Spare every later garbage collection the millions of objects of modules and tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,7 +80,7 @@ async def serving(**flags: object) -> AsyncIterator[httpx.AsyncClient]:
     Forward passes are small unless a test says otherwise: warm-up runs the largest, which takes seconds at each start.
     """
     with tempfile.TemporaryDirectory() as state:
-        common = {"dtype": "float32", "device": "cpu", "max_batch_tokens": 512, "state_dir": state}
+        common = {"dtype": "float32", "device": "cpu", "max_batch_tokens": 128, "state_dir": state}
         app = create_app(load_settings({**common, **flags}))
         async with app.router.lifespan_context(app):
             await app.state.loading

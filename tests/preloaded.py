@@ -1,4 +1,4 @@
-"""`python -m vecmill` as a process of its own that need not import everything anew: forked from one that has.
+"""`python -m MODULE` as a process of its own that need not import everything anew: forked from one that has.
 
 Importing torch and transformers takes most of a server's start, and the tests start about a hundred. What runs is the
 same from there on: arguments, environment, files, session and signals are the process's own. A command that wants
@@ -8,6 +8,7 @@ another environment at the time of these imports gets an ordinary process.
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -16,37 +17,33 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+import threading
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any
-
-from benchmarks import servers
-from benchmarks.servers import Process, RunningServer
+from typing import IO, Any, NoReturn
 
 MODULES = ("vecmill.app", "vecmill.engine.engine", "vecmill.serve.process", "vecmill.telemetry.logs", "uvloop")
-VECMILL = [sys.executable, "-m", "vecmill"]
+PYTHON = [sys.executable, "-m"]
 # What libraries read while they are imported.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTHON", "LD_")
 LARGEST = 1_000_000  # bytes of a command and its environment
 
 
-def start(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str]) -> Process:
-    """Start a command in a session of its own; its errors go where its output goes."""
-    if list(command[:3]) == VECMILL and _at_import(env) == _at_import(os.environ):
-        return _parent().fork(list(command[3:]), stdout, env)
-    return servers.start_process(command, stdout=stdout, env=env)
+def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
+    """True for a module of vecmill's or the tests', where its environment asks for nothing else when it is imported."""
+    return (
+        list(command[:2]) == PYTHON
+        and command[2].partition(".")[0] in ("vecmill", "tests")
+        and _at_import(env) == _at_import(os.environ)
+    )
 
 
-@contextmanager
-def running(
-    command: Sequence[str], port: int, ready_path: str, environment: Mapping[str, str] | None = None
-) -> Iterator[RunningServer]:
-    """`benchmarks.servers.running`, started with `start`."""
-    with servers.running(command, port, ready_path, environment, start=start) as server:
-        yield server
+def fork(command: Sequence[str], stdout: IO[bytes], env: Mapping[str, str], cwd: Path) -> Forked:
+    """Start a command that `forks`, in a session of its own; its errors go where its output goes."""
+    return _parent().fork(command, stdout, env, cwd)
 
 
 def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
@@ -114,13 +111,13 @@ class _Parent:
             )
         atexit.register(self.close)
 
-    def fork(self, arguments: list[str], stdout: IO[bytes], env: Mapping[str, str]) -> Forked:
+    def fork(self, command: Sequence[str], stdout: IO[bytes], env: Mapping[str, str], cwd: Path) -> Forked:
         """A new process."""
         told, tells = socket.socketpair()
         with tells:
-            message = json.dumps({"arguments": arguments, "environment": dict(env), "folder": os.getcwd()}).encode()
-            socket.send_fds(self._control, [message], [stdout.fileno(), tells.fileno()])
-        return Forked([*VECMILL, *arguments], told)
+            message = {"arguments": list(command[2:]), "environment": dict(env), "folder": str(cwd)}
+            socket.send_fds(self._control, [json.dumps(message).encode()], [stdout.fileno(), tells.fileno()])
+        return Forked(command, told)
 
     def close(self) -> None:
         """End it, and with it whatever still runs."""
@@ -139,6 +136,9 @@ def main() -> None:
     import_module("vecmill.app")._set_thread_defaults()
     for module in MODULES:
         import_module(module)
+    # What is there now is never looked at again: a collection in a forked process would copy every page of it.
+    gc.collect()
+    gc.freeze()
     ends, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.signal(signal.SIGCHLD, _nothing)
@@ -201,8 +201,23 @@ def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socke
     os.environ.clear()
     os.environ.update(message["environment"])
     os.chdir(message["folder"])
-    sys.argv = ["vecmill", *message["arguments"]]
-    runpy.run_module("vecmill", run_name="__main__", alter_sys=True)
+    sys.argv = message["arguments"]
+    try:
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        if not isinstance(end.code, int | None):
+            raise
+        _leave(end.code or 0)
+    _leave(0)
+
+
+def _leave(status: int) -> NoReturn:
+    """End as Python ends, without taking apart all that was imported: every page of it would be copied for that."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

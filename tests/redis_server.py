@@ -9,10 +9,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import redis
-from benchmarks.servers import free_port
 from redis.backoff import ConstantBackoff
 from redis.exceptions import ConnectionError as NotYet
 from redis.retry import Retry
+
+from tests.servers import free_port
 
 
 @contextmanager

@@ -88,9 +88,9 @@ async def create(batches: BatchService, file_id: str, window: float = 3600.0) ->
 
 
 async def ended(batches: BatchService, batch_id: str) -> BatchRecord:
-    """The batch once it has ended. Asking takes a thread, so everything else gets its turn meanwhile."""
+    """The batch once it has ended."""
     while not (batch := await batches.get(batch_id)).ended:
-        pass
+        await asyncio.sleep(0.001)
     return batch
 
 
@@ -126,7 +126,7 @@ async def _run_until_killed(folder: Path, chunk_size: int) -> None:
     sys.stdout.write("running\n")
     sys.stdout.flush()
     while not all(batch.ended for batch in await batches.all()):
-        pass
+        await asyncio.sleep(0.001)
     await batches.close()
 
 

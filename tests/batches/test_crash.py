@@ -140,7 +140,7 @@ async def test_it_may_die_while_a_file_comes_in(tmp_path: Path, snapshots: Snaps
         await again.close()
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 async def test_it_may_be_killed_again_and_again(tmp_path: Path, seed: int) -> None:
     """Ten times, at random moments, the processes' starts among them; more often where work is slow to begin.
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from benchmarks.servers import free_port, running, vecmill_command
 
 from tests.clients.expected import expected
+from tests.servers import free_port, running, vecmill_command
 
 ENVIRONMENTS = Path(__file__).parent / "environments"
 INSTALLED = Path(__file__).parents[2] / ".clients"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from benchmarks.servers import free_port, running, vecmill_command
+
+from tests.servers import free_port, running, vecmill_command
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = Path(__file__).parent / "environments" / "schemathesis" / "schemathesis.toml"

@@ -33,10 +33,10 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
-from benchmarks.servers import RunningServer
 from numpy.typing import NDArray
 
 from tests.oracle import st_encode
+from tests.servers import RunningServer
 
 RECORDED = {
     file.stem: json.loads(file.read_text("utf-8")) for file in (Path(__file__).parent / "recorded").glob("*.json")

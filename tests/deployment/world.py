@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.servers import free_port
+from tests.servers import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 PROGRAMS = (

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from benchmarks.servers import RunningServer, free_port, running, vecmill_command
 
 import vecmill
 from tests.docker.parts import DEFAULTS, DOCKER, DOCKERFILES, OTHERS, ROOT, SETTINGS, dockerfile, output, run, tool
+from tests.servers import RunningServer, free_port, running, vecmill_command
 
 IGNORED = [
     line for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line and not line.startswith("#")

@@ -28,6 +28,8 @@ from vecmill.models.packing import pack
 from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_COMPILER = "aot_eager"  # dynamo and its graph, and torch's own kernels
 VOCAB = 200  # of the smallest tiny model, and fewer
 LONGEST = 90

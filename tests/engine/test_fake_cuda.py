@@ -35,6 +35,8 @@ from vecmill.models.packing import pack
 from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import FAMILIES
 
+pytestmark = pytest.mark.slow
+
 Family = tuple[Task, str]
 # Not the first: what is made on "cuda" without a number is on that one, and does not fit.
 CUDA = torch.device("cuda", 1)

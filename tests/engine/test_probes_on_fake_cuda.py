@@ -22,6 +22,8 @@ from vecmill.engine.probes.attention import attention
 from vecmill.engine.probes.build import claimed_memory, torch_build
 from vecmill.engine.probes.matmul import load, matmul_speed
 
+pytestmark = pytest.mark.slow
+
 GIGABYTE = 1 << 30
 SECOND = "cuda:1"
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.servers import RunningServer, free_port
 
 from tests.examples.command_line import run_example, start_example
 from tests.faults.service import Service, service, until
+from tests.servers import RunningServer, free_port
 from tests.tiny_checkpoints import tiny_bert
 
 EXAMPLE = "codebase_search.py"

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.servers import RunningServer, free_port
 from packaging.requirements import Requirement
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from tests.examples.command_line import EXAMPLES, run_example
 from tests.generation_server import generation_server
+from tests.servers import RunningServer, free_port
 
 LINES = [
     "The keys of the house lie under the mat.",

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx
-from benchmarks.servers import Process, free_port
 
-from tests.preloaded import start
+from tests.servers import Process, free_port, start
 
 T = TypeVar("T")
 

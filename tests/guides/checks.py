@@ -190,6 +190,8 @@ def _python(command: Command) -> Iterator[str]:
 def _module(module: str, arguments: Sequence[str]) -> Iterator[str]:
     # Whoever searches for pip the common way has setuptools take its distutils away, for every later test too.
     found = importlib.util.find_spec(module) if "." in module else PathFinder.find_spec(module)
+    if found is not None and found.submodule_search_locations:
+        found = importlib.util.find_spec(f"{module}.__main__")
     if found is None or found.origin is None:
         yield f"there is no module {module}"
         return

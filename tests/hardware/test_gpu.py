@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from queue import Queue
@@ -209,7 +210,7 @@ def test_a_slow_clock_is_reported_once_and_its_end_too(
     assert monitor.latest().clock.bad
     record(recording, GB10, utilization="2", sm_clock="208")  # at rest it tells nothing: the fault is not over
     while monitor.latest().clock.state is not Clock.IDLE:
-        pass
+        time.sleep(0.01)
     record(recording, GB10)
     assert reported.get(timeout=30).state is Clock.OK
     assert reported.empty()
@@ -222,7 +223,7 @@ def test_one_slow_look_is_no_verdict(recording: Path, monkeypatch: pytest.Monkey
     monitor = Monitor()
     monitor.start()
     while monitor.latest().gpu is None:
-        pass
+        time.sleep(0.01)
     assert monitor.latest().clock == ClockVerdict(Clock.UNKNOWN, "the load has just begun")
     monitor.close()
 
@@ -237,7 +238,7 @@ def test_a_driver_that_stops_answering_is_not_believed(
     assert (monitor.latest().memory, monitor.latest().stale) == (held, False)
     record(recording, GB10, hang="now")
     while not (look := monitor.latest()).stale:
-        pass
+        time.sleep(0.01)
     assert (look.gpu, look.clock.state) == (None, Clock.UNKNOWN)
     assert look.reason is not None
     assert "has not answered" in look.reason
@@ -245,7 +246,7 @@ def test_a_driver_that_stops_answering_is_not_believed(
     assert look.age_seconds > 0.05
     record(recording, GB10)
     while (look := monitor.latest()).stale:
-        pass
+        time.sleep(0.01)
     assert look.gpu is not None
 
 
@@ -263,11 +264,11 @@ def test_torch_has_a_gpu_that_nvml_does_not_know(monkeypatch: pytest.MonkeyPatch
     [memory] = held
     held.clear()
     while (look := monitor.latest()).memory is not None:
-        pass
+        time.sleep(0.01)
     assert (look.reason, look.stale) == ("the GPU cannot be looked at (IndexError)", False)
     held.append(memory)
     while monitor.latest().memory is None:
-        pass
+        time.sleep(0.01)
     monitor.close()
 
 
@@ -279,10 +280,10 @@ def test_a_machine_without_a_gpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
     monitor = Monitor()
     monitor.start()
     while (look := monitor.latest()).reason != "the NVIDIA driver is not loaded":
-        pass
+        time.sleep(0.01)
     assert (look.gpu, look.clock.state, look.memory) == (None, Clock.UNKNOWN, None)
     while monitor.latest().age_seconds < 0.05:
-        pass
+        time.sleep(0.01)
     assert not monitor.latest().stale  # there is nothing to look at, and so nothing that is old
     monitor.close()
     assert len(monitors()) == before

@@ -22,6 +22,8 @@ from vecmill.inference.pieces import MOST_SHOWN
 from vecmill.inference.tokenizer_pool import LONGEST_STRETCH, TokenizerPool
 from vecmill.models.tokenizer_files import read_file
 
+pytestmark = pytest.mark.slow
+
 MB = 1_000_000
 LIMIT = 24
 # One word, spaces, characters that are dropped, unknown ones, what is normalised to more, what is not.

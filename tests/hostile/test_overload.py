@@ -108,10 +108,10 @@ async def test_a_search_is_never_refused_for_bulk(full: Full, path: str, body: d
     ]
     async with asyncio.timeout(10):
         while not services.inference.admission.waiting:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         search = asyncio.create_task(client.post(path, json=body))
         while services.inference.admission.requests < LIMIT:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
     gate.open()
     assert (await search).status_code == 200
     await asyncio.gather(*more)
@@ -125,12 +125,12 @@ async def test_who_leaves_while_waiting_frees_the_place(full: Full) -> None:
     ]
     async with asyncio.timeout(10):
         while services.inference.admission.waiting < 5:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
         for task in leaving:
             task.cancel()
         await asyncio.gather(*leaving, return_exceptions=True)
         while services.inference.admission.waiting:
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
 
 async def test_a_neighbour_who_waits_comes_before_the_rest_of_a_flood(server: Full) -> None:
@@ -145,7 +145,7 @@ async def test_a_neighbour_who_waits_comes_before_the_rest_of_a_flood(server: Fu
         asked = asyncio.create_task(neighbour.post("/embed", json={"inputs": words(60), "priority": "bulk"}))
         async with asyncio.timeout(10):
             while services.inference.admission.waiting < 2 * LIMIT + 2:
-                await asyncio.sleep(0)
+                await asyncio.sleep(0.001)
         gate.open()
         assert (await asked).status_code == 200
         await asyncio.gather(*flood)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -13,11 +14,10 @@ import httpx
 import openai
 import orjson
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 from openai.types import Batch
 
 from tests.conftest import serving
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 
 EMBED, RERANK = "/v1/embeddings", "/v1/rerank"
 ENDED = ("failed", "completed", "expired", "cancelled")
@@ -41,7 +41,7 @@ def jsonl(bodies: list[Any], url: str = EMBED) -> bytes:
 
 def ended(client: openai.OpenAI, batch_id: str) -> Batch:
     while (batch := client.batches.retrieve(batch_id)).status not in ENDED:
-        pass
+        time.sleep(0.01)
     return batch
 
 

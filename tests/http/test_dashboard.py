@@ -11,12 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.http.conftest import Server
 from tests.models.loaded import GOLDEN
-from tests.preloaded import running
+from tests.servers import free_port, running, vecmill_command
 from vecmill.http import dashboard
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"

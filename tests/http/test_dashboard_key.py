@@ -6,11 +6,10 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from tests.http.test_dashboard import field, jobs_in, register
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 
 KEY = "a-long-enough-secret"
 UNKNOWN = "\N{EN DASH}"

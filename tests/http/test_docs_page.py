@@ -6,10 +6,9 @@ import re
 from collections.abc import Iterator
 
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 
 TAGS = [
     "OpenAI",
@@ -29,7 +28,7 @@ TAGS = [
     "Statistics",
 ]
 
-# With a body, one of several bodies, a parameter in the path, neither; tests/test_openapi.py runs them all.
+# With a body, one of several bodies, a parameter in the path, neither; tests/http/test_openapi.py runs them all.
 CALLS = [
     ("OpenAI", "POST", "/v1/embeddings"),
     ("OpenAI", "GET", "/v1/models/{model}"),

@@ -10,9 +10,9 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from benchmarks.servers import RunningServer
 from numpy.typing import NDArray
 
+from tests.servers import RunningServer
 from vecmill.http.encoding import STREAM_FROM_BYTES
 
 TEXTS = ["def add(a, b): return a + b", "Berlin has 3.5 million inhabitants.", "", "naïve café"]

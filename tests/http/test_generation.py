@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.responses import StreamingResponse as Streaming
@@ -32,6 +31,7 @@ from tests.generation_server import (
     listener,
     vecmill_before,
 )
+from tests.servers import free_port, vecmill_command
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
@@ -525,7 +525,7 @@ async def test_its_models_stand_after_ours(upstream: GenerationServer, tmp_path:
         async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
             async with asyncio.timeout(PATIENCE):
                 while (health := await client.get("/health")).status_code != 200:
-                    pass
+                    await asyncio.sleep(0.01)
             assert health.json()["generation"] == {"url": upstream.url, "ok": True, "message": "ok"}
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as sdk:
             models = (await sdk.models.list()).data

@@ -5,6 +5,7 @@ A driver that hangs holds up no answer: what is said of the GPU is of the last l
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -120,7 +121,7 @@ async def test_a_driver_that_hangs_holds_up_no_answer(
     await answered(client)
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
     while not (await gpu(client))[1]["stale"]:
-        pass
+        await asyncio.sleep(0.01)
     await answered(client)
     for route in ("/health", "/stats", "/capabilities"):
         said, found = await gpu(client, route)
@@ -135,7 +136,7 @@ async def test_a_driver_that_hangs_holds_up_no_answer(
 
     driver.answers.set()
     while (await gpu(client))[1]["stale"]:
-        pass
+        await asyncio.sleep(0.01)
     health, found = await gpu(client)
     assert (found["name"], health["warnings"]) == ("NVIDIA GB10", [])
 
@@ -146,11 +147,11 @@ async def test_nvml_that_hangs_holds_up_no_answer(
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
     hang(recording)
     while not (await gpu(client))[1]["stale"]:
-        pass
+        await asyncio.sleep(0.01)
     await answered(client)
     answer(recording)
     while (await gpu(client))[1]["stale"]:
-        pass
+        await asyncio.sleep(0.01)
 
 
 async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,11 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 from playwright.sync_api import Locator, Page, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.hardware.fake_nvml import GB10, environment
-from tests.preloaded import running
+from tests.servers import free_port, running, vecmill_command
 from vecmill.http.capabilities import READINGS
 
 SLOW = {"sm_clock 2190": "sm_clock 612", "temperature 71": "temperature 84"}
@@ -133,7 +133,7 @@ def test_the_dashboard_shows_the_gpu_and_warns(server: Spark, quiet_page: Page) 
 def test_a_driver_that_goes_away_leaves_no_numbers_behind(server: Spark) -> None:
     server.play({"uuid GPU-6e0b2f7c-0000-4000-8000-00000000gb10": "", "sm_clock 2190": "", "utilization 96": ""})
     while server.get("stats")["gpu"]["sm_clock_mhz"] is not None:
-        pass
+        time.sleep(0.01)
     assert "vecmill_gpu_sm_clock_hertz" not in gauges(server)
     assert server.get("health")["gpu"]["clock"]["state"] == "unknown"
     server.play({})

@@ -12,9 +12,8 @@ from typing import Any
 
 import httpx
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 
 PROMPT_SECONDS = 20.0  # far below SHUTDOWN_SECONDS, which a stream without an end would use up
 

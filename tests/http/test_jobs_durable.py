@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import sys
@@ -10,11 +11,10 @@ from time import monotonic
 
 import httpx
 import pytest
-from benchmarks.servers import free_port, vecmill_command
 
 from tests.conftest import serving
-from tests.preloaded import running
 from tests.redis_server import redis_server
+from tests.servers import free_port, running, vecmill_command
 
 REGISTRATION = {"project": "p", "total_chunks": 100, "instance_id": "codecart-1"}
 
@@ -47,7 +47,7 @@ async def test_without_redis_jobs_are_503_at_once_and_embedding_goes_on(tmp_path
     async with serving(redis_url=f"redis://127.0.0.1:{port}/0", cache_max_bytes=0) as client:
         with redis_server(tmp_path, port=port):
             while (registered := await client.post("/jobs", json=REGISTRATION)).status_code == 503:
-                pass
+                await asyncio.sleep(0.01)
             job_id = registered.json()["job_id"]
         began = monotonic()
         refused = await client.get(f"/jobs/{job_id}")
@@ -62,7 +62,7 @@ async def test_without_redis_jobs_are_503_at_once_and_embedding_goes_on(tmp_path
         assert (await client.get("/health")).status_code == 200
         with redis_server(tmp_path, port=port):
             while (answer := await client.get(f"/jobs/{job_id}")).status_code == 503:
-                pass
+                await asyncio.sleep(0.01)
             assert answer.json()["status"] == "active"
 
 

@@ -54,7 +54,7 @@ async def test_the_port_answers_while_the_model_loads(folder: Path, gate: thread
     async with app.router.lifespan_context(app), http(app) as client:
         async with asyncio.timeout(30):
             while (health := await client.get("/health")).json()["percent"] < 42:
-                pass
+                await asyncio.sleep(0.01)
         assert health.status_code == 503
         assert (health.json()["status"], health.json()["message"]) == ("loading", "loading something large")
         assert (await client.get("/ready")).status_code == 503
@@ -138,7 +138,7 @@ async def test_a_device_that_answers_nothing_is_seen(folder: Path, monkeypatch: 
         running = asyncio.create_task(client.post("/embed", json={"inputs": "x"}))
         async with asyncio.timeout(30):
             while (health := await client.get("/health")).status_code == 200:
-                pass
+                await asyncio.sleep(0.01)
         assert (health.status_code, health.json()["status"]) == (503, "hung")
         assert "answered nothing" in health.json()["message"]
         assert (await client.get("/ready")).status_code == 503

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import openai
 import pytest
-from benchmarks.servers import RunningServer
 
 from tests.oracle import st_encode
+from tests.servers import RunningServer
 
 TEXTS = ["def add(a, b):\n    return a + b", "Berlin has 3.5 million inhabitants.", ""]
 

@@ -23,6 +23,8 @@ from vecmill.models.source import Source
 from vecmill.models.text_format import text_format
 from vecmill.models.tokenizer_files import read_file
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 LIMIT = 8192
 MISTRAL_VOCAB, QWEN3_VOCAB, QWEN3_4B_VOCAB = 32000, 151669, 151665

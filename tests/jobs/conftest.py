@@ -32,7 +32,7 @@ def hand() -> Hand:
     return Hand()
 
 
-@pytest.fixture(params=["memory", "sqlite", "redis"])
+@pytest.fixture(params=["memory", "sqlite", pytest.param("redis", marks=pytest.mark.process)])
 async def jobs(request: pytest.FixtureRequest, hand: Hand, tmp_path: Path) -> AsyncIterator[JobQueue]:
     """One place, a lease of 100 s."""
     store: JobStore

@@ -175,6 +175,7 @@ async def test_the_estimated_wait_is_no_more_than_what_anybody_waits(hand: Hand)
     assert (await jobs.get(waiting["id"]))["estimated_wait"] == 240.0
 
 
+@pytest.mark.slow
 async def test_the_history_is_bounded_and_can_be_cleared(jobs: JobQueue) -> None:
     first = last = ""
     for index in range(ENDED_KEPT + 5):

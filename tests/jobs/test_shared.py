@@ -11,10 +11,10 @@ from time import monotonic
 
 import pytest
 import redis as redis_client
-from benchmarks.servers import free_port
 
 from tests.jobs.queues import SETTINGS, Hand, ids, later, on_redis, opened
 from tests.redis_server import redis_server
+from tests.servers import free_port
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
 from vecmill.jobs.job import JobStatus

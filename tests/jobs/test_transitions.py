@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from tests.jobs.queues import Hand, in_memory
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobConflict
-from vecmill.jobs.job import TRANSITIONS, Job, JobEvent, JobStatus, View, after
+from vecmill.jobs.job import Job, JobEvent, JobStatus, View, after
 from vecmill.jobs.queue import JobQueue
 
 T = TypeVar("T")
@@ -22,19 +22,34 @@ T = TypeVar("T")
 MAX_ACTIVE, MAX_WAIT, LEASE = 2, 50, 80
 
 
+# What clients may rely on, in the words of the wire; everything else is a conflict.
+ALLOWED = {
+    ("queued", "activate"): "active",
+    ("queued", "progress"): "queued",
+    ("queued", "complete"): "completed",
+    ("queued", "fail"): "failed",
+    ("queued", "cancel"): "failed",
+    ("queued", "abandon"): "failed",
+    ("active", "progress"): "active",
+    ("active", "complete"): "completed",
+    ("active", "fail"): "failed",
+    ("active", "cancel"): "failed",
+    ("active", "abandon"): "failed",
+}
+
+
 @pytest.mark.parametrize("status", JobStatus)
 @pytest.mark.parametrize("event", JobEvent)
-def test_what_the_table_does_not_have_is_a_conflict_that_says_the_state(status: JobStatus, event: JobEvent) -> None:
-    if event in TRANSITIONS[status]:
-        assert after("x", status, event) in JobStatus
+def test_each_state_leads_where_it_may_and_all_else_is_a_conflict(status: JobStatus, event: JobEvent) -> None:
+    if (status, event) in ALLOWED:
+        assert after("x", status, event).value == ALLOWED[status, event]
     else:
         with pytest.raises(JobConflict, match=f"Job x is {status.value}.*`{event.value}`"):
             after("x", status, event)
 
 
-def test_an_end_is_an_end() -> None:
-    assert all(not TRANSITIONS[status] for status in JobStatus if status.ended)
-    assert all(TRANSITIONS[status] for status in JobStatus if not status.ended)
+def test_only_a_job_that_has_not_ended_can_change() -> None:
+    assert {status.value for status in JobStatus if not status.ended} == {status for status, _ in ALLOWED}
 
 
 class Clients(RuleBasedStateMachine):
@@ -79,8 +94,8 @@ class Clients(RuleBasedStateMachine):
         call = calls.pop(event)
         for other in calls.values():
             other.close()
-        if event in TRANSITIONS[status]:
-            assert self.call(call)["status"] == TRANSITIONS[status][event].value
+        if (status, event) in ALLOWED:
+            assert self.call(call)["status"] == ALLOWED[status, event]
         else:
             with pytest.raises(JobConflict, match=status.value):
                 self.call(call)
@@ -139,6 +154,7 @@ class Clients(RuleBasedStateMachine):
         self.runner.close()
 
 
+@pytest.mark.slow
 def test_any_clients_at_all() -> None:
     run_state_machine_as_test(
         Clients, settings=hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)

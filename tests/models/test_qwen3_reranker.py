@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Sequence
 from itertools import starmap
 from typing import Any
 
 import numpy as np
 import pytest
-from benchmarks.model_workloads import with_shared_prefix
 
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN, ids, load_model, run
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import Row, Task
+from vecmill.core.types import Prefix, Row, Task, TokenIds
 from vecmill.inference.pairs import InstructTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3_PROMPT, answer_tokens
@@ -34,6 +34,15 @@ EVERY = [pytest.param(name, case, id=f"{HEADS[name]}-{i}") for name in HEADS for
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, Any]:
     return {name: load_model(GOLDEN / "qwen3" / name, Task.RERANK) for name in HEADS}
+
+
+def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
+    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
+    longest = min(map(len, rows)) - 1
+    same = np.all([row[:longest] == rows[0][:longest] for row in rows], axis=0)
+    common = longest if same.all() else int(same.argmin())
+    prefix = Prefix(rows[0][:common])
+    return [Row(row[common:], prefix=prefix) for row in rows]
 
 
 def probabilities(model: Any, rows: list[Row]) -> Any:
@@ -73,7 +82,9 @@ async def test_ids_equal_the_card(loaded: dict[str, Any], name: str, case: dict[
 async def test_over_http_scores_equal_the_card(name: str) -> None:
     for length in (512, 106):
         folder = str(GOLDEN / "qwen3" / name)
-        async with serving(rerank_model=folder, max_model_len=length, allow_control_tokens=True) as client:
+        async with serving(
+            rerank_model=folder, max_model_len=length, max_batch_tokens=512, allow_control_tokens=True
+        ) as client:
             for case in (case for case in cases(name) if case["max_length"] == length):
                 body = {key: case[key] for key in ("query", "documents", "instruction")}
                 answer = (await client.post("/v1/rerank", json=body)).json()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -11,7 +12,8 @@ import pytest
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, NonFiniteEmbedding, ShuttingDown
 from vecmill.core.protocols import BatchResult, Runner
 from vecmill.core.types import Lane, Prefix, Row
-from vecmill.scheduler.policy import Budget
+from vecmill.scheduler.lines import MOST_CLIENTS, Lines, Sharing
+from vecmill.scheduler.policy import Budget, Client, Cut
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.scheduler.sequence import SequenceResult
 
@@ -339,12 +341,34 @@ async def test_a_batch_that_had_to_be_halved_lowers_the_budget(caplog: pytest.Lo
     await scheduler.close()
 
 
-async def test_clients_come_and_go_by_the_thousand() -> None:
+async def test_clients_come_and_go_and_only_so_many_are_remembered() -> None:
+    def remembered() -> int:
+        gc.collect()
+        return sum(isinstance(each, Sharing) for each in gc.get_objects())
+
+    before = remembered()
     scheduler = scheduler_of(SumRunner())
-    for client in range(3000):
+    for client in range(MOST_CLIENTS + 500):
         await sums(scheduler.submit("m", [ids(client)], client=str(client)))
-    assert scheduler.stats.sequences == 3000
+    assert remembered() - before == MOST_CLIENTS
     await scheduler.close()
+
+
+async def test_the_client_that_was_away_longest_is_forgotten_first() -> None:
+    lines = Lines()
+
+    def come_and_go(name: str) -> Client:
+        client = lines.join("m", Lane.BULK, name, 0.0).client
+        lines.leave(Cut("m", Lane.BULK), 0.0)  # nothing of it waits any more
+        return client
+
+    first, second = come_and_go("first"), come_and_go("second")
+    for number in range(MOST_CLIENTS - 2):
+        come_and_go(str(number))
+    assert come_and_go("first") is first
+    come_and_go("one more")
+    assert come_and_go("first") is first
+    assert come_and_go("second") is not second
 
 
 async def order_of(runner: GatedRunner, *futures: asyncio.Future[SequenceResult]) -> list[float]:

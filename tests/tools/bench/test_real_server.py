@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.servers import RunningServer
 
+from tests.servers import RunningServer
 from tests.tools.bench.command_line import bench, bench_json
 
 SMALL = ("--longest", 200, "--batch", 4)

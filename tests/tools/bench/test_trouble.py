@@ -10,8 +10,8 @@ from typing import Any
 
 import orjson
 import pytest
-from benchmarks.servers import free_port
 
+from tests.servers import free_port
 from tests.tools.bench.command_line import bench, bench_json
 from tests.tools.bench.scripted_server import Reply, scripted, vectors
 

@@ -9,10 +9,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from benchmarks.servers import free_port
 
 from tests.faults.service import Service, service, small_disk
 from tests.redis_server import redis_server
+from tests.servers import free_port
 from tests.tiny_checkpoints import tiny_bert
 from tests.tools.doctor.command_line import check, checks, doctor_process
 from vecmill import __version__

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from benchmarks.servers import free_port
 
+from tests.servers import free_port
 from tests.tools.doctor.command_line import COMMAND, check, doctor, doctor_process
 from vecmill import __version__
 from vecmill.tools.doctor.run import CHECKS

@@ -19,9 +19,8 @@ import orjson
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from benchmarks.servers import RunningServer, free_port, vecmill_command
 
-from tests.preloaded import running
+from tests.servers import RunningServer, free_port, running, vecmill_command
 from tests.tiny_checkpoints import tiny_bert
 from tests.tools.embed.command_line import embed, embedded, write_jsonl
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from benchmarks.servers import free_port
 
+from tests.servers import free_port
 from tests.tools.embed.batch_server import MODEL, BatchServer, Line, Reply, answer, failure, unanswered, vector
 from tests.tools.embed.command_line import embed, embedded, write_jsonl
 

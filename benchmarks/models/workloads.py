@@ -1,0 +1,118 @@
+"""What the models are given, how it is run, and how much work it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from benchmarks.models.builds import matmul_parameters
+from benchmarks.models.shapes import Shape
+from torch import Tensor
+
+from vecmill.core.types import Prefix, Row, TokenIds
+from vecmill.models.packing import pack
+from vecmill.models.registry import Model
+
+CAUSAL = {"qwen3", "qwen3-reranker"}
+SEED = 26
+BEFORE_DOCUMENT = 39 + 22 + 20  # Qwen3-Reranker's prompt, the instruction and what is around it, a query
+AFTER_DOCUMENT = 9
+
+
+def run_model(model: Model, packs: Sequence[Sequence[Row]], device: torch.device) -> Tensor:
+    """(N, width) on the CPU in the rows' order: what the server's engine does for each batch."""
+    parts = []
+    for rows in packs:
+        packed = pack(rows, device)
+        answers = model.forward(packed, use_flash_attn=True).cpu()
+        restored = torch.empty_like(answers)
+        restored[torch.tensor(packed.order)] = answers
+        parts.append(restored)
+    return torch.cat(parts)
+
+
+def operations(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]]) -> float:
+    """Floating-point operations of the packs' forward passes: linear layers and attention."""
+    parameters = matmul_parameters(model.modules)
+    head_width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
+    per_pair: int = 4 * shape["num_hidden_layers"] * shape["num_attention_heads"] * head_width
+    return sum(
+        2.0 * parameters * computed_tokens(rows) + per_pair * attended(rows, causal=kind in CAUSAL) for rows in packs
+    )
+
+
+MEDIAN_TOKENS, LOG_DEVIATION = 95, 0.792  # of functions and classes: a mean of 130 tokens, some much longer
+SHORTEST, LONGEST = 8, 512
+
+
+def reranker_rows(documents: int, document_tokens: int, vocab_size: int) -> list[TokenIds]:
+    """The tokens of one query's pairs; they differ from the document's first token on."""
+    random = np.random.default_rng(SEED)
+    before, after = (random.integers(vocab_size, size=size) for size in (BEFORE_DOCUMENT, AFTER_DOCUMENT))
+    firsts = random.permutation(vocab_size)[:documents]
+    return [
+        np.concatenate((before, [first], random.integers(vocab_size, size=document_tokens - 1), after)).astype(np.int32)
+        for first in firsts
+    ]
+
+
+def ragged_rows(texts: int, vocab_size: int, longest: int = LONGEST) -> list[TokenIds]:
+    """Random tokens in the lengths of code, cut at `longest`."""
+    random = np.random.default_rng(SEED)
+    lengths = np.exp(random.normal(np.log(MEDIAN_TOKENS), LOG_DEVIATION, size=texts)).clip(SHORTEST, longest)
+    return [random.integers(vocab_size, size=int(length)).astype(np.int32) for length in lengths]
+
+
+def first_tokens(rows: Sequence[TokenIds], tokens: int) -> list[Row]:
+    """As many of the rows as hold exactly so many tokens; the last one is cut."""
+    found: list[Row] = []
+    for row in rows:
+        if not tokens:
+            break
+        found.append(Row(row[:tokens]))
+        tokens -= len(found[-1])
+    return found
+
+
+def equal_rows(tokens: int, longest: int, vocab_size: int) -> list[TokenIds]:
+    """Random tokens, cut into rows of `longest`."""
+    ids = np.random.default_rng(SEED).integers(vocab_size, size=tokens).astype(np.int32)
+    return [ids[start : start + longest] for start in range(0, tokens, longest)]
+
+
+def batches(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
+    """The rows in their order, as many in each batch as there is room for."""
+    found: list[list[Row]] = [[]]
+    for row in rows:
+        if found[-1] and sum(map(len, found[-1])) + len(row) > tokens:
+            found.append([])
+        found[-1].append(row)
+    return found
+
+
+def computed_tokens(rows: Sequence[Row]) -> int:
+    """Tokens that one forward pass computes; a prefix counts once."""
+    return sum(len(row.token_ids) for row in rows) + sum(len(prefix) for prefix in _prefixes(rows))
+
+
+def attended(rows: Sequence[Row], *, causal: bool) -> int:
+    """Pairs of a token and one that it looks at."""
+    if not causal:
+        return sum(len(row) ** 2 for row in rows)
+    spans = [(len(row), len(row.prefix) if row.prefix else 0) for row in rows]
+    spans += [(len(prefix), 0) for prefix in _prefixes(rows)]
+    return sum((whole * (whole + 1) - before * (before + 1)) // 2 for whole, before in spans)
+
+
+def _prefixes(rows: Sequence[Row]) -> set[Prefix]:
+    return {row.prefix for row in rows if row.prefix is not None}
+
+
+def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
+    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
+    longest = min(map(len, rows)) - 1
+    same = np.all([row[:longest] == rows[0][:longest] for row in rows], axis=0)
+    common = longest if same.all() else int(same.argmin())
+    prefix = Prefix(rows[0][:common])
+    return [Row(row[common:], prefix=prefix) for row in rows]

@@ -1,0 +1,301 @@
+"""The time that a request spends outside the model: HTTP, tokenization, queue, encoding.
+
+A client sends one request at a time to POST /v1/embeddings: 1, 64 and 2,048 short texts, vectors of the bundled MiniLM
+(384 dimensions) and of a random BERT with 4,096, as floats and as base64, with and without gzip. Outside the model is
+what the client waited less the answer's `x-inference-time`. During the largest requests a second connection asks GET
+/ready every few milliseconds: the longest of these waits is how long the event loop was held, plus what the cores
+were taken by the model.
+
+    python -m benchmarks.serving.overhead
+    python -m benchmarks.serving.overhead --rounds 3 --wide 1024
+
+Ends with status 0 though a target is missed: that is only told.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+from benchmarks.lib.figures import in_turns, judged, print_disturbance, rounded, shown, spread
+from benchmarks.lib.host import describe_host, watched
+from benchmarks.lib.minilm import bundled_model
+from benchmarks.lib.results import progress, publish
+from benchmarks.lib.servers import free_port, running, vecmill_command
+from benchmarks.lib.timed_http import Connection, Timed, polled
+from benchmarks.serving.wide_model import HEAD_DIMENSIONS, write_wide_model
+from rich.console import Console
+from rich.table import Table
+
+PATH = "/v1/embeddings"
+ENCODINGS = ("float", "base64")
+FLOAT32_IN_BASE64 = 4 / 3 * 4  # characters
+QUIET_SECONDS = 1.0
+PARTS = {"x-inference-time": "inference", "x-queue-time": "queue", "x-tokenization-time": "tokenization"}
+MOST_OUTSIDE_MS = 5.0
+# The layers are not what is measured here: warm-up need not try to compile them.
+SERVE = ("--rerank-model", "none", "--torch-compile", "false")
+CASES_PER_SIZE = 8  # two models, two encodings, with and without gzip
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of request."""
+
+    model: str
+    dimensions: int
+    texts: int
+    encoding: str
+    gzip: bool
+    """Whether the client takes compressed answers."""
+
+    def __str__(self) -> str:
+        return f"{self.texts} x {self.dimensions} {self.encoding}{' gzip' if self.gzip else ''}"
+
+    def body(self) -> bytes:
+        """Short texts, all different: equal ones are computed once."""
+        texts = [f"text {number}" for number in range(self.texts)]
+        return json.dumps({"model": self.model, "input": texts, "encoding_format": self.encoding}).encode()
+
+    def headers(self) -> dict[str, str]:
+        """Of the request."""
+        return {
+            "Content-Type": "application/json",
+            "Accept-Encoding": "gzip" if self.gzip else "identity",
+        }
+
+
+@dataclass
+class Measured:
+    """Of one case, each round's median in milliseconds, by what the time was spent on."""
+
+    parts: dict[str, list[float]] = field(default_factory=dict)
+    answer_bytes: int = 0
+    others_p99: list[float] = field(default_factory=list)
+    others_longest: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How often."""
+
+    rounds: int
+    repeats: int
+    """Of each case in each round."""
+    large_repeats: int
+    """The same for the largest number of texts."""
+    sizes: Sequence[int]
+    """Texts per request."""
+
+
+@dataclass
+class Found:
+    """By case, and what others waited while nothing else was asked."""
+
+    cases: dict[Case, Measured] = field(default_factory=dict)
+    quiet_p99: list[float] = field(default_factory=list)
+    quiet_longest: list[float] = field(default_factory=list)
+
+
+def cases(models: dict[int, str], sizes: Sequence[int]) -> list[Case]:
+    """All there are; `models` by the dimensions of their vectors."""
+    return [
+        Case(models[dimensions], dimensions, texts, encoding, gzip)
+        for dimensions, texts, encoding, gzip in product(sorted(models), sizes, ENCODINGS, (False, True))
+    ]
+
+
+def measure_rounds(url: str, models: dict[int, str], plan: Plan, advance: Callable[[int], None]) -> Found:
+    """Every case in each round, the order turned round from one to the next; `advance` is told of each."""
+    found = Found({case: Measured() for case in cases(models, plan.sizes)})
+    connection = Connection(url)
+    for case, measured in found.cases.items():
+        measured.answer_bytes = _checked(case, connection.send("POST", PATH, case.body(), case.headers()))
+    for _ in range(plan.rounds):
+        with polled(url) as polls:
+            time.sleep(QUIET_SECONDS)
+        _add_waits(polls.milliseconds, found.quiet_p99, found.quiet_longest)
+    for case in in_turns(list(found.cases), plan.rounds):
+        _round(url, connection, case, found.cases[case], plan, watched=case.texts == max(plan.sizes))
+        advance(1)
+    connection.close()
+    return found
+
+
+def _checked(case: Case, answer: Timed) -> int:
+    """The size of the answer, which must hold what was asked for."""
+    rows = orjson.loads(answer.body())["data"]
+    expected = case.dimensions if case.encoding == "float" else round(case.dimensions * FLOAT32_IN_BASE64)
+    if len(rows) != case.texts or abs(len(rows[0]["embedding"]) - expected) > 3:
+        raise RuntimeError(f"{case}: the answer has {len(rows)} vectors of {len(rows[0]['embedding'])}")
+    return len(answer.content)
+
+
+def _round(url: str, connection: Connection, case: Case, measured: Measured, plan: Plan, *, watched: bool) -> None:
+    body, headers = case.body(), case.headers()
+    found: list[dict[str, float]] = []
+    waits: list[float] = []
+    for _ in range(plan.large_repeats if watched else plan.repeats):
+        if watched:
+            with polled(url) as polls:
+                found.append(_parts(connection.send("POST", PATH, body, headers)))
+            waits += polls.milliseconds
+        else:
+            found.append(_parts(connection.send("POST", PATH, body, headers)))
+    for name in found[0]:
+        measured.parts.setdefault(name, []).append(statistics.median(one[name] for one in found))
+    if watched:
+        _add_waits(waits, measured.others_p99, measured.others_longest)
+
+
+def _parts(answer: Timed) -> dict[str, float]:
+    """Milliseconds by what they were spent on; `rest` is HTTP, encoding, and the client's own reading."""
+    parts = {name: float(answer.headers[header]) for header, name in PARTS.items()}
+    outside = answer.milliseconds - parts["inference"]
+    rest = outside - parts["queue"] - parts["tokenization"]
+    return {"whole": answer.milliseconds, "outside": outside, "rest": rest, **parts}
+
+
+def _add_waits(milliseconds: Sequence[float], p99: list[float], longest: list[float]) -> None:
+    if milliseconds:
+        p99.append(float(np.percentile(milliseconds, 99)))
+        longest.append(max(milliseconds))
+
+
+def described(case: Case) -> dict[str, Any]:
+    """What JSON says of a case."""
+    return {
+        "texts": case.texts,
+        "dimensions": case.dimensions,
+        "encoding": case.encoding,
+        "gzip": case.gzip,
+    }
+
+
+TARGET_TEXTS, TARGET_DIMENSIONS = 64, 384
+
+
+def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[Found, float]:
+    """Both models on one server, so that they are measured in turns; also the cores that other programs used."""
+    with TemporaryDirectory() as folder:
+        model = write_wide_model(Path(folder, f"wide-{wide}"), wide, bundled_model())
+        port = free_port()
+        command = vecmill_command(port, "--embed-model", f"{bundled_model()},{model}", *SERVE, *serve)
+        with (
+            running(command, port, "/ready") as server,
+            watched() as contention,
+            progress("requests of each kind", plan.rounds * len(plan.sizes) * CASES_PER_SIZE) as advance,
+        ):
+            listed = httpx.get(f"{server.url}/v1/models", timeout=10.0).json()["data"]
+            models = {int(one["dimensions"]): str(one["id"]) for one in listed}
+            found = measure_rounds(server.url, models, plan, advance)
+        return found, contention.other_cores
+
+
+def summarise(found: Found) -> dict[str, Any]:
+    """What JSON gets."""
+    sides = {str(case): _case(case, measured) for case, measured in found.cases.items()}
+    ratios = {
+        str(case): spread([with_gzip / without for with_gzip, without in _pairs(found, case)])
+        for case in found.cases
+        if case.gzip
+    }
+    quiet = {"p99": spread(found.quiet_p99), "longest": spread(found.quiet_longest)}
+    return {"cases": sides, "gzip_over_identity": ratios, "others_waited_quiet_ms": quiet}
+
+
+def _pairs(found: Found, case: Case) -> list[tuple[float, float]]:
+    plain = Case(case.model, case.dimensions, case.texts, case.encoding, gzip=False)
+    return list(zip(found.cases[case].parts["outside"], found.cases[plain].parts["outside"], strict=True))
+
+
+def _case(case: Case, measured: Measured) -> dict[str, Any]:
+    milliseconds = {name: spread(values) for name, values in measured.parts.items()}
+    if (case.texts, case.dimensions, case.encoding) == (TARGET_TEXTS, TARGET_DIMENSIONS, "base64"):
+        milliseconds["outside"] = judged(milliseconds["outside"], MOST_OUTSIDE_MS)
+    result = {**described(case), "answer_bytes": measured.answer_bytes, "ms": milliseconds}
+    if measured.others_longest:
+        result["others_waited_ms"] = {"p99": spread(measured.others_p99), "longest": spread(measured.others_longest)}
+    return result
+
+
+def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
+    """The result for people."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
+    table = Table(title="Outside the model, ms: median over rounds (min to max)", title_justify="left")
+    table.add_column("texts x dimensions", no_wrap=True)
+    for heading in ("outside", "queue", "tokenization", "rest", "model", "answer MB"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("gzip / identity", justify="right")
+    table.add_column("others waited: p99, longest", justify="right")
+    for name, case in found["cases"].items():
+        times, waited = case["ms"], case.get("others_waited_ms")
+        table.add_row(
+            name,
+            shown({key: times["outside"][key] for key in ("median", "min", "max")}),
+            *(rounded(times[part]["median"]) for part in ("queue", "tokenization", "rest", "inference")),
+            f"{case['answer_bytes'] / 1e6:.3g}",
+            shown(found["gzip_over_identity"][name]) if case["gzip"] else "",
+            f"{rounded(waited['p99']['median'])}, {rounded(waited['longest']['max'])}" if waited else "",
+        )
+    console.print(table)
+    for name, case in found["cases"].items():
+        if "target" in case["ms"]["outside"]:
+            console.print(f"outside the model, {name}: {shown(case['ms']['outside'], ' ms')}", soft_wrap=True)
+    waits = {name: case["others_waited_ms"] for name, case in found["cases"].items() if "others_waited_ms" in case}
+    worst = max(waits, key=lambda name: waits[name]["longest"]["max"])
+    quiet = found["others_waited_quiet_ms"]
+    console.print(
+        f"longest that others waited: {rounded(waits[worst]['longest']['max'])} ms (p99 "
+        f"{rounded(waits[worst]['p99']['median'])}), during {worst}; with nothing else to do: "
+        f"{rounded(quiet['longest']['max'])} ms (p99 {rounded(quiet['p99']['median'])})",
+        soft_wrap=True,
+    )
+    print_disturbance(console, other_cores)
+
+
+def sizes(value: str) -> list[int]:
+    """Of a list with commas."""
+    return [int(number) for number in value.split(",")]
+
+
+def main() -> int:
+    """Measure, print, store; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=sizes, default=[1, 64, 2048], help="per request (default: 1,64,2048)")
+    parser.add_argument("--wide", type=int, default=4096, help="dimensions of the wide model (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=20, help="of each case in a round (default: %(default)s)")
+    parser.add_argument(
+        "--large-repeats", type=int, default=2, help="of those with the most texts (default: %(default)s)"
+    )
+    parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
+    parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options for `vecmill serve`")
+    options = parser.parse_args()
+    if options.wide % HEAD_DIMENSIONS or options.wide == TARGET_DIMENSIONS:
+        parser.error(f"--wide must be a multiple of {HEAD_DIMENSIONS} and not {TARGET_DIMENSIONS}")
+    plan = Plan(options.rounds, options.repeats, options.large_repeats, options.texts)
+    measured, other_cores = measure(options.wide, options.serve, plan)
+    found = summarise(measured)
+    print_summary(found, other_cores)
+    settings = {key: getattr(options, key) for key in ("texts", "wide", "rounds", "repeats", "large_repeats", "serve")}
+    publish(
+        "overhead",
+        {"host": describe_host(), "settings": settings, **found, "other_cores": round(other_cores, 3)},
+        store=not options.no_store,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

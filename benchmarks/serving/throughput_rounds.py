@@ -1,0 +1,171 @@
+"""Each side's passes over the same texts, in turns; a side that fails is left out from then on, with its reason."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import numpy as np
+import numpy.typing as npt
+from benchmarks.lib.figures import ALLOWED_OTHER_CORES
+from benchmarks.lib.host import watched
+from benchmarks.lib.load import embed_all
+from benchmarks.lib.minilm import BATCH, encode, load_model
+from benchmarks.lib.results import progress
+from benchmarks.lib.servers import RunningServer
+from benchmarks.serving.environments import Unavailable
+from benchmarks.serving.peers import PEERS, Peer, Wanted
+
+CHECKED_TEXTS = 100  # whose vectors must be the same from all sides
+PACKED = "packed loop"
+IN_PROCESS = "sentence-transformers"
+KNOWN_KEYS = ("version", "dtype", "dtype_reason", "device", "options")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One side's way through all texts."""
+
+    seconds: float
+    sample: npt.NDArray[np.float32]  # (CHECKED_TEXTS, dimensions)
+    about: Mapping[str, Any]
+    other_cores: float = 0.0
+    """That programs outside the benchmark used meanwhile."""
+
+
+@dataclass
+class Plan:
+    """What is sent, how, and how long it may take."""
+
+    texts: Sequence[str]
+    warm_up: int
+    connections: int
+    batch: int
+    rounds: int
+    retries: int
+    """Passes that may still be repeated because other programs were busy."""
+    minutes: float
+    repeated: int = 0
+
+
+@dataclass
+class Found:
+    """The passes of each side, in its rounds' order, and why others have none or too few."""
+
+    passes: dict[str, list[Pass]] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+Side = Callable[[str], Pass]
+"""One pass; gets the label of its progress bar."""
+
+
+def measure_rounds(names: Sequence[str], wanted: Wanted, plan: Plan) -> Found:
+    """Servers and in-process sides in turns, the order turned round from one round to the next."""
+    found = Found()
+    sides = {name: side for name in names if (side := _server_side(name, wanted, plan, found)) is not None}
+    sides[PACKED] = partial(_packed, wanted.model_folder, plan, found)
+    sides[IN_PROCESS] = partial(_in_process, load_model(wanted.model_folder), plan)
+    started = time.monotonic()
+    for number in range(plan.rounds):
+        for name in list(sides) if number % 2 == 0 else list(reversed(sides)):
+            _measure(name, sides[name], f"round {number + 1}/{plan.rounds}, {name}", found)
+            if name in found.failed:
+                del sides[name]
+        so_far = (time.monotonic() - started) / 60
+        if number + 1 < plan.rounds and so_far * (number + 2) / (number + 1) > plan.minutes:
+            print(f"{number + 1} rounds took {so_far:.1f} minutes; another would pass --minutes.", file=sys.stderr)
+            break
+    return found
+
+
+def _server_side(name: str, wanted: Wanted, plan: Plan, found: Found) -> Side | None:
+    try:
+        return partial(_served, PEERS[name](wanted), plan)
+    except Unavailable as error:
+        found.failed[name] = str(error)
+        print(f"{name}: {error}", file=sys.stderr)
+        return None
+
+
+def _measure(name: str, side: Side, label: str, found: Found) -> None:
+    try:
+        found.passes.setdefault(name, []).append(side(label))
+    except (RuntimeError, OSError, httpx.HTTPError, subprocess.SubprocessError) as error:
+        found.failed[name] = f"{type(error).__name__}: {error}"
+        print(f"{name}: {error}", file=sys.stderr)
+
+
+def _served(peer: Peer, plan: Plan, label: str) -> Pass:
+    send = partial(embed_all, connections=plan.connections, batch=plan.batch, dialect=peer.dialect)
+    with peer.started() as server:
+        send(server.url, plan.texts[: plan.warm_up])
+        about = peer.about or _health(server)
+
+        def once() -> Pass:
+            with progress(label, len(plan.texts)) as advance:
+                answered = send(server.url, plan.texts, advance=advance)
+            return Pass(answered.seconds, answered.vectors[:CHECKED_TEXTS], about)
+
+        return _undisturbed(once, plan)
+
+
+def _health(server: RunningServer) -> dict[str, Any]:
+    health = httpx.get(f"{server.url}/health", timeout=10.0).json()
+    known = {key: health[key] for key in KNOWN_KEYS if key in health}
+    return {**known, "dtype": str(known.get("dtype")).removeprefix("torch.")}
+
+
+def _undisturbed(once: Callable[[], Pass], plan: Plan) -> Pass:
+    """A pass during which no other program was busy, or the last one where no repetition is left."""
+    while True:
+        with watched() as contention:
+            one = once()
+        if contention.other_cores <= ALLOWED_OTHER_CORES or plan.repeated >= plan.retries:
+            return Pass(one.seconds, one.sample, one.about, contention.other_cores)
+        plan.repeated += 1
+
+
+def _in_process(model: Any, plan: Plan, label: str) -> Pass:
+    """All texts in one call, which sorts them by length."""
+
+    def once() -> Pass:
+        with progress(label, len(plan.texts)) as advance:
+            encode(model.encode, plan.texts[:BATCH], BATCH, lambda _: None)
+            started = time.perf_counter()
+            vectors = encode(model.encode, plan.texts, len(plan.texts), advance)
+            seconds = time.perf_counter() - started
+        return Pass(seconds, vectors[:CHECKED_TEXTS], {"dtype": "float32", "device": str(model.device)})
+
+    return _undisturbed(once, plan)
+
+
+def _packed(model_folder: Path, plan: Plan, found: Found, label: str) -> Pass:
+    """In the dtype that vecmill chose, so that HTTP and scheduler are all that is between the two."""
+    served = found.passes.get("vecmill")
+    dtype = str(served[-1].about["dtype"]) if served else "bfloat16"
+
+    def once() -> Pass:
+        with TemporaryDirectory() as folder, progress(label, len(plan.texts)) as advance:
+            file = Path(folder, "vectors.npy")
+            options = ("--model", model_folder, "--dtype", dtype, "--warm-up", str(plan.warm_up), "--vectors", file)
+            done = subprocess.run(
+                [sys.executable, "-m", "benchmarks.serving.packed_loop", *options],
+                input=json.dumps(plan.texts),
+                capture_output=True,
+                text=True,
+            )
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
+            advance(len(plan.texts))
+            answer = json.loads(done.stdout)
+            return Pass(answer["seconds"], np.load(file)[:CHECKED_TEXTS], {"dtype": dtype, **answer})
+
+    return _undisturbed(once, plan)

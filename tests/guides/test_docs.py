@@ -1,0 +1,44 @@
+"""The front door, the help and the list of dependencies say the same as the code.
+
+What is written from the code whole (settings, calls) is compared in tests/http/test_openapi.py.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+from typer.testing import CliRunner
+
+from vecmill.__main__ import cli
+from vecmill.config.settings import GROUPS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+DEPENDENCIES = (ROOT / "docs" / "dependencies.md").read_text("utf-8")
+LARGEST_README = 9_000  # bytes: a page that is read before the first start
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.encode()) <= LARGEST_README
+
+
+def test_every_setting_is_a_flag_in_the_help() -> None:
+    result = CliRunner().invoke(cli, ["serve", "--help"], env={"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    for group in GROUPS:
+        assert group.title in result.output
+        for name in group.model_fields:
+            assert f"--{name.replace('_', '-')}" in result.output
+            assert name.upper() in result.output
+
+
+def test_every_dependency_is_listed_with_its_reason() -> None:
+    project = PYPROJECT["project"]
+    lists = [*project["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values()]
+    wanted = [*project["dependencies"], *(one for several in lists for one in several if isinstance(one, str))]
+    for requirement in [*wanted, *PYPROJECT["build-system"]["requires"]]:
+        name = re.split(r"[\[<>=;]", requirement)[0].strip()
+        assert name == "vecmill" or re.search(rf"^\| `{re.escape(name)}` \| \S", DEPENDENCIES, re.M), name

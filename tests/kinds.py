@@ -1,0 +1,83 @@
+"""Marks each test by what it starts, which its code tells: a process, a browser, an application, a reference library.
+
+A test starts what its own code, its fixtures' or that of helpers under `tests` names, directly or through one another.
+So no test has to be marked by hand, and `make quick` leaves out what takes long to start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
+
+import pytest
+
+BY_MODULE: Mapping[str, str] = {
+    "subprocess": "process",
+    "multiprocessing": "process",
+    "playwright": "browser",
+    "sentence_transformers": "reference",
+}
+BY_FUNCTION: Mapping[str, str] = {
+    "vecmill.app.create_app": "app",
+    "vecmill.engine.engine.Engine": "app",
+    "vecmill.tools.pull.run_pull": "process",
+    "vecmill.tools.verify.run_verify": "app",
+    "tests.oracle._nomic": "reference",
+}
+
+
+def mark(items: Iterable[pytest.Item]) -> None:
+    """Add the markers `process`, `browser`, `app` and `reference`."""
+    for item in items:
+        if isinstance(item, pytest.Function):
+            for kind in sorted(_kinds(item)):
+                item.add_marker(kind)
+
+
+def _kinds(item: pytest.Function) -> set[str]:
+    fixtures = item._fixtureinfo.name2fixturedefs
+    # The last definition of a name is the nearest to the test.
+    functions = [item.function, *(each.func for name in item.fixturenames for each in fixtures.get(name, ())[-1:])]
+    kinds: set[str] = set().union(*(_reached(function) for function in functions))
+    return kinds | {"process"} if "browser" in kinds else kinds
+
+
+@cache
+def _reached(start: Any) -> frozenset[str]:
+    """The kinds of all that a function's code leads to."""
+    kinds, seen, ahead = set[str](), set[int](), [start]
+    while ahead:
+        thing = ahead.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if kind := _kind(thing):
+            kinds.add(kind)
+        ahead += _named(thing)
+    return frozenset(kinds)
+
+
+def _kind(thing: Any) -> str | None:
+    module = thing.__name__ if isinstance(thing, ModuleType) else getattr(thing, "__module__", None) or ""
+    name = f"{module}.{getattr(thing, '__name__', '')}"
+    return BY_FUNCTION.get(name) or BY_MODULE.get(module.partition(".")[0])
+
+
+def _named(thing: Any) -> Iterator[Any]:
+    """What the code of a function or class of the tests names."""
+    if isinstance(thing, type) and thing.__module__.startswith("tests."):
+        yield from vars(thing).values()
+    while hasattr(thing, "__wrapped__"):  # a context manager's function
+        thing = thing.__wrapped__
+    thing = getattr(thing, "__func__", thing)
+    if isinstance(thing, FunctionType) and thing.__module__.startswith("tests"):
+        yield from (thing.__globals__[name] for name in _names(thing.__code__) if name in thing.__globals__)
+
+
+def _names(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _names(constant)
