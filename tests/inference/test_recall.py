@@ -10,8 +10,8 @@ import pytest
 
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.core.types import Row, Truncation
-from vecmill.inference.recall import Known, Recall, Recalled, TextMemory
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.cache_lookup import Known, Recall, Recalled, TextMemory
+from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.storage.sqlite_vectors import SqliteVectors
 
 TEXTS = ["one", "two"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from vecmill.storage.atomic_files import sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import sync_folder, write_atomically
 
 HOLDER = """
 import sys

@@ -10,10 +10,10 @@ from vecmill.config import InferenceSettings
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import ModelCard, Task, TokenVocabulary
-from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairTokenizer
-from vecmill.inference.served import ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.models import ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.pair_tokenizer import CrossEncoderTokenizer, InstructTokenizer, PairTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.token_ids import cl100k
-from vecmill.inference.tokenization import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.chat_template import UnfitTemplateError
 from vecmill.models.checkpoint import Checkpoint

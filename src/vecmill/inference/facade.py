@@ -33,17 +33,17 @@ from vecmill.core.types import (
 )
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission, Permit
+from vecmill.inference.cache_lookup import Recall, Recalled, SentBefore, TextMemory
 from vecmill.inference.cost import entries, estimate, result_bytes
 from vecmill.inference.finish import check_dimensions, finish
 from vecmill.inference.lane import expected_lane
+from vecmill.inference.models import Aliases, ServedEmbedder, ServedModels, ServedReranker
 from vecmill.inference.pieces import check_size, pieces, texts_of
 from vecmill.inference.prompts import asks_for_query, choose_prompt
-from vecmill.inference.recall import Recall, Recalled, SentBefore, TextMemory
-from vecmill.inference.running import Asked, Ran, run_rows, within
+from vecmill.inference.schedule import Asked, Ran, run_rows, within
 from vecmill.inference.scoring import cost, names_apart, score_result, tokenize_apart, tokenize_pairs, tokenize_texts
-from vecmill.inference.served import Aliases, ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.inference.token_ids import texts_of_ids
-from vecmill.inference.tokenization import Tokenized
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler, SchedulerStats
 from vecmill.telemetry.telemetry import Telemetry

@@ -7,8 +7,8 @@ from typing import Any
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import DetokenizeRequest, Piece, TokenizeRequest
+from vecmill.inference.models import ServedEmbedder, ServedReranker
 from vecmill.inference.prompts import missing_prompt
-from vecmill.inference.served import ServedEmbedder, ServedReranker
 from vecmill.inference.token_ids import check_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
 

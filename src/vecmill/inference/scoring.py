@@ -10,14 +10,14 @@ from itertools import groupby
 import numpy as np
 
 from vecmill.core.types import PromptChoice, ScoreRequest, ScoreResult, Truncation
+from vecmill.inference.cache_lookup import Recall, Recalled
 from vecmill.inference.cost import PAIR_TOKENS, entries, estimate, result_bytes
 from vecmill.inference.finish import logit_to_relevance, similarities, similarity_to_relevance
-from vecmill.inference.pairs import PairLimits, PairTokenizer
+from vecmill.inference.models import ServedEmbedder, ServedReranker
+from vecmill.inference.pair_tokenizer import PairLimits, PairTokenizer
 from vecmill.inference.prompts import choose_prompt
-from vecmill.inference.recall import Recall, Recalled
-from vecmill.inference.running import Ran
-from vecmill.inference.served import ServedEmbedder, ServedReranker
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.schedule import Ran
+from vecmill.inference.text_tokenizer import Tokenized
 
 
 def cost(model: ServedEmbedder | ServedReranker, request: ScoreRequest) -> tuple[int, int]:

@@ -12,9 +12,9 @@ from vecmill.doctor.checks.disk import existing
 from vecmill.doctor.context import Context
 from vecmill.doctor.installing import install
 from vecmill.doctor.report import Finding, fail, ok, together
-from vecmill.storage.atomic_files import sync_folder, write_atomically
 from vecmill.storage.errors import StoreFailed
 from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import sync_folder, write_atomically
 
 ELSEWHERE = "Set STATE_DIR to a folder that this user may write."
 

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 from vecmill.core.errors import ModelNotFound
 from vecmill.core.types import ModelCard
-from vecmill.inference.pairs import PairTokenizer
-from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.pair_tokenizer import PairTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.models.aliases import aliases_of, with_aliases
 
 Aliases = Sequence[tuple[str, str]]

@@ -11,11 +11,11 @@ from time import monotonic, perf_counter
 
 from vecmill.core.errors import DeadlineExceeded, InputTooLong, InvalidInput
 from vecmill.core.types import Caller, Lane, ModelCard, Timings, Vector
+from vecmill.inference.cache_lookup import Recalled
 from vecmill.inference.gather import all_or_first_error
 from vecmill.inference.lane import choose_lane
-from vecmill.inference.recall import Recalled
-from vecmill.inference.served import ServedEmbedder, ServedReranker
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.models import ServedEmbedder, ServedReranker
+from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.scheduler.scheduler import Scheduler
 
 LONGEST_TIMEOUT = 86_400.0  # seconds; what asyncio's clocks take without overflow, and nobody waits longer

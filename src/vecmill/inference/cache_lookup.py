@@ -10,7 +10,7 @@ from hashlib import blake2b
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.cache.key import KEY_BYTES, row_key
 from vecmill.core.types import Truncation, Vector
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.text_tokenizer import Tokenized
 
 # Tokenizing takes ten times as long as looking up a vector. Some 300 bytes each.
 TEXTS_REMEMBERED = 100_000

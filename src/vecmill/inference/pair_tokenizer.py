@@ -12,7 +12,7 @@ import numpy as np
 from vecmill.core.errors import InputTooLong, InvalidInput, StartupError
 from vecmill.core.types import Prefix, Row, Side, TokenIds
 from vecmill.inference.pair_layout import PairLayout, lay_out
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.rerank_prompt import PairPrompt
 
