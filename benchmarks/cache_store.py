@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from vecmill.cache.key import KEY_BYTES
+from vecmill.cache.embedding_cache import KEY_BYTES
 from vecmill.cache.vector_format import decode_values, encode_vectors
 from vecmill.storage.sqlite_vectors import SqliteVectors
 

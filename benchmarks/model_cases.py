@@ -31,7 +31,7 @@ from benchmarks.model_workloads import (
 from torch import Tensor
 
 from vecmill.core.types import Row
-from vecmill.engine.dtype import choose_dtype
+from vecmill.engine.device import choose_dtype
 from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from vecmill.models.packing import PackedBatch, pack
 from vecmill.models.registry import Model

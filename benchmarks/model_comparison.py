@@ -11,7 +11,7 @@ from benchmarks.model_rounds import LIMITS, Machine, Side, alternate, report, si
 from benchmarks.progress import progress
 from torch import Tensor
 
-from vecmill.engine.dtype import dtype_name
+from vecmill.engine.device import dtype_name
 
 # How far two answers may be apart, as a part of their norm. Through random weights rounding makes up to a third of it;
 # a position or a mask that is wrong makes several times more.

@@ -13,8 +13,8 @@ from benchmarks.rounds import in_turns, judged
 
 from vecmill.core.types import Lane, Row
 from vecmill.scheduler.lines import Lines
+from vecmill.scheduler.lines import Sequence as Waiting
 from vecmill.scheduler.policy import Budget, Rules, cut
-from vecmill.scheduler.sequence import Sequence as Waiting
 
 MODEL = "model"
 BUDGETS = {MODEL: Budget(max_batch_tokens=2048, max_batch_size=64, free_tokens=256)}

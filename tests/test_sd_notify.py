@@ -19,8 +19,7 @@ from benchmarks.servers import free_port
 from tests.test_device_failure import SCRIPT
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.health import Phase
-from vecmill.serve.notifier import Notifier
-from vecmill.serve.systemd import Status
+from vecmill.serve.systemd import Notifier, Status
 
 BEAT_SECONDS = 0.25
 

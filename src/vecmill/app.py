@@ -20,8 +20,7 @@ from vecmill.config import Settings
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
-from vecmill.gauges import watch, watch_budgets
-from vecmill.hardware.clocks import ClockVerdict
+from vecmill.hardware.gpu import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
@@ -48,13 +47,12 @@ from vecmill.http.dialects import (
 from vecmill.http.dialects.batch_endpoints import batch_endpoints
 from vecmill.http.dialects.openai_files import UPLOAD
 from vecmill.http.generation import Generation
-from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.in_progress import Draining, InProgress
 from vecmill.http.keys import Keys
+from vecmill.http.middleware import AcceptedGZip, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
-from vecmill.http.request_id import RequestId
-from vecmill.http.request_line import RequestLine
 from vecmill.http.services import Services
+from vecmill.http.stats import watch, watch_budgets
 from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
 from vecmill.scheduler.policy import Budget, Rules

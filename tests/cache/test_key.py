@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vecmill.cache.key import KEY_BYTES, model_fingerprint, row_key
+from vecmill.cache.embedding_cache import KEY_BYTES, model_fingerprint, row_key
 from vecmill.core.types import ModelCard, Row, Task
 
 CARD = ModelCard(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vecmill.engine.progress import Progress
+from vecmill.engine.engine import Progress
 
 
 class Clock:

@@ -13,11 +13,17 @@ import pytest
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10, H100
 from vecmill.hardware import monitor as monitor_module
-from vecmill.hardware.clocks import Clock, ClockVerdict, clock_verdict
-from vecmill.hardware.gpu import GpuProcess, GpuReading, nvidia_gpu_present
-from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
-from vecmill.hardware.meminfo import meminfo, memory_pressure, unified_available
-from vecmill.hardware.memory import DeviceMemory
+from vecmill.hardware.gpu import (
+    Clock,
+    ClockVerdict,
+    GpuMemory,
+    GpuProcess,
+    GpuReading,
+    clock_verdict,
+    gpu_memory,
+    nvidia_gpu_present,
+)
+from vecmill.hardware.memory import DeviceMemory, meminfo, memory_pressure, unified_available
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 

@@ -11,8 +11,7 @@ import pytest
 from vecmill.core.errors import MemoryLow
 from vecmill.hardware import memory as memory_module
 from vecmill.hardware import monitor as monitor_module
-from vecmill.hardware.clocks import Clock, ClockVerdict
-from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.gpu import Clock, ClockVerdict, GpuReading
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor
 from vecmill.hardware.nvml import NvmlUnavailable
@@ -109,7 +108,7 @@ def test_a_limit_that_is_set_later_counts(groups: Path, monkeypatch: pytest.Monk
     guard = MemoryGuard(0.1, 1.0)
     guard.check(needed=0)
     group(groups / SERVICE, 39 * 2**30, 39 * 2**30)
-    monkeypatch.setattr("vecmill.hardware.control_group.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("vecmill.hardware.memory.LOOK_SECONDS", 0.0)
     monkeypatch.setattr("vecmill.hardware.memory.READ_EVERY", -1.0)
     with pytest.raises(MemoryLow, match=r"0\.0 GB are free"):
         guard.check(needed=0)

@@ -16,7 +16,7 @@ from vecmill.jobs.owned import OwnedJobs
 from vecmill.jobs.queue import JobQueue
 from vecmill.jobs.shared import SharedJobs
 from vecmill.jobs.store import JobStore
-from vecmill.storage.redis_jobs import RedisJobs
+from vecmill.storage.redis import RedisJobs
 from vecmill.storage.sqlite_jobs import SqliteJobs
 
 SETTINGS = JobSettings(jobs_max_active=1, job_lease_seconds=100, jobs_max_wait_seconds=1_000_000)

@@ -11,9 +11,9 @@ import pytest
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, NonFiniteEmbedding, ShuttingDown
 from vecmill.core.protocols import BatchResult, Runner
 from vecmill.core.types import Lane, Prefix, Row
+from vecmill.scheduler.lines import SequenceResult
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler
-from vecmill.scheduler.sequence import SequenceResult
 
 BUDGET = Budget(max_batch_tokens=16, max_batch_size=4)
 ONE_BY_ONE = Budget(max_batch_tokens=1, max_batch_size=1)

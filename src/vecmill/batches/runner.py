@@ -12,7 +12,7 @@ from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.record import BatchRecord, Status
 from vecmill.batches.run import BatchRun, Surroundings, Suspended
 from vecmill.batches.threads import in_thread
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import FileLock
 
 logger = logging.getLogger(__name__)
 

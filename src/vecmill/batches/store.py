@@ -15,8 +15,7 @@ from pydantic import ValidationError
 from vecmill.batches.record import BatchRecord, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.file_lock import FileLock
-from vecmill.storage.files import delete_unfinished, sync_folder, write_atomically
+from vecmill.storage.files import FileLock, delete_unfinished, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 

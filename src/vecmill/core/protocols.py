@@ -1,4 +1,6 @@
-"""What a room needs of the room below it, as narrow as it can be."""
+"""What a room needs of the room below it, where an import contract keeps it from naming the class itself.
+
+`Runner`: the scheduler may not import the engine, which knows torch. `VectorStore`: SQLite's and Redis' stores."""
 
 from __future__ import annotations
 
@@ -130,3 +132,7 @@ class VectorStore(Protocol):
     def close(self) -> None:
         """Let go of it. Raises nothing."""
         ...
+
+
+class StoreFailed(Exception):
+    """It cannot be used now; nothing has changed. The message is for the log."""

@@ -13,9 +13,8 @@ from vecmill.doctor.probing import ProbeFailed, Prober
 from vecmill.doctor.running import RunningServer, server_at
 from vecmill.doctor.timely import within
 from vecmill.engine.probes.results import TorchBuild
-from vecmill.hardware.gpu import GpuReading, nvidia_gpu_present
-from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
-from vecmill.hardware.meminfo import meminfo
+from vecmill.hardware.gpu import GpuMemory, GpuReading, gpu_memory, nvidia_gpu_present
+from vecmill.hardware.memory import meminfo
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 from vecmill.models import hub
 

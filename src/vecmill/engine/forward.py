@@ -14,8 +14,8 @@ from torch import Tensor
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
 from vecmill.core.types import Lane, Row, Vector
 from vecmill.engine.cuda_graphs import lane_of
+from vecmill.engine.device import unless_out_of_memory
 from vecmill.engine.loaded import Device, LoadedModel
-from vecmill.engine.out_of_memory import unless_out_of_memory
 from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from vecmill.hardware.clocks import Clock, ClockVerdict, clock_verdict
-from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.gpu import Clock, ClockVerdict, GpuReading, clock_verdict
 from vecmill.hardware.memory import DeviceMemory
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 

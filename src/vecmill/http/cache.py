@@ -9,9 +9,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from vecmill.core.errors import NotAllowed, StateUnavailable
+from vecmill.core.protocols import StoreFailed
 from vecmill.http.caller import ViewerOf
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
-from vecmill.storage.errors import StoreFailed
 
 logger = logging.getLogger(__name__)
 

@@ -6,9 +6,8 @@ import os
 from dataclasses import asdict
 from typing import Any
 
-from vecmill.hardware.gpu import GpuReading
-from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
-from vecmill.hardware.meminfo import meminfo
+from vecmill.hardware.gpu import GpuMemory, GpuReading, gpu_memory
+from vecmill.hardware.memory import meminfo
 from vecmill.hardware.monitor import Look
 from vecmill.http.services import Services
 

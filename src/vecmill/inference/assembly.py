@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 
-from vecmill.cache.key import model_fingerprint
+from vecmill.cache.embedding_cache import model_fingerprint
 from vecmill.config import InferenceSettings
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads

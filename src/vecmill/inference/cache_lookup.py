@@ -7,8 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 
-from vecmill.cache.embedding_cache import EmbeddingCache
-from vecmill.cache.key import KEY_BYTES, row_key
+from vecmill.cache.embedding_cache import KEY_BYTES, EmbeddingCache, row_key
 from vecmill.core.types import Truncation, Vector
 from vecmill.inference.text_tokenizer import Tokenized
 

@@ -8,8 +8,7 @@ from functools import partial
 from time import perf_counter
 from typing import cast
 
-from vecmill.cache.embedding_cache import EmbeddingCache
-from vecmill.cache.key import fingerprint_of
+from vecmill.cache.embedding_cache import EmbeddingCache, fingerprint_of
 from vecmill.config import InferenceSettings
 from vecmill.core.errors import EmptyInput, ModelLoading, TooManyInputs
 from vecmill.core.health import Health

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
-from vecmill.scheduler.sequence import SequenceResult
+from vecmill.scheduler.lines import SequenceResult
 
 
 async def all_or_first_error(

@@ -12,7 +12,7 @@ from vecmill.app import Server
 from vecmill.config import AccessSettings, Settings
 from vecmill.config.key_file import KeyEntry, readable_by_others
 from vecmill.core.errors import StartupError, VecmillError
-from vecmill.serve.notifier import Notifier
+from vecmill.serve.systemd import Notifier
 
 logger = logging.getLogger(__name__)
 

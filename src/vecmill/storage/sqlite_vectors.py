@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vecmill.core.protocols import StoreSize
-from vecmill.storage.errors import StoreFailed
+from vecmill.core.protocols import StoreFailed, StoreSize
 from vecmill.storage.sqlite import connect, is_broken, open_database, set_aside, transaction
 
 logger = logging.getLogger(__name__)

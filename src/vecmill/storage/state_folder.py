@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from vecmill.core.errors import StartupObstacle
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import FileLock
 
 logger = logging.getLogger(__name__)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
-from vecmill.telemetry.optional_gauge import OptionalGauge
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -137,3 +137,31 @@ class Metrics:
         """The registry in Prometheus text format; without `work` not what says how much had to be computed."""
         whole = generate_latest(self.registry)
         return whole if work else b"".join(line for line in whole.splitlines(keepends=True) if not OF_WORK.match(line))
+
+
+Values = Mapping[str, float | None]
+
+
+class OptionalGauge(Collector):
+    """One sample for each value of `label` that `read` knows; without a label, for the value under the empty string."""
+
+    def __init__(self, name: str, documentation: str, label: str | None = None, *, registry: CollectorRegistry) -> None:
+        self._name, self._documentation, self._label = name, documentation, label
+        self._read: Callable[[], Values] = dict
+        registry.register(self)
+
+    def set_function(self, read: Callable[[], Values]) -> None:
+        """Ask `read` whenever the metrics are."""
+        self._read = read
+
+    def describe(self) -> Iterator[GaugeMetricFamily]:
+        """The gauge without values."""
+        yield GaugeMetricFamily(self._name, self._documentation, labels=[self._label] if self._label else [])
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        """The gauge with what is known now."""
+        for family in self.describe():
+            for value_of_label, value in self._read().items():
+                if value is not None:
+                    family.add_metric([value_of_label] if self._label else [], value)
+            yield family

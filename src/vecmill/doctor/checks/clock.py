@@ -8,8 +8,7 @@ from vecmill.doctor.context import Context, reading
 from vecmill.doctor.report import Finding, fail, ok, warn
 from vecmill.doctor.timely import within
 from vecmill.engine.probes.results import Load
-from vecmill.hardware.clocks import LOADED_PERCENT, clock_verdict
-from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.gpu import LOADED_PERCENT, GpuReading, clock_verdict
 
 SECONDS = 30.0
 LOOK_SECONDS = 5.0

@@ -10,8 +10,7 @@ from vecmill.doctor.context import Context
 from vecmill.doctor.probing import ProbeFailed
 from vecmill.doctor.report import Finding, fail, ok, together, warn
 from vecmill.engine.probes.results import ClaimedMemory
-from vecmill.hardware.meminfo import meminfo
-from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory, memory_floor
+from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory, meminfo, memory_floor
 
 HUB_SECONDS = 2.0  # a server that is to start waits for this
 PROBE_SECONDS = 30.0

@@ -8,13 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from vecmill.core.protocols import StoreFailed
 from vecmill.doctor.checks.disk import existing
 from vecmill.doctor.context import Context
 from vecmill.doctor.installing import install
 from vecmill.doctor.report import Finding, fail, ok, together
-from vecmill.storage.errors import StoreFailed
-from vecmill.storage.file_lock import FileLock
-from vecmill.storage.files import sync_folder, write_atomically
+from vecmill.storage.files import FileLock, sync_folder, write_atomically
 
 ELSEWHERE = "Set STATE_DIR to a folder that this user may write."
 
@@ -75,7 +74,7 @@ def _redis(url: str) -> Finding:
     parts = urlsplit(url)
     where = f"REDIS_URL ({parts.hostname or parts.path})"  # never the password
     try:
-        ping = import_module("vecmill.storage.redis_ping").ping
+        ping = import_module("vecmill.storage.redis").ping
     except ModuleNotFoundError:
         return fail(f"{where} needs the extra `redis`", install("vecmill[redis]"))
     try:

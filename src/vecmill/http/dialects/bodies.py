@@ -14,8 +14,7 @@ from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, 
 from vecmill.http.caller import Priority, with_priority
 from vecmill.http.dialects.prompt_fields import PromptFields
 from vecmill.http.dialects.truncation_fields import TruncationFields
-from vecmill.http.embedding_formats import FLOAT, EmbeddingFormat
-from vecmill.http.encoding import json_response, result_headers, vectors_response
+from vecmill.http.encoding import FLOAT, EmbeddingFormat, json_response, result_headers, vectors_response
 from vecmill.http.error_shapes import ErrorShape
 from vecmill.http.services import services_of
 

@@ -18,7 +18,7 @@ from vecmill.http.bounds import Counted, InputList
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Count, Dimensions, NotServedHere, warnings
-from vecmill.http.embedding_formats import EmbeddingFormat
+from vecmill.http.encoding import EmbeddingFormat
 from vecmill.http.route import InferenceRoute
 
 router = APIRouter(tags=["Cohere"], route_class=InferenceRoute)

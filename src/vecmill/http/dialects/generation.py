@@ -25,7 +25,7 @@ from vecmill.http.error_shapes import MOST_BYTES, OPENAI, bounded_body
 from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.generation import Generation
 from vecmill.http.in_progress import check_new_work
-from vecmill.http.request_id import ACCEPTABLE
+from vecmill.http.middleware import ACCEPTABLE
 from vecmill.http.services import Services, ServicesOf, services_of
 from vecmill.refusals import message_of
 

@@ -17,7 +17,7 @@ from vecmill.core.types import Caller, EmbedRequest, EmbedResult
 from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, NotServedHere, usage
-from vecmill.http.embedding_formats import EmbeddingFormat
+from vecmill.http.encoding import EmbeddingFormat
 from vecmill.http.route import InferenceRoute
 
 router = APIRouter(tags=["OpenAI"], route_class=InferenceRoute)
