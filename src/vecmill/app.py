@@ -52,7 +52,7 @@ from vecmill.http.keys import Keys
 from vecmill.http.middleware import AcceptedGZip, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
-from vecmill.http.stats import watch, watch_budgets
+from vecmill.http.stats import watch_budgets, watch_gauges
 from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
 from vecmill.scheduler.policy import Budget, Rules
@@ -149,7 +149,7 @@ class Server:
             keys=self.keys,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
-        watch(self.services)
+        watch_gauges(self.services)
 
     async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
@@ -195,7 +195,7 @@ class Server:
         self._engine = engine
         engine.start()
         loaded = await _result(engine.loaded)
-        served = ((model.key, model.card, model.checkpoint, model.tokenizer) for model in loaded.models.values())
+        served = ((model.card, model.checkpoint, model.tokenizer) for model in loaded.models.values())
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
         budgets = {
             key: Budget(one.max_batch_tokens, one.max_batch_size, one.free_tokens) for key, one in loaded.warmed.items()

@@ -443,7 +443,7 @@ async def test_an_equal_text_waits_for_nobody_elses_turn() -> None:
 
 async def test_texts_apart_are_not_taken_for_equal() -> None:
     scheduler = scheduler_of(SumRunner())
-    await sums([*scheduler.submit("m", [ids(1)], apart="one"), *scheduler.submit("m", [ids(1)], apart="other")])
+    await sums([*scheduler.submit("m", [ids(1)], partition="one"), *scheduler.submit("m", [ids(1)], partition="other")])
     assert scheduler.stats.joined == 0
     await scheduler.close()
 

@@ -241,13 +241,13 @@ def model_fingerprint(card: ModelCard) -> bytes:
     return blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
 
-def fingerprint_of(fingerprint: bytes, owner: str) -> bytes:
-    """A model's fingerprint among the vectors that one API key has for itself."""
+def owner_fingerprint(fingerprint: bytes, owner: str) -> bytes:
+    """A model's fingerprint for the vectors of one API key, where keys do not share theirs."""
     return blake2b(owner.encode(), digest_size=len(fingerprint), key=fingerprint).digest()
 
 
-def row_key(fingerprint: bytes, row: Row) -> bytes:
-    """Of one input: the token ids that the model runs, and which of them it leaves out of the mean."""
+def vector_key(fingerprint: bytes, row: Row) -> bytes:
+    """What the vector of one input is kept under: the token ids that run, and which of them the pooling leaves out."""
     digest = blake2b(row.token_ids.tobytes(), digest_size=KEY_BYTES, key=fingerprint)
     digest.update(b"%d,%d" % (row.unpooled, -1 if row.second_text is None else row.second_text))
     return digest.digest()

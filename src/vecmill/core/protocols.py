@@ -25,7 +25,7 @@ class BatchResult:
 
 
 class Runner(Protocol):
-    """Whatever runs one batch on the device."""
+    """What runs one batch on the device: the engine, which the scheduler may not import (it knows torch)."""
 
     async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
         """Run one forward pass; interactive ones overtake bulk that has not begun.
@@ -66,38 +66,6 @@ class JobChanges:
     """This is all there is: delete everything else first."""
 
 
-class JobDatabase(Protocol):
-    """A store of jobs that this server has for itself. Every call may raise JobsUnavailable."""
-
-    async def load(self) -> StoredJobs:
-        """All that is stored."""
-        ...
-
-    async def save(self, changes: JobChanges) -> bool:
-        """Write; False: the database had to be begun anew, nothing is in it."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of it. Raises nothing."""
-        ...
-
-
-class SharedJobRecords(Protocol):
-    """A store of jobs that several servers have together. Every call may raise JobsUnavailable."""
-
-    async def read(self, after: int) -> StoredJobs:
-        """All at one moment; of the ended jobs those with a number above `after`."""
-        ...
-
-    async def commit(self, seen: bytes | None, changes: JobChanges) -> bool:
-        """Write if `meta` is still what was `seen`; whether it was."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of it. Raises nothing."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class StoreSize:
     """How much a store holds."""
@@ -107,8 +75,12 @@ class StoreSize:
     """On disk, or in Redis."""
 
 
+class StoreFailed(Exception):
+    """A store cannot be used now; nothing has changed. The message is for the log."""
+
+
 class VectorStore(Protocol):
-    """Bytes by key of 16 bytes. Every call blocks, may come from any thread, and may raise `storage`'s StoreFailed."""
+    """Bytes by key of 16 bytes. Every call blocks, may come from any thread, and may raise StoreFailed."""
 
     def get(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
         """Those of the keys that are there."""
@@ -130,9 +102,5 @@ class VectorStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of it. Raises nothing."""
+        """Close. Never raises."""
         ...
-
-
-class StoreFailed(Exception):
-    """It cannot be used now; nothing has changed. The message is for the log."""

@@ -46,9 +46,9 @@ def may_launch(lane: Lane, launched: Mapping[Lane, int]) -> bool:
 
 
 class Inbox:
-    """What the device's thread does next: probes, then interactive batches, then bulk, each as soon as it may be.
+    """What the device's thread does next: probes, then interactive batches, then bulk.
 
-    Belongs to no thread.
+    Safe to use from any thread.
     """
 
     def __init__(self) -> None:
@@ -175,12 +175,12 @@ class Engine:
 
     @property
     def hung(self) -> str | None:
-        """What the device has been at for far too long; None while it gets on."""
+        """A sentence if the device has answered nothing for far too long; None otherwise."""
         return self._progress.hung()
 
     @property
     def alive(self) -> bool:
-        """Whether the device's thread has not ended, be it that it loads."""
+        """True while the engine thread runs, loading included."""
         return self._thread.is_alive()
 
     def memory(self) -> DeviceMemory | None:
@@ -195,6 +195,8 @@ class Engine:
 
     async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
         """Run one forward pass; interactive ones overtake bulk that has not begun.
+
+        To be called once `loaded` has resolved: earlier it would block the event loop until then.
 
         Raises:
             EngineFailed: the device's thread has ended.
@@ -344,7 +346,7 @@ class Progress:
             self._since = self._clock()
 
     def hung(self) -> str | None:
-        """What has taken far too long; None while there is progress, or nothing to do."""
+        """A sentence if nothing was answered for far too long; None while there is progress, or nothing to do."""
         if not self._expected:
             return None
         longest, seconds = max(self._expected), self._clock() - self._since

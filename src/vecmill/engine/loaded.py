@@ -18,16 +18,19 @@ from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model
 from vecmill.models.tokenizer_files import ReadTokenizer
 
-# Tokens at which one thread is tried, smallest first.
+# Tokens of a pass at which one thread is tried, smallest first.
 SINGLE_THREAD_TRIED = (16, 32, 64, 128, 256)
-# One thread may take so many times as long and is still the better: after a pause the others have to be woken for each
-# step (twice the time, on 2 cores), beside a busy program waited for, and left alone they tokenize and answer.
-AS_GOOD = 1.4
+# One thread is used unless it takes more than so many times as long: waking idle threads costs time at every step, a
+# busy program beside this one makes them late, and cores that are left alone can tokenize and answer.
+ONE_THREAD_SLOWDOWN_ALLOWED = 1.4
 SINGLE_THREAD_RUNS = 4
 
 
 class CpuThreads:
-    """The choice for one model. Belongs to the thread that owns the device, whose setting it is."""
+    """How many threads a model's forward passes get on a CPU: all of them, or one for small passes.
+
+    Belongs to the thread that owns the device, whose setting it is.
+    """
 
     def __init__(self) -> None:
         self._all = torch.get_num_threads()
@@ -50,9 +53,10 @@ class CpuThreads:
             return
         chosen = 0
         for tokens in SINGLE_THREAD_TRIED:
-            if tokens > largest or self._fastest(run, tokens, single=True) > AS_GOOD * self._fastest(
-                run, tokens, single=False
-            ):
+            if tokens > largest:
+                break
+            single, several = self._fastest(run, tokens, single=True), self._fastest(run, tokens, single=False)
+            if single > ONE_THREAD_SLOWDOWN_ALLOWED * several:
                 break
             chosen = tokens
         self.single_up_to = chosen

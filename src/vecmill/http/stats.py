@@ -122,8 +122,8 @@ async def metrics(request: Request, services: ServicesOf) -> Response:
     return Response(shown, media_type=CONTENT_TYPE_LATEST)
 
 
-def watch(services: Services) -> None:
-    """Tie every gauge that is read at a scrape to what it reads."""
+def watch_gauges(services: Services) -> None:
+    """Register what each gauge reads at a scrape. Those of a model: `watch_budgets`."""
     metrics, inference = services.telemetry.metrics, services.inference
     for lane in Lane:
         metrics.watch(metrics.waiting.labels(lane.value), partial(_waiting, services, lane))
@@ -139,7 +139,7 @@ def watch(services: Services) -> None:
 
 
 def watch_budgets(services: Services) -> None:
-    """Those that there is one of for each model; once the models are loaded."""
+    """Register the per-model gauges; to be called once the models are loaded."""
     metrics, budgets = services.telemetry.metrics, services.inference.budgets
     for key in budgets:
         metrics.watch(

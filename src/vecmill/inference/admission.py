@@ -31,7 +31,10 @@ COUNTED_OF_ESTIMATED = 0.25  # tokens, before any were counted: estimates count 
 
 @dataclass(slots=True)
 class Permit:
-    """Room for one request, in tokens: reserved by estimate, settled once they are counted."""
+    """Room for one request, in tokens: reserved by estimate, and corrected by `settle` once they are counted.
+
+    `settle` is called at most once.
+    """
 
     tokens: int
     settle: Callable[[int], None]
@@ -278,6 +281,7 @@ class Admission:
         _count(self._owners, caller.owner, requests, tokens)
 
     def _settle(self, caller: Caller, lane: Lane, permit: Permit, counted: int) -> None:
+        assert not permit.settled
         self._pace.counted(permit.tokens, counted)
         self._hold(caller, lane, 0, counted - permit.tokens)
         permit.tokens, permit.settled = counted, True

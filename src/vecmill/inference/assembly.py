@@ -10,7 +10,7 @@ from vecmill.config import InferenceSettings
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import ModelCard, Task, TokenVocabulary
-from vecmill.inference.models import ServedEmbedder, ServedModels, ServedReranker
+from vecmill.inference.models import Embedder, Reranker, ServedModels
 from vecmill.inference.pair_tokenizer import CrossEncoderTokenizer, InstructTokenizer, PairTokenizer
 from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.token_ids import cl100k
@@ -23,11 +23,11 @@ from vecmill.models.tokenizer_files import ReadTokenizer
 
 
 def assemble(
-    loaded: Iterable[tuple[str, ModelCard, Checkpoint, ReadTokenizer]],
+    loaded: Iterable[tuple[ModelCard, Checkpoint, ReadTokenizer]],
     settings: InferenceSettings,
     threads: WorkerThreads,
 ) -> ServedModels:
-    """Ready every tokenizer. `loaded` are the scheduler's key, the card, the files and the tokenizer of each model.
+    """Ready every tokenizer. `loaded` are the card, the files and the tokenizer of each model.
 
     Raises:
         StartupError: a tokenizer is not that of its model.
@@ -35,12 +35,12 @@ def assemble(
     if settings.token_ids is TokenVocabulary.CL100K:
         cl100k()  # not with the first request that needs it: reading it holds the interpreter
     embedders, rerankers = [], []
-    for key, card, checkpoint, read in loaded:
+    for card, checkpoint, read in loaded:
         if card.task is Task.EMBED:
             tokenizer = _text_tokenizer(card, checkpoint, read, threads)
-            embedders.append(ServedEmbedder(key, card, tokenizer, model_fingerprint(card)))
+            embedders.append(Embedder(card, tokenizer, model_fingerprint(card), settings.token_ids, threads))
         else:
-            rerankers.append(ServedReranker(key, card, _pair_tokenizer(card, checkpoint, read, settings, threads)))
+            rerankers.append(Reranker(card, _pair_tokenizer(card, checkpoint, read, settings, threads)))
     return ServedModels(embedders, rerankers, strict=settings.strict_model)
 
 

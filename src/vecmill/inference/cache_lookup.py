@@ -1,14 +1,16 @@
-"""Texts whose vectors were kept: by their tokens, and without tokenizing them where they were seen lately."""
+"""The way to vectors kept in the cache: by a text's tokens, or without tokenizing a text that was seen lately."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 
-from vecmill.cache.embedding_cache import KEY_BYTES, EmbeddingCache, row_key
-from vecmill.core.types import Truncation, Vector
+from vecmill.cache.embedding_cache import KEY_BYTES, EmbeddingCache, owner_fingerprint, vector_key
+from vecmill.core.threads import WorkerThreads
+from vecmill.core.types import CacheControl, Caller, ModelCard, Truncation, Vector
 from vecmill.inference.text_tokenizer import Tokenized
 
 # Tokenizing takes ten times as long as looking up a vector. Some 300 bytes each.
@@ -17,22 +19,22 @@ DIGESTED_AT_ONCE = 262_144  # characters
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
-    """A text that need not be run."""
+class CachedRow:
+    """A text whose vector was in the cache: it is not run."""
 
     vector: Vector
     key: bytes
     tokens: int
     truncated: bool
 
-    def marked_as_cut(self) -> Recalled:
-        """The same of a text that had been cut before it was tokenized."""
+    def marked_as_cut(self) -> CachedRow:
+        """The same row, counted as truncated: its text had been cut before it was tokenized."""
         return replace(self, truncated=True)
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
-    """What tokenizing a text came to."""
+class KnownText:
+    """What tokenizing a text gave, as far as a cache hit needs it."""
 
     key: bytes
     tokens: int
@@ -40,25 +42,26 @@ class Known:
 
 
 class TextMemory:
-    """Digests of texts and their keys in the cache, half of them forgotten at a time: those that were not asked for
-    longest. Safe to use from any thread.
+    """Digests of texts and their keys in the cache. Safe to use from any thread.
+
+    When it is full, the half that was not asked for lately is dropped.
     """
 
     def __init__(self, most: int = TEXTS_REMEMBERED) -> None:
         self._most = most
-        self._new: dict[bytes, Known] = {}
-        self._old: dict[bytes, Known] = {}
+        self._new: dict[bytes, KnownText] = {}
+        self._old: dict[bytes, KnownText] = {}
         self._lock = threading.Lock()
 
-    def get(self, digest: bytes) -> Known | None:
-        """What is known of a text."""
+    def get(self, digest: bytes) -> KnownText | None:
+        """What is known of a text; None if it is not remembered."""
         if (known := self._new.get(digest)) is not None:
             return known
         if (known := self._old.get(digest)) is not None:
             self.add(digest, known)
         return known
 
-    def add(self, digest: bytes, known: Known) -> None:
+    def add(self, digest: bytes, known: KnownText) -> None:
         """Remember a text."""
         with self._lock:
             if len(self._new) >= self._most // 2:
@@ -70,9 +73,9 @@ class TextMemory:
 
 
 class SentBefore:
-    """Which texts each API key has sent lately: of hits of others' texts a key is told nothing.
+    """Which texts each API key has sent lately, so that a key learns nothing from hits on other keys' texts.
 
-    Half of them are forgotten at a time. Belongs to the event loop's thread.
+    When it is full, the older half is dropped. Belongs to the event loop's thread.
     """
 
     def __init__(self, most: int = TEXTS_REMEMBERED) -> None:
@@ -80,78 +83,144 @@ class SentBefore:
         self._new: set[tuple[str, bytes]] = set()
         self._old: set[tuple[str, bytes]] = set()
 
-    def told(self, owner: str, rows: Sequence[Tokenized | Recalled]) -> tuple[int, ...]:
-        """Indexes of the rows that need not be run and that this key has sent before; all of them count as sent."""
-        told = []
+    def reported_hits(self, owner: str, rows: Sequence[Tokenized | CachedRow]) -> tuple[int, ...]:
+        """Indexes of the cache hits on texts that this key had sent before. All rows count as sent from now on."""
+        reported = []
         for index, row in enumerate(rows):
             if row.key is None:
                 continue
             pair = owner, row.key
-            if isinstance(row, Recalled) and (pair in self._new or pair in self._old):
-                told.append(index)
+            if isinstance(row, CachedRow) and (pair in self._new or pair in self._old):
+                reported.append(index)
             self._new.add(pair)
         if len(self._new) > self._most:
             self._old, self._new = self._new, set()
-        return tuple(told)
+        return tuple(reported)
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
-    """The way of one request's texts to the cache. Its methods are for worker threads."""
+class CacheLookup:
+    """How the texts of one request are looked up. Its methods run in worker threads: they read from disk."""
 
     cache: EmbeddingCache
     memory: TextMemory
     fingerprint: bytes
-    """Of the model."""
+    """The model's; where keys do not share vectors, the model's for one API key."""
     dimensions: int
-    look_up: bool
-    """False: compute anew, and keep that."""
+    read: bool
+    """False: every vector is computed anew (and then kept)."""
     truncate: bool
-    """Whether a text may be answered that was cut."""
-    as_read: bool = False
-    """Whether a vector that is not written yet must look as if it were."""
+    """Whether a text that was cut may be answered."""
+    as_stored: bool = False
+    """Whether vectors that are not written yet are rounded as if they were read back."""
 
-    def of_texts(
+    def cached_encoder(
         self, encode: Callable[[Sequence[str]], list[Tokenized]], prompt: str, truncation: Truncation
-    ) -> Callable[[Sequence[str]], list[Tokenized | Recalled]]:
-        """What does for texts what `encode` does, without tokenizing those that are known."""
+    ) -> Callable[[Sequence[str]], list[Tokenized | CachedRow]]:
+        """Wrap `encode` so that texts seen before skip tokenization."""
         how = f"{truncation.side} {truncation.max_tokens} {prompt}".encode("utf-8", "surrogatepass")
         context = blake2b(how, digest_size=32, key=self.fingerprint).digest()
 
-        def recall(texts: Sequence[str]) -> list[Tokenized | Recalled]:
+        def encode_or_look_up(texts: Sequence[str]) -> list[Tokenized | CachedRow]:
             digests = [_digest(text, context) for text in texts]
-            found = self._known(digests)
-            missing = [index for index, one in enumerate(found) if one is None]
-            encoded = self.of_rows(encode([texts[index] for index in missing])) if missing else []
-            for index, one in zip(missing, encoded, strict=True):
-                found[index] = one
-                if one.key is not None:
-                    self.memory.add(digests[index], Known(one.key, one.tokens, one.truncated))
-            return [one for one in found if one is not None]
+            rows = self._look_up_known(digests)
+            missing = [index for index, row in enumerate(rows) if row is None]
+            encoded = self.look_up_rows(encode([texts[index] for index in missing])) if missing else []
+            for index, row in zip(missing, encoded, strict=True):
+                rows[index] = row
+                if row.key is not None:
+                    self.memory.add(digests[index], KnownText(row.key, row.tokens, row.truncated))
+            return [row for row in rows if row is not None]
 
-        return recall
+        return encode_or_look_up
 
-    def _known(self, digests: Sequence[bytes]) -> list[Tokenized | Recalled | None]:
-        known = [self.memory.get(digest) if self.look_up else None for digest in digests]
-        keys = [one.key for one in known if one is not None]
-        vectors = self.cache.look_up(keys, self.dimensions, as_read=self.as_read) if keys else {}
+    def _look_up_known(self, digests: Sequence[bytes]) -> list[Tokenized | CachedRow | None]:
+        known = [self.memory.get(digest) if self.read else None for digest in digests]
+        keys = [text.key for text in known if text is not None]
+        vectors = self.cache.look_up(keys, self.dimensions, as_read=self.as_stored) if keys else {}
         return [
-            Recalled(vectors[one.key], one.key, one.tokens, one.truncated)
-            if one is not None and one.key in vectors and (self.truncate or not one.truncated)
+            CachedRow(vectors[text.key], text.key, text.tokens, text.truncated)
+            if text is not None and text.key in vectors and (self.truncate or not text.truncated)
             else None
-            for one in known
+            for text in known
         ]
 
-    def of_rows(self, rows: Sequence[Tokenized]) -> list[Tokenized | Recalled]:
-        """The rows with their keys, or what is kept in place of them."""
-        keys = [row_key(self.fingerprint, one.row) for one in rows]
-        vectors = self.cache.look_up(keys, self.dimensions, as_read=self.as_read) if self.look_up else {}
+    def look_up_rows(self, rows: Sequence[Tokenized]) -> list[Tokenized | CachedRow]:
+        """The kept vector of each row that has one; other rows get the key that theirs will be kept under."""
+        keys = [vector_key(self.fingerprint, row.row) for row in rows]
+        vectors = self.cache.look_up(keys, self.dimensions, as_read=self.as_stored) if self.read else {}
         return [
-            Recalled(vectors[key], key, one.tokens, one.truncated)
-            if key in vectors and (self.truncate or not one.too_long)
-            else replace(one, key=key)
-            for key, one in zip(keys, rows, strict=True)
+            CachedRow(vectors[key], key, row.tokens, row.truncated)
+            if key in vectors and (self.truncate or not row.too_long)
+            else replace(row, key=key)
+            for key, row in zip(keys, rows, strict=True)
         ]
+
+
+class CachePolicy:
+    """Which requests may read and write the cache, and what their answers may tell of it.
+
+    Belongs to the event loop's thread.
+    """
+
+    def __init__(
+        self, threads: WorkerThreads, *, cache_queries: bool, cache_across_keys: bool, several_keys: Callable[[], bool]
+    ) -> None:
+        """`several_keys`: whether more than one API key opens the server now."""
+        self.cache: EmbeddingCache | None = None
+        self._threads = threads
+        self._cache_queries, self._across_keys, self._several_keys = cache_queries, cache_across_keys, several_keys
+        self._memory = TextMemory()
+        self._sent = SentBefore()
+
+    def lookup(
+        self, card: ModelCard, fingerprint: bytes, caller: Caller, *, is_query: bool, truncate: bool
+    ) -> CacheLookup | None:
+        """How a request's texts are looked up; None where the request, or a setting, rules the cache out."""
+        private = is_query and not self._cache_queries
+        if self.cache is None or private or caller.cache_control is CacheControl.NO_STORE:
+            return None
+        partition = self.partition(caller)
+        return CacheLookup(
+            self.cache,
+            self._memory,
+            owner_fingerprint(fingerprint, partition) if partition else fingerprint,
+            card.dimensions or 0,
+            read=caller.cache_control is not CacheControl.NO_CACHE,
+            truncate=truncate,
+            as_stored=self.hides_hits,
+        )
+
+    def partition(self, caller: Caller) -> str:
+        """Equal texts share one vector within a partition only: everyone's is "", with CACHE_ACROSS_KEYS=false each
+        key has its own.
+        """
+        return "" if self._across_keys else caller.owner or ""
+
+    def keep(self, card: ModelCard) -> Callable[[bytes, Vector], None] | None:
+        """What keeps a model's vector under its key, soon; None without a cache, and for a reranker."""
+        if self.cache is None or not card.supported_dimensions:
+            return None
+        return partial(self.cache.keep, smallest=min(card.supported_dimensions))
+
+    @property
+    def hides_hits(self) -> bool:
+        """Whether no answer may show that its texts were sent by another key."""
+        return self.cache is not None and self._across_keys and self._several_keys()
+
+    async def disguise(
+        self, vectors: Sequence[Vector], rows: Sequence[Tokenized | CachedRow], card: ModelCard, owner: str | None
+    ) -> tuple[list[Vector], tuple[int, ...]]:
+        """The vectors with computed ones rounded as kept ones are, and the indexes of the hits that `owner` may see."""
+        disguised = list(vectors)
+        new = [index for index, row in enumerate(rows) if isinstance(row, Tokenized) and row.key is not None]
+        if new and self.cache is not None:
+            smallest = min(card.supported_dimensions)
+            read = partial(self.cache.as_read, [disguised[index] for index in new], smallest)
+            rounded = await self._threads.run_if_large(read, size=disguised[0].nbytes * len(new))
+            for index, vector in zip(new, rounded, strict=True):
+                disguised[index] = vector
+        return disguised, self._sent.reported_hits(owner or "", rows)
 
 
 def _digest(text: str, context: bytes) -> bytes:

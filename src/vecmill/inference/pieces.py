@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import DetokenizeRequest, Piece, TokenizeRequest
-from vecmill.inference.models import ServedEmbedder, ServedReranker
+from vecmill.core.types import DetokenizeRequest, ModelCard, Piece, TokenizeRequest
 from vecmill.inference.prompts import missing_prompt
 from vecmill.inference.token_ids import check_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
@@ -36,15 +35,18 @@ def _within(size: int, param: str, unit: str) -> int:
     return size
 
 
-def pieces(model: ServedEmbedder | ServedReranker, request: TokenizeRequest, prompt: str) -> list[Sequence[Piece]]:
-    """The pieces of each text, uncut; with the special tokens that an embedding model's rows have around them.
+def pieces(
+    pool: TokenizerPool,
+    around: tuple[Sequence[int], Sequence[int]],
+    request: TokenizeRequest,
+    prompt: str,
+) -> list[Sequence[Piece]]:
+    """The pieces of each text, uncut; where `special_tokens` is asked for, with those that a row has `around` it.
 
     Raises:
         InvalidInput: the texts are too large, once the tokenizer has normalised them.
     """
-    pool = model.tokenizer.pool
-    special_tokens = request.special_tokens and isinstance(model, ServedEmbedder)
-    before, after = model.tokenizer.around if special_tokens and isinstance(model, ServedEmbedder) else ([], [])
+    before, after = around if request.special_tokens else ((), ())
     names = pool.tokens([*before, *after])
     special = [
         Piece(number, name, name, True, None, None) for number, name in zip([*before, *after], names, strict=True)
@@ -86,7 +88,7 @@ class _Pieces(Sequence[Piece]):
         return Piece(self._ids[place], self._tokens[place], self._text[start:stop], False, start, stop)
 
 
-def texts_of(model: ServedEmbedder | ServedReranker, request: DetokenizeRequest) -> list[str]:
+def texts_of(pool: TokenizerPool, card: ModelCard, request: DetokenizeRequest) -> list[str]:
     """The text of each list of token ids.
 
     Raises:
@@ -94,6 +96,5 @@ def texts_of(model: ServedEmbedder | ServedReranker, request: DetokenizeRequest)
     """
     for index, ids in enumerate(request.inputs):
         param = f"{request.param}[{index}]"
-        check_ids(ids, model.card.vocab_size, param, f"the vocabulary of {model.card.id}.")
-    pool = model.tokenizer.pool
+        check_ids(ids, card.vocab_size, param, f"the vocabulary of {card.id}.")
     return [pool.decode(ids, skip_special_tokens=request.skip_special_tokens) for ids in request.inputs]

@@ -1,4 +1,4 @@
-"""From a request's rows to the model's answers for them, by way of the scheduler."""
+"""From a request's rows to the model's vectors for them: their lane, the scheduler, and waiting for all of them."""
 
 from __future__ import annotations
 
@@ -9,52 +9,70 @@ from dataclasses import dataclass
 from functools import partial
 from time import monotonic, perf_counter
 
-from vecmill.core.errors import DeadlineExceeded, InputTooLong, InvalidInput
+from vecmill.core.errors import DeadlineExceeded, DoesNotFit, InputTooLong, InvalidInput, NonFiniteEmbedding
 from vecmill.core.types import Caller, Lane, ModelCard, Timings, Vector
-from vecmill.inference.cache_lookup import Recalled
-from vecmill.inference.gather import all_or_first_error
-from vecmill.inference.lane import choose_lane
-from vecmill.inference.models import ServedEmbedder, ServedReranker
+from vecmill.inference.cache_lookup import CachedRow
 from vecmill.inference.text_tokenizer import Tokenized
+from vecmill.scheduler.lines import SequenceResult
 from vecmill.scheduler.scheduler import Scheduler
 
 LONGEST_TIMEOUT = 86_400.0  # seconds; what asyncio's clocks take without overflow, and nobody waits longer
+# A person's search has no more texts and tokens than these, with room to spare; an indexer's batches are larger.
+FEW_TEXTS = 8
+FEW_TOKENS = 512
+CHARACTERS_PER_TOKEN = 4  # about, for texts that are not tokenized yet
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What a request says of how it is to be run."""
+class RunOptions:
+    """How a request is to be run, and since when."""
 
     caller: Caller
-    is_query: bool
-    """A person seems to wait for it."""
+    interactive_hint: bool
+    """Queries and reranking: somebody probably waits for the answer."""
     truncate: bool
-    came: float
+    """Whether a text that is too long may be cut, AUTO_TRUNCATE included."""
+    arrived: float
     """By `perf_counter`, as the next."""
-    started: float
-    """When it was admitted."""
+    admitted: float
     deadline: float
     """By `monotonic`."""
-    apart: str = ""
-    """Equal texts of requests that have another one here are run again."""
+    partition: str = ""
+    """Equal texts of requests in different partitions are not run as one."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ran:
+class Rows:
+    """A request's inputs, tokenized or found in the cache, in the order of the request."""
+
+    inputs: Sequence[Tokenized | CachedRow]
+    name: Callable[[int], str]
+    """What the client calls the input at an index, for error texts."""
+
+    @property
+    def new(self) -> dict[int, Tokenized]:
+        """Those that have to be run, by index."""
+        return {index: row for index, row in enumerate(self.inputs) if isinstance(row, Tokenized)}
+
+
+@dataclass(frozen=True, slots=True)
+class RowResults:
     """What the model gave for each row, and what it cost."""
 
-    rows: list[Vector]
-    """Full-width vectors, or logits of width 1."""
+    vectors: list[Vector]
+    """Full width; a reranker's are logits of width 1."""
     tokens: tuple[int, ...]
     """Of each row."""
     cached: tuple[int, ...]
-    """Indexes of the rows that were not run: their vectors were kept."""
+    """Indexes of the rows whose vectors came from the cache."""
     truncated: tuple[int, ...]
+    """Indexes of the rows that were cut."""
     timings: Timings
     lane: Lane
     waited: bool
-    told: tuple[int, ...]
-    """Those of `cached` that the client is told of."""
+    """Whether other work was ahead of it."""
+    reported_hits: tuple[int, ...]
+    """Those of `cached` that the client may be told of."""
 
     @property
     def prompt_tokens(self) -> int:
@@ -63,26 +81,28 @@ class Ran:
 
     @property
     def cached_tokens(self) -> int:
-        """Of those that were not run."""
+        """Of the rows that were not run."""
         return sum(self.tokens[index] for index in self.cached)
 
     @property
-    def told_tokens(self) -> int:
-        """Of those that were not run and that the client is told of."""
-        return sum(self.tokens[index] for index in self.told)
+    def reported_hit_tokens(self) -> int:
+        """Of the rows that were not run and that the client may be told of."""
+        return sum(self.tokens[index] for index in self.reported_hits)
 
-
-Keep = Callable[[bytes, Vector], None]
+    @property
+    def nbytes(self) -> int:
+        """Size of all vectors."""
+        return self.vectors[0].nbytes * len(self.vectors)
 
 
 @asynccontextmanager
 async def within(caller: Caller, longest: float) -> AsyncIterator[float]:
-    """Hold the block to the caller's timeout, or to `longest` seconds where that is less; gives the deadline.
+    """Hold the block to the caller's timeout, or to `longest` seconds where that is less; yields the deadline.
 
     The time counts from the first byte of the request.
 
     Raises:
-        DeadlineExceeded: the time was over before the block.
+        DeadlineExceeded: the time is over.
     """
     seconds = min(longest, LONGEST_TIMEOUT if caller.timeout is None else caller.timeout)
     now = monotonic()
@@ -97,102 +117,129 @@ async def within(caller: Caller, longest: float) -> AsyncIterator[float]:
         ) from None
 
 
+def expected_lane(caller: Caller, *, interactive_hint: bool, texts: int, estimated_tokens: int) -> Lane:
+    """The lane before the texts are tokenized; the estimate counts a token for each character."""
+    tokens = estimated_tokens // CHARACTERS_PER_TOKEN
+    return choose_lane(caller, interactive_hint=interactive_hint, texts=texts, tokens=tokens)
+
+
+def choose_lane(caller: Caller, *, interactive_hint: bool, texts: int, tokens: int) -> Lane:
+    """The lane that the caller names; else interactive for queries, reranking and a few short texts outside any job."""
+    if caller.lane is not None:
+        return caller.lane
+    small = texts <= FEW_TEXTS and tokens <= FEW_TOKENS
+    return Lane.INTERACTIVE if interactive_hint or (small and caller.job_id is None) else Lane.BULK
+
+
 async def run_rows(
     scheduler: Scheduler,
-    model: ServedEmbedder | ServedReranker,
-    inputs: Sequence[Tokenized | Recalled],
-    asked: Asked,
-    name: Callable[[int], str],
-    keep: Keep | None = None,
-) -> Ran:
-    """Schedule all rows and wait for all of them or for the first that fails.
+    card: ModelCard,
+    rows: Rows,
+    options: RunOptions,
+    keep: Callable[[bytes, Vector], None] | None = None,
+) -> RowResults:
+    """Schedule the rows that are not cached, and wait until all of them are run or one fails.
 
-    `name` is for error texts; `keep` is given the vector of each row that has a key.
+    `keep` is given each new vector that has a key.
 
     Raises:
-        InvalidInput: a text must not be cut, or none of it would be left. Unavailable: it could not be run.
+        InvalidInput: a text must not be cut, or nothing of it would be left. Unavailable: it could not be run.
     """
-    tokens = tuple(one.tokens for one in inputs)
-    new = {index: one for index, one in enumerate(inputs) if isinstance(one, Tokenized)}
-    too_long = next((index for index, one in new.items() if one.too_long), None)
-    if too_long is not None and not asked.truncate:
-        raise _too_long(model.card, new[too_long], name(too_long))
-    _check_pooled(new, name)
+    new = rows.new
+    _check_runnable(card, new, rows, options)
+    tokens = tuple(row.tokens for row in rows.inputs)
+    hint = options.interactive_hint
+    lane = choose_lane(options.caller, interactive_hint=hint, texts=len(tokens), tokens=sum(tokens))
     submitted = perf_counter()
     waited = bool(new) and scheduler.busy
-    lane = choose_lane(asked.caller, is_query=asked.is_query, texts=len(inputs), tokens=sum(tokens))
-    vectors, queue = await _run_new(scheduler, model, new, asked, name, lane, keep)
-    # Of an equal text that was queued before this request, only the part since then is this request's wait.
+    results: Mapping[int, SequenceResult] = {}
+    if new:
+        caller = options.caller
+        futures = scheduler.submit(
+            card.key,
+            (row.row for row in new.values()),
+            lane=lane,
+            client=caller.client,
+            job=caller.job_id or "",
+            partition=options.partition,
+            deadline=options.deadline,
+            keep=(None if keep is None or row.key is None else partial(keep, row.key) for row in new.values()),
+        )
+        results = await _all_or_first_error(dict(zip(new, futures, strict=True)), rows.name)
+    # A row that joined an equal one may have been queued before this request came: only the time since then counts.
+    queue = min((result.queue_seconds for result in results.values()), default=0.0)
     queue = min(queue, perf_counter() - submitted)
     infer = perf_counter() - submitted - queue
-    cached = tuple(index for index, one in enumerate(inputs) if isinstance(one, Recalled))
-    return Ran(
-        rows=[one.vector if isinstance(one, Recalled) else vectors[index] for index, one in enumerate(inputs)],
+    cached = tuple(index for index, row in enumerate(rows.inputs) if isinstance(row, CachedRow))
+    return RowResults(
+        vectors=[
+            row.vector if isinstance(row, CachedRow) else results[index].vector for index, row in enumerate(rows.inputs)
+        ],
         tokens=tokens,
         cached=cached,
-        truncated=tuple(index for index, one in enumerate(inputs) if one.truncated),
-        timings=Timings(submitted - asked.started, queue + asked.started - asked.came, infer),
+        truncated=tuple(index for index, row in enumerate(rows.inputs) if row.truncated),
+        timings=Timings(submitted - options.admitted, queue + options.admitted - options.arrived, infer),
         lane=lane,
         waited=waited,
-        told=cached,
+        reported_hits=cached,
     )
 
 
-async def _run_new(
-    scheduler: Scheduler,
-    model: ServedEmbedder | ServedReranker,
-    new: Mapping[int, Tokenized],
-    asked: Asked,
-    name: Callable[[int], str],
-    lane: Lane,
-    keep: Keep | None,
-) -> tuple[Mapping[int, Vector], float]:
-    """The vectors by index, and the seconds until the first was run."""
-    if not new:
-        return {}, 0.0
-    indexes = list(new)
-    futures = scheduler.submit(
-        model.key,
-        (one.row for one in new.values()),
-        lane=lane,
-        client=asked.caller.client,
-        job=asked.caller.job_id or "",
-        apart=asked.apart,
-        deadline=asked.deadline,
-        keep=(partial(keep, one.key) if keep is not None and one.key is not None else None for one in new.values()),
-    )
-    results = await all_or_first_error(futures, lambda place: name(indexes[place]))
-    vectors = {index: result.vector for index, result in zip(indexes, results, strict=True)}
-    return vectors, min(result.queue_seconds for result in results)
+async def _all_or_first_error(
+    futures: Mapping[int, asyncio.Future[SequenceResult]], name: Callable[[int], str]
+) -> dict[int, SequenceResult]:
+    """Wait for every future. On the first error, or when the caller is cancelled, the rest is abandoned.
+
+    Raises:
+        NonFiniteEmbedding, DoesNotFit: with the input's `name`. Any other error as it was set.
+    """
+    try:
+        await asyncio.wait(futures.values(), return_when=asyncio.FIRST_EXCEPTION)
+        for index, future in futures.items():
+            error = future.exception() if future.done() else None
+            if isinstance(error, NonFiniteEmbedding | DoesNotFit):
+                raise type(error)(f"`{name(index)}`: {error.message}", param=name(index))
+        failed = next((future for future in futures.values() if future.done() and future.exception()), None)
+        if failed is not None:
+            failed.result()
+        return {index: future.result() for index, future in futures.items()}
+    finally:
+        for future in futures.values():
+            if not future.cancel() and not future.cancelled():
+                future.exception()  # seen: asyncio would log an error that nobody looked at
 
 
-def _too_long(card: ModelCard, tokenized: Tokenized, name: str) -> InputTooLong:
+def _check_runnable(card: ModelCard, new: Mapping[int, Tokenized], rows: Rows, options: RunOptions) -> None:
+    """Refuse what must not be cut; a text without tokens; and one that was cut before its first token that is pooled,
+    which would leave nothing to take the mean of.
+
+    Raises:
+        InputTooLong, InvalidInput: see above.
+    """
+    too_long = next((index for index, row in new.items() if row.too_long), None)
+    if too_long is not None and not options.truncate:
+        raise _too_long(card, new[too_long], rows.name(too_long))
+    for index, row in new.items():
+        if not len(row.row):
+            name = rows.name(index)
+            raise InvalidInput(
+                f"`{name}`: the model's tokenizer makes no tokens of it, and adds none; send another text.", param=name
+            )
+        if row.row.unpooled >= len(row.row):
+            name = rows.name(index)
+            raise InvalidInput(
+                f"`{name}`: the instruction alone fills the model's maximum context length, nothing of the "
+                f"text is left; shorten the instruction or raise MAX_MODEL_LEN.",
+                param=name,
+            )
+
+
+def _too_long(card: ModelCard, row: Tokenized, name: str) -> InputTooLong:
     """In OpenAI's words: clients look for them to split a text in two."""
-    limit = len(tokenized.row)
+    limit = len(row.row)
     whose = "This model's" if limit >= card.max_model_len else "Your request's"
     return InputTooLong(
         f"{whose} maximum context length is {limit} tokens, however `{name}` has at least "
-        f"{tokenized.total}. Shorten it, or let it be truncated (`truncate`, AUTO_TRUNCATE).",
+        f"{row.total}. Shorten it, or let it be truncated (`truncate`, AUTO_TRUNCATE).",
         param=name,
     )
-
-
-def _check_pooled(tokenized: Mapping[int, Tokenized], name: Callable[[int], str]) -> None:
-    """Refuse a text without tokens, and one that was cut before its first token that counts: there would be nothing to
-    take the mean of.
-
-    Raises:
-        InvalidInput: there are no tokens, or the instruction fills the model's length.
-    """
-    for index, one in tokenized.items():
-        if not len(one.row):
-            raise InvalidInput(
-                f"`{name(index)}`: the model's tokenizer makes no tokens of it, and adds none; send another text.",
-                param=name(index),
-            )
-        if one.row.unpooled >= len(one.row):
-            raise InvalidInput(
-                f"`{name(index)}`: the instruction alone fills the model's maximum context length, nothing of the "
-                f"text is left; shorten the instruction or raise MAX_MODEL_LEN.",
-                param=name(index),
-            )

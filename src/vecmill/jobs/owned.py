@@ -8,10 +8,10 @@ import logging
 from vecmill.config import JobSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import JobsUnavailable
-from vecmill.core.protocols import JobDatabase
 from vecmill.jobs.book import Book
 from vecmill.jobs.ledger import Ledger, changes, decode, joined
 from vecmill.jobs.store import T, Work, attempt
+from vecmill.storage.sqlite_jobs import SqliteJobs
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ RETRY_SECONDS = 1.0
 class OwnedJobs:
     """Memory has the truth. A database that fails is tried again, and gets then what it missed."""
 
-    def __init__(self, settings: JobSettings, database: JobDatabase | None = None, clock: Clock | None = None) -> None:
+    def __init__(self, settings: JobSettings, database: SqliteJobs | None = None, clock: Clock | None = None) -> None:
         self.ledger = Ledger()
         self._settings = settings
         self._database = database
@@ -83,7 +83,7 @@ class OwnedJobs:
                 logger.warning("the jobs are written to the database again")
             self._failed_at = None
 
-    async def _load(self, database: JobDatabase) -> None:
+    async def _load(self, database: SqliteJobs) -> None:
         """What is stored comes before what was registered while it could not be read."""
         found = decode(await database.load())
         self._clock.reach(found.latest)
@@ -93,7 +93,7 @@ class OwnedJobs:
         self.ledger = book.ledger()
         self._loaded = True
 
-    async def _save(self, database: JobDatabase) -> None:
+    async def _save(self, database: SqliteJobs) -> None:
         ledger = self.ledger
         missing = changes(self._saved, ledger, leases=False)
         if missing is not None and not await database.save(missing):

@@ -8,15 +8,19 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable
-from vecmill.core.protocols import SharedJobRecords, StoredJobs
+from vecmill.core.protocols import StoredJobs
 from vecmill.jobs.book import Book
 from vecmill.jobs.job import Job
 from vecmill.jobs.ledger import Ledger, changes, decode, decode_job, decode_totals, ledger_of
 from vecmill.jobs.shared_time import SharedTime
 from vecmill.jobs.store import T, Work, attempt
+
+if TYPE_CHECKING:  # needs the extra `redis`
+    from vecmill.storage.redis import RedisJobs
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +34,7 @@ GAP_SECONDS = 15.0
 class SharedJobs:
     """The store has the truth; what is in memory is what was last read."""
 
-    def __init__(
-        self, settings: JobSettings, records: SharedJobRecords, monotonic: Callable[[], float] = monotonic
-    ) -> None:
+    def __init__(self, settings: JobSettings, records: RedisJobs, monotonic: Callable[[], float] = monotonic) -> None:
         self.ledger = Ledger()
         self._settings = settings
         self._records = records

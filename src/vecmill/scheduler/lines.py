@@ -148,7 +148,10 @@ class SequenceResult:
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A row, the model that runs it, and the futures of all who wait for it: equal rows run once."""
+    """A row, the model that runs it, and the futures of everyone who waits for it: equal rows run once.
+
+    `submitted` is when the first of them came; whoever joins later does not change it.
+    """
 
     row: Row
     model: str
@@ -156,10 +159,10 @@ class Sequence:
     """Equal for rows that give the same vector."""
     submitted: float = field(default_factory=monotonic)
     deadline: float = float("-inf")
-    """Of whoever is ready to wait longest; by the monotonic clock."""
+    """The latest of all who wait; by the monotonic clock."""
     futures: list[asyncio.Future[SequenceResult]] = field(default_factory=list)
     keep: Callable[[Vector], None] | None = None
-    """Given the vector too, whoever still waits."""
+    """Given the vector as well, even if nobody waits any more."""
     stands_in: set[tuple[Lane, str, str]] = field(default_factory=set)
     """Lane, client and job of each line that it waits in: one for each who asked for it."""
     taken: bool = False
@@ -174,12 +177,12 @@ class Sequence:
         return self.row.prefix
 
     def join(self, future: asyncio.Future[SequenceResult], deadline: float) -> None:
-        """Wait for it too."""
+        """Add one more who waits."""
         self.futures.append(future)
         self.deadline = max(self.deadline, deadline)
 
     def unwanted(self, now: float) -> bool:
-        """Not to be run: it has been, nobody waits any more, or nobody waits that long."""
+        """Not to be run: it has been taken, nobody waits any more, or every deadline has passed."""
         return self.taken or now >= self.deadline or all(future.done() for future in self.futures)
 
     def resolve(self, result: SequenceResult | Exception) -> None:
@@ -197,7 +200,7 @@ class Sequence:
                 future.set_result(result)
 
 
-def row_key(model: str, row: Row) -> Hashable:
-    """Equal for rows of one model that give the same vector."""
+def duplicate_key(model: str, row: Row) -> Hashable:
+    """Equal for rows that give the same vector: of those in flight only one is run."""
     prefix = row.prefix.token_ids.tobytes() if row.prefix is not None else b""
     return model, row.token_ids.tobytes(), prefix, row.unpooled, row.second_text

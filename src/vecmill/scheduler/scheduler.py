@@ -9,12 +9,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import repeat
 from time import monotonic
-from typing import Protocol
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
 from vecmill.core.protocols import BatchResult, Runner
 from vecmill.core.types import Lane, Row, Vector
-from vecmill.scheduler.lines import Backlog, Lines, Sequence, SequenceResult, row_key
+from vecmill.scheduler.lines import Backlog, Lines, Sequence, SequenceResult, duplicate_key
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
 
 logger = logging.getLogger(__name__)
@@ -44,10 +43,8 @@ class SchedulerStats:
 Keep = Callable[[Vector], None]
 
 
-class OnBatch(Protocol):
-    """Told of every batch that has run."""
-
-    def __call__(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None: ...
+OnBatch = Callable[[Lane, int, int, float, int], None]
+"""Called after every batch with its lane, rows, tokens, seconds on the device, and how often it was halved."""
 
 
 class Scheduler:
@@ -63,11 +60,11 @@ class Scheduler:
         on_failure: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`budgets` by model; `on_failure` is told once why nothing can be run any more."""
+        """`budgets` by model; `on_failure` is called once, with why nothing can be run any more."""
         self.stats = SchedulerStats()
         self.budgets = dict(budgets)
         self.waiting = dict.fromkeys(Lane, 0)
-        """Sequences not yet in a batch, by the lane that they were first submitted to."""
+        """Sequences not yet in a batch, by the lane of their first submitter."""
         self._backlog = Backlog()
         self._runner = runner
         self._rules = rules or Rules()
@@ -84,7 +81,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is ahead of what would be submitted now."""
+        """Whether a row submitted now has to wait: a batch runs, or others wait."""
         return bool(self._running) or any(self.waiting.values())
 
     def submit(
@@ -95,17 +92,16 @@ class Scheduler:
         lane: Lane = Lane.BULK,
         client: str = "",
         job: str = "",
-        apart: str = "",
+        partition: str = "",
         deadline: float = float("inf"),
         keep: Iterable[Keep | None] = repeat(None),
     ) -> list[asyncio.Future[SequenceResult]]:
         """Queue rows and return one future for each, in order. Rows equal to one in flight wait for that one.
 
-        Clients take turns, and the `job`s of one client take turns in what it gets. Rows of requests that have another
-        `apart` are not taken for equal. `keep`, one for each row, is given its vector even where nobody waits for it
-        any more.
+        Clients take turns, and the `job`s of one client share its turns. Equal rows of different `partition`s each run.
+        `keep` has a function for each row, which is given its vector even if nobody waits for it any more.
 
-        Cancelling all futures of a sequence frees it before it is run; so does its `deadline`, by the clock.
+        A row is not run if all its futures are cancelled, or its `deadline` (monotonic) has passed, before its batch.
 
         Raises:
             ShuttingDown, EngineFailed: the scheduler takes no work any more.
@@ -116,7 +112,7 @@ class Scheduler:
         futures = []
         for row, kept_by in zip(rows, keep, strict=False):
             future: asyncio.Future[SequenceResult] = loop.create_future()
-            sequence = self._queue((apart, row_key(model, row)), model, row, lane, client, job)
+            sequence = self._queue((partition, duplicate_key(model, row)), model, row, lane, client, job)
             sequence.join(future, deadline)
             sequence.keep = sequence.keep or kept_by
             futures.append(future)

@@ -18,7 +18,7 @@ from vecmill.core.types import ModelCard, Task
 from vecmill.http.access import is_loopback
 from vecmill.http.capabilities import forward_pass
 from vecmill.http.services import Services
-from vecmill.inference.finish import describe_dimensions
+from vecmill.inference.vectors import describe_dimensions
 
 
 def resolved(services: Services) -> dict[str, object]:

@@ -4,13 +4,42 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 
 import numpy as np
 
-from vecmill.core.types import Lane, Timings
+from vecmill.core.types import Lane
 from vecmill.telemetry.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """One answered inference request; times in seconds."""
+
+    operation: str
+    """`embed` or `rerank`."""
+    model: str
+    lane: Lane
+    texts: int
+    tokens: int
+    truncated: int
+    """Texts that were cut."""
+    cached: int
+    """Texts that were not run, and their tokens."""
+    cached_tokens: int
+    total: float
+    tokenize: float
+    queue: float
+    infer: float
+    waited: bool
+    """Whether other work was ahead of it."""
+    at: float = field(default_factory=monotonic)
+
+    @property
+    def overhead(self) -> float:
+        """What is neither queue nor device: parsing, tokenizing, encoding."""
+        return max(0.0, self.total - self.queue - self.infer)
 
 
 class Telemetry:
@@ -20,41 +49,19 @@ class Telemetry:
         self.metrics = Metrics()
         self.rolling = Rolling()
 
-    def answered(
-        self,
-        operation: str,
-        model: str,
-        lane: Lane,
-        *,
-        texts: int,
-        tokens: int,
-        truncated: int,
-        cached: int,
-        cached_tokens: int,
-        total: float,
-        timings: Timings,
-        waited: bool,
-    ) -> None:
-        """An inference request has its result. `operation` is embed or rerank; times in seconds.
-
-        `cached` of the texts, with `cached_tokens`, were not run.
-        """
+    def answered(self, request: Answered) -> None:
+        """An inference request has its result."""
+        operation, model = request.operation, request.model
         self.metrics.requests.labels(operation, model).inc()
-        self.metrics.texts.labels(operation, model).inc(texts)
-        self.metrics.tokens.labels(operation, model).inc(tokens)
-        self.metrics.truncated.labels(model).inc(truncated)
-        self.metrics.cached_texts.labels(operation, model).inc(cached)
-        self.metrics.cached_tokens.labels(operation, model).inc(cached_tokens)
-        stages = {
-            "total": total,
-            "tokenize": timings.tokenize,
-            "queue": timings.queue,
-            "infer": timings.infer,
-        }
-        for stage, seconds in stages.items():
-            self.metrics.request_seconds.labels(operation, lane.value, stage).observe(seconds)
-        sample = RequestSample(monotonic(), lane, texts, tokens, total, timings.tokenize, timings.queue, timings.infer)
-        self.rolling.add_request(sample, waited=waited, cached=cached, cached_tokens=cached_tokens)
+        self.metrics.texts.labels(operation, model).inc(request.texts)
+        self.metrics.tokens.labels(operation, model).inc(request.tokens)
+        self.metrics.truncated.labels(model).inc(request.truncated)
+        self.metrics.cached_texts.labels(operation, model).inc(request.cached)
+        self.metrics.cached_tokens.labels(operation, model).inc(request.cached_tokens)
+        for stage in ("total", "tokenize", "queue", "infer"):
+            seconds = getattr(request, stage)
+            self.metrics.request_seconds.labels(operation, request.lane.value, stage).observe(seconds)
+        self.rolling.add_request(request)
 
     def batch(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None:
         """A batch ended; it was halved `splits` times for lack of memory."""
@@ -74,25 +81,6 @@ SAMPLES = 1000
 WINDOW_SECONDS = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class RequestSample:
-    """One answered inference request; times in seconds."""
-
-    at: float
-    lane: Lane
-    texts: int
-    tokens: int
-    total: float
-    tokenize: float
-    queue: float
-    infer: float
-
-    @property
-    def overhead(self) -> float:
-        """What is neither queue nor device: parsing, tokenizing, encoding."""
-        return max(0.0, self.total - self.queue - self.infer)
-
-
 class Rolling:
     """Totals since the start and a window of recent samples. Belongs to the event loop's thread."""
 
@@ -106,18 +94,18 @@ class Rolling:
         self.errors = 0
         self.queue_waits = 0
         self.warmup_seconds: tuple[float, ...] = ()
-        self._samples: deque[RequestSample] = deque(maxlen=SAMPLES)
+        self._samples: deque[Answered] = deque(maxlen=SAMPLES)
         self._batch_rows: deque[int] = deque(maxlen=SAMPLES)
 
-    def add_request(self, sample: RequestSample, *, waited: bool, cached: int = 0, cached_tokens: int = 0) -> None:
-        """Count an answered request. `waited`: other work was ahead of it; `cached`: texts that were not run."""
+    def add_request(self, request: Answered) -> None:
+        """Count an answered request."""
         self.requests += 1
-        self.texts += sample.texts
-        self.tokens += sample.tokens
-        self.cached_texts += cached
-        self.cached_tokens += cached_tokens
-        self.queue_waits += waited
-        self._samples.append(sample)
+        self.texts += request.texts
+        self.tokens += request.tokens
+        self.cached_texts += request.cached
+        self.cached_tokens += request.cached_tokens
+        self.queue_waits += request.waited
+        self._samples.append(request)
 
     def add_batch(self, rows: int) -> None:
         """Count a forward pass."""

@@ -19,7 +19,7 @@ from vecmill.http.dialects.tei import TeiEmbedBody, embed_texts
 from vecmill.http.encoding import json_response, result_headers
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import services_of
-from vecmill.inference.finish import cosines
+from vecmill.inference.vectors import cosines
 
 router = APIRouter(tags=["TEI and CodeCartographer"], route_class=InferenceRoute)
 
