@@ -19,7 +19,7 @@ from benchmarks.servers import free_port
 from tests.test_device_failure import SCRIPT
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.health import Phase
-from vecmill.serve.systemd import Notifier, Status
+from vecmill.serve.systemd import Notifier, SystemdStatus
 
 BEAT_SECONDS = 0.25
 
@@ -122,5 +122,5 @@ def test_an_abstract_address_and_a_watchdog_for_another_process() -> None:
 @pytest.mark.parametrize("address", ["", "relative", "vsock:2:1234", "/no/such/folder/socket", "/" + "long" * 100])
 def test_where_nobody_reads_nothing_happens(address: str) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "soon"})
-    Status(notifier, "http://x").changed(Phase.LOADING, 1, "x")
+    SystemdStatus(notifier, "http://x").changed(Phase.LOADING, 1, "x")
     assert notifier.watchdog_seconds is None

@@ -48,7 +48,7 @@ from vecmill.http.dialects.batch_endpoints import batch_endpoints
 from vecmill.http.dialects.openai_files import UPLOAD
 from vecmill.http.generation import Generation
 from vecmill.http.in_progress import Draining, InProgress
-from vecmill.http.keys import Keys
+from vecmill.http.keys import ApiKeys
 from vecmill.http.middleware import AcceptedGZip, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
@@ -110,7 +110,7 @@ class Server:
         """Whether it could not start for its settings, so that no restart cures it."""
         self.requests = InProgress()
         self.bodies = Bodies(settings.http.max_body_bytes, settings.http.body_timeout)
-        self.keys = Keys(settings.access)
+        self.keys = ApiKeys(settings.access)
         """Exchanged where API_KEY changes."""
         self.telemetry = Telemetry()
         self.inference = Inference(

@@ -11,7 +11,7 @@ import pytest
 from vecmill.core.errors import MemoryLow
 from vecmill.hardware import memory as memory_module
 from vecmill.hardware import monitor as monitor_module
-from vecmill.hardware.gpu import Clock, ClockVerdict, GpuReading
+from vecmill.hardware.gpu import ClockState, ClockVerdict, GpuReading
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor
 from vecmill.hardware.nvml import NvmlUnavailable
@@ -149,7 +149,7 @@ class Driver:
         pass
 
 
-def reported(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[Clock]:
+def reported(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[ClockState]:
     """The verdicts that a monitor tells of while the driver answers."""
     monkeypatch.setattr(monitor_module, "PERIOD", 0.0005)
     monkeypatch.setattr(monitor_module, "Nvml", driver)
@@ -177,4 +177,4 @@ def test_slow_looks_that_are_not_in_a_row_are_no_verdict(
 
 def test_a_verdict_stays_until_a_loaded_clock_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(SLOW, SLOW, SLOW, IDLE, SLOW, UNKNOWN, RuntimeError("not thought of"), SLOW, WELL)
-    assert reported(driver, monkeypatch) == [Clock.LOCKED, Clock.OK]
+    assert reported(driver, monkeypatch) == [ClockState.LOCKED, ClockState.OK]

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vecmill.core.types import Lane
-from vecmill.scheduler.policy import Budget, Client, Cut, Line, Rules, cut
+from vecmill.scheduler.policy import Budget, Cut, Rules, TurnTaker, WaitingLine, cut
 
 RULES = Rules(bulk_share=0.2, aging_seconds=5.0)
 MODELS = ("a", "b")
@@ -35,7 +35,7 @@ class Waiting:
 class Queue:
     """Lines, served by cut after cut as the scheduler does it."""
 
-    lines: list[Line[Waiting]]
+    lines: list[WaitingLine[Waiting]]
     budgets: dict[str, Budget]
     rules: Rules = RULES
     owed: float = 0.0
@@ -61,9 +61,9 @@ class Queue:
 
 
 def line(
-    sequences: Sequence[Waiting], lane: Lane = Lane.BULK, model: str = "a", client: Client | None = None
-) -> Line[Waiting]:
-    return Line(model, lane, client or Client(), 0.0, deque(sequences))
+    sequences: Sequence[Waiting], lane: Lane = Lane.BULK, model: str = "a", client: TurnTaker | None = None
+) -> WaitingLine[Waiting]:
+    return WaitingLine(model, lane, client or TurnTaker(), 0.0, deque(sequences))
 
 
 waiting = st.builds(Waiting, st.integers(1, 600), st.booleans())
@@ -161,7 +161,7 @@ def test_interactive_goes_first_unless_bulk_is_owed_or_has_aged(queue: Queue) ->
 def test_under_endless_interactive_load_bulk_keeps_its_share(
     bulk: list[int], query: int, share: float, budget: Budget
 ) -> None:
-    people = Client()
+    people = TurnTaker()
     queue = Queue([line([Waiting(tokens) for tokens in bulk])], {"a": budget}, Rules(share, 1e9))
     ran = dict.fromkeys(Lane, 0)
     longest = max(bulk)

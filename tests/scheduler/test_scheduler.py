@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, NonFiniteEmbedding, ShuttingDown
-from vecmill.core.protocols import BatchResult, Runner
+from vecmill.core.protocols import BatchResult, ForwardRunner
 from vecmill.core.types import Lane, Prefix, Row
 from vecmill.scheduler.lines import SequenceResult
 from vecmill.scheduler.policy import Budget
@@ -21,7 +21,7 @@ MODELS = ("m", "a", "b")
 
 
 def scheduler_of(
-    runner: Runner, budget: Budget = BUDGET, on_failure: Callable[[str], None] = lambda reason: None
+    runner: ForwardRunner, budget: Budget = BUDGET, on_failure: Callable[[str], None] = lambda reason: None
 ) -> Scheduler:
     return Scheduler(runner, dict.fromkeys(MODELS, budget), on_failure=on_failure)
 

@@ -82,14 +82,15 @@ class EmbeddingCache:
 
         `as_read`: also those that are not written yet are rounded as they will be.
         """
-        kept = {key: one for key in keys if (one := self._on_the_way(key)) is not None}
-        found = {
-            key: self.as_read([one.vector], one.smallest)[0] if as_read else one.vector for key, one in kept.items()
+        kept = {key: waiting for key in keys if (waiting := self._on_the_way(key)) is not None}
+        vectors = {
+            key: self.as_read([waiting.vector], waiting.smallest)[0] if as_read else waiting.vector
+            for key, waiting in kept.items()
         }
-        missing = [key for key in keys if key not in found]
+        missing = [key for key in keys if key not in vectors]
         if missing and not self._left_alone():
-            found |= self._read(missing, dimensions)
-        return found
+            vectors |= self._read(missing, dimensions)
+        return vectors
 
     def as_read(self, vectors: Sequence[Vector], smallest: int) -> list[Vector]:
         """What would be read if these were kept: rounded, so that an answer does not show whether it was."""
@@ -106,13 +107,13 @@ class EmbeddingCache:
 
     def _read(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
         try:
-            found = decode_values(self._store.get(keys), dimensions)
+            vectors = decode_values(self._store.get(keys), dimensions)
         except Exception as error:  # whatever it is, the vectors can be computed
             self._failed("read", error)
             return {}
         self._worked("read")
-        self._touch(found)
-        return found
+        self._touch(vectors)
+        return vectors
 
     def _touch(self, keys: Iterable[bytes]) -> None:
         new = [key for key in keys if key not in self._touched]

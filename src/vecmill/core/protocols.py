@@ -1,6 +1,7 @@
 """What a room needs of the room below it, where an import contract keeps it from naming the class itself.
 
-`Runner`: the scheduler may not import the engine, which knows torch. `VectorStore`: SQLite's and Redis' stores."""
+`ForwardRunner`: the scheduler may not import the engine, which knows torch. `VectorStore`: SQLite's or Redis'.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ class BatchResult:
     """Where it was: tokens of the largest part that did fit."""
 
 
-class Runner(Protocol):
+class ForwardRunner(Protocol):
     """What runs one batch on the device: the engine, which the scheduler may not import (it knows torch)."""
 
     async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:

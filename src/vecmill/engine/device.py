@@ -274,8 +274,8 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    said = str(error).lower()
-    if isinstance(error, RuntimeError) and any(words in said for words in WORDS):
+    message = str(error).lower()
+    if isinstance(error, RuntimeError) and any(words in message for words in WORDS):
         return True
     cause = getattr(error, "inner_exception", None) or error.__cause__
     return cause is not None and is_out_of_memory(cause)

@@ -53,12 +53,12 @@ class Inbox:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: dict[Lane, deque[Work]] = {lane: deque() for lane in Lane}
+        self._waiting: dict[Lane, deque[QueuedBatch]] = {lane: deque() for lane in Lane}
         self._launched: Counter[Lane] = Counter()
         self._probes = 0
         self._closed = False
 
-    def put(self, lane: Lane, work: Work) -> None:
+    def put(self, lane: Lane, work: QueuedBatch) -> None:
         """Queue a batch."""
         with self._changed:
             self._waiting[lane].append(work)
@@ -82,7 +82,7 @@ class Inbox:
             self._launched[lane] -= 1
             self._changed.notify()
 
-    def take(self) -> tuple[Lane, Work] | None:
+    def take(self) -> tuple[Lane, QueuedBatch] | None:
         """Wait for a batch that may be launched; None: probe the device.
 
         Raises:
@@ -101,7 +101,7 @@ class Inbox:
                     raise Closed
                 self._changed.wait()
 
-    def clear(self) -> list[Work]:
+    def clear(self) -> list[QueuedBatch]:
         """Take out all that waits."""
         with self._changed:
             left = [work for waiting in self._waiting.values() for work in waiting]
@@ -115,7 +115,7 @@ class Closed(Exception):
 
 
 @dataclass(slots=True)
-class Work:
+class QueuedBatch:
     """One batch, and who waits for it."""
 
     model: str
@@ -139,7 +139,7 @@ class Work:
 
 
 class Engine:
-    """A `Runner` on a device. `loaded` resolves once the models are warm, or with what went wrong."""
+    """A `ForwardRunner` on a device. `loaded` resolves once the models are warm, or with what went wrong."""
 
     def __init__(self, models: ModelSettings, engine: EngineSettings, report: Report) -> None:
         self.loaded: Future[Loaded] = Future()
@@ -149,7 +149,7 @@ class Engine:
         self._inbox = Inbox()
         self._lock = threading.Lock()
         self._failure: str | None = None
-        self._progress = Progress()
+        self._progress = PendingPasses()
         self._last_done = 0.0
         self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
         self._collecting = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"collect-{lane}") for lane in Lane}
@@ -203,7 +203,7 @@ class Engine:
             Exception: what the forward pass raised; the engine goes on.
         """
         loop = asyncio.get_running_loop()
-        work = Work(model, rows, loop, loop.create_future())
+        work = QueuedBatch(model, rows, loop, loop.create_future())
         # A shared prefix may be computed by the very batch that runs now: what has one is packed when its turn comes.
         if self.busy and all(row.prefix is None for row in rows):
             self._after_packing(partial(self._pack_and_queue, work, lane))
@@ -222,14 +222,14 @@ class Engine:
         except RuntimeError:
             function()
 
-    def _pack_and_queue(self, work: Work, lane: Lane) -> None:
+    def _pack_and_queue(self, work: QueuedBatch, lane: Lane) -> None:
         # What goes wrong here goes wrong again on the device's thread, which answers for it.
         with contextlib.suppress(Exception):
             loaded = self.loaded.result()
             work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
         self._queue(work, lane)
 
-    def _queue(self, work: Work, lane: Lane) -> None:
+    def _queue(self, work: QueuedBatch, lane: Lane) -> None:
         with self._lock:
             if self._failure is None:
                 self._inbox.put(lane, work)
@@ -245,7 +245,7 @@ class Engine:
             return
         self.loaded.set_result(loaded)
         device = loaded.runs_on
-        work: Work | None = None
+        work: QueuedBatch | None = None
         try:
             while True:
                 taken = self._inbox.take()
@@ -276,7 +276,7 @@ class Engine:
         for collecting in self._collecting.values():
             collecting.shutdown(wait=False)
 
-    def _execute(self, loaded: Loaded, device: Device, lane: Lane, work: Work) -> None:
+    def _execute(self, loaded: Loaded, device: Device, lane: Lane, work: QueuedBatch) -> None:
         started = perf_counter()
         try:
             launched = launch(loaded.models[work.model], work.rows, device, lane, work.packed)
@@ -291,7 +291,7 @@ class Engine:
         else:
             self._answer(lane, work, launched, started)
 
-    def _answer(self, lane: Lane, work: Work, launched: Launched, started: float) -> None:
+    def _answer(self, lane: Lane, work: QueuedBatch, launched: Launched, started: float) -> None:
         """Wait for a batch that was launched at `started` and answer it."""
         try:
             rows = collect(launched)
@@ -322,7 +322,7 @@ TIMES_EXPECTED = 20
 FEWEST_SECONDS = 60.0
 
 
-class Progress:
+class PendingPasses:
     """Forward passes that are not answered yet. Belongs to the event loop's thread."""
 
     def __init__(self, clock: Callable[[], float] = monotonic) -> None:

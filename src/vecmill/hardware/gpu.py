@@ -88,7 +88,7 @@ HEAT = ("hw_thermal_slowdown", "sw_thermal_slowdown")
 POWER = ("hw_power_brake_slowdown", "hw_slowdown")
 
 
-class Clock(StrEnum):
+class ClockState(StrEnum):
     """The verdict. `unknown` where clock or load cannot be read; an idle GPU's clock says nothing."""
 
     OK = "ok"
@@ -102,30 +102,32 @@ class Clock(StrEnum):
 class ClockVerdict:
     """State, and one sentence with the cure where something is wrong."""
 
-    state: Clock
+    state: ClockState
     message: str
 
     @property
     def bad(self) -> bool:
-        return self.state in (Clock.THROTTLED, Clock.LOCKED)
+        return self.state in (ClockState.THROTTLED, ClockState.LOCKED)
 
 
 def clock_verdict(gpu: GpuReading | None) -> ClockVerdict:
     """Judge one reading."""
     if gpu is None or gpu.sm_clock_mhz is None or gpu.utilization_percent is None:
-        return ClockVerdict(Clock.UNKNOWN, "clock and load are not available")
+        return ClockVerdict(ClockState.UNKNOWN, "clock and load are not available")
     if gpu.utilization_percent < LOADED_PERCENT:
-        return ClockVerdict(Clock.IDLE, f"{gpu.sm_clock_mhz} MHz, {gpu.utilization_percent} % busy")
+        return ClockVerdict(ClockState.IDLE, f"{gpu.sm_clock_mhz} MHz, {gpu.utilization_percent} % busy")
     reasons = gpu.clock_reasons or ()
     if any(reason in HEAT for reason in reasons):
         return ClockVerdict(
-            Clock.THROTTLED, f"{_at(gpu)}: it is too hot. Give it air, and look at the fan and the room."
+            ClockState.THROTTLED, f"{_at(gpu)}: it is too hot. Give it air, and look at the fan and the room."
         )
     if any(reason in POWER for reason in reasons):
-        return ClockVerdict(Clock.THROTTLED, f"{_at(gpu)}: it gets too little power. Check the power supply and cable.")
+        return ClockVerdict(
+            ClockState.THROTTLED, f"{_at(gpu)}: it gets too little power. Check the power supply and cable."
+        )
     if _is_slow(gpu):
         return _locked(gpu)
-    return ClockVerdict(Clock.OK, f"{gpu.sm_clock_mhz} MHz under load")
+    return ClockVerdict(ClockState.OK, f"{gpu.sm_clock_mhz} MHz under load")
 
 
 def _is_slow(gpu: GpuReading) -> bool:
@@ -148,7 +150,7 @@ def _locked(gpu: GpuReading) -> ClockVerdict:
         )
     else:
         cure = f"it can do {gpu.max_sm_clock_mhz}. See `nvidia-smi -q -d PERFORMANCE,CLOCK` for what holds it back."
-    return ClockVerdict(Clock.LOCKED, f"{_at(gpu)}: {cure}")
+    return ClockVerdict(ClockState.LOCKED, f"{_at(gpu)}: {cure}")
 
 
 def _at(gpu: GpuReading) -> str:

@@ -170,13 +170,13 @@ def meminfo(proc: Path = PROC) -> Mapping[str, int]:
         lines = (proc / "meminfo").read_text().splitlines()
     except OSError:
         return {}
-    found: dict[str, int] = {}
+    values: dict[str, int] = {}
     for line in lines:
         name, _, rest = line.partition(":")
         number, _, unit = rest.strip().partition(" ")
         if number.isdecimal():
-            found[name] = int(number) * (1024 if unit == "kB" else 1)
-    return found
+            values[name] = int(number) * (1024 if unit == "kB" else 1)
+    return values
 
 
 def unified_available(info: Mapping[str, int]) -> int | None:
@@ -247,7 +247,7 @@ class ControlGroups:
         )
 
     def _look(self) -> None:
-        self._limited = [one for one in self._groups if _limit(*one) is not None]
+        self._limited = [group for group in self._groups if _limit(*group) is not None]
         self._looked_at = monotonic()
 
 
@@ -257,14 +257,14 @@ def _groups(mounted: Path, own: Path) -> list[tuple[Path, _Version]]:
         lines = own.read_text().splitlines()
     except OSError:
         lines = []
-    found = [*_upwards(mounted, "/", V2), *_upwards(mounted / "memory", "/", V1)]
+    groups = [*_upwards(mounted, "/", V2), *_upwards(mounted / "memory", "/", V1)]
     for line in lines:
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if not controllers:
-            found += _upwards(mounted, path, V2)
+            groups += _upwards(mounted, path, V2)
         elif "memory" in controllers.split(","):
-            found += _upwards(mounted / "memory", path, V1)
-    return list(dict.fromkeys(found))
+            groups += _upwards(mounted / "memory", path, V1)
+    return list(dict.fromkeys(groups))
 
 
 def _upwards(mounted: Path, path: str, version: _Version) -> list[tuple[Path, _Version]]:
@@ -292,7 +292,7 @@ def _held(group: Path, version: _Version) -> int:
 
 def _number(file: Path) -> int | None:
     try:
-        said = file.read_text().strip()
+        text = file.read_text().strip()
     except (OSError, ValueError):
         return None
-    return int(said) if said.isdecimal() else None
+    return int(text) if text.isdecimal() else None

@@ -20,7 +20,7 @@ from vecmill.config import AccessSettings
 from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
 from vecmill.core.types import Viewer
 from vecmill.http.errors import refused
-from vecmill.http.keys import NOBODY, Keys
+from vecmill.http.keys import NOBODY, ApiKeys
 from vecmill.http.origins import Origins, not_allowed
 
 # What load balancers and supervisors ask.
@@ -46,11 +46,11 @@ def is_loopback(host: str) -> bool:
 
 def in_both_families(networks: Iterable[str]) -> list[str]:
     """Addresses and networks, those of IPv4 also as a socket for both families shows them (`::ffff:10.0.0.1`)."""
-    found = list(networks)
-    for network in map(ip_network, list(found)):
+    both = list(networks)
+    for network in map(ip_network, list(both)):
         if network.version == 4:
-            found.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
-    return found
+            both.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+    return both
 
 
 class Access:
@@ -60,7 +60,7 @@ class Access:
         self,
         app: ASGIApp,
         settings: AccessSettings,
-        keys: Keys,
+        keys: ApiKeys,
         host: str,
         on_job: Callable[[str, Viewer], None] = lambda job_id, viewer: None,
     ) -> None:

@@ -76,8 +76,8 @@ def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
 
 def forward_pass(services: Services, key: str) -> dict[str, Any]:
     """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets."""
-    found, budget = services.warmed()[key], services.inference.budgets[key]
-    calibration = found.calibration
+    warmed, budget = services.warmed()[key], services.inference.budgets[key]
+    calibration = warmed.calibration
     return {
         "fixed_ms": round(1000 * calibration.fixed_seconds, 3),
         "us_per_token": round(1e6 * calibration.seconds_per_token, 2),
@@ -86,12 +86,12 @@ def forward_pass(services: Services, key: str) -> dict[str, Any]:
         "max_batch_tokens": budget.max_batch_tokens,
         "max_batch_tokens_ms": round(1000 * calibration.seconds(budget.max_batch_tokens), 1),
         "free_tokens": budget.free_tokens,
-        "compiled": found.compiled,
-        "compile_reason": found.compile_reason,
+        "compiled": warmed.compiled,
+        "compile_reason": warmed.compile_reason,
         "cuda_graphs": {
-            "count": found.graphs,
-            "max_tokens": found.graph_tokens,
-            "memory_mb": found.graph_memory_bytes // MEGABYTE,
+            "count": warmed.graphs,
+            "max_tokens": warmed.graph_tokens,
+            "memory_mb": warmed.graph_memory_bytes // MEGABYTE,
         },
         "measured": [{"tokens": tokens, "ms": round(1000 * taken, 3)} for tokens, taken in calibration.measured],
     }

@@ -99,7 +99,7 @@ async def vectors_response(
     if size <= STREAM_FROM_BYTES:
         whole = partial(_whole, build, embeddings, formats, compress and size >= GZIP_FROM_BYTES)
         return Response(await threads.run(whole, size=size), media_type="application/json", headers=headers)
-    body = await threads.run(lambda: _Body.of(build, embeddings, formats), size=size)
+    body = await threads.run(lambda: _StreamedBody.of(build, embeddings, formats), size=size)
     return StreamingResponse(_stream(threads, body, compress), media_type="application/json", headers=headers)
 
 
@@ -107,7 +107,7 @@ COMPRESSED = {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Body:
+class _StreamedBody:
     """A body whose vectors are not encoded yet."""
 
     embeddings: Matrix
@@ -118,7 +118,7 @@ class _Body:
     """Format and row of each."""
 
     @classmethod
-    def of(cls, build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat]) -> _Body:
+    def of(cls, build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat]) -> _StreamedBody:
         mark = secrets.token_hex(16).encode()  # which no text of a client's can hold
         rows = [
             [orjson.Fragment(b'"%b%02d%08d"' % (mark, number, row)) for row in range(len(embeddings))]
@@ -150,7 +150,7 @@ def _whole(
     return isal_zlib.compress(body, GZIP_LEVEL, GZIP_WINDOW) if compress else body
 
 
-async def _stream(threads: WorkerThreads, body: _Body, compress: bool) -> AsyncIterator[bytes]:
+async def _stream(threads: WorkerThreads, body: _StreamedBody, compress: bool) -> AsyncIterator[bytes]:
     compressor = isal_zlib.compressobj(GZIP_LEVEL, wbits=GZIP_WINDOW) if compress else None
     count = len(body.vectors)
     largest = body.embeddings.shape[1] * max(form.characters for form in body.formats)
@@ -160,7 +160,7 @@ async def _stream(threads: WorkerThreads, body: _Body, compress: bool) -> AsyncI
     yield compressor.compress(body.between[-1]) + compressor.flush() if compressor else body.between[-1]
 
 
-def _piece(body: _Body, start: int, stop: int, compressor: isal_zlib.Compress | None) -> bytes:
+def _piece(body: _StreamedBody, start: int, stop: int, compressor: isal_zlib.Compress | None) -> bytes:
     piece = b"".join(body.encode(start, stop))
     return compressor.compress(piece) if compressor else piece
 

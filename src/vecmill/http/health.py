@@ -75,19 +75,19 @@ async def _generation(services: Services, *, told: bool) -> dict[str, Any] | Non
     """The server at GENERATION_URL, as it was found lately; what it is does not change ours."""
     if services.generation is None:
         return None
-    found = await services.generation.found(LOOK_PATIENCE)
-    return {"url": services.generation.url if told else None, "ok": found.ok, "message": found.message}
+    look = await services.generation.found(LOOK_PATIENCE)
+    return {"url": services.generation.url if told else None, "ok": look.ok, "message": look.message}
 
 
 def _state(services: Services, *, told: bool) -> dict[str, Any]:
     """Whether what should outlive the process does; the server answers either way."""
     state = services.state()
     problems = {"state": "STATE_DIR is not open." if state is None else state.problem, **services.kept()}
-    found: dict[str, dict[str, Any]] = {
+    states: dict[str, dict[str, Any]] = {
         name: {"ok": problem is None, "message": problem if told else None} for name, problem in problems.items()
     }
-    found["cache"]["enabled"] = services.cache() is not None
-    return found
+    states["cache"]["enabled"] = services.cache() is not None
+    return states
 
 
 def _gpu(services: Services) -> dict[str, Any]:

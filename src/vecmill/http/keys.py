@@ -53,7 +53,7 @@ class _Known:
     """By owner."""
 
 
-class Keys:
+class ApiKeys:
     """Holders by key. Whoever looks sees either all the old keys or all the new ones."""
 
     def __init__(self, settings: AccessSettings) -> None:
@@ -75,15 +75,15 @@ class Keys:
 
     def holder_of(self, key: str) -> Holder | None:
         """Who presented this key. Every key is compared, in constant time, whichever fits."""
-        known, given, found = self._known, _digest(key), None
+        known, given, holder = self._known, _digest(key), None
         if known.admin is not None and compare_digest(given, known.admin):
-            found = ADMIN
-        for digest, holder in known.holders:
-            if compare_digest(given, digest) and found is None:
-                found = holder
-        if found is None and not known.holders:
+            holder = ADMIN
+        for digest, candidate in known.holders:
+            if compare_digest(given, digest) and holder is None:
+                holder = candidate
+        if holder is None and not known.holders:
             return ANYONE if known.admin is None else ANYONE_BESIDE_AN_ADMIN
-        return found
+        return holder
 
     def limits_of(self, owner: str | None) -> KeyLimits:
         """What a key may have in progress; no limits for a key that is gone."""
@@ -93,7 +93,9 @@ class Keys:
 def _known(settings: AccessSettings) -> _Known:
     admin = settings.admin_api_key
     holders = [(_digest(entry.key.get_secret_value()), entry) for entry in settings.api_key]
-    known = tuple((digest, Holder(one.name, _owner(one, digest), one.scopes, one.limits)) for digest, one in holders)
+    known = tuple(
+        (digest, Holder(entry.name, _owner(entry, digest), entry.scopes, entry.limits)) for digest, entry in holders
+    )
     limits = {holder.owner: holder.limits for _, holder in known}
     return _Known(known, None if admin is None else _digest(admin.get_secret_value()), limits)
 

@@ -16,7 +16,7 @@ from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.monitor import Look
 from vecmill.http.generation import Generation
-from vecmill.http.keys import Keys
+from vecmill.http.keys import ApiKeys
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
 from vecmill.storage.state_folder import StateFolder
@@ -49,7 +49,7 @@ class Services:
     hung: Callable[[], str | None]
     """Why the device is taken for hung; None while it gets on."""
     device_busy: Callable[[], bool]
-    keys: Keys
+    keys: ApiKeys
     warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""
 

@@ -32,8 +32,8 @@ async def stats(request: Request, services: ServicesOf) -> dict[str, Any]:
 
     With several keys and a common cache, what would tell of other keys' texts is null but for the scope `admin`.
     """
-    found = _stats(services)
-    return found if shows_work_of_all(request) else found | dict.fromkeys(WORK)
+    counts = _stats(services)
+    return counts if shows_work_of_all(request) else counts | dict.fromkeys(WORK)
 
 
 def _stats(services: Services) -> dict[str, Any]:
@@ -154,8 +154,8 @@ def _waiting(services: Services, lane: Lane) -> int:
 
 def _memory() -> Values:
     host = host_memory()
-    found = {"total": host.total_mb, "available": host.available_mb, "swap_used": host.swap_used_mb}
-    return {kind: value * MEGABYTE for kind, value in found.items()}
+    megabytes = {"total": host.total_mb, "available": host.available_mb, "swap_used": host.swap_used_mb}
+    return {kind: value * MEGABYTE for kind, value in megabytes.items()}
 
 
 def _watch_gpu(services: Services) -> None:
@@ -173,9 +173,9 @@ def _watch_gpu(services: Services) -> None:
 
 
 def _gpu_memory(services: Services) -> Values:
-    found: dict[str, int | None] = asdict(memory_of_gpu(services))
-    del found["unified"]
-    return {name.removesuffix("_mb"): None if value is None else value * MEGABYTE for name, value in found.items()}
+    megabytes: dict[str, int | None] = asdict(memory_of_gpu(services))
+    del megabytes["unified"]
+    return {name.removesuffix("_mb"): None if value is None else value * MEGABYTE for name, value in megabytes.items()}
 
 
 def _throttled(services: Services) -> float | None:

@@ -223,8 +223,8 @@ class Admission:
     def _first(self, room: _Room) -> _Waiter | None:
         """The next of the client that has least in progress, of those whose keys are not at their limits."""
         heads = (waiters[0] for waiters in room.waiting.values())
-        free = (one for one in heads if self._key_limit(one.caller, one.tokens) is None)
-        return min(free, key=lambda one: self._turn(room, one), default=None)
+        free = (waiter for waiter in heads if self._key_limit(waiter.caller, waiter.tokens) is None)
+        return min(free, key=lambda waiter: self._turn(room, waiter), default=None)
 
     def _turn(self, room: _Room, waiter: _Waiter) -> tuple[float, int, float]:
         client = waiter.caller.client
@@ -291,8 +291,8 @@ class Admission:
         error = Overloaded(f"The server is temporarily overloaded: {reason}; try again after Retry-After seconds.")
         self._pace.look(busy=self._busy)
         counted = sum(permit.tokens for permit in self._permits.values() if permit.settled)
-        waiting = [one for room in self._rooms.values() for waiters in room.waiting.values() for one in waiters]
-        estimated = self.tokens - counted + sum(one.tokens for one in waiting)
+        waiting = [waiter for room in self._rooms.values() for waiters in room.waiting.values() for waiter in waiters]
+        estimated = self.tokens - counted + sum(waiter.tokens for waiter in waiting)
         error.retry_after = min(
             LONGEST_RETRY_AFTER, max(1.0, self._pace.seconds(counted, estimated, self.requests + len(waiting)))
         )

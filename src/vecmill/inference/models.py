@@ -27,7 +27,7 @@ from vecmill.core.types import (
 from vecmill.inference.cache_lookup import CachedRow, CacheLookup, CachePolicy
 from vecmill.inference.pair_tokenizer import PairLimits, PairTokenizer
 from vecmill.inference.prompts import asks_for_query, choose_prompt
-from vecmill.inference.schedule import RowResults, Rows, RunOptions
+from vecmill.inference.schedule import RequestRows, RowResults, RunOptions
 from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized
 from vecmill.inference.token_ids import texts_of_ids
 from vecmill.inference.vectors import finish_vectors, logit_to_relevance, similarities, similarity_to_relevance
@@ -69,7 +69,7 @@ class Answering(ABC, Generic[Request, Result]):
         """
 
     @abstractmethod
-    async def tokenize(self, request: Request, options: RunOptions, cache: CachePolicy) -> Rows:
+    async def tokenize(self, request: Request, options: RunOptions, cache: CachePolicy) -> RequestRows:
         """The request's inputs as rows for the model, or as vectors from the cache.
 
         Raises:
@@ -108,7 +108,7 @@ class Embedder(Answering[EmbedRequest, EmbedResult]):
         tokens = estimated_tokens(self.card, inputs, around + SPECIAL_TOKENS)
         return Cost(tokens, len(inputs) * (self.card.dimensions or 1) * BYTES_PER_VALUE)
 
-    async def tokenize(self, request: EmbedRequest, options: RunOptions, cache: CachePolicy) -> Rows:
+    async def tokenize(self, request: EmbedRequest, options: RunOptions, cache: CachePolicy) -> RequestRows:
         """See `Answering`."""
         prompt = choose_prompt(self.card, request.prompt)
         lookup = self.lookup(options, cache, is_query=asks_for_query(request.prompt))
@@ -117,7 +117,7 @@ class Embedder(Answering[EmbedRequest, EmbedResult]):
             inputs = await self.tokenize_texts(texts, prompt, request.truncation, lookup)
         else:
             inputs = await self._tokenize_ids(request, prompt, options, lookup)
-        return Rows(inputs, entries(request.param))
+        return RequestRows(inputs, entries(request.param))
 
     def lookup(self, options: RunOptions, cache: CachePolicy, *, is_query: bool) -> CacheLookup | None:
         """How texts of a request are looked up in the cache; None where it is not used."""
@@ -189,7 +189,7 @@ class Reranker(Answering[ScoreRequest, ScoreResult]):
         around = max(map(len, request.queries), default=0) + len(request.instruction or "") + PAIR_TOKENS
         return Cost(estimated_tokens(self.card, request.documents, around + SPECIAL_TOKENS))
 
-    async def tokenize(self, request: ScoreRequest, options: RunOptions, cache: CachePolicy) -> Rows:
+    async def tokenize(self, request: ScoreRequest, options: RunOptions, cache: CachePolicy) -> RequestRows:
         """One row for each document; documents that share a query are tokenized together. Nothing of it is cached."""
         limits = PairLimits(
             request.truncation.side,
@@ -209,7 +209,7 @@ class Reranker(Answering[ScoreRequest, ScoreResult]):
         rows = await asyncio.gather(
             *(self.tokenizer.encode(query, documents, request.instruction, limits) for query, documents in groups)
         )
-        return Rows([row for group in rows for row in group], entries(request.param))
+        return RequestRows([row for group in rows for row in group], entries(request.param))
 
     def finish(self, request: ScoreRequest, results: RowResults) -> ScoreResult:
         """See `Answering`."""
@@ -240,7 +240,7 @@ class VectorScorer(Answering[ScoreRequest, ScoreResult]):
         query = choose_prompt(self.card, PromptChoice(is_query=True, instruction=request.instruction))
         return query, choose_prompt(self.card, PromptChoice(is_query=False))
 
-    async def tokenize(self, request: ScoreRequest, options: RunOptions, cache: CachePolicy) -> Rows:
+    async def tokenize(self, request: ScoreRequest, options: RunOptions, cache: CachePolicy) -> RequestRows:
         """A row for each query, then one for each document."""
         model = self.embedder
         query_prompt, document_prompt = self._prompts(request)
@@ -256,7 +256,7 @@ class VectorScorer(Answering[ScoreRequest, ScoreResult]):
         queries = len(request.queries)
         query = entries(request.query_param) if queries > 1 else lambda index: request.query_param
         document = entries(request.param)
-        return Rows(inputs, lambda index: query(index) if index < queries else document(index - queries))
+        return RequestRows(inputs, lambda index: query(index) if index < queries else document(index - queries))
 
     async def _limited(self, whole: Truncation, most: int | None, prompt: str) -> Truncation:
         """The narrower of two limits: of the whole row, and of `most` tokens of the text without what is around it."""

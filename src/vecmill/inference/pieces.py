@@ -54,12 +54,12 @@ def pieces(
     size = sum(pool.normalised_bytes(text) + len(prompt) for text in request.texts)
     _within(size, request.param, "bytes in the tokenizer's form")
     return [
-        _Pieces(pool, missing_prompt(prompt, text) + text, special[: len(before)], special[len(before) :])
+        _TextPieces(pool, missing_prompt(prompt, text) + text, special[: len(before)], special[len(before) :])
         for text in request.texts
     ]
 
 
-class _Pieces(Sequence[Piece]):
+class _TextPieces(Sequence[Piece]):
     """The pieces of one text. They are made as they are looked at: there may be hundreds of thousands.
 
     What stands in the text is never special, as TEI has it: an unknown word, a control token written out.

@@ -42,7 +42,7 @@ class RunOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class RequestRows:
     """A request's inputs, tokenized or found in the cache, in the order of the request."""
 
     inputs: Sequence[Tokenized | CachedRow]
@@ -134,7 +134,7 @@ def choose_lane(caller: Caller, *, interactive_hint: bool, texts: int, tokens: i
 async def run_rows(
     scheduler: Scheduler,
     card: ModelCard,
-    rows: Rows,
+    rows: RequestRows,
     options: RunOptions,
     keep: Callable[[bytes, Vector], None] | None = None,
 ) -> RowResults:
@@ -209,7 +209,7 @@ async def _all_or_first_error(
                 future.exception()  # seen: asyncio would log an error that nobody looked at
 
 
-def _check_runnable(card: ModelCard, new: Mapping[int, Tokenized], rows: Rows, options: RunOptions) -> None:
+def _check_runnable(card: ModelCard, new: Mapping[int, Tokenized], rows: RequestRows, options: RunOptions) -> None:
     """Refuse what must not be cut; a text without tokens; and one that was cut before its first token that is pooled,
     which would leave nothing to take the mean of.
 

@@ -10,7 +10,7 @@ from time import monotonic
 
 from vecmill.core.errors import VecmillError
 from vecmill.core.types import Lane, Prefix, Row, Vector
-from vecmill.scheduler.policy import Budget, Client, Cut, Line
+from vecmill.scheduler.policy import Budget, Cut, TurnTaker, WaitingLine
 
 MOST_CLIENTS = 1024  # remembered though nothing of theirs waits
 MOST_JOBS = 64  # that a client's turns are divided among; those beyond share one part
@@ -18,34 +18,34 @@ JOBS_BEYOND = "\0beyond"
 
 
 @dataclass(eq=False, slots=True)
-class Sharing(Client):
+class Sharing(TurnTaker):
     """A client, whose jobs take turns in what it gets."""
 
-    jobs: dict[str, Client] = field(default_factory=dict)
+    jobs: dict[str, TurnTaker] = field(default_factory=dict)
     """Those with something waiting, and those that had lately."""
 
 
-class Lines:
+class WaitingLines:
     """Every line in which something waits."""
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[str, Lane, str, str], Line[Sequence]] = {}
+        self._lines: dict[tuple[str, Lane, str, str], WaitingLine[Sequence]] = {}
         self._clients: dict[tuple[Lane, str], Sharing] = {}
 
-    def __iter__(self) -> Iterator[Line[Sequence]]:
+    def __iter__(self) -> Iterator[WaitingLine[Sequence]]:
         return iter(self._lines.values())
 
     def waits(self, lane: Lane) -> bool:
         """Whether anything waits in a lane."""
         return any(line.lane is lane for line in self._lines.values())
 
-    def join(self, model: str, lane: Lane, client: str, now: float, job: str = "") -> Line[Sequence]:
+    def join(self, model: str, lane: Lane, client: str, now: float, job: str = "") -> WaitingLine[Sequence]:
         """The line of a client's job; it must be given a sequence."""
         key = model, lane, client, job
         if key not in self._lines:
             sharing = self._client(lane, client)
             part = self._job(sharing, job)
-            self._lines[key] = Line(model, lane, sharing, now, job=part)
+            self._lines[key] = WaitingLine(model, lane, sharing, now, job=part)
         return self._lines[key]
 
     def _client(self, lane: Lane, name: str) -> Sharing:
@@ -59,7 +59,7 @@ class Lines:
             self._forget(active | {client}, lane)
         return client
 
-    def _forget(self, active: set[Client], lane: Lane) -> None:
+    def _forget(self, active: set[TurnTaker], lane: Lane) -> None:
         """Let those go that have been away longest."""
         excess = len(self._clients) - MOST_CLIENTS
         if excess > 0:
@@ -67,13 +67,13 @@ class Lines:
             for key in away[:excess]:
                 del self._clients[key]
 
-    def _job(self, client: Sharing, name: str) -> Client:
+    def _job(self, client: Sharing, name: str) -> TurnTaker:
         """The part of a client's turns that a job has; beyond MOST_JOBS all further jobs have one together."""
         active = {line.job for line in self._lines.values() if line.client is client}
         client.jobs = {key: job for key, job in client.jobs.items() if job in active or key == name}
         if name not in client.jobs and len(client.jobs) >= MOST_JOBS:
             name = JOBS_BEYOND
-        job = client.jobs.setdefault(name, Client())
+        job = client.jobs.setdefault(name, TurnTaker())
         if job not in active:
             _level(job, active)
         return job
@@ -96,8 +96,8 @@ class Lines:
         return waiting
 
 
-def _level(client: Client, active: Iterable[Client]) -> None:
-    client.served = max(client.served, min((one.served for one in active), default=0.0))
+def _level(client: TurnTaker, active: Iterable[TurnTaker]) -> None:
+    client.served = max(client.served, min((other.served for other in active), default=0.0))
 
 
 class Backlog:

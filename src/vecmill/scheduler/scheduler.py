@@ -1,4 +1,4 @@
-"""The loop that empties the lines into a `Runner`, and the promise that every future is resolved."""
+"""The loop that empties the lines into a `ForwardRunner`, and the promise that every future is resolved."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from itertools import repeat
 from time import monotonic
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
-from vecmill.core.protocols import BatchResult, Runner
+from vecmill.core.protocols import BatchResult, ForwardRunner
 from vecmill.core.types import Lane, Row, Vector
-from vecmill.scheduler.lines import Backlog, Lines, Sequence, SequenceResult, duplicate_key
+from vecmill.scheduler.lines import Backlog, Sequence, SequenceResult, WaitingLines, duplicate_key
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
 
 logger = logging.getLogger(__name__)
@@ -48,11 +48,11 @@ OnBatch = Callable[[Lane, int, int, float, int], None]
 
 
 class Scheduler:
-    """Cuts batches for a `Runner`. All methods belong to the event loop's thread."""
+    """Cuts batches for a `ForwardRunner`. All methods belong to the event loop's thread."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ForwardRunner,
         budgets: Mapping[str, Budget],
         rules: Rules | None = None,
         *,
@@ -69,7 +69,7 @@ class Scheduler:
         self._runner = runner
         self._rules = rules or Rules()
         self._on_batch, self._on_failure, self._clock = on_batch, on_failure, clock
-        self._lines = Lines()
+        self._lines = WaitingLines()
         self._owed = 0.0
         self._unanswered: dict[Hashable, tuple[Sequence, Lane]] = {}
         self._in_flight = InFlight()
@@ -210,7 +210,7 @@ class Scheduler:
         if taken.tokens > self.budgets[taken.model].max_batch_tokens:
             logger.info("a text of %d tokens runs alone, longer than the budget of a forward pass", taken.tokens)
         started = self._clock()
-        result = await self._runner.run(taken.model, [one.row for one in taken.batch], taken.lane)
+        result = await self._runner.run(taken.model, [sequence.row for sequence in taken.batch], taken.lane)
         self._count(taken, result)
         for sequence, row in zip(taken.batch, result.rows, strict=True):
             self._unanswered.pop(sequence.key, None)

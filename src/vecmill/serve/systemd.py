@@ -60,7 +60,7 @@ LOADING_PATIENCE = 300 * MICROSECONDS
 STATUS_EVERY = 0.5  # seconds, at least, between messages of one stage
 
 
-class Status:
+class SystemdStatus:
     """Passes on every change of the server's health. Safe to use from any thread."""
 
     def __init__(self, notifier: Notifier, address: str) -> None:

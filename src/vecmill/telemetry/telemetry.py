@@ -153,5 +153,5 @@ def summary(values: Iterable[float]) -> Mapping[str, float | None]:
     if not array.size:
         return dict.fromkeys(("min", "p50", "p95", "max", "mean"))
     p50, p95 = np.percentile(array, [50, 95])
-    found = {"min": array.min(), "p50": p50, "p95": p95, "max": array.max(), "mean": array.mean()}
-    return {name: round(float(value), 3) for name, value in found.items()}
+    values_by_name = {"min": array.min(), "p50": p50, "p95": p95, "max": array.max(), "mean": array.mean()}
+    return {name: round(float(value), 3) for name, value in values_by_name.items()}
