@@ -24,7 +24,7 @@ from vecmill.hardware.gpu import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
-from vecmill.http.access import Access, in_both_families
+from vecmill.http.access import Access, ApiKeys, in_both_families
 from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import (
@@ -48,7 +48,6 @@ from vecmill.http.dialects.batch_endpoints import batch_endpoints
 from vecmill.http.dialects.openai_files import UPLOAD
 from vecmill.http.generation import Generation
 from vecmill.http.in_progress import Draining, InProgress
-from vecmill.http.keys import ApiKeys
 from vecmill.http.middleware import AcceptedGZip, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
@@ -146,7 +145,7 @@ class Server:
             gpu_in_use=self._uses_gpu,
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
-            keys=self.keys,
+            several_keys=lambda: self.keys.several,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
         watch_gauges(self.services)

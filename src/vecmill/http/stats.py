@@ -17,8 +17,7 @@ from vecmill.hardware.memory import MEGABYTE, host_memory
 from vecmill.http.cache import cache_facts
 from vecmill.http.hardware import gpu_facts, memory_of_gpu, warnings
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
-from vecmill.telemetry.metrics import Values
-from vecmill.telemetry.telemetry import summary
+from vecmill.telemetry.telemetry import Values, summary
 
 router = APIRouter(tags=["Statistics"])
 
