@@ -68,13 +68,13 @@ class EmbeddingCache:
         self._failed_at: dict[str, float] = {}  # what failed last, and when
         self.stats = CacheStats()
         self.size = StoreSize(0, 0)
-        """As it was a moment ago."""
+        """As last measured, every few seconds."""
         self._writer = threading.Thread(target=self._write_forever, name="cache-writer", daemon=True)
         self._writer.start()
 
     @property
     def failing(self) -> bool:
-        """Whether the store could not be used lately."""
+        """True from a failure of the store until it works again."""
         return bool(self._failed_at)
 
     def look_up(self, keys: Sequence[bytes], dimensions: int, *, as_read: bool = False) -> dict[bytes, Vector]:

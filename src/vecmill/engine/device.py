@@ -225,7 +225,7 @@ T = TypeVar("T")
 # ("CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"); of NVIDIA's
 # libraries; of a GPU without memory of its own, where torch's allocator fails over its own report, for which NVML has
 # nothing to say; of the CPU's allocator, of oneDNN and of the C library.
-WORDS = (
+OUT_OF_MEMORY_WORDS = (
     "out of memory",
     "out_of_memory",
     "cudaerrormemoryallocation",
@@ -275,7 +275,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
     message = str(error).lower()
-    if isinstance(error, RuntimeError) and any(words in message for words in WORDS):
+    if isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY_WORDS):
         return True
     cause = getattr(error, "inner_exception", None) or error.__cause__
     return cause is not None and is_out_of_memory(cause)

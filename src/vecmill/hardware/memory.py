@@ -106,12 +106,12 @@ def host_memory() -> HostMemory:
 
 
 def memory_floor(total: int, floor_gb: float | None) -> float:
-    """Bytes of `total` that stay free: MEMORY_FLOOR_GB, or what goes without saying."""
+    """Bytes of `total` that stay free: MEMORY_FLOOR_GB, or 4 % of it, at most 8 GB, if that is not set."""
     return min(FLOOR_SHARE * total, HIGHEST_FLOOR) if floor_gb is None else floor_gb * GIGABYTE
 
 
 class MemoryGuard:
-    """Says no before the machine has to swap: on a GB10 the GPU's memory is the machine's, and past its end it hangs.
+    """Refuses requests before the machine has to swap: a GB10's GPU shares its memory, and it hangs when that is full.
 
     Source: MemAvailable in /proc/meminfo; where control groups limit the process, what they have left.
     """

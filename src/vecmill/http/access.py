@@ -222,12 +222,12 @@ class ApiKeys:
 
     @property
     def several(self) -> bool:
-        """Whether there is anybody to keep one holder's secrets from."""
+        """Whether more than one key opens the server, so that one holder must not learn of another's texts."""
         known = self._known
         return len(known.holders) + (known.admin is not None and bool(known.holders)) > 1
 
     def holder_of(self, key: str) -> Holder | None:
-        """Who presented this key. Every key is compared, in constant time, whichever fits."""
+        """The holder of a presented key; None if there is none. Every key is compared, in constant time."""
         known, given, holder = self._known, _digest(key), None
         if known.admin is not None and compare_digest(given, known.admin):
             holder = ADMIN

@@ -21,7 +21,7 @@ from vecmill.telemetry.telemetry import Values, summary
 
 router = APIRouter(tags=["Statistics"])
 
-# What says how much had to be computed of what was asked.
+# These tell how much had to be computed, and so what was in the cache.
 WORK = ("texts_cached", "tokens_cached", "texts_computed", "cache", "queue_waits", "texts_joined")
 
 

@@ -40,7 +40,7 @@ class WaitingLines:
         return any(line.lane is lane for line in self._lines.values())
 
     def join(self, model: str, lane: Lane, client: str, now: float, job: str = "") -> WaitingLine[Sequence]:
-        """The line of a client's job; it must be given a sequence."""
+        """The line of a client's job, made if need be. The caller must append a sequence: empty lines are dropped."""
         key = model, lane, client, job
         if key not in self._lines:
             sharing = self._client(lane, client)
@@ -60,7 +60,7 @@ class WaitingLines:
         return client
 
     def _forget(self, active: set[TurnTaker], lane: Lane) -> None:
-        """Let those go that have been away longest."""
+        """Drop the clients that have been away longest."""
         excess = len(self._clients) - MOST_CLIENTS
         if excess > 0:
             away = [key for key, one in self._clients.items() if key[0] is lane and one not in active]
@@ -101,7 +101,7 @@ def _level(client: TurnTaker, active: Iterable[TurnTaker]) -> None:
 
 
 class Backlog:
-    """How much waits for each model."""
+    """Rows and tokens that wait, by model."""
 
     def __init__(self) -> None:
         self._rows: Counter[str] = Counter()

@@ -56,7 +56,7 @@ class HttpServer(uvicorn.Server):
     def close_within(self, seconds: float) -> None:
         """Close the listener and the idle connections, and the others once they have taken what was sent to them.
 
-        Called again, it may take LAST_ANSWERS from then on, whatever was said before.
+        A second call leaves LAST_ANSWERS seconds from then on.
         """
         if self.should_exit:
             asyncio.get_running_loop().call_later(LAST_ANSWERS, self._abort)

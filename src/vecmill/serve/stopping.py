@@ -50,7 +50,7 @@ class Stopping:
         end_at_next_stop()
 
     def begin(self) -> None:
-        """Stop; once is enough."""
+        """Stop; a second call does nothing."""
         if self._task is None:
             self._began = monotonic()
             self._last_resort.within(self._seconds + CLOSING_SECONDS)
@@ -103,7 +103,7 @@ def on_signal(number: signal.Signals, call: Callable[[], None]) -> None:
 
 
 def ignore_stops() -> None:
-    """Where there is no event loop (any more): a stop that was asked for is no failure."""
+    """Outside the event loop: a stop that was asked for is no failure."""
     for number in STOP:
         signal.signal(number, lambda number, frame: None)
 
@@ -141,7 +141,7 @@ class LastResort:
         self._timer: threading.Timer | None = None
 
     def within(self, seconds: float) -> None:
-        """From now on there is so much time left, whatever was said before."""
+        """End the process in so many seconds from now; replaces an earlier time."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = threading.Timer(seconds, self._end)

@@ -21,7 +21,7 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
 
-# Lines of what says how much had to be computed of what was asked.
+# Lines of the exposition that tell how much had to be computed, and so what was in the cache.
 OF_WORK = re.compile(
     rb"(# \w+ )?vecmill_(cache|computed|joined|batch_(rows|tokens|duration))"
     rb"|vecmill_request_duration_seconds\w*{[^}]*stage=\"(tokenize|queue|infer)\""
@@ -141,7 +141,7 @@ class Metrics:
         gauge.set_function(read)
 
     def exposition(self, *, work: bool = True) -> bytes:
-        """The registry in Prometheus text format; without `work` not what says how much had to be computed."""
+        """The registry in Prometheus text format; without `work`, less the lines that tell how much had to be computed."""
         whole = generate_latest(self.registry)
         return whole if work else b"".join(line for line in whole.splitlines(keepends=True) if not OF_WORK.match(line))
 
