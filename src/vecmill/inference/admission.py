@@ -199,7 +199,7 @@ class Admission:
                 _forget_turn(self._rooms[waiter.lane], waiter.caller.client)
 
     def _may_wait(self, room: _Room, client: str) -> bool:
-        """Whether one more may wait. If too many do, the newest waiter of the client with the most is refused for it."""
+        """Whether one more may wait. If too many do, the newest of the client with the most waiters is refused for it."""
         if room.waiters < self._most_waiting:
             return True
         largest = max(room.waiting.values(), key=len)

@@ -141,7 +141,7 @@ class Metrics:
         gauge.set_function(read)
 
     def exposition(self, *, work: bool = True) -> bytes:
-        """The registry in Prometheus text format; without `work`, less the lines that tell how much had to be computed."""
+        """The registry in Prometheus text format; without `work`, less the lines that tell what had to be computed."""
         whole = generate_latest(self.registry)
         return whole if work else b"".join(line for line in whole.splitlines(keepends=True) if not OF_WORK.match(line))
 
