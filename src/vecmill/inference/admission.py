@@ -199,7 +199,7 @@ class Admission:
                 _forget_turn(self._rooms[waiter.lane], waiter.caller.client)
 
     def _may_wait(self, room: _Room, client: str) -> bool:
-        """Whether one more may wait. If too many do, the newest of the client with the most waiters is refused for it."""
+        """Whether one more may wait. If too many do, the newest of the client with most waiters is refused for it."""
         if room.waiters < self._most_waiting:
             return True
         largest = max(room.waiting.values(), key=len)
@@ -231,7 +231,7 @@ class Admission:
         return self._share(room, client), room.turns.get(client, 0), waiter.since
 
     def _share(self, room: _Room, client: str) -> float:
-        """A client's share of the room, in requests or tokens, whichever is larger (https://dl.acm.org/doi/10.5555/1972457.1972490)."""
+        """A client's dominant share of the room (https://dl.acm.org/doi/10.5555/1972457.1972490)."""
         held = room.clients.get(client)
         if held is None:
             return 0.0
