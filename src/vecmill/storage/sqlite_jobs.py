@@ -24,7 +24,7 @@ CREATE TABLE meta (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL)
 MAGIC = b"SQLite format 3\0"
 # A client's patience with /jobs is 5 s, and its call may wait for another's.
 BUSY_SECONDS = 0.5
-# Transient errors: the connection is kept and the write tried again.
+# Transient errors: keep the connection and retry.
 TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL})
 
 T = TypeVar("T")
