@@ -52,8 +52,8 @@ from vecmill.http.middleware import AcceptedGZip, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
 from vecmill.http.stats import watch_budgets, watch_gauges
-from vecmill.inference.assembly import assemble
 from vecmill.inference.facade import Inference
+from vecmill.inference.models import assemble
 from vecmill.scheduler.policy import Budget, Rules
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.state import State

@@ -31,10 +31,9 @@ from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission
 from vecmill.inference.cache_lookup import CachePolicy
 from vecmill.inference.models import Aliases, Answering, Request, Result, ServedModels
-from vecmill.inference.pieces import check_size, pieces, texts_of
-from vecmill.inference.prompts import asks_for_query, choose_prompt
 from vecmill.inference.schedule import RowResults, RunOptions, expected_lane, run_rows, within
-from vecmill.inference.text_tokenizer import Tokenized
+from vecmill.inference.text_tokenizer import Tokenized, asks_for_query, choose_prompt
+from vecmill.inference.token_ids import check_shown_size, detokenized, pieces_of
 from vecmill.inference.vectors import check_dimensions
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler, SchedulerStats
@@ -203,8 +202,8 @@ class Inference:
         model = self._models_or_raise().any(request.model)
         self._check_count(len(request.texts), request.param)
         prompt = choose_prompt(model.card, request.prompt)
-        size = check_size(request, prompt)
-        show = partial(pieces, model.tokenizer.pool, model.around, request, prompt)
+        size = check_shown_size(request, prompt)
+        show = partial(pieces_of, model.tokenizer.pool, model.around, request, prompt)
         return TokenizeResult(await self._threads.run(show, size=size), model.card)
 
     async def detokenize(self, request: DetokenizeRequest) -> list[str]:
@@ -215,8 +214,8 @@ class Inference:
         """
         model = self._models_or_raise().any(request.model)
         self._check_count(len(request.inputs), request.param)
-        read = partial(texts_of, model.tokenizer.pool, model.card, request)
-        return await self._threads.run(read, size=check_size(request))
+        read = partial(detokenized, model.tokenizer.pool, model.card, request)
+        return await self._threads.run(read, size=check_shown_size(request))
 
     def _truncates(self, truncation: Truncation) -> bool:
         return self._settings.auto_truncate if truncation.allowed is None else truncation.allowed

@@ -12,7 +12,9 @@ from typing import Generic, TypeVar, cast
 
 import numpy as np
 
-from vecmill.core.errors import ModelNotFound
+from vecmill.cache.embedding_cache import model_fingerprint
+from vecmill.config import InferenceSettings
+from vecmill.core.errors import ModelNotFound, StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
     EmbedRequest,
@@ -21,17 +23,23 @@ from vecmill.core.types import (
     PromptChoice,
     ScoreRequest,
     ScoreResult,
+    Task,
     TokenVocabulary,
     Truncation,
 )
 from vecmill.inference.cache_lookup import CachedRow, CacheLookup, CachePolicy
-from vecmill.inference.pair_tokenizer import PairLimits, PairTokenizer
-from vecmill.inference.prompts import asks_for_query, choose_prompt
+from vecmill.inference.pair_tokenizer import CrossEncoderTokenizer, InstructTokenizer, PairLimits, PairTokenizer
 from vecmill.inference.schedule import RequestRows, RowResults, RunOptions
-from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized
-from vecmill.inference.token_ids import texts_of_ids
+from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized, asks_for_query, choose_prompt
+from vecmill.inference.token_ids import cl100k, texts_of_ids
+from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.inference.vectors import finish_vectors, logit_to_relevance, similarities, similarity_to_relevance
 from vecmill.models.aliases import aliases_of, with_aliases
+from vecmill.models.chat_template import UnfitTemplateError
+from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.rerank_prompt import padding_token, rerank_form
+from vecmill.models.text_format import text_format
+from vecmill.models.tokenizer_files import ReadTokenizer
 
 Aliases = Sequence[tuple[str, str]]
 
@@ -401,3 +409,47 @@ def _role(name: str) -> tuple[str, bool | None]:
         if name.endswith(suffix):
             return name.removesuffix(suffix), is_query
     return name, None
+
+
+def assemble(
+    loaded: Iterable[tuple[ModelCard, Checkpoint, ReadTokenizer]],
+    settings: InferenceSettings,
+    threads: WorkerThreads,
+) -> ServedModels:
+    """The models that requests can name, from the card, the files and the tokenizer of each that is loaded.
+
+    Raises:
+        StartupError: a tokenizer is not that of its model.
+    """
+    if settings.token_ids is TokenVocabulary.CL100K:
+        cl100k()  # not with the first request that needs it: reading it holds the interpreter
+    embedders, rerankers = [], []
+    for card, checkpoint, read in loaded:
+        if card.task is Task.EMBED:
+            pool = TokenizerPool(read, card.vocab_size, card.max_model_len, threads)
+            tokenizer = TextTokenizer(pool, text_format(checkpoint), card.max_model_len, card.vocab_size)
+            embedders.append(Embedder(card, tokenizer, model_fingerprint(card), settings.token_ids, threads))
+        else:
+            rerankers.append(Reranker(card, _pair_tokenizer(card, checkpoint, read, settings, threads)))
+    return ServedModels(embedders, rerankers, strict=settings.strict_model)
+
+
+def _pair_tokenizer(
+    card: ModelCard,
+    checkpoint: Checkpoint,
+    read: ReadTokenizer,
+    settings: InferenceSettings,
+    threads: WorkerThreads,
+) -> PairTokenizer:
+    form = rerank_form(checkpoint)
+    make = partial(TokenizerPool, read, card.vocab_size, card.max_model_len, threads)
+    pool = make(control_tokens=settings.allow_control_tokens, prompt=form.prompt.fixed_text if form.prompt else "")
+    default = None if card.default_prompt_name is None else card.prompts.get(card.default_prompt_name)
+    padding = padding_token(checkpoint)
+    if form.prompt is None:
+        return CrossEncoderTokenizer(pool, card.max_model_len, default or "", padding)
+    control = pool if settings.allow_control_tokens else make()
+    try:
+        return InstructTokenizer(pool, control, card.max_model_len, form.prompt, default, padding)
+    except UnfitTemplateError as error:
+        raise StartupError(f"{checkpoint.named}: its chat template {error}.") from None
