@@ -1,7 +1,7 @@
 """A query and its documents to rows for a reranker.
 
-A cross-encoder's rows are `[CLS] query [SEP] document [SEP]`. A decoder's prompt is cut into parts that are tokenized one
-by one and give the same tokens as the whole, so that all before the documents is tokenized and computed once.
+A cross-encoder's rows are `[CLS] query [SEP] document [SEP]`. A decoder's prompt is cut into parts that are tokenized
+one by one and give the same tokens as the whole, so that what precedes the documents is tokenized and computed once.
 """
 
 from __future__ import annotations
