@@ -210,8 +210,8 @@ async def _all_or_first_error(
 
 
 def _check_runnable(card: ModelCard, new: Mapping[int, Tokenized], rows: RequestRows, options: RunOptions) -> None:
-    """Refuse what must not be cut; a text without tokens; and one that was cut before its first token that is pooled,
-    which would leave nothing to take the mean of.
+    """Refuse a text that must not be cut; one without tokens; and one of whose tokens none is pooled, which would leave
+    nothing to take the mean of.
 
     Raises:
         InputTooLong, InvalidInput: see above.
@@ -220,18 +220,22 @@ def _check_runnable(card: ModelCard, new: Mapping[int, Tokenized], rows: Request
     if too_long is not None and not options.truncate:
         raise _too_long(card, new[too_long], rows.name(too_long))
     for index, row in new.items():
+        if len(row.row) > row.row.unpooled:
+            continue
+        name = rows.name(index)
         if not len(row.row):
-            name = rows.name(index)
             raise InvalidInput(
-                f"`{name}`: the model's tokenizer makes no tokens of it, and adds none; send another text.", param=name
-            )
-        if row.row.unpooled >= len(row.row):
-            name = rows.name(index)
-            raise InvalidInput(
-                f"`{name}`: the instruction alone fills the model's maximum context length, nothing of the "
-                f"text is left; shorten the instruction or raise MAX_MODEL_LEN.",
+                f"`{name}`: the model's tokenizer makes no tokens of it, and adds none: it is empty, "
+                f"or as good as empty (and so is the query, of a document that is ranked); send another text.",
                 param=name,
             )
+        raise InvalidInput(
+            f"`{name}`: the instruction alone fills the model's maximum context length, nothing of the "
+            f"text is left; shorten the instruction or raise MAX_MODEL_LEN."
+            if row.truncated
+            else f"`{name}`: it has no tokens beside the prompt's, which the model does not pool; send another text.",
+            param=name,
+        )
 
 
 def _too_long(card: ModelCard, row: Tokenized, name: str) -> InputTooLong:

@@ -7,6 +7,7 @@ Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084) for the pooling.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -34,7 +35,8 @@ class BertEmbedder:
         self.vocab_size: int = config.vocab_size
         self._pooling = checkpoint.require_pooling()
         self._padding = padding_with_a_place(config)
-        self.encoder = load_weights(model_class, checkpoint, config, target, rename, add_pooling_layer=False)
+        names = partial(rename, f"{model_class.base_model_prefix}.")
+        self.encoder = load_weights(model_class, checkpoint, config, target, names, add_pooling_layer=False)
 
     @property
     def modules(self) -> Sequence[nn.Module]:
@@ -79,9 +81,9 @@ def positions(packed: PackedBatch, padding: int) -> Tensor:
     return torch.where(is_padding, padding, counted)[None]
 
 
-def rename(name: str) -> Sequence[str]:
+def rename(prefix: str, name: str) -> Sequence[str]:
     """Names with or without the model's own prefix, and TensorFlow's names for the layer norms."""
-    name = name.removeprefix("bert.").removeprefix("roberta.")
+    name = name.removeprefix(prefix)
     if name.startswith(UNUSED):
         return ()
     return (layer_norm_name(name),)

@@ -115,7 +115,11 @@ GENERATION = (
 OF_RERANKERS = ("classifier_from_token", "is_original_qwen3_reranker")  # vLLM's, of language models that score
 LABELS = ("_num_labels", "id2label", "label2id", "num_labels", "problem_type")
 BOOKKEEPING = (
+    "_attn_implementation",  # how attention is computed, and not what
+    "_attn_implementation_autoset",
     "_commit_hash",
+    "_flash_attn_2_enabled",
+    "attn_implementation",
     "directionality",
     "dtype",  # of the files; DTYPE says what it is run in
     "language",
@@ -131,6 +135,7 @@ BOOKKEEPING = (
     "tokenizer_class",  # the tokenizer is tokenizer.json whatever class it has
     "torch_dtype",
     "torchscript",
+    "transformers.js_config",  # what that library loads
     "transformers_version",
     "unsloth_fixed",
     "unsloth_version",
@@ -159,11 +164,11 @@ COMMON: Mapping[str, Rule] = {
     "architectures": HONOURED,  # see `_check_architectures`
     "auto_map": only(None, cure=REMOTE_CODE),
     "add_cross_attention": only(False, None),
-    "chunk_size_feed_forward": only(0, None, cure="Set it to 0: it saves memory in training and changes no value."),
+    "chunk_size_feed_forward": only(0, cure="Set it to 0: it saves memory in training and changes no value."),
     "is_decoder": only(False, None),
     "is_encoder_decoder": only(False, None),
     "pruned_heads": only({}, None),
-    "quantization_config": only(None, cure=QUANTIZED),
+    **rules(only(None, cure=QUANTIZED), ("quantization", "quantization_config")),  # the former is MLX's
     "tie_word_embeddings": HARMLESS,
     "hidden_act": only(*ACTIVATIONS),
     "hidden_size": whole(),
@@ -173,13 +178,14 @@ COMMON: Mapping[str, Rule] = {
     "num_hidden_layers": whole(largest=MOST_LAYERS),
     "vocab_size": whole(),
 }
-# Of Google's releases; read by nothing.
-POOLER = tuple(
-    f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+# Of Google's releases and of TinyBERT's; read by nothing.
+OF_RELEASES = (
+    *(f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")),
+    *("cell", "emb_size", "pre_trained", "structure", "training"),
 )
 BERT: Mapping[str, Rule] = {
     **COMMON,
-    **rules(HARMLESS, POOLER),
+    **rules(HARMLESS, OF_RELEASES),
     "layer_norm_eps": positive(),
     "pad_token_id": whole(0, null=True),
     "position_embedding_type": only("absolute", None, cure="Its positions (ALiBi, relative) are not implemented."),
@@ -210,7 +216,7 @@ QWEN3: Mapping[str, Rule] = {
     **ROTARY,
     "attention_bias": only(False, True),
     "head_dim": whole(),
-    "is_causal": only(True, None, cure="A Qwen3 that looks both ways is not implemented."),
+    "is_causal": only(True, cure="A Qwen3 that looks both ways, as null makes it too, is not implemented."),
     "layer_types": HONOURED,  # with the next three, see `_check_sliding_window`
     "max_window_layers": whole(0),
     "sliding_window": whole(null=True),
@@ -267,6 +273,7 @@ NOMIC_KEYS: Mapping[str, str] = {
     "max_trained_positions": "max_position_embeddings",
 }
 """The hub's keys to the native class's."""
+NOMIC_THETA = 1000.0  # of the native class, where its keys do not say
 # Where a file has the hub's keys, these must be among them: the code's defaults are others than the native class's.
 NOMIC_REQUIRED = (
     *("n_embd", "n_head", "n_inner", "n_layer", "layer_norm_epsilon"),
@@ -288,7 +295,7 @@ NV_EMBED: Mapping[str, Rule] = {
     "latent_attention_config": HONOURED,  # see LATENT_ATTENTION
     "mask_type": only("b"),
     "padding_side": only("right"),
-    "quantization_config": only(None, cure=QUANTIZED),
+    **rules(only(None, cure=QUANTIZED), ("quantization", "quantization_config")),
     "text_config": HONOURED,  # see NV_EMBED_TEXT
 }
 NV_EMBED_TEXT: Mapping[str, Rule] = {
@@ -382,6 +389,19 @@ def _check_one_label(config: Config) -> None:
 def _check_nomic_layout(config: Config) -> None:
     """The hub's keys are there together, and agree with the native ones where a file has both."""
     said = config.said
+    same = [
+        (hub, said[hub], native, said[native]) for hub, native in NOMIC_KEYS.items() if {hub, native} <= said.keys()
+    ]
+    if "rotary_emb_base" in said and (theta := _native_theta(said)) is not None:
+        same += [("rotary_emb_base", said["rotary_emb_base"], "rope_theta", theta)]
+    if "activation_function" in said and "hidden_act" in said:
+        same += [("activation_function", "silu", "hidden_act", said["hidden_act"])]
+    for hub, one, native, other in same:
+        if one != other:
+            raise StartupError(
+                f"{config.named}: {config.file.name} has `{hub}` ({said[hub]}) and `{native}` ({other}), which do not "
+                f"agree: keep the one that the weights were trained with."
+            )
     if not said.keys() & NOMIC_KEYS.keys():
         return
     missing = [key for key in NOMIC_REQUIRED if key not in said]
@@ -389,19 +409,14 @@ def _check_nomic_layout(config: Config) -> None:
         raise StartupError(f"{config.named}: {config.file.name} leaves out `{missing[0]}`, which has no one default.")
     if said.get("rope_scaling"):
         raise config.refuse("rope_scaling", "null beside `rotary_emb_base`", "Put it into `rope_parameters`.")
-    rope = {"rope_theta": said.get("rope_theta"), **(said.get("rope_parameters") or {})}
-    same = [
-        (hub, said[hub], native, said[native]) for hub, native in NOMIC_KEYS.items() if {hub, native} <= said.keys()
-    ]
-    if rope["rope_theta"] is not None:
-        same += [("rotary_emb_base", said["rotary_emb_base"], "rope_theta", rope["rope_theta"])]
-    same += [("activation_function", "silu", "hidden_act", said["hidden_act"])] if "hidden_act" in said else []
-    for hub, one, native, other in same:
-        if one != other:
-            raise StartupError(
-                f"{config.named}: {config.file.name} has `{hub}` ({said[hub]}) and `{native}` ({other}), which do not "
-                f"agree: keep the one that the weights were trained with."
-            )
+
+
+def _native_theta(said: Mapping[str, Any]) -> Any:
+    """The base that nomic's native class takes; None where a file has the hub's keys alone."""
+    if all(said.get(key) is None for key in (*NOMIC_KEYS.values(), "rope_parameters", "rope_scaling", "rope_theta")):
+        return None
+    rope = said.get("rope_scaling") or said.get("rope_parameters") or {}
+    return rope.get("rope_theta", said.get("rope_theta", NOMIC_THETA))
 
 
 def _check_nv_embed(config: Config) -> None:

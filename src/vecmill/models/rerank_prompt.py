@@ -14,14 +14,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.chat_template import SPECIAL_TOKENS, ChatTemplate, Pieces, Slot, UnfitTemplateError
+from vecmill.models.chat_template import SPECIAL_TOKENS, Pieces, ReadTemplate, Slot, UnfitTemplateError, read_template
 from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint, read_json
 
 PREFIX = (
@@ -44,9 +43,14 @@ NAMED = (("Qwen", r"Qwen3-Reranker-[\d.]+B"), ("tomaarsen", r"Qwen3-Reranker-[\d
 DECODERS = ("qwen3",)
 ACTIVATIONS = ("Identity", "Sigmoid")  # neither changes the order; scores are the sigmoid, raw scores the logit
 MODULE_CONFIG = "sentence_bert_config.json"
+TOKENS_FILE = "special_tokens_map.json"
 DEFAULT, TEMPLATE_FILE, TEMPLATE_FOLDER = "default", "chat_template.jinja", "additional_chat_templates"
-# transformers' own arguments, not the template's variables.
-NOT_VARIABLES = ("padding", "truncation", "max_length", "return_tensors")
+# Arguments of transformers' apply_chat_template and of what it calls, not the template's variables.
+NOT_VARIABLES = (
+    *("conversation", "conversations", "messages", "tools", "documents", "continue_final_message", "tokenize"),
+    *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+)
 STRUCTURED = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
 
 
@@ -56,6 +60,8 @@ class PairPrompt:
 
     plain: Pieces
     instructed: Pieces
+    variables: frozenset[str] = frozenset()
+    """Those of the chat template, which special tokens may be among."""
 
     @property
     def takes_instruction(self) -> bool:
@@ -139,7 +145,7 @@ def _causal(checkpoint: Checkpoint) -> RerankForm:
         no, yes = _words(checkpoint)
         return RerankForm(QWEN3_PROMPT, Answers(yes, no))
     with suppress(UnfitTemplateError):
-        if (template := _template(checkpoint)).names_its_roles():
+        if (template := _template(checkpoint)).names_its_roles:
             return RerankForm(_pair_prompt(template), Answers(*answer_tokens(checkpoint)))
     raise StartupError(
         f"{checkpoint.named}: this is a causal language model, and nothing in its files says that it is a reranker: no "
@@ -234,14 +240,14 @@ def _prompt(checkpoint: Checkpoint) -> PairPrompt | None:
     return found
 
 
-def _pair_prompt(template: ChatTemplate) -> PairPrompt:
-    return PairPrompt(template.pieces(instructed=False), template.pieces(instructed=True))
+def _pair_prompt(template: ReadTemplate) -> PairPrompt:
+    return PairPrompt(template.plain, template.instructed, template.special_tokens)
 
 
 def _are_messages(checkpoint: Checkpoint) -> bool:
     """Whether sentence-transformers gives pairs to the chat template, and not to the tokenizer."""
     if not checkpoint.library_config:  # it is no saved CrossEncoder: whatever has a template is rendered
-        return bool(chat_templates(checkpoint.folder))
+        return bool(chat_templates(checkpoint))
     said = read_json(checkpoint.folder / MODULE_CONFIG)
     task = said.get("transformer_task", "feature-extraction")
     wanted = "text-generation" if checkpoint.logit_score else "sequence-classification"
@@ -253,20 +259,41 @@ def _are_messages(checkpoint: Checkpoint) -> bool:
     return "message" in (said.get("modality_config") or {})
 
 
-def chat_templates(folder: Path) -> dict[str, str]:
-    """The chat templates of a folder by name; the files win over tokenizer_config.json, as transformers has it."""
+def chat_templates(checkpoint: Checkpoint) -> dict[str, str]:
+    """The chat templates of a checkpoint by name; the module's arguments win over files, as transformers has it.
+
+    Raises:
+        StartupError: one is no text.
+    """
+    said = checkpoint.tokenizer.arguments.get("chat_template")
+    named = said if said is not None else _template_files(checkpoint)
+    if named is None:
+        named = read_json(checkpoint.folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(named, list) and all(isinstance(one, dict) for one in named):
+        named = {one.get("name"): one.get("template") for one in named}
+    found = named if isinstance(named, dict) else {} if named is None else {DEFAULT: named}
+    if not all(isinstance(text, str) for one in found.items() for text in one):
+        raise StartupError(
+            f"{checkpoint.named}: `chat_template` in tokenizer_config.json (or in `processor_kwargs`) must be a text, "
+            f"or a list of objects with the texts `name` and `template`."
+        )
+    return found
+
+
+def _template_files(checkpoint: Checkpoint) -> dict[str, str] | None:
+    folder = checkpoint.folder
     files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
         files = {DEFAULT: folder / TEMPLATE_FILE, **files}
-    if files:
-        return {name: path.read_text("utf-8") for name, path in files.items()}
-    said = read_json(folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(said, list):
-        return {str(one["name"]): str(one["template"]) for one in said}
-    return {DEFAULT: said} if isinstance(said, str) else {}
+    try:
+        return {name: path.read_text("utf-8") for name, path in files.items()} or None
+    except UnicodeDecodeError:
+        raise StartupError(
+            f"{checkpoint.named}: a chat template in {folder} (*.jinja) is not UTF-8; fetch the model again."
+        ) from None
 
 
-def _template(checkpoint: Checkpoint) -> ChatTemplate:
+def _template(checkpoint: Checkpoint) -> ReadTemplate:
     """The chat template that pairs are given to.
 
     Raises:
@@ -274,22 +301,27 @@ def _template(checkpoint: Checkpoint) -> ChatTemplate:
     """
     said = read_json(checkpoint.folder / MODULE_CONFIG) if checkpoint.library_config else {}
     options = dict(_options(checkpoint, said.get("processing_kwargs") or {}))
-    sources = chat_templates(checkpoint.folder)
+    sources = chat_templates(checkpoint)
     named = options.pop("chat_template", None)
     if named is not None and set(sources) <= {DEFAULT}:
         source = str(named)  # a template itself
     elif (source := sources.get(named or DEFAULT, "")) == "":
-        raise UnfitTemplateError(f"{named or ''} is missing ({TEMPLATE_FILE}, tokenizer_config.json)".lstrip())
+        others = f"; there are {', '.join(sorted(sources))}" if sources else ""
+        raise UnfitTemplateError(f"{named or ''} is missing ({TEMPLATE_FILE}, tokenizer_config.json{others})".lstrip())
     form = ((said.get("modality_config") or {}).get("message") or {}).get("format", "auto")
     if form == "auto":
         only_one = sources.get(DEFAULT, "") if len(sources) == 1 else ""
         form = "flat" if only_one and not any(part in only_one for part in STRUCTURED) else "structured"
-    return ChatTemplate(source, _special_tokens(checkpoint.folder), options, structured=form == "structured")
+    return read_template(source, _special_tokens(checkpoint), options, structured=form == "structured")
 
 
-def _options(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Mapping[str, Any]:
+def _options(checkpoint: Checkpoint, said: Any) -> Mapping[str, Any]:
     """What the files give to the template besides the messages."""
-    options: Mapping[str, Any] = said.get("chat_template") or {}
+    options: Any = said.get("chat_template") or {} if isinstance(said, Mapping) else None
+    if not isinstance(options, Mapping):
+        raise StartupError(
+            f"{checkpoint.named}: `processing_kwargs` in {MODULE_CONFIG}, and `chat_template` in it, must be objects."
+        )
     others = [f"processing_kwargs.{key}" for key, value in said.items() if key != "chat_template" and value]
     others += [f"processing_kwargs.chat_template.{key}" for key in NOT_VARIABLES if key in options]
     if not options.get("restore_suffix", True):
@@ -299,8 +331,30 @@ def _options(checkpoint: Checkpoint, said: Mapping[str, Any]) -> Mapping[str, An
     return {key: value for key, value in options.items() if key != "restore_suffix"}
 
 
-def _special_tokens(folder: Path) -> dict[str, str]:
-    said = read_json(folder / "tokenizer_config.json")
-    found = {name: said.get(name) for name in SPECIAL_TOKENS}
+def _special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
+    """By the names that templates have for them, in the order in which transformers merges the files."""
+    said = read_json(checkpoint.folder / "tokenizer_config.json")
+    arguments = checkpoint.tokenizer.arguments
+    old = {} if "added_tokens_decoder" in {**said, **arguments} else read_json(checkpoint.folder / TOKENS_FILE)
+    merged = {**said, **{key: value for key, value in arguments.items() if value or key not in old}}
+    merged |= {key: value for key, value in old.items() if not arguments.get(key)}
+    extra = merged.get("extra_special_tokens")
+    found = {name: merged.get(name) for name in SPECIAL_TOKENS} | (extra if isinstance(extra, dict) else {})
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in found.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def check_special_tokens(checkpoint: Checkpoint, tokens: Mapping[str, Any]) -> None:
+    """Hold the special tokens that a chat template uses against those of the tokenizer that transformers makes.
+
+    Raises:
+        StartupError: the tokenizer has others than the files.
+    """
+    prompt = rerank_form(checkpoint).prompt
+    used = prompt.variables if prompt else ()
+    named = _special_tokens(checkpoint) if used else {}
+    if wrong := [name for name in used if name in tokens and str(tokens[name]) != named.get(name)]:
+        raise StartupError(
+            f"{checkpoint.named}: its chat template uses {', '.join(sorted(wrong))}, which the tokenizer's class names "
+            f"otherwise than its files: name it in tokenizer_config.json."
+        )

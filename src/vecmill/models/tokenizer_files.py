@@ -126,7 +126,7 @@ MODEL_ARGUMENTS: Mapping[str, Rule] = rules(
     HARMLESS, ("attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code")
 )
 CONFIG_ARGUMENTS: Mapping[str, Rule] = rules(HARMLESS, ("trust_remote_code",))
-# Each may stand under its old name or its new one; the new one counts, as the old one is put in its place.
+# Each may stand under its old name or its new one; where both are there the old one counts, which is put in its place.
 ARGUMENTS = {
     "processor_kwargs": PROCESSOR_ARGUMENTS,
     "tokenizer_args": PROCESSOR_ARGUMENTS,
@@ -261,7 +261,7 @@ def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) ->
     _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
     module = _module(named, folder, task)
     _check_chat_template(named, folder, task, config)
-    arguments = module.get("processor_kwargs", module.get("tokenizer_args")) or {}
+    arguments = module.get("tokenizer_args", module.get("processor_kwargs")) or {}
     return TokenizerSettings(
         max_length=_max_length(config, module, arguments),
         lower_case=bool(module.get("do_lower_case", False)),
