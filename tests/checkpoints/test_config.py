@@ -497,7 +497,7 @@ VARIANTS = [
     embeds(
         "nv-length", nv_embed, within("latent_attention_config", output_normalize=False), "config.output_normalize`"
     ),
-    reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "its head has 3 labels"),
+    reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "supported: one label"),
     reranks("no-head", cross_encoder, config(architectures=["BertModel"]), "have no head that scores a pair"),
     reranks("ce-alibi", cross_encoder, config(position_embedding_type="alibi"), NO_ALIBI),
     reranks("qwen3-reranker-chunks", qwen3_reranker, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),

@@ -499,7 +499,12 @@ REFUSED = [
             edit("config.json", sbert_ce_default_activation_function="torch.nn.Softmax"),
             "names the activation 'torch.nn.Softmax'",
         ),
-        ("two-labels", classifier, edit("config.json", id2label={"0": "no", "1": "yes"}), "its head has 2 labels"),
+        (
+            "two-labels",
+            classifier,
+            edit("config.json", id2label={"0": "no", "1": "yes"}),
+            "config.json has 2 (`id2label`, else 2)",
+        ),
         (
             "bert-messages",
             bert,

@@ -1,4 +1,4 @@
-"""The pages of `docs/` make a site without a warning: every page is in its menu, every link and anchor leads somewhere."""
+"""The pages of `docs/` make a site without a warning: each is in its menu, every link and anchor leads somewhere."""
 
 from __future__ import annotations
 

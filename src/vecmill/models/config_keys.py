@@ -381,9 +381,13 @@ def _check_one_label(config: Config) -> None:
             "architectures", "a ...ForSequenceClassification", "Others have no head that scores a pair."
         )
     labels = config.said.get("id2label")
-    count = len(labels) if isinstance(labels, Mapping) else config.said.get("num_labels") or 2  # as transformers
-    if count != 1:
-        raise StartupError(f"{config.named}: its head has {count} labels; a reranker has one (a relevance score).")
+    if isinstance(labels, Mapping):
+        if len(labels) != 1:
+            raise config.refuse("id2label", "one label", "A reranker gives one number, the relevance score.")
+    elif config.said.get("num_labels") != 1:  # transformers makes a head of two where neither key is there
+        raise config.refuse(
+            "num_labels", "1", "A reranker gives one number, the relevance score; without it there are 2."
+        )
 
 
 def _check_nomic_layout(config: Config) -> None:
