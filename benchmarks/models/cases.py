@@ -34,7 +34,7 @@ from benchmarks.models.workloads import (
 from torch import Tensor
 
 from vecmill.core.types import Row
-from vecmill.engine.dtype import choose_dtype, dtype_name
+from vecmill.engine.device import choose_dtype, dtype_name
 from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from vecmill.models.packing import PackedBatch, pack
 from vecmill.models.registry import Model

@@ -24,7 +24,7 @@ from tests.tiny_checkpoints import VOCAB, edit_json, tiny_cross_encoder, write
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row
-from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.source import find
 from vecmill.models.text_format import text_format

@@ -22,8 +22,8 @@ from vecmill.config import load_settings
 from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine import compilation
 from vecmill.engine.compilation import choose, compilations, make_eager
-from vecmill.engine.cpu_threads import CpuThreads
 from vecmill.engine.engine import Engine
+from vecmill.engine.loaded import CpuThreads
 from vecmill.models.packing import pack
 from vecmill.models.prefix_memory import PrefixMemory
 from vecmill.models.registry import Model

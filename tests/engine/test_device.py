@@ -17,10 +17,15 @@ from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.engine import device as device_module
 from vecmill.engine import loader
-from vecmill.engine.device import configure_device, device_memory, limit_memory
-from vecmill.engine.dtype import choose_dtype
+from vecmill.engine.device import (
+    choose_dtype,
+    configure_device,
+    device_memory,
+    is_out_of_memory,
+    limit_memory,
+    unless_out_of_memory,
+)
 from vecmill.engine.loaded import Loaded, Streams
-from vecmill.engine.out_of_memory import is_out_of_memory, unless_out_of_memory
 from vecmill.hardware.memory import GIGABYTE, GpuRoom
 
 SECOND = torch.device("cuda", 1)

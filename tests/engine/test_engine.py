@@ -21,7 +21,7 @@ from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, St
 from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.device import choose_device
-from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, Work, may_launch
+from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
 from vecmill.engine.loaded import LoadedModel
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
@@ -270,7 +270,7 @@ print(*(tokens for tokens, _ in loaded.warmed[{KEY!r}].calibration.measured))
 def test_bulk_that_was_launched_does_not_keep_interactive_work_from_the_device() -> None:
     loop = asyncio.new_event_loop()
     inbox = Inbox()
-    work = {name: Work(name, [], loop, loop.create_future()) for name in ("b1", "b2", "b3", "i1", "i2", "i3")}
+    work = {name: QueuedBatch(name, [], loop, loop.create_future()) for name in ("b1", "b2", "b3", "i1", "i2", "i3")}
     for name, one in work.items():
         inbox.put(Lane.INTERACTIVE if name[0] == "i" else Lane.BULK, one)
 

@@ -17,8 +17,8 @@ from tests.tiny_checkpoints import plain_tokenizer, tiny_cross_encoder
 from vecmill.core.errors import InputTooLong, InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side, Task
-from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairLimits
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.pair_tokenizer import CrossEncoderTokenizer, InstructTokenizer, PairLimits
+from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.chat_template import Pieces, Slot, UnfitTemplateError, filled
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, QWEN3_PROMPT, SUFFIX, PairPrompt

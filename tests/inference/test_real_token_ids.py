@@ -13,8 +13,8 @@ import pytest
 from tests.golden.real.reduce_tokenizer import ENDED, THOUGHT
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row, Task
-from vecmill.inference.pairs import InstructTokenizer
-from vecmill.inference.tokenization import TextTokenizer, Tokenized
+from vecmill.inference.pair_tokenizer import InstructTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.checkpoint import Checkpoint, read
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, answer_tokens

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row, Task, TokenIds
-from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.checkpoint import Checkpoint, read
 from vecmill.models.packing import pack

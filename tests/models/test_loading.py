@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.loaded import GOLDEN, load_model
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta, write
 from vecmill.app import Server
-from vecmill.cache.key import model_fingerprint
+from vecmill.cache.embedding_cache import model_fingerprint
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task

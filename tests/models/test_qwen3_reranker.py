@@ -15,7 +15,7 @@ from tests.conftest import serving
 from tests.models.loaded import GOLDEN, ids, load_model, run
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Prefix, Row, Task, TokenIds
-from vecmill.inference.pairs import InstructTokenizer
+from vecmill.inference.pair_tokenizer import InstructTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3_PROMPT, answer_tokens
 from vecmill.models.tokenizer_files import read_file

@@ -1,4 +1,4 @@
-"""What is asked and what is answered, free of any wire dialect."""
+"""Requests and results, independent of any dialect, and the words that all rooms share."""
 
 from __future__ import annotations
 

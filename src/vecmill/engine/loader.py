@@ -1,4 +1,4 @@
-"""From settings to warm models on the device, reporting progress on the way."""
+"""From settings to warm models on the device: which models they mean, then reading, loading and warming them up."""
 
 from __future__ import annotations
 
@@ -13,18 +13,26 @@ from torch import nn
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import StartupError
-from vecmill.core.types import ModelCard
-from vecmill.engine.choice import chosen_sources
-from vecmill.engine.device import choose_device, configure_device, describe, has_flash_attention, limit_memory
-from vecmill.engine.dtype import ChosenDtype, choose_dtype, dtype_name
+from vecmill.core.types import ModelCard, Task
+from vecmill.engine.device import (
+    ChosenDtype,
+    choose_device,
+    choose_dtype,
+    configure_device,
+    describe,
+    dtype_name,
+    has_flash_attention,
+    is_out_of_memory,
+    limit_memory,
+)
 from vecmill.engine.loaded import Device, Loaded, LoadedModel, Streams
-from vecmill.engine.out_of_memory import is_out_of_memory
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models import cards
 from vecmill.models import checkpoint as checkpoints
 from vecmill.models.aliases import aliases_of, with_aliases
-from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.checkpoint import Checkpoint, read
 from vecmill.models.registry import Model, family
+from vecmill.models.source import GPU_DEFAULTS, Source, find
 from vecmill.models.tokenizer_files import ReadTokenizer
 from vecmill.models.tokenizer_loading import load_tokenizer
 from vecmill.models.weight_files import parameters
@@ -219,4 +227,55 @@ def _card(
         similarity=checkpoint.similarity,
         unit_vectors=checkpoint.normalizes,
         layer_norm_before_slice=cards.layer_norm_before_slice(checkpoint),
+    )
+
+
+AUTO = "auto"
+NONE = "none"
+
+
+def chosen_sources(
+    models: ModelSettings, device: torch.device, report: Callable[[str], None] = lambda message: None
+) -> list[Source]:
+    """The folders of EMBED_MODEL, then those of RERANK_MODEL; `report` is told of what is fetched from the hub.
+
+    Raises:
+        StartupError: one is not to be found.
+    """
+    named = [(Task.EMBED, name) for name in models.embed_model] + [(Task.RERANK, name) for name in models.rerank_model]
+    found = (_find(task, name, models, device, report) for task, name in named if name != NONE)
+    return [source for source in found if source is not None]
+
+
+def _find(
+    task: Task, name: str, models: ModelSettings, device: torch.device, report: Callable[[str], None]
+) -> Source | None:
+    if name != AUTO:
+        return _named(task, name, models, report)
+    if device.type == "cuda":
+        default = GPU_DEFAULTS[task]
+        try:
+            return _named(task, default, models, report)
+        except StartupError as error:
+            instead = "the small bundled model is served" if task is Task.EMBED else "documents are ranked by cosine"
+            logger.warning("%s INSTEAD, %s. `vecmill pull %s` fetches it.", error.message, instead, default)
+    return find(AUTO, task) if task is Task.EMBED else None
+
+
+def _check(source: Source) -> None:
+    checkpoint = read(source)
+    family(checkpoint)
+    load_tokenizer(checkpoint)
+
+
+def _named(task: Task, name: str, models: ModelSettings, report: Callable[[str], None]) -> Source:
+    token = models.hf_token.get_secret_value() if models.hf_token else None
+    # What no family here can run is refused before its weights are fetched.
+    return find(
+        name,
+        task,
+        hf_token=token,
+        revision=models.revision_of(name),
+        check=_check,
+        report=lambda fetched, complete: report(f"fetching {name}: {fetched / 1e9:.1f} GB, {complete} files complete"),
     )

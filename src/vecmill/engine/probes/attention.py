@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.types import Row
-from vecmill.engine.device import has_bfloat16, has_flash_attention
-from vecmill.engine.dtype import dtype_name
+from vecmill.engine.device import dtype_name, has_bfloat16, has_flash_attention
 from vecmill.engine.probes.results import AttentionComparison
 from vecmill.models.packed_attention import packed_attention
 from vecmill.models.packing import pack

@@ -1,4 +1,4 @@
-"""From the model's full-width vectors to what was asked for, in float32."""
+"""Vectors as they are answered: cut to the dimensions asked for and normalised; and scores of similar ones."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ def describe_dimensions(card: ModelCard) -> str:
     return f"{possible[0]} to {possible[-1]}" if isinstance(possible, range) else ", ".join(map(str, possible))
 
 
-def finish(rows: Sequence[Vector], dimensions: int | None, normalize: bool, *, layer_norm: bool = False) -> Matrix:
+def finish_vectors(
+    rows: Sequence[Vector], dimensions: int | None, normalize: bool, *, layer_norm: bool = False
+) -> Matrix:
     """Slice, then normalise to unit length: n vectors of full width -> (n, dimensions or full).
 
     `layer_norm` norms the full vector before it is cut to fewer dimensions. Nothing else of the result's size is made
@@ -69,8 +71,8 @@ def unit(vectors: Matrix) -> Matrix:
 
 def cosines(queries: Matrix, documents: Matrix) -> Scores:
     """Cosine of each document with its query: (1 or n, d), (n, d) -> (n,), within -1..1."""
-    one, other = unit(queries), unit(documents)
-    products = other @ one[0] if len(one) == 1 else np.einsum("nd,nd->n", one, other)
+    queries, documents = unit(queries), unit(documents)
+    products = documents @ queries[0] if len(queries) == 1 else np.einsum("nd,nd->n", queries, documents)
     similarities: Scores = np.clip(products.astype(np.float64), -1.0, 1.0)
     return similarities
 
@@ -82,12 +84,14 @@ def similarities(card: ModelCard, queries: Matrix, documents: Matrix) -> Scores:
     """
     if card.similarity == "cosine":
         return cosines(queries, documents)
-    one, other = (unit(queries), unit(documents)) if card.unit_vectors else (queries, documents)
+    if card.unit_vectors:
+        queries, documents = unit(queries), unit(documents)
     if card.similarity == "dot":
-        found: Scores = np.einsum("nd,nd->n", np.broadcast_to(one, other.shape), other, dtype=np.float64)
-        return found
+        queries = np.broadcast_to(queries, documents.shape)
+        products: Scores = np.einsum("nd,nd->n", queries, documents, dtype=np.float64)
+        return products
     order = 1 if card.similarity == "manhattan" else 2
-    distances: Scores = np.linalg.norm(other - one, ord=order, axis=1).astype(np.float64)
+    distances: Scores = np.linalg.norm(documents - queries, ord=order, axis=1).astype(np.float64)
     return -distances
 
 
