@@ -14,8 +14,8 @@ from benchmarks.model_workloads import attended, computed_tokens
 from torch import Tensor
 
 from vecmill.core.types import Row
-from vecmill.models.packing import pack
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, pack
 
 CAUSAL = {"qwen3", "qwen3-reranker"}
 
@@ -23,9 +23,10 @@ CAUSAL = {"qwen3", "qwen3-reranker"}
 def run_model(model: Model, packs: Sequence[Sequence[Row]], device: torch.device) -> Tensor:
     """(N, width) on the CPU in the rows' order: what the server's engine does for each batch."""
     parts = []
+    dtype = next(model.modules[0].parameters()).dtype
     for rows in packs:
-        packed = pack(rows, device)
-        answers = model.forward(packed, use_flash_attn=True).cpu()
+        packed = pack(rows, device, attention=Attention.on(device, dtype))
+        answers = model.forward(packed).cpu()
         restored = torch.empty_like(answers)
         restored[torch.tensor(packed.order)] = answers
         parts.append(restored)

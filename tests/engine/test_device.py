@@ -22,6 +22,7 @@ from vecmill.engine.dtype import choose_dtype
 from vecmill.engine.loaded import Loaded, Streams
 from vecmill.engine.out_of_memory import is_out_of_memory, unless_out_of_memory
 from vecmill.hardware.memory import GIGABYTE, GpuRoom
+from vecmill.models.packing import Attention
 
 SECOND = torch.device("cuda", 1)
 GB10_TOTAL = int(121.7 * GIGABYTE)
@@ -213,13 +214,14 @@ def test_flash_attention_is_chosen_once_by_what_the_card_can(
     flash: bool,
 ) -> None:
     card.capability = capability
-    used: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    monkeypatch.setattr(loader, "_load_all", lambda *_: [SimpleNamespace(card=SimpleNamespace(id="one"), key="one")])
-    monkeypatch.setattr(loader, "warm_up", lambda model, engine, *_: used.append(engine.use_flash_attn))
-    assert load(folder, dtype="float16").runs_on.use_flash_attn is flash
-    assert not load(folder, dtype="float16", use_flash_attn=False).runs_on.use_flash_attn
-    assert used == [flash, False]
+    monkeypatch.setattr(loader, "load_model", lambda *_: SimpleNamespace(width=1, vocab_size=1, modules=()))
+    warmed: list[Attention] = []
+    monkeypatch.setattr(loader, "warm_up", lambda model, *_: warmed.append(model.attention))
+    load(folder, dtype="float16")
+    load(folder, dtype="float16", use_flash_attn=False)
+    load(folder, dtype="float32")
+    assert warmed == [Attention.FLASH if flash else Attention.SDPA, Attention.SDPA, Attention.SDPA]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 6), torch.bfloat16)])

@@ -10,9 +10,9 @@ import torch
 from vecmill.config import ModelSettings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.checkpoint import read
-from vecmill.models.registry import family
-from vecmill.models.source import GPU_DEFAULTS, Source, find
+from vecmill.models.checkpoint import Source, read
+from vecmill.models.rerank_prompt import check_form
+from vecmill.models.source import GPU_DEFAULTS, find
 from vecmill.models.tokenizer_loading import load_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -30,8 +30,8 @@ def chosen_sources(
         StartupError: one is not to be found.
     """
     named = [(Task.EMBED, name) for name in models.embed_model] + [(Task.RERANK, name) for name in models.rerank_model]
-    found = (_find(task, name, models, device, report) for task, name in named if name != NONE)
-    return [source for source in found if source is not None]
+    sources = (_find(task, name, models, device, report) for task, name in named if name != NONE)
+    return [source for source in sources if source is not None]
 
 
 def _find(
@@ -51,7 +51,7 @@ def _find(
 
 def _check(source: Source) -> None:
     checkpoint = read(source)
-    family(checkpoint)
+    check_form(checkpoint)
     load_tokenizer(checkpoint)
 
 

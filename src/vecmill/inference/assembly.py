@@ -18,7 +18,6 @@ from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.chat_template import UnfitTemplateError
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.rerank_prompt import padding_token, rerank_form
-from vecmill.models.text_format import text_format
 from vecmill.models.tokenizer_files import ReadTokenizer
 
 
@@ -48,7 +47,7 @@ def _text_tokenizer(
     card: ModelCard, checkpoint: Checkpoint, read: ReadTokenizer, threads: WorkerThreads
 ) -> TextTokenizer:
     pool = TokenizerPool(read, card.vocab_size, card.max_model_len, threads)
-    return TextTokenizer(pool, text_format(checkpoint), card.max_model_len, card.vocab_size)
+    return TextTokenizer(pool, checkpoint.text_format, card.max_model_len, card.vocab_size)
 
 
 def _pair_tokenizer(

@@ -14,7 +14,7 @@ from vecmill.core.types import Prefix, Row, Side, TokenIds
 from vecmill.inference.pair_layout import PairLayout, lay_out
 from vecmill.inference.tokenization import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.rerank_prompt import PairPrompt
+from vecmill.models.chat_template import PairPrompt
 
 
 @dataclass(frozen=True, slots=True)

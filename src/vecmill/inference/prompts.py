@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import ModelCard, PromptChoice, Task
-from vecmill.models.cards import INSTRUCTION
+from vecmill.core.types import INSTRUCTION_PLACE, ModelCard, PromptChoice, Task
 
 # sentence-transformers' encode_query and encode_document look for these names, in this order.
 QUERY_NAMES = ("query",)
@@ -34,7 +33,7 @@ def _instructed(card: ModelCard, instruction: str) -> str:
     """In the model's own template; as it is where there is none, or where it is written out already."""
     if card.instruction_template is None or not instruction or instruction.startswith("Instruct: "):
         return instruction
-    return card.instruction_template.replace(INSTRUCTION, instruction)
+    return card.instruction_template.replace(INSTRUCTION_PLACE, instruction)
 
 
 def _named(card: ModelCard, name: str) -> str:

@@ -10,7 +10,7 @@ from vecmill.core.errors import ModelNotFound
 from vecmill.core.types import ModelCard
 from vecmill.inference.pairs import PairTokenizer
 from vecmill.inference.tokenization import TextTokenizer
-from vecmill.models.aliases import aliases_of, with_aliases
+from vecmill.models.cards import aliases_of, with_aliases
 
 Aliases = Sequence[tuple[str, str]]
 

@@ -13,7 +13,7 @@ from vecmill.core.types import Row, Side, Truncation
 from vecmill.inference.prompts import missing_prompt
 from vecmill.inference.token_ids import check_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.text_format import TextFormat
+from vecmill.models.family import TextFormat
 
 NO_LIMIT = Truncation()
 

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from types import FrameType
 from typing import Any
@@ -44,6 +45,25 @@ PROBES = (
     ("a" * 5_000, "query " * 2_000, "document\n" * 2_000),
 )
 MARK = re.compile("\ue000(instruction|query|document)\ue001")
+
+
+@dataclass(frozen=True, slots=True)
+class PairPrompt:
+    """The text around a pair, without an instruction and with one."""
+
+    plain: Pieces
+    instructed: Pieces
+    default_instruction: str | None = None
+    """Of requests that name none; None: they have `plain`."""
+
+    @property
+    def takes_instruction(self) -> bool:
+        return Slot.INSTRUCTION in self.instructed
+
+    @property
+    def fixed_text(self) -> str:
+        """All that is the same around every pair."""
+        return "".join(piece for piece in (*self.plain, *self.instructed) if not isinstance(piece, Slot))
 
 
 class UnfitTemplateError(Exception):
@@ -86,12 +106,12 @@ class ChatTemplate:
         """
         marks = {slot: f"\ue000{slot.value}\ue001" for slot in Slot}
         parts = MARK.split(self._render(*marks.values(), instructed=instructed))
-        found = [Slot(part) for part in parts[1::2]]
-        if not {Slot.QUERY, Slot.DOCUMENT} <= set(found):
+        slots = [Slot(part) for part in parts[1::2]]
+        if not {Slot.QUERY, Slot.DOCUMENT} <= set(slots):
             raise UnfitTemplateError("does not carry messages of the roles `query` and `document` as they are")
-        if len(set(found)) != len(found):
+        if len(set(slots)) != len(slots):
             raise UnfitTemplateError("has the instruction, the query or the document more than once")
-        if found[-1] is not Slot.DOCUMENT:
+        if slots[-1] is not Slot.DOCUMENT:
             raise UnfitTemplateError("has the query or the instruction after the document, which is not supported")
         pieces = tuple(Slot(part) if index % 2 else part for index, part in enumerate(parts) if index % 2 or part)
         if isinstance(pieces[pieces.index(Slot.DOCUMENT) - 1], Slot):

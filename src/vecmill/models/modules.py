@@ -6,13 +6,13 @@ https://sbert.net/docs/package_reference/sentence_transformer/modules.html
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, rules, shown, whole
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, read_json, rules, shown, whole
 
 PACKAGE = "sentence_transformers."
 # The module paths under which the package has a class, its older ones included.
@@ -111,15 +111,12 @@ KINDS = {
 }
 
 
-def read_modules(
-    folder: Path, named: str, task: Task, listed: Any, read: Callable[[Path], Mapping[str, Any]]
-) -> dict[str, str]:
+def read_modules(folder: Path, named: str, task: Task, listed: Any) -> dict[str, str]:
     """The modules by class, with their folders.
 
     Args:
         named: the setting that names the model, for errors.
         listed: what modules.json holds.
-        read: gives the object in a file, empty where there is none.
 
     Raises:
         StartupError: a module is not served, or not in this order, or says what is not implemented.
@@ -140,7 +137,7 @@ def read_modules(
     for kind, path in modules.items():
         if kind in MODULE_KEYS:
             own = folder / path / "config.json"
-            check_keys(named, own, read(own), MODULE_KEYS[kind])
+            check_keys(named, own, read_json(named, own), MODULE_KEYS[kind])
     return modules
 
 

@@ -7,7 +7,6 @@ tokenizer itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Side, Task
-from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, rules
+from vecmill.models.chat_template import SPECIAL_TOKENS
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, read_json, rules
 
 # The first of these that says anything is read, as sentence-transformers does.
 MODULE_FILES = tuple(
@@ -29,7 +29,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 # What transformers converts where there is no tokenizer.json.
 VOCABULARY_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DEFAULT_TEMPLATE, TEMPLATE_FILE, TEMPLATE_FOLDER = "default", "chat_template.jinja", "additional_chat_templates"
 
 
 def _is_length(value: Any) -> bool:
@@ -246,12 +246,11 @@ def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool 
     return Template(ids[: first[0]], between, ids[end + 1 :], token_types and kinds[1] == {1})
 
 
-def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) -> TokenizerSettings:
+def tokenizer_settings(named: str, folder: Path, task: Task) -> TokenizerSettings:
     """Check every key of the tokenizer's files, and read those that are not the tokenizer's own.
 
     Args:
         named: the setting that names the model, for errors.
-        model_type: of config.json.
 
     Raises:
         StartupError: a file or a key is not supported.
@@ -260,7 +259,7 @@ def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) ->
     config = _checked(named, folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
     module = _module(named, folder, task)
-    _check_chat_template(named, folder, task, config)
+    _check_chat_template(named, folder, task)
     arguments = module.get("processor_kwargs", module.get("tokenizer_args")) or {}
     return TokenizerSettings(
         max_length=_max_length(config, module, arguments),
@@ -289,27 +288,14 @@ def _check_files(named: str, folder: Path) -> None:
             f"{named}: {folder} has no tokenizer.json, and no vocabulary to make one of "
             f"({', '.join(VOCABULARY_FILES)}), so it is not a model folder."
         )
-    added = _object(named, folder / "added_tokens.json")
+    added = read_json(named, folder / "added_tokens.json")
     if wrong := next((token for token, index in added.items() if type(index) is not int), None):
         raise StartupError(f"{named}: added_tokens.json gives {wrong!r} no number.")
 
 
 def _checked(named: str, file: Path, known: Mapping[str, Rule]) -> dict[str, Any]:
-    found = _object(named, file)
+    found = read_json(named, file)
     check_keys(named, file, found, known)
-    return found
-
-
-def _object(named: str, file: Path) -> dict[str, Any]:
-    """What a file says; empty where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise StartupError(f"{file} is not valid JSON ({error}); fetch the model again.") from None
-    if not isinstance(found, dict):
-        raise StartupError(f"{named}: {file} holds no JSON object; fetch the model again.")
     return found
 
 
@@ -318,7 +304,7 @@ def _module(named: str, folder: Path, task: Task) -> dict[str, Any]:
     if not (folder / "modules.json").is_file():
         return {}
     file, said = next(
-        ((folder / name, found) for name in MODULE_FILES if (found := _object(named, folder / name))),
+        ((folder / name, found) for name in MODULE_FILES if (found := read_json(named, folder / name))),
         (folder / MODULE_FILES[0], {}),
     )
     check_keys(named, file, said, _module_keys(task, str(said.get("transformer_task", "feature-extraction"))))
@@ -356,14 +342,28 @@ def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
     }
 
 
-def _check_chat_template(named: str, folder: Path, task: Task, config: Mapping[str, Any]) -> None:
+def _check_chat_template(named: str, folder: Path, task: Task) -> None:
     """Without modules.json sentence-transformers makes messages of texts where the tokenizer has a chat template."""
-    if (folder / "modules.json").is_file() or task is Task.RERANK:
-        return
-    file = folder / "chat_template.jinja"
-    if config.get("chat_template") is not None or file.is_file() or (folder / "additional_chat_templates").is_dir():
+    if task is Task.EMBED and not (folder / "modules.json").is_file() and chat_templates(named, folder):
         raise StartupError(
             f"{named}: the tokenizer has a chat template and {folder} has no modules.json: sentence-transformers would "
             f"put every text into a message of that template. Save the model with sentence-transformers, or remove the "
-            f"template ({file.name}, `chat_template` of tokenizer_config.json)."
+            f"template ({TEMPLATE_FILE}, `chat_template` of tokenizer_config.json)."
         )
+
+
+def chat_templates(named: str, folder: Path) -> dict[str, str]:
+    """The chat templates of a folder by name; the files win over tokenizer_config.json, as transformers has it.
+
+    Raises:
+        StartupError: tokenizer_config.json is no JSON object.
+    """
+    files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (folder / TEMPLATE_FILE).is_file():
+        files = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE, **files}
+    if files:
+        return {name: path.read_text("utf-8") for name, path in files.items()}
+    templates = read_json(named, folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(templates, list):
+        return {str(each["name"]): str(each["template"]) for each in templates}
+    return {DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else {}

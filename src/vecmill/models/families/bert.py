@@ -1,92 +1,115 @@
-"""BERT and XLM-R encoders (MiniLM, bge-*-v1.5, bge-m3, e5, gte): one vector per text.
+"""BERT and XLM-R (MiniLM, bge-*, e5, gte, ms-marco-MiniLM, bge-reranker-*): one vector per text, one score per pair.
 
-Source: Devlin et al. 2019 (https://arxiv.org/abs/1810.04805), Conneau et al. 2020 (https://arxiv.org/abs/1911.02116);
-Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084) for the pooling.
+Sources: Devlin et al. 2019 (https://arxiv.org/abs/1810.04805); Conneau et al. 2020 (https://arxiv.org/abs/1911.02116);
+Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084) for the pooling; Nogueira and Cho 2019
+(https://arxiv.org/abs/1901.04085) for cross-encoders; https://huggingface.co/BAAI/bge-reranker-v2-m3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
-from transformers import BertConfig, BertModel, XLMRobertaConfig, XLMRobertaModel
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
+from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ConfigFile
+from vecmill.models.family import DEFAULT_INSTRUCTION, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
 
-from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.packing import PackedBatch
-from vecmill.models.pooling import pool
-from vecmill.models.weights import Target, load_weights, make_config
+# Of Google's releases; read by nothing.
+POOLER = tuple(
+    f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+)
+BERT_KEYS: Mapping[str, Rule] = {
+    **COMMON,
+    **rules(HARMLESS, POOLER),
+    "layer_norm_eps": positive(),
+    "pad_token_id": whole(0, null=True),
+    "position_embedding_type": only("absolute", None, cure="Its positions (ALiBi, relative) are not implemented."),
+    "type_vocab_size": whole(),
+}
+XLM_ROBERTA_KEYS: Mapping[str, Rule] = {**BERT_KEYS, "pad_token_id": whole(0)}  # positions are counted from it
 
-CLASSES = {"bert": (BertConfig, BertModel), "xlm-roberta": (XLMRobertaConfig, XLMRobertaModel)}
+
+def _check_one_label(config: ConfigFile) -> None:
+    """A relevance score is one number, and a head gives it: transformers would make up one that is missing."""
+    names = config.keys.get("architectures") or []
+    if names and not any(name.endswith("ForSequenceClassification") for name in names):
+        raise config.unsupported(
+            "architectures", "a ...ForSequenceClassification", "Others have no head that scores a pair."
+        )
+    labels = config.keys.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else config.keys.get("num_labels") or 2  # as transformers
+    if count != 1:
+        raise StartupError(f"{config.named}: its head has {count} labels; a reranker has one (a relevance score).")
+
+
 # What checkpoints carry of pre-training; an encoder's own pooler is trained for next-sentence prediction.
 UNUSED = ("pooler.", "embeddings.position_ids", "cls.", "lm_head.")
+UNUSED_BESIDE_HEAD = ("bert.embeddings.position_ids", "roberta.embeddings.position_ids", "roberta.pooler.")
 
 
-class BertEmbedder:
-    """A packed forward pass through a BERT or XLM-R encoder."""
-
-    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
-        """Load the weights. Raises StartupError where any is missing or unknown."""
-        config_class, model_class = CLASSES[checkpoint.model_type]
-        config: Any = make_config(config_class, checkpoint, checkpoint.architecture)
-        self.width: int = config.hidden_size
-        self.vocab_size: int = config.vocab_size
-        self._pooling = checkpoint.require_pooling()
-        self._padding = padding_with_a_place(config)
-        self.encoder = load_weights(model_class, checkpoint, config, target, rename, add_pooling_layer=False)
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        return (self.encoder,)
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return tuple(cast(Any, self.encoder).encoder.layer)
-
-    def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        """(N, width) float32, pooled and not normalised, in packed order."""
-        return pool(encode(self.encoder, packed, self._padding, use_flash_attn), packed, self._pooling)
-
-
-def encode(encoder: nn.Module, packed: PackedBatch, padding: int | None, use_flash_attn: bool) -> Tensor:
-    """(T, width) hidden states of the last layer. `padding` as of `padding_with_a_place`."""
-    hidden: Tensor = encoder(
-        input_ids=packed.input_ids,
-        position_ids=packed.position_ids if padding is None else positions(packed, padding),
-        token_type_ids=packed.token_type_ids,
-        packed_batch=packed,
-        use_flash_attn=use_flash_attn,
-    ).last_hidden_state[0]
-    return hidden
-
-
-def padding_with_a_place(config: Any) -> int | None:
-    """XLM-R's id of padding, which the positions are counted around (fairseq's convention); None for other models."""
-    return int(config.pad_token_id) if config.model_type == "xlm-roberta" else None
-
-
-def positions(packed: PackedBatch, padding: int) -> Tensor:
-    """(1, T) XLM-R's positions: they begin after the padding's id, and padding written in a text is not counted.
-
-    Such a token has the padding's own position, as transformers computes it.
-    """
-    index = torch.arange(packed.position_ids.shape[1], device=packed.position_ids.device)
-    is_padding = packed.input_ids[0] == padding
-    before = torch.cumsum(is_padding, 0) - is_padding.long()
-    of_row = before - before[index - packed.position_ids[0]]
-    counted = packed.position_ids[0] - of_row + padding + 1
-    return torch.where(is_padding, padding, counted)[None]
-
-
-def rename(name: str) -> Sequence[str]:
-    """Names with or without the model's own prefix, and TensorFlow's names for the layer norms."""
+def _rename(name: str) -> Sequence[str]:
+    """An encoder's weights, with or without the model's own prefix."""
     name = name.removeprefix("bert.").removeprefix("roberta.")
-    if name.startswith(UNUSED):
-        return ()
-    return (layer_norm_name(name),)
+    return () if name.startswith(UNUSED) else (_layer_norm_name(name),)
 
 
-def layer_norm_name(name: str) -> str:
+def _rename_with_head(name: str) -> Sequence[str]:
+    """An encoder's weights and its classification head's, under the class's own names."""
+    return () if name.startswith(UNUSED_BESIDE_HEAD) else (_layer_norm_name(name),)
+
+
+def _layer_norm_name(name: str) -> str:
     """TensorFlow's names for the weights of a layer norm, as torch has them."""
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
+
+
+def _embedder(config_class: str, model_class: str) -> Network:
+    options = {"add_pooling_layer": False}
+    return Network(config_class, model_class, _rename, options=options, blocks="encoder.layer", token_types=True)
+
+
+def _cross_encoder(config_class: str, model_class: str) -> Network:
+    return Network(config_class, model_class, _rename_with_head, blocks="encoder.layer", token_types=True)
+
+
+BGE_EN = "Represent this sentence for searching relevant passages: "
+BGE_ZH = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001  # as the card has it
+E5_INSTRUCT = f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: "
+
+BERT = Family(
+    model_type="bert",
+    architectures=r"Bert\w+",
+    tasks={
+        Task.EMBED: TaskSpec({**BERT_KEYS, **NO_HEAD}, _embedder("BertConfig", "BertModel")),
+        Task.RERANK: TaskSpec(
+            {**BERT_KEYS, **HEAD, "type_vocab_size": whole(2)},
+            _cross_encoder("BertConfig", "BertForSequenceClassification"),
+            (_check_one_label,),
+        ),
+    },
+    positions=Positions.FROM_ZERO,
+    published=(
+        PublishedModel("BAAI", r"bge-(small|base|large)-en(-v1\.5)?", {"query": BGE_EN}),
+        PublishedModel("BAAI", r"bge-(small|base|large)-zh(-v1\.5)?", {"query": BGE_ZH}),
+        PublishedModel(
+            "intfloat",
+            r"(multilingual-)?e5-(small|base|large)(-v2)?",
+            {"query": "query: ", "document": "passage: "},
+        ),
+    ),
+)
+XLM_ROBERTA = Family(
+    model_type="xlm-roberta",
+    architectures=r"(XLM)?Roberta\w+",
+    tasks={
+        Task.EMBED: TaskSpec({**XLM_ROBERTA_KEYS, **NO_HEAD}, _embedder("XLMRobertaConfig", "XLMRobertaModel")),
+        Task.RERANK: TaskSpec(
+            {**XLM_ROBERTA_KEYS, **HEAD},
+            _cross_encoder("XLMRobertaConfig", "XLMRobertaForSequenceClassification"),
+            (_check_one_label,),
+        ),
+    },
+    positions=Positions.AFTER_PADDING,
+    published=(PublishedModel("intfloat", r"multilingual-e5-large-instruct", {"query": E5_INSTRUCT, "document": ""}),),
+)

@@ -1,22 +1,127 @@
 """nomic-embed-text-v1.5 and other nomic BERTs: rotary positions, SwiGLU, post-norm, mean pooling.
 
-Source: Nussbaum et al. 2024 (https://arxiv.org/abs/2402.01613); https://huggingface.co/nomic-ai/nomic-embed-text-v1.5.
+Sources: Nussbaum et al. 2024 (https://arxiv.org/abs/2402.01613); https://huggingface.co/nomic-ai/nomic-embed-text-v1.5;
+the code that the hub's files were made with (https://huggingface.co/nomic-ai/nomic-bert-2048).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor, nn
-from transformers import NomicBertConfig, NomicBertModel
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
+from vecmill.models.config_keys import (
+    COMMON,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    NO_HEAD,
+    ROTARY,
+    ConfigFile,
+    check_rope,
+    own_code,
+)
+from vecmill.models.family import Config, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
 
-from vecmill.models.bert import encode
-from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.config_keys import NOMIC_KEYS
-from vecmill.models.packing import PackedBatch
-from vecmill.models.pooling import pool
-from vecmill.models.weights import Target, load_weights, make_config
+KEYS: Mapping[str, Rule] = {
+    **COMMON,
+    **ROTARY,
+    "auto_map": own_code(
+        r"(nomic-ai/nomic-bert-2048--)?(configuration|modeling)_hf_nomic_bert\.NomicBert\w+", "nomic-ai/nomic-bert-2048"
+    ),
+    "layer_norm_eps": positive(),
+    "pad_token_id": whole(0),
+    "type_vocab_size": whole(),
+    # The keys of the code that the hub's files were made with, where the native class has others or none.
+    "n_embd": whole(),
+    "n_head": whole(),
+    "n_inner": whole(),
+    "n_layer": whole(largest=MOST_LAYERS),
+    "n_positions": whole(largest=MOST_POSITIONS),
+    "max_trained_positions": whole(largest=MOST_POSITIONS),
+    "layer_norm_epsilon": positive(),
+    "rotary_emb_base": positive(),
+    "activation_function": only("swiglu"),
+    "causal": only(False),
+    "ffn_div": HARMLESS,  # of experts
+    "mlp_fc1_bias": only(False),
+    "mlp_fc2_bias": only(False),
+    "num_experts": only(0, None, cure="A mixture of experts (nomic-embed-text-v2-moe) is not implemented."),
+    "moe_every_n_layers": only(0, None),
+    "parallel_block": only(False),
+    "parallel_block_tied_norm": HARMLESS,  # of parallel blocks
+    "prenorm": only(False),
+    "qkv_proj_bias": only(False),
+    "reorder_and_upcast_attn": only(False),
+    "rotary_emb_fraction": only(1.0),
+    "rotary_emb_interleaved": only(False),
+    "rotary_emb_scale_base": only(None),
+    "rotary_scaling_factor": HARMLESS,  # beyond the positions it was trained on, where texts are cut
+    "scale_attn_by_inverse_layer_idx": only(False),
+    "scale_attn_weights": only(True),
+    "use_rms_norm": only(False),
+    **rules(HARMLESS, ("dense_seq_output", "pad_vocab_size_multiple", "use_flash_attn")),
+    **NO_HEAD,
+}
+NATIVE_KEYS: Mapping[str, str] = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "max_trained_positions": "max_position_embeddings",
+}
+# Where a file has the hub's keys, these must be among them: the code's defaults are others than the native class's.
+REQUIRED = (
+    *("n_embd", "n_head", "n_inner", "n_layer", "layer_norm_epsilon"),
+    *("activation_function", "rotary_emb_base", "rotary_emb_fraction"),
+)
+TRAINED_POSITIONS = 2048  # what the code takes where the file has `n_positions` alone
+
+
+def _check_layout(config: ConfigFile) -> None:
+    """The hub's keys are there together, and agree with the native ones where a file has both."""
+    keys = config.keys
+    if not keys.keys() & NATIVE_KEYS.keys():
+        return
+    missing = [key for key in REQUIRED if key not in keys]
+    if missing:
+        raise StartupError(f"{config.named}: {config.path.name} leaves out `{missing[0]}`, which has no one default.")
+    if keys.get("rope_scaling"):
+        raise config.unsupported("rope_scaling", "null beside `rotary_emb_base`", "Put it into `rope_parameters`.")
+    rope = {"rope_theta": keys.get("rope_theta"), **(keys.get("rope_parameters") or {})}
+    same = [
+        (hub, keys[hub], native, keys[native]) for hub, native in NATIVE_KEYS.items() if {hub, native} <= keys.keys()
+    ]
+    if rope["rope_theta"] is not None:
+        same += [("rotary_emb_base", keys["rotary_emb_base"], "rope_theta", rope["rope_theta"])]
+    same += [("activation_function", "silu", "hidden_act", keys["hidden_act"])] if "hidden_act" in keys else []
+    for hub, value, native, other in same:
+        if value != other:
+            raise StartupError(
+                f"{config.named}: {config.path.name} has `{hub}` ({value}) and `{native}` ({other}), which do not "
+                f"agree: keep the one that the weights were trained with."
+            )
+
+
+def _arguments(config: Config, positions: int) -> dict[str, Any]:
+    """The native class's keys, from the hub's or the native ones."""
+    native = {NATIVE_KEYS.get(key, key): value for key, value in config.items()}
+    if "rotary_emb_base" in config and config.get("rope_parameters") is None:
+        # Rotary scaling beyond the trained length would make a vector depend on the longest text of its batch. Texts
+        # are cut at that length instead, so the plain rotation is right.
+        native["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rotary_emb_base"])}
+    return {**native, "max_position_embeddings": positions}
+
+
+def _max_positions(config: Config) -> int | None:
+    """Those trained: beyond them rotary scaling would make a vector depend on the longest text of its batch."""
+    for key in ("max_trained_positions", "max_position_embeddings", "n_positions"):
+        if (positions := config.get(key)) is not None:
+            return min(positions, TRAINED_POSITIONS) if positions == config.get("n_positions") else int(positions)
+    return None
+
 
 PARTS = {
     "attn.Wqkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
@@ -32,45 +137,6 @@ PARTS = {
 UNUSED = ("pooler.", "cls.", "embeddings.position_ids")
 
 
-class NomicBertEmbedder:
-    """A packed forward pass."""
-
-    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
-        """Load the weights. Raises StartupError where any is missing or the config asks for what is not done here."""
-        config = read_config(checkpoint)
-        self.width: int = config.hidden_size
-        self.vocab_size: int = config.vocab_size
-        self._pooling = checkpoint.require_pooling()
-        self._encoder = load_weights(NomicBertModel, checkpoint, config, target, _rename, add_pooling_layer=False)
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        return (self._encoder,)
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return tuple(cast(Any, self._encoder).layers)
-
-    def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        """(N, width) float32, pooled and not normalised, in packed order."""
-        return pool(encode(self._encoder, packed, None, use_flash_attn), packed, self._pooling)
-
-
-def read_config(checkpoint: Checkpoint) -> NomicBertConfig:
-    """The native configuration from the hub's keys or from the native ones.
-
-    Raises:
-        StartupError: the class does not accept what it says.
-    """
-    said = checkpoint.architecture
-    native = {NOMIC_KEYS.get(key, key): value for key, value in said.items()}
-    if "rotary_emb_base" in said and said.get("rope_parameters") is None:
-        # Rotary scaling beyond the trained length would make a vector depend on the longest text of its batch. Texts
-        # are cut at that length instead, so the plain rotation is right.
-        native["rope_parameters"] = {"rope_type": "default", "rope_theta": float(said["rotary_emb_base"])}
-    return make_config(NomicBertConfig, checkpoint, {**native, "max_position_embeddings": checkpoint.positions})
-
-
 def _rename(name: str) -> Sequence[str]:
     """The hub's names or the native ones."""
     name = name.removeprefix("nomic_bert.")
@@ -82,3 +148,39 @@ def _rename(name: str) -> Sequence[str]:
         _, _, layer, part = name.split(".", 3)
         return tuple(f"layers.{layer}.{native}" for native in PARTS.get(part, (part,)))
     return (name,)
+
+
+PROMPTS = {
+    "query": "search_query: ",
+    "document": "search_document: ",
+    "clustering": "clustering: ",
+    "classification": "classification: ",
+}
+
+NOMIC_BERT = Family(
+    model_type="nomic_bert",
+    architectures=r"NomicBert\w+",
+    tasks={
+        Task.EMBED: TaskSpec(
+            KEYS,
+            Network(
+                config_class="NomicBertConfig",
+                model_class="NomicBertModel",
+                rename=_rename,
+                arguments=_arguments,
+                options={"add_pooling_layer": False},
+                merged=("NomicBertAttention", "NomicBertMLP"),
+                token_types=True,
+            ),
+            (check_rope, _check_layout),
+        )
+    },
+    positions=Positions.ROTARY,
+    published=(
+        PublishedModel("nomic-ai", r"nomic-embed-text-v1", PROMPTS),
+        PublishedModel("nomic-ai", r"nomic-embed-text-v1\.5", PROMPTS, dimensions=(64, 128, 256, 512, 768)),
+    ),
+    native_keys=NATIVE_KEYS,
+    max_positions=_max_positions,
+    layer_norm_before_slice=True,
+)
