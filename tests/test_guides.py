@@ -23,8 +23,9 @@ from tests.guides.markdown import Block, Page
 from tests.guides.shell import commands, tool
 
 ROOT = Path(__file__).parents[1]
-PAGES = {path.name: Page(path) for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
-GUIDES = [name for name in PAGES if name not in ("README.md", "clients.md")]
+FRONT = ("README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md")
+PAGES = {path.name: Page(path) for path in (*(ROOT / name for name in FRONT), *sorted((ROOT / "docs").glob("*.md")))}
+GUIDES = [name for name in PAGES if name not in (*FRONT, "clients.md")]
 # What other programs are to be told is no setting of ours.
 OTHERS_SETTINGS = {"clients.md"}
 # Codes that do not concern a few lines which a person types: https://www.shellcheck.net/wiki/
@@ -142,7 +143,7 @@ def test_links_lead_somewhere(name: str) -> None:
 
 def test_every_guide_is_reached_from_the_readme() -> None:
     linked = {link.partition("#")[0] for link in PAGES["README.md"].links}
-    assert {f"docs/{name}" for name in PAGES if name != "README.md"} <= linked
+    assert {f"docs/{name}" for name in PAGES if name not in (*FRONT, "index.md")} | {*FRONT[1:]} <= linked
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -14,7 +14,7 @@ import pytest
 from tests.in_process import InProcess
 from vecmill.app import create_app
 from vecmill.config import load_settings
-from vecmill.openapi import document_text
+from vecmill.reference import texts
 
 STORED = Path(__file__).parents[1] / "docs" / "openapi.json"
 DOCUMENT: dict[str, Any] = json.loads(STORED.read_text("utf-8"))
@@ -122,10 +122,9 @@ async def starting() -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
-def test_the_stored_document_is_up_to_date() -> None:
-    assert STORED.read_text("utf-8") == document_text(), (
-        "docs/openapi.json is of other routes; if the change is meant: python -m vecmill.openapi > docs/openapi.json"
-    )
+def test_what_is_written_from_the_code_is_up_to_date() -> None:
+    for path, text in texts(STORED.parents[1]).items():
+        assert path.read_text("utf-8") == text, f"{path.name} differs: python -m vecmill.reference"
 
 
 async def test_the_server_gives_the_stored_document(client: httpx.AsyncClient) -> None:

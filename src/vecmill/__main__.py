@@ -18,8 +18,8 @@ from rich.console import Console
 from vecmill import __version__
 from vecmill.bench.command import bench
 from vecmill.config import load_settings
-from vecmill.config.env_example import default_text
 from vecmill.config.key_file import key_line
+from vecmill.config.reference import default_text
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
 from vecmill.core.types import KeyLimits

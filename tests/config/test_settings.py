@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vecmill.config import load_settings
-from vecmill.config.env_example import env_example
+from vecmill.config.reference import env_example
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
 

@@ -66,7 +66,7 @@ class CohereEmbedBody(EmbedBody):
     ] = Field(None, description='Objects of the form `{"content": [{"type": "text", "text": "..."}]}`.')
     images: NotServedHere = None
     embedding_types: Annotated[list[EmbeddingType], Field(max_length=MOST_TYPES, fail_fast=True)] | None = Field(
-        None, description="One or several. int8 and uint8 have a fixed scale, binary is the sign: see the README."
+        None, description="One or several. int8 and uint8 have a fixed scale, binary is the sign (docs/api.md)."
     )
     output_dimension: Dimensions = None
     max_tokens: Count = Field(None, description="Tokens per text, at most; `truncate` says what happens to the rest.")

@@ -1,4 +1,4 @@
-"""What the README shows of batches runs as it stands, against a real server."""
+"""What the README and the page of batches show of clients runs as it stands, against a real server."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from pathlib import Path
 
 from benchmarks.servers import RunningServer
 
-README = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
-SECTION = README.partition("\n## Batches\n")[2].partition("\n## ")[0]
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+BATCHES = (ROOT / "docs" / "jobs-and-batches.md").read_text("utf-8").partition("\n## Batches\n")[2]
 
 
-def shown(language: str, server: RunningServer) -> str:
+def shown(language: str, server: RunningServer, page: str = BATCHES) -> str:
     block: str
-    [block] = re.findall(rf"```{language}\n(.*?)```", SECTION, re.S)
+    [block] = re.findall(rf"```{language}\n(.*?)```", page, re.S)
     assert "http://127.0.0.1:8080" in block
     return block.replace("http://127.0.0.1:8080", server.url)
 
@@ -31,3 +32,9 @@ def test_the_batch_with_openais_client(server: RunningServer) -> None:
     command = [sys.executable, "-c", shown("python", server)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout == "a 384\nb 384\n"
+
+
+def test_embeddings_with_openais_client(server: RunningServer) -> None:
+    command = [sys.executable, "-c", shown("python", server, README)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "2 384\n"
