@@ -77,7 +77,7 @@ class VectorCheck(_Part):
 
 
 class Example(_Part):
-    """What is known of one model."""
+    """The checks of one model."""
 
     model: str
     """Its id on the hub."""

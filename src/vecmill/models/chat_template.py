@@ -99,7 +99,7 @@ class ChatTemplate:
         self._structured = structured
 
     def pieces(self, *, instructed: bool) -> Pieces:
-        """The template with an instruction or without one, as what it does to any texts.
+        """The template with or without an instruction, as fixed texts and slots.
 
         Raises:
             UnfitTemplateError: it does more than put texts between texts, or in an order that is not supported.

@@ -179,20 +179,7 @@ ROTARY: Mapping[str, Rule] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Config:
-    """A config.json, for the checks that concern several keys."""
-
-    named: str
-    file: Path
-    said: Mapping[str, Any]
-
-    def refuse(self, key: str, supported: str, cure: str = "") -> StartupError:
-        """The error for a key."""
-        return unsupported(self.named, self.file, key, self.said.get(key), supported, cure)
-
-
-# What a reranker's config.json says of its labels and activation; an embedder made from one has no use for it.
+# The labels and activation of a reranker's head; an embedder that was made from a reranker does not use them.
 OF_HEAD = (*LABELS, "sbert_ce_default_activation_function", "sentence_transformers")
 HEAD, NO_HEAD = rules(HONOURED, OF_HEAD), rules(HARMLESS, OF_HEAD)
 
@@ -204,11 +191,11 @@ class ConfigFile:
     named: str
     """The setting that names the model, for errors."""
     path: Path
-    keys: Mapping[str, Any]
+    content: Mapping[str, Any]
 
     def unsupported(self, key: str, supported: str, cure: str = "") -> StartupError:
         """The error for a key whose value is not implemented."""
-        return unsupported(self.named, self.path, key, self.keys.get(key), supported, cure)
+        return unsupported(self.named, self.path, key, self.content.get(key), supported, cure)
 
 
 def own_code(pattern: str, whose: str) -> Rule:
@@ -229,7 +216,7 @@ def check_architectures(config: ConfigFile, classes: str) -> None:
     Raises:
         StartupError: it is no list of names, or lists another class.
     """
-    names = config.keys.get("architectures")
+    names = config.content.get("architectures")
     listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if names is not None and not (listed and all(re.fullmatch(classes, name) for name in names)):
         raise config.unsupported("architectures", f"classes of transformers' own ({classes})", REMOTE_CODE)
@@ -238,8 +225,8 @@ def check_architectures(config: ConfigFile, classes: str) -> None:
 def check_rope(config: ConfigFile) -> None:
     """The parameters of rotary positions hold keys of ROPE. Raises StartupError where they do not."""
     for key in ("rope_parameters", "rope_scaling"):
-        if config.keys.get(key) is not None:
-            check_keys(config.named, config.path, config.keys[key], ROPE, within=key)
+        if config.content.get(key) is not None:
+            check_keys(config.named, config.path, config.content[key], ROPE, within=key)
 
 
 def rope_type(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:

@@ -1,6 +1,6 @@
-"""What one file in `families/` says of a model family. Reads no tensors and imports no torch.
+"""The spec that a file in `families/` fills in. Reads no tensors and imports no torch.
 
-The rest of the house asks these fields and never compares names of families.
+All that depends on a family is a field or a method here; no other file compares names of families.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from vecmill.models.chat_template import PairPrompt
 from vecmill.models.config_keys import ConfigFile, check_architectures
 from vecmill.models.keys import Rule, check_keys, honoured
 
-Config = Mapping[str, Any]
+ConfigJson = Mapping[str, Any]
 """The object in a config.json, checked."""
 Pooling = Literal["mean", "cls", "lasttoken"]
 Rename = Callable[[str], Sequence[str]]
@@ -26,69 +26,72 @@ DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that
 
 
 class Positions(Enum):
-    """Where the first token of a row stands."""
+    """How the network gets the position of a token in its row."""
 
     FROM_ZERO = "from zero"
-    """A table of learned positions."""
+    """From a table of learned positions; the first token has position 0."""
     AFTER_PADDING = "after padding"
-    """As before, but counted from the id of padding on, and padding is not counted (fairseq's convention)."""
+    """From such a table; the first token has the position after the padding token's id, and padding tokens are not
+    counted (fairseq's convention)."""
     ROTARY = "rotary"
-    """Only distances count."""
+    """Queries and keys are rotated: only the distance between two tokens matters."""
 
     def moved_by_left_padding(self, *, same_padding: bool) -> bool:
-        """Whether padding on the left moves a text, so that its reference vector depends on what it is batched with.
+        """Whether padding on the left changes a text's positions, so that the reference's vector depends on the batch.
 
-        `same_padding`: the tokenizer pads with the id that the model counts positions around.
+        Args:
+            same_padding: the tokenizer pads with the token that the network does not count.
         """
         return self is Positions.FROM_ZERO or (self is Positions.AFTER_PADDING and not same_padding)
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """The classes of transformers that a family runs through, by name, and how a checkpoint becomes one of them."""
+    """How a family is built: transformers' classes by name (a spec imports no torch), and what goes into them."""
 
     config_class: str
     model_class: str
     rename: Rename
-    arguments: Callable[[Config, int], dict[str, Any]] = lambda config, positions: dict(config)
-    """The config class's, of the keys that are honoured and the number of positions."""
+    arguments: Callable[[ConfigJson, int], dict[str, Any]] = lambda config, positions: dict(config)
+    """Keyword arguments of the config class, made of the honoured keys of config.json and the number of positions."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """The model class's own arguments."""
+    """Further keyword arguments of the model class."""
     blocks: str = "layers"
-    """Where the repeated blocks are, from the base model."""
+    """Path of the repeated transformer blocks, from the base model."""
     merged: tuple[str, ...] = ()
-    """Classes whose projections of the same input become one product, see `merged_projections`."""
+    """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
     token_types: bool = False
-    """Whether it is told which of two texts a token is of."""
+    """Whether the model class takes `token_type_ids`."""
     latent_attention: str | None = None
-    """The key of config.json with the sizes of NV-Embed's block after the layers; None: there is none."""
+    """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None
-    """What the network itself does, whatever the files say; None: it leaves that to them."""
+    """Fixed by the architecture, whatever a checkpoint's files say; None: the files say how to pool."""
 
 
 @dataclass(frozen=True, slots=True)
 class TaskSpec:
-    """A family as an embedder, or as a reranker."""
+    """A family at one task: as an embedder, or as a reranker."""
 
     keys: Mapping[str, Rule]
-    """Every key that its config.json may have."""
+    """Every key that config.json may have, with the values that are supported. A key that is not here is refused."""
     network: Network
     checks: tuple[Callable[[ConfigFile], None], ...] = ()
-    """Of keys that must fit each other. Each raises StartupError."""
+    """Each raises StartupError where keys do not fit each other."""
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedModel:
-    """What the card of a model on the hub prescribes and its files leave out. Source: the card of that name."""
+    """What the card of a model at https://huggingface.co prescribes and its files leave out."""
 
     owner: str
     name: str
-    """A regular expression."""
+    """A regular expression that matches the whole name."""
     prompts: Mapping[str, str] = field(default_factory=dict)
+    """Of an embedder, by name: what goes before a text."""
     dimensions: tuple[int, ...] = ()
-    """Sizes that its vectors may be cut to, beside what holds for the family."""
+    """Sizes that vectors may be cut to; empty: as the family has it."""
     pair_prompt: PairPrompt | None = None
-    """How it reads pairs, where it is a reranker whose files need not say so."""
+    """Of a reranker: the text around a pair, where its files have no template for pairs."""
 
     def is_called(self, model_id: str) -> bool:
         """Whether this is the model of an id, or of a folder's name."""
@@ -114,43 +117,40 @@ class TextFormat:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """All that is known of the checkpoints of one `model_type`."""
+    """What the checkpoints of a `model_type` have in common."""
 
     model_type: str
-    """In config.json. Clients see it as the family, and the cache's keys hold it."""
+    """As config.json has it. Clients are shown it as the family, and it is a part of the cache's keys."""
     architectures: str
-    """A pattern of the class names that `architectures` in config.json may have."""
+    """A regular expression that matches every class that `architectures` in config.json may list."""
     tasks: Mapping[Task, TaskSpec]
     positions: Positions
     published: tuple[PublishedModel, ...] = ()
     native_keys: Mapping[str, str] = field(default_factory=dict)
-    """Keys of config.json that transformers' class has under another name: theirs to its."""
-    max_positions: Callable[[Config], int | None] = lambda config: config.get("max_position_embeddings")
-    """How many positions the weights have or were trained on; None: config.json does not say."""
+    """Keys of config.json that transformers' class has under another name, with that name."""
+    max_positions: Callable[[ConfigJson], int | None] = lambda config: config.get("max_position_embeddings")
+    """The number of positions that the weights have or were trained on; None: config.json does not say."""
     dimensions: Callable[[int], Sequence[int]] = lambda width: (width,)
-    """Sizes that every model's vectors may be cut to, of its width (Matryoshka representation learning)."""
+    """From the width of a vector to the sizes that it may be cut to (Matryoshka representation learning)."""
     layer_norm_before_slice: bool = False
-    """Whether a vector is normed, without weights, before it is cut."""
-    text_format: Callable[[Config], TextFormat] | None = None
-    """None: as sentence-transformers has it."""
+    """Whether a vector is layer-normed, without weights, before it is cut."""
+    text_format: Callable[[ConfigJson], TextFormat] | None = None
+    """None: the tokenizer's own template, and pooling as sentence-transformers does it."""
     tokenizer_as_it_stands: bool = False
-    """Whether tokenizer.json counts alone, since the reference is code of its own that reads nothing else."""
+    """Whether tokenizer.json alone counts: the reference is code of its own that reads no other file."""
     is_decoder: bool = False
-    """Whether it is a causal language model: it can be given a pair as one text and answer with a token, and its
-    classification head looks at the last token."""
+    """Whether it is a causal language model: as a reranker it reads a pair as one text and answers with a token, or has
+    a classification head on the last token."""
     pair_prompt: PairPrompt | None = None
-    """How it reads pairs where the files do not say, but for `pair_prompt_flag`."""
+    """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`."""
     pair_prompt_flag: str | None = None
-    """The key of config.json that says, if true, that it is a reranker and reads them so."""
+    """A key of config.json that says, if true, that the checkpoint is a reranker with `pair_prompt`."""
 
     def check_config(self, named: str, path: Path, config: Mapping[str, Any], task: Task) -> None:
-        """Every key of a config.json is known, and says what is implemented.
+        """Raise StartupError unless every key of a config.json is known and says what is implemented.
 
         Args:
             named: the setting that names the model, for the error.
-
-        Raises:
-            StartupError: a key is not known, or its value is not supported.
         """
         spec = self.tasks[task]
         check_keys(named, path, config, spec.keys)
@@ -159,12 +159,12 @@ class Family:
         for check in spec.checks:
             check(file)
 
-    def arguments(self, config: Config, task: Task, positions: int) -> dict[str, Any]:
-        """What transformers' config class is made with: no keys that change nothing."""
+    def arguments(self, config: ConfigJson, task: Task, positions: int) -> dict[str, Any]:
+        """Keyword arguments of transformers' config class for a checkpoint with so many positions."""
         spec = self.tasks[task]
         return spec.network.arguments(honoured(config, spec.keys), positions)
 
-    def width(self, config: Config) -> int | None:
+    def width(self, config: ConfigJson) -> int | None:
         """Values of a hidden state; None where config.json leaves it to the class's default."""
         native = {self.native_keys.get(key, key): value for key, value in config.items()}
         width: int | None = native.get("hidden_size")

@@ -1,7 +1,7 @@
 """Fewer, larger matrix products: queries, keys and values in one, and the gate with the layer that it gates.
 
-Of few tokens a product takes as long as its launch and the read of its weights; one large product is both once. The
-weights are those of transformers' modules, one below the other; nothing else changes.
+For few tokens a product takes as long as its launch and reading its weights; one large product does both once. The
+weights are those of transformers' modules, concatenated by rows; nothing else changes.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def merge_projections(model: nn.Module, classes: Collection[str]) -> dict[str, R
 
 
 def _merged(module: Any, names: tuple[str, ...]) -> tuple[nn.Linear, list[int]]:
-    """A layer for all of these, its weights not written, and how many of its outputs are each one's."""
+    """One layer in place of those of these names, its weights not written yet, and the number of outputs of each."""
     parts: list[nn.Linear] = [getattr(module, name) for name in names]
     sizes = [part.out_features for part in parts]
     first = parts[0]

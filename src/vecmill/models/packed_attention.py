@@ -3,8 +3,8 @@
 Registered with transformers under the name `packed`. transformers builds no mask for a name it has no mask
 function for, and hands extra forward arguments down to the attention function: `packed_batch` travels that way.
 
-To torch.compile attention is one operation that it does not look into: what is done with a batch follows its rows, so
-a graph of it would have to be compiled anew for the next one. The batch reaches the operation by the side.
+For torch.compile attention is one opaque operation: what it does depends on the rows of a batch, so a graph of it would
+have to be compiled again for the next batch. The batch reaches the operation through `compiled_call`.
 """
 
 from __future__ import annotations

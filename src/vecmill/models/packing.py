@@ -364,7 +364,7 @@ def _keys(segments: Sequence[_Segment]) -> tuple[np.typing.NDArray[np.int64], np
 
 def _groups(segments: Sequence[_Segment]) -> tuple[EqualLengths, ...]:
     groups = []
-    for (length, prefix), found in groupby(segments, key=lambda segment: (len(segment), segment.prefix)):
-        members = list(found)
+    for (length, prefix), neighbours in groupby(segments, key=lambda segment: (len(segment), segment.prefix)):
+        members = list(neighbours)
         groups.append(EqualLengths(members[0].start, len(members), length, prefix))
     return tuple(groups)

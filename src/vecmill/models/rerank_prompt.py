@@ -43,7 +43,7 @@ class Answers:
 
 @dataclass(frozen=True, slots=True)
 class RerankForm:
-    """How one reranker works."""
+    """How a reranker reads pairs, and what its score is."""
 
     prompt: PairPrompt | None
     """None: the tokenizer's own template for pairs."""
@@ -76,14 +76,14 @@ def check_form(checkpoint: Checkpoint) -> None:
     """Refuse a reranker whose files put its pairs into a form that is not supported.
 
     Raises:
-        StartupError: they do, or they do not make a reranker of what is named as one.
+        StartupError: they do, or the checkpoint is no reranker.
     """
     if checkpoint.task is Task.RERANK:
         rerank_form(checkpoint)
 
 
 def padding_token(checkpoint: Checkpoint) -> int | None:
-    """The token that a decoder's classification head passes over where it ends a row; it looks at the one before."""
+    """The padding token of a decoder with a classification head, which skips it at the end of a row; else None."""
     if not checkpoint.family.is_decoder or rerank_form(checkpoint).answers is not None:
         return None
     token = checkpoint.config.get("pad_token_id")
@@ -152,7 +152,7 @@ def _is_id(value: object) -> bool:
 
 
 def _check_activation(checkpoint: Checkpoint) -> None:
-    """Refuse what would change scores other than by the sigmoid that every relevance score here is made with."""
+    """Raise StartupError for an activation that changes the order of scores: relevance scores are always sigmoids."""
     config = checkpoint.config
     saved = config.get("sentence_transformers")
     activations = {

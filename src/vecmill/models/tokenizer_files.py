@@ -206,7 +206,7 @@ def read_file(file: Path, *, pairs: bool = False) -> ReadTokenizer:
 
 
 def _text_with_tokens(tokenizer: Tokenizer) -> str | None:
-    """With one that has none it could not be told what goes before a text."""
+    """A text with at least one token: with none, the special tokens before and after it could not be told apart."""
     for texts in (lambda: ("a", "0", "."), tokenizer.get_vocab):  # a vocabulary takes a while to be listed
         for text in texts():
             if tokenizer.encode(text, add_special_tokens=False).ids:
@@ -215,7 +215,7 @@ def _text_with_tokens(tokenizer: Tokenizer) -> str | None:
 
 
 def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool = True) -> Template:
-    """What a tokenizer puts around a text, or around and between two.
+    """The special tokens that a tokenizer puts around a text, or around and between two.
 
     Args:
         file: for errors.
@@ -230,7 +230,7 @@ def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool 
     if text is None:
         raise StartupError(f"{file}: the tokenizer gives no tokens for any text; fetch the model again.")
     encoding = tokenizer.encode(text, text) if pair else tokenizer.encode(text)
-    first, second = ([index for index, place in enumerate(encoding.sequence_ids) if place == one] for one in (0, 1))
+    first, second = ([index for index, place in enumerate(encoding.sequence_ids) if place == text] for text in (0, 1))
     start = second[0] if pair and second else len(encoding.ids)
     kinds = set(encoding.type_ids[:start]), set(encoding.type_ids[start:])
     known = kinds[0] == {0} and kinds[1] in (set(), {0}, {1})
@@ -270,8 +270,8 @@ def tokenizer_settings(named: str, folder: Path, task: Task) -> TokenizerSetting
 
 def _max_length(config: Mapping[str, Any], module: Mapping[str, Any], arguments: Mapping[str, Any]) -> float | None:
     """sentence-transformers' order: the module's arguments, its own key, the tokenizer's file."""
-    if "model_max_length" not in arguments and (said := module.get("max_seq_length")) is not None:
-        return float(said)
+    if "model_max_length" not in arguments and (tokens := module.get("max_seq_length")) is not None:
+        return float(tokens)
     merged = {**config, **arguments}
     length = merged.get("model_max_length", merged.get("max_len"))
     return None if length is None else float(length)
@@ -294,26 +294,26 @@ def _check_files(named: str, folder: Path) -> None:
 
 
 def _checked(named: str, file: Path, known: Mapping[str, Rule]) -> dict[str, Any]:
-    found = read_json(named, file)
-    check_keys(named, file, found, known)
-    return found
+    content = read_json(named, file)
+    check_keys(named, file, content, known)
+    return content
 
 
 def _module(named: str, folder: Path, task: Task) -> dict[str, Any]:
     """What the transformer module's file says; sentence-transformers reads it only where modules.json lists modules."""
     if not (folder / "modules.json").is_file():
         return {}
-    file, said = next(
-        ((folder / name, found) for name in MODULE_FILES if (found := read_json(named, folder / name))),
+    file, module = next(
+        ((folder / name, content) for name in MODULE_FILES if (content := read_json(named, folder / name))),
         (folder / MODULE_FILES[0], {}),
     )
-    check_keys(named, file, said, _module_keys(task, str(said.get("transformer_task", "feature-extraction"))))
+    check_keys(named, file, module, _module_keys(task, str(module.get("transformer_task", "feature-extraction"))))
     for key, known in ARGUMENTS.items():
-        arguments = said.get(key) or {}
+        arguments = module.get(key) or {}
         if not isinstance(arguments, dict):
             raise StartupError(f"{named}: {file.name} has `{key}`: {arguments!r}; supported: a JSON object.")
         check_keys(named, file, arguments, known, within=key)
-    return said
+    return module
 
 
 def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:

@@ -32,13 +32,13 @@ XLM_ROBERTA_KEYS: Mapping[str, Rule] = {**BERT_KEYS, "pad_token_id": whole(0)}  
 
 def _check_one_label(config: ConfigFile) -> None:
     """A relevance score is one number, and a head gives it: transformers would make up one that is missing."""
-    names = config.keys.get("architectures") or []
+    names = config.content.get("architectures") or []
     if names and not any(name.endswith("ForSequenceClassification") for name in names):
         raise config.unsupported(
             "architectures", "a ...ForSequenceClassification", "Others have no head that scores a pair."
         )
-    labels = config.keys.get("id2label")
-    count = len(labels) if isinstance(labels, Mapping) else config.keys.get("num_labels") or 2  # as transformers
+    labels = config.content.get("id2label")
+    count = len(labels) if isinstance(labels, Mapping) else config.content.get("num_labels") or 2  # as transformers
     if count != 1:
         raise StartupError(f"{config.named}: its head has {count} labels; a reranker has one (a relevance score).")
 

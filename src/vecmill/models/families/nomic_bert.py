@@ -21,7 +21,7 @@ from vecmill.models.config_keys import (
     check_rope,
     own_code,
 )
-from vecmill.models.family import Config, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -82,21 +82,23 @@ TRAINED_POSITIONS = 2048  # what the code takes where the file has `n_positions`
 
 def _check_layout(config: ConfigFile) -> None:
     """The hub's keys are there together, and agree with the native ones where a file has both."""
-    keys = config.keys
-    if not keys.keys() & NATIVE_KEYS.keys():
+    content = config.content
+    if not content.keys() & NATIVE_KEYS.keys():
         return
-    missing = [key for key in REQUIRED if key not in keys]
+    missing = [key for key in REQUIRED if key not in content]
     if missing:
         raise StartupError(f"{config.named}: {config.path.name} leaves out `{missing[0]}`, which has no one default.")
-    if keys.get("rope_scaling"):
+    if content.get("rope_scaling"):
         raise config.unsupported("rope_scaling", "null beside `rotary_emb_base`", "Put it into `rope_parameters`.")
-    rope = {"rope_theta": keys.get("rope_theta"), **(keys.get("rope_parameters") or {})}
+    rope = {"rope_theta": content.get("rope_theta"), **(content.get("rope_parameters") or {})}
     same = [
-        (hub, keys[hub], native, keys[native]) for hub, native in NATIVE_KEYS.items() if {hub, native} <= keys.keys()
+        (hub, content[hub], native, content[native])
+        for hub, native in NATIVE_KEYS.items()
+        if {hub, native} <= content.keys()
     ]
     if rope["rope_theta"] is not None:
-        same += [("rotary_emb_base", keys["rotary_emb_base"], "rope_theta", rope["rope_theta"])]
-    same += [("activation_function", "silu", "hidden_act", keys["hidden_act"])] if "hidden_act" in keys else []
+        same += [("rotary_emb_base", content["rotary_emb_base"], "rope_theta", rope["rope_theta"])]
+    same += [("activation_function", "silu", "hidden_act", content["hidden_act"])] if "hidden_act" in content else []
     for hub, value, native, other in same:
         if value != other:
             raise StartupError(
@@ -105,7 +107,7 @@ def _check_layout(config: ConfigFile) -> None:
             )
 
 
-def _arguments(config: Config, positions: int) -> dict[str, Any]:
+def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
     """The native class's keys, from the hub's or the native ones."""
     native = {NATIVE_KEYS.get(key, key): value for key, value in config.items()}
     if "rotary_emb_base" in config and config.get("rope_parameters") is None:
@@ -115,7 +117,7 @@ def _arguments(config: Config, positions: int) -> dict[str, Any]:
     return {**native, "max_position_embeddings": positions}
 
 
-def _max_positions(config: Config) -> int | None:
+def _max_positions(config: ConfigJson) -> int | None:
     """Those trained: beyond them rotary scaling would make a vector depend on the longest text of its batch."""
     for key in ("max_trained_positions", "max_position_embeddings", "n_positions"):
         if (positions := config.get(key)) is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import BOOKKEEPING, COMMON, GENERATION, LABELS, NO_HEAD, ROTARY, ConfigFile, own_code
-from vecmill.models.family import Config, Family, Network, Positions, PublishedModel, TaskSpec, TextFormat, Unpooled
+from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec, TextFormat, Unpooled
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -47,21 +47,21 @@ LATENT_ATTENTION: Mapping[str, Rule] = {
 
 
 def _check_parts(config: ConfigFile) -> None:
-    text, latent = config.keys.get("text_config"), config.keys.get("latent_attention_config") or {}
+    text, latent = config.content.get("text_config"), config.content.get("latent_attention_config") or {}
     check_keys(config.named, config.path, text, TEXT, within="text_config")
     rope = text.get("rope_parameters") or {} if isinstance(text, Mapping) else {}
     check_keys(config.named, config.path, rope, PLAIN_ROPE, within="text_config.rope_parameters")
     check_keys(config.named, config.path, latent, LATENT_ATTENTION, within="latent_attention_config")
 
 
-def _arguments(config: Config, positions: int) -> dict[str, Any]:
+def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
     """The backbone's: it looks both ways, at every token."""
     backbone = honoured(config["text_config"], TEXT)
     del backbone["model_type"]
     return {**backbone, "sliding_window": None, "use_cache": False, "is_causal": False}
 
 
-def _max_positions(config: Config) -> int | None:
+def _max_positions(config: ConfigJson) -> int | None:
     positions: int | None = config["text_config"].get("max_position_embeddings")
     return positions
 
@@ -71,7 +71,7 @@ def _rename(name: str) -> Sequence[str]:
     return () if name.startswith("latent_attention_model.") else (name.removeprefix("embedding_model."),)
 
 
-def _text_format(config: Config) -> TextFormat:
+def _text_format(config: ConfigJson) -> TextFormat:
     """The reference appends the end as text, and then cuts on the right."""
     unpooled: Unpooled = "instruction" if config.get("is_mask_instruction", True) else "nothing"
     return TextFormat("</s>", end_survives_truncation=False, unpooled=unpooled)

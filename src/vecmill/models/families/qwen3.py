@@ -15,7 +15,7 @@ from vecmill.models.chat_template import PairPrompt, Slot
 from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, ConfigFile, check_rope
 from vecmill.models.family import (
     DEFAULT_INSTRUCTION,
-    Config,
+    ConfigJson,
     Family,
     Network,
     Positions,
@@ -45,20 +45,20 @@ LAYER_TYPES = ("full_attention", SLIDING)
 
 def _check_sliding_window(config: ConfigFile) -> None:
     """Layers are of the two kinds that packed attention has, and one with a sliding window has a width."""
-    layers = config.keys.get("layer_types")
+    layers = config.content.get("layer_types")
     if layers is None:
         return
     if not isinstance(layers, list) or not set(map(str, layers)) <= set(LAYER_TYPES):
         raise config.unsupported("layer_types", f"lists of {' and '.join(LAYER_TYPES)}")
     if SLIDING not in layers:
         return
-    if not config.keys.get("use_sliding_window", False):
+    if not config.content.get("use_sliding_window", False):
         raise config.unsupported("use_sliding_window", "true, where `layer_types` has a sliding window")
-    if config.keys.get("sliding_window", 4096) is None:  # as Qwen3Config
+    if config.content.get("sliding_window", 4096) is None:  # as Qwen3Config
         raise config.unsupported("sliding_window", "a whole number from 1 on, where `layer_types` has a sliding window")
 
 
-def _arguments(config: Config, positions: int) -> dict[str, Any]:
+def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
     return {**config, "use_cache": False}
 
 
