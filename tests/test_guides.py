@@ -46,6 +46,8 @@ NO_SETTINGS = {
     "ARGS": "make's",
     "TAILNET": "stands for the reader's",
     "START": "a value of TEI's truncation_direction",
+    "END": "a value of NIM's and Cohere's truncate",
+    "NONE": "the same",
 }
 
 
