@@ -58,7 +58,7 @@ def load_model(checkpoint: Checkpoint, target: Target) -> Model:
         StartupError: a weight is missing, unknown or of the wrong shape, or transformers refuses config.json.
     """
     if checkpoint.task is Task.EMBED:
-        return Embedder(checkpoint, target)
+        return EmbeddingModel(checkpoint, target)
     return DecoderReranker(checkpoint, target) if checkpoint.family.is_decoder else CrossEncoder(checkpoint, target)
 
 
@@ -85,7 +85,7 @@ class Backbone:
         return hidden
 
 
-class Embedder:
+class EmbeddingModel:
     """One vector per text."""
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
