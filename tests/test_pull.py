@@ -322,6 +322,38 @@ def test_a_folder_s_pickles_are_converted_too(fake: FakeHub, tmp_path: Path, cap
     assert sorted(os.listdir(folder)) == ["config.json", "pytorch_model.bin", "tokenizer.json"]
 
 
+def test_a_folder_s_changed_pickles_are_converted_anew(fake: FakeHub, tmp_path: Path, capsys: Captured) -> None:
+    """Of the same size and time; its other files count too."""
+    folder, now = tmp_path / "mine", 1_700_000_000
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+
+    def converted(config: bytes, value: float) -> tuple[Path, str]:
+        (folder / "config.json").write_bytes(config)
+        (folder / "pytorch_model.bin").write_bytes(pickled({"w": torch.full((8,), value)}))
+        os.utime(folder / "pytorch_model.bin", (now, now))
+        assert run_pull(str(folder), convert_pickle=True) == 0
+        out, err = capsys.readouterr()
+        return Path(out.splitlines()[0].split()[-1]), err
+
+    first, _ = converted(CONFIG, 1)
+    again, said = converted(CONFIG, 1)
+    assert (again, "done before" in said) == (first, True)
+    second, said = converted(CONFIG, 2)
+    assert (second, "done before" in said) == (first, False)
+    assert load_file(second / "model.safetensors")["w"].tolist() == [2] * 8
+    third, said = converted(CONFIG + b" ", 2)
+    assert ((third / "config.json").read_bytes(), "done before" in said) == (CONFIG + b" ", False)
+    assert [path.name for path in third.parent.iterdir()] == ["mine"]  # nothing is left of those before
+
+
+def test_a_folder_with_a_broken_index_of_pickles(fake: FakeHub, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pytorch_model.bin.index.json").write_text("{")
+    assert run_pull(str(tmp_path / "mine"), convert_pickle=True) == 1
+    assert "pytorch_model.bin.index.json has no `weight_map`" in capsys.readouterr().err
+
+
 def test_safetensors_are_pulled_though_a_conversion_is_asked_for(fake: FakeHub, capsys: Captured) -> None:
     assert run_pull(NAME, convert_pickle=True) == 0
     assert "nothing: the model has safetensors" in capsys.readouterr().err

@@ -267,6 +267,18 @@ GENERATION = {  # of transformers 4.42
     "use_bfloat16": False,
 }
 
+LIBRARIES = {  # what other releases and libraries leave in a file
+    "_attn_implementation": "eager",
+    "_attn_implementation_autoset": True,
+    "_flash_attn_2_enabled": True,
+    "attn_implementation": "sdpa",
+    "cell": {},
+    "emb_size": 312,
+    "pre_trained": "",
+    "structure": [],
+    "training": "",
+    "transformers.js_config": {"dtype": "q8"},
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -327,6 +339,11 @@ def nomic_of_2026(folder: Path) -> None:
     edit_json(folder / "sentence_bert_config.json", max_seq_length=128)
 
 
+def implied_theta(folder: Path) -> None:
+    """Rotary parameters that leave out what the hub's key says."""
+    config(rotary_emb_base=7, rope_parameters={"rope_type": "linear", "factor": 4.0})(folder)
+
+
 WINDOWED = ["sliding_attention", "full_attention"]
 SLIDING = {"use_sliding_window": True, "sliding_window": 4}
 
@@ -349,6 +366,7 @@ VARIANTS = [
     embeds("outputs", bert, config(output_hidden_states=True, output_attentions=True, return_dict=False)),
     embeds("made-from-a-reranker", bert, config(sentence_transformers={"version": "5.0.0"}, num_labels=1)),
     embeds("bert-half", bert, config(dtype="float16")),
+    embeds("of-other-libraries", bert, config(**LIBRARIES)),
     embeds("padding", bert, config(pad_token_id=None)),
     embeds("qwen3-act", qwen3, config(hidden_act="gelu_pytorch_tanh", rms_norm_eps=0.1)),
     embeds("qwen3-bias", qwen3, biases),
@@ -386,8 +404,10 @@ VARIANTS = [
     embeds("cross-attention", bert, config(add_cross_attention=True), "`add_cross_attention`"),
     embeds("encoder-decoder", bert, config(is_encoder_decoder=True), "`is_encoder_decoder`"),
     embeds("chunked", bert, config(chunk_size_feed_forward=7), "`chunk_size_feed_forward`: 7; supported: 0"),
+    embeds("chunked-null", bert, config(chunk_size_feed_forward=None), "`chunk_size_feed_forward`: null; supported: 0"),
     embeds("pruned", bert, config(pruned_heads={"0": [1]}), '`pruned_heads`: {"0": [1]}'),
     embeds("quantized", bert, config(quantization_config={"bits": 4}), "`quantization_config`"),
+    embeds("quantized-by-mlx", bert, config(quantization={"bits": 4}), "`quantization`"),
     embeds("foreign-class", bert, config(architectures=["OtherBert"]), "`architectures`"),
     embeds("no-list", bert, config(architectures=5), "`architectures`: 5"),
     embeds("text-for-a-number", bert, config(hidden_size="32"), '`hidden_size`: "32"; supported: a whole number'),
@@ -408,6 +428,7 @@ VARIANTS = [
     embeds("not-json", bert, lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
     embeds("per-layer", qwen3, config(per_layer_config={"0": {"hidden_act": "relu"}}), "`per_layer_config`"),
     embeds("both-ways", qwen3, config(is_causal=False), "`is_causal`: false"),
+    embeds("both-ways-by-null", qwen3, config(is_causal=None), "`is_causal`: null; supported: true"),
     embeds("window-not-used", qwen3, config(layer_types=WINDOWED), "`use_sliding_window`"),
     embeds(
         "window-of-none",
@@ -460,6 +481,8 @@ VARIANTS = [
         "nomic-scaled", nomic, config(rope_scaling={"type": "linear", "factor": 2}), "null beside `rotary_emb_base`"
     ),
     embeds("nomic-both-thetas", nomic, config(rope_parameters={"rope_theta": 10.0}), "`rotary_emb_base` (1000)"),
+    embeds("nomic-implied-theta", nomic_of_2026, implied_theta, "`rotary_emb_base` (7) and `rope_theta` (1000.0)"),
+    embeds("native-nomic-base", native_nomic, config(rotary_emb_base=7), "`rotary_emb_base` (7) and `rope_theta`"),
     embeds("nomic-code", nomic, config(auto_map={"AutoModel": "someone/else--modeling_x.NomicBertModel"}), REMOTE),
     embeds("nv-eos", nv_embed, config(add_eos=False), "`add_eos`: false; supported: true"),
     embeds("nv-side", nv_embed, config(padding_side="left"), '`padding_side`: "left"; supported: "right"'),

@@ -244,6 +244,7 @@ VARIANTS = [
     Variant("missing", bert, edited(lambda weights: weights.pop(BIAS)), f"1 missing ['{BIAS}']"),
     Variant("unknown", bert, put("encoder.layer.7.new.weight", torch.ones(3)), "1 unknown ['encoder.layer.7.new"),
     Variant("shape", bert, put(BIAS, torch.zeros(31)), f"{BIAS} has the shape (31,) instead of (32,)"),
+    Variant("one-number", bert, put(BIAS, torch.tensor(1.0)), f"{BIAS} has the shape () instead of (32,)"),
     Variant("not-finite", bert, put(BIAS, torch.full((32,), torch.inf)), f"{BIAS} has values that are not finite"),
     Variant("twice", bert, put(f"bert.{BIAS}", torch.ones(32)), f"{BIAS} are the same weight twice"),
     Variant("twice-by-prefix", qwen3, twice_by_prefix, "are the same weight twice"),

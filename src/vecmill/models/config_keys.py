@@ -101,7 +101,11 @@ GENERATION = (
 )
 LABELS = ("_num_labels", "id2label", "label2id", "num_labels", "problem_type")
 BOOKKEEPING = (
+    "_attn_implementation",  # how attention is computed, and not what
+    "_attn_implementation_autoset",
     "_commit_hash",
+    "_flash_attn_2_enabled",
+    "attn_implementation",
     "directionality",
     "dtype",  # of the files; DTYPE says what it is run in
     "language",
@@ -117,6 +121,7 @@ BOOKKEEPING = (
     "tokenizer_class",  # the tokenizer is tokenizer.json whatever class it has
     "torch_dtype",
     "torchscript",
+    "transformers.js_config",  # what that library loads
     "transformers_version",
     "unsloth_fixed",
     "unsloth_version",
@@ -145,11 +150,11 @@ COMMON: Mapping[str, Rule] = {
     "architectures": HONOURED,  # see `Family.check_config`
     "auto_map": only(None, cure=REMOTE_CODE),
     "add_cross_attention": only(False, None),
-    "chunk_size_feed_forward": only(0, None, cure="Set it to 0: it saves memory in training and changes no value."),
+    "chunk_size_feed_forward": only(0, cure="Set it to 0: it saves memory in training and changes no value."),
     "is_decoder": only(False, None),
     "is_encoder_decoder": only(False, None),
     "pruned_heads": only({}, None),
-    "quantization_config": only(None, cure=QUANTIZED),
+    **rules(only(None, cure=QUANTIZED), ("quantization", "quantization_config")),  # the former is MLX's
     "tie_word_embeddings": HARMLESS,
     "hidden_act": only(*ACTIVATIONS),
     "hidden_size": whole(),

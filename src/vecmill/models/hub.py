@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -39,7 +38,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from rich.filesize import decimal
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.models.weight_files import INDEX, PICKLE_INDEX, Listing, list_folder
+from vecmill.models.weight_files import INDEX, PICKLE_INDEX, Listing, list_folder, read_index
 
 logger = logging.getLogger(__name__)
 
@@ -176,14 +175,7 @@ def _weights_of(name: str, snapshot: Path) -> list[str]:
         listing = Listing(name, REPOSITORY, name, present)
     except CachedRepoTreeNotFoundError:  # another program's folder, and the hub cannot be asked: what is there counts
         listing = list_folder(name, snapshot, name)
-    return listing.chosen(lambda: _read(snapshot / INDEX))
-
-
-def _read(index: Path) -> Any:
-    try:
-        return json.loads(index.read_text("utf-8"))
-    except (OSError, ValueError):
-        return None  # said better by who looks for what is in it
+    return listing.chosen(lambda: read_index(snapshot / INDEX))
 
 
 def cached(name: str, revision: str | None = None) -> Path | None:
@@ -274,7 +266,7 @@ def _weights_on_hub(api: HfApi, name: str, info: ModelInfo, *, pickles: bool) ->
     listing = Listing(name, REPOSITORY, name, [file.rfilename for file in info.siblings or []])
 
     def index(file: str) -> Any:
-        return _read(Path(hf_hub_download(name, file, revision=str(info.sha), token=api.token)))
+        return read_index(Path(hf_hub_download(name, file, revision=str(info.sha), token=api.token)))
 
     convert = f"`vecmill pull {name} --convert-pickle` converts them once"
     if listing.pickled and pickles:

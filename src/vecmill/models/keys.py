@@ -79,7 +79,7 @@ def read_json(named: str, file: Path) -> dict[str, Any]:
         named: the setting that names the model, for the error.
 
     Raises:
-        StartupError: it is no JSON, or no object.
+        StartupError: it cannot be read, is no JSON, or no object.
     """
     if not file.is_file():
         return {}
@@ -90,10 +90,12 @@ def read_json(named: str, file: Path) -> dict[str, Any]:
 
 
 def read_any_json(file: Path) -> Any:
-    """What a file holds, of whatever type. Raises StartupError where it is no JSON."""
+    """What a file holds, of whatever type. Raises StartupError where it cannot be read or is no JSON."""
     try:
         return json.loads(file.read_text("utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise StartupError(f"{file} cannot be read ({error.strerror}): give read access.") from None
+    except (ValueError, RecursionError) as error:
         raise StartupError(f"{file} is not valid JSON ({error}); fetch the model again.") from None
 
 

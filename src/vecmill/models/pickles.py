@@ -14,15 +14,17 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import xxhash
+
 from vecmill.core.errors import StartupError
 from vecmill.models.fingerprint import READ
-from vecmill.models.weight_files import INDEX, PICKLE_INDEX, SINGLE, Listing, list_folder, read_header
+from vecmill.models.weight_files import INDEX, PICKLE_INDEX, SINGLE, Listing, list_folder, read_header, read_index
 
 CLONE_NEWUSER, CLONE_NEWNET, PR_SET_NO_NEW_PRIVS = 0x10000000, 0x40000000, 38
 INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment; no tokens
@@ -31,11 +33,15 @@ LARGEST_RESULT = 3  # times the file's size
 SPARE_BYTES = 1_073_741_824  # of memory, beside the values
 SPARE_SECONDS, BYTES_PER_SECOND = 60, 10_000_000
 OPEN_FILES = 64
+MADE_OF = ".made-of"  # beside the result: a hash of the files that it was made of
+BLOCK_BYTES = 16_777_216
 FORBIDDEN = re.compile(r"GLOBAL (\S+)")
 
 
 def convert(named: str, folder: Path, target: Path, report: Callable[[str], None]) -> bool:
-    """Write a folder with the weights of another in safetensors, and its other files; False where it was there.
+    """Write a folder with the weights of another in safetensors, and its other files.
+
+    False where it was there already, made of the same files; one that was made of others is replaced.
 
     Args:
         named: what an error begins with.
@@ -44,17 +50,21 @@ def convert(named: str, folder: Path, target: Path, report: Callable[[str], None
     Raises:
         StartupError: there is no pickle, it is not one of weights, or the disk is full.
     """
-    if list_folder(named, target, named).readable:
-        return False
     listing = list_folder(named, folder, named)
-    names = listing.pickles(lambda: json.loads((folder / PICKLE_INDEX).read_text("utf-8")))
+    names = listing.pickles(lambda: read_index(folder / PICKLE_INDEX))
     try:
+        made_of = _hash(folder, [*_small(folder), *(folder / name for name in names)])
+        if _is_made_of(target, made_of):
+            return False
         target.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=target.parent, prefix=".converting-") as temporary:
             result = Path(temporary, "result")
             result.mkdir()
             _copy_small(folder, result)
             _convert_all(listing, folder, names, result, report)
+            (result / MADE_OF).write_text(made_of, "utf-8")
+            if target.exists():
+                target.rename(Path(temporary, "before"))
             result.rename(target)
     except OSError as error:
         raise StartupError(
@@ -63,13 +73,34 @@ def convert(named: str, folder: Path, target: Path, report: Callable[[str], None
     return True
 
 
+def _hash(folder: Path, files: Iterable[Path]) -> str:
+    """Of the content: a folder's weights may be replaced by others with the same name, size and time."""
+    total = xxhash.xxh3_128()
+    for path in files:
+        with path.open("rb") as file:
+            total.update(path.relative_to(folder).as_posix().encode())
+            while block := file.read(BLOCK_BYTES):
+                total.update(block)
+    return total.hexdigest()
+
+
+def _is_made_of(target: Path, files: str) -> bool:
+    try:
+        return (target / MADE_OF).read_text("utf-8") == files
+    except (OSError, ValueError):
+        return False
+
+
+def _small(folder: Path) -> list[Path]:
+    found = {path for pattern in (*READ, "*/config.json") for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.name not in (INDEX, PICKLE_INDEX))
+
+
 def _copy_small(folder: Path, result: Path) -> None:
-    for pattern in (*READ, "*/config.json"):
-        for path in folder.glob(pattern):
-            to = result / path.relative_to(folder)
-            if path.is_file() and path.name not in (INDEX, PICKLE_INDEX):
-                to.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, to)
+    for path in _small(folder):
+        to = result / path.relative_to(folder)
+        to.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, to)
 
 
 def _convert_all(listing: Listing, folder: Path, names: list[str], result: Path, report: Callable[[str], None]) -> None:

@@ -169,6 +169,14 @@ def list_folder(named: str, folder: Path, model: str) -> Listing:
     return Listing(named, str(folder), model, [path.relative_to(folder).as_posix() for path in found])
 
 
+def read_index(index: Path) -> Any:
+    """What an index of weights holds; None where it cannot be read, which is said by who looks for what is in it."""
+    try:
+        return json.loads(index.read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def refuse_other_formats(named: str, folder: Path) -> None:
     """Raise StartupError for a folder without config.json that holds weights of another kind, such as GGUF."""
     listing = list_folder(named, folder, str(folder))

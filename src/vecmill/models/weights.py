@@ -227,7 +227,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
         raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}")
     merged = merge_projections(model, checkpoint.network.merged)
     for name, tensor in weights.tensors([name for name, several in places.items() if several]):
-        for place, part in zip(places[name], tensor.chunk(len(places[name])), strict=True):
+        # A single number, or fewer rows than places: no parts of it have the shape.
+        parts = tensor.tensor_split(len(places[name])) if tensor.ndim else [tensor] * len(places[name])
+        for place, part in zip(places[name], parts, strict=True):
             if part.shape != wanted[place]:
                 shapes = f"{tuple(part.shape)} instead of {tuple(wanted[place])}"
                 raise _unfit(model, checkpoint, f"{place} has the shape {shapes}")

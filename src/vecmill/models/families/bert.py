@@ -15,13 +15,14 @@ from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ConfigFile
 from vecmill.models.family import DEFAULT_INSTRUCTION, Family, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
 
-# Of Google's releases; read by nothing.
-POOLER = tuple(
-    f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")
+# Of Google's releases and of TinyBERT's; read by nothing.
+OF_RELEASES = (
+    *(f"pooler_{part}" for part in ("fc_size", "num_attention_heads", "num_fc_layers", "size_per_head", "type")),
+    *("cell", "emb_size", "pre_trained", "structure", "training"),
 )
 BERT_KEYS: Mapping[str, Rule] = {
     **COMMON,
-    **rules(HARMLESS, POOLER),
+    **rules(HARMLESS, OF_RELEASES),
     "layer_norm_eps": positive(),
     "pad_token_id": whole(0, null=True),
     "position_embedding_type": only("absolute", None, cure="Its positions (ALiBi, relative) are not implemented."),

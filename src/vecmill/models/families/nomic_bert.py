@@ -77,12 +77,28 @@ REQUIRED = (
     *("n_embd", "n_head", "n_inner", "n_layer", "layer_norm_epsilon"),
     *("activation_function", "rotary_emb_base", "rotary_emb_fraction"),
 )
+NATIVE_THETA = 1000.0  # of the native class, where its keys do not say
 TRAINED_POSITIONS = 2048  # what the code takes where the file has `n_positions` alone
 
 
 def _check_layout(config: ConfigFile) -> None:
     """The hub's keys are there together, and agree with the native ones where a file has both."""
     content = config.content
+    same = [
+        (hub, content[hub], native, content[native])
+        for hub, native in NATIVE_KEYS.items()
+        if {hub, native} <= content.keys()
+    ]
+    if "rotary_emb_base" in content and (theta := _native_theta(content)) is not None:
+        same += [("rotary_emb_base", content["rotary_emb_base"], "rope_theta", theta)]
+    if "activation_function" in content and "hidden_act" in content:
+        same += [("activation_function", "silu", "hidden_act", content["hidden_act"])]
+    for hub, value, native, other in same:
+        if value != other:
+            raise StartupError(
+                f"{config.named}: {config.path.name} has `{hub}` ({value}) and `{native}` ({other}), which do not "
+                f"agree: keep the one that the weights were trained with."
+            )
     if not content.keys() & NATIVE_KEYS.keys():
         return
     missing = [key for key in REQUIRED if key not in content]
@@ -90,21 +106,15 @@ def _check_layout(config: ConfigFile) -> None:
         raise StartupError(f"{config.named}: {config.path.name} leaves out `{missing[0]}`, which has no one default.")
     if content.get("rope_scaling"):
         raise config.unsupported("rope_scaling", "null beside `rotary_emb_base`", "Put it into `rope_parameters`.")
-    rope = {"rope_theta": content.get("rope_theta"), **(content.get("rope_parameters") or {})}
-    same = [
-        (hub, content[hub], native, content[native])
-        for hub, native in NATIVE_KEYS.items()
-        if {hub, native} <= content.keys()
-    ]
-    if rope["rope_theta"] is not None:
-        same += [("rotary_emb_base", content["rotary_emb_base"], "rope_theta", rope["rope_theta"])]
-    same += [("activation_function", "silu", "hidden_act", content["hidden_act"])] if "hidden_act" in content else []
-    for hub, value, native, other in same:
-        if value != other:
-            raise StartupError(
-                f"{config.named}: {config.path.name} has `{hub}` ({value}) and `{native}` ({other}), which do not "
-                f"agree: keep the one that the weights were trained with."
-            )
+
+
+def _native_theta(content: ConfigJson) -> Any:
+    """The base of rotations that the native class takes; None where a file has the hub's keys alone."""
+    native = (*NATIVE_KEYS.values(), "rope_parameters", "rope_scaling", "rope_theta")
+    if all(content.get(key) is None for key in native):
+        return None
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    return rope.get("rope_theta", content.get("rope_theta", NATIVE_THETA))
 
 
 def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:

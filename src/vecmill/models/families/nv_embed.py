@@ -16,7 +16,7 @@ from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, 
 KEYS: Mapping[str, Rule] = {
     **rules(HARMLESS, (*BOOKKEEPING, *GENERATION, "add_pad_token", "tie_word_embeddings")),
     **rules(HONOURED, ("_name_or_path", "architectures", "model_type")),
-    **{key: COMMON[key] for key in ("is_matryoshka", "matryoshka_dimensions", "quantization_config")},
+    **{key: COMMON[key] for key in ("is_matryoshka", "matryoshka_dimensions", "quantization", "quantization_config")},
     "auto_map": own_code(r"(nvidia/NV-Embed-v2--)?(configuration|modeling)_nvembed\.\w+", "nvidia/NV-Embed-v2"),
     "add_eos": only(True),
     "hidden_size": whole(),

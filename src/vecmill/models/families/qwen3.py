@@ -29,7 +29,7 @@ KEYS: Mapping[str, Rule] = {
     **ROTARY,
     "attention_bias": only(False, True),
     "head_dim": whole(),
-    "is_causal": only(True, None, cure="A Qwen3 that looks both ways is not implemented."),
+    "is_causal": only(True, cure="A Qwen3 that looks both ways, as null makes it too, is not implemented."),
     "layer_types": HONOURED,  # with the next three, see `_check_sliding_window`
     "max_window_layers": whole(0),
     "sliding_window": whole(null=True),
