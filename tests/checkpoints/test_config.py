@@ -426,6 +426,13 @@ VARIANTS = [
         "not-an-object", bert, lambda folder: (folder / "config.json").write_text("[]"), "'missing' is not supported"
     ),
     embeds("not-json", bert, lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
+    embeds("no-object", bert, lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
+    embeds(
+        "no-object-of-a-module",
+        bert,
+        lambda folder: (folder / "1_Pooling" / "config.json").write_text("[]"),
+        "1_Pooling/config.json holds no JSON object",
+    ),
     embeds("per-layer", qwen3, config(per_layer_config={"0": {"hidden_act": "relu"}}), "`per_layer_config`"),
     embeds("both-ways", qwen3, config(is_causal=False), "`is_causal`: false"),
     embeds("both-ways-by-null", qwen3, config(is_causal=None), "`is_causal`: null; supported: true"),
