@@ -21,7 +21,7 @@ CLIENT_FILES := tests/clients/environments
 LOWEST := .lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-clients test-python-clients test-lowest fuzz check coverage lint fix chromium redis systemd java
+.PHONY: help serve test test-clients test-python-clients test-lowest fuzz check coverage lint site fix chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -54,6 +54,9 @@ lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+site: $(VENV)/.dev  ## Build the documentation as a site, in site/.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 fix: $(VENV)/.dev  ## Format, and mend what ruff can mend.
 	$(BIN)/ruff check --fix-only $(CODE)

@@ -397,6 +397,8 @@ VARIANTS = [
     embeds("alibi", bert, config(position_embedding_type="alibi"), NO_ALIBI),
     embeds("relative", xlm_roberta, config(position_embedding_type="relative_key"), "`position_embedding_type`"),
     embeds("unknown", bert, config(surprise=1), "the key `surprise` (1), which is not known here"),
+    embeds("half-a-pair", bert, config(**{"\ud800": "\udfff"}), 'the key `\\ud800` ("\\udfff")'),
+    embeds("nested-too-deep", bert, lambda folder: (folder / "config.json").write_text("[" * 100_000), "is not valid"),
     embeds("unknown-text", bert, config(surprise="x" * 500), "`surprise`"),
     embeds("act", bert, config(hidden_act="geglu"), '`hidden_act`: "geglu"; supported: "gelu", '),
     embeds("act-with-weights", bert, config(hidden_act="prelu"), '`hidden_act`: "prelu"'),
@@ -504,7 +506,7 @@ VARIANTS = [
     embeds(
         "nv-length", nv_embed, within("latent_attention_config", output_normalize=False), "config.output_normalize`"
     ),
-    reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "its head has 3 labels"),
+    reranks("three-labels", cross_encoder, config(id2label={"0": "a", "1": "b", "2": "c"}), "supported: one label"),
     reranks("no-head", cross_encoder, config(architectures=["BertModel"]), "have no head that scores a pair"),
     reranks("ce-alibi", cross_encoder, config(position_embedding_type="alibi"), NO_ALIBI),
     reranks("qwen3-reranker-chunks", qwen3_reranker, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),

@@ -31,7 +31,6 @@ Change = Callable[[Path], Any]
 PROMPTS = {"query": "search_query: ", "document": "search_document: ", "code": "Find code: "}
 LONG = "Read all of this first. " * 40  # longer than the models take
 LIBRARY = "config_sentence_transformers.json"
-PLAIN_TEXTS = tuple(text for text in TEXTS if "<" not in text)
 
 
 def bert(pooling: str = "mean_tokens") -> Change:
@@ -100,8 +99,8 @@ def chat(*, modules: bool = True, **message: object) -> Change:
 
 
 def texts_for(name: str) -> tuple[str, ...]:
-    """Special tokens that are written out, and long texts, have tables of their own."""
-    return PLAIN_TEXTS[:-1] if name == "bert-without-modules" else TEXTS if name.startswith("bert") else PLAIN_TEXTS
+    """The reference of a folder without a length fails with a long text."""
+    return TEXTS[:-1] if name == "bert-without-modules" else TEXTS
 
 
 VARIANTS = [
@@ -125,6 +124,9 @@ VARIANTS = [
         ("bert-left-out-by-null", bert(), left_out(said=None)),
         ("bert-left-out-cls", bert("cls_token"), left_out()),
         ("bert-left-out-last", bert("lasttoken"), left_out()),
+        ("bert-prompt-of-the-query-alone", bert(), says(prompts={"query": "q: "})),
+        ("bert-prompt-of-the-document-alone", bert(), says(prompts={"document": "d: "})),
+        ("bert-left-out-empty", bert(), left_out("none", none="")),
         ("bert-left-out-long", bert(), left_out("long", long=LONG)),
         ("bert-left-out-long-cls", bert("cls_token"), left_out("long", long=LONG)),
         ("bert-left-out-ends-special", bert(), left_out("end", end="Find [SEP]")),
@@ -148,6 +150,7 @@ REFUSED = [
     for name, change, refused in [
         ("no-such-default", default("codes"), "'codes', which is none of its prompts (code, document, query)"),
         ("default-without-prompts", says(default_prompt_name="code"), "which is none of its prompts (there are none)"),
+        ("a-list-for-a-default", says(prompts=PROMPTS, default_prompt_name=["code"]), "which is none of its prompts"),
         ("an-empty-default", default(""), "`default_prompt_name` in config_sentence_transformers.json is ''"),
         (
             "prompts-in-a-list",

@@ -36,6 +36,7 @@ CHATML = "{% for one in messages %}<|im_start|>{{ one.role }}\n{{ one.content }}
 STRUCTURED = CHATML.replace("one.content", "one.content[0].text")
 STOCK = "{% for one in messages if one.role == 'user' %}<|im_start|>user\n{{ one.content }}<|im_end|>\n{% endfor %}"
 LINES = f"Query: {QUERY}\nDocument: {DOCUMENT}\nRelevant:"
+DOUBLED = "{% set ns = namespace(x='x') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
 SLOW = "{% set many = range(1000) %}" + 3 * "{% for one in many %}" + 3 * "{% endfor %}"
 
 
@@ -114,6 +115,17 @@ def several(*changes: Change) -> Change:
     return change
 
 
+def tokens_map(**said: object) -> Change:
+    return lambda folder: write(folder / "special_tokens_map.json", said)
+
+
+def without_added_tokens(folder: Path) -> None:
+    """special_tokens_map.json counts only beside a tokenizer_config.json that does not list added tokens."""
+    said = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    del said["added_tokens_decoder"]
+    write(folder / "tokenizer_config.json", said)
+
+
 def options(**said: object) -> Change:
     return module(processing_kwargs={"chat_template": said})
 
@@ -185,17 +197,16 @@ def ends_with_padding(folder: Path) -> None:
     edit_json(folder / "tokenizer.json", post_processor=post_processor)
 
 
-# Without `<pad>` and its like.
 PLAIN = ("one", "Plants create oxygen.", "naïve 你好 ÉCOLE", "a longer text " * 60)
 EMPTY = ("", "one", "")
 
 
-def documents_of(name: str, base: Change) -> tuple[str, ...]:
-    return PLAIN if base is xlm_roberta else EMPTY if name.startswith("empty") else DOCUMENTS
+def documents_of(name: str) -> tuple[str, ...]:
+    return EMPTY if name.startswith("empty") else DOCUMENTS
 
 
 VARIANTS = [
-    Variant(name, base, change, rerank=True, documents=documents_of(name, base))
+    Variant(name, base, change, rerank=True, documents=documents_of(name))
     for name, base, change in [
         ("qwen3", qwen3, lambda folder: None),
         ("untied", untied, lambda folder: None),
@@ -227,6 +238,17 @@ VARIANTS = [
             ),
         ),
         ("template-as-an-option", qwen3, options(chat_template=MXBAI)),
+        ("template-as-an-argument", qwen3, module(processor_kwargs={"chat_template": MXBAI})),
+        (
+            "templates-as-an-argument",
+            qwen3,
+            module(processor_kwargs={"chat_template": [{"name": "default", "template": MXBAI}]}),
+        ),
+        (
+            "templates-by-name-in-the-config",
+            qwen3,
+            several(without("chat_template.jinja"), edit("tokenizer_config.json", chat_template={"default": ZERANK})),
+        ),
         ("generation-prompt", qwen3, several(template(ZERANK), options(add_generation_prompt=True))),
         ("no-generation-prompt", qwen3, template(ZERANK)),
         (
@@ -237,6 +259,43 @@ VARIANTS = [
         ("structured", qwen3, structured),
         ("any-role", qwen3, template(CHATML)),
         ("end-token", qwen3, template(ZERANK + "{{ eos_token }}")),
+        (
+            "end-token-by-argument",
+            qwen3,
+            several(template(ZERANK + "{{ eos_token }}"), module(processor_kwargs={"eos_token": "<|im_start|>"})),
+        ),
+        (
+            "end-token-by-map",
+            qwen3,
+            several(template(ZERANK + "{{ eos_token }}"), tokens_map(eos_token="<|im_start|>")),
+        ),
+        (
+            "end-token-by-old-map",
+            qwen3,
+            several(
+                without_added_tokens,
+                template(ZERANK + "{{ eos_token }}"),
+                tokens_map(eos_token="<|im_start|>"),
+            ),
+        ),
+        (
+            "token-of-its-own",
+            qwen3,
+            several(
+                template(ZERANK + "{{ my_token }}"),
+                edit("tokenizer_config.json", extra_special_tokens={"my_token": "<|im_start|>"}),
+            ),
+        ),
+        (
+            "namespace-and-macro",
+            qwen3,
+            template(
+                "{% set ns = namespace(q='', d='') %}{% macro show(text) -%}[{{ text }}]{%- endmacro %}"
+                "{% for one in messages %}{% if one.role == 'query' %}{% set ns.q = one.content %}"
+                "{% elif one['role'] == 'document' %}{% set ns.d = one['content'] %}{% endif %}{% endfor %}"
+                "<|im_start|>q: {{ show(ns.q) }}<|im_end|>\nd: {{ ns.d }}<|im_end|>"
+            ),
+        ),
         ("text-behind-the-document", qwen3, template(MXBAI)),
         ("no-control-tokens", qwen3, template(LINES)),
         ("no-space-before-the-document", qwen3, template(f"question:{QUERY}\n\n passage:{DOCUMENT}")),
@@ -340,6 +399,9 @@ REFUSED = [
         ("document-twice", qwen3, template(ZERANK + DOCUMENT), "more than once"),
         ("nothing-between", qwen3, template(QUERY + DOCUMENT), "has nothing between the query and the document"),
         ("endless", qwen3, template(SLOW + ZERANK), "runs for more than 200,000 lines"),
+        ("doubled", qwen3, template(DOUBLED + ZERANK), "takes more than 10 s or 268,435,456 bytes"),
+        ("padded", qwen3, template("{{ 'x' | center(10000000000) }}" + ZERANK), "takes more than 10 s or 268,435,456"),
+        ("nested", qwen3, template("{{ " + "(" * 2000 + "1" + ")" * 2000 + " }}" + ZERANK), "cannot be read"),
         ("large", qwen3, template("{{ 'x' * 10 ** 9 }}" + ZERANK), "is not supported here"),
         ("long", qwen3, template(ZERANK + "x" * 70_000), "65536 are possible"),
         ("by-date", qwen3, template("{{ strftime_now('%Y') }}" + ZERANK), "must not depend on the date"),
@@ -355,8 +417,30 @@ REFUSED = [
             "unknown-token",
             qwen3,
             template("{{ bos_token }}" + ZERANK),
-            "uses bos_token, which tokenizer_config.json does not name",
+            "uses bos_token, which the tokenizer's files do not name",
         ),
+        (
+            "unnamed-templates",
+            qwen3,
+            several(without("chat_template.jinja"), edit("tokenizer_config.json", chat_template=[{"name": "default"}])),
+            "a list of objects with the texts `name` and `template`",
+        ),
+        (
+            "a-number-for-a-template",
+            qwen3,
+            several(without("chat_template.jinja"), edit("tokenizer_config.json", chat_template=7)),
+            "`chat_template` in tokenizer_config.json",
+        ),
+        (
+            "not-utf-8",
+            qwen3,
+            lambda folder: (folder / "chat_template.jinja").write_bytes(b"\xff") and None,
+            "(*.jinja) is not UTF-8",
+        ),
+        ("text-for-options", qwen3, module(processing_kwargs={"chat_template": "x"}), "must be objects"),
+        ("list-for-options", qwen3, module(processing_kwargs=[1]), "must be objects"),
+        ("continued", qwen3, options(continue_final_message=True), "processing_kwargs.chat_template.continue_final_"),
+        ("with-tools", qwen3, options(tools=[{"type": "function"}]), "processing_kwargs.chat_template.tools"),
         ("not-restored", qwen3, options(restore_suffix=False), "processing_kwargs.chat_template.restore_suffix"),
         ("other-lengths", qwen3, module(processing_kwargs={"text": {"max_length": 40}}), "processing_kwargs.text"),
         (
@@ -415,7 +499,12 @@ REFUSED = [
             edit("config.json", sbert_ce_default_activation_function="torch.nn.Softmax"),
             "names the activation 'torch.nn.Softmax'",
         ),
-        ("two-labels", classifier, edit("config.json", id2label={"0": "no", "1": "yes"}), "its head has 2 labels"),
+        (
+            "two-labels",
+            classifier,
+            edit("config.json", id2label={"0": "no", "1": "yes"}),
+            "config.json has 2 (`id2label`, else 2)",
+        ),
         (
             "bert-messages",
             bert,
@@ -517,7 +606,10 @@ async def test_no_document_can_write_control_tokens_of_a_template(tmp_path: Path
 
 
 async def test_an_empty_pair_without_any_token_is_a_400(server: Served) -> None:
-    body = {"model": "classifier", "query": "", "documents": ["", "a text"]}
+    body = {"model": "classifier", "query": "", "documents": ["a text", ""]}
     answer = await server.client.post("/v1/rerank", json=body)
-    assert answer.status_code == 400
-    assert "empty" in answer.json()["error"]["message"]
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents[1]")
+    assert "it is empty" in answer.json()["error"]["message"]
+    texts = {"model": "classifier", "query": "", "texts": ["a text", ""]}
+    answer = await server.client.post("/rerank", json=texts)
+    assert (answer.status_code, answer.json()["error"].split(":")[0]) == (422, "`texts[1]`")

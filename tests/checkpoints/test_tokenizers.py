@@ -272,6 +272,11 @@ SERVED = [
     ),
     row("bert-length-by-argument", bert, says(MODULE, processor_kwargs={"model_max_length": 12})),
     row("bert-length-by-old-argument", bert, says(MODULE, tokenizer_args={"model_max_length": 12})),
+    row(
+        "bert-both-arguments",
+        bert,
+        says(MODULE, processor_kwargs={"do_lower_case": False}, tokenizer_args={"model_max_length": 12}),
+    ),
     row("bert-length-no-limit", bert, without(MODULE), says(CONFIG, model_max_length=int(1e30))),
     *(
         row(
@@ -357,6 +362,8 @@ REFUSED = [
         says(MAP, pad_token="<mask>"),
     ),
     refused("python-tokenizer", bert, "BertJapaneseTokenizer", says(CONFIG, tokenizer_class="BertJapaneseTokenizer")),
+    refused("no-tokens-in-it", bert, "tokenizer.json is not a tokenizer", lambda f: write(f / "tokenizer.json", {})),
+    refused("text-for-a-flag", bert, "is of the wrong kind", says(CONFIG, do_lower_case="false")),
     refused("other-tokenizer", bert, "ByT5Tokenizer", says(CONFIG, tokenizer_class="ByT5Tokenizer")),
     refused(
         "unknown-in-map", bert, "special_tokens_map.json has the key `model_max_length`", says(MAP, model_max_length=7)
@@ -462,6 +469,14 @@ async def test_a_text_without_tokens_is_named(server: Served) -> None:
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input[1]")
         body["input"] = ["one", "two"]
         assert (await server.client.post("/v1/embeddings", json=body)).is_success
+
+
+def test_a_token_around_texts_that_the_model_has_no_row_for_is_refused(tmp_path: Path) -> None:
+    """As of another model's `tokenizer_class`; every text would fail."""
+    qwen3(tmp_path)
+    says(CONFIG, tokenizer_class="RobertaTokenizer")(tmp_path)
+    with pytest.raises(StartupError, match="puts the token 477 around texts, but the model embeds 476"):
+        tokenized(load_model(tmp_path))
 
 
 async def test_padding_in_token_ids_has_the_references_position(server: Served) -> None:

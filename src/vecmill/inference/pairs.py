@@ -122,8 +122,6 @@ class CrossEncoderTokenizer:
         )
         head = [*self._before, *keep(first, keep_first, limits.query_side), *self._between]
         ids = np.array([*head, *keep(second, keep_second, limits.side), *self._after], dtype=np.int32)
-        if not len(ids):
-            raise InvalidInput("The query and a document are both empty; send a text.", param="query")
         row = Row(without_padding(ids, self._padding), second_text=len(head) if self._second_type else None)
         total -= len(ids) - len(row)
         shortened = shortened or len(second) < len(document)

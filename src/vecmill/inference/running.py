@@ -187,12 +187,16 @@ def _check_pooled(tokenized: Mapping[int, Tokenized], name: Callable[[int], str]
     for index, one in tokenized.items():
         if not len(one.row):
             raise InvalidInput(
-                f"`{name(index)}`: the model's tokenizer makes no tokens of it, and adds none; send another text.",
+                f"`{name(index)}`: the model's tokenizer makes no tokens of it, and adds none: it is empty, "
+                f"or as good as empty (and so is the query, of a document that is ranked); send another text.",
                 param=name(index),
             )
         if one.row.unpooled >= len(one.row):
             raise InvalidInput(
                 f"`{name(index)}`: the instruction alone fills the model's maximum context length, nothing of the "
-                f"text is left; shorten the instruction or raise MAX_MODEL_LEN.",
+                f"text is left; shorten the instruction or raise MAX_MODEL_LEN."
+                if one.truncated
+                else f"`{name(index)}`: it has no tokens beside the prompt's, which the model does not pool; send "
+                f"another text.",
                 param=name(index),
             )

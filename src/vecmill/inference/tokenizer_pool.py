@@ -75,6 +75,7 @@ class TokenizerPool:
         file = read.file
         definition = _definition(read)
         _check_size(file, definition, vocab_size)
+        _check_template(read, vocab_size)
         # A token without a row in the model (Qwen3-Embedding-4B's `<think>`) is plain text to it.
         known = [token for token in definition.get("added_tokens", []) if token["id"] < vocab_size]
         definition["added_tokens"] = known
@@ -314,6 +315,17 @@ def _check_size(file: object, definition: dict[str, Any], vocab_size: int) -> No
             f"{file} has {tokens} tokens with ids up to {largest}, but the model embeds {vocab_size}: the tokenizer "
             f"belongs to another model."
         )
+
+
+def _check_template(read: ReadTokenizer, vocab_size: int) -> None:
+    """Every text would fail with a token around it that the model has no row for."""
+    for around in filter(None, (read.around, read.around_pair)):
+        if outside := [token for token in (*around.before, *around.between, *around.after) if token >= vocab_size]:
+            raise StartupError(
+                f"{read.file}: the tokenizer puts the token {outside[0]} around texts, but the model embeds "
+                f"{vocab_size}: `tokenizer_class` or a special token in tokenizer_config.json is another model's; "
+                f"fetch the model again."
+            )
 
 
 def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:

@@ -2,16 +2,23 @@
 
 Source: sentence-transformers' CrossEncoder (https://sbert.net), which gives a template messages of the roles `system`
 (the instruction, if there is one), `query` and `document`; transformers' apply_chat_template, which renders them.
+
+A template is a program of the checkpoint's. It is rendered in jinja2's sandbox, from which nothing outside can be
+reached, and in a process of its own: only a process can be bounded in memory and time.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -22,6 +29,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MOST_CHARACTERS = 65_536  # of a template
 MOST_LINES = 200_000  # of compiled template that one rendering may run
+MOST_BYTES, MOST_SECONDS = 268_435_456, 10  # of memory and CPU time, for all renderings
+PATIENCE = 6  # times MOST_SECONDS until the process is ended, on a busy machine
+INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment; no tokens
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -55,6 +65,8 @@ class PairPrompt:
     instructed: Pieces
     default_instruction: str | None = None
     """Of requests that name none; None: they have `plain`."""
+    variables: frozenset[str] = frozenset()
+    """The variables of a chat template that may be special tokens, by name."""
 
     @property
     def takes_instruction(self) -> bool:
@@ -76,6 +88,87 @@ def filled(pieces: Pieces, instruction: str, query: str, document: str) -> str:
     return "".join(texts[piece] if isinstance(piece, Slot) else piece for piece in pieces)
 
 
+@dataclass(frozen=True, slots=True)
+class ReadTemplate:
+    """What a template does to a pair."""
+
+    plain: Pieces
+    """Without an instruction."""
+    instructed: Pieces
+    """With one."""
+    names_its_roles: bool
+    """Whether it is made for pairs: it has a place for `query` and `document`, not for any role at all."""
+    special_tokens: frozenset[str]
+    """The names of variables that may be special tokens."""
+
+
+def read_template(
+    source: str, special_tokens: Mapping[str, str], options: Mapping[str, Any], *, structured: bool
+) -> ReadTemplate:
+    """Render a template in a process of its own. The arguments are those of `ChatTemplate`.
+
+    Raises:
+        UnfitTemplateError: see `ChatTemplate`; or it takes too much memory or time.
+    """
+    given = {"source": source, "special_tokens": special_tokens, "options": options, "structured": structured}
+    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
+    said: Mapping[str, Any] = {}
+    with suppress(subprocess.TimeoutExpired, ValueError):
+        done = subprocess.run(  # noqa: S603  # our own interpreter
+            [sys.executable, "-s", "-m", __name__],
+            env=inherited,
+            input=json.dumps(given),
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE * MOST_SECONDS,
+            start_new_session=True,
+            check=False,
+        )
+        said = json.loads(done.stdout)
+    if not said:
+        raise UnfitTemplateError(f"takes more than {MOST_SECONDS} s or {MOST_BYTES:,} bytes to render")
+    if "unfit" in said:
+        raise UnfitTemplateError(said["unfit"])
+    plain, instructed = (
+        tuple(Slot(text) if is_slot else text for is_slot, text in said[key]) for key in ("plain", "instructed")
+    )
+    return ReadTemplate(plain, instructed, said["names_its_roles"], frozenset(said["special_tokens"]))
+
+
+def main() -> None:
+    """The process of its own: the template on its input, what it does on its output."""
+    given = json.load(sys.stdin)
+    _limit()
+    try:
+        template = ChatTemplate(
+            given["source"], given["special_tokens"], given["options"], structured=given["structured"]
+        )
+        said: dict[str, Any] = {
+            name: [(isinstance(piece, Slot), str(piece)) for piece in template.pieces(instructed=instructed)]
+            for name, instructed in (("plain", False), ("instructed", True))
+        }
+        said |= {"names_its_roles": template.names_its_roles(), "special_tokens": sorted(template.variables)}
+    except UnfitTemplateError as error:
+        said = {"unfit": str(error)}
+    except MemoryError:
+        said = {}
+    except Exception as error:  # nested too deep, for example
+        said = {"unfit": f"cannot be read ({type(error).__name__})"}
+    sys.stdout.write(json.dumps(said))
+
+
+def _limit() -> None:
+    """Bound memory and time."""
+    with suppress(ImportError):
+        import resource  # not on Windows
+
+        resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        with suppress(OSError):  # not on macOS
+            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (taken + MOST_BYTES, taken + MOST_BYTES))
+
+
 class ChatTemplate:
     """One template with what it is rendered with besides the messages."""
 
@@ -93,8 +186,9 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise UnfitTemplateError(f"cannot be read ({error})") from None
+        self.variables: frozenset[str] = frozenset(used - {"messages"})
         if missing := used.intersection(SPECIAL_TOKENS) - special_tokens.keys() - options.keys():
-            raise UnfitTemplateError(f"uses {', '.join(sorted(missing))}, which tokenizer_config.json does not name")
+            raise UnfitTemplateError(f"uses {', '.join(sorted(missing))}, which the tokenizer's files do not name")
         self._context = {"tools": None, "documents": None, "add_generation_prompt": False, **special_tokens, **options}
         self._structured = structured
 
@@ -145,6 +239,8 @@ class ChatTemplate:
             return _rendered(self._template, {**self._context, "messages": messages})
         except UnfitTemplateError:
             raise
+        except MemoryError:
+            raise
         except Exception as error:  # a template may fail in any way that Python can
             raise UnfitTemplateError(f"cannot be rendered ({type(error).__name__}: {error})") from None
 
@@ -194,3 +290,7 @@ def _rendered(template: Template, context: Mapping[str, Any]) -> str:
         return template.render(context)
     finally:
         sys.settrace(before)
+
+
+if __name__ == "__main__":
+    main()

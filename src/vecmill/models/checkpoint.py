@@ -246,7 +246,7 @@ def _check_prompts(named: str, task: Task, said: Mapping[str, Any]) -> None:
         raise StartupError(f"{named}: `prompts` in {LIBRARY_CONFIG} must be an object of texts.")
     default = said.get("default_prompt_name")
     known = {*prompts, *(ALWAYS_NAMED if task is Task.EMBED else ())}
-    if default is not None and default not in known:
+    if default is not None and not (isinstance(default, str) and default in known):
         raise StartupError(
             f"{named}: `default_prompt_name` in {LIBRARY_CONFIG} is {str(default)[:100]!r}, which is none of its "
             f"prompts ({', '.join(sorted(prompts)) or 'there are none'}); add the prompt, or remove the name."

@@ -200,8 +200,12 @@ def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: A
 def _score(checkpoint: Checkpoint, weights: WeightFiles, config: Any) -> Tensor:
     """(hidden,) of a classification head."""
     labels = config.num_labels
-    if labels != 1 or (SCORE in weights.files and weights.shape(SCORE)[0] != 1):
-        raise StartupError(f"{checkpoint.named}: its head has {labels} labels; a reranker has one (a relevance score).")
+    stored = weights.shape(SCORE)[0] if SCORE in weights.files else labels
+    if (labels, stored) != (1, 1):
+        raise StartupError(
+            f"{checkpoint.named}: its head has {stored} labels, and config.json has {labels} (`id2label`, else 2); a "
+            f'reranker has one (a relevance score). Where the head has one, set `id2label` to {{"0": "LABEL_0"}}.'
+        )
     return weights.part(SCORE)[0]
 
 

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.chat_template import SPECIAL_TOKENS, ChatTemplate, PairPrompt, UnfitTemplateError
+from vecmill.models.chat_template import SPECIAL_TOKENS, PairPrompt, ReadTemplate, UnfitTemplateError, read_template
 from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint
 from vecmill.models.families import decoders
 from vecmill.models.keys import read_json
@@ -27,8 +27,13 @@ from vecmill.models.tokenizer_files import DEFAULT_TEMPLATE, TEMPLATE_FILE, chat
 
 ACTIVATIONS = ("Identity", "Sigmoid")  # neither changes the order; scores are the sigmoid, raw scores the logit
 MODULE_CONFIG = "sentence_bert_config.json"
-# transformers' own arguments, not the template's variables.
-NOT_VARIABLES = ("padding", "truncation", "max_length", "return_tensors")
+TOKENS_FILE = "special_tokens_map.json"
+# Arguments of transformers' apply_chat_template and of what it calls, not the template's variables.
+NOT_VARIABLES = (
+    *("conversation", "conversations", "messages", "tools", "documents", "continue_final_message", "tokenize"),
+    *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors", "return_dict"),
+    *("return_assistant_tokens_mask", "tokenizer_kwargs", "processor_kwargs"),
+)
 STRUCTURED = ("content[0]", ".type", "'type'", '"type"', "item.type", "message.content[")
 
 
@@ -104,7 +109,7 @@ def _causal(checkpoint: Checkpoint) -> RerankForm:
         no, yes = _words(checkpoint)
         return RerankForm(prompt, Answers(yes, no))
     with suppress(UnfitTemplateError):
-        if (template := _template(checkpoint)).names_its_roles():
+        if (template := _template(checkpoint)).names_its_roles:
             return RerankForm(_pair_prompt(template), Answers(*answer_tokens(checkpoint)))
     raise StartupError(
         f"{checkpoint.named}: this is a causal language model, and nothing in its files says that it is a reranker: no "
@@ -194,14 +199,14 @@ def _prompt(checkpoint: Checkpoint) -> PairPrompt | None:
     return prompt
 
 
-def _pair_prompt(template: ChatTemplate) -> PairPrompt:
-    return PairPrompt(template.pieces(instructed=False), template.pieces(instructed=True))
+def _pair_prompt(template: ReadTemplate) -> PairPrompt:
+    return PairPrompt(template.plain, template.instructed, variables=template.special_tokens)
 
 
 def _are_messages(checkpoint: Checkpoint) -> bool:
     """Whether sentence-transformers gives pairs to the chat template, and not to the tokenizer."""
     if not checkpoint.library_config:  # it is no saved CrossEncoder: whatever has a template is rendered
-        return bool(chat_templates(checkpoint.named, checkpoint.folder))
+        return bool(_chat_templates(checkpoint))
     module = _module_file(checkpoint)
     task = module.get("transformer_task", "feature-extraction")
     wanted = "text-generation" if checkpoint.logit_score else "sequence-classification"
@@ -217,7 +222,11 @@ def _module_file(checkpoint: Checkpoint) -> dict[str, Any]:
     return read_json(checkpoint.named, checkpoint.folder / MODULE_CONFIG)
 
 
-def _template(checkpoint: Checkpoint) -> ChatTemplate:
+def _chat_templates(checkpoint: Checkpoint) -> dict[str, str]:
+    return chat_templates(checkpoint.named, checkpoint.folder, checkpoint.tokenizer.arguments)
+
+
+def _template(checkpoint: Checkpoint) -> ReadTemplate:
     """The chat template that pairs are given to.
 
     Raises:
@@ -225,22 +234,27 @@ def _template(checkpoint: Checkpoint) -> ChatTemplate:
     """
     module = _module_file(checkpoint) if checkpoint.library_config else {}
     options = dict(_options(checkpoint, module.get("processing_kwargs") or {}))
-    sources = chat_templates(checkpoint.named, checkpoint.folder)
+    sources = _chat_templates(checkpoint)
     named = options.pop("chat_template", None)
     if named is not None and set(sources) <= {DEFAULT_TEMPLATE}:
         source = str(named)  # a template itself
     elif (source := sources.get(named or DEFAULT_TEMPLATE, "")) == "":
-        raise UnfitTemplateError(f"{named or ''} is missing ({TEMPLATE_FILE}, tokenizer_config.json)".lstrip())
+        others = f"; there are {', '.join(sorted(sources))}" if sources else ""
+        raise UnfitTemplateError(f"{named or ''} is missing ({TEMPLATE_FILE}, tokenizer_config.json{others})".lstrip())
     form = ((module.get("modality_config") or {}).get("message") or {}).get("format", "auto")
     if form == "auto":
         only_one = sources.get(DEFAULT_TEMPLATE, "") if len(sources) == 1 else ""
         form = "flat" if only_one and not any(part in only_one for part in STRUCTURED) else "structured"
-    return ChatTemplate(source, _special_tokens(checkpoint), options, structured=form == "structured")
+    return read_template(source, _special_tokens(checkpoint), options, structured=form == "structured")
 
 
-def _options(checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+def _options(checkpoint: Checkpoint, arguments: Any) -> Mapping[str, Any]:
     """What `processing_kwargs` gives to the template besides the messages."""
-    options: Mapping[str, Any] = arguments.get("chat_template") or {}
+    options: Any = arguments.get("chat_template") or {} if isinstance(arguments, Mapping) else None
+    if not isinstance(options, Mapping):
+        raise StartupError(
+            f"{checkpoint.named}: `processing_kwargs` in {MODULE_CONFIG}, and `chat_template` in it, must be objects."
+        )
     others = [f"processing_kwargs.{key}" for key, value in arguments.items() if key != "chat_template" and value]
     others += [f"processing_kwargs.chat_template.{key}" for key in NOT_VARIABLES if key in options]
     if not options.get("restore_suffix", True):
@@ -251,8 +265,29 @@ def _options(checkpoint: Checkpoint, arguments: Mapping[str, Any]) -> Mapping[st
 
 
 def _special_tokens(checkpoint: Checkpoint) -> dict[str, str]:
-    """The special tokens that tokenizer_config.json names, by their name there."""
-    config = read_json(checkpoint.named, checkpoint.folder / "tokenizer_config.json")
-    tokens = {name: config.get(name) for name in SPECIAL_TOKENS}
+    """By the names that templates have for them, in the order in which transformers merges the files."""
+    named, folder, arguments = checkpoint.named, checkpoint.folder, checkpoint.tokenizer.arguments
+    config = read_json(named, folder / "tokenizer_config.json")
+    old = {} if "added_tokens_decoder" in {**config, **arguments} else read_json(named, folder / TOKENS_FILE)
+    merged = {**config, **{key: value for key, value in arguments.items() if value or key not in old}}
+    merged |= {key: value for key, value in old.items() if not arguments.get(key)}
+    extra = merged.get("extra_special_tokens")
+    tokens = {name: merged.get(name) for name in SPECIAL_TOKENS} | (extra if isinstance(extra, dict) else {})
     texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
     return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def check_special_tokens(checkpoint: Checkpoint, tokens: Mapping[str, Any]) -> None:
+    """Hold the special tokens that a chat template uses against those of the tokenizer that transformers makes.
+
+    Raises:
+        StartupError: the tokenizer has others than the files.
+    """
+    prompt = rerank_form(checkpoint).prompt
+    used = prompt.variables if prompt else ()
+    in_files = _special_tokens(checkpoint) if used else {}
+    if wrong := [name for name in used if name in tokens and str(tokens[name]) != in_files.get(name)]:
+        raise StartupError(
+            f"{checkpoint.named}: its chat template uses {', '.join(sorted(wrong))}, which the tokenizer's class names "
+            f"otherwise than its files: name it in tokenizer_config.json."
+        )

@@ -126,7 +126,7 @@ MODEL_ARGUMENTS: Mapping[str, Rule] = rules(
     HARMLESS, ("attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code")
 )
 CONFIG_ARGUMENTS: Mapping[str, Rule] = rules(HARMLESS, ("trust_remote_code",))
-# Each may stand under its old name or its new one; the new one counts, as the old one is put in its place.
+# Each may stand under its old name or its new one; where both are there the old one counts, which is put in its place.
 ARGUMENTS = {
     "processor_kwargs": PROCESSOR_ARGUMENTS,
     "tokenizer_args": PROCESSOR_ARGUMENTS,
@@ -260,7 +260,7 @@ def tokenizer_settings(named: str, folder: Path, task: Task) -> TokenizerSetting
     _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
     module = _module(named, folder, task)
     _check_chat_template(named, folder, task)
-    arguments = module.get("processor_kwargs", module.get("tokenizer_args")) or {}
+    arguments = module.get("tokenizer_args", module.get("processor_kwargs")) or {}
     return TokenizerSettings(
         max_length=_max_length(config, module, arguments),
         lower_case=bool(module.get("do_lower_case", False)),
@@ -344,7 +344,7 @@ def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
 
 def _check_chat_template(named: str, folder: Path, task: Task) -> None:
     """Without modules.json sentence-transformers makes messages of texts where the tokenizer has a chat template."""
-    if task is Task.EMBED and not (folder / "modules.json").is_file() and chat_templates(named, folder):
+    if task is Task.EMBED and not (folder / "modules.json").is_file() and chat_templates(named, folder, {}):
         raise StartupError(
             f"{named}: the tokenizer has a chat template and {folder} has no modules.json: sentence-transformers would "
             f"put every text into a message of that template. Save the model with sentence-transformers, or remove the "
@@ -352,18 +352,40 @@ def _check_chat_template(named: str, folder: Path, task: Task) -> None:
         )
 
 
-def chat_templates(named: str, folder: Path) -> dict[str, str]:
-    """The chat templates of a folder by name; the files win over tokenizer_config.json, as transformers has it.
+def chat_templates(named: str, folder: Path, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a folder by name; the module's arguments win over files, as transformers has it.
+
+    Args:
+        arguments: what the module's file adds to tokenizer_config.json.
 
     Raises:
-        StartupError: tokenizer_config.json is no JSON object.
+        StartupError: one is no text.
     """
+    templates = arguments.get("chat_template")
+    if templates is None:
+        templates = _template_files(named, folder)
+    if templates is None:
+        templates = read_json(named, folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(templates, list) and all(isinstance(each, dict) for each in templates):
+        templates = {each.get("name"): each.get("template") for each in templates}
+    elif templates is None:
+        return {}
+    by_name = templates if isinstance(templates, dict) else {DEFAULT_TEMPLATE: templates}
+    if not all(isinstance(text, str) for pair in by_name.items() for text in pair):
+        raise StartupError(
+            f"{named}: `chat_template` in tokenizer_config.json (or in `processor_kwargs`) must be a text, or a list "
+            f"of objects with the texts `name` and `template`."
+        )
+    return by_name
+
+
+def _template_files(named: str, folder: Path) -> dict[str, str] | None:
     files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
     if (folder / TEMPLATE_FILE).is_file():
         files = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE, **files}
-    if files:
-        return {name: path.read_text("utf-8") for name, path in files.items()}
-    templates = read_json(named, folder / "tokenizer_config.json").get("chat_template")
-    if isinstance(templates, list):
-        return {str(each["name"]): str(each["template"]) for each in templates}
-    return {DEFAULT_TEMPLATE: templates} if isinstance(templates, str) else {}
+    try:
+        return {name: path.read_text("utf-8") for name, path in files.items()} or None
+    except UnicodeDecodeError:
+        raise StartupError(
+            f"{named}: a chat template in {folder} (*.jinja) is not UTF-8; fetch the model again."
+        ) from None

@@ -16,11 +16,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Side, Task
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.rerank_prompt import rerank_form
+from vecmill.models.rerank_prompt import check_special_tokens, rerank_form
 from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, template
 
 # A character that no vocabulary has (of Unicode's private use), and a word that is too long for one.
 UNKNOWN_WORDS = ["\ue000", "x" * 1000]
+
+CORRECT = (
+    "A value in tokenizer_config.json or special_tokens_map.json is of the wrong kind, or `tokenizer_class` is not "
+    "that of tokenizer.json: correct it, or fetch the model again."
+)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
@@ -33,6 +38,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     if checkpoint.family.tokenizer_as_it_stands:
         return read_file(file)
     tokenizer = _from_files(checkpoint)
+    if not file.is_file():  # for errors
+        file = checkpoint.folder
     backend = tokenizer.backend_tokenizer
     if checkpoint.tokenizer.lower_case:
         backend.normalizer = _lower_case_first(backend.normalizer)
@@ -51,6 +58,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     _check_sides(checkpoint, tokenizer)
     if _has_prompt(checkpoint):
         _check_prompt(checkpoint, read)
+        check_special_tokens(checkpoint, tokenizer.special_tokens_map)
     else:
         _check_template(checkpoint, read.around_pair or read.around)
     return read
@@ -65,9 +73,11 @@ def _from_files(checkpoint: Checkpoint) -> Any:
             folder, local_files_only=True, trust_remote_code=False, **checkpoint.tokenizer.arguments
         )
     except Exception as error:  # whatever a file makes of transformers
-        cure = "" if (folder / "tokenizer.json").is_file() else f" {_cure(folder)}"
+        if (folder / "tokenizer.json").is_file():
+            read_file(folder / "tokenizer.json")  # says what is wrong with that
+        cure = CORRECT if (folder / "tokenizer.json").is_file() else _cure(folder)
         raise StartupError(
-            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}).{cure}"
+            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}). {cure}"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or _has_own_steps(type(tokenizer)):
         raise StartupError(

@@ -91,13 +91,16 @@ class WeightFiles:
     def _damaged(self, path: Path, error: Exception) -> StartupError:
         return StartupError(f"{self._checkpoint.named}: {path.name} cannot be loaded ({error}); fetch the model again.")
 
-    def tensors(self, names: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, on the CPU in the file's type; each is forgotten when the next is asked for.
 
         Each is hashed while its values are looked at and copied, for the checkpoint's fingerprint.
 
+        Args:
+            dtype: what they will be cast to.
+
         Raises:
-            StartupError: a value is not a finite floating-point number.
+            StartupError: a value is not a finite floating-point number, or would not be one in `dtype`.
         """
         for path in dict.fromkeys(self.files[name] for name in names):
             unforgotten = 0
@@ -109,7 +112,7 @@ class WeightFiles:
                     if unforgotten > FORGET_EVERY:
                         _forget_pages(path)
                         unforgotten = 0
-                    yield name, self._finite(name, tensor)
+                    yield name, self._finite(name, tensor, dtype)
                     hashed.result()
             _forget_pages(path)
 
@@ -137,7 +140,7 @@ class WeightFiles:
             stored = opened.get_slice(name)
             part = self._typed(name, stored[rows] if columns is None else stored[rows, columns])
             self._hash(f"{name}[{rows}, {columns}]", part)
-            return self._finite(name, part).float()
+            return self._finite(name, part, torch.float32).float()
 
     def refuse_unknown(self, prefix: str, known: Collection[str]) -> None:
         """Raise StartupError where a name with the prefix is not known."""
@@ -153,11 +156,18 @@ class WeightFiles:
             raise StartupError(f"{self._checkpoint.named}: 1 weight is missing: {name}; fetch the model again.")
         return self.files[name]
 
-    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+    def _finite(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         if tensor.is_floating_point() and tensor.numel():
             lowest, highest = tensor.aminmax()  # both are NaN where one value is; no temporary of the tensor's size
             if not (lowest.isfinite() and highest.isfinite()):
                 raise StartupError(f"{self._checkpoint.named}: weight {name} has values that are not finite.")
+            if not (lowest.to(dtype).isfinite() and highest.to(dtype).isfinite()):
+                kind = str(dtype).removeprefix("torch.")
+                cure = "set DTYPE to bfloat16 or float32" if dtype is torch.float16 else "fetch the model again"
+                raise StartupError(
+                    f"{self._checkpoint.named}: weight {name} has values from {lowest:.3g} to {highest:.3g}, which "
+                    f"{kind} does not reach: {cure}."
+                )
         return tensor
 
 
@@ -224,9 +234,12 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
     if missing := sorted(wanted.keys() - found):
         raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
     if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
-        raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}")
+        read = (
+            f"`{type(model).__name__}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
+        )
+        raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", f"fetch the model again, or {read}")
     merged = merge_projections(model, checkpoint.network.merged)
-    for name, tensor in weights.tensors([name for name, several in places.items() if several]):
+    for name, tensor in weights.tensors([name for name, several in places.items() if several], target.dtype):
         # A single number, or fewer rows than places: no parts of it have the shape.
         parts = tensor.tensor_split(len(places[name])) if tensor.ndim else [tensor] * len(places[name])
         for place, part in zip(places[name], parts, strict=True):
@@ -266,7 +279,5 @@ def _set(model: nn.Module, place: str | Rows, part: Tensor, target: Target) -> N
     parameter.data[rows.start : rows.stop].copy_(part)
 
 
-def _unfit(model: nn.Module, checkpoint: Checkpoint, problem: str) -> StartupError:
-    return StartupError(
-        f"{checkpoint.named}: the weights do not fit {type(model).__name__}: {problem}; fetch the model again."
-    )
+def _unfit(model: nn.Module, checkpoint: Checkpoint, problem: str, cure: str = "fetch the model again") -> StartupError:
+    return StartupError(f"{checkpoint.named}: the weights do not fit {type(model).__name__}: {problem}; {cure}.")

@@ -8,8 +8,8 @@ Reimers and Gurevych 2019 (https://arxiv.org/abs/1908.10084) for the pooling; No
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
-from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ConfigFile
 from vecmill.models.family import DEFAULT_INSTRUCTION, Family, Network, Positions, PublishedModel, TaskSpec
@@ -39,9 +39,13 @@ def _check_one_label(config: ConfigFile) -> None:
             "architectures", "a ...ForSequenceClassification", "Others have no head that scores a pair."
         )
     labels = config.content.get("id2label")
-    count = len(labels) if isinstance(labels, Mapping) else config.content.get("num_labels") or 2  # as transformers
-    if count != 1:
-        raise StartupError(f"{config.named}: its head has {count} labels; a reranker has one (a relevance score).")
+    if isinstance(labels, Mapping):
+        if len(labels) != 1:
+            raise config.unsupported("id2label", "one label", "A reranker gives one number, the relevance score.")
+    elif config.content.get("num_labels") != 1:  # transformers makes a head of two where neither key is there
+        raise config.unsupported(
+            "num_labels", "1", "A reranker gives one number, the relevance score; without it there are 2."
+        )
 
 
 # What checkpoints carry of pre-training; an encoder's own pooler is trained for next-sentence prediction.
@@ -49,9 +53,9 @@ UNUSED = ("pooler.", "embeddings.position_ids", "cls.", "lm_head.")
 UNUSED_BESIDE_HEAD = ("bert.embeddings.position_ids", "roberta.embeddings.position_ids", "roberta.pooler.")
 
 
-def _rename(name: str) -> Sequence[str]:
+def _rename(prefix: str, name: str) -> Sequence[str]:
     """An encoder's weights, with or without the model's own prefix."""
-    name = name.removeprefix("bert.").removeprefix("roberta.")
+    name = name.removeprefix(prefix)
     return () if name.startswith(UNUSED) else (_layer_norm_name(name),)
 
 
@@ -65,9 +69,15 @@ def _layer_norm_name(name: str) -> str:
     return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
-def _embedder(config_class: str, model_class: str) -> Network:
-    options = {"add_pooling_layer": False}
-    return Network(config_class, model_class, _rename, options=options, blocks="encoder.layer", token_types=True)
+def _embedder(config_class: str, model_class: str, prefix: str) -> Network:
+    return Network(
+        config_class,
+        model_class,
+        rename=partial(_rename, prefix),
+        options={"add_pooling_layer": False},
+        blocks="encoder.layer",
+        token_types=True,
+    )
 
 
 def _cross_encoder(config_class: str, model_class: str) -> Network:
@@ -82,7 +92,7 @@ BERT = Family(
     model_type="bert",
     architectures=r"Bert\w+",
     tasks={
-        Task.EMBED: TaskSpec({**BERT_KEYS, **NO_HEAD}, _embedder("BertConfig", "BertModel")),
+        Task.EMBED: TaskSpec({**BERT_KEYS, **NO_HEAD}, _embedder("BertConfig", "BertModel", "bert.")),
         Task.RERANK: TaskSpec(
             {**BERT_KEYS, **HEAD, "type_vocab_size": whole(2)},
             _cross_encoder("BertConfig", "BertForSequenceClassification"),
@@ -104,7 +114,9 @@ XLM_ROBERTA = Family(
     model_type="xlm-roberta",
     architectures=r"(XLM)?Roberta\w+",
     tasks={
-        Task.EMBED: TaskSpec({**XLM_ROBERTA_KEYS, **NO_HEAD}, _embedder("XLMRobertaConfig", "XLMRobertaModel")),
+        Task.EMBED: TaskSpec(
+            {**XLM_ROBERTA_KEYS, **NO_HEAD}, _embedder("XLMRobertaConfig", "XLMRobertaModel", "roberta.")
+        ),
         Task.RERANK: TaskSpec(
             {**XLM_ROBERTA_KEYS, **HEAD},
             _cross_encoder("XLMRobertaConfig", "XLMRobertaForSequenceClassification"),
