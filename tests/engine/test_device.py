@@ -174,7 +174,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     card: Card, folder: Path, monkeypatch: pytest.MonkeyPatch, integrated: bool
 ) -> None:
     card.integrated, card.available = integrated, FLOOR * integrated + 1_000_000
-    monkeypatch.setattr(loader, "_load_all", lambda *_: pytest.fail("they are read"))
+    monkeypatch.setattr(loader, "_load_all", lambda *_, **__: pytest.fail("they are read"))
     with pytest.raises(StartupError, match=r"The weights of tiny do not fit: they take .* are available.*smaller"):
         load(folder)
     assert card.limits[-1] == (0 if integrated else round(0.9 * GB10_TOTAL / GIGABYTE, 1))
@@ -185,7 +185,7 @@ def test_the_bound_is_set_anew_before_each_warm_up(card: Card, folder: Path, mon
     models = [SimpleNamespace(card=SimpleNamespace(id=key), key=key) for key in ("one", "other")]
     tried: list[float] = []
 
-    def load_all(*_: object) -> list[Any]:
+    def load_all(*_: object, **__: object) -> list[Any]:
         card.reserved, card.available = 10 * GIGABYTE, 30 * GIGABYTE
         return models
 
@@ -295,7 +295,7 @@ def test_what_less_at_once_does_not_mend_is_no_lack_of_memory(error: Exception) 
 def test_memory_that_ends_while_weights_are_read_is_a_sentence(
     card: Card, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_all(*_: object) -> None:
+    def load_all(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
     monkeypatch.setattr(loader, "_load_all", load_all)
