@@ -6,7 +6,19 @@ PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(INSTALL) --constraint constraints.txt
+
+# Where torch comes from. The public index's torch for Linux is a CUDA build, 3 GB with its libraries: where no NVIDIA GPU is
+# to be seen, PyTorch's own index has a build of 0.2 GB without it. TORCH_INDEX= takes the public index's all the same,
+# TORCH_INDEX=https://... that of another index; what is installed already stays.
+NVIDIA_GPU = $(shell { command -v nvidia-smi || ls /dev/nvidiactl /dev/nvgpu /dev/nvhost-gpu || \
+	grep -sl 0x10de /sys/bus/pci/devices/*/vendor; } 2>/dev/null | head -n 1)
+TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(NVIDIA_GPU),,https://download.pytorch.org/whl/cpu))
+# Its dependencies come from the public index, with all else. An index that does not answer stops nothing.
+TORCH = index='$(TORCH_INDEX)'; test -z "$$index" || \
+	$(PIP) --no-deps --retries 1 --timeout 20 --index-url "$$index" torch || \
+	echo "$$index does not give torch: the public index's is installed, which has CUDA (3 GB)."
 CODE := src tests benchmarks examples deploy.py deployment
 # Three processes for two cores, each with whole files: many tests wait for a server to start. In the files' order, for those
 # with the fewest tests, otherwise last, take the longest: they kill servers.
@@ -26,7 +38,7 @@ LOWEST := .lowest
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
 
-serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000".
+serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000", TORCH_INDEX=https://... (where torch is from).
 	@$(BIN)/vecmill serve $(ARGS)
 
 test: $(VENV)/.dev chromium redis systemd java  ## Run every test. Options: ARGS="-k jobs".
@@ -66,14 +78,20 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "vecmill needs Python 3.11 or newer with venv (Debian and Ubuntu: apt install python3-venv), or PYTHON=/path/to/python3."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.serve: pyproject.toml constraints.txt requirements-bundled.txt | $(BIN)/python
 	@echo "Installing vecmill into $(VENV); the first time this takes a few minutes."
-	$(PIP) --editable '.[bundled]'
+	@$(TORCH)
+	$(PIP) --editable '.[token-ids]'
+	$(INSTALL) --no-deps --require-hashes --requirement requirements-bundled.txt
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+# Dependency groups need pip 25.1; Python 3.11 and 3.12 bring an older one.
+$(VENV)/.dev: pyproject.toml constraints.txt requirements-bundled.txt | $(BIN)/python
 	@echo "Installing vecmill and its development tools into $(VENV); the first time this takes a few minutes."
-	$(PIP) --editable '.[dev]'
+	@$(TORCH)
+	$(PIP) --upgrade 'pip>=25.1'
+	$(PIP) --editable '.[parquet,plot,redis,token-ids]' --group dev
+	$(INSTALL) --no-deps --require-hashes --requirement requirements-bundled.txt
 	@touch $@ $(VENV)/.serve
 
 # Every version is pinned, also of what they need: nothing is left to resolve.
@@ -87,7 +105,9 @@ $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(BIN)/python
 	@echo "Installing vecmill with the lowest versions that it allows into $(LOWEST)."
 	@$(BIN)/python -m venv --clear $(LOWEST)
 	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
-		--editable '.[bundled]' hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
+		--editable '.[token-ids]' hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist sentence-transformers
+	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
+		--requirement requirements-bundled.txt
 	@touch $@
 
 $(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json

@@ -96,7 +96,7 @@ def _functions() -> Iterator[_Function]:
     for package in PACKAGES:
         spec = find_spec(package)
         if spec is None or not spec.submodule_search_locations:
-            raise SystemExit(f"The package {package} is missing: pip install 'vecmill[dev]'")
+            raise SystemExit(f"The package {package} is missing: pip install --group benchmarks")
         root = Path(spec.submodule_search_locations[0])
         for path in sorted(root.rglob("*.py")):
             relative = path.relative_to(root.parent)

@@ -28,8 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 
-from vecmill.bench.results import Outcomes
-from vecmill.bench.workload import QUERIES
+from vecmill.tools.bench.load_generator import Outcomes
+from vecmill.tools.bench.workload import QUERIES
 
 PERCENTILES = ("p50", "p95", "p99")
 MOST_P95_MS = 150.0

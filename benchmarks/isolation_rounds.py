@@ -12,9 +12,8 @@ from benchmarks.peers import PEERS, SERVED_NAME, Peer, Wanted
 from benchmarks.rounds import in_turns
 from benchmarks.servers import RunningServer
 
-from vecmill.bench.errors import BenchError
-from vecmill.bench.mixed import MixedResult, measure
-from vecmill.bench.target import PATHS, Dialect, Target
+from vecmill.tools.bench.scenarios import MixedResult, measure_mixed
+from vecmill.tools.bench.target import PATHS, BenchError, BenchTarget, Dialect
 
 OURS = "vecmill"
 DIALECTS = {PATHS[dialect]: dialect for dialect in (Dialect.OPENAI, Dialect.INFINITY, Dialect.TEI)}
@@ -91,12 +90,12 @@ def _round(name: str, peer: Peer, plan: Plan) -> list[Pass]:
         return [_pass(target, plan, forward_ms) for _ in range(plan.passes)]
 
 
-def _target(name: str, peer: Peer, url: str) -> Target:
+def _target(name: str, peer: Peer, url: str) -> BenchTarget:
     """In the dialect whose answers cost least to write; the hand-written server has only lists of digits."""
     if name == OURS:
-        return Target(url, Dialect.OPENAI)
+        return BenchTarget(url, Dialect.OPENAI)
     dialect = DIALECTS[peer.dialect.path]
-    return Target(url, dialect, None if dialect is Dialect.TEI else SERVED_NAME)
+    return BenchTarget(url, dialect, None if dialect is Dialect.TEI else SERVED_NAME)
 
 
 def _forward_ms(server: RunningServer) -> float:
@@ -105,9 +104,9 @@ def _forward_ms(server: RunningServer) -> float:
     return float(forward["max_batch_tokens_ms"])
 
 
-def _pass(target: Target, plan: Plan, forward_ms: float | None) -> Pass:
+def _pass(target: BenchTarget, plan: Plan, forward_ms: float | None) -> Pass:
     with watched() as contention:
-        mixed = measure(target, plan.texts, batch=plan.batch, connections=plan.connections, seconds=plan.seconds)
+        mixed = measure_mixed(target, plan.texts, batch=plan.batch, connections=plan.connections, seconds=plan.seconds)
     outcomes = (
         mixed.person_alone,
         mixed.person_beside_bulk,

@@ -10,19 +10,16 @@ from typing import Any
 from benchmarks.model_rounds import spread
 from benchmarks.rounds import in_turns
 
-from vecmill.bench.bulk import Bulk
-from vecmill.bench.client import Client
-from vecmill.bench.event_loop import run
-from vecmill.bench.results import Load, Outcomes
-from vecmill.bench.sweep import measure as measure_levels
-from vecmill.bench.target import Target
-from vecmill.bench.workload import payloads
+from vecmill.tools.bench.load_generator import Bulk, BulkLoad, Outcomes, TargetClient, run
+from vecmill.tools.bench.scenarios import measure_sweep
+from vecmill.tools.bench.target import BenchTarget
+from vecmill.tools.bench.workload import payloads
 
 WARM_UP_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
-class OfJob(Target):
+class OfJob(BenchTarget):
     """Requests that say which indexing job they belong to."""
 
     job: str = field(kw_only=True)
@@ -37,10 +34,10 @@ def measure_connections(
     url: str, texts: Sequence[str], levels: Sequence[int], rounds: int, seconds: float, advance: Callable[[int], None]
 ) -> dict[str, Any]:
     """Requests of one text, by connections; the texts must be more than there are connections."""
-    found: dict[int, list[Load]] = {level: [] for level in levels}
+    found: dict[int, list[BulkLoad]] = {level: [] for level in levels}
     for level in in_turns(levels, rounds):
-        sweep = measure_levels(
-            Target(url), texts, batch=1, levels=[level], seconds=seconds, warm_up_seconds=WARM_UP_SECONDS
+        sweep = measure_sweep(
+            BenchTarget(url), texts, batch=1, levels=[level], seconds=seconds, warm_up_seconds=WARM_UP_SECONDS
         )
         found[level] += sweep.levels
         advance(1)
@@ -48,7 +45,7 @@ def measure_connections(
     return {str(level): _level(loads, fewest) for level, loads in found.items()}
 
 
-def _level(loads: Sequence[Load], fewest: Sequence[Load]) -> dict[str, Any]:
+def _level(loads: Sequence[BulkLoad], fewest: Sequence[BulkLoad]) -> dict[str, Any]:
     pairs = zip(loads, fewest, strict=True)
     latencies = [_answered(load.outcomes).latency_ms for load in loads]
     return {
@@ -78,7 +75,7 @@ def measure_jobs(
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
     """Jobs that each send batch after batch, by their number."""
-    found: dict[int, list[list[Load]]] = {level: [] for level in levels}
+    found: dict[int, list[list[BulkLoad]]] = {level: [] for level in levels}
     for level in in_turns(levels, rounds):
         found[level].append(run(_jobs(url, texts, level, batch, seconds)))
         advance(1)
@@ -86,10 +83,10 @@ def measure_jobs(
     return {str(level): _of_jobs(each, fewest, batch) for level, each in found.items()}
 
 
-async def _jobs(url: str, texts: Sequence[str], jobs: int, batch: int, seconds: float) -> list[Load]:
+async def _jobs(url: str, texts: Sequence[str], jobs: int, batch: int, seconds: float) -> list[BulkLoad]:
     async with AsyncExitStack() as stack:
         targets = [OfJob(url, job=f"benchmark-{number}") for number in range(jobs)]
-        clients = [await stack.enter_async_context(Client(target, 1)) for target in targets]
+        clients = [await stack.enter_async_context(TargetClient(target, 1)) for target in targets]
         # Its own texts for each job, for equal ones in flight are computed once; full batches, for the few texts of a
         # last one would be taken for a person's.
         each = len(texts) // jobs // batch * batch
@@ -99,7 +96,7 @@ async def _jobs(url: str, texts: Sequence[str], jobs: int, batch: int, seconds: 
         )
 
 
-def _of_jobs(rounds: Sequence[Sequence[Load]], fewest: Sequence[Sequence[Load]], batch: int) -> dict[str, Any]:
+def _of_jobs(rounds: Sequence[Sequence[BulkLoad]], fewest: Sequence[Sequence[BulkLoad]], batch: int) -> dict[str, Any]:
     for loads in rounds:
         for load in loads:
             _answered(load.outcomes)
@@ -114,11 +111,11 @@ def _of_jobs(rounds: Sequence[Sequence[Load]], fewest: Sequence[Sequence[Load]],
     }
 
 
-def _rate(loads: Sequence[Load]) -> float:
+def _rate(loads: Sequence[BulkLoad]) -> float:
     return sum(load.texts for load in loads) / max(load.seconds for load in loads)
 
 
-def _tokens(load: Load) -> float:
+def _tokens(load: BulkLoad) -> float:
     if load.tokens_per_second is None:
         raise RuntimeError("the server does not say how many tokens it computed")
     return load.tokens_per_second * load.seconds

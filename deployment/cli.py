@@ -10,9 +10,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployment import console, control, deploy, status, uninstall
-from deployment.layout import Layout
-from deployment.options import IMAGE, MODEL, PORT, SERVICES, VLLM, VLLM_PORT, WAIT_S, Options
+from deployment import console, control, deploy
+from deployment.layout import IMAGE, MODEL, PORT, SERVICES, VLLM, VLLM_PORT, WAIT_S, Layout, Options
 
 ACTIONS = {
     "status": "what runs, since when, on what; exit code 0 only when all of it is ready",
@@ -25,15 +24,15 @@ FOR_DEPLOYING = ("host", "port", "api_key_file", "model", "rerank_model", "image
 
 
 def main(argv: Sequence[str]) -> int:
-    """Do what is asked; the exit code: 0, 1 where it failed, 2 for wrong options, 130 where interrupted."""
+    """Run the chosen action. The exit code: 0, 1 if it failed, 2 for wrong options, 130 if interrupted."""
     options = parse(argv)
     layout = Layout.of(options.user)
     os.umask(0o022)  # the service's account reads what root writes; secrets get their rights one by one
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     actions = {
         "deploy": deploy.run,
-        "uninstall": uninstall.run,
-        "status": status.run,
+        "uninstall": control.uninstall,
+        "status": control.status,
         "logs": control.logs,
         "restart": control.restart,
         "stop": control.stop,
@@ -46,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def parse(argv: Sequence[str]) -> Options:
-    """Options out of arguments; exits with 2 and a sentence where they are wrong."""
+    """The options that the arguments give; exits with 2 and a message if they are wrong."""
     parser = _parser()
     given = parser.parse_args(argv)
     action = next((name for name in ACTIONS if getattr(given, name)), "deploy")
@@ -142,7 +141,7 @@ def _at_home(model: str | None) -> bool:
 
 
 def _word(value: str) -> str:
-    """What can stand in an env file as it is."""
+    """A value that needs no quotes in an env file."""
     if not re.fullmatch(r"[\w./:@,+~\[\]-]+", value, re.ASCII):
         raise argparse.ArgumentTypeError(f"{value!r}: letters, digits and ./:@,+~[]- only")
     return value

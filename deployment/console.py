@@ -1,28 +1,32 @@
-"""All that is written to the terminal."""
+"""Runs other programs, and writes to the terminal."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 BAR_WIDTH = 30
 INDENT = "      "
 
 
 def say(text: str = "") -> None:
-    """One line, at once: what follows may take minutes."""
+    """Write one line and flush it: what follows may take minutes."""
     sys.stdout.write(f"{text}\n")
     sys.stdout.flush()
 
 
 def detail(lines: Iterable[str]) -> None:
-    """Lines that belong to the step above them."""
+    """Write lines, indented below the step they belong to."""
     for line in lines:
         say(f"{INDENT}{line}".rstrip())
 
 
 def complain(text: str) -> None:
-    """One line for whoever has to mend something."""
+    """Write one line to stderr."""
     sys.stdout.flush()
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
@@ -36,15 +40,15 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
-class Progress:
-    """How far something is: one line that is rewritten in a terminal, else a line whenever it says something new."""
+class ProgressLine:
+    """Progress: one line that is rewritten in a terminal, otherwise a new line whenever the message changes."""
 
     def __init__(self) -> None:
         self._terminal = sys.stdout.isatty()
         self._shown = ""
 
     def show(self, percent: float | None, message: str) -> None:
-        """`percent` is None where nobody knows it."""
+        """`percent` is None if it is unknown."""
         if self._terminal:
             filled = round(BAR_WIDTH * (percent or 0) / 100)
             bar = "" if percent is None else f"[{'#' * filled}{'.' * (BAR_WIDTH - filled)}] {percent:3.0f} % "
@@ -57,7 +61,74 @@ class Progress:
             detail([line])
 
     def clear(self) -> None:
-        """Leave the line free for what follows."""
+        """Clear the line."""
         if self._terminal:
             sys.stdout.write("\r\x1b[K")
             sys.stdout.flush()
+
+
+TAIL_LINES = 15
+ASK_WITHIN_S = 30
+
+
+class Failed(Exception):
+    """Something could not be done. `output` is the end of what the program wrote."""
+
+    def __init__(self, what: str, output: str = "") -> None:
+        super().__init__(what)
+        self.output = output
+
+
+def ask(*argv: str) -> subprocess.CompletedProcess[str]:
+    """Run a program that changes nothing. Return code 127 if it is missing, 124 if it does not end in time."""
+    try:
+        return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=ASK_WITHIN_S, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(argv, 124, "", f"no answer within {ASK_WITHIN_S} s")
+    except OSError as error:
+        return subprocess.CompletedProcess(argv, 127, "", str(error.strerror))
+
+
+def ask_json(*argv: str) -> dict[str, Any] | None:
+    """The JSON object (or the first of a list) that a program prints; None if it fails or prints none."""
+    answered = ask(*argv)
+    try:
+        value = json.loads(answered.stdout) if answered.returncode == 0 else None
+    except ValueError:
+        return None
+    if isinstance(value, list):
+        value = value[0] if value else None
+    return value if isinstance(value, dict) else None
+
+
+def tell(argv: Sequence[str], shown: bool) -> str:
+    """Run a program to its end; returns the last lines of its output. Raises Failed if its exit code is not 0.
+
+    `shown`: its output is passed on while it runs.
+    """
+    try:
+        process = subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
+    except OSError as error:
+        raise Failed(f"{argv[0]}: {error.strerror}") from None
+    tail: deque[str] = deque(maxlen=TAIL_LINES)
+    try:
+        for line in process.stdout or ():
+            tail.append(line.rstrip())
+            if shown:
+                detail([f"  {tail[-1]}"])
+        code = process.wait()
+    except BaseException:  # an interrupted deployment leaves no program running behind it
+        process.terminate()
+        process.wait()
+        raise
+    output = "\n".join(tail)
+    if code != 0:
+        raise Failed(f"exit code {code}", output)
+    return output

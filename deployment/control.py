@@ -1,18 +1,19 @@
-"""`--logs`, `--restart`, `--stop`."""
+"""What can be done with deployed services: `--status`, `--logs`, `--restart`, `--stop`, `--uninstall`."""
 
 from __future__ import annotations
 
 import os
 import subprocess
+from pathlib import Path
+from typing import Any
 
-from deployment import console, embed, vllm
-from deployment.actions import Action, Run
-from deployment.layout import Layout
-from deployment.machine import Systemd, Unit
-from deployment.neighbours import Docker
-from deployment.options import EMBED, Options
-from deployment.steps import Step, carry_out, show
-from deployment.waiting import Wait
+from deployment import console, files
+from deployment.console import ask
+from deployment.layout import ACCOUNT, EMBED, PORT, SERVICES, VLLM, VLLM_PORT, Layout, Options
+from deployment.machine import Docker, Systemd, Tailscale, Unit
+from deployment.services import Embed, Vllm, take_from_tailnet
+from deployment.start import Wait, fetch
+from deployment.steps import Action, Remove, Run, Step, carry_out, show
 
 
 def logs(options: Options, layout: Layout) -> int:
@@ -64,9 +65,9 @@ def _restart(unit: Unit, systemd: Systemd, layout: Layout, options: Options) -> 
 def _wait(unit: Unit, systemd: Systemd, layout: Layout, options: Options) -> Wait:
     previous = unit.properties.get("InvocationID")
     if unit.name.startswith(EMBED):
-        url = embed.Embed(layout, systemd, options, None, None).url
+        url = Embed(layout, systemd, options, None, None).url
         return Wait(systemd, unit.name, url, "/ready", options.wait, previous, progress=True)
-    url = vllm.Vllm(layout, systemd, Docker(None, "", False, None), options).url
+    url = Vllm(layout, systemd, Docker(None, "", False, None), options).url
     return Wait(systemd, unit.name, url, "/health", options.wait, previous)
 
 
@@ -81,3 +82,168 @@ def _do(steps: list[Step], options: Options, layout: Layout) -> int:
         console.complain("It needs root: sudo")
         return 1
     return carry_out(steps)
+
+
+Row = tuple[str, str, str, str, str]
+HEADINGS: Row = ("service", "state", "since", "restarts", "what")
+
+
+def status(options: Options, layout: Layout) -> int:
+    """Print a table. Returns 0 only if each service runs and is ready; vLLM counts if it is deployed or was named."""
+    systemd = Systemd(layout)
+    rows, code = [HEADINGS], 0
+    for service in options.services:
+        unit = systemd.unit(f"{service}.service")
+        if not unit.exists:
+            if service == EMBED or options.named:
+                rows.append((service, "not deployed", "", "", layout.invocation()))
+                code = 1
+            continue
+        ready, what = (_embed_state if service == EMBED else _vllm_state)(layout)
+        state = f"{unit.active}, {'ready' if ready else 'not ready'}"
+        rows.append((service, state, _since(unit), unit.properties.get("NRestarts", ""), what))
+        code = code if ready and unit.active == "active" else 1
+    _print(rows)
+    if options.tailscale:
+        _addresses(options)
+    for path in map(layout.real, (layout.embed_env, layout.vllm_env)):
+        if files.exists(path) and files.text(path) is None:
+            console.say(f"{path} can be read by root only: its port is taken for the usual one.")
+    return code
+
+
+def _since(unit: Unit) -> str:
+    return unit.properties.get("ActiveEnterTimestamp", "") if unit.active == "active" else ""
+
+
+def _embed_state(layout: Layout) -> tuple[bool, str]:
+    settings = files.settings(files.text(layout.real(layout.embed_env)) or "")
+    host = settings.get("HOST") or "127.0.0.1"
+    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not bound
+        host = "127.0.0.1"
+    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.get('PORT') or PORT}"
+    status, health = fetch(f"{url}/health")
+    if status == 0:
+        return False, f"{url} does not answer"
+    return status == 200, f"{url} {_of_health(health)}"
+
+
+def _of_health(health: dict[str, Any]) -> str:
+    if health.get("status") == "ok":
+        models = [*(health.get("embedding_models") or [health.get("model")]), *(health.get("rerank_models") or [])]
+        return f"{', '.join(map(str, models))} on {health.get('device')}"
+    return f"{health.get('status')}, {health.get('percent')} %: {health.get('message')}"
+
+
+def _vllm_state(layout: Layout) -> tuple[bool, str]:
+    settings = files.settings(files.text(layout.real(layout.vllm_env)) or "")
+    url = f"http://127.0.0.1:{settings.get('HOST_PORT') or VLLM_PORT}"
+    status, _ = fetch(f"{url}/health")
+    if status != 200:
+        return False, f"{url} does not answer" if status == 0 else f"{url} answers {status}"
+    models = fetch(f"{url}/v1/models")[1].get("data") or []
+    return True, f"{url} {', '.join(str(model.get('id')) for model in models)}"
+
+
+def _addresses(options: Options) -> None:
+    tailscale = Tailscale.look()
+    for service in options.services:
+        target, name = tailscale.target(service), tailscale.name(service)
+        if target:
+            console.say(f"https://{name or service} -> {target}")
+    if tailscale.installed and not tailscale.running:
+        console.say("Tailscale is not logged in: sudo tailscale up")
+
+
+def _print(rows: list[Row]) -> None:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
+    for row in rows:
+        console.say("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def uninstall(options: Options, layout: Layout) -> int:
+    """Try every step, even after one has failed; returns 1 if any has."""
+    steps = _removal(options, layout)
+    if options.dry_run:
+        show(steps)
+    elif not layout.user and not layout.staged and os.geteuid() != 0:
+        console.complain(f"It needs root: {layout.invocation('--uninstall')}")
+        return 1
+    elif (code := carry_out(steps, keep_going=True)) != 0:
+        return code
+    _tell_kept(options, layout)
+    return 0
+
+
+def _removal(options: Options, layout: Layout) -> list[Step]:
+    systemd = Systemd(layout)
+    tailscale = Tailscale.look() if options.tailscale else None
+    again = layout.invocation()
+    steps = []
+    for service in reversed(options.services):
+        if tailscale is not None:
+            off = (take_from_tailnet(service),) if f"svc:{service}" in tailscale.served else ()
+            steps.append(Step(f"Take svc:{service} from Tailscale", off, again, done="it is not there"))
+        unit = systemd.unit(f"{service}.service")
+        absent = "deploy.py did not write it" if unit.foreign else "it is not there"
+        steps.append(Step(f"Remove {unit.name}", _remove_unit(unit, systemd), again, done=absent))
+    gone = [path for path in map(layout.real, _paths(options, layout)) if files.exists(path)]
+    steps.append(Step("Remove files", tuple(map(Remove, gone)), again, done="there are none"))
+    if options.purge and not layout.user and _everything(options):
+        known = ask("getent", "passwd", ACCOUNT).returncode == 0
+        account = (Run(("userdel", ACCOUNT)),) if known else ()
+        steps.append(Step(f"Remove the account {ACCOUNT}", account, again, done="it is not there"))
+    return steps
+
+
+def _remove_unit(unit: Unit, systemd: Systemd) -> tuple[Action, ...]:
+    if not unit.exists or unit.foreign:
+        return ()
+    actions: list[Action] = [Run(systemd.command("stop", unit.name))]
+    if files.exists(unit.path):
+        actions += [Run(systemd.command("disable", unit.name)), Remove(unit.path)]
+    actions.append(Run(systemd.command("daemon-reload")))
+    if unit.active == "failed":
+        actions.append(Run(systemd.command("reset-failed", unit.name)))
+    return tuple(actions)
+
+
+def _everything(options: Options) -> bool:
+    return set(options.services) == set(SERVICES.values())
+
+
+def _paths(options: Options, layout: Layout) -> list[Path]:
+    """Code and configuration of the services; with --purge their state and models too."""
+    paths = []
+    if EMBED in options.services:
+        paths += [layout.venv, layout.releases, layout.embed_env, layout.api_keys]
+    if VLLM in options.services:
+        paths.append(layout.vllm_env)
+    if _everything(options):
+        paths += [layout.config, *([] if layout.user else [layout.code])]
+    return paths + _gathered(options, layout) if options.purge else paths
+
+
+def _gathered(options: Options, layout: Layout) -> list[Path]:
+    """State and models. A user's hub cache is everybody's: it is never removed."""
+    paths = []
+    if EMBED in options.services:
+        paths += [layout.state, layout.cache]
+    if VLLM in options.services and not layout.user:
+        paths.append(layout.vllm_cache.parent)
+    return paths
+
+
+def _tell_kept(options: Options, layout: Layout) -> None:
+    kept = [path for path in _gathered(options, layout) if not options.purge and files.exists(layout.real(path))]
+    if layout.user and files.exists(layout.real(layout.hub_cache)):
+        kept.append(layout.hub_cache)
+    kept += sorted(layout.real(layout.units).glob("qmd-*.service.before-vecmill"))
+    for path in kept:
+        console.say(f"Kept: {path}")
+    if kept and not options.purge:
+        console.say(f"{layout.invocation('--uninstall', '--purge')} removes what it gathered too.")
+    if VLLM in options.services:
+        console.say("Kept: container images (docker image ls)")
+    if layout.user:
+        console.say("Kept: lingering (loginctl disable-linger)")

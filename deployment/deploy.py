@@ -6,18 +6,13 @@ import os
 import pwd
 from time import monotonic
 
-from deployment import console, install, next_steps, tailnet
-from deployment.commands import ask
-from deployment.embed import Embed
-from deployment.layout import ACCOUNT, Layout
-from deployment.machine import Systemd
-from deployment.neighbours import Docker, Tailscale
-from deployment.options import EMBED, VLLM, Options
-from deployment.preflight import problems
-from deployment.remarks import remarks
-from deployment.situation import Situation
+from deployment import console, install
+from deployment.console import ask
+from deployment.layout import ACCOUNT, EMBED, VLLM, Layout, Options
+from deployment.machine import Docker, Systemd, Tailscale
+from deployment.preflight import Situation, problems, remarks
+from deployment.services import Embed, Vllm, serve_in_tailnet
 from deployment.steps import Step, carry_out, show
-from deployment.vllm import Vllm
 
 
 def run(options: Options, layout: Layout) -> int:
@@ -25,9 +20,9 @@ def run(options: Options, layout: Layout) -> int:
     started = monotonic()
     console.say("Looking at this machine")
     release = install.Release.of_clone(layout, options.python)
-    found = _look(options, layout, release)
-    console.detail(remarks(found))
-    if wrong := problems(found):
+    situation = _look(options, layout, release)
+    console.detail(remarks(situation))
+    if wrong := problems(situation):
         console.complain(
             f"{'One thing' if len(wrong) == 1 else f'{len(wrong)} things'} to mend first; nothing was changed:"
         )
@@ -35,7 +30,7 @@ def run(options: Options, layout: Layout) -> int:
             console.complain(f"  - {sentence}")
         if not options.dry_run:
             return 1
-    steps = _plan(found, release)
+    steps = _plan(situation, release)
     if options.dry_run:
         show(steps)
         return 1 if wrong else 0
@@ -44,7 +39,7 @@ def run(options: Options, layout: Layout) -> int:
     changed = any(step.actions for step in steps)
     took = console.duration(monotonic() - started)
     console.say(f"Done in {took}." if changed else "Nothing had to be changed.")
-    next_steps.tell(found)
+    _tell_next_steps(situation)
     return 0
 
 
@@ -62,41 +57,78 @@ def _look(options: Options, layout: Layout, release: install.Release) -> Situati
 
 
 def _generation_url(layout: Layout, systemd: Systemd, options: Options, vllm: Vllm | None) -> str | None:
-    """Where vLLM is, or will be, on this machine."""
+    """The address of vLLM on this machine, if it is deployed or will be."""
     beside = vllm or Vllm(layout, systemd, Docker(None, "", False, None), options)
     return beside.url if vllm is not None or beside.unit.ours else None
 
 
 def account_name() -> str:
-    """Who runs this."""
+    """The name of the account that runs this."""
     try:
         return pwd.getpwuid(os.geteuid()).pw_name
     except KeyError:
         return str(os.geteuid())
 
 
-def _plan(found: Situation, release: install.Release) -> list[Step]:
-    """What takes long and may fail comes before anything that runs is touched."""
-    layout, options, embed, vllm = found.layout, found.options, found.embed, found.vllm
+def _plan(situation: Situation, release: install.Release) -> list[Step]:
+    """The steps in order: what takes long and may fail comes before anything that runs is touched."""
+    layout, options, embed, vllm = situation.layout, situation.options, situation.embed, situation.vllm
     steps = []
     if embed is not None:
-        steps += [_account(embed, found), install.build(release, layout, options.python)]
+        steps += [_account(embed, situation), install.build(release, layout, options.python)]
     if vllm is not None:
         steps.append(vllm.pull())
     if embed is not None:
         steps.append(embed.start(release))
     if vllm is not None:
         steps.append(vllm.start())
-    tailscale = found.tailscale or Tailscale(False, {}, {})
+    tailscale = situation.tailscale or Tailscale(False, {}, {})
     if embed is not None:
-        steps.append(tailnet.serve(EMBED, embed.port, embed.reached_at, tailscale, layout, options))
+        steps.append(serve_in_tailnet(EMBED, embed.port, embed.reached_at, tailscale, layout, options))
     if vllm is not None:
-        steps.append(tailnet.serve(VLLM, vllm.port, "127.0.0.1", tailscale, layout, options))
+        steps.append(serve_in_tailnet(VLLM, vllm.port, "127.0.0.1", tailscale, layout, options))
     return steps
 
 
-def _account(embed: Embed, found: Situation) -> Step:
-    if found.layout.user:
-        lingers = (found.layout.root / "var/lib/systemd/linger" / found.user).exists()
-        return embed.linger(lingers, found.user)
+def _account(embed: Embed, situation: Situation) -> Step:
+    if situation.layout.user:
+        lingers = (situation.layout.root / "var/lib/systemd/linger" / situation.user).exists()
+        return embed.linger(lingers, situation.user)
     return embed.account(ask("getent", "passwd", ACCOUNT).returncode == 0)
+
+
+def _tell_next_steps(situation: Situation) -> None:
+    """Print the addresses, a curl call, and the configuration of QMD and CodeCartographer."""
+    console.say()
+    names = {service: situation.tailscale.name(service) if situation.tailscale else None for service in (EMBED, VLLM)}
+    if situation.embed is not None:
+        _tell_embed(situation, names[EMBED])
+    if situation.vllm is not None:
+        reached = f", in the tailnet https://{names[VLLM]}" if names[VLLM] else ""
+        console.say(f"vLLM       {situation.vllm.settings['MODEL']} on {situation.vllm.url}{reached}")
+    console.say(f"Later      {situation.layout.invocation('--status')} (--logs, --restart, --stop, --uninstall)")
+
+
+def _tell_embed(situation: Situation, name: str | None) -> None:
+    if situation.embed is None:
+        return
+    here = situation.embed.url
+    address = f"https://{name}" if name else here
+    keys = situation.embed.has_keys
+    key = ' -H "Authorization: Bearer $VECMILL_API_KEY"' if keys else ""
+    console.say(f"Here       {here} (dashboard {here}/)")
+    if name:
+        console.say(f"Tailnet    {address}")
+    console.say("Try it")
+    console.detail(
+        [f"curl {address}/v1/embeddings{key} -H 'Content-Type: application/json' -d '{{\"input\": [\"hello world\"]}}'"]
+    )
+    console.say("QMD, in ~/.config/qmd/index.yml")
+    console.detail(["remote:", f"  embed_url: {address}"])
+    if situation.embed.settings.get("GENERATION_URL"):
+        console.detail([f"  generation_url: {address}"])
+    else:
+        console.detail(["  generation_url: http://...  # a server that generates text: without one QMD stays local"])
+    console.detail([f"  api_key: {'${VECMILL_API_KEY}' if keys else 'none'}"])
+    console.say("CodeCartographer")
+    console.detail([f'set_project with provider: "dgx" and dgx_endpoint: "{address}/embed"'])

@@ -12,9 +12,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from deployment.actions import Action, Link, Remove, Run, Scratch, WriteFile
 from deployment.layout import Layout
-from deployment.steps import Step
+from deployment.steps import Action, Link, Remove, Run, Scratch, Step, WriteFile
 
 CLONE = Path(__file__).parents[1]
 STAMP = "complete"
@@ -24,16 +23,16 @@ QUIET = ("--disable-pip-version-check", "--no-input", "--progress-bar", "off")
 
 @dataclass(frozen=True)
 class Release:
-    """What this clone would install."""
+    """The release that this clone would install."""
 
     version: str
     folder: Path
 
     @classmethod
     def of_clone(cls, layout: Layout, python: str) -> Release:
-        """Named after the version and all that goes into it."""
-        found = re.search(r'__version__ = "(.*?)"', (CLONE / "src/vecmill/__init__.py").read_text("utf-8"))
-        version = found[1] if found else "unknown"
+        """The release of this clone, named after the version and a hash of all that goes into it."""
+        match = re.search(r'__version__ = "(.*?)"', (CLONE / "src/vecmill/__init__.py").read_text("utf-8"))
+        version = match[1] if match else "unknown"
         return cls(version, layout.real(layout.releases) / f"{version}-{_digest(python)}")
 
     @property
@@ -42,11 +41,11 @@ class Release:
 
 
 def _digest(python: str) -> str:
-    found = hashlib.sha256(f"{EXTRAS} {os.path.realpath(python)}".encode())
+    digest = hashlib.sha256(f"{EXTRAS} {os.path.realpath(python)}".encode())
     for path in [CLONE / "pyproject.toml", CLONE / "constraints.txt", *sorted((CLONE / "src").rglob("*"))]:
         if path.is_file() and path.suffix != ".pyc":
-            found.update(f"{path.relative_to(CLONE)}\0".encode() + path.read_bytes())
-    return found.hexdigest()[:12]
+            digest.update(f"{path.relative_to(CLONE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def build(release: Release, layout: Layout, python: str) -> Step:
@@ -89,12 +88,12 @@ def in_use(layout: Layout) -> str | None:
 
 
 def switch(release: Release, layout: Layout) -> Link:
-    """The move to the release."""
+    """The link to the release."""
     return Link(layout.real(layout.venv), Path(release.folder.parent.name) / release.folder.name)
 
 
 def outdated(release: Release, layout: Layout) -> tuple[Action, ...]:
-    """With a move: the releases that are neither this one nor the one before, which stays to go back to."""
+    """Removals of all releases but this one and the one before, which is kept to go back to."""
     before, releases = in_use(layout), layout.real(layout.releases)
     if before == release.folder.name or not releases.is_dir():
         return ()

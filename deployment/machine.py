@@ -1,4 +1,4 @@
-"""What the machine says of itself. Asks, changes nothing; works without root, then knowing less."""
+"""What systemd, the driver, Tailscale and Docker report. Changes nothing; works without root, then knowing less."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import shutil
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from deployment import files
-from deployment.commands import ask
+from deployment.console import ask, ask_json
 from deployment.layout import Layout
 
 MARK = "# Written by deploy.py of vecmill."
@@ -43,7 +44,7 @@ class Unit:
 
     @property
     def ended(self) -> bool:
-        """Whether it does not run and will not by itself, or only after a failure."""
+        """Whether it does not run and will not start by itself, or only because it failed."""
         return (self.active in ("failed", "inactive") and not self.queued) or (
             self.properties.get("SubState") == "auto-restart"
         )
@@ -77,11 +78,11 @@ class Systemd:
         return ("systemctl", *(["--user"] if self.layout.user else []), *words)
 
     def unit(self, name: str) -> Unit:
-        """As it is now."""
+        """The state of a unit now."""
         answered = ask(*self.command("show", f"--property={PROPERTIES}", name))
         lines = (line.partition("=") for line in answered.stdout.splitlines())
         return Unit(
-            name, self.layout.real(self.layout.units / name), {key: value for key, found, value in lines if found}
+            name, self.layout.real(self.layout.units / name), {key: value for key, equals, value in lines if equals}
         )
 
     def journal(self, *words: str) -> tuple[str, ...]:
@@ -91,8 +92,8 @@ class Systemd:
 def gpu(layout: Layout) -> str | None:
     """The GPU's name, as far as the driver tells."""
     listed = ask("nvidia-smi", "-L").stdout if shutil.which("nvidia-smi") else ""
-    if found := re.search(r"GPU \d+: (.*?) \(UUID", listed):
-        return found[1]
+    if match := re.search(r"GPU \d+: (.*?) \(UUID", listed):
+        return match[1]
     return "an NVIDIA GPU" if layout.real(Path("/proc/driver/nvidia/version")).exists() else None
 
 
@@ -113,7 +114,7 @@ def missing_to_compile(python: str, *, on_gpu: bool) -> list[str]:
 
 
 def listen_error(host: str, port: int) -> str | None:
-    """Why nothing could listen there now; None where it could."""
+    """Why nothing can listen on this address and port now; None if it can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -122,3 +123,83 @@ def listen_error(host: str, port: int) -> str | None:
         except OSError as error:
             return error.strerror or str(error)
     return None
+
+
+@dataclass(frozen=True)
+class Tailscale:
+    """The tailnet as this machine sees it."""
+
+    installed: bool
+    status: dict[str, Any]
+    served: dict[str, Any]
+    """What `tailscale serve` hosts, by service: `svc:name`."""
+
+    @classmethod
+    def look(cls) -> Tailscale:
+        if shutil.which("tailscale") is None:
+            return cls(False, {}, {})
+        served = ask_json("tailscale", "serve", "status", "--json") or {}
+        return cls(True, ask_json("tailscale", "status", "--json") or {}, served.get("Services") or {})
+
+    @property
+    def running(self) -> bool:
+        return self.status.get("BackendState") == "Running"
+
+    @property
+    def tagged(self) -> bool:
+        return bool((self.status.get("Self") or {}).get("Tags"))
+
+    @property
+    def suffix(self) -> str | None:
+        """`tail1234.ts.net`"""
+        suffix = self.status.get("MagicDNSSuffix") or (self.status.get("CurrentTailnet") or {}).get("MagicDNSSuffix")
+        return str(suffix) if suffix else None
+
+    @property
+    def https(self) -> bool:
+        return bool(self.status.get("CertDomains"))
+
+    def name(self, service: str) -> str | None:
+        """The service's name in the tailnet."""
+        return f"{service}.{self.suffix}" if self.running and self.suffix else None
+
+    def target(self, service: str) -> str | None:
+        """Where the service's HTTPS goes, where this machine hosts it."""
+        web = (self.served.get(f"svc:{service}") or {}).get("Web") or {}
+        handlers = [entry.get("Handlers") or {} for name, entry in web.items() if name.endswith(":443")]
+        return next((handler["/"].get("Proxy") for handler in handlers if "/" in handler), None)
+
+
+@dataclass(frozen=True)
+class Docker:
+    """The container engine."""
+
+    path: str | None
+    answered: str
+    """Empty, or the error of `docker info`."""
+    nvidia: bool
+    container: dict[str, Any] | None
+    """A container named qmd-vllm, whoever made it."""
+
+    @classmethod
+    def look(cls, container: str) -> Docker:
+        path = shutil.which("docker")
+        if path is None:
+            return cls(None, "", False, None)
+        answered = ask("docker", "info", "--format", "{{json .}}")
+        if answered.returncode != 0:
+            return cls(path, answered.stderr.strip() or f"docker info ended with {answered.returncode}", False, None)
+        tools = any(shutil.which(tool) for tool in ("nvidia-container-runtime-hook", "nvidia-ctk"))
+        return cls(
+            path, "", tools or "nvidia" in answered.stdout, ask_json("docker", "container", "inspect", container)
+        )
+
+    def has(self, image: str) -> bool:
+        """Whether the image is on this machine already."""
+        return ask("docker", "image", "inspect", image).returncode == 0
+
+    def mounted(self, folder: str) -> str | None:
+        """The folder of this machine that the container sees as `folder`."""
+        mounts = (self.container or {}).get("Mounts") or []
+        sources = (mount.get("Source") for mount in mounts if mount.get("Destination") == folder)
+        return next((source for source in sources if source), None)

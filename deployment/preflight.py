@@ -1,4 +1,4 @@
-"""What has to be so before anything is changed. All that is wrong is said at once, each with its cure."""
+"""The situation before anything is done: problems that prevent the deployment, and remarks that do not."""
 
 from __future__ import annotations
 
@@ -6,28 +6,49 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from deployment import files, machine
-from deployment.commands import ask, ask_json
-from deployment.situation import VENV_BYTES, Situation
+from deployment.console import ask, ask_json
+from deployment.layout import Layout, Options
+from deployment.machine import Docker, Tailscale
+from deployment.services import Embed, Vllm, loopback
+
+VENV_BYTES = 8_000_000_000
+
+
+@dataclass(frozen=True)
+class Situation:
+    """Everything that is looked at before anything is done."""
+
+    options: Options
+    layout: Layout
+    user: str
+    tailscale: Tailscale | None
+    docker: Docker | None
+    embed: Embed | None
+    vllm: Vllm | None
+    builds: bool
+    """Whether a release has to be built."""
+
 
 SAFE_KEY = re.compile(r"[!-~]{16,}")
 KEY_OPTION = re.compile(r"scopes=(use|admin)([+,](use|admin))*|(requests|tokens|jobs)=[1-9][0-9]*")
 
 
-def problems(found: Situation) -> list[str]:
-    """Sentences that say what is wrong and what to do."""
+def problems(situation: Situation) -> list[str]:
+    """Problems that prevent the deployment, each with its cure."""
     checks = (_rights, _systemd, _python, _compiler, _disk, _keys, _embed_port, _tailscale, _docker, _vllm_port)
-    return [sentence for check in checks for sentence in check(found)]
+    return [sentence for check in checks for sentence in check(situation)]
 
 
-def _rights(found: Situation) -> Iterator[str]:
-    if found.layout.staged or found.options.dry_run:
+def _rights(situation: Situation) -> Iterator[str]:
+    if situation.layout.staged or situation.options.dry_run:
         return
-    if found.layout.user and os.geteuid() == 0:
+    if situation.layout.user and os.geteuid() == 0:
         yield "--user is for an account without root: run it as that account, without sudo."
-    if not found.layout.user and os.geteuid() != 0:
+    if not situation.layout.user and os.geteuid() != 0:
         yield "It needs root: sudo python3 deploy.py (or --user, for services of your own)."
 
 
@@ -37,51 +58,51 @@ WHAT_PYTHON = (
 )
 
 
-def _systemd(found: Situation) -> Iterator[str]:
-    if not sys.platform.startswith("linux") or not found.layout.real(Path("/run/systemd/system")).is_dir():
+def _systemd(situation: Situation) -> Iterator[str]:
+    if not sys.platform.startswith("linux") or not situation.layout.real(Path("/run/systemd/system")).is_dir():
         yield "systemd does not run here: use the containers in docker/, or `make serve`."
-    elif found.layout.user and not os.environ.get("XDG_RUNTIME_DIR"):
+    elif situation.layout.user and not os.environ.get("XDG_RUNTIME_DIR"):
         yield "There is no systemd of this user (XDG_RUNTIME_DIR is not set): log in with ssh or at the console."
 
 
-def _python(found: Situation) -> Iterator[str]:
-    if not found.builds:
+def _python(situation: Situation) -> Iterator[str]:
+    if not situation.builds:
         return
-    python = found.options.python
-    asked = ask(python, "-c", WHAT_PYTHON)
-    if asked.returncode == 127:
+    python = situation.options.python
+    answer = ask(python, "-c", WHAT_PYTHON)
+    if answer.returncode == 127:
         yield f"There is no {python}: --python names the Python to install with."
-    elif "ensurepip" in asked.stderr or "venv" in asked.stderr:
+    elif "ensurepip" in answer.stderr or "venv" in answer.stderr:
         yield f"{python} cannot make virtual environments: sudo apt install python3-venv"
-    elif asked.returncode != 0:
+    elif answer.returncode != 0:
         yield f"{python} is older than 3.11: --python names a newer one."
-    elif not found.layout.user and asked.stdout.startswith(("/home/", "/root/")):
+    elif not situation.layout.user and answer.stdout.startswith(("/home/", "/root/")):
         yield (
-            f"{python} lies in {asked.stdout.strip()}, and the service cannot see home folders: --python "
+            f"{python} lies in {answer.stdout.strip()}, and the service cannot see home folders: --python "
             f"/usr/bin/python3 is the system's."
         )
 
 
-def _compiler(found: Situation) -> Iterator[str]:
-    embed = found.embed
+def _compiler(situation: Situation) -> Iterator[str]:
+    embed = situation.embed
     if embed is None or not embed.compiles or not embed.on_gpu:
         return
-    if missing := machine.missing_to_compile(found.options.python, on_gpu=True):
-        without = "" if embed.new else f"; or TORCH_COMPILE=false in {found.layout.embed_env}"
+    if missing := machine.missing_to_compile(situation.options.python, on_gpu=True):
+        without = "" if embed.new else f"; or TORCH_COMPILE=false in {situation.layout.embed_env}"
         yield (
             f"On a GPU the models' layers are compiled, which takes a C compiler and Python's headers; without them a "
             f"search takes up to twice as long: sudo apt install {' '.join(missing)}{without}"
         )
 
 
-def _disk(found: Situation) -> Iterator[str]:
-    path = found.layout.real(found.layout.releases)
-    if found.builds and (free := files.bytes_free(path)) < VENV_BYTES:
+def _disk(situation: Situation) -> Iterator[str]:
+    path = situation.layout.real(situation.layout.releases)
+    if situation.builds and (free := files.bytes_free(path)) < VENV_BYTES:
         yield f"{path} has {free / 1e9:.1f} GB free, the installation takes {VENV_BYTES / 1e9:.0f}: make room."
 
 
-def _keys(found: Situation) -> Iterator[str]:
-    path = found.options.api_key_file
+def _keys(situation: Situation) -> Iterator[str]:
+    path = situation.options.api_key_file
     if path is None:
         return
     try:
@@ -102,8 +123,8 @@ def _keys(found: Situation) -> Iterator[str]:
             )
 
 
-def _embed_port(found: Situation) -> Iterator[str]:
-    embed = found.embed
+def _embed_port(situation: Situation) -> Iterator[str]:
+    embed = situation.embed
     if embed is None:
         return
     holds = embed.before.get("PORT") or files.text(embed.unit.path) or ""
@@ -116,8 +137,8 @@ def _embed_port(found: Situation) -> Iterator[str]:
         )
 
 
-def _vllm_port(found: Situation) -> Iterator[str]:
-    vllm, docker = found.vllm, found.docker
+def _vllm_port(situation: Situation) -> Iterator[str]:
+    vllm, docker = situation.vllm, situation.docker
     if vllm is None:
         return
     holds = vllm.unit.runs or (docker is not None and docker.container is not None)
@@ -130,8 +151,8 @@ def _vllm_port(found: Situation) -> Iterator[str]:
         )
 
 
-def _tailscale(found: Situation) -> Iterator[str]:
-    tailscale = found.tailscale
+def _tailscale(situation: Situation) -> Iterator[str]:
+    tailscale = situation.tailscale
     if tailscale is None:
         return
     without = "or deploy with --no-tailscale."
@@ -145,19 +166,23 @@ def _tailscale(found: Situation) -> Iterator[str]:
             "define svc:qmd-embed and svc:qmd-vllm (endpoint tcp:443) and give this machine a tag (Machines, Edit ACL "
             "tags); " + without
         )
-    elif found.layout.user and (ask_json("tailscale", "debug", "prefs") or {}).get("OperatorUser") != found.user:
-        yield f"Tailscale is not yours to set up: sudo tailscale set --operator={found.user}; {without}"
+    elif situation.layout.user and _tailscale_operator() != situation.user:
+        yield f"Tailscale is not yours to set up: sudo tailscale set --operator={situation.user}; {without}"
 
 
-def _docker(found: Situation) -> Iterator[str]:
-    docker = found.docker
+def _tailscale_operator() -> object:
+    return (ask_json("tailscale", "debug", "prefs") or {}).get("OperatorUser")
+
+
+def _docker(situation: Situation) -> Iterator[str]:
+    docker = situation.docker
     if docker is None:
         return
     without = "or deploy with --no-vllm."
     if docker.path is None:
         yield f"Docker is not installed: sudo apt install docker.io nvidia-container-toolkit; {without}"
     elif "permission denied" in docker.answered:
-        yield f"This account may not use Docker: sudo usermod -aG docker {found.user}, log in again; {without}"
+        yield f"This account may not use Docker: sudo usermod -aG docker {situation.user}, log in again; {without}"
     elif docker.answered:
         yield f"Docker does not answer: sudo systemctl start docker; {without}"
     elif not docker.nvidia:
@@ -165,3 +190,62 @@ def _docker(found: Situation) -> Iterator[str]:
             "Docker has no NVIDIA runtime: sudo apt install nvidia-container-toolkit && sudo nvidia-ctk runtime "
             f"configure --runtime=docker && sudo systemctl restart docker; {without}"
         )
+
+
+MODEL_BYTES = 25_000_000_000
+IMAGE_BYTES = 25_000_000_000
+
+
+def remarks(situation: Situation) -> list[str]:
+    """Remarks that do not prevent the deployment."""
+    checks = (_gpu, _cpu_compiler, _reach, _names, _space, _takeover)
+    return [sentence for check in checks for sentence in check(situation)]
+
+
+def _gpu(situation: Situation) -> Iterator[str]:
+    name = machine.gpu(situation.layout)
+    yield f"GPU: {name}" if name else "No NVIDIA GPU is seen: qmd-embed will run on the CPU, with the bundled model."
+
+
+def _cpu_compiler(situation: Situation) -> Iterator[str]:
+    """Without a GPU a missing compiler is no problem; with one it is (`_compiler`)."""
+    if situation.embed is None or not situation.embed.compiles or situation.embed.on_gpu:
+        return
+    if missing := machine.missing_to_compile(situation.options.python, on_gpu=False):
+        packages = " ".join(missing)
+        yield f"torch.compile cannot be used without a compiler and Python's headers: sudo apt install {packages}"
+
+
+def _reach(situation: Situation) -> Iterator[str]:
+    embed = situation.embed
+    if embed is None:
+        return
+    if not loopback(embed.host) and not embed.has_keys:
+        yield f"HOST={embed.host} without keys: everyone who reaches it may use it. --api-key-file gives it keys."
+    given = situation.options.api_key_file
+    if given is not None and files.text(given) is not None and files.mode(given) & 0o077:
+        yield f"{given} can be read by other accounts: chmod 600 {given}"
+
+
+def _names(situation: Situation) -> Iterator[str]:
+    name = situation.tailscale and situation.tailscale.name("qmd-embed")
+    allowed = situation.embed.settings.get("ALLOWED_HOSTS") if situation.embed else None
+    if name and allowed and name not in allowed.split(",") and "*" not in allowed:
+        yield f"ALLOWED_HOSTS lacks {name}: add it to {situation.layout.embed_env}, or that address is refused."
+    if situation.tailscale is not None and situation.tailscale.running and not situation.tailscale.https:
+        yield "The tailnet gives no HTTPS certificates: enable them in the admin console under DNS."
+
+
+def _space(situation: Situation) -> Iterator[str]:
+    free = files.bytes_free(situation.layout.real(situation.layout.hub_cache))
+    wanted = VENV_BYTES * situation.builds + MODEL_BYTES + IMAGE_BYTES * (situation.vllm is not None)
+    if free < wanted:
+        yield f"{free / 1e9:.0f} GB are free; code, models and image may take {wanted / 1e9:.0f}."
+
+
+def _takeover(situation: Situation) -> Iterator[str]:
+    if situation.embed is not None and situation.embed.unit.foreign:
+        path = situation.embed.unit.path
+        yield f"{path} is of an earlier guide: it is replaced, and kept beside as *.before-vecmill."
+    if situation.vllm is not None and situation.vllm.replaces_container:
+        yield "The container qmd-vllm was started by hand: it is replaced by a service, which uses its models."

@@ -1,29 +1,251 @@
-"""A deployment: steps in order, each whole or not at all. They can be printed, or carried out."""
+"""A deployment is a list of steps, each done wholly or not at all.
+
+A step is a list of actions. An action can be described, carried out and, if it changes a file, taken back.
+"""
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic
+from typing import Protocol
 
-from deployment import console
-from deployment.actions import Action, Run, Undo
-from deployment.causes import likely_cause
-from deployment.commands import Failed
+from deployment import console, files
+from deployment.console import Failed, tell
+
+CAUSES = (
+    (
+        r"ensurepip is not available|No module named '?ensurepip",
+        "Python lacks its module ensurepip: sudo apt install python3-venv",
+    ),
+    (r"No space left on device", "The disk is full: df -h shows which, then run this again."),
+    (
+        r"Temporary failure in name resolution|Could not resolve host|Network is unreachable|NewConnectionError"
+        r"|no such host|i/o timeout|TLS handshake timeout",
+        "This machine cannot reach the internet (or its DNS): mend that, then run this again.",
+    ),
+    (
+        r"No matching distribution found|requires a different Python",
+        "There is no build of a package for this Python: choose 3.12 with --python /usr/bin/python3.12",
+    ),
+    (
+        r"permission denied while trying to connect to the [Dd]ocker|dial unix .*permission denied",
+        "This account may not use Docker: sudo usermod -aG docker $USER, then log in again.",
+    ),
+    (r"Cannot connect to the Docker daemon", "Docker does not run: sudo systemctl start docker"),
+    (
+        r"unauthorized|denied: requested access|pull access denied",
+        "The registry refuses the image: check the name given to --image, or docker login nvcr.io",
+    ),
+    (r"manifest unknown|manifest for .* not found", "There is no such image: choose another tag with --image"),
+    (r"toomanyrequests", "The registry limits how often it is asked: try again in some minutes."),
+    (
+        r"could not select device driver|unknown or invalid runtime name: nvidia|nvidia-container-cli",
+        "Docker has no NVIDIA runtime: sudo nvidia-ctk runtime configure --runtime=docker && "
+        "sudo systemctl restart docker",
+    ),
+    (
+        r"must be tagged nodes",
+        "Tailscale lets only tagged machines host services: give this one a tag in the admin console (Machines, Edit "
+        "ACL tags), and define the services svc:qmd-embed and svc:qmd-vllm there with the endpoint tcp:443.",
+    ),
+    (
+        r"[Aa]ccess denied: serve config denied|[Uu]se 'sudo tailscale",
+        "Tailscale takes this from root or its operator only: sudo tailscale set --operator=$USER",
+    ),
+    (r"Logged out|NeedsLogin|not logged in", "Tailscale is not logged in: sudo tailscale up"),
+    (
+        r"HTTPS.*(not enabled|disabled|must be enabled)|enable HTTPS",
+        "The tailnet has no HTTPS certificates: enable them in the admin console under DNS.",
+    ),
+    (
+        r"flag provided but not defined: -service",
+        "This Tailscale is too old for services: sudo tailscale update",
+    ),
+    (
+        r"Failed to connect to (user scope )?bus",
+        "There is no systemd of this user: log in with ssh or at the console, not with su or sudo.",
+    ),
+    (r"is masked", "The unit is masked: systemctl unmask it, then run this again."),
+    (
+        r"cannot be bound|[Aa]ddress already in use|port is already allocated",
+        "Something else uses the port: sudo ss -ltnp shows what; --port (--vllm-port) chooses another.",
+    ),
+    (
+        r"Free memory on device|less than desired GPU memory utilization|No available memory for the cache",
+        "vLLM finds too little free memory: lower GPU_MEMORY_UTILIZATION in vllm.env, or stop what else uses it.",
+    ),
+    (
+        r"OutOfMemoryError|out of memory",
+        "The memory does not hold the models: choose smaller ones, or lower what else runs (vLLM, Ollama).",
+    ),
+    (
+        r"401 Client Error|GatedRepoError|Access to model .* is restricted",
+        "The hub refuses the model: write HF_TOKEN=... of an account that may read it into the service's env file.",
+    ),
+    (r"no such option|No such option|No such command", "The unit and the installed version do not fit: deploy again."),
+)
+
+
+def likely_cause(output: str) -> str | None:
+    """The cause and cure of the first known message in a program's output."""
+    return next((sentence for pattern, sentence in CAUSES if re.search(pattern, output)), None)
+
+
+Undo = Callable[[], None]
+
+
+class Action(Protocol):
+    """One thing to do."""
+
+    def describe(self) -> list[str]:
+        """Lines that describe it completely, without secrets."""
+        ...
+
+    def apply(self) -> Undo | None:
+        """Do it; returns a function that takes it back, if anything can. Raises Failed, OSError."""
+        ...
+
+
+@dataclass(frozen=True)
+class Run:
+    """A program."""
+
+    argv: tuple[str, ...]
+    shown: bool = False
+    refusal: str | None = None
+    """Output that means a refusal although the exit code is 0."""
+    remarks: tuple[tuple[str, str], ...] = ()
+    """Pairs: output to look for, and the remark for the user."""
+
+    def describe(self) -> list[str]:
+        return [f"$ {shlex.join(self.argv)}"]
+
+    def apply(self) -> Undo | None:
+        output = tell(self.argv, self.shown)
+        if self.refusal and self.refusal in output:
+            raise Failed("exit code 0, but it refused", output)
+        console.detail(remark for sign, remark in self.remarks if sign in output)
+        return None
+
+
+@dataclass(frozen=True)
+class WriteFile:
+    """A file with its full content."""
+
+    path: Path
+    content: str
+    mode: int = 0o644
+    owner: str | None = None
+    """`user:group`; None: whoever runs this."""
+    secret: bool = False
+    staged: bool = field(default=False, repr=False)
+
+    def describe(self) -> list[str]:
+        rights = f"{self.mode:04o}{f' {self.owner}' if self.owner else ''}"
+        shown = self.content.splitlines()
+        lines = [f"{len(shown)} lines, not shown"] if self.secret else [files.conceal(line) for line in shown]
+        return [f"write {self.path} ({rights})", *(f"  | {line}" for line in lines)]
+
+    def apply(self) -> Undo | None:
+        before = files.Before.of(self.path)
+        files.write(self.path, self.content.encode(), self.mode, self._owner())
+        return before.restore
+
+    def _owner(self) -> tuple[int, int] | None:
+        if self.owner is None or self.staged:
+            return None
+        user, _, group = self.owner.partition(":")
+        try:
+            return files.account(user, group)
+        except KeyError as error:
+            raise Failed(f"{self.path}: no such account ({error})") from None
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link, replaced in one step."""
+
+    path: Path
+    target: Path
+
+    def describe(self) -> list[str]:
+        return [f"link {self.path} -> {self.target}"]
+
+    def apply(self) -> Undo | None:
+        before = files.Before.of(self.path)
+        files.link(self.path, self.target)
+        return before.restore
+
+
+@dataclass(frozen=True)
+class MakeFolder:
+    """A folder that nobody else may look into."""
+
+    path: Path
+
+    def describe(self) -> list[str]:
+        return [f"folder {self.path} (0700)"]
+
+    def apply(self) -> Undo | None:
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return None
+
+
+@dataclass(frozen=True)
+class Remove:
+    """A file, a link or a folder with all that is in it."""
+
+    path: Path
+
+    def describe(self) -> list[str]:
+        return [f"remove {self.path}"]
+
+    def apply(self) -> Undo | None:
+        files.remove(self.path)
+        return None
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """A fresh folder for what follows in the step; it goes again if the step fails."""
+
+    path: Path
+
+    def describe(self) -> list[str]:
+        return [f"fresh folder {self.path}"]
+
+    def apply(self) -> Undo | None:
+        files.remove(self.path)
+        self.path.mkdir(mode=0o755, parents=True)
+        return lambda: shutil.rmtree(self.path, ignore_errors=True)
+
+
+def same(action: WriteFile | Link) -> bool:
+    """Whether the disk already has the same content."""
+    if isinstance(action, Link):
+        return action.path.is_symlink() and os.readlink(action.path) == str(action.target)
+    return files.text(action.path) == action.content and files.mode(action.path) == action.mode
+
 
 INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
 class Step:
-    """What belongs together."""
+    """Actions that are done together or not at all."""
 
     title: str
     actions: tuple[Action, ...]
     undo: str
-    """How the user gets rid of what it did."""
+    """How the user undoes it, as a sentence or a command."""
     done: str = "nothing to do"
     """Why there is nothing to do, where there is not."""
     restores: bool = True
@@ -105,13 +327,13 @@ def _take_back(step: Step, undo: Sequence[Undo]) -> None:
 
 
 def _report(step: Step, action: Action, error: Failed | OSError) -> None:
-    said = error.said if isinstance(error, Failed) else ""
+    output = error.output if isinstance(error, Failed) else ""
     what = str(error) if isinstance(error, Failed) else f"{error.strerror}: {error.filename}"
     console.complain(f"The step {step.title!r} failed at: {action.describe()[0]}")
     console.complain(f"  {what}")
-    for line in said.splitlines():
+    for line in output.splitlines():
         console.complain(f"  | {line}")
-    if cause := likely_cause(f"{said}\n{what}"):
+    if cause := likely_cause(f"{output}\n{what}"):
         console.complain(f"Why: {cause}")
     _advise(step)
 

@@ -1,9 +1,13 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.11"
+# dependencies = ["httpx2", "numpy", "rich"]
+# ///
 """Index a folder of Python code through a vecmill server, then search it in plain words.
 
 It talks to the server as an editor's indexer does: it registers a job, waits its turn, sends one batch after
 another to `POST /embed`, reports progress, closes the job, and puts the best hits of every query through
-`POST /v1/rerank`. Needs httpx, numpy and rich; nothing of vecmill itself.
+`POST /v1/rerank`. Needs httpx2, numpy and rich, which vecmill is installed with; nothing of vecmill itself.
 
     vecmill serve &
     python examples/codebase_search.py ~/src/myproject --query "where are passwords hashed"
@@ -23,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 from rich.console import Console
 from rich.progress import (
@@ -122,7 +126,7 @@ class Server:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._http = httpx.Client(base_url=self.url, timeout=EMBED_TIMEOUT_S)
+        self._http = httpx2.Client(base_url=self.url, timeout=EMBED_TIMEOUT_S)
         self.cached = 0
         """Texts of batches so far whose vectors the server had already; 0 where a server does not say."""
 
@@ -130,7 +134,7 @@ class Server:
         """Raise SearchError unless something answers at the address."""
         try:
             self._http.get("/health", timeout=JOB_TIMEOUT_S)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except (httpx2.TransportError, httpx2.InvalidURL) as error:
             raise SearchError(
                 f"No server answers at {self.url} ({error}); start `vecmill serve` or name one with --url."
             ) from error
@@ -150,7 +154,7 @@ class Server:
 
     def job_call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any] | None:
         """A call about a job: None when it fails, for bookkeeping must never stop an index."""
-        with suppress(httpx.TransportError, ValueError, TypeError):
+        with suppress(httpx2.TransportError, ValueError, TypeError):
             answer = self._http.request(method, path, json=body, timeout=JOB_TIMEOUT_S)
             if answer.status_code == 404:
                 return {"status": "unknown"}
@@ -158,18 +162,18 @@ class Server:
                 return dict(answer.json())
         return None
 
-    def _post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx.Response:
+    def _post(self, path: str, body: dict[str, Any], headers: dict[str, str]) -> httpx2.Response:
         for wait_s in (*RETRY_AFTER_S, None):
             trouble: str
             try:
                 answer = self._http.post(path, json=body, headers=headers)
-            except httpx.TransportError as error:
+            except httpx2.TransportError as error:
                 trouble = f"{type(error).__name__}: {error}"
             else:
                 if answer.is_success:
                     return answer
                 trouble = f"status {answer.status_code}: {answer.text[:200]}"
-                if answer.status_code != httpx.codes.SERVICE_UNAVAILABLE:
+                if answer.status_code != httpx2.codes.SERVICE_UNAVAILABLE:
                     wait_s = None  # the same request would fail the same way
             if wait_s is None:
                 raise SearchError(f"{self.url}{path} failed with {trouble}")

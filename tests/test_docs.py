@@ -37,7 +37,8 @@ def test_every_setting_is_a_flag_in_the_help() -> None:
 
 def test_every_dependency_is_listed_with_its_reason() -> None:
     project = PYPROJECT["project"]
-    wanted = [*project["dependencies"], *(one for extra in project["optional-dependencies"].values() for one in extra)]
-    for requirement in wanted:
+    lists = [*project["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values()]
+    wanted = [*project["dependencies"], *(one for several in lists for one in several if isinstance(one, str))]
+    for requirement in [*wanted, *PYPROJECT["build-system"]["requires"]]:
         name = re.split(r"[\[<>=;]", requirement)[0].strip()
         assert name == "vecmill" or re.search(rf"^\| `{re.escape(name)}` \| \S", DEPENDENCIES, re.M), name

@@ -13,34 +13,47 @@ from typing import Annotated, Any, get_args
 
 import typer
 from pydantic.fields import FieldInfo
-from rich.console import Console
 
 from vecmill import __version__
-from vecmill.bench.command import bench
 from vecmill.config import load_settings
 from vecmill.config.key_file import key_line
 from vecmill.config.reference import default_text
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
 from vecmill.core.types import KeyLimits
-from vecmill.doctor.command import doctor
-from vecmill.embed.command import embed
-from vecmill.pull import run_pull
+from vecmill.tools.bench.command import bench
+from vecmill.tools.console import UsageError, print_error
+from vecmill.tools.doctor.command import doctor
+from vecmill.tools.embed.command import embed
+from vecmill.tools.pull import run_pull
 
 keys = typer.Typer(no_args_is_help=True, help="The API keys of a server.")
-cli = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
-errors = Console(stderr=True)
+cli = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},  # of the commands below it too
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"{__version__}\n")
+        raise typer.Exit
 
 
 @cli.callback()
-def vecmill() -> None:
+def vecmill(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
     """Embeddings and reranking from one device, for every client that asks."""
 
 
-@cli.command()
-def version() -> None:
+@cli.command("version")
+def print_version() -> None:
     """Print the version."""
-    sys.stdout.write(f"{__version__}\n")
+    _print_version(True)
 
 
 @cli.command()
@@ -72,7 +85,7 @@ def verify(
     device: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
 ) -> None:
     """Run the model card's example on the loaded weights: expected and measured numbers side by side."""
-    run_verify = import_module("vecmill.verify").run_verify
+    run_verify = import_module("vecmill.tools.verify").run_verify
     raise typer.Exit(run_verify(model, rerank=rerank, example=example, dtype=dtype, device=device))
 
 
@@ -90,8 +103,8 @@ def new_key(
     try:
         key, line = key_line(name, scopes, KeyLimits(requests, tokens, jobs))
     except ValueError as error:
-        errors.print(f"vecmill: this {error}.", style="bold red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
+        print_error(f"this {error}.")
+        raise typer.Exit(UsageError.exit_code) from None
     sys.stdout.write(f"{key}\n{line}\n")
 
 
@@ -113,8 +126,8 @@ def serve(*, env_file: str | None = None, **flags: object) -> None:
     try:
         settings = reread()
     except StartupError as error:
-        errors.print(f"vecmill: {error.message}", style="bold red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
+        print_error(error.message)
+        raise typer.Exit(UsageError.exit_code) from None
     raise typer.Exit(import_module("vecmill.serve").run_server(settings, reread))
 
 

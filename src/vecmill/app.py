@@ -24,29 +24,12 @@ from vecmill.gauges import watch, watch_budgets
 from vecmill.hardware.clocks import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
-from vecmill.http import api_document, cache, capabilities, errors, health, job_events, jobs, stats
+from vecmill.http import api_document, batches, capabilities, errors, files, health, jobs, stats
 from vecmill.http.access import Access, in_both_families
+from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
-from vecmill.http.dialects import (
-    cohere,
-    generation,
-    llama_server,
-    models,
-    nim,
-    ollama,
-    openai,
-    openai_batches,
-    openai_files,
-    rerank,
-    similarity,
-    tei,
-    tokens,
-    vllm,
-    weaviate,
-)
-from vecmill.http.dialects.batch_endpoints import batch_endpoints
-from vecmill.http.dialects.openai_files import UPLOAD
+from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
 from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.in_progress import Draining, InProgress
@@ -71,24 +54,6 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Embeddings and reranking from one device, for every client that asks."
 LARGEST_POOL = 8
 T = TypeVar("T")
-
-DIALECTS = (
-    openai,
-    models,
-    generation,
-    cohere,
-    rerank,
-    tei,
-    similarity,
-    tokens,
-    vllm,
-    ollama,
-    llama_server,
-    nim,
-    weaviate,
-    openai_files,
-    openai_batches,
-)
 
 
 class Server:
@@ -298,16 +263,19 @@ def create_app(
     )
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
-    for module in (*DIALECTS, cache, capabilities, job_events, jobs, health, stats, page):
-        app.include_router(module.router)
-    errors.install(app)
-    api_document.install(app)
+    routers = [dialect.router for dialect in registry.DIALECTS]
+    routers += [registry.shared, files.router, batches.router, jobs.router, jobs.deprecated]
+    routers += [capabilities.router, health.router, stats.router, page.router]
+    for router in routers:
+        app.include_router(router)
+    errors.install(app, registry.shape_for)
+    api_document.install(app, routers)
     app.add_middleware(
         BodyLimit,
         bodies=server.bodies,
         threads=server.services.threads,
         request_timeout=settings.scheduler.request_timeout,
-        not_in_memory=(UPLOAD,),
+        not_in_memory=(files.UPLOAD,),
     )
     app.add_middleware(AcceptedGZip)
     app.add_middleware(Draining, requests=server.requests)

@@ -9,7 +9,7 @@ from functools import partial
 from vecmill.core.types import Lane
 from vecmill.hardware.gpu import GpuReading
 from vecmill.hardware.memory import MEGABYTE, host_memory
-from vecmill.http.hardware import memory_of_gpu
+from vecmill.http.capabilities import memory_of_gpu
 from vecmill.http.services import Services
 from vecmill.telemetry.optional_gauge import Values
 

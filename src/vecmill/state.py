@@ -7,17 +7,16 @@ from functools import partial
 from importlib import import_module
 from typing import Any
 
-from vecmill.batches.record import Status
-from vecmill.batches.service import Batches
+from vecmill.batches.record import BatchStatus
+from vecmill.batches.service import BatchService
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
 from vecmill.core.protocols import VectorStore
-from vecmill.jobs.owned import OwnedJobs
-from vecmill.jobs.queue import JobQueue
+from vecmill.jobs.job import JobStatus
+from vecmill.jobs.local import LocalJobs
+from vecmill.jobs.queue import JobQueue, JobStore
 from vecmill.jobs.shared import SharedJobs
-from vecmill.jobs.store import JobStore
-from vecmill.jobs.transitions import JobStatus
 from vecmill.storage.sqlite_jobs import SqliteJobs
 from vecmill.storage.sqlite_vectors import SqliteVectors
 from vecmill.storage.state_folder import StateFolder
@@ -36,7 +35,7 @@ class State:
         self.cache: EmbeddingCache | None = None
         """None where nothing is cached."""
         self.jobs = JobQueue(settings.jobs)
-        self.batches = Batches(settings.batches, settings.http.max_body_bytes, telemetry)
+        self.batches = BatchService(settings.batches, settings.http.max_body_bytes, telemetry)
         self._looking: asyncio.Task[None] | None = None
         self._watch(telemetry)
 
@@ -49,7 +48,7 @@ class State:
         metrics.watch(metrics.cache_failing, lambda: float(self.cache is not None and self.cache.failing))
         for status in JobStatus:
             metrics.watch(metrics.jobs.labels(status.value), partial(self.jobs.count, status))
-        for state in Status:
+        for state in BatchStatus:
             metrics.watch(metrics.batches.labels(state.value), partial(self.batches.count, state))
 
     async def open(self) -> None:
@@ -101,7 +100,7 @@ class State:
         settings, url = self._settings.jobs, self._redis_url()
         if url is not None:
             return SharedJobs(settings, _of_redis("redis_jobs", "RedisJobs", url))
-        return OwnedJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
+        return LocalJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
 
     def _redis_url(self) -> str | None:
         url = self._settings.state.redis_url

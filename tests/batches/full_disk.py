@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 
 from tests.batches.light import LightEndpoint, content, create, ended, line, opened, upload
-from vecmill.batches.record import Status
-from vecmill.batches.service import Batches
-from vecmill.batches.trouble import on_disk
+from vecmill.batches.disk import on_disk
+from vecmill.batches.record import BatchStatus
+from vecmill.batches.service import BatchService
 from vecmill.core.errors import InsufficientStorage, StateUnavailable, VecmillError
 
 FOLDER = Path(sys.argv[1])
@@ -33,7 +33,7 @@ class Heard(logging.Handler):
             self.one.set()
 
 
-async def refused(batches: Batches, kind: type[VecmillError], size: int) -> None:
+async def refused(batches: BatchService, kind: type[VecmillError], size: int) -> None:
     """An upload of so many times BIG fails, and leaves nothing."""
     try:
         coming = await batches.upload(0)
@@ -64,7 +64,7 @@ async def full() -> None:
     batches.start({"/v1/embeddings": LightEndpoint()})
     await heard.one.wait()
     batch = await batches.get(batch_id)
-    assert batch.status in (Status.VALIDATING, Status.IN_PROGRESS), batch
+    assert batch.status in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS), batch
     await refused(batches, InsufficientStorage, 1)
     ballast.unlink()
     batches.wake()
@@ -97,9 +97,9 @@ async def remount(how: str) -> None:
     assert await process.wait() == 0
 
 
-async def finished(batches: Batches, batch_id: str) -> None:
+async def finished(batches: BatchService, batch_id: str) -> None:
     batch = await ended(batches, batch_id)
-    assert batch.status is Status.COMPLETED
+    assert batch.status is BatchStatus.COMPLETED
     found = [entry["custom_id"] for entry in await content(batches, batch.output_file_id)]
     assert found == [str(n) for n in range(1, LINES + 1)]
 

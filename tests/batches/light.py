@@ -13,9 +13,10 @@ from typing import Any
 
 import orjson
 
-from vecmill.batches.endpoint import Endpoint, Line, LineResult
+from vecmill.batches.endpoint import Endpoint, LineResult
+from vecmill.batches.input import InputLine
 from vecmill.batches.record import BatchRecord
-from vecmill.batches.service import Batches
+from vecmill.batches.service import BatchService
 from vecmill.config import BatchSettings
 from vecmill.core.types import Caller
 from vecmill.storage.state_folder import StateFolder
@@ -44,7 +45,7 @@ class LightEndpoint:
     def texts(self, body: Mapping[str, Any]) -> int:
         return 1
 
-    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[InputLine]) -> Sequence[LineResult]:
         await asyncio.sleep(0)
         if self._allowed is not None and lines[-1].number > self._allowed:
             await self._never.wait()
@@ -57,23 +58,23 @@ def line(custom_id: str, url: str = URL, **body: Any) -> bytes:
     return orjson.dumps(entry, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def opened(folder: Path, endpoint: Endpoint | None, clock: Any = None, **settings: Any) -> Batches:
+def opened(folder: Path, endpoint: Endpoint | None, clock: Any = None, **settings: Any) -> BatchService:
     """Batches in a folder; they are run where there is an endpoint."""
-    batches = Batches(BatchSettings(**settings), LONGEST_LINE, Telemetry(), clock)
+    batches = BatchService(BatchSettings(**settings), LONGEST_LINE, Telemetry(), clock)
     batches.open(folder, None)
     if endpoint is not None:
         batches.start({URL: endpoint})
     return batches
 
 
-async def upload(batches: Batches, content: bytes) -> str:
+async def upload(batches: BatchService, content: bytes) -> str:
     """The id of a new file."""
     upload = await batches.upload(len(content))
     upload.write(content)
     return upload.finish("input.jsonl", None).id
 
 
-async def create(batches: Batches, file_id: str, window: float = 3600.0) -> str:
+async def create(batches: BatchService, file_id: str, window: float = 3600.0) -> str:
     """The id of a new batch."""
     batch = await batches.create(
         endpoint=URL,
@@ -86,21 +87,21 @@ async def create(batches: Batches, file_id: str, window: float = 3600.0) -> str:
     return batch.id
 
 
-async def ended(batches: Batches, batch_id: str) -> BatchRecord:
+async def ended(batches: BatchService, batch_id: str) -> BatchRecord:
     """The batch once it has ended. Asking takes a thread, so everything else gets its turn meanwhile."""
     while not (batch := await batches.get(batch_id)).ended:
         pass
     return batch
 
 
-async def progressed(batches: Batches, batch_id: str, lines: int) -> BatchRecord:
+async def progressed(batches: BatchService, batch_id: str, lines: int) -> BatchRecord:
     """The batch once so many lines are done."""
     while (batch := await batches.get(batch_id)).progress.lines < lines:
         assert not batch.ended
     return batch
 
 
-async def content(batches: Batches, file_id: str | None) -> list[dict[str, Any]]:
+async def content(batches: BatchService, file_id: str | None) -> list[dict[str, Any]]:
     """The lines of a file."""
     assert file_id is not None
     file = await batches.file(file_id)
@@ -112,7 +113,7 @@ async def content(batches: Batches, file_id: str | None) -> list[dict[str, Any]]
 class DeadlyEndpoint(LightEndpoint):
     """Some lines kill the process, by themselves or among others."""
 
-    async def run(self, caller: Caller, lines: Sequence[Line]) -> Sequence[LineResult]:
+    async def run(self, caller: Caller, lines: Sequence[InputLine]) -> Sequence[LineResult]:
         results = await super().run(caller, lines)
         if any("kill" in line.body for line in lines):
             os.kill(os.getpid(), signal.SIGKILL)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.batches.light import LightEndpoint, content, create, ended, line, opened, progressed, upload
-from vecmill.batches.record import Status
+from vecmill.batches.record import BatchStatus
 
 EVENTS = frozenset({"os.rename", "os.remove", "os.truncate", "open", "os.mkdir"})
 CHUNK = 4
@@ -68,7 +68,7 @@ def requests(count: int) -> bytes:
 
 
 async def check(
-    folder: Path, batch_id: str, lines: int, status: Status = Status.COMPLETED, *, may_have_killed: int = 0
+    folder: Path, batch_id: str, lines: int, status: BatchStatus = BatchStatus.COMPLETED, *, may_have_killed: int = 0
 ) -> None:
     """Go on with a batch, and look at each of its lines. So many may be taken for what killed the process."""
     batches = opened(folder, LightEndpoint(), batch_chunk_size=CHUNK)
@@ -84,7 +84,7 @@ async def check(
         ran = [n for n in range(1, done + 1) if str(n) not in killers]
         assert output == [str(n) for n in ran if n % 5]
         assert errors == [str(n) for n in ran if n % 5 == 0]
-        assert status is not Status.COMPLETED or done == lines == batch.total
+        assert status is not BatchStatus.COMPLETED or done == lines == batch.total
         assert len(await batches.all_files()) == 3
     finally:
         await batches.close()
@@ -119,7 +119,7 @@ async def test_it_may_die_while_a_batch_is_cancelled(tmp_path: Path, snapshots: 
     await batches.close()
     assert len(snapshots.taken) > 5
     for copy in snapshots.taken:
-        await check(copy, batch_id, 13, Status.CANCELLED)
+        await check(copy, batch_id, 13, BatchStatus.CANCELLED)
 
 
 async def test_it_may_die_while_a_file_comes_in(tmp_path: Path, snapshots: Snapshots) -> None:

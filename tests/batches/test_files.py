@@ -9,7 +9,7 @@ import pytest
 
 from tests.batches.light import LightEndpoint, create, ended, line, opened, upload
 from tests.batches.test_life import Moved
-from vecmill.batches.record import Status
+from vecmill.batches.record import BatchStatus
 from vecmill.core.errors import FilesFull, NoSuchBatch, NoSuchFile
 
 DAY = 86_400.0
@@ -46,7 +46,7 @@ async def test_an_input_that_expires_is_kept_while_a_batch_reads_it(tmp_path: Pa
     batch_id = await create(before, await upload(before, line("a")), window=5 * DAY)
     clock.ahead = 2 * DAY
     batches = opened(tmp_path, LightEndpoint(), clock, file_expires_days=1)
-    assert (await ended(batches, batch_id)).status is Status.COMPLETED
+    assert (await ended(batches, batch_id)).status is BatchStatus.COMPLETED
     await batches.close()
 
 

@@ -20,8 +20,8 @@ from tests.batches.light import (
     progressed,
     upload,
 )
-from vecmill.batches.record import Status
-from vecmill.batches.service import Batches
+from vecmill.batches.record import BatchStatus
+from vecmill.batches.service import BatchService
 from vecmill.config import BatchSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BatchConflict, NoSuchBatch, NoSuchFile, StateUnavailable
@@ -45,7 +45,7 @@ class Moved(Clock):
 async def test_every_line_is_answered_in_order(tmp_path: Path) -> None:
     batches = opened(tmp_path, LightEndpoint(), batch_chunk_size=16)
     batch = await ended(batches, await create(batches, await upload(batches, INPUT)))
-    assert batch.status is Status.COMPLETED
+    assert batch.status is BatchStatus.COMPLETED
     assert (batch.total, batch.progress.completed, batch.progress.failed) == (LINES, LINES, 0)
     assert batch.progress.tokens == 3 * LINES
     assert batch.model == "light"
@@ -65,7 +65,7 @@ async def test_lines_that_fail_go_to_the_errors(tmp_path: Path) -> None:
     batches = opened(tmp_path, LightEndpoint(), batch_chunk_size=5)
     given = b"".join(line(str(n), **({"refuse": True} if n % 3 == 0 else {"input": n})) for n in range(10))
     batch = await ended(batches, await create(batches, await upload(batches, given)))
-    assert batch.status is Status.COMPLETED
+    assert batch.status is BatchStatus.COMPLETED
     assert (batch.progress.completed, batch.progress.failed) == (6, 4)
     assert [entry["custom_id"] for entry in await content(batches, batch.output_file_id)] == list("124578")
     failed = await content(batches, batch.error_file_id)
@@ -78,7 +78,7 @@ async def test_lines_that_fail_go_to_the_errors(tmp_path: Path) -> None:
 async def test_where_every_line_fails_there_is_no_output(tmp_path: Path) -> None:
     batches = opened(tmp_path, LightEndpoint())
     batch = await ended(batches, await create(batches, await upload(batches, line("a", refuse=True))))
-    assert (batch.status, batch.output_file_id, batch.errors) == (Status.COMPLETED, None, ())
+    assert (batch.status, batch.output_file_id, batch.errors) == (BatchStatus.COMPLETED, None, ())
     assert len(await content(batches, batch.error_file_id)) == 1
     await batches.close()
 
@@ -97,9 +97,9 @@ async def test_a_cancelled_batch_keeps_what_is_done(tmp_path: Path) -> None:
     batch_id = await create(batches, await upload(batches, INPUT))
     await progressed(batches, batch_id, 40)
     asked = await batches.cancel(batch_id)
-    assert asked.status is Status.CANCELLING
+    assert asked.status is BatchStatus.CANCELLING
     batch = await ended(batches, batch_id)
-    assert batch.status is Status.CANCELLED
+    assert batch.status is BatchStatus.CANCELLED
     assert batch.cancelling_at is not None
     assert batch.cancelled_at is not None
     assert batch.cancelled_at >= batch.cancelling_at
@@ -117,7 +117,7 @@ async def test_what_waits_for_its_turn_is_cancelled_at_once(tmp_path: Path) -> N
     first, second = await create(batches, file_id), await create(batches, file_id)
     await batches.cancel(second)
     batch = await ended(batches, second)
-    assert (batch.status, batch.output_file_id, batch.error_file_id) == (Status.CANCELLED, None, None)
+    assert (batch.status, batch.output_file_id, batch.error_file_id) == (BatchStatus.CANCELLED, None, None)
     assert not (await batches.get(first)).ended
     await batches.close()
 
@@ -129,7 +129,7 @@ async def test_what_is_not_done_in_time_goes_to_the_errors(tmp_path: Path) -> No
     await progressed(batches, batch_id, 40)
     clock.ahead = 3601.0
     batch = await ended(batches, batch_id)
-    assert batch.status is Status.EXPIRED
+    assert batch.status is BatchStatus.EXPIRED
     assert batch.expired_at is not None
     assert (batch.progress.completed, batch.progress.failed) == (40, 60)
     assert len(await content(batches, batch.output_file_id)) == 40
@@ -147,7 +147,7 @@ async def test_a_batch_that_expires_before_its_turn_loses_no_line(tmp_path: Path
     clock.ahead = 4000.0
     batches.start({URL: LightEndpoint(allowed=0)})
     batch = await ended(batches, batch_id)
-    assert (batch.status, batch.output_file_id) == (Status.EXPIRED, None)
+    assert (batch.status, batch.output_file_id) == (BatchStatus.EXPIRED, None)
     assert len(await content(batches, batch.error_file_id)) == LINES
     await batches.close()
 
@@ -164,7 +164,7 @@ async def test_a_clock_set_back_neither_lengthens_nor_ends_a_batch(tmp_path: Pat
     assert not (await after.get(batch_id)).ended
     uptime = 3600.0
     batch = await ended(after, batch_id)
-    assert batch.status is Status.EXPIRED
+    assert batch.status is BatchStatus.EXPIRED
     assert batch.expired_at is not None
     assert batch.expired_at >= now + 3600.0
     await after.close()
@@ -178,7 +178,7 @@ async def test_the_next_server_goes_on_where_the_last_one_stopped(tmp_path: Path
     await asyncio.wait_for(first.close(), 2.0)
     second = opened(tmp_path, second_endpoint, batch_chunk_size=8)
     batch = await ended(second, batch_id)
-    assert batch.status is Status.COMPLETED
+    assert batch.status is BatchStatus.COMPLETED
     assert second_endpoint.answered == list(range(done + 1, LINES + 1))
     assert len(await content(second, batch.output_file_id)) == LINES
     await second.close()
@@ -203,7 +203,7 @@ async def test_another_server_takes_over(tmp_path: Path) -> None:
     other.start({URL: LightEndpoint()})
     await stuck.close()
     batch = await ended(other, batch_id)
-    assert (batch.status, batch.progress.completed) == (Status.COMPLETED, LINES)
+    assert (batch.status, batch.progress.completed) == (BatchStatus.COMPLETED, LINES)
     await other.close()
 
 
@@ -213,7 +213,7 @@ async def test_a_broken_record_harms_itself_alone(tmp_path: Path, caplog: pytest
     broken, whole = await create(batches, file_id), await create(batches, file_id)
     (tmp_path / "batches" / broken / "batch.json").write_bytes(b"{")
     batches.start({URL: LightEndpoint()})
-    assert (await ended(batches, whole)).status is Status.COMPLETED
+    assert (await ended(batches, whole)).status is BatchStatus.COMPLETED
     with pytest.raises(NoSuchBatch):
         await batches.get(broken)
     assert [record.id for record in await batches.all()] == [whole]
@@ -237,7 +237,7 @@ async def test_an_input_that_changes_under_a_batch_fails_it_and_keeps_what_is_do
         path.write_bytes(INPUT[:2000] if changed == "cut" else b"\n" * len(INPUT))
     again = opened(tmp_path, LightEndpoint())
     batch = await ended(again, batch_id)
-    assert batch.status is Status.FAILED
+    assert batch.status is BatchStatus.FAILED
     assert batch.errors[0].code == "input_file_changed"
     assert len(await content(again, batch.output_file_id)) == 40
     await again.close()
@@ -267,7 +267,7 @@ async def test_ids_that_are_none_lead_nowhere(tmp_path: Path) -> None:
 
 
 async def test_where_nothing_can_be_kept_every_call_says_so(tmp_path: Path) -> None:
-    batches = Batches(BatchSettings(), LONGEST_LINE, Telemetry())
+    batches = BatchService(BatchSettings(), LONGEST_LINE, Telemetry())
     with pytest.raises(StateUnavailable, match="starting"):
         await batches.all()
     batches.open(tmp_path, f"STATE_DIR={tmp_path} cannot be written (Read-only file system).")

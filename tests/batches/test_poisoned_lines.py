@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from tests.batches.light import URL, LightEndpoint, content, create, ended, line, opened, progressed, upload
-from vecmill.batches.record import BatchRecord, Status
-from vecmill.batches.validation import MOST_COMMAS, validate
-from vecmill.batches.window import Turns
+from vecmill.batches.endpoint import Turns
+from vecmill.batches.input import MOST_COMMAS, validate
+from vecmill.batches.record import BatchRecord, BatchStatus
 
 CHUNK = 8
 
@@ -59,7 +59,7 @@ async def test_a_line_kills_twice_at_the_most(tmp_path: Path, deadly: list[int])
     deaths = 3 if deadly == [13, 14] else 2 * len(deadly)
     assert await lives(tmp_path) == [-signal.SIGKILL] * deaths + [0]
     batch, output, failed = await outcome(tmp_path, batch_id)
-    assert batch.status is Status.COMPLETED
+    assert batch.status is BatchStatus.COMPLETED
     assert output == [str(n) for n in range(1, 31) if n not in deadly]
     assert failed == [(str(n), "process_died") for n in deadly]
     assert (batch.progress.completed, batch.progress.failed) == (30 - len(deadly), len(deadly))
@@ -71,7 +71,7 @@ async def test_other_batches_lose_nothing_by_it(tmp_path: Path) -> None:
     assert await lives(tmp_path) == [-signal.SIGKILL] * 2 + [0]
     for batch_id, expected in zip(ids, (0, 1, 0), strict=True):
         batch, output, failed = await outcome(tmp_path, batch_id)
-        assert (batch.status, len(failed)) == (Status.COMPLETED, expected)
+        assert (batch.status, len(failed)) == (BatchStatus.COMPLETED, expected)
         assert len(output) == batch.total - expected
 
 
@@ -127,7 +127,7 @@ async def test_a_batch_is_cancelled_while_its_lines_are_done_again(tmp_path: Pat
     await progressed(batches, batch_id, 5)
     await batches.cancel(batch_id)
     batch = await ended(batches, batch_id)
-    assert (batch.status, batch.progress.completed) == (Status.CANCELLED, 5)
+    assert (batch.status, batch.progress.completed) == (BatchStatus.CANCELLED, 5)
     await batches.close()
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deployment.env_file import conceal, merged, values
+from deployment.files import conceal, merged, settings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,15 +22,15 @@ SETTINGS = st.dictionaries(NAMES, PLAIN.filter(bool))
 def test_only_what_is_asked_for_changes(lines: list[str], changes: dict[str, str], additions: dict[str, str]) -> None:
     before = "".join(f"{line}\n" for line in lines)
     after = merged(before, changes, additions)
-    assert values(after) == {**additions, **values(before), **changes}
-    kept = [line for line in lines if not set(values(line)) & set(changes)]
+    assert settings(after) == {**additions, **settings(before), **changes}
+    kept = [line for line in lines if not set(settings(line)) & set(changes)]
     assert [line for line in after.splitlines() if line in kept][: len(kept)] == kept
     assert merged(after, changes, additions) == after
 
 
 def test_values_as_the_server_reads_them() -> None:
     text = "PORT=8001 # of old\nHOST='0.0.0.0' # all\nexport A = b\nEMPTY=\nHASH=a#b\n"
-    assert values(text) == {"PORT": "8001", "HOST": "0.0.0.0", "A": "b", "EMPTY": "", "HASH": "a#b"}
+    assert settings(text) == {"PORT": "8001", "HOST": "0.0.0.0", "A": "b", "EMPTY": "", "HASH": "a#b"}
 
 
 def test_secrets_are_concealed_and_the_rest_is_not() -> None:

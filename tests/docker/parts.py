@@ -43,7 +43,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 def tool(name: str) -> str:
     """The executable that a development dependency installed beside this Python."""
     path = Path(sys.executable).with_name(name)
-    assert path.exists(), f"{name} is missing: pip install -c constraints.txt -e '.[dev]' brings it"
+    assert path.exists(), f"{name} is missing: make .venv/.dev brings it"
     return str(path)
 
 

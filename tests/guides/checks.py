@@ -16,11 +16,11 @@ from pathlib import Path
 
 import typer
 from deployment.layout import EMBED_UNIT, VLLM_UNIT
-from examples import codebase_search
 from fastapi import FastAPI
 from starlette.routing import Match
 
 from deployment import cli as deploy_cli
+from examples import codebase_search
 from tests.guides import curl, programs
 from tests.guides.shell import Command, NotShell, commands
 from vecmill.__main__ import cli
@@ -57,7 +57,17 @@ JOURNALCTL = {"-u": True, "-n": True, "-f": False, "--since": True, "--user": Fa
 OUR_PORTS = {8001, 8080}
 VLLM_PORT = 8000
 VLLM_PATHS = {"/v1/models", "/health", "/v1/completions", "/v1/chat/completions"}
-PIP_FLAGS = {"-c", "-e", "--upgrade", "--force-reinstall", "--constraint", "--editable", "--index-url"}
+PIP_FLAGS = {
+    "-c",
+    "-e",
+    "--upgrade",
+    "--force-reinstall",
+    "--constraint",
+    "--editable",
+    "--group",
+    "--index-url",
+    "--no-deps",
+}
 
 Check = Callable[[Command], Iterator[str]]
 
@@ -131,6 +141,8 @@ def _vecmill(command: Command) -> Iterator[str]:
     group = typer.main.get_command(cli)
     context = group.make_context("vecmill", [], resilient_parsing=True)
     name, *rest = *command.words[1:], ""
+    if any(name in option.opts for option in group.params):
+        return
     subcommand = group.get_command(context, name)  # type: ignore[attr-defined]  # typer's group has it
     if subcommand is None:
         yield f"vecmill has no command {name!r}"
@@ -153,7 +165,7 @@ def _make(command: Command) -> Iterator[str]:
         variable, is_assignment, value = word.partition("=")
         if is_assignment and variable == "ARGS" and "serve" in command.words:
             yield from _vecmill(Command(("vecmill", "serve", *shlex.split(value))))
-        elif is_assignment and variable not in ("ARGS", "PYTHON", "VENV"):
+        elif is_assignment and variable not in ("ARGS", "PYTHON", "TORCH_INDEX", "VENV"):
             yield f"the Makefile has no variable {variable}"
         elif not is_assignment and word not in targets:
             yield f"the Makefile has no target {word!r}"

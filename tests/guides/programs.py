@@ -142,6 +142,11 @@ PROGRAMS: Mapping[str, Program] = {
     "tar": program("-C= -c -x -z -f= --exclude=", source=MAN),
     "tee": program("-a", source=MAN),
     "zcat": program(source=MAN),
+    "uv": program(
+        source="https://docs.astral.sh/uv/reference/cli/",
+        run=program("--with="),
+        tool=program(install=program("--excludes= --torch-backend= --python="), upgrade=program()),
+    ),
 }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.batches.light import LightEndpoint, create, ended, line, opened, upload
-from vecmill.batches.record import BatchRecord, Status
+from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.batches.store import BatchStore
 from vecmill.cache import embedding_cache
 from vecmill.cache.embedding_cache import EmbeddingCache
@@ -198,7 +198,7 @@ def test_many_who_cancel_one_batch_are_all_answered(tmp_path: Path) -> None:
         def cancel(one: int, batch_id: str = record.id, at_once: threading.Barrier = at_once) -> float | None:
             at_once.wait()
             store.cancel(batch_id, float(one))
-            return store.cancel_asked(batch_id)
+            return store.cancel_requested_at(batch_id)
 
         with ThreadPoolExecutor(8) as pool:
             found = set(pool.map(cancel, range(1, 9)))
@@ -210,7 +210,7 @@ async def test_who_cancels_at_the_same_time_gets_the_same_answer(tmp_path: Path)
     batches = opened(tmp_path, None)
     batch_id = await create(batches, await upload(batches, line("1", input="x")))
     answers = await asyncio.gather(*(batches.cancel(batch_id) for _ in range(50)))
-    assert {answer.status for answer in answers} == {Status.CANCELLING}
+    assert {answer.status for answer in answers} == {BatchStatus.CANCELLING}
     shutil.rmtree(tmp_path / "batches" / batch_id)
     with pytest.raises(NoSuchBatch):
         await batches.cancel(batch_id)
@@ -220,19 +220,19 @@ async def test_the_event_loop_never_waits_for_the_disk_to_say_that_a_batch_is_ca
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = set()
-    cancel_asked = BatchStore.cancel_asked
+    cancel_requested_at = BatchStore.cancel_requested_at
 
     def noting(store: BatchStore, batch_id: str) -> float | None:
         threads.add(threading.get_ident())
-        return cancel_asked(store, batch_id)
+        return cancel_requested_at(store, batch_id)
 
-    monkeypatch.setattr(BatchStore, "cancel_asked", noting)
+    monkeypatch.setattr(BatchStore, "cancel_requested_at", noting)
     batches = opened(tmp_path, LightEndpoint(), batch_chunk_size=4)
     file_id = await upload(batches, b"".join(line(str(number), input="x") for number in range(40)))
     whole, cancelled = await create(batches, file_id), await create(batches, file_id)
     await batches.cancel(cancelled)
-    assert (await ended(batches, whole)).status is Status.COMPLETED
-    assert (await ended(batches, cancelled)).status is Status.CANCELLED
+    assert (await ended(batches, whole)).status is BatchStatus.COMPLETED
+    assert (await ended(batches, cancelled)).status is BatchStatus.CANCELLED
     await batches.close()
     assert threads - {threading.get_ident()} == threads != set()
 

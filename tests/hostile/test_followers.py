@@ -11,9 +11,9 @@ import pytest
 from tests.hostile.stalls import LONGEST_STALL, longest_stall
 from tests.jobs.queues import Hand, in_memory, opened
 from vecmill.core.errors import Overloaded
-from vecmill.jobs.book import OPEN_JOBS_MAX
-from vecmill.jobs.following import FOLLOWERS_MAX, READERS_AT_ONCE
 from vecmill.jobs.queue import JobQueue
+from vecmill.jobs.state import OPEN_JOBS_MAX
+from vecmill.jobs.views import FOLLOWERS_MAX, READERS_AT_ONCE
 
 FOLLOWERS = 300
 LONG = 600.0  # seconds; no test waits for it

@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import orjson
 import pytest
+from fastapi.routing import APIRoute
 
 from tests.conftest import serving
 from vecmill.core.errors import (
@@ -24,9 +25,9 @@ from vecmill.core.errors import (
     Unavailable,
     VecmillError,
 )
-from vecmill.http import error_shapes
-from vecmill.http.error_shapes import ErrorShape, shape_for
-from vecmill.http.errors import STATUS, error_response
+from vecmill.http.dialects.bodies import Dialect
+from vecmill.http.dialects.registry import DIALECTS, shape_for
+from vecmill.http.errors import DETAIL, STATUS, ErrorShape, error_response
 
 
 def every_error(base: type[VecmillError] = VecmillError) -> Iterator[type[VecmillError]]:
@@ -37,7 +38,7 @@ def every_error(base: type[VecmillError] = VecmillError) -> Iterator[type[Vecmil
 
 # These end the process before there is anybody to answer.
 SERVED = [kind for kind in every_error() if not issubclass(kind, StartupError | StartupObstacle)]
-SHAPES = {shape.name: shape for shape in vars(error_shapes).values() if isinstance(shape, ErrorShape)}
+SHAPES = {shape.name: shape for shape in (DETAIL, *(dialect.errors for dialect in DIALECTS))}
 
 # Where each dialect's client finds the text.
 TEXT: dict[str, Callable[[Any], object]] = {
@@ -160,6 +161,19 @@ def test_codecartographer_tries_again_where_the_text_says_that_it_may() -> None:
 )
 def test_a_path_speaks_one_dialect(path: str, name: str) -> None:
     assert shape_for(path).name == name
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=lambda dialect: dialect.errors.name)
+def test_errors_on_a_dialects_own_routes_have_its_shape(dialect: Dialect) -> None:
+    for route in dialect.router.routes:
+        assert isinstance(route, APIRoute)
+        for method in route.methods or ():
+            assert shape_for(route.path, method) is dialect.errors, route.path
+
+
+def test_a_path_is_declared_by_one_dialect() -> None:
+    declared = [path for dialect in DIALECTS for path in dialect.paths]
+    assert len(declared) == len(set(declared))
 
 
 # One way to be refused by the table itself, for each body of a shared path.

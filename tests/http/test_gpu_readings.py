@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.hardware.fake_nvml import GB10, environment
 from tests.preloaded import running
-from vecmill.http.hardware import READINGS
+from vecmill.http.capabilities import READINGS
 
 SLOW = {"sm_clock 2190": "sm_clock 612", "temperature 71": "temperature 84"}
 

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from tests.conftest import serving
 from vecmill.core.types import Side, Truncation
-from vecmill.http.dialects.truncation_fields import TruncationFields
+from vecmill.http.dialects.bodies import TruncationFields
 
 # Each word is one token.
 TEXT = "one two three four five six seven"

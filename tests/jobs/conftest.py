@@ -10,8 +10,7 @@ import redis
 
 from tests.jobs.queues import Hand, in_memory, on_redis, on_sqlite, opened
 from tests.redis_server import redis_server
-from vecmill.jobs.queue import JobQueue
-from vecmill.jobs.store import JobStore
+from vecmill.jobs.queue import JobQueue, JobStore
 
 
 @pytest.fixture(scope="session")

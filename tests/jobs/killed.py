@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from vecmill.config import JobSettings
-from vecmill.jobs.owned import OwnedJobs
+from vecmill.jobs.local import LocalJobs
 from vecmill.jobs.queue import JobQueue
 from vecmill.storage.sqlite_jobs import SqliteJobs
 
@@ -21,7 +21,7 @@ async def main(folder: Path, seed: int) -> None:
     choose = random.Random(seed)
     settings = JobSettings(jobs_max_active=2)
     queue = JobQueue(settings)
-    await queue.open(OwnedJobs(settings, SqliteJobs(folder / "jobs.db")))
+    await queue.open(LocalJobs(settings, SqliteJobs(folder / "jobs.db")))
     known: list[str] = []
     while True:
         call = choose.choice(["register", "register", "progress", "progress", "progress", "complete", "cancel"])

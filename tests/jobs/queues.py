@@ -12,10 +12,9 @@ from vecmill.config import JobSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import JobsUnavailable
 from vecmill.core.protocols import StoredJobs
-from vecmill.jobs.owned import OwnedJobs
-from vecmill.jobs.queue import JobQueue
+from vecmill.jobs.local import LocalJobs
+from vecmill.jobs.queue import JobQueue, JobStore
 from vecmill.jobs.shared import SharedJobs
-from vecmill.jobs.store import JobStore
 from vecmill.storage.redis_jobs import RedisJobs
 from vecmill.storage.sqlite_jobs import SqliteJobs
 
@@ -44,12 +43,12 @@ class HandTimed(RedisJobs):
         return replace(await super().read(after), time=self._hand())
 
 
-def in_memory(hand: Hand, settings: JobSettings = SETTINGS) -> OwnedJobs:
-    return OwnedJobs(settings, None, Clock(hand, hand))
+def in_memory(hand: Hand, settings: JobSettings = SETTINGS) -> LocalJobs:
+    return LocalJobs(settings, None, Clock(hand, hand))
 
 
-def on_sqlite(folder: Path, hand: Hand, settings: JobSettings = SETTINGS, wall: Hand | None = None) -> OwnedJobs:
-    return OwnedJobs(settings, SqliteJobs(folder / "jobs.db"), Clock(wall or hand, hand))
+def on_sqlite(folder: Path, hand: Hand, settings: JobSettings = SETTINGS, wall: Hand | None = None) -> LocalJobs:
+    return LocalJobs(settings, SqliteJobs(folder / "jobs.db"), Clock(wall or hand, hand))
 
 
 def on_redis(url: str, hand: Hand, settings: JobSettings = SETTINGS, server_time: Hand | None = None) -> SharedJobs:

@@ -14,7 +14,7 @@ import pytest
 from tests.jobs.queues import SETTINGS, Hand, ids, in_memory, later, on_redis, on_sqlite, opened
 from vecmill.config import JobSettings
 from vecmill.core.clock import Clock
-from vecmill.jobs.owned import OwnedJobs
+from vecmill.jobs.local import LocalJobs
 from vecmill.jobs.queue import JobQueue
 from vecmill.storage.sqlite_jobs import SqliteJobs
 
@@ -92,7 +92,7 @@ async def test_a_clock_that_was_set_back_between_two_runs_harms_nothing(tmp_path
 
 async def test_setting_the_clock_during_the_run_changes_nothing(hand: Hand) -> None:
     wall = Hand(1_000_000.0)
-    jobs = await opened(OwnedJobs(SETTINGS, None, Clock(wall, hand)))
+    jobs = await opened(LocalJobs(SETTINGS, None, Clock(wall, hand)))
     job = await jobs.register("a", 10, "i")
     for step in (-900_000, 5_000_000):
         wall.now += step
@@ -112,7 +112,7 @@ async def test_without_a_place_to_keep_them_jobs_are_in_memory(hand: Hand) -> No
 async def test_what_a_client_was_told_survives_sigkill(tmp_path: Path, seed: int) -> None:
     told = killed_after(random.Random(seed).randint(1, 150), tmp_path, seed)
     settings = JobSettings(jobs_max_active=2)
-    jobs = await opened(OwnedJobs(settings, SqliteJobs(tmp_path / "jobs.db")), settings)
+    jobs = await opened(LocalJobs(settings, SqliteJobs(tmp_path / "jobs.db")), settings)
     await _compare(jobs, told)
     await jobs.close()
 

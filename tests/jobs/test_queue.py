@@ -7,9 +7,9 @@ import pytest
 from tests.jobs.queues import SETTINGS, Hand, in_memory, later, opened
 from vecmill.config import JobSettings
 from vecmill.core.errors import InvalidInput, JobConflict, JobNotFound, JobsUnavailable, Overloaded
-from vecmill.jobs.book import ENDED_KEPT, OPEN_JOBS_MAX
+from vecmill.jobs.job import JobStatus
 from vecmill.jobs.queue import JobQueue
-from vecmill.jobs.transitions import JobStatus
+from vecmill.jobs.state import ENDED_KEPT, OPEN_JOBS_MAX
 
 
 async def test_first_come_first_served(jobs: JobQueue) -> None:

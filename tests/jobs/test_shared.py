@@ -17,8 +17,8 @@ from tests.jobs.queues import SETTINGS, Hand, ids, later, on_redis, opened
 from tests.redis_server import redis_server
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
+from vecmill.jobs.job import JobStatus
 from vecmill.jobs.shared import SharedJobs
-from vecmill.jobs.transitions import JobStatus
 from vecmill.storage.redis_jobs import META, OPEN, RedisJobs
 
 

@@ -14,9 +14,8 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from tests.jobs.queues import Hand, in_memory
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobConflict
-from vecmill.jobs.job import Job, View
+from vecmill.jobs.job import TRANSITIONS, Job, JobEvent, JobStatus, View, after
 from vecmill.jobs.queue import JobQueue
-from vecmill.jobs.transitions import TRANSITIONS, JobEvent, JobStatus, after
 
 T = TypeVar("T")
 

@@ -1,20 +1,22 @@
-"""Files that clients send and that batches give: `<id>.data`, and `<id>.json` once it is whole."""
+"""Files that clients send and that batches write: `<id>.data`, and `<id>.json` once it is complete."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import secrets
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
+from io import BufferedWriter
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from vecmill.batches.room import Room
+from vecmill.batches.disk import FileQuota
 from vecmill.core.clock import Clock
-from vecmill.core.errors import NoSuchFile
+from vecmill.core.errors import BodyTooLarge, NoSuchFile
 from vecmill.core.types import EVERYONE, Viewer
 from vecmill.storage.atomic_files import TEMPORARY, delete_unfinished, sync_folder, write_atomically
 from vecmill.storage.file_lock import FileLock
@@ -42,12 +44,12 @@ class StoredFile(BaseModel):
 class FileStore:
     """The folder of files. For any thread; every call may raise OSError."""
 
-    def __init__(self, folder: Path, clock: Clock, room: Room, expires_days: float) -> None:
+    def __init__(self, folder: Path, clock: Clock, quota: FileQuota, expires_days: float) -> None:
         self._folder = folder
         self._clock = clock
         self._expires_seconds = expires_days * DAY
         self._known: dict[str, StoredFile] = {}
-        self.room = room
+        self.quota = quota
 
     @staticmethod
     def new_id() -> str:
@@ -73,7 +75,7 @@ class FileStore:
         expires_seconds: float | None = None,
         owner: str | None = None,
     ) -> StoredFile:
-        """Take over what was written under another name. Can be repeated after a crash at any point."""
+        """Take over a file written under another name. Can be repeated after a crash at any point."""
         if written.exists():
             written.replace(self.data(file_id))
         now = self._clock()
@@ -107,7 +109,7 @@ class FileStore:
         return [file for file in self.stored() if file.expires_at > self._clock()]
 
     def stored(self) -> Iterator[StoredFile]:
-        """All whole files, those that have expired and not been deleted yet too."""
+        """All complete files, including expired ones that are not deleted yet."""
         for name in os.listdir(self._folder):
             file_id = name.removesuffix(METADATA)
             if file_id != name and FILE_ID.fullmatch(file_id):
@@ -122,7 +124,7 @@ class FileStore:
         for path in (self._metadata(file_id), self.data(file_id)):
             with suppress(FileNotFoundError):
                 path.unlink()
-        self.room.forget()
+        self.quota.forget()
 
     def sweep(self, orphans: Mapping[str, list[str]], in_use: Collection[str]) -> None:
         """Delete what has expired, and `orphans`, but nothing that a batch needs."""
@@ -135,14 +137,14 @@ class FileStore:
         delete_unfinished(self._folder)
 
     def orphans(self) -> dict[str, list[str]]:
-        """Names of what has no metadata, by the id of the file that it was to be."""
-        found: dict[str, list[str]] = {}
+        """Names of files without metadata, by file id."""
+        orphans: dict[str, list[str]] = {}
         names = set(os.listdir(self._folder))
         for name in names:
             file_id = name.partition(".")[0]
             if file_id + METADATA not in names:
-                found.setdefault(file_id, []).append(name)
-        return found
+                orphans.setdefault(file_id, []).append(name)
+        return orphans
 
     def _delete_orphan(self, file_id: str, names: list[str]) -> None:
         """Whoever writes a file holds a lock on it until its metadata is there."""
@@ -162,7 +164,7 @@ class FileStore:
         return self._folder / (file_id + METADATA)
 
     def _read(self, file_id: str) -> StoredFile | None:
-        """None where there is no such file, or its metadata is broken. What is written once is read once."""
+        """The file; None if there is none, or its metadata is broken. Metadata never changes and is cached."""
         try:
             if (known := self._known.get(file_id)) is not None:  # another thread may forget it meanwhile
                 self.data(file_id).stat()
@@ -173,3 +175,73 @@ class FileStore:
             return None
         self._known[file_id] = file
         return file
+
+
+class Upload:
+    """A file that is being received. For one thread at a time; every call may raise OSError."""
+
+    def __init__(self, files: FileStore, max_bytes: int, owner: str | None = None) -> None:
+        self._files = files
+        self._owner = owner
+        self._max_bytes = max_bytes
+        self._id = files.new_id()
+        self._path = files.part(self._id)
+        self._file = _opened(self._path)
+        self.size = 0
+
+    def write(self, data: bytes) -> None:
+        """Append.
+
+        Raises:
+            BodyTooLarge: the file is too large. FilesFull: all files together are.
+        """
+        if self.size + len(data) > self._max_bytes:
+            raise too_large(self._max_bytes)
+        self._files.quota.take(len(data))
+        self._file.write(data)
+        self.size += len(data)
+
+    def finish(self, filename: str, expires_seconds: float | None) -> StoredFile:
+        """Sync it to disk and add it to the store."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        file = self._files.add(
+            self._id,
+            self._path,
+            self.size,
+            filename=filename,
+            purpose="batch",
+            expires_seconds=expires_seconds,
+            owner=self._owner,
+        )
+        self._file.close()
+        return file
+
+    def discard(self) -> None:
+        """Delete it, unless it is finished. Never raises."""
+        if self._file.closed:
+            return
+        for path in (self._path, self._files.data(self._id)):
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # what is still to be flushed may not fit
+            self._file.close()
+        self._files.quota.forget()
+
+
+def _opened(path: Path) -> BufferedWriter:
+    """A new file, locked until it is closed: an unlocked file without metadata is deleted as an orphan."""
+    while True:
+        file = path.open("wb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        if path.exists():
+            return file
+        file.close()  # it was deleted before it was locked
+
+
+def too_large(max_bytes: int) -> BodyTooLarge:
+    """The error for a file above MAX_FILE_BYTES."""
+    return BodyTooLarge(
+        f"The file is larger than {max_bytes} bytes (MAX_FILE_BYTES): split it into several, each with a batch of its "
+        f"own."
+    )

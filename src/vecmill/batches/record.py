@@ -1,4 +1,4 @@
-"""What is known of a batch, as it is kept."""
+"""The record of a batch, as it is stored."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from enum import StrEnum
 from pydantic import BaseModel, ConfigDict
 
 
-class Status(StrEnum):
+class BatchStatus(StrEnum):
     """OpenAI's."""
 
     VALIDATING = "validating"
@@ -21,7 +21,7 @@ class Status(StrEnum):
     CANCELLED = "cancelled"
 
 
-ENDED = frozenset({Status.FAILED, Status.COMPLETED, Status.EXPIRED, Status.CANCELLED})
+ENDED = frozenset({BatchStatus.FAILED, BatchStatus.COMPLETED, BatchStatus.EXPIRED, BatchStatus.CANCELLED})
 
 
 class LineError(BaseModel):
@@ -35,8 +35,8 @@ class LineError(BaseModel):
     param: str | None = None
 
 
-class Progress(BaseModel):
-    """How far a batch is: what is before these places is done and on disk, what is after them does not count."""
+class BatchProgress(BaseModel):
+    """How far a batch is: what comes before these offsets is done and on disk, what comes after does not count."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,17 +67,17 @@ class BatchRecord(BaseModel):
     owner: str | None = None
     """The key that created it; None: there were no keys, or it was before batches had owners."""
     client: str = "batches"
-    """In whose turns its lines are run: the client's that created it."""
+    """The client that created it, in whose turns its lines run."""
 
-    status: Status = Status.VALIDATING
-    ends_as: Status | None = None
-    """What it will be once its files are in place; decided for good."""
+    status: BatchStatus = BatchStatus.VALIDATING
+    ends_as: BatchStatus | None = None
+    """The final status, decided; `status` follows once the result files are in place."""
     errors: tuple[LineError, ...] = ()
     total: int = 0
     """Lines of the input."""
     first_offset: int = 0
     """Where the first line begins."""
-    progress: Progress = Progress()
+    progress: BatchProgress = BatchProgress()
     model: str | None = None
     output_file_id: str | None = None
     error_file_id: str | None = None
@@ -93,26 +93,31 @@ class BatchRecord(BaseModel):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing of it will change any more."""
+        """Whether the record will not change any more."""
         return self.status in ENDED
+
+    @property
+    def file_ids(self) -> list[str]:
+        """The ids of all files that the batch reads or writes."""
+        return [file_id for file_id in (self.input_file_id, self.output_file_id, self.error_file_id) if file_id]
 
 
 class WorkNote(BaseModel):
-    """Which lines are being worked on. It is there only meanwhile: found later, it says on what a process died."""
+    """Which lines are being run. It exists only meanwhile: found later, it says what a process died on."""
 
     model_config = ConfigDict(frozen=True)
 
     first: int
     """The first line that was not recorded as answered when this was written."""
     lines: int
-    """So many may have been begun with: from `first` on if alone, else from wherever the record is."""
+    """How many may have been started: from `first` on if `alone`, else from where the record is."""
     alone: bool
-    """The first was worked on by itself, and nothing else of any batch."""
+    """The first line was run alone, with nothing else of any batch."""
 
     def last(self, answered: int) -> int:
-        """The last line that may have been begun with, where so many lines are recorded as answered."""
+        """The last line that may have been started, if `answered` lines are recorded as answered."""
         return self.first - 1 + self.lines if self.alone else answered + self.lines
 
     def convicts(self, answered: int) -> bool:
-        """Whether the next line is the one that was worked on by itself."""
+        """Whether the next line is the one that was run alone."""
         return self.alone and answered == self.first - 1

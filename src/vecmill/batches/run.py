@@ -1,12 +1,11 @@
-"""One batch from its first line to its files, by whoever holds its lock.
+"""Runs one batch from validation to its result files. For whoever holds its lock.
 
-Whatever is done is done in this order, so that a kill at any moment loses nothing and repeats nothing: the answers are
-on disk before the record says so, the record has the files' ids before the files get their names, and says that the
-batch has ended after that.
+Writes are ordered so that a kill at any moment loses nothing and repeats nothing: first the answers are on disk, then
+the record says so; the record has the ids of the result files before these get their names, and says that the batch has
+ended after that.
 
-A line may be what killed the process. So there is a note on disk of what is being worked on, and whoever finds it does
-those lines again one at a time, nothing else beside them; a line that is found to have been alone is not run a third
-time.
+A line may have killed the process. A note on disk says which lines are being run; whoever finds one repeats those lines
+one at a time, with nothing else running; a line that was running alone when the process died is not run a third time.
 """
 
 from __future__ import annotations
@@ -19,16 +18,20 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from vecmill.batches.answers import ERRORS, OUTPUT, Answers, expired, process_died, written
-from vecmill.batches.disk_patience import DiskPatience, Stop, never
-from vecmill.batches.endpoint import Endpoint, Line
+from vecmill.batches.disk import DiskPatience, Stop, in_thread, never
+from vecmill.batches.endpoint import Answered, Endpoint, Turns, Window
 from vecmill.batches.files import FileStore
-from vecmill.batches.lines import Group, InputChanged, LineReader
-from vecmill.batches.record import BatchRecord, LineError, Progress, Status, WorkNote
-from vecmill.batches.store import BatchStore
-from vecmill.batches.threads import in_thread
-from vecmill.batches.validation import Checked, validate
-from vecmill.batches.window import Answered, Turns, Window
+from vecmill.batches.input import Checked, InputChanged, InputLine, LineGroup, LineReader, validate
+from vecmill.batches.record import BatchProgress, BatchRecord, BatchStatus, LineError, WorkNote
+from vecmill.batches.store import (
+    ERRORS,
+    OUTPUT,
+    AnswerFiles,
+    BatchStore,
+    answered_lines,
+    expired_lines,
+    process_died_lines,
+)
 from vecmill.core.clock import Clock
 from vecmill.core.types import Caller, Lane
 from vecmill.telemetry.telemetry import Telemetry
@@ -37,8 +40,8 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What every batch of a server has in common."""
+class BatchContext:
+    """What all batches of one server share."""
 
     store: BatchStore
     files: FileStore
@@ -47,83 +50,85 @@ class Surroundings:
     chunk_size: int
     """Lines in flight."""
     max_line_bytes: int
+    keep_days: float
+    """After which a batch that has ended is deleted."""
     turns: Turns = field(default_factory=Turns)
     device_failed: Callable[[], bool] = lambda: False
-    """Whether the process ends because the device does not get on, which a line may have caused."""
+    """Whether the process is ending because the device has failed or hangs, which a line may have caused."""
 
 
 class Suspended(Exception):
-    """The batch is left where it is; whoever comes next goes on from there."""
+    """The batch stays where it is; whoever runs it next continues from there."""
 
 
 class BatchRun:
     """A batch being run. Belongs to the event loop's thread."""
 
-    def __init__(self, around: Surroundings, endpoint: Endpoint, record: BatchRecord) -> None:
-        self._around = around
+    def __init__(self, context: BatchContext, endpoint: Endpoint, record: BatchRecord) -> None:
+        self._context = context
         self._endpoint = endpoint
         self._interrupted = asyncio.Event()
         self._stopped = self._suspending = False
         self._disk = DiskPatience(record.id)
-        self._folder = around.store.folder(record.id)
+        self._folder = context.store.folder(record.id)
         self.record = record
 
     def interrupt(self) -> None:
-        """It was cancelled, or has expired: what is committed stays, the rest is not run."""
+        """The batch was cancelled or has expired: what is committed stays, the rest is not run."""
         self._interrupted.set()
         self._disk.wake()
 
     def wake(self) -> None:
-        """There may be room on the disk now."""
+        """Retry a write that waits for the disk: there may be room now."""
         self._disk.wake()
 
     def suspend(self) -> None:
-        """Begin with no more lines; `run` raises Suspended once those that it has begun with are on disk."""
+        """Start no more lines; `run` raises Suspended once the started ones are on disk."""
         self._suspending = True
         self._interrupted.set()
 
     def stop(self) -> None:
-        """`run` is about to be cancelled: what runs in a thread shall end soon."""
+        """`run` is about to be cancelled: end the work in its thread soon."""
         self._stopped = True
 
     async def run(self) -> None:
-        """Bring the batch to its end. Cancelled, it can be taken up by anybody later.
+        """Run the batch to its end. If it is cancelled, any server can continue it later.
 
         Raises:
             Suspended: it was asked for.
         """
         if self.record.ends_as is None:
-            await self._decided(await self._answer())
+            await self._record_outcome(await self._answer())
         await self._finish()
 
     @property
     def _caller(self) -> Caller:
-        """Whoever created it; the batch is one of that client's jobs."""
+        """The client that created the batch; its lines take turns as one of that client's jobs."""
         record = self.record
         return Caller(client=record.client, owner=record.owner, job_id=record.id, lane=Lane.BULK)
 
-    async def _interruption(self) -> Status | None:
+    async def _interruption(self) -> BatchStatus | None:
         record = self.record
-        if await in_thread(self._around.store.cancel_asked, record.id) is not None:
-            return Status.CANCELLED
-        return Status.EXPIRED if self._around.clock() >= record.expires_at else None
+        if await in_thread(self._context.store.cancel_requested_at, record.id) is not None:
+            return BatchStatus.CANCELLED
+        return BatchStatus.EXPIRED if self._context.clock() >= record.expires_at else None
 
     async def _over(self) -> bool:
         return await self._interruption() is not None
 
-    async def _answer(self) -> Status:
-        """Do the lines; says how the batch ends."""
-        if await self._interruption() is Status.CANCELLED:
-            return Status.CANCELLED
-        if self.record.status is Status.VALIDATING and not await self._validate():
-            return Status.FAILED
-        answers = await self._disk.until_done(lambda: Answers(self._folder))
+    async def _answer(self) -> BatchStatus:
+        """Answer the lines; returns the final status."""
+        if await self._interruption() is BatchStatus.CANCELLED:
+            return BatchStatus.CANCELLED
+        if self.record.status is BatchStatus.VALIDATING and not await self._validate():
+            return BatchStatus.FAILED
+        answers = await self._disk.until_done(lambda: AnswerFiles(self._folder))
         assert answers is not None  # nothing stops it
         try:
             if not answers.holds(self.record.progress):
-                await self._save(progress=Progress(input_offset=self.record.first_offset))
+                await self._save(progress=BatchProgress(input_offset=self.record.first_offset))
             ends_as = await self._work(answers)
-            if ends_as is Status.EXPIRED:
+            if ends_as is BatchStatus.EXPIRED:
                 await self._expire_rest(answers)
         except (InputChanged, FileNotFoundError):
             return await self._refuse("input_file_changed", "The input file is gone, or not what it was.")
@@ -132,13 +137,13 @@ class BatchRun:
         return ends_as
 
     async def _validate(self) -> bool:
-        record, around = self.record, self._around
+        record, context = self.record, self._context
         try:
             checked: Checked = await in_thread(
                 validate,
-                around.files.data(record.input_file_id),
+                context.files.data(record.input_file_id),
                 record.endpoint,
-                around.max_line_bytes,
+                context.max_line_bytes,
                 lambda: self._stopped,
             )
         except FileNotFoundError:
@@ -148,35 +153,35 @@ class BatchRun:
             await self._save(errors=tuple(checked.errors), total=checked.total)
             return False
         await self._save(
-            status=Status.IN_PROGRESS,
-            in_progress_at=around.clock(),
+            status=BatchStatus.IN_PROGRESS,
+            in_progress_at=context.clock(),
             total=checked.total,
             first_offset=checked.first_offset,
-            progress=Progress(input_offset=checked.first_offset),
+            progress=BatchProgress(input_offset=checked.first_offset),
         )
         return True
 
-    async def _refuse(self, code: str, message: str) -> Status:
+    async def _refuse(self, code: str, message: str) -> BatchStatus:
         await self._save(errors=(LineError(code=code, message=message, param="input_file_id"),))
-        return Status.FAILED
+        return BatchStatus.FAILED
 
-    async def _work(self, answers: Answers) -> Status:
+    async def _work(self, answers: AnswerFiles) -> BatchStatus:
         """Answer lines until all are, or until the batch is cancelled or over its time."""
-        store, batch_id = self._around.store, self.record.id
+        store, batch_id = self._context.store, self.record.id
         noted = await self._disk.until_done(lambda: store.noted_work(batch_id))
         try:
             if noted is not None and (ends_as := await self._recover(answers, noted)) is not None:
                 return ends_as
             ends_as = await self._answer_lines(answers)
-            assert ends_as is not None  # no line is the last but that of the input
+            assert ends_as is not None  # without `last_alone` it goes on to the end of the input
             return ends_as
         finally:
-            if not self._around.device_failed():
+            if not self._context.device_failed():
                 with suppress(OSError):  # the next to run it is careful then
                     await in_thread(store.end_work, batch_id)
 
-    async def _recover(self, answers: Answers, noted: WorkNote) -> Status | None:
-        """Do what a process died on, one line at a time; says how the batch ends if it ends meanwhile."""
+    async def _recover(self, answers: AnswerFiles, noted: WorkNote) -> BatchStatus | None:
+        """Repeat the lines that a process died on, one at a time; the final status if the batch ends meanwhile."""
         answered = self.record.progress.lines
         last = min(noted.last(answered), self.record.total)
         extra = {"batch": self.record.id, "first": answered + 1, "last": last}
@@ -185,23 +190,24 @@ class BatchRun:
             await self._report_death(answers)
         return await self._answer_lines(answers, last)
 
-    async def _report_death(self, answers: Answers) -> None:
-        """The next line has killed twice."""
+    async def _report_death(self, answers: AnswerFiles) -> None:
+        """Record the next line, which has killed the process twice, as failed."""
         number = self.record.progress.lines + 1
         extra = {"batch": self.record.id, "line": number}
         logger.error("a line of a batch killed the process twice; it is not run again", extra=extra)
         reader = await self._reader()
         try:
             if group := await in_thread(reader.next, lambda body: 0, 1):
-                await self._fail(answers, group, process_died)
+                await self._fail(answers, group, process_died_lines)
         finally:
             await in_thread(reader.close)
 
-    async def _answer_lines(self, answers: Answers, last_alone: int | None = None) -> Status | None:
-        """Answer lines until all are, or until the batch ends otherwise; those up to `last_alone` one at a time, and
-        then no more (None).
+    async def _answer_lines(self, answers: AnswerFiles, last_alone: int | None = None) -> BatchStatus | None:
+        """Answer all lines, unless the batch ends before; returns the final status.
+
+        With `last_alone`: only the lines up to that number, one at a time; None once they are done.
         """
-        most, turn = self._around.chunk_size, self._around.turns.together
+        most, turn = self._context.chunk_size, self._context.turns.together
         if last_alone is not None:
             most, turn = 1, partial(self._alone, last_alone)
         else:
@@ -216,15 +222,15 @@ class BatchRun:
                 if self._suspending and not window.groups:
                     raise Suspended
                 if not self._suspending and not await window.fill():
-                    return Status.COMPLETED
+                    return BatchStatus.COMPLETED
                 interrupted = await self._take(answers, window, interrupted)
             return None
         finally:
             interrupted.cancel()
             await window.drop()
 
-    async def _take(self, answers: Answers, window: Window, interrupted: asyncio.Task[Any]) -> asyncio.Task[Any]:
-        """Wait for answers and put them on disk; gives the task that waits for the next interruption."""
+    async def _take(self, answers: AnswerFiles, window: Window, interrupted: asyncio.Task[Any]) -> asyncio.Task[Any]:
+        """Wait for answers and put them on disk; returns the task that waits for the next interruption."""
         await window.first_or(interrupted)
         taken = window.take()
         if taken and await self._commit(answers, taken):
@@ -233,8 +239,8 @@ class BatchRun:
 
     @asynccontextmanager
     async def _alone(self, last: int) -> AsyncIterator[None]:
-        """While nothing else is worked on; the note says that the next line is, and only then."""
-        async with self._around.turns.alone():
+        """Run nothing else meanwhile; only then the note says that the next line runs alone."""
+        async with self._context.turns.alone():
             lines = last - self.record.progress.lines
             await self._note(lines, alone=True)
             yield
@@ -242,16 +248,16 @@ class BatchRun:
 
     async def _note(self, lines: int, *, alone: bool) -> None:
         note = WorkNote(first=self.record.progress.lines + 1, lines=lines, alone=alone)
-        write = partial(self._around.store.note_work, self.record.id, note)
+        write = partial(self._context.store.note_work, self.record.id, note)
         await self._disk.until_done(write, self._over)
 
     async def _reader(self) -> LineReader:
         record = self.record
-        path = self._around.files.data(record.input_file_id)
+        path = self._context.files.data(record.input_file_id)
         return await in_thread(LineReader, path, record.progress.input_offset, record.progress.lines, record.total)
 
-    async def _commit(self, answers: Answers, taken: Sequence[Answered]) -> bool:
-        """Put answered lines on disk; False where the batch was interrupted while it waited for room."""
+    async def _commit(self, answers: AnswerFiles, taken: Sequence[Answered]) -> bool:
+        """Put answered lines on disk; False where the batch was interrupted while it waited for the disk."""
         results = [result for _, results in taken for result in results]
         lines = [line for group, _ in taken for line in group.lines]
         done = sum(result.ok for result in results)
@@ -259,8 +265,8 @@ class BatchRun:
         before = self.record.progress
 
         def write() -> BatchRecord:
-            output, errors = written(self.record.id, lines, results)
-            progress = Progress(
+            output, errors = answered_lines(self.record.id, lines, results)
+            progress = BatchProgress(
                 input_offset=taken[-1][0].stop,
                 lines=before.lines + len(lines),
                 output_bytes=before.output_bytes + len(output),
@@ -274,16 +280,18 @@ class BatchRun:
 
         return await self._committed(write, self._over)
 
-    async def _expire_rest(self, answers: Answers) -> None:
-        """What was not run in time goes to the errors. It may be taken up where it was left, like everything else."""
+    async def _expire_rest(self, answers: AnswerFiles) -> None:
+        """Put the lines that were not run in time among the errors. Restartable, like everything else."""
         reader = await self._reader()
         try:
-            while group := await in_thread(reader.next, lambda body: 0, self._around.chunk_size):
-                await self._fail(answers, group, expired)
+            while group := await in_thread(reader.next, lambda body: 0, self._context.chunk_size):
+                await self._fail(answers, group, expired_lines)
         finally:
             await in_thread(reader.close)
 
-    async def _fail(self, answers: Answers, group: Group, errors_of: Callable[[str, Sequence[Line]], bytes]) -> None:
+    async def _fail(
+        self, answers: AnswerFiles, group: LineGroup, errors_of: Callable[[str, Sequence[InputLine]], bytes]
+    ) -> None:
         """Put lines among the errors without running them."""
         before = self.record.progress
         errors = await in_thread(errors_of, self.record.id, group.lines)
@@ -303,25 +311,25 @@ class BatchRun:
         if record is None:
             return False
         self.record = record
-        lines = self._around.telemetry.metrics.batch_lines
+        lines = self._context.telemetry.metrics.batch_lines
         lines.labels("completed").inc(record.progress.completed - before.completed)
         lines.labels("failed").inc(record.progress.failed - before.failed)
         return True
 
-    def _write(self, answers: Answers, output: bytes, errors: bytes, **changes: Any) -> BatchRecord:
-        self._around.files.room.take(len(output) + len(errors))
+    def _write(self, answers: AnswerFiles, output: bytes, errors: bytes, **changes: Any) -> BatchRecord:
+        self._context.files.quota.take(len(output) + len(errors))
         answers.append(self.record.progress, output, errors)
         return self._write_record(**changes)
 
-    async def _decided(self, ends_as: Status) -> None:
-        """From here on nothing changes how the batch ends, nor the ids of its files."""
+    async def _record_outcome(self, ends_as: BatchStatus) -> None:
+        """Persist the final status and the ids of the result files; irreversible."""
         progress = self.record.progress
-        changes: dict[str, Any] = {"status": Status.FINALIZING, "finalizing_at": self._around.clock()}
-        if ends_as is Status.FAILED:
+        changes: dict[str, Any] = {"status": BatchStatus.FINALIZING, "finalizing_at": self._context.clock()}
+        if ends_as is BatchStatus.FAILED:
             changes = {}
-        elif ends_as is Status.CANCELLED:
-            asked = await in_thread(self._around.store.cancel_asked, self.record.id)
-            changes = {"status": Status.CANCELLING, "cancelling_at": asked}
+        elif ends_as is BatchStatus.CANCELLED:
+            requested_at = await in_thread(self._context.store.cancel_requested_at, self.record.id)
+            changes = {"status": BatchStatus.CANCELLING, "cancelling_at": requested_at}
         await self._save(
             **changes,
             ends_as=ends_as,
@@ -330,11 +338,11 @@ class BatchRun:
         )
 
     async def _finish(self) -> None:
-        """Give the files their names, then say that the batch has ended. Can be repeated."""
+        """Give the files their final names, then record that the batch has ended. Idempotent."""
         record = self.record
         assert record.ends_as is not None
         await self._disk.until_done(self._place_files)
-        await self._save(status=record.ends_as, **{f"{record.ends_as.value}_at": self._around.clock()})
+        await self._save(status=record.ends_as, **{f"{record.ends_as.value}_at": self._context.clock()})
 
     def _place_files(self) -> None:
         record, progress = self.record, self.record.progress
@@ -349,7 +357,7 @@ class BatchRun:
             if path.exists():
                 with path.open("rb+") as file:
                     file.truncate(size)
-            self._around.files.add(
+            self._context.files.add(
                 file_id,
                 path,
                 size,
@@ -365,6 +373,6 @@ class BatchRun:
         self.record = record
 
     def _write_record(self, **changes: Any) -> BatchRecord:
-        record = self.record.model_copy(update={**changes, "updated_at": self._around.clock()})
-        self._around.store.save(record)
+        record = self.record.model_copy(update={**changes, "updated_at": self._context.clock()})
+        self._context.store.save(record)
         return record

@@ -1,52 +1,45 @@
-"""Which batches are run here and now: the oldest that nobody else runs."""
+"""Which batches this server runs now: the oldest that nobody else runs. And deleting what has expired."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from time import perf_counter
 
+from vecmill.batches.disk import in_thread
 from vecmill.batches.endpoint import Endpoint
-from vecmill.batches.record import BatchRecord, Status
-from vecmill.batches.run import BatchRun, Surroundings, Suspended
-from vecmill.batches.threads import in_thread
+from vecmill.batches.files import DAY
+from vecmill.batches.record import BatchRecord, BatchStatus
+from vecmill.batches.run import BatchContext, BatchRun, Suspended
 from vecmill.storage.file_lock import FileLock
 
 logger = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0  # what another server created or cancelled is found after this
+LOOK_SECONDS = 1.0  # until a batch that another server created or cancelled is noticed
 SWEEP_SECONDS = 60.0
 AFTER_A_FAULT_SECONDS = 60.0
-# For the lines that a batch has begun with when the server stops. What takes longer is given up: the cache has those of
-# its vectors that were computed.
+# How long a stopping server waits for lines in flight. What takes longer is dropped; vectors computed so far are in the
+# cache.
 SUSPEND_SECONDS = 2.0
 
 
-class Runner:
+class BatchRunner:
     """Runs batches until it is closed. Belongs to the event loop's thread."""
 
-    def __init__(
-        self,
-        around: Surroundings,
-        endpoints: Mapping[str, Endpoint],
-        max_active: int,
-        sweep: Callable[[], None],
-    ) -> None:
-        """`sweep` deletes what has expired; it is called in a thread now and then."""
-        self._around = around
+    def __init__(self, context: BatchContext, endpoints: Mapping[str, Endpoint], max_active: int) -> None:
+        self._context = context
         self._endpoints = endpoints
         self._max_active = max_active
-        self._sweep = sweep
         self._next_sweep = 0.0
         self._wake = asyncio.Event()
         self.waiting = False
-        """Whether the disk keeps it from looking for batches."""
+        """Whether the folder of batches cannot be read now."""
         self._active: dict[str, tuple[BatchRun, asyncio.Task[None]]] = {}
         self._not_before: dict[str, float] = {}
         self._loop = asyncio.create_task(self._look_again_and_again(), name="batches")
-        self.counts: Mapping[Status, int] = {}
+        self.counts: Mapping[BatchStatus, int] = {}
         """Batches by state, as they were when last looked for."""
 
     def wake(self) -> None:
@@ -56,7 +49,7 @@ class Runner:
             run.wake()
 
     async def suspend(self) -> None:
-        """Begin with nothing more; what was begun with is put on disk if it soon can be."""
+        """Start nothing more; wait up to SUSPEND_SECONDS until the started lines are on disk."""
         self._loop.cancel()
         for run, _ in self._active.values():
             run.suspend()
@@ -65,7 +58,7 @@ class Runner:
         await self.close()
 
     async def close(self) -> None:
-        """Stop; what is committed stays, and whoever comes next goes on from there."""
+        """Stop; what is committed stays, and whoever runs the batches next continues from there."""
         tasks = [self._loop, *(task for _, task in self._active.values())]
         for run, _ in self._active.values():
             run.stop()
@@ -83,48 +76,50 @@ class Runner:
                 if not self.waiting:
                     logger.error("batches wait for the disk: %s", error)
                 self.waiting = True
-            except Exception:  # whatever it is, the other batches must go on
+            except Exception:  # the other batches must go on
                 logger.exception("looking for batches failed")
             with suppress(TimeoutError):
                 async with asyncio.timeout(LOOK_SECONDS):
                     await self._wake.wait()
 
     async def _look(self) -> None:
-        now = self._around.clock()
+        now = self._context.clock()
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
-            await in_thread(self._sweep)
+            await in_thread(_delete_expired, self._context)
         records, cancelled = await in_thread(self._pending)
         for record in records:
             over = record.id in cancelled or now >= record.expires_at
             if record.id in self._active:
                 if over:
                     self._active[record.id][0].interrupt()
-            # What only has to be ended takes no turn.
+            # A batch that only has to be ended needs no free place.
             elif (over or len(self._active) < self._max_active) and now >= self._not_before.get(record.id, 0.0):
                 await self._try(record.id)
 
     def _pending(self) -> tuple[list[BatchRecord], set[str]]:
-        records = self._around.store.all()
-        self.counts = {status: sum(record.status is status for record in records) for status in Status}
+        records = self._context.store.all()
+        self.counts = {status: sum(record.status is status for record in records) for status in BatchStatus}
         pending = [record for record in records if not record.ended]
-        return pending, {record.id for record in pending if self._around.store.cancel_asked(record.id) is not None}
+        return pending, {
+            record.id for record in pending if self._context.store.cancel_requested_at(record.id) is not None
+        }
 
     async def _try(self, batch_id: str) -> None:
         locked = await in_thread(self._locked, batch_id)
         if locked is None:
             return
         lock, record = locked
-        run = BatchRun(self._around, self._endpoints[record.endpoint], record)
+        run = BatchRun(self._context, self._endpoints[record.endpoint], record)
         task = asyncio.create_task(self._run(run, lock), name=batch_id)
         self._active[batch_id] = (run, task)
 
     def _locked(self, batch_id: str) -> tuple[FileLock, BatchRecord] | None:
-        """A batch that nobody else runs, as it is now: it may have been changed by whoever had the lock before."""
-        lock = self._around.store.lock(batch_id)
+        """The lock of a batch that nobody else runs, and its record, read after the lock was taken."""
+        lock = self._context.store.lock(batch_id)
         if lock is None:
             return None
-        record = self._around.store.get(batch_id)
+        record = self._context.store.get(batch_id)
         if record.ended or record.endpoint not in self._endpoints:
             lock.release()
             return None
@@ -139,7 +134,7 @@ class Runner:
             logger.info("batch goes on after the restart", extra=_facts(run.record))
         except Exception:
             logger.exception("a batch stopped for a fault; it is taken up again", extra={"batch": batch_id})
-            self._not_before[batch_id] = self._around.clock() + AFTER_A_FAULT_SECONDS
+            self._not_before[batch_id] = self._context.clock() + AFTER_A_FAULT_SECONDS
         else:
             seconds = round(perf_counter() - started, 1)
             logger.info("batch ended", extra={**_facts(run.record), "seconds": seconds})
@@ -159,3 +154,23 @@ def _facts(record: BatchRecord) -> dict[str, object]:
         "completed": progress.completed,
         "failed": progress.failed,
     }
+
+
+def _delete_expired(context: BatchContext) -> None:
+    """Delete expired files, the remains of broken uploads, and batches that ended long ago. For any thread.
+
+    Several servers may do it at the same time.
+    """
+    store, files, keep_seconds = context.store, context.files, context.keep_days * DAY
+    try:
+        # In this order: a file's id is in a batch's record before the file has its final name.
+        orphans = files.orphans()
+        records = store.all()
+        in_use = {file_id for record in records if not record.ended for file_id in record.file_ids}
+        files.sweep(orphans, in_use)
+        store.sweep()
+        for record in records:
+            if record.ended and record.updated_at + keep_seconds <= context.clock():
+                store.forget(record.id)
+    except OSError as error:
+        logger.warning("files that have expired cannot be deleted: %s", error)

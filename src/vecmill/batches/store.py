@@ -1,4 +1,4 @@
-"""The folder of batches: `<id>/batch.json`, its `lock`, `cancel` and `working`, and what it has answered so far."""
+"""The folder of batches: `<id>/batch.json`, its `lock`, `cancel` and `working`, and the answers so far."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import time
 
+import orjson
 from pydantic import ValidationError
 
-from vecmill.batches.record import BatchRecord, WorkNote
+from vecmill.batches.endpoint import LineResult
+from vecmill.batches.input import InputLine
+from vecmill.batches.record import BatchProgress, BatchRecord, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
 from vecmill.storage.atomic_files import delete_unfinished, sync_folder, write_atomically
@@ -22,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 RECORD, LOCK, CANCEL, WORKING = "batch.json", "lock", "cancel", "working"
-UNBORN = "new."
-UNBORN_SECONDS = 3600.0
+UNFINISHED = "new."
+UNFINISHED_SECONDS = 3600.0
 
 
 class BatchStore:
@@ -40,21 +44,21 @@ class BatchStore:
         return f"batch_{secrets.token_hex(16)}"
 
     def folder(self, batch_id: str) -> Path:
-        """Where all of a batch is."""
+        """The folder of a batch."""
         return self._folder / batch_id
 
     def create(self, record: BatchRecord) -> None:
-        """Keep a new batch; all of it or nothing."""
-        unborn = self.folder(UNBORN + record.id)
+        """Store a new batch, atomically."""
+        unfinished = self.folder(UNFINISHED + record.id)
         try:
-            unborn.mkdir(mode=0o700)
-            (unborn / LOCK).touch(mode=0o600)
-            write_atomically(unborn / RECORD, _serialised(record))
-            sync_folder(unborn)
-            unborn.rename(self.folder(record.id))
+            unfinished.mkdir(mode=0o700)
+            (unfinished / LOCK).touch(mode=0o600)
+            write_atomically(unfinished / RECORD, _serialised(record))
+            sync_folder(unfinished)
+            unfinished.rename(self.folder(record.id))
             sync_folder(self._folder)
         except OSError:
-            shutil.rmtree(unborn, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
     def save(self, record: BatchRecord) -> None:
@@ -80,42 +84,42 @@ class BatchStore:
         return sorted(records, key=lambda record: (record.created_at, record.id))
 
     def lock(self, batch_id: str) -> FileLock | None:
-        """The right to run a batch; None where somebody has it."""
+        """The lock of whoever runs a batch; None if it is taken."""
         return FileLock.take(self.folder(batch_id) / LOCK)
 
     def cancel(self, batch_id: str, now: float) -> None:
-        """Ask whoever runs the batch to cancel it.
+        """Request that whoever runs the batch cancels it.
 
         Raises:
             NoSuchBatch: it was deleted meanwhile.
         """
-        if self.cancel_asked(batch_id) is not None:
+        if self.cancel_requested_at(batch_id) is not None:
             return
         try:
             write_atomically(self.folder(batch_id) / CANCEL, repr(now).encode())
         except FileNotFoundError:
             raise _none_of(batch_id) from None
 
-    def cancel_asked(self, batch_id: str) -> float | None:
-        """When the batch was asked to be cancelled; None: it was not."""
+    def cancel_requested_at(self, batch_id: str) -> float | None:
+        """When cancellation was requested; None if it was not."""
         try:
             return float((self.folder(batch_id) / CANCEL).read_bytes())
         except (FileNotFoundError, ValueError):
             return None
 
     def note_work(self, batch_id: str, note: WorkNote) -> None:
-        """Have it on disk what is about to be worked on. For whoever holds the batch's lock, as the next two."""
+        """Record on disk which lines are about to be run. For the holder of the batch's lock, as the next two."""
         write_atomically(self.folder(batch_id) / WORKING, note.model_dump_json().encode())
 
     def noted_work(self, batch_id: str) -> WorkNote | None:
-        """What a process worked on when it died; None: none did."""
+        """The lines that a process was running when it died; None if none did."""
         try:
             return WorkNote.model_validate_json((self.folder(batch_id) / WORKING).read_bytes())
         except (FileNotFoundError, ValidationError):
             return None
 
     def end_work(self, batch_id: str) -> None:
-        """Nothing is being worked on any more."""
+        """Remove the note: nothing is being run any more."""
         (self.folder(batch_id) / WORKING).unlink(missing_ok=True)
 
     def forget(self, batch_id: str) -> None:
@@ -124,14 +128,14 @@ class BatchStore:
         shutil.rmtree(self.folder(batch_id), ignore_errors=True)
 
     def sweep(self) -> None:
-        """Delete what is left of writes that were cut short, by a kill."""
+        """Delete what interrupted writes have left."""
         delete_unfinished(self._folder, "batch_*/")
-        for path in self._folder.glob(UNBORN + "*"):
-            if abs(time() - path.stat().st_mtime) > UNBORN_SECONDS:
+        for path in self._folder.glob(UNFINISHED + "*"):
+            if abs(time() - path.stat().st_mtime) > UNFINISHED_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _read(self, batch_id: str) -> BatchRecord | None:
-        """None where it is gone or broken. What has ended does not change and is not read again."""
+        """The record; None if it is gone or broken. An ended batch does not change and is cached."""
         path = self.folder(batch_id) / RECORD
         try:
             if (known := self._ended.get(batch_id)) is not None:  # another thread may forget it meanwhile
@@ -157,3 +161,104 @@ def _none_of(batch_id: str) -> NoSuchBatch:
 
 def _serialised(record: BatchRecord) -> bytes:
     return record.model_dump_json().encode()
+
+
+OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
+
+
+class AnswerFiles:
+    """The output and errors of one batch: files that only grow, and are cut back to what the record says.
+
+    For one thread at a time; every call may raise OSError.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._output = _open(folder / OUTPUT)
+        self._errors = _open(folder / ERRORS)
+
+    def holds(self, progress: BatchProgress) -> bool:
+        """Whether the files have all that the record says: a disk that failed may have lost some."""
+        sizes = os.fstat(self._output).st_size, os.fstat(self._errors).st_size
+        return sizes[0] >= progress.output_bytes and sizes[1] >= progress.error_bytes
+
+    def append(self, progress: BatchProgress, output: bytes, errors: bytes) -> None:
+        """Write after what is recorded, over whatever is there, and sync it to disk."""
+        for file, start, data in (
+            (self._output, progress.output_bytes, output),
+            (self._errors, progress.error_bytes, errors),
+        ):
+            if data or os.fstat(file).st_size != start:
+                os.ftruncate(file, start)
+                _write(file, start, data)
+                os.fdatasync(file)
+
+    def close(self) -> None:
+        """Close the files."""
+        os.close(self._output)
+        os.close(self._errors)
+
+
+def answered_lines(batch_id: str, lines: Sequence[InputLine], results: Sequence[LineResult]) -> tuple[bytes, bytes]:
+    """The lines of the output and those of the errors."""
+    output: list[bytes] = []
+    errors: list[bytes] = []
+    for line, result in zip(lines, results, strict=True):
+        (output if result.ok else errors).append(_answered(batch_id, line, result))
+    return b"".join(output), b"".join(errors)
+
+
+def expired_lines(batch_id: str, lines: Iterable[InputLine]) -> bytes:
+    """The error lines for lines that were not run in time."""
+    return _unanswered(
+        batch_id,
+        lines,
+        "batch_expired",
+        "This request was not run before the completion window of its batch was over.",
+    )
+
+
+def process_died_lines(batch_id: str, lines: Iterable[InputLine]) -> bytes:
+    """The error lines for lines that have killed the process and are not run again."""
+    return _unanswered(
+        batch_id,
+        lines,
+        "process_died",
+        "The server's process died twice while it worked on this request, the second time on nothing else; it was not "
+        "tried again. Send less text in one request.",
+    )
+
+
+def _unanswered(batch_id: str, lines: Iterable[InputLine], code: str, message: str) -> bytes:
+    error = {"code": code, "message": message}
+    return b"".join(
+        orjson.dumps(
+            {"id": _id(batch_id, line), "custom_id": line.custom_id, "response": None, "error": error},
+            option=orjson.OPT_APPEND_NEWLINE,
+        )
+        for line in lines
+    )
+
+
+def _answered(batch_id: str, line: InputLine, result: LineResult) -> bytes:
+    request_id = _id(batch_id, line)
+    response = {"status_code": result.status, "request_id": request_id, "body": orjson.Fragment(result.body)}
+    return orjson.dumps(
+        {"id": request_id, "custom_id": line.custom_id, "response": response, "error": None},
+        option=orjson.OPT_APPEND_NEWLINE,
+    )
+
+
+def _id(batch_id: str, line: InputLine) -> str:
+    """Unique, and the same when the line has to be run again."""
+    return f"batch_req_{batch_id[6:]}{line.number:08x}"
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _write(file: int, start: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        count = os.pwrite(file, view, start)
+        view, start = view[count:], start + count

@@ -64,38 +64,6 @@ class JobChanges:
     """This is all there is: delete everything else first."""
 
 
-class JobDatabase(Protocol):
-    """A store of jobs that this server has for itself. Every call may raise JobsUnavailable."""
-
-    async def load(self) -> StoredJobs:
-        """All that is stored."""
-        ...
-
-    async def save(self, changes: JobChanges) -> bool:
-        """Write; False: the database had to be begun anew, nothing is in it."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of it. Raises nothing."""
-        ...
-
-
-class SharedJobRecords(Protocol):
-    """A store of jobs that several servers have together. Every call may raise JobsUnavailable."""
-
-    async def read(self, after: int) -> StoredJobs:
-        """All at one moment; of the ended jobs those with a number above `after`."""
-        ...
-
-    async def commit(self, seen: bytes | None, changes: JobChanges) -> bool:
-        """Write if `meta` is still what was `seen`; whether it was."""
-        ...
-
-    async def close(self) -> None:
-        """Let go of it. Raises nothing."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
 class StoreSize:
     """How much a store holds."""

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from hashlib import sha256
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
 from vecmill.core.errors import InvalidInput
 from vecmill.http.access import is_open
-from vecmill.http.dialects.openai_files import UPLOAD
-from vecmill.http.error_shapes import shape_for
+from vecmill.http.dialects.registry import shape_for
+from vecmill.http.route import InferenceRoute
 
 Object = dict[str, Any]
 
@@ -47,18 +47,22 @@ KEY: Object = {
     "scheme": "bearer",
     "description": "One of the server's keys (API_KEY); without those, none is needed.",
 }
-# Their own answers, besides errors.
-BATCH_409 = (("DELETE", "/v1/files/{file_id}"), ("POST", "/v1/batches/{batch_id}/cancel"))
-NOT_READY_503 = ("/health", "/ready", "/v1/health/ready", "/.well-known/ready")
 
 
-def install(app: FastAPI) -> None:
-    """Complete the document that `app.openapi` gives."""
+def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
+    """Complete the document that `app.openapi` gives; `routers` are those of the application."""
     generate = app.openapi
+    for_models = {
+        (method, route.path_format)
+        for router in routers
+        for route in router.routes
+        if isinstance(route, InferenceRoute)
+        for method in route.methods or ()
+    }
 
     @cache
     def openapi() -> Object:
-        return _completed(generate())
+        return _completed(generate(), for_models)
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's documentation has it
 
@@ -100,7 +104,8 @@ def _page(app: FastAPI, root: str) -> HTMLResponse:
     return HTMLResponse(html, headers=headers)
 
 
-def _completed(document: Object) -> Object:
+def _completed(document: Object, for_models: Collection[tuple[str, str]]) -> Object:
+    """`for_models`: the methods and paths whose requests are work for a model."""
     components = document["components"]
     # FastAPI's shape of a validation error, which is never sent.
     for name in ("HTTPValidationError", "ValidationError"):
@@ -111,7 +116,7 @@ def _completed(document: Object) -> Object:
         for method, operation in operations.items():
             _no_null_parameters(operation)
             _show_examples(operation, components["schemas"])
-            _name_errors(operation, path, method.upper())
+            _name_errors(operation, path, method.upper(), (method.upper(), path) in for_models)
     return document
 
 
@@ -119,7 +124,7 @@ def _no_null_parameters(operation: Object) -> None:
     """A header or a query has no null: one that may be left out is only not required."""
     for parameter in operation.get("parameters", ()):
         schema = parameter["schema"]
-        kinds = [one for one in schema.pop("anyOf", ()) if one != {"type": "null"}]
+        kinds = [kind for kind in schema.pop("anyOf", ()) if kind != {"type": "null"}]
         if len(kinds) == 1:
             schema.update({**kinds[0], **schema})
         elif kinds:
@@ -129,9 +134,8 @@ def _no_null_parameters(operation: Object) -> None:
 def _show_examples(operation: Object, schemas: Object) -> None:
     """Those of a body's schemas again, where Swagger UI fills in a form from: one for each alternative."""
     for content in operation.get("requestBody", {}).get("content", {}).values():
-        found = dict(_examples(content["schema"], schemas))
-        if found:
-            content["examples"] = found
+        if examples := dict(_examples(content["schema"], schemas)):
+            content["examples"] = examples
 
 
 def _examples(schema: Object, schemas: Object) -> Iterator[tuple[str, Object]]:
@@ -142,41 +146,40 @@ def _examples(schema: Object, schemas: Object) -> Iterator[tuple[str, Object]]:
             yield name, {"summary": name, "description": body.get("description", ""), "value": value}
 
 
-def _name_errors(operation: Object, path: str, method: str) -> None:
+def _name_errors(operation: Object, path: str, method: str, is_inference: bool) -> None:
     responses = operation["responses"]
-    for response in responses.values():
+    for status, response in responses.items():
+        if "$ref" in response:  # `errors.documented`; FastAPI has added a description, which stands there already
+            responses[status] = {"$ref": response["$ref"]}
         # FastAPI's "anything", which Swagger UI would show as a string.
         if response.get("content") == {"application/json": {"schema": {}}}:
             response["content"] = {"application/json": {}}
     if "HTTPValidationError" in str(responses.get("422")):
         del responses["422"]
-    for status in _statuses(operation, path, method):
+    for status in _statuses(operation, path, method, is_inference):
         responses.setdefault(status, {"$ref": f"#/components/responses/{status}"})
     operation["security"] = [] if is_open(method, path) else [{}, {"API key": []}]
 
 
-def _statuses(operation: Object, path: str, method: str) -> list[str]:
-    """The statuses of the errors that an operation may answer with."""
+def _statuses(operation: Object, path: str, method: str, is_inference: bool) -> list[str]:
+    """The errors that follow from what an operation takes; those of its own are `documented` on its route."""
+    parameters = operation.get("parameters", ())
     has_body = "requestBody" in operation
-    of_jobs = "Jobs" in operation["tags"]
-    of_batches = "Batches" in operation["tags"]
-    keeps_state = path.startswith("/jobs") or of_batches
-    has_query = any(parameter["in"] == "query" for parameter in operation.get("parameters", ()))
-    has_deadline = any(parameter["name"] == "x-request-timeout" for parameter in operation.get("parameters", ()))
+    has_query = any(parameter["in"] == "query" for parameter in parameters)
+    has_deadline = any(parameter["name"] == "x-request-timeout" for parameter in parameters)
+    names_a_model = has_body and is_inference
     refuses_with_422 = has_body and InvalidInput in shape_for(path, method).status
     rules = (
         (not is_open(method, path), "401"),
         (True, "403"),
-        (has_body or (keeps_state and has_query), "400"),
+        (has_body or has_query, "400"),
         (has_body, "408"),
         (has_body, "413"),
         (has_body, "415"),
-        ("{" in path or (has_body and not of_jobs and path != UPLOAD), "404"),
-        (("{job_id}" in path and method != "GET") or (method, path) in BATCH_409, "409"),
+        ("{" in path or names_a_model, "404"),
         (has_deadline or refuses_with_422, "422"),
         (has_deadline, "429"),
-        ((has_body and not of_jobs) or keeps_state or path in NOT_READY_503, "503"),
+        (names_a_model, "503"),
         (has_deadline, "504"),
-        (of_batches and method == "POST", "507"),
     )
     return [status for applies, status in rules if applies]

@@ -28,7 +28,7 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.core.threads import WorkerThreads
-from vecmill.http.error_shapes import LLAMA_SERVER, OLLAMA, WEAVIATE, shape_for
+from vecmill.http.dialects.registry import dialect_for
 from vecmill.http.errors import refused
 
 BODIES_AT_A_TIME = 8  # of the largest size
@@ -51,8 +51,6 @@ SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 JSON_TYPE = (b"content-type", b"application/json")
 # What curl, and a browser's fetch, call a body that nobody gave a type.
 UNTYPED = ("application/x-www-form-urlencoded", "text/plain")
-# Dialects whose servers read JSON whatever its type; the documentation of Ollama calls `curl -d` without a header.
-TYPE_IS_IGNORED = (OLLAMA, LLAMA_SERVER, WEAVIATE)
 
 
 class Bodies:
@@ -373,7 +371,7 @@ class BodyLimit:
         if decoder is not None:
             _drop(scope, b"content-encoding", b"content-length")
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind in UNTYPED and shape_for(scope["path"], scope["method"]) in TYPE_IS_IGNORED:
+        if kind in UNTYPED and dialect_for(scope["path"], scope["method"]).any_content_type:
             _drop(scope, b"content-type")
             scope["headers"].append(JSON_TYPE)
         return body

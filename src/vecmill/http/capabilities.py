@@ -1,20 +1,78 @@
-"""/capabilities: what a client should know before it sends its first batch."""
+"""/capabilities: what a client should know before its first batch.
+
+And what /health, /capabilities and /stats all say of the machine.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter
 
 from vecmill import __version__
 from vecmill.core.types import ModelCard
+from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
+from vecmill.hardware.meminfo import meminfo
 from vecmill.hardware.memory import MEGABYTE, host_memory
+from vecmill.hardware.monitor import Look
 from vecmill.hardware.recommendation import FEWEST, recommended_batch_size
-from vecmill.http.hardware import gpu_facts, memory_of_gpu
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["TEI and CodeCartographer"])
+
+READINGS = (
+    "name",
+    "uuid",
+    "driver_version",
+    "cuda_version",
+    "compute_capability",
+    "utilization_percent",
+    "temperature_c",
+    "power_watts",
+    "power_limit_watts",
+    "sm_clock_mhz",
+    "max_sm_clock_mhz",
+    "performance_state",
+    "clock_reasons",
+)
+HANGING = "if `nvidia-smi` hangs too, only a restart of the machine helps; `sudo dmesg` may say why."
+
+
+def gpu_facts(services: Services) -> dict[str, Any] | None:
+    """The GPU, also one that is not used; None without one. Fields that nobody knows are null, never zero.
+
+    `stale`: the driver does not answer; what is said of memory was so `age_seconds` ago, and the rest is null.
+    """
+    look, in_use = services.gpu(), services.gpu_in_use()
+    if look.gpu is None and not in_use and not look.stale:
+        return None
+    gpu = look.gpu or GpuReading(not_available={"all": look.reason or ""})
+    return {
+        **{name: getattr(gpu, name) for name in READINGS},
+        "in_use": in_use,
+        "stale": look.stale,
+        "age_seconds": round(look.age_seconds, 1),
+        "clock": {"state": look.clock.state.value, "message": look.clock.message},
+        "memory": asdict(memory_of_gpu(services)),
+        "not_available": gpu.not_available,
+    }
+
+
+def memory_of_gpu(services: Services) -> GpuMemory:
+    """The GPU's memory now."""
+    look = services.gpu()
+    return gpu_memory(look.gpu, look.memory, meminfo(), os.getpid())
+
+
+def warnings(look: Look) -> list[str]:
+    """What is wrong with the machine though requests are served, one sentence with the cure each."""
+    if look.stale:
+        return [f"{look.reason}: {HANGING}"]
+    return [look.clock.message] if look.clock.bad else []
 
 
 def recommended(services: Services) -> int:
@@ -77,8 +135,8 @@ def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
 
 def forward_pass(services: Services, key: str) -> dict[str, Any]:
     """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets."""
-    found, budget = services.warmed()[key], services.inference.budgets[key]
-    calibration = found.calibration
+    warmed, budget = services.warmed()[key], services.inference.budgets[key]
+    calibration = warmed.calibration
     return {
         "fixed_ms": round(1000 * calibration.fixed_seconds, 3),
         "us_per_token": round(1e6 * calibration.seconds_per_token, 2),
@@ -87,12 +145,12 @@ def forward_pass(services: Services, key: str) -> dict[str, Any]:
         "max_batch_tokens": budget.max_batch_tokens,
         "max_batch_tokens_ms": round(1000 * calibration.seconds(budget.max_batch_tokens), 1),
         "free_tokens": budget.free_tokens,
-        "compiled": found.compiled,
-        "compile_reason": found.compile_reason,
+        "compiled": warmed.compiled,
+        "compile_reason": warmed.compile_reason,
         "cuda_graphs": {
-            "count": found.graphs,
-            "max_tokens": found.graph_tokens,
-            "memory_mb": found.graph_memory_bytes // MEGABYTE,
+            "count": warmed.graphs,
+            "max_tokens": warmed.graph_tokens,
+            "memory_mb": warmed.graph_memory_bytes // MEGABYTE,
         },
         "measured": [{"tokens": tokens, "ms": round(1000 * taken, 3)} for tokens, taken in calibration.measured],
     }

@@ -1,12 +1,18 @@
-"""One table from error to status and headers. Every exception is answered through it, in the dialect spoken."""
+"""Errors as answers: one table from error to status and headers, and the shape in which a dialect writes them.
+
+Every exception is answered through this table, in the dialect of the request.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -39,15 +45,21 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
-from vecmill.http.error_shapes import DIALECT_TAG, ErrorShape, bounded_body, nearest, shape_for, shortened
 from vecmill.http.services import services_of
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 MOST_PARTS = 4  # that a base address may have too many
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 LOGGED_CHARACTERS = 200
 LONGEST_PROBLEM = 500  # characters
+
+# Prefix of the tags that tell the bodies of a shared path apart; left out of the locations of errors.
+DIALECT_TAG = "dialect:"
+LONGEST_NAME = 100  # characters, of a field that the client has named
+MOST_BYTES = 4096  # of an error
+LENGTHS = (1000, 500, 200, 50)  # characters of its message, of which some shapes have three
 
 # The nearest class in an error's MRO decides.
 STATUS: Mapping[type[VecmillError], int] = {
@@ -79,12 +91,73 @@ OTHER_HEADERS: Mapping[type[VecmillError], Mapping[str, str]] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class ErrorShape:
+    """How one dialect writes an error."""
+
+    name: str
+    body: Callable[[VecmillError, int], dict[str, object]]
+    status: Mapping[type[VecmillError], int] = field(default_factory=dict)
+    """Where this dialect's statuses differ from the common ones."""
+    busy: Callable[[Mapping[str, str]], int] = lambda headers: 429
+    """The status that makes its clients try again when there is no room, by the request's headers."""
+
+
+def shortened(text: object, longest: int = LONGEST_NAME) -> str:
+    """The text, its middle left out where it is long: the end of a sentence has the cure."""
+    whole = str(text)
+    if len(whole) <= longest:
+        return whole
+    kept = longest // 2
+    return f"{whole[:kept]} ... {whole[-kept:]}"
+
+
+def bounded_body(shape: ErrorShape, error: VecmillError, status: int) -> dict[str, object]:
+    """An error in a dialect's shape, of at most MOST_BYTES as JSON, whatever of the client's own it repeats."""
+    told = copy(error)
+    told.message = encodable(error.message)
+    told.param = None if error.param is None else encodable(error.param)
+    body = shape.body(told, status)
+    for longest in LENGTHS:
+        if len(json.dumps(body)) <= MOST_BYTES:
+            break
+        short = copy(told)
+        short.message = shortened(told.message, longest)
+        short.param = None if told.param is None else shortened(told.param)
+        body = shape.body(short, status)
+    return body
+
+
+def encodable(text: str) -> str:
+    """Lone surrogates, which JSON's escapes can bring and UTF-8 cannot hold, as escapes again."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def nearest(table: Mapping[type[VecmillError], T], error: VecmillError) -> T:
+    """What the table has for the nearest class in the error's MRO."""
+    return next(table[kind] for kind in type(error).__mro__ if kind in table)
+
+
+def _detail(error: VecmillError, status: int) -> dict[str, object]:
+    """FastAPI's own: what the servers before this one answered on /jobs."""
+    return {"detail": error.message}
+
+
+DETAIL = ErrorShape("detail", _detail)
+"""The shape on paths that are no dialect's."""
+
+
 def error_response(shape: ErrorShape, error: VecmillError, headers: Mapping[str, str] | None = None) -> Response:
     """The answer to an error, in a dialect's shape. `headers` are those of the request, if there is one."""
     status = nearest({**STATUS, **shape.status}, error)
     if isinstance(error, Overloaded) and headers is not None:
         status = shape.busy(headers)
     return JSONResponse(bounded_body(shape, error, status), status_code=status, headers=_headers(error))
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """`responses` of a route or a router: errors that it answers with, beyond those that `api_document` finds out."""
+    return {status: {"$ref": f"#/components/responses/{status}"} for status in statuses}
 
 
 def _headers(error: VecmillError) -> dict[str, str]:
@@ -102,13 +175,20 @@ def _headers(error: VecmillError) -> dict[str, str]:
 
 
 def shape_of(request: Request) -> ErrorShape:
-    """The dialect that a request speaks, by its body where that has been read and by its path otherwise."""
-    found: ErrorShape = getattr(request.state, "error_shape", None) or shape_for(request.url.path, request.method)
-    return found
+    """The shape of a request's dialect: by its body once that has been read, before by its path."""
+    by_body: ErrorShape | None = getattr(request.state, "error_shape", None)
+    if by_body is not None:
+        return by_body
+    by_path: ErrorShape = request.app.state.shape_for(request.url.path, request.method)
+    return by_path
 
 
-def install(app: FastAPI) -> None:
-    """Answer every exception through this table."""
+def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
+    """Answer every exception of the application through this table.
+
+    `shape_for`: the shape of errors on a path, called with a method.
+    """
+    app.state.shape_for = shape_for
     app.add_exception_handler(VecmillError, refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_exception)  # type: ignore[arg-type]
@@ -189,8 +269,8 @@ async def _gone(request: Request, error: Exception) -> Response:
 
 def _methods(request: Request) -> list[str]:
     """Every method of this path; Starlette names those of the first route that fits."""
-    found = [method for method in ("DELETE", "GET", "POST") if _is_served(request, method, request.scope["path"])]
-    return sorted([*found, "HEAD"] if "GET" in found else found)
+    methods = [method for method in ("DELETE", "GET", "POST") if _is_served(request, method, request.scope["path"])]
+    return sorted([*methods, "HEAD"] if "GET" in methods else methods)
 
 
 def _is_served(request: Request, method: str, path: str) -> bool:

@@ -34,8 +34,8 @@ LOOK_AGAIN_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
-    """What the last look at the generation server found."""
+class GenerationState:
+    """What the generation server answered when it was last asked."""
 
     ok: bool
     message: str
@@ -54,7 +54,7 @@ class Generation:
         # By it a request is recognised that comes back because GENERATION_URL leads here (RFC 9110, section 7.6.3).
         self._via = f"1.1 vecmill-{secrets.token_hex(4)}"
         self._client: httpx2.AsyncClient | None = None
-        self._found = Found(False, "not asked yet")
+        self._state = GenerationState(False, "not asked yet")
         self._looked_at = -LOOK_AGAIN_SECONDS
         self._look: asyncio.Task[None] | None = None
 
@@ -132,43 +132,43 @@ class Generation:
 
     async def models(self) -> tuple[dict[str, Any], ...]:
         """Its models, as it describes them; none while it does not answer. Takes LOOK_SECONDS at the most."""
-        return (await self.found(LOOK_SECONDS)).models
+        return (await self.state(LOOK_SECONDS)).models
 
-    async def found(self, patience: float) -> Found:
+    async def state(self, patience: float) -> GenerationState:
         """What the last look found; one that is too old is repeated, and waited for `patience` seconds."""
         idle = self._look is None or self._look.done()
         if idle and monotonic() - self._looked_at >= LOOK_AGAIN_SECONDS:
             self._look = asyncio.create_task(self._look_again(), name="look at the generation server")
         if self._look is not None:
             await asyncio.wait({self._look}, timeout=patience)
-        return self._found
+        return self._state
 
     async def _look_again(self) -> None:
         try:
             async with asyncio.timeout(LOOK_SECONDS):
                 response = await self._open_client.get(self.url + "/v1/models", headers={"via": self._via})
-            found = _read(response)
+            state = _read(response)
         except TimeoutError:
-            found = Found(False, f"no answer within {LOOK_SECONDS:g} s")
+            state = GenerationState(False, f"no answer within {LOOK_SECONDS:g} s")
         except httpx2.RequestError as error:
-            found = Found(False, f"cannot be reached: {type(error).__name__}")
+            state = GenerationState(False, f"cannot be reached: {type(error).__name__}")
         except Exception as error:  # whatever it answers with, the next look may find it well
             logger.warning("the generation server's answer cannot be read", exc_info=error)
-            found = Found(False, f"cannot be read: {type(error).__name__}")
-        if (found.ok, found.message) != (self._found.ok, self._found.message):
-            level = logging.INFO if found.ok else logging.WARNING
-            logger.log(level, "generation server: %s", found.message, extra={"url": self.url})
-        self._found, self._looked_at = found, monotonic()
+            state = GenerationState(False, f"cannot be read: {type(error).__name__}")
+        if (state.ok, state.message) != (self._state.ok, self._state.message):
+            level = logging.INFO if state.ok else logging.WARNING
+            logger.log(level, "generation server: %s", state.message, extra={"url": self.url})
+        self._state, self._looked_at = state, monotonic()
 
 
-def _read(response: httpx2.Response) -> Found:
+def _read(response: httpx2.Response) -> GenerationState:
     status = response.status_code
     if status in (httpx2.codes.UNAUTHORIZED, httpx2.codes.FORBIDDEN):
-        return Found(False, f"GET /v1/models answers {status}: set GENERATION_API_KEY to a key it takes")
+        return GenerationState(False, f"GET /v1/models answers {status}: set GENERATION_API_KEY to a key it takes")
     if status != httpx2.codes.OK:
-        return Found(False, f"GET /v1/models answers {status}")
+        return GenerationState(False, f"GET /v1/models answers {status}")
     try:
         listed = response.json()["data"] or []  # Ollama without models: null
-        return Found(True, "ok", tuple(model for model in listed if isinstance(model["id"], str)))
+        return GenerationState(True, "ok", tuple(model for model in listed if isinstance(model["id"], str)))
     except (ValueError, LookupError, TypeError):
-        return Found(False, "GET /v1/models answers with no list of models")
+        return GenerationState(False, "GET /v1/models answers with no list of models")

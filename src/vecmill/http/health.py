@@ -10,8 +10,8 @@ from vecmill import __version__
 from vecmill.core.health import Phase
 from vecmill.core.types import Task
 from vecmill.http.access import may_use
-from vecmill.http.capabilities import max_batch_size
-from vecmill.http.hardware import gpu_facts, warnings
+from vecmill.http.capabilities import gpu_facts, max_batch_size, warnings
+from vecmill.http.errors import documented
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["Health"])
@@ -19,7 +19,7 @@ router = APIRouter(tags=["Health"])
 LOOK_PATIENCE = 0.25  # seconds that /health waits, at the most, for the server at GENERATION_URL
 
 
-@router.get("/health", summary="Health")
+@router.get("/health", summary="Health", responses=documented(503))
 async def health(request: Request, services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503; either way with the state, the models and the device.
 
@@ -44,7 +44,7 @@ async def health(request: Request, services: ServicesOf, response: Response) -> 
     }
 
 
-@router.get("/ready", summary="Readiness")
+@router.get("/ready", summary="Readiness", responses=documented(503))
 async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503."""
     is_ready = services.health.ready and services.hung() is None
@@ -75,19 +75,19 @@ async def _generation(services: Services, *, told: bool) -> dict[str, Any] | Non
     """The server at GENERATION_URL, as it was found lately; what it is does not change ours."""
     if services.generation is None:
         return None
-    found = await services.generation.found(LOOK_PATIENCE)
-    return {"url": services.generation.url if told else None, "ok": found.ok, "message": found.message}
+    state = await services.generation.state(LOOK_PATIENCE)
+    return {"url": services.generation.url if told else None, "ok": state.ok, "message": state.message}
 
 
 def _state(services: Services, *, told: bool) -> dict[str, Any]:
     """Whether what should outlive the process does; the server answers either way."""
     state = services.state()
     problems = {"state": "STATE_DIR is not open." if state is None else state.problem, **services.kept()}
-    found: dict[str, dict[str, Any]] = {
+    kept: dict[str, dict[str, Any]] = {
         name: {"ok": problem is None, "message": problem if told else None} for name, problem in problems.items()
     }
-    found["cache"]["enabled"] = services.cache() is not None
-    return found
+    kept["cache"]["enabled"] = services.cache() is not None
+    return kept
 
 
 def _gpu(services: Services) -> dict[str, Any]:

@@ -1,21 +1,34 @@
-"""/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success."""
+"""/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success.
+
+Source of /jobs/events: https://html.spec.whatwg.org/multipage/server-sent-events.html
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from itertools import count
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Path, Query, Request
+from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.http.caller import ViewerOf
 from vecmill.http.capabilities import recommended
+from vecmill.http.errors import documented
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import JsonRoute
 from vecmill.http.services import ServicesOf
-from vecmill.jobs.transitions import JobStatus
+from vecmill.jobs.job import JobStatus
 from vecmill.jobs.views import ENDED_SHOWN
 
-router = APIRouter(tags=["Jobs"], route_class=JsonRoute)
+router = APIRouter(tags=["Jobs"], route_class=JsonRoute, responses=documented(503))
+deprecated = APIRouter(tags=["Jobs"], route_class=JsonRoute)
+
+# Proxies end connections that are silent for longer than a minute, some after 30 s.
+KEEP_ALIVE_SECONDS = 15.0
+RETRY_MS = 2000
 
 JobId = Annotated[str, Path(description="The `job_id` that POST /jobs answered with.")]
 
@@ -92,25 +105,51 @@ async def clear_recent(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]
     return {"cleared": await services.jobs.clear_ended(viewer)}
 
 
+@router.get(
+    "/jobs/events",
+    summary="Follow jobs",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events, without an end."}},
+)
+async def job_events(services: ServicesOf, viewer: ViewerOf) -> StreamingResponse:
+    """An event `job`, whose data are as those of GET /jobs/{job_id}, for each open job and those that ended last; then
+    one whenever a job changes."""
+    return StreamingResponse(
+        _events(services.jobs.follow(KEEP_ALIVE_SECONDS, viewer)),
+        media_type="text/event-stream",
+        # nginx holds answers back otherwise.
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(changes: AsyncGenerator[list[bytes], None]) -> AsyncIterator[bytes]:
+    numbers = count(1)
+    yield f"retry: {RETRY_MS}\n\n".encode()
+    async with aclosing(changes):
+        async for jobs in changes:
+            events = (b"event: job\nid: %d\ndata: %b\n\n" % (next(numbers), job) for job in jobs)
+            yield b"".join(events) or b": keep-alive\n\n"
+
+
 @router.get("/jobs/{job_id}", summary="Get a job")
 async def get_job(job_id: JobId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """One job; asking renews its lease."""
     return await services.jobs.get(job_id, viewer)
 
 
-@router.post("/jobs/{job_id}/progress", summary="Report progress")
+@router.post("/jobs/{job_id}/progress", summary="Report progress", responses=documented(409))
 async def report_progress(job_id: JobId, body: ProgressBody, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """Record how many chunks are done; renews the lease."""
     return await services.jobs.progress(job_id, body.current, viewer)
 
 
-@router.post("/jobs/{job_id}/complete", summary="Complete a job")
+@router.post("/jobs/{job_id}/complete", summary="Complete a job", responses=documented(409))
 async def complete_job(job_id: JobId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """The job is done; the next in the queue starts."""
     return await services.jobs.complete(job_id, viewer)
 
 
-@router.post("/jobs/{job_id}/fail", summary="Fail a job")
+@router.post("/jobs/{job_id}/fail", summary="Fail a job", responses=documented(409))
 async def fail_job(
     job_id: JobId, services: ServicesOf, viewer: ViewerOf, body: FailBody | None = None
 ) -> dict[str, Any]:
@@ -118,14 +157,14 @@ async def fail_job(
     return await services.jobs.fail(job_id, (body or FailBody.model_validate({})).error, viewer)
 
 
-@router.delete("/jobs/{job_id}", summary="Cancel a job")
-@router.post("/jobs/{job_id}/cancel", summary="Cancel a job", name="cancel_job_alias")
+@router.delete("/jobs/{job_id}", summary="Cancel a job", responses=documented(409))
+@router.post("/jobs/{job_id}/cancel", summary="Cancel a job", name="cancel_job_alias", responses=documented(409))
 async def cancel_job(job_id: JobId, services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
     """End a job that waits or runs; its client finds it `failed`, with the error `cancelled`."""
     return await services.jobs.cancel(job_id, viewer)
 
 
-@router.post("/progress", summary="Report progress (deprecated)", deprecated=True)
+@deprecated.post("/progress", summary="Report progress (deprecated)", deprecated=True)
 async def post_progress(body: DeprecatedProgress, request: Request, viewer: ViewerOf) -> dict[str, Any]:
     """Keep the last report; use /jobs instead."""
     reports = _reports(request)
@@ -134,7 +173,7 @@ async def post_progress(body: DeprecatedProgress, request: Request, viewer: View
     return body.model_dump()
 
 
-@router.get("/progress", summary="Last progress (deprecated)", deprecated=True)
+@deprecated.get("/progress", summary="Last progress (deprecated)", deprecated=True)
 async def get_progress(request: Request, viewer: ViewerOf) -> dict[str, Any]:
     """The last report, or zeros."""
     empty = DeprecatedProgress(current=0, total=0, project="")
@@ -142,7 +181,7 @@ async def get_progress(request: Request, viewer: ViewerOf) -> dict[str, Any]:
     return mine[-1] if mine else empty.model_dump()
 
 
-@router.delete("/progress", summary="Clear progress (deprecated)", deprecated=True)
+@deprecated.delete("/progress", summary="Clear progress (deprecated)", deprecated=True)
 async def delete_progress(request: Request, viewer: ViewerOf) -> dict[str, Any]:
     """Forget the last report."""
     reports = _reports(request)
@@ -153,5 +192,5 @@ async def delete_progress(request: Request, viewer: ViewerOf) -> dict[str, Any]:
 
 def _reports(request: Request) -> dict[str | None, dict[str, Any]]:
     """The last of each key, the newest at the end."""
-    found: dict[str | None, dict[str, Any]] = request.app.state.progress
-    return found
+    reports: dict[str | None, dict[str, Any]] = request.app.state.progress
+    return reports

@@ -8,7 +8,7 @@ from typing import Annotated, cast
 
 from fastapi import Depends, Request
 
-from vecmill.batches.service import Batches
+from vecmill.batches.service import BatchService
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.calibration import Warmed
@@ -31,7 +31,7 @@ class Services:
     health: Health
     inference: Inference
     jobs: JobQueue
-    batches: Batches
+    batches: BatchService
     cache: Callable[[], EmbeddingCache | None]
     """None where nothing is cached."""
     state: Callable[[], StateFolder | None]

@@ -1,7 +1,9 @@
-"""/stats, /stats/detailed and /metrics: what the server has done."""
+"""/stats, /metrics and /cache: what the server has done, and the vectors it has kept."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -10,27 +12,76 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from vecmill import __version__
+from vecmill.core.errors import NotAllowed, StateUnavailable
 from vecmill.core.types import Lane
 from vecmill.hardware.memory import host_memory
-from vecmill.http.cache import cache_facts
-from vecmill.http.hardware import gpu_facts, warnings
+from vecmill.http.caller import ViewerOf
+from vecmill.http.capabilities import gpu_facts, warnings
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
+from vecmill.storage.errors import StoreFailed
 from vecmill.telemetry.rolling import summary
 
-router = APIRouter(tags=["Statistics"])
+logger = logging.getLogger(__name__)
+
+router = APIRouter()
+
+
+def cache_facts(services: Services) -> dict[str, Any] | None:
+    """How full the cache is and what it was good for; None where there is none."""
+    cache = services.cache()
+    if cache is None:
+        return None
+    rolling = services.telemetry.rolling
+    return {
+        "entries": cache.size.entries,
+        "bytes": cache.size.bytes,
+        "max_bytes": services.settings.cache.cache_max_bytes if services.settings.state.redis_url is None else None,
+        "hits": rolling.cached_texts,
+        "hit_tokens": rolling.cached_tokens,
+        "written": cache.stats.written,
+        "dropped": cache.stats.dropped,
+        "lost": cache.stats.lost,
+        "failing": cache.failing,
+    }
+
+
+@router.get("/cache", summary="Cache statistics", tags=["Cache"])
+async def get_cache(request: Request, services: ServicesOf) -> dict[str, Any]:
+    """Entries and bytes kept; hits, entries written, dropped and lost since the start.
+
+    With several keys and a common cache the counts are for the scope `admin`: they tell of other keys' texts.
+    """
+    counts = cache_facts(services) if shows_work_of_all(request) else None
+    return {"enabled": services.cache() is not None, **(counts or {})}
+
+
+@router.delete("/cache", summary="Empty the cache", tags=["Cache"])
+async def delete_cache(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
+    """Forget every vector; needs a key with the scope `admin` where there are keys."""
+    if not viewer.everything:
+        raise NotAllowed("DELETE /cache is for keys with the scope `admin`: send such a key, or that of ADMIN_API_KEY.")
+    cache = services.cache()
+    if cache is None:
+        return {"deleted": 0}
+    try:
+        return {"deleted": await asyncio.to_thread(cache.clear)}
+    except StoreFailed as error:
+        logger.error("the cache cannot be emptied (%s)", error)
+        raise StateUnavailable("503: the cache is temporarily unavailable; the log says why. Try again.") from None
+
 
 # What says how much had to be computed of what was asked.
 WORK = ("texts_cached", "tokens_cached", "texts_computed", "cache", "queue_waits", "texts_joined")
 
 
-@router.get("/stats", summary="Statistics")
+@router.get("/stats", summary="Statistics", tags=["Statistics"])
 async def stats(request: Request, services: ServicesOf) -> dict[str, Any]:
     """Totals since the start; rates over the last minute; latencies over the last 1,000 requests.
 
     With several keys and a common cache, what would tell of other keys' texts is null but for the scope `admin`.
     """
-    found = _stats(services)
-    return found if shows_work_of_all(request) else found | dict.fromkeys(WORK)
+    statistics = _stats(services)
+    return statistics if shows_work_of_all(request) else statistics | dict.fromkeys(WORK)
 
 
 def _stats(services: Services) -> dict[str, Any]:
@@ -79,7 +130,7 @@ def _stats(services: Services) -> dict[str, Any]:
     }
 
 
-@router.get("/stats/detailed", summary="Detailed statistics")
+@router.get("/stats/detailed", summary="Detailed statistics", tags=["Statistics"])
 async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
     """Where the time of the last 1,000 requests went, and how full the forward passes were."""
     rolling, shown = services.telemetry.rolling, shows_work_of_all(request)
@@ -111,7 +162,7 @@ async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
     }
 
 
-@router.get("/metrics", summary="Prometheus metrics", response_class=Response)
+@router.get("/metrics", summary="Prometheus metrics", tags=["Statistics"], response_class=Response)
 async def metrics(request: Request, services: ServicesOf) -> Response:
     """Prometheus text format. With several keys and a common cache, what would tell of other keys' texts is left out
     but for the scope `admin`."""

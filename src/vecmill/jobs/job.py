@@ -1,12 +1,98 @@
-"""One indexing job and what a client is told of it."""
+"""One indexing job: its states and what may happen in each, its pace, and what a client is told of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
+from math import exp
 from typing import Any
 
-from vecmill.jobs.pace import Pace
-from vecmill.jobs.transitions import JobStatus
+from vecmill.core.errors import JobConflict
+
+
+class JobStatus(StrEnum):
+    """The four that the clients know; a cancelled or abandoned job is `failed`."""
+
+    QUEUED = "queued"
+    ACTIVE = "active"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+    @property
+    def ended(self) -> bool:
+        return self in (JobStatus.COMPLETED, JobStatus.FAILED)
+
+
+class JobEvent(StrEnum):
+    """What happens to a job: `activate` and `abandon` by the server, the others by its client or another."""
+
+    ACTIVATE = "activate"
+    PROGRESS = "progress"
+    COMPLETE = "complete"
+    FAIL = "fail"
+    CANCEL = "cancel"
+    ABANDON = "abandon"
+
+
+# What is not here is a conflict. A client may work while its job still waits: it gave up waiting, or never asked.
+TRANSITIONS: Mapping[JobStatus, Mapping[JobEvent, JobStatus]] = {
+    JobStatus.QUEUED: {
+        JobEvent.ACTIVATE: JobStatus.ACTIVE,
+        JobEvent.PROGRESS: JobStatus.QUEUED,
+        JobEvent.COMPLETE: JobStatus.COMPLETED,
+        JobEvent.FAIL: JobStatus.FAILED,
+        JobEvent.CANCEL: JobStatus.FAILED,
+        JobEvent.ABANDON: JobStatus.FAILED,
+    },
+    JobStatus.ACTIVE: {
+        JobEvent.PROGRESS: JobStatus.ACTIVE,
+        JobEvent.COMPLETE: JobStatus.COMPLETED,
+        JobEvent.FAIL: JobStatus.FAILED,
+        JobEvent.CANCEL: JobStatus.FAILED,
+        JobEvent.ABANDON: JobStatus.FAILED,
+    },
+    JobStatus.COMPLETED: {},
+    JobStatus.FAILED: {},
+}
+
+
+def after(job_id: str, status: JobStatus, event: JobEvent) -> JobStatus:
+    """The state that an event leads to.
+
+    Raises:
+        JobConflict: the present state does not allow it.
+    """
+    try:
+        return TRANSITIONS[status][event]
+    except KeyError:
+        already = " already" if status.ended or event is JobEvent.ACTIVATE else ""
+        raise JobConflict(
+            f"Job {job_id} is {status.value}{already}: `{event.value}` is not possible.", param="job_id"
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """A mean over time, weighted exponentially: what lies one time constant back counts 1/e of what is now."""
+
+    chunks: float = 0.0
+    seconds: float = 0.0
+
+    def plus(self, chunks: float, seconds: float, constant: float) -> Pace:
+        """The pace after a report of `chunks` done in the last `seconds`; `constant`: the time constant, in seconds."""
+        if seconds <= 0:
+            return Pace(self.chunks + chunks, self.seconds)
+        faded = exp(-seconds / constant)
+        # The integral of the weights over the new seconds, during which the chunks are taken to have come evenly.
+        new = constant * (1 - faded)
+        return Pace(self.chunks * faded + chunks / seconds * new, self.seconds * faded + new)
+
+    @property
+    def rate(self) -> float | None:
+        """Chunks per second; None before the first were done."""
+        return self.chunks / self.seconds if self.chunks > 0 and self.seconds > 0 else None
+
 
 View = dict[str, Any]
 
@@ -24,9 +110,9 @@ class Job:
     created_at: float
     lease_until: float
     counted_at: float | None
-    """Until when `pace` has counted; None: the next report says nothing of it."""
+    """When `pace` was last updated; None: the next report does not count towards it."""
     version: int = 1
-    """Grows with every change but a lease's renewal."""
+    """Increases with every change except a renewed lease."""
     current: int = 0
     status: JobStatus = JobStatus.QUEUED
     started_at: float | None = None

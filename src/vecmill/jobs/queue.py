@@ -1,4 +1,4 @@
-"""The queue of jobs as its callers see it: every call is one transaction on what is kept."""
+"""The queue of jobs as its callers see it: every call is one transaction on the stored jobs."""
 
 from __future__ import annotations
 
@@ -6,24 +6,54 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.jobs.book import Book
-from vecmill.jobs.following import Followers
-from vecmill.jobs.job import View
-from vecmill.jobs.ledger import Ledger
-from vecmill.jobs.store import JobStore, T, Work
-from vecmill.jobs.transitions import JobEvent, JobStatus
-from vecmill.jobs.views import ENDED_SHOWN, Views
+from vecmill.jobs.job import JobEvent, JobStatus, View
+from vecmill.jobs.state import Book, Ledger, Outcome
+from vecmill.jobs.views import ENDED_SHOWN, Followers, Views
+
+T = TypeVar("T")
 
 logger = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
-# Seconds between renewals of a job's lease by tagged requests, which may be many in a second.
+# A lease is renewed by tagged requests at most once in this many seconds: there may be many in a second.
 TOUCH_SECONDS = 5.0
+
+
+class JobStore(Protocol):
+    """The jobs, kept somewhere."""
+
+    ledger: Ledger
+    """As this server last saw it."""
+
+    @property
+    def problem(self) -> str | None:
+        """Why the jobs cannot be stored now, as a sentence; None if they can."""
+        ...
+
+    async def open(self) -> None:
+        """Read what is stored. Never raises: what cannot be read now is read later."""
+        ...
+
+    def now(self) -> float:
+        """Unix time by the clock of leases."""
+        ...
+
+    async def transact(self, change: Callable[[Book], T]) -> Outcome[T]:
+        """Change the jobs; kept when it returns. One at a time. `change` may be called several times.
+
+        Raises:
+            JobsUnavailable: nothing is known to be changed.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close. Never raises."""
+        ...
 
 
 class JobQueue:
@@ -41,13 +71,13 @@ class JobQueue:
         self._followers = Followers(self._views)
 
     async def open(self, store: JobStore) -> None:
-        """Go on with what the store keeps. Raises nothing."""
+        """Continue with the jobs that the store holds. Never raises."""
         await store.open()
         self._store = store
 
     @property
     def problem(self) -> str | None:
-        """Why the jobs cannot be kept, or used, now; None where they can."""
+        """Why the jobs cannot be stored or used now; None if they can."""
         return "The jobs are not open yet." if self._store is None else self._store.problem
 
     def start(self) -> None:
@@ -55,7 +85,7 @@ class JobQueue:
         self._keep(asyncio.create_task(self._sweep_for_ever(), name="jobs"))
 
     async def close(self) -> None:
-        """Keep what is under way, then let go of the store."""
+        """Finish the transactions under way, then close the store."""
         self.end_following()
         for task in self._tasks:
             if task.get_name() == "jobs":
@@ -66,17 +96,13 @@ class JobQueue:
             self._store = None
 
     async def register(self, project: str, total_chunks: int, instance_id: str, viewer: Viewer = EVERYONE) -> View:
-        """A new job, of the viewer. Position 0 is active, 1 the first that waits.
+        """Register a job of the viewer. Position 0: active; 1: the first that waits.
 
         Raises:
             Overloaded: too many jobs are open. JobsUnavailable.
         """
-
-        def work(book: Book) -> Callable[[Views], View]:
-            job_id = book.register(project, total_chunks, instance_id, viewer)
-            return lambda views: views.one(job_id)
-
-        return await self._transact(work)
+        job_id, views = await self._transact(lambda book: book.register(project, total_chunks, instance_id, viewer))
+        return views.one(job_id)
 
     async def get(self, job_id: str, viewer: Viewer = EVERYONE) -> View:
         """The job; asking renews its lease. Raises JobNotFound, JobsUnavailable.
@@ -107,12 +133,8 @@ class JobQueue:
 
     async def clear_ended(self, viewer: Viewer = EVERYONE) -> int:
         """Forget the jobs that have ended; how many they were. Raises JobsUnavailable."""
-
-        def work(book: Book) -> Callable[[Views], int]:
-            count = book.clear_ended(viewer)
-            return lambda views: count
-
-        return await self._transact(work)
+        count, _ = await self._transact(lambda book: book.clear_ended(viewer))
+        return count
 
     async def overview(
         self,
@@ -122,14 +144,15 @@ class JobQueue:
         viewer: Viewer = EVERYONE,
     ) -> View:
         """All of `GET /jobs`; `limit` is of the recent ones. Raises JobsUnavailable."""
-        return await self._transact(lambda book: lambda views: views.overview(limit, state, project, viewer))
+        _, views = await self._transact(_only_what_is_due)
+        return views.overview(limit, state, project, viewer)
 
     async def sweep(self) -> None:
-        """Do what is due by itself. Raises JobsUnavailable."""
-        await self._transact(lambda book: lambda views: None)
+        """Fail jobs whose lease has run out and fill free places. Raises JobsUnavailable."""
+        await self._transact(_only_what_is_due)
 
     def touch(self, job_id: str, viewer: Viewer = EVERYONE) -> None:
-        """Renew the lease of a job of the viewer that tagged other work with its id, soon; other ids are let be."""
+        """Soon renew the lease of the viewer's job whose id a request carried; any other id is ignored."""
         job = None if self._store is None else self._store.ledger.open.get(job_id)
         if self._store is None or job is None or job_id in self._touching or not viewer.sees(job.owner):
             return
@@ -155,21 +178,24 @@ class JobQueue:
         return self._followers.follow(idle_seconds, viewer)
 
     def end_following(self) -> None:
-        """End all that follow, and whoever begins to."""
+        """End every follower, and whoever begins to follow."""
         self._followers.end()
 
     async def _change(self, job_id: str, change: Callable[[Book], None]) -> View:
-        def work(book: Book) -> Callable[[Views], View]:
-            change(book)
-            return lambda views: views.one(job_id)
+        _, views = await self._transact(change)
+        return views.one(job_id)
 
-        return await self._transact(work)
+    async def _transact(self, change: Callable[[Book], T]) -> tuple[T, Views]:
+        """What the change returned, and the jobs after it, once they are kept.
 
-    async def _transact(self, work: Work[T]) -> T:
-        """Not ended by its caller's end: a client that leaves at once has reported all the same."""
-        return await asyncio.shield(self._keep(asyncio.create_task(self._announced(self._opened().transact(work)))))
+        It goes on when its caller is cancelled: what a client reports counts even if the client leaves at once.
+        """
+        transaction = asyncio.create_task(self._announced(self._opened().transact(change)))
+        outcome = await asyncio.shield(self._keep(transaction))
+        return outcome.value(), Views(outcome.ledger, self._settings, outcome.now)
 
     async def _announced(self, transaction: Coroutine[Any, Any, T]) -> T:
+        """Run a transaction, then tell whoever follows the jobs."""
         try:
             return await transaction
         finally:
@@ -200,7 +226,7 @@ class JobQueue:
     def _done(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled():
-            task.exception()  # of one whose caller has left: it has been seen
+            task.exception()  # mark it as retrieved, its caller may be gone
 
     def _opened(self) -> JobStore:
         if self._store is None:
@@ -212,3 +238,7 @@ class JobQueue:
 
     def _views(self) -> Views:
         return Views(self._ledger(), self._settings, 0.0 if self._store is None else self._store.now())
+
+
+def _only_what_is_due(book: Book) -> None:
+    """A transaction without a change of its own: leases that have run out, places that are free."""

@@ -1,4 +1,4 @@
-"""Jobs that several servers have together: read for each transaction, written if nobody else wrote meanwhile."""
+"""Jobs that several servers share: read for each transaction, written if nobody else wrote meanwhile."""
 
 from __future__ import annotations
 
@@ -8,31 +8,86 @@ import secrets
 from collections.abc import Callable
 from dataclasses import replace
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable
-from vecmill.core.protocols import SharedJobRecords, StoredJobs
-from vecmill.jobs.book import Book
+from vecmill.core.protocols import StoredJobs
 from vecmill.jobs.job import Job
-from vecmill.jobs.ledger import Ledger, changes, decode, decode_job, decode_totals, ledger_of
-from vecmill.jobs.shared_time import SharedTime
-from vecmill.jobs.store import T, Work, attempt
+from vecmill.jobs.state import (
+    Book,
+    JobTotals,
+    Ledger,
+    Outcome,
+    T,
+    attempt,
+    changes,
+    decode,
+    decode_job,
+    decode_totals,
+    ledger_of,
+)
+
+if TYPE_CHECKING:  # importing it needs the extra `redis`
+    from vecmill.storage.redis_jobs import RedisJobs
+
+
+# The time is written at least this often (seconds), even if nothing else changes.
+HEARTBEAT_SECONDS = 5.0
+# Seconds that the store's clock may gain on this machine's between two reads: drift and latency.
+SLACK_SECONDS = 2.0
+
+
+class SharedTime:
+    """The time of servers that share their jobs: it never goes back and never jumps.
+
+    It advances from the last written time by what the store's clock has moved since, limited to what this machine's
+    monotonic clock allows (SLACK_SECONDS).
+    """
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._monotonic = monotonic
+        self._seen: tuple[float, float] | None = None  # the time, and the monotonic time when it was that
+
+    def __call__(self) -> float:
+        """The time now, by this machine's clock since the last `seen`."""
+        if self._seen is None:
+            return 0.0
+        time, at = self._seen
+        return time + self._monotonic() - at
+
+    def after(self, written: JobTotals, server_time: float) -> float:
+        """The time when the store's clock shows `server_time`."""
+        if not written.token:
+            return max(server_time, written.time)
+        now = written.time + max(0.0, server_time - written.server_time)
+        if self._seen is None:
+            return now
+        return max(written.time, min(now, self() + SLACK_SECONDS))
+
+    def seen(self, now: float) -> None:
+        """Record that the time is `now`."""
+        self._seen = (now, self._monotonic())
+
+    def is_late(self, written: JobTotals, now: float, server_time: float) -> bool:
+        """Whether the time must be written: it is due, or the store's clock was set."""
+        moved = server_time - written.server_time
+        return now - written.time > HEARTBEAT_SECONDS or moved < 0 or moved > now - written.time + 1e-3
+
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 30
 PAUSE_SECONDS = 0.02  # between attempts, at the most
 RETRY_SECONDS = 1.0
-# Where no server has written the time for so long, no client could report: leases begin anew.
+# If no server has written the time for this long, no client could report: every lease is renewed.
 GAP_SECONDS = 15.0
 
 
 class SharedJobs:
-    """The store has the truth; what is in memory is what was last read."""
+    """The store has the truth; memory holds what was last read."""
 
-    def __init__(
-        self, settings: JobSettings, records: SharedJobRecords, monotonic: Callable[[], float] = monotonic
-    ) -> None:
+    def __init__(self, settings: JobSettings, records: RedisJobs, monotonic: Callable[[], float] = monotonic) -> None:
         self.ledger = Ledger()
         self._settings = settings
         self._records = records
@@ -44,9 +99,9 @@ class SharedJobs:
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
-        """Find what is kept; where the store does not answer, the next transaction does."""
+        """Read what is stored; if the store does not answer, the next transaction reads it."""
         try:
-            await self.transact(lambda book: lambda views: None)
+            await self.transact(lambda book: None)
         except JobsUnavailable as error:
             logger.debug(error.message)
 
@@ -59,13 +114,13 @@ class SharedJobs:
         """Unix time by the clock of leases, as far as known here."""
         return self._time()
 
-    async def transact(self, work: Work[T]) -> T:
+    async def transact(self, change: Callable[[Book], T]) -> Outcome[T]:
         """Change the jobs. Raises JobsUnavailable at once while the store fails."""
         async with self._lock:
             if self._failed_at is not None and self._monotonic() < self._failed_at + RETRY_SECONDS:
                 raise JobsUnavailable
             try:
-                answered = await self._transact(work)
+                outcome = await self._transact(change)
             except JobsUnavailable as error:
                 if self._failed_at is None:
                     logger.error("%s /jobs answers 503 until it can be used.", error.message)
@@ -74,45 +129,45 @@ class SharedJobs:
             if self._failed_at is not None:
                 logger.warning("the store of jobs can be used again")
                 self._failed_at = None
-        return answered()
+        return outcome
 
     async def close(self) -> None:
-        """Let go of the store."""
+        """Close the store."""
         await self._records.close()
 
-    async def _transact(self, work: Work[T]) -> Callable[[], T]:
+    async def _transact(self, change: Callable[[Book], T]) -> Outcome[T]:
         tried: bytes | None = None
-        answered: Callable[[], T] | None = None
+        outcome: Outcome[T] | None = None
         for number in range(ATTEMPTS):
             stored = await self._records.read(self.ledger.totals.sequence)
-            if answered is not None and stored.meta == tried:  # the confirmation was lost on the way, not the commit
-                return answered
+            if outcome is not None and stored.meta == tried:  # the confirmation was lost on the way, not the commit
+                return outcome
             before, known = self._before(stored)
             now = self._time.after(before.totals, stored.time)
-            ledger, answered = attempt(self._book(before, now), self._settings, work)
-            totals = replace(ledger.totals, server_time=stored.time, token=secrets.token_hex(8))
-            ledger = replace(ledger, totals=totals)
+            outcome = attempt(self._book(before, now), change)
+            totals = replace(outcome.ledger.totals, server_time=stored.time, token=secrets.token_hex(8))
+            ledger = replace(outcome.ledger, totals=totals)
             late = self._time.is_late(before.totals, now, stored.time)
             changed = changes(before if known else None, ledger, leases=True, always=late)
             if changed is None:
                 ledger = replace(ledger, totals=before.totals)
             if changed is None or await self._records.commit(stored.meta, changed):
                 self._seen(ledger, now)
-                return answered
+                return outcome
             tried = changed.meta
             # Servers that collide wait for different times before they try again.
             await asyncio.sleep(PAUSE_SECONDS * min(1.0, number / 4) * secrets.randbelow(1000) / 1000)
         raise JobsUnavailable("Too many servers change the jobs at one time.")
 
     def _before(self, stored: StoredJobs) -> tuple[Ledger, bool]:
-        """The jobs as they are, and whether the store has them so: what it has lost, this server still knows."""
+        """The jobs as they are, and whether the store holds them: what a store has lost, this server still knows."""
         totals = decode_totals(stored.meta)
         if totals is None or totals.sequence < self.ledger.totals.sequence:
             return (self.ledger if self.ledger.totals.sequence else decode(stored)), False
         open_jobs = [job for job_id, record in stored.open.items() if (job := self._job(job_id, record)) is not None]
         new = [job for record in stored.ended if (job := decode_job(record)) is not None]
         ended = [job for job in (*self.ledger.ended.values(), *new) if job.ended_number > totals.forgotten]
-        self._decoded = {job_id: found for job_id, found in self._decoded.items() if job_id in stored.open}
+        self._decoded = {job_id: decoded for job_id, decoded in self._decoded.items() if job_id in stored.open}
         return ledger_of(open_jobs, ended, totals), True
 
     def _job(self, job_id: str, record: bytes) -> Job | None:

@@ -25,7 +25,7 @@ from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
 from vecmill.core.errors import HeadTooLarge, MalformedRequest, RequestTimedOut, VecmillError
-from vecmill.http.error_shapes import shape_for
+from vecmill.http.dialects.registry import shape_for
 from vecmill.http.errors import error_response
 
 logger = logging.getLogger(__name__)

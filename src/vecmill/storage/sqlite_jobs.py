@@ -24,8 +24,8 @@ CREATE TABLE meta (one INTEGER PRIMARY KEY CHECK (one = 1), value BLOB NOT NULL)
 MAGIC = b"SQLite format 3\0"
 # A client's patience with /jobs is 5 s, and its call may wait for another's.
 BUSY_SECONDS = 0.5
-# Errors after which the same connection may do again.
-PASSING = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL})
+# Transient errors: keep the connection and retry.
+TRANSIENT = frozenset({sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL})
 
 T = TypeVar("T")
 
@@ -95,7 +95,7 @@ class SqliteJobs:
             if is_broken(error):
                 self._begin_anew(str(error))
                 return False
-            if error.sqlite_errorcode & 0xFF not in PASSING:
+            if error.sqlite_errorcode & 0xFF not in TRANSIENT:
                 self._close()
             raise
         return True

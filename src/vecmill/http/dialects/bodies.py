@@ -1,25 +1,168 @@
-"""What all dialects have in common: a body turns into a request, a result into an answer, and nothing else happens."""
+"""What a dialect is made of: bodies that turn into requests, results that turn into answers, and its declaration."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
-from fastapi import Request, Response
-from pydantic import ConfigDict, Field
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult, Scores
+from vecmill.core.errors import InvalidInput
+from vecmill.core.types import (
+    Caller,
+    EmbedRequest,
+    EmbedResult,
+    PromptChoice,
+    ScoreRequest,
+    ScoreResult,
+    Scores,
+    Side,
+    TokenizeRequest,
+    TokenizeResult,
+    Truncation,
+)
+from vecmill.http.bounds import Word
 from vecmill.http.caller import Priority, with_priority
-from vecmill.http.dialects.prompt_fields import PromptFields
-from vecmill.http.dialects.truncation_fields import TruncationFields
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
 from vecmill.http.embedding_formats import FLOAT, EmbeddingFormat
 from vecmill.http.encoding import json_response, result_headers, vectors_response
-from vecmill.http.error_shapes import ErrorShape
+from vecmill.http.errors import ErrorShape
 from vecmill.http.services import services_of
 
+PIECE_CHARACTERS = 80  # of a token in JSON, about
 RESULT_CHARACTERS = 64  # of an index and its score in JSON
+
+# NIM's and Cohere's words.
+WORDS = {"END": (True, Side.RIGHT), "START": (True, Side.LEFT), "NONE": (False, None)}
+
+
+def parse_truncate(value: Any) -> Any:
+    """The word in capitals; anything else is a boolean.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str) and value.upper() in WORDS:
+        return value.upper()
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    raise ValueError("must be true, false, NONE, START or END")
+
+
+def parse_side(value: Any) -> Any:
+    """`left` or `right` in any case."""
+    return value.lower() if isinstance(value, str) else value
+
+
+OneSide = Annotated[Side | None, BeforeValidator(parse_side), Word]
+
+
+class TruncationFields(BaseModel):
+    """Of several that are given, the first here wins. None: AUTO_TRUNCATE decides, and what the model's
+    tokenizer cuts is cut: the end, unless its files say the beginning."""
+
+    truncate: Annotated[
+        str | bool | None,
+        BeforeValidator(parse_truncate),
+        Word,
+        Field(
+            description="What is too long is cut (true, or Cohere's and NIM's `END`; `START` cuts the beginning) or "
+            "refused (false, `NONE`). Default: AUTO_TRUNCATE."
+        ),
+    ] = None
+    truncation: bool | None = Field(None, description="Voyage: the same as true or false.")
+    truncate_prompt_tokens: int | None = Field(
+        None, ge=-1, description="vLLM: cut to so many tokens, special tokens included; -1: to the model's length."
+    )
+    truncation_side: OneSide = Field(None, description="vLLM: the side that is cut, `left` or `right`.")
+    truncation_direction: OneSide = Field(None, description="TEI: the same, `Left` or `Right`.")
+
+    def asked_truncation(self, default: bool | None = None, max_tokens: int | None = None) -> Truncation:
+        """The truncation that the request chooses; `default` where it chooses none.
+
+        Raises:
+            InvalidInput: `truncate_prompt_tokens` is 0.
+        """
+        if self.truncate_prompt_tokens == 0:
+            raise InvalidInput("`truncate_prompt_tokens` must be at least 1, or -1.", param="truncate_prompt_tokens")
+        allowed, side = default, self.truncation_side or self.truncation_direction
+        if isinstance(self.truncate, str):
+            allowed, side = WORDS[self.truncate]
+        elif self.truncate is not None:
+            allowed = self.truncate
+        elif self.truncation is not None:
+            allowed = self.truncation
+        elif self.truncate_prompt_tokens is not None:
+            allowed = True
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens > 0:
+            max_tokens = self.truncate_prompt_tokens
+        return Truncation(allowed, side, max_tokens)
+
+
+# NIM's, Cohere's and Voyage's `input_type`, Jina's `task`.
+CHOICES: dict[str, PromptChoice] = {
+    **dict.fromkeys(("query", "search_query", "retrieval.query", "code.query"), PromptChoice(is_query=True)),
+    **dict.fromkeys(
+        ("passage", "document", "search_document", "retrieval.passage", "code.passage"), PromptChoice(is_query=False)
+    ),
+    "classification": PromptChoice(task="classification"),
+    "clustering": PromptChoice(task="clustering"),
+    "separation": PromptChoice(task="clustering"),
+    "text-matching": PromptChoice(task="text-matching"),
+}
+
+
+def parse_use(value: Any) -> Any:
+    """One of the values, in any case.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if value == "image":
+        raise ValueError("images are not served here")
+    if isinstance(value, str) and value.lower() not in CHOICES:
+        raise ValueError(f"must be one of {', '.join(CHOICES)}")
+    return value.lower() if isinstance(value, str) else value
+
+
+Use = Annotated[str | None, BeforeValidator(parse_use), Word]
+
+
+class PromptFields(BaseModel):
+    """Of several that are given, the first here wins. None: the model's default prompt, where its files name one."""
+
+    instruction: str | None = Field(
+        None,
+        max_length=LONGEST_INSTRUCTION,
+        description="The task in your own words, in place of the one in the model's query prompt; empty: none.",
+    )
+    prompt_name: str | None = Field(None, description="One of the model's prompts by name; /v1/models lists them.")
+    task: Use = Field(None, description="Jina: `retrieval.query`, `retrieval.passage`, `text-matching`, ...")
+    input_type: Use = Field(
+        None, description="NIM, Cohere, Voyage: `query`, `passage`, `search_query`, `search_document`, `document`, ..."
+    )
+    is_query: bool | None = Field(
+        None,
+        description="CodeCartographer: the model's own query prompt (true) or document prompt (false) goes before "
+        "each text.",
+    )
+
+    def prompt_choice(self) -> PromptChoice:
+        """The prompt that the request chooses; the model's default prompt, if it has one, where it chooses none.
+
+        An instruction replaces the prompt, not what kind of text it is for.
+        """
+        use = self.task or self.input_type
+        choice = CHOICES[use] if use else PromptChoice(self.is_query)
+        if self.prompt_name is not None:
+            choice = PromptChoice(prompt_name=self.prompt_name)
+        return choice if self.instruction is None else replace(choice, instruction=self.instruction)
 
 
 class InferenceBody(TruncationFields):
@@ -45,11 +188,19 @@ class EmbedBody(PromptFields, InferenceBody):
         """The dialect's body."""
 
 
-class ScoreBody(InferenceBody):
-    """Documents to scores."""
+class SharedBody(BaseModel):
+    """A body on a path that several dialects share."""
 
     errors: ClassVar[ErrorShape]
-    """For paths that several dialects share."""
+
+    @classmethod
+    def speaks(cls, body: Mapping[str, Any]) -> bool:
+        """Whether a JSON object, not validated yet, is of this dialect and of no other."""
+        return False
+
+
+class ScoreBody(SharedBody, InferenceBody):
+    """Documents to scores."""
 
     @abstractmethod
     def score_request(self, caller: Caller) -> ScoreRequest:
@@ -64,20 +215,58 @@ class ScoreBody(InferenceBody):
         return 0
 
 
+class TokenizeBody(SharedBody):
+    """Texts to tokens."""
+
+    model: str | None = Field(None, description="Left out: the default model.")
+    add_special_tokens: bool | None = Field(None, description="true if left out.")
+
+    @abstractmethod
+    def tokenize_request(self) -> TokenizeRequest:
+        """What is asked of the tokenizer."""
+
+    @abstractmethod
+    def answer(self, result: TokenizeResult) -> object:
+        """The dialect's body."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """What a dialect declares: its routes, how it writes errors, and its bodies on the paths that dialects share."""
+
+    router: APIRouter
+    errors: ErrorShape
+    paths: tuple[str, ...] = ()
+    """Where errors have this shape: a path and all below it, or `METHOD path` alone. The longest that fits decides."""
+    rerank: type[ScoreBody] | None = None
+    """Its body on /rerank and its like."""
+    tokenize: type[TokenizeBody] | None = None
+    """Its body on /tokenize."""
+    any_content_type: bool = False
+    """Whether its servers read JSON whatever its Content-Type, which `curl -d` leaves to curl."""
+
+
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:
     """Answer a request for vectors."""
-    asked = body.embed_request(with_priority(caller, body.priority))
-    result = await services_of(request).inference.embed(asked)
+    embed_request = body.embed_request(with_priority(caller, body.priority))
+    result = await services_of(request).inference.embed(embed_request)
     return await vectors_response(request, result, lambda *rows: body.answer(result, *rows), body.formats())
 
 
 async def score(body: ScoreBody, request: Request, caller: Caller) -> Response:
     """Answer a request for scores."""
-    asked = body.score_request(with_priority(caller, body.priority))
-    result = await services_of(request).inference.score(asked)
+    score_request = body.score_request(with_priority(caller, body.priority))
+    result = await services_of(request).inference.score(score_request)
     size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
     path = request.url.path
     return await json_response(request, lambda: body.answer(result, path), result_headers(request, result), size=size)
+
+
+async def tokenize_texts(body: TokenizeBody, request: Request) -> Response:
+    """Answer a request for tokens."""
+    result = await services_of(request).inference.tokenize(body.tokenize_request())
+    size = PIECE_CHARACTERS * sum(map(len, result.pieces))
+    return await json_response(request, lambda: body.answer(result), {}, size=size)
 
 
 def best_first(scores: Scores, top_n: int | None = None) -> list[int]:

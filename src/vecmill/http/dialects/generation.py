@@ -21,8 +21,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
-from vecmill.http.error_shapes import MOST_BYTES, OPENAI, bounded_body
-from vecmill.http.errors import CLIENT_CLOSED_REQUEST
+from vecmill.http.dialects.bodies import Dialect
+from vecmill.http.dialects.openai import OPENAI
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST, MOST_BYTES, bounded_body, documented
 from vecmill.http.generation import Generation
 from vecmill.http.in_progress import check_new_work
 from vecmill.http.request_id import ACCEPTABLE
@@ -70,13 +71,13 @@ COMPLETION = _documented({"model": "default", "prompt": "Once upon a time", "max
 CHAT = _documented({"model": "default", "messages": [{"role": "user", "content": "Hello"}], "stream": True})
 
 
-@router.post("/v1/completions", summary="Create a completion", openapi_extra=COMPLETION)
+@router.post("/v1/completions", summary="Create a completion", openapi_extra=COMPLETION, responses=documented(503))
 async def create_completion(request: Request, services: ServicesOf) -> Response:
     """Passed through to GENERATION_URL, streams included."""
     return _pass_through(request, services, "/v1/completions")
 
 
-@router.post("/v1/chat/completions", summary="Create a chat completion", openapi_extra=CHAT)
+@router.post("/v1/chat/completions", summary="Create a chat completion", openapi_extra=CHAT, responses=documented(503))
 async def create_chat_completion(request: Request, services: ServicesOf) -> Response:
     """Passed through to GENERATION_URL, streams included."""
     return _pass_through(request, services, "/v1/chat/completions")
@@ -106,11 +107,11 @@ def upward(headers: Headers) -> dict[str, str]:
 
 def downward(response: httpx2.Response) -> dict[str, str]:
     """The headers of the generation server's answer that the client gets, as far as they are ASCII."""
-    found = {name: response.headers[name] for name in DOWNWARD if name in response.headers}
-    return {name: value for name, value in found.items() if value.isascii()}
+    headers = {name: response.headers[name] for name in DOWNWARD if name in response.headers}
+    return {name: value for name, value in headers.items() if value.isascii()}
 
 
-class Upload:
+class RequestStream:
     """A request's body as it arrives; after it, whether the client is still there."""
 
     def __init__(self, receive: Receive) -> None:
@@ -161,7 +162,7 @@ class PassThrough(Response):
             await self._passed(scope, receive, send)
 
     async def _passed(self, scope: Scope, receive: Receive, send: Send) -> None:
-        upload = Upload(receive)
+        upload = RequestStream(receive)
         exchange = asyncio.create_task(self._exchange(upload, scope, receive, send))
         leaving = asyncio.create_task(upload.client_left())
         try:
@@ -179,7 +180,7 @@ class PassThrough(Response):
         if not self._started:
             await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
 
-    async def _exchange(self, upload: Upload, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _exchange(self, upload: RequestStream, scope: Scope, receive: Receive, send: Send) -> None:
         response = await self._generation.post(self._path, self._upward, upload)
         try:
             upload.end()
@@ -259,3 +260,6 @@ def _is_object(content: bytes) -> bool:
         return isinstance(orjson.loads(content), dict)
     except orjson.JSONDecodeError:
         return False
+
+
+DIALECT = Dialect(router, OPENAI)

@@ -101,6 +101,31 @@ EmbeddingInputs = Annotated[
 ]
 
 
+def _texts(value: Any) -> Any:
+    """Texts alone, of the four shapes."""
+    texts = parse_inputs(value)
+    if texts and not isinstance(texts[0], str):
+        raise ValueError("must be a string or a list of strings")
+    return texts
+
+
+def _ids(value: Any) -> Any:
+    """Token ids alone, of the four shapes."""
+    inputs = parse_inputs(value)
+    if inputs and isinstance(inputs[0], str):
+        raise ValueError("must be a list of token ids or a list of lists of token ids")
+    return inputs
+
+
+IDS_SCHEMA = {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "array"}]}}
+Texts = Annotated[
+    Any,
+    BeforeValidator(_texts),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+Ids = Annotated[Any, BeforeValidator(_ids), WithJsonSchema(IDS_SCHEMA)]
+
+
 def parse_documents(value: Any) -> list[dict[str, Any]]:
     """Strings and objects, all as objects.
 

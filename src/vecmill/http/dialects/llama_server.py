@@ -10,16 +10,30 @@ from collections.abc import Sequence
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from vecmill.core.errors import InvalidInput
+from vecmill.core.errors import InputTooLong, InvalidInput, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, TokenVocabulary
 from vecmill.http.caller import CallerOf
-from vecmill.http.dialects.bodies import EmbedBody, embed, example
+from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import EmbeddingInputs
+from vecmill.http.errors import ErrorShape
 from vecmill.http.route import InferenceRoute
 
 router = APIRouter(tags=["llama-server"], route_class=InferenceRoute)
 
 NOT_NORMALISED, EUCLIDEAN = -1, 2
+
+
+def _error(error: VecmillError, status: int) -> dict[str, object]:
+    """https://github.com/ggml-org/llama.cpp/tree/master/tools/server: the code is the status."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 503: "unavailable_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    message = error.message
+    if isinstance(error, InputTooLong):
+        kind, message = "exceed_context_size_error", f"the input exceeds the available context size: {message}"
+    return {"error": {"code": status, "message": message, "type": kind}}
+
+
+LLAMA_SERVER = ErrorShape("llama-server", _error, busy=lambda headers: 503)
 
 
 class EmbeddingBody(EmbedBody):
@@ -56,3 +70,6 @@ class EmbeddingBody(EmbedBody):
 async def embedding(body: EmbeddingBody, request: Request, caller: CallerOf) -> Response:
     """Texts to vectors."""
     return await embed(body, request, caller)
+
+
+DIALECT = Dialect(router, LLAMA_SERVER, paths=("/embedding",), any_content_type=True)

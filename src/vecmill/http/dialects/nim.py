@@ -5,18 +5,20 @@ Source: https://docs.nvidia.com/nim/nemo-retriever/text-reranking/latest/referen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
 from vecmill import __version__
+from vecmill.core.errors import InputTooLong, InvalidInput, MalformedBody, VecmillError
 from vecmill.core.types import Caller, ScoreRequest, ScoreResult
 from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
-from vecmill.http.dialects.bodies import ScoreBody, best_first, example, score
+from vecmill.http.dialects.bodies import Dialect, ScoreBody, best_first, example, score
 from vecmill.http.dialects.inputs import NotServedHere, usage
-from vecmill.http.error_shapes import NIM, ErrorShape
+from vecmill.http.errors import ErrorShape, documented
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -30,6 +32,14 @@ HOSTED_MODEL = {
     "description": "Ignored; the body's `model` decides.",
     "example": "llama-3_2-nv-rerankqa-1b-v2",
 }
+
+
+def _error(error: VecmillError, status: int) -> dict[str, object]:
+    """https://docs.nvidia.com/nim/nemo-retriever/text-reranking/latest/reference.html"""
+    return {"object": "error", "message": error.message, "detail": error.message, "type": type(error).__name__}
+
+
+NIM = ErrorShape("nim", _error, {InvalidInput: 422, InputTooLong: 400, MalformedBody: 400})
 
 
 class Passage(BaseModel):
@@ -53,6 +63,11 @@ class RankingBody(ScoreBody):
     query: Passage
     passages: InputList[Passage]
     top_n: int | None = Field(None, ge=0, description="Only the best so many; RAGFlow sends it.")
+
+    @classmethod
+    def speaks(cls, body: Mapping[str, Any]) -> bool:
+        """By `passages`."""
+        return "passages" in body
 
     def score_request(self, caller: Caller) -> ScoreRequest:
         """What is asked of the model: its own scale."""
@@ -96,7 +111,7 @@ async def live() -> dict[str, Any]:
     return _health("live", "live", True)
 
 
-@router.get("/v1/health/ready", summary="Readiness")
+@router.get("/v1/health/ready", summary="Readiness", responses=documented(503))
 async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
     """200 when requests are served, else 503."""
     is_ready = services.health.ready
@@ -115,3 +130,6 @@ async def metadata(services: ServicesOf) -> dict[str, Any]:
         {"shortName": card.id, "modelUrl": card.id, "revision": card.revision} for card in services.inference.cards
     ]
     return {"version": __version__, "modelInfo": models, "assetInfo": [model["shortName"] for model in models]}
+
+
+DIALECT = Dialect(router, NIM, paths=("/v1/ranking", "/v1/retrieval", "/v1/health", "/v1/metadata"), rerank=RankingBody)

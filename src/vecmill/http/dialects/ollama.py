@@ -5,7 +5,7 @@ Source: https://github.com/ollama/ollama/blob/main/docs/api.md
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
@@ -13,11 +13,13 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
+from vecmill.core.errors import InputTooLong, ModelNotFound, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard, Task
 from vecmill.http.bounds import Counted
 from vecmill.http.caller import CallerOf
-from vecmill.http.dialects.bodies import EmbedBody, embed, example
+from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
+from vecmill.http.errors import ErrorShape, nearest
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -27,6 +29,19 @@ STARTED = datetime.now(UTC).isoformat()
 # Clients compare it: from 0.3 on there is /api/embed.
 OLLAMA_VERSION = "0.12.0"
 NANOSECONDS = 1_000_000_000
+
+
+def _error(error: VecmillError, status: int) -> dict[str, object]:
+    """https://github.com/ollama/ollama/blob/main/docs/api.md, with the words that its clients look for."""
+    words: Mapping[type[VecmillError], str] = {
+        InputTooLong: "the input length exceeds the context length: ",
+        ModelNotFound: "model not found: ",
+        VecmillError: "",
+    }
+    return {"error": nearest(words, error) + error.message}
+
+
+OLLAMA = ErrorShape("ollama", _error, busy=lambda headers: 503)
 
 
 def _untagged(value: Any) -> Any:
@@ -188,3 +203,6 @@ def _details(card: ModelCard) -> dict[str, Any]:
         "parameter_size": "",
         "quantization_level": card.dtype,
     }
+
+
+DIALECT = Dialect(router, OLLAMA, paths=("/api",), any_content_type=True)

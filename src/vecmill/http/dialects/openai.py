@@ -1,26 +1,81 @@
-"""OpenAI: /v1/embeddings, with what Jina, Voyage, NIM, vLLM and Infinity put into the same body.
+"""OpenAI: /v1/embeddings, with what Jina, Voyage, NIM, vLLM and Infinity put into the same body; and /v1/models.
 
-Source: https://platform.openai.com/docs/api-reference/embeddings; https://jina.ai/embeddings/;
+Source: https://platform.openai.com/docs/api-reference/embeddings and /models; https://jina.ai/embeddings/;
 https://docs.voyageai.com/reference/embeddings-api; https://docs.vllm.ai/en/latest/models/pooling_models.html;
-https://docs.nvidia.com/nim/nemo-retriever/text-embedding/latest/reference.html
+https://docs.nvidia.com/nim/nemo-retriever/text-embedding/latest/reference.html; https://michaelfeil.eu/infinity/
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from time import time
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Path, Request, Response
 from pydantic import AliasChoices, BeforeValidator, Field
 
-from vecmill.core.types import Caller, EmbedRequest, EmbedResult
+from vecmill.core.errors import (
+    BodyTooLarge,
+    DeadlineExceeded,
+    EmptyInput,
+    InputTooLong,
+    InvalidApiKey,
+    ModelNotFound,
+    Overloaded,
+    TooManyInputs,
+    VecmillError,
+)
+from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard
 from vecmill.http.caller import CallerOf
-from vecmill.http.dialects.bodies import EmbedBody, embed, example
+from vecmill.http.capabilities import max_batch_size
+from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, NotServedHere, usage
 from vecmill.http.embedding_formats import EmbeddingFormat
+from vecmill.http.errors import ErrorShape, nearest
 from vecmill.http.route import InferenceRoute
+from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["OpenAI"], route_class=InferenceRoute)
+
+
+def _error(error: VecmillError, status: int) -> dict[str, object]:
+    """https://platform.openai.com/docs/guides/error-codes; all four keys are always there.
+
+    Beside the envelope stand the keys that clients of Cohere (`message`), Jina and Voyage (`detail`) read on the paths
+    that they have in common.
+    """
+    # LiteLLM takes every text with `invalid_request_error` for a bad request, a refused key too.
+    kinds = {401: "authentication_error", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
+    envelope = {"message": error.message, "type": kind, "param": error.param, "code": _openai_code(error)}
+    return {"error": envelope, "message": error.message, "detail": error.message}
+
+
+def _openai_code(error: VecmillError) -> str | None:
+    codes: Mapping[type[VecmillError], str | None] = {
+        InputTooLong: "context_length_exceeded",
+        ModelNotFound: "model_not_found",
+        InvalidApiKey: "invalid_api_key",
+        TooManyInputs: "array_above_max_length",
+        EmptyInput: "empty_array",
+        Overloaded: "rate_limit_exceeded",
+        DeadlineExceeded: "timeout",
+        BodyTooLarge: "request_too_large",
+        VecmillError: None,
+    }
+    return nearest(codes, error)
+
+
+def _busy(headers: Mapping[str, str]) -> int:
+    """QMD, whose requests are those of Node itself, takes every 4xx for final, as plain HTTP clients do.
+
+    The OpenAI SDKs try again after either. Roo Code and Kilo Code count on 429, with an SDK or, without one, with a
+    header `api-key`.
+    """
+    return 429 if "api-key" in headers or "openai/" in headers.get("user-agent", "").lower() else 503
+
+
+OPENAI = ErrorShape("openai", _error, busy=_busy)
 
 
 def _only_one(value: Any) -> Any:
@@ -91,3 +146,90 @@ class EmbeddingsBody(EmbedBody):
 async def create_embeddings(body: EmbeddingsBody, request: Request, caller: CallerOf) -> Response:
     """Texts to unit vectors, in input order."""
     return await embed(body, request, caller)
+
+
+STARTED = int(time())
+
+ModelName = Annotated[
+    str,
+    Path(
+        description="An id or an alias from the list.",
+        openapi_examples={"bundled": {"value": "sentence-transformers/all-MiniLM-L6-v2"}},
+    ),
+]
+
+
+@router.get("/v1/models", summary="List models")
+async def list_models(services: ServicesOf) -> dict[str, Any]:
+    """The models that are loaded, the default first; after them those of GENERATION_URL."""
+    own = [_model(card) for card in services.inference.cards]
+    taken = {model["id"] for model in own}
+    return {
+        "object": "list",
+        "data": [*own, *(model for model in await _generating(services) if model["id"] not in taken)],
+    }
+
+
+@router.get("/v1/models/{model:path}", summary="Retrieve a model")
+async def retrieve_model(model: ModelName, services: ServicesOf) -> dict[str, Any]:
+    """One model by its id."""
+    for card in services.inference.cards:
+        if model in (card.id, *card.aliases):
+            return _model(card)
+    for generating in await _generating(services):
+        if model == generating["id"]:
+            return generating
+    known = ", ".join(card.id for card in services.inference.cards) or "none yet"
+    raise ModelNotFound(f"The model `{model[:200]}` does not exist here; these do: {known}.", param="model")
+
+
+@router.get("/models", summary="List models", tags=["Infinity"])
+async def list_infinity_models(services: ServicesOf) -> dict[str, Any]:
+    """The models that are loaded; `owned_by` and `backend` are values that Infinity's client insists on."""
+    queued = sum(services.inference.waiting.values())
+    stats = {
+        "queue_fraction": services.inference.admission.tokens / services.settings.inference.max_queued_tokens,
+        "queue_absolute": queued,
+        "results_pending": services.inference.admission.requests,
+        "batch_size": max_batch_size(services),
+    }
+    fixed = {"owned_by": "infinity", "backend": "torch", "stats": stats}
+    cards = services.inference.cards
+    return {
+        "object": "list",
+        "data": [{**_model(card), **fixed, "capabilities": [card.task.value]} for card in cards],
+    }
+
+
+async def _generating(services: Services) -> tuple[dict[str, Any], ...]:
+    return () if services.generation is None else await services.generation.models()
+
+
+def _model(card: ModelCard) -> dict[str, Any]:
+    return {
+        "id": card.id,
+        "object": "model",
+        "created": STARTED,
+        "owned_by": "vecmill",
+        "task": card.task.value,
+        "family": card.family,
+        "revision": card.revision,
+        "dimensions": card.dimensions,
+        "supported_dimensions": _sizes(card.supported_dimensions),
+        "max_model_len": card.max_model_len,
+        "pooling": card.pooling,
+        "similarity": card.similarity if card.dimensions else None,
+        "dtype": card.dtype,
+        "prompts": dict(card.prompts),
+        "prompts_from": card.prompts_from,
+        "default_prompt_name": card.default_prompt_name,
+        "aliases": list(card.aliases),
+    }
+
+
+def _sizes(possible: Sequence[int]) -> list[int] | dict[str, int]:
+    return {"min": possible[0], "max": possible[-1]} if isinstance(possible, range) else list(possible)
+
+
+# Paths that other dialects share with it have its errors, until the body says whose they are.
+DIALECT = Dialect(router, OPENAI, paths=("/v1", "/v2", "/embeddings", "/models", "/rerank", "/reranking"))

@@ -1,25 +1,31 @@
-"""vLLM: /score. Its other calls are OpenAI's and Cohere's, and /tokenize.
+"""vLLM: /score, /detokenize and its body of /tokenize. Its other calls are OpenAI's and Cohere's.
 
-Source: https://docs.vllm.ai/en/latest/models/pooling_models.html
+Source: https://docs.vllm.ai/en/latest/models/pooling_models.html;
+https://docs.vllm.ai/en/latest/serving/openai_compatible_server.html
 """
 
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from time import time
 from typing import Annotated, Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
-from pydantic import AliasChoices, BeforeValidator, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 
 from vecmill.core.errors import EmptyInput, InvalidInput
-from vecmill.core.types import Caller, ScoreRequest, ScoreResult
+from vecmill.core.types import Caller, DetokenizeRequest, ScoreRequest, ScoreResult, TokenizeRequest, TokenizeResult
 from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
-from vecmill.http.dialects.bodies import ScoreBody, example, score
-from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, usage
-from vecmill.http.error_shapes import OPENAI, ErrorShape
+from vecmill.http.dialects.bodies import Dialect, ScoreBody, TokenizeBody, example, score
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, Ids, NotServedHere, usage
+from vecmill.http.dialects.openai import OPENAI
+from vecmill.http.encoding import json_response
+from vecmill.http.errors import ErrorShape
+from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
+from vecmill.http.services import services_of
 
 router = APIRouter(tags=["vLLM"], route_class=InferenceRoute)
 
@@ -35,8 +41,6 @@ class ScoreTextsBody(ScoreBody):
     """One text with several, or as many with as many, in any of vLLM's words for them."""
 
     model_config = example({"text_1": "parse a date", "text_2": ["read an ISO timestamp", "copy a tree"]})
-    errors: ClassVar[ErrorShape] = OPENAI
-
     text_1: Texts = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))
     text_2: Texts = Field(validation_alias=AliasChoices("text_2", "data_2", "documents", "items"))
     instruction: str | None = Field(None, max_length=LONGEST_INSTRUCTION)
@@ -93,3 +97,56 @@ class ScoreTextsBody(ScoreBody):
 async def score_pairs(body: ScoreTextsBody, request: Request, caller: CallerOf) -> Response:
     """How well the texts of each pair fit together."""
     return await score(body, request, caller)
+
+
+class VllmTokenizeBody(TokenizeBody):
+    """`prompt` says that vLLM's dialect is spoken."""
+
+    model_config = example({"prompt": "parse an ISO 8601 date", "return_token_strs": True})
+
+    errors: ClassVar[ErrorShape] = OPENAI
+
+    prompt: str
+    return_token_strs: bool | None = Field(None, description="Give the tokens as the vocabulary has them, too.")
+    messages: NotServedHere = None
+
+    @classmethod
+    def speaks(cls, body: Mapping[str, Any]) -> bool:
+        """By `prompt`, unless there are TEI's `inputs`."""
+        return "prompt" in body and "inputs" not in body
+
+    def tokenize_request(self) -> TokenizeRequest:
+        """What is asked of the tokenizer."""
+        return TokenizeRequest(
+            [self.prompt], self.model, special_tokens=self.add_special_tokens is not False, param="prompt"
+        )
+
+    def answer(self, result: TokenizeResult) -> object:
+        """The ids, how many they are, and how many there may be."""
+        [pieces] = result.pieces
+        return {
+            "count": len(pieces),
+            "max_model_len": result.card.max_model_len,
+            "tokens": [piece.id for piece in pieces],
+            "token_strs": [piece.token for piece in pieces] if self.return_token_strs else None,
+        }
+
+
+class DetokenizeBody(BaseModel):
+    """vLLM's."""
+
+    model_config = example({"tokens": [101, 7592, 2088, 102]})
+
+    tokens: Ids
+    model: str | None = Field(None, description="Left out: the default model.")
+
+
+@router.post("/detokenize", summary="Detokenize")
+async def detokenize(body: DetokenizeBody, request: Request, new_work: NewWork) -> Response:
+    """Token ids to a text."""
+    detokenize_request = DetokenizeRequest(body.tokens, body.model, skip_special_tokens=False, param="tokens")
+    texts = await services_of(request).inference.detokenize(detokenize_request)
+    return await json_response(request, lambda: {"prompt": "".join(texts)}, {}, size=sum(map(len, texts)))
+
+
+DIALECT = Dialect(router, OPENAI, paths=("/score", "/detokenize"), tokenize=VllmTokenizeBody)

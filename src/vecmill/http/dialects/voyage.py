@@ -5,12 +5,17 @@ Source: https://docs.voyageai.com/reference/reranker-api
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import APIRouter
 from pydantic import Field
 
 from vecmill.core.types import ScoreResult
-from vecmill.http.dialects.bodies import example
+from vecmill.http.dialects.bodies import Dialect, example
+from vecmill.http.dialects.cohere import RerankBody
 from vecmill.http.dialects.inputs import usage
-from vecmill.http.dialects.rerank_body import RerankBody
+from vecmill.http.dialects.openai import OPENAI
 
 
 class VoyageRerankBody(RerankBody):
@@ -26,6 +31,11 @@ class VoyageRerankBody(RerankBody):
 
     top_k: int | None = Field(None, ge=0, description="Only the best so many; 0 or left out: all.")
 
+    @classmethod
+    def speaks(cls, body: Mapping[str, Any]) -> bool:
+        """By `top_k`, unless there is a `top_n`."""
+        return "top_k" in body and body.get("top_n") is None
+
     def answer(self, result: ScoreResult, path: str) -> object:
         """`data` in place of `results`."""
         return {
@@ -34,3 +44,6 @@ class VoyageRerankBody(RerankBody):
             "model": result.model,
             "usage": usage(result),
         }
+
+
+DIALECT = Dialect(APIRouter(), OPENAI, rerank=VoyageRerankBody)

@@ -5,23 +5,31 @@ Source: https://github.com/weaviate/t2v-transformers-models and https://github.c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from vecmill.core.errors import InvalidInput
+from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, PromptChoice, ScoreRequest, ScoreResult
 from vecmill.http.bounds import InputList
 from vecmill.http.caller import CallerOf
-from vecmill.http.dialects.bodies import EmbedBody, ScoreBody, embed, example
+from vecmill.http.dialects.bodies import Dialect, EmbedBody, ScoreBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
-from vecmill.http.error_shapes import WEAVIATE, ErrorShape
+from vecmill.http.errors import ErrorShape, documented
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Weaviate"], route_class=InferenceRoute)
+
+
+def _error(error: VecmillError, status: int) -> dict[str, object]:
+    """https://github.com/weaviate/t2v-transformers-models"""
+    return {"error": error.message}
+
+
+WEAVIATE = ErrorShape("weaviate", _error, busy=lambda headers: 503)
 
 
 class VectorsConfig(BaseModel):
@@ -83,6 +91,11 @@ class WeaviateRerankBody(ScoreBody):
     documents: InputList[str]
     property: str | None = None
 
+    @classmethod
+    def speaks(cls, body: Mapping[str, Any]) -> bool:
+        """By `property`, unless there is a `model`."""
+        return "property" in body and body.get("model") is None
+
     def score_request(self, caller: Caller) -> ScoreRequest:
         """What is asked of the model."""
         return ScoreRequest(
@@ -115,7 +128,7 @@ async def meta(services: ServicesOf) -> dict[str, Any]:
     return {"model_name": card.id, "model_type": card.family, "dim": card.dimensions, "max_length": card.max_model_len}
 
 
-@router.get("/.well-known/ready", summary="Readiness", status_code=204)
+@router.get("/.well-known/ready", summary="Readiness", status_code=204, responses=documented(503))
 async def ready(services: ServicesOf) -> Response:
     """204 when requests are served, else 503."""
     return Response(status_code=204 if services.health.ready else 503)
@@ -125,3 +138,12 @@ async def ready(services: ServicesOf) -> Response:
 async def live() -> Response:
     """204 while the process answers."""
     return Response(status_code=204)
+
+
+DIALECT = Dialect(
+    router,
+    WEAVIATE,
+    paths=("/vectors", "/meta", "/.well-known"),
+    rerank=WeaviateRerankBody,
+    any_content_type=True,
+)

@@ -1,0 +1,347 @@
+"""The services, qmd-embed and qmd-vllm: their configuration, units and steps, and their names in the tailnet."""
+
+from __future__ import annotations
+
+import re
+from ipaddress import ip_address
+from pathlib import Path
+
+from deployment import files, install, machine
+from deployment.layout import (
+    ACCOUNT,
+    EMBED,
+    EMBED_UNIT,
+    IMAGE,
+    MODEL,
+    PORT,
+    VLLM,
+    VLLM_PORT,
+    VLLM_UNIT,
+    Layout,
+    Options,
+)
+from deployment.machine import Docker, Systemd, Tailscale, Unit
+from deployment.start import Wait, activation
+from deployment.steps import Action, MakeFolder, Run, Step, WriteFile
+
+TEMPLATES = Path(__file__).parent / "units"
+SYSTEM_ORDER = "Wants=network-online.target\nAfter=network-online.target nvidia-persistenced.service"
+# Both talk to the engine's socket and need nothing else of the machine.
+VLLM_CONFINEMENT = "NoNewPrivileges=yes\nPrivateTmp=yes\nProtectSystem=strict\nProtectHome=read-only\nUMask=0077"
+
+
+def embed_unit(layout: Layout, shutdown_seconds: float) -> str:
+    """The text of qmd-embed.service."""
+    kind = "user" if layout.user else "system"
+    return _fill(
+        "qmd-embed.service.in",
+        CONFINEMENT=_fill(f"embed-{kind}.conf.in", SECCOMP=_fill("seccomp.conf.in").rstrip()).rstrip(),
+        ORDER="" if layout.user else SYSTEM_ORDER,
+        VENV=layout.venv,
+        CONFIG=layout.config,
+        HUB_CACHE=layout.hub_cache,
+        CACHE=layout.cache,
+        STATE=layout.state,
+        STOP_SECONDS=round(shutdown_seconds) + 15,
+        TARGET=_target(layout),
+    )
+
+
+def vllm_unit(layout: Layout, docker: str, hub_cache: str) -> str:
+    """The text of qmd-vllm.service."""
+    engine = "Requires=docker.service\nWants=network-online.target\nAfter=docker.service network-online.target"
+    return _fill(
+        "qmd-vllm.service.in",
+        ORDER=f"After={EMBED_UNIT}" + ("" if layout.user else f"\n{engine}"),
+        CONFIG=layout.config,
+        DOCKER=docker,
+        HUB_CACHE=hub_cache,
+        CONFINEMENT="NoNewPrivileges=yes" if layout.user else VLLM_CONFINEMENT,
+        TARGET=_target(layout),
+    )
+
+
+def _target(layout: Layout) -> str:
+    return "default.target" if layout.user else "multi-user.target"
+
+
+def _fill(template: str, **parts: object) -> str:
+    text = (TEMPLATES / template).read_text("utf-8")
+    for _ in range(2):  # parts have parts
+        text = re.sub(r"@([A-Z_]+)@", lambda match: str(parts.get(match[1], match[0])), text)
+    return text
+
+
+REFUSAL = "must be tagged nodes"  # with exit code 0
+WAITS = (
+    "approval from an admin is required",
+    "An admin has to approve this machine for the service once: https://login.tailscale.com/admin/services",
+)
+
+
+def serve_in_tailnet(
+    service: str, port: int, host: str, tailscale: Tailscale, layout: Layout, options: Options
+) -> Step:
+    """Serve a local port as https://<service>.<tailnet>."""
+    target = f"{host}:{port}"
+    name = tailscale.name(service) or f"{service}.<tailnet>.ts.net"
+    title = f"Serve https://{name}"
+    undo = " ".join(take_from_tailnet(service).argv)
+    if not options.tailscale:
+        return Step(title, (), undo, done="left out (--no-tailscale)")
+    if tailscale.target(service) in (f"http://{target}", target):
+        return Step(title, (), undo, done="already so")
+    argv = ("tailscale", "serve", f"--service=svc:{service}", "--https=443", target)
+    return Step(title, (Run(argv, refusal=REFUSAL, remarks=(WAITS,)),), undo if layout.user else f"sudo {undo}")
+
+
+def take_from_tailnet(service: str) -> Run:
+    """Stop serving it in the tailnet."""
+    return Run(("tailscale", "serve", "clear", f"svc:{service}"))
+
+
+EMBED_HEAD = """\
+# qmd-embed: settings of vecmill. README.md has them all. Then: systemctl restart qmd-embed (keys and aliases: reload).
+# deploy.py changes only what its options name.
+"""
+SHUTDOWN_SECONDS = 30.0
+# vLLM takes 0.2 beside it, and the machine needs some for itself.
+SHARE_BESIDE_VLLM = "0.5"
+
+
+class Embed:
+    """What is deployed of it, and what shall be."""
+
+    def __init__(
+        self, layout: Layout, systemd: Systemd, options: Options, tailnet_name: str | None, generation_url: str | None
+    ) -> None:
+        self._layout, self._systemd, self._options = layout, systemd, options
+        self.unit: Unit = systemd.unit(EMBED_UNIT)
+        self._env_path = layout.real(layout.embed_env)
+        self._keys_path = layout.real(layout.api_keys)
+        self.before = files.settings(files.text(self._env_path) or "")
+        self.new = files.text(self._env_path) is None
+        additions = self._defaults(generation_url) if self.new else {}
+        if generation_url:
+            additions["GENERATION_URL"] = generation_url
+        changes = self._changes()
+        if tailnet_name and self._local_names_only({**additions, **self.before, **changes}):
+            additions["ALLOWED_HOSTS"] = f"localhost,127.0.0.1,{EMBED},{tailnet_name}"
+        self.env = files.merged(EMBED_HEAD if self.new else files.text(self._env_path) or "", changes, additions)
+        self.settings = files.settings(self.env)
+
+    def _defaults(self, generation_url: str | None) -> dict[str, str]:
+        defaults = {"HOST": "127.0.0.1", "PORT": str(PORT), "STATE_DIR": str(self._layout.state)}
+        if generation_url:
+            defaults["MEMORY_FRACTION"] = SHARE_BESIDE_VLLM
+        return defaults
+
+    def _changes(self) -> dict[str, str]:
+        options = self._options
+        chosen = {
+            "HOST": options.host,
+            "PORT": options.port and str(options.port),
+            "EMBED_MODEL": options.embed_model,
+            "RERANK_MODEL": options.rerank_model,
+            "API_KEY_FILE": options.api_key_file and str(self._layout.api_keys),
+        }
+        if options.vllm_port and self.before.get("GENERATION_URL", "").startswith("http://127.0.0.1:"):
+            chosen["GENERATION_URL"] = f"http://127.0.0.1:{options.vllm_port}"
+        return {name: value for name, value in chosen.items() if value}
+
+    @staticmethod
+    def _local_names_only(settings: dict[str, str]) -> bool:
+        """Whether the server answers only to local names unless ALLOWED_HOSTS names others."""
+        keys = settings.get("API_KEY") or settings.get("API_KEY_FILE")
+        return loopback(settings.get("HOST", "127.0.0.1")) and not keys
+
+    @property
+    def host(self) -> str:
+        return self.settings.get("HOST") or "127.0.0.1"
+
+    @property
+    def port(self) -> int:
+        return int(self.settings.get("PORT") or PORT)
+
+    @property
+    def has_keys(self) -> bool:
+        return bool(self.settings.get("API_KEY") or self.settings.get("API_KEY_FILE"))
+
+    @property
+    def compiles(self) -> bool:
+        """Whether layers may be compiled, on whatever device there is."""
+        return self.settings.get("TORCH_COMPILE", "auto").lower() != "false"
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it runs on an NVIDIA GPU, as far as the machine tells."""
+        return self.settings.get("DEVICE", "auto") not in ("cpu", "mps") and machine.gpu(self._layout) is not None
+
+    @property
+    def reached_at(self) -> str:
+        """The address by which this machine reaches it."""
+        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(  # noqa: S104 - compared with, not bound
+            self.host, f"[{self.host}]" if ":" in self.host else self.host
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.reached_at}:{self.port}"
+
+    def account(self, exists: bool) -> Step:
+        """The account that it runs as."""
+        title, undo = f"Account {ACCOUNT}", self._layout.invocation("--uninstall", "--purge")
+        if exists:
+            return Step(title, (), undo, done="already there")
+        argv = ("useradd", "--system", "--user-group", "--no-create-home", "--home-dir", str(self._layout.state))
+        return Step(title, (Run((*argv, "--shell", "/usr/sbin/nologin", ACCOUNT)),), undo)
+
+    def linger(self, lingers: bool, user: str) -> Step:
+        """Services of a user run on after the user has left, and from boot."""
+        title, undo = "Services without a login", f"loginctl disable-linger {user}"
+        if lingers:
+            return Step(title, (), undo, done="already so")
+        return Step(title, (Run(("loginctl", "enable-linger", user)),), undo)
+
+    def start(self, release: install.Release) -> Step:
+        """Configuration, unit and code in place, the process running and ready."""
+        layout = self._layout
+        link = install.switch(release, layout)
+        wait = Wait(self._systemd, EMBED_UNIT, self.url, "/ready", self._options.wait, progress=True)
+        keys = self._keys()
+        return activation(
+            self.unit,
+            self._systemd,
+            (self._env_file(), link, self._unit_file()),
+            wait,
+            before=(*self._backup(), *self._folders()),
+            after=install.outdated(release, layout),
+            reloadable=keys,
+            undo=layout.invocation("--uninstall"),
+        )
+
+    def _env_file(self) -> WriteFile:
+        return WriteFile(self._env_path, self.env, 0o640, self._layout.readers, staged=self._layout.staged)
+
+    def _unit_file(self) -> WriteFile:
+        try:
+            shutdown = float(self.settings.get("SHUTDOWN_SECONDS") or SHUTDOWN_SECONDS)
+        except ValueError:  # the server says that it is wrong
+            shutdown = SHUTDOWN_SECONDS
+        text = embed_unit(self._layout, shutdown)
+        return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
+
+    def _keys(self) -> tuple[WriteFile, ...]:
+        given = self._options.api_key_file
+        if given is None:
+            return ()
+        text = files.text(given) or ""
+        return (WriteFile(self._keys_path, text, 0o640, self._layout.readers, secret=True, staged=self._layout.staged),)
+
+    def _backup(self) -> tuple[Action, ...]:
+        """A copy of the unit of the older guide, which this one replaces."""
+        if not self.unit.foreign:
+            return ()
+        kept = self.unit.path.with_name(f"{self.unit.path.name}.before-vecmill")
+        return (WriteFile(kept, files.text(self.unit.path) or "", 0o644),)
+
+    def _folders(self) -> tuple[Action, ...]:
+        """The system's services get theirs from systemd."""
+        wanted = (self._layout.state, self._layout.hub_cache) if self._layout.user else ()
+        real = [self._layout.real(path) for path in wanted]
+        return tuple(MakeFolder(path) for path in real if not files.exists(path))
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+CONTAINER_CACHE = "/root/.cache/huggingface"
+GPU_SHARE = "0.2"
+MAX_MODEL_LEN = "16384"
+VLLM_HEAD = """\
+# qmd-vllm: what it runs and with how much. The container gets these too, so HF_TOKEN=... for a gated model goes here.
+# Then: systemctl restart qmd-vllm. deploy.py changes only what its options name.
+"""
+
+
+class Vllm:
+    """What is deployed of it, and what shall be."""
+
+    def __init__(self, layout: Layout, systemd: Systemd, docker: Docker, options: Options) -> None:
+        self._layout, self._systemd, self._docker, self._options = layout, systemd, docker, options
+        self.unit: Unit = systemd.unit(VLLM_UNIT)
+        self._env_path = layout.real(layout.vllm_env)
+        before = files.text(self._env_path)
+        self.before = files.settings(before or "")
+        defaults = {
+            "IMAGE": IMAGE,
+            "MODEL": MODEL,
+            "HOST_PORT": str(VLLM_PORT),
+            "GPU_MEMORY_UTILIZATION": GPU_SHARE,
+            "MAX_MODEL_LEN": MAX_MODEL_LEN,
+            "EXTRA_ARGS": "",
+        }
+        port = options.vllm_port and str(options.vllm_port)
+        chosen = {"IMAGE": options.image, "MODEL": options.vllm_model, "HOST_PORT": port}
+        changes = {name: value for name, value in chosen.items() if value}
+        self.env = files.merged(VLLM_HEAD if before is None else before, changes, defaults)
+        self.settings = files.settings(self.env)
+
+    @property
+    def port(self) -> int:
+        return int(self.settings["HOST_PORT"])
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def replaces_container(self) -> bool:
+        """Whether a container of that name was started by hand, as the guide that this replaces does."""
+        return self._docker.container is not None and not self.unit.ours
+
+    def pull(self) -> Step:
+        """Fetch the image, which is many gigabytes."""
+        image = self.settings["IMAGE"]
+        title, undo = f"Fetch the image {image}", f"docker image rm {image}"
+        if self._docker.path is None or self._docker.has(image):
+            return Step(title, (), undo, done="already there")
+        return Step(title, (Run(("docker", "pull", image), shown=True),), undo)
+
+    def start(self) -> Step:
+        """Configuration and unit in place, the container running and ready."""
+        wait = Wait(self._systemd, VLLM_UNIT, self.url, "/health", self._options.wait)
+        before: tuple[Action, ...] = ()
+        if self.replaces_container:
+            before = (Run(("docker", "rm", "--force", VLLM)),)
+        return activation(
+            self.unit,
+            self._systemd,
+            (self._env_file(), self._unit_file()),
+            wait,
+            before=(*before, *self._cache()),
+            undo=self._layout.invocation("vllm", "--uninstall"),
+        )
+
+    def _env_file(self) -> WriteFile:
+        return WriteFile(self._env_path, self.env, 0o600, self._layout.root_only, staged=self._layout.staged)
+
+    def _unit_file(self) -> WriteFile:
+        text = vllm_unit(self._layout, self._docker.path or "/usr/bin/docker", self._hub_cache())
+        return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
+
+    def _hub_cache(self) -> str:
+        """The folder that has its models already, otherwise a folder of its own."""
+        told = re.search(rf" -v (\S+):{CONTAINER_CACHE} ", files.text(self.unit.path) or "") if self.unit.ours else None
+        return told[1] if told else self._docker.mounted(CONTAINER_CACHE) or str(self._layout.vllm_cache)
+
+    def _cache(self) -> tuple[Action, ...]:
+        folder = self._layout.real(self._layout.vllm_cache)
+        if self._hub_cache() != str(self._layout.vllm_cache) or files.exists(folder):
+            return ()
+        return (MakeFolder(folder),)

@@ -1,0 +1,193 @@
+"""Results for people: tables, remarks, and latency over throughput as bars in the terminal or as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from rich import box
+from rich.bar import Bar
+from rich.table import Table
+
+from vecmill.tools.bench.load_generator import BulkLoad, Latency, Outcomes
+from vecmill.tools.bench.scenarios import MixedResult, SweepResult
+from vecmill.tools.bench.target import BenchError
+from vecmill.tools.console import results
+
+BUSY_CLIENT = 0.8  # of a core: above it, the server waits for the load generator
+SHORTEST_S = 1.0  # below it, opening connections is most of what the load generator did
+LATENCIES = ("p50 ms", "p95 ms", "p99 ms", "max ms")
+
+BAR_WIDTH = 30  # characters; two bars and the number of connections fit 80 columns
+SHORTEST_BAR = 2 / (8 * BAR_WIDTH)  # of the longest: two of the eighths of a character that bars are drawn in
+
+PICTURES = (".pdf", ".png", ".svg")
+INCHES = (8, 5)
+
+
+def show_sweep(sweep: SweepResult) -> None:
+    """Print a row for each level, and bars below them where there are several levels."""
+    table = _table(["conns", "requests", "texts/s", "MB/s", "tokens/s", *LATENCIES])
+    for load in sweep.levels:
+        requests = f"{load.outcomes.requests:,}"
+        table.add_row(f"{load.connections}", requests, *_rates(load), *_latency(load.outcomes))
+    results.print(table)
+    points = _points(sweep.levels)
+    if len(points) > 1 and not results.options.ascii_only:  # the bars are drawn with block characters
+        results.print()
+        results.print(_bars(points))
+
+
+def show_mixed(mixed: MixedResult) -> None:
+    """Print the person's latency and the bulk's throughput, each alone and beside the other."""
+    person = _table(["requests", *LATENCIES], first="person")
+    for name, outcomes in (("alone", mixed.person_alone), ("beside bulk", mixed.person_beside_bulk)):
+        person.add_row(name, f"{outcomes.requests:,}", *_latency(outcomes))
+    results.print(person)
+    results.print()
+    bulk = _table(["requests", "texts/s", "MB/s", "tokens/s", "p50 ms", "p99 ms"], first="bulk")
+    for name, load in (("alone", mixed.bulk_alone), ("beside person", mixed.bulk_beside_person)):
+        p50, _, p99, _ = _latency(load.outcomes)
+        bulk.add_row(name, f"{load.outcomes.requests:,}", *_rates(load), p50, p99)
+    results.print(bulk)
+    if (loss := mixed.bulk_loss_percent) is not None:
+        results.print(f"\nThe person costs the bulk {loss:.1f} % of its texts/s.")
+
+
+def show_remarks(outcomes_by_name: Mapping[str, Outcomes], loads: Sequence[BulkLoad]) -> None:
+    """Print waits and errors, and a warning where the load generator was the bottleneck."""
+    named = outcomes_by_name.items()
+    first_errors = dict.fromkeys(outcomes.first_error for _, outcomes in named if outcomes.first_error)
+    remarks = [
+        *(("waited", f"{name}: {_counts(one.retries)}", "yellow") for name, one in named if one.retries),
+        *(("errors", f"{name}: {_counts(one.errors)}", "red") for name, one in named if one.errors),
+        *(("error", error, "red") for error in first_errors),
+        *(("warning", warning, "yellow") for warning in warnings(loads)),
+    ]
+    if remarks:
+        results.print()
+    for kind, text, colour in remarks:
+        results.print(f"{kind:<9} {text}", style=f"bold {colour}", soft_wrap=True)
+
+
+def warnings(loads: Sequence[BulkLoad]) -> list[str]:
+    """Sentences about loads in which the load generator itself was the bottleneck."""
+    return [
+        f"with {load.connections} connections the load generator itself used {load.client_cpu:.0%} of a core: the "
+        f"server may be faster than this. Larger batches or another machine to measure from give its true speed."
+        for load in loads
+        if load.client_cpu > BUSY_CLIENT and load.seconds >= SHORTEST_S
+    ]
+
+
+def _table(columns: Sequence[str], first: str | None = None) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    if first is not None:
+        table.add_column(first, no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _rates(load: BulkLoad) -> tuple[str, str, str]:
+    tokens = "-" if load.tokens_per_second is None else f"{load.tokens_per_second:,.0f}"
+    return f"{load.texts_per_second:,.1f}", f"{load.megabytes_per_second:.3f}", tokens
+
+
+def _latency(outcomes: Outcomes) -> tuple[str, str, str, str]:
+    latency: Latency | None = outcomes.latency_ms
+    if latency is None:
+        return ("-",) * 4
+    return _ms(latency.p50), _ms(latency.p95), _ms(latency.p99), _ms(latency.max)
+
+
+def _ms(value: float) -> str:
+    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _counts(by_status: dict[str, int]) -> str:
+    return ", ".join(f"{count} x {status}" for status, count in by_status.items())
+
+
+@dataclass(frozen=True, slots=True)
+class _Point:
+    connections: int
+    throughput: float
+    p50: float
+    p99: float
+
+
+def _points(loads: Sequence[BulkLoad]) -> list[_Point]:
+    """The loads that have answers, in order of connections."""
+    return [
+        _Point(load.connections, load.texts_per_second, latency.p50, latency.p99)
+        for load in sorted(loads, key=lambda load: load.connections)
+        if (latency := load.outcomes.latency_ms) is not None
+    ]
+
+
+def _bars(points: Sequence[_Point]) -> Table:
+    """A row for each level: its throughput, and the span from p50 to p99; no bar is too short to be seen."""
+    fastest, slowest = max(point.throughput for point in points), max(point.p99 for point in points)
+    table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("conns", justify="right", no_wrap=True)
+    table.add_column(f"texts/s, 0 to {fastest:,.0f}", width=BAR_WIDTH, no_wrap=True)
+    table.add_column(f"p50 to p99, 0 to {_ms(slowest)} ms", width=BAR_WIDTH, no_wrap=True)
+    for point in points:
+        begin = max(0.0, min(point.p50, point.p99 - slowest * SHORTEST_BAR))
+        end = max(point.p99, slowest * SHORTEST_BAR)
+        table.add_row(
+            f"{point.connections}",
+            Bar(fastest, 0, max(point.throughput, fastest * SHORTEST_BAR), width=BAR_WIDTH, color="cyan"),
+            Bar(slowest, begin, end, width=BAR_WIDTH, color="yellow"),
+        )
+    return table
+
+
+def require_picture(path: Path) -> None:
+    """Say before the measurement what would keep its picture from being written.
+
+    Raises:
+        BenchError: there is no such folder, no such kind of picture, or no matplotlib.
+    """
+    if path.suffix.lower() not in PICTURES:
+        raise BenchError(f"--plot {path}: the name must end in one of {', '.join(PICTURES)}.")
+    if not path.absolute().parent.is_dir():
+        raise BenchError(f"--plot {path}: there is no folder {path.absolute().parent}.")
+    if find_spec("matplotlib") is None:
+        raise BenchError("--plot needs matplotlib: pip install 'vecmill[plot]'.")
+
+
+def write_picture(loads: Sequence[BulkLoad], title: str, path: Path) -> None:
+    """Latency over throughput as a picture, of the kind that the path's ending says.
+
+    Raises:
+        BenchError: it cannot be written.
+    """
+    from matplotlib.figure import Figure  # an extra, and half a second to import
+
+    points = _points(loads)
+    throughputs = [point.throughput for point in points]
+    figure = Figure(figsize=INCHES, layout="constrained")
+    axes = figure.subplots()
+    axes.plot(throughputs, [point.p99 for point in points], marker="o", label="p99")
+    axes.plot(throughputs, [point.p50 for point in points], marker="o", label="p50")
+    for point in points:
+        axes.annotate(
+            f"{point.connections}",
+            (point.throughput, point.p99),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+        )
+    axes.set(xlabel="texts/s", ylabel="latency, ms", title=title)
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(title="at each number\nof connections")
+    try:
+        figure.savefig(path)
+    except OSError as error:
+        raise BenchError(f"--plot {path} cannot be written: {error.strerror}.") from error

@@ -1,0 +1,142 @@
+"""What the server holds while it runs: its address, its folder of state, and Redis where REDIS_URL names one."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import socket
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from vecmill import __version__
+from vecmill.storage.atomic_files import sync_folder, write_atomically
+from vecmill.storage.errors import StoreFailed
+from vecmill.storage.file_lock import FileLock
+from vecmill.tools.doctor.checks.models import existing
+from vecmill.tools.doctor.context import DoctorContext, RunningServer
+from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
+
+
+def check_port(context: DoctorContext) -> Finding:
+    """Bind it as the server would, for a moment, without listening."""
+    host, port = context.settings.http.host, context.settings.http.port
+    address = f"HOST={host} PORT={port}"
+    if port == 0:
+        return ok(f"{address}: a free port is taken")
+    try:
+        _bind(host, port)
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            return judge_taken(address, port, context.server)
+        return judge_error(address, error)
+    return ok(f"{address} is free")
+
+
+def _bind(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((host, port))
+
+
+def judge_taken(address: str, port: int, server: RunningServer | None) -> Finding:
+    """`server`: what answers at the address; None: nothing that speaks HTTP."""
+    if server is None or not server.is_vecmill:
+        who = "something that does not speak HTTP"
+        if server is not None:
+            who = f"an HTTP server that is not vecmill ({server.software or 'it does not say which'})"
+        return fail(
+            f"{address} is taken by {who}",
+            f"sudo ss -ltnp 'sport = :{port}' shows what it is; stop it, or set another PORT.",
+        )
+    facts = {"version": server.version, "status": server.status}
+    seen = f"{address}: vecmill {server.version} runs there, status {server.status}"
+    if server.status != "ok":
+        return warn(seen, f"curl {server.url}/health says why; its log says more.", **facts)
+    if server.version != __version__:
+        return warn(seen, f"This is {__version__}: restart the server to have it run that.", **facts)
+    return ok(seen, **facts)
+
+
+def judge_error(address: str, error: Exception) -> Finding:
+    """Why it cannot be bound, other than that it is taken."""
+    number = getattr(error, "errno", None)
+    if number in (errno.EACCES, errno.EPERM):
+        return fail(f"{address}: this user may not bind it", "Set a PORT of 1024 or above.")
+    reason = os.strerror(number) if isinstance(number, int) and number > 0 else str(error)
+    return fail(
+        f"{address} cannot be bound ({reason})", "Set HOST to an address of this machine, 127.0.0.1 or 0.0.0.0."
+    )
+
+
+ELSEWHERE = "Set STATE_DIR to a folder that this user may write."
+
+
+def check_state(context: DoctorContext) -> Finding:
+    """Write into it as the server does, and leave nothing behind."""
+    redis = context.settings.state.redis_url
+    parts = [_folder(context)]
+    if redis is not None:
+        parts.append(_redis(redis.get_secret_value()))
+    return together(parts)
+
+
+def _folder(context: DoctorContext) -> Finding:
+    folder = context.settings.state.state_dir
+    try:
+        if folder.exists() and not folder.is_dir():
+            return fail(f"STATE_DIR={folder} is a file", "Set STATE_DIR to a folder.")
+        _write(existing(folder))
+    except OSError as error:
+        return fail(f"STATE_DIR={folder} cannot be written ({error.strerror})", ELSEWHERE)
+    shared = context.settings.state.redis_url is not None
+    if _held(folder / "lock", shared=shared):
+        return _judge_held(context, folder)
+    return ok(f"STATE_DIR={folder} can be written{'' if folder.exists() else ', and is made at the start'}")
+
+
+def _write(folder: Path) -> None:
+    inside = Path(tempfile.mkdtemp(prefix=".doctor-", dir=folder))
+    try:
+        write_atomically(inside / "file", b"written by vecmill doctor\n")
+        sync_folder(inside)
+    finally:
+        shutil.rmtree(inside, ignore_errors=True)
+
+
+def _held(lock: Path, *, shared: bool) -> bool:
+    """Whether a server holds the lock. A lock that is free is taken for a moment and released."""
+    if not lock.exists():
+        return False
+    taken = FileLock.take(lock, shared=shared)
+    if taken is not None:
+        taken.release()
+    return taken is None
+
+
+def _judge_held(context: DoctorContext, folder: Path) -> Finding:
+    seen = f"STATE_DIR={folder} is in use by a vecmill server"
+    if context.server is not None and context.server.is_vecmill:
+        return ok(f"{seen}; one runs at {context.server.url}")
+    return fail(
+        seen,
+        "Stop it, give this one a STATE_DIR of its own, or set REDIS_URL for both so that they share their state.",
+    )
+
+
+def _redis(url: str) -> Finding:
+    parts = urlsplit(url)
+    where = f"REDIS_URL ({parts.hostname or parts.path})"  # never the password
+    try:
+        ping = import_module("vecmill.storage.redis_ping").ping
+    except ModuleNotFoundError:
+        return fail(f"{where} needs the extra `redis`", install("vecmill[redis]"))
+    try:
+        version = ping(url)
+    except StoreFailed as error:
+        return fail(
+            f"{where} does not answer ({error})", "Start Redis, or correct REDIS_URL; without it the state is in files."
+        )
+    return ok(f"{where} answers, version {version}")

