@@ -424,13 +424,10 @@ VARIANTS = [
         "no-padding", xlm_roberta, config(pad_token_id=None), "`pad_token_id`: null; supported: a whole number from 0"
     ),
     embeds("no-positions", bert, without("max_position_embeddings"), "how many positions"),
-    embeds(
-        "not-an-object", bert, lambda folder: (folder / "config.json").write_text("[]"), "'missing' is not supported"
-    ),
+    embeds("not-an-object", bert, lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
     embeds("not-json", bert, lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
-    embeds("no-object", bert, lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
     embeds(
-        "no-object-of-a-module",
+        "not-an-object-of-a-module",
         bert,
         lambda folder: (folder / "1_Pooling" / "config.json").write_text("[]"),
         "1_Pooling/config.json holds no JSON object",
