@@ -112,7 +112,7 @@ def read_template(
     """
     given = {"source": source, "special_tokens": special_tokens, "options": options, "structured": structured}
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    said: Mapping[str, Any] = {}
+    result: Mapping[str, Any] = {}
     with suppress(subprocess.TimeoutExpired, ValueError):
         done = subprocess.run(  # noqa: S603  # our own interpreter
             [sys.executable, "-s", "-m", __name__],
@@ -124,15 +124,15 @@ def read_template(
             start_new_session=True,
             check=False,
         )
-        said = json.loads(done.stdout)
-    if not said:
+        result = json.loads(done.stdout)
+    if not result:
         raise UnfitTemplateError(f"takes more than {MOST_SECONDS} s or {MOST_BYTES:,} bytes to render")
-    if "unfit" in said:
-        raise UnfitTemplateError(said["unfit"])
+    if "unfit" in result:
+        raise UnfitTemplateError(result["unfit"])
     plain, instructed = (
-        tuple(Slot(text) if is_slot else text for is_slot, text in said[key]) for key in ("plain", "instructed")
+        tuple(Slot(text) if is_slot else text for is_slot, text in result[key]) for key in ("plain", "instructed")
     )
-    return ReadTemplate(plain, instructed, said["names_its_roles"], frozenset(said["special_tokens"]))
+    return ReadTemplate(plain, instructed, result["names_its_roles"], frozenset(result["special_tokens"]))
 
 
 def main() -> None:
@@ -143,18 +143,18 @@ def main() -> None:
         template = ChatTemplate(
             given["source"], given["special_tokens"], given["options"], structured=given["structured"]
         )
-        said: dict[str, Any] = {
+        result: dict[str, Any] = {
             name: [(isinstance(piece, Slot), str(piece)) for piece in template.pieces(instructed=instructed)]
             for name, instructed in (("plain", False), ("instructed", True))
         }
-        said |= {"names_its_roles": template.names_its_roles(), "special_tokens": sorted(template.variables)}
+        result |= {"names_its_roles": template.names_its_roles(), "special_tokens": sorted(template.variables)}
     except UnfitTemplateError as error:
-        said = {"unfit": str(error)}
+        result = {"unfit": str(error)}
     except MemoryError:
-        said = {}
+        result = {}
     except Exception as error:  # nested too deep, for example
-        said = {"unfit": f"cannot be read ({type(error).__name__})"}
-    sys.stdout.write(json.dumps(said))
+        result = {"unfit": f"cannot be read ({type(error).__name__})"}
+    sys.stdout.write(json.dumps(result))
 
 
 def _limit() -> None:

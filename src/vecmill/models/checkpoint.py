@@ -229,22 +229,22 @@ def _module_config(folder: Path, named: str, modules: Mapping[str, str], kind: s
 
 def _library_config(folder: Path, named: str, task: Task, modules: Mapping[str, str]) -> dict[str, Any]:
     """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
-    said = read_json(named, folder / LIBRARY_CONFIG) if modules else {}
-    kind = said.get("model_type", LIBRARY_TYPES[Task.EMBED])
+    library = read_json(named, folder / LIBRARY_CONFIG) if modules else {}
+    kind = library.get("model_type", LIBRARY_TYPES[Task.EMBED])
     if task is Task.RERANK and "LogitScore" not in modules and kind != LIBRARY_TYPES[task]:
         return {}  # what another kind of model says of itself is not a reranker's
-    check_sentence_transformers(named, folder / LIBRARY_CONFIG, said, task)
-    if said and kind != LIBRARY_TYPES[task]:
+    check_sentence_transformers(named, folder / LIBRARY_CONFIG, library, task)
+    if library and kind != LIBRARY_TYPES[task]:
         raise StartupError(f"{named}: {LIBRARY_CONFIG} has `model_type`: {kind!r}; supported: {LIBRARY_TYPES[task]!r}.")
-    _check_prompts(named, task, said)
-    return said
+    _check_prompts(named, task, library)
+    return library
 
 
-def _check_prompts(named: str, task: Task, said: Mapping[str, Any]) -> None:
-    prompts = said.get("prompts") or {}
+def _check_prompts(named: str, task: Task, library: Mapping[str, Any]) -> None:
+    prompts = library.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(text is None or isinstance(text, str) for text in prompts.values()):
         raise StartupError(f"{named}: `prompts` in {LIBRARY_CONFIG} must be an object of texts.")
-    default = said.get("default_prompt_name")
+    default = library.get("default_prompt_name")
     known = {*prompts, *(ALWAYS_NAMED if task is Task.EMBED else ())}
     if default is not None and not (isinstance(default, str) and default in known):
         raise StartupError(
@@ -266,10 +266,10 @@ def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mappi
     if not modules:  # what sentence-transformers adds to a bare decoder or encoder
         names = config.get("architectures") or [""]
         return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"
-    said = _module_config(folder, named, modules, "Pooling")
-    if not said:
+    module = _module_config(folder, named, modules, "Pooling")
+    if not module:
         raise StartupError(f"{named}: {folder / modules['Pooling']} has no config.json that says how to pool.")
-    modes = pooling_modes(said)
+    modes = pooling_modes(module)
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise StartupError(
             f"{named}: pooling {'+'.join(sorted(modes)) or 'none'} is not supported; mean, cls and lasttoken are."

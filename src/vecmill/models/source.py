@@ -58,8 +58,8 @@ def find(
             report=report,
         )
     except StartupError as error:
-        said = error.message if error.message.startswith(setting) else setting + error.message
-        raise type(error)(said) from None
+        message = error.message if error.message.startswith(setting) else setting + error.message
+        raise type(error)(message) from None
     return Source(name, folder, task)
 
 

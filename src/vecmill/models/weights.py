@@ -229,9 +229,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
     weights = WeightFiles(checkpoint)
     places = {name: checkpoint.network.rename(name) for name in weights.files}
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    found = {place for several in places.values() for place in several}
+    stored = {place for several in places.values() for place in several}
     _refuse_twice(checkpoint, places)
-    if missing := sorted(wanted.keys() - found):
+    if missing := sorted(wanted.keys() - stored):
         raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
     if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
         read = (
