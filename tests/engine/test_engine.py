@@ -51,8 +51,8 @@ class Spoiling:
     def __init__(self, model: LoadedModel) -> None:
         self._forward = model.model.forward
 
-    def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        pooled: Tensor = self._forward(packed, use_flash_attn=use_flash_attn)
+    def __call__(self, packed: PackedBatch) -> Tensor:
+        pooled: Tensor = self._forward(packed)
         pooled[packed.lengths[: len(pooled)] == 2] = float("nan")
         return pooled
 
@@ -83,7 +83,7 @@ async def test_a_batch_that_raises_fails_alone_and_the_next_works(engine: Engine
 
 
 async def test_a_device_that_fails_for_good_answers_everybody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def broken(packed: PackedBatch) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(model_of(engine).model, "forward", broken)
@@ -169,12 +169,12 @@ class Cramped:
         self._tokens, self._error = tokens, error
         self.ran: list[int] = []
 
-    def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def __call__(self, packed: PackedBatch) -> Tensor:
         tokens = packed.input_ids.shape[1]
         if tokens > self._tokens:
             raise self._error
         self.ran.append(tokens)
-        return self._forward(packed, use_flash_attn=use_flash_attn)
+        return self._forward(packed)
 
 
 def long_rows(*lengths: int) -> list[Row]:
@@ -223,11 +223,11 @@ async def test_an_interactive_batch_overtakes_bulk_that_has_not_begun(
     order: list[int] = []
     forward = model_of(engine).model.forward
 
-    def held(packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def held(packed: PackedBatch) -> Tensor:
         order.append(len(packed.order))
         begun.set()
         assert gate.wait(20)
-        return forward(packed, use_flash_attn=use_flash_attn)
+        return forward(packed)
 
     monkeypatch.setattr(model_of(engine).model, "forward", held)
     first = asyncio.create_task(engine.run(KEY, ROWS[:1]))

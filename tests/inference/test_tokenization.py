@@ -17,7 +17,7 @@ from vecmill.core.errors import InvalidInput, StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.text_format import TextFormat
+from vecmill.models.family import TextFormat
 from vecmill.models.tokenizer_files import read_file
 
 LIMIT, VOCAB = 32, 30522

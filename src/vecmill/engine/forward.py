@@ -67,9 +67,9 @@ def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> Packed:
     shape = model.graphs.shape_for(rows)
     memory = model.prefixes if any(row.prefix is not None for row in rows) else None
     if device.streams is None:
-        return Packed(pack(rows, device.device, memory, shape), None)
+        return Packed(pack(rows, device.device, memory, shape, model.attention), None)
     with torch.cuda.stream(device.streams.copies):
-        packed = pack(rows, device.device, memory, shape)
+        packed = pack(rows, device.device, memory, shape, model.attention)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(device.streams.copies)
     return Packed(packed, copied)
@@ -122,7 +122,7 @@ def run_part(
             torch.cuda.current_stream(device.device).wait_event(ready.copied)
         for recalled in packed.recalled:
             recalled.wait()
-        answers = model.forward(packed, use_flash_attn=device.use_flash_attn)
+        answers = model.forward(packed)
         part = LaunchedPart(indexes, packed, *_to_host(answers))
     for new in packed.new_prefixes:  # after the pass was launched whole
         new.layers.computed = part.done

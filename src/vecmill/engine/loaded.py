@@ -13,9 +13,8 @@ from vecmill.core.calibration import Warmed
 from vecmill.core.types import Lane, ModelCard
 from vecmill.engine.cuda_graphs import Graphs
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.packing import PackedBatch
-from vecmill.models.prefix_memory import PrefixMemory
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, PackedBatch, PrefixMemory
 from vecmill.models.tokenizer_files import ReadTokenizer
 
 # Tokens of a pass at which one thread is tried, smallest first.
@@ -87,8 +86,6 @@ class Device:
     """Where and how batches run."""
 
     device: torch.device
-    use_flash_attn: bool
-    """USE_FLASH_ATTN, where this device has the kernels."""
     streams: Streams | None
     """None on a CPU."""
 
@@ -110,18 +107,20 @@ class LoadedModel:
     checkpoint: Checkpoint
     model: Model
     tokenizer: ReadTokenizer
+    attention: Attention = Attention.SDPA
+    """What its batches are packed for."""
     prefixes: PrefixMemory = field(default_factory=PrefixMemory)
     threads: CpuThreads = field(default_factory=CpuThreads)
     graphs: Graphs = field(default_factory=Graphs)
     """Empty until warm-up has captured them, and on a CPU."""
 
-    def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device."""
         if packed.shape is not None:
             return self.graphs.run(packed)
         if not packed.input_ids.is_cuda:
             self.threads.set_for(packed.input_ids.shape[1])
-        return self.model.forward(packed, use_flash_attn=use_flash_attn)
+        return self.model.forward(packed)
 
     @property
     def key(self) -> str:

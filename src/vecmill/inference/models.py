@@ -34,11 +34,10 @@ from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized, asks_for_
 from vecmill.inference.token_ids import cl100k, texts_of_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.inference.vectors import finish_vectors, logit_to_relevance, similarities, similarity_to_relevance
-from vecmill.models.aliases import aliases_of, with_aliases
+from vecmill.models.cards import aliases_of, with_aliases
 from vecmill.models.chat_template import UnfitTemplateError
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.rerank_prompt import padding_token, rerank_form
-from vecmill.models.text_format import text_format
 from vecmill.models.tokenizer_files import ReadTokenizer
 
 Aliases = Sequence[tuple[str, str]]
@@ -427,7 +426,7 @@ def assemble(
     for card, checkpoint, read in loaded:
         if card.task is Task.EMBED:
             pool = TokenizerPool(read, card.vocab_size, card.max_model_len, threads)
-            tokenizer = TextTokenizer(pool, text_format(checkpoint), card.max_model_len, card.vocab_size)
+            tokenizer = TextTokenizer(pool, checkpoint.text_format, card.max_model_len, card.vocab_size)
             embedders.append(Embedder(card, tokenizer, model_fingerprint(card), settings.token_ids, threads))
         else:
             rerankers.append(Reranker(card, _pair_tokenizer(card, checkpoint, read, settings, threads)))

@@ -20,8 +20,7 @@ from vecmill.core.errors import InputTooLong, InvalidInput, StartupError
 from vecmill.core.types import Prefix, Row, Side, TokenIds
 from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.chat_template import Pieces, Slot, UnfitTemplateError, filled
-from vecmill.models.rerank_prompt import PairPrompt
+from vecmill.models.chat_template import PairPrompt, Pieces, Slot, UnfitTemplateError, filled
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,10 @@ from functools import partial
 import numpy as np
 
 from vecmill.core.errors import InvalidInput
-from vecmill.core.types import ModelCard, PromptChoice, Row, Side, Task, Truncation
+from vecmill.core.types import INSTRUCTION_PLACE, ModelCard, PromptChoice, Row, Side, Task, Truncation
 from vecmill.inference.token_ids import check_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool, missing_prompt
-from vecmill.models.cards import INSTRUCTION
-from vecmill.models.text_format import TextFormat
+from vecmill.models.family import TextFormat
 
 NO_LIMIT = Truncation()
 
@@ -239,7 +238,7 @@ def _instructed(card: ModelCard, instruction: str) -> str:
     """In the model's own template; as it is where there is none, or where it is written out already."""
     if card.instruction_template is None or not instruction or instruction.startswith("Instruct: "):
         return instruction
-    return card.instruction_template.replace(INSTRUCTION, instruction)
+    return card.instruction_template.replace(INSTRUCTION_PLACE, instruction)
 
 
 def _named(card: ModelCard, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Vectors and scores equal those of sentence-transformers or transformers on the same files."""
+"""BERT and XLM-R: vectors and scores equal those of sentence-transformers on the same files."""
 
 from __future__ import annotations
 
@@ -10,9 +10,23 @@ import pytest
 from numpy.typing import NDArray
 
 from tests.conftest import serving
-from tests.oracle import cross_encoder_scores, nomic_encode, st_encode
-from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
+from tests.models.families import TinyModel
+from tests.oracle import cross_encoder_scores, st_encode
+from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_xlm_roberta
+from vecmill.core.types import Task
+from vecmill.models.source import find
 
+
+def cross_encoder(folder: Path) -> Path:
+    return tiny_cross_encoder(folder, kind="bert", tokenizer_from=find("auto").folder)
+
+
+TINY = (
+    TinyModel(Task.EMBED, "bert", lambda folder: tiny_bert(folder, find("auto").folder)),
+    TinyModel(Task.EMBED, "xlm-roberta", tiny_xlm_roberta),
+    TinyModel(Task.RERANK, "bert", cross_encoder, second_text=True),
+    TinyModel(Task.RERANK, "xlm-roberta", lambda folder: tiny_cross_encoder(folder, kind="xlm-roberta")),
+)
 TEXTS = ["one", "def add(a, b):\n    return a + b", "", "a longer text " * 40, "one", "naïve 你好"]
 
 
@@ -52,32 +66,6 @@ async def test_the_models_own_prompts_are_applied_by_role_and_by_name(tmp_path: 
         np.testing.assert_allclose(prefixed, await embed("a text", is_query=True), atol=1e-6)
         unknown = await client.post("/embed", json={"inputs": "x", "prompt_name": "nope"})
         assert "passage, query, sts" in unknown.json()["error"]
-
-
-@pytest.mark.parametrize("prompt", ["", "search_query: ", "search_document: ", "clustering: "])
-async def test_nomic_equals_transformers(tmp_path: Path, minilm_folder: Path, prompt: str) -> None:
-    folder = tiny_nomic(tmp_path / "nomic-embed-text-v1.5", minilm_folder)
-    task = {"search_query: ": "search_query", "search_document: ": "search_document", "clustering: ": "clustering"}
-    fields = {"input_type": task[prompt]} if prompt else {}
-    async with serving(embed_model=str(folder)) as client:
-        found = (await client.post("/embed", json={"inputs": TEXTS, **fields})).json()
-    np.testing.assert_allclose(np.array(found), nomic_encode(folder, TEXTS, prompt=prompt), atol=1e-5)
-
-
-async def test_nomics_fewer_dimensions_are_layer_normed_first(tmp_path: Path, minilm_folder: Path) -> None:
-    folder = tiny_nomic(tmp_path / "nomic-embed-text-v1.5", minilm_folder)
-    edit_json(folder / "config.json", matryoshka_dimensions=[8, 16])
-    async with serving(embed_model=str(folder)) as client:
-        [card] = (await client.get("/v1/models")).json()["data"]
-        assert card["supported_dimensions"] == [8, 16, 32]
-        for dimensions in (8, 16, 32, None):
-            answer = await client.post("/embed", json={"inputs": TEXTS, "dimensions": dimensions})
-            fewer = dimensions if dimensions != 32 else None
-            wanted = nomic_encode(folder, TEXTS, dimensions=fewer, layer_norm=fewer is not None)
-            np.testing.assert_allclose(np.array(answer.json()), wanted, atol=1e-5)
-        refused = await client.post("/v1/embeddings", json={"input": "x", "dimensions": 9})
-        assert refused.status_code == 400
-        assert "8, 16, 32" in refused.json()["error"]["message"]
 
 
 PAIRS = ["yes", "", "Berlin has 3.5 million inhabitants.", "a much longer document " * 20, "naïve 你好", "yes"]

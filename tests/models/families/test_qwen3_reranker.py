@@ -12,15 +12,19 @@ import numpy as np
 import pytest
 
 from tests.conftest import serving
+from tests.models.families import TinyModel
 from tests.models.loaded import GOLDEN, ids, load_model, run
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Prefix, Row, Task, TokenIds
 from vecmill.inference.pair_tokenizer import InstructTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3_PROMPT, answer_tokens
+from vecmill.models.families.qwen3 import PAIR_PROMPT
+from vecmill.models.family import DEFAULT_INSTRUCTION
+from vecmill.models.rerank_prompt import answer_tokens
 from vecmill.models.tokenizer_files import read_file
 
 HEADS = {"reranker": "tied", "reranker_untied": "untied"}
+TINY = (TinyModel(Task.RERANK, "qwen3", lambda folder: GOLDEN / "qwen3" / "reranker", prefixes=True),)
 
 
 def cases(name: str) -> list[dict[str, Any]]:
@@ -70,7 +74,7 @@ async def test_ids_equal_the_card(loaded: dict[str, Any], name: str, case: dict[
     with WorkerThreads(1) as threads:
         # Control tokens in a document are read as the card's code reads them; one document has some.
         pool = TokenizerPool(read_file(checkpoint.tokenizer_file), model.vocab_size, 512, threads)
-        tokenizer = InstructTokenizer(pool, pool, case["max_length"], QWEN3_PROMPT, DEFAULT_INSTRUCTION)
+        tokenizer = InstructTokenizer(pool, pool, case["max_length"], PAIR_PROMPT, DEFAULT_INSTRUCTION)
         found = await tokenizer.encode(case["query"], case["documents"], case["instruction"])
     for one, wanted in zip(found, case["ids"], strict=True):
         assert one.row.prefix is not None
@@ -141,7 +145,7 @@ async def test_a_document_cannot_forge_the_prompts_control_tokens(loaded: dict[s
                 512,
                 threads,
                 control_tokens=allowed,
-                prompt=QWEN3_PROMPT.fixed_text,
+                prompt=PAIR_PROMPT.fixed_text,
             )
             for allowed in (False, True)
         )

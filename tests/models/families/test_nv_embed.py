@@ -13,12 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import serving
+from tests.models.families import TinyModel
 from tests.models.loaded import GOLDEN, LoadedModel, ids, load_model, run, text_tokenizer, unit
 from tests.tiny_checkpoints import edit_json
 from vecmill.core.errors import StartupError
-from vecmill.core.types import Row
+from vecmill.core.types import Row, Task
 
 FOLDER = GOLDEN / "nvembed" / "checkpoint"
+TINY = (TinyModel(Task.EMBED, "nvembed", lambda folder: FOLDER, unpooled=True),)
 CASES: dict[str, dict[str, Any]] = {
     case["name"]: case for case in json.loads((GOLDEN / "nvembed" / "cases.json").read_text())["cases"]
 }

@@ -12,10 +12,13 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import serving
+from tests.models.families import TinyModel
 from tests.models.loaded import GOLDEN, LoadedModel, load_model, run, text_tokenizer, unit
 from tests.tiny_checkpoints import edit_json, plain_tokenizer
+from vecmill.core.types import Task
 
 FOLDER = GOLDEN / "qwen3" / "embedding"
+TINY = (TinyModel(Task.EMBED, "qwen3", lambda folder: FOLDER, prefixes=True),)
 SAID = json.loads((GOLDEN / "qwen3" / "embedding_cases.json").read_text())
 CASES: dict[str, dict[str, Any]] = {case["name"]: case for case in SAID["cases"]}
 EXPECTED = load_file(GOLDEN / "qwen3" / "embedding_cases.safetensors")
