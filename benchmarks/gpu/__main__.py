@@ -47,8 +47,7 @@ from benchmarks.lib.timing import LIMITS, Machine
 from benchmarks.models.shapes import Shape
 from rich.console import Console
 
-from vecmill.engine.device import configure_device, describe
-from vecmill.engine.dtype import choose_dtype, dtype_name
+from vecmill.engine.device import choose_dtype, configure_device, describe, dtype_name
 from vecmill.models.weights import Target
 
 MEMORY_FRACTION = 0.9  # the default of MEMORY_FRACTION

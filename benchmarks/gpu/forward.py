@@ -127,8 +127,8 @@ def _equal(subject: Subject) -> dict[str, float]:
     for tokens in (16, 100, 1000, 4000):
         rows = first_tokens(subject.texts, tokens)
         if subject.graphs.shape_for(rows) is not None:
-            direct = pack(rows, subject.target.device)
-            wanted = subject.model.forward(direct, use_flash_attn=True).cpu()
+            direct = pack(rows, subject.target.device, attention=subject.attention)
+            wanted = subject.model.forward(direct).cpu()
             # Both are in packed order, the same for both.
             cosines = torch.nn.functional.cosine_similarity(subject.run(subject.pack(rows)), wanted, dim=1)
             found[str(tokens)] = float(cosines.nan_to_num(nan=-1).min())
@@ -161,7 +161,8 @@ def _replays(subject: Subject) -> Callable[[], Run]:
             shape = shape_of(tokens, MAX_ROWS)
             passes[tokens] = capture(shape)
             with torch.cuda.stream(subject.stream):
-                packs[tokens] = pack(first_tokens(subject.texts, tokens), subject.target.device, shape=shape)
+                rows = first_tokens(subject.texts, tokens)
+                packs[tokens] = pack(rows, subject.target.device, shape=shape, attention=subject.attention)
 
         def run(tokens: int) -> float:
             started = perf_counter()

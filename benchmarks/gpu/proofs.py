@@ -29,11 +29,9 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RotaryEmbedding
 from vecmill.core.types import Lane, Prefix, Row, Task, TokenIds
 from vecmill.engine.cuda_graphs import CudaCapture, shape_of
 from vecmill.engine.probes.attention import attention
-from vecmill.models.checkpoint import read
-from vecmill.models.packing import pack
-from vecmill.models.prefix_memory import PrefixMemory
-from vecmill.models.registry import Model, family
-from vecmill.models.source import Source
+from vecmill.models.checkpoint import Source, read
+from vecmill.models.networks import Model, load_model
+from vecmill.models.packing import Attention, PrefixMemory, pack
 from vecmill.models.weights import Target
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
@@ -83,8 +81,8 @@ def prefixes(device: torch.device) -> dict[str, Any]:
     wanted = _run(model, [Row(np.concatenate((prefix.token_ids, tail))) for tail in tails], device)
     cosines = []
     for _ in range(2):
-        packed = pack([Row(tail, prefix=prefix) for tail in tails], device, memory)
-        answers = model.forward(packed, use_flash_attn=True)
+        packed = pack([Row(tail, prefix=prefix) for tail in tails], device, memory, attention=_attention(device))
+        answers = model.forward(packed)
         for new in packed.new_prefixes:
             memory.keep(new.prefix, new.layers)
         cosines.append(_least_cosine(answers.cpu()[np.argsort(packed.order)], wanted))
@@ -115,7 +113,7 @@ def graphs_equal(device: torch.device) -> dict[str, Any]:
             rows = _rows(model, lengths, name == "nvembed")
             shape = next(shape for shape in reversed(passes) if shape.holds(lengths))
             with torch.cuda.stream(stream):
-                packed = pack(rows, device, shape=shape)
+                packed = pack(rows, device, shape=shape, attention=_attention(device))
                 answers = passes[shape](packed)[: len(rows)].cpu()
             difference = _difference(answers[np.argsort(packed.order)], _run(model, rows, device))
             if not difference["ok"] or "cosine" not in worst or difference["cosine"] < worst["cosine"]:
@@ -133,7 +131,7 @@ def no_waiting(device: torch.device) -> dict[str, Any]:
         _run(model, rows, device)
         torch.cuda.set_sync_debug_mode("error")
         try:
-            model.forward(pack(rows, device), use_flash_attn=True)
+            model.forward(pack(rows, device, attention=_attention(device)))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return {"ok": True}
@@ -148,13 +146,17 @@ VALUES: Mapping[str, Proof] = {
 def _golden(name: str, device: torch.device) -> Model:
     folder, task = CHECKPOINTS[name]
     checkpoint = read(Source(name, GOLDEN / folder, task))
-    return family(checkpoint)(checkpoint, Target(_dtype(device), device))
+    return load_model(checkpoint, Target(_dtype(device), device))
 
 
 def _bert(device: torch.device) -> Model:
     shape: Shape = {**QUICK.encoders["tiny BERT"][1]}
     with TemporaryDirectory() as folder:
         return build("bert", shape, Target(_dtype(device), device), Path(folder))
+
+
+def _attention(device: torch.device, *, flash: bool = True) -> Attention:
+    return Attention.on(device, _dtype(device), flash=flash)
 
 
 def _dtype(device: torch.device) -> torch.dtype:
@@ -171,8 +173,8 @@ def _rows(model: Model, lengths: Sequence[int], unpooled: bool = False) -> list[
 
 def _run(model: Model, rows: Sequence[Row], device: torch.device, *, flash: bool = True) -> Tensor:
     """(N, width) on the CPU in the rows' order."""
-    packed = pack(rows, device)
-    return model.forward(packed, use_flash_attn=flash).cpu()[np.argsort(packed.order)]
+    packed = pack(rows, device, attention=_attention(device, flash=flash))
+    return model.forward(packed).cpu()[np.argsort(packed.order)]
 
 
 def _least_cosine(found: Tensor, wanted: Tensor) -> float:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from vecmill.core.types import Lane, Row, TokenIds
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, capture_graphs
-from vecmill.models.packing import PackedBatch, PackShape, pack
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 from vecmill.models.weights import Target
 
 MAX_ROWS = 1024
@@ -57,22 +57,27 @@ class Subject:
         """Capture passes of up to so many tokens, as far as that is faster, as the server does at warm-up."""
 
         def run_directly(packed: PackedBatch) -> None:
-            self.model.forward(packed, use_flash_attn=True)
+            self.model.forward(packed)
 
         found = capture_graphs(self.capturing, run_directly, self.target.device, largest, MAX_ROWS)
         self.graphs.passes, self.graphs.gains = found.passes, found.gains
         self.graphs.memory_bytes, self.graphs.reason = found.memory_bytes, found.reason
 
+    @property
+    def attention(self) -> Attention:
+        """What its batches are packed for."""
+        return Attention.on(self.target.device, self.target.dtype)
+
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         """On the device, in the shape of a graph where one holds them."""
         shape = self.graphs.shape_for(rows)
         with self._on_stream(shape):  # the pass does not wait for copies on another one
-            return pack(rows, self.target.device, shape=shape)
+            return pack(rows, self.target.device, shape=shape, attention=self.attention)
 
     def run(self, packed: PackedBatch) -> Tensor:
         """(N, width) on the CPU in packed order."""
         if packed.shape is None:
-            return self.model.forward(packed, use_flash_attn=True).cpu()
+            return self.model.forward(packed).cpu()
         with self._on_stream(packed.shape):
             return self.graphs.run(packed).cpu()
 
@@ -165,9 +170,9 @@ def _random(tokens: int, width: int, target: Target) -> Tensor:
 
 def one_forward(subject: Subject, tokens: int) -> float:
     """Seconds of one forward pass of so many tokens in ragged rows; the compiler's choice asks for it."""
-    packed = pack(first_tokens(subject.texts, tokens), subject.target.device)
+    packed = pack(first_tokens(subject.texts, tokens), subject.target.device, attention=subject.attention)
     started = perf_counter()
-    subject.model.forward(packed, use_flash_attn=True).cpu()
+    subject.model.forward(packed).cpu()
     return perf_counter() - started
 
 

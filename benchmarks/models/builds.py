@@ -24,27 +24,19 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from vecmill.core.types import Task
-from vecmill.models.bert import BertEmbedder
-from vecmill.models.checkpoint import Checkpoint, Pooling
+from vecmill.models.checkpoint import Checkpoint, Source
+from vecmill.models.families import FAMILIES
+from vecmill.models.family import Family, Pooling
 from vecmill.models.latent_attention import LatentAttention
-from vecmill.models.merged_projections import merge_projections
-from vecmill.models.nv_embed import NVEmbedder
+from vecmill.models.merged_projections import Rows, merge_projections
+from vecmill.models.networks import Model, load_model
 from vecmill.models.packed_attention import ATTENTION
-from vecmill.models.qwen3 import Qwen3Embedder
-from vecmill.models.qwen3_reranker import Qwen3Reranker
-from vecmill.models.registry import Model
-from vecmill.models.source import Source
 from vecmill.models.tokenizer_files import TokenizerSettings
 from vecmill.models.weights import Target, WeightFiles
 
 SEED = 26
 BLOCK = 2**22 - 3  # a prime, so that no two rows of a matrix get the same values
-CONSTRUCTORS: Mapping[str, Any] = {
-    "bert": BertEmbedder,
-    "qwen3": Qwen3Embedder,
-    "qwen3-reranker": Qwen3Reranker,
-    "nvembed": NVEmbedder,
-}
+RERANKER = "qwen3-reranker"
 POOLINGS: Mapping[str, Pooling] = {"bert": "mean", "qwen3": "lasttoken", "nvembed": "mean"}
 ANSWERS = {"true_token_id": 0, "false_token_id": 1}
 
@@ -76,21 +68,20 @@ class RandomValues:
 
 
 def build(kind: str, shape: Shape, target: Target, folder: Path) -> Model:
-    """A model of vecmill's own class.
+    """A model as vecmill loads it.
 
-    The constructors find their backbone already loaded, as they do for a folder that is named twice; what else they
-    read (the reranker's head, NV-Embed's latents) is written to `folder`.
+    It finds its backbone already loaded, as it does for a folder that is named twice; what else it
+    reads (the reranker's head, NV-Embed's latents) is written to `folder`.
     """
     checkpoint = _checkpoint(kind, shape, folder)
     backbone = _backbone(kind, shape, target)
     target.shared[checkpoint.folder.resolve(), type(backbone)] = backbone
-    if kind == "qwen3-reranker":
+    if kind == RERANKER:
         head = RandomValues(torch.device("cpu"), target.dtype).tensor((2, shape["hidden_size"]))
         save_file({"lm_head.weight": head}, folder / "model.safetensors")
     if kind == "nvembed":
         write_latents(folder, shape["hidden_size"], shape["latent_attention_config"], target.dtype)
-    model: Model = CONSTRUCTORS[kind](checkpoint, target)
-    return model
+    return load_model(checkpoint, target)
 
 
 def build_latents(width: int, latent_config: Shape, target: Target, folder: Path) -> LatentAttention:
@@ -100,11 +91,12 @@ def build_latents(width: int, latent_config: Shape, target: Target, folder: Path
 
 
 def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
-    reranks = kind == "qwen3-reranker"
+    reranks = kind == RERANKER
     text = {"text_config": {**shape["text_config"], "model_type": "mistral"}} if "text_config" in shape else {}
     return Checkpoint(
         source=Source("Qwen3-Reranker-0.6B" if reranks else kind, folder, Task.RERANK if reranks else Task.EMBED),
-        config={**shape, **text, "model_type": "qwen3" if reranks else kind},
+        family=_family(kind),
+        config={**shape, **text, "model_type": _family(kind).model_type},
         pooling=POOLINGS.get(kind),
         positions=32768,
         max_model_len=32768,
@@ -115,9 +107,17 @@ def _checkpoint(kind: str, shape: Shape, folder: Path) -> Checkpoint:
     )
 
 
+def _family(kind: str) -> Family:
+    return FAMILIES["qwen3" if kind == RERANKER else kind]
+
+
+def _merge(kind: str, model: nn.Module) -> Mapping[str, Rows]:
+    return merge_projections(model, _family(kind).tasks[Task.EMBED].network.merged)
+
+
 def _backbone(kind: str, shape: Shape, target: Target) -> nn.Module:
     model = _unfilled(kind, shape)
-    merge_projections(model)
+    _merge(kind, model)
     return _filled(model, target)
 
 
@@ -125,7 +125,7 @@ def merged_and_separate(kind: str, shape: Shape, target: Target) -> tuple[nn.Mod
     """The same backbone with its projections merged, as it is loaded, and as transformers has it."""
     separate = _filled(_unfilled(kind, shape), target)
     merged = _unfilled(kind, shape)
-    places = merge_projections(merged)
+    places = _merge(kind, merged)
     merged = _filled(merged, target)
     parameters = dict(merged.named_parameters())
     for name, value in separate.named_parameters():

@@ -34,10 +34,10 @@ from benchmarks.models.workloads import (
 from torch import Tensor
 
 from vecmill.core.types import Row
-from vecmill.engine.dtype import choose_dtype, dtype_name
+from vecmill.engine.device import choose_dtype, dtype_name
 from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
-from vecmill.models.packing import PackedBatch, pack
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, PackedBatch, pack
 from vecmill.models.weights import Target
 
 # How far two answers may be apart, as a part of their norm. Through random weights rounding makes up to a third of it;
@@ -239,7 +239,7 @@ def _merged(name: str, kind: str, shape: Shape, given: Given) -> Iterator[Case]:
     parameters = matmul_parameters([ways["merged"]])
     texts = ragged_rows(64, text_shape["vocab_size"])
     for tokens in given.sizes.merged_tokens:
-        packed = pack(first_tokens(texts, tokens), target.device)
+        packed = pack(first_tokens(texts, tokens), target.device, attention=Attention.on(target.device, target.dtype))
         sides = {
             way: _side(partial(_hidden, model, packed), 2.0 * parameters * tokens, parameters, target)
             for way, model in ways.items()
@@ -261,7 +261,6 @@ def _hidden(model: Any, packed: PackedBatch) -> Tensor:
         input_ids=packed.input_ids,
         position_ids=packed.position_ids,
         packed_batch=packed,
-        use_flash_attn=True,
     ).last_hidden_state[0]
     return hidden
 

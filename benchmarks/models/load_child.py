@@ -29,8 +29,8 @@ from transformers import Qwen3Model
 
 from vecmill.core.types import Task
 from vecmill.models import checkpoint as checkpoints
-from vecmill.models.registry import family
-from vecmill.models.source import Source
+from vecmill.models.checkpoint import Source
+from vecmill.models.networks import load_model
 from vecmill.models.weights import Target
 
 DTYPE = torch.bfloat16
@@ -99,7 +99,7 @@ def load(way: str, folder: Path, device: torch.device) -> nn.Module:
     """The decoder, in bfloat16 as it is stored."""
     if way == "vecmill":
         checkpoint = checkpoints.read(Source("random", folder, Task.EMBED))
-        return family(checkpoint)(checkpoint, Target(DTYPE, device)).modules[0]
+        return load_model(checkpoint, Target(DTYPE, device)).modules[0]
     model: Any = Qwen3Model.from_pretrained(folder, dtype=DTYPE, local_files_only=True).to(device)
     module: nn.Module = model.eval()
     return module

@@ -11,8 +11,8 @@ from benchmarks.models.shapes import Shape
 from torch import Tensor
 
 from vecmill.core.types import Prefix, Row, TokenIds
-from vecmill.models.packing import pack
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, pack
 
 CAUSAL = {"qwen3", "qwen3-reranker"}
 SEED = 26
@@ -22,10 +22,11 @@ AFTER_DOCUMENT = 9
 
 def run_model(model: Model, packs: Sequence[Sequence[Row]], device: torch.device) -> Tensor:
     """(N, width) on the CPU in the rows' order: what the server's engine does for each batch."""
+    attention = Attention.on(device, next(model.modules[0].parameters()).dtype)
     parts = []
     for rows in packs:
-        packed = pack(rows, device)
-        answers = model.forward(packed, use_flash_attn=True).cpu()
+        packed = pack(rows, device, attention=attention)
+        answers = model.forward(packed).cpu()
         restored = torch.empty_like(answers)
         restored[torch.tensor(packed.order)] = answers
         parts.append(restored)

@@ -33,7 +33,7 @@ from benchmarks.serving.cache_hits import ECHO, Plan, measure_hits, measure_miss
 from benchmarks.serving.wide_model import HEAD_DIMENSIONS
 from rich.console import Console
 
-from vecmill.cache.key import KEY_BYTES
+from vecmill.cache.embedding_cache import KEY_BYTES
 from vecmill.cache.vector_format import decode_values, encode_vectors
 from vecmill.storage.sqlite_vectors import SqliteVectors
 

@@ -64,7 +64,7 @@ def measure(
         "batch_tokens": tokens,
         "packs": len(packs),
         "matmul_flops": statistics.mean(rates),
-        "operations": operations(served.checkpoint.model_type, served.model, served.checkpoint.config, packs),
+        "operations": operations(served.checkpoint.family.model_type, served.model, served.checkpoint.config, packs),
     }
 
 

@@ -11,9 +11,9 @@ import numpy as np
 from benchmarks.lib.figures import in_turns, judged, spread
 
 from vecmill.core.types import Lane, Row
-from vecmill.scheduler.lines import Lines
+from vecmill.scheduler.lines import Sequence as Waiting
+from vecmill.scheduler.lines import WaitingLines
 from vecmill.scheduler.policy import Budget, Rules, cut
-from vecmill.scheduler.sequence import Sequence as Waiting
 
 MODEL = "model"
 BUDGETS = {MODEL: Budget(max_batch_tokens=2048, max_batch_size=64, free_tokens=256)}
@@ -27,7 +27,7 @@ NOW = 0.0  # time stands still: no line ages, so every cut does the same
 class Queue:
     """Lines that stay as deep as they are: what a cut takes joins the end of its line again."""
 
-    lines: Lines
+    lines: WaitingLines
     depth: int
     owed: float = 0.0
     clients: dict[Any, tuple[Lane, str]] = field(default_factory=dict)
@@ -68,7 +68,7 @@ def measure(
     loop = asyncio.new_event_loop()  # futures belong to one, though it never runs
     found = {}
     for count in clients:
-        queues = [Queue(Lines(), depth) for depth in depths]
+        queues = [Queue(WaitingLines(), depth) for depth in depths]
         for queue in queues:
             queue.fill(count, loop)
         took: dict[int, list[float]] = {depth: [] for depth in depths}

@@ -20,26 +20,23 @@ from vecmill.config import Settings
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
-from vecmill.gauges import watch, watch_budgets
-from vecmill.hardware.clocks import ClockVerdict
+from vecmill.hardware.gpu import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, batches, capabilities, errors, files, health, jobs, stats
-from vecmill.http.access import Access, in_both_families
+from vecmill.http.access import Access, ApiKeys, in_both_families
 from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
-from vecmill.http.gzip import AcceptedGZip
 from vecmill.http.in_progress import Draining, InProgress
-from vecmill.http.keys import Keys
+from vecmill.http.middleware import AcceptedGZip, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
-from vecmill.http.request_id import RequestId
-from vecmill.http.request_line import RequestLine
 from vecmill.http.services import Services
-from vecmill.inference.assembly import assemble
+from vecmill.http.stats import watch_budgets, watch_gauges
 from vecmill.inference.facade import Inference
+from vecmill.inference.models import assemble
 from vecmill.scheduler.policy import Budget, Rules
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.state import State
@@ -77,7 +74,7 @@ class Server:
         """Whether it could not start for its settings, so that no restart cures it."""
         self.requests = InProgress()
         self.bodies = Bodies(settings.http.max_body_bytes, settings.http.body_timeout)
-        self.keys = Keys(settings.access)
+        self.keys = ApiKeys(settings.access)
         """Exchanged where API_KEY changes."""
         self.telemetry = Telemetry()
         self.inference = Inference(
@@ -113,10 +110,10 @@ class Server:
             gpu_in_use=self._uses_gpu,
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
-            keys=self.keys,
+            several_keys=lambda: self.keys.several,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
-        watch(self.services)
+        watch_gauges(self.services)
 
     async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
@@ -162,7 +159,7 @@ class Server:
         self._engine = engine
         engine.start()
         loaded = await _result(engine.loaded)
-        served = ((model.key, model.card, model.checkpoint, model.tokenizer) for model in loaded.models.values())
+        served = ((model.card, model.checkpoint, model.tokenizer) for model in loaded.models.values())
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
         budgets = {
             key: Budget(one.max_batch_tokens, one.max_batch_size, one.free_tokens) for key, one in loaded.warmed.items()

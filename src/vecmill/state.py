@@ -91,7 +91,7 @@ class State:
             return None
         store: VectorStore
         if url is not None:
-            store = _of_redis("redis_vectors", "RedisVectors", url)
+            store = _redis_store("RedisVectors", url)
         else:
             store = SqliteVectors(folder.path / "cache.db", settings.cache_max_bytes)
         return EmbeddingCache(store, settings.cache_dtype)
@@ -99,7 +99,7 @@ class State:
     def _job_store(self, folder: StateFolder) -> JobStore:
         settings, url = self._settings.jobs, self._redis_url()
         if url is not None:
-            return SharedJobs(settings, _of_redis("redis_jobs", "RedisJobs", url))
+            return SharedJobs(settings, _redis_store("RedisJobs", url))
         return LocalJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
 
     def _redis_url(self) -> str | None:
@@ -118,10 +118,10 @@ class State:
             self.folder.close()
 
 
-def _of_redis(module: str, name: str, url: str) -> Any:
-    """A store of `storage`. Raises StartupError where the extra that it needs is missing, or the address is none."""
+def _redis_store(name: str, url: str) -> Any:
+    """A class of `storage.redis`, connected to `url`. Raises StartupError without the extra or for a bad address."""
     try:
-        store = getattr(import_module(f"vecmill.storage.{module}"), name)
+        store = getattr(import_module("vecmill.storage.redis"), name)
     except ModuleNotFoundError:
         raise StartupError("REDIS_URL needs the extra `redis`: pip install 'vecmill[redis]'.") from None
     try:

@@ -15,7 +15,7 @@ from vecmill.cache import embedding_cache
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.core.protocols import VectorStore
 from vecmill.core.types import Vector
-from vecmill.storage.redis_vectors import RedisVectors
+from vecmill.storage.redis import RedisVectors
 from vecmill.storage.sqlite_vectors import SqliteVectors
 
 WIDTH = 64

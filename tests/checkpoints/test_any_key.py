@@ -20,7 +20,8 @@ from tests.checkpoints.variants import TOLERANCE, Variant, reference_vectors, se
 from tests.models.loaded import load_model
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.config_keys import ACTIVATIONS, FAMILIES, ROPE
+from vecmill.models.config_keys import ACTIVATIONS, ROPE
+from vecmill.models.families import FAMILIES
 from vecmill.models.modules import NORMALIZE, POOLING, SENTENCE_TRANSFORMERS
 from vecmill.models.tokenizer_loading import load_tokenizer
 
@@ -33,7 +34,7 @@ BASES: Mapping[str, Callable[[Path], Any]] = {
 }
 # Files with the keys that are known of them.
 KEYS: Mapping[str, set[str]] = {
-    "config.json": {key for families in FAMILIES.values() for one in families.values() for key in one.keys},
+    "config.json": {key for family in FAMILIES.values() for spec in family.tasks.values() for key in spec.keys},
     "1_Pooling/config.json": {*POOLING},
     "2_Normalize/config.json": {*NORMALIZE},
     "config_sentence_transformers.json": {*SENTENCE_TRANSFORMERS[Task.EMBED]},

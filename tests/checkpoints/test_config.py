@@ -29,8 +29,10 @@ from tests.checkpoints.variants import TOLERANCE, Served, Variant, served
 from tests.oracle import nomic_encode
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.types import Task
-from vecmill.models import config_keys
 from vecmill.models.checkpoint import read
+from vecmill.models.config_keys import ACTIVATIONS
+from vecmill.models.families import FAMILIES
+from vecmill.models.families import nv_embed as nv_embed_spec
 from vecmill.models.keys import Rule
 from vecmill.models.source import find
 
@@ -422,10 +424,14 @@ VARIANTS = [
         "no-padding", xlm_roberta, config(pad_token_id=None), "`pad_token_id`: null; supported: a whole number from 0"
     ),
     embeds("no-positions", bert, without("max_position_embeddings"), "how many positions"),
-    embeds(
-        "not-an-object", bert, lambda folder: (folder / "config.json").write_text("[]"), "'missing' is not supported"
-    ),
+    embeds("not-an-object", bert, lambda folder: (folder / "config.json").write_text("[]"), "holds no JSON object"),
     embeds("not-json", bert, lambda folder: (folder / "config.json").write_text("{"), "is not valid JSON"),
+    embeds(
+        "not-an-object-of-a-module",
+        bert,
+        lambda folder: (folder / "1_Pooling" / "config.json").write_text("[]"),
+        "1_Pooling/config.json holds no JSON object",
+    ),
     embeds("per-layer", qwen3, config(per_layer_config={"0": {"hidden_act": "relu"}}), "`per_layer_config`"),
     embeds("both-ways", qwen3, config(is_causal=False), "`is_causal`: false"),
     embeds("both-ways-by-null", qwen3, config(is_causal=None), "`is_causal`: null; supported: true"),
@@ -557,12 +563,12 @@ async def test_what_changes_nothing(server: Served, base: Variant, variant: Vari
 @pytest.mark.parametrize(
     ("keys", "config_class"),
     [
-        (config_keys.FAMILIES[Task.EMBED]["bert"].keys, BertConfig),
-        (config_keys.FAMILIES[Task.EMBED]["xlm-roberta"].keys, XLMRobertaConfig),
-        (config_keys.FAMILIES[Task.EMBED]["nomic_bert"].keys, NomicBertConfig),
-        (config_keys.FAMILIES[Task.EMBED]["qwen3"].keys, Qwen3Config),
-        (config_keys.FAMILIES[Task.RERANK]["qwen3"].keys, Qwen3Config),
-        (config_keys.NV_EMBED_TEXT, MistralConfig),
+        (FAMILIES["bert"].tasks[Task.EMBED].keys, BertConfig),
+        (FAMILIES["xlm-roberta"].tasks[Task.EMBED].keys, XLMRobertaConfig),
+        (FAMILIES["nomic_bert"].tasks[Task.EMBED].keys, NomicBertConfig),
+        (FAMILIES["qwen3"].tasks[Task.EMBED].keys, Qwen3Config),
+        (FAMILIES["qwen3"].tasks[Task.RERANK].keys, Qwen3Config),
+        (nv_embed_spec.TEXT, MistralConfig),
     ],
 )
 def test_every_key_of_transformers_classes_is_known(
@@ -576,7 +582,7 @@ def test_every_key_of_transformers_classes_is_known(
 
 
 def test_the_activations_are_all_that_have_no_weights() -> None:
-    assert set(config_keys.ACTIVATIONS) == set(ACT2CLS) - {"prelu", "xielu"}
+    assert set(ACTIVATIONS) == set(ACT2CLS) - {"prelu", "xielu"}
 
 
 def test_the_keys_of_generation_are_harmless() -> None:

@@ -17,7 +17,7 @@ from tests.checkpoints.variants import DOCUMENTS, Served, Variant, one_thread, s
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import edit_json, tiny_cross_encoder, write
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION
+from vecmill.models.family import DEFAULT_INSTRUCTION
 from vecmill.models.source import find
 
 Change = Callable[[Path], None]

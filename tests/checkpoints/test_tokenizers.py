@@ -24,10 +24,9 @@ from tests.tiny_checkpoints import VOCAB, edit_json, tiny_cross_encoder, write
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row
-from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.source import find
-from vecmill.models.text_format import text_format
 from vecmill.models.tokenizer_loading import load_tokenizer
 
 Change = Callable[[Path], Any]
@@ -576,7 +575,7 @@ def tokenized(loaded: LoadedModel) -> list[Row]:
     checkpoint, model = loaded
     with WorkerThreads(1) as threads:
         pool = TokenizerPool(load_tokenizer(checkpoint), model.vocab_size, checkpoint.max_model_len, threads)
-        tokenizer = TextTokenizer(pool, text_format(checkpoint), checkpoint.max_model_len, model.vocab_size)
+        tokenizer = TextTokenizer(pool, checkpoint.text_format, checkpoint.max_model_len, model.vocab_size)
         return [one.row for one in asyncio.run(tokenizer.encode(MUTANT_TEXTS))]
 
 

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import serving
 from tests.docker.parts import DOCKER, K8S, manifests, of_kind
-from vecmill.telemetry.metrics import Metrics
+from vecmill.telemetry.telemetry import Metrics
 
 Seen = dict[str, dict[str, set[str]]]
 

@@ -22,11 +22,10 @@ from vecmill.config import load_settings
 from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine import compilation
 from vecmill.engine.compilation import choose, compilations, make_eager
-from vecmill.engine.cpu_threads import CpuThreads
 from vecmill.engine.engine import Engine
-from vecmill.models.packing import pack
-from vecmill.models.prefix_memory import PrefixMemory
-from vecmill.models.registry import Model
+from vecmill.engine.loaded import CpuThreads
+from vecmill.models.networks import Model
+from vecmill.models.packing import PrefixMemory, pack
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +70,7 @@ def some_row(random: np.random.Generator, prefix: Prefix | None = None) -> Row:
 @torch.inference_mode()
 def forward(model: Model, rows: Sequence[Row], memory: PrefixMemory | None = None) -> torch.Tensor:
     packed = pack(rows, CPU, memory)
-    answers = model.forward(packed, use_flash_attn=True)
+    answers = model.forward(packed)
     for new in packed.new_prefixes:
         assert memory is not None
         memory.keep(new.prefix, new.layers)

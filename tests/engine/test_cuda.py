@@ -16,8 +16,8 @@ from tests.models.loaded import GOLDEN
 from vecmill.config import load_settings
 from vecmill.core.types import Lane, Prefix, Row
 from vecmill.engine.engine import Engine
-from vecmill.hardware.gpu_memory import gpu_memory
-from vecmill.hardware.meminfo import meminfo
+from vecmill.hardware.gpu import gpu_memory
+from vecmill.hardware.memory import meminfo
 from vecmill.hardware.nvml import Nvml
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

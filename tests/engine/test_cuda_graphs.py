@@ -214,9 +214,9 @@ def test_a_batch_in_a_larger_shape_gives_the_same_answers(folder: str, task: Tas
         for length, unpooled in ((3, 0), (30, 9 if "nvembed" in folder else 0), (1, 0), (17, 0))
     ]
 
-    wanted = model.forward(pack(batch, CPU), use_flash_attn=False)
+    wanted = model.forward(pack(batch, CPU))
     in_shape = pack(batch, CPU, shape=PackShape(112, 8, 64))
-    found = model.forward(in_shape, use_flash_attn=False)
+    found = model.forward(in_shape)
 
     assert found.shape == (8, model.width), "as many as the shape has room for"
     np.testing.assert_allclose(found[: len(in_shape.order)].numpy(), wanted.numpy(), atol=1e-5)

@@ -17,11 +17,17 @@ from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.engine import device as device_module
 from vecmill.engine import loader
-from vecmill.engine.device import configure_device, device_memory, limit_memory
-from vecmill.engine.dtype import choose_dtype
+from vecmill.engine.device import (
+    choose_dtype,
+    configure_device,
+    device_memory,
+    is_out_of_memory,
+    limit_memory,
+    unless_out_of_memory,
+)
 from vecmill.engine.loaded import Loaded, Streams
-from vecmill.engine.out_of_memory import is_out_of_memory, unless_out_of_memory
 from vecmill.hardware.memory import GIGABYTE, GpuRoom
+from vecmill.models.packing import Attention
 
 SECOND = torch.device("cuda", 1)
 GB10_TOTAL = int(121.7 * GIGABYTE)
@@ -173,7 +179,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     card: Card, folder: Path, monkeypatch: pytest.MonkeyPatch, integrated: bool
 ) -> None:
     card.integrated, card.available = integrated, FLOOR * integrated + 1_000_000
-    monkeypatch.setattr(loader, "_load_all", lambda *_: pytest.fail("they are read"))
+    monkeypatch.setattr(loader, "_load_all", lambda *_, **__: pytest.fail("they are read"))
     with pytest.raises(StartupError, match=r"The weights of tiny do not fit: they take .* are available.*smaller"):
         load(folder)
     assert card.limits[-1] == (0 if integrated else round(0.9 * GB10_TOTAL / GIGABYTE, 1))
@@ -184,7 +190,7 @@ def test_the_bound_is_set_anew_before_each_warm_up(card: Card, folder: Path, mon
     models = [SimpleNamespace(card=SimpleNamespace(id=key), key=key) for key in ("one", "other")]
     tried: list[float] = []
 
-    def load_all(*_: object) -> list[Any]:
+    def load_all(*_: object, **__: object) -> list[Any]:
         card.reserved, card.available = 10 * GIGABYTE, 30 * GIGABYTE
         return models
 
@@ -213,13 +219,14 @@ def test_flash_attention_is_chosen_once_by_what_the_card_can(
     flash: bool,
 ) -> None:
     card.capability = capability
-    used: list[bool] = []
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    monkeypatch.setattr(loader, "_load_all", lambda *_: [SimpleNamespace(card=SimpleNamespace(id="one"), key="one")])
-    monkeypatch.setattr(loader, "warm_up", lambda model, engine, *_: used.append(engine.use_flash_attn))
-    assert load(folder, dtype="float16").runs_on.use_flash_attn is flash
-    assert not load(folder, dtype="float16", use_flash_attn=False).runs_on.use_flash_attn
-    assert used == [flash, False]
+    monkeypatch.setattr(loader, "load_model", lambda *_: SimpleNamespace(width=1, vocab_size=1, modules=()))
+    warmed: list[Attention] = []
+    monkeypatch.setattr(loader, "warm_up", lambda model, *_: warmed.append(model.attention))
+    load(folder, dtype="float16")
+    load(folder, dtype="float16", use_flash_attn=False)
+    load(folder, dtype="float32")
+    assert warmed == [Attention.FLASH if flash else Attention.SDPA, Attention.SDPA, Attention.SDPA]
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((7, 5), torch.float32), ((8, 6), torch.bfloat16)])
@@ -293,7 +300,7 @@ def test_what_less_at_once_does_not_mend_is_no_lack_of_memory(error: Exception) 
 def test_memory_that_ends_while_weights_are_read_is_a_sentence(
     card: Card, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def load_all(*_: object) -> None:
+    def load_all(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
     monkeypatch.setattr(loader, "_load_all", load_all)

@@ -21,7 +21,7 @@ from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, St
 from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.device import choose_device
-from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, Work, may_launch
+from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
 from vecmill.engine.loaded import LoadedModel
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
@@ -51,8 +51,8 @@ class Spoiling:
     def __init__(self, model: LoadedModel) -> None:
         self._forward = model.model.forward
 
-    def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
-        pooled: Tensor = self._forward(packed, use_flash_attn=use_flash_attn)
+    def __call__(self, packed: PackedBatch) -> Tensor:
+        pooled: Tensor = self._forward(packed)
         pooled[packed.lengths[: len(pooled)] == 2] = float("nan")
         return pooled
 
@@ -83,7 +83,7 @@ async def test_a_batch_that_raises_fails_alone_and_the_next_works(engine: Engine
 
 
 async def test_a_device_that_fails_for_good_answers_everybody(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def broken(packed: PackedBatch) -> Tensor:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(model_of(engine).model, "forward", broken)
@@ -169,12 +169,12 @@ class Cramped:
         self._tokens, self._error = tokens, error
         self.ran: list[int] = []
 
-    def __call__(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def __call__(self, packed: PackedBatch) -> Tensor:
         tokens = packed.input_ids.shape[1]
         if tokens > self._tokens:
             raise self._error
         self.ran.append(tokens)
-        return self._forward(packed, use_flash_attn=use_flash_attn)
+        return self._forward(packed)
 
 
 def long_rows(*lengths: int) -> list[Row]:
@@ -223,11 +223,11 @@ async def test_an_interactive_batch_overtakes_bulk_that_has_not_begun(
     order: list[int] = []
     forward = model_of(engine).model.forward
 
-    def held(packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def held(packed: PackedBatch) -> Tensor:
         order.append(len(packed.order))
         begun.set()
         assert gate.wait(20)
-        return forward(packed, use_flash_attn=use_flash_attn)
+        return forward(packed)
 
     monkeypatch.setattr(model_of(engine).model, "forward", held)
     first = asyncio.create_task(engine.run(KEY, ROWS[:1]))
@@ -270,7 +270,7 @@ print(*(tokens for tokens, _ in loaded.warmed[{KEY!r}].calibration.measured))
 def test_bulk_that_was_launched_does_not_keep_interactive_work_from_the_device() -> None:
     loop = asyncio.new_event_loop()
     inbox = Inbox()
-    work = {name: Work(name, [], loop, loop.create_future()) for name in ("b1", "b2", "b3", "i1", "i2", "i3")}
+    work = {name: QueuedBatch(name, [], loop, loop.create_future()) for name in ("b1", "b2", "b3", "i1", "i2", "i3")}
     for name, one in work.items():
         inbox.put(Lane.INTERACTIVE if name[0] == "i" else Lane.BULK, one)
 

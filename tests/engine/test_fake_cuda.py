@@ -23,45 +23,30 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.models.families import TinyModel, every_family, tiny_model
 from tests.models.loaded import GOLDEN, load_model
-from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
+from tests.tiny_checkpoints import edit_json
 from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, shape_of
 from vecmill.engine.forward import Launched, launch
 from vecmill.engine.loaded import Device, LoadedModel, Streams
 from vecmill.models import packed_attention
-from vecmill.models.packing import pack
-from vecmill.models.prefix_memory import PrefixMemory
-from vecmill.models.registry import FAMILIES
+from vecmill.models.packing import Attention, PrefixMemory, pack
 
 pytestmark = pytest.mark.slow
 
-Family = tuple[Task, str]
 # Not the first: what is made on "cuda" without a number is on that one, and does not fit.
 CUDA = torch.device("cuda", 1)
-EVERY_FAMILY: list[Any] = [
-    pytest.param((task, model_type), id=f"{task}-{model_type}") for task in Task for model_type in FAMILIES[task]
-]
 COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy"}
 COMPUTING = {"aten::embedding", "aten::linear", "aten::segment_reduce", "torch_attn::_varlen_attn"}
 COMPUTING |= {"aten::scaled_dot_product_attention"}
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Callable[[Family], Path]:
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], Path]:
     root = tmp_path_factory.mktemp("families")
-    makers: dict[Family, Callable[[], Path]] = {
-        (Task.EMBED, "bert"): lambda: tiny_bert(root / "bert", minilm_folder),
-        (Task.EMBED, "xlm-roberta"): lambda: tiny_xlm_roberta(root / "xlm-roberta"),
-        (Task.EMBED, "nomic_bert"): lambda: tiny_nomic(root / "nomic", minilm_folder),
-        (Task.EMBED, "qwen3"): lambda: GOLDEN / "qwen3" / "embedding",
-        (Task.EMBED, "nvembed"): lambda: GOLDEN / "nvembed" / "checkpoint",
-        (Task.RERANK, "bert"): lambda: tiny_cross_encoder(root / "ce", kind="bert", tokenizer_from=minilm_folder),
-        (Task.RERANK, "xlm-roberta"): lambda: tiny_cross_encoder(root / "xlm-ce", kind="xlm-roberta"),
-        (Task.RERANK, "qwen3"): lambda: GOLDEN / "qwen3" / "reranker",
-    }
-    return cache(lambda family: makers[family]())
+    return cache(lambda tiny: tiny.write(root / f"{tiny.task}-{tiny.model_type}"))
 
 
 @dataclass
@@ -302,21 +287,12 @@ def fake_cuda(model: Any) -> Iterator[FakeTensorMode]:
         yield mode
 
 
-def rows_of(family: Family, vocab_size: int) -> list[Row]:
+def rows_of(tiny: TinyModel, vocab_size: int) -> list[Row]:
     random = np.random.default_rng(0)
-    rows = []
-    for length in (1, 3, 33, 33, 60):
-        token_ids = random.integers(0, vocab_size, length).astype(np.int32)
-        rows.append(
-            Row(
-                token_ids,
-                unpooled=length // 2 if family[1] == "nvembed" else 0,
-                second_text=length // 2 if family == (Task.RERANK, "bert") else None,
-            )
-        )
-    if family[1] == "qwen3":
+    rows = [tiny.row(length, vocab_size, random) for length in (1, 3, 33, 33, 60)]
+    if tiny.prefixes:
         prefix = Prefix(rows[-1].token_ids)
-        rows += [Row(one.token_ids, prefix=prefix) for one in rows[:3]]
+        rows += [Row(row.token_ids, prefix=prefix) for row in rows[:3]]
     return rows
 
 
@@ -325,6 +301,7 @@ class OnCuda:
     """A model on a fake card, with the engine's streams."""
 
     model: LoadedModel
+    dtype: torch.dtype
     driver: Driver
     streams: Any
     """The engine's, of these tests' streams."""
@@ -333,16 +310,17 @@ class OnCuda:
     def launch(self, rows: Sequence[Row], lane: Lane, *, flash: bool = True) -> Launched:
         """One batch as the engine launches it, and what was noted of nothing else."""
         self.driver.forget()
+        self.model.attention = Attention.on(CUDA, self.dtype, flash=flash)
         with self.driver:
-            return launch(self.model, rows, Device(CUDA, flash, self.streams), lane)
+            return launch(self.model, rows, Device(CUDA, self.streams), lane)
 
     def compile(self, graphs: int = 1) -> None:
         """The layers, traced as on a GPU; what inductor makes of the trace needs one."""
         before = compilations()
-        packed = pack([*self.rows, *self.rows], CUDA)
+        packed = pack([*self.rows, *self.rows], CUDA, attention=Attention.on(CUDA, self.dtype))
 
         def run(tokens: int) -> float:
-            self.model.model.forward(packed, use_flash_attn=True)
+            self.model.model.forward(packed)
             return 0.0
 
         compile_layers(self.model.model.layers, run, backend="eager")
@@ -350,11 +328,11 @@ class OnCuda:
 
 
 @contextmanager
-def on_cuda(folder: Path, family: Family, dtype: torch.dtype, driver: Driver) -> Iterator[OnCuda]:
-    checkpoint, model = load_model(folder, family[0], dtype)
+def on_cuda(folder: Path, tiny: TinyModel, dtype: torch.dtype, driver: Driver) -> Iterator[OnCuda]:
+    checkpoint, model = load_model(folder, tiny.task, dtype)
     loaded = LoadedModel(cast(Any, None), checkpoint, model, cast(Any, None))
     with fake_cuda(model):
-        yield OnCuda(loaded, driver, Streams.on(CUDA), rows_of(family, model.vocab_size))
+        yield OnCuda(loaded, dtype, driver, Streams.on(CUDA), rows_of(tiny, model.vocab_size))
 
 
 def check_launched(on: OnCuda, launched: Launched, stream: Stream, width: int) -> None:
@@ -375,11 +353,11 @@ def check_launched(on: OnCuda, launched: Launched, stream: Stream, width: int) -
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("tiny", every_family())
 def test_a_batch_is_launched_without_waiting(
-    folder_of: Callable[[Family], Path], driver: Driver, family: Family, dtype: torch.dtype, compiled: bool
+    folder_of: Callable[[TinyModel], Path], driver: Driver, tiny: TinyModel, dtype: torch.dtype, compiled: bool
 ) -> None:
-    with on_cuda(folder_of(family), family, dtype, driver) as on:
+    with on_cuda(folder_of(tiny), tiny, dtype, driver) as on:
         if compiled:
             on.compile()
         prefixed = any(row.prefix is not None for row in on.rows)
@@ -402,18 +380,18 @@ def test_a_batch_is_launched_without_waiting(
 
 
 @pytest.mark.parametrize(
-    ("family", "compiled"),
+    ("tiny", "compiled"),
     [
-        *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in EVERY_FAMILY),
+        *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in every_family()),
         # How its layers run changes nothing of what is around them.
-        pytest.param((Task.EMBED, "qwen3"), True, id="embed-qwen3-compiled"),
-        pytest.param((Task.RERANK, "bert"), True, id="rerank-bert-compiled"),
+        pytest.param(tiny_model(Task.EMBED, "qwen3"), True, id="embed-qwen3-compiled"),
+        pytest.param(tiny_model(Task.RERANK, "bert"), True, id="rerank-bert-compiled"),
     ],
 )
 def test_a_captured_pass_reads_and_writes_on_the_device_alone(
-    folder_of: Callable[[Family], Path], driver: Driver, family: Family, compiled: bool
+    folder_of: Callable[[TinyModel], Path], driver: Driver, tiny: TinyModel, compiled: bool
 ) -> None:
-    with on_cuda(folder_of(family), family, torch.bfloat16, driver) as on:
+    with on_cuda(folder_of(tiny), tiny, torch.bfloat16, driver) as on:
         if compiled:
             on.compile()
         model = on.model.model
@@ -446,7 +424,7 @@ def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver,
     """One layer with a window and one without, compiled; rows longer and shorter than it."""
     folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")
     edit_json(folder / "config.json", use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    with on_cuda(folder, (Task.EMBED, "qwen3"), torch.bfloat16, driver) as on:
+    with on_cuda(folder, tiny_model(Task.EMBED, "qwen3"), torch.bfloat16, driver) as on:
         on.compile(graphs=2)
         for lane in (Lane.BULK, Lane.INTERACTIVE):
             launched = on.launch(on.rows, lane, flash=flash)

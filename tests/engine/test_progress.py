@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vecmill.engine.progress import Progress
+from vecmill.engine.engine import PendingPasses
 
 
 class Clock:
@@ -14,7 +14,7 @@ class Clock:
 
 def test_hung_is_what_takes_twenty_times_as_long_and_a_minute() -> None:
     clock = Clock()
-    progress = Progress(clock)
+    progress = PendingPasses(clock)
     assert progress.hung() is None
     with progress.of(0.1):
         clock.now += 59
@@ -34,7 +34,7 @@ def test_hung_is_what_takes_twenty_times_as_long_and_a_minute() -> None:
 
 def test_idle_time_does_not_count() -> None:
     clock = Clock()
-    progress = Progress(clock)
+    progress = PendingPasses(clock)
     clock.now += 1000
     with progress.of(0.1), progress.of(0.1):
         assert len(progress) == 2

@@ -60,13 +60,13 @@ VLLM_PATHS = {"/v1/models", "/health", "/v1/completions", "/v1/chat/completions"
 PIP_FLAGS = {
     "-c",
     "-e",
-    "--upgrade",
-    "--force-reinstall",
     "--constraint",
     "--editable",
+    "--force-reinstall",
     "--group",
     "--index-url",
     "--no-deps",
+    "--upgrade",
 }
 
 Check = Callable[[Command], Iterator[str]]

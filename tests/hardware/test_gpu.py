@@ -14,11 +14,17 @@ import pytest
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10, H100
 from vecmill.hardware import monitor as monitor_module
-from vecmill.hardware.clocks import Clock, ClockVerdict, clock_verdict
-from vecmill.hardware.gpu import GpuProcess, GpuReading, nvidia_gpu_present
-from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
-from vecmill.hardware.meminfo import meminfo, memory_pressure, unified_available
-from vecmill.hardware.memory import DeviceMemory
+from vecmill.hardware.gpu import (
+    ClockState,
+    ClockVerdict,
+    GpuMemory,
+    GpuProcess,
+    GpuReading,
+    clock_verdict,
+    gpu_memory,
+    nvidia_gpu_present,
+)
+from vecmill.hardware.memory import DeviceMemory, meminfo, memory_pressure, unified_available
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 
@@ -120,29 +126,29 @@ def test_a_gpu_is_noticed_without_any_library(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "changes", "state", "said"),
     [
-        (GB10, {}, Clock.OK, "2190 MHz"),
-        (GB10, {"utilization": "3", "sm_clock": "208"}, Clock.IDLE, "3 % busy"),
-        (GB10, {"sm_clock": "612"}, Clock.LOCKED, "unplug the supply"),
-        (GB10, {"sm_clock": "612", "clock_reasons": "2"}, Clock.LOCKED, "nvidia-smi -rgc"),
-        (GB10, {"clock_reasons": "0x40", "temperature": "88"}, Clock.THROTTLED, "88 °C: it is too hot"),
-        (GB10, {"clock_reasons": "0x80"}, Clock.THROTTLED, "too little power"),
-        (GB10, {"sm_clock": None}, Clock.UNKNOWN, "not available"),
-        (GB10, {"utilization": "!3"}, Clock.UNKNOWN, "not available"),
-        (H100, {}, Clock.IDLE, "345 MHz"),
-        (H100, {"utilization": "100", "sm_clock": "1755"}, Clock.OK, "1755 MHz"),
-        (H100, {"utilization": "100"}, Clock.LOCKED, "it can do 1980"),
-        (H100, {"utilization": "100", "max_sm_clock": None}, Clock.OK, "345 MHz"),
+        (GB10, {}, ClockState.OK, "2190 MHz"),
+        (GB10, {"utilization": "3", "sm_clock": "208"}, ClockState.IDLE, "3 % busy"),
+        (GB10, {"sm_clock": "612"}, ClockState.LOCKED, "unplug the supply"),
+        (GB10, {"sm_clock": "612", "clock_reasons": "2"}, ClockState.LOCKED, "nvidia-smi -rgc"),
+        (GB10, {"clock_reasons": "0x40", "temperature": "88"}, ClockState.THROTTLED, "88 °C: it is too hot"),
+        (GB10, {"clock_reasons": "0x80"}, ClockState.THROTTLED, "too little power"),
+        (GB10, {"sm_clock": None}, ClockState.UNKNOWN, "not available"),
+        (GB10, {"utilization": "!3"}, ClockState.UNKNOWN, "not available"),
+        (H100, {}, ClockState.IDLE, "345 MHz"),
+        (H100, {"utilization": "100", "sm_clock": "1755"}, ClockState.OK, "1755 MHz"),
+        (H100, {"utilization": "100"}, ClockState.LOCKED, "it can do 1980"),
+        (H100, {"utilization": "100", "max_sm_clock": None}, ClockState.OK, "345 MHz"),
         # A power cap is how a data-centre card works at its limit: no fault.
-        (H100, {"utilization": "100", "sm_clock": "1400", "clock_reasons": "4"}, Clock.OK, "1400 MHz"),
+        (H100, {"utilization": "100", "sm_clock": "1400", "clock_reasons": "4"}, ClockState.OK, "1400 MHz"),
     ],
 )
 def test_the_verdict_on_the_clock(
-    card: Card, source: Path, changes: dict[str, str | None], state: Clock, said: str
+    card: Card, source: Path, changes: dict[str, str | None], state: ClockState, said: str
 ) -> None:
     verdict = clock_verdict(card(source, **changes))
     assert verdict.state is state
     assert said in verdict.message
-    assert verdict.bad == (state in (Clock.THROTTLED, Clock.LOCKED))
+    assert verdict.bad == (state in (ClockState.THROTTLED, ClockState.LOCKED))
 
 
 def device(*, unified: bool) -> DeviceMemory:
@@ -206,13 +212,13 @@ def test_a_slow_clock_is_reported_once_and_its_end_too(
 ) -> None:
     monitor, reported = verdicts
     record(recording, GB10, sm_clock="612")
-    assert reported.get(timeout=30).state is Clock.LOCKED
+    assert reported.get(timeout=30).state is ClockState.LOCKED
     assert monitor.latest().clock.bad
     record(recording, GB10, utilization="2", sm_clock="208")  # at rest it tells nothing: the fault is not over
-    while monitor.latest().clock.state is not Clock.IDLE:
+    while monitor.latest().clock.state is not ClockState.IDLE:
         time.sleep(0.01)
     record(recording, GB10)
-    assert reported.get(timeout=30).state is Clock.OK
+    assert reported.get(timeout=30).state is ClockState.OK
     assert reported.empty()
 
 
@@ -224,7 +230,7 @@ def test_one_slow_look_is_no_verdict(recording: Path, monkeypatch: pytest.Monkey
     monitor.start()
     while monitor.latest().gpu is None:
         time.sleep(0.01)
-    assert monitor.latest().clock == ClockVerdict(Clock.UNKNOWN, "the load has just begun")
+    assert monitor.latest().clock == ClockVerdict(ClockState.UNKNOWN, "the load has just begun")
     monitor.close()
 
 
@@ -239,7 +245,7 @@ def test_a_driver_that_stops_answering_is_not_believed(
     record(recording, GB10, hang="now")
     while not (look := monitor.latest()).stale:
         time.sleep(0.01)
-    assert (look.gpu, look.clock.state) == (None, Clock.UNKNOWN)
+    assert (look.gpu, look.clock.state) == (None, ClockState.UNKNOWN)
     assert look.reason is not None
     assert "has not answered" in look.reason
     assert look.memory is held  # torch's own numbers, of the last look
@@ -281,7 +287,7 @@ def test_a_machine_without_a_gpu_is_asked_once(monkeypatch: pytest.MonkeyPatch) 
     monitor.start()
     while (look := monitor.latest()).reason != "the NVIDIA driver is not loaded":
         time.sleep(0.01)
-    assert (look.gpu, look.clock.state, look.memory) == (None, Clock.UNKNOWN, None)
+    assert (look.gpu, look.clock.state, look.memory) == (None, ClockState.UNKNOWN, None)
     while monitor.latest().age_seconds < 0.05:
         time.sleep(0.01)
     assert not monitor.latest().stale  # there is nothing to look at, and so nothing that is old

@@ -9,7 +9,7 @@ import pytest
 from vecmill.core.errors import MemoryLow
 from vecmill.hardware import memory as memory_module
 from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory
-from vecmill.hardware.recommendation import recommended_batch_size
+from vecmill.http.capabilities import recommended_batch_size
 
 
 def test_never_above_the_rows_of_a_forward() -> None:

@@ -11,8 +11,7 @@ import pytest
 from vecmill.core.errors import MemoryLow
 from vecmill.hardware import memory as memory_module
 from vecmill.hardware import monitor as monitor_module
-from vecmill.hardware.clocks import Clock, ClockVerdict
-from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.gpu import ClockState, ClockVerdict, GpuReading
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor
 from vecmill.hardware.nvml import NvmlUnavailable
@@ -109,7 +108,7 @@ def test_a_limit_that_is_set_later_counts(groups: Path, monkeypatch: pytest.Monk
     guard = MemoryGuard(0.1, 1.0)
     guard.check(needed=0)
     group(groups / SERVICE, 39 * 2**30, 39 * 2**30)
-    monkeypatch.setattr("vecmill.hardware.control_group.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("vecmill.hardware.memory.LOOK_SECONDS", 0.0)
     monkeypatch.setattr("vecmill.hardware.memory.READ_EVERY", -1.0)
     with pytest.raises(MemoryLow, match=r"0\.0 GB are free"):
         guard.check(needed=0)
@@ -150,7 +149,7 @@ class Driver:
         pass
 
 
-def reported(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[Clock]:
+def reported(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[ClockState]:
     """The verdicts that a monitor tells of while the driver answers."""
     monkeypatch.setattr(monitor_module, "PERIOD", 0.0005)
     monkeypatch.setattr(monitor_module, "Nvml", driver)
@@ -178,4 +177,4 @@ def test_slow_looks_that_are_not_in_a_row_are_no_verdict(
 
 def test_a_verdict_stays_until_a_loaded_clock_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(SLOW, SLOW, SLOW, IDLE, SLOW, UNKNOWN, RuntimeError("not thought of"), SLOW, WELL)
-    assert reported(driver, monkeypatch) == [Clock.LOCKED, Clock.OK]
+    assert reported(driver, monkeypatch) == [ClockState.LOCKED, ClockState.OK]

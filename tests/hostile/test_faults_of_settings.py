@@ -11,7 +11,7 @@ from tests.tiny_checkpoints import tiny_bert
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.serve.listener import listen
+from vecmill.serve.http_server import listen
 
 QUICK = {"device": "cpu", "dtype": "float32", "max_batch_tokens": 64}
 

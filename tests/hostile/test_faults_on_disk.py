@@ -23,9 +23,8 @@ from vecmill.batches.store import BatchStore
 from vecmill.cache import embedding_cache
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.core.errors import JobsUnavailable, NoSuchBatch
-from vecmill.core.protocols import JobChanges, StoreSize
-from vecmill.storage.atomic_files import delete_unfinished, write_atomically
-from vecmill.storage.errors import StoreFailed
+from vecmill.core.protocols import JobChanges, StoreFailed, StoreSize
+from vecmill.storage.files import delete_unfinished, write_atomically
 from vecmill.storage.sqlite import connect, open_database, transaction
 from vecmill.storage.sqlite_jobs import SqliteJobs
 from vecmill.storage.sqlite_vectors import SqliteVectors

@@ -18,7 +18,7 @@ from tests.hostile.stalls import LONGEST_STALL, longest_stall, memory_taken
 from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import plain_tokenizer, tiny_xlm_roberta
 from vecmill.core.threads import WorkerThreads
-from vecmill.inference.pieces import MOST_SHOWN
+from vecmill.inference.token_ids import MOST_SHOWN
 from vecmill.inference.tokenizer_pool import LONGEST_STRETCH, TokenizerPool
 from vecmill.models.tokenizer_files import read_file
 

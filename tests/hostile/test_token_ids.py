@@ -16,8 +16,14 @@ from tests.tiny_checkpoints import plain_tokenizer
 from vecmill.core.errors import InputTooLong, InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side, TokenVocabulary, Truncation
-from vecmill.inference.pieces import MOST_SHOWN
-from vecmill.inference.token_ids import BYTES_PER_TOKEN, IDS_AT_ONCE, JUDGED_TOKENS, TextsOfIds, texts_of_ids
+from vecmill.inference.token_ids import (
+    BYTES_PER_TOKEN,
+    IDS_AT_ONCE,
+    JUDGED_TOKENS,
+    MOST_SHOWN,
+    TextsOfIds,
+    texts_of_ids,
+)
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.tokenizer_files import read_file
 

@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import serving
 from tests.oracle import st_encode
 from tests.tiny_checkpoints import edit_json, tiny_bert
-from vecmill.inference import recall
+from vecmill.inference import cache_lookup
 
 TEXTS = ["def add(a, b): return a + b", "Berlin has 3.5 million inhabitants."]
 ON = {"cache_max_bytes": 1_000_000_000}
@@ -125,7 +125,7 @@ async def test_forgetting_texts_costs_tokenizing_and_nothing_else(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await embed(client, TEXTS)
-    monkeypatch.setattr(recall.TextMemory, "get", lambda self, digest: None)
+    monkeypatch.setattr(cache_lookup.TextMemory, "get", lambda self, digest: None)
     before = await computed(client)
     assert (await embed(client, TEXTS)).headers["x-cached-inputs"] == "2"
     assert await computed(client) == before

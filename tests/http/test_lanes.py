@@ -14,7 +14,7 @@ from tests.gated import Gate, gated, small_server, until_waiting, words
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.types import Lane
 from vecmill.http.dialects.openai import EmbeddingsBody
-from vecmill.inference.prompts import asks_for_query
+from vecmill.inference.text_tokenizer import asks_for_query
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.core.types import Lane
 from vecmill.engine import engine as engine_module
-from vecmill.engine import forward, progress
+from vecmill.engine import forward
 from vecmill.engine.loader import load
 from vecmill.http.services import Services
 
@@ -129,8 +129,8 @@ async def test_a_device_that_answers_nothing_is_seen(folder: Path, monkeypatch: 
         return launch(*args, **flags)
 
     monkeypatch.setattr(engine_module, "launch", held)
-    monkeypatch.setattr(progress, "FEWEST_SECONDS", 0.0)
-    monkeypatch.setattr(progress, "TIMES_EXPECTED", 0)
+    monkeypatch.setattr(engine_module, "FEWEST_SECONDS", 0.0)
+    monkeypatch.setattr(engine_module, "TIMES_EXPECTED", 0)
     app = create_app(load_settings({"embed_model": str(folder), **QUICK}))
     async with app.router.lifespan_context(app), http(app) as client:
         await app.state.loading

@@ -12,7 +12,7 @@ import torch
 
 from tests.conftest import serving
 from tests.tiny_checkpoints import tiny_bert
-from vecmill.models.bert import BertEmbedder
+from vecmill.models.networks import EmbeddingModel
 from vecmill.models.packing import PackedBatch
 
 TEXTS = ["word " * (number % 50) for number in range(100)]
@@ -22,14 +22,14 @@ FITS = 96  # tokens a forward, on the device that these tests make
 @pytest.fixture
 def cramped(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Call it, and from then on the device has room for so many tokens a forward."""
-    forward = BertEmbedder.forward
+    forward = EmbeddingModel.forward
 
-    def limited(self: BertEmbedder, packed: PackedBatch, *, use_flash_attn: bool) -> torch.Tensor:
+    def limited(self: EmbeddingModel, packed: PackedBatch) -> torch.Tensor:
         if packed.input_ids.shape[1] > FITS:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return forward(self, packed, use_flash_attn=use_flash_attn)
+        return forward(self, packed)
 
-    return lambda: monkeypatch.setattr(BertEmbedder, "forward", limited)
+    return lambda: monkeypatch.setattr(EmbeddingModel, "forward", limited)
 
 
 async def vectors(client: httpx.AsyncClient) -> np.typing.NDArray[np.float32]:

@@ -17,11 +17,12 @@ from tests.tiny_checkpoints import plain_tokenizer, tiny_cross_encoder
 from vecmill.core.errors import InputTooLong, InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side, Task
-from vecmill.inference.pairs import CrossEncoderTokenizer, InstructTokenizer, PairLimits
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.pair_tokenizer import CrossEncoderTokenizer, InstructTokenizer, PairLimits
+from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.chat_template import Pieces, Slot, UnfitTemplateError, filled
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, QWEN3_PROMPT, SUFFIX, PairPrompt
+from vecmill.models.chat_template import PairPrompt, Pieces, Slot, UnfitTemplateError, filled
+from vecmill.models.families.qwen3 import PAIR_PROMPT, PREFIX, SUFFIX
+from vecmill.models.family import DEFAULT_INSTRUCTION
 from vecmill.models.tokenizer_files import read_file
 
 LIMIT, INSTRUCT_LIMIT = 64, 200
@@ -182,7 +183,7 @@ class Instructed:
     def __init__(self, threads: WorkerThreads) -> None:
         checkpoint, model = load_model(GOLDEN / "qwen3" / "reranker", Task.RERANK)
         self.pool = TokenizerPool(read_file(checkpoint.tokenizer_file), model.vocab_size, INSTRUCT_LIMIT, threads)
-        self.tokenizer = InstructTokenizer(self.pool, self.pool, INSTRUCT_LIMIT, QWEN3_PROMPT, DEFAULT_INSTRUCTION)
+        self.tokenizer = InstructTokenizer(self.pool, self.pool, INSTRUCT_LIMIT, PAIR_PROMPT, DEFAULT_INSTRUCTION)
         self.own = Tokenizer.from_file(str(checkpoint.tokenizer_file))
 
     def ids(self, text: str) -> list[int]:
@@ -275,7 +276,7 @@ SEVERAL_TURNS = (
 )
 
 
-@pytest.mark.parametrize("pieces", [QWEN3_PROMPT.plain, LINES, SEVERAL_TURNS])
+@pytest.mark.parametrize("pieces", [PAIR_PROMPT.plain, LINES, SEVERAL_TURNS])
 async def test_a_prompt_in_parts_has_the_tokens_of_the_whole(instructed: Instructed, pieces: Pieces) -> None:
     pool = instructed.pool
     tokenizer = InstructTokenizer(pool, pool, INSTRUCT_LIMIT, PairPrompt(pieces, pieces), "Find it")

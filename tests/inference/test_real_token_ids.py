@@ -13,14 +13,13 @@ import pytest
 from tests.golden.real.reduce_tokenizer import ENDED, THOUGHT
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row, Task
-from vecmill.inference.pairs import InstructTokenizer
-from vecmill.inference.tokenization import TextTokenizer, Tokenized
+from vecmill.inference.pair_tokenizer import InstructTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.checkpoint import Checkpoint, read
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, answer_tokens
-from vecmill.models.rerank_prompt import QWEN3_PROMPT as QWEN3_RERANKER
-from vecmill.models.source import Source
-from vecmill.models.text_format import text_format
+from vecmill.models.checkpoint import Checkpoint, Source, read
+from vecmill.models.families.qwen3 import PAIR_PROMPT, PREFIX, SUFFIX
+from vecmill.models.family import DEFAULT_INSTRUCTION
+from vecmill.models.rerank_prompt import answer_tokens
 from vecmill.models.tokenizer_files import read_file
 
 pytestmark = pytest.mark.slow
@@ -92,7 +91,7 @@ def checkpoint_of(golden: str, folder: Path, task: Task = Task.EMBED) -> Checkpo
 
 @pytest.fixture(scope="module")
 def nv_embed(folders: dict[str, Path], pool_of: PoolOf) -> TextTokenizer:
-    form = text_format(checkpoint_of("nvembed/checkpoint", folders["nv_embed"]))
+    form = checkpoint_of("nvembed/checkpoint", folders["nv_embed"]).text_format
     return TextTokenizer(pool_of("nv_embed", MISTRAL_VOCAB), form, LIMIT, MISTRAL_VOCAB)
 
 
@@ -101,7 +100,7 @@ def qwen3(folders: dict[str, Path], pool_of: PoolOf) -> Callable[[str, int], Tex
     """Makes a Qwen3-Embedding tokenizer from a folder's name and a size of vocabulary."""
 
     def make(name: str, vocab_size: int) -> TextTokenizer:
-        form = text_format(checkpoint_of("qwen3/embedding", folders[name]))
+        form = checkpoint_of("qwen3/embedding", folders[name]).text_format
         return TextTokenizer(pool_of(name, vocab_size), form, LIMIT, vocab_size)
 
     return make
@@ -112,7 +111,7 @@ def reranker(pool_of: PoolOf) -> InstructTokenizer:
     """As it is served by default: control tokens in what users send are plain text."""
     users = pool_of("qwen3_reranker", QWEN3_VOCAB, control_tokens=False)
     control = pool_of("qwen3_reranker", QWEN3_VOCAB)
-    return InstructTokenizer(users, control, LIMIT, QWEN3_RERANKER, DEFAULT_INSTRUCTION)
+    return InstructTokenizer(users, control, LIMIT, PAIR_PROMPT, DEFAULT_INSTRUCTION)
 
 
 def whole(row: Row) -> list[int]:

@@ -10,16 +10,16 @@ import pytest
 
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.core.types import Row, Truncation
-from vecmill.inference.recall import Known, Recall, Recalled, TextMemory
-from vecmill.inference.tokenization import Tokenized
+from vecmill.inference.cache_lookup import CachedRow, CacheLookup, KnownText, TextMemory
+from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.storage.sqlite_vectors import SqliteVectors
 
 TEXTS = ["one", "two"]
 WIDTH = 8
 
 
-def known(number: int) -> Known:
-    return Known(number.to_bytes(16, "little"), number, truncated=False)
+def known(number: int) -> KnownText:
+    return KnownText(number.to_bytes(16, "little"), number, truncated=False)
 
 
 def test_the_memory_is_bounded_and_keeps_what_is_asked_for() -> None:
@@ -47,9 +47,9 @@ def test_what_was_kept_before_a_restart_is_tokenized_once(cache: EmbeddingCache)
         tokenized.extend(texts)
         return [Tokenized(Row(np.frombuffer(text.encode(), np.uint8).astype(np.int32)), len(text)) for text in texts]
 
-    def ask(memory: TextMemory) -> Sequence[Tokenized | Recalled]:
-        recall = Recall(cache, memory, b"model", WIDTH, look_up=True, truncate=True)
-        return recall.of_texts(encode, "", Truncation())(TEXTS)
+    def ask(memory: TextMemory) -> Sequence[Tokenized | CachedRow]:
+        lookup = CacheLookup(cache, memory, b"model", WIDTH, read=True, truncate=True)
+        return lookup.cached_encoder(encode, "", Truncation())(TEXTS)
 
     for one in ask(TextMemory()):
         assert isinstance(one, Tokenized)
@@ -58,5 +58,5 @@ def test_what_was_kept_before_a_restart_is_tokenized_once(cache: EmbeddingCache)
     tokenized.clear()
     after_restart = TextMemory()
     for _ in range(2):
-        assert all(isinstance(one, Recalled) for one in ask(after_restart))
+        assert all(isinstance(one, CachedRow) for one in ask(after_restart))
     assert tokenized == TEXTS

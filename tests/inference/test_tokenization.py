@@ -15,9 +15,9 @@ from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import tiny_xlm_roberta
 from vecmill.core.errors import InvalidInput, StartupError
 from vecmill.core.threads import WorkerThreads
-from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.text_format import TextFormat
+from vecmill.models.family import TextFormat
 from vecmill.models.tokenizer_files import read_file
 
 LIMIT, VOCAB = 32, 30522

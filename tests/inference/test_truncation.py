@@ -15,9 +15,9 @@ from tests.tiny_checkpoints import plain_tokenizer
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side, Truncation
-from vecmill.inference.tokenization import TextTokenizer, Tokenized
+from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.text_format import TextFormat
+from vecmill.models.family import TextFormat
 from vecmill.models.tokenizer_files import read_file
 
 LIMIT, VOCAB = 32, 30522

@@ -15,7 +15,7 @@ from vecmill.core.protocols import StoredJobs
 from vecmill.jobs.local import LocalJobs
 from vecmill.jobs.queue import JobQueue, JobStore
 from vecmill.jobs.shared import SharedJobs
-from vecmill.storage.redis_jobs import RedisJobs
+from vecmill.storage.redis import RedisJobs
 from vecmill.storage.sqlite_jobs import SqliteJobs
 
 SETTINGS = JobSettings(jobs_max_active=1, job_lease_seconds=100, jobs_max_wait_seconds=1_000_000)

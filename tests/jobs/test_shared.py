@@ -19,7 +19,7 @@ from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.shared import SharedJobs
-from vecmill.storage.redis_jobs import META, OPEN, RedisJobs
+from vecmill.storage.redis import META, OPEN, RedisJobs
 
 
 async def test_a_job_of_one_server_is_a_job_of_the_other(redis_url: str, hand: Hand) -> None:

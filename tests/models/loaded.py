@@ -12,13 +12,12 @@ from numpy.typing import NDArray
 
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row, Task, TokenIds
-from vecmill.inference.tokenization import TextTokenizer
+from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.checkpoint import Checkpoint, read
+from vecmill.models import networks
+from vecmill.models.checkpoint import Checkpoint, Source, read
+from vecmill.models.networks import Model
 from vecmill.models.packing import pack
-from vecmill.models.registry import Model, family
-from vecmill.models.source import Source
-from vecmill.models.text_format import text_format
 from vecmill.models.tokenizer_files import read_file
 from vecmill.models.weights import Target
 
@@ -30,14 +29,14 @@ LoadedModel = tuple[Checkpoint, Model]
 def load_model(folder: Path, task: Task = Task.EMBED, dtype: torch.dtype = torch.float32) -> LoadedModel:
     """A checkpoint and the model that runs it."""
     checkpoint = read(Source(folder.name, folder, task))
-    return checkpoint, family(checkpoint)(checkpoint, Target(dtype, CPU))
+    return checkpoint, networks.load_model(checkpoint, Target(dtype, CPU))
 
 
 @torch.inference_mode()
 def run(model: Model, rows: Sequence[Row]) -> NDArray[np.float32]:
     """(n, width) as the model gives it, in the order of the rows."""
     packed = pack(rows, CPU)
-    answers = model.forward(packed, use_flash_attn=False).numpy()
+    answers = model.forward(packed).numpy()
     in_order = np.empty_like(answers)
     in_order[list(packed.order)] = answers
     return in_order
@@ -60,4 +59,4 @@ def text_tokenizer(loaded: LoadedModel, max_model_len: int) -> Iterator[TextToke
     checkpoint, model = loaded
     with WorkerThreads(1) as threads:
         pool = TokenizerPool(read_file(checkpoint.tokenizer_file), model.vocab_size, max_model_len, threads)
-        yield TextTokenizer(pool, text_format(checkpoint), max_model_len, model.vocab_size)
+        yield TextTokenizer(pool, checkpoint.text_format, max_model_len, model.vocab_size)

@@ -18,8 +18,8 @@ from tests.hub_server import COMMIT, FILES, NAME, NEEDED, WEIGHTS, FakeHub, hub_
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.engine import choice
-from vecmill.engine.choice import chosen_sources
+from vecmill.engine import loader
+from vecmill.engine.loader import chosen_sources
 from vecmill.models import hub
 from vecmill.models.source import BUNDLED_ID, find
 
@@ -380,7 +380,7 @@ def test_a_revision_is_pinned_for_its_model(fake: FakeHub) -> None:
 
 def test_auto_on_a_gpu_is_the_default_that_the_hub_gives(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.files["config.json"] = SUPPORTED
-    monkeypatch.setattr(choice, "GPU_DEFAULTS", {Task.EMBED: NAME, Task.RERANK: "owner/absent"})
+    monkeypatch.setattr(loader, "GPU_DEFAULTS", {Task.EMBED: NAME, Task.RERANK: "owner/absent"})
     told: list[str] = []
     [embedder] = chosen_sources(load_settings().model, torch.device("cuda"), told.append)
     assert embedder.id == NAME

@@ -16,16 +16,15 @@ from safetensors.torch import load_file, save_file
 from tests.models.loaded import GOLDEN, load_model
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta, write
 from vecmill.app import Server
-from vecmill.cache.key import model_fingerprint
+from vecmill.cache.embedding_cache import model_fingerprint
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.engine.loaded import Loaded
 from vecmill.engine.loader import load
-from vecmill.models import source
-from vecmill.models.checkpoint import read
-from vecmill.models.registry import family
-from vecmill.models.source import Source, find
+from vecmill.models import networks, source
+from vecmill.models.checkpoint import Source, read
+from vecmill.models.source import find
 from vecmill.models.weights import Target
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
@@ -103,7 +102,7 @@ def test_an_unknown_family_is_refused_with_the_list(folder: Path) -> None:
     with pytest.raises(
         StartupError, match="'mamba' is not supported; supported: bert, nomic_bert, nvembed, qwen3, xlm-roberta"
     ):
-        family(read(find(str(folder))))
+        read(find(str(folder)))
 
 
 def test_a_reranker_is_no_embedder_and_the_other_way_round(tmp_path: Path, minilm_folder: Path, folder: Path) -> None:
@@ -359,6 +358,6 @@ def test_weights_that_two_models_share_are_in_both_fingerprints(folder: Path) ->
     target = Target(torch.float32, torch.device("cpu"))
     first, second = (read(Source(name, folder)) for name in ("first", "second"))
     for checkpoint in (first, second):
-        family(checkpoint)(checkpoint, target)
+        networks.load_model(checkpoint, target)
     assert len(target.shared) == 1
     assert first.fingerprint.hex == second.fingerprint.hex == content(folder)

@@ -13,61 +13,43 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.loaded import CPU, GOLDEN, ids, load_model, run, unit
-from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
+from tests.models.families import TinyModel, every_family, tiny_model, tiny_models
+from tests.models.loaded import CPU, ids, load_model, run, unit
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Prefix, Row, Task, TokenIds
-from vecmill.models.packing import pack
-from vecmill.models.prefix_memory import PrefixMemory
-from vecmill.models.registry import FAMILIES, Model
+from vecmill.models import networks
+from vecmill.models.checkpoint import Source, read
+from vecmill.models.families import FAMILIES
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, PrefixMemory, pack
 from vecmill.models.source import find
+from vecmill.models.weights import Target
 
-Family = tuple[Task, str]
 LONGEST = 120
 
 
 @pytest.fixture(scope="module")
-def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Family], Path]:
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], Path]:
     root = tmp_path_factory.mktemp("families")
-
-    def minilm() -> Path:
-        return find("auto").folder
-
-    makers: dict[Family, Callable[[], Path]] = {
-        (Task.EMBED, "bert"): lambda: tiny_bert(root / "bert", minilm()),
-        (Task.EMBED, "xlm-roberta"): lambda: tiny_xlm_roberta(root / "xlm-roberta"),
-        (Task.EMBED, "nomic_bert"): lambda: tiny_nomic(root / "nomic", minilm()),
-        (Task.EMBED, "qwen3"): lambda: GOLDEN / "qwen3" / "embedding",
-        (Task.EMBED, "nvembed"): lambda: GOLDEN / "nvembed" / "checkpoint",
-        (Task.RERANK, "bert"): lambda: tiny_cross_encoder(root / "ce", kind="bert", tokenizer_from=minilm()),
-        (Task.RERANK, "xlm-roberta"): lambda: tiny_cross_encoder(root / "xlm-ce", kind="xlm-roberta"),
-        (Task.RERANK, "qwen3"): lambda: GOLDEN / "qwen3" / "reranker",
-    }
-    return cache(lambda family: makers[family]())
+    return cache(lambda tiny: tiny.write(root / f"{tiny.task}-{tiny.model_type}"))
 
 
 @pytest.fixture(scope="module")
-def model_of(folder_of: Callable[[Family], Path]) -> Callable[[Family], Model]:
-    return cache(lambda family: load_model(folder_of(family), family[0])[1])
+def model_of(folder_of: Callable[[TinyModel], Path]) -> Callable[[TinyModel], Model]:
+    return cache(lambda tiny: load_model(folder_of(tiny), tiny.task)[1])
 
-
-EVERY_FAMILY: list[Any] = [
-    pytest.param((task, model_type), id=f"{task}-{model_type}") for task in Task for model_type in FAMILIES[task]
-]
 
 lengths = st.lists(st.integers(1, LONGEST), min_size=1, max_size=8)
 
 
-def random_rows(lengths: list[int], seed: int, family: Family, vocab_size: int) -> list[Row]:
-    """Rows as the family gets them: pairs for cross-encoders, some unpooled tokens for NV-Embed."""
+def random_rows(lengths: list[int], seed: int, tiny: TinyModel, vocab_size: int) -> list[Row]:
     random = np.random.default_rng(seed)
-    rows = []
-    for length in lengths:
-        token_ids = random.integers(0, vocab_size, length).astype(np.int32)
-        second = int(random.integers(0, length)) if family == (Task.RERANK, "bert") else None
-        unpooled = int(random.integers(0, length)) if family[1] == "nvembed" else 0
-        rows.append(Row(token_ids, unpooled=unpooled, second_text=second))
-    return rows
+    return [tiny.row(length, vocab_size, random) for length in lengths]
+
+
+def test_every_family_is_tested_for_each_of_its_tasks() -> None:
+    served = {(task, family.model_type) for family in FAMILIES.values() for task in family.tasks}
+    assert {(tiny.task, tiny.model_type) for tiny in tiny_models()} == served
 
 
 def same(together: Any, alone: Any, task: Task) -> None:
@@ -76,22 +58,22 @@ def same(together: Any, alone: Any, task: Task) -> None:
     np.testing.assert_allclose(together, alone, atol=1e-5, rtol=0 if task is Task.EMBED else 1e-5)
 
 
-@pytest.mark.parametrize("family", EVERY_FAMILY)
-def test_a_row_packed_equals_the_row_alone(model_of: Callable[[Family], Model], family: Family) -> None:
-    model = model_of(family)
+@pytest.mark.parametrize("tiny", every_family())
+def test_a_row_packed_equals_the_row_alone(model_of: Callable[[TinyModel], Model], tiny: TinyModel) -> None:
+    model = model_of(tiny)
 
     @settings(max_examples=25, deadline=None, database=None)
     @given(lengths=lengths, seed=st.integers(0, 1000))
     def packed_equals_alone(lengths: list[int], seed: int) -> None:
-        rows = random_rows(lengths, seed, family, model.vocab_size)
-        same(run(model, rows), np.concatenate([run(model, [row]) for row in rows]), family[0])
+        rows = random_rows(lengths, seed, tiny, model.vocab_size)
+        same(run(model, rows), np.concatenate([run(model, [row]) for row in rows]), tiny.task)
 
     packed_equals_alone()
 
 
-@pytest.mark.parametrize("family", [(Task.EMBED, "qwen3"), (Task.RERANK, "qwen3")], ids=["embed", "rerank"])
-def test_rows_with_a_shared_prefix_equal_whole_rows(model_of: Callable[[Family], Model], family: Family) -> None:
-    model = model_of(family)
+@pytest.mark.parametrize("tiny", every_family(prefixes=True))
+def test_rows_with_a_shared_prefix_equal_whole_rows(model_of: Callable[[TinyModel], Model], tiny: TinyModel) -> None:
+    model = model_of(tiny)
 
     @settings(max_examples=40, deadline=None, database=None)
     @given(
@@ -113,13 +95,13 @@ def test_rows_with_a_shared_prefix_equal_whole_rows(model_of: Callable[[Family],
             Row(np.concatenate((row.prefix.token_ids, row.token_ids))) if row.prefix is not None else row
             for row in rows
         ]
-        same(run(model, rows), run(model, whole), family[0])
+        same(run(model, rows), run(model, whole), tiny.task)
 
     shared_equals_whole()
 
 
-def test_a_prefix_is_computed_once_for_several_batches(model_of: Callable[[Family], Model]) -> None:
-    model = model_of((Task.RERANK, "qwen3"))
+def test_a_prefix_is_computed_once_for_several_batches(model_of: Callable[[TinyModel], Model]) -> None:
+    model = model_of(tiny_model(Task.RERANK, "qwen3"))
     memory = PrefixMemory(most_tokens=100)
     random = np.random.default_rng(0)
     first, second, too_long = (Prefix(random.integers(0, 400, length).astype(np.int32)) for length in (30, 40, 60))
@@ -130,7 +112,7 @@ def test_a_prefix_is_computed_once_for_several_batches(model_of: Callable[[Famil
     def run_batch(rows: list[Row]) -> list[int]:
         packed = pack(rows, CPU, memory)
         with torch.inference_mode():
-            answers = model.forward(packed, use_flash_attn=False).numpy()
+            answers = model.forward(packed).numpy()
         for new in packed.new_prefixes:
             memory.keep(new.prefix, new.layers)
         np.testing.assert_allclose(answers, run(model, [rows[index] for index in packed.order]), atol=1e-5, rtol=1e-5)
@@ -188,28 +170,21 @@ def test_packs_have_few_shapes_and_little_filler(lengths: list[int]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("family", EVERY_FAMILY)
+@pytest.mark.parametrize("tiny", every_family())
 @torch.inference_mode()
-def test_flash_attention_equals_sdpa_on_a_gpu(folder_of: Callable[[Family], Path], family: Family) -> None:
-    from vecmill.models.checkpoint import read
-    from vecmill.models.registry import family as family_class
-    from vecmill.models.source import Source
-    from vecmill.models.weights import Target
-
+def test_flash_attention_equals_sdpa_on_a_gpu(folder_of: Callable[[TinyModel], Path], tiny: TinyModel) -> None:
     device = torch.device("cuda")
     try:
-        folder = folder_of(family)
+        folder = folder_of(tiny)
     except StartupError as error:
         pytest.skip(f"a GPU machine may lack the bundled model: {error}")
-    checkpoint = read(Source("tiny", folder, family[0]))
-    model = family_class(checkpoint)(checkpoint, Target(torch.bfloat16, device))
-    rows = random_rows([1, 3, 64, 64, LONGEST], 0, family, model.vocab_size)
-    if family[1] == "qwen3":
+    model = networks.load_model(read(Source("tiny", folder, tiny.task)), Target(torch.bfloat16, device))
+    rows = random_rows([1, 3, 64, 64, LONGEST], 0, tiny, model.vocab_size)
+    if tiny.prefixes:
         prefix = Prefix(rows[-1].token_ids)
-        rows = [*rows, *(Row(one.token_ids, prefix=prefix) for one in rows[:4])]
-    packed = pack(rows, device)
-    flash, sdpa = (model.forward(packed, use_flash_attn=flash) for flash in (True, False))
-    if family[0] is Task.EMBED:
+        rows = [*rows, *(Row(row.token_ids, prefix=prefix) for row in rows[:4])]
+    flash, sdpa = (model.forward(pack(rows, device, attention=attention)) for attention in Attention)
+    if tiny.task is Task.EMBED:
         assert torch.nn.functional.cosine_similarity(flash, sdpa).min() > 0.999
     else:
         torch.testing.assert_close(flash, sdpa, atol=0.1, rtol=0.05)

@@ -19,13 +19,13 @@ from transformers.masking_utils import sliding_window_bidirectional_mask_functio
 from tests.models.loaded import CPU, GOLDEN, load_model, run
 from tests.tiny_checkpoints import edit_json
 from vecmill.core.errors import StartupError
-from vecmill.core.types import Prefix, Row, TokenIds
+from vecmill.core.types import Prefix, Row, Task, TokenIds
 from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.models import packed_attention
+from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.merged_projections import merge_projections
-from vecmill.models.packing import PackedBatch, pack
-from vecmill.models.prefix_memory import PrefixMemory
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import PackedBatch, PrefixMemory, pack
 
 WINDOW = 8
 SLIDES = "sliding_attention"
@@ -204,7 +204,7 @@ def test_windows_that_mean_nothing_are_refused(tmp_path: Path, said: dict[str, A
 @torch.inference_mode()
 def _run(model: Model, packed: PackedBatch) -> NDArray[np.float32]:
     """In packed order."""
-    answers: NDArray[np.float32] = model.forward(packed, use_flash_attn=False).numpy()
+    answers: NDArray[np.float32] = model.forward(packed).numpy()
     return answers
 
 
@@ -220,7 +220,7 @@ def test_mistrals_window_is_the_same_in_every_layer(merged: bool) -> None:
     wanted = _each_alone(model, texts)
     weights = model.state_dict()
     model.set_attn_implementation(packed_attention.ATTENTION)
-    places = merge_projections(model) if merged else {}
+    places = merge_projections(model, NV_EMBED.tasks[Task.EMBED].network.merged) if merged else {}
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
         if name in places:
@@ -267,6 +267,6 @@ def _packed(model: Any, texts: Sequence[TokenIds]) -> NDArray[np.float32]:
     """The same of a pack, in the order of the texts."""
     batch = pack([Row(text) for text in texts], CPU)
     given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "packed_batch": batch}
-    hidden = model(**given, use_flash_attn=False).last_hidden_state[0, batch.last].numpy()
+    hidden = model(**given).last_hidden_state[0, batch.last].numpy()
     found: NDArray[np.float32] = hidden[np.argsort(batch.order)]
     return found

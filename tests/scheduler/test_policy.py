@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vecmill.core.types import Lane
-from vecmill.scheduler.lines import Lines
-from vecmill.scheduler.policy import Budget, Client, Cut, Line, Rules, cut
+from vecmill.scheduler.lines import WaitingLines
+from vecmill.scheduler.policy import Budget, Cut, Rules, TurnTaker, WaitingLine, cut
 
 RULES = Rules(bulk_share=0.2, aging_seconds=5.0)
 MODELS = ("a", "b")
@@ -56,19 +56,19 @@ class Queue:
         """Each of `joining` is a client of its own, and came at 0.0."""
         self.budgets, self.rules, self.owed, self.now = budgets, rules, owed, now
         self.cuts: list[Cut[Waiting]] = []
-        self._lines = cast("Any", Lines())  # its sequences need no row and no futures here
+        self._lines = cast("Any", WaitingLines())  # its sequences need no row and no futures here
         for number, each in enumerate(joining):
             if each.sequences:
                 self._lines.join(each.model, each.lane, str(number), 0.0).waiting.extend(each.sequences)
 
     @property
-    def lines(self) -> list[Line[Waiting]]:
+    def lines(self) -> list[WaitingLine[Waiting]]:
         """Those in which something waits."""
         return list(self._lines)
 
-    def searching(self, sequences: Sequence[Waiting]) -> Line[Waiting]:
+    def searching(self, sequences: Sequence[Waiting]) -> WaitingLine[Waiting]:
         """Let a person have these waiting, and nothing else; the line that they stand in."""
-        line: Line[Waiting] = self._lines.join("a", Lane.INTERACTIVE, "person", self.now)
+        line: WaitingLine[Waiting] = self._lines.join("a", Lane.INTERACTIVE, "person", self.now)
         line.waiting = deque(sequences)
         line.front_since = self.now
         return line
@@ -85,8 +85,8 @@ class Queue:
             yield taken
 
 
-def line(sequences: Sequence[Waiting], lane: Lane = Lane.BULK) -> Line[Waiting]:
-    return Line("a", lane, Client(), 0.0, deque(sequences))
+def line(sequences: Sequence[Waiting], lane: Lane = Lane.BULK) -> WaitingLine[Waiting]:
+    return WaitingLine("a", lane, TurnTaker(), 0.0, deque(sequences))
 
 
 waiting = st.builds(Waiting, st.integers(1, 600), st.booleans())

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, NonFiniteEmbedding, ShuttingDown
-from vecmill.core.protocols import BatchResult, Runner
+from vecmill.core.protocols import BatchResult, ForwardRunner
 from vecmill.core.types import Lane, Prefix, Row
-from vecmill.scheduler.lines import MOST_CLIENTS, Lines, Sharing
-from vecmill.scheduler.policy import Budget, Client, Cut
+from vecmill.scheduler.lines import MOST_CLIENTS, SequenceResult, Sharing, WaitingLines
+from vecmill.scheduler.policy import Budget, Cut, TurnTaker
 from vecmill.scheduler.scheduler import Scheduler
-from vecmill.scheduler.sequence import SequenceResult
 
 BUDGET = Budget(max_batch_tokens=16, max_batch_size=4)
 ONE_BY_ONE = Budget(max_batch_tokens=1, max_batch_size=1)
@@ -23,7 +22,7 @@ MODELS = ("m", "a", "b")
 
 
 def scheduler_of(
-    runner: Runner, budget: Budget = BUDGET, on_failure: Callable[[str], None] = lambda reason: None
+    runner: ForwardRunner, budget: Budget = BUDGET, on_failure: Callable[[str], None] = lambda reason: None
 ) -> Scheduler:
     return Scheduler(runner, dict.fromkeys(MODELS, budget), on_failure=on_failure)
 
@@ -355,9 +354,9 @@ async def test_clients_come_and_go_and_only_so_many_are_remembered() -> None:
 
 
 async def test_the_client_that_was_away_longest_is_forgotten_first() -> None:
-    lines = Lines()
+    lines = WaitingLines()
 
-    def come_and_go(name: str) -> Client:
+    def come_and_go(name: str) -> TurnTaker:
         client = lines.join("m", Lane.BULK, name, 0.0).client
         lines.leave(Cut("m", Lane.BULK), 0.0)  # nothing of it waits any more
         return client
@@ -467,7 +466,7 @@ async def test_an_equal_text_waits_for_nobody_elses_turn() -> None:
 
 async def test_texts_apart_are_not_taken_for_equal() -> None:
     scheduler = scheduler_of(SumRunner())
-    await sums([*scheduler.submit("m", [ids(1)], apart="one"), *scheduler.submit("m", [ids(1)], apart="other")])
+    await sums([*scheduler.submit("m", [ids(1)], partition="one"), *scheduler.submit("m", [ids(1)], partition="other")])
     assert scheduler.stats.joined == 0
     await scheduler.close()
 

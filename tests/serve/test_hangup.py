@@ -10,7 +10,7 @@ import sys
 # A session of its own on the terminal that it is given, as a shell's; without one, as a service's.
 SCRIPT = """
 import asyncio, os, signal, sys
-from vecmill.serve.signals import on_hangup
+from vecmill.serve.stopping import on_hangup
 
 def say(word):
     print(word, flush=True)

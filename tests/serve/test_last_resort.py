@@ -7,7 +7,7 @@ import sys
 
 SCRIPT = """
 import threading
-from vecmill.serve.last_resort import LastResort
+from vecmill.serve.stopping import LastResort
 
 threading.Thread(target=threading.Event().wait).start()  # Python would wait for it for ever
 ending = LastResort(lambda: 3)

@@ -19,8 +19,7 @@ from tests.serve.test_device_failure import SCRIPT
 from tests.servers import free_port
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.health import Phase
-from vecmill.serve.notifier import Notifier
-from vecmill.serve.systemd import Status
+from vecmill.serve.systemd import Notifier, SystemdStatus
 
 BEAT_SECONDS = 0.25
 
@@ -123,5 +122,5 @@ def test_an_abstract_address_and_a_watchdog_for_another_process() -> None:
 @pytest.mark.parametrize("address", ["", "relative", "vsock:2:1234", "/no/such/folder/socket", "/" + "long" * 100])
 def test_where_nobody_reads_nothing_happens(address: str) -> None:
     notifier = Notifier({"NOTIFY_SOCKET": address, "WATCHDOG_USEC": "soon"})
-    Status(notifier, "http://x").changed(Phase.LOADING, 1, "x")
+    SystemdStatus(notifier, "http://x").changed(Phase.LOADING, 1, "x")
     assert notifier.watchdog_seconds is None

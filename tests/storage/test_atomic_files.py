@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from vecmill.storage.atomic_files import sync_folder, write_atomically
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import FileLock, sync_folder, write_atomically
 
 HOLDER = """
 import sys
 from pathlib import Path
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import FileLock
 lock = FileLock.take(Path(sys.argv[1]), create=True)
 assert lock is not None
 sys.stdout.write("held\\n")

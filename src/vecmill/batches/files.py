@@ -18,8 +18,7 @@ from vecmill.batches.disk import FileQuota
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BodyTooLarge, NoSuchFile
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.atomic_files import TEMPORARY, delete_unfinished, sync_folder, write_atomically
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import TEMPORARY, FileLock, delete_unfinished, sync_folder, write_atomically
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 DATA, PART, METADATA = ".data", ".part", ".json"

@@ -13,7 +13,7 @@ from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.files import DAY
 from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.batches.run import BatchContext, BatchRun, Suspended
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import FileLock
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,7 @@ from vecmill.batches.input import InputLine
 from vecmill.batches.record import BatchProgress, BatchRecord, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.atomic_files import delete_unfinished, sync_folder, write_atomically
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import FileLock, delete_unfinished, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -1,12 +1,14 @@
-"""Vectors that were computed before, looked up at once and written behind the answer."""
+"""Vectors computed before, looked up at once and written behind the answer, and the keys they are kept under."""
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from math import inf
 from time import monotonic
 from typing import Literal
@@ -14,9 +16,8 @@ from typing import Literal
 import numpy as np
 
 from vecmill.cache.vector_format import decode_values, encode_vectors
-from vecmill.core.protocols import StoreSize, VectorStore
-from vecmill.core.types import Vector
-from vecmill.storage.errors import StoreFailed
+from vecmill.core.protocols import StoreFailed, StoreSize, VectorStore
+from vecmill.core.types import ModelCard, Row, Vector
 
 logger = logging.getLogger(__name__)
 
@@ -67,13 +68,13 @@ class EmbeddingCache:
         self._failed_at: dict[str, float] = {}  # what failed last, and when
         self.stats = CacheStats()
         self.size = StoreSize(0, 0)
-        """As it was a moment ago."""
+        """As last measured, every few seconds."""
         self._writer = threading.Thread(target=self._write_forever, name="cache-writer", daemon=True)
         self._writer.start()
 
     @property
     def failing(self) -> bool:
-        """Whether the store could not be used lately."""
+        """True from a failure of the store until it works again."""
         return bool(self._failed_at)
 
     def look_up(self, keys: Sequence[bytes], dimensions: int, *, as_read: bool = False) -> dict[bytes, Vector]:
@@ -81,14 +82,15 @@ class EmbeddingCache:
 
         `as_read`: also those that are not written yet are rounded as they will be.
         """
-        kept = {key: one for key in keys if (one := self._on_the_way(key)) is not None}
-        found = {
-            key: self.as_read([one.vector], one.smallest)[0] if as_read else one.vector for key, one in kept.items()
+        kept = {key: waiting for key in keys if (waiting := self._on_the_way(key)) is not None}
+        vectors = {
+            key: self.as_read([waiting.vector], waiting.smallest)[0] if as_read else waiting.vector
+            for key, waiting in kept.items()
         }
-        missing = [key for key in keys if key not in found]
+        missing = [key for key in keys if key not in vectors]
         if missing and not self._left_alone():
-            found |= self._read(missing, dimensions)
-        return found
+            vectors |= self._read(missing, dimensions)
+        return vectors
 
     def as_read(self, vectors: Sequence[Vector], smallest: int) -> list[Vector]:
         """What would be read if these were kept: rounded, so that an answer does not show whether it was."""
@@ -105,13 +107,13 @@ class EmbeddingCache:
 
     def _read(self, keys: Sequence[bytes], dimensions: int) -> dict[bytes, Vector]:
         try:
-            found = decode_values(self._store.get(keys), dimensions)
+            vectors = decode_values(self._store.get(keys), dimensions)
         except Exception as error:  # whatever it is, the vectors can be computed
             self._failed("read", error)
             return {}
         self._worked("read")
-        self._touch(found)
-        return found
+        self._touch(vectors)
+        return vectors
 
     def _touch(self, keys: Iterable[bytes]) -> None:
         new = [key for key in keys if key not in self._touched]
@@ -220,3 +222,33 @@ class EmbeddingCache:
     def _worked(self, what: str) -> None:
         if self._failed_at.pop(what, None) is not None:
             logger.warning("the embedding cache can be used to %s again", what)
+
+
+KEY_BYTES = 16
+# Raised when the same tokens give other vectors than before: a new packing, another pooling, or the positions of tokens
+# after a padding in an XLM-R's text.
+FORMAT = 2
+
+
+def model_fingerprint(card: ModelCard) -> bytes:
+    """Of the model as it is loaded: what was read of its files, in which type its weights are, pooled how.
+
+    Prompts and truncation are part of the token ids. The device, the attention kernels and the versions of the
+    libraries change the last bits only, which the stated tolerances allow for; but in float32 CUDA multiplies in TF32,
+    which has 10 bits of mantissa.
+    """
+    dtype = "tf32" if card.dtype == "float32" and card.device.startswith("cuda") else card.dtype
+    parts = [FORMAT, card.id, card.fingerprint, card.family, dtype, card.pooling, card.dimensions]
+    return blake2b(json.dumps(parts).encode(), digest_size=32).digest()
+
+
+def owner_fingerprint(fingerprint: bytes, owner: str) -> bytes:
+    """A model's fingerprint for the vectors of one API key, where keys do not share theirs."""
+    return blake2b(owner.encode(), digest_size=len(fingerprint), key=fingerprint).digest()
+
+
+def vector_key(fingerprint: bytes, row: Row) -> bytes:
+    """What the vector of one input is kept under: the token ids that run, and which of them the pooling leaves out."""
+    digest = blake2b(row.token_ids.tobytes(), digest_size=KEY_BYTES, key=fingerprint)
+    digest.update(b"%d,%d" % (row.unpooled, -1 if row.second_text is None else row.second_text))
+    return digest.digest()

@@ -131,10 +131,10 @@ def decode_values(values: Mapping[bytes, bytes], dimensions: int) -> dict[bytes,
     scales = _scales(read["scales"])
     vectors: Matrix = read["values"] * np.repeat(scales, BLOCK, axis=1)[:, :dimensions]
     sound: NDArray[np.bool_] = np.asarray(np.isfinite(scales).all(axis=1))
-    found = {key: vector for key, vector, good in zip(short, vectors, sound, strict=True) if good}
+    by_key = {key: vector for key, vector, good in zip(short, vectors, sound, strict=True) if good}
     for key, value in values.items():
         if value[:1] == WHOLE and len(value) == 1 + 4 * dimensions:
             vector = np.frombuffer(value, "<f4", offset=1).astype(np.float32)
             if np.isfinite(vector).all():
-                found[key] = vector
-    return found
+                by_key[key] = vector
+    return by_key

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 from pydantic import ValidationError
 
@@ -25,21 +26,6 @@ from vecmill.config.groups import (
 )
 from vecmill.config.key_file import with_key_file
 from vecmill.core.errors import StartupError
-
-GROUPS: tuple[type[SettingsGroup], ...] = (
-    ModelSettings,
-    EngineSettings,
-    SchedulerSettings,
-    InferenceSettings,
-    StateSettings,
-    CacheSettings,
-    JobSettings,
-    BatchSettings,
-    HttpSettings,
-    AccessSettings,
-    GenerationSettings,
-    LogSettings,
-)
 
 # Values that no sentence repeats. A wrong GENERATION_URL or REDIS_URL may hold a password.
 SECRETS = frozenset({"hf_token", "generation_url", "generation_api_key", "api_key", "admin_api_key", "redis_url"})
@@ -63,6 +49,10 @@ class Settings:
     log: LogSettings
 
 
+GROUPS: tuple[type[SettingsGroup], ...] = tuple(get_type_hints(Settings).values())
+"""The classes of the fields of `Settings`, in their order."""
+
+
 def load_settings(flags: Mapping[str, object] | None = None, env_file: Path | str | None = None) -> Settings:
     """Read the settings: `flags` (by field name, None where not given) over environment over `.env` over default.
 
@@ -77,7 +67,7 @@ def load_settings(flags: Mapping[str, object] | None = None, env_file: Path | st
         if file is not None:
             _check_readable(file)
     groups = [_read(group, given, env_file) for group in GROUPS]
-    settings = Settings(*groups)  # type: ignore[arg-type]  # GROUPS is in the order of the fields
+    settings = Settings(*groups)  # type: ignore[arg-type]  # one group for each field, in order
     for contradiction in CONTRADICTIONS:
         if (sentence := contradiction(settings)) is not None:
             raise StartupError(sentence)

@@ -13,10 +13,8 @@ import numpy as np
 
 # Smallest budget that the rate alone would choose: about one code chunk.
 FEWEST_TOKENS = 128
-# Of the best rate, reached by a bulk forward.
-ENOUGH = 0.95
-# Of the time of the longest forward.
-RIDING = 1 / 8
+BULK_RATE_FRACTION = 0.95  # of the best tokens per second, which a bulk forward reaches
+FREE_RIDE_TIME_FRACTION = 1 / 8  # of MAX_BATCH_MS, which bulk may add to an interactive forward
 # Packs are rounded up to a multiple of 64, the smallest to 16: a budget in between gains nothing.
 STEP, SMALLEST_PACK = 64, 16
 
@@ -53,7 +51,7 @@ class Calibration:
         rate.
         """
         # t / (a + b t) = 0.95 / b
-        enough = max(FEWEST_TOKENS, self.knee_tokens * ENOUGH / (1 - ENOUGH))
+        enough = max(FEWEST_TOKENS, self.knee_tokens * BULK_RATE_FRACTION / (1 - BULK_RATE_FRACTION))
         in_time = (max_seconds - self.fixed_seconds) / self.seconds_per_token
         if in_time <= 0:
             in_time = self.knee_tokens / 2
@@ -65,7 +63,7 @@ class Calibration:
 
         Alone, a query pays `a` for itself. With bulk beside it that is shared, and hardly anybody notices the wait.
         """
-        in_time = (max_seconds * RIDING - self.fixed_seconds) / self.seconds_per_token
+        in_time = (max_seconds * FREE_RIDE_TIME_FRACTION - self.fixed_seconds) / self.seconds_per_token
         return max(self.knee_tokens, int(in_time))
 
 

@@ -302,7 +302,7 @@ def _path(body: bytes, structure: _Structure, place: int) -> str:
     """The value at a place of the body, as `documents[3].text`: the first levels of it, and none that is a key."""
     count = int(np.searchsorted(structure.places, place))
     kinds, depths = structure.kinds[:count], structure.depths[:count]
-    found = ""
+    path = ""
     for depth in range(1, LEVELS_NAMED + 1):
         level = np.flatnonzero(depths == depth)
         brackets = level[kinds[level] >= OPEN]
@@ -310,13 +310,13 @@ def _path(body: bytes, structure: _Structure, place: int) -> str:
             break
         inside = level[level > brackets[-1]]
         if body[structure.places[brackets[-1]]] == ord("["):
-            found += f"[{np.count_nonzero(kinds[inside] == COMMA)}]"
+            path += f"[{np.count_nonzero(kinds[inside] == COMMA)}]"
         elif len(inside) and kinds[inside[-1]] == COLON:
             before = inside[-2] if len(inside) > 1 else brackets[-1]
-            found += f".{_key(body, int(structure.places[before]) + 1, int(structure.places[inside[-1]]))}"
+            path += f".{_key(body, int(structure.places[before]) + 1, int(structure.places[inside[-1]]))}"
         else:
             break
-    return found.lstrip(".")
+    return path.lstrip(".")
 
 
 def _key(body: bytes, start: int, stop: int) -> str:

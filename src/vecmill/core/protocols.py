@@ -1,4 +1,7 @@
-"""What a room needs of the room below it, as narrow as it can be."""
+"""What a room needs of the room below it, where an import contract keeps it from naming the class itself.
+
+`ForwardRunner`: the scheduler may not import the engine, which knows torch. `VectorStore`: SQLite's or Redis'.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,8 @@ class BatchResult:
     """Where it was: tokens of the largest part that did fit."""
 
 
-class Runner(Protocol):
-    """Whatever runs one batch on the device."""
+class ForwardRunner(Protocol):
+    """What runs one batch on the device: the engine, which the scheduler may not import (it knows torch)."""
 
     async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
         """Run one forward pass; interactive ones overtake bulk that has not begun.
@@ -73,8 +76,12 @@ class StoreSize:
     """On disk, or in Redis."""
 
 
+class StoreFailed(Exception):
+    """A store cannot be used now; nothing has changed. The message is for the log."""
+
+
 class VectorStore(Protocol):
-    """Bytes by key of 16 bytes. Every call blocks, may come from any thread, and may raise `storage`'s StoreFailed."""
+    """Bytes by key of 16 bytes. Every call blocks, may come from any thread, and may raise StoreFailed."""
 
     def get(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
         """Those of the keys that are there."""
@@ -96,5 +103,5 @@ class VectorStore(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of it. Raises nothing."""
+        """Close. Never raises."""
         ...

@@ -1,4 +1,4 @@
-"""What is asked and what is answered, free of any wire dialect."""
+"""Requests and results, independent of any dialect, and the words that all rooms share."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ class Task(StrEnum):
     RERANK = "rerank"
 
 
+INSTRUCTION_PLACE = "{instruction}"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelCard:
     """What a loaded model is; reported by /v1/models, /health and the start log."""
@@ -88,7 +91,7 @@ class ModelCard:
     prompts_from: PromptSource | None = None
     """None: it has no prompts."""
     instruction_template: str | None = None
-    """Where a request's `instruction` goes, as `{instruction}`; None: it is put before the text as it is."""
+    """Where a request's `instruction` goes, as INSTRUCTION_PLACE; None: it is put before the text as it is."""
     similarity: str = "cosine"
     """How the model's vectors are compared: `cosine`, `dot`, or minus a distance, `euclidean` or `manhattan`."""
     unit_vectors: bool = False

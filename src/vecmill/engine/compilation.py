@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch._dynamo import mark_dynamic
 from torch._dynamo.utils import counters
 
+from vecmill.models.networks import Model
 from vecmill.models.packed_attention import LayerCall, compiled_call
-from vecmill.models.registry import Model
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +109,10 @@ class _Compiled:
         self.traced = False
         """Whether every layer has run once."""
 
-    def __call__(
-        self, number: int, layer: nn.Module, *args: Any, packed_batch: Any, use_flash_attn: bool, **kwargs: Any
-    ) -> Any:
+    def __call__(self, number: int, layer: nn.Module, *args: Any, packed_batch: Any, **kwargs: Any) -> Any:
         if not self.traced:
             _mark_tokens((*args, *kwargs.values()))
-        token = compiled_call.set(LayerCall(number, packed_batch, use_flash_attn))
+        token = compiled_call.set(LayerCall(number, packed_batch))
         try:
             return self._forward(layer, *args, packed_batch=None, **kwargs)
         finally:

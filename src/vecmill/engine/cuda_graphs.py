@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from vecmill.core.types import Lane, Row
-from vecmill.models.packing import PackedBatch, PackShape, pack
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,8 @@ def _gain(
     captured = capture(shape)
     length = min(shape.max_length, max(1, shape.tokens // max(1, shape.rows // 2)))
     rows = [Row(np.zeros(length, dtype=np.int32))] * (shape.tokens // length)
-    in_shape, as_it_is = pack(rows, device, shape=shape), pack(rows, device)
+    in_shape = pack(rows, device, shape=shape, attention=Attention.FLASH)
+    as_it_is = pack(rows, device, attention=Attention.FLASH)
     direct, graph = [], []
     for _ in range(RUNS):
         direct.append(_seconds(lambda: run_directly(as_it_is), device))
@@ -237,9 +238,9 @@ class CudaCapture:
         """Run the pass once, for what is prepared at the first call, and then capture it."""
         lane = lane_of(shape, Lane.BULK)
         with torch.cuda.stream(self._streams[lane]):
-            batch = pack([Row(np.zeros(1, dtype=np.int32))], self._device, shape=shape)
-            self._model.forward(batch, use_flash_attn=True)
-        graph, answers = self._capture(lane, lambda: self._model.forward(batch, use_flash_attn=True))
+            batch = pack([Row(np.zeros(1, dtype=np.int32))], self._device, shape=shape, attention=Attention.FLASH)
+            self._model.forward(batch)
+        graph, answers = self._capture(lane, lambda: self._model.forward(batch))
         return CapturedPass(graph, batch.memory, answers)
 
     def _capture(self, lane: Lane, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:

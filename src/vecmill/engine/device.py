@@ -1,13 +1,30 @@
-"""Which device, what it can run, and what its memory says."""
+"""Which device, which type its weights get, what its memory says, and what to do when that runs out.
+
+The type is never float16 unless asked: models trained in bfloat16 overflow in it."""
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from time import perf_counter
+from typing import TypeVar
+
 import torch
+import torch.nn.functional as F
 
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.hardware.gpu import nvidia_gpu_present
-from vecmill.hardware.meminfo import meminfo, unified_available
-from vecmill.hardware.memory import MEGABYTE, DeviceMemory, GpuRoom, host_memory, memory_floor
+from vecmill.hardware.memory import (
+    MEGABYTE,
+    DeviceMemory,
+    GpuRoom,
+    host_memory,
+    meminfo,
+    memory_floor,
+    unified_available,
+)
 
 # Compute capability from which tensor cores take bfloat16 and torch has flash kernels: Ampere's. Turing has neither.
 AMPERE = (8, 0)
@@ -145,3 +162,120 @@ def gpu_uuid(device: torch.device) -> str | None:
         return None
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}"
+
+
+PROBE_ROWS, PROBE_RUNS = 512, 5
+PROBE_EXPANSION = 4  # of a transformer's feed-forward layer, where most of the time goes
+
+
+@dataclass(frozen=True, slots=True)
+class ChosenDtype:
+    """A dtype and the reason, for the start log and /health."""
+
+    dtype: torch.dtype
+    reason: str
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def choose_dtype(wanted: str, device: torch.device, width: int) -> ChosenDtype:
+    """The dtype by setting, by device or, on a CPU, by what is faster at a model's width."""
+    if wanted != "auto":
+        return ChosenDtype(getattr(torch, wanted), f"DTYPE={wanted}")
+    if device.type == "cuda":
+        if has_bfloat16(device):
+            return ChosenDtype(torch.bfloat16, "range of float32 at the speed of 16 bits on this GPU")
+        return ChosenDtype(torch.float32, "this GPU has no bfloat16, and float16 overflows")
+    if device.type == "mps":
+        return ChosenDtype(torch.float32, "the safe choice on MPS")
+    return _fastest_on_cpu(width)
+
+
+@lru_cache  # measured once for a width: models that share their weights must get the same type
+@torch.inference_mode()
+def _fastest_on_cpu(width: int) -> ChosenDtype:
+    """Compare the types on a feed-forward layer; in turns, so that other work on the machine slows both."""
+    layers = {dtype: _layer(width, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in layers}
+    for _ in range(PROBE_RUNS):
+        for dtype, (hidden, up, down) in layers.items():
+            started = perf_counter()
+            F.linear(F.gelu(F.linear(hidden, up)), down)
+            seconds[dtype].append(perf_counter() - started)
+    operations = 2 * 2 * PROBE_ROWS * width * width * PROBE_EXPANSION
+    rates = {dtype: operations / min(taken) / 1e9 for dtype, taken in seconds.items()}
+    fastest, slowest = sorted(rates, key=lambda dtype: -rates[dtype])
+    reason = (
+        f"measured on this CPU: {rates[fastest]:,.0f} GFLOP/s, against {rates[slowest]:,.0f} in {dtype_name(slowest)}"
+    )
+    return ChosenDtype(fastest, reason)
+
+
+def _layer(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    shapes = (PROBE_ROWS, width), (PROBE_EXPANSION * width, width), (width, PROBE_EXPANSION * width)
+    hidden, up, down = (torch.full(shape, 0.01, dtype=dtype) for shape in shapes)
+    return hidden, up, down
+
+
+T = TypeVar("T")
+
+# In whatever case they are written. Of the allocators of CUDA, HIP, XPU and MPS, of the driver and what is called on it
+# ("CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"); of NVIDIA's
+# libraries; of a GPU without memory of its own, where torch's allocator fails over its own report, for which NVML has
+# nothing to say; of the CPU's allocator, of oneDNN and of the C library.
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "out_of_memory",
+    "cudaerrormemoryallocation",
+    "status_alloc_failed",
+    "status_internal_error_device_allocation_failed",
+    "status_internal_error_host_allocation_failed",
+    "insufficient memory",
+    "nvml_success == r internal assert failed",
+    "invalid buffer size",
+    "defaultcpuallocator",
+    "could not create a primitive",
+    "could not create a memory",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "std::bad_alloc",
+)
+
+
+def unless_out_of_memory(function: Callable[[], T]) -> T | None:
+    """What the function gives; None where it ran out of memory.
+
+    Raises:
+        Exception: what the function raised for any other reason.
+    """
+    try:
+        return function()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    # Out here: the exception held the frames, and the frames what they had allocated.
+    _give_back()
+    return None
+
+
+def _give_back() -> None:
+    """Let go of what torch keeps for later, on every device."""
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.empty_cache()
+    if torch.backends.mps.is_available():
+        torch.mps.empty_cache()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at once may work: by the type, or by the words of who ran out, which torch passes on or wraps."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    message = str(error).lower()
+    if isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY_WORDS):
+        return True
+    cause = getattr(error, "inner_exception", None) or error.__cause__
+    return cause is not None and is_out_of_memory(cause)

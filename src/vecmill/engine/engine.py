@@ -11,11 +11,12 @@ import contextlib
 import logging
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from time import perf_counter
+from time import monotonic, perf_counter
 
 import numpy as np
 
@@ -27,7 +28,6 @@ from vecmill.engine.device import device_memory, gpu_uuid
 from vecmill.engine.forward import Launched, Packed, collect, launch, pack_on
 from vecmill.engine.loaded import Device, Loaded
 from vecmill.engine.loader import Report, load
-from vecmill.engine.progress import Progress
 from vecmill.hardware.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -46,19 +46,19 @@ def may_launch(lane: Lane, launched: Mapping[Lane, int]) -> bool:
 
 
 class Inbox:
-    """What the device's thread does next: probes, then interactive batches, then bulk, each as soon as it may be.
+    """What the device's thread does next: probes, then interactive batches, then bulk.
 
-    Belongs to no thread.
+    Safe to use from any thread.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: dict[Lane, deque[Work]] = {lane: deque() for lane in Lane}
+        self._waiting: dict[Lane, deque[QueuedBatch]] = {lane: deque() for lane in Lane}
         self._launched: Counter[Lane] = Counter()
         self._probes = 0
         self._closed = False
 
-    def put(self, lane: Lane, work: Work) -> None:
+    def put(self, lane: Lane, work: QueuedBatch) -> None:
         """Queue a batch."""
         with self._changed:
             self._waiting[lane].append(work)
@@ -82,7 +82,7 @@ class Inbox:
             self._launched[lane] -= 1
             self._changed.notify()
 
-    def take(self) -> tuple[Lane, Work] | None:
+    def take(self) -> tuple[Lane, QueuedBatch] | None:
         """Wait for a batch that may be launched; None: probe the device.
 
         Raises:
@@ -101,7 +101,7 @@ class Inbox:
                     raise Closed
                 self._changed.wait()
 
-    def clear(self) -> list[Work]:
+    def clear(self) -> list[QueuedBatch]:
         """Take out all that waits."""
         with self._changed:
             left = [work for waiting in self._waiting.values() for work in waiting]
@@ -115,7 +115,7 @@ class Closed(Exception):
 
 
 @dataclass(slots=True)
-class Work:
+class QueuedBatch:
     """One batch, and who waits for it."""
 
     model: str
@@ -139,7 +139,7 @@ class Work:
 
 
 class Engine:
-    """A `Runner` on a device. `loaded` resolves once the models are warm, or with what went wrong."""
+    """A `ForwardRunner` on a device. `loaded` resolves once the models are warm, or with what went wrong."""
 
     def __init__(self, models: ModelSettings, engine: EngineSettings, report: Report) -> None:
         self.loaded: Future[Loaded] = Future()
@@ -149,7 +149,7 @@ class Engine:
         self._inbox = Inbox()
         self._lock = threading.Lock()
         self._failure: str | None = None
-        self._progress = Progress()
+        self._progress = PendingPasses()
         self._last_done = 0.0
         self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
         self._collecting = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"collect-{lane}") for lane in Lane}
@@ -175,12 +175,12 @@ class Engine:
 
     @property
     def hung(self) -> str | None:
-        """What the device has been at for far too long; None while it gets on."""
+        """A sentence if the device has answered nothing for far too long; None otherwise."""
         return self._progress.hung()
 
     @property
     def alive(self) -> bool:
-        """Whether the device's thread has not ended, be it that it loads."""
+        """True while the engine thread runs, loading included."""
         return self._thread.is_alive()
 
     def memory(self) -> DeviceMemory | None:
@@ -196,12 +196,14 @@ class Engine:
     async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
         """Run one forward pass; interactive ones overtake bulk that has not begun.
 
+        To be called once `loaded` has resolved: earlier it would block the event loop until then.
+
         Raises:
             EngineFailed: the device's thread has ended.
             Exception: what the forward pass raised; the engine goes on.
         """
         loop = asyncio.get_running_loop()
-        work = Work(model, rows, loop, loop.create_future())
+        work = QueuedBatch(model, rows, loop, loop.create_future())
         # A shared prefix may be computed by the very batch that runs now: what has one is packed when its turn comes.
         if self.busy and all(row.prefix is None for row in rows):
             self._after_packing(partial(self._pack_and_queue, work, lane))
@@ -220,14 +222,14 @@ class Engine:
         except RuntimeError:
             function()
 
-    def _pack_and_queue(self, work: Work, lane: Lane) -> None:
+    def _pack_and_queue(self, work: QueuedBatch, lane: Lane) -> None:
         # What goes wrong here goes wrong again on the device's thread, which answers for it.
         with contextlib.suppress(Exception):
             loaded = self.loaded.result()
             work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
         self._queue(work, lane)
 
-    def _queue(self, work: Work, lane: Lane) -> None:
+    def _queue(self, work: QueuedBatch, lane: Lane) -> None:
         with self._lock:
             if self._failure is None:
                 self._inbox.put(lane, work)
@@ -243,7 +245,7 @@ class Engine:
             return
         self.loaded.set_result(loaded)
         device = loaded.runs_on
-        work: Work | None = None
+        work: QueuedBatch | None = None
         try:
             while True:
                 taken = self._inbox.take()
@@ -274,7 +276,7 @@ class Engine:
         for collecting in self._collecting.values():
             collecting.shutdown(wait=False)
 
-    def _execute(self, loaded: Loaded, device: Device, lane: Lane, work: Work) -> None:
+    def _execute(self, loaded: Loaded, device: Device, lane: Lane, work: QueuedBatch) -> None:
         started = perf_counter()
         try:
             launched = launch(loaded.models[work.model], work.rows, device, lane, work.packed)
@@ -289,7 +291,7 @@ class Engine:
         else:
             self._answer(lane, work, launched, started)
 
-    def _answer(self, lane: Lane, work: Work, launched: Launched, started: float) -> None:
+    def _answer(self, lane: Lane, work: QueuedBatch, launched: Launched, started: float) -> None:
         """Wait for a batch that was launched at `started` and answer it."""
         try:
             rows = collect(launched)
@@ -312,3 +314,42 @@ class Engine:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""
         for model in loaded.models.values():
             collect(launch(model, [Row(np.zeros(1, dtype=np.int32))], device))
+
+
+# A forward pass is taken for hung after this many times what warm-up says that it takes, and no earlier than after a
+# minute: an unforeseen shape may be compiled first.
+TIMES_EXPECTED = 20
+FEWEST_SECONDS = 60.0
+
+
+class PendingPasses:
+    """Forward passes that are not answered yet. Belongs to the event loop's thread."""
+
+    def __init__(self, clock: Callable[[], float] = monotonic) -> None:
+        self._clock = clock
+        self._expected: list[float] = []
+        self._since = 0.0
+
+    def __len__(self) -> int:
+        return len(self._expected)
+
+    @contextmanager
+    def of(self, expected_seconds: float) -> Iterator[None]:
+        """One forward pass, from when it is handed over until it is answered."""
+        if not self._expected:
+            self._since = self._clock()
+        self._expected.append(expected_seconds)
+        try:
+            yield
+        finally:
+            self._expected.remove(expected_seconds)
+            self._since = self._clock()
+
+    def hung(self) -> str | None:
+        """A sentence if nothing was answered for far too long; None while there is progress, or nothing to do."""
+        if not self._expected:
+            return None
+        longest, seconds = max(self._expected), self._clock() - self._since
+        if seconds <= max(FEWEST_SECONDS, TIMES_EXPECTED * longest):
+            return None
+        return f"the device has answered nothing for {seconds:.0f} s; the longest forward pass takes {longest:.3g} s"

@@ -14,8 +14,8 @@ from torch import Tensor
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
 from vecmill.core.types import Lane, Row, Vector
 from vecmill.engine.cuda_graphs import lane_of
+from vecmill.engine.device import unless_out_of_memory
 from vecmill.engine.loaded import Device, LoadedModel
-from vecmill.engine.out_of_memory import unless_out_of_memory
 from vecmill.models.packing import PackedBatch, pack
 
 logger = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Packed:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class LaunchedPart:
     """What ran in one forward pass."""
 
     indexes: Sequence[int]
@@ -46,7 +46,7 @@ class Launched:
     """A batch on its way."""
 
     rows: Sequence[Row]
-    parts: list[Part] = field(default_factory=list)
+    parts: list[LaunchedPart] = field(default_factory=list)
     too_large: list[int] = field(default_factory=list)
     """Rows that do not fit even alone."""
     splits: int = 0
@@ -67,9 +67,9 @@ def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> Packed:
     shape = model.graphs.shape_for(rows)
     memory = model.prefixes if any(row.prefix is not None for row in rows) else None
     if device.streams is None:
-        return Packed(pack(rows, device.device, memory, shape), None)
+        return Packed(pack(rows, device.device, memory, shape, model.attention), None)
     with torch.cuda.stream(device.streams.copies):
-        packed = pack(rows, device.device, memory, shape)
+        packed = pack(rows, device.device, memory, shape, model.attention)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(device.streams.copies)
     return Packed(packed, copied)
@@ -109,7 +109,7 @@ def run_part(
     device: Device,
     lane: Lane,
     ready: Packed | None,
-) -> Part:
+) -> LaunchedPart:
     """One forward pass; on CUDA it is put on the stream.
 
     Raises:
@@ -122,8 +122,8 @@ def run_part(
             torch.cuda.current_stream(device.device).wait_event(ready.copied)
         for recalled in packed.recalled:
             recalled.wait()
-        answers = model.forward(packed, use_flash_attn=device.use_flash_attn)
-        part = Part(indexes, packed, *_to_host(answers))
+        answers = model.forward(packed)
+        part = LaunchedPart(indexes, packed, *_to_host(answers))
     for new in packed.new_prefixes:  # after the pass was launched whole
         new.layers.computed = part.done
         model.prefixes.keep(new.prefix, new.layers)
@@ -157,7 +157,7 @@ def collect(launched: Launched) -> list[Vector | Exception]:
     return results
 
 
-def _place(part: Part, results: list[Vector | Exception]) -> None:
+def _place(part: LaunchedPart, results: list[Vector | Exception]) -> None:
     vectors = part.answers.numpy()
     finite: Iterable[bool] = np.isfinite(vectors).all(axis=1)
     for position, vector, good in zip(part.packed.order, vectors, finite, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -11,13 +11,58 @@ from torch import Tensor
 
 from vecmill.core.calibration import Warmed
 from vecmill.core.types import Lane, ModelCard
-from vecmill.engine.cpu_threads import CpuThreads
 from vecmill.engine.cuda_graphs import Graphs
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.packing import PackedBatch
-from vecmill.models.prefix_memory import PrefixMemory
-from vecmill.models.registry import Model
+from vecmill.models.networks import Model
+from vecmill.models.packing import Attention, PackedBatch, PrefixMemory
 from vecmill.models.tokenizer_files import ReadTokenizer
+
+# Tokens of a pass at which one thread is tried, smallest first.
+SINGLE_THREAD_TRIED = (16, 32, 64, 128, 256)
+# One thread is used unless it takes more than so many times as long: waking idle threads costs time at every step, a
+# busy program beside this one makes them late, and cores that are left alone can tokenize and answer.
+ONE_THREAD_SLOWDOWN_ALLOWED = 1.4
+SINGLE_THREAD_RUNS = 4
+
+
+class CpuThreads:
+    """How many threads a model's forward passes get on a CPU: all of them, or one for small passes.
+
+    Belongs to the thread that owns the device, whose setting it is.
+    """
+
+    def __init__(self) -> None:
+        self._all = torch.get_num_threads()
+        self.single_up_to = 0
+        """Tokens of the largest pass that gets one thread."""
+
+    def set_for(self, tokens: int) -> None:
+        """Before a pass of so many tokens."""
+        wanted = 1 if tokens <= self.single_up_to else self._all
+        if torch.get_num_threads() != wanted:
+            torch.set_num_threads(wanted)
+
+    def restore(self) -> None:
+        """All threads again, for whoever comes next."""
+        torch.set_num_threads(self._all)
+
+    def measure(self, run: Callable[[int], float], largest: int) -> None:
+        """Choose, by the seconds that `run` takes for so many tokens with one thread and with all."""
+        if self._all == 1:
+            return
+        chosen = 0
+        for tokens in SINGLE_THREAD_TRIED:
+            if tokens > largest:
+                break
+            single, several = self._fastest(run, tokens, single=True), self._fastest(run, tokens, single=False)
+            if single > ONE_THREAD_SLOWDOWN_ALLOWED * several:
+                break
+            chosen = tokens
+        self.single_up_to = chosen
+
+    def _fastest(self, run: Callable[[int], float], tokens: int, *, single: bool) -> float:
+        self.single_up_to = tokens if single else 0
+        return min(run(tokens) for _ in range(SINGLE_THREAD_RUNS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +86,6 @@ class Device:
     """Where and how batches run."""
 
     device: torch.device
-    use_flash_attn: bool
-    """USE_FLASH_ATTN, where this device has the kernels."""
     streams: Streams | None
     """None on a CPU."""
 
@@ -64,18 +107,20 @@ class LoadedModel:
     checkpoint: Checkpoint
     model: Model
     tokenizer: ReadTokenizer
+    attention: Attention = Attention.SDPA
+    """What its batches are packed for."""
     prefixes: PrefixMemory = field(default_factory=PrefixMemory)
     threads: CpuThreads = field(default_factory=CpuThreads)
     graphs: Graphs = field(default_factory=Graphs)
     """Empty until warm-up has captured them, and on a CPU."""
 
-    def forward(self, packed: PackedBatch, *, use_flash_attn: bool) -> Tensor:
+    def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device."""
         if packed.shape is not None:
             return self.graphs.run(packed)
         if not packed.input_ids.is_cuda:
             self.threads.set_for(packed.input_ids.shape[1])
-        return self.model.forward(packed, use_flash_attn=use_flash_attn)
+        return self.model.forward(packed)
 
     @property
     def key(self) -> str:

@@ -18,10 +18,10 @@ from vecmill.core.types import Lane, Row
 from vecmill.engine import compilation
 from vecmill.engine.compilation import CompileChoice, Run
 from vecmill.engine.cuda_graphs import Capture, CudaCapture, Pass, capture_graphs, lane_of, shape_of
+from vecmill.engine.device import unless_out_of_memory
 from vecmill.engine.forward import Launched, collect, pack_on, run_part
 from vecmill.engine.loaded import Device, LoadedModel
-from vecmill.engine.out_of_memory import unless_out_of_memory
-from vecmill.models.packing import PackedBatch, pack
+from vecmill.models.packing import Attention, PackedBatch, pack
 
 logger = logging.getLogger(__name__)
 
@@ -127,9 +127,9 @@ def _warm_up(
 
 
 def _capture(model: LoadedModel, engine: EngineSettings, device: Device) -> Capture | None:
-    """What captures the model's passes; None where they cannot be captured, or need not."""
-    flash = device.use_flash_attn and model.card.dtype in ("float16", "bfloat16")  # others run by each batch's lengths
-    if device.streams is None or not flash or not engine.cuda_graphs:
+    """What captures the model's passes; None where they cannot be captured, as SDPA, which runs by each batch's
+    lengths, or need not."""
+    if device.streams is None or model.attention is not Attention.FLASH or not engine.cuda_graphs:
         return None
     return CudaCapture(model.model, device.device, device.streams.run)
 
@@ -209,14 +209,15 @@ class _Stopwatch:
     def run_directly(self, packed: PackedBatch) -> None:
         """Launch a forward pass without a graph."""
         with self._device.on_stream(Lane.BULK):
-            self._model.forward(packed, use_flash_attn=self._device.use_flash_attn)
+            self._model.forward(packed)
 
     @torch.inference_mode()
     def replay(self, captured: Pass, tokens: int) -> float:
         """Seconds of a captured pass of so many tokens."""
         shape = shape_of(tokens, self.max_rows)
         with self._device.on_stream(lane_of(shape, Lane.BULK)):
-            packed = pack([self._row(1)] * min(shape.rows, tokens), self._device.device, shape=shape)
+            rows = [self._row(1)] * min(shape.rows, tokens)
+            packed = pack(rows, self._device.device, shape=shape, attention=self._model.attention)
             started = perf_counter()
             captured(packed).cpu()
         return perf_counter() - started

@@ -1,10 +1,16 @@
-"""One look at a GPU: what NVML says of it, where it says anything."""
+"""One look at a GPU: what NVML says of it, whether it runs as fast as it should, and what memory it has.
+
+A GB10 whose power supply was negotiated wrongly runs at 500 to 850 MHz in P0, at full utilization, and nvidia-smi names
+no reason; a healthy one runs at 2.2 to 2.4 GHz. Only taking the power away for a minute ends that."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
+
+from vecmill.hardware.memory import MEGABYTE, DeviceMemory, unified_available
 
 # In the names of NVIDIA's chips that have no memory of their own.
 UNIFIED = ("GB10", "Thor", "Orin")
@@ -71,3 +77,129 @@ def nvidia_gpu_present(root: Path = Path("/")) -> bool:
     Found without torch: the point is to notice when torch cannot see it.
     """
     return any((root / "proc/driver/nvidia/gpus").glob("*")) or any((root / "dev").glob("nvidia[0-9]*"))
+
+
+GB10 = "GB10"
+GB10_SLOWEST_MHZ = 1400
+# Below this share of its highest clock a loaded card is held back, whatever it says.
+SLOWEST_SHARE = 0.5
+LOADED_PERCENT = 50
+HEAT = ("hw_thermal_slowdown", "sw_thermal_slowdown")
+POWER = ("hw_power_brake_slowdown", "hw_slowdown")
+
+
+class ClockState(StrEnum):
+    """The verdict. `unknown` where clock or load cannot be read; an idle GPU's clock says nothing."""
+
+    OK = "ok"
+    IDLE = "idle"
+    THROTTLED = "throttled"
+    LOCKED = "locked"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ClockVerdict:
+    """State, and one sentence with the cure where something is wrong."""
+
+    state: ClockState
+    message: str
+
+    @property
+    def bad(self) -> bool:
+        return self.state in (ClockState.THROTTLED, ClockState.LOCKED)
+
+
+def clock_verdict(gpu: GpuReading | None) -> ClockVerdict:
+    """Judge one reading."""
+    if gpu is None or gpu.sm_clock_mhz is None or gpu.utilization_percent is None:
+        return ClockVerdict(ClockState.UNKNOWN, "clock and load are not available")
+    if gpu.utilization_percent < LOADED_PERCENT:
+        return ClockVerdict(ClockState.IDLE, f"{gpu.sm_clock_mhz} MHz, {gpu.utilization_percent} % busy")
+    reasons = gpu.clock_reasons or ()
+    if any(reason in HEAT for reason in reasons):
+        return ClockVerdict(
+            ClockState.THROTTLED, f"{_at(gpu)}: it is too hot. Give it air, and look at the fan and the room."
+        )
+    if any(reason in POWER for reason in reasons):
+        return ClockVerdict(
+            ClockState.THROTTLED, f"{_at(gpu)}: it gets too little power. Check the power supply and cable."
+        )
+    if _is_slow(gpu):
+        return _locked(gpu)
+    return ClockVerdict(ClockState.OK, f"{gpu.sm_clock_mhz} MHz under load")
+
+
+def _is_slow(gpu: GpuReading) -> bool:
+    clock = gpu.sm_clock_mhz
+    if clock is None:
+        return False
+    if GB10 in (gpu.name or ""):
+        return clock < GB10_SLOWEST_MHZ
+    return gpu.max_sm_clock_mhz is not None and clock < SLOWEST_SHARE * gpu.max_sm_clock_mhz
+
+
+def _locked(gpu: GpuReading) -> ClockVerdict:
+    if "applications_clocks_setting" in (gpu.clock_reasons or ()):
+        cure = "somebody has set its clocks; `sudo nvidia-smi -rgc` takes that back."
+    elif GB10 in (gpu.name or ""):
+        cure = (
+            f"a healthy one runs above {GB10_SLOWEST_MHZ}. Its power supply may be in a slow state that no tool shows: "
+            f"shut down, unplug the supply from the wall and from the Spark for 60 seconds, and plug it straight into "
+            f"the wall."
+        )
+    else:
+        cure = f"it can do {gpu.max_sm_clock_mhz}. See `nvidia-smi -q -d PERFORMANCE,CLOCK` for what holds it back."
+    return ClockVerdict(ClockState.LOCKED, f"{_at(gpu)}: {cure}")
+
+
+def _at(gpu: GpuReading) -> str:
+    heat = "" if gpu.temperature_c is None else f" and {gpu.temperature_c} °C"
+    return f"The GPU runs at {gpu.sm_clock_mhz} MHz under load{heat}"
+
+
+@dataclass(frozen=True, slots=True)
+class GpuMemory:
+    """MB (2^20 bytes); None is "not available". `unified`: it is the machine's memory, and so are total and available.
+
+    `allocated` and `reserved` are torch's in this process; `this_process` and `other_processes` the driver's, which has
+    CUDA's own share in it.
+    """
+
+    unified: bool | None = None
+    total_mb: int | None = None
+    available_mb: int | None = None
+    allocated_mb: int | None = None
+    reserved_mb: int | None = None
+    this_process_mb: int | None = None
+    other_processes_mb: int | None = None
+
+
+def gpu_memory(gpu: GpuReading | None, device: DeviceMemory | None, info: Mapping[str, int], pid: int) -> GpuMemory:
+    """`info` is the kernel's (`meminfo`), `pid` this process."""
+    gpu = gpu or GpuReading()
+    unified = device.unified if device else gpu.unified
+    total, available = _totals(gpu, device, info, unified is True)
+    return GpuMemory(
+        unified=unified,
+        total_mb=total,
+        available_mb=available,
+        allocated_mb=device.allocated_mb if device else None,
+        reserved_mb=device.reserved_mb if device else None,
+        this_process_mb=gpu.memory_of(pid),
+        other_processes_mb=gpu.memory_of_others(pid),
+    )
+
+
+def _totals(
+    gpu: GpuReading, device: DeviceMemory | None, info: Mapping[str, int], unified: bool
+) -> tuple[int | None, int | None]:
+    if unified:
+        return _megabytes(info.get("MemTotal")), _megabytes(unified_available(info))
+    if device:
+        return device.total_mb, device.reported_free_mb
+    return gpu.memory_total_mb, gpu.memory_free_mb
+
+
+def _megabytes(bytes_: int | None) -> int | None:
+    return None if bytes_ is None else bytes_ // MEGABYTE

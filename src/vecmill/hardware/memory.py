@@ -1,7 +1,14 @@
-"""Memory of the machine, the process and the device, in MB (2^20 bytes)."""
+"""Memory of the machine, the process and the device, in MB (2^20 bytes), and what the process may take of it.
+
+A control group's limit (systemd's `MemoryMax=`, a container's) holds for all groups below it, so those above this
+process's own count too, of version 2 and of version 1.
+
+Sources: https://docs.kernel.org/admin-guide/cgroup-v2.html (memory.max, memory.current) and
+https://docs.kernel.org/admin-guide/cgroup-v1/memory.html (memory.limit_in_bytes, memory.usage_in_bytes)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -9,8 +16,6 @@ from time import monotonic
 import psutil
 
 from vecmill.core.errors import MemoryLow
-from vecmill.hardware.control_group import ControlGroups
-from vecmill.hardware.meminfo import memory_pressure
 
 MEGABYTE = 1024 * 1024
 GIGABYTE = 1024 * MEGABYTE
@@ -101,12 +106,12 @@ def host_memory() -> HostMemory:
 
 
 def memory_floor(total: int, floor_gb: float | None) -> float:
-    """Bytes of `total` that stay free: MEMORY_FLOOR_GB, or what goes without saying."""
+    """Bytes of `total` that stay free: MEMORY_FLOOR_GB, or 4 % of it, at most 8 GB, if that is not set."""
     return min(FLOOR_SHARE * total, HIGHEST_FLOOR) if floor_gb is None else floor_gb * GIGABYTE
 
 
 class MemoryGuard:
-    """Says no before the machine has to swap: on a GB10 the GPU's memory is the machine's, and past its end it hangs.
+    """Refuses requests before the machine has to swap: a GB10's GPU shares its memory, and it hangs when that is full.
 
     Source: MemAvailable in /proc/meminfo; where control groups limit the process, what they have left.
     """
@@ -154,3 +159,140 @@ class MemoryGuard:
             f"503: the machine is short of memory, the server is temporarily unavailable: {reason} "
             f"(MEMORY_FLOOR_GB, MEMORY_FRACTION); try again with fewer texts."
         )
+
+
+PROC = Path("/proc")
+
+
+def meminfo(proc: Path = PROC) -> Mapping[str, int]:
+    """/proc/meminfo: bytes, or counts for the lines without a unit; empty where there is none."""
+    try:
+        lines = (proc / "meminfo").read_text().splitlines()
+    except OSError:
+        return {}
+    values: dict[str, int] = {}
+    for line in lines:
+        name, _, rest = line.partition(":")
+        number, _, unit = rest.strip().partition(" ")
+        if number.isdecimal():
+            values[name] = int(number) * (1024 if unit == "kB" else 1)
+    return values
+
+
+def unified_available(info: Mapping[str, int]) -> int | None:
+    """Bytes that a GPU can still allocate where it shares the machine's memory; None where the kernel does not tell.
+
+    cudaMemGetInfo counts the page cache as used, so that it says too little after any download. Swap is left out: the
+    GPU's pages cannot be swapped. Source: NVIDIA's guidance for unified memory,
+    https://docs.nvidia.com/dgx/dgx-spark/known-issues.html, as llama.cpp follows it.
+    """
+    if info.get("HugePages_Total"):
+        return info.get("HugePages_Free", 0) * info.get("Hugepagesize", 0)
+    return info.get("MemAvailable")
+
+
+def memory_pressure(proc: Path = PROC) -> float | None:
+    """Percent of the last ten seconds in which some process waited for memory; None where the kernel does not tell."""
+    try:
+        some = (proc / "pressure/memory").read_text().splitlines()[0]
+        return float(dict(part.split("=") for part in some.split()[1:])["avg10"])
+    except (OSError, LookupError, ValueError):
+        return None
+
+
+LOOK_SECONDS = 10.0  # between two looks at which groups have a limit; `systemctl set-property` changes one
+# Version 1 writes "no limit" as the largest multiple of a page: more than any machine has.
+UNLIMITED = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """What a version of control groups calls its files."""
+
+    limit: str
+    usage: str
+    inactive: str
+    """File cache that nobody has used lately, in memory.stat, with what is below."""
+
+
+V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+V2 = _Version("memory.max", "memory.current", "inactive_file")
+
+
+class ControlGroups:
+    """The groups of this process from its own up to the highest one that it sees. For any thread."""
+
+    def __init__(self, mounted: Path, own: Path) -> None:
+        """`mounted`: where the kernel shows the groups; `own`: where it says which are this process's."""
+        self._groups = _groups(mounted, own)
+        self._limited: list[tuple[Path, _Version]] = []
+        self._looked_at: float | None = None
+
+    def limit(self) -> int | None:
+        """Bytes that the strictest group allows; None where none limits."""
+        self._look()
+        return min((limit for group, version in self._limited if (limit := _limit(group, version))), default=None)
+
+    def left(self) -> int | None:
+        """Bytes that can still be had, whichever group is the fullest; None where none limits."""
+        if self._looked_at is None or monotonic() - self._looked_at > LOOK_SECONDS:
+            self._look()
+        return min(
+            (
+                limit - _held(group, version)
+                for group, version in self._limited
+                if (limit := _limit(group, version)) is not None
+            ),
+            default=None,
+        )
+
+    def _look(self) -> None:
+        self._limited = [group for group in self._groups if _limit(*group) is not None]
+        self._looked_at = monotonic()
+
+
+def _groups(mounted: Path, own: Path) -> list[tuple[Path, _Version]]:
+    """Of lines `hierarchy:controllers:path`; version 2's has no controllers."""
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:
+        lines = []
+    groups = [*_upwards(mounted, "/", V2), *_upwards(mounted / "memory", "/", V1)]
+    for line in lines:
+        _, controllers, path = [*line.split(":", 2), "", ""][:3]
+        if not controllers:
+            groups += _upwards(mounted, path, V2)
+        elif "memory" in controllers.split(","):
+            groups += _upwards(mounted / "memory", path, V1)
+    return list(dict.fromkeys(groups))
+
+
+def _upwards(mounted: Path, path: str, version: _Version) -> list[tuple[Path, _Version]]:
+    """A group and those above it. A container may see another part of the tree than the path is from."""
+    parts = [part for part in path.split("/") if part]
+    if ".." in parts:
+        parts = []
+    return [(mounted.joinpath(*parts[:count]), version) for count in range(len(parts), -1, -1)]
+
+
+def _limit(group: Path, version: _Version) -> int | None:
+    limit = _number(group / version.limit)
+    return limit if limit is not None and limit < UNLIMITED else None
+
+
+def _held(group: Path, version: _Version) -> int:
+    """Bytes that count against the limit; what is inactive is given up before anything is refused."""
+    try:
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        inactive = int(stat.get(version.inactive, 0))
+    except (OSError, ValueError):
+        inactive = 0
+    return (_number(group / version.usage) or 0) - inactive
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except (OSError, ValueError):
+        return None
+    return int(text) if text.isdecimal() else None

@@ -12,8 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import monotonic
 
-from vecmill.hardware.clocks import Clock, ClockVerdict, clock_verdict
-from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.gpu import ClockState, ClockVerdict, GpuReading, clock_verdict
 from vecmill.hardware.memory import DeviceMemory
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 
@@ -92,11 +91,11 @@ class Monitor:
 
     def latest(self) -> Look:
         """The last look, and how long ago that was. Asks nobody."""
-        found, since, now = self._found, self._looking_since, monotonic()
+        look, since, now = self._found, self._looking_since, monotonic()
         if since is None or now - since <= STALE_SECONDS:
-            return replace(found, age_seconds=now - self._at)
-        said = _nothing(f"the driver has not answered for {now - since:.0f} s")
-        return replace(said, memory=found.memory, age_seconds=now - self._at, stale=True)
+            return replace(look, age_seconds=now - self._at)
+        hanging = _nothing(f"the driver has not answered for {now - since:.0f} s")
+        return replace(hanging, memory=look.memory, age_seconds=now - self._at, stale=True)
 
     def _run(self) -> None:
         nvml, reason = _opened()
@@ -104,8 +103,8 @@ class Monitor:
             self._wake.clear()
             watched = self._watched
             self._looking_since = monotonic()
-            found = self._look(nvml, reason, watched)
-            self._found, self._at, self._looking_since = found, monotonic(), None
+            look = self._look(nvml, reason, watched)
+            self._found, self._at, self._looking_since = look, monotonic(), None
             if watched is not None:
                 self._looked.set()
             # Without a driver there is nothing to look at before torch has a GPU, which need not be NVIDIA's.
@@ -142,10 +141,10 @@ class Monitor:
         if verdict.bad:
             self._bad_looks += 1
             if self._bad_looks < BAD_LOOKS:
-                return ClockVerdict(Clock.UNKNOWN, "the load has just begun")
+                return ClockVerdict(ClockState.UNKNOWN, "the load has just begun")
             if not was_bad:
                 self._on_verdict(verdict)
-        elif verdict.state is Clock.OK:
+        elif verdict.state is ClockState.OK:
             self._bad_looks = 0
             if was_bad:
                 self._on_verdict(verdict)

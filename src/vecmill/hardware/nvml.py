@@ -119,8 +119,10 @@ def _memory(part: str) -> Ask:
 
 
 def _processes(gpu: Any) -> tuple[GpuProcess, ...]:
-    found = {process.pid: process.usedGpuMemory for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
-    return tuple(GpuProcess(pid, None if used is None else used // MEGABYTE) for pid, used in sorted(found.items()))
+    memory_by_pid = {process.pid: process.usedGpuMemory for process in pynvml.nvmlDeviceGetComputeRunningProcesses(gpu)}
+    return tuple(
+        GpuProcess(pid, None if used is None else used // MEGABYTE) for pid, used in sorted(memory_by_pid.items())
+    )
 
 
 def _watts(milliwatts: int) -> float | None:

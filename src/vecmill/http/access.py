@@ -1,4 +1,4 @@
-"""Who may use the server: keys, and what web pages may do that somebody on this machine has open.
+"""Who may use the server: the keys that open it, and what web pages may do that somebody on this machine has open.
 
 Without keys a server is open to every program that reaches it, and a web page that somebody has open is one: it may
 post to any address. So then a page of another origin is refused, and so is a request by a name that only such a page
@@ -9,18 +9,22 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import lru_cache
+from hashlib import sha256
+from hmac import compare_digest
 from ipaddress import ip_address, ip_network
 
 from fastapi import Request
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Send
+from starlette.types import Scope as AsgiScope
 
 from vecmill.config import AccessSettings
+from vecmill.config.key_file import KeyEntry
 from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
-from vecmill.core.types import Viewer
+from vecmill.core.types import NO_LIMITS, KeyLimits, Scope, Viewer
 from vecmill.http.errors import refused
-from vecmill.http.keys import NOBODY, Keys
 from vecmill.http.origins import Origins, not_allowed
 
 # What load balancers and supervisors ask.
@@ -46,11 +50,11 @@ def is_loopback(host: str) -> bool:
 
 def in_both_families(networks: Iterable[str]) -> list[str]:
     """Addresses and networks, those of IPv4 also as a socket for both families shows them (`::ffff:10.0.0.1`)."""
-    found = list(networks)
-    for network in map(ip_network, list(found)):
+    both = list(networks)
+    for network in map(ip_network, list(both)):
         if network.version == 4:
-            found.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
-    return found
+            both.append(f"::ffff:{network.network_address}/{96 + network.prefixlen}")
+    return both
 
 
 class Access:
@@ -60,7 +64,7 @@ class Access:
         self,
         app: ASGIApp,
         settings: AccessSettings,
-        keys: Keys,
+        keys: ApiKeys,
         host: str,
         on_job: Callable[[str, Viewer], None] = lambda job_id, viewer: None,
     ) -> None:
@@ -72,7 +76,7 @@ class Access:
         self._hosts = frozenset(name.lower() for name in settings.allowed_hosts)
         self._is_loopback = is_loopback(host)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -157,3 +161,103 @@ def _is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+ALL_SCOPES = frozenset(Scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """Whoever has one key."""
+
+    name: str | None
+    """For the log."""
+    owner: str | None
+    """What the records of its jobs, files and batches say. A named key keeps them when its value is exchanged."""
+    scopes: frozenset[Scope] = ALL_SCOPES
+    limits: KeyLimits = NO_LIMITS
+
+    @property
+    def may_use(self) -> bool:
+        """Whether the holder may ask for work."""
+        return Scope.USE in self.scopes
+
+    @property
+    def viewer(self) -> Viewer:
+        """Whose things the holder sees."""
+        return Viewer(self.owner, Scope.ADMIN in self.scopes, self.limits)
+
+
+ADMIN = Holder("admin", "admin")
+"""The holder of ADMIN_API_KEY."""
+ANYONE = Holder(None, None)
+"""Where there are no keys."""
+ANYONE_BESIDE_AN_ADMIN = Holder(None, None, frozenset({Scope.USE}))
+NOBODY = Holder(None, None, frozenset())
+"""Who came without a key where keys are needed, to a page that is open."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    holders: tuple[tuple[bytes, Holder], ...]
+    """By digest."""
+    admin: bytes | None
+    limits: dict[str | None, KeyLimits]
+    """By owner."""
+
+
+class ApiKeys:
+    """Holders by key. Whoever looks sees either all the old keys or all the new ones."""
+
+    def __init__(self, settings: AccessSettings) -> None:
+        self._known = _known(settings)
+
+    def exchange(self, settings: AccessSettings) -> None:
+        """From the next request on these are the keys."""
+        self._known = _known(settings)
+
+    def __bool__(self) -> bool:
+        """Whether a key is needed."""
+        return bool(self._known.holders)
+
+    @property
+    def several(self) -> bool:
+        """Whether more than one key opens the server, so that one holder must not learn of another's texts."""
+        known = self._known
+        return len(known.holders) + (known.admin is not None and bool(known.holders)) > 1
+
+    def holder_of(self, key: str) -> Holder | None:
+        """The holder of a presented key; None if there is none. Every key is compared, in constant time."""
+        known, given, holder = self._known, _digest(key), None
+        if known.admin is not None and compare_digest(given, known.admin):
+            holder = ADMIN
+        for digest, candidate in known.holders:
+            if compare_digest(given, digest) and holder is None:
+                holder = candidate
+        if holder is None and not known.holders:
+            return ANYONE if known.admin is None else ANYONE_BESIDE_AN_ADMIN
+        return holder
+
+    def limits_of(self, owner: str | None) -> KeyLimits:
+        """What a key may have in progress; no limits for a key that is gone."""
+        return self._known.limits.get(owner, NO_LIMITS)
+
+
+def _known(settings: AccessSettings) -> _Known:
+    admin = settings.admin_api_key
+    holders = [(_digest(entry.key.get_secret_value()), entry) for entry in settings.api_key]
+    known = tuple(
+        (digest, Holder(entry.name, _owner(entry, digest), entry.scopes, entry.limits)) for digest, entry in holders
+    )
+    limits = {holder.owner: holder.limits for _, holder in known}
+    return _Known(known, None if admin is None else _digest(admin.get_secret_value()), limits)
+
+
+def _owner(entry: KeyEntry, digest: bytes) -> str:
+    """A key without a name is known by its value: what stands in its place tomorrow may be another key."""
+    return f"name:{entry.name}" if entry.is_named else f"key:{digest.hex()[:32]}"
+
+
+def _digest(key: str) -> bytes:
+    """Of the same length for all keys."""
+    return sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -54,8 +54,8 @@ LONGEST_JOB_ID = 100
 
 
 async def _viewer_of(request: Request) -> Viewer:
-    found: Viewer = request.state.viewer
-    return found
+    viewer: Viewer = request.state.viewer
+    return viewer
 
 
 ViewerOf = Annotated[Viewer, Depends(_viewer_of)]
@@ -131,7 +131,10 @@ def _cache_control(header: str) -> CacheControl:
     Source: https://www.rfc-editor.org/rfc/rfc9111#section-5.2.1
     """
     directives = {part.strip().lower() for part in header.split(",")}
-    return next((one for one in (CacheControl.NO_STORE, CacheControl.NO_CACHE) if one in directives), CacheControl.ANY)
+    return next(
+        (directive for directive in (CacheControl.NO_STORE, CacheControl.NO_CACHE) if directive in directives),
+        CacheControl.ANY,
+    )
 
 
 CallerOf = Annotated[Caller, Depends(caller_of)]

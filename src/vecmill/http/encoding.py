@@ -1,27 +1,81 @@
-"""Results as bytes: encoded and compressed off the event loop, without work for each float in Python.
+"""Results as bytes: each vector as a JSON value, encoded and compressed off the event loop, without work for each float
+in Python.
 
 A thread that serialises holds the interpreter's lock until it returns, so large results are encoded in pieces: in
-between, the event loop gets its turn. They leave as they are encoded, so that no whole body is ever held.
-"""
+between, the event loop gets its turn. They leave as they are encoded, so that no whole body is ever held."""
 
 from __future__ import annotations
 
+import base64
 import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import sqrt
+from typing import Literal, TypeAlias
 
+import numpy as np
 import orjson
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from isal import isal_zlib
+from numpy.typing import NDArray
 
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import EmbedResult, Matrix, ScoreResult
-from vecmill.http.embedding_formats import FLOAT, EmbeddingFormat, encode
-from vecmill.http.gzip import GZIP_FROM_BYTES, GZIP_LEVEL, accepts_gzip
+from vecmill.core.types import EmbedResult, Matrix, ScoreResult, Vector
+from vecmill.http.middleware import GZIP_FROM_BYTES, GZIP_LEVEL, accepts_gzip
 from vecmill.http.services import services_of, shows_work_of_all
+
+Dtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
+Quantized: TypeAlias = NDArray[np.int8] | NDArray[np.uint8]
+
+# How far int8 reaches, in standard deviations of a unit vector's values (1 / sqrt(dimensions)). A fixed scale, so that
+# vectors of different requests can be compared; what is beyond it is clipped.
+REACH = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingFormat:
+    """How a vector is written."""
+
+    dtype: Dtype = "float"
+    base64: bool = False
+    """The bytes in base64 (floats as little-endian float32) instead of a list of numbers."""
+
+    @property
+    def characters(self) -> float:
+        """About how many each dimension takes."""
+        per_number = {"float": 12.0, "int8": 4.0, "uint8": 4.0, "binary": 0.5, "ubinary": 0.5}
+        per_byte = {"float": 6.0, "int8": 1.4, "uint8": 1.4, "binary": 0.2, "ubinary": 0.2}
+        return (per_byte if self.base64 else per_number)[self.dtype]
+
+
+FLOAT, BASE64 = EmbeddingFormat(), EmbeddingFormat(base64=True)
+
+
+def encode(vector: Vector, form: EmbeddingFormat) -> bytes:
+    """One vector as finished JSON."""
+    values = vector.astype("<f4", copy=False) if form.dtype == "float" else quantize(vector, form.dtype)
+    if form.base64:
+        return b'"%b"' % base64.b64encode(values.tobytes())
+    return orjson.dumps(values, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def quantize(vector: Vector, dtype: Dtype) -> Quantized:
+    """A unit vector of d dimensions with 8 bits or 1 bit for each: (d,) -> (d,), or (ceil(d / 8),) for binary.
+
+    Binary is the sign, the first dimension in the highest bit, as Cohere, Voyage and sentence-transformers pack it:
+    `ubinary` as it is, `binary` less 128. `int8` is value x 127 x sqrt(d) / 8, rounded, within -127..127; `uint8` is
+    that plus 128.
+    """
+    if dtype in ("binary", "ubinary"):
+        bits: Quantized = np.packbits(vector > 0)
+        return bits if dtype == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    reach = min(1.0, REACH / sqrt(len(vector)))
+    scaled: Vector = np.clip(np.rint(vector * (127 / reach)), -127, 127)
+    return scaled.astype(np.int8) if dtype == "int8" else (scaled + 128).astype(np.uint8)
+
 
 STREAM_FROM_BYTES = 1_048_576
 PIECE_BYTES = 262_144
@@ -45,7 +99,7 @@ async def vectors_response(
     if size <= STREAM_FROM_BYTES:
         whole = partial(_whole, build, embeddings, formats, compress and size >= GZIP_FROM_BYTES)
         return Response(await threads.run(whole, size=size), media_type="application/json", headers=headers)
-    body = await threads.run(lambda: _Body.of(build, embeddings, formats), size=size)
+    body = await threads.run(lambda: _StreamedBody.of(build, embeddings, formats), size=size)
     return StreamingResponse(_stream(threads, body, compress), media_type="application/json", headers=headers)
 
 
@@ -53,7 +107,7 @@ COMPRESSED = {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
 
 
 @dataclass(frozen=True, slots=True)
-class _Body:
+class _StreamedBody:
     """A body whose vectors are not encoded yet."""
 
     embeddings: Matrix
@@ -64,7 +118,7 @@ class _Body:
     """Format and row of each."""
 
     @classmethod
-    def of(cls, build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat]) -> _Body:
+    def of(cls, build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat]) -> _StreamedBody:
         mark = secrets.token_hex(16).encode()  # which no text of a client's can hold
         rows = [
             [orjson.Fragment(b'"%b%02d%08d"' % (mark, number, row)) for row in range(len(embeddings))]
@@ -96,7 +150,7 @@ def _whole(
     return isal_zlib.compress(body, GZIP_LEVEL, GZIP_WINDOW) if compress else body
 
 
-async def _stream(threads: WorkerThreads, body: _Body, compress: bool) -> AsyncIterator[bytes]:
+async def _stream(threads: WorkerThreads, body: _StreamedBody, compress: bool) -> AsyncIterator[bytes]:
     compressor = isal_zlib.compressobj(GZIP_LEVEL, wbits=GZIP_WINDOW) if compress else None
     count = len(body.vectors)
     largest = body.embeddings.shape[1] * max(form.characters for form in body.formats)
@@ -106,7 +160,7 @@ async def _stream(threads: WorkerThreads, body: _Body, compress: bool) -> AsyncI
     yield compressor.compress(body.between[-1]) + compressor.flush() if compressor else body.between[-1]
 
 
-def _piece(body: _Body, start: int, stop: int, compressor: isal_zlib.Compress | None) -> bytes:
+def _piece(body: _StreamedBody, start: int, stop: int, compressor: isal_zlib.Compress | None) -> bytes:
     piece = b"".join(body.encode(start, stop))
     return compressor.compress(piece) if compressor else piece
 

@@ -86,7 +86,7 @@ class InProgress:
                 self._none.set()
 
 
-class _Body:
+class _RequestBody:
     """A request's body on its way, as far as it has been read."""
 
     def __init__(self, receive: Receive) -> None:
@@ -120,7 +120,7 @@ class Draining:
             return
         with self._requests.begun() as exchange:
             scope.setdefault("state", {})["late"] = exchange.late
-            body = _Body(receive)
+            body = _RequestBody(receive)
 
             async def marking_send(message: Message) -> None:
                 if message["type"] == "http.response.start":

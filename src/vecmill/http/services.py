@@ -16,7 +16,6 @@ from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.monitor import Look
 from vecmill.http.generation import Generation
-from vecmill.http.keys import Keys
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
 from vecmill.storage.state_folder import StateFolder
@@ -49,7 +48,8 @@ class Services:
     hung: Callable[[], str | None]
     """Why the device is taken for hung; None while it gets on."""
     device_busy: Callable[[], bool]
-    keys: Keys
+    several_keys: Callable[[], bool]
+    """Whether more than one API key opens the server now."""
     warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""
 
@@ -65,7 +65,7 @@ def shows_work_of_all(request: Request) -> bool:
     With several keys and a common cache that would tell whether another key's texts are the same.
     """
     services = services_of(request)
-    hidden = services.settings.cache.cache_across_keys and services.keys.several
+    hidden = services.settings.cache.cache_across_keys and services.several_keys()
     return request.state.viewer.everything or not hidden
 
 

@@ -1,4 +1,4 @@
-"""/stats, /metrics and /cache: what the server has done, and the vectors it has kept."""
+"""/stats, /metrics and /cache: what the server has done, the vectors it has kept, and what each gauge reads."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,13 +14,14 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from vecmill import __version__
 from vecmill.core.errors import NotAllowed, StateUnavailable
+from vecmill.core.protocols import StoreFailed
 from vecmill.core.types import Lane
-from vecmill.hardware.memory import host_memory
+from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.memory import MEGABYTE, host_memory
 from vecmill.http.caller import ViewerOf
-from vecmill.http.capabilities import gpu_facts, warnings
+from vecmill.http.capabilities import gpu_facts, memory_of_gpu, warnings
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
-from vecmill.storage.errors import StoreFailed
-from vecmill.telemetry.rolling import summary
+from vecmill.telemetry.telemetry import Values, summary
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +72,7 @@ async def delete_cache(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]
         raise StateUnavailable("503: the cache is temporarily unavailable; the log says why. Try again.") from None
 
 
-# What says how much had to be computed of what was asked.
+# These tell how much had to be computed, and so what was in the cache.
 WORK = ("texts_cached", "tokens_cached", "texts_computed", "cache", "queue_waits", "texts_joined")
 
 
@@ -168,3 +170,68 @@ async def metrics(request: Request, services: ServicesOf) -> Response:
     but for the scope `admin`."""
     shown = services.telemetry.metrics.exposition(work=shows_work_of_all(request))
     return Response(shown, media_type=CONTENT_TYPE_LATEST)
+
+
+def watch_gauges(services: Services) -> None:
+    """Register what each gauge reads at a scrape. Those of a model: `watch_budgets`."""
+    metrics, inference = services.telemetry.metrics, services.inference
+    for lane in Lane:
+        metrics.watch(metrics.waiting.labels(lane.value), partial(_waiting, services, lane))
+    metrics.watch(metrics.joined, lambda: inference.stats.joined)
+    metrics.watch(metrics.abandoned, lambda: inference.stats.abandoned)
+    metrics.watch(metrics.expired, lambda: inference.stats.expired)
+    metrics.watch(metrics.computed, lambda: inference.stats.sequences)
+    metrics.watch(metrics.ready, lambda: float(services.health.ready))
+    metrics.watch(metrics.process_memory, lambda: host_memory().process_mb * MEGABYTE)
+    metrics.memory.set_function(_memory)
+    metrics.memory_pressure.set_function(lambda: {"": _share(host_memory().pressure_percent)})
+    _watch_gpu(services)
+
+
+def watch_budgets(services: Services) -> None:
+    """Register the per-model gauges; to be called once the models are loaded."""
+    metrics, budgets = services.telemetry.metrics, services.inference.budgets
+    for key in budgets:
+        metrics.watch(
+            metrics.max_batch_tokens.labels(*key.split(":", 1)),
+            partial(lambda key: services.inference.budgets[key].max_batch_tokens, key),
+        )
+
+
+def _waiting(services: Services, lane: Lane) -> int:
+    return services.inference.waiting[lane]
+
+
+def _memory() -> Values:
+    host = host_memory()
+    megabytes = {"total": host.total_mb, "available": host.available_mb, "swap_used": host.swap_used_mb}
+    return {kind: value * MEGABYTE for kind, value in megabytes.items()}
+
+
+def _watch_gpu(services: Services) -> None:
+    metrics = services.telemetry.metrics
+
+    def of(value: Callable[[GpuReading], float | None]) -> Callable[[], Values]:
+        return lambda: {"": value(services.gpu().gpu or GpuReading())}
+
+    metrics.gpu_memory.set_function(lambda: _gpu_memory(services))
+    metrics.gpu_utilization.set_function(of(lambda gpu: _share(gpu.utilization_percent)))
+    metrics.gpu_temperature.set_function(of(lambda gpu: gpu.temperature_c))
+    metrics.gpu_power.set_function(of(lambda gpu: gpu.power_watts))
+    metrics.gpu_clock.set_function(of(lambda gpu: gpu.sm_clock_mhz and gpu.sm_clock_mhz * 1e6))
+    metrics.gpu_throttled.set_function(lambda: {"": _throttled(services)})
+
+
+def _gpu_memory(services: Services) -> Values:
+    megabytes: dict[str, int | None] = asdict(memory_of_gpu(services))
+    del megabytes["unified"]
+    return {name.removesuffix("_mb"): None if value is None else value * MEGABYTE for name, value in megabytes.items()}
+
+
+def _throttled(services: Services) -> float | None:
+    look = services.gpu()
+    return None if look.gpu is None else float(look.clock.bad)
+
+
+def _share(percent: float | None) -> float | None:
+    return None if percent is None else percent / 100

@@ -21,17 +21,20 @@ from vecmill.core.types import NO_LIMITS, Caller, KeyLimits, Lane
 K = TypeVar("K", str, str | None)
 
 LONGEST_RETRY_AFTER = 60.0  # seconds; SDKs give up when told to wait for minutes
-SEARCH_SHARE = 8  # one part of so many is kept for searches
+SEARCH_SHARE = 8  # an eighth of the room is kept for searches
 MOST_WAITING = 4096  # of each lane; their bodies have a limit of their own
-PACE_SECONDS = 10.0  # that the measured rate looks back, of those with much in progress
-BUSY_SHARE = 8  # with one part of so many of the room taken, the device has as much to do as it can; less says little
-KNOWN_SECONDS = 1.0  # that the expected rate counts for beside what is measured
+PACE_SECONDS = 10.0  # window of the measured rate; only seconds with much in progress count
+BUSY_SHARE = 8  # from an eighth of the room taken on, the device is busy; a rate below that says little
+KNOWN_SECONDS = 1.0  # the expected rate counts as if it had been measured for so long
 COUNTED_OF_ESTIMATED = 0.25  # tokens, before any were counted: estimates count characters
 
 
 @dataclass(slots=True)
 class Permit:
-    """Room for one request, in tokens: reserved by estimate, settled once they are counted."""
+    """Room for one request, in tokens: reserved by estimate, and corrected by `settle` once they are counted.
+
+    `settle` is called at most once.
+    """
 
     tokens: int
     settle: Callable[[int], None]
@@ -165,7 +168,7 @@ class Admission:
         await self._wait(waiter)
 
     async def _wait(self, waiter: _Waiter) -> None:
-        """Return once the waiter is admitted. Whoever leaves frees the place."""
+        """Return once the waiter is admitted. A waiter that is cancelled frees its place."""
         try:
             with suppress(TimeoutError):
                 async with asyncio.timeout(self._wait_seconds):
@@ -196,7 +199,7 @@ class Admission:
                 _forget_turn(self._rooms[waiter.lane], waiter.caller.client)
 
     def _may_wait(self, room: _Room, client: str) -> bool:
-        """Whether one more may; where too many wait, the newest of the client with most of them makes room for it."""
+        """Whether one more may wait. If too many do, the newest of the client with most waiters is refused for it."""
         if room.waiters < self._most_waiting:
             return True
         largest = max(room.waiting.values(), key=len)
@@ -218,17 +221,17 @@ class Admission:
                     first.room.set_result(None)
 
     def _first(self, room: _Room) -> _Waiter | None:
-        """The next of the client that has least in progress, of those whose keys are not at their limits."""
+        """The next waiter of the client with the least in progress, among those whose keys are below their limits."""
         heads = (waiters[0] for waiters in room.waiting.values())
-        free = (one for one in heads if self._key_limit(one.caller, one.tokens) is None)
-        return min(free, key=lambda one: self._turn(room, one), default=None)
+        free = (waiter for waiter in heads if self._key_limit(waiter.caller, waiter.tokens) is None)
+        return min(free, key=lambda waiter: self._turn(room, waiter), default=None)
 
     def _turn(self, room: _Room, waiter: _Waiter) -> tuple[float, int, float]:
         client = waiter.caller.client
         return self._share(room, client), room.turns.get(client, 0), waiter.since
 
     def _share(self, room: _Room, client: str) -> float:
-        """Of the room, by what the client has most of (https://dl.acm.org/doi/10.5555/1972457.1972490)."""
+        """A client's dominant share of the room (https://dl.acm.org/doi/10.5555/1972457.1972490)."""
         held = room.clients.get(client)
         if held is None:
             return 0.0
@@ -262,7 +265,7 @@ class Admission:
         return None
 
     def _hold(self, caller: Caller, lane: Lane, requests: int, tokens: int) -> None:
-        """Count, for the lane and all that it is counted for."""
+        """Add to (or take from) what the lane, the client and the key have in progress."""
         self._pace.look(busy=self._busy)
         room = self._rooms[lane]
         self.requests += requests
@@ -278,6 +281,7 @@ class Admission:
         _count(self._owners, caller.owner, requests, tokens)
 
     def _settle(self, caller: Caller, lane: Lane, permit: Permit, counted: int) -> None:
+        assert not permit.settled
         self._pace.counted(permit.tokens, counted)
         self._hold(caller, lane, 0, counted - permit.tokens)
         permit.tokens, permit.settled = counted, True
@@ -287,8 +291,8 @@ class Admission:
         error = Overloaded(f"The server is temporarily overloaded: {reason}; try again after Retry-After seconds.")
         self._pace.look(busy=self._busy)
         counted = sum(permit.tokens for permit in self._permits.values() if permit.settled)
-        waiting = [one for room in self._rooms.values() for waiters in room.waiting.values() for one in waiters]
-        estimated = self.tokens - counted + sum(one.tokens for one in waiting)
+        waiting = [waiter for room in self._rooms.values() for waiters in room.waiting.values() for waiter in waiters]
+        estimated = self.tokens - counted + sum(waiter.tokens for waiter in waiting)
         error.retry_after = min(
             LONGEST_RETRY_AFTER, max(1.0, self._pace.seconds(counted, estimated, self.requests + len(waiting)))
         )
@@ -296,13 +300,13 @@ class Admission:
 
 
 def _forget_turn(room: _Room, client: str) -> None:
-    """Of who has neither anything in progress nor anything waiting: clients are without number."""
+    """Drop a client that has nothing in progress and nothing waiting: there is no limit to their number."""
     if client not in room.clients and client not in room.waiting:
         room.turns.pop(client, None)
 
 
 def _count(table: dict[K, Held], name: K, requests: int, tokens: int) -> None:
-    """Forget who has nothing in progress: clients are without number."""
+    """Count for one client; drop it once it has nothing in progress: there is no limit to their number."""
     held = table.setdefault(name, Held())
     held.requests += requests
     held.tokens += tokens
@@ -311,7 +315,7 @@ def _count(table: dict[K, Held], name: K, requests: int, tokens: int) -> None:
 
 
 class _Pace:
-    """How fast what is in progress gets done, measured while there is much."""
+    """The rate at which admitted requests get done, measured while the server is busy."""
 
     def __init__(
         self, tokens_run: Callable[[], int], expected_rate: Callable[[], float], clock: Callable[[], float]
@@ -323,7 +327,7 @@ class _Pace:
         self._ratio = COUNTED_OF_ESTIMATED
 
     def look(self, *, busy: bool) -> None:
-        """Time has passed, with much in progress or not."""
+        """Account for the time since the last call, in which the server was busy or not."""
         now, run = self._clock(), self._tokens_run()
         if busy:
             seconds = now - self._looked_at
@@ -340,12 +344,12 @@ class _Pace:
         self._requests += 1
 
     def counted(self, estimated: int, counted: int) -> None:
-        """What an estimate came to."""
+        """The tokens that were estimated for a request, and those that were counted."""
         if estimated and counted:
             self._ratio += (counted / estimated - self._ratio) / 16
 
     def seconds(self, counted: int, estimated: int, requests: int) -> float:
-        """Until so many tokens, of so many requests, are done: 0 where nothing is known."""
+        """Seconds until so many tokens, of so many requests, are done; 0 if nothing is known."""
         tokens = counted + estimated * self._ratio
         # What was answered lacks what long requests have done already, what was run lacks what need not be run.
         done, seconds, expected = max(self._run, self._answered), self._seconds, self._expected_rate()

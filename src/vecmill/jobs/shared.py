@@ -29,7 +29,7 @@ from vecmill.jobs.state import (
 )
 
 if TYPE_CHECKING:  # importing it needs the extra `redis`
-    from vecmill.storage.redis_jobs import RedisJobs
+    from vecmill.storage.redis import RedisJobs
 
 
 # The time is written at least this often (seconds), even if nothing else changes.

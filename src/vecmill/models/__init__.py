@@ -1,6 +1,8 @@
-"""One file per model family: packed token ids in, vectors out.
+"""Checkpoints, and the models they become: packed token ids in, vectors out.
 
-Knows torch, transformers and the hub's file layout. Does not know threads, queues, prompts applied or HTTP.
-What reads no tensors may be imported by rooms that do not know torch: `source`, `hub`, `checkpoint`, `sizes`, `cards`,
-`card_examples`, `text_format`, `rerank_prompt`, `chat_template`, `tokenizer_files`.
+`families/` has a spec for each family, `checkpoint` reads a folder, `networks` runs it on the device. Knows torch,
+transformers and the hub's file layout. Does not know threads, queues or HTTP.
+
+Only `networks`, `packing`, `packed_attention`, `merged_projections`, `latent_attention`, `weights` and
+`tokenizer_loading` import torch or transformers; rooms that do not know them may import all others.
 """

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, TypeAdapter, model_validator
 
 from vecmill.core.types import ModelCard, Task
-from vecmill.models.checkpoint import read_json
+from vecmill.models.keys import read_json
 
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 Numbers = tuple[tuple[float, ...], ...]
@@ -77,7 +77,7 @@ class VectorCheck(_Part):
 
 
 class Example(_Part):
-    """What is known of one model."""
+    """The checks of one model."""
 
     model: str
     """Its id on the hub."""
@@ -107,7 +107,7 @@ def names_of(model: str) -> tuple[str, ...]:
     folder = Path(model).expanduser()
     if not folder.is_dir():
         return (model,)
-    return (folder.resolve().name, str(read_json(folder / "config.json").get("_name_or_path", "")))
+    return (folder.resolve().name, str(read_json(model, folder / "config.json").get("_name_or_path", "")))
 
 
 def _last_part(name: str) -> str:

@@ -1,53 +1,20 @@
-"""What model cards prescribe and checkpoints leave out: prompts, instructions, dimensions. Reads no tensors.
+"""A model as clients see it: its card, made of its files, of what is published of its name, and of the settings.
 
-Sources: the cards at https://huggingface.co, each under the name that its pattern matches.
+Reads no tensors and does not know the hub.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vecmill.core.types import PromptSource, Task
+from vecmill.core.errors import StartupError
+from vecmill.core.types import INSTRUCTION_PLACE, ModelCard, PromptSource, Task
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3_PROMPT, rerank_form
+from vecmill.models.rerank_prompt import rerank_form
 
-BGE_EN = "Represent this sentence for searching relevant passages: "
-BGE_ZH = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001  # as the card has it
-NOMIC = {
-    "query": "search_query: ",
-    "document": "search_document: ",
-    "clustering": "clustering: ",
-    "classification": "classification: ",
-}
-
-QWEN3_EMBEDDING = {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery:", "document": ""}
-NV_EMBED = {
-    "query": "Instruct: Given a question, retrieve passages that answer the question\nQuery: ",
-    "document": "",
-}
-
-# By the model's id: the owner, and the name. The first that matches.
-PROMPTS: tuple[tuple[str, str, Mapping[str, str]], ...] = (
-    ("BAAI", r"bge-(small|base|large)-en(-v1\.5)?", {"query": BGE_EN}),
-    ("BAAI", r"bge-(small|base|large)-zh(-v1\.5)?", {"query": BGE_ZH}),
-    ("intfloat", r"(multilingual-)?e5-(small|base|large)(-v2)?", {"query": "query: ", "document": "passage: "}),
-    (
-        "intfloat",
-        r"multilingual-e5-large-instruct",
-        {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""},
-    ),
-    ("Qwen", r"Qwen3-Embedding-[\d.]+B", QWEN3_EMBEDDING),
-    ("nvidia", r"NV-Embed-v[12]", NV_EMBED),
-    ("nomic-ai", r"nomic-embed-text-v1(\.5)?", NOMIC),
-)
 INSTRUCT = re.compile(r"^Instruct: (?P<instruction>.*)\nQuery:(?P<space> ?)$", re.DOTALL)
-INSTRUCTION = "{instruction}"
-
-NOMIC_V1_5 = ("nomic-ai", r"nomic-embed-text-v1\.5")
-NOMIC_V1_5_DIMENSIONS = (64, 128, 256, 512, 768)
-QWEN3_SMALLEST = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,71 +23,131 @@ class Prompts:
 
     by_name: Mapping[str, str]
     default_name: str | None = None
-    """Of the one that goes before a text of which nothing is said."""
+    """Of the prompt that goes before a text where the request names none."""
     source: PromptSource | None = None
     """None: it has none."""
 
+    @property
+    def instruction_template(self) -> str | None:
+        """Where an instruction goes in the query prompt; None: the model has no such place."""
+        match = INSTRUCT.match(self.by_name.get("query", ""))
+        return f"Instruct: {INSTRUCTION_PLACE}\nQuery:{match['space']}" if match else None
 
-def prompts(checkpoint: Checkpoint, query_instruction: str | None = None) -> Prompts:
-    """The model's prompts: those of its files, the empty ones included, else those of its card.
+
+@dataclass(frozen=True, slots=True)
+class OnDevice:
+    """What a model has become on the device."""
+
+    width: int
+    vocab_size: int
+    dtype: str
+    dtype_reason: str
+    device: str
+    weight_bytes: int
+    """In the device's memory; what is shared with another model counts once."""
+
+
+def make_card(
+    checkpoint: Checkpoint, loaded: OnDevice, aliases: tuple[str, ...], query_instruction: str | None
+) -> ModelCard:
+    """The card of a loaded model. Only after loading: the fingerprint covers the weights, too."""
+    embeds = checkpoint.task is Task.EMBED
+    prompts = choose_prompts(checkpoint, query_instruction)
+    return ModelCard(
+        id=checkpoint.id,
+        task=checkpoint.task,
+        family=checkpoint.family.model_type,
+        revision=checkpoint.revision,
+        fingerprint=checkpoint.fingerprint.hex,
+        dimensions=loaded.width if embeds else None,
+        supported_dimensions=supported_dimensions(checkpoint, loaded.width) if embeds else (),
+        max_model_len=checkpoint.max_model_len,
+        vocab_size=loaded.vocab_size,
+        pooling=checkpoint.pooling,
+        dtype=loaded.dtype,
+        dtype_reason=loaded.dtype_reason,
+        device=loaded.device,
+        weight_bytes=loaded.weight_bytes,
+        similarity=checkpoint.similarity,
+        unit_vectors=checkpoint.normalizes,
+        layer_norm_before_slice=checkpoint.family.layer_norm_before_slice,
+        prompts=prompts.by_name,
+        default_prompt_name=prompts.default_name,
+        prompts_from=prompts.source,
+        instruction_template=prompts.instruction_template,
+        aliases=aliases,
+    )
+
+
+def choose_prompts(checkpoint: Checkpoint, query_instruction: str | None = None) -> Prompts:
+    """The model's prompts: those of its files, the empty ones included, else those of its published card.
 
     `query_instruction` (QUERY_INSTRUCTION) replaces the task in the query prompt, or the whole of a prompt that has no
     place for one; a model without a query prompt was not trained with any and keeps none.
     """
-    found = _found(checkpoint)
-    query = found.by_name.get("query")
+    prompts = _prescribed(checkpoint)
     if query_instruction is None:
-        return found
+        return prompts
     if checkpoint.task is Task.RERANK:
-        return _instructed(checkpoint, found, query_instruction)
-    if not query:
-        return found
-    template = instruction_template(found.by_name) or INSTRUCTION
-    return replace(found, by_name={**found.by_name, "query": template.replace(INSTRUCTION, query_instruction)})
+        return _instructed(checkpoint, prompts, query_instruction)
+    if not prompts.by_name.get("query"):
+        return prompts
+    template = prompts.instruction_template or INSTRUCTION_PLACE
+    query = template.replace(INSTRUCTION_PLACE, query_instruction)
+    return replace(prompts, by_name={**prompts.by_name, "query": query})
 
 
-def _instructed(checkpoint: Checkpoint, found: Prompts, instruction: str) -> Prompts:
+def _instructed(checkpoint: Checkpoint, prompts: Prompts, instruction: str) -> Prompts:
     """A reranker's default prompt is its instruction, where it takes one."""
-    prompt = rerank_form(checkpoint).prompt
-    if prompt is None or not prompt.takes_instruction:
-        return found
-    name = found.default_name or "query"
-    return replace(found, by_name={**found.by_name, name: instruction}, default_name=name)
+    pair_prompt = rerank_form(checkpoint).prompt
+    if pair_prompt is None or not pair_prompt.takes_instruction:
+        return prompts
+    name = prompts.default_name or "query"
+    return replace(prompts, by_name={**prompts.by_name, name: instruction}, default_name=name)
 
 
-def _found(checkpoint: Checkpoint) -> Prompts:
+def _prescribed(checkpoint: Checkpoint) -> Prompts:
     if checkpoint.prompts or checkpoint.default_prompt_name:
         return Prompts(checkpoint.prompts, checkpoint.default_prompt_name, "files")
     if checkpoint.task is Task.RERANK:
-        own = rerank_form(checkpoint).prompt is QWEN3_PROMPT
-        return Prompts({"query": DEFAULT_INSTRUCTION}, "query", "card") if own else Prompts({})
-    card = next((prompts for owner, name, prompts in PROMPTS if checkpoint.is_called(owner, name)), None)
-    return Prompts({}) if card is None else Prompts(card, source="card")
+        pair_prompt = rerank_form(checkpoint).prompt
+        instruction = pair_prompt.default_instruction if pair_prompt is not None else None
+        return Prompts({"query": instruction}, "query", "card") if instruction is not None else Prompts({})
+    published = checkpoint.published
+    return Prompts(published.prompts, source="card") if published is not None and published.prompts else Prompts({})
 
 
-def instruction_template(prompts: Mapping[str, str]) -> str | None:
-    """Where an instruction goes in the query prompt; None: the model has no such place."""
-    match = INSTRUCT.match(prompts.get("query", ""))
-    return f"Instruct: {INSTRUCTION}\nQuery:{match['space']}" if match else None
-
-
-def supported_dimensions(checkpoint: Checkpoint, native: int) -> Sequence[int]:
-    """Sizes that a vector may be cut to, the native one last (Matryoshka representation learning).
+def supported_dimensions(checkpoint: Checkpoint, width: int) -> Sequence[int]:
+    """Sizes that a vector may be cut to, the native one (`width`) last (Matryoshka representation learning).
 
     The keys in config.json are vLLM's, so an owner can add them to a checkpoint that was trained so.
     """
-    said = checkpoint.config.get("matryoshka_dimensions")
-    if isinstance(said, list):
-        return tuple(sorted({native, *(int(size) for size in said if 0 < int(size) <= native)}))
+    sizes = checkpoint.config.get("matryoshka_dimensions")
+    if isinstance(sizes, list):
+        return tuple(sorted({width, *(int(size) for size in sizes if 0 < int(size) <= width)}))
     if checkpoint.config.get("is_matryoshka"):
-        return range(1, native + 1)
-    if checkpoint.model_type == "qwen3":
-        return range(min(QWEN3_SMALLEST, native), native + 1)
-    if checkpoint.is_called(*NOMIC_V1_5):
-        return (*(size for size in NOMIC_V1_5_DIMENSIONS if size < native), native)
-    return (native,)
+        return range(1, width + 1)
+    if checkpoint.published is not None and checkpoint.published.dimensions:
+        return (*(size for size in checkpoint.published.dimensions if size < width), width)
+    return checkpoint.family.dimensions(width)
 
 
-def layer_norm_before_slice(checkpoint: Checkpoint) -> bool:
-    """nomic's card norms the full vector, without weights, before it is cut."""
-    return checkpoint.model_type == "nomic_bert"
+def with_aliases(named: Mapping[str, str], model_aliases: Iterable[tuple[str, str]]) -> dict[str, str]:
+    """Every name to the id of its model: those there are, and MODEL_ALIASES.
+
+    Raises:
+        StartupError: an alias is another model's name, or of none that is loaded.
+    """
+    known, ids = dict(named), ", ".join(named)
+    for alias, name in model_aliases:
+        if name not in known:
+            raise StartupError(f"MODEL_ALIASES={alias}={name}: {name} is not loaded; these are: {ids}.")
+        if alias in known:
+            raise StartupError(f"MODEL_ALIASES={alias}={name}: {alias} is a model's own name; choose another.")
+        known[alias] = known[name]
+    return known
+
+
+def aliases_of(model_id: str, known: Mapping[str, str]) -> tuple[str, ...]:
+    """The names of a model besides its id."""
+    return tuple(name for name in known if known[name] == model_id != name)

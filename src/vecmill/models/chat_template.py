@@ -57,6 +57,27 @@ PROBES = (
 MARK = re.compile("\ue000(instruction|query|document)\ue001")
 
 
+@dataclass(frozen=True, slots=True)
+class PairPrompt:
+    """The text around a pair, without an instruction and with one."""
+
+    plain: Pieces
+    instructed: Pieces
+    default_instruction: str | None = None
+    """Of requests that name none; None: they have `plain`."""
+    variables: frozenset[str] = frozenset()
+    """The variables of a chat template that may be special tokens, by name."""
+
+    @property
+    def takes_instruction(self) -> bool:
+        return Slot.INSTRUCTION in self.instructed
+
+    @property
+    def fixed_text(self) -> str:
+        """All that is the same around every pair."""
+        return "".join(piece for piece in (*self.plain, *self.instructed) if not isinstance(piece, Slot))
+
+
 class UnfitTemplateError(Exception):
     """Why a template cannot be used; continues the sentence "its chat template ..."."""
 
@@ -91,7 +112,7 @@ def read_template(
     """
     given = {"source": source, "special_tokens": special_tokens, "options": options, "structured": structured}
     inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
-    said: Mapping[str, Any] = {}
+    result: Mapping[str, Any] = {}
     with suppress(subprocess.TimeoutExpired, ValueError):
         done = subprocess.run(  # noqa: S603  # our own interpreter
             [sys.executable, "-s", "-m", __name__],
@@ -103,15 +124,15 @@ def read_template(
             start_new_session=True,
             check=False,
         )
-        said = json.loads(done.stdout)
-    if not said:
+        result = json.loads(done.stdout)
+    if not result:
         raise UnfitTemplateError(f"takes more than {MOST_SECONDS} s or {MOST_BYTES:,} bytes to render")
-    if "unfit" in said:
-        raise UnfitTemplateError(said["unfit"])
+    if "unfit" in result:
+        raise UnfitTemplateError(result["unfit"])
     plain, instructed = (
-        tuple(Slot(text) if is_slot else text for is_slot, text in said[key]) for key in ("plain", "instructed")
+        tuple(Slot(text) if is_slot else text for is_slot, text in result[key]) for key in ("plain", "instructed")
     )
-    return ReadTemplate(plain, instructed, said["names_its_roles"], frozenset(said["special_tokens"]))
+    return ReadTemplate(plain, instructed, result["names_its_roles"], frozenset(result["special_tokens"]))
 
 
 def main() -> None:
@@ -122,18 +143,18 @@ def main() -> None:
         template = ChatTemplate(
             given["source"], given["special_tokens"], given["options"], structured=given["structured"]
         )
-        said: dict[str, Any] = {
+        result: dict[str, Any] = {
             name: [(isinstance(piece, Slot), str(piece)) for piece in template.pieces(instructed=instructed)]
             for name, instructed in (("plain", False), ("instructed", True))
         }
-        said |= {"names_its_roles": template.names_its_roles(), "special_tokens": sorted(template.variables)}
+        result |= {"names_its_roles": template.names_its_roles(), "special_tokens": sorted(template.variables)}
     except UnfitTemplateError as error:
-        said = {"unfit": str(error)}
+        result = {"unfit": str(error)}
     except MemoryError:
-        said = {}
+        result = {}
     except Exception as error:  # nested too deep, for example
-        said = {"unfit": f"cannot be read ({type(error).__name__})"}
-    sys.stdout.write(json.dumps(said))
+        result = {"unfit": f"cannot be read ({type(error).__name__})"}
+    sys.stdout.write(json.dumps(result))
 
 
 def _limit() -> None:
@@ -172,19 +193,19 @@ class ChatTemplate:
         self._structured = structured
 
     def pieces(self, *, instructed: bool) -> Pieces:
-        """The template with an instruction or without one, as what it does to any texts.
+        """The template with or without an instruction, as fixed texts and slots.
 
         Raises:
             UnfitTemplateError: it does more than put texts between texts, or in an order that is not supported.
         """
         marks = {slot: f"\ue000{slot.value}\ue001" for slot in Slot}
         parts = MARK.split(self._render(*marks.values(), instructed=instructed))
-        found = [Slot(part) for part in parts[1::2]]
-        if not {Slot.QUERY, Slot.DOCUMENT} <= set(found):
+        slots = [Slot(part) for part in parts[1::2]]
+        if not {Slot.QUERY, Slot.DOCUMENT} <= set(slots):
             raise UnfitTemplateError("does not carry messages of the roles `query` and `document` as they are")
-        if len(set(found)) != len(found):
+        if len(set(slots)) != len(slots):
             raise UnfitTemplateError("has the instruction, the query or the document more than once")
-        if found[-1] is not Slot.DOCUMENT:
+        if slots[-1] is not Slot.DOCUMENT:
             raise UnfitTemplateError("has the query or the instruction after the document, which is not supported")
         pieces = tuple(Slot(part) if index % 2 else part for index, part in enumerate(parts) if index % 2 or part)
         if isinstance(pieces[pieces.index(Slot.DOCUMENT) - 1], Slot):

@@ -5,28 +5,40 @@ Source of the layout: https://sbert.net/docs/package_reference/sentence_transfor
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models import config_keys, weight_files
+from vecmill.models import weight_files
+from vecmill.models.config_keys import rope_type
+from vecmill.models.families import family_of, published_model
+from vecmill.models.family import Family, Network, Pooling, Positions, PublishedModel, TextFormat
 from vecmill.models.fingerprint import Fingerprint, commit_of
+from vecmill.models.keys import read_any_json, read_json
 from vecmill.models.modules import LIBRARY_TYPES, check_sentence_transformers, pooling_modes, read_modules
-from vecmill.models.source import Source
 from vecmill.models.tokenizer_files import TokenizerSettings, tokenizer_settings
-
-Pooling = Literal["mean", "cls", "lasttoken"]
 
 LIBRARY_CONFIG = "config_sentence_transformers.json"
 ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
 
-NOMIC_TRAINED = 2048  # what the code of nomic's files takes for the positions that it was trained on
 POOLING_MODES: Mapping[str, Pooling] = {"mean": "mean", "cls": "cls", "lasttoken": "lasttoken"}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model's files are and the id it is served under."""
+
+    id: str
+    folder: Path
+    task: Task = Task.EMBED
+
+    @property
+    def named(self) -> str:
+        """The setting that names it, for error texts."""
+        return f"{self.task.value.upper()}_MODEL={self.id}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +46,7 @@ class Checkpoint:
     """A model folder, read. Compared and hashed by identity, so that what is made of one can be cached."""
 
     source: Source
+    family: Family
     config: Mapping[str, Any]
     """`config.json`."""
     pooling: Pooling | None
@@ -75,13 +88,26 @@ class Checkpoint:
         return self.source.named
 
     @property
-    def model_type(self) -> str:
-        return str(self.config.get("model_type", "missing"))
+    def network(self) -> Network:
+        """The classes of transformers that it runs through."""
+        return self.family.tasks[self.task].network
 
     @property
-    def architecture(self) -> dict[str, Any]:
-        """The keys of `config.json` that make the model, without those that change nothing."""
-        return config_keys.architecture(self.config, self.task)
+    def arguments(self) -> dict[str, Any]:
+        """What the network's config class is made with: the keys of `config.json` that make the model."""
+        return self.family.arguments(self.config, self.task, self.positions)
+
+    @property
+    def published(self) -> PublishedModel | None:
+        """What the card says of the model of its id, or of its folder's name."""
+        return published_model(self.id)
+
+    @property
+    def text_format(self) -> TextFormat:
+        """What its tokens need beyond the tokenizer's own template; of an embedder."""
+        if self.family.text_format is not None:
+            return self.family.text_format(self.config)
+        return TextFormat(unpooled="nothing" if self.include_prompt else "prompt")
 
     @property
     def prompts(self) -> Mapping[str, str]:
@@ -93,15 +119,6 @@ class Checkpoint:
         """Of the prompt that goes before a text of which nothing is said."""
         name: str | None = self.library_config.get("default_prompt_name")
         return name
-
-    def is_called(self, owner: str, name: str) -> bool:
-        """Whether its id is the owner's model of a name (a regular expression), or it is a folder that is named so.
-
-        `_name_or_path` in config.json does not count: a fine-tune has that of the model that it was made from.
-        """
-        *owners, last = self.id.split("/")
-        by_owner = not owners or owners[-1].casefold() == owner.casefold()
-        return by_owner and re.fullmatch(name, last, re.IGNORECASE) is not None
 
     @property
     def tokenizer_file(self) -> Path:
@@ -121,7 +138,7 @@ class Checkpoint:
 
     def weight_index(self) -> Any:
         """What the index of the weights says; it is not looked at where there is `model.safetensors`."""
-        return _load(self.folder / weight_files.INDEX)
+        return read_any_json(self.folder / weight_files.INDEX)
 
     @property
     def weight_bytes(self) -> int:
@@ -147,24 +164,25 @@ def read(source: Source) -> Checkpoint:
     """
     folder, named, task = source.folder, source.named, source.task
     weight_files.refuse_adapter(named, folder)
-    config = read_json(folder / "config.json")
+    config = read_json(named, folder / "config.json")
     modules = _modules(folder, named, task, config)
     weight_files.refuse_other_formats(named, folder)
     if not (folder / "config.json").is_file():
         raise StartupError(f"{named}: {folder} has no config.json, so it is not a model folder.")
-    config_keys.check_config(named, folder / "config.json", config, task)
+    family = family_of(named, folder / "config.json", config, task)
     library = _library_config(folder, named, task, modules)
-    positions = _positions(folder, config)
-    tokenizer = tokenizer_settings(named, folder, task, str(config.get("model_type")))
+    positions = _positions(folder, family, config)
+    tokenizer = tokenizer_settings(named, folder, task)
     max_model_len = positions if tokenizer.max_length is None else int(min(tokenizer.max_length, positions))
     _check_longrope(folder, named, config, max_model_len)
-    logit_score = _module_config(folder, modules, "LogitScore")
+    logit_score = _module_config(folder, named, modules, "LogitScore")
     if "LogitScore" in modules and not logit_score:
         raise StartupError(f"{named}: {folder / modules['LogitScore']} has no config.json that names its tokens.")
     fingerprint = Fingerprint()
     fingerprint.add_files(folder, modules.values())
     return Checkpoint(
         source=source,
+        family=family,
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
         normalizes="Normalize" in modules,
@@ -173,32 +191,11 @@ def read(source: Source) -> Checkpoint:
         max_model_len=max_model_len,
         tokenizer=tokenizer,
         library_config=library,
-        include_prompt=bool(_module_config(folder, modules, "Pooling").get("include_prompt", True)),
+        include_prompt=bool(_module_config(folder, named, modules, "Pooling").get("include_prompt", True)),
         logit_score=logit_score,
         commit=commit_of(folder),
         fingerprint=fingerprint,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in `path`; empty where there is no such file.
-
-    Raises:
-        StartupError: it is not JSON.
-    """
-    if not path.is_file():
-        return {}
-    found = _load(path)
-    return found if isinstance(found, dict) else {}
-
-
-def _load(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise StartupError(f"{path} cannot be read ({error.strerror}): give read access.") from None
-    except (ValueError, RecursionError) as error:
-        raise StartupError(f"{path} is not valid JSON ({error}); fetch the model again.") from None
 
 
 def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> dict[str, str]:
@@ -206,7 +203,7 @@ def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) ->
     if task is Task.EMBED and _is_a(config, "ForSequenceClassification"):
         raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
     path = folder / "modules.json"
-    return read_modules(folder, named, task, _load(path), read_json) if path.is_file() else {}
+    return read_modules(folder, named, task, read_any_json(path)) if path.is_file() else {}
 
 
 def _is_a(config: Mapping[str, Any], ending: str) -> bool:
@@ -217,7 +214,7 @@ def _is_a(config: Mapping[str, Any], ending: str) -> bool:
 
 def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_model_len: int) -> None:
     """One text beyond the length for which the short factors are would turn its whole batch over to the long ones."""
-    kind, parameters = config_keys.rope_type(config)
+    kind, parameters = rope_type(config)
     short = parameters.get("original_max_position_embeddings") or config.get("max_position_embeddings", 0)
     if kind == "longrope" and max_model_len > short:
         raise StartupError(
@@ -226,28 +223,28 @@ def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_mod
         )
 
 
-def _module_config(folder: Path, modules: Mapping[str, str], kind: str) -> dict[str, Any]:
-    return read_json(folder / modules[kind] / "config.json") if kind in modules else {}
+def _module_config(folder: Path, named: str, modules: Mapping[str, str], kind: str) -> dict[str, Any]:
+    return read_json(named, folder / modules[kind] / "config.json") if kind in modules else {}
 
 
 def _library_config(folder: Path, named: str, task: Task, modules: Mapping[str, str]) -> dict[str, Any]:
     """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
-    said = read_json(folder / LIBRARY_CONFIG) if modules else {}
-    kind = said.get("model_type", LIBRARY_TYPES[Task.EMBED])
+    library = read_json(named, folder / LIBRARY_CONFIG) if modules else {}
+    kind = library.get("model_type", LIBRARY_TYPES[Task.EMBED])
     if task is Task.RERANK and "LogitScore" not in modules and kind != LIBRARY_TYPES[task]:
         return {}  # what another kind of model says of itself is not a reranker's
-    check_sentence_transformers(named, folder / LIBRARY_CONFIG, said, task)
-    if said and kind != LIBRARY_TYPES[task]:
+    check_sentence_transformers(named, folder / LIBRARY_CONFIG, library, task)
+    if library and kind != LIBRARY_TYPES[task]:
         raise StartupError(f"{named}: {LIBRARY_CONFIG} has `model_type`: {kind!r}; supported: {LIBRARY_TYPES[task]!r}.")
-    _check_prompts(named, task, said)
-    return said
+    _check_prompts(named, task, library)
+    return library
 
 
-def _check_prompts(named: str, task: Task, said: Mapping[str, Any]) -> None:
-    prompts = said.get("prompts") or {}
+def _check_prompts(named: str, task: Task, library: Mapping[str, Any]) -> None:
+    prompts = library.get("prompts") or {}
     if not isinstance(prompts, dict) or not all(text is None or isinstance(text, str) for text in prompts.values()):
         raise StartupError(f"{named}: `prompts` in {LIBRARY_CONFIG} must be an object of texts.")
-    default = said.get("default_prompt_name")
+    default = library.get("default_prompt_name")
     known = {*prompts, *(ALWAYS_NAMED if task is Task.EMBED else ())}
     if default is not None and not (isinstance(default, str) and default in known):
         raise StartupError(
@@ -256,27 +253,23 @@ def _check_prompts(named: str, task: Task, said: Mapping[str, Any]) -> None:
         )
 
 
-def _positions(folder: Path, config: Mapping[str, Any]) -> int:
-    backbone = config.get("text_config") or config
-    # nomic: positions beyond those trained need rotary scaling, which makes vectors depend on the longest of a batch.
-    keys = ("max_trained_positions", "max_position_embeddings", "n_positions")
-    said = next((backbone[key] for key in keys if backbone.get(key)), None)
-    if said is not None and said == backbone.get("n_positions") and config.get("model_type") == "nomic_bert":
-        said = min(said, NOMIC_TRAINED)
-    if said is None:
+def _positions(folder: Path, family: Family, config: Mapping[str, Any]) -> int:
+    """Tokens of the longest row."""
+    positions = family.max_positions(config)
+    if positions is None:
         raise StartupError(f"{folder}/config.json does not say how many positions the model has.")
-    before_first = backbone.get("pad_token_id", 1) + 1 if config.get("model_type") == "xlm-roberta" else 0
-    return int(said) - before_first
+    before_first = config.get("pad_token_id", 1) + 1 if family.positions is Positions.AFTER_PADDING else 0
+    return int(positions) - before_first
 
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:
     if not modules:  # what sentence-transformers adds to a bare decoder or encoder
         names = config.get("architectures") or [""]
         return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"
-    said = _module_config(folder, modules, "Pooling")
-    if not said:
+    module = _module_config(folder, named, modules, "Pooling")
+    if not module:
         raise StartupError(f"{named}: {folder / modules['Pooling']} has no config.json that says how to pool.")
-    modes = pooling_modes(said)
+    modes = pooling_modes(module)
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise StartupError(
             f"{named}: pooling {'+'.join(sorted(modes)) or 'none'} is not supported; mean, cls and lasttoken are."

@@ -1,4 +1,4 @@
-"""Which keys of a checkpoint's JSON files are known here, and with which values. Reads no tensors.
+"""A checkpoint's JSON files: reading one, and which keys are known here with which values. Reads no tensors.
 
 Every key that can change a vector or a score is either honoured or refused by name; so a key that no table lists is
 refused, unless it is listed as one that changes nothing.
@@ -38,8 +38,8 @@ HARMLESS = Rule(lambda value: True)
 def only(*values: Any, cure: str = "") -> Rule:
     """One of these values: what is implemented. None also stands for a key that is left out or null."""
     return Rule(
-        lambda value: any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in values),
-        ", ".join("null" if one is None else json.dumps(one) for one in values),
+        lambda value: any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values),
+        ", ".join("null" if known is None else json.dumps(known) for known in values),
         cure,
     )
 
@@ -72,21 +72,49 @@ def rules(rule: Rule, names: Iterable[str]) -> dict[str, Rule]:
     return dict.fromkeys(names, rule)
 
 
-def check_keys(named: str, file: Path, found: Any, known: Mapping[str, Rule], *, within: str = "") -> None:
+def read_json(named: str, file: Path) -> dict[str, Any]:
+    """The object in a file; empty where there is no such file.
+
+    Args:
+        named: the setting that names the model, for the error.
+
+    Raises:
+        StartupError: it cannot be read, is no JSON, or no object.
+    """
+    if not file.is_file():
+        return {}
+    content = read_any_json(file)
+    if not isinstance(content, dict):
+        raise StartupError(f"{named}: {file} holds no JSON object; fetch the model again.")
+    return content
+
+
+def read_any_json(file: Path) -> Any:
+    """What a file holds, of whatever type. Raises StartupError where it cannot be read or is no JSON."""
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise StartupError(f"{file} cannot be read ({error.strerror}): give read access.") from None
+    except (ValueError, RecursionError) as error:
+        raise StartupError(f"{file} is not valid JSON ({error}); fetch the model again.") from None
+
+
+def check_keys(named: str, file: Path, content: Any, known: Mapping[str, Rule], *, within: str = "") -> None:
     """Every key of a JSON object is known and says what is supported.
 
     Args:
         named: the setting that names the model, for the error.
         file: what the object was read from.
+        content: the object; anything else is refused.
         within: the key of the object, where it is a part of the file's.
 
     Raises:
         StartupError: it is no object, a key is not known, or its value is not supported.
     """
     prefix = f"{within}." if within else ""
-    if not isinstance(found, Mapping):
+    if not isinstance(content, Mapping):
         raise StartupError(f"{named}: {within or file.name} in {file} is no JSON object.")
-    for key, value in found.items():
+    for key, value in content.items():
         rule = known.get(key)
         if rule is None:
             raise StartupError(
@@ -104,9 +132,9 @@ def unsupported(named: str, file: Path, key: str, value: Any, supported: str, cu
     return StartupError(f"{sentence} {cure}".rstrip())
 
 
-def honoured(found: Mapping[str, Any], known: Mapping[str, Rule]) -> dict[str, Any]:
+def honoured(content: Mapping[str, Any], known: Mapping[str, Rule]) -> dict[str, Any]:
     """The keys that are read, without those that change nothing."""
-    return {key: value for key, value in found.items() if known.get(key) is not HARMLESS}
+    return {key: value for key, value in content.items() if known.get(key) is not HARMLESS}
 
 
 def shown(value: Any) -> str:

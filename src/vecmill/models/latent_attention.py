@@ -85,19 +85,22 @@ class LatentAttention(nn.Module):
 
 
 def _check_sizes(weights: WeightFiles, config: Mapping[str, Any], heads: int) -> None:
-    """The sizes in config.json are those of the weights: other heads would attend to other parts of them."""
+    """Raise StartupError unless the sizes in config.json are those of the weights: with other heads, other parts of a
+    weight would be multiplied."""
     inner, width = weights.shape(ATTENTION + "fn.to_q.weight")
     latents = weights.shape(LATENT_PREFIX + "latents")[0]
-    said = {
+    sizes = {
         "num_latents_value": (config.get("num_latents_value", latents), latents),
         "hidden_dim": (config.get("hidden_dim", width), width),
         "latent_dim": (config.get("latent_dim", width), width),
     }
     if config.keys() & {"num_cross_heads", "cross_dim_head"}:
-        said["num_cross_heads and cross_dim_head"] = (heads * config.get("cross_dim_head", HEAD_SIZE), inner)
-    for name, (one, other) in said.items():
-        if one != other:
-            raise weights.unfit(f"latent_attention_config has {name} for a size of {one}, the weights one of {other}")
+        sizes["num_cross_heads and cross_dim_head"] = (heads * config.get("cross_dim_head", HEAD_SIZE), inner)
+    for name, (stated, stored) in sizes.items():
+        if stated != stored:
+            raise weights.unfit(
+                f"latent_attention_config has {name} for a size of {stated}, the weights one of {stored}"
+            )
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -116,7 +119,7 @@ def _norm(weight: Tensor, bias: Tensor) -> nn.LayerNorm:
 
 
 def _fold_head(weights: WeightFiles, latents: Tensor, head: int, heads: int) -> tuple[Tensor, Tensor]:
-    """Of one head: (latents, width) that scores a token, (width, latents) that weighs the answer together."""
+    """One head's part of `scores`, (latents, width), and of `outputs`, (width, latents)."""
     inner = weights.shape(ATTENTION + "fn.to_q.weight")[0]  # heads * size
     size = inner // heads
     own = slice(head * size, (head + 1) * size)

@@ -1,25 +1,21 @@
 """Fewer, larger matrix products: queries, keys and values in one, and the gate with the layer that it gates.
 
-Of few tokens a product takes as long as its launch and the read of its weights; one large product is both once. The
-weights are those of transformers' modules, one below the other; nothing else changes.
+For few tokens a product takes as long as its launch and reading its weights; one large product does both once. The
+weights are those of transformers' modules, concatenated by rows; nothing else changes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralMLP
-from transformers.models.nomic_bert.modeling_nomic_bert import NomicBertAttention, NomicBertMLP
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP
 
 from vecmill.models.packed_attention import packed_attention
 
-ATTENTIONS = (Qwen3Attention, MistralAttention, NomicBertAttention)
-MLPS = (Qwen3MLP, MistralMLP, NomicBertMLP)
 QUERY_KEY_VALUE: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 GATE_AND_UP: tuple[str, ...] = ("gate_proj", "up_proj")
 
@@ -28,17 +24,15 @@ class MergedAttention(nn.Module):
     """Rotary attention of packed rows, whose queries, keys and values come from one product."""
 
     def __init__(self, attention: Any) -> None:
-        """Take over what `attention`, one of ATTENTIONS, is made of."""
+        """Take over what `attention`, a module of transformers, is made of."""
         super().__init__()
         self.layer_idx: int | None = getattr(attention, "layer_idx", None)
         self.is_causal: bool = attention.is_causal
         self.scaling: float = attention.scaling
         self.head_dim: int = attention.head_dim
-        # Mistral's layers are all alike and ask their configuration; the others differ.
-        self.sliding_window: int | None = (
-            attention.config.sliding_window
-            if isinstance(attention, MistralAttention)
-            else getattr(attention, "sliding_window", None)
+        # Where layers are all alike, as Mistral's, they ask their configuration.
+        self.sliding_window: int | None = getattr(
+            attention, "sliding_window", getattr(attention.config, "sliding_window", None)
         )
         self.qkv_proj, self.sizes = _merged(attention, QUERY_KEY_VALUE)
         self.o_proj: nn.Module = attention.o_proj
@@ -76,7 +70,7 @@ class MergedMLP(nn.Module):
     """A gated feed-forward layer whose two products of the hidden states are one."""
 
     def __init__(self, mlp: Any) -> None:
-        """Take over what `mlp`, one of MLPS, is made of."""
+        """Take over what `mlp`, a module of transformers, is made of."""
         super().__init__()
         self.gate_up_proj, self.sizes = _merged(mlp, GATE_AND_UP)
         self.down_proj: nn.Module = mlp.down_proj
@@ -98,21 +92,25 @@ class Rows:
     stop: int
 
 
-def merge_projections(model: nn.Module) -> dict[str, Rows]:
-    """Replace the modules that can be merged; where the rows of each parameter that is gone belong.
+def merge_projections(model: nn.Module, classes: Collection[str]) -> dict[str, Rows]:
+    """Replace the modules of these classes; returns where the rows of each parameter that is gone belong.
 
     To be called before the weights are there: what the merged parameters hold has not been written yet.
+
+    Args:
+        classes: names of transformers' classes, each a rotary attention with QUERY_KEY_VALUE or a gated feed-forward
+            layer with GATE_AND_UP.
     """
     places: dict[str, Rows] = {}
     for name, module in list(model.named_modules()):
         merged: nn.Module
         parts: tuple[str, ...]
-        if isinstance(module, ATTENTIONS):
-            merged, parts, whole = MergedAttention(module), QUERY_KEY_VALUE, f"{name}.qkv_proj"
-        elif isinstance(module, MLPS):
-            merged, parts, whole = MergedMLP(module), GATE_AND_UP, f"{name}.gate_up_proj"
-        else:
+        if type(module).__name__ not in classes:
             continue
+        if hasattr(module, QUERY_KEY_VALUE[0]):
+            merged, parts, whole = MergedAttention(module), QUERY_KEY_VALUE, f"{name}.qkv_proj"
+        else:
+            merged, parts, whole = MergedMLP(module), GATE_AND_UP, f"{name}.gate_up_proj"
         start = 0
         for part in parts:
             stop = start + getattr(module, part).out_features
@@ -124,7 +122,7 @@ def merge_projections(model: nn.Module) -> dict[str, Rows]:
 
 
 def _merged(module: Any, names: tuple[str, ...]) -> tuple[nn.Linear, list[int]]:
-    """A layer for all of these, its weights not written, and how many of its outputs are each one's."""
+    """One layer in place of those of these names, its weights not written yet, and the number of outputs of each."""
     parts: list[nn.Linear] = [getattr(module, name) for name in names]
     sizes = [part.out_features for part in parts]
     first = parts[0]

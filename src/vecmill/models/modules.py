@@ -6,13 +6,13 @@ https://sbert.net/docs/package_reference/sentence_transformer/modules.html
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, rules, shown, whole
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, read_json, rules, shown, whole
 
 PACKAGE = "sentence_transformers."
 # The module paths under which the package has a class, its older ones included.
@@ -111,15 +111,12 @@ KINDS = {
 }
 
 
-def read_modules(
-    folder: Path, named: str, task: Task, listed: Any, read: Callable[[Path], Mapping[str, Any]]
-) -> dict[str, str]:
+def read_modules(folder: Path, named: str, task: Task, listed: Any) -> dict[str, str]:
     """The modules by class, with their folders.
 
     Args:
         named: the setting that names the model, for errors.
         listed: what modules.json holds.
-        read: gives the object in a file, empty where there is none.
 
     Raises:
         StartupError: a module is not served, or not in this order, or says what is not implemented.
@@ -140,7 +137,7 @@ def read_modules(
     for kind, path in modules.items():
         if kind in MODULE_KEYS:
             own = folder / path / "config.json"
-            check_keys(named, own, read(own), MODULE_KEYS[kind])
+            check_keys(named, own, read_json(named, own), MODULE_KEYS[kind])
     return modules
 
 
@@ -172,7 +169,7 @@ def _check_order(named: str, task: Task, kinds: Sequence[str], names: Sequence[A
         raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
     early = IGNORED in kinds and "Pooling" in kinds[kinds.index(IGNORED) :]
     if order not in ORDERS[task] or early:
-        possible = " or ".join(", ".join(one) for one in ORDERS[task])
+        possible = " or ".join(", ".join(order) for order in ORDERS[task])
         raise StartupError(f"{named}: modules.json has {', '.join(kinds)}; supported, in this order: {possible}.")
     if len(set(map(str, names))) < len(names):  # a later module would take the place of one before it
         raise StartupError(f"{named}: two modules in modules.json have the same `name`: number them.")
@@ -185,26 +182,26 @@ def _path(named: str, file: Path, entry: Mapping[str, Any]) -> str:
     return path
 
 
-def pooling_modes(said: Mapping[str, Any]) -> list[str]:
+def pooling_modes(config: Mapping[str, Any]) -> list[str]:
     """The modes that a Pooling's config.json asks for, under sentence-transformers' newer names."""
-    if "pooling_mode" in said:
-        mode = said["pooling_mode"]
-        return [str(one) for one in mode] if isinstance(mode, list) else [str(mode)]
+    if "pooling_mode" in config:
+        mode = config["pooling_mode"]
+        return [str(name) for name in mode] if isinstance(mode, list) else [str(mode)]
     old = {
         key.removeprefix(POOLING_MODE).removesuffix("_tokens").removesuffix("_token"): value
-        for key, value in said.items()
+        for key, value in config.items()
         if key.startswith(POOLING_MODE)
     }
     return [name for name, value in old.items() if value] or ["mean"]
 
 
-def check_sentence_transformers(named: str, file: Path, said: Mapping[str, Any], task: Task) -> None:
+def check_sentence_transformers(named: str, file: Path, config: Mapping[str, Any], task: Task) -> None:
     """config_sentence_transformers.json.
 
     Raises:
         StartupError: it is of a model for another task, or a key is not known or not implemented.
     """
     for other, model_type in LIBRARY_TYPES.items():
-        if other is not task and said.get("model_type") == model_type:
+        if other is not task and config.get("model_type") == model_type:
             raise StartupError(f"{named}: this is {KINDS[other]}.")
-    check_keys(named, file, said, SENTENCE_TRANSFORMERS[task])
+    check_keys(named, file, config, SENTENCE_TRANSFORMERS[task])

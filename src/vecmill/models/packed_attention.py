@@ -3,8 +3,8 @@
 Registered with transformers under the name `packed`. transformers builds no mask for a name it has no mask
 function for, and hands extra forward arguments down to the attention function: `packed_batch` travels that way.
 
-To torch.compile attention is one operation that it does not look into: what is done with a batch follows its rows, so
-a graph of it would have to be compiled anew for the next one. The batch reaches the operation by the side.
+For torch.compile attention is one opaque operation: what it does depends on the rows of a batch, so a graph of it would
+have to be compiled again for the next batch. The batch reaches the operation through `compiled_call`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from vecmill.models.packing import EqualLengths, PackedBatch
+from vecmill.models.packing import Attention, EqualLengths, PackedBatch
 
 ATTENTION = "packed"
 
@@ -54,7 +54,6 @@ class LayerCall:
     layer: int | None
     """The layer's number; None where no prefix can be recalled."""
     packed_batch: PackedBatch
-    use_flash_attn: bool
 
 
 compiled_call: ContextVar[LayerCall] = ContextVar("compiled_call")
@@ -72,12 +71,11 @@ def packed_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
-    use_flash_attn: bool = True,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed row and the prefix it follows. Returns (1, T, heads, head_dim), and no weights.
 
-    Flash kernels take 16-bit types on CUDA only; everywhere else SDPA runs once per distinct length.
+    `packed_batch.attention` says what computes it.
 
     Args:
         sliding_window: as transformers' layers say it, so many keys up to the query's own, and as many from there on
@@ -86,7 +84,7 @@ def packed_attention(
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
     if torch.compiler.is_compiling():
         return _operation(query, key, value, scaling, causal, sliding_window), None
-    call = LayerCall(getattr(module, "layer_idx", None), packed_batch, use_flash_attn)
+    call = LayerCall(getattr(module, "layer_idx", None), packed_batch)
     return _attend(query, key, value, call, scaling, causal, sliding_window), None
 
 
@@ -119,7 +117,7 @@ def _attend(
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
     key, value = _with_prefixes(call.layer, key, value, packed)
-    if call.use_flash_attn and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+    if packed.attention is Attention.FLASH:
         return _flash(query, key, value, packed, scaling, window)
     parts = [_sdpa(query, key, value, packed, group, scaling, window) for group in packed.groups]
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None]

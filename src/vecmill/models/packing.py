@@ -1,17 +1,79 @@
-"""Ragged rows end to end in one row: no padding, shared prefixes once, and the lengths that keep the rows apart."""
+"""Ragged rows end to end in one row: no padding, shared prefixes once, and the lengths that keep the rows apart.
+
+Keys and values of a prefix are kept as long as rows of its request wait: they are computed once, not once a batch.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
 from itertools import groupby
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vecmill.core.types import Prefix, Row, TokenIds
-from vecmill.models.prefix_memory import PrefixLayers, PrefixMemory
+
+
+class Attention(StrEnum):
+    """What computes attention. Chosen when a model is loaded; `packed_attention` runs it."""
+
+    FLASH = "flash"
+    """torch's kernel for ragged rows: 16-bit types on CUDA. One call for all rows."""
+    SDPA = "sdpa"
+    """One call for each length that rows have, of any type on any device."""
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype, *, flash: bool = True) -> Attention:
+        """For weights of a type on a device; `flash`: whether the kernel is wanted, and the device has it."""
+        return cls.FLASH if flash and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else cls.SDPA
+
+
+@dataclass(slots=True)
+class PrefixLayers:
+    """Keys and values that attention saw of a prefix."""
+
+    tensors: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """Of each layer: (1, kv_heads, tokens, head_dim)."""
+    computed: torch.cuda.Event | None = None
+    """On CUDA: done once they are there. Only another stream than theirs has to wait for it."""
+
+    def wait(self) -> None:
+        """Let the current stream use them only when they are there, and keep their memory until it has."""
+        if self.computed is None:
+            return
+        stream = torch.cuda.current_stream(self.tensors[0][0].device)
+        stream.wait_event(self.computed)
+        for tensor in (each for layer in self.tensors for each in layer):
+            tensor.record_stream(stream)
+
+
+# Of all prefixes together. A token of Qwen3-Reranker-8B takes 147 kB, so this is 0.6 GB at the most.
+MOST_TOKENS = 4096
+
+
+class PrefixMemory:
+    """One model's memory. Belongs to the thread that owns the device; forgets a prefix when its request has ended."""
+
+    def __init__(self, most_tokens: int = MOST_TOKENS) -> None:
+        self._most_tokens = most_tokens
+        self._layers: WeakKeyDictionary[Prefix, PrefixLayers] = WeakKeyDictionary()
+
+    def __len__(self) -> int:
+        """Tokens that are kept."""
+        return sum(len(prefix) for prefix in list(self._layers))
+
+    def recall(self, prefix: Prefix) -> PrefixLayers | None:
+        """What was kept for a prefix."""
+        return self._layers.get(prefix)
+
+    def keep(self, prefix: Prefix, layers: PrefixLayers) -> None:
+        """Keep what a forward pass computed, where there is room."""
+        if layers.tensors and len(self) + len(prefix) <= self._most_tokens:
+            self._layers[prefix] = layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +146,13 @@ class PackedBatch:
     recalled: tuple[PrefixLayers, ...]
     """Prefixes computed in an earlier batch; their tokens count from T on."""
     groups: tuple[EqualLengths, ...]
-    """For attention without flash kernels."""
+    """For SDPA."""
     order: tuple[int, ...]
     """`order[i]` is the caller's index of packed row i."""
     shape: PackShape | None
+    attention: Attention
     masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
-    """For attention without flash kernels: filled by the first layer that needs one, read by the others."""
+    """For SDPA: filled by the first layer that needs one, read by the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +178,11 @@ class _Segment:
 
 
 def pack(
-    rows: Sequence[Row], device: torch.device, memory: PrefixMemory | None = None, shape: PackShape | None = None
+    rows: Sequence[Row],
+    device: torch.device,
+    memory: PrefixMemory | None = None,
+    shape: PackShape | None = None,
+    attention: Attention = Attention.SDPA,
 ) -> PackedBatch:
     """Pack rows for one forward pass: those without a prefix by length, then each prefix and what follows it.
 
@@ -167,6 +234,7 @@ def pack(
         groups=_groups(segments),
         order=tuple(segment.index for segment in segments if segment.index is not None),
         shape=shape,
+        attention=attention,
     )
 
 
@@ -296,7 +364,7 @@ def _keys(segments: Sequence[_Segment]) -> tuple[np.typing.NDArray[np.int64], np
 
 def _groups(segments: Sequence[_Segment]) -> tuple[EqualLengths, ...]:
     groups = []
-    for (length, prefix), found in groupby(segments, key=lambda segment: (len(segment), segment.prefix)):
-        members = list(found)
+    for (length, prefix), neighbours in groupby(segments, key=lambda segment: (len(segment), segment.prefix)):
+        members = list(neighbours)
         groups.append(EqualLengths(members[0].start, len(members), length, prefix))
     return tuple(groups)

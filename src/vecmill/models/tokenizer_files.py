@@ -7,7 +7,6 @@ tokenizer itself.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ from tokenizers import Tokenizer
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Side, Task
-from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, rules
+from vecmill.models.chat_template import SPECIAL_TOKENS
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, read_json, rules
 
 # The first of these that says anything is read, as sentence-transformers does.
 MODULE_FILES = tuple(
@@ -29,7 +29,7 @@ PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_p
 # What transformers converts where there is no tokenizer.json.
 VOCABULARY_FILES = ("vocab.txt", "vocab.json", "sentencepiece.bpe.model", "spiece.model", "tokenizer.model")
 
-SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+DEFAULT_TEMPLATE, TEMPLATE_FILE, TEMPLATE_FOLDER = "default", "chat_template.jinja", "additional_chat_templates"
 
 
 def _is_length(value: Any) -> bool:
@@ -206,7 +206,7 @@ def read_file(file: Path, *, pairs: bool = False) -> ReadTokenizer:
 
 
 def _text_with_tokens(tokenizer: Tokenizer) -> str | None:
-    """With one that has none it could not be told what goes before a text."""
+    """A text with at least one token: with none, the special tokens before and after it could not be told apart."""
     for texts in (lambda: ("a", "0", "."), tokenizer.get_vocab):  # a vocabulary takes a while to be listed
         for text in texts():
             if tokenizer.encode(text, add_special_tokens=False).ids:
@@ -215,7 +215,7 @@ def _text_with_tokens(tokenizer: Tokenizer) -> str | None:
 
 
 def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool = True) -> Template:
-    """What a tokenizer puts around a text, or around and between two.
+    """The special tokens that a tokenizer puts around a text, or around and between two.
 
     Args:
         file: for errors.
@@ -230,7 +230,7 @@ def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool 
     if text is None:
         raise StartupError(f"{file}: the tokenizer gives no tokens for any text; fetch the model again.")
     encoding = tokenizer.encode(text, text) if pair else tokenizer.encode(text)
-    first, second = ([index for index, place in enumerate(encoding.sequence_ids) if place == one] for one in (0, 1))
+    first, second = ([index for index, place in enumerate(encoding.sequence_ids) if place == text] for text in (0, 1))
     start = second[0] if pair and second else len(encoding.ids)
     kinds = set(encoding.type_ids[:start]), set(encoding.type_ids[start:])
     known = kinds[0] == {0} and kinds[1] in (set(), {0}, {1})
@@ -246,12 +246,11 @@ def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool 
     return Template(ids[: first[0]], between, ids[end + 1 :], token_types and kinds[1] == {1})
 
 
-def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) -> TokenizerSettings:
+def tokenizer_settings(named: str, folder: Path, task: Task) -> TokenizerSettings:
     """Check every key of the tokenizer's files, and read those that are not the tokenizer's own.
 
     Args:
         named: the setting that names the model, for errors.
-        model_type: of config.json.
 
     Raises:
         StartupError: a file or a key is not supported.
@@ -260,7 +259,7 @@ def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) ->
     config = _checked(named, folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
     module = _module(named, folder, task)
-    _check_chat_template(named, folder, task, config)
+    _check_chat_template(named, folder, task)
     arguments = module.get("tokenizer_args", module.get("processor_kwargs")) or {}
     return TokenizerSettings(
         max_length=_max_length(config, module, arguments),
@@ -271,8 +270,8 @@ def tokenizer_settings(named: str, folder: Path, task: Task, model_type: str) ->
 
 def _max_length(config: Mapping[str, Any], module: Mapping[str, Any], arguments: Mapping[str, Any]) -> float | None:
     """sentence-transformers' order: the module's arguments, its own key, the tokenizer's file."""
-    if "model_max_length" not in arguments and (said := module.get("max_seq_length")) is not None:
-        return float(said)
+    if "model_max_length" not in arguments and (tokens := module.get("max_seq_length")) is not None:
+        return float(tokens)
     merged = {**config, **arguments}
     length = merged.get("model_max_length", merged.get("max_len"))
     return None if length is None else float(length)
@@ -289,45 +288,32 @@ def _check_files(named: str, folder: Path) -> None:
             f"{named}: {folder} has no tokenizer.json, and no vocabulary to make one of "
             f"({', '.join(VOCABULARY_FILES)}), so it is not a model folder."
         )
-    added = _object(named, folder / "added_tokens.json")
+    added = read_json(named, folder / "added_tokens.json")
     if wrong := next((token for token, index in added.items() if type(index) is not int), None):
         raise StartupError(f"{named}: added_tokens.json gives {wrong!r} no number.")
 
 
 def _checked(named: str, file: Path, known: Mapping[str, Rule]) -> dict[str, Any]:
-    found = _object(named, file)
-    check_keys(named, file, found, known)
-    return found
-
-
-def _object(named: str, file: Path) -> dict[str, Any]:
-    """What a file says; empty where there is none."""
-    if not file.is_file():
-        return {}
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise StartupError(f"{file} is not valid JSON ({error}); fetch the model again.") from None
-    if not isinstance(found, dict):
-        raise StartupError(f"{named}: {file} holds no JSON object; fetch the model again.")
-    return found
+    content = read_json(named, file)
+    check_keys(named, file, content, known)
+    return content
 
 
 def _module(named: str, folder: Path, task: Task) -> dict[str, Any]:
     """What the transformer module's file says; sentence-transformers reads it only where modules.json lists modules."""
     if not (folder / "modules.json").is_file():
         return {}
-    file, said = next(
-        ((folder / name, found) for name in MODULE_FILES if (found := _object(named, folder / name))),
+    file, module = next(
+        ((folder / name, content) for name in MODULE_FILES if (content := read_json(named, folder / name))),
         (folder / MODULE_FILES[0], {}),
     )
-    check_keys(named, file, said, _module_keys(task, str(said.get("transformer_task", "feature-extraction"))))
+    check_keys(named, file, module, _module_keys(task, str(module.get("transformer_task", "feature-extraction"))))
     for key, known in ARGUMENTS.items():
-        arguments = said.get(key) or {}
+        arguments = module.get(key) or {}
         if not isinstance(arguments, dict):
             raise StartupError(f"{named}: {file.name} has `{key}`: {arguments!r}; supported: a JSON object.")
         check_keys(named, file, arguments, known, within=key)
-    return said
+    return module
 
 
 def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
@@ -356,14 +342,50 @@ def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
     }
 
 
-def _check_chat_template(named: str, folder: Path, task: Task, config: Mapping[str, Any]) -> None:
+def _check_chat_template(named: str, folder: Path, task: Task) -> None:
     """Without modules.json sentence-transformers makes messages of texts where the tokenizer has a chat template."""
-    if (folder / "modules.json").is_file() or task is Task.RERANK:
-        return
-    file = folder / "chat_template.jinja"
-    if config.get("chat_template") is not None or file.is_file() or (folder / "additional_chat_templates").is_dir():
+    if task is Task.EMBED and not (folder / "modules.json").is_file() and chat_templates(named, folder, {}):
         raise StartupError(
             f"{named}: the tokenizer has a chat template and {folder} has no modules.json: sentence-transformers would "
             f"put every text into a message of that template. Save the model with sentence-transformers, or remove the "
-            f"template ({file.name}, `chat_template` of tokenizer_config.json)."
+            f"template ({TEMPLATE_FILE}, `chat_template` of tokenizer_config.json)."
         )
+
+
+def chat_templates(named: str, folder: Path, arguments: Mapping[str, Any]) -> dict[str, str]:
+    """The chat templates of a folder by name; the module's arguments win over files, as transformers has it.
+
+    Args:
+        arguments: what the module's file adds to tokenizer_config.json.
+
+    Raises:
+        StartupError: one is no text.
+    """
+    templates = arguments.get("chat_template")
+    if templates is None:
+        templates = _template_files(named, folder)
+    if templates is None:
+        templates = read_json(named, folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(templates, list) and all(isinstance(each, dict) for each in templates):
+        templates = {each.get("name"): each.get("template") for each in templates}
+    elif templates is None:
+        return {}
+    by_name = templates if isinstance(templates, dict) else {DEFAULT_TEMPLATE: templates}
+    if not all(isinstance(text, str) for pair in by_name.items() for text in pair):
+        raise StartupError(
+            f"{named}: `chat_template` in tokenizer_config.json (or in `processor_kwargs`) must be a text, or a list "
+            f"of objects with the texts `name` and `template`."
+        )
+    return by_name
+
+
+def _template_files(named: str, folder: Path) -> dict[str, str] | None:
+    files = {path.stem: path for path in sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))}
+    if (folder / TEMPLATE_FILE).is_file():
+        files = {DEFAULT_TEMPLATE: folder / TEMPLATE_FILE, **files}
+    try:
+        return {name: path.read_text("utf-8") for name, path in files.items()} or None
+    except UnicodeDecodeError:
+        raise StartupError(
+            f"{named}: a chat template in {folder} (*.jinja) is not UTF-8; fetch the model again."
+        ) from None

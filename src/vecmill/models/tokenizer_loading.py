@@ -19,8 +19,6 @@ from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.rerank_prompt import check_special_tokens, rerank_form
 from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, template
 
-# Their references are codes of their own, which read tokenizer.json as it stands.
-AS_IT_STANDS = {"nvembed"}
 # A character that no vocabulary has (of Unicode's private use), and a word that is too long for one.
 UNKNOWN_WORDS = ["\ue000", "x" * 1000]
 
@@ -37,7 +35,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
         StartupError: transformers makes none of the files, or one that cannot be run here.
     """
     file = checkpoint.folder / "tokenizer.json"
-    if checkpoint.model_type in AS_IT_STANDS:
+    if checkpoint.family.tokenizer_as_it_stands:
         return read_file(file)
     tokenizer = _from_files(checkpoint)
     if not file.is_file():  # for errors
@@ -157,9 +155,8 @@ def _check_sides(checkpoint: Checkpoint, tokenizer: Any) -> None:
     """On the left, padding moves the positions of a text by as much as its batch is longer."""
     if tokenizer.padding_side != "left":
         return
-    known = checkpoint.config.get("pad_token_id", 1)
-    moved = checkpoint.model_type == "xlm-roberta" and tokenizer.pad_token_id != known
-    if checkpoint.model_type == "bert" or moved:
+    same_padding = tokenizer.pad_token_id == checkpoint.config.get("pad_token_id", 1)
+    if checkpoint.family.positions.moved_by_left_padding(same_padding=same_padding):
         raise StartupError(
             f"{checkpoint.named}: the tokenizer has `padding_side`: 'left', with which the reference's vectors "
             f"depend on what a text is batched with; supported: 'right'."
@@ -182,9 +179,13 @@ def _check_template(checkpoint: Checkpoint, around: Template) -> None:
 
 def _check_prompt(checkpoint: Checkpoint, read: ReadTokenizer) -> None:
     """A reranker's prompt must stay whole."""
-    if read.truncation_side is Side.LEFT or read.split_special_tokens:
+    if read.truncation_side is Side.LEFT:
         raise StartupError(
-            f"{checkpoint.named}: the tokenizer has `truncation_side`: {read.truncation_side.value!r} and "
-            f"`split_special_tokens`: {read.split_special_tokens}; of a reranker with a prompt only 'right' and False "
-            f"are supported."
+            f"{checkpoint.named}: `truncation_side` in tokenizer_config.json would cut the beginning of its prompt; "
+            f"supported is 'right'."
+        )
+    if read.split_special_tokens:
+        raise StartupError(
+            f"{checkpoint.named}: the tokenizer has `split_special_tokens`, with which its prompt is other tokens; "
+            f"supported is false."
         )

@@ -165,8 +165,8 @@ class Listing:
 
 def list_folder(named: str, folder: Path, model: str) -> Listing:
     """The files of a folder and of the folders in it."""
-    found = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
-    return Listing(named, str(folder), model, [path.relative_to(folder).as_posix() for path in found])
+    paths = [path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file()]
+    return Listing(named, str(folder), model, [path.relative_to(folder).as_posix() for path in paths])
 
 
 def read_index(index: Path) -> Any:
@@ -186,14 +186,14 @@ def refuse_other_formats(named: str, folder: Path) -> None:
 
 def refuse_adapter(named: str, folder: Path) -> None:
     """Raise StartupError where an adapter lies in place of or beside the weights: transformers would apply it."""
-    found = [name for name in ADAPTERS if (folder / name).is_file()]
-    if not found:
+    adapters = [name for name in ADAPTERS if (folder / name).is_file()]
+    if not adapters:
         return
-    said: Any = {}
+    config: Any = {}
     with suppress(OSError, ValueError):  # damaged: it is an adapter all the same
-        said = json.loads((folder / ADAPTERS[0]).read_text("utf-8"))
-    base = said.get("base_model_name_or_path") if isinstance(said, dict) else None
-    raise _adapter(named, found[0], base)
+        config = json.loads((folder / ADAPTERS[0]).read_text("utf-8"))
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    raise _adapter(named, adapters[0], base)
 
 
 def _adapter(named: str, file: str, base: str | None) -> StartupError:
@@ -211,10 +211,10 @@ def refuse_misplaced(named: str, index: Mapping[str, str], files: Mapping[str, P
     What the index does not list is read as transformers reads it; what it lists and no file has may be a duplicate
     that a conversion has left out, and is missing only where it is needed.
     """
-    for name, said in index.items():
-        if name in files and files[name].name != said:
+    for name, listed in index.items():
+        if name in files and files[name].name != listed:
             raise StartupError(
-                f"{named}: {INDEX} says that {name} is in {said}, and it is in {files[name].name}; fetch the model "
+                f"{named}: {INDEX} says that {name} is in {listed}, and it is in {files[name].name}; fetch the model "
                 f"again."
             )
 
@@ -266,7 +266,7 @@ def read_header(file: Path) -> Header:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    content = dict(pairs)
+    if len(content) != len(pairs):
         raise ValueError("it names a tensor twice")
-    return found
+    return content

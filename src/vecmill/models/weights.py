@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
@@ -29,10 +29,6 @@ from vecmill.models.weight_files import SINGLE, Header, read_header, refuse_misp
 transformers_logging.set_verbosity_error()
 
 FORGET_EVERY = 268_435_456  # bytes
-
-C = TypeVar("C", bound=PreTrainedConfig)
-Rename = Callable[[str], Sequence[str]]
-"""A name in the file to the names in the class: none leaves it out, several share its rows equally."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,67 +181,64 @@ def _forget_pages(path: Path) -> None:
             os.close(descriptor)
 
 
-def make_config(config_class: type[C], checkpoint: Checkpoint, said: Mapping[str, Any]) -> C:
-    """transformers' configuration.
+def make_config(checkpoint: Checkpoint) -> Any:
+    """transformers' configuration of a checkpoint's network.
 
     Raises:
         StartupError: the class does not accept what config.json says.
     """
     try:
-        config: C = config_class(**said)
+        config = getattr(transformers, checkpoint.network.config_class)(**checkpoint.arguments)
     except Exception as error:  # whatever the class raises, the file is at fault
         raise _unaccepted(checkpoint, error) from None
     return config
 
 
 def _unaccepted(checkpoint: Checkpoint, error: Exception) -> StartupError:
-    """What transformers said of a config.json, in one sentence."""
-    said = " ".join((str(error) or type(error).__name__).split())
-    return StartupError(f"{checkpoint.named}: {checkpoint.folder}/config.json cannot be right ({said[:300]}).")
+    """For a config.json that transformers refuses, in one sentence."""
+    reason = " ".join((str(error) or type(error).__name__).split())
+    return StartupError(f"{checkpoint.named}: {checkpoint.folder}/config.json cannot be right ({reason[:300]}).")
 
 
-def load_weights(
-    model_class: type[PreTrainedModel],
-    checkpoint: Checkpoint,
-    config: PreTrainedConfig,
-    target: Target,
-    rename: Rename,
-    **options: Any,
-) -> nn.Module:
-    """An instance of the class on the target's device, with the checkpoint's weights.
+def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
+    """The checkpoint's network on the target's device, with its weights.
+
+    Args:
+        config: as `make_config` makes it.
 
     Raises:
         StartupError: a weight is missing, unknown or of the wrong shape, or a value is not finite.
     """
+    model_class = getattr(transformers, checkpoint.network.model_class)
     key = (checkpoint.folder.resolve(), model_class)
     if key not in target.shared:
         try:
             with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
-                model = model_class(config, **options)
+                model = model_class(config, **checkpoint.network.options)
         except Exception as error:
             raise _unaccepted(checkpoint, error) from None
         model.set_attn_implementation(ATTENTION)
-        _fill(model, checkpoint, target, rename)
+        _fill(model, checkpoint, target)
         target.shared[key] = model.to(target.device).eval()  # the buffers
         target.read[key] = dict(checkpoint.fingerprint.parts)
     checkpoint.fingerprint.include(target.read.get(key, {}))
     return target.shared[key]
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target, rename: Rename) -> None:
+def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
     weights = WeightFiles(checkpoint)
-    places = {name: rename(name) for name in weights.files}
+    places = {name: checkpoint.network.rename(name) for name in weights.files}
     wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
-    found = {place for several in places.values() for place in several}
+    stored = {place for several in places.values() for place in several}
     _refuse_twice(checkpoint, places)
-    if missing := sorted(wanted.keys() - found):
+    if missing := sorted(wanted.keys() - stored):
         raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
     if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
         read = (
             f"`{type(model).__name__}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
         )
         raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", f"fetch the model again, or {read}")
-    merged = merge_projections(model)
+    merged = merge_projections(model, checkpoint.network.merged)
     for name, tensor in weights.tensors([name for name, several in places.items() if several], target.dtype):
         # A single number, or fewer rows than places: no parts of it have the shape.
         parts = tensor.tensor_split(len(places[name])) if tensor.ndim else [tensor] * len(places[name])

@@ -1,14 +1,16 @@
-"""The lines that sequences stand in, whose turn it is, and how much waits."""
+"""The sequences that wait to be run, the lines they stand in, whose turn it is, and how much waits."""
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from time import monotonic
 
-from vecmill.core.types import Lane
-from vecmill.scheduler.policy import Budget, Client, Cut, Line
-from vecmill.scheduler.sequence import Sequence
+from vecmill.core.errors import VecmillError
+from vecmill.core.types import Lane, Prefix, Row, Vector
+from vecmill.scheduler.policy import Budget, Cut, TurnTaker, WaitingLine
 
 MOST_CLIENTS = 1024  # remembered though nothing of theirs waits
 MOST_JOBS = 64  # that a client's turns are divided among; those beyond share one part
@@ -16,34 +18,34 @@ JOBS_BEYOND = "\0beyond"
 
 
 @dataclass(eq=False, slots=True)
-class Sharing(Client):
+class Sharing(TurnTaker):
     """A client, whose jobs take turns in what it gets."""
 
-    jobs: dict[str, Client] = field(default_factory=dict)
+    jobs: dict[str, TurnTaker] = field(default_factory=dict)
     """Those with something waiting, and those that had lately."""
 
 
-class Lines:
+class WaitingLines:
     """Every line in which something waits."""
 
     def __init__(self) -> None:
-        self._lines: dict[tuple[str, Lane, str, str], Line[Sequence]] = {}
+        self._lines: dict[tuple[str, Lane, str, str], WaitingLine[Sequence]] = {}
         self._clients: dict[tuple[Lane, str], Sharing] = {}
 
-    def __iter__(self) -> Iterator[Line[Sequence]]:
+    def __iter__(self) -> Iterator[WaitingLine[Sequence]]:
         return iter(self._lines.values())
 
     def waits(self, lane: Lane) -> bool:
         """Whether anything waits in a lane."""
         return any(line.lane is lane for line in self._lines.values())
 
-    def join(self, model: str, lane: Lane, client: str, now: float, job: str = "") -> Line[Sequence]:
-        """The line of a client's job; it must be given a sequence."""
+    def join(self, model: str, lane: Lane, client: str, now: float, job: str = "") -> WaitingLine[Sequence]:
+        """The line of a client's job, made if need be. The caller must append a sequence: empty lines are dropped."""
         key = model, lane, client, job
         if key not in self._lines:
             sharing = self._client(lane, client)
             part = self._job(sharing, job)
-            self._lines[key] = Line(model, lane, sharing, now, job=part)
+            self._lines[key] = WaitingLine(model, lane, sharing, now, job=part)
         return self._lines[key]
 
     def _client(self, lane: Lane, name: str) -> Sharing:
@@ -57,21 +59,21 @@ class Lines:
             self._forget(active | {client}, lane)
         return client
 
-    def _forget(self, active: set[Client], lane: Lane) -> None:
-        """Let those go that have been away longest."""
+    def _forget(self, active: set[TurnTaker], lane: Lane) -> None:
+        """Drop the clients that have been away longest."""
         excess = len(self._clients) - MOST_CLIENTS
         if excess > 0:
             away = [key for key, one in self._clients.items() if key[0] is lane and one not in active]
             for key in away[:excess]:
                 del self._clients[key]
 
-    def _job(self, client: Sharing, name: str) -> Client:
+    def _job(self, client: Sharing, name: str) -> TurnTaker:
         """The part of a client's turns that a job has; beyond MOST_JOBS all further jobs have one together."""
         active = {line.job for line in self._lines.values() if line.client is client}
         client.jobs = {key: job for key, job in client.jobs.items() if job in active or key == name}
         if name not in client.jobs and len(client.jobs) >= MOST_JOBS:
             name = JOBS_BEYOND
-        job = client.jobs.setdefault(name, Client())
+        job = client.jobs.setdefault(name, TurnTaker())
         if job not in active:
             _level(job, active)
         return job
@@ -94,12 +96,12 @@ class Lines:
         return waiting
 
 
-def _level(client: Client, active: Iterable[Client]) -> None:
-    client.served = max(client.served, min((one.served for one in active), default=0.0))
+def _level(client: TurnTaker, active: Iterable[TurnTaker]) -> None:
+    client.served = max(client.served, min((other.served for other in active), default=0.0))
 
 
 class Backlog:
-    """How much waits for each model."""
+    """Rows and tokens that wait, by model."""
 
     def __init__(self) -> None:
         self._rows: Counter[str] = Counter()
@@ -131,3 +133,74 @@ class Backlog:
                 del self._prefixes[id(prefix)]
         self._rows[sequence.model] += one
         self._tokens[sequence.model] += one * tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceResult:
+    """What a sequence's future resolves to."""
+
+    vector: Vector
+    queue_seconds: float
+    """From submission to the start of its batch."""
+    infer_seconds: float
+    """The forward pass of its batch."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A row, the model that runs it, and the futures of everyone who waits for it: equal rows run once.
+
+    `submitted` is when the first of them came; whoever joins later does not change it.
+    """
+
+    row: Row
+    model: str
+    key: Hashable
+    """Equal for rows that give the same vector."""
+    submitted: float = field(default_factory=monotonic)
+    deadline: float = float("-inf")
+    """The latest of all who wait; by the monotonic clock."""
+    futures: list[asyncio.Future[SequenceResult]] = field(default_factory=list)
+    keep: Callable[[Vector], None] | None = None
+    """Given the vector as well, even if nobody waits any more."""
+    stands_in: set[tuple[Lane, str, str]] = field(default_factory=set)
+    """Lane, client and job of each line that it waits in: one for each who asked for it."""
+    taken: bool = False
+    """In a batch, or dropped, though it may still stand in other lines."""
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    @property
+    def prefix(self) -> Prefix | None:
+        """Leading tokens that other sequences of its request share."""
+        return self.row.prefix
+
+    def join(self, future: asyncio.Future[SequenceResult], deadline: float) -> None:
+        """Add one more who waits."""
+        self.futures.append(future)
+        self.deadline = max(self.deadline, deadline)
+
+    def unwanted(self, now: float) -> bool:
+        """Not to be run: it has been taken, nobody waits any more, or every deadline has passed."""
+        return self.taken or now >= self.deadline or all(future.done() for future in self.futures)
+
+    def resolve(self, result: SequenceResult | Exception) -> None:
+        """Answer everyone who still waits."""
+        if self.keep is not None and isinstance(result, SequenceResult):
+            self.keep(result.vector)
+        for future in self.futures:
+            if future.done():
+                continue
+            if isinstance(result, VecmillError):
+                future.set_exception(result.again())
+            elif isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)
+
+
+def duplicate_key(model: str, row: Row) -> Hashable:
+    """Equal for rows that give the same vector: of those in flight only one is run."""
+    prefix = row.prefix.token_ids.tobytes() if row.prefix is not None else b""
+    return model, row.token_ids.tobytes(), prefix, row.unpooled, row.second_text

@@ -60,7 +60,7 @@ class Rules:
 
 
 @dataclass(eq=False, slots=True)
-class Client:
+class TurnTaker:
     """Somebody who takes turns within a lane."""
 
     served: float = 0.0
@@ -70,16 +70,16 @@ class Client:
 
 
 @dataclass(eq=False, slots=True)
-class Line(Generic[S]):
+class WaitingLine(Generic[S]):
     """What one job of one client has waiting in one lane for one model, first come first served."""
 
     model: str
     lane: Lane
-    client: Client
+    client: TurnTaker
     front_since: float
     """When its present head came to the front. A deep line does not age, only one that stands still."""
     waiting: deque[S] = field(default_factory=deque)
-    job: Client = field(default_factory=Client)
+    job: TurnTaker = field(default_factory=TurnTaker)
     """The job as one that takes turns with the client's other jobs."""
 
 
@@ -92,9 +92,9 @@ class Cut(Generic[S]):
     """Interactive where any of the batch is."""
     batch: list[S] = field(default_factory=list)
     unwanted: list[S] = field(default_factory=list)
-    popped: dict[Line[S], int] = field(default_factory=dict)
+    popped: dict[WaitingLine[S], int] = field(default_factory=dict)
     """Sequences to take off the front of each line."""
-    served: dict[Client, int] = field(default_factory=dict)
+    served: dict[TurnTaker, int] = field(default_factory=dict)
     """Tokens of the batch for each client, and for each job."""
     tokens: int = 0
     """What the batch has to compute, at the most: the runner may know a prefix from an earlier batch."""
@@ -102,7 +102,9 @@ class Cut(Generic[S]):
     """Tokens that bulk is owed after this batch."""
 
 
-def cut(lines: Sequence[Line[S]], budgets: Mapping[str, Budget], rules: Rules, owed: float, now: float) -> Cut[S]:
+def cut(
+    lines: Sequence[WaitingLine[S]], budgets: Mapping[str, Budget], rules: Rules, owed: float, now: float
+) -> Cut[S]:
     """The next batch; empty where nothing wanted waits. The lines are left as they are.
 
     The first sequence is always taken, so one that is longer than the budget runs alone and cannot block its line. Cost
@@ -119,7 +121,7 @@ class _Draft(Generic[S]):
     """A batch in the making."""
 
     def __init__(
-        self, lines: Sequence[Line[S]], budgets: Mapping[str, Budget], rules: Rules, owed: float, now: float
+        self, lines: Sequence[WaitingLine[S]], budgets: Mapping[str, Budget], rules: Rules, owed: float, now: float
     ) -> None:
         self._budgets, self._rules, self._owed, self._now = budgets, rules, owed, now
         self._cut = Cut[S]("", Lane.BULK)
@@ -129,7 +131,7 @@ class _Draft(Generic[S]):
         self._of_lane = dict.fromkeys(Lane, 0)
         self._heads = {line: head for line in lines if (head := self._next(line)) is not None}
 
-    def _next(self, line: Line[S]) -> S | None:
+    def _next(self, line: WaitingLine[S]) -> S | None:
         """The first wanted sequence of a line that is not in the batch."""
         skipped = 0
         while self._popped[line] < len(line.waiting) and skipped < MOST_SKIPPED:
@@ -142,7 +144,7 @@ class _Draft(Generic[S]):
             skipped += 1
         return None
 
-    def first(self) -> Line[S] | None:
+    def first(self) -> WaitingLine[S] | None:
         """The line that goes first, whatever its model."""
         if aged := self._aged(self._heads):
             return aged[0]
@@ -151,23 +153,23 @@ class _Draft(Generic[S]):
             return interactive or bulk
         return bulk if self._owed >= len(self._heads[bulk]) else interactive
 
-    def _aged(self, lines: Iterable[Line[S]]) -> list[Line[S]]:
+    def _aged(self, lines: Iterable[WaitingLine[S]]) -> list[WaitingLine[S]]:
         """The longest-standing line of each client that has been served nothing for too long, longest first.
 
         By client: one with many jobs has always a line that stands still while its others are served.
         """
         limit = self._now - self._rules.aging_seconds
         standing = (line for line in lines if line.front_since <= limit and line.client.served_at <= limit)
-        oldest: dict[Client, Line[S]] = {}
+        oldest: dict[TurnTaker, WaitingLine[S]] = {}
         for line in sorted(standing, key=lambda line: line.front_since):
             oldest.setdefault(line.client, line)
         return list(oldest.values())
 
-    def _turn(self, lane: Lane) -> Line[S] | None:
+    def _turn(self, lane: Lane) -> WaitingLine[S] | None:
         """The line of a lane whose client was served least."""
         return min((line for line in self._heads if line.lane is lane), key=self._turn_key, default=None)
 
-    def _turn_key(self, line: Line[S]) -> tuple[float, float, float]:
+    def _turn_key(self, line: WaitingLine[S]) -> tuple[float, float, float]:
         """Clients take turns, and jobs within their client's."""
         served = self._cut.served
         return (
@@ -176,7 +178,7 @@ class _Draft(Generic[S]):
             self._heads[line].submitted,
         )
 
-    def begin(self, first: Line[S]) -> None:
+    def begin(self, first: WaitingLine[S]) -> None:
         """Take the first sequence; the rest of the batch is of its model."""
         self._cut.model = first.model
         self._budget = self._budgets[first.model]
@@ -194,7 +196,7 @@ class _Draft(Generic[S]):
         free = min(self._budget.free_tokens, full)
         self._take_turns(bulk, free if self._of_lane[Lane.INTERACTIVE] else full)
 
-    def _take_turns(self, lines: Iterable[Line[S]], limit: int, owed: float = float("inf")) -> None:
+    def _take_turns(self, lines: Iterable[WaitingLine[S]], limit: int, owed: float = float("inf")) -> None:
         """Take heads of a lane's lines in turn while they fit; a line whose head does not fit sits this batch out."""
         heap = [(self._turn_key(line), number, line) for number, line in enumerate(lines) if line in self._heads]
         heapq.heapify(heap)
@@ -207,7 +209,7 @@ class _Draft(Generic[S]):
             else:
                 heapq.heappop(heap)
 
-    def _take_if_fits(self, line: Line[S], limit: int) -> bool:
+    def _take_if_fits(self, line: WaitingLine[S], limit: int) -> bool:
         self._pass_chosen(line)
         head = self._heads.get(line)
         if head is None or len(self._cut.batch) >= self._budget.max_batch_size:
@@ -220,7 +222,7 @@ class _Draft(Generic[S]):
         self._take(line, added)
         return True
 
-    def _take(self, line: Line[S], added: int) -> None:
+    def _take(self, line: WaitingLine[S], added: int) -> None:
         head = self._heads[line]
         self._cut.batch.append(head)
         self._chosen.add(id(head))
@@ -228,11 +230,11 @@ class _Draft(Generic[S]):
             self._prefixes.add(id(head.prefix))
         self._cut.tokens += added
         self._of_lane[line.lane] += added
-        for one in (line.client, line.job):
-            self._cut.served[one] = self._cut.served.get(one, 0) + added
+        for taker in (line.client, line.job):
+            self._cut.served[taker] = self._cut.served.get(taker, 0) + added
         self._pass_chosen(line)
 
-    def _pass_chosen(self, line: Line[S]) -> None:
+    def _pass_chosen(self, line: WaitingLine[S]) -> None:
         """Move a line on when its head is in the batch already."""
         head = self._heads.get(line)
         if head is not None and id(head) in self._chosen:

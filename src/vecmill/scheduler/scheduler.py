@@ -1,22 +1,20 @@
-"""The loop that empties the lines into a `Runner`, and the promise that every future is resolved."""
+"""The loop that empties the lines into a `ForwardRunner`, and the promise that every future is resolved."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import repeat
 from time import monotonic
-from typing import Protocol
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
-from vecmill.core.protocols import BatchResult, Runner
+from vecmill.core.protocols import BatchResult, ForwardRunner
 from vecmill.core.types import Lane, Row, Vector
-from vecmill.scheduler.in_flight import InFlight
-from vecmill.scheduler.lines import Backlog, Lines
+from vecmill.scheduler.lines import Backlog, Sequence, SequenceResult, WaitingLines, duplicate_key
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
-from vecmill.scheduler.sequence import Sequence, SequenceResult, row_key
 
 logger = logging.getLogger(__name__)
 
@@ -45,18 +43,16 @@ class SchedulerStats:
 Keep = Callable[[Vector], None]
 
 
-class OnBatch(Protocol):
-    """Told of every batch that has run."""
-
-    def __call__(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None: ...
+OnBatch = Callable[[Lane, int, int, float, int], None]
+"""Called after every batch with its lane, rows, tokens, seconds on the device, and how often it was halved."""
 
 
 class Scheduler:
-    """Cuts batches for a `Runner`. All methods belong to the event loop's thread."""
+    """Cuts batches for a `ForwardRunner`. All methods belong to the event loop's thread."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: ForwardRunner,
         budgets: Mapping[str, Budget],
         rules: Rules | None = None,
         *,
@@ -64,16 +60,16 @@ class Scheduler:
         on_failure: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`budgets` by model; `on_failure` is told once why nothing can be run any more."""
+        """`budgets` by model; `on_failure` is called once, with why nothing can be run any more."""
         self.stats = SchedulerStats()
         self.budgets = dict(budgets)
         self.waiting = dict.fromkeys(Lane, 0)
-        """Sequences not yet in a batch, by the lane that they were first submitted to."""
+        """Sequences not yet in a batch, by the lane of their first submitter."""
         self._backlog = Backlog()
         self._runner = runner
         self._rules = rules or Rules()
         self._on_batch, self._on_failure, self._clock = on_batch, on_failure, clock
-        self._lines = Lines()
+        self._lines = WaitingLines()
         self._owed = 0.0
         self._unanswered: dict[Hashable, tuple[Sequence, Lane]] = {}
         self._in_flight = InFlight()
@@ -85,7 +81,7 @@ class Scheduler:
 
     @property
     def busy(self) -> bool:
-        """Whether anything is ahead of what would be submitted now."""
+        """Whether a row submitted now has to wait: a batch runs, or others wait."""
         return bool(self._running) or any(self.waiting.values())
 
     def submit(
@@ -96,17 +92,16 @@ class Scheduler:
         lane: Lane = Lane.BULK,
         client: str = "",
         job: str = "",
-        apart: str = "",
+        partition: str = "",
         deadline: float = float("inf"),
         keep: Iterable[Keep | None] = repeat(None),
     ) -> list[asyncio.Future[SequenceResult]]:
         """Queue rows and return one future for each, in order. Rows equal to one in flight wait for that one.
 
-        Clients take turns, and the `job`s of one client take turns in what it gets. Rows of requests that have another
-        `apart` are not taken for equal. `keep`, one for each row, is given its vector even where nobody waits for it
-        any more.
+        Clients take turns, and the `job`s of one client share its turns. Equal rows of different `partition`s each run.
+        `keep` has a function for each row, which is given its vector even if nobody waits for it any more.
 
-        Cancelling all futures of a sequence frees it before it is run; so does its `deadline`, by the clock.
+        A row is not run if all its futures are cancelled, or its `deadline` (monotonic) has passed, before its batch.
 
         Raises:
             ShuttingDown, EngineFailed: the scheduler takes no work any more.
@@ -117,7 +112,7 @@ class Scheduler:
         futures = []
         for row, kept_by in zip(rows, keep, strict=False):
             future: asyncio.Future[SequenceResult] = loop.create_future()
-            sequence = self._queue((apart, row_key(model, row)), model, row, lane, client, job)
+            sequence = self._queue((partition, duplicate_key(model, row)), model, row, lane, client, job)
             sequence.join(future, deadline)
             sequence.keep = sequence.keep or kept_by
             futures.append(future)
@@ -215,7 +210,7 @@ class Scheduler:
         if taken.tokens > self.budgets[taken.model].max_batch_tokens:
             logger.info("a text of %d tokens runs alone, longer than the budget of a forward pass", taken.tokens)
         started = self._clock()
-        result = await self._runner.run(taken.model, [one.row for one in taken.batch], taken.lane)
+        result = await self._runner.run(taken.model, [sequence.row for sequence in taken.batch], taken.lane)
         self._count(taken, result)
         for sequence, row in zip(taken.batch, result.rows, strict=True):
             self._unanswered.pop(sequence.key, None)
@@ -267,3 +262,37 @@ class Scheduler:
         for sequence in sequences:
             self._unanswered.pop(sequence.key, None)
             sequence.resolve(error)
+
+
+class InFlight:
+    """One batch on the device and those behind it, of which the runner takes interactive ones first."""
+
+    def __init__(self) -> None:
+        self._behind: Counter[Lane] = Counter()
+        self._busy = False
+
+    def begin(self, lane: Lane) -> None:
+        """A batch is given to the runner."""
+        if self._busy:
+            self._behind[lane] += 1
+        self._busy = True
+
+    def end(self) -> None:
+        """The batch on the device is answered; the next one takes its place."""
+        following = next((lane for lane in Lane if self._behind[lane]), None)
+        if following is None:
+            self._busy = False
+        else:
+            self._behind[following] -= 1
+
+    def has_room(self, *, full: bool, interactive: bool) -> bool:
+        """Whether to cut a batch now: as late as possible, for what arrives meanwhile still gets into it.
+
+        An idle device takes anything. Behind a busy one goes a batch that is `full`, which gains nothing by waiting;
+        and behind bulk alone one with `interactive` texts, to overtake it.
+        """
+        if not self._busy:
+            return True
+        if not self._behind.total():
+            return full
+        return interactive and not self._behind[Lane.INTERACTIVE]

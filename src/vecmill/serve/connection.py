@@ -163,10 +163,10 @@ class _Chunked:
         return len(line) + len(LINE_END)
 
     def _read_size(self, line: bytes) -> None:
-        found = CHUNK_SIZE.fullmatch(line)
-        if found is None:
+        match = CHUNK_SIZE.fullmatch(line)
+        if match is None:
             raise MalformedRequest("The request body is not in chunks as `Transfer-Encoding: chunked` says.")
-        size = int(found[1], 16)
+        size = int(match[1], 16)
         self._in_chunk = size + len(LINE_END) if size else 0
         self._last = size == 0
 

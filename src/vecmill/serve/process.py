@@ -15,15 +15,11 @@ from vecmill.app import Server, create_app
 from vecmill.config import Settings, load_settings
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.http.access import is_loopback
-from vecmill.serve.announcement import announce
-from vecmill.serve.http_server import LAST_ANSWERS, HttpServer
-from vecmill.serve.last_resort import LastResort, leave
-from vecmill.serve.listener import address_of, listen
-from vecmill.serve.notifier import Notifier
+from vecmill.serve.http_server import LAST_ANSWERS, HttpServer, address_of, listen
 from vecmill.serve.reloading import Reloading, warn_of_readable_keys
-from vecmill.serve.signals import STOP, ignore_stops, on_hangup, on_signal
-from vecmill.serve.stopping import Stopping
-from vecmill.serve.systemd import Status, feed_watchdog
+from vecmill.serve.start_log import announce
+from vecmill.serve.stopping import STOP, LastResort, Stopping, ignore_stops, leave, on_hangup, on_signal
+from vecmill.serve.systemd import Notifier, SystemdStatus, feed_watchdog
 from vecmill.telemetry.logs import configure_logging
 
 if sys.platform == "win32":
@@ -86,7 +82,7 @@ class _Process:
         app = create_app(self._settings, self._on_failure, _freeze)
         server: Server = app.state.server
         self._server = server
-        server.health.listen(Status(self._notifier, address).changed)
+        server.health.listen(SystemdStatus(self._notifier, address).changed)
         http = HttpServer(app, self._settings.http, server.requests.end)
         seconds = self._settings.http.shutdown_seconds
         stopping = self._stopping = Stopping(server, http, seconds, self._notifier, self._last_resort)

@@ -12,7 +12,7 @@ from vecmill.app import Server
 from vecmill.config import AccessSettings, Settings
 from vecmill.config.key_file import KeyEntry, readable_by_others
 from vecmill.core.errors import StartupError, VecmillError
-from vecmill.serve.notifier import Notifier
+from vecmill.serve.systemd import Notifier
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,11 @@ class Reloading:
         self._asked = asyncio.Event()
 
     def ask(self) -> None:
-        """Soon; asked for twice before it is done, it is done twice."""
+        """Reload soon. Asked again meanwhile, it reloads once more."""
         self._asked.set()
 
     async def run(self) -> None:
-        """Do what is asked for, for ever."""
+        """Reload whenever it is asked for, until cancelled."""
         while True:
             await self._asked.wait()
             await self._server.load_ended.wait()  # aliases are of models that are loaded
@@ -97,12 +97,12 @@ def _changes(before: Settings, now: Settings) -> Iterator[str]:
 
 def _changed_keys(entries_before: Iterable[KeyEntry], entries_now: Iterable[KeyEntry]) -> str:
     before, now = ({entry.name: entry for entry in entries} for entries in (entries_before, entries_now))
-    told = {
+    changes = {
         "new": sorted(now.keys() - before.keys()),
         "gone": sorted(before.keys() - now.keys()),
         "changed": sorted(name for name in before.keys() & now.keys() if before[name] != now[name]),
     }
-    return "; ".join(f"{what} {', '.join(names)}" for what, names in told.items() if names)
+    return "; ".join(f"{what} {', '.join(names)}" for what, names in changes.items() if names)
 
 
 def _others(before: Settings, now: Settings) -> Iterator[str]:

@@ -1,16 +1,20 @@
-"""The stop: what comes is refused, what runs is answered, and all of it takes no longer than it may."""
+"""The stop, from a signal to the end of the process: what comes is refused, what runs is answered, and all of it takes
+no longer than it may."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
 from time import monotonic
 
 from vecmill.app import Server
 from vecmill.serve.http_server import LAST_ANSWERS, HttpServer
-from vecmill.serve.last_resort import LastResort
-from vecmill.serve.notifier import MICROSECONDS, Notifier
-from vecmill.serve.signals import end_at_next_stop
+from vecmill.serve.systemd import MICROSECONDS, Notifier
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +50,7 @@ class Stopping:
         end_at_next_stop()
 
     def begin(self) -> None:
-        """Stop; once is enough."""
+        """Stop; a second call does nothing."""
         if self._task is None:
             self._began = monotonic()
             self._last_resort.within(self._seconds + CLOSING_SECONDS)
@@ -83,3 +87,75 @@ class Stopping:
             ended = self._server.requests.ended
             outcome = f"{ended} requests were ended" if ended else "all answered"
             logger.info("stopped after %.1f s, %s", monotonic() - self._began, outcome)
+
+
+STOP = (signal.SIGTERM, signal.SIGINT)
+TERMINAL = "/dev/tty"
+
+
+def on_signal(number: signal.Signals, call: Callable[[], None]) -> None:
+    """Have the running event loop call a function on a signal."""
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(number, call)
+    except NotImplementedError:  # Windows
+        signal.signal(number, lambda number, frame: loop.call_soon_threadsafe(call))
+
+
+def ignore_stops() -> None:
+    """Outside the event loop: a stop that was asked for is no failure."""
+    for number in STOP:
+        signal.signal(number, lambda number, frame: None)
+
+
+def end_at_next_stop() -> None:
+    """Leave the next signal to the system, which ends the process with it."""
+    for number in STOP:
+        signal.signal(number, signal.SIG_DFL)
+
+
+def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> None:
+    """SIGHUP: from whoever changed the settings; or from a terminal that is closed, whose programs end with it.
+
+    Under nohup, and on Windows, there is none.
+    """
+    if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return
+    had_terminal = _has_terminal()
+    on_signal(signal.SIGHUP, lambda: stop() if had_terminal and not _has_terminal() else reload())
+
+
+def _has_terminal() -> bool:
+    try:
+        os.close(os.open(TERMINAL, os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True
+
+
+class LastResort:
+    """Ends the process after a time, whatever hangs: a forward pass, a disk, a library's own threads."""
+
+    def __init__(self, exit_code: Callable[[], int]) -> None:
+        self._exit_code = exit_code
+        self._timer: threading.Timer | None = None
+
+    def within(self, seconds: float) -> None:
+        """End the process in so many seconds from now; replaces an earlier time."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _end(self) -> None:
+        logger.error("the server did not come to its end in time; it is ended")
+        leave(self._exit_code())
+
+
+def leave(exit_code: int) -> None:
+    """End the process now. Python's own end would wait for threads that cannot be ended."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

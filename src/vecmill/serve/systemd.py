@@ -1,19 +1,58 @@
 """What systemd is told: how far the start is, that the server is ready, that it still works.
 
-Source: https://www.freedesktop.org/software/systemd/man/latest/systemd.service.html (Type=notify, WatchdogSec=)
-"""
+Sources: https://www.freedesktop.org/software/systemd/man/latest/systemd.service.html (Type=notify, WatchdogSec=) and
+https://www.freedesktop.org/software/systemd/man/latest/sd_notify.html"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import os
+import socket
+from collections.abc import Callable, MutableMapping
+from contextlib import suppress
 from time import monotonic
 
 from vecmill.core.health import Phase
-from vecmill.serve.notifier import MICROSECONDS, Notifier
 
 logger = logging.getLogger(__name__)
+
+SOCKET, WATCHDOG, WATCHDOG_PROCESS = "NOTIFY_SOCKET", "WATCHDOG_USEC", "WATCHDOG_PID"
+MICROSECONDS = 1_000_000
+
+
+class Notifier:
+    """Sends what it is told where there is somebody to read it. Raises nothing; safe to use from any thread."""
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        """Takes the variables out: a child process must not speak for this one."""
+        self._address = _address(environment.pop(SOCKET, ""))
+        period, process = environment.pop(WATCHDOG, ""), environment.pop(WATCHDOG_PROCESS, "")
+        ours = process in ("", str(os.getpid()))
+        self.watchdog_seconds = int(period) / MICROSECONDS if ours and period.isdecimal() and int(period) else None
+        """Seconds within which `WATCHDOG=1` is expected, again and again; None where nobody waits for it."""
+
+    def __bool__(self) -> bool:
+        return self._address is not None
+
+    def send(self, **assignments: str | int) -> None:
+        """One message, a line for each assignment."""
+        if self._address is None:
+            return
+        lines = [f"{name}={' '.join(str(value).split())}" for name, value in assignments.items()]
+        # An OSError: nobody reads, or the queue is full. That must not hold up the server.
+        with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:  # close-on-exec by default
+            sender.setblocking(False)
+            sender.sendto("\n".join(lines).encode(), self._address)
+
+
+def _address(name: str) -> bytes | None:
+    """A path, or an abstract name, which `@` stands for; VSOCK is for virtual machines and not spoken here."""
+    if not hasattr(socket, "AF_UNIX") or name[:1] not in ("/", "@"):
+        return None
+    raw = os.fsencode(name)
+    return b"\0" + raw[1:] if name.startswith("@") else raw
+
 
 # While the start makes progress, TimeoutStartSec= is put off: the next progress may take this long, a download of
 # gigabytes or the compiling of a layer in between.
@@ -21,7 +60,7 @@ LOADING_PATIENCE = 300 * MICROSECONDS
 STATUS_EVERY = 0.5  # seconds, at least, between messages of one stage
 
 
-class Status:
+class SystemdStatus:
     """Passes on every change of the server's health. Safe to use from any thread."""
 
     def __init__(self, notifier: Notifier, address: str) -> None:

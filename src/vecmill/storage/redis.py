@@ -1,33 +1,225 @@
-"""Connections to Redis, or Valkey. Needs the extra `redis`.
+"""What several servers keep together in Redis, or Valkey: their jobs and their vectors. Needs the extra `redis`.
 
-Source: https://redis.readthedocs.io/en/stable/connections.html
+Redis keeps to its own limit: `maxmemory` with the policy `volatile-lru` drops the least recently used vectors and never
+a job, which has no expiry.
+
+Sources: https://redis.readthedocs.io/en/stable/connections.html and
+https://redis.io/docs/latest/develop/using-commands/transactions/ (optimistic locking)
 """
 
 from __future__ import annotations
 
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import cast
 
-# Whoever waits for Redis has a client that waits too.
-TIMEOUT_SECONDS = 1.0
+from redis import Redis
+from redis.asyncio import Redis as AsyncRedis
+from redis.asyncio.retry import Retry as AsyncRetry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, WatchError
+from redis.retry import Retry
+
+from vecmill.core.errors import JobsUnavailable
+from vecmill.core.protocols import JobChanges, StoredJobs, StoreFailed, StoreSize
+
+logger = logging.getLogger(__name__)
+
+JOBS_TIMEOUT_SECONDS = 1.0  # a client of the jobs waits meanwhile
+VECTORS_TIMEOUT_SECONDS = 0.25  # a search waits: computing a vector again is better than waiting long for it
 MAX_CONNECTIONS = 32
 
+JOBS = "vecmill:jobs"
+OPEN = f"{JOBS}:open"
+"""Hash: id to record."""
+ENDED = f"{JOBS}:ended"
+"""Sorted set: records by number."""
+META = f"{JOBS}:meta"
+"""Changes with every commit."""
 
-def connect(url: str) -> Redis:
-    """A client that connects when it is first used, and again after Redis was away. Answers are bytes.
+VECTOR = b"vecmill:vector:"
+UNUSED_SECONDS = 30 * 86_400
+SCANNED_AT_A_TIME = 1000
+
+
+def connect(url: str) -> AsyncRedis:
+    """A client that connects when it is first used, and reconnects after Redis was away. Answers are bytes.
 
     Raises:
-        ValueError, TypeError: the address has what the library does not know.
+        ValueError, TypeError: the client library does not know an option or a part of the address.
     """
-    client = Redis.from_url(
+    client = AsyncRedis.from_url(
         url,
-        socket_timeout=TIMEOUT_SECONDS,
-        socket_connect_timeout=TIMEOUT_SECONDS,
-        # Once, for a connection that Redis has closed meanwhile.
-        retry=Retry(NoBackoff(), 1),
+        socket_timeout=JOBS_TIMEOUT_SECONDS,
+        socket_connect_timeout=JOBS_TIMEOUT_SECONDS,
+        retry=AsyncRetry(NoBackoff(), 1),  # once, for a connection that Redis has closed meanwhile
         max_connections=MAX_CONNECTIONS,
     )
-    # Not connected yet; it would raise at each use otherwise.
+    # Does not connect yet. It raises here for an unknown option, which would otherwise raise at each use.
     client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
     return client
+
+
+class RedisJobs:
+    """All servers at one Redis have the same jobs. Nothing expires."""
+
+    def __init__(self, url: str) -> None:
+        self._redis = connect(url)
+
+    async def read(self, after: int) -> StoredJobs:
+        """All at one moment, in one round trip; of the ended jobs those with a number above `after`.
+
+        Raises:
+            JobsUnavailable: Redis does not answer.
+        """
+        try:
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS), self._redis.pipeline(transaction=True) as pipeline:
+                pipeline.time()
+                pipeline.get(META)
+                pipeline.hgetall(OPEN)
+                pipeline.zrange(ENDED, f"({after}", "+inf", byscore=True)
+                (seconds, microseconds), meta, opened, ended = await pipeline.execute()
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from None
+        records = {job_id.decode(): record for job_id, record in opened.items()}
+        return StoredJobs(records, ended, meta, seconds + microseconds / 1e6)
+
+    async def commit(self, seen: bytes | None, changes: JobChanges) -> bool:
+        """Write all of it if `meta` is still what was `seen`, else nothing; whether it was.
+
+        Raises:
+            JobsUnavailable: Redis does not answer, or has no room.
+        """
+        try:
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS), self._redis.pipeline(transaction=True) as pipeline:
+                await pipeline.watch(META)
+                if await pipeline.get(META) != seen:
+                    return False
+                pipeline.multi()  # type: ignore[no-untyped-call]
+                if changes.whole:
+                    pipeline.delete(OPEN, ENDED)
+                if changes.closed:
+                    pipeline.hdel(OPEN, *changes.closed)
+                if changes.open:
+                    pipeline.hset(OPEN, items=[part for pair in changes.open.items() for part in pair])
+                if changes.ended:
+                    pipeline.zadd(ENDED, {record: number for number, record in changes.ended})
+                pipeline.zremrangebyscore(ENDED, "-inf", changes.forgotten)
+                pipeline.set(META, changes.meta)
+                await pipeline.execute()
+        except WatchError:
+            return False
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from None
+        return True
+
+    async def close(self) -> None:
+        """Close the connections. Raises nothing."""
+        await self._redis.aclose()
+
+
+def _unavailable(error: Exception) -> JobsUnavailable:
+    # Not its text: it may repeat the address, which may have a password.
+    return JobsUnavailable(f"Redis cannot be used for the jobs ({type(error).__name__}).")
+
+
+class RedisVectors:
+    """Bytes by key, shared."""
+
+    def __init__(self, url: str) -> None:
+        """Connects when it is first used, and reconnects after Redis was away.
+
+        Raises:
+            ValueError, TypeError: the client library does not know an option or a part of the address.
+        """
+        self._redis = Redis.from_url(
+            url,
+            socket_timeout=VECTORS_TIMEOUT_SECONDS,
+            socket_connect_timeout=VECTORS_TIMEOUT_SECONDS,
+            retry=Retry(NoBackoff(), 1),
+        )
+        self._redis.connection_pool.make_connection()  # not connected yet; it would raise at each use otherwise
+        self._checked = False
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except (RedisError, OSError, MemoryError) as error:
+            raise StoreFailed(f"Redis: {error}") from None
+
+    def get(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
+        """Those of the keys that are there. Raises StoreFailed."""
+        with self._failing():
+            values = cast(list[bytes | None], self._redis.mget([VECTOR + key for key in keys]))
+        return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
+
+    def put(self, entries: Mapping[bytes, bytes], used: Iterable[bytes]) -> int:
+        """Add entries, and keep those that were used for longer. Raises StoreFailed."""
+        with self._failing():
+            self._check_policy()
+            pipeline = self._redis.pipeline(transaction=False)
+            for key, value in entries.items():
+                pipeline.set(VECTOR + key, value, ex=UNUSED_SECONDS)
+            for key in used:
+                pipeline.expire(VECTOR + key, UNUSED_SECONDS)
+            pipeline.execute()
+        return 0
+
+    def _check_policy(self) -> None:
+        """Say once where Redis would refuse work, or drop jobs, in place of old vectors."""
+        if self._checked:
+            return
+        self._checked = True
+        info = cast(dict[str, object], self._redis.info("memory"))
+        policy = info.get("maxmemory_policy")
+        if not info.get("maxmemory") or policy != "volatile-lru":
+            logger.warning(
+                "Redis has maxmemory %s and the policy %s: set a limit, and maxmemory-policy volatile-lru, so that it "
+                "drops old vectors before anything else",
+                info.get("maxmemory_human"),
+                policy,
+            )
+
+    def clear(self) -> int:
+        """Drop every vector. Raises StoreFailed."""
+        dropped = 0
+        with self._failing():
+            cursor = 0
+            while True:
+                cursor, keys = cast(
+                    tuple[int, list[bytes]], self._redis.scan(cursor, VECTOR + b"*", count=SCANNED_AT_A_TIME)
+                )
+                if keys:
+                    dropped += self._redis.unlink(*keys)
+                if cursor == 0:
+                    return dropped
+
+    def size(self) -> StoreSize:
+        """Keys and memory of all of Redis: it does not count by prefix. Raises StoreFailed."""
+        with self._failing():
+            info = cast(dict[str, int], self._redis.info("memory"))
+            return StoreSize(self._redis.dbsize(), info["used_memory"])
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._redis.close()
+
+
+def ping(url: str) -> str:
+    """Its version.
+
+    Raises:
+        StoreFailed: it does not answer, or not this user. The message has nothing of the address.
+    """
+    return asyncio.run(_version(url))
+
+
+async def _version(url: str) -> str:
+    try:
+        async with connect(url) as client:
+            return str((await client.info("server"))["redis_version"])
+    except (RedisError, OSError, ValueError, KeyError) as error:
+        raise StoreFailed(type(error).__name__) from None

@@ -88,12 +88,12 @@ def set_aside(path: Path, reason: str) -> None:
 def _prepared(path: Path, schema: str, version: int, durable: bool, busy_seconds: float) -> sqlite3.Connection:
     connection = connect(path, durable=durable, busy_seconds=busy_seconds)
     try:
-        [found] = connection.execute("PRAGMA user_version").fetchone()
-        if found == 0:
+        [stored] = connection.execute("PRAGMA user_version").fetchone()
+        if stored == 0:
             connection.executescript(f"BEGIN; {schema}; PRAGMA user_version = {version}; COMMIT;")
-        elif found != version:
+        elif stored != version:
             connection.close()
-            set_aside(path, f"it is of version {found}, this vecmill writes {version}")
+            set_aside(path, f"it is of version {stored}, this vecmill writes {version}")
             return _prepared(path, schema, version, durable, busy_seconds)
     except BaseException:
         connection.close()

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vecmill.core.protocols import StoreSize
-from vecmill.storage.errors import StoreFailed
+from vecmill.core.protocols import StoreFailed, StoreSize
 from vecmill.storage.sqlite import connect, is_broken, open_database, set_aside, transaction
 
 logger = logging.getLogger(__name__)
@@ -96,34 +95,34 @@ class SqliteVectors:
 
     def get(self, keys: Sequence[bytes]) -> Mapping[bytes, bytes]:
         """Those of the keys that are there. Raises StoreFailed."""
-        found: dict[bytes, bytes] = {}
+        values: dict[bytes, bytes] = {}
         with self._failing(), self._reader() as reader:
             for start in range(0, len(keys), KEYS_AT_A_TIME):
-                self._get_part(reader, keys[start : start + KEYS_AT_A_TIME], found)
-        return found
+                self._get_part(reader, keys[start : start + KEYS_AT_A_TIME], values)
+        return values
 
-    def _get_part(self, reader: sqlite3.Connection, keys: Sequence[bytes], found: dict[bytes, bytes]) -> None:
+    def _get_part(self, reader: sqlite3.Connection, keys: Sequence[bytes], values: dict[bytes, bytes]) -> None:
         by_id = dict(zip(_numbers(keys), keys, strict=True))
         marks = ",".join("?" * len(by_id))
         rows = reader.execute(f"SELECT id, rest, value FROM vectors WHERE id IN ({marks})", tuple(by_id))  # noqa: S608
         for number, rest, value in rows:
             key = by_id[number]
             if rest == int.from_bytes(key[8:], "little", signed=True):
-                found[key] = value
+                values[key] = value
 
     @contextmanager
     def _reader(self) -> Iterator[sqlite3.Connection]:
         """This thread's connection to the present file; its lock keeps `close` from taking it away meanwhile."""
         if self._writer is None:
             self._open()
-        found: _Reader | None = getattr(self._local, "reader", None)
-        if found is None or found.generation != self._generation:
-            if found is not None:
-                found.close()
-            found = self._local.reader = _Reader(connect(self._path, busy_seconds=BUSY_SECONDS), self._generation)
-            self._readers.append(found)
-        with found.lock:
-            yield found.connection
+        reader: _Reader | None = getattr(self._local, "reader", None)
+        if reader is None or reader.generation != self._generation:
+            if reader is not None:
+                reader.close()
+            reader = self._local.reader = _Reader(connect(self._path, busy_seconds=BUSY_SECONDS), self._generation)
+            self._readers.append(reader)
+        with reader.lock:
+            yield reader.connection
 
     def put(self, entries: Mapping[bytes, bytes], used: Iterable[bytes]) -> int:
         """Add entries, note which others were used, drop the least recently used. Raises StoreFailed."""

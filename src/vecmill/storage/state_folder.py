@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 from vecmill.core.errors import StartupObstacle
-from vecmill.storage.file_lock import FileLock
+from vecmill.storage.files import FileLock
 
 logger = logging.getLogger(__name__)
 
@@ -56,8 +56,8 @@ class StateFolder:
         """Find out what has become of the folder since; writes nothing. It may wait for the disk."""
         if self._opened is None:
             return
-        found = self._found(self._opened)
-        problem = None if found is None else f"STATE_DIR={self.path} {found}."
+        trouble = self._found(self._opened)
+        problem = None if trouble is None else f"STATE_DIR={self.path} {trouble}."
         if problem is not None and self.problem is None:
             logger.error(problem)
         elif problem is None and self.problem is not None:

@@ -60,7 +60,9 @@ def printable(text: str, longest: int) -> str:
         text = f"{text[:longest]}... ({len(text)} characters)"
     if text.isprintable():
         return text
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode() for character in text
+    )
 
 
 def _bounded(value: object, depth: int = 0) -> object:

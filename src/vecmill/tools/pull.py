@@ -15,11 +15,10 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.checkpoint import read
+from vecmill.models.checkpoint import Source, read
 from vecmill.models.hub import Plan, Report, converted, converted_folder, fetch, plan, require_space
 from vecmill.models.pickles import convert
 from vecmill.models.rerank_prompt import check_form
-from vecmill.models.source import Source
 from vecmill.models.weight_files import list_folder
 from vecmill.tools.console import INTERRUPTED, messages, print_error, results
 

@@ -22,7 +22,7 @@ from vecmill.core.errors import StartupError, VecmillError
 from vecmill.core.health import Health, Phase
 from vecmill.core.types import EmbedRequest, Matrix, ModelCard, PromptChoice, ScoreRequest, Task, Vector
 from vecmill.inference.facade import Inference
-from vecmill.inference.finish import cosines
+from vecmill.inference.vectors import cosines
 from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example, names_of
 from vecmill.tools.console import INTERRUPTED, messages, print_error, results
 

@@ -24,7 +24,8 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from vecmill.models.chat_template import filled
-from vecmill.models.rerank_prompt import DEFAULT_INSTRUCTION, QWEN3
+from vecmill.models.families.qwen3 import PAIR
+from vecmill.models.family import DEFAULT_INSTRUCTION
 
 HERE = Path(__file__).parent
 # What the tests send beside the stored texts: control tokens that are plain text there.
@@ -69,7 +70,7 @@ def reranker_texts(stored: dict[str, Any]) -> Iterator[str]:
     """Each prompt."""
     pairs = [(pair["query"], pair["document"]) for pair in stored["pairs"]]
     yield from (
-        filled(QWEN3, DEFAULT_INSTRUCTION, query, document) for query, document in [*pairs, (pairs[0][0], ENDED)]
+        filled(PAIR, DEFAULT_INSTRUCTION, query, document) for query, document in [*pairs, (pairs[0][0], ENDED)]
     )
 
 

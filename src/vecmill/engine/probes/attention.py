@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.types import Row
-from vecmill.engine.device import has_bfloat16, has_flash_attention
-from vecmill.engine.dtype import dtype_name
+from vecmill.engine.device import dtype_name, has_bfloat16, has_flash_attention
 from vecmill.engine.probes.results import AttentionComparison
 from vecmill.models.packed_attention import packed_attention
-from vecmill.models.packing import pack
+from vecmill.models.packing import Attention, pack
 
 HEADS, KV_HEADS, HEAD_DIM = 16, 8, 64
 LENGTHS = (7, 16, 33, 64, 120, 128, 128, 250, 511)
@@ -32,16 +31,15 @@ def attention(device: str) -> AttentionComparison:
     dtype = torch.bfloat16 if on_gpu and has_bfloat16(torch.device(device)) else torch.float32
     flash = on_gpu and dtype is torch.bfloat16 and has_flash_attention(torch.device(device))
     lengths = sorted(LENGTHS * (GPU_COPIES if on_gpu else 1))
-    batch = pack([Row(np.zeros(length, dtype=np.int32)) for length in lengths], torch.device(device))
+    rows = [Row(np.zeros(length, dtype=np.int32)) for length in lengths]
+    batch = pack(rows, torch.device(device), attention=Attention.FLASH if flash else Attention.SDPA)
     total = batch.input_ids.shape[1]
     query = _random(HEADS, total, dtype, device)
     key, value = (_random(KV_HEADS, total, dtype, device) for _ in range(2))
     module = nn.Module()
 
     def ours() -> Tensor:
-        out, _ = packed_attention(
-            module, query, key, value, None, packed_batch=batch, is_causal=False, use_flash_attn=flash
-        )
+        out, _ = packed_attention(module, query, key, value, None, packed_batch=batch, is_causal=False)
         return out[0]
 
     def row_by_row() -> Tensor:

@@ -7,7 +7,7 @@ from time import perf_counter
 
 import torch
 
-from vecmill.engine.dtype import dtype_name
+from vecmill.engine.device import dtype_name
 from vecmill.engine.probes.results import Load, MatmulSpeed
 
 CUDA_SIZE, CPU_SIZE = 4096, 1024

@@ -28,8 +28,7 @@ from vecmill.core.types import (
 from vecmill.http.bounds import Word
 from vecmill.http.caller import Priority, with_priority
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
-from vecmill.http.embedding_formats import FLOAT, EmbeddingFormat
-from vecmill.http.encoding import json_response, result_headers, vectors_response
+from vecmill.http.encoding import FLOAT, EmbeddingFormat, json_response, result_headers, vectors_response
 from vecmill.http.errors import ErrorShape
 from vecmill.http.services import services_of
 

@@ -29,7 +29,7 @@ from vecmill.http.dialects.inputs import (
     warnings,
 )
 from vecmill.http.dialects.openai import OPENAI
-from vecmill.http.embedding_formats import EmbeddingFormat
+from vecmill.http.encoding import EmbeddingFormat
 from vecmill.http.errors import ErrorShape
 from vecmill.http.route import InferenceRoute
 

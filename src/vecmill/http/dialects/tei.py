@@ -60,7 +60,7 @@ from vecmill.http.errors import ErrorShape, nearest
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf, services_of
-from vecmill.inference.finish import cosines
+from vecmill.inference.vectors import cosines
 
 router = APIRouter(tags=["TEI and CodeCartographer"], route_class=InferenceRoute)
 

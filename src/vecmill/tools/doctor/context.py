@@ -15,9 +15,8 @@ from vecmill.config import Settings
 from vecmill.core.address import url_here
 from vecmill.core.errors import StartupError
 from vecmill.engine.probes.results import TorchBuild
-from vecmill.hardware.gpu import GpuReading, nvidia_gpu_present
-from vecmill.hardware.gpu_memory import GpuMemory, gpu_memory
-from vecmill.hardware.meminfo import meminfo
+from vecmill.hardware.gpu import GpuMemory, GpuReading, gpu_memory, nvidia_gpu_present
+from vecmill.hardware.memory import meminfo
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 from vecmill.models import hub
 from vecmill.tools.doctor.probing import ProbeFailed, Prober

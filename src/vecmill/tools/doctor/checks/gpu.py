@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from vecmill.engine.probes.results import Load, MatmulSpeed
-from vecmill.hardware.clocks import LOADED_PERCENT, clock_verdict
-from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.gpu import LOADED_PERCENT, GpuReading, clock_verdict
 from vecmill.tools.doctor.context import DoctorContext, NoTorch, reading, within
 from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, ok, warn
 

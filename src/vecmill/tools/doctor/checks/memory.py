@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from vecmill.core.errors import MemoryLow, StartupError
 from vecmill.engine.probes.results import ClaimedMemory
-from vecmill.hardware.meminfo import meminfo
-from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory, memory_floor
+from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory, meminfo, memory_floor
 from vecmill.tools.doctor.checks.models import bytes_per_parameter, configured
 from vecmill.tools.doctor.context import DoctorContext
 from vecmill.tools.doctor.findings import Finding, fail, ok, together, warn

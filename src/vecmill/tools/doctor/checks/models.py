@@ -14,9 +14,9 @@ from rich.filesize import decimal
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models import hub
-from vecmill.models.checkpoint import Checkpoint, read
+from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.rerank_prompt import check_form
-from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, Source, bundled_instead, find, hub_id, is_hub_id
+from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, bundled_instead, find, hub_id, is_hub_id
 from vecmill.models.weight_files import parameters
 from vecmill.tools.doctor.context import DoctorContext
 from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, install, ok, together, warn

@@ -12,9 +12,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from vecmill import __version__
-from vecmill.storage.atomic_files import sync_folder, write_atomically
-from vecmill.storage.errors import StoreFailed
-from vecmill.storage.file_lock import FileLock
+from vecmill.core.protocols import StoreFailed
+from vecmill.storage.files import FileLock, sync_folder, write_atomically
 from vecmill.tools.doctor.checks.models import existing
 from vecmill.tools.doctor.context import DoctorContext, RunningServer
 from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
@@ -130,7 +129,7 @@ def _redis(url: str) -> Finding:
     parts = urlsplit(url)
     where = f"REDIS_URL ({parts.hostname or parts.path})"  # never the password
     try:
-        ping = import_module("vecmill.storage.redis_ping").ping
+        ping = import_module("vecmill.storage.redis").ping
     except ModuleNotFoundError:
         return fail(f"{where} needs the extra `redis`", install("vecmill[redis]"))
     try:

@@ -1,0 +1,61 @@
+"""The families that are served, each in a file of its own. A spec imports no torch: files are checked without it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
+from vecmill.models.families.bert import BERT, XLM_ROBERTA
+from vecmill.models.families.nomic_bert import NOMIC_BERT
+from vecmill.models.families.nv_embed import NV_EMBED
+from vecmill.models.families.qwen3 import QWEN3
+from vecmill.models.family import Family, PublishedModel
+
+FAMILIES: Mapping[str, Family] = {
+    family.model_type: family
+    for family in (
+        BERT,
+        XLM_ROBERTA,
+        NOMIC_BERT,
+        NV_EMBED,
+        QWEN3,
+    )
+}
+"""By `model_type` in config.json."""
+
+
+def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> Family:
+    """The family of a config.json, whose every key is known and says what is implemented.
+
+    Args:
+        named: the setting that names the model, for the error.
+        file: the config.json, for the error.
+
+    Raises:
+        StartupError: the family is not served for the task, a key is not known, or its value is not supported.
+    """
+    served = {model_type: family for model_type, family in FAMILIES.items() if task in family.tasks}
+    model_type = str(config.get("model_type", "missing"))
+    if model_type not in served:
+        raise StartupError(
+            f"{named}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(served))}."
+        )
+    served[model_type].check_config(named, file, config, task)
+    return served[model_type]
+
+
+def published_model(model_id: str) -> PublishedModel | None:
+    """What is known of the model of an id, or of a folder's name, whatever the family of its files.
+
+    `_name_or_path` in config.json does not count: a fine-tune has that of the model that it was made from.
+    """
+    models = (model for family in FAMILIES.values() for model in family.published)
+    return next((model for model in models if model.is_called(model_id)), None)
+
+
+def decoders(task: Task) -> list[str]:
+    """The `model_type` of the causal language models that are served for a task."""
+    return [family.model_type for family in FAMILIES.values() if family.is_decoder and task in family.tasks]

@@ -1,0 +1,198 @@
+"""nomic-embed-text-v1.5 and other nomic BERTs: rotary positions, SwiGLU, post-norm, mean pooling.
+
+Sources: Nussbaum et al. 2024 (https://arxiv.org/abs/2402.01613); https://huggingface.co/nomic-ai/nomic-embed-text-v1.5;
+the code that the hub's files were made with (https://huggingface.co/nomic-ai/nomic-bert-2048).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
+from vecmill.models.config_keys import (
+    COMMON,
+    MOST_LAYERS,
+    MOST_POSITIONS,
+    NO_HEAD,
+    ROTARY,
+    ConfigFile,
+    check_rope,
+    own_code,
+)
+from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
+
+KEYS: Mapping[str, Rule] = {
+    **COMMON,
+    **ROTARY,
+    "auto_map": own_code(
+        r"(nomic-ai/nomic-bert-2048--)?(configuration|modeling)_hf_nomic_bert\.NomicBert\w+", "nomic-ai/nomic-bert-2048"
+    ),
+    "layer_norm_eps": positive(),
+    "pad_token_id": whole(0),
+    "type_vocab_size": whole(),
+    # The keys of the code that the hub's files were made with, where the native class has others or none.
+    "n_embd": whole(),
+    "n_head": whole(),
+    "n_inner": whole(),
+    "n_layer": whole(largest=MOST_LAYERS),
+    "n_positions": whole(largest=MOST_POSITIONS),
+    "max_trained_positions": whole(largest=MOST_POSITIONS),
+    "layer_norm_epsilon": positive(),
+    "rotary_emb_base": positive(),
+    "activation_function": only("swiglu"),
+    "causal": only(False),
+    "ffn_div": HARMLESS,  # of experts
+    "mlp_fc1_bias": only(False),
+    "mlp_fc2_bias": only(False),
+    "num_experts": only(0, None, cure="A mixture of experts (nomic-embed-text-v2-moe) is not implemented."),
+    "moe_every_n_layers": only(0, None),
+    "parallel_block": only(False),
+    "parallel_block_tied_norm": HARMLESS,  # of parallel blocks
+    "prenorm": only(False),
+    "qkv_proj_bias": only(False),
+    "reorder_and_upcast_attn": only(False),
+    "rotary_emb_fraction": only(1.0),
+    "rotary_emb_interleaved": only(False),
+    "rotary_emb_scale_base": only(None),
+    "rotary_scaling_factor": HARMLESS,  # beyond the positions it was trained on, where texts are cut
+    "scale_attn_by_inverse_layer_idx": only(False),
+    "scale_attn_weights": only(True),
+    "use_rms_norm": only(False),
+    **rules(HARMLESS, ("dense_seq_output", "pad_vocab_size_multiple", "use_flash_attn")),
+    **NO_HEAD,
+}
+NATIVE_KEYS: Mapping[str, str] = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_inner": "intermediate_size",
+    "layer_norm_epsilon": "layer_norm_eps",
+    "max_trained_positions": "max_position_embeddings",
+}
+# Where a file has the hub's keys, these must be among them: the code's defaults are others than the native class's.
+REQUIRED = (
+    *("n_embd", "n_head", "n_inner", "n_layer", "layer_norm_epsilon"),
+    *("activation_function", "rotary_emb_base", "rotary_emb_fraction"),
+)
+NATIVE_THETA = 1000.0  # of the native class, where its keys do not say
+TRAINED_POSITIONS = 2048  # what the code takes where the file has `n_positions` alone
+
+
+def _check_layout(config: ConfigFile) -> None:
+    """The hub's keys are there together, and agree with the native ones where a file has both."""
+    content = config.content
+    same = [
+        (hub, content[hub], native, content[native])
+        for hub, native in NATIVE_KEYS.items()
+        if {hub, native} <= content.keys()
+    ]
+    if "rotary_emb_base" in content and (theta := _native_theta(content)) is not None:
+        same += [("rotary_emb_base", content["rotary_emb_base"], "rope_theta", theta)]
+    if "activation_function" in content and "hidden_act" in content:
+        same += [("activation_function", "silu", "hidden_act", content["hidden_act"])]
+    for hub, value, native, other in same:
+        if value != other:
+            raise StartupError(
+                f"{config.named}: {config.path.name} has `{hub}` ({value}) and `{native}` ({other}), which do not "
+                f"agree: keep the one that the weights were trained with."
+            )
+    if not content.keys() & NATIVE_KEYS.keys():
+        return
+    missing = [key for key in REQUIRED if key not in content]
+    if missing:
+        raise StartupError(f"{config.named}: {config.path.name} leaves out `{missing[0]}`, which has no one default.")
+    if content.get("rope_scaling"):
+        raise config.unsupported("rope_scaling", "null beside `rotary_emb_base`", "Put it into `rope_parameters`.")
+
+
+def _native_theta(content: ConfigJson) -> Any:
+    """The base of rotations that the native class takes; None where a file has the hub's keys alone."""
+    native = (*NATIVE_KEYS.values(), "rope_parameters", "rope_scaling", "rope_theta")
+    if all(content.get(key) is None for key in native):
+        return None
+    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    return rope.get("rope_theta", content.get("rope_theta", NATIVE_THETA))
+
+
+def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
+    """The native class's keys, from the hub's or the native ones."""
+    native = {NATIVE_KEYS.get(key, key): value for key, value in config.items()}
+    if "rotary_emb_base" in config and config.get("rope_parameters") is None:
+        # Rotary scaling beyond the trained length would make a vector depend on the longest text of its batch. Texts
+        # are cut at that length instead, so the plain rotation is right.
+        native["rope_parameters"] = {"rope_type": "default", "rope_theta": float(config["rotary_emb_base"])}
+    return {**native, "max_position_embeddings": positions}
+
+
+def _max_positions(config: ConfigJson) -> int | None:
+    """Those trained: beyond them rotary scaling would make a vector depend on the longest text of its batch."""
+    for key in ("max_trained_positions", "max_position_embeddings", "n_positions"):
+        if (positions := config.get(key)) is not None:
+            return min(positions, TRAINED_POSITIONS) if positions == config.get("n_positions") else int(positions)
+    return None
+
+
+PARTS = {
+    "attn.Wqkv.weight": ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    "attn.out_proj.weight": ("self_attn.o_proj.weight",),
+    "mlp.fc11.weight": ("mlp.up_proj.weight",),
+    "mlp.fc12.weight": ("mlp.gate_proj.weight",),
+    "mlp.fc2.weight": ("mlp.down_proj.weight",),
+    "norm1.weight": ("post_attention_layernorm.weight",),
+    "norm1.bias": ("post_attention_layernorm.bias",),
+    "norm2.weight": ("post_mlp_layernorm.weight",),
+    "norm2.bias": ("post_mlp_layernorm.bias",),
+}
+UNUSED = ("pooler.", "cls.", "embeddings.position_ids")
+
+
+def _rename(name: str) -> Sequence[str]:
+    """The hub's names or the native ones."""
+    name = name.removeprefix("nomic_bert.")
+    if name.startswith(UNUSED):
+        return ()
+    if name.startswith("emb_ln."):
+        return (name.replace("emb_ln.", "embeddings.LayerNorm."),)
+    if name.startswith("encoder.layers."):
+        _, _, layer, part = name.split(".", 3)
+        return tuple(f"layers.{layer}.{native}" for native in PARTS.get(part, (part,)))
+    return (name,)
+
+
+PROMPTS = {
+    "query": "search_query: ",
+    "document": "search_document: ",
+    "clustering": "clustering: ",
+    "classification": "classification: ",
+}
+
+NOMIC_BERT = Family(
+    model_type="nomic_bert",
+    architectures=r"NomicBert\w+",
+    tasks={
+        Task.EMBED: TaskSpec(
+            KEYS,
+            Network(
+                config_class="NomicBertConfig",
+                model_class="NomicBertModel",
+                rename=_rename,
+                arguments=_arguments,
+                options={"add_pooling_layer": False},
+                merged=("NomicBertAttention", "NomicBertMLP"),
+                token_types=True,
+            ),
+            (check_rope, _check_layout),
+        )
+    },
+    positions=Positions.ROTARY,
+    published=(
+        PublishedModel("nomic-ai", r"nomic-embed-text-v1", PROMPTS),
+        PublishedModel("nomic-ai", r"nomic-embed-text-v1\.5", PROMPTS, dimensions=(64, 128, 256, 512, 768)),
+    ),
+    native_keys=NATIVE_KEYS,
+    max_positions=_max_positions,
+    layer_norm_before_slice=True,
+)

@@ -1,0 +1,127 @@
+"""Qwen3-Embedding 0.6B, 4B and 8B: the hidden state of the last token. Rerankers on a Qwen3 decoder: how much more
+likely one token is than another after the prompt (Qwen3-Reranker 0.6B, 4B and 8B), or a classification head.
+
+Sources: Zhang et al. 2025 (https://arxiv.org/abs/2506.05176); https://huggingface.co/Qwen/Qwen3-Embedding-0.6B;
+https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vecmill.core.types import Task
+from vecmill.models.chat_template import PairPrompt, Slot
+from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, ConfigFile, check_rope
+from vecmill.models.family import (
+    DEFAULT_INSTRUCTION,
+    ConfigJson,
+    Family,
+    Network,
+    Positions,
+    PublishedModel,
+    TaskSpec,
+)
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, only, positive, rules, whole
+
+KEYS: Mapping[str, Rule] = {
+    **COMMON,
+    **ROTARY,
+    "attention_bias": only(False, True),
+    "head_dim": whole(),
+    "is_causal": only(True, cure="A Qwen3 that looks both ways, as null makes it too, is not implemented."),
+    "layer_types": HONOURED,  # with the next three, see `_check_sliding_window`
+    "max_window_layers": whole(0),
+    "sliding_window": whole(null=True),
+    "use_sliding_window": only(False, True),
+    "num_key_value_heads": whole(null=True),
+    "rms_norm_eps": positive(),
+}
+FLAG = "is_original_qwen3_reranker"
+OF_RERANKERS = ("classifier_from_token", FLAG)  # vLLM's, of language models that score
+SLIDING = "sliding_attention"
+LAYER_TYPES = ("full_attention", SLIDING)
+
+
+def _check_sliding_window(config: ConfigFile) -> None:
+    """Layers are of the two kinds that packed attention has, and one with a sliding window has a width."""
+    layers = config.content.get("layer_types")
+    if layers is None:
+        return
+    if not isinstance(layers, list) or not set(map(str, layers)) <= set(LAYER_TYPES):
+        raise config.unsupported("layer_types", f"lists of {' and '.join(LAYER_TYPES)}")
+    if SLIDING not in layers:
+        return
+    if not config.content.get("use_sliding_window", False):
+        raise config.unsupported("use_sliding_window", "true, where `layer_types` has a sliding window")
+    if config.content.get("sliding_window", 4096) is None:  # as Qwen3Config
+        raise config.unsupported("sliding_window", "a whole number from 1 on, where `layer_types` has a sliding window")
+
+
+def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
+    return {**config, "use_cache": False}
+
+
+HEADS = ("lm_head.", "score.")
+
+
+def _rename(name: str) -> Sequence[str]:
+    """Embedders are stored under the base model's names, rerankers under the causal model's; the head is not used."""
+    return () if name.startswith(HEADS) else (name.removeprefix("model."),)
+
+
+NETWORK = Network(
+    config_class="Qwen3Config",
+    model_class="Qwen3Model",
+    rename=_rename,
+    arguments=_arguments,
+    merged=("Qwen3Attention", "Qwen3MLP"),
+)
+SMALLEST_VECTOR = 32
+
+
+def _dimensions(width: int) -> range:
+    return range(min(SMALLEST_VECTOR, width), width + 1)
+
+
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+PAIR = (
+    f"{PREFIX}<Instruct>: ",
+    Slot.INSTRUCTION,
+    "\n<Query>: ",
+    Slot.QUERY,
+    "\n<Document>: ",
+    Slot.DOCUMENT,
+    SUFFIX,
+)
+PAIR_PROMPT = PairPrompt(PAIR, PAIR, DEFAULT_INSTRUCTION)
+CHECKS = (check_rope, _check_sliding_window)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    architectures=r"Qwen3\w+",
+    tasks={
+        Task.EMBED: TaskSpec({**KEYS, **NO_HEAD, **rules(HARMLESS, OF_RERANKERS)}, NETWORK, CHECKS),
+        Task.RERANK: TaskSpec(
+            {**KEYS, **HEAD, "tie_word_embeddings": only(False, True), **rules(HONOURED, OF_RERANKERS)}, NETWORK, CHECKS
+        ),
+    },
+    positions=Positions.ROTARY,
+    published=(
+        PublishedModel(
+            "Qwen",
+            r"Qwen3-Embedding-[\d.]+B",
+            {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery:", "document": ""},
+        ),
+        PublishedModel("Qwen", r"Qwen3-Reranker-[\d.]+B", pair_prompt=PAIR_PROMPT),
+        PublishedModel("tomaarsen", r"Qwen3-Reranker-[\d.]+B-seq-cls", pair_prompt=PAIR_PROMPT),
+    ),
+    dimensions=_dimensions,
+    is_decoder=True,
+    pair_prompt=PAIR_PROMPT,
+    pair_prompt_flag=FLAG,
+)

@@ -1,0 +1,171 @@
+"""The spec that a file in `families/` fills in. Reads no tensors and imports no torch.
+
+All that depends on a family is a field or a method here; no other file compares names of families.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from vecmill.core.types import Task
+from vecmill.models.chat_template import PairPrompt
+from vecmill.models.config_keys import ConfigFile, check_architectures
+from vecmill.models.keys import Rule, check_keys, honoured
+
+ConfigJson = Mapping[str, Any]
+"""The object in a config.json, checked."""
+Pooling = Literal["mean", "cls", "lasttoken"]
+Rename = Callable[[str], Sequence[str]]
+"""A weight's name in the files to its names in the class: none leaves it out, several share its rows equally."""
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+
+
+class Positions(Enum):
+    """How the network gets the position of a token in its row."""
+
+    FROM_ZERO = "from zero"
+    """From a table of learned positions; the first token has position 0."""
+    AFTER_PADDING = "after padding"
+    """From such a table; the first token has the position after the padding token's id, and padding tokens are not
+    counted (fairseq's convention)."""
+    ROTARY = "rotary"
+    """Queries and keys are rotated: only the distance between two tokens matters."""
+
+    def moved_by_left_padding(self, *, same_padding: bool) -> bool:
+        """Whether padding on the left changes a text's positions, so that the reference's vector depends on the batch.
+
+        Args:
+            same_padding: the tokenizer pads with the token that the network does not count.
+        """
+        return self is Positions.FROM_ZERO or (self is Positions.AFTER_PADDING and not same_padding)
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """How a family is built: transformers' classes by name (a spec imports no torch), and what goes into them."""
+
+    config_class: str
+    model_class: str
+    rename: Rename
+    arguments: Callable[[ConfigJson, int], dict[str, Any]] = lambda config, positions: dict(config)
+    """Keyword arguments of the config class, made of the honoured keys of config.json and the number of positions."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Further keyword arguments of the model class."""
+    blocks: str = "layers"
+    """Path of the repeated transformer blocks, from the base model."""
+    merged: tuple[str, ...] = ()
+    """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
+    token_types: bool = False
+    """Whether the model class takes `token_type_ids`."""
+    latent_attention: str | None = None
+    """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
+    pooling: Pooling | None = None
+    """Fixed by the architecture, whatever a checkpoint's files say; None: the files say how to pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSpec:
+    """A family at one task: as an embedder, or as a reranker."""
+
+    keys: Mapping[str, Rule]
+    """Every key that config.json may have, with the values that are supported. A key that is not here is refused."""
+    network: Network
+    checks: tuple[Callable[[ConfigFile], None], ...] = ()
+    """Each raises StartupError where keys do not fit each other."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedModel:
+    """What the card of a model at https://huggingface.co prescribes and its files leave out."""
+
+    owner: str
+    name: str
+    """A regular expression that matches the whole name."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """Of an embedder, by name: what goes before a text."""
+    dimensions: tuple[int, ...] = ()
+    """Sizes that vectors may be cut to; empty: as the family has it."""
+    pair_prompt: PairPrompt | None = None
+    """Of a reranker: the text around a pair, where its files have no template for pairs."""
+
+    def is_called(self, model_id: str) -> bool:
+        """Whether this is the model of an id, or of a folder's name."""
+        *owners, last = model_id.split("/")
+        by_owner = not owners or owners[-1].casefold() == self.owner.casefold()
+        return by_owner and re.fullmatch(self.name, last, re.IGNORECASE) is not None
+
+
+Unpooled = Literal["nothing", "instruction", "prompt"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextFormat:
+    """What an embedder's tokens need beyond the tokenizer's own template."""
+
+    end_token: str | None = None
+    """Ends every text; added where the template does not add it."""
+    end_survives_truncation: bool = True
+    unpooled: Unpooled = "nothing"
+    """Which leading tokens are not pooled: as many as the prompt has by itself (`instruction`, NV-Embed), or as many as
+    it has with the special tokens around it, less an ending one (`prompt`, sentence-transformers' `include_prompt`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What the checkpoints of a `model_type` have in common."""
+
+    model_type: str
+    """As config.json has it. Clients are shown it as the family, and it is a part of the cache's keys."""
+    architectures: str
+    """A regular expression that matches every class that `architectures` in config.json may list."""
+    tasks: Mapping[Task, TaskSpec]
+    positions: Positions
+    published: tuple[PublishedModel, ...] = ()
+    native_keys: Mapping[str, str] = field(default_factory=dict)
+    """Keys of config.json that transformers' class has under another name, with that name."""
+    max_positions: Callable[[ConfigJson], int | None] = lambda config: config.get("max_position_embeddings")
+    """The number of positions that the weights have or were trained on; None: config.json does not say."""
+    dimensions: Callable[[int], Sequence[int]] = lambda width: (width,)
+    """From the width of a vector to the sizes that it may be cut to (Matryoshka representation learning)."""
+    layer_norm_before_slice: bool = False
+    """Whether a vector is layer-normed, without weights, before it is cut."""
+    text_format: Callable[[ConfigJson], TextFormat] | None = None
+    """None: the tokenizer's own template, and pooling as sentence-transformers does it."""
+    tokenizer_as_it_stands: bool = False
+    """Whether tokenizer.json alone counts: the reference is code of its own that reads no other file."""
+    is_decoder: bool = False
+    """Whether it is a causal language model: as a reranker it reads a pair as one text and answers with a token, or has
+    a classification head on the last token."""
+    pair_prompt: PairPrompt | None = None
+    """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`."""
+    pair_prompt_flag: str | None = None
+    """A key of config.json that says, if true, that the checkpoint is a reranker with `pair_prompt`."""
+
+    def check_config(self, named: str, path: Path, config: Mapping[str, Any], task: Task) -> None:
+        """Raise StartupError unless every key of a config.json is known and says what is implemented.
+
+        Args:
+            named: the setting that names the model, for the error.
+        """
+        spec = self.tasks[task]
+        check_keys(named, path, config, spec.keys)
+        file = ConfigFile(named, path, config)
+        check_architectures(file, self.architectures)
+        for check in spec.checks:
+            check(file)
+
+    def arguments(self, config: ConfigJson, task: Task, positions: int) -> dict[str, Any]:
+        """Keyword arguments of transformers' config class for a checkpoint with so many positions."""
+        spec = self.tasks[task]
+        return spec.network.arguments(honoured(config, spec.keys), positions)
+
+    def width(self, config: ConfigJson) -> int | None:
+        """Values of a hidden state; None where config.json leaves it to the class's default."""
+        native = {self.native_keys.get(key, key): value for key, value in config.items()}
+        width: int | None = native.get("hidden_size")
+        return width

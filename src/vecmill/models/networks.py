@@ -1,0 +1,244 @@
+"""What runs a family on the device: packed token ids in, a vector for each text or a logit for each pair out.
+
+The families' specs name the classes of transformers; here they become models that take a `PackedBatch`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vecmill.core.errors import StartupError
+from vecmill.core.types import Task
+from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.family import Pooling, Positions
+from vecmill.models.latent_attention import LatentAttention
+from vecmill.models.packing import PackedBatch
+from vecmill.models.rerank_prompt import Answers, rerank_form
+from vecmill.models.weights import Target, WeightFiles, load_weights, make_config
+
+HEAD, SCORE = "lm_head.weight", "score.weight"
+EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
+
+
+class Model(Protocol):
+    """A loaded model."""
+
+    @property
+    def width(self) -> int:
+        """Values per row: the dimensions of a vector, or 1 for a reranker's logit."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        """All that holds weights."""
+        ...
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        """The repeated transformer blocks, in the order they run, all of one class."""
+        ...
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """(N, width) float32, not normalised, in packed order."""
+        ...
+
+
+def load_model(checkpoint: Checkpoint, target: Target) -> Model:
+    """The model of a checkpoint, its weights on the target's device.
+
+    Raises:
+        StartupError: a weight is missing, unknown or of the wrong shape, or transformers refuses config.json.
+    """
+    if checkpoint.task is Task.EMBED:
+        return EmbeddingModel(checkpoint, target)
+    return DecoderReranker(checkpoint, target) if checkpoint.family.is_decoder else CrossEncoder(checkpoint, target)
+
+
+class Backbone:
+    """A network of transformers without its head, run on packed rows."""
+
+    def __init__(self, checkpoint: Checkpoint, config: Any, module: Any) -> None:
+        """`module`: what `load_weights` gave, or the part of it that ends with the last hidden states."""
+        self.module = module
+        self.vocab_size: int = config.vocab_size
+        self.layers: Sequence[nn.Module] = tuple(attrgetter(checkpoint.network.blocks)(module))
+        self._token_types = checkpoint.network.token_types
+        after_padding = checkpoint.family.positions is Positions.AFTER_PADDING
+        self._padding = int(config.pad_token_id) if after_padding else None
+
+    def hidden_states(self, packed: PackedBatch) -> Tensor:
+        """(T, hidden size) of the last layer, after its norm."""
+        hidden: Tensor = self.module(
+            input_ids=packed.input_ids,
+            position_ids=packed.position_ids if self._padding is None else positions(packed, self._padding),
+            packed_batch=packed,
+            **({"token_type_ids": packed.token_type_ids} if self._token_types else {}),
+        ).last_hidden_state[0]
+        return hidden
+
+
+class EmbeddingModel:
+    """One vector per text."""
+
+    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
+        config, network = make_config(checkpoint), checkpoint.network
+        self.width: int = config.hidden_size
+        self._backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
+        self._pooling = network.pooling or checkpoint.require_pooling()
+        self._latent_attention: LatentAttention | None = None
+        if network.latent_attention is not None:
+            sizes = checkpoint.config.get(network.latent_attention) or {}
+            self._latent_attention = LatentAttention.fold(WeightFiles(checkpoint), sizes, target)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backbone.vocab_size
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return tuple(module for module in (self._backbone.module, self._latent_attention) if module is not None)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self._backbone.layers
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """(N, width) float32, pooled and not normalised, in packed order."""
+        hidden = self._backbone.hidden_states(packed)
+        if self._latent_attention is not None:
+            hidden = self._latent_attention(hidden)
+        return pool(hidden, packed, self._pooling)
+
+
+class CrossEncoder:
+    """An encoder and its classification head: one logit per pair of query and document."""
+
+    width = 1
+
+    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
+        config = make_config(checkpoint)
+        model = load_weights(checkpoint, config, target)
+        encoder, head = model.base_model, model.classifier
+        if getattr(encoder, "pooler", None) is not None:  # BERT's tanh layer is its pooler, XLM-R's is in its head
+            head = nn.Sequential(encoder.pooler, head)
+            encoder.pooler = None
+        self._backbone = Backbone(checkpoint, config, encoder)
+        self._head: nn.Module = head.float()  # scores are float32 whatever the weights' type
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backbone.vocab_size
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return (self._backbone.module, self._head)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self._backbone.layers
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """(N, 1) float32 logits, in packed order."""
+        # The head takes the first token of (N, 1, width) by itself.
+        logits: Tensor = self._head(self._backbone.hidden_states(packed)[packed.first].float()[:, None])
+        return logits.view(-1, 1)
+
+
+class DecoderReranker:
+    """A causal language model; of its head the one row, or the difference of two, that makes the score."""
+
+    width = 1
+
+    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
+        config = make_config(checkpoint)
+        self._backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
+        answers = rerank_form(checkpoint).answers
+        weights = WeightFiles(checkpoint)
+        row = _score(checkpoint, weights, config) if answers is None else _logit(checkpoint, weights, config, answers)
+        self._row = row.to(target.device)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._backbone.vocab_size
+
+    @property
+    def modules(self) -> Sequence[nn.Module]:
+        return (self._backbone.module,)
+
+    @property
+    def layers(self) -> Sequence[nn.Module]:
+        return self._backbone.layers
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """(N, 1) float32 logits, in packed order."""
+        last = self._backbone.hidden_states(packed)[packed.last].float()
+        # Row by row, so that a score does not depend on how many others there are.
+        return torch.sum(last * self._row, dim=1, keepdim=True)
+
+
+def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: Answers) -> Tensor:
+    """(hidden,) such that h . row = scale * (log p(true) - log p(false)), or the logit of `true` alone."""
+    tokens = [answers.true] if answers.false is None else [answers.true, answers.false]
+    if max(tokens) >= config.vocab_size:
+        raise StartupError(f"{checkpoint.named}: the tokens of its answers {tokens} are not in its vocabulary.")
+    # Qwen3's 8B stores its head; the smaller ones use their token embedding for it. One that is stored counts always.
+    head = HEAD
+    if HEAD not in weights.files and config.tie_word_embeddings:
+        head = next((name for name in EMBEDDINGS if name in weights.files), EMBEDDINGS[0])
+    true, *false = (weights.part(head, slice(token, token + 1))[0] for token in tokens)
+    return answers.scale * (true - false[0] if false else true)
+
+
+def _score(checkpoint: Checkpoint, weights: WeightFiles, config: Any) -> Tensor:
+    """(hidden,) of a classification head."""
+    labels = config.num_labels
+    stored = weights.shape(SCORE)[0] if SCORE in weights.files else labels
+    if (labels, stored) != (1, 1):
+        raise StartupError(
+            f"{checkpoint.named}: its head has {stored} labels, and config.json has {labels} (`id2label`, else 2); a "
+            f'reranker has one (a relevance score). Where the head has one, set `id2label` to {{"0": "LABEL_0"}}.'
+        )
+    return weights.part(SCORE)[0]
+
+
+def positions(packed: PackedBatch, padding: int) -> Tensor:
+    """(1, T) positions that begin after the padding's id; padding written in a text is not counted (XLM-R).
+
+    Such a token has the padding's own position, as transformers computes it.
+    """
+    index = torch.arange(packed.position_ids.shape[1], device=packed.position_ids.device)
+    is_padding = packed.input_ids[0] == padding
+    before = torch.cumsum(is_padding, 0) - is_padding.long()
+    of_row = before - before[index - packed.position_ids[0]]
+    counted = packed.position_ids[0] - of_row + padding + 1
+    return torch.where(is_padding, padding, counted)[None]
+
+
+def pool(hidden: Tensor, packed: PackedBatch, mode: Pooling) -> Tensor:
+    """(T, width) token vectors of any dtype -> (N, width) float32, in packed order."""
+    if mode == "cls":
+        return hidden[packed.first].float()
+    if mode == "lasttoken":
+        return hidden[packed.last].float()
+    return mean(hidden, packed)
+
+
+def mean(hidden: Tensor, packed: PackedBatch) -> Tensor:
+    """Mean over the tokens of each row that are pooled; each row is summed by itself, whatever it was packed with.
+
+    A row of which none is pooled gives NaN.
+    """
+    vectors, counts = hidden.float(), packed.lengths.float()
+    if packed.pooled is not None:
+        vectors = vectors * packed.pooled
+        counts = torch.segment_reduce(packed.pooled[:, 0], "sum", lengths=packed.lengths, unsafe=True)
+    sums = torch.segment_reduce(vectors, "sum", lengths=packed.lengths, axis=0, unsafe=True)
+    return sums[packed.segments] / counts[packed.segments, None]

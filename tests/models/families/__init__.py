@@ -1,0 +1,57 @@
+"""A test file for each family's file. Each lists its checkpoints in TINY, for what holds for every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vecmill.core.types import Row, Task
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """A checkpoint of a family, and which rows it gets when it is served."""
+
+    task: Task
+    model_type: str
+    write: Callable[[Path], Path]
+    """Given a path where nothing is; returns the folder of the checkpoint, which need not be there."""
+    unpooled: bool = False
+    """Whether leading tokens are left out of the pooling."""
+    second_text: bool = False
+    """Whether rows are pairs with token types."""
+    prefixes: bool = False
+    """Whether rows share prefixes."""
+
+    def row(self, length: int, vocab_size: int, random: np.random.Generator) -> Row:
+        """Random token ids, and a random place where the unpooled tokens end or the second text begins."""
+        token_ids = random.integers(0, vocab_size, length).astype(np.int32)
+        second = int(random.integers(0, length)) if self.second_text else None
+        unpooled = int(random.integers(0, length)) if self.unpooled else 0
+        return Row(token_ids, unpooled=unpooled, second_text=second)
+
+
+@cache
+def tiny_models() -> tuple[TinyModel, ...]:
+    """Those of every file here."""
+    modules = (import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__))
+    return tuple(tiny for module in modules for tiny in getattr(module, "TINY", ()))
+
+
+def tiny_model(task: Task, model_type: str) -> TinyModel:
+    """That of a family for a task."""
+    return next(tiny for tiny in tiny_models() if (tiny.task, tiny.model_type) == (task, model_type))
+
+
+def every_family(*, prefixes: bool | None = None) -> list[Any]:
+    """A parameter for each tiny model; with `prefixes` only those that share prefixes or do not."""
+    chosen = (tiny for tiny in tiny_models() if prefixes is None or tiny.prefixes is prefixes)
+    return [pytest.param(tiny, id=f"{tiny.task}-{tiny.model_type}") for tiny in chosen]
