@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import signal
 import tempfile
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import httpx
@@ -94,3 +94,24 @@ async def client() -> AsyncIterator[httpx.AsyncClient]:
     """The shared in-process application, with default limits."""
     async with serving() as client:
         yield client
+
+
+Sharing = Callable[..., Awaitable[httpx.AsyncClient]]
+
+
+@pytest.fixture(scope="module")
+async def shared() -> AsyncIterator[Sharing]:
+    """`serving`, but one application for all tests of a file that ask with the same settings.
+
+    For tests that neither mind nor leave behind jobs, files, cached vectors or counts.
+    """
+    clients: dict[tuple[tuple[str, object], ...], httpx.AsyncClient] = {}
+    async with AsyncExitStack() as stack:
+
+        async def client_of(**flags: object) -> httpx.AsyncClient:
+            settings = tuple(sorted(flags.items()))
+            if settings not in clients:
+                clients[settings] = await stack.enter_async_context(serving(**flags))
+            return clients[settings]
+
+        yield client_of

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.conftest import serving
+from tests.conftest import Sharing
 from tests.models.loaded import GOLDEN
 from tests.oracle import cross_encoder_scores, st_encode
 from tests.tiny_checkpoints import tiny_cross_encoder
@@ -31,11 +31,10 @@ def cross_encoder(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path)
 
 
 @pytest.fixture(scope="module", params=["cosine", "cross-encoder", "qwen3"])
-async def scorer(request: pytest.FixtureRequest, cross_encoder: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def scorer(request: pytest.FixtureRequest, cross_encoder: Path, shared: Sharing) -> httpx.AsyncClient:
     """A server without a reranker, and with one of each kind."""
     rerankers = {"cosine": "none", "cross-encoder": str(cross_encoder), "qwen3": str(GOLDEN / "qwen3" / "reranker")}
-    async with serving(rerank_model=rerankers[request.param]) as client:
-        yield client
+    return await shared(rerank_model=rerankers[request.param])
 
 
 async def rerank(client: httpx.AsyncClient, query: str, documents: Sequence[str], **fields: object) -> list[float]:
@@ -95,13 +94,13 @@ async def test_every_name_of_the_two_texts(client: httpx.AsyncClient, names: tup
 
 @pytest.mark.parametrize("raw", [{"use_activation": False}, {"activation": False}, {"raw_scores": True}])
 async def test_without_activation_scores_are_raw(
-    client: httpx.AsyncClient, cross_encoder: Path, minilm_folder: Path, raw: dict[str, Any]
+    client: httpx.AsyncClient, cross_encoder: Path, minilm_folder: Path, raw: dict[str, Any], shared: Sharing
 ) -> None:
     logits = cross_encoder_scores(cross_encoder, QUERIES[0], DOCUMENTS)
-    async with serving(rerank_model=str(cross_encoder)) as ranked:
-        np.testing.assert_allclose(await score(ranked, text_1=QUERIES[0], text_2=DOCUMENTS, **raw), logits, atol=1e-4)
-        mapped = await score(ranked, text_1=QUERIES[0], text_2=DOCUMENTS, use_activation=True)
-        np.testing.assert_allclose(mapped, 1 / (1 + np.exp(-logits.astype(float))), atol=1e-5)
+    ranked = await shared(rerank_model=str(cross_encoder))
+    np.testing.assert_allclose(await score(ranked, text_1=QUERIES[0], text_2=DOCUMENTS, **raw), logits, atol=1e-4)
+    mapped = await score(ranked, text_1=QUERIES[0], text_2=DOCUMENTS, use_activation=True)
+    np.testing.assert_allclose(mapped, 1 / (1 + np.exp(-logits.astype(float))), atol=1e-5)
     encoded = st_encode(minilm_folder, [QUERIES[0], *DOCUMENTS])
     found = await score(client, text_1=QUERIES[0], text_2=DOCUMENTS, **raw)
     np.testing.assert_allclose(found, encoded[1:] @ encoded[0], atol=1e-5)

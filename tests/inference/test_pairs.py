@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from tests.conftest import serving
+from tests.conftest import Sharing
 from tests.models.loaded import GOLDEN, load_model
 from tests.tiny_checkpoints import plain_tokenizer, tiny_cross_encoder
 from vecmill.core.errors import InputTooLong, InvalidInput
@@ -309,41 +309,43 @@ async def scores(client: httpx.AsyncClient, body: dict[str, object]) -> list[flo
     return [one["relevance_score"] for one in sorted(results, key=lambda one: int(one["index"]))]
 
 
-async def test_over_http_cut_documents_are_named(folder: Path, own: Tokenizer) -> None:
+async def test_over_http_cut_documents_are_named(folder: Path, own: Tokenizer, shared: Sharing) -> None:
     documents = ["dog", "the dog and the fox", "fox"]
-    async with serving(rerank_model=str(folder)) as client:
-        answer = await client.post("/v1/rerank", json=rerank("a fox", documents, max_tokens_per_doc=3))
-        assert answer.json()["usage"]["truncated"] == [1]
-        assert answer.headers["X-Truncated-Inputs"] == "1"
-        first, second = (own.encode(text, add_special_tokens=False) for text in ("a fox", documents[1]))
-        second.truncate(3)
-        tokens = [own.encode("a fox", text).ids for text in ("dog", "fox")]
-        assert answer.json()["usage"]["prompt_tokens"] == sum(map(len, [*tokens, own.post_process(first, second).ids]))
-        untouched = await client.post("/v1/rerank", json=rerank("a fox", documents, max_tokens_per_doc=100))
-        assert "truncated" not in untouched.json()["usage"]
-        assert "X-Truncated-Inputs" not in untouched.headers
+    client = await shared(rerank_model=str(folder))
+    answer = await client.post("/v1/rerank", json=rerank("a fox", documents, max_tokens_per_doc=3))
+    assert answer.json()["usage"]["truncated"] == [1]
+    assert answer.headers["X-Truncated-Inputs"] == "1"
+    first, second = (own.encode(text, add_special_tokens=False) for text in ("a fox", documents[1]))
+    second.truncate(3)
+    tokens = [own.encode("a fox", text).ids for text in ("dog", "fox")]
+    assert answer.json()["usage"]["prompt_tokens"] == sum(map(len, [*tokens, own.post_process(first, second).ids]))
+    untouched = await client.post("/v1/rerank", json=rerank("a fox", documents, max_tokens_per_doc=100))
+    assert "truncated" not in untouched.json()["usage"]
+    assert "X-Truncated-Inputs" not in untouched.headers
 
 
 @pytest.mark.parametrize("limits", [{"max_tokens_per_doc": 5000}, {"truncate_prompt_tokens": 128}, {"truncate": True}])
-async def test_scores_do_not_depend_on_limits_that_do_not_bite(folder: Path, limits: dict[str, object]) -> None:
+async def test_scores_do_not_depend_on_limits_that_do_not_bite(
+    folder: Path, limits: dict[str, object], shared: Sharing
+) -> None:
     documents = ["dog", "the dog and the fox", "fox"]
-    async with serving(rerank_model=str(folder)) as client:
-        plain = await scores(client, rerank("a fox", documents))
-        assert await scores(client, rerank("a fox", documents, **limits)) == pytest.approx(plain, abs=1e-6)
-        cut = await scores(client, rerank("a fox", documents, max_tokens_per_doc=1))
-        assert cut[1] != pytest.approx(plain[1], abs=1e-6)
+    client = await shared(rerank_model=str(folder))
+    plain = await scores(client, rerank("a fox", documents))
+    assert await scores(client, rerank("a fox", documents, **limits)) == pytest.approx(plain, abs=1e-6)
+    cut = await scores(client, rerank("a fox", documents, max_tokens_per_doc=1))
+    assert cut[1] != pytest.approx(plain[1], abs=1e-6)
 
 
-async def test_over_http_a_pair_that_must_not_be_cut_is_a_400(folder: Path) -> None:
-    async with serving(rerank_model=str(folder)) as client:
-        for field in ({"truncate": False}, {"truncate": "NONE"}, {"truncation": False}):
-            body = rerank("a fox", ["dog", "the dog and the fox " * 3], truncate_prompt_tokens=12, **field)
-            answer = await client.post("/v1/rerank", json=body)
-            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents[1]")
-            assert "maximum context length" in answer.json()["error"]["message"]
-        small = await client.post("/v1/rerank", json=rerank("a fox", ["dog"], truncate_prompt_tokens=4))
-        assert small.status_code == 400
-        assert "`truncate_prompt_tokens`" in small.json()["error"]["message"]
+async def test_over_http_a_pair_that_must_not_be_cut_is_a_400(folder: Path, shared: Sharing) -> None:
+    client = await shared(rerank_model=str(folder))
+    for field in ({"truncate": False}, {"truncate": "NONE"}, {"truncation": False}):
+        body = rerank("a fox", ["dog", "the dog and the fox " * 3], truncate_prompt_tokens=12, **field)
+        answer = await client.post("/v1/rerank", json=body)
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "documents[1]")
+        assert "maximum context length" in answer.json()["error"]["message"]
+    small = await client.post("/v1/rerank", json=rerank("a fox", ["dog"], truncate_prompt_tokens=4))
+    assert small.status_code == 400
+    assert "`truncate_prompt_tokens`" in small.json()["error"]["message"]
 
 
 LONG_QUERY = "How many people live in Berlin and what do they do there all day long"
