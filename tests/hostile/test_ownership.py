@@ -89,9 +89,8 @@ async def test_lists_and_events_show_a_keys_own_jobs(client: httpx.AsyncClient) 
     assert job not in await listed(BEN)
     assert {job, others} <= await listed(ADMIN)
     queue = client._transport.app.state.services.jobs  # type: ignore[attr-defined]
-    holders = client._transport.app.state.services.keys  # type: ignore[attr-defined]
-    for key, seen, unseen in ((ANN, job, others), (BEN, others, job)):
-        news = await anext(queue.follow(5.0, holders.holder_of(key).viewer))
+    for owner, seen, unseen in (("name:ann", job, others), ("name:ben", others, job)):
+        news = await anext(queue.follow(5.0, Viewer(owner)))
         ids = [orjson.loads(view)["id"] for view in news]
         assert seen in ids
         assert unseen not in ids

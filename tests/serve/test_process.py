@@ -75,7 +75,7 @@ def test_the_start_log_tells_what_runs_and_sigterm_ends_it(tmp_path: Path) -> No
         process = start(vecmill_command(port), stdout=file, env=os.environ)
         try:
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=20)) as client:
-                while client.get("/health").status_code != 200:
+                while client.get("/health").status_code != 200 or "/docs" not in log.read_text():
                     assert process.poll() is None, log.read_text()
                 secret = client.post("/embed", json={"inputs": "a secret text", "dimensions": 999})
                 assert secret.status_code == 422
