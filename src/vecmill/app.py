@@ -260,8 +260,9 @@ def create_app(
     )
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
-    routers = [dialect.router for dialect in registry.DIALECTS]
-    routers += [registry.shared, files.router, batches.router, jobs.router, jobs.deprecated]
+    first, *others = (dialect.router for dialect in registry.DIALECTS)
+    routers = [first, registry.shared, *others]  # the API's document has them in this order
+    routers += [files.router, batches.router, jobs.router, jobs.deprecated]
     routers += [capabilities.router, health.router, stats.router, page.router]
     for router in routers:
         app.include_router(router)

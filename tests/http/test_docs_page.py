@@ -13,18 +13,18 @@ from tests.servers import RunningServer, free_port, running, vecmill_command
 TAGS = [
     "OpenAI",
     "Infinity",
-    "Cohere",
     "Rerank",
     "TEI and CodeCartographer",
     "vLLM",
-    "Ollama",
-    "llama-server",
     "NIM",
     "Weaviate",
+    "Cohere",
+    "Ollama",
+    "llama-server",
     "Batches",
-    "Cache",
     "Jobs",
     "Health",
+    "Cache",
     "Statistics",
 ]
 

@@ -52,22 +52,25 @@ def _by_tag(bodies: Sequence[type[B] | None]) -> dict[str, type[B]]:
     return {_tag(body): body for body in bodies if body is not None}
 
 
-RERANK = _by_tag([dialect.rerank for dialect in DIALECTS])
-TOKENIZE = _by_tag([dialect.tokenize for dialect in DIALECTS])
+# The bodies of a shared path, by tag. Each is asked in turn whether it `speaks`; the first is shown first in the API's
+# document, and reads what no other speaks.
+RERANK = _by_tag([cohere.RerankBody, *(dialect.rerank for dialect in DIALECTS if dialect is not cohere.DIALECT)])
+TOKENIZE = _by_tag([tei.TeiTokenizeBody, *(dialect.tokenize for dialect in DIALECTS if dialect is not tei.DIALECT)])
 
 
-def _speaker(bodies: dict[str, type[B]], otherwise: type[B]) -> Callable[[Any], str]:
-    """A function from a JSON body to the tag of the body that reads it; `otherwise` reads what no other speaks."""
+def _speaker(bodies: dict[str, type[B]]) -> Callable[[Any], str]:
+    """A function from a JSON body to the tag of the body that reads it."""
+    otherwise, *others = bodies
 
     def spoken(body: Any) -> str:
-        speaking = (tag for tag, kind in bodies.items() if isinstance(body, dict) and kind.speaks(body))
-        return next(speaking, _tag(otherwise))
+        speaking = (tag for tag in others if isinstance(body, dict) and bodies[tag].speaks(body))
+        return next(speaking, otherwise)
 
     return spoken
 
 
-rerank_spoken = _speaker(RERANK, otherwise=cohere.RerankBody)
-tokenize_spoken = _speaker(TOKENIZE, otherwise=tei.TeiTokenizeBody)
+rerank_spoken = _speaker(RERANK)
+tokenize_spoken = _speaker(TOKENIZE)
 
 if TYPE_CHECKING:
     AnyRerankBody = ScoreBody
