@@ -21,7 +21,7 @@ Vectors = npt.NDArray[np.float32]
 class Dialect:
     """One endpoint's request and answer."""
 
-    kind: targets.Dialect
+    kind: targets.TargetApi
     body: Callable[[Sequence[str]], dict[str, Any]]
     vectors: Callable[[bytes], Vectors]
     """(texts, dimensions) in the texts' order, from the body of an answer."""
@@ -30,13 +30,13 @@ class Dialect:
 def tei(*, is_query: bool = False) -> Dialect:
     """text-embeddings-inference: POST /embed, answered with a bare list of lists of floats."""
     return Dialect(
-        targets.Dialect.TEI,
+        targets.TargetApi.TEI,
         body=lambda texts: {"inputs": list(texts), "is_query": is_query},
         vectors=lambda answer: np.asarray(json.loads(answer), dtype=np.float32),
     )
 
 
-def openai(model: str, kind: targets.Dialect = targets.Dialect.OPENAI, **more: Any) -> Dialect:
+def openai(model: str, kind: targets.TargetApi = targets.TargetApi.OPENAI, **more: Any) -> Dialect:
     """OpenAI's embeddings, in base64: less to write and to read than decimal digits. `more` goes into each body."""
     return Dialect(
         kind,

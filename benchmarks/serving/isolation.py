@@ -31,7 +31,7 @@ from tokenizers import Tokenizer
 
 from vecmill.tools.bench.load_generator import Outcomes
 from vecmill.tools.bench.scenarios import MixedResult, measure_mixed
-from vecmill.tools.bench.target import BenchError, BenchTarget, Dialect
+from vecmill.tools.bench.target import BenchError, BenchTarget, TargetApi
 from vecmill.tools.bench.workload import QUERIES
 
 OURS = "vecmill"
@@ -115,9 +115,9 @@ def _round(name: str, peer: Peer, plan: Plan) -> list[Pass]:
 def _target(name: str, peer: Peer, url: str) -> BenchTarget:
     """In the dialect whose answers cost least to write; the hand-written server has only lists of digits."""
     if name == OURS:
-        return BenchTarget(url, Dialect.OPENAI)
+        return BenchTarget(url, TargetApi.OPENAI)
     dialect = peer.dialect.kind
-    return BenchTarget(url, dialect, None if dialect is Dialect.TEI else SERVED_NAME)
+    return BenchTarget(url, dialect, None if dialect is TargetApi.TEI else SERVED_NAME)
 
 
 def _forward_ms(server: RunningServer) -> float:

@@ -108,7 +108,7 @@ def _infinity(wanted: Wanted, words: Sequence[str]) -> Peer:
     return Peer(
         lambda port: (program, "v2", *model, "--host", "127.0.0.1", "--port", str(port), *options),
         "/health",
-        openai(SERVED_NAME, targets.Dialect.INFINITY),
+        openai(SERVED_NAME, targets.TargetApi.INFINITY),
         {**OFFLINE, **assigned},
         _about(INFINITY, words),
     )

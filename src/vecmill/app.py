@@ -132,7 +132,7 @@ class Server:
             with self._failing_start():
                 loaded = await self._load()
                 self.telemetry.rolling.warmup_seconds = tuple(
-                    seconds for one in loaded.warmed.values() for seconds in one.seconds
+                    seconds for warmed in loaded.warmed.values() for seconds in warmed.seconds
                 )
                 self._on_loaded()
                 self.health.update(Phase.READY, 100, "ready")
@@ -162,13 +162,14 @@ class Server:
         served = ((model.card, model.checkpoint, model.tokenizer) for model in loaded.models.values())
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
         budgets = {
-            key: Budget(one.max_batch_tokens, one.max_batch_size, one.free_tokens) for key, one in loaded.warmed.items()
+            key: Budget(warmed.max_batch_tokens, warmed.max_batch_size, warmed.free_tokens)
+            for key, warmed in loaded.warmed.items()
         }
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
         endpoints = batch_endpoints(self.inference, self._threads, self._settings.inference)
-        rates = [one.calibration.best_rate for one in loaded.warmed.values()]
+        rates = [warmed.calibration.best_rate for warmed in loaded.warmed.values()]
         self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self._loaded = loaded

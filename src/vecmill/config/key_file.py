@@ -137,11 +137,11 @@ def readable_by_others(path: Path) -> bool:
     A file of another owner that this process may read through its group was given that group for this.
     """
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return False
-    own = hasattr(os, "geteuid") and found.st_uid == os.geteuid()
-    return bool(found.st_mode & (stat.S_IROTH | (stat.S_IRGRP if own else 0)))
+    own = hasattr(os, "geteuid") and status.st_uid == os.geteuid()
+    return bool(status.st_mode & (stat.S_IROTH | (stat.S_IRGRP if own else 0)))
 
 
 def _text(path: Path) -> str:

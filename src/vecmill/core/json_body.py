@@ -162,11 +162,11 @@ class _Pieces:
         commas = np.flatnonzero((self._kinds[inner] == COMMA) & (self._depths[inner] == depth)) + first + 1
         if last - first == len("[]") and self._is_blank(int(self._places[first]) + 1, int(self._places[last - 1])):
             return [] if bracket == b"[" else {}
-        found: Any = [] if bracket == b"[" else {}
-        add = found.extend if bracket == b"[" else found.update
-        for one in self._groups(first, last - 1, commas):
-            add(self._group(bracket, *one, depth))
-        return found
+        value: Any = [] if bracket == b"[" else {}
+        add = value.extend if bracket == b"[" else value.update
+        for group in self._groups(first, last - 1, commas):
+            add(self._group(bracket, *group, depth))
+        return value
 
     def _is_container(self, start: int, stop: int, first: int, last: int, depth: int) -> bool:
         """Whether there is one list or object, and nothing around it."""

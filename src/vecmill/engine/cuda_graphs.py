@@ -54,14 +54,14 @@ def ladder(largest: int) -> list[int]:
 
     So few tokens are added to a batch that a graph pays for it, and there are few enough graphs to capture them all.
     """
-    found = []
+    sizes = []
     tokens = step = 16
     while tokens <= largest:
-        found.append(tokens)
+        sizes.append(tokens)
         if tokens >= 16 * step:
             step *= 2
         tokens += step
-    return found
+    return sizes
 
 
 class Pass(Protocol):

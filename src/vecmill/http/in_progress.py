@@ -77,9 +77,9 @@ class InProgress:
             self._all.discard(exchange)
             self._count(exchange, -1)
 
-    def _count(self, exchange: Exchange, one: int) -> None:
+    def _count(self, exchange: Exchange, sign: int) -> None:
         if not exchange.late:
-            self._waited_for += one
+            self._waited_for += sign
             if self._waited_for:
                 self._none.clear()
             else:

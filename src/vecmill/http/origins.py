@@ -23,7 +23,7 @@ class Origins:
     def __init__(self, listed: Collection[str]) -> None:
         self._any = bool(listed)
         self.all = "*" in listed
-        self.pattern = "|".join(_pattern(one) for one in listed if one != "*") or "(?!)"
+        self.pattern = "|".join(_pattern(origin) for origin in listed if origin != "*") or "(?!)"
         self._compiled = re.compile(self.pattern)
 
     def __bool__(self) -> bool:

@@ -205,9 +205,9 @@ class InstructTokenizer:
                 "`instruction`: this reranker's prompt has no place for one; leave it out.", param="instruction"
             )
         query, shortened = await self._cut_query(query, limits)
-        asked = self._default_instruction if instruction is None else instruction
-        layout = self._instructed if asked else self._plain
-        head = await self._head(layout, asked or "", query)
+        instruction = self._default_instruction if instruction is None else instruction
+        layout = self._instructed if instruction else self._plain
+        head = await self._head(layout, instruction or "", query)
         most = limits.room(self._max_model_len) - len(layout.tail)
         if most - len(head) < 1:
             self._check_own_limit(limits, len(head) + len(layout.tail))
@@ -378,7 +378,7 @@ def _stretches(pieces: Pieces, control: TokenizerPool) -> Iterator[tuple[bool, P
                 runs += [[text], []]
             elif text:
                 runs[-1].append(text)
-    for users, several in groupby(filter(None, runs), key=lambda run: any(isinstance(one, Slot) for one in run)):
+    for users, several in groupby(filter(None, runs), key=lambda run: any(isinstance(part, Slot) for part in run)):
         for run in several if users else [chain.from_iterable(several)]:
             yield users, tuple(run)
 
@@ -417,18 +417,18 @@ def _splits(rest: Pieces, left: str, second: str, probe: str, pool: TokenizerPoo
 
 def _restored(pieces: Pieces, control: TokenizerPool) -> tuple[int, ...]:
     """The tokens that two pairs of different texts end with (sentence-transformers' rule and texts)."""
-    one, other = (control.encode(filled(pieces, PROBE_INSTRUCTION, text, text)) for text in ("0", "1 2 3 4"))
-    most = min(len(one), len(other))
-    same = next((index for index in range(most) if one[-1 - index] != other[-1 - index]), most)
-    return tuple(one[len(one) - same :]) if 0 < same < most else ()
+    first, second = (control.encode(filled(pieces, PROBE_INSTRUCTION, text, text)) for text in ("0", "1 2 3 4"))
+    most = min(len(first), len(second))
+    same = next((index for index in range(most) if first[-1 - index] != second[-1 - index]), most)
+    return tuple(first[len(first) - same :]) if 0 < same < most else ()
 
 
 def _check(pieces: Pieces, layout: PairLayout, control: TokenizerPool) -> None:
     for probe in PROBES:
         texts = iter(layout.users_texts(PROBE_INSTRUCTION, probe))
-        found = [
+        joined = [
             token for part in layout.head for token in (control.encode(next(texts)) if part.pieces else part.tokens)
         ]
-        found += [*control.encode(f"{layout.before}{probe}{layout.behind}"), *layout.tail]
-        if found != control.encode(filled(pieces, PROBE_INSTRUCTION, probe, probe)):
+        joined += [*control.encode(f"{layout.before}{probe}{layout.behind}"), *layout.tail]
+        if joined != control.encode(filled(pieces, PROBE_INSTRUCTION, probe, probe)):
             raise UnfitTemplateError("is not split at its control tokens by its tokenizer")

@@ -200,7 +200,7 @@ class TextTokenizer:
 def common_start(ids: Sequence[int], instruction: Sequence[int]) -> int:
     """How many tokens of the instruction are those of the row: its last may be one with the text's first."""
     pairs = zip(ids, instruction, strict=False)
-    return next((index for index, (one, other) in enumerate(pairs) if one != other), min(len(ids), len(instruction)))
+    return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(ids), len(instruction)))
 
 
 def cut_left(ids: Sequence[int], room: int, instruction: int) -> Sequence[int]:

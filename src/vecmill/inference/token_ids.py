@@ -241,7 +241,7 @@ def _given_by(pool: TokenizerPool, ids: Sequence[int]) -> bool:
         pool.encode(full),
     )
     exact = len(ids) < JUDGED_TOKENS
-    return any(found == sure if exact else found[: len(sure)] == sure for found in possible)
+    return any(tokens == sure if exact else tokens[: len(sure)] == sure for tokens in possible)
 
 
 # Bytes of texts, or token ids, of one request. Nothing may be cut here, and a token takes some hundred bytes until it
@@ -311,7 +311,7 @@ class _TextPieces(Sequence[Piece]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[one] for one in range(*index.indices(len(self)))]
+            return [self[place] for place in range(*index.indices(len(self)))]
         place = range(len(self))[index] - len(self._before)
         if place < 0:
             return self._before[place]

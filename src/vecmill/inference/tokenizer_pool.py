@@ -172,7 +172,7 @@ class TokenizerPool:
         parts = [texts[i : i + TEXTS_PER_TASK] for i in range(0, len(texts), TEXTS_PER_TASK)]
         size = sum(map(len, texts))  # of the whole: a large request's parts must not fill the thread for small ones
         done = await asyncio.gather(*(self._threads.run(partial(function, part), size=size) for part in parts))
-        return [one for part in done for one in part]
+        return [item for part in done for item in part]
 
     def encode_part(self, texts: Sequence[str], before: Callable[[str], str] = _nothing) -> list[list[int]]:
         """As `encode_batch`, in this thread. `before` says what goes before a text."""

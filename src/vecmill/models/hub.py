@@ -235,7 +235,7 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None, pickle
         weights = _weights_on_hub(api, name, info, pickles=pickles)
         needed = [*SMALL_FILES, *_vocabularies([file.rfilename for file in info.siblings or []]), *weights]
         # The commit, not the branch: a dry run must not move the cache's idea of where the branch is.
-        found = snapshot_download(
+        files = snapshot_download(
             name,
             revision=commit,
             token=hf_token,
@@ -250,7 +250,7 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None, pickle
         name=name,
         commit=commit,
         sizes={file.rfilename: file.size for file in _needed(info, needed)},
-        missing={file.filename: file.file_size or 0 for file in found if file.will_download},
+        missing={file.filename: file.file_size or 0 for file in files if file.will_download},
         weights=weights,
         licence=_licence(info),
         parameters=info.safetensors.total if info.safetensors else None,
@@ -282,8 +282,8 @@ def _other_revisions(api: HfApi, name: str) -> list[str]:
     """Which branches and pull requests have safetensors, in words; the hub's own conversions first."""
     try:
         refs = api.list_repo_refs(name, include_pull_requests=True)
-        asked = api.get_repo_discussions(name, discussion_type="pull_request")
-        authors = {f"refs/pr/{each.num}": each.author for each in islice(asked, MOST_REQUESTS)}
+        discussions = api.get_repo_discussions(name, discussion_type="pull_request")
+        authors = {f"refs/pr/{each.num}": each.author for each in islice(discussions, MOST_REQUESTS)}
         branches = [each.name for each in refs.branches]
         requests = [each.ref for each in reversed(refs.pull_requests or [])]
         candidates = [*branches, *sorted(requests, key=lambda ref: authors.get(ref) != CONVERTER)][:MOST_TRIED]
@@ -370,11 +370,11 @@ def _verify(plan: Plan, folder: Path) -> None:
     wrong = []
     for path, size in plan.sizes.items():
         file = folder / path
-        found = file.stat().st_size if file.exists() else None
-        if found is None or (size is not None and found != size):
+        present = file.stat().st_size if file.exists() else None
+        if present is None or (size is not None and present != size):
             file.resolve().unlink(missing_ok=True)  # the file in the cache's blobs; the folder holds a link to it
             file.unlink(missing_ok=True)
-            wrong.append(f"{path} ({'missing' if found is None else f'{found:,} of {size:,} bytes'})")
+            wrong.append(f"{path} ({'missing' if present is None else f'{present:,} of {size:,} bytes'})")
     if wrong:
         raise StartupError(
             f"{plan.name}: not the size that the hub says, so removed: {', '.join(wrong)}: run the same command again "

@@ -92,8 +92,8 @@ def _is_made_of(target: Path, files: str) -> bool:
 
 
 def _small(folder: Path) -> list[Path]:
-    found = {path for pattern in (*READ, "*/config.json") for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.name not in (INDEX, PICKLE_INDEX))
+    paths = {path for pattern in (*READ, "*/config.json") for path in folder.glob(pattern)}
+    return sorted(path for path in paths if path.is_file() and path.name not in (INDEX, PICKLE_INDEX))
 
 
 def _copy_small(folder: Path, result: Path) -> None:
@@ -218,8 +218,8 @@ def _write(pickle: str, made: str, largest: int) -> None:
 
 
 def _problem(error: Exception) -> str:
-    if found := FORBIDDEN.search(str(error)):
-        return f"asks for `{found[1]}` when it is loaded, which no weights need: it may be hostile"
+    if global_name := FORBIDDEN.search(str(error)):
+        return f"asks for `{global_name[1]}` when it is loaded, which no weights need: it may be hostile"
     if isinstance(error, ValueError) and error.args and str(error).startswith(("is not", "has some", "says that")):
         return str(error)
     if isinstance(error, MemoryError) or "allocate" in str(error):

@@ -158,8 +158,8 @@ class Listing:
     def instead(self) -> tuple[str, str] | None:
         """What there is in place of weights that can be read, and what to do."""
         for patterns, what, cure in OTHERS:
-            if found := sorted(name for name in self.present if any(fnmatchcase(name, each) for each in patterns)):
-                return f"{what} ({found[0]}), not {SINGLE}", cure.format(model=self.model)
+            if names := sorted(name for name in self.present if any(fnmatchcase(name, each) for each in patterns)):
+                return f"{what} ({names[0]}), not {SINGLE}", cure.format(model=self.model)
         return None
 
 

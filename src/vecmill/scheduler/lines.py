@@ -63,7 +63,7 @@ class WaitingLines:
         """Drop the clients that have been away longest."""
         excess = len(self._clients) - MOST_CLIENTS
         if excess > 0:
-            away = [key for key, one in self._clients.items() if key[0] is lane and one not in active]
+            away = [key for key, client in self._clients.items() if key[0] is lane and client not in active]
             for key in away[:excess]:
                 del self._clients[key]
 
@@ -120,19 +120,19 @@ class Backlog:
         """Whether a whole forward pass of a model waits."""
         return self._tokens[model] >= budget.max_batch_tokens or self._rows[model] >= budget.max_batch_size
 
-    def _count(self, sequence: Sequence, one: int) -> None:
+    def _count(self, sequence: Sequence, sign: int) -> None:
         """A prefix that several share is computed once, so it counts once."""
         tokens = len(sequence)
         if (prefix := sequence.prefix) is not None:
             tokens -= len(prefix)
-            self._prefixes[id(prefix)] += one
+            self._prefixes[id(prefix)] += sign
             shared = self._prefixes[id(prefix)]
-            if shared == (1 if one > 0 else 0):
+            if shared == (1 if sign > 0 else 0):
                 tokens += len(prefix)
             if not shared:
                 del self._prefixes[id(prefix)]
-        self._rows[sequence.model] += one
-        self._tokens[sequence.model] += one * tokens
+        self._rows[sequence.model] += sign
+        self._tokens[sequence.model] += sign * tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,13 +171,13 @@ async def _measure(check: ScoreCheck | VectorCheck, inference: Inference, card: 
         vectors = await _embed(inference, check.texts, NO_PROMPT)
         stored = np.asarray(check.vectors, dtype=np.float32)
         return [
-            Number(f"{_short(text)}\n  cosine of the two vectors", 1.0, _cosine(one, two), tolerance)
-            for text, one, two in zip(check.texts, vectors, stored, strict=True)
+            Number(f"{_short(text)}\n  cosine of the reference vectors", 1.0, _cosine(vector, reference), tolerance)
+            for text, vector, reference in zip(check.texts, vectors, stored, strict=True)
         ]
     scores = await (_reranked if card.task is Task.RERANK else _embedded)(check, inference)
     pairs = [f"{_short(query)}\n  {_short(document)}" for query in check.queries for document in check.documents]
     expected = [number for row in check.expected for number in row]
-    return [Number(*one, tolerance) for one in zip(pairs, expected, scores, strict=True)]
+    return [Number(*pair, tolerance) for pair in zip(pairs, expected, scores, strict=True)]
 
 
 async def _embedded(check: ScoreCheck, inference: Inference) -> list[float]:
@@ -200,9 +200,9 @@ async def _embed(inference: Inference, texts: tuple[str, ...], prompt: PromptCho
     return (await inference.embed(EmbedRequest(texts, prompt=prompt))).embeddings
 
 
-def _cosine(one: Vector, two: Vector) -> float:
+def _cosine(left: Vector, right: Vector) -> float:
     """The cosine of two vectors; NaN where their sizes differ."""
-    return float(cosines(one[None], two[None])[0]) if one.shape == two.shape else math.nan
+    return float(cosines(left[None], right[None])[0]) if left.shape == right.shape else math.nan
 
 
 def _short(text: str) -> str:

@@ -11,7 +11,7 @@ from tests.tools.bench.command_line import bench_json
 from tests.tools.bench.scripted_server import Reply, scripted, vectors
 from vecmill.tools.bench.load_generator import BulkLoad, Outcomes, TargetClient, run, search
 from vecmill.tools.bench.report import warnings
-from vecmill.tools.bench.target import BenchTarget, Dialect
+from vecmill.tools.bench.target import BenchTarget, TargetApi
 
 LEVEL = ("--texts", 2, "--batch", 2, "--connections", 1)
 
@@ -66,14 +66,14 @@ def test_the_first_answer_is_checked_and_not_measured() -> None:
 @pytest.mark.parametrize(
     ("url", "dialect", "endpoint"),
     [
-        ("localhost:80", Dialect.OPENAI, "http://localhost:80/v1/embeddings"),
-        ("https://host/v1/", Dialect.OPENAI, "https://host/v1/embeddings"),
-        ("https://host/v1", Dialect.RERANK, "https://host/v1/rerank"),
-        ("https://host/v1", Dialect.INFINITY, "https://host/v1/embeddings"),
-        ("https://host/prefix/", Dialect.TEI, "https://host/prefix/embed"),
+        ("localhost:80", TargetApi.OPENAI, "http://localhost:80/v1/embeddings"),
+        ("https://host/v1/", TargetApi.OPENAI, "https://host/v1/embeddings"),
+        ("https://host/v1", TargetApi.RERANK, "https://host/v1/rerank"),
+        ("https://host/v1", TargetApi.INFINITY, "https://host/v1/embeddings"),
+        ("https://host/prefix/", TargetApi.TEI, "https://host/prefix/embed"),
     ],
 )
-def test_endpoints(url: str, dialect: Dialect, endpoint: str) -> None:
+def test_endpoints(url: str, dialect: TargetApi, endpoint: str) -> None:
     assert BenchTarget(url, dialect).endpoint == endpoint
 
 

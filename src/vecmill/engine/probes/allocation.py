@@ -17,16 +17,16 @@ def allocation(device: str) -> Oversized:
     """Cap the process at 1 GiB and ask for a tenth more. CUDA only."""
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
-    asked = int(CAP * ASKED_SHARE)
+    requested = int(CAP * ASKED_SHARE)
     torch.cuda.set_per_process_memory_fraction(min(1.0, CAP / total), device)
     started = perf_counter()
     try:
-        refused = _refused(asked, device)
+        refused = _refused(requested, device)
     finally:
         seconds = perf_counter() - started
         torch.cuda.set_per_process_memory_fraction(1.0, device)
         torch.cuda.empty_cache()
-    return Oversized(CAP, asked, refused, seconds, _works(device))
+    return Oversized(CAP, requested, refused, seconds, _works(device))
 
 
 def _refused(size: int, device: str) -> str | None:

@@ -22,8 +22,8 @@ def compiling(device: str) -> CompileTry:
     """
     given = torch.linspace(-2, 2, SIZE * SIZE, device=device).reshape(SIZE, SIZE)
     started = perf_counter()
-    found = torch.compile(_function, fullgraph=True)(given)
-    difference = (found - _function(given)).abs().max().item()
+    compiled = torch.compile(_function, fullgraph=True)(given)
+    difference = (compiled - _function(given)).abs().max().item()
     return CompileTry(perf_counter() - started, difference)
 
 

@@ -48,9 +48,9 @@ def load(device: str) -> Load:
 def _products(device: str) -> tuple[int, Callable[[], object]]:
     size = CUDA_SIZE if device.startswith("cuda") else CPU_SIZE
     # Small values: what a GPU draws, and so its clock, follows the data; zeros would make it look faster.
-    one, other = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
-    out = torch.empty_like(one)
-    return size, lambda: torch.matmul(one, other, out=out)
+    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    out = torch.empty_like(left)
+    return size, lambda: torch.matmul(left, right, out=out)
 
 
 def _seconds(device: str, multiply: Callable[[], object], count: int) -> float:

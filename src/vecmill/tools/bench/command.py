@@ -29,7 +29,7 @@ from vecmill.tools.bench.scenarios import (
     measure_mixed,
     measure_sweep,
 )
-from vecmill.tools.bench.target import BenchError, BenchTarget, Dialect, Encoding
+from vecmill.tools.bench.target import BenchError, BenchTarget, Encoding, TargetApi
 from vecmill.tools.bench.workload import LONGEST, Workload, read_workload
 from vecmill.tools.console import INTERRUPTED, CommandError, messages, print_error, results
 
@@ -85,9 +85,9 @@ class BenchOptions:
 def bench(
     url: Annotated[str, typer.Argument(help="The server, like `http://127.0.0.1:8080`.")],
     dialect: Annotated[
-        Dialect,
+        TargetApi,
         typer.Option(help="openai: /v1/embeddings; infinity: /embeddings; tei: /embed; rerank: /v1/rerank."),
-    ] = Dialect.OPENAI,
+    ] = TargetApi.OPENAI,
     model: Annotated[str | None, typer.Option(help="The `model` of each request. Default: none is sent.")] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Sent as a bearer token.", envvar="API_KEY", show_default=False)

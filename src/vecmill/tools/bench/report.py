@@ -61,8 +61,8 @@ def show_remarks(outcomes_by_name: Mapping[str, Outcomes], loads: Sequence[BulkL
     named = outcomes_by_name.items()
     first_errors = dict.fromkeys(outcomes.first_error for _, outcomes in named if outcomes.first_error)
     remarks = [
-        *(("waited", f"{name}: {_counts(one.retries)}", "yellow") for name, one in named if one.retries),
-        *(("errors", f"{name}: {_counts(one.errors)}", "red") for name, one in named if one.errors),
+        *(("waited", f"{name}: {_counts(outcomes.retries)}", "yellow") for name, outcomes in named if outcomes.retries),
+        *(("errors", f"{name}: {_counts(outcomes.errors)}", "red") for name, outcomes in named if outcomes.errors),
         *(("error", error, "red") for error in first_errors),
         *(("warning", warning, "yellow") for warning in warnings(loads)),
     ]

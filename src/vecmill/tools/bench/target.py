@@ -35,7 +35,7 @@ class BadAnswer(BenchError):
     exit_code = 1
 
 
-class Dialect(StrEnum):
+class TargetApi(StrEnum):
     """The API that requests are written in."""
 
     OPENAI = "openai"
@@ -52,10 +52,10 @@ class Encoding(StrEnum):
 
 
 PATHS = {
-    Dialect.OPENAI: "/v1/embeddings",
-    Dialect.INFINITY: "/embeddings",
-    Dialect.TEI: "/embed",
-    Dialect.RERANK: "/v1/rerank",
+    TargetApi.OPENAI: "/v1/embeddings",
+    TargetApi.INFINITY: "/embeddings",
+    TargetApi.TEI: "/embed",
+    TargetApi.RERANK: "/v1/rerank",
 }
 
 
@@ -75,7 +75,7 @@ class BenchTarget:
 
     url: str
     """With or without `http://`, and for openai and rerank with or without `/v1`."""
-    dialect: Dialect = Dialect.OPENAI
+    dialect: TargetApi = TargetApi.OPENAI
     model: str | None = None
     """Left out of the requests where None: the server's default."""
     api_key: str | None = field(default=None, repr=False)
@@ -103,12 +103,12 @@ class BenchTarget:
         """A request for the texts' vectors, or with `rerank` for the texts' scores against the query."""
         fields: dict[str, object]
         match self.dialect:
-            case Dialect.OPENAI | Dialect.INFINITY:
+            case TargetApi.OPENAI | TargetApi.INFINITY:
                 fields = {"input": list(texts), "encoding_format": self.encoding}
-            case Dialect.TEI:
+            case TargetApi.TEI:
                 # Without it, a text that is too long for the model is an error.
                 fields = {"inputs": list(texts), "truncate": True}
-            case Dialect.RERANK:
+            case TargetApi.RERANK:
                 fields = {"query": query, "documents": list(texts)}
         return orjson.dumps(fields if self.model is None else {"model": self.model, **fields})
 
@@ -126,7 +126,7 @@ def tokens_of(content: bytes, headers: Mapping[str, str]) -> int | None:
     return int(header) if header.isdigit() else None
 
 
-def dimensions_of(content: bytes, dialect: Dialect, texts: int) -> int | None:
+def dimensions_of(content: bytes, dialect: TargetApi, texts: int) -> int | None:
     """The size of the vectors; None for scores.
 
     Raises:
@@ -134,26 +134,26 @@ def dimensions_of(content: bytes, dialect: Dialect, texts: int) -> int | None:
     """
     try:
         entries = _entries(orjson.loads(content), dialect)
-        sizes = {_size(entry) for entry in entries} if dialect is not Dialect.RERANK else set()
+        sizes = {_size(entry) for entry in entries} if dialect is not TargetApi.RERANK else set()
     except (ValueError, KeyError, TypeError, Base64Error) as error:
         raise BadAnswer(f"The answer is not one of the dialect {dialect}: {start_of(content)}") from error
     if len(entries) != texts:
-        kind = "scores" if dialect is Dialect.RERANK else "vectors"
+        kind = "scores" if dialect is TargetApi.RERANK else "vectors"
         raise BadAnswer(f"{texts} texts were sent and {len(entries)} {kind} came back.")
-    if dialect is Dialect.RERANK:
+    if dialect is TargetApi.RERANK:
         return None
     if len(sizes) != 1 or 0 in sizes:
         raise BadAnswer(f"The vectors that came back have {sorted(sizes)} values; one size above 0 was expected.")
     return sizes.pop()
 
 
-def _entries(answer: Any, dialect: Dialect) -> list[Any]:
+def _entries(answer: Any, dialect: TargetApi) -> list[Any]:
     match dialect:
-        case Dialect.OPENAI | Dialect.INFINITY:
+        case TargetApi.OPENAI | TargetApi.INFINITY:
             return [entry["embedding"] for entry in answer["data"]]
-        case Dialect.TEI:
+        case TargetApi.TEI:
             return list(answer)
-        case Dialect.RERANK:
+        case TargetApi.RERANK:
             return [entry["relevance_score"] for entry in answer["results"]]
 
 

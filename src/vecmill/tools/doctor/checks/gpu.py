@@ -96,9 +96,9 @@ def judge_gpu(gpu: GpuReading) -> Finding:
     """Missing fields are normal on a GB10 and its like, whose memory is the machine's."""
     missing = gpu.not_available or {}
     values = {
-        one.name: _shown(gpu, one.name) if one.name not in missing else f"not available: {missing[one.name]}"
-        for one in fields(gpu)
-        if one.name != "not_available"
+        field.name: _shown(gpu, field.name) if field.name not in missing else f"not available: {missing[field.name]}"
+        for field in fields(gpu)
+        if field.name != "not_available"
     }
     seen = f"{gpu.name}: {len(values) - len(missing)} fields"
     if missing:
@@ -168,8 +168,12 @@ class _Looks:
 def judge_clock(readings: Sequence[GpuReading], load: Load) -> Finding:
     """Judge by the median reading under load: in the first ones the clock may still be rising."""
     under_load = sorted(
-        (one for one in readings if one.sm_clock_mhz is not None and (one.utilization_percent or 0) >= LOADED_PERCENT),
-        key=lambda one: one.sm_clock_mhz or 0,
+        (
+            reading
+            for reading in readings
+            if reading.sm_clock_mhz is not None and (reading.utilization_percent or 0) >= LOADED_PERCENT
+        ),
+        key=lambda reading: reading.sm_clock_mhz or 0,
     )
     facts: dict[str, object] = {"seconds": load.seconds, "tflops": load.tflops, "readings": len(under_load)}
     if not under_load:
