@@ -46,7 +46,7 @@ test: $(VENV)/.dev chromium redis systemd java  ## Run the tests but for those o
 
 # Nothing is started, and rooms in which nearly everything is are not even looked at.
 STARTS := process or browser or app or reference or slow or benchmark or nightly or gpu
-STARTING := checkpoints clients deployment docker faults serve
+STARTING := checkpoints clients deployment docker faults serve tools
 quick: $(VENV)/.dev  ## Run the tests that start nothing, in less than a minute. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest --numprocesses 2 -m 'not ($(STARTS))' tests $(STARTING:%=--ignore tests/%) $(ARGS)
 
