@@ -159,7 +159,10 @@ def test_a_prefix_is_read_several_times_where_that_takes_less(tokens: int, whole
 
 
 def captured(
-    graph_seconds: Callable[[int], float], direct_seconds: float, failing: Callable[[int], bool] = lambda number: False
+    graph_seconds: Callable[[int], float],
+    direct_seconds: float,
+    failing: Callable[[int], bool] = lambda number: False,
+    message: str = "CUDA out of memory. Tried to allocate 2.00 GiB.",
 ) -> tuple[Graphs, list[int]]:
     """What stands in for a model with these times, and the tokens of each graph in the order of their capture."""
     order: list[int] = []
@@ -167,7 +170,7 @@ def captured(
     def capture(shape: PackShape) -> Pass:
         order.append(shape.tokens)
         if failing(len(order)):
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            raise torch.OutOfMemoryError(message)
         return Standing(graph_seconds(shape.tokens))
 
     return capture_graphs(capture, lambda packed: time.sleep(direct_seconds), CPU, 4096, MAX_ROWS), order
@@ -190,9 +193,10 @@ def test_no_graph_is_kept_where_none_is_faster() -> None:
     assert "no faster" in graphs.reason
 
 
-def test_running_out_of_memory_leaves_what_was_captured(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("message", ["CUDA out of memory. Tried to allocate 2.00 GiB.", ""])
+def test_running_out_of_memory_leaves_what_was_captured(caplog: pytest.LogCaptureFixture, message: str) -> None:
     probes = sum(tokens <= 4096 for tokens in PROBED_TOKENS)
-    graphs, _ = captured(lambda tokens: 0.0, 0.002, failing=lambda number: number == probes + 40)
+    graphs, _ = captured(lambda tokens: 0.0, 0.002, failing=lambda number: number == probes + 40, message=message)
 
     tokens = [shape.tokens for shape in graphs.passes]
     assert len(tokens) == 39

@@ -126,7 +126,7 @@ async def test_vllms_errors(client: httpx.AsyncClient, path: str, body: dict[str
 async def test_ids_outside_the_vocabulary_are_named(client: httpx.AsyncClient) -> None:
     answer = await client.post("/decode", json={"ids": [[101], [5, 30522]]})
     assert "`ids[1]`" in answer.json()["error"]
-    assert "0..30521" in answer.json()["error"]
+    assert "outside 0..30521, the vocabulary of" in answer.json()["error"]
 
 
 async def test_an_unknown_model_is_a_404_in_the_dialects_shape() -> None:

@@ -63,6 +63,11 @@ class VecmillError(Exception):
         return type(self)(self.message, param=self.param)
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what any exception says, or its class where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class StartupError(VecmillError):
     """The server cannot start with this configuration."""
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vecmill.core.errors import first_line
 from vecmill.core.types import Lane, Row
 from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
@@ -180,7 +181,7 @@ def capture_graphs(
             shape = shape_of(tokens, max_rows)
             passes[shape] = capture(shape)
     except Exception as error:  # out of memory above all: what does not fit runs directly
-        graphs.reason = f"{type(error).__name__} at {len(passes)} graphs: {str(error).splitlines()[0][:120]}"
+        graphs.reason = f"{type(error).__name__} at {len(passes)} graphs: {first_line(error)[:120]}"
         logger.warning("CUDA graphs: %s", graphs.reason)
         if device.type == "cuda":
             torch.cuda.empty_cache()

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vecmill.config import EngineSettings, ModelSettings
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import Task
 from vecmill.engine.device import (
     choose_device,
@@ -70,7 +70,7 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
         if not is_out_of_memory(error):
             raise
         raise StartupError(
-            f"The weights do not fit into the memory of {describe(device)}: {_first_line(error)}"
+            f"The weights do not fit into the memory of {describe(device)}: {first_line(error)}"
         ) from None
     runs_on = Device(device, Streams.on(device) if device.type == "cuda" else None)
     warmed, choices = {}, Choices()
@@ -116,10 +116,6 @@ def _weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings,
         dtype = choose_dtype(models.dtype, device, _width(checkpoint)).dtype
         sizes[checkpoint.folder.resolve()] = count * dtype.itemsize
     return sum(sizes.values())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _cap_lengths(checkpoints: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:

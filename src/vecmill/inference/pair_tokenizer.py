@@ -352,15 +352,16 @@ def lay_out(pieces: Pieces, pool: TokenizerPool, control: TokenizerPool) -> Pair
     behind = "".join(map(str, run[document + 1 :]))
     shared, own = _cut(run[: max(0, document - 1)], before, behind, pool)
     head = [PromptPart(pieces=part) if users else PromptPart(_fixed(part, control)) for users, part in stretches[:at]]
+    tail = tuple(token for _, part in stretches[at + 1 :] for token in _fixed(part, control))
     layout = PairLayout(
         head=(*head, PromptPart(pieces=shared)) if shared else (*head,),
         before=own,
         behind=behind,
-        tail=tuple(token for _, part in stretches[at + 1 :] for token in _fixed(part, control)),
-        restored=(),
+        tail=tail,
+        restored=_restored(pieces, control) or tail,
     )
     _check(pieces, layout, control)
-    return PairLayout(layout.head, own, behind, layout.tail, _restored(pieces, control) or layout.tail)
+    return layout
 
 
 def _stretches(pieces: Pieces, control: TokenizerPool) -> Iterator[tuple[bool, Pieces]]:

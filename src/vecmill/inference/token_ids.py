@@ -168,11 +168,7 @@ def _bytes_of(encoding: Encoding, ids: Sequence[int]) -> bytes | None:
 
 
 def require_ids(ids: Sequence[int], param: str) -> None:
-    """Raise InvalidInput if `ids` is empty.
-
-    Raises:
-        InvalidInput: the list is empty.
-    """
+    """Raise InvalidInput if `ids` is empty."""
     if not ids:
         raise InvalidInput(f"`{param}` is an empty list of token ids; send at least one.", param=param)
 
@@ -329,5 +325,5 @@ def detokenized(pool: TokenizerPool, card: ModelCard, request: DetokenizeRequest
     """
     for index, ids in enumerate(request.inputs):
         param = f"{request.param}[{index}]"
-        check_ids(ids, card.vocab_size, param, f"the vocabulary of {card.id}.")
+        check_ids(ids, card.vocab_size, param, f", the vocabulary of {card.id}.")
     return [pool.decode(ids, skip_special_tokens=request.skip_special_tokens) for ids in request.inputs]

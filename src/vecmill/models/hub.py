@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -131,8 +131,8 @@ def download(
         small = _fetched(name, revision, hf_token, SMALL_FILES, report)
         if not (small / CONFIG).is_file():
             _weights_of(name, small)  # says what it is instead, such as GGUF
-        needed = [*SMALL_FILES, *_vocabularies([TOKENIZER] if (small / TOKENIZER).is_file() else [])]
-        if len(needed) > len(SMALL_FILES):
+        needed = _beside_weights(has_tokenizer=(small / TOKENIZER).is_file())
+        if needed != SMALL_FILES:
             small = _fetched(name, revision, hf_token, needed, report)
         check(small)
         return _fetched(name, revision, hf_token, [*needed, *_weights_of(name, small)], report)
@@ -144,9 +144,9 @@ def download(
         ) from None
 
 
-def _vocabularies(paths: Collection[str]) -> list[str]:
-    """The files beside the needed ones that a repository's tokenizer is made of."""
-    return [] if TOKENIZER in paths else VOCABULARIES
+def _beside_weights(*, has_tokenizer: bool) -> list[str]:
+    """The files that are needed beside the weights: vocabularies only where there is no tokenizer.json."""
+    return SMALL_FILES if has_tokenizer else [*SMALL_FILES, *VOCABULARIES]
 
 
 def _is_final(error: Exception) -> bool:
@@ -186,7 +186,7 @@ def cached(name: str, revision: str | None = None) -> Path | None:
     try:
         # Without the commit's listing a folder with one file, as another program leaves it, would pass as complete.
         present = [file.path for file in get_cached_repo_tree(name, revision=revision)]
-        needed = [*SMALL_FILES, *_vocabularies(present)]
+        needed = _beside_weights(has_tokenizer=TOKENIZER in present)
         small = _here(name, revision, needed)
         try:
             weights = _weights_of(name, small)
@@ -233,7 +233,8 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None, pickle
         info = api.model_info(name, revision=revision, files_metadata=True, timeout=INFO_TIMEOUT)
         commit = str(info.sha)
         weights = _weights_on_hub(api, name, info, pickles=pickles)
-        needed = [*SMALL_FILES, *_vocabularies([file.rfilename for file in info.siblings or []]), *weights]
+        has_tokenizer = any(file.rfilename == TOKENIZER for file in info.siblings or [])
+        needed = [*_beside_weights(has_tokenizer=has_tokenizer), *weights]
         # The commit, not the branch: a dry run must not move the cache's idea of where the branch is.
         files = snapshot_download(
             name,
@@ -353,7 +354,7 @@ def fetch(plan: Plan, *, hf_token: str | None, revision: str | None, report: Rep
         StartupError: the hub or the disk failed, or a file has the wrong size; the sentence says what would help.
     """
     try:
-        needed = [*SMALL_FILES, *_vocabularies(plan.sizes), *plan.weights]
+        needed = [*_beside_weights(has_tokenizer=TOKENIZER in plan.sizes), *plan.weights]
         folder = _fetched(plan.name, revision, hf_token, needed, report)
     except HUB_ERRORS as error:
         raise _refusal(plan.name, revision, error) from None

@@ -13,7 +13,7 @@ from typing import Any, cast
 from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import Side, Task
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.rerank_prompt import check_special_tokens, rerank_form
@@ -34,7 +34,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     Raises:
         StartupError: transformers makes none of the files, or one that cannot be run here.
     """
-    file = checkpoint.folder / "tokenizer.json"
+    file = checkpoint.tokenizer_file
     if checkpoint.family.tokenizer_as_it_stands:
         return read_file(file)
     tokenizer = _from_files(checkpoint)
@@ -65,35 +65,31 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
 
 
 def _from_files(checkpoint: Checkpoint) -> Any:
-    folder = checkpoint.folder
-    if not (folder / "tokenizer.json").is_file() and _has_prompt(checkpoint):
+    folder, has_file = checkpoint.folder, checkpoint.tokenizer_file.is_file()
+    if not has_file and _has_prompt(checkpoint):
         raise StartupError(f"{checkpoint.named}: {folder} has no tokenizer.json. {_cure(folder)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **checkpoint.tokenizer.arguments
         )
     except Exception as error:  # whatever a file makes of transformers
-        if (folder / "tokenizer.json").is_file():
-            read_file(folder / "tokenizer.json")  # says what is wrong with that
-        cure = CORRECT if (folder / "tokenizer.json").is_file() else _cure(folder)
+        if has_file:
+            read_file(checkpoint.tokenizer_file)  # says what is wrong with that
+        cure = CORRECT if has_file else _cure(folder)
         raise StartupError(
-            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({_first_line(error)}). {cure}"
+            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({first_line(error)[:300]}). {cure}"
         ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or _has_own_steps(type(tokenizer)):
         raise StartupError(
             f"{checkpoint.named}: the tokenizer class {type(tokenizer).__name__} is not one of the `tokenizers` "
             f"library; only those are served."
         )
-    if not (folder / "tokenizer.json").is_file() and not _has_vocabulary(folder, type(tokenizer)):
+    if not has_file and not _has_vocabulary(folder, type(tokenizer)):
         raise StartupError(
             f"{checkpoint.named}: {folder} has no tokenizer.json, and none of the files that "
             f"{type(tokenizer).__name__} is made of. {_cure(folder)}"
         )
     return tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
 def _cure(folder: Path) -> str:
@@ -146,7 +142,7 @@ def _check_model(checkpoint: Checkpoint, backend: Any) -> None:
         backend.encode_batch_fast(UNKNOWN_WORDS)
     except Exception as error:  # the library raises nothing narrower
         raise StartupError(
-            f"{checkpoint.named}: the tokenizer fails on a word that it does not know ({_first_line(error)}): its "
+            f"{checkpoint.named}: the tokenizer fails on a word that it does not know ({first_line(error)[:300]}): its "
             f"`unk_token` is missing, or not in the vocabulary."
         ) from None
 

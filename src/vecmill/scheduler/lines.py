@@ -142,8 +142,6 @@ class SequenceResult:
     vector: Vector
     queue_seconds: float
     """From submission to the start of its batch."""
-    infer_seconds: float
-    """The forward pass of its batch."""
 
 
 @dataclass(eq=False, slots=True)

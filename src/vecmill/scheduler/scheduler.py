@@ -217,7 +217,7 @@ class Scheduler:
             if isinstance(row, Exception):
                 sequence.resolve(row)
             else:
-                sequence.resolve(SequenceResult(row, started - sequence.submitted, result.seconds))
+                sequence.resolve(SequenceResult(row, started - sequence.submitted))
 
     def _count(self, taken: Cut[Sequence], result: BatchResult) -> None:
         self.stats.batches += 1

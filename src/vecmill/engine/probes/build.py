@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vecmill.core.errors import first_line
 from vecmill.engine.device import gpu_uuid
 from vecmill.engine.probes.results import ClaimedMemory, GpuSeen, TorchBuild
 
@@ -31,7 +32,7 @@ def _cuda_error() -> str:
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
     except (RuntimeError, AssertionError) as error:
-        return (str(error).strip().splitlines() or [""])[0]
+        return first_line(error)
     return "torch finds no GPU"
 
 

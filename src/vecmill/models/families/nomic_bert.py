@@ -20,6 +20,7 @@ from vecmill.models.config_keys import (
     ConfigFile,
     check_rope,
     own_code,
+    rope_type,
 )
 from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
@@ -113,7 +114,7 @@ def _native_theta(content: ConfigJson) -> Any:
     native = (*NATIVE_KEYS.values(), "rope_parameters", "rope_scaling", "rope_theta")
     if all(content.get(key) is None for key in native):
         return None
-    rope = content.get("rope_scaling") or content.get("rope_parameters") or {}
+    _, rope = rope_type(content)
     return rope.get("rope_theta", content.get("rope_theta", NATIVE_THETA))
 
 
