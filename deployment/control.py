@@ -11,7 +11,7 @@ from deployment import console, files
 from deployment.console import ask
 from deployment.layout import ACCOUNT, EMBED, PORT, SERVICES, VLLM, VLLM_PORT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale, Unit
-from deployment.services import Embed, Vllm, take_from_tailnet
+from deployment.services import Embed, Vllm, reached_at, take_from_tailnet
 from deployment.start import Wait, fetch
 from deployment.steps import Action, Remove, Run, Step, carry_out, show
 
@@ -118,10 +118,7 @@ def _since(unit: Unit) -> str:
 
 def _embed_state(layout: Layout) -> tuple[bool, str]:
     settings = files.settings(files.text(layout.real(layout.embed_env)) or "")
-    host = settings.get("HOST") or "127.0.0.1"
-    if host in ("0.0.0.0", "::"):  # noqa: S104 - compared with, not bound
-        host = "127.0.0.1"
-    url = f"http://{f'[{host}]' if ':' in host else host}:{settings.get('PORT') or PORT}"
+    url = f"http://{reached_at(settings.get('HOST') or '127.0.0.1')}:{settings.get('PORT') or PORT}"
     status, health = fetch(f"{url}/health")
     if status == 0:
         return False, f"{url} does not answer"

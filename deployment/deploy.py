@@ -102,19 +102,17 @@ def _tell_next_steps(situation: Situation) -> None:
     console.say()
     names = {service: situation.tailscale.name(service) if situation.tailscale else None for service in (EMBED, VLLM)}
     if situation.embed is not None:
-        _tell_embed(situation, names[EMBED])
+        _tell_embed(situation.embed, names[EMBED])
     if situation.vllm is not None:
         reached = f", in the tailnet https://{names[VLLM]}" if names[VLLM] else ""
         console.say(f"vLLM       {situation.vllm.settings['MODEL']} on {situation.vllm.url}{reached}")
     console.say(f"Later      {situation.layout.invocation('--status')} (--logs, --restart, --stop, --uninstall)")
 
 
-def _tell_embed(situation: Situation, name: str | None) -> None:
-    if situation.embed is None:
-        return
-    here = situation.embed.url
+def _tell_embed(embed: Embed, name: str | None) -> None:
+    here = embed.url
     address = f"https://{name}" if name else here
-    keys = situation.embed.has_keys
+    keys = embed.has_keys
     key = ' -H "Authorization: Bearer $VECMILL_API_KEY"' if keys else ""
     console.say(f"Here       {here} (dashboard {here}/)")
     if name:
@@ -125,7 +123,7 @@ def _tell_embed(situation: Situation, name: str | None) -> None:
     )
     console.say("QMD, in ~/.config/qmd/index.yml")
     console.detail(["remote:", f"  embed_url: {address}"])
-    if situation.embed.settings.get("GENERATION_URL"):
+    if embed.settings.get("GENERATION_URL"):
         console.detail([f"  generation_url: {address}"])
     else:
         console.detail(["  generation_url: http://...  # a server that generates text: without one QMD stays local"])

@@ -180,9 +180,7 @@ class Embed:
     @property
     def reached_at(self) -> str:
         """The address by which this machine reaches it."""
-        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(  # noqa: S104 - compared with, not bound
-            self.host, f"[{self.host}]" if ":" in self.host else self.host
-        )
+        return reached_at(self.host)
 
     @property
     def url(self) -> str:
@@ -250,6 +248,12 @@ class Embed:
         wanted = (self._layout.state, self._layout.hub_cache) if self._layout.user else ()
         real = [self._layout.real(path) for path in wanted]
         return tuple(MakeFolder(path) for path in real if not files.exists(path))
+
+
+def reached_at(host: str) -> str:
+    """The address, as a URL has it, by which this machine reaches a server that binds `host`."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared with, not bound
+    return everywhere.get(host, f"[{host}]" if ":" in host else host)
 
 
 def loopback(host: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import monotonic, sleep
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -48,7 +48,7 @@ class Wait:
     within: float
     previous: str | None = None
     """Invocation of the process that is being replaced."""
-    progress: bool = field(default=False)
+    progress: bool = False
     """Whether `/health` tells percent and message while it starts."""
 
     def describe(self) -> list[str]:

@@ -250,8 +250,6 @@ def _with_cancellation(store: BatchStore, record: BatchRecord) -> BatchRecord:
     if record.ended or record.ends_as is not None:
         return record
     requested_at = store.cancel_requested_at(record.id)
-    return (
-        record
-        if requested_at is None
-        else record.model_copy(update={"status": BatchStatus.CANCELLING, "cancelling_at": requested_at})
-    )
+    if requested_at is None:
+        return record
+    return record.model_copy(update={"status": BatchStatus.CANCELLING, "cancelling_at": requested_at})

@@ -16,12 +16,11 @@ from vecmill.core.types import TokenVocabulary
 
 Pairs = tuple[tuple[str, str], ...]
 
-# ASCII without spaces, as an address or a header takes it.
 # Scheme, host and port, of which the host, its first label or the port may be `*`.
 ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://(\*|(\*\.)?[a-z0-9._~!$&'()=;%-]+|\[[0-9a-f:.]+\])(:([0-9]{1,5}|\*))?", re.ASCII
 )
-PRINTABLE = KEY
+PRINTABLE = KEY  # ASCII without spaces, as an address or a header takes it
 
 
 class SettingsGroup(BaseSettings):

@@ -1,4 +1,4 @@
-"""What the machine is and has: memory, whether a GPU is present, the batch that suits it.
+"""What the machine has: memory, and GPUs with their clocks and memory.
 
-Knows psutil and the kernel's files. Does not know torch, models or requests. Not available is None, never zero.
+Knows psutil, NVML and the kernel's files. Does not know torch, models or requests. Not available is None, never zero.
 """

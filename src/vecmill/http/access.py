@@ -98,17 +98,18 @@ class Access:
     def _host_error(self, path: str, headers: Headers) -> VecmillError | None:
         host = _without_port(headers.get("host", ""))
         # Who probes a pod or a container calls it by its address, which ALLOWED_HOSTS cannot know.
-        if path in PROBES and _is_address(host):
-            return None
-        local_names_only = not self._hosts and not self._keys
-        if host in self._hosts or (not self._hosts and not local_names_only) or "*" in self._hosts:
-            return None
-        if local_names_only and _is_local(host):
+        if (path in PROBES and _is_address(host)) or self._answers_to(host):
             return None
         cure = "use localhost" if self._is_loopback else "set API_KEY, or use its address"
         return NotAllowed(
             f"This server does not answer to the name {host[:100]!r}: add it to ALLOWED_HOSTS, or {cure}."
         )
+
+    def _answers_to(self, host: str) -> bool:
+        """By ALLOWED_HOSTS; without it by every name where a key is needed, else by local ones."""
+        if self._hosts:
+            return host in self._hosts or "*" in self._hosts
+        return bool(self._keys) or _is_local(host)
 
     def _origin_error(self, method: str, headers: Headers) -> VecmillError | None:
         origin = headers.get("origin")

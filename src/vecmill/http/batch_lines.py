@@ -26,7 +26,7 @@ from vecmill.http.dialects.bodies import RESULT_CHARACTERS, ScoreBody
 from vecmill.http.dialects.openai import OPENAI, EmbeddingsBody
 from vecmill.http.dialects.registry import RERANK, AnyRerankBody, rerank_spoken
 from vecmill.http.encoding import whole_body
-from vecmill.http.errors import ErrorShape, error_response, invalid_body
+from vecmill.http.errors import FAULT, ErrorShape, error_response, invalid_body
 from vecmill.inference.facade import Inference
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ def refused_line(shape: ErrorShape, error: Exception) -> LineResult:
     """The line's result for an error: what the route would answer."""
     if not isinstance(error, VecmillError):
         logger.error("unhandled error in a line of a batch", exc_info=error)
-        error = VecmillError("The server failed on this request; its log says why.")
+        error = VecmillError(FAULT)
     response = error_response(shape, error)
     return LineResult(response.status_code, bytes(response.body))
 
@@ -211,7 +211,7 @@ class RerankEndpoint:
 
     def texts(self, body: Mapping[str, Any]) -> int:
         """The documents, whatever this dialect calls them."""
-        return max(1, *(len(value) for value in body.values() if isinstance(value, list)), 1)
+        return max([1, *(len(value) for value in body.values() if isinstance(value, list))])
 
     async def run(self, caller: Caller, lines: Sequence[InputLine]) -> Sequence[LineResult]:
         """Answer each line."""
@@ -222,10 +222,9 @@ class RerankEndpoint:
     async def _answer(self, caller: Caller, line: InputLine) -> LineResult:
         try:
             return await self._score(caller, line.body)
-        except ValidationError as error:
-            return refused_line(RERANK[rerank_spoken(line.body)].errors, invalid_body(error))
         except Exception as error:
-            return refused_line(RERANK[rerank_spoken(line.body)].errors, error)
+            reason = invalid_body(error) if isinstance(error, ValidationError) else error
+            return refused_line(RERANK[rerank_spoken(line.body)].errors, reason)
 
     async def _score(self, caller: Caller, raw: Mapping[str, Any]) -> LineResult:
         with at_most(self._most):

@@ -28,6 +28,7 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.core.threads import WorkerThreads
+from vecmill.http.caller import client_of
 from vecmill.http.dialects.registry import dialect_for
 from vecmill.http.errors import refused
 
@@ -149,7 +150,8 @@ class Body:
         in_memory: bool,
     ) -> None:
         """`until`: when all of it must have come, by `monotonic`; `in_memory`: it takes room."""
-        self.client = _client(scope)
+        self.client = client_of(Request(scope))
+        """Whose room it takes."""
         self.room = 0
         self._bodies = bodies
         self._receive = receive
@@ -394,9 +396,3 @@ def _asked_for(headers: Headers) -> float:
 
 def _drop(scope: Scope, *names: bytes) -> None:
     scope["headers"] = [field for field in scope["headers"] if field[0] not in names]
-
-
-def _client(scope: Scope) -> str:
-    """Whose room a body takes: that of a key at an address."""
-    name = scope.get("state", {}).get("api_key_name") or ""
-    return f"{name}@{scope['client'][0] if scope.get('client') else ''}"

@@ -50,10 +50,11 @@ from vecmill.http.services import services_of
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-MOST_PARTS = 4  # that a base address may have too many
+MOST_EXTRA_PARTS = 3  # of a path, that a base address has put before the one that is served
 CLIENT_CLOSED_REQUEST = 499  # nginx's; nobody is left to read it
 LOGGED_CHARACTERS = 200
 LONGEST_PROBLEM = 500  # characters
+FAULT = "The server failed on this request; its log says why."
 
 # Prefix of the tags that tell the bodies of a shared path apart; left out of the locations of errors.
 DIALECT_TAG = "dialect:"
@@ -281,7 +282,7 @@ def _is_served(request: Request, method: str, path: str) -> bool:
 def _meant(request: Request) -> str | None:
     """The path that is served where a base address ends with a part too many: `/v1/v2/embed`, `/api/v1/embeddings`."""
     parts = request.scope["path"].split("/")[1:]
-    paths = ("/" + "/".join(parts[start:]) for start in range(1, min(len(parts), MOST_PARTS)))
+    paths = ("/" + "/".join(parts[start:]) for start in range(1, min(len(parts), MOST_EXTRA_PARTS + 1)))
     return next((path for path in paths if _is_served(request, request.method, path)), None)
 
 
@@ -289,4 +290,4 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
     logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
     services_of(request).telemetry.error(500, type(error).__name__)
-    return error_response(shape_of(request), VecmillError("The server failed on this request; its log says why."))
+    return error_response(shape_of(request), VecmillError(FAULT))

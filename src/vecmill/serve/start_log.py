@@ -27,7 +27,7 @@ def resolved(services: Services) -> dict[str, object]:
     return {
         "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
         "device": cards[0].device,
-        "max_batch_tokens": {card.key: forward_pass(services, card.key)["max_batch_tokens"] for card in cards},
+        "max_batch_tokens": {card.key: services.inference.budgets[card.key].max_batch_tokens for card in cards},
     }
 
 

@@ -79,6 +79,7 @@ class CohereEmbedBody(EmbedBody):
     model_config = example(
         {"texts": ["hello", "goodbye"], "input_type": "search_document", "embedding_types": ["float", "ubinary"]}
     )
+    version: ClassVar[str] = "2"
 
     texts: InputList[str] | None = Field(None, description="The texts; or `inputs`.")
     inputs: Annotated[
@@ -117,20 +118,17 @@ class CohereEmbedBody(EmbedBody):
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
         """By type, as version 2 has it."""
-        texts = self.texts if self.texts is not None else self.inputs
-        return self._answer(result, dict(zip(self.kinds, rows, strict=True)), "embeddings_by_type", texts, "2")
+        return self._answer(result, dict(zip(self.kinds, rows, strict=True)), "embeddings_by_type")
 
-    def _answer(
-        self, result: EmbedResult, embeddings: object, response_type: str, texts: Sequence[str], version: str
-    ) -> dict[str, object]:
+    def _answer(self, result: EmbedResult, embeddings: object, response_type: str) -> dict[str, object]:
         return {
             "id": secrets.token_hex(16),
             "response_type": response_type,
             "embeddings": embeddings,
-            "texts": texts,
+            "texts": self.inputs if self.texts is None else self.texts,
             "model": result.model,
             "meta": {
-                "api_version": {"version": version},
+                "api_version": {"version": self.version},
                 "billed_units": {"input_tokens": result.prompt_tokens},
                 **warnings(result),
             },
@@ -140,13 +138,13 @@ class CohereEmbedBody(EmbedBody):
 class CohereEmbedV1Body(CohereEmbedBody):
     """As version 2, but without `embedding_types` the answer is a bare list."""
 
+    version: ClassVar[str] = "1"
+
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
         """A list, or by type where types were asked for."""
-        texts = self.texts if self.texts is not None else self.inputs
         if self.embedding_types:
-            by_type = dict(zip(self.kinds, rows, strict=True))
-            return self._answer(result, by_type, "embeddings_by_type", texts, "1")
-        return self._answer(result, rows[0], "embeddings_floats", texts, "1")
+            return super().answer(result, *rows)
+        return self._answer(result, rows[0], "embeddings_floats")
 
 
 @router.post("/v2/embed", summary="Embed (v2)")

@@ -56,7 +56,7 @@ from vecmill.http.dialects.bodies import (
 )
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, Ids, Texts
 from vecmill.http.encoding import json_response, result_headers
-from vecmill.http.errors import ErrorShape, nearest
+from vecmill.http.errors import DIALECT_TAG, ErrorShape, nearest
 from vecmill.http.in_progress import NewWork
 from vecmill.http.route import InferenceRoute
 from vecmill.http.services import ServicesOf, services_of
@@ -321,15 +321,18 @@ async def similarity(body: SimilarityBody, request: Request, caller: CallerOf) -
     )
 
 
+EMBED, SIMILARITY = f"{DIALECT_TAG}embed", f"{DIALECT_TAG}similarity"
+
+
 def _kind(body: Any) -> str:
     inputs = body.get("inputs") if isinstance(body, dict) else None
-    return "dialect:similarity" if isinstance(inputs, dict) else "dialect:embed"
+    return SIMILARITY if isinstance(inputs, dict) else EMBED
 
 
 @router.post("/", summary="Embed, or similarity")
 async def embed_or_compare(
     body: Annotated[
-        Annotated[TeiEmbedBody, Tag("dialect:embed")] | Annotated[SimilarityBody, Tag("dialect:similarity")],
+        Annotated[TeiEmbedBody, Tag(EMBED)] | Annotated[SimilarityBody, Tag(SIMILARITY)],
         Discriminator(_kind),
     ],
     request: Request,
