@@ -3,7 +3,7 @@
 import json
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from http.client import HTTPConnection
@@ -72,10 +72,21 @@ def _post(path: str, body: bytes) -> Attack:
 
 def post(url: str, path: str, body: bytes, kind: str = "application/json") -> tuple[int, bytes]:
     """The status and body of the answer; status 0 where the connection broke or the time was up."""
+    return _ask(url, "POST", path, body, {"Content-Type": kind})
+
+
+def get(url: str, path: str) -> tuple[int, bytes]:
+    """The same for a GET."""
+    return _ask(url, "GET", path)
+
+
+def _ask(
+    url: str, method: str, path: str, body: bytes | None = None, headers: Mapping[str, str] | None = None
+) -> tuple[int, bytes]:
     connection = HTTPConnection(urlsplit(url).netloc, timeout=ANSWERED_WITHIN_S)
     try:
         with suppress(BrokenPipeError, ConnectionResetError):  # it may be refused before it is read
-            connection.request("POST", path, body, {"Content-Type": kind})
+            connection.request(method, path, body, headers or {})
         answer = connection.getresponse()
         return answer.status, answer.read()
     except OSError:
@@ -221,19 +232,6 @@ def _ended(url: str, batch: str) -> int:
             return 200
         time.sleep(0.1)
     return 0
-
-
-def get(url: str, path: str) -> tuple[int, bytes]:
-    """The status and body of the answer; status 0 where there is none."""
-    connection = HTTPConnection(urlsplit(url).netloc, timeout=ANSWERED_WITHIN_S)
-    try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    except OSError:
-        return 0, b""
-    finally:
-        connection.close()
 
 
 def _followers(size: int) -> Attack:

@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 from rich.console import Console
 
-from tests.checkpoints.variants import TEXTS, TOLERANCE, Served, Variant, one_thread, refusal, served
+from tests.checkpoints.variants import TEXTS, TOLERANCE, Served, Variant, refusal, served
 from tests.conftest import serving
 from tests.models.loaded import GOLDEN
 from tests.oracle import st_encode
@@ -286,10 +286,9 @@ async def test_a_cards_prompts_are_for_the_model_of_that_name_alone(tmp_path: Pa
             qwen3()(folder)
         else:
             bert()(folder)
-    with one_thread():
-        async with serving(embed_model=",".join(map(str, folders)), max_batch_tokens=64) as client:
-            listed = (await client.get("/v1/models")).json()["data"]
-            await check_queries(client, [one["id"] for one in listed], folders)
+    async with serving(embed_model=",".join(map(str, folders)), max_batch_tokens=64) as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        await check_queries(client, [one["id"] for one in listed], folders)
     for model, (name, prompts) in zip(listed, NAMED, strict=True):
         assert model["prompts_from"] == ("card" if prompts else None), name
         assert model["default_prompt_name"] is None
@@ -314,11 +313,10 @@ async def test_the_start_log_says_which_prompts_there_are_and_from_where(tmp_pat
     shutil.copytree(GOLDEN / "qwen3" / "reranker", folders[2])
     models = {"embed_model": f"{folders[0]},{folders[1]}", "rerank_model": str(folders[2])}
     app = create_app(load_settings({**models, "dtype": "float32", "device": "cpu", "max_batch_tokens": 64}))
-    with one_thread():
-        async with app.router.lifespan_context(app):
-            await app.state.loading
-            console = Console(file=(written := io.StringIO()), width=200)
-            console.print(start_table(app.state.services, "http://localhost"))
+    async with app.router.lifespan_context(app):
+        await app.state.loading
+        console = Console(file=(written := io.StringIO()), width=200)
+        console.print(start_table(app.state.services, "http://localhost"))
     log = written.getvalue()
     assert "'search_query: ' (from the model's files)" in log
     assert "'Find code: ', code, for plain requests (from the model's files)" in log

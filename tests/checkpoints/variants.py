@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import shutil
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -116,22 +116,8 @@ async def served(variants: Sequence[Variant], root: Path, **flags: object) -> As
     if rerankers:
         models["rerank_model"] = ",".join(rerankers)
     # The reference obeys control tokens in documents.
-    with one_thread():
-        async with serving(allow_control_tokens=True, **models) as client:
-            yield Served(client, folders)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """torch's threads only wait for each other in models as small as these, the longer the busier the machine is."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    async with serving(allow_control_tokens=True, **models) as client:
+        yield Served(client, folders)
 
 
 @dataclass(frozen=True)

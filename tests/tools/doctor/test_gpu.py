@@ -55,6 +55,7 @@ def test_a_gb10_beside_a_torch_without_cuda() -> None:
     assert "5 are not available, which is normal for it" in found["gpu"]["seen"]
     assert found["gpu"]["details"]["memory_total_mb"] == "not available: this GPU does not have it"
     assert "cannot put a load on the GPU" in found["clock"]["seen"]
+    assert found["clock"]["cure"] == "See the check torch."
 
 
 @pytest.mark.usefixtures("recorded_probes")
@@ -63,7 +64,7 @@ def test_a_gb10_beside_a_torch_that_finds_no_driver() -> None:
     found = checks("torch", "clock", FAKE_NVML=str(GB10), RECORDED_PROBES=built(NO_DRIVER))
     assert {name: one["status"] for name, one in found.items()} == {"torch": "fail", "clock": "warn"}
     assert "CUDA 13.0, cannot use the GPU: Found no NVIDIA driver on your system" in found["torch"]["seen"]
-    assert "nvidia-smi" in found["torch"]["cure"]
+    assert "nvidia-smi (see the check driver)" in found["torch"]["cure"]
     assert "DEVICE=cpu" in found["torch"]["cure"]
 
 

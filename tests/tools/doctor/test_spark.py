@@ -97,6 +97,7 @@ def test_one_with_probes_that_fail(spark: Any) -> None:
         allocation={**PROBES["allocation"], "refused": None},
     )
     assert statuses(found) == {"compile fail", "attention fail", "allocation fail"}
+    assert found["attention"]["cure"] == "See the check torch: torch.nn.attention.varlen needs 2.11 or newer."
     assert "sm_121a is not defined" in found["compile"]["seen"]
     assert "TORCH_COMPILE=false" in found["compile"]["cure"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 from tests.servers import free_port
 from tests.tools.doctor.command_line import COMMAND, check, doctor, doctor_process
 from vecmill import __version__
+from vecmill.tools.doctor import checks
 from vecmill.tools.doctor.run import CHECKS
 
 SECRETS = {
@@ -93,6 +95,14 @@ def test_a_cure_stands_below_what_it_cures() -> None:
     assert first.startswith("port        fail  HOST=127.0.0.1")
     assert second.startswith("                  cure: sudo ss -ltnp")
     assert last == "0 ok, 0 warnings, 1 failed"
+
+
+def test_a_cure_that_points_to_another_check_gives_its_name() -> None:
+    """Most of these cures need a broken machine to be seen, so they are read where they are written."""
+    sources = [path.read_text() for path in Path(checks.__file__).parent.glob("*.py")]
+    pointers = [found for source in sources for found in re.findall(r"\b[Ss]ee the (check(?!s\b)\w* \w+)", source)]
+    assert len(pointers) >= 6
+    assert set(pointers) <= {f"check {name}" for name in CHECKS}
 
 
 def test_the_memory_gate_imports_no_torch() -> None:

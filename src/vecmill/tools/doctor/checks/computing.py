@@ -28,7 +28,7 @@ def check_allocation(context: DoctorContext) -> Finding:
         return ok("not tried on a CPU: there the server refuses by itself what would take too much")
     available = context.gpu_memory.available_mb
     if available is not None and available < LEAST_MB:
-        return warn(f"not tried: only {available} MB are available", "See the check_allocation memory.")
+        return warn(f"not tried: only {available} MB are available", "See the check memory.")
     try:
         oversized = context.prober.ask("allocation", context.device, Oversized, ALLOCATION_SECONDS)
     except ProbeFailed as error:
@@ -64,7 +64,7 @@ def check_attention(context: DoctorContext) -> Finding:
         if error.kind in ("ImportError", "ModuleNotFoundError"):
             return fail(
                 f"the server's attention cannot be imported: {error}",
-                "See the check_attention torch: torch.nn.attention.varlen needs 2.11 or newer.",
+                "See the check torch: torch.nn.attention.varlen needs 2.11 or newer.",
             )
         raise
     return judge_attention(comparison, used=context.settings.engine.use_flash_attn)

@@ -134,12 +134,12 @@ def check_clock(context: DoctorContext) -> Finding:
     """Read the clock during five seconds of matrix products."""
     if context.gpu is None:
         if context.has_gpu:
-            return warn(f"cannot be read: {context.no_gpu}", "See the check_clock gpu.")
+            return warn(f"cannot be read: {context.no_gpu}", "See the check gpu.")
         return ok("no NVIDIA GPU here")
     if not context.device.startswith("cuda"):
         if context.settings.engine.device in ("cpu", "mps"):
             return ok("not measured: DEVICE leaves the GPU unused")
-        return warn("not measured: this torch cannot put a load on the GPU", "See the check_clock torch.")
+        return warn("not measured: this torch cannot put a load on the GPU", "See the check torch.")
     looks = _Looks(context.gpu.uuid)
     load = context.prober.ask("load", context.device, Load, CLOCK_SECONDS, looks.look)
     if looks.hung:

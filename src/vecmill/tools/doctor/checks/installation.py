@@ -76,7 +76,7 @@ def judge_torch(build: TorchBuild, device: str, *, has_gpu: bool) -> Finding:
     if not build.gpus:
         return fail(
             f"{seen}, cannot use the GPU: {build.cuda_error}",
-            f"nvidia-smi (see the check_torch driver), {ON_THE_CPU}",
+            f"nvidia-smi (see the check driver), {ON_THE_CPU}",
             **facts,
         )
     return _judge_cards(build, seen, facts)

@@ -149,7 +149,7 @@ def _claimed(context: DoctorContext, room: MemoryRoom) -> Finding:
     try:
         claimed = context.prober.ask("memory", context.device, ClaimedMemory, PROBE_SECONDS)
     except ProbeFailed as error:
-        return warn(f"CUDA does not say what is free: {error}", "See the check_memory torch.")
+        return warn(f"CUDA does not say what is free: {error}", "See the check torch.")
     return judge_claim(claimed, room.available)
 
 

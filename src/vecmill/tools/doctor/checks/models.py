@@ -177,7 +177,6 @@ def split(judge: Callable[..., Finding], sentence: str) -> Finding:
     return judge(seen, cure[:1].upper() + cure[1:]) if colon else judge(sentence)
 
 
-HUB_SECONDS = 10.0
 LEAST = 100_000_000  # bytes: below, little can be kept
 
 
