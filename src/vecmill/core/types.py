@@ -178,7 +178,8 @@ class Caller:
     timeout: float | None = None
     """Seconds after which the answer is of no use; None leaves it to REQUEST_TIMEOUT."""
     began: float | None = None
-    """When the first byte of its request came, by `monotonic`, from which `timeout` counts; None: when it is done."""
+    """When the first byte of its request came, by `monotonic`: `timeout` counts from then. None: it counts from when
+    the texts are handed to the models."""
     cache_control: CacheControl = CacheControl.ANY
 
 

@@ -101,7 +101,7 @@ class Graphs:
     """Why there are none, or not more; one phrase for the log."""
 
     def shape_for(self, rows: Sequence[Row]) -> PackShape | None:
-        """The smallest shape that holds a batch; None where it has to run directly, or sooner ends so.
+        """The smallest shape that holds a batch; None where it has to run directly, or ends sooner that way.
 
         Many short rows may need the room of a shape with far more tokens than they have.
         """

@@ -10,7 +10,6 @@ reached, and in a process of its own: only a process can be bounded in memory an
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -18,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -27,11 +25,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from vecmill.models.child_process import inherited_environment, limit_this_process
+
 MOST_CHARACTERS = 65_536  # of a template
 MOST_LINES = 200_000  # of compiled template that one rendering may run
 MOST_BYTES, MOST_SECONDS = 268_435_456, 10  # of memory and CPU time, for all renderings
 PATIENCE = 6  # times MOST_SECONDS until the process is ended, on a busy machine
-INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment; no tokens
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -111,12 +110,11 @@ def read_template(
         UnfitTemplateError: see `ChatTemplate`; or it takes too much memory or time.
     """
     given = {"source": source, "special_tokens": special_tokens, "options": options, "structured": structured}
-    inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
     result: Mapping[str, Any] = {}
     with suppress(subprocess.TimeoutExpired, ValueError):
         done = subprocess.run(  # noqa: S603  # our own interpreter
             [sys.executable, "-s", "-m", __name__],
-            env=inherited,
+            env=inherited_environment(),
             input=json.dumps(given),
             capture_output=True,
             text=True,
@@ -138,7 +136,7 @@ def read_template(
 def main() -> None:
     """The process of its own: the template on its input, what it does on its output."""
     given = json.load(sys.stdin)
-    _limit()
+    limit_this_process(memory_bytes=MOST_BYTES, cpu_seconds=MOST_SECONDS)
     try:
         template = ChatTemplate(
             given["source"], given["special_tokens"], given["options"], structured=given["structured"]
@@ -155,18 +153,6 @@ def main() -> None:
     except Exception as error:  # nested too deep, for example
         result = {"unfit": f"cannot be read ({type(error).__name__})"}
     sys.stdout.write(json.dumps(result))
-
-
-def _limit() -> None:
-    """Bound memory and time."""
-    with suppress(ImportError):
-        import resource  # not on Windows
-
-        resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        with suppress(OSError):  # not on macOS
-            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (taken + MOST_BYTES, taken + MOST_BYTES))
 
 
 class ChatTemplate:

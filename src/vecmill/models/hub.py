@@ -190,7 +190,7 @@ def cached(name: str, revision: str | None = None) -> Path | None:
         small = _here(name, revision, needed)
         try:
             weights = _weights_of(name, small)
-        except StartupError:  # is said to who serves the folder
+        except StartupError:  # reported when the folder is read
             made = converted(name, small.name)
             return made if list_folder(name, made, name).readable else small
         return _here(name, revision, [*needed, *weights])

@@ -5,9 +5,10 @@ The families' specs name the classes of transformers; here they become models th
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,43 +24,6 @@ from vecmill.models.weights import Target, WeightFiles, load_weights, make_confi
 
 HEAD, SCORE = "lm_head.weight", "score.weight"
 EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
-
-
-class Model(Protocol):
-    """A loaded model."""
-
-    @property
-    def width(self) -> int:
-        """Values per row: the dimensions of a vector, or 1 for a reranker's logit."""
-        ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        """All that holds weights."""
-        ...
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        """The repeated transformer blocks, in the order they run, all of one class."""
-        ...
-
-    def forward(self, packed: PackedBatch) -> Tensor:
-        """(N, width) float32, not normalised, in packed order."""
-        ...
-
-
-def load_model(checkpoint: Checkpoint, target: Target) -> Model:
-    """The model of a checkpoint, its weights on the target's device.
-
-    Raises:
-        StartupError: a weight is missing, unknown or of the wrong shape, or transformers refuses config.json.
-    """
-    if checkpoint.task is Task.EMBED:
-        return EmbeddingModel(checkpoint, target)
-    return DecoderReranker(checkpoint, target) if checkpoint.family.is_decoder else CrossEncoder(checkpoint, target)
 
 
 class Backbone:
@@ -85,30 +49,50 @@ class Backbone:
         return hidden
 
 
-class EmbeddingModel:
+def load_model(checkpoint: Checkpoint, target: Target) -> Model:
+    """The model of a checkpoint, its weights on the target's device.
+
+    Raises:
+        StartupError: a weight is missing, unknown or of the wrong shape, or transformers refuses config.json.
+    """
+    if checkpoint.task is Task.EMBED:
+        return EmbeddingModel(checkpoint, target)
+    return DecoderReranker(checkpoint, target) if checkpoint.family.is_decoder else CrossEncoder(checkpoint, target)
+
+
+class Model(ABC):
+    """A loaded model: a backbone, and what makes vectors or logits of its hidden states."""
+
+    width: int
+    """Values per row: the dimensions of a vector, or 1 for a reranker's logit."""
+
+    def __init__(self, backbone: Backbone, *others: nn.Module) -> None:
+        """`others`: all else that holds weights."""
+        self._backbone = backbone
+        self.vocab_size = backbone.vocab_size
+        self.layers: Sequence[nn.Module] = backbone.layers
+        """The repeated transformer blocks, in the order they run, all of one class."""
+        self.modules: Sequence[nn.Module] = (backbone.module, *others)
+        """All that holds weights."""
+
+    @abstractmethod
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """(N, width) float32, not normalised, in packed order."""
+
+
+class EmbeddingModel(Model):
     """One vector per text."""
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config, network = make_config(checkpoint), checkpoint.network
         self.width: int = config.hidden_size
-        self._backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
+        backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
         self._pooling = network.pooling or checkpoint.require_pooling()
         self._latent_attention: LatentAttention | None = None
         if network.latent_attention is not None:
             sizes = checkpoint.config.get(network.latent_attention) or {}
             self._latent_attention = LatentAttention.fold(WeightFiles(checkpoint), sizes, target)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._backbone.vocab_size
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        return tuple(module for module in (self._backbone.module, self._latent_attention) if module is not None)
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return self._backbone.layers
+        super().__init__(backbone, *filter(None, [self._latent_attention]))
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""
@@ -118,7 +102,7 @@ class EmbeddingModel:
         return pool(hidden, packed, self._pooling)
 
 
-class CrossEncoder:
+class CrossEncoder(Model):
     """An encoder and its classification head: one logit per pair of query and document."""
 
     width = 1
@@ -130,20 +114,8 @@ class CrossEncoder:
         if getattr(encoder, "pooler", None) is not None:  # BERT's tanh layer is its pooler, XLM-R's is in its head
             head = nn.Sequential(encoder.pooler, head)
             encoder.pooler = None
-        self._backbone = Backbone(checkpoint, config, encoder)
         self._head: nn.Module = head.float()  # scores are float32 whatever the weights' type
-
-    @property
-    def vocab_size(self) -> int:
-        return self._backbone.vocab_size
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        return (self._backbone.module, self._head)
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return self._backbone.layers
+        super().__init__(Backbone(checkpoint, config, encoder), self._head)
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, 1) float32 logits, in packed order."""
@@ -152,30 +124,18 @@ class CrossEncoder:
         return logits.view(-1, 1)
 
 
-class DecoderReranker:
+class DecoderReranker(Model):
     """A causal language model; of its head the one row, or the difference of two, that makes the score."""
 
     width = 1
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config = make_config(checkpoint)
-        self._backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
+        super().__init__(Backbone(checkpoint, config, load_weights(checkpoint, config, target)))
         answers = rerank_form(checkpoint).answers
         weights = WeightFiles(checkpoint)
         row = _score(checkpoint, weights, config) if answers is None else _logit(checkpoint, weights, config, answers)
         self._row = row.to(target.device)
-
-    @property
-    def vocab_size(self) -> int:
-        return self._backbone.vocab_size
-
-    @property
-    def modules(self) -> Sequence[nn.Module]:
-        return (self._backbone.module,)
-
-    @property
-    def layers(self) -> Sequence[nn.Module]:
-        return self._backbone.layers
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, 1) float32 logits, in packed order."""

@@ -23,11 +23,11 @@ from typing import Any
 import xxhash
 
 from vecmill.core.errors import StartupError
+from vecmill.models.child_process import inherited_environment, limit_this_process
 from vecmill.models.fingerprint import READ
 from vecmill.models.weight_files import INDEX, PICKLE_INDEX, SINGLE, Listing, list_folder, read_header, read_index
 
 CLONE_NEWUSER, CLONE_NEWNET, PR_SET_NO_NEW_PRIVS = 0x10000000, 0x40000000, 38
-INHERITED = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "SYSTEMROOT")  # of the environment; no tokens
 # Tied weights are written once for each name, so that the result may be larger than the file.
 LARGEST_RESULT = 3  # times the file's size
 SPARE_BYTES = 1_073_741_824  # of memory, beside the values
@@ -120,13 +120,12 @@ def _convert_all(listing: Listing, folder: Path, names: list[str], result: Path,
 def _in_child(named: str, pickle: Path, made: Path) -> Mapping[str, Any]:
     size = pickle.stat().st_size
     with TemporaryDirectory(dir=made.parent.parent, prefix="unpickling-") as own:
-        inherited = {name: os.environ[name] for name in INHERITED if name in os.environ}
         command = [sys.executable, "-s", "-m", __name__, str(pickle.resolve()), str(made.resolve())]
         try:
             done = subprocess.run(  # noqa: S603  # our own interpreter, with two paths
                 command,
                 cwd=own,
-                env={**inherited, "HOME": own, "TMPDIR": own, "OMP_NUM_THREADS": "1"},
+                env={**inherited_environment(), "HOME": own, "TMPDIR": own, "OMP_NUM_THREADS": "1"},
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
@@ -157,7 +156,12 @@ def main() -> None:
     import torch  # this process alone has it
 
     torch.set_num_threads(1)
-    _limit(size)
+    limit_this_process(
+        memory_bytes=(1 + 2 * LARGEST_RESULT) * size + SPARE_BYTES,
+        cpu_seconds=_seconds(size),
+        file_bytes=LARGEST_RESULT * size + SPARE_BYTES // 1024,
+        open_files=OPEN_FILES,
+    )
     try:
         _write(pickle, made, LARGEST_RESULT * size)
     except Exception as error:
@@ -173,26 +177,6 @@ def _leave_network() -> bool:
         return any(library.unshare(flags) == 0 for flags in (CLONE_NEWUSER | CLONE_NEWNET, CLONE_NEWNET))
     except (AttributeError, OSError, TypeError):  # not Linux
         return False
-
-
-def _limit(size: int) -> None:
-    """Bound memory, time, files and their size."""
-    with suppress(ImportError):
-        import resource  # not on Windows
-
-        taken = 0
-        with suppress(OSError):
-            taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        limits = {
-            resource.RLIMIT_FSIZE: LARGEST_RESULT * size + SPARE_BYTES // 1024,
-            resource.RLIMIT_CPU: _seconds(size),
-            resource.RLIMIT_NOFILE: OPEN_FILES,
-            resource.RLIMIT_CORE: 0,
-        }
-        if taken:
-            limits[resource.RLIMIT_AS] = taken + (1 + 2 * LARGEST_RESULT) * size + SPARE_BYTES
-        for kind, limit in limits.items():
-            resource.setrlimit(kind, (limit, limit))
 
 
 def _write(pickle: str, made: str, largest: int) -> None:

@@ -126,7 +126,7 @@ MODEL_ARGUMENTS: Mapping[str, Rule] = rules(
     HARMLESS, ("attn_implementation", "dtype", "low_cpu_mem_usage", "torch_dtype", "trust_remote_code")
 )
 CONFIG_ARGUMENTS: Mapping[str, Rule] = rules(HARMLESS, ("trust_remote_code",))
-# Each may stand under its old name or its new one; where both are there the old one counts, which is put in its place.
+# Each has a new name and an old one. Where a file has both, sentence-transformers takes the value of the old one.
 ARGUMENTS = {
     "processor_kwargs": PROCESSOR_ARGUMENTS,
     "tokenizer_args": PROCESSOR_ARGUMENTS,

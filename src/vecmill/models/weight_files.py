@@ -170,7 +170,7 @@ def list_folder(named: str, folder: Path, model: str) -> Listing:
 
 
 def read_index(index: Path) -> Any:
-    """What an index of weights holds; None where it cannot be read, which is said by who looks for what is in it."""
+    """What an index of weights holds; None where it cannot be read: `Listing` then reports a missing `weight_map`."""
     try:
         return json.loads(index.read_text("utf-8"))
     except (OSError, ValueError):
