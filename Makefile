@@ -62,6 +62,7 @@ test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## O
 # Not among the development tools: it would be a plugin of every run of pytest.
 fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
 	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
+
 test-lowest: $(LOWEST)/.installed  ## Run the tests of the models, the engine and the GPU benchmark on the lowest versions that are allowed.
 	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine benchmarks/tests/test_gpu.py $(ARGS)
 
@@ -124,26 +125,26 @@ $(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json
 	npm --prefix $(<D) ci --no-audit --no-fund --silent
 	@mkdir -p $(@D) && touch $@
 
+# Programs that tests run: $(call program,NAMES,PACKAGE,WHAT NEEDS IT) installs the package as root where apt is, if there
+# is none of the names on the PATH.
+define program
+@command -v $(1) >/dev/null || \
+	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y $(2) >/dev/null; } || \
+	{ echo "$(3) on the PATH: sudo apt install $(2)"; exit 1; }
+endef
+
 # The dashboard is tested in a real browser.
 chromium:
-	@command -v chromium chromium-browser google-chrome >/dev/null || \
-		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y chromium >/dev/null; } || \
-		{ echo "The dashboard's tests need Chromium on the PATH: sudo apt install chromium"; exit 1; }
+	$(call program,chromium chromium-browser google-chrome,chromium,The dashboard's tests need Chromium)
 
 # What several servers share their state by is tested with a real one.
 redis:
-	@command -v redis-server >/dev/null || \
-		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y redis-server >/dev/null; } || \
-		{ echo "The tests of REDIS_URL need redis-server on the PATH: sudo apt install redis-server"; exit 1; }
+	$(call program,redis-server,redis-server,The tests of REDIS_URL need redis-server)
 
 # The services that deploy.py writes are checked by systemd's own tool; it need not run.
 systemd:
-	@command -v systemd-analyze >/dev/null || \
-		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y systemd >/dev/null; } || \
-		{ echo "The tests of deploy.py need systemd-analyze on the PATH: sudo apt install systemd"; exit 1; }
+	$(call program,systemd-analyze,systemd,The tests of deploy.py need systemd-analyze)
 
 # Java's own HTTP client asks for HTTP/2 in a way that no other does.
 java:
-	@command -v java >/dev/null || \
-		{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y default-jdk-headless >/dev/null; } || \
-		{ echo "The test of Java's HTTP client needs a JDK on the PATH: sudo apt install default-jdk-headless"; exit 1; }
+	$(call program,java,default-jdk-headless,The test of Java's HTTP client needs a JDK)

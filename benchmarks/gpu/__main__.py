@@ -52,8 +52,6 @@ from vecmill.models.weights import Target
 
 MEMORY_FRACTION = 0.9  # the default of MEMORY_FRACTION
 BUILD_SECONDS = 5.0
-
-
 SERVER = ("pydantic", "pydantic_settings", "fastapi", "uvicorn", "orjson", "isal", "httpx2", "typer")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -60,7 +60,7 @@ def lane_cost(
         write_checkpoint(folder, QUICK.encoders["tiny Qwen3"][1] if tiny else QWEN3_0_6B)
         engines = {}
         for way in (LANES, ONE_STREAM):
-            changed = patch.object(Streams, "on", one_stream) if way == ONE_STREAM else ExitStack()
+            changed = patch.object(Streams, "on", one_stream) if way == ONE_STREAM else nullcontext()
             engines[way] = stack.enter_context(_engine(folder, device, changed))
         found: dict[str, dict[bool, list[Counted]]] = {way: {False: [], True: []} for way in engines}
         for way in in_turns(list(engines), rounds):

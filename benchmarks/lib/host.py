@@ -1,4 +1,4 @@
-"""Which machine and which code a measurement was made with, and whether other programs took the processor meanwhile."""
+"""The machine of a measurement: what it is, what other programs took of it meanwhile, and what it keeps of files."""
 
 import os
 import platform
@@ -46,6 +46,15 @@ def _cpu_seconds(process: psutil.Process) -> float:
         # A server's workers may end during the block; their time moves to the parent that waits for them.
         return float(times.user + times.system + times.children_user + times.children_system)
     return 0.0
+
+
+def forget(path: Path) -> None:
+    """Drop a file from the system's page cache, where it can be asked to, so that it is read from the disk again."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def describe_host() -> dict[str, Any]:

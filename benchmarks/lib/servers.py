@@ -1,4 +1,8 @@
-"""Starts a server as a process of its own, waits until it is ready, and always stops it again."""
+"""Starts a server as a process of its own, waits until it is ready, and always stops it again.
+
+Much of this is also in tests.servers, on purpose: importing anything of the tests gives this process, and every server
+that it starts, one thread and no model hub. What is measured has to start as a user starts it.
+"""
 
 import os
 import signal

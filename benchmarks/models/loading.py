@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from typing import Any
 import psutil
 import torch
 from benchmarks.lib.figures import spread
-from benchmarks.lib.host import REPOSITORY
+from benchmarks.lib.host import REPOSITORY, forget
 from benchmarks.lib.results import progress
 from benchmarks.lib.timing import Machine
 from benchmarks.models.builds import RandomValues
@@ -121,7 +120,8 @@ def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, torch.Size]]:
 
 
 def _load_in_child(way: str, folder: Path, device: torch.device) -> dict[str, Any]:
-    forget(folder)
+    for path in folder.glob("*.safetensors"):
+        forget(path)
     command = [sys.executable, "-m", "benchmarks.models.load_child", way, str(folder), str(device)]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     if done.returncode != 0:
@@ -131,7 +131,8 @@ def _load_in_child(way: str, folder: Path, device: torch.device) -> dict[str, An
 
 
 def _read(files: list[Path]) -> float:
-    forget(files[0].parent)
+    for path in files:
+        forget(path)
     buffer = bytearray(CHUNK)
     started = time.perf_counter()
     for path in files:
@@ -139,13 +140,3 @@ def _read(files: list[Path]) -> float:
             while opened.readinto(buffer):
                 pass
     return time.perf_counter() - started
-
-
-def forget(folder: Path) -> None:
-    """Drop the files from the system's cache, where it can be asked to, so that all are read from the disk."""
-    if not hasattr(os, "posix_fadvise"):
-        return
-    for path in folder.glob("*.safetensors"):
-        with path.open("rb") as opened:
-            os.fsync(opened.fileno())
-            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

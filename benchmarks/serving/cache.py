@@ -13,7 +13,6 @@ Ends with status 0 though a target is missed: that is only told.
 """
 
 import argparse
-import os
 import random
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 import numpy as np
 from benchmarks.lib.figures import judged, print_disturbance, shown, spread
-from benchmarks.lib.host import describe_host, watched
+from benchmarks.lib.host import describe_host, forget, watched
 from benchmarks.lib.minilm import sample_texts
 from benchmarks.lib.results import progress, publish
 from benchmarks.serving.cache_batch import Loop, measure_batch
@@ -64,7 +63,7 @@ def measure_store(folder: Path, entries: int, dimensions: int, advance: Callable
     filled = time.perf_counter() - started
     store.close()  # which writes SQLite's log back into the file
     size = path.stat().st_size
-    _forget(path)
+    forget(path)  # the first look-ups read the disk
     store = SqliteVectors(path, ROOM)
     store.get([key(0)])
     cold = _look_ups(store, entries, dimensions)
@@ -83,13 +82,6 @@ def measure_store(folder: Path, entries: int, dimensions: int, advance: Callable
 def key(number: int) -> bytes:
     """As spread out as a real one."""
     return blake2b(number.to_bytes(8, "little"), digest_size=KEY_BYTES).digest()
-
-
-def _forget(path: Path) -> None:
-    """Have the system drop the file from its memory, so that the first look-ups read the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _look_ups(store: SqliteVectors, entries: int, dimensions: int) -> dict[str, Any]:

@@ -43,6 +43,7 @@ FLOAT32_IN_BASE64 = 4 / 3 * 4  # characters
 QUIET_SECONDS = 1.0
 PARTS = {"x-inference-time": "inference", "x-queue-time": "queue", "x-tokenization-time": "tokenization"}
 MOST_OUTSIDE_MS = 5.0
+TARGET_TEXTS, TARGET_DIMENSIONS = 64, 384  # of the request that MOST_OUTSIDE_MS is for
 # The layers are not what is measured here: warm-up need not try to compile them.
 SERVE = ("--rerank-model", "none", "--torch-compile", "false")
 CASES_PER_SIZE = 8  # two models, two encodings, with and without gzip
@@ -172,19 +173,6 @@ def _add_waits(milliseconds: Sequence[float], p99: list[float], longest: list[fl
         longest.append(max(milliseconds))
 
 
-def described(case: Case) -> dict[str, Any]:
-    """What JSON says of a case."""
-    return {
-        "texts": case.texts,
-        "dimensions": case.dimensions,
-        "encoding": case.encoding,
-        "gzip": case.gzip,
-    }
-
-
-TARGET_TEXTS, TARGET_DIMENSIONS = 64, 384
-
-
 def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[Found, float]:
     """Both models on one server, so that they are measured in turns; also the cores that other programs used."""
     with TemporaryDirectory() as folder:
@@ -223,7 +211,14 @@ def _case(case: Case, measured: Measured) -> dict[str, Any]:
     milliseconds = {name: spread(values) for name, values in measured.parts.items()}
     if (case.texts, case.dimensions, case.encoding) == (TARGET_TEXTS, TARGET_DIMENSIONS, "base64"):
         milliseconds["outside"] = judged(milliseconds["outside"], MOST_OUTSIDE_MS)
-    result = {**described(case), "answer_bytes": measured.answer_bytes, "ms": milliseconds}
+    result = {
+        "texts": case.texts,
+        "dimensions": case.dimensions,
+        "encoding": case.encoding,
+        "gzip": case.gzip,
+        "answer_bytes": measured.answer_bytes,
+        "ms": milliseconds,
+    }
     if measured.others_longest:
         result["others_waited_ms"] = {"p99": spread(measured.others_p99), "longest": spread(measured.others_longest)}
     return result

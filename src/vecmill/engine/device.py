@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.hardware.gpu import nvidia_gpu_present
+from vecmill.hardware.gpu import gpu_index, nvidia_gpu_present
 from vecmill.hardware.memory import (
     MEGABYTE,
     DeviceMemory,
@@ -52,7 +52,7 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def _cuda(wanted: str) -> torch.device:
-    index = int(wanted.partition(":")[2] or 0)
+    index = gpu_index(wanted)
     count = torch.cuda.device_count()
     if index >= count:
         raise StartupError(f"DEVICE={wanted}, but there are {count} CUDA GPUs: set DEVICE=cuda:0 to cuda:{count - 1}.")

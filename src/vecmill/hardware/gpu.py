@@ -71,6 +71,11 @@ class GpuReading:
         return None if None in theirs else sum(memory for memory in theirs if memory is not None)
 
 
+def gpu_index(device: str) -> int:
+    """The number of the GPU that a value of DEVICE names; 0 where it has none: `cuda:1` is 1, `auto` is 0."""
+    return int(device.partition(":")[2] or 0)
+
+
 def nvidia_gpu_present(root: Path = Path("/")) -> bool:
     """True where the NVIDIA kernel driver has a GPU (Linux). `root` is the file system to look at.
 

@@ -15,7 +15,7 @@ from vecmill.config import Settings
 from vecmill.core.address import url_here
 from vecmill.core.errors import StartupError
 from vecmill.engine.probes.results import TorchBuild
-from vecmill.hardware.gpu import GpuMemory, GpuReading, gpu_memory, nvidia_gpu_present
+from vecmill.hardware.gpu import GpuMemory, GpuReading, gpu_index, gpu_memory, nvidia_gpu_present
 from vecmill.hardware.memory import meminfo
 from vecmill.hardware.nvml import Nvml, NvmlUnavailable
 from vecmill.models import hub
@@ -76,7 +76,7 @@ class DoctorContext:
     def _uuid(self) -> str | None:
         if isinstance(self.torch_build, ProbeFailed) or not self.torch_build.gpus:
             return None
-        index = int(self.settings.engine.device.partition(":")[2] or 0)
+        index = gpu_index(self.settings.engine.device)
         return self.torch_build.gpus[index].uuid if index < len(self.torch_build.gpus) else None
 
     @property
@@ -114,7 +114,7 @@ class DoctorContext:
     def device(self) -> str:
         """The device that probes run on: a GPU only where this torch can use it."""
         wanted = self.settings.engine.device
-        index = int(wanted.partition(":")[2] or 0)
+        index = gpu_index(wanted)
         return f"cuda:{index}" if wanted not in ("cpu", "mps") and index < len(self.build.gpus) else "cpu"
 
     @cached_property

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from vecmill.engine.probes.results import Load, MatmulSpeed
-from vecmill.hardware.gpu import LOADED_PERCENT, GpuReading, clock_verdict
+from vecmill.hardware.gpu import LOADED_PERCENT, GpuReading, clock_verdict, gpu_index
 from vecmill.tools.doctor.context import DoctorContext, NoTorch, reading, within
 from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, ok, warn
 
@@ -227,7 +227,7 @@ def check_matmul(context: DoctorContext) -> Finding:
     """Measure matrix products."""
     device = context.device
     speed = context.prober.ask("matmul", device, MatmulSpeed, MATMUL_SECONDS)
-    index = int(device.partition(":")[2] or 0)
+    index = gpu_index(device)
     return judge_matmul(speed, context.build.gpus[index].name if device.startswith("cuda") else None)
 
 

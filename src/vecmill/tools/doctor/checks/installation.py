@@ -12,6 +12,7 @@ import re
 import sys
 
 from vecmill.engine.probes.results import GpuSeen, TorchBuild
+from vecmill.hardware.gpu import gpu_index
 from vecmill.tools.doctor.context import DoctorContext
 from vecmill.tools.doctor.findings import Finding, fail, install, ok, warn
 from vecmill.tools.doctor.probing import ProbeFailed
@@ -88,7 +89,7 @@ def _missing(build: TorchBuild, device: str, *, has_gpu: bool) -> str | None:
         return "DEVICE=mps, and it sees no Apple GPU"
     if device.startswith("cuda") and not has_gpu and not build.gpus:
         return f"DEVICE={device}, and there is no NVIDIA GPU"
-    index = int(device.partition(":")[2] or 0)
+    index = gpu_index(device)
     if build.gpus and index >= len(build.gpus):
         return f"DEVICE={device}, and it sees {len(build.gpus)} GPU{'' if len(build.gpus) == 1 else 's'}"
     return None
