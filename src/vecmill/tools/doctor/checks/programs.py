@@ -85,7 +85,8 @@ def check_docker(context: DoctorContext) -> Finding:
         info = {}
     if not isinstance(info, dict) or not info.get("ServerVersion"):
         errors = (info.get("ServerErrors") or [answer.problem]) if isinstance(info, dict) else [answer.problem]
-        return warn(f"installed, and its engine does not answer: {str(errors[0]).splitlines()[0]}", START)
+        reason = (str(errors[0]).splitlines() or ["it gives no reason"])[0]
+        return warn(f"installed, and its engine does not answer: {reason}", START)
     return judge_docker(info, has_gpu=context.has_gpu)
 
 
