@@ -23,7 +23,7 @@ from benchmarks.lib.figures import in_turns, spread
 from benchmarks.models.shapes import QUICK, QWEN3_0_6B
 
 from vecmill.core.types import Lane, Row
-from vecmill.engine.loaded import Streams
+from vecmill.engine.forward import Streams
 
 if TYPE_CHECKING:
     from vecmill.engine.engine import Engine

@@ -19,7 +19,7 @@ from benchmarks.gpu.report import targets
 from benchmarks.gpu.stages import Samples, Stages, sampled, summary
 from benchmarks.gpu.subjects import FULL, TINY
 from benchmarks.tests.runs import REPOSITORY, json_line, run_benchmark
-from vecmill.engine.loaded import Streams
+from vecmill.engine.forward import Streams
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(600)]  # a run is a dozen processes, one after the other
 

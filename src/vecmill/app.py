@@ -30,8 +30,7 @@ from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
-from vecmill.http.in_progress import Draining, InProgress
-from vecmill.http.middleware import AcceptedGZip, RequestId, RequestLine
+from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
 from vecmill.http.stats import watch_budgets, watch_gauges
@@ -44,7 +43,7 @@ from vecmill.telemetry.telemetry import Telemetry
 
 if TYPE_CHECKING:
     from vecmill.engine.engine import Engine
-    from vecmill.engine.loaded import Loaded
+    from vecmill.engine.loader import Loaded
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine import compilation
 from vecmill.engine.compilation import choose, compilations, make_eager
 from vecmill.engine.engine import Engine
-from vecmill.engine.loaded import CpuThreads
+from vecmill.engine.forward import CpuThreads
 from vecmill.models.networks import Model
 from vecmill.models.packing import PrefixMemory, pack
 

@@ -25,7 +25,8 @@ from vecmill.engine.device import (
     limit_memory,
     unless_out_of_memory,
 )
-from vecmill.engine.loaded import Loaded, Streams
+from vecmill.engine.forward import Streams
+from vecmill.engine.loader import Loaded
 from vecmill.hardware.memory import GIGABYTE, GpuRoom
 from vecmill.models.packing import Attention
 

@@ -22,7 +22,7 @@ from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.device import choose_device
 from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
-from vecmill.engine.loaded import LoadedModel
+from vecmill.engine.forward import LoadedModel
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
 

@@ -29,8 +29,7 @@ from tests.tiny_checkpoints import edit_json
 from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, shape_of
-from vecmill.engine.forward import Launched, launch
-from vecmill.engine.loaded import Device, LoadedModel, Streams
+from vecmill.engine.forward import Device, Launched, LoadedModel, Streams, launch
 from vecmill.models import packed_attention
 from vecmill.models.packing import Attention, PrefixMemory, pack
 

@@ -17,8 +17,7 @@ from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import edit_json, tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import StartupError
-from vecmill.engine.loaded import Loaded
-from vecmill.engine.loader import load
+from vecmill.engine.loader import Loaded, load
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 NV_EMBED, QWEN3, RERANKER = (

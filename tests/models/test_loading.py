@@ -20,8 +20,7 @@ from vecmill.cache.embedding_cache import model_fingerprint
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.engine.loaded import Loaded
-from vecmill.engine.loader import load
+from vecmill.engine.loader import Loaded, load
 from vecmill.models import networks, source
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.source import find

@@ -25,9 +25,8 @@ from vecmill.core.errors import EngineFailed
 from vecmill.core.protocols import BatchResult
 from vecmill.core.types import Lane, Row
 from vecmill.engine.device import device_memory, gpu_uuid
-from vecmill.engine.forward import Launched, Packed, collect, launch, pack_on
-from vecmill.engine.loaded import Device, Loaded
-from vecmill.engine.loader import Report, load
+from vecmill.engine.forward import Device, Launched, Packed, collect, launch, pack_on
+from vecmill.engine.loader import Loaded, Report, load
 from vecmill.hardware.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)

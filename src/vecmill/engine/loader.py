@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vecmill.config import EngineSettings, ModelSettings
+from vecmill.core.calibration import Warmed
 from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import Task
 from vecmill.engine.device import (
@@ -24,7 +25,7 @@ from vecmill.engine.device import (
     is_out_of_memory,
     limit_memory,
 )
-from vecmill.engine.loaded import Device, Loaded, LoadedModel, Streams
+from vecmill.engine.forward import Device, LoadedModel, Streams
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
@@ -44,6 +45,22 @@ Report = Callable[[float, str], None]
 
 GIGABYTE = 1e9
 USUAL_WIDTH = 1024  # of hidden states, where config.json leaves it to the class's default
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Everything that loading and warm-up found out."""
+
+    runs_on: Device
+    models: dict[str, LoadedModel]
+    """By key, in the order of the settings, embedding models first."""
+    warmed: dict[str, Warmed]
+    """By key."""
+
+    @property
+    def device(self) -> torch.device:
+        """That the models are on."""
+        return self.runs_on.device
 
 
 def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loaded:

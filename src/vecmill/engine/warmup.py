@@ -19,8 +19,7 @@ from vecmill.engine import compilation
 from vecmill.engine.compilation import CompileChoice, Run
 from vecmill.engine.cuda_graphs import Capture, CudaCapture, Pass, capture_graphs, lane_of, shape_of
 from vecmill.engine.device import unless_out_of_memory
-from vecmill.engine.forward import Launched, collect, pack_on, run_part
-from vecmill.engine.loaded import Device, LoadedModel
+from vecmill.engine.forward import Device, Launched, LoadedModel, collect, pack_on, run_part
 from vecmill.models.packing import Attention, PackedBatch, pack
 
 logger = logging.getLogger(__name__)

@@ -13,11 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 
 from vecmill.batches.record import BatchRecord
 from vecmill.http.batch_lines import EndpointName
-from vecmill.http.caller import ViewerOf, client_of
 from vecmill.http.errors import documented
 from vecmill.http.files import LONGEST_LIFE, SHORTEST_LIFE, After, page
-from vecmill.http.in_progress import NewWork
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import InferenceRoute, NewWork, ViewerOf, client_of
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Batches"], route_class=InferenceRoute, responses=documented(503))

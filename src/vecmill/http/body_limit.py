@@ -28,9 +28,9 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.core.threads import WorkerThreads
-from vecmill.http.caller import client_of
 from vecmill.http.dialects.registry import dialect_for
 from vecmill.http.errors import refused
+from vecmill.http.route import client_of
 
 BODIES_AT_A_TIME = 8  # of the largest size
 # What one client may take of that. The rest is there for the others, whatever it does.

@@ -19,9 +19,8 @@ from vecmill.batches.files import StoredFile, Upload
 from vecmill.batches.record import BatchRecord
 from vecmill.batches.service import BatchService
 from vecmill.core.errors import InvalidInput, MalformedBody, VecmillError
-from vecmill.http.caller import ViewerOf
 from vecmill.http.errors import documented, refused
-from vecmill.http.in_progress import check_new_work
+from vecmill.http.route import ViewerOf, check_new_work
 from vecmill.http.services import ServicesOf
 
 T = TypeVar("T", StoredFile, BatchRecord)

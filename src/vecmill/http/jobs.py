@@ -14,11 +14,9 @@ from fastapi import APIRouter, Path, Query, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from vecmill.http.caller import ViewerOf
 from vecmill.http.capabilities import recommended
 from vecmill.http.errors import documented
-from vecmill.http.in_progress import NewWork
-from vecmill.http.route import JsonRoute
+from vecmill.http.route import JsonRoute, NewWork, ViewerOf
 from vecmill.http.services import ServicesOf
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.views import ENDED_SHOWN

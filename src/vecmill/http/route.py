@@ -1,17 +1,25 @@
-"""A route whose body is parsed fast and strictly, and whose work ends when its client leaves."""
+"""What routes begin with.
+
+A body parsed fast and strictly, who asks and how urgently, and an end of the work when its client leaves.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from functools import lru_cache, partial
+from ipaddress import ip_address
+from typing import Annotated, Any
 
-from fastapi import Request, Response
+from fastapi import Depends, Header, Request, Response
 from fastapi.routing import APIRoute
+from pydantic import AfterValidator, BeforeValidator, Field
 
+from vecmill.core.errors import NotAllowed, ShuttingDown
 from vecmill.core.json_body import JsonLimits, parse
-from vecmill.http.bounds import most_inputs
+from vecmill.core.types import CacheControl, Caller, Lane, Viewer
+from vecmill.http.bounds import Word, most_inputs
 from vecmill.http.errors import CLIENT_CLOSED_REQUEST
 from vecmill.http.services import services_of
 
@@ -81,3 +89,154 @@ async def _until_disconnect(request: Request, work: Coroutine[Any, Any, Response
 async def _disconnected(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+def check_new_work(request: Request) -> None:
+    """Refuse new work once the server is stopping, and from a key that is not for it.
+
+    Raises:
+        ShuttingDown, NotAllowed.
+    """
+    if getattr(request.state, "late", False):
+        raise ShuttingDown
+    if not getattr(request.state, "may_use", True):
+        raise NotAllowed("This API key lacks the scope `use`, which work needs: send another, or give it that scope.")
+
+
+async def _new_work(request: Request) -> None:
+    check_new_work(request)
+
+
+NewWork = Annotated[None, Depends(_new_work)]
+"""A parameter of every route that takes work. What reads, reports or cancels is answered to the end."""
+
+
+SHORTEST_TIMEOUT = 0.001  # seconds; no answer is so fast
+LANES = f"must be {', '.join(lane.value for lane in Lane)}, or a whole number (negative: first, positive: bulk)"
+
+
+def parse_priority(value: Any) -> Any:
+    """The lane by its name, or by vLLM's number, where lower is earlier and 0 says nothing.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if isinstance(value, str):
+        name = value.strip().lower()
+        if name in {lane.value for lane in Lane}:
+            return Lane(name)
+        value = int(name) if name.lstrip("+-").isdecimal() and name.isascii() else value
+    if value is None or isinstance(value, Lane):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(LANES)
+    if value == 0:
+        return None
+    return Lane.INTERACTIVE if value < 0 else Lane.BULK
+
+
+Priority = Annotated[
+    Lane | None,
+    BeforeValidator(parse_priority),
+    Word,
+    Field(
+        description="`interactive`: before all bulk; `bulk`: whenever there is room; or vLLM's number (lower is "
+        "earlier, 0 says nothing). Left out: queries, reranking and up to 8 texts with 512 tokens that are of no "
+        "indexing job are interactive."
+    ),
+]
+
+
+LONGEST_JOB_ID = 100
+
+
+async def _viewer_of(request: Request) -> Viewer:
+    viewer: Viewer = request.state.viewer
+    return viewer
+
+
+ViewerOf = Annotated[Viewer, Depends(_viewer_of)]
+"""A parameter of every route that shows or changes what belongs to a key."""
+
+
+def client_of(request: Request) -> str:
+    """Who takes turns with other clients: a key and an address, whatever else the request says of itself."""
+    address = _address(request.client.host) if request.client else ""
+    key = request.state.viewer.owner
+    return f"{key}@{address}" if key else address
+
+
+@lru_cache(maxsize=4096)
+def _address(host: str) -> str:
+    """One client has one address, also where the server listens to both families."""
+    try:
+        mapped = getattr(ip_address(host), "ipv4_mapped", None)
+    except ValueError:
+        return host
+    return str(mapped or host)
+
+
+def _long_enough(seconds: float) -> float:
+    if seconds < SHORTEST_TIMEOUT:
+        raise ValueError(f"must be at least {SHORTEST_TIMEOUT:g} (seconds)")
+    return seconds
+
+
+Timeout = Annotated[
+    float,
+    AfterValidator(_long_enough),
+    Field(allow_inf_nan=False),
+]
+
+
+def of_job(caller: Caller, job_id: str) -> Caller:
+    """The caller as one of an indexing job, which takes turns with the client's other jobs."""
+    return replace(caller, job_id=job_id[:LONGEST_JOB_ID])
+
+
+# Async, as every dependency here: FastAPI calls others in a thread, which costs a request a twentieth of a millisecond.
+async def caller_of(
+    request: Request,
+    new_work: NewWork,
+    x_priority: Annotated[
+        Priority, Header(description="As `priority` in the body, for clients that send headers.")
+    ] = None,
+    x_request_timeout: Annotated[
+        Timeout | None,
+        Header(description=f"Seconds, at least {SHORTEST_TIMEOUT}, until the answer is of no use: 504, texts not run."),
+    ] = None,
+    x_job_id: Annotated[str | None, Header(description="The indexing job this belongs to.")] = None,
+    cache_control: Annotated[
+        str | None, Header(description="`no-store`: neither look up nor keep vectors; `no-cache`: compute them anew.")
+    ] = None,
+) -> Caller:
+    """Who asks."""
+    caller = Caller(
+        client=client_of(request),
+        owner=request.state.viewer.owner,
+        lane=x_priority,
+        timeout=x_request_timeout,
+        began=request.state.began,
+        cache_control=_cache_control(cache_control or ""),
+    )
+    return of_job(caller, x_job_id) if x_job_id else caller
+
+
+def _cache_control(header: str) -> CacheControl:
+    """The strictest of the directives that are known here.
+
+    Source: https://www.rfc-editor.org/rfc/rfc9111#section-5.2.1
+    """
+    directives = {part.strip().lower() for part in header.split(",")}
+    return next(
+        (directive for directive in (CacheControl.NO_STORE, CacheControl.NO_CACHE) if directive in directives),
+        CacheControl.ANY,
+    )
+
+
+CallerOf = Annotated[Caller, Depends(caller_of)]
+
+
+def with_priority(caller: Caller, lane: Lane | None) -> Caller:
+    """The caller as its request's body has it; the body wins over the header."""
+    return caller if lane is None else replace(caller, lane=lane)

@@ -18,8 +18,8 @@ from vecmill.core.protocols import StoreFailed
 from vecmill.core.types import Lane
 from vecmill.hardware.gpu import GpuReading
 from vecmill.hardware.memory import MEGABYTE, host_memory
-from vecmill.http.caller import ViewerOf
 from vecmill.http.capabilities import gpu_facts, memory_of_gpu, warnings
+from vecmill.http.route import ViewerOf
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
 from vecmill.telemetry.telemetry import Values, summary
 

@@ -26,10 +26,10 @@ from vecmill.core.types import (
     Truncation,
 )
 from vecmill.http.bounds import Word
-from vecmill.http.caller import Priority, with_priority
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
 from vecmill.http.encoding import FLOAT, EmbeddingFormat, json_response, result_headers, vectors_response
 from vecmill.http.errors import ErrorShape
+from vecmill.http.route import Priority, with_priority
 from vecmill.http.services import services_of
 
 PIECE_CHARACTERS = 80  # of a token in JSON, about

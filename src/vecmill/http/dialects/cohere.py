@@ -16,7 +16,6 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult
 from vecmill.http.bounds import Counted, InputList
-from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, ScoreBody, best_first, embed, example
 from vecmill.http.dialects.inputs import (
     LONGEST_INSTRUCTION,
@@ -31,7 +30,7 @@ from vecmill.http.dialects.inputs import (
 from vecmill.http.dialects.openai import OPENAI
 from vecmill.http.encoding import EmbeddingFormat
 from vecmill.http.errors import ErrorShape
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute
 
 router = APIRouter(tags=["Cohere"], route_class=InferenceRoute)
 

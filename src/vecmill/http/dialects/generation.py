@@ -25,8 +25,8 @@ from vecmill.http.dialects.bodies import Dialect
 from vecmill.http.dialects.openai import OPENAI
 from vecmill.http.errors import CLIENT_CLOSED_REQUEST, MOST_BYTES, bounded_body, documented
 from vecmill.http.generation import Generation
-from vecmill.http.in_progress import check_new_work
 from vecmill.http.middleware import ACCEPTABLE
+from vecmill.http.route import check_new_work
 from vecmill.http.services import Services, ServicesOf, services_of
 from vecmill.refusals import message_of
 

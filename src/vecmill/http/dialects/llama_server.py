@@ -12,11 +12,10 @@ from pydantic import Field
 
 from vecmill.core.errors import InputTooLong, InvalidInput, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, TokenVocabulary
-from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import EmbeddingInputs
 from vecmill.http.errors import ErrorShape
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute
 
 router = APIRouter(tags=["llama-server"], route_class=InferenceRoute)
 

@@ -15,11 +15,10 @@ from vecmill import __version__
 from vecmill.core.errors import InputTooLong, InvalidInput, MalformedBody, VecmillError
 from vecmill.core.types import Caller, ScoreRequest, ScoreResult
 from vecmill.http.bounds import InputList
-from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, ScoreBody, best_first, example, score
 from vecmill.http.dialects.inputs import NotServedHere, usage
 from vecmill.http.errors import ErrorShape, documented
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["NIM"], route_class=InferenceRoute)

@@ -16,11 +16,10 @@ from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 from vecmill.core.errors import InputTooLong, ModelNotFound, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard, Task
 from vecmill.http.bounds import Counted
-from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.errors import ErrorShape, nearest
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Ollama"], route_class=InferenceRoute)

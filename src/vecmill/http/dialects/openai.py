@@ -26,13 +26,12 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard
-from vecmill.http.caller import CallerOf
 from vecmill.http.capabilities import max_batch_size
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, NotServedHere, usage
 from vecmill.http.encoding import EmbeddingFormat
 from vecmill.http.errors import ErrorShape, nearest
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import Services, ServicesOf
 
 router = APIRouter(tags=["OpenAI"], route_class=InferenceRoute)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Discriminator, Tag
 
-from vecmill.http.caller import CallerOf
 from vecmill.http.dialects import (
     cohere,
     generation,
@@ -23,8 +22,7 @@ from vecmill.http.dialects import (
 )
 from vecmill.http.dialects.bodies import Dialect, ScoreBody, SharedBody, TokenizeBody, score, tokenize_texts
 from vecmill.http.errors import DETAIL, DIALECT_TAG, ErrorShape
-from vecmill.http.in_progress import NewWork
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute, NewWork
 
 # On a shared path the first whose body `speaks` is spoken.
 DIALECTS: tuple[Dialect, ...] = (

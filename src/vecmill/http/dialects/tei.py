@@ -41,7 +41,6 @@ from vecmill.core.types import (
     TokenVocabulary,
 )
 from vecmill.http.bounds import InputList
-from vecmill.http.caller import CallerOf, of_job, with_priority
 from vecmill.http.capabilities import max_batch_size, max_batch_tokens
 from vecmill.http.dialects.bodies import (
     Dialect,
@@ -57,8 +56,7 @@ from vecmill.http.dialects.bodies import (
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, Ids, Texts
 from vecmill.http.encoding import json_response, result_headers
 from vecmill.http.errors import DIALECT_TAG, ErrorShape, nearest
-from vecmill.http.in_progress import NewWork
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute, NewWork, of_job, with_priority
 from vecmill.http.services import ServicesOf, services_of
 from vecmill.inference.vectors import cosines
 

@@ -17,14 +17,12 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 from vecmill.core.errors import EmptyInput, InvalidInput
 from vecmill.core.types import Caller, DetokenizeRequest, ScoreRequest, ScoreResult, TokenizeRequest, TokenizeResult
 from vecmill.http.bounds import InputList
-from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, ScoreBody, TokenizeBody, example, score
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, Ids, NotServedHere, usage
 from vecmill.http.dialects.openai import OPENAI
 from vecmill.http.encoding import json_response
 from vecmill.http.errors import ErrorShape
-from vecmill.http.in_progress import NewWork
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute, NewWork
 from vecmill.http.services import services_of
 
 router = APIRouter(tags=["vLLM"], route_class=InferenceRoute)

@@ -14,11 +14,10 @@ from pydantic import BaseModel, Field
 from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, PromptChoice, ScoreRequest, ScoreResult
 from vecmill.http.bounds import InputList
-from vecmill.http.caller import CallerOf
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, ScoreBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.errors import ErrorShape, documented
-from vecmill.http.route import InferenceRoute
+from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import ServicesOf
 
 router = APIRouter(tags=["Weaviate"], route_class=InferenceRoute)
