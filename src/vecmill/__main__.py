@@ -25,7 +25,7 @@ from vecmill.tools.bench.command import bench
 from vecmill.tools.console import UsageError, print_error
 from vecmill.tools.doctor.command import doctor
 from vecmill.tools.embed.command import embed
-from vecmill.tools.pull import run_pull
+from vecmill.tools.pull import run_pull, run_pull_as_json
 
 keys = typer.Typer(no_args_is_help=True, help="The API keys of a server.")
 cli = typer.Typer(
@@ -69,8 +69,13 @@ def pull(
             help="Where the weights are pickles only, make safetensors of them once, in a process that has no network.",
         ),
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Progress for programs, an object a line; without --convert-pickle.")
+    ] = False,
 ) -> None:
     """Fetch a model from the hub: its size, memory and licence first, then the files, then a check of their sizes."""
+    if as_json:
+        raise typer.Exit(run_pull_as_json(model, revision))
     raise typer.Exit(run_pull(model, revision, convert_pickle=convert_pickle))
 
 

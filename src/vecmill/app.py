@@ -17,13 +17,15 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
+from vecmill.core.calibration import Warmed
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
+from vecmill.core.types import ModelCard, Task
 from vecmill.hardware.gpu import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
-from vecmill.http import api_document, batches, capabilities, errors, files, health, jobs, stats
+from vecmill.http import api_document, batches, capabilities, errors, files, health, jobs, models, stats
 from vecmill.http.access import Access, ApiKeys, in_both_families
 from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
@@ -33,9 +35,12 @@ from vecmill.http.generation import Generation
 from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
-from vecmill.http.stats import watch_budgets, watch_gauges
+from vecmill.http.stats import watch_gauges, watch_models
+from vecmill.inference.catalogue import Cached, Catalogue
 from vecmill.inference.facade import Inference
-from vecmill.inference.models import assemble
+from vecmill.inference.models import assemble, assemble_one
+from vecmill.inference.residency import Progress, Residency
+from vecmill.models import hub
 from vecmill.scheduler.policy import Budget, Rules
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.state import State
@@ -67,6 +72,9 @@ class Server:
         self._engine: Engine | None = None
         self._loaded: Loaded | None = None
         self._scheduler: Scheduler | None = None
+        self._residency: Residency | None = None
+        self._catalogue: Catalogue | None = None
+        self._looking: asyncio.Task[None] | None = None
         self.health = Health()
         self.load_ended = asyncio.Event()
         self.misconfigured = False
@@ -76,13 +84,14 @@ class Server:
         self.keys = ApiKeys(settings.access)
         """Exchanged where API_KEY changes."""
         self.telemetry = Telemetry()
+        self._memory = MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction)
         self.inference = Inference(
             settings.inference,
             settings.scheduler.request_timeout,
             self.health,
             self.telemetry,
             self._threads,
-            MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction),
+            self._memory,
             cache_queries=settings.cache.cache_queries,
             cache_across_keys=settings.cache.cache_across_keys,
             limits_of=self.keys.limits_of,
@@ -111,6 +120,7 @@ class Server:
             device_busy=lambda: self._engine.busy if self._engine else False,
             several_keys=lambda: self.keys.several,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
+            catalogue=lambda: self._catalogue,
         )
         watch_gauges(self.services)
 
@@ -135,6 +145,8 @@ class Server:
                 )
                 self._on_loaded()
                 self.health.update(Phase.READY, 100, "ready")
+                if self._catalogue is not None:
+                    self._looking = asyncio.create_task(self._catalogue.look_around(), name="cached models")
         finally:
             self.load_ended.set()
 
@@ -158,24 +170,103 @@ class Server:
         self._engine = engine
         engine.start()
         loaded = await _result(engine.loaded)
-        served = ((model.card, model.checkpoint, model.tokenizer) for model in loaded.models.values())
+        served = [
+            (known.card, (model.checkpoint, model.tokenizer) if (model := loaded.models.get(key)) else None)
+            for key, known in loaded.known.items()
+        ]
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
-        budgets = {
-            key: Budget(warmed.max_batch_tokens, warmed.max_batch_size, warmed.free_tokens)
-            for key, warmed in loaded.warmed.items()
-        }
+        budgets = {key: _budget(warmed) for key, warmed in loaded.warmed.items()}
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
         endpoints = batch_endpoints(self.inference, self._threads, self._settings.inference)
         rates = [warmed.calibration.best_rate for warmed in loaded.warmed.values()]
-        self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
-        self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self._loaded = loaded
+        self._residency = residency = self._make_residency(loaded)
+        self._catalogue = self._make_catalogue(residency)
+        self.inference.attach(
+            models, self._scheduler, residency, self.state.cache, expected_rate=min(rates, default=0.0)
+        )
+        self.state.batches.start(endpoints, lambda: self.trouble is not None)
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
-        watch_budgets(self.services)
+        watch_models(self.services)
         return loaded
+
+    def _make_residency(self, loaded: Loaded) -> Residency:
+        residency = Residency(
+            self._settings.model,
+            self._load_model,
+            self._unload_model,
+            has_rows=self.inference.has_rows,
+            shortage=self._shortage,
+            most_waiting=self._settings.inference.max_concurrent_requests,
+        )
+        for key, known in loaded.known.items():
+            is_loaded = key in loaded.models
+            size = _bytes_of(known.card, loaded.warmed[key]) if is_loaded else known.card.weight_bytes
+            residency.add(known.card, size, is_loaded=is_loaded)
+        return residency
+
+    def _make_catalogue(self, residency: Residency) -> Catalogue:
+        token = self._settings.model.hf_token
+        return Catalogue(
+            residency,
+            self._find_cached,
+            lambda: asyncio.to_thread(hub.listed_in_cache),
+            token.get_secret_value() if token is not None else None,
+        )
+
+    async def _load_model(self, key: str, progress: Progress) -> tuple[ModelCard, int]:
+        """Load a model while others are served."""
+        engine, loaded = self._engine, self._loaded
+        assert engine is not None
+        assert loaded is not None
+        model = await _result(engine.load(key, progress))
+        files = model.checkpoint, model.tokenizer
+        try:
+            served = await asyncio.to_thread(assemble_one, model.card, files, self._settings.inference, self._threads)
+        except Exception:
+            await _result(engine.unload(key))
+            raise
+        warmed = loaded.warmed[key]
+        card = self.inference.exchange(served, _budget(warmed))
+        watch_models(self.services)
+        return card, _bytes_of(model.card, warmed)
+
+    async def _unload_model(self, key: str) -> None:
+        assert self._engine is not None
+        self.inference.forget_tokenizer(key)
+        await _result(self._engine.unload(key))
+
+    async def _close_models(self) -> None:
+        if self._looking is not None:
+            self._looking.cancel()
+            await asyncio.gather(self._looking, return_exceptions=True)
+        if self._catalogue is not None:
+            await self._catalogue.close()
+        if self._residency is not None:
+            await self._residency.close()
+
+    async def _shortage(self, weight_bytes: int) -> str | None:
+        """Why weights do not fit now: into the GPU's memory, or the machine's where that is the models' own."""
+        assert self._engine is not None
+        if self._uses_gpu():
+            return await asyncio.to_thread(self._engine.shortage, weight_bytes)
+        return self._memory.shortage(weight_bytes)
+
+    async def _find_cached(self, name: str, revision: str | None, task: Task | None) -> Cached | None:
+        engine = self._engine
+        assert engine is not None
+
+        def find() -> Cached | None:
+            folder = hub.cached(name, revision)
+            if folder is None:
+                return None
+            card = engine.know(folder, name, task).card
+            return Cached(card, card.weight_bytes)
+
+        return await asyncio.to_thread(find)
 
     def _report(self, percent: float, message: str) -> None:
         self.health.update(Phase.LOADING, percent, message)
@@ -215,6 +306,7 @@ class Server:
         """Refuse new work, let what runs end if it soon does, fail what waits, end the threads."""
         self.begin_to_stop()
         await self.state.batches.close()
+        await self._close_models()
         if self.generation is not None:
             await self.generation.close()
         if self._scheduler is not None:
@@ -263,7 +355,7 @@ def create_app(
     first, *others = (dialect.router for dialect in registry.DIALECTS)
     routers = [first, registry.shared, *others]  # the API's document has them in this order
     routers += [files.router, batches.router, jobs.router, jobs.deprecated]
-    routers += [capabilities.router, health.router, stats.router, page.router]
+    routers += [capabilities.router, models.router, health.router, stats.router, page.router]
     for router in routers:
         app.include_router(router)
     errors.install(app, registry.shape_for)
@@ -290,6 +382,15 @@ def create_app(
     if proxies := settings.access.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app
+
+
+def _budget(warmed: Warmed) -> Budget:
+    return Budget(warmed.max_batch_tokens, warmed.max_batch_size, warmed.free_tokens)
+
+
+def _bytes_of(card: ModelCard, warmed: Warmed) -> int:
+    """What a loaded model takes."""
+    return card.weight_bytes + warmed.graph_memory_bytes
 
 
 async def _result(future: Future[T]) -> T:

@@ -180,7 +180,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     card: Card, folder: Path, monkeypatch: pytest.MonkeyPatch, integrated: bool
 ) -> None:
     card.integrated, card.available = integrated, FLOOR * integrated + 1_000_000
-    monkeypatch.setattr(loader, "_load_all", lambda *_, **__: pytest.fail("they are read"))
+    monkeypatch.setattr(loader, "load_all", lambda *_, **__: pytest.fail("they are read"))
     with pytest.raises(StartupError, match=r"The weights of tiny do not fit: they take .* are available.*smaller"):
         load(folder)
     assert card.limits[-1] == (0 if integrated else round(0.9 * GB10_TOTAL / GIGABYTE, 1))
@@ -200,7 +200,7 @@ def test_the_bound_is_set_anew_before_each_warm_up(card: Card, folder: Path, mon
         card.available = 12 * GIGABYTE  # vLLM starts
         return "warmed"
 
-    monkeypatch.setattr(loader, "_load_all", load_all)
+    monkeypatch.setattr(loader, "load_all", load_all)
     monkeypatch.setattr(loader, "warm_up", warm_up)
     load(folder)
     floor = FLOOR / GIGABYTE
@@ -304,6 +304,6 @@ def test_memory_that_ends_while_weights_are_read_is_a_sentence(
     def load_all(*_: object, **__: object) -> None:
         raise RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported")
 
-    monkeypatch.setattr(loader, "_load_all", load_all)
+    monkeypatch.setattr(loader, "load_all", load_all)
     with pytest.raises(StartupError, match=r"weights do not fit into the memory of cuda:1 \(a card\): CUDA error"):
         load(folder)

@@ -274,7 +274,7 @@ def test_bulk_that_was_launched_does_not_keep_interactive_work_from_the_device()
     for name, one in work.items():
         inbox.put(Lane.INTERACTIVE if name[0] == "i" else Lane.BULK, one)
 
-    taken = [inbox.take() for _ in range(4)]
+    taken = [inbox.take_batch() for _ in range(4)]
     assert [(lane, one.model) for lane, one in filter(None, taken)] == [
         (Lane.INTERACTIVE, "i1"),
         (Lane.INTERACTIVE, "i2"),
@@ -282,7 +282,7 @@ def test_bulk_that_was_launched_does_not_keep_interactive_work_from_the_device()
         (Lane.BULK, "b2"),
     ]
     inbox.ended(Lane.BULK)
-    assert inbox.take() == (Lane.BULK, work["b3"]), "the interactive lane is full by itself"
+    assert inbox.take_batch() == (Lane.BULK, work["b3"]), "the interactive lane is full by itself"
     inbox.ended(Lane.INTERACTIVE)
     inbox.probe()
     assert inbox.take() is None, "a probe goes first"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from ipaddress import ip_network
+from math import inf
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
@@ -12,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from vecmill.config.key_file import KEY, KeyEntry, check_length, check_unique, key_entry
+from vecmill.core.clock import parse_duration
 from vecmill.core.types import TokenVocabulary
 
 Pairs = tuple[tuple[str, str], ...]
@@ -114,8 +117,32 @@ class ModelSettings(SettingsGroup):
         "be lowered.",
     )
     hf_token: SecretStr | None = Field(None, description="Token for gated models on the hub.")
+    unload_after: Annotated[tuple[tuple[str, float], ...], NoDecode] = Field(
+        (),
+        description="How long a model stays in memory after its last request: `10m`, `1h30m`, seconds as a number, -1 "
+        "for ever; or `model=10m`, comma-separated, each for its model. It is loaded again by the next request that "
+        "names it. Ollama's `keep_alive` in a request takes its place. Default: for ever.",
+    )
+    pinned_models: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="Models, comma-separated, that are never unloaded: not by UNLOAD_AFTER or `keep_alive`, not to "
+        "make room for another, not by POST /models/unload.",
+    )
+    max_loaded_gb: float | None = Field(
+        None,
+        gt=0,
+        description="Gigabytes of weights in memory, at most. What does not fit at the start is loaded when a request "
+        "names it, and the least recently used model goes first. Default: all models are loaded.",
+    )
+    load_timeout: float = Field(
+        120,
+        gt=0,
+        le=3600,
+        description="Seconds that a request waits for its model to be loaded, at the most, before it is refused with "
+        "503; loading goes on.",
+    )
 
-    @field_validator("embed_model", "rerank_model", mode="before")
+    @field_validator("embed_model", "rerank_model", "pinned_models", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return _split_commas(value) if isinstance(value, str) else value
@@ -129,6 +156,17 @@ class ModelSettings(SettingsGroup):
         if info.field_name == "model_aliases" and not all(alias and name for alias, name in pairs):
             raise ValueError("must be `alias=model`, comma-separated")
         return tuple(pairs)
+
+    @field_validator("unload_after", mode="before")
+    @classmethod
+    def _split_durations(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        pairs = [entry.rpartition("=")[::2] for entry in _split_commas(value)]
+        durations = tuple((name.strip(), parse_duration(duration)) for name, duration in pairs)
+        if len({name for name, _ in durations}) != len(durations):
+            raise ValueError("says two durations of one model")
+        return durations
 
     @field_validator("embed_model", "rerank_model")
     @classmethod
@@ -145,6 +183,11 @@ class ModelSettings(SettingsGroup):
         """The revision pinned for a hub model."""
         pinned = dict(self.revision)
         return pinned.get(name, pinned.get(""))
+
+    def unload_after_of(self, names: Iterable[str]) -> float:
+        """Seconds that the model of these names stays loaded without a request; `inf`: for ever."""
+        durations = dict(self.unload_after)
+        return next((durations[name] for name in names if name in durations), durations.get("", inf))
 
 
 class EngineSettings(SettingsGroup):

@@ -27,12 +27,14 @@
     │   └── NoSuchBatch
     ├── JobConflict                  the job's present state does not allow the call
     ├── BatchConflict                the batch's does not
+    ├── ModelConflict                the model's does not
     ├── Overloaded                   no room now; try again
     ├── DeadlineExceeded             not answered in time
     │   └── GenerationTimeout
     └── Unavailable                  no answer possible now
         ├── MemoryLow
         ├── ModelLoading
+        ├── ModelNotLoaded
         ├── ShuttingDown
         ├── BatchFailed
         ├── EngineFailed
@@ -172,6 +174,10 @@ class BatchConflict(VecmillError):
     """The batch's present state does not allow this."""
 
 
+class ModelConflict(VecmillError):
+    """The model's present state does not allow this."""
+
+
 class Overloaded(VecmillError):
     """The server is temporarily overloaded; try again after the time in Retry-After."""
 
@@ -200,6 +206,12 @@ class MemoryLow(Unavailable):
 
 class ModelLoading(Unavailable):
     """503: the model is still loading, the server is temporarily unavailable; try again."""
+
+
+class ModelNotLoaded(Unavailable):
+    """503: the model could not be loaded and is temporarily unavailable; try again later."""
+
+    retry_after = 30
 
 
 class ShuttingDown(Unavailable):

@@ -99,6 +99,8 @@ class ModelCard:
     layer_norm_before_slice: bool = False
     """Whether fewer dimensions are cut from the layer-normed vector (nomic-embed)."""
     aliases: Sequence[str] = ()
+    license: str | None = None
+    """As its README.md has it; None where that is not there or does not say."""
 
     @property
     def key(self) -> str:
@@ -181,6 +183,10 @@ class Caller:
     """When the first byte of its request came, by `monotonic`: `timeout` counts from then. None: it counts from when
     the texts are handed to the models."""
     cache_control: CacheControl = CacheControl.ANY
+    keep_alive: float | None = None
+    """Seconds that the model is to stay loaded after the answer, `inf` for ever; None leaves it as it is."""
+    may_unload: bool = True
+    """Whether `keep_alive` may be shorter than UNLOAD_AFTER: with several keys, that is for the scope `admin`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,8 @@
 """The thread that owns the device. Others hand it batches; every batch is answered, also when the thread dies.
 
+Between batches it takes models in and out. One that is being loaded is read by a thread of its own; its warm-up lets
+the other models' batches go first before each of its passes.
+
 While one batch runs, the next is packed and copied by another thread. On CUDA the thread launches a batch while the one
 before it still runs, each on the stream of its lane, and a thread for each lane waits for the answers.
 """
@@ -16,17 +19,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from time import monotonic, perf_counter
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import EngineFailed
 from vecmill.core.protocols import BatchResult
-from vecmill.core.types import Lane, Row
-from vecmill.engine.device import device_memory, gpu_uuid
-from vecmill.engine.forward import Device, Launched, Packed, collect, launch, pack_on
-from vecmill.engine.loader import Loaded, Report, load
+from vecmill.core.types import Lane, Row, Task
+from vecmill.engine.device import device_memory, gpu_uuid, limit_memory
+from vecmill.engine.forward import Device, Launched, LoadedModel, Packed, collect, launch, pack_on
+from vecmill.engine.live_models import READING_SHARE, LiveModels, give_back_memory
+from vecmill.engine.loader import Known, Loaded, Report, load
 from vecmill.hardware.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -44,8 +50,36 @@ def may_launch(lane: Lane, launched: Mapping[Lane, int]) -> bool:
     return launched[lane] < LAUNCHED_AT_A_TIME
 
 
+T = TypeVar("T")
+OTHERS_AT_ONCE = 4  # batches that go before one pass of a warm-up, at most: else it would never end under load
+
+
+class Call(Generic[T]):
+    """Something that the device's thread is to do between batches, and what comes of it."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self.result: Future[T] = Future()
+
+    def run(self) -> bool:
+        """Do it; whether that went well. What is no Exception is raised."""
+        try:
+            self.result.set_result(self._function())
+        except Exception as error:
+            self.result.set_exception(error)
+            return False
+        except BaseException as error:
+            self.result.set_exception(EngineFailed())
+            raise error
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """It will not be done."""
+        self.result.set_exception(error)
+
+
 class Inbox:
-    """What the device's thread does next: probes, then interactive batches, then bulk.
+    """What the device's thread does next: probes, then calls, then interactive batches, then bulk.
 
     Safe to use from any thread.
     """
@@ -54,6 +88,7 @@ class Inbox:
         self._changed = threading.Condition()
         self._waiting: dict[Lane, deque[QueuedBatch]] = {lane: deque() for lane in Lane}
         self._launched: Counter[Lane] = Counter()
+        self._calls: deque[Call[Any]] = deque()
         self._probes = 0
         self._closed = False
 
@@ -69,6 +104,12 @@ class Inbox:
             self._probes += 1
             self._changed.notify()
 
+    def call(self, call: Call[Any]) -> None:
+        """Have something done between two batches."""
+        with self._changed:
+            self._calls.append(call)
+            self._changed.notify()
+
     def close(self) -> None:
         """End after the batches that are queued."""
         with self._changed:
@@ -81,8 +122,8 @@ class Inbox:
             self._launched[lane] -= 1
             self._changed.notify()
 
-    def take(self) -> tuple[Lane, QueuedBatch] | None:
-        """Wait for a batch that may be launched; None: probe the device.
+    def take(self) -> tuple[Lane, QueuedBatch] | Call[Any] | None:
+        """Wait for a batch that may be launched, or for a call; None: probe the device.
 
         Raises:
             Closed: it was closed, and all is done.
@@ -92,13 +133,32 @@ class Inbox:
                 if self._probes:
                     self._probes -= 1
                     return None
-                for lane in (Lane.INTERACTIVE, Lane.BULK):
-                    if self._waiting[lane] and may_launch(lane, self._launched):
-                        self._launched[lane] += 1
-                        return lane, self._waiting[lane].popleft()
+                if self._calls:
+                    return self._calls.popleft()
+                if (batch := self._next_batch()) is not None:
+                    return batch
                 if self._closed and not any(self._waiting.values()):
                     raise Closed
                 self._changed.wait()
+
+    def take_batch(self) -> tuple[Lane, QueuedBatch] | None:
+        """A batch that may be launched now, if there is one."""
+        with self._changed:
+            return self._next_batch()
+
+    def _next_batch(self) -> tuple[Lane, QueuedBatch] | None:
+        for lane in (Lane.INTERACTIVE, Lane.BULK):
+            if self._waiting[lane] and may_launch(lane, self._launched):
+                self._launched[lane] += 1
+                return lane, self._waiting[lane].popleft()
+        return None
+
+    def clear_calls(self) -> list[Call[Any]]:
+        """Take out the calls that wait."""
+        with self._changed:
+            left = list(self._calls)
+            self._calls.clear()
+            return left
 
     def clear(self) -> list[QueuedBatch]:
         """Take out all that waits."""
@@ -148,6 +208,9 @@ class Engine:
         self._inbox = Inbox()
         self._lock = threading.Lock()
         self._failure: str | None = None
+        self._current: QueuedBatch | None = None
+        self._live: LiveModels | None = None
+        self._loading: threading.Thread | None = None
         self._progress = PendingPasses()
         self._last_done = 0.0
         self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
@@ -175,12 +238,112 @@ class Engine:
     @property
     def hung(self) -> str | None:
         """A sentence if the device has answered nothing for far too long; None otherwise."""
-        return self._progress.hung()
+        return self._progress.hung(FEWEST_SECONDS_LOADING if self._loading is not None else FEWEST_SECONDS)
 
     @property
     def alive(self) -> bool:
-        """True while the engine thread runs, loading included."""
-        return self._thread.is_alive()
+        """True while the engine thread runs, or one that loads a model."""
+        return self._thread.is_alive() or self._loading is not None
+
+    def know(self, folder: Path, model_id: str, task: Task | None) -> Known:
+        """List a model of the hub's cache, by its folder there. It reads files: not for the event loop.
+
+        Raises:
+            StartupError: its files are not those of a model that is read here.
+        """
+        assert self._live is not None  # once `loaded` has resolved
+        return self._live.know(folder, model_id, task)
+
+    def shortage(self, weight_bytes: int) -> str | None:
+        """Why so many bytes of weights do not fit into the GPU's memory now; None on a CPU. Asks the driver."""
+        room = limit_memory(self.loaded.result().device, self._settings.memory_fraction, self._settings.memory_floor_gb)
+        return None if room is None else room.shortage(weight_bytes)
+
+    def load(self, key: str, report: Report) -> Future[LoadedModel]:
+        """Read a listed model and warm it up while others are served; returns at once.
+
+        One call of `load` or `unload` must have ended before the next. The future has what went wrong: a StartupError,
+        or EngineFailed; the engine goes on without the model.
+        """
+        return self._in_loading_thread(partial(self._load, key, report))
+
+    def unload(self, key: str) -> Future[None]:
+        """Take a model out and give its memory back; it must not be in use. Returns at once."""
+        return self._in_loading_thread(partial(self._unload, key))
+
+    def _in_loading_thread(self, function: Callable[[], T]) -> Future[T]:
+        """A daemon: reading weights must not hold up the end of the process."""
+        result: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                done = function()
+            except BaseException as error:
+                self._loading = None
+                result.set_exception(error)
+            else:
+                self._loading = None
+                result.set_result(done)
+
+        self._loading = threading.Thread(target=work, name="loading", daemon=True)
+        self._loading.start()
+        return result
+
+    def _load(self, key: str, report: Report) -> LoadedModel:
+        live = self._live
+        assert live is not None
+
+        def tell(percent: float, message: str) -> None:
+            if self._failure is not None:
+                raise EngineFailed(self._failure)
+            report(percent, message)
+
+        try:
+            model = live.read(key, tell)
+        except BaseException:
+            give_back_memory()
+            raise
+        tell(100 * READING_SHARE, f"warming up {model.card.id}")
+        try:
+            self._on_device(partial(live.attach, model, self._serve_others))
+        except BaseException:
+            with contextlib.suppress(EngineFailed):
+                self._on_device(partial(live.release, model))
+            del model
+            give_back_memory()
+            raise
+        return model
+
+    def _unload(self, key: str) -> None:
+        live = self._live
+        assert live is not None
+        if (model := self.loaded.result().models.get(key)) is not None:
+            self._on_device(partial(live.release, model))
+            del model
+        give_back_memory()
+
+    def _on_device(self, function: Callable[[], T]) -> T:
+        """Call in the device's thread, between batches, and wait for it.
+
+        Raises:
+            EngineFailed: the thread has ended. Exception: what the function raised.
+        """
+        call = Call(function)
+        with self._lock:
+            if self._failure is not None:
+                raise EngineFailed(self._failure)
+            self._inbox.call(call)
+        return call.result.result()
+
+    def _serve_others(self) -> None:
+        """Run batches that wait, in the midst of a warm-up, which ends where the engine does."""
+        loaded = self.loaded.result()
+        for _ in range(OTHERS_AT_ONCE):
+            if self._failure is not None:
+                raise EngineFailed(self._failure)
+            if (taken := self._inbox.take_batch()) is None:
+                return
+            self._run(loaded, *taken)
 
     def memory(self) -> DeviceMemory | None:
         """The device's own memory; None before it is loaded and on a CPU."""
@@ -242,25 +405,29 @@ class Engine:
             self._die("503: the model could not be loaded.")
             self.loaded.set_exception(error)
             return
+        self._live = LiveModels(loaded, self._model_settings, self._settings)
         self.loaded.set_result(loaded)
-        device = loaded.runs_on
-        work: QueuedBatch | None = None
         try:
             while True:
-                taken = self._inbox.take()
-                if taken is None:
-                    self._probe(loaded, device)
-                else:
-                    lane, work = taken
-                    self._execute(loaded, device, lane, work)
+                self._do(loaded, self._inbox.take())
         except Closed:
             self._end()
         except BaseException as error:
             logger.critical("the device's thread ended", exc_info=error)
             reason = f"503: the device has failed ({type(error).__name__}) and the server must be restarted."
-            if work is not None:
-                work.resolve(EngineFailed(reason))
+            if self._current is not None:
+                self._current.resolve(EngineFailed(reason))
             self._die(reason)
+
+    def _do(self, loaded: Loaded, taken: tuple[Lane, QueuedBatch] | Call[Any] | None) -> None:
+        if isinstance(taken, tuple):
+            self._run(loaded, *taken)
+        elif taken is None or not taken.run():
+            self._probe(loaded, loaded.runs_on)
+
+    def _run(self, loaded: Loaded, lane: Lane, work: QueuedBatch) -> None:
+        self._current = work
+        self._execute(loaded, loaded.runs_on, lane, work)
 
     def _die(self, reason: str) -> None:
         """Refuse new work and answer all that is in the inbox."""
@@ -271,6 +438,8 @@ class Engine:
             work.resolve(EngineFailed(reason))
 
     def _end(self) -> None:
+        for call in self._inbox.clear_calls():
+            call.fail(EngineFailed(self._failure))
         self._packing.shutdown(wait=False)
         for collecting in self._collecting.values():
             collecting.shutdown(wait=False)
@@ -319,6 +488,7 @@ class Engine:
 # minute: an unforeseen shape may be compiled first.
 TIMES_EXPECTED = 20
 FEWEST_SECONDS = 60.0
+FEWEST_SECONDS_LOADING = 600.0  # while a model is loaded: its layers may be compiled
 
 
 class PendingPasses:
@@ -344,11 +514,11 @@ class PendingPasses:
             self._expected.remove(expected_seconds)
             self._since = self._clock()
 
-    def hung(self) -> str | None:
+    def hung(self, fewest_seconds: float = FEWEST_SECONDS) -> str | None:
         """A sentence if nothing was answered for far too long; None while there is progress, or nothing to do."""
         if not self._expected:
             return None
         longest, seconds = max(self._expected), self._clock() - self._since
-        if seconds <= max(FEWEST_SECONDS, TIMES_EXPECTED * longest):
+        if seconds <= max(fewest_seconds, TIMES_EXPECTED * longest):
             return None
         return f"the device has answered nothing for {seconds:.0f} s; the longest forward pass takes {longest:.3g} s"

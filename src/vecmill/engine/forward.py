@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
 from vecmill.core.types import Lane, ModelCard, Row, Vector
+from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.cuda_graphs import Graphs, lane_of
 from vecmill.engine.device import unless_out_of_memory
 from vecmill.models.checkpoint import Checkpoint
@@ -37,8 +38,9 @@ class CpuThreads:
     Belongs to the thread that owns the device, whose setting it is.
     """
 
-    def __init__(self) -> None:
-        self._all = torch.get_num_threads()
+    def __init__(self, everything: int | None = None) -> None:
+        """`everything`: the number that all are; left out, as many as this thread has now."""
+        self._all = everything or torch.get_num_threads()
         self.single_up_to = 0
         """Tokens of the largest pass that gets one thread."""
 
@@ -119,6 +121,8 @@ class LoadedModel:
     threads: CpuThreads = field(default_factory=CpuThreads)
     graphs: Graphs = field(default_factory=Graphs)
     """Empty until warm-up has captured them, and on a CPU."""
+    choice: CompileChoice | None = None
+    """How its layers run; None until warm-up has chosen."""
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device."""

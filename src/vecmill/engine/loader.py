@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from torch import nn
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.calibration import Warmed
 from vecmill.core.errors import StartupError, first_line
-from vecmill.core.types import Task
+from vecmill.core.types import ModelCard, Task
 from vecmill.engine.device import (
     choose_device,
     choose_dtype,
@@ -25,7 +25,7 @@ from vecmill.engine.device import (
     is_out_of_memory,
     limit_memory,
 )
-from vecmill.engine.forward import Device, LoadedModel, Streams
+from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
@@ -36,7 +36,7 @@ from vecmill.models.source import GPU_DEFAULTS, find
 from vecmill.models.tokenizer_files import ReadTokenizer
 from vecmill.models.tokenizer_loading import load_tokenizer
 from vecmill.models.weight_files import parameters
-from vecmill.models.weights import Target
+from vecmill.models.weights import Target, make_config
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +48,41 @@ USUAL_WIDTH = 1024  # of hidden states, where config.json leaves it to the class
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """A model that can be loaded, whether it is or not."""
+
+    source: Source
+    card: ModelCard
+    """Before it is loaded for the first time: what its files say beside the weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What models have in common, or have again when they are loaded again."""
+
+    shared: dict[tuple[Path, type], nn.Module] = field(default_factory=dict)
+    """Networks by folder: one that is named twice is loaded once."""
+    parts: dict[tuple[Path, type], Mapping[str, str]] = field(default_factory=dict)
+    """What was read for each of them."""
+    choices: Choices = field(default_factory=dict)
+    threads: int = field(default_factory=torch.get_num_threads)
+    """All that a forward pass may have on a CPU."""
+
+
+@dataclass(frozen=True, slots=True)
 class Loaded:
-    """Everything that loading and warm-up found out."""
+    """Everything that loading and warm-up found out. `LiveModels` changes it while the server runs."""
 
     runs_on: Device
     models: dict[str, LoadedModel]
     """By key, in the order of the settings, embedding models first."""
     warmed: dict[str, Warmed]
-    """By key."""
+    """By key; of models that were unloaded, too."""
+    known: dict[str, Known] = field(default_factory=dict)
+    """All models that the settings name, by key, in their order."""
+    kept: Kept = field(default_factory=Kept)
+    flash: bool = False
+    """Whether flash attention is used where a model can be run with it."""
 
     @property
     def device(self) -> torch.device:
@@ -78,11 +105,15 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     for checkpoint in checkpoints:
         check_form(checkpoint)  # what cannot be run is refused before any weights are read
     capped = _cap_lengths(checkpoints, models.max_model_len)
-    distinct, aliases = _names(capped, models.model_aliases)
+    named, aliases = _names(capped, models.model_aliases)
+    distinct = _within(models.max_loaded_gb, named, models, device)
     tokenizers = [load_tokenizer(checkpoint) for checkpoint in distinct]
-    _check_room(distinct, models, engine, device)
+    check_room(distinct, models, engine, device)
+    kept = Kept()
     try:
-        loaded = _load_all(list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report, flash=flash)
+        loaded = load_all(
+            list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report, flash=flash, kept=kept
+        )
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -90,12 +121,58 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
             f"The weights do not fit into the memory of {describe(device)}: {first_line(error)}"
         ) from None
     runs_on = Device(device, Streams.on(device) if device.type == "cuda" else None)
-    warmed, choices = {}, Choices()
+    warmed = {}
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
         limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-        warmed[model.key] = warm_up(model, engine, runs_on, choices)
-    return Loaded(runs_on, {model.key: model for model in loaded}, warmed)
+        warmed[model.key] = warm_up(model, engine, runs_on, kept.choices)
+    cards = {checkpoint: model.card for checkpoint, model in zip(distinct, loaded, strict=False)}
+    known = {}
+    for checkpoint in named:
+        card = cards.get(checkpoint) or expected_card(checkpoint, aliases[checkpoint.id], models, device)
+        known[card.key] = Known(checkpoint.source, card)
+    return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, kept, flash)
+
+
+def _within(
+    max_loaded_gb: float | None, named: Sequence[Checkpoint], models: ModelSettings, device: torch.device
+) -> list[Checkpoint]:
+    """Those of the models that are loaded at the start: in order, as long as their weights take no more than that.
+
+    Raises:
+        StartupError: one alone takes more.
+    """
+    if max_loaded_gb is None:
+        return list(named)
+    most, chosen = max_loaded_gb * GIGABYTE, list[Checkpoint]()
+    for checkpoint in named:
+        alone = weights_in_memory([checkpoint], models, device)
+        if alone > most:
+            raise StartupError(
+                f"MAX_LOADED_GB={max_loaded_gb:g}: the weights of {checkpoint.id} alone take "
+                f"{alone / GIGABYTE:.2f} GB: raise it, or name a smaller model."
+            )
+        if weights_in_memory([*chosen, checkpoint], models, device) <= most:
+            chosen.append(checkpoint)
+        else:
+            logger.info("%s is loaded when a request names it (MAX_LOADED_GB)", checkpoint.id)
+    return chosen
+
+
+def expected_card(
+    checkpoint: Checkpoint, aliases: tuple[str, ...], models: ModelSettings, device: torch.device
+) -> ModelCard:
+    """What a model that is not loaded will be, by its files beside the weights."""
+    config, chosen = make_config(checkpoint), choose_dtype(models.dtype, device, _width(checkpoint))
+    on_device = OnDevice(
+        width=config.hidden_size if checkpoint.task is Task.EMBED else 1,
+        vocab_size=config.vocab_size,
+        dtype=dtype_name(chosen.dtype),
+        dtype_reason=chosen.reason,
+        device=describe(device),
+        weight_bytes=weights_in_memory([checkpoint], models, device),
+    )
+    return make_card(checkpoint, on_device, aliases, models.query_instruction)
 
 
 def _uses_flash_attention(device: torch.device, *, wanted: bool) -> bool:
@@ -108,7 +185,7 @@ def _uses_flash_attention(device: torch.device, *, wanted: bool) -> bool:
     return True
 
 
-def _check_room(
+def check_room(
     checkpoints: Sequence[Checkpoint], models: ModelSettings, engine: EngineSettings, device: torch.device
 ) -> None:
     """Say that the weights do not fit before a byte of them is read: a GB10 that runs out of memory freezes.
@@ -117,12 +194,12 @@ def _check_room(
         StartupError: they do not.
     """
     room = limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-    if room is not None and (shortage := room.shortage(_weights_in_memory(checkpoints, models, device))) is not None:
+    if room is not None and (shortage := room.shortage(weights_in_memory(checkpoints, models, device))) is not None:
         names = ", ".join(checkpoint.id for checkpoint in checkpoints)
         raise StartupError(f"The weights of {names} do not fit: {shortage}")
 
 
-def _weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, device: torch.device) -> int:
+def weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, device: torch.device) -> int:
     """Bytes of all weights in the types that they get; a folder that is named twice counts once."""
     sizes: dict[Path, int] = {}
     for checkpoint in checkpoints:
@@ -165,7 +242,7 @@ def _same_folder(checkpoint: Checkpoint, other: Checkpoint) -> bool:
     return (checkpoint.task, checkpoint.folder.resolve()) == (other.task, other.folder.resolve())
 
 
-def _load_all(
+def load_all(
     checkpoints: Sequence[tuple[Checkpoint, ReadTokenizer]],
     aliases: dict[str, tuple[str, ...]],
     settings: ModelSettings,
@@ -173,7 +250,10 @@ def _load_all(
     report: Report,
     *,
     flash: bool,
+    kept: Kept,
+    counted: set[int] | None = None,
 ) -> list[LoadedModel]:
+    """`counted`: where the weights are that other models have loaded."""
     total = sum(checkpoint.weight_bytes for checkpoint, _ in checkpoints) or 1
     read_bytes = 0
     name = ""
@@ -184,26 +264,25 @@ def _load_all(
         done = f"{read_bytes / GIGABYTE:.1f} of {total / GIGABYTE:.1f} GB"
         report(10 + 75 * min(1, read_bytes / total), f"loading {name}: {done}")
 
-    shared: dict[tuple[Path, type], nn.Module] = {}
-    parts: dict[tuple[Path, type], Mapping[str, str]] = {}
     loaded = []
-    counted: set[int] = set()
+    counted = set() if counted is None else counted
     for checkpoint, tokenizer in checkpoints:
         name = checkpoint.id
         progress(0)
         chosen = choose_dtype(settings.dtype, device, _width(checkpoint))
-        model = load_model(checkpoint, Target(chosen.dtype, device, progress, shared, parts))
+        model = load_model(checkpoint, Target(chosen.dtype, device, progress, kept.shared, kept.parts))
         on_device = OnDevice(
             width=model.width,
             vocab_size=model.vocab_size,
             dtype=dtype_name(chosen.dtype),
             dtype_reason=chosen.reason,
             device=describe(device),
-            weight_bytes=_uncounted_bytes(model, counted),
+            weight_bytes=uncounted_bytes(model, counted),
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
         attention = Attention.on(device, chosen.dtype, flash=flash)
-        loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention))
+        threads = CpuThreads(kept.threads)
+        loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads))
     return loaded
 
 
@@ -211,7 +290,7 @@ def _width(checkpoint: Checkpoint) -> int:
     return checkpoint.family.width(checkpoint.config) or USUAL_WIDTH
 
 
-def _uncounted_bytes(model: Model, counted: set[int]) -> int:
+def uncounted_bytes(model: Model, counted: set[int]) -> int:
     """Of the weights that no model before has; `counted` are their addresses, and grows."""
     size = 0
     for module in model.modules:

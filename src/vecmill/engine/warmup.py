@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter
 
@@ -20,7 +21,7 @@ from vecmill.engine.compilation import CompileChoice, Run
 from vecmill.engine.cuda_graphs import Capture, CudaCapture, Pass, capture_graphs, lane_of, shape_of
 from vecmill.engine.device import unless_out_of_memory
 from vecmill.engine.forward import Device, Launched, LoadedModel, collect, pack_on, run_part
-from vecmill.models.packing import Attention, PackedBatch, pack
+from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +76,86 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices:
     raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
 
 
+@dataclass(frozen=True, slots=True)
+class Before:
+    """What was measured of a model when it was loaded for the first time."""
+
+    warmed: Warmed
+    single_up_to: int
+    """Tokens of the largest pass that gets one thread (`CpuThreads`)."""
+    choice: CompileChoice | None
+
+
+NOT_MEASURED = CompileChoice(
+    False, "eager: loaded while others are served, and TORCH_COMPILE=auto measures at the start"
+)
+
+
+def warm_up_beside_others(
+    model: LoadedModel,
+    engine: EngineSettings,
+    device: Device,
+    choices: Choices,
+    serve_others: Callable[[], None],
+    *,
+    before: Before | None = None,
+) -> Warmed:
+    """As `warm_up`, while other models are served: `serve_others` is called before each forward pass.
+
+    Passes grow until one takes MAX_BATCH_MS. The longest takes about twice that, and so much longer may a search of
+    another model have to wait. What was measured before is not measured again.
+    Layers are compiled where they were before, or for TORCH_COMPILE=true: only then others wait for the compiler.
+
+    Raises:
+        StartupObstacle: not one token fits into memory.
+    """
+    stopwatch = _Stopwatch(model, engine, device, serve_others)
+    shared = model.model.layers[0]
+    if shared not in choices and before is not None and before.choice is not None and not before.choice.compiled:
+        choices[shared] = before.choice
+    elif shared not in choices and engine.torch_compile == "auto" and (before is None or before.choice is None):
+        choices[shared] = NOT_MEASURED
+    largest = unless_out_of_memory(partial(_affordable, stopwatch, engine, largest_batch(engine, device.device)))
+    if not largest:
+        raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
+    if before is None:
+        return _warm_up(stopwatch, model, engine, device, largest, choices)
+    model.threads.single_up_to = before.single_up_to
+    if shared not in choices:
+        choices[shared] = compilation.choose(model.model, "true", lambda tokens: stopwatch.run(min(tokens, largest)))
+    model.choice = choices[shared]
+    for tokens in _shapes(min(largest, before.warmed.max_batch_tokens)):
+        stopwatch.run(tokens)
+    if (capture := _capture(model, engine, device)) is not None:
+        model.graphs = capture_graphs(
+            stopwatch.with_others(capture), stopwatch.run_directly, device.device, largest, stopwatch.max_rows
+        )
+    model.threads.restore()
+    return replace(
+        before.warmed,
+        compiled=model.choice.compiled,
+        compile_reason=model.choice.reason,
+        graphs=len(model.graphs.passes),
+        graph_tokens=max((shape.tokens for shape in model.graphs.passes), default=0),
+        graph_memory_bytes=model.graphs.memory_bytes,
+        seconds=tuple(stopwatch.seconds),
+    )
+
+
+def _affordable(stopwatch: _Stopwatch, engine: EngineSettings, largest: int) -> int:
+    """The first size, of doubling ones, at which a pass takes MAX_BATCH_MS or fills what memory there is."""
+    fitting, longest = 0, engine.max_batch_ms / 1000
+    for tokens in reversed(list(_shapes(largest))):
+        seconds = unless_out_of_memory(partial(stopwatch.run, tokens))
+        if seconds is None:
+            break
+        fitting = tokens
+        # Once more, as the first may have been disturbed.
+        if min(seconds, stopwatch.run(tokens) if seconds >= longest else seconds) >= longest:
+            break
+    return fitting
+
+
 def _warm_up(
     stopwatch: _Stopwatch,
     model: LoadedModel,
@@ -87,9 +168,11 @@ def _warm_up(
     if device.device.type == "cpu":
         model.threads.measure(stopwatch.run, largest)
     capture = _capture(model, engine, device)
-    choice = _choose(model, engine, choices, stopwatch, largest, capture)
+    choice = model.choice = _choose(model, engine, choices, stopwatch, largest, capture)
     if capture is not None:
-        model.graphs = capture_graphs(capture, stopwatch.run_directly, device.device, largest, stopwatch.max_rows)
+        model.graphs = capture_graphs(
+            stopwatch.with_others(capture), stopwatch.run_directly, device.device, largest, stopwatch.max_rows
+        )
     calibration = fit(stopwatch.fastest(list(_shapes(largest))))
     model.threads.restore()
     max_batch_tokens = calibration.bulk_tokens(engine.max_batch_ms / 1000, largest)
@@ -174,8 +257,14 @@ def _shapes(largest: int) -> Iterator[int]:
 class _Stopwatch:
     """Times forward passes of one model."""
 
-    def __init__(self, model: LoadedModel, engine: EngineSettings, device: Device) -> None:
-        self._model, self._device = model, device
+    def __init__(
+        self,
+        model: LoadedModel,
+        engine: EngineSettings,
+        device: Device,
+        serve_others: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._model, self._device, self._serve_others = model, device, serve_others
         self.max_rows = largest_size(engine, device.device)
         self._random = np.random.default_rng(0)
         self.seconds: list[float] = []
@@ -204,6 +293,15 @@ class _Stopwatch:
         """Seconds of one forward pass over ragged rows of so many tokens, as bulk runs."""
         return self._forward(self._rows(tokens))
 
+    def with_others(self, capture: Capture) -> Capture:
+        """The same capture, which lets the other models' batches go first each time."""
+
+        def capture_after_others(shape: PackShape) -> Pass:
+            self._serve_others()
+            return capture(shape)
+
+        return capture_after_others
+
     @torch.inference_mode()
     def run_directly(self, packed: PackedBatch) -> None:
         """Launch a forward pass without a graph."""
@@ -213,6 +311,7 @@ class _Stopwatch:
     @torch.inference_mode()
     def replay(self, captured: Pass, tokens: int) -> float:
         """Seconds of a captured pass of so many tokens."""
+        self._serve_others()
         shape = shape_of(tokens, self.max_rows)
         with self._device.on_stream(lane_of(shape, Lane.BULK)):
             rows = [self._row(1)] * min(shape.rows, tokens)
@@ -222,6 +321,7 @@ class _Stopwatch:
         return perf_counter() - started
 
     def _forward(self, rows: Sequence[Row]) -> float:
+        self._serve_others()
         packed = pack_on(self._device, self._model, rows)
         started = perf_counter()
         part = run_part(self._model, rows, range(len(rows)), self._device, Lane.BULK, packed)

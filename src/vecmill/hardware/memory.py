@@ -134,12 +134,19 @@ class MemoryGuard:
         Raises:
             MemoryLow: they do not, or the process would have more than its share.
         """
+        if (reason := self.shortage(needed)) is not None:
+            raise self._low(reason)
+        available, used = self._last
+        self._last = (available - needed, used + needed)
+
+    def shortage(self, needed: int) -> str | None:
+        """Why `needed` bytes more are too many; None where they are not."""
         available, used = self._now()
         if available - needed < self._floor:
-            raise self._low(f"{available / GIGABYTE:.1f} GB are free and {self._floor / GIGABYTE:.1f} must stay so")
+            return f"{available / GIGABYTE:.1f} GB are free and {self._floor / GIGABYTE:.1f} must stay so"
         if used + needed > self._most:
-            raise self._low(f"the process has {used / GIGABYTE:.1f} of the {self._most / GIGABYTE:.1f} GB it may take")
-        self._last = (available - needed, used + needed)
+            return f"the process has {used / GIGABYTE:.1f} of the {self._most / GIGABYTE:.1f} GB it may take"
+        return None
 
     def _now(self) -> tuple[int, int]:
         """Bytes that are available, and those that the process has."""

@@ -18,7 +18,7 @@ from pydantic import TypeAdapter, ValidationError
 from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.input import InputLine
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import BatchFailed, DeadlineExceeded, Overloaded, Unavailable, VecmillError
+from vecmill.core.errors import BatchFailed, DeadlineExceeded, ModelNotLoaded, Overloaded, Unavailable, VecmillError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreResult
 from vecmill.http.bounds import at_most
@@ -46,12 +46,12 @@ async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
     """Call until the server has room.
 
     Raises:
-        DeadlineExceeded, BatchFailed: it was raised at every try. Any other error at once.
+        DeadlineExceeded, BatchFailed, ModelNotLoaded: it was raised at every try. Any other error at once.
     """
     while True:
         try:
             return await call()
-        except (BatchFailed, DeadlineExceeded) as error:
+        except (BatchFailed, DeadlineExceeded, ModelNotLoaded) as error:
             tries -= 1
             if tries <= 0:
                 raise

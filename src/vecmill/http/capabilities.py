@@ -108,7 +108,7 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "gpu_available_mb": available_mb(services),
         "unified_memory": memory and memory.unified,
         "gpu": gpu_facts(services),
-        "model_memory_mb": sum(card.weight_bytes for card in cards) // MEGABYTE,
+        "model_memory_mb": loaded_bytes(services) // MEGABYTE,
         "max_batch_size": max_batch_size(services),
         "recommended_batch_size": recommended(services),
         "gpu_busy": services.device_busy(),
@@ -118,8 +118,16 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "memory_total_mb": host.total_mb,
         "memory_available_mb": host.available_mb,
         "models": [card.id for card in cards],
-        "forward_passes": {name: forward_pass(services, key) for name, key in _names(cards).items()},
+        "forward_passes": {
+            name: forward_pass(services, key) for name, key in _names(cards).items() if key in services.warmed()
+        },
     }
+
+
+def loaded_bytes(services: Services) -> int:
+    """What the loaded models take, graphs included."""
+    residency = services.inference.residency
+    return sum(each.memory_bytes for each in residency.residents.values()) if residency is not None else 0
 
 
 def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
@@ -131,7 +139,10 @@ def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
 
 
 def forward_pass(services: Services, key: str) -> dict[str, Any]:
-    """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets."""
+    """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets.
+
+    Of a model that has been loaded, whether it is now or not.
+    """
     warmed, budget = services.warmed()[key], services.inference.budgets[key]
     calibration = warmed.calibration
     return {

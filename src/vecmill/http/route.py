@@ -218,6 +218,7 @@ async def caller_of(
         timeout=x_request_timeout,
         began=request.state.began,
         cache_control=_cache_control(cache_control or ""),
+        may_unload=request.state.viewer.everything or not services_of(request).several_keys(),
     )
     return of_job(caller, x_job_id) if x_job_id else caller
 

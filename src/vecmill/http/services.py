@@ -16,6 +16,7 @@ from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.hardware.monitor import Look
 from vecmill.http.generation import Generation
+from vecmill.inference.catalogue import Catalogue
 from vecmill.inference.facade import Inference
 from vecmill.jobs.queue import JobQueue
 from vecmill.storage.state_folder import StateFolder
@@ -52,6 +53,8 @@ class Services:
     """Whether more than one API key opens the server now."""
     warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""
+    catalogue: Callable[[], Catalogue | None]
+    """The models that can be loaded; None while the server starts."""
 
 
 def services_of(request: Request) -> Services:

@@ -21,6 +21,7 @@ from vecmill.hardware.memory import MEGABYTE, host_memory
 from vecmill.http.capabilities import gpu_facts, memory_of_gpu, warnings
 from vecmill.http.route import ViewerOf
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
+from vecmill.inference.residency import ModelState, Resident
 from vecmill.telemetry.telemetry import Values, summary
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ async def metrics(request: Request, services: ServicesOf) -> Response:
 
 
 def watch_gauges(services: Services) -> None:
-    """Register what each gauge reads at a scrape. Those of a model: `watch_budgets`."""
+    """Register what each gauge reads at a scrape. Those of a model: `watch_models`."""
     metrics, inference = services.telemetry.metrics, services.inference
     for lane in Lane:
         metrics.watch(metrics.waiting.labels(lane.value), partial(_waiting, services, lane))
@@ -188,14 +189,27 @@ def watch_gauges(services: Services) -> None:
     _watch_gpu(services)
 
 
-def watch_budgets(services: Services) -> None:
-    """Register the per-model gauges; to be called once the models are loaded."""
-    metrics, budgets = services.telemetry.metrics, services.inference.budgets
-    for key in budgets:
+def watch_models(services: Services) -> None:
+    """Register the per-model gauges; to be called whenever a model was loaded for the first time."""
+    metrics, inference, residency = services.telemetry.metrics, services.inference, services.inference.residency
+    residents = residency.residents if residency is not None else {}
+    for key in inference.budgets:
+        labels = key.split(":", 1)
         metrics.watch(
-            metrics.max_batch_tokens.labels(*key.split(":", 1)),
-            partial(lambda key: services.inference.budgets[key].max_batch_tokens, key),
+            metrics.max_batch_tokens.labels(*labels),
+            partial(lambda key: inference.budgets[key].max_batch_tokens, key),
         )
+        if (resident := residents.get(key)) is not None:
+            metrics.watch(metrics.model_loaded.labels(*labels), partial(_is_loaded, resident))
+            metrics.watch(metrics.model_memory.labels(*labels), partial(_memory_of, resident))
+
+
+def _is_loaded(resident: Resident) -> float:
+    return float(resident.state is ModelState.LOADED)
+
+
+def _memory_of(resident: Resident) -> float:
+    return float(resident.memory_bytes)
 
 
 def _waiting(services: Services, lane: Lane) -> int:

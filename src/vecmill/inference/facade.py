@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractAsyncContextManager
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
@@ -14,6 +15,7 @@ from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
     NO_LIMITS,
+    Caller,
     DetokenizeRequest,
     EmbedRequest,
     EmbedResult,
@@ -30,7 +32,8 @@ from vecmill.core.types import (
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.inference.admission import Admission
 from vecmill.inference.cache_lookup import CachePolicy
-from vecmill.inference.models import Aliases, Answering, Request, Result, ServedModels
+from vecmill.inference.models import Aliases, Answering, Embedder, Request, Reranker, Result, ServedModels
+from vecmill.inference.residency import Residency
 from vecmill.inference.schedule import RowResults, RunOptions, expected_lane, run_rows, within
 from vecmill.inference.text_tokenizer import Tokenized, asks_for_query, choose_prompt
 from vecmill.inference.token_ids import check_shown_size, detokenized, pieces_of
@@ -67,6 +70,7 @@ class Inference:
         self._telemetry = telemetry
         self._threads = threads
         self._models: ServedModels | None = None
+        self._residency: Residency | None = None
         self._scheduler: Scheduler | None = None
         self.admission = Admission(
             settings.max_concurrent_requests,
@@ -83,6 +87,7 @@ class Inference:
         self,
         models: ServedModels,
         scheduler: Scheduler,
+        residency: Residency,
         cache: EmbeddingCache | None = None,
         *,
         expected_rate: float = 0.0,
@@ -90,6 +95,7 @@ class Inference:
         """Begin to serve. `expected_rate`: tokens a second that the device did at warm-up."""
         self._expected_rate = expected_rate
         self._models = models
+        self._residency = residency
         self._scheduler = scheduler
         self._cache.cache = cache
 
@@ -114,6 +120,44 @@ class Inference:
         """
         if before != now:
             self._models = self._models_or_raise().renamed(before, now)
+
+    def exchange(self, model: Embedder | Reranker, budget: Budget | None = None) -> ModelCard:
+        """Put a model in place of the one of its key, or beside the others; its card as requests know it now.
+
+        `budget`: of its forward passes, where it has been loaded.
+        """
+        self._models = self._models_or_raise().exchanged(model)
+        if budget is not None and self._scheduler is not None:
+            self._scheduler.budgets[model.card.key] = budget
+        return self._models.by_key(model.card.key).card
+
+    def forget_tokenizer(self, key: str) -> None:
+        """Let go of what a model needs to be asked, but for its card."""
+        models = self._models_or_raise()
+        self._models = models.exchanged(models.by_key(key).unloaded())
+
+    @property
+    def residency(self) -> Residency | None:
+        """Which models are loaded; None while the server starts."""
+        return self._residency
+
+    def has_rows(self, key: str) -> bool:
+        """Whether rows of a model wait for a batch or run."""
+        return self._scheduler is not None and self._scheduler.has_rows(key)
+
+    async def keep_loaded(self, name: str | None, caller: Caller) -> ModelCard:
+        """Have the model that answers to a name loaded, and the caller's `keep_alive` hold from now on.
+
+        Raises:
+            ModelNotFound, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
+        """
+        model = self._models_or_raise().any(name)
+        async with within(caller, self._request_timeout), self._hold(model.card.key, caller):
+            return model.card
+
+    def _hold(self, key: str, caller: Caller | None = None) -> AbstractAsyncContextManager[None]:
+        assert self._residency is not None  # attached together with the models
+        return self._residency.hold(key, caller)
 
     @property
     def waiting(self) -> Mapping[Lane, int]:
@@ -166,9 +210,10 @@ class Inference:
         *,
         interactive_hint: bool,
     ) -> Result:
-        """Admit the request, tokenize it, run its rows, finish them, and report it."""
+        """Have the model loaded, admit the request, tokenize it, run its rows, finish them, and report it."""
         caller = request.caller
-        async with within(caller, self._request_timeout) as deadline:
+        async with within(caller, self._request_timeout) as deadline, self._hold(model.card.key, caller):
+            model = self._models_or_raise().current(model)
             cost = model.cost(request)
             lane = expected_lane(caller, interactive_hint=interactive_hint, texts=texts, estimated_tokens=cost.tokens)
             async with self.admission.admit(caller, lane, cost.tokens, cost.result_bytes) as permit:
@@ -203,8 +248,10 @@ class Inference:
         self._check_count(len(request.texts), request.param)
         prompt = choose_prompt(model.card, request.prompt)
         size = check_shown_size(request, prompt)
-        show = partial(pieces_of, model.tokenizer.pool, model.around, request, prompt)
-        return TokenizeResult(await self._threads.run(show, size=size), model.card)
+        async with self._hold(model.card.key):
+            model = self._models_or_raise().by_key(model.card.key)
+            show = partial(pieces_of, model.tokenizer.pool, model.around, request, prompt)
+            return TokenizeResult(await self._threads.run(show, size=size), model.card)
 
     async def detokenize(self, request: DetokenizeRequest) -> list[str]:
         """Turn token ids of the model's vocabulary into texts.
@@ -214,8 +261,10 @@ class Inference:
         """
         model = self._models_or_raise().any(request.model)
         self._check_count(len(request.inputs), request.param)
-        read = partial(detokenized, model.tokenizer.pool, model.card, request)
-        return await self._threads.run(read, size=check_shown_size(request))
+        size = check_shown_size(request)
+        async with self._hold(model.card.key):
+            model = self._models_or_raise().by_key(model.card.key)
+            return await self._threads.run(partial(detokenized, model.tokenizer.pool, model.card, request), size=size)
 
     def _truncates(self, truncation: Truncation) -> bool:
         return self._settings.auto_truncate if truncation.allowed is None else truncation.allowed

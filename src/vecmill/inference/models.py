@@ -93,12 +93,25 @@ class Embedder(Answering[EmbedRequest, EmbedResult]):
     """An embedding model: texts to vectors."""
 
     card: ModelCard
-    tokenizer: TextTokenizer
+    loaded_tokenizer: TextTokenizer | None
+    """None while the model is not loaded."""
     fingerprint: bytes
     """What the cache calls it."""
     token_ids: TokenVocabulary
     """Whose token ids clients send, where a request does not say it (TOKEN_IDS)."""
     threads: WorkerThreads
+    is_guest: bool = False
+    """Not of the settings: it answers to its names alone."""
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """Its tokenizer; to be asked for while the model is held (`Residency.hold`)."""
+        assert self.loaded_tokenizer is not None
+        return self.loaded_tokenizer
+
+    def unloaded(self) -> Embedder:
+        """The same model without what takes memory."""
+        return replace(self, loaded_tokenizer=None)
 
     @property
     def around(self) -> tuple[Sequence[int], Sequence[int]]:
@@ -184,7 +197,20 @@ class Reranker(Answering[ScoreRequest, ScoreResult]):
     """A model that reads a query and a document together and gives one logit."""
 
     card: ModelCard
-    tokenizer: PairTokenizer
+    loaded_tokenizer: PairTokenizer | None
+    """None while the model is not loaded."""
+    is_guest: bool = False
+    """Not of the settings: it answers to its names alone."""
+
+    @property
+    def tokenizer(self) -> PairTokenizer:
+        """Its tokenizer; to be asked for while the model is held (`Residency.hold`)."""
+        assert self.loaded_tokenizer is not None
+        return self.loaded_tokenizer
+
+    def unloaded(self) -> Reranker:
+        """The same model without what takes memory."""
+        return replace(self, loaded_tokenizer=None)
 
     @property
     def around(self) -> tuple[Sequence[int], Sequence[int]]:
@@ -311,11 +337,13 @@ class Names(Generic[Served]):
 
     def __init__(self, models: Sequence[Served]) -> None:
         self.models = models
-        self.by_name = {name: model for model in models for name in (model.card.id, *model.card.aliases)}
+        self.own = [model for model in models if not model.is_guest]
+        """Those of the settings."""
+        self.by_name = {name: model for model in models for name in names_of(model.card)}
 
     def only(self) -> Served | None:
-        """The model, where there is one."""
-        return self.models[0] if len(self.models) == 1 else None
+        """The model, where the settings name one."""
+        return self.own[0] if len(self.own) == 1 else None
 
 
 class ServedModels:
@@ -351,6 +379,37 @@ class ServedModels:
     def cards(self) -> list[ModelCard]:
         """The card of each."""
         return [model.card for model in self]
+
+    def exchanged(self, model: Embedder | Reranker) -> ServedModels:
+        """The same models with this one in place of the one of its key, or after the others of its task.
+
+        It answers to the names of the one that it takes the place of; to its own where no other model has them.
+        """
+        before = next((each for each in self if each.card.key == model.card.key), None)
+        if before is not None:
+            aliases = before.card.aliases
+        else:
+            taken = {name for each in self if each.card.task is model.card.task for name in names_of(each.card)}
+            aliases = tuple(alias for alias in model.card.aliases if alias not in taken)
+        is_guest = before.is_guest if before is not None else True  # the settings' are there from the start
+        model = replace(model, card=replace(model.card, aliases=aliases), is_guest=is_guest)
+        embedders, rerankers = list(self._embedders.models), list(self._rerankers.models)
+        if isinstance(model, Embedder):
+            _put(embedders, model)
+        else:
+            _put(rerankers, model)
+        return ServedModels(embedders, rerankers, strict=self._strict)
+
+    def current(self, model: Answering[Request, Result]) -> Answering[Request, Result]:
+        """The model as it is loaded now, of one that was found before it was."""
+        now = self.by_key(model.card.key)
+        if isinstance(model, VectorScorer):
+            return cast(Answering[Request, Result], VectorScorer(cast(Embedder, now)))
+        return cast(Answering[Request, Result], now)
+
+    def by_key(self, key: str) -> Embedder | Reranker:
+        """The model that scheduler and engine call so."""
+        return next(model for model in self if model.card.key == key)
 
     def embedder(self, name: str | None) -> tuple[Embedder, bool | None]:
         """The embedder that answers to `name`, and whether its name says that texts are queries (None: it does not).
@@ -392,15 +451,28 @@ class ServedModels:
             return self._rerankers.by_name[name]
         if name and name in self._embedders.by_name:
             return VectorScorer(self._embedders.by_name[name])
-        if not self._rerankers.models:
+        if not self._rerankers.own:
             return VectorScorer(self.embedder(name)[0])
         if name and (self._strict or not self._rerankers.only()):
             raise self._not_found(name, self._rerankers, "rerankers")
-        return self._rerankers.models[0]
+        return self._rerankers.own[0]
 
     def _not_found(self, name: str, names: Names[Served], kind: str) -> ModelNotFound:
         known = ", ".join(names.by_name)
         return ModelNotFound(f"The model `{name[:200]}` does not exist here; {kind} are: {known}.", param="model")
+
+
+def names_of(card: ModelCard) -> tuple[str, ...]:
+    """All names of a model."""
+    return (card.id, *card.aliases)
+
+
+def _put(models: list[Served], model: Served) -> None:
+    for index, other in enumerate(models):
+        if other.card.key == model.card.key:
+            models[index] = model
+            return
+    models.append(model)
 
 
 def _role(name: str) -> tuple[str, bool | None]:
@@ -411,26 +483,42 @@ def _role(name: str) -> tuple[str, bool | None]:
 
 
 def assemble(
-    loaded: Iterable[tuple[ModelCard, Checkpoint, ReadTokenizer]],
+    models: Iterable[tuple[ModelCard, Loadable | None]],
     settings: InferenceSettings,
     threads: WorkerThreads,
 ) -> ServedModels:
-    """The models that requests can name, from the card, the files and the tokenizer of each that is loaded.
+    """The models that requests can name, from the card of each, and the files and the tokenizer of what is loaded.
 
     Raises:
         StartupError: a tokenizer is not that of its model.
     """
     if settings.token_ids is TokenVocabulary.CL100K:
         cl100k()  # not with the first request that needs it: reading it holds the interpreter
-    embedders, rerankers = [], []
-    for card, checkpoint, read in loaded:
-        if card.task is Task.EMBED:
-            pool = TokenizerPool(read, card.vocab_size, card.max_model_len, threads)
-            tokenizer = TextTokenizer(pool, checkpoint.text_format, card.max_model_len, card.vocab_size)
-            embedders.append(Embedder(card, tokenizer, model_fingerprint(card), settings.token_ids, threads))
-        else:
-            rerankers.append(Reranker(card, _pair_tokenizer(card, checkpoint, read, settings, threads)))
+    assembled = [assemble_one(card, files, settings, threads) for card, files in models]
+    embedders = [model for model in assembled if isinstance(model, Embedder)]
+    rerankers = [model for model in assembled if isinstance(model, Reranker)]
     return ServedModels(embedders, rerankers, strict=settings.strict_model)
+
+
+Loadable = tuple[Checkpoint, ReadTokenizer]
+
+
+def assemble_one(
+    card: ModelCard, files: Loadable | None, settings: InferenceSettings, threads: WorkerThreads
+) -> Embedder | Reranker:
+    """One model; without its files, as one that is not loaded.
+
+    Raises:
+        StartupError: the tokenizer is not that of the model.
+    """
+    if card.task is Task.RERANK:
+        return Reranker(card, _pair_tokenizer(card, *files, settings, threads) if files is not None else None)
+    tokenizer = None
+    if files is not None:
+        checkpoint, read = files
+        pool = TokenizerPool(read, card.vocab_size, card.max_model_len, threads)
+        tokenizer = TextTokenizer(pool, checkpoint.text_format, card.max_model_len, card.vocab_size)
+    return Embedder(card, tokenizer, model_fingerprint(card), settings.token_ids, threads)
 
 
 def _pair_tokenizer(

@@ -14,6 +14,8 @@ from vecmill.core.types import INSTRUCTION_PLACE, ModelCard, PromptSource, Task
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.rerank_prompt import rerank_form
 
+README_BYTES = 16_384
+LICENSE = re.compile(r"^license:\s*['\"]?(?P<license>[\w.+-]{1,100})['\"]?\s*$", re.MULTILINE | re.ASCII)
 INSTRUCT = re.compile(r"^Instruct: (?P<instruction>.*)\nQuery:(?P<space> ?)$", re.DOTALL)
 
 
@@ -76,7 +78,21 @@ def make_card(
         prompts_from=prompts.source,
         instruction_template=prompts.instruction_template,
         aliases=aliases,
+        license=_license(checkpoint),
     )
+
+
+def _license(checkpoint: Checkpoint) -> str | None:
+    """Of the metadata with which a README.md of the hub begins."""
+    try:
+        with (checkpoint.folder / "README.md").open("rb") as readme:
+            head = readme.read(README_BYTES).decode("utf-8", "replace")
+    except OSError:
+        return None
+    if not head.startswith("---"):
+        return None
+    match = LICENSE.search(head[3:].partition("\n---")[0])
+    return match["license"] if match else None
 
 
 def choose_prompts(checkpoint: Checkpoint, query_instruction: str | None = None) -> Prompts:

@@ -198,6 +198,13 @@ def cached(name: str, revision: str | None = None) -> Path | None:
         return None
 
 
+def listed_in_cache() -> list[str]:
+    """The ids of the models of which something is in the cache, whole or not. Asks nobody."""
+    folders = Path(constants.HF_HUB_CACHE).glob("models--*--*")
+    names = (folder.name.removeprefix("models--").replace("--", "/", 1) for folder in folders if folder.is_dir())
+    return sorted(name for name in names if name.count("/") == 1 and "--" not in name)
+
+
 def _here(name: str, revision: str | None, patterns: list[str]) -> Path:
     return Path(
         snapshot_download(

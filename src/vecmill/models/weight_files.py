@@ -265,6 +265,12 @@ def read_header(file: Path) -> Header:
     return header
 
 
+def data_start(file: Path) -> int:
+    """Where the tensors' bytes begin in a safetensors file. Raises OSError."""
+    with file.open("rb") as opened:
+        return LENGTH_BYTES + int.from_bytes(opened.read(LENGTH_BYTES), "little")
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) != len(pairs):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,15 @@ from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.packed_attention import ATTENTION
-from vecmill.models.weight_files import SINGLE, Header, read_header, refuse_misplaced, refuse_quantised, refuse_type
+from vecmill.models.weight_files import (
+    SINGLE,
+    Header,
+    data_start,
+    read_header,
+    refuse_misplaced,
+    refuse_quantised,
+    refuse_type,
+)
 
 transformers_logging.set_verbosity_error()
 
@@ -45,6 +54,29 @@ class Target:
     """What was read for each of them, for the fingerprint of who shares it."""
 
 
+# refuse_type lets no others pass.
+TORCH_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+READ_AT_ONCE = 67_108_864  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a tensor is in its file, and what it is."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    """Bytes from the file's beginning."""
+    size: int
+    """Bytes."""
+
+    @classmethod
+    def of(cls, tensor: Mapping[str, Any], data_start: int) -> _Place:
+        """From its entry in the file's header, which the library has checked."""
+        first, end = tensor["data_offsets"]
+        return cls(str(tensor["dtype"]), tuple(tensor["shape"]), data_start + first, end - first)
+
+
 class WeightFiles:
     """The safetensors of a checkpoint."""
 
@@ -56,7 +88,7 @@ class WeightFiles:
         """
         self._checkpoint = checkpoint
         self.files: dict[str, Path] = {}
-        self._dtypes: dict[str, str] = {}
+        self._places: dict[str, _Place] = {}
         paths = checkpoint.weight_files
         for path in paths:
             self._add(path)
@@ -73,7 +105,8 @@ class WeightFiles:
                 f"it is not known which one counts; fetch the model again."
             )
         self.files |= dict.fromkeys(header, path)
-        self._dtypes |= {name: str(tensor["dtype"]) for name, tensor in header.items()}
+        start = data_start(path)
+        self._places |= {name: _Place.of(tensor, start) for name, tensor in header.items()}
 
     def _header(self, path: Path) -> Header:
         try:
@@ -104,9 +137,9 @@ class WeightFiles:
         """
         for path in dict.fromkeys(self.files[name] for name in names):
             unforgotten = 0
-            with self._open(path) as opened, ThreadPoolExecutor(1, "weights-hash") as hasher:
+            with self._opened(path) as opened, ThreadPoolExecutor(1, "weights-hash") as hasher:
                 for name in (name for name in names if self.files[name] == path):
-                    tensor = self._typed(name, opened.get_tensor(name))
+                    tensor = self._read(name, opened)
                     hashed = hasher.submit(self._hash, name, tensor)
                     unforgotten += tensor.numel() * tensor.element_size()
                     if unforgotten > FORGET_EVERY:
@@ -120,8 +153,35 @@ class WeightFiles:
         values = tensor.reshape(-1).view(torch.uint8).numpy().data
         self._checkpoint.fingerprint.add(f"{name} {tensor.dtype} {tuple(tensor.shape)}", values)
 
+    def _opened(self, path: Path) -> FileIO:
+        try:
+            return FileIO(path)
+        except OSError as error:
+            raise self._damaged(path, error) from None
+
+    def _read(self, name: str, opened: FileIO) -> Tensor:
+        """A whole tensor.
+
+        The library's own way holds the interpreter for as long as it reads, and with it everybody whom the server
+        answers meanwhile: 1.6 s for 600 MB.
+        """
+        place = self._places[name]
+        refuse_type(self._checkpoint.named, name, place.dtype)
+        buffer = torch.empty(place.size, dtype=torch.uint8)
+        view, done = buffer.numpy().data, 0
+        try:
+            opened.seek(place.start)
+            while done < place.size:
+                count = opened.readinto(view[done : done + READ_AT_ONCE])
+                if not count:
+                    raise OSError("it ends too early")
+                done += count
+        except OSError as error:
+            raise self._damaged(self.files[name], error) from None
+        return buffer.view(TORCH_TYPES[place.dtype]).view(place.shape)
+
     def _typed(self, name: str, tensor: Tensor) -> Tensor:
-        refuse_type(self._checkpoint.named, name, self._dtypes[name])
+        refuse_type(self._checkpoint.named, name, self._places[name].dtype)
         return tensor
 
     def shape(self, name: str) -> Sequence[int]:

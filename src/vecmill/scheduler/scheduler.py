@@ -84,6 +84,10 @@ class Scheduler:
         """Whether a row submitted now has to wait: a batch runs, or others wait."""
         return bool(self._running) or any(self.waiting.values())
 
+    def has_rows(self, model: str) -> bool:
+        """Whether rows of a model wait or run, also those that nobody waits for any more."""
+        return any(sequence.model == model for sequence, _ in self._unanswered.values())
+
     def submit(
         self,
         model: str,

@@ -102,6 +102,15 @@ class Metrics:
         self.max_batch_tokens = Gauge(
             "vecmill_max_batch_tokens", "Tokens of a bulk forward pass, at most", ["task", "model"], registry=registry
         )
+        self.model_loaded = Gauge(
+            "vecmill_model_loaded", "1 while the model is in memory", ["task", "model"], registry=registry
+        )
+        self.model_memory = Gauge(
+            "vecmill_model_memory_bytes",
+            "What a loaded model takes: its weights, and its CUDA graphs",
+            ["task", "model"],
+            registry=registry,
+        )
         self.jobs = Gauge("vecmill_jobs", "Jobs by state", ["state"], registry=registry)
         self.batches = Gauge("vecmill_batches", "Batches in STATE_DIR by state", ["state"], registry=registry)
         self.batch_lines = Counter(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -23,6 +25,38 @@ from vecmill.models.weight_files import list_folder
 from vecmill.tools.console import INTERRUPTED, messages, print_error, results
 
 LINE_EVERY = 10  # percent between lines of progress where there is no terminal
+
+
+def run_pull_as_json(model: str, revision: str | None = None) -> int:
+    """As `run_pull`, for programs: one JSON object a line on stdout, each with some of `fetched` and `size` (bytes),
+    `files` (complete), and in the last one `folder` and `revision`, or `error`.
+    """
+    shown = -1
+    try:
+        secret = load_settings().model.hf_token
+        token = secret.get_secret_value() if secret else None
+        _check_id(model)
+        fetch_plan = plan(model, hf_token=token, revision=revision)
+        require_space(fetch_plan)
+        size = max(fetch_plan.missing_size, 1)
+
+        def report(fetched: int, complete: int) -> None:
+            nonlocal shown
+            if (permille := 1000 * fetched // size) > shown:
+                shown = permille
+                _tell(fetched=fetched, size=size, files=complete)
+
+        folder = fetch(fetch_plan, hf_token=token, revision=revision, report=report)
+    except StartupError as error:
+        _tell(error=error.message)
+        return 1
+    _tell(fetched=size, size=size, folder=str(folder), revision=fetch_plan.commit)
+    return 0
+
+
+def _tell(**fields: object) -> None:
+    sys.stdout.write(json.dumps(fields) + "\n")
+    sys.stdout.flush()
 
 
 def run_pull(model: str, revision: str | None = None, *, convert_pickle: bool = False) -> int:
@@ -53,13 +87,17 @@ def _fail(error: StartupError, code: int) -> int:
     return code
 
 
-def _pull(model: str, revision: str | None, hf_token: str | None, *, convert_pickle: bool) -> None:
+def _check_id(model: str) -> None:
     if model == "auto":
         raise StartupError(
             "auto is the bundled model, whose files come with vecmill[bundled]: there is nothing to pull."
         )
     if model.count("/") != 1:
         raise StartupError(f"{model}: not a hub id, which would be `owner/name`.")
+
+
+def _pull(model: str, revision: str | None, hf_token: str | None, *, convert_pickle: bool) -> None:
+    _check_id(model)
     fetch_plan = plan(model, hf_token=hf_token, revision=revision, pickles=convert_pickle)
     _describe(fetch_plan)
     require_space(fetch_plan, beside=0 if fetch_plan.readable else fetch_plan.weights_size)

@@ -6,13 +6,17 @@ Source: https://github.com/ollama/ollama/blob/main/docs/api.md
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from math import inf
+from time import monotonic
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, BeforeValidator, Field, WithJsonSchema
 
+from vecmill.core.clock import parse_duration
 from vecmill.core.errors import InputTooLong, ModelNotFound, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard, Task
 from vecmill.http.bounds import Counted
@@ -20,7 +24,8 @@ from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.errors import ErrorShape, nearest
 from vecmill.http.route import CallerOf, InferenceRoute
-from vecmill.http.services import ServicesOf
+from vecmill.http.services import ServicesOf, services_of
+from vecmill.inference.residency import ModelState, Resident
 
 router = APIRouter(tags=["Ollama"], route_class=InferenceRoute)
 
@@ -28,6 +33,7 @@ STARTED = datetime.now(UTC).isoformat()
 # Clients compare it: from 0.3 on there is /api/embed.
 OLLAMA_VERSION = "0.12.0"
 NANOSECONDS = 1_000_000_000
+NEVER_SECONDS = 2**63 / NANOSECONDS
 
 
 def _error(error: VecmillError, status: int) -> dict[str, object]:
@@ -60,8 +66,23 @@ def _texts(value: Any) -> Any:
 ModelName = Annotated[str | None, BeforeValidator(_untagged)]
 
 
+def _keep_alive(value: Any) -> float | None:
+    return None if value is None else parse_duration(value)
+
+
+KeepAlive = Annotated[
+    float | None,
+    BeforeValidator(_keep_alive),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}, {"type": "null"}]}),
+    Field(
+        description="How long the model stays loaded after the answer: seconds, or a duration such as `5m`; 0: not at "
+        "all, negative: for ever. Left out: as before, at first UNLOAD_AFTER."
+    ),
+]
+
+
 class OllamaEmbedBody(EmbedBody):
-    """`keep_alive` and `options` are ignored: a model stays loaded, with its own context length."""
+    """`options` are ignored: a model has its own context length."""
 
     model_config = example({"model": "all-minilm", "input": ["hello", "goodbye"]})
 
@@ -73,6 +94,7 @@ class OllamaEmbedBody(EmbedBody):
         WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
     ] = Field(None, validate_default=True)
     dimensions: Dimensions = None
+    keep_alive: KeepAlive = None
 
     def embed_request(self, caller: Caller) -> EmbedRequest:
         """What is asked of the model."""
@@ -83,7 +105,7 @@ class OllamaEmbedBody(EmbedBody):
             truncation=self.asked_truncation(default=True),
             dimensions=self.dimensions,
             param="input",
-            caller=caller,
+            caller=replace(caller, keep_alive=self.keep_alive),
         )
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
@@ -101,8 +123,9 @@ class OllamaEmbedBody(EmbedBody):
 
 @router.post("/api/embed", summary="Embed")
 async def embed_texts(body: OllamaEmbedBody, request: Request, caller: CallerOf) -> Response:
-    """Texts to unit vectors. No text, or an empty one alone, loads a model in Ollama: here there is nothing to do."""
+    """Texts to unit vectors. No text, or an empty one alone, loads the model, or with `keep_alive: 0` unloads it."""
     if body.input in ([], [""]):
+        await _keep_loaded(body.model, body.keep_alive, request, caller)
         return JSONResponse({"model": body.model, "embeddings": []})
     return await embed(body, request, caller)
 
@@ -114,6 +137,7 @@ class OllamaEmbeddingsBody(EmbedBody):
 
     model: ModelName = Field(None, description="Left out: the default model.")
     prompt: str = ""
+    keep_alive: KeepAlive = None
 
     def embed_request(self, caller: Caller) -> EmbedRequest:
         """What is asked of the model: a vector as it comes, not normalised."""
@@ -124,7 +148,7 @@ class OllamaEmbeddingsBody(EmbedBody):
             truncation=self.asked_truncation(default=True),
             normalize=False,
             param="prompt",
-            caller=caller,
+            caller=replace(caller, keep_alive=self.keep_alive),
         )
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
@@ -136,13 +160,46 @@ class OllamaEmbeddingsBody(EmbedBody):
 async def embed_prompt(body: OllamaEmbeddingsBody, request: Request, caller: CallerOf) -> Response:
     """One text to one vector, not normalised."""
     if not body.prompt:
+        await _keep_loaded(body.model, body.keep_alive, request, caller)
         return JSONResponse({"embedding": []})
     return await embed(body, request, caller)
 
 
+async def _keep_loaded(model: str | None, keep_alive: float | None, request: Request, caller: Caller) -> None:
+    await services_of(request).inference.keep_loaded(model, replace(caller, keep_alive=keep_alive))
+
+
+@router.get("/api/ps", summary="List loaded models")
+async def loaded(services: ServicesOf) -> dict[str, Any]:
+    """The models that are in memory, what they take of it, and until when they stay if nobody uses them."""
+    residency = services.inference.residency
+    residents = residency.residents.values() if residency is not None else ()
+    in_gpu = services.gpu_in_use()
+    return {
+        "models": [
+            {
+                **_tag(resident.card, resident.card.id),
+                "size": resident.memory_bytes,
+                "size_vram": resident.memory_bytes if in_gpu else 0,
+                "expires_at": _expiry(resident),
+                "context_length": resident.card.max_model_len,
+            }
+            for resident in residents
+            if resident.state is ModelState.LOADED
+        ]
+    }
+
+
+def _expiry(resident: Resident) -> str:
+    """As Ollama, which writes the end of its durations, 292 years from now, for what never expires."""
+    idle = monotonic() if resident.held else resident.idle_since
+    stays = inf if resident.is_pinned else idle + resident.keep_alive - monotonic()
+    return (datetime.now(UTC) + timedelta(seconds=min(stays, NEVER_SECONDS))).isoformat()
+
+
 @router.get("/api/tags", summary="List models")
 async def tags(services: ServicesOf) -> dict[str, Any]:
-    """The models that are loaded, by their ids and aliases."""
+    """The models that requests can name, by their ids and aliases."""
     cards = services.inference.cards
     return {"models": [_tag(card, name) for card in cards for name in (card.id, *card.aliases)]}
 

@@ -1,0 +1,216 @@
+"""Models that come and go while others are served: read in a thread of its own, warmed up between batches, released.
+
+What is measured of a model at its first load holds for the later ones: its budget, its threads and whether its layers
+are compiled. So a model that is loaded again gives the same vectors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vecmill.config import EngineSettings, ModelSettings
+from vecmill.core.calibration import Warmed
+from vecmill.core.errors import ModelNotFound, StartupError, StartupObstacle, first_line
+from vecmill.core.types import ModelCard, Task
+from vecmill.engine import loader
+from vecmill.engine.compilation import make_eager
+from vecmill.engine.cuda_graphs import Graphs
+from vecmill.engine.device import describe, is_out_of_memory, limit_memory
+from vecmill.engine.forward import LoadedModel
+from vecmill.engine.loader import Known, Loaded, Report
+from vecmill.engine.warmup import Before, warm_up_beside_others
+from vecmill.models.checkpoint import Checkpoint, Source, read
+from vecmill.models.packing import PrefixMemory
+from vecmill.models.rerank_prompt import check_form
+from vecmill.models.tokenizer_loading import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+READING_SHARE = 0.85  # of a load's percents; the rest is warm-up
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    card: ModelCard
+    before: Before
+
+
+class LiveModels:
+    """Changes what is loaded. Its calls must not overlap; each says in which thread it belongs."""
+
+    def __init__(self, loaded: Loaded, models: ModelSettings, engine: EngineSettings) -> None:
+        self._loaded = loaded
+        self._models, self._engine = models, engine
+        self._measured: dict[str, _Measured] = {}
+        self._of_settings = frozenset(loaded.known)
+        for key, model in loaded.models.items():
+            self._remember(key, model, loaded.warmed[key])
+
+    def know(self, folder: Path, model_id: str, task: Task | None) -> Known:
+        """List a model of the hub's cache, by its folder there. Belongs to the loading thread.
+
+        `task`: None: embedding, unless its files say that it is a reranker.
+
+        Raises:
+            StartupError: its files are not those of a model that is read here.
+        """
+        device = self._loaded.device
+        errors: list[StartupError] = []
+        for each in [task] if task is not None else [Task.EMBED, Task.RERANK]:
+            try:
+                checkpoint = read(Source(model_id, folder, each))
+                check_form(checkpoint)
+                checkpoint = self._capped(checkpoint)
+                card = loader.expected_card(checkpoint, (), self._models, device)
+            except StartupError as error:
+                errors.append(error)
+                continue
+            known = Known(checkpoint.source, replace(card, device=self._described))
+            if card.key not in self._of_settings:  # what the settings name stays as the start has found it
+                self._loaded.known[card.key] = known
+            return self._loaded.known[card.key]
+        raise errors[0]
+
+    def _capped(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Within MAX_MODEL_LEN."""
+        most = self._models.max_model_len
+        return checkpoint if most is None else replace(checkpoint, max_model_len=min(checkpoint.max_model_len, most))
+
+    @property
+    def _described(self) -> str:
+        """The device as it was called at the start."""
+        return next((known.card.device for known in list(self._loaded.known.values())), describe(self._loaded.device))
+
+    def read(self, key: str, report: Report) -> LoadedModel:
+        """Read a model's files and put its weights on the device; nobody else knows it yet.
+
+        Belongs to the loading thread.
+
+        Raises:
+            StartupError: they cannot be read, or do not fit.
+        """
+        if key not in self._loaded.known:
+            raise ModelNotFound
+        known, device, kept = self._loaded.known[key], self._loaded.device, self._loaded.kept
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        checkpoint = read(known.source)
+        check_form(checkpoint)
+        checkpoint = self._capped(checkpoint)
+        tokenizer = load_tokenizer(checkpoint)
+        loader.check_room([checkpoint], self._models, self._engine, device)
+        counted = {
+            tensor.data_ptr()
+            for model in self._loaded.models.values()
+            for module in model.model.modules
+            for tensor in module.parameters()
+        }
+        aliases = {checkpoint.id: tuple(known.card.aliases)}
+        try:
+            [model] = loader.load_all(
+                [(checkpoint, tokenizer)],
+                aliases,
+                self._models,
+                device,
+                lambda percent, message: report(READING_SHARE * percent, message),
+                flash=self._loaded.flash,
+                kept=kept,
+                counted=counted,
+            )
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise StartupObstacle(
+                f"The weights of {checkpoint.id} do not fit into the memory of {describe(device)}: {first_line(error)}"
+            ) from None
+        model.card = replace(model.card, device=self._described)
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()  # what runs them does so on other streams
+        return model
+
+    def attach(self, model: LoadedModel, serve_others: Callable[[], None]) -> Warmed:
+        """Warm a model up and let it be run. Belongs to the thread that owns the device.
+
+        `serve_others` runs what waits for the other models; it is called before each forward pass of the warm-up.
+
+        Raises:
+            StartupError: not one token fits into the memory that is left.
+        """
+        loaded, key = self._loaded, model.key
+        limit_memory(loaded.device, self._engine.memory_fraction, self._engine.memory_floor_gb)
+        measured = self._measured.get(key)
+        before = measured.before if measured is not None and _same(measured.card, model.card) else None
+        warmed = warm_up_beside_others(
+            model, self._engine, loaded.runs_on, loaded.kept.choices, serve_others, before=before
+        )
+        if before is None:
+            self._remember(key, model, warmed)
+        loaded.models[key], loaded.warmed[key] = model, warmed
+        loaded.known[key] = Known(loaded.known[key].source, model.card)
+        return warmed
+
+    def _remember(self, key: str, model: LoadedModel, warmed: Warmed) -> None:
+        self._measured[key] = _Measured(model.card, Before(warmed, model.threads.single_up_to, model.choice))
+
+    def release(self, model: LoadedModel) -> None:
+        """Take a model out and give back its memory on the device, also where somebody still holds the model.
+
+        Belongs to the thread that owns the device. What it shares with a loaded model stays.
+        """
+        loaded, kept = self._loaded, self._loaded.kept
+        loaded.models.pop(model.key, None)
+        if loaded.device.type == "cuda":
+            torch.cuda.synchronize(loaded.device)
+        used = {id(part) for other in loaded.models.values() for each in other.model.modules for part in each.modules()}
+        model.graphs, model.prefixes = Graphs(), PrefixMemory()
+        if not any(id(layer) in used for layer in model.model.layers):
+            make_eager(model.model.layers)  # a compiled layer holds itself
+        gone = {key: module for key, module in kept.shared.items() if not _any_used(module, used)}
+        for key in gone:
+            del kept.shared[key]
+            kept.parts.pop(key, None)
+        for layer in [layer for layer in kept.choices if id(layer) not in used]:
+            del kept.choices[layer]
+        for module in (*gone.values(), *(each for each in model.model.modules if not _any_used(each, used))):
+            _empty(module)
+        if loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
+        elif loaded.device.type == "mps":
+            torch.mps.empty_cache()
+
+
+def _same(card: ModelCard, other: ModelCard) -> bool:
+    """Whether two loads of a model are of the same files, in the same type and length."""
+    return (card.fingerprint, card.dtype, card.max_model_len) == (other.fingerprint, other.dtype, other.max_model_len)
+
+
+def _any_used(module: nn.Module, used: Iterable[int]) -> bool:
+    return any(id(part) in used for part in module.modules())
+
+
+def _empty(module: nn.Module) -> None:
+    """Let go of a module's tensors.
+
+    Not left to the garbage collector: objects of the start are out of its sight (`gc.freeze`).
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+
+
+def give_back_memory() -> None:
+    """Let the system have what this process has freed. Belongs to no event loop: it takes up to a tenth of a second.
+
+    glibc keeps freed pieces below 32 MB for itself, in an arena for each thread.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # glibc's alone
