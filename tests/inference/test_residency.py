@@ -107,10 +107,12 @@ async def use(models: Residency, device: Device, name: str, caller: Caller | Non
     async with models.hold(key, caller):
         assert key in device.loaded
         device.in_use[key] += 1
-        for _ in range(turns):
-            await asyncio.sleep(0)
-        device.in_use[key] -= 1
-        assert key in device.loaded
+        try:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            assert key in device.loaded
+        finally:
+            device.in_use[key] -= 1
 
 
 async def until(condition: Callable[[], bool]) -> None:

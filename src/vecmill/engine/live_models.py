@@ -7,7 +7,6 @@ are compiled. So a model that is loaded again gives the same vectors.
 from __future__ import annotations
 
 import ctypes
-import gc
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -207,10 +206,8 @@ def _empty(module: nn.Module) -> None:
 
 
 def give_back_memory() -> None:
-    """Let the system have what this process has freed. Belongs to no event loop: it takes up to a tenth of a second.
-
-    glibc keeps freed pieces below 32 MB for itself, in an arena for each thread.
+    """Let the system have what this process has freed: glibc keeps pieces below 32 MB for itself, in an arena for each
+    thread. Others run meanwhile; a garbage collection, which holds everybody up, is not needed.
     """
-    gc.collect()
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # glibc's alone

@@ -458,7 +458,6 @@ class Residency:
     async def _unload_idle(self) -> None:
         """Unload what nobody has used for long enough, until cancelled."""
         while True:
-            self._changed.clear()
             now, soonest = self._clock(), inf
             for resident in list(self.residents.values()):
                 if not resident.can_be_held or resident.held or resident.expires == inf:
@@ -472,7 +471,11 @@ class Residency:
             await self._sleep(min(LONGEST_SLEEP, soonest - now))
 
     async def _sleep(self, seconds: float) -> None:
-        """Until something has changed, at the longest for so many seconds."""
+        """Until something changes, at the longest for so many seconds.
+
+        Whoever calls it has looked at everything in the same turn of the event loop, so no change is missed.
+        """
+        self._changed.clear()
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._changed.wait()
