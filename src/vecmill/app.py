@@ -206,6 +206,7 @@ class Server:
             is_loaded = key in loaded.models
             size = _bytes_of(known.card, loaded.warmed[key]) if is_loaded else known.card.weight_bytes
             residency.add(known.card, size, is_loaded=is_loaded)
+        residency.warn_of_unknown()
         return residency
 
     def _make_catalogue(self, residency: Residency) -> Catalogue:

@@ -265,6 +265,7 @@ def big_checkpoint(folder: Path, minilm_folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the allocator of Linux")
 async def test_memory_comes_back_and_searches_go_on(tmp_path: Path, minilm_folder: Path) -> None:
     folder = big_checkpoint(tmp_path / "big", minilm_folder)

@@ -28,7 +28,7 @@ from tests.hub_server import COMMIT, FILES, NAME, WEIGHTS, FakeHub, hub_here, se
 from vecmill.models.checkpoint import read
 from vecmill.models.source import find
 from vecmill.tools import pull
-from vecmill.tools.pull import run_pull
+from vecmill.tools.pull import run_pull, run_pull_as_json
 
 Captured = pytest.CaptureFixture[str]
 
@@ -402,3 +402,16 @@ def test_a_pickle_s_process_reaches_no_network() -> None:
     if confined == "False":
         pytest.skip("this system gives no process a network of its own")
     assert int(failed) == errno.ENETUNREACH
+
+
+def test_a_program_is_told_in_json(fake: FakeHub, tmp_path: Path, capsys: Captured) -> None:
+    assert run_pull_as_json(NAME) == 0
+    *progress, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [told["fetched"] for told in progress] == sorted(told["fetched"] for told in progress)
+    assert all(told["size"] == last["size"] for told in progress)
+    assert last["folder"] == str(tmp_path / "models--owner--tiny" / "snapshots" / COMMIT)
+    assert (last["fetched"], last["revision"]) == (last["size"], COMMIT)
+    for name, said in (("owner/other", "no such model"), ("auto", "bundled"), ("tiny", "owner/name")):
+        assert run_pull_as_json(name) == 1
+        [told] = map(json.loads, capsys.readouterr().out.splitlines())
+        assert said in told["error"]

@@ -203,6 +203,15 @@ class Residency:
         self._changed.set()
         return resident
 
+    def warn_of_unknown(self) -> None:
+        """Say which names of UNLOAD_AFTER and PINNED_MODELS mean no model that is listed."""
+        known = {name for each in self.residents.values() for name in (each.card.id, *each.card.aliases)}
+        durations = [name for name, _ in self._settings.unload_after if name]
+        for setting, names in (("UNLOAD_AFTER", durations), ("PINNED_MODELS", self._settings.pinned_models)):
+            if unknown := [name for name in names if name not in known]:
+                ids = ", ".join(each.card.id for each in self.residents.values())
+                logger.warning("%s names no model of the settings: %s; these are: %s", setting, unknown[0], ids)
+
     @asynccontextmanager
     async def hold(self, key: str, caller: Caller | None = None) -> AsyncIterator[None]:
         """Have a model loaded as long as the block runs; waits for that up to LOAD_TIMEOUT.

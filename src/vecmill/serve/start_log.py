@@ -27,7 +27,7 @@ def resolved(services: Services) -> dict[str, object]:
     return {
         "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
         "device": cards[0].device,
-        "max_batch_tokens": {card.key: services.inference.budgets[card.key].max_batch_tokens for card in cards},
+        "max_batch_tokens": {key: budget.max_batch_tokens for key, budget in services.inference.budgets.items()},
     }
 
 
@@ -38,8 +38,10 @@ def start_table(services: Services, address: str) -> Table:
     table.add_column(overflow="fold")
     cards, settings = services.inference.cards, services.settings
     for card in cards:
-        rows = services.inference.budgets[card.key].max_batch_size
-        _add_model(table, card, forward_pass(services, card.key), rows)
+        if (budget := services.inference.budgets.get(card.key)) is not None:
+            _add_model(table, card, forward_pass(services, card.key), budget.max_batch_size)
+        else:
+            table.add_row("on demand", f"{card.id}, when a request names it (MAX_LOADED_GB)")
     table.add_row("device", cards[0].device)
     if not any(card.task is Task.RERANK for card in cards):
         how = {"cosine": "cosine", "dot": "dot product"}.get(cards[0].similarity, f"{cards[0].similarity} distance")
