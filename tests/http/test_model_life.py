@@ -153,7 +153,8 @@ async def test_keep_alive_as_ollama_has_it(client: httpx.AsyncClient) -> None:
     assert "tiny" in await in_memory(client)
     assert (await ask("/api/embeddings", keep_alive="0")).json() == {"embedding": []}
     await until(client, "tiny", "unloaded")
-    for wrong in ("soon", "5 minutes", True, {}):
+    wrongs: tuple[object, ...] = ("soon", "5 minutes", True, {})
+    for wrong in wrongs:
         answer = await ask("/api/embed", input=TEXT, keep_alive=wrong)
         assert answer.status_code == 400
         assert "keep_alive" in answer.json()["error"]
@@ -239,7 +240,14 @@ async def test_a_name_is_never_a_path_or_an_address(client: httpx.AsyncClient) -
         assert "`owner/name`" in answer.json()["error"]["message"]
         answer = await client.post("/models/pull", json={"model": "owner/tiny", "revision": f"{name}/../.."})
         assert (answer.status_code, answer.json()["error"]["param"]) == (400, "revision")
-    for wrong in ({}, {"model": ""}, {"model": 1}, {"model": "x" * 1000}, {"model": "tiny", "task": "sing"}):
+    bodies: tuple[dict[str, object], ...] = (
+        {},
+        {"model": ""},
+        {"model": 1},
+        {"model": "x" * 1000},
+        {"model": "tiny", "task": "sing"},
+    )
+    for wrong in bodies:
         assert (await client.post("/models/load", json=wrong)).status_code == 400
 
 

@@ -193,6 +193,13 @@ def choose_dtype(wanted: str, device: torch.device, width: int) -> ChosenDtype:
     return _fastest_on_cpu(width)
 
 
+def expected_dtype(wanted: str, device: torch.device) -> ChosenDtype:
+    """The dtype before it is chosen: on a CPU the smaller of those that may be, as long as nothing is measured."""
+    if wanted == "auto" and device.type == "cpu":
+        return ChosenDtype(torch.bfloat16, "expected: measured when it is loaded")
+    return choose_dtype(wanted, device, 1)
+
+
 @lru_cache  # measured once for a width: models that share their weights must get the same type
 @torch.inference_mode()
 def _fastest_on_cpu(width: int) -> ChosenDtype:

@@ -16,11 +16,13 @@ from vecmill.core.calibration import Warmed
 from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import ModelCard, Task
 from vecmill.engine.device import (
+    ChosenDtype,
     choose_device,
     choose_dtype,
     configure_device,
     describe,
     dtype_name,
+    expected_dtype,
     has_flash_attention,
     is_out_of_memory,
     limit_memory,
@@ -129,7 +131,10 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     cards = {checkpoint: model.card for checkpoint, model in zip(distinct, loaded, strict=False)}
     known = {}
     for checkpoint in named:
-        card = cards.get(checkpoint) or expected_card(checkpoint, aliases[checkpoint.id], models, device)
+        card = cards.get(checkpoint)
+        if card is None:
+            chosen = choose_dtype(models.dtype, device, _width(checkpoint))
+            card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
         known[card.key] = Known(checkpoint.source, card)
     return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, kept, flash)
 
@@ -160,17 +165,31 @@ def _within(
 
 
 def expected_card(
-    checkpoint: Checkpoint, aliases: tuple[str, ...], models: ModelSettings, device: torch.device
+    checkpoint: Checkpoint,
+    aliases: tuple[str, ...],
+    models: ModelSettings,
+    device: torch.device,
+    chosen: ChosenDtype | None = None,
 ) -> ModelCard:
-    """What a model that is not loaded will be, by its files beside the weights."""
-    config, chosen = make_config(checkpoint), choose_dtype(models.dtype, device, _width(checkpoint))
+    """What a model that is not loaded will be, by its files beside the weights.
+
+    `chosen`: the type of its weights; None: what is likely, for nothing is measured here.
+
+    Raises:
+        StartupError: it has no weights that can be read.
+    """
+    config, chosen = make_config(checkpoint), chosen or expected_dtype(models.dtype, device)
+    try:
+        weight_bytes = parameters(checkpoint.weight_files) * chosen.dtype.itemsize
+    except (OSError, ValueError) as error:
+        raise StartupError(f"{checkpoint.named}: its weights cannot be read ({first_line(error)}).") from None
     on_device = OnDevice(
         width=config.hidden_size if checkpoint.task is Task.EMBED else 1,
         vocab_size=config.vocab_size,
         dtype=dtype_name(chosen.dtype),
         dtype_reason=chosen.reason,
         device=describe(device),
-        weight_bytes=weights_in_memory([checkpoint], models, device),
+        weight_bytes=weight_bytes,
     )
     return make_card(checkpoint, on_device, aliases, models.query_instruction)
 

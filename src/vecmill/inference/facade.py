@@ -120,8 +120,9 @@ class Inference:
         """
         if before != now:
             self._models = self._models_or_raise().renamed(before, now)
-            for card in self._models.cards if self._residency is not None else ():
-                self._residency.residents[card.key].card = card
+            residents = self._residency.residents if self._residency is not None else {}
+            for card in self._models.cards:
+                residents[card.key].card = card
 
     def exchange(self, model: Embedder | Reranker, budget: Budget | None = None) -> ModelCard:
         """Put a model in place of the one of its key, or beside the others; its card as requests know it now.

@@ -290,9 +290,9 @@ class Residency:
         resident = self._listed(key)
         if resident.state in (ModelState.LOADED, ModelState.LOADING):
             return resident
-        resident.is_named = resident.is_asked_for = True
         if resident.state is not ModelState.UNLOADING:  # else it is loaded again after that
             self._begin(resident)
+        resident.is_named = resident.is_asked_for = True
         return resident
 
     def unload(self, key: str) -> Resident:
@@ -450,9 +450,11 @@ class Residency:
             self._begin(resident)
 
     async def _unload_in_turn(self, resident: Resident) -> None:
-        async with self._turn:
-            await self._unload(resident)
-        self._grant_again(resident)
+        try:
+            async with self._turn:
+                await self._unload(resident)
+        finally:
+            self._grant_again(resident)
 
     async def _unload(self, resident: Resident) -> None:
         try:
