@@ -486,8 +486,8 @@ class AccessSettings(SettingsGroup):
     admin_api_key: SecretStr | None = Field(
         None,
         description="Key with all scopes, of at least 16 characters: it sees every key's jobs, files and batches, and "
-        "does what concerns everyone, `DELETE /cache`. Default: with API_KEY only keys with `scopes=admin` may do "
-        "that, without it everyone. Read again on SIGHUP.",
+        "does what concerns everyone (`DELETE /cache`, `POST /models/load`). Default: with API_KEY only keys with "
+        "`scopes=admin` may do that, without it everyone. Read again on SIGHUP.",
     )
     trusted_proxies: Annotated[tuple[str, ...], NoDecode] = Field(
         (),

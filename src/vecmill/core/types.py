@@ -121,7 +121,8 @@ class Scope(StrEnum):
     USE = "use"
     """Ask for work, and see and change what the key made: jobs, files, batches."""
     ADMIN = "admin"
-    """See and change what every key made, and what concerns everyone: `DELETE /cache`, the cache's counts."""
+    """See and change what every key made, and what concerns everyone: `DELETE /cache`, the cache's counts, which
+    models are loaded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -135,7 +135,7 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
         if card is None:
             chosen = choose_dtype(models.dtype, device, _width(checkpoint))
             card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
-        known[card.key] = Known(checkpoint.source, card)
+        known[f"{checkpoint.task.value}:{checkpoint.id}"] = Known(checkpoint.source, card)
     return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, kept, flash)
 
 
