@@ -233,6 +233,13 @@ async def test_a_model_of_the_hubs_cache_is_known_by_its_files(
     model = engine.load(known.card.key, silent).result(60)
     assert model.card.weight_bytes == known.card.weight_bytes
     assert len(await vectors(engine, "embed:owner/third")) == 3
+    for name, task in (("embedding", Task.EMBED), ("reranker", Task.RERANK)):
+        assert engine.know(GOLDEN / "qwen3" / name, f"owner/{name}", None).card.task is task
+    chat = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "chat")
+    (chat / "modules.json").unlink()
+    with pytest.raises(StartupError, match="`task`"):
+        engine.know(chat, "owner/chat", None)
+    assert engine.know(chat, "owner/chat", Task.EMBED).card.key == "embed:owner/chat"
     with pytest.raises(StartupError):
         engine.know(tmp_path, "owner/none", None)
 

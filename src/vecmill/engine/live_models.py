@@ -55,29 +55,18 @@ class LiveModels:
             self._remember(key, model, loaded.warmed[key])
 
     def know(self, folder: Path, model_id: str, task: Task | None) -> Known:
-        """List a model of the hub's cache, by its folder there. Belongs to the loading thread.
+        """List a model of the hub's cache, by its folder there. For any thread but the event loop's: it reads files.
 
-        `task`: None: embedding, unless its files say that it is a reranker.
+        `task`: None: what its files say that it is.
 
         Raises:
             StartupError: its files are not those of a model that is read here.
         """
-        device = self._loaded.device
-        errors: list[StartupError] = []
-        for each in [task] if task is not None else [Task.EMBED, Task.RERANK]:
-            try:
-                checkpoint = read(Source(model_id, folder, each))
-                check_form(checkpoint)
-                checkpoint = self._capped(checkpoint)
-                card = loader.expected_card(checkpoint, (), self._models, device)
-            except StartupError as error:
-                errors.append(error)
-                continue
-            known = Known(checkpoint.source, replace(card, device=self._described))
-            if card.key not in self._of_settings:  # what the settings name stays as the start has found it
-                self._loaded.known[card.key] = known
-            return self._loaded.known[card.key]
-        raise errors[0]
+        checkpoint = _read_as(folder, model_id, task) if task is not None else _read_by_itself(folder, model_id)
+        card = loader.expected_card(self._capped(checkpoint), (), self._models, self._loaded.device)
+        if card.key not in self._of_settings:  # what the settings name stays as the start has found it
+            self._loaded.known[card.key] = Known(checkpoint.source, replace(card, device=self._described))
+        return self._loaded.known[card.key]
 
     def _capped(self, checkpoint: Checkpoint) -> Checkpoint:
         """Within MAX_MODEL_LEN."""
@@ -102,6 +91,9 @@ class LiveModels:
         known, device, kept = self._loaded.known[key], self._loaded.device, self._loaded.kept
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        # As many as at the start: a new thread has what the device's own had last, and products of weights (NV-Embed's
+        # are folded) differ in their last bits.
+        torch.set_num_threads(kept.threads)
         checkpoint = read(known.source)
         check_form(checkpoint)
         checkpoint = self._capped(checkpoint)
@@ -185,6 +177,31 @@ class LiveModels:
             torch.cuda.empty_cache()
         elif loaded.device.type == "mps":
             torch.mps.empty_cache()
+
+
+def _read_as(folder: Path, model_id: str, task: Task) -> Checkpoint:
+    checkpoint = read(Source(model_id, folder, task))
+    check_form(checkpoint)
+    return checkpoint
+
+
+def _read_by_itself(folder: Path, model_id: str) -> Checkpoint:
+    """A decoder is a reranker where its files say how it reads pairs; it embeds where they say that.
+
+    Raises:
+        StartupError: it is neither.
+    """
+    try:
+        embedder = _read_as(folder, model_id, Task.EMBED)
+    except StartupError:
+        return _read_as(folder, model_id, Task.RERANK)
+    if not embedder.family.is_decoder:
+        return embedder
+    with suppress(StartupError):
+        return _read_as(folder, model_id, Task.RERANK)
+    if embedder.published is None and not (folder / "modules.json").is_file():
+        raise StartupError(f"{model_id}: nothing in its files says that this language model embeds: send `task`.")
+    return embedder
 
 
 def _same(card: ModelCard, other: ModelCard) -> bool:

@@ -154,13 +154,13 @@ async def _admin(services: ServicesOf, viewer: ViewerOf, new_work: NewWork) -> _
 AdminOf = Annotated[_Admin, Depends(_admin)]
 
 
-@router.post("/models/load", summary="Load a model", status_code=202, responses=documented(409))
+@router.post("/models/load", summary="Load a model", status_code=202, responses=documented(404, 409))
 async def load_model(body: ModelBody, admin: AdminOf) -> dict[str, Any]:
     """Have a model loaded; from then on requests may name it. The answer comes before it is done."""
     return admin.shown(await admin.catalogue.load(body.model, body.task))
 
 
-@router.post("/models/unload", summary="Unload a model", status_code=202, responses=documented(409))
+@router.post("/models/unload", summary="Unload a model", status_code=202, responses=documented(404, 409))
 async def unload_model(body: ModelBody, admin: AdminOf) -> dict[str, Any]:
     """Have a model's memory given back. The next request that names it has it loaded again. 409 while it is in use."""
     return admin.shown(admin.catalogue.unload(body.model, body.task))
