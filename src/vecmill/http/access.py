@@ -32,7 +32,7 @@ PROBES = frozenset(
     {"/health", "/ready", "/v1/health/live", "/v1/health/ready", "/.well-known/live", "/.well-known/ready"}
 )
 # And pages a browser opens by itself, which hold no secrets.
-OPEN = PROBES | {"/", "/docs", "/openapi.json"}
+OPEN = PROBES | {"/docs", "/openapi.json"}
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
 READING = ("GET", "HEAD", "OPTIONS")
 # Names that nobody can buy: reserved (RFC 6761, 6762, 8375; ICANN's .internal), or of no public registry.
@@ -137,8 +137,12 @@ def may_use(request: Request) -> bool:
 
 
 def is_open(method: str, path: str) -> bool:
-    """Whether a call needs no key where there are keys."""
-    return method in READING and (path in OPEN or path.startswith(OPEN_BELOW))
+    """Whether a call needs no key where there are keys.
+
+    What is open has only routes that read: another method is answered with 405 and what it allows. On `/` work is done
+    too.
+    """
+    return path in OPEN or path.startswith(OPEN_BELOW) or (path == "/" and method in READING)
 
 
 def _without_port(host: str) -> str:
