@@ -126,9 +126,9 @@ $(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json
 	@mkdir -p $(@D) && touch $@
 
 # Programs that tests run: $(call program,NAMES,PACKAGE,WHAT NEEDS IT) installs the package as root where apt is, if there
-# is none of the names on the PATH.
+# is none of the names on the PATH. Given several names, `command -v` looks only the first up in some shells.
 define program
-@command -v $(1) >/dev/null || \
+@for name in $(1); do ! command -v "$$name" >/dev/null || exit 0; done; \
 	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y $(2) >/dev/null; } || \
 	{ echo "$(3) on the PATH: sudo apt install $(2)"; exit 1; }
 endef
