@@ -77,7 +77,7 @@ class Warmed:
     max_batch_size: int
     """Rows of a forward."""
     free_tokens: int
-    """Up to here bulk rides along with an interactive forward."""
+    """Tokens up to which bulk fills an interactive forward."""
     compiled: bool
     compile_reason: str
     graphs: int
