@@ -284,7 +284,7 @@ class ScoreRequest:
     truncation: Truncation = Truncation()
     max_tokens_per_query: int | None = None
     max_tokens_per_document: int | None = None
-    """Longer documents are cut, even where truncation is not allowed; special tokens do not count."""
+    """Longer queries and documents are cut, even where truncation is not allowed; special tokens do not count."""
     instruction: str | None = None
     raw_scores: bool = False
     param: str = "documents"
