@@ -33,7 +33,7 @@ CLIENT_FILES := tests/clients/environments
 LOWEST := .lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix chromium redis systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix reference chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -83,6 +83,9 @@ site: $(VENV)/.dev  ## Build the documentation as a site, in site/.
 fix: $(VENV)/.dev  ## Format, and mend what ruff can mend.
 	$(BIN)/ruff check --fix-only $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+reference: $(VENV)/.dev  ## Write the files that are made from the code: .env.example, docs/openapi.json, tables of the documentation.
+	$(BIN)/python -m vecmill.reference
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "vecmill needs Python 3.11 or newer with venv (Debian and Ubuntu: apt install python3-venv), or PYTHON=/path/to/python3."; exit 1; }

@@ -132,7 +132,7 @@ def presented_key(headers: Headers) -> str:
 
 
 def may_use(request: Request) -> bool:
-    """Whether whoever asks may use the server: with a key where there are keys. Pages without a key need not."""
+    """Whether the request may ask for work: it has a key that allows it, or the server has no keys."""
     return bool(getattr(request.state, "may_use", True))
 
 
@@ -173,7 +173,7 @@ ALL_SCOPES = frozenset(Scope)
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Whoever has one key."""
+    """The holder of an API key, and what that key allows."""
 
     name: str | None
     """For the log."""
@@ -199,7 +199,7 @@ ANYONE = Holder(None, None)
 """Where there are no keys."""
 ANYONE_BESIDE_AN_ADMIN = Holder(None, None, frozenset({Scope.USE}))
 NOBODY = Holder(None, None, frozenset())
-"""Who came without a key where keys are needed, to a page that is open."""
+"""A request without a key for a page that needs none, on a server with keys."""
 
 
 @dataclass(frozen=True, slots=True)

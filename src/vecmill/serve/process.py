@@ -125,12 +125,12 @@ class _Process:
 
 
 def _code_of(*, misconfigured: bool) -> int:
-    """systemd's unit starts no process again that ended with 2."""
+    """The exit code of a failure: systemd's unit does not restart a process that ended with WRONG_SETTINGS."""
     return WRONG_SETTINGS if misconfigured else 1
 
 
 async def _beside(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
-    """Do one thing to its end, and others for as long as that takes."""
+    """Await `main` while `others` run beside it; cancel those when it ends."""
     tasks = [asyncio.create_task(other) for other in others]
     try:
         await main
@@ -141,9 +141,9 @@ async def _beside(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, 
 
 
 def _freeze() -> None:
-    """Leave all that is there to stay out of garbage collections.
+    """Exclude all present objects, most of them modules, from further garbage collections.
 
-    One that looks through it takes a quarter of a second, and nobody is answered meanwhile.
+    A collection that goes through them takes a quarter of a second, in which no request is answered.
     """
     gc.collect()
     gc.freeze()

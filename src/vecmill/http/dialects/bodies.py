@@ -63,8 +63,8 @@ OneSide = Annotated[Side | None, BeforeValidator(parse_side), Word]
 
 
 class TruncationFields(BaseModel):
-    """Of several that are given, the first here wins. None: AUTO_TRUNCATE decides, and what the model's
-    tokenizer cuts is cut: the end, unless its files say the beginning."""
+    """If a request sets several, the first in this order wins. If it sets none, AUTO_TRUNCATE decides whether a text
+    is cut, and the model's tokenizer which side: the right one, unless its files say the left."""
 
     truncate: Annotated[
         str | bool | None,
@@ -242,7 +242,7 @@ class Dialect:
     tokenize: type[TokenizeBody] | None = None
     """Its body on /tokenize."""
     any_content_type: bool = False
-    """Whether its servers read JSON whatever its Content-Type, which `curl -d` leaves to curl."""
+    """Whether the dialect's own servers read a body as JSON whatever its Content-Type (`curl -d` sends another)."""
 
 
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:
