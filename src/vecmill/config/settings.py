@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import get_type_hints
 
-from dotenv import dotenv_values
 from pydantic import ValidationError
 
 from vecmill.config.groups import (
@@ -34,6 +34,7 @@ from vecmill.core.errors import StartupError
 SECRETS = frozenset({"hf_token", "generation_url", "generation_api_key", "api_key", "admin_api_key", "redis_url"})
 
 CLOSE = 0.85  # of difflib's ratio: an environment has many names that are nobody's mistake
+ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)\s*=", re.MULTILINE | re.ASCII)  # in a `.env`
 LONGEST_NAME = 40  # characters, of a variable that may be a misspelt setting
 
 
@@ -84,8 +85,8 @@ def misspelt(env_file: Path | str | None = None) -> list[str]:
     """A sentence for each variable, in the environment or in `.env`, that is close to a setting's name and is none."""
     names = [name.upper() for group in GROUPS for name in group.model_fields]
     file = env_file or GROUPS[0].model_config.get("env_file")
-    in_file = dotenv_values(file) if isinstance(file, str | Path) else {}
-    given = sorted({*os.environ, *in_file} - {*names})
+    text = Path(file).read_text("utf-8") if isinstance(file, str | Path) and Path(file).is_file() else ""
+    given = sorted({*os.environ, *ASSIGNED.findall(text)} - {*names})
     meant = {name: get_close_matches(name.upper(), names, 1, CLOSE) for name in given if len(name) <= LONGEST_NAME}
     found = {name: close[0] for name, close in meant.items() if close and not name.upper().endswith(close[0])}
     return [f"{name} is no setting: is {close} meant?" for name, close in found.items()]
