@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -87,9 +87,16 @@ def misspelt(env_file: Path | str | None = None) -> list[str]:
     file = env_file or GROUPS[0].model_config.get("env_file")
     text = Path(file).read_text("utf-8") if isinstance(file, str | Path) and Path(file).is_file() else ""
     given = sorted({*os.environ, *ASSIGNED.findall(text)} - {*names})
-    meant = {name: get_close_matches(name.upper(), names, 1, CLOSE) for name in given if len(name) <= LONGEST_NAME}
-    found = {name: close[0] for name, close in meant.items() if close and not name.upper().endswith(close[0])}
-    return [f"{name} is no setting: is {close} meant?" for name, close in found.items()]
+    meant = {name: _close_to(name.upper(), names) for name in given if len(name) <= LONGEST_NAME}
+    return [f"{name} is no setting: is {known} meant?" for name, known in meant.items() if known is not None]
+
+
+def _close_to(name: str, names: Sequence[str]) -> str | None:
+    """The setting with the same letters, or nearly. What ends with a setting's name is another program's."""
+    letters = sorted(name)
+    turned = [known for known in names if sorted(known) == letters]
+    close = turned or get_close_matches(name, names, 1, CLOSE)
+    return close[0] if close and not name.endswith(close[0]) else None
 
 
 def _check_readable(env_file: Path | str) -> None:

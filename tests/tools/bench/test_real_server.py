@@ -147,11 +147,8 @@ def test_a_reader_that_has_left(server: RunningServer, option: str) -> None:
 @pytest.mark.parametrize(
     "environment",
     [
-        {"COLUMNS": "20"},
-        {"NO_COLOR": "1", "FORCE_COLOR": ""},
-        {"TERM": "dumb"},
-        {"PYTHONIOENCODING": "ascii"},
-        {"LC_ALL": "C"},
+        {"COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"},
+        {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "FORCE_COLOR": ""},
     ],
 )
 def test_any_terminal_gets_every_figure(server: RunningServer, environment: dict[str, str]) -> None:
@@ -159,7 +156,8 @@ def test_any_terminal_gets_every_figure(server: RunningServer, environment: dict
     level = ("--texts", "8", "--connections", "1,2", "--model", "grün")
     done = subprocess.run([*command, *level], env={**os.environ, **environment}, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    rows = [line.split() for line in done.stdout.splitlines() if re.match(rb" +[12] +\d+ ", line)]
+    lines = [line.replace(b"|", b" ") for line in done.stdout.splitlines()]  # what ASCII draws a table with
+    rows = [line.split() for line in lines if re.match(rb" +[12] +\d+ ", line)]
     assert [len(row) for row in rows] == [9, 9]
     assert done.stderr == b""
 

@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 from rich import box
 from rich.bar import Bar
 from rich.measure import Measurement
+from rich.segment import Segments
 from rich.table import Table
 
 from vecmill.tools.bench.load_generator import BulkLoad, Latency, Outcomes
@@ -19,6 +21,7 @@ from vecmill.tools.console import CommandError, results
 
 BUSY_CLIENT = 0.8  # of a core: above it, the server waits for the load generator
 SHORTEST_S = 1.0  # below it, opening connections is most of what the load generator did
+MILLION = 1e6  # from it on a figure is shortened, so that the table fits 80 columns
 LATENCIES = ("p50 ms", "p95 ms", "p99 ms", "max ms")
 
 BAR_WIDTH = 30  # characters; two bars and the number of connections fit 80 columns
@@ -111,7 +114,8 @@ def _print_whole(table: Table) -> None:
     """The table with every figure in it, however narrow the terminal is, or wide a figure."""
     unlimited = results.options.update(width=10_000)
     width = max(results.width, Measurement.get(results, unlimited, table).maximum)
-    results.print(table, width=width, crop=False)
+    # Rendered first: a console gives what it prints no more than its own width.
+    results.print(Segments(list(results.render(table, results.options.update(width=width)))), crop=False, end="")
 
 
 def _table(columns: Sequence[str], first: str | None = None) -> Table:
@@ -124,8 +128,8 @@ def _table(columns: Sequence[str], first: str | None = None) -> Table:
 
 
 def _rates(load: BulkLoad) -> tuple[str, str, str]:
-    tokens = "-" if load.tokens_per_second is None else f"{load.tokens_per_second:,.0f}"
-    return f"{load.texts_per_second:,.1f}", f"{load.megabytes_per_second:.3f}", tokens
+    tokens = "-" if load.tokens_per_second is None else _short(load.tokens_per_second, 0)
+    return _short(load.texts_per_second, 1), _short(load.megabytes_per_second, 3), tokens
 
 
 def _latency(outcomes: Outcomes) -> tuple[str, str, str, str]:
@@ -136,7 +140,13 @@ def _latency(outcomes: Outcomes) -> tuple[str, str, str, str]:
 
 
 def _ms(value: float) -> str:
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+    return _short(value, 1 if value < 1000 else 0)
+
+
+def _short(value: float, decimals: int) -> str:
+    if value < MILLION:
+        return f"{value:,.{decimals}f}"
+    return f"{value / MILLION:.4g}M" if value < 1000 * MILLION else f"{value:.1e}"
 
 
 def _counts(by_status: dict[str, int]) -> str:
@@ -168,8 +178,8 @@ def _bars(points: Sequence[_Point]) -> Table:
     shortest = SHORTEST_BAR / (EIGHTHS * width)  # of the longest
     table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("conns", justify="right", no_wrap=True)
-    table.add_column(f"texts/s, 0 to {fastest:,.0f}", width=width)
-    table.add_column(f"p50 to p99, 0 to {_ms(slowest)} ms", width=width)
+    for heading in (f"texts/s, 0 to {_short(fastest, 0)}", f"p50 to p99, 0 to {_ms(slowest)} ms"):
+        table.add_column(heading, width=width, overflow="fold")
     for point in points:
         begin = max(0.0, min(point.p50, point.p99 - slowest * shortest))
         end = max(point.p99, slowest * shortest)
@@ -202,7 +212,9 @@ def write_picture(loads: Sequence[BulkLoad], title: str, path: Path) -> None:
         CommandError: it cannot be drawn or written.
     """
     try:
-        _draw(loads, title, path)
+        with catch_warnings():
+            simplefilter("ignore")  # letters that the font has not, and the like
+            _draw(loads, title, path)
     except Exception as error:  # whatever a library does: the figures are measured, and shown already
         why = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
         raise CommandError(f"--plot {path} cannot be written: {why}.") from error
