@@ -223,7 +223,8 @@ async def test_no_value_is_repeated(client: httpx.AsyncClient) -> None:
 async def test_headers_and_query(client: httpx.AsyncClient) -> None:
     for name, known in (
         ("X-JobID", "x-job-id"),
-        ("X_Job_Id", None),
+        ("X_Job_Id", "x-job-id"),
+        ("X-Owner", None),
         ("X-Job", "x-job-id"),
         ("X-Prioritiy", "x-priority"),
     ):

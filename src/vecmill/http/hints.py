@@ -27,6 +27,7 @@ HEADER = "X-Vecmill-Hint"
 
 LONGEST_NAME = 48  # characters; the longest that is read here has half of that
 LONGEST_QUERY = 2048  # bytes; what is longer is no mistake of a person's
+OWN = (b"x-", b"x_")  # what headers begin with that may be meant for the server; the others are HTTP's
 MOST_NAMES = 16  # of a request that are not known and looked at
 MOST_HINTS = 4
 CLOSE = 0.8  # of difflib's ratio
@@ -275,14 +276,13 @@ class RouteNames:
         self._body = None if body is None else _chooser(body)
         queries, headers = _parameters(dependant)
         self._query = KnownNames(queries)
-        # The others are HTTP's own: https://www.iana.org/assignments/http-fields/
         self._headers = _names_of_headers(tuple(sorted(name for name in headers if name.startswith("x-"))))
 
     def look_at_head(self, request: Request) -> None:
         """Note what there is to say of the query and the headers."""
         if 0 < len(request.scope["query_string"]) <= LONGEST_QUERY:
             note(request, self._query.hints(dict(request.query_params)))
-        names = [name for name, _ in request.scope["headers"] if name[:2] == b"x-" and len(name) <= LONGEST_NAME]
+        names = [name for name, _ in request.scope["headers"] if name[:2] in OWN and len(name) <= LONGEST_NAME]
         close = [name for name in (name.decode("latin-1") for name in names) if self._headers.is_close(name)]
         if close:
             note(request, self._headers.hints(dict.fromkeys(close, True)))
