@@ -53,7 +53,7 @@ def lines(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
 def test_a_misspelt_field_of_a_line_is_named_in_its_answer(client: openai.OpenAI) -> None:
     bodies = [{"input": "x", "dimension": 12}, {"inputs": "x"}, {"input": "x", "user": "u"}]
     file = client.files.create(file=("texts.jsonl", BytesIO(jsonl(bodies))), purpose="batch")
-    batch = client.batches.create(input_file_id=file.id, endpoint=EMBED, completion_window="24h")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
     batch = ended(client, batch.id)
     first, last = (line["response"] for line in lines(client, batch.output_file_id))
     assert first["hint"] == "`dimension` is not read here: did you mean `dimensions`?"
