@@ -173,27 +173,31 @@ def test_settings_that_are_named_exist(name: str) -> None:
             assert not list(checks.wrong_values({found[1]: found[2]})), f"{name}: {span}"
 
 
-def shown_requests() -> Iterator[tuple[str, Sequence[str], bool]]:
-    """Every call of this server that is shown: where, its words, and whether the block after it shows an error."""
+def shown_requests() -> Iterator[tuple[str, Sequence[str], str | None]]:
+    """Every call of this server that is shown: where, its words, and the error that the block after it shows."""
     for page in PAGES.values():
         for block, after in pairwise([*page.blocks, None]):
             assert block is not None  # only the last one has none after it
-            refused = after is not None and after.text.startswith('{"error"')
+            refused = after.text if after is not None and after.text.startswith('{"error"') else None
             for command in commands(block.text) if block.language == "sh" else ():
                 if command.words[:1] == ("curl",):
                     yield block.place, command.words, refused
 
 
 def test_requests_are_answered(server: RunningServer) -> None:
-    answered = 0
+    answered = refusals = 0
     for place, words, refused in shown_requests():
         request = curl.request(words[1:])
         if request.url.port == checks.VLLM_PORT or request.form:  # uploads: tests/http/test_batches_in_the_readme.py
             continue
         status, body = status_of([word.replace(request.origin, server.url) for word in words])
         assert status == ("400" if refused else "200"), f"{place}: {body}"
+        if refused is not None:
+            assert json.loads(body) == json.loads(refused), f"{place}: {body}"
+            refusals += 1
         answered += 1
     assert answered > 10
+    assert refusals > 1
 
 
 def status_of(words: Sequence[str]) -> tuple[str, str]:

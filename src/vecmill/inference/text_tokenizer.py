@@ -244,12 +244,21 @@ def _instructed(card: ModelCard, instruction: str) -> str:
     return card.instruction_template.replace(INSTRUCTION_PLACE, instruction)
 
 
+def named_prompts(card: ModelCard) -> dict[str, str]:
+    """What `prompt_name` may be, and the text that then goes before each input.
+
+    An embedding model has `query` and `document`, empty or not, as every sentence-transformers model has.
+    """
+    always = (QUERY_NAMES[0], DOCUMENT_NAMES[0]) if card.task is Task.EMBED else ()
+    return {**{name: _named(card, name) for name in always}, **card.prompts}
+
+
 def _named(card: ModelCard, name: str) -> str:
     if name in card.prompts:
         return card.prompts[name]
     if name in QUERY_NAMES or name in DOCUMENT_NAMES:  # every sentence-transformers model has these, empty or not
         return _first(card, QUERY_NAMES if name in QUERY_NAMES else DOCUMENT_NAMES)
-    known = ", ".join(sorted({*card.prompts, QUERY_NAMES[0], DOCUMENT_NAMES[0]}))
+    known = ", ".join(sorted(named_prompts(card)))
     raise InvalidInput(
         f"`prompt_name` {name[:100]!r} is not a prompt of {card.id}; these are: {known}.", param="prompt_name"
     )

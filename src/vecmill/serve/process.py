@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from vecmill.app import Server, create_app
@@ -33,14 +33,16 @@ WRONG_SETTINGS = 2
 """The exit code where no restart would help; as for an unknown option."""
 
 
-def run_server(settings: Settings, reread: Callable[[], Settings] = load_settings) -> int:
+def run_server(settings: Settings, reread: Callable[[], Settings] = load_settings, remarks: Sequence[str] = ()) -> int:
     """Serve until stopped; the process's exit code.
 
     0; 1 where the server could not serve and a restart may find it otherwise; 2 where its settings are wrong.
 
-    `reread` gives the settings as they are when SIGHUP comes.
+    `reread` gives the settings as they are when SIGHUP comes. `remarks`: warnings for the log.
     """
     configure_logging(settings.log.log_format, settings.log.log_level)
+    for remark in remarks:
+        logger.warning(remark)
     notifier = Notifier(os.environ)
     try:
         listener = listen(settings.http.host, settings.http.port)

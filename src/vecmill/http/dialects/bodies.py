@@ -26,7 +26,7 @@ from vecmill.core.types import (
     Truncation,
 )
 from vecmill.http.bounds import Word
-from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, NotServedHere
 from vecmill.http.encoding import FLOAT, EmbeddingFormat, json_response, result_headers, vectors_response
 from vecmill.http.errors import ErrorShape
 from vecmill.http.route import Priority, with_priority
@@ -171,8 +171,26 @@ class InferenceBody(TruncationFields):
     priority: Priority = None
 
 
+def _text_alone(value: Any) -> Any:
+    """Infinity's and NIM's `modality`.
+
+    Raises:
+        ValueError: it is more than text.
+    """
+    if value in (None, "text", ["text"]):
+        return value
+    raise ValueError("must be `text`; images, audio and video are not served here")
+
+
 class EmbedBody(PromptFields, InferenceBody):
     """Texts to vectors."""
+
+    modality: Annotated[Any, BeforeValidator(_text_alone)] = Field(None, description="`text`, or left out.")
+    images: NotServedHere = None
+    messages: NotServedHere = None
+    late_chunking: NotServedHere = None
+    return_multivector: NotServedHere = None
+    return_sparse: NotServedHere = None
 
     @abstractmethod
     def embed_request(self, caller: Caller) -> EmbedRequest:

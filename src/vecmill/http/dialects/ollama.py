@@ -19,6 +19,7 @@ from vecmill.http.bounds import Counted
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.errors import ErrorShape, nearest
+from vecmill.http.hints import refuse_misspelt
 from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import ServicesOf
 
@@ -103,6 +104,7 @@ class OllamaEmbedBody(EmbedBody):
 async def embed_texts(body: OllamaEmbedBody, request: Request, caller: CallerOf) -> Response:
     """Texts to unit vectors. No text, or an empty one alone, loads a model in Ollama: here there is nothing to do."""
     if body.input in ([], [""]):
+        refuse_misspelt(request, "input")
         return JSONResponse({"model": body.model, "embeddings": []})
     return await embed(body, request, caller)
 
@@ -136,6 +138,7 @@ class OllamaEmbeddingsBody(EmbedBody):
 async def embed_prompt(body: OllamaEmbeddingsBody, request: Request, caller: CallerOf) -> Response:
     """One text to one vector, not normalised."""
     if not body.prompt:
+        refuse_misspelt(request, "prompt")
         return JSONResponse({"embedding": []})
     return await embed(body, request, caller)
 
