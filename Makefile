@@ -33,7 +33,7 @@ CLIENT_FILES := tests/clients/environments
 LOWEST := .lowest
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix chromium redis systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix reference chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -84,6 +84,9 @@ fix: $(VENV)/.dev  ## Format, and mend what ruff can mend.
 	$(BIN)/ruff check --fix-only $(CODE)
 	$(BIN)/ruff format $(CODE)
 
+reference: $(VENV)/.dev  ## Write the files that are made from the code: .env.example, docs/openapi.json, tables of the documentation.
+	$(BIN)/python -m vecmill.reference
+
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "vecmill needs Python 3.11 or newer with venv (Debian and Ubuntu: apt install python3-venv), or PYTHON=/path/to/python3."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -126,9 +129,9 @@ $(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json
 	@mkdir -p $(@D) && touch $@
 
 # Programs that tests run: $(call program,NAMES,PACKAGE,WHAT NEEDS IT) installs the package as root where apt is, if there
-# is none of the names on the PATH.
+# is none of the names on the PATH. Given several names, `command -v` looks only the first up in some shells.
 define program
-@command -v $(1) >/dev/null || \
+@for name in $(1); do ! command -v "$$name" >/dev/null || exit 0; done; \
 	{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get -qq update && apt-get -qq install -y $(2) >/dev/null; } || \
 	{ echo "$(3) on the PATH: sudo apt install $(2)"; exit 1; }
 endef

@@ -11,8 +11,8 @@ from deployment import console, files
 from deployment.console import ask
 from deployment.layout import ACCOUNT, EMBED, PORT, SERVICES, VLLM, VLLM_PORT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale, Unit
-from deployment.services import Embed, Vllm, reached_at, take_from_tailnet
-from deployment.start import Wait, fetch
+from deployment.services import Embed, Vllm, reached_at
+from deployment.start import Wait, fetch, take_from_tailnet
 from deployment.steps import Action, Remove, Run, Step, carry_out, show
 
 

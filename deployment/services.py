@@ -1,12 +1,19 @@
-"""The services, qmd-embed and qmd-vllm: their configuration, units and steps, and their names in the tailnet."""
+"""The services, qmd-embed and qmd-vllm: the code they run, their configuration, units and steps.
+
+The code is a virtual environment for each release, and a link to the one in use. A release is built whole before the
+link moves, so what runs goes on running until then, and a build that fails leaves nothing.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 
-from deployment import files, install, machine
+from deployment import files, machine
 from deployment.layout import (
     ACCOUNT,
     EMBED,
@@ -20,10 +27,11 @@ from deployment.layout import (
     Layout,
     Options,
 )
-from deployment.machine import Docker, Systemd, Tailscale, Unit
+from deployment.machine import Docker, Systemd, Unit
 from deployment.start import Wait, activation
-from deployment.steps import Action, MakeFolder, Run, Step, WriteFile
+from deployment.steps import Action, Link, MakeFolder, Remove, Run, Scratch, Step, WriteFile
 
+CLONE = Path(__file__).parents[1]
 TEMPLATES = Path(__file__).parent / "units"
 SYSTEM_ORDER = "Wants=network-online.target\nAfter=network-online.target nvidia-persistenced.service"
 # Both talk to the engine's socket and need nothing else of the machine.
@@ -72,32 +80,81 @@ def _fill(template: str, **parts: object) -> str:
     return text
 
 
-REFUSAL = "must be tagged nodes"  # with exit code 0
-WAITS = (
-    "approval from an admin is required",
-    "An admin has to approve this machine for the service once: https://login.tailscale.com/admin/services",
-)
+STAMP = "complete"
+EXTRAS = "redis,token-ids"
+# The bundled model's package: of what it depends on (SciPy, scikit-learn) nothing is needed.
+BUNDLED = CLONE / "requirements-bundled.txt"
+QUIET = ("--disable-pip-version-check", "--no-input", "--progress-bar", "off")
 
 
-def serve_in_tailnet(
-    service: str, port: int, host: str, tailscale: Tailscale, layout: Layout, options: Options
-) -> Step:
-    """Serve a local port as https://<service>.<tailnet>."""
-    target = f"{host}:{port}"
-    name = tailscale.name(service) or f"{service}.<tailnet>.ts.net"
-    title = f"Serve https://{name}"
-    undo = " ".join(take_from_tailnet(service).argv)
-    if not options.tailscale:
-        return Step(title, (), undo, done="left out (--no-tailscale)")
-    if tailscale.target(service) in (f"http://{target}", target):
-        return Step(title, (), undo, done="already so")
-    argv = ("tailscale", "serve", f"--service=svc:{service}", "--https=443", target)
-    return Step(title, (Run(argv, refusal=REFUSAL, remarks=(WAITS,)),), undo if layout.user else f"sudo {undo}")
+@dataclass(frozen=True)
+class Release:
+    """The release that this clone would install."""
+
+    version: str
+    folder: Path
+
+    @classmethod
+    def of_clone(cls, layout: Layout, python: str) -> Release:
+        """The release of this clone, named after the version and a hash of all that goes into it."""
+        match = re.search(r'__version__ = "(.*?)"', (CLONE / "src/vecmill/__init__.py").read_text("utf-8"))
+        version = match[1] if match else "unknown"
+        return cls(version, layout.real(layout.releases) / f"{version}-{_digest(python)}")
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / STAMP).exists()
 
 
-def take_from_tailnet(service: str) -> Run:
-    """Stop serving it in the tailnet."""
-    return Run(("tailscale", "serve", "clear", f"svc:{service}"))
+def _digest(python: str) -> str:
+    digest = hashlib.sha256(f"{EXTRAS} {os.path.realpath(python)}".encode())
+    declared = [CLONE / "pyproject.toml", CLONE / "constraints.txt", BUNDLED]
+    for path in [*declared, *sorted((CLONE / "src").rglob("*"))]:
+        if path.is_file() and path.suffix != ".pyc":
+            digest.update(f"{path.relative_to(CLONE)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def build(release: Release, layout: Layout, python: str) -> Step:
+    """Make the release's environment, unless it is there."""
+    title = f"Install vecmill {release.version}"
+    undo = layout.invocation("--uninstall")
+    if release.complete:
+        return Step(title, (), undo, done="already there")
+    folder = str(release.folder)
+    install = (f"{folder}/bin/python", "-m", "pip", "install", *QUIET)
+    return Step(
+        title,
+        (
+            Scratch(release.folder),
+            Run((python, "-m", "venv", folder)),
+            Run((*install, "--constraint", str(CLONE / "constraints.txt"), f"{CLONE}[{EXTRAS}]"), shown=True),
+            Run((*install, "--no-deps", "--require-hashes", "--requirement", str(BUNDLED)), shown=True),
+            Run((f"{folder}/bin/vecmill", "version")),
+            WriteFile(release.folder / STAMP, f"{release.version}\n"),
+        ),
+        f"nothing to undo, the unfinished installation was removed; all of it: {undo}",
+    )
+
+
+def in_use(layout: Layout) -> str | None:
+    """The release that the link points at."""
+    venv = layout.real(layout.venv)
+    return venv.readlink().name if venv.is_symlink() else None
+
+
+def switch(release: Release, layout: Layout) -> Link:
+    """The link to the release."""
+    return Link(layout.real(layout.venv), Path(release.folder.parent.name) / release.folder.name)
+
+
+def outdated(release: Release, layout: Layout) -> tuple[Action, ...]:
+    """Removals of all releases but this one and the one before, which is kept to go back to."""
+    before, releases = in_use(layout), layout.real(layout.releases)
+    if before == release.folder.name or not releases.is_dir():
+        return ()
+    kept = (release.folder.name, before)
+    return tuple(Remove(path) for path in sorted(releases.iterdir()) if path.name not in kept)
 
 
 EMBED_HEAD = """\
@@ -201,10 +258,10 @@ class Embed:
             return Step(title, (), undo, done="already so")
         return Step(title, (Run(("loginctl", "enable-linger", user)),), undo)
 
-    def start(self, release: install.Release) -> Step:
+    def start(self, release: Release) -> Step:
         """Configuration, unit and code in place, the process running and ready."""
         layout = self._layout
-        link = install.switch(release, layout)
+        link = switch(release, layout)
         wait = Wait(self._systemd, EMBED_UNIT, self.url, "/ready", self._options.wait, progress=True)
         keys = self._keys()
         return activation(
@@ -213,7 +270,7 @@ class Embed:
             (self._env_file(), link, self._unit_file()),
             wait,
             before=(*self._backup(), *self._folders()),
-            after=install.outdated(release, layout),
+            after=outdated(release, layout),
             reloadable=keys,
             undo=layout.invocation("--uninstall"),
         )

@@ -1,4 +1,7 @@
-"""Starts a unit: puts its files in place, reloads systemd, waits until the process is ready; or takes it all back."""
+"""Starts a unit: puts its files in place, reloads systemd, waits until the process is ready; or takes it all back.
+
+And gives the service its name in the tailnet.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ from urllib.request import ProxyHandler, build_opener
 
 from deployment import console
 from deployment.console import Failed, ask
-from deployment.machine import Systemd, Unit
+from deployment.layout import Layout, Options
+from deployment.machine import Systemd, Tailscale, Unit
 from deployment.steps import Action, Link, Run, Step, Undo, WriteFile, same
 
 LOOK_FIRST_S, LOOK_LAST_S = 0.05, 1.0  # between looks, longer from one to the next
@@ -156,3 +160,31 @@ def _start(unit: Unit, systemd: Systemd, changed: bool, reread: bool) -> tuple[R
 
 def _recovery(unit: Unit, systemd: Systemd) -> tuple[Run, ...]:
     return (Run(systemd.command("daemon-reload")), Run(systemd.command("restart", "--no-block", unit.name)))
+
+
+REFUSAL = "must be tagged nodes"  # with exit code 0
+WAITS = (
+    "approval from an admin is required",
+    "An admin has to approve this machine for the service once: https://login.tailscale.com/admin/services",
+)
+
+
+def serve_in_tailnet(
+    service: str, port: int, host: str, tailscale: Tailscale, layout: Layout, options: Options
+) -> Step:
+    """Serve a local port as https://<service>.<tailnet>."""
+    target = f"{host}:{port}"
+    name = tailscale.name(service) or f"{service}.<tailnet>.ts.net"
+    title = f"Serve https://{name}"
+    undo = " ".join(take_from_tailnet(service).argv)
+    if not options.tailscale:
+        return Step(title, (), undo, done="left out (--no-tailscale)")
+    if tailscale.target(service) in (f"http://{target}", target):
+        return Step(title, (), undo, done="already so")
+    argv = ("tailscale", "serve", f"--service=svc:{service}", "--https=443", target)
+    return Step(title, (Run(argv, refusal=REFUSAL, remarks=(WAITS,)),), undo if layout.user else f"sudo {undo}")
+
+
+def take_from_tailnet(service: str) -> Run:
+    """Stop serving it in the tailnet."""
+    return Run(("tailscale", "serve", "clear", f"svc:{service}"))

@@ -15,10 +15,12 @@ import pytest
 
 from tests import kinds
 from tests.in_process import InProcess
+from tests.preloaded import WARMUP_ROUNDS
 from tests.servers import RunningServer, free_port, running, vecmill_command
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS
+from vecmill.engine import warmup
 from vecmill.models.source import find
 
 # How long one example takes is no property of the code: a machine may be busy.
@@ -46,13 +48,14 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """None of the settings of whoever runs the tests: neither environment nor `.env`.
 
     Layers are eager unless a test says otherwise: compiling them takes seconds at each start. No vector is kept, except
-    in tests of that.
+    in tests of that. Warm-up is short, as in servers.
     """
     with pytest.MonkeyPatch.context() as patch:
         for group in GROUPS:
             for name in group.model_fields:
                 patch.delenv(name.upper(), raising=False)
             patch.setitem(group.model_config, "env_file", None)
+        patch.setattr(warmup, "ROUNDS", WARMUP_ROUNDS)
         patch.setenv("TORCH_COMPILE", "false")
         patch.setenv("CACHE_MAX_BYTES", "0")
         patch.setenv("STATE_DIR", str(tmp_path_factory.mktemp("state")))

@@ -1,8 +1,8 @@
 """`python -m MODULE` as a process of its own that need not import everything anew: forked from one that has.
 
 Importing torch and transformers takes most of a server's start, and the tests start about a hundred. What runs is the
-same from there on: arguments, environment, files, session and signals are the process's own. A command that wants
-another environment at the time of these imports gets an ordinary process.
+same from there on: arguments, environment, files, session and signals are the process's own; only warm-up times each
+shape fewer times. A command that wants another environment at the time of these imports gets an ordinary process.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ PYTHON = [sys.executable, "-m"]
 # What libraries read while they are imported.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTHON", "LD_")
 LARGEST = 1_000_000  # bytes of a command and its environment
+# How often warm-up times each shape in servers and applications of the tests. More rounds make its figures steadier, on
+# which no test depends, and were half of what a start costs.
+WARMUP_ROUNDS = 2
 
 
 def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
@@ -136,6 +139,7 @@ def main() -> None:
     import_module("vecmill.app")._set_thread_defaults()
     for module in MODULES:
         import_module(module)
+    import_module("vecmill.engine.warmup").ROUNDS = WARMUP_ROUNDS  # type: ignore[attr-defined]
     # What is there now is never looked at again: a collection in a forked process would copy every page of it.
     gc.collect()
     gc.freeze()

@@ -33,7 +33,11 @@ class RunningServer:
     """Where it answers and which process it is."""
 
     url: str
-    pid: int
+    process: Process
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
 
 class Process(Protocol):
@@ -103,7 +107,7 @@ def running(
         try:
             url = f"http://127.0.0.1:{port}"
             _wait_until_ready(process, url + ready_path, log)
-            yield RunningServer(url, process.pid)
+            yield RunningServer(url, process)
         finally:
             _stop(process)
 

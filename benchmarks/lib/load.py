@@ -96,7 +96,7 @@ def embed_all(
     ]
 
     async def send() -> tuple[BulkLoad, dict[bytes, bytes]]:
-        async with _Keeping(BenchTarget(url, dialect.kind), connections) as client:
+        async with _Keeping(BenchTarget(url, dialect.kind, cached=True), connections) as client:
             return await Bulk(client, requests, advance).run(connections), client.contents
 
     load, contents = run(send())

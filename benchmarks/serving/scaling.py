@@ -61,7 +61,13 @@ def measure_connections(
     found: dict[int, list[BulkLoad]] = {level: [] for level in levels}
     for level in in_turns(levels, rounds):
         sweep = measure_sweep(
-            BenchTarget(url), texts, batch=1, levels=[level], seconds=seconds, warm_up_seconds=WARM_UP_SECONDS
+            BenchTarget(url),
+            texts,
+            batch=1,
+            levels=[level],
+            seconds=seconds,
+            longest=SHORT,
+            warm_up_seconds=WARM_UP_SECONDS,
         )
         found[level] += sweep.levels
         advance(1)

@@ -15,7 +15,7 @@ import typer
 from pydantic.fields import FieldInfo
 
 from vecmill import __version__
-from vecmill.config import load_settings
+from vecmill.config import load_settings, misspelt
 from vecmill.config.key_file import key_line
 from vecmill.config.reference import default_text
 from vecmill.config.settings import GROUPS
@@ -133,7 +133,7 @@ def serve(*, env_file: str | None = None, **flags: object) -> None:
     except StartupError as error:
         print_error(error.message)
         raise typer.Exit(UsageError.exit_code) from None
-    raise typer.Exit(import_module("vecmill.serve").run_server(settings, reread))
+    raise typer.Exit(import_module("vecmill.serve").run_server(settings, reread, misspelt(env_file)))
 
 
 def _flag(name: str, field: FieldInfo, panel: str) -> inspect.Parameter:

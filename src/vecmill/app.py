@@ -292,7 +292,7 @@ class Server:
 
     @property
     def busy(self) -> bool:
-        """Whether a thread still loads or computes, which nothing can end but the end of the process."""
+        """True while a thread loads or computes. Such a thread cannot be stopped; it ends with the process."""
         loading = self._loaded is None and self.health.snapshot()[0] is not Phase.FAILED
         return loading or (self._engine is not None and self._engine.alive)
 
@@ -395,10 +395,10 @@ def _bytes_of(card: ModelCard, warmed: Warmed) -> int:
 
 
 async def _result(future: Future[T]) -> T:
-    """What a future of another thread gives.
+    """Await a future that another thread resolves; returns its result or raises its exception.
 
-    Whoever is cancelled while waiting leaves it alone: asyncio's own ways cancel it, and the thread that sets it later
-    fails, or log what it raises after nobody waits any more.
+    Cancelling this coroutine does not cancel the future. `asyncio.wrap_future` would cancel it, and the thread that
+    resolves it later would fail; shielded, it would log an exception that nobody waits for any more.
     """
     loop, done = asyncio.get_running_loop(), asyncio.Event()
 

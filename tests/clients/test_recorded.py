@@ -47,6 +47,17 @@ LEAST_COSINE = 0.9995  # in bfloat16
 SCORE_TOLERANCE = 2e-3
 TIMEOUT_S = 60
 
+# What is said to clients that have another word for something, or send what their own server does not read either.
+HINTS: Mapping[str, set[str]] = {
+    "llama_cpp": {"`texts` is not read here: `documents` is."},
+    "r2r": {"`model-id` is not read here: did you mean `model`?"},
+    "roo_code": {
+        "`input` is not read here: did you mean `inputs`? `encoding_format` is not read here: vectors are answered as "
+        "the call's own dialect has them."
+    },
+    "sglang": {"`instruct` is not read here: did you mean `instruction`?"},
+}
+
 TYPES: Mapping[str, type | tuple[type, ...]] = {
     "string": str,
     "integer": int,
@@ -62,6 +73,7 @@ class Answer:
 
     status: int
     content: bytes
+    hint: str | None
 
     @property
     def json(self) -> Any:
@@ -108,7 +120,7 @@ def _send(url: str, request: dict[str, Any], kept: Mapping[str, str]) -> Answer:
         content = response.read()
         if response.headers["Content-Encoding"] == "gzip":
             content = gzip.decompress(content)
-        return Answer(response.status, content)
+        return Answer(response.status, content, response.headers["X-Vecmill-Hint"])
 
 
 def _at(answer: Any, path: str) -> list[Any]:
@@ -135,6 +147,14 @@ def test_the_client_finds_what_it_needs(
             _check(answer, request, minilm_folder)
     else:
         _check(answer, request, minilm_folder)
+
+
+@pytest.mark.parametrize("file", RECORDED)
+def test_nothing_that_a_client_sends_is_taken_for_a_mistake(
+    file: str, conversations: dict[str, list[Answer | Exception]]
+) -> None:
+    answers = [answer for answer in conversations[file] if isinstance(answer, Answer)]
+    assert {answer.hint for answer in answers if answer.hint} <= HINTS.get(file, set())
 
 
 def test_every_recorded_client_is_in_the_compatibility_page() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vecmill.config import load_settings
+from vecmill.config import load_settings, misspelt
 from vecmill.config.reference import env_example
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
@@ -113,3 +113,18 @@ def test_env_example_uncommented_gives_the_defaults(dotenv: Path) -> None:
     loaded = load_settings()
     dotenv.unlink()
     assert loaded == load_settings()
+
+
+def test_a_variable_close_to_a_setting_is_named(dotenv: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert misspelt() == []
+    monkeypatch.setenv("EMBED_MODLE", "a-secret")
+    monkeypatch.setenv("VLLM_MEMORY_FRACTION", "0.5")  # another program's
+    monkeypatch.setenv("API_KE" + "Y" * 1000, "")
+    dotenv.write_text("max-batch-tokens=3\nMAX_BATCH_TOKEN=3\nPORT=1\nMODEL_PATH=x\n")
+    assert misspelt() == [
+        "EMBED_MODLE is no setting: is EMBED_MODEL meant?",
+        "MAX_BATCH_TOKEN is no setting: is MAX_BATCH_TOKENS meant?",
+    ]
+    other = dotenv.with_name("other.env")
+    other.write_text("DTPYE=float32\n")
+    assert "DTPYE is no setting: is DTYPE meant?" in misspelt(other)

@@ -141,7 +141,8 @@ def python(argv: list[str], state: dict[str, Any]) -> None:
         os.makedirs(f"{argv[2]}/bin")
         os.symlink(LAUNCHER, f"{argv[2]}/bin/python")
     elif argv[:3] == ["-m", "pip", "install"]:
-        os.symlink(LAUNCHER, f"{os.path.dirname(sys.argv[0])}/vecmill")
+        if not argv[-1].endswith(".txt"):
+            os.symlink(LAUNCHER, f"{os.path.dirname(sys.argv[0])}/vecmill")
         sys.stdout.write("Collecting torch\n")
     elif argv[0] == "-c" and "Python.h" in argv[1]:
         sys.stdout.write("3.12 True\n")

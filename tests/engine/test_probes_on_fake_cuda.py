@@ -139,6 +139,6 @@ def test_an_allocation_above_the_cap_is_asked_for_and_the_cap_taken_back(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
     found = allocation("cpu")  # the matrices of the last step are real ones
     assert found.refused == ("OutOfMemoryError" if refuses else None)
-    assert (found.cap, found.asked, found.works_after) == (GIGABYTE, int(1.1 * GIGABYTE), True)
+    assert (found.cap, found.requested, found.works_after) == (GIGABYTE, int(1.1 * GIGABYTE), True)
     assert fractions == [1 / 8, 1.0]
     assert len(emptied) == 2

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stderr
 from functools import cache
 from importlib.machinery import PathFinder
+from itertools import pairwise
 from pathlib import Path
 
 import typer
@@ -60,12 +61,14 @@ VLLM_PATHS = {"/v1/models", "/health", "/v1/completions", "/v1/chat/completions"
 PIP_FLAGS = {
     "-c",
     "-e",
+    "-r",
     "--constraint",
     "--editable",
     "--force-reinstall",
     "--group",
     "--index-url",
     "--no-deps",
+    "--require-hashes",
     "--upgrade",
 }
 
@@ -218,6 +221,9 @@ def _pip(command: Command) -> Iterator[str]:
             yield f"pip has no flag {word!r} that is known here"
         if ours := re.fullmatch(r"(?:vecmill|\.)\[(.+)\]", word):
             yield from (f"there is no extra {extra!r}" for extra in ours[1].split(",") if extra not in extras)
+    for flag, file in pairwise(command.words):
+        if flag in ("-c", "-r", "--constraint") and "/" not in file and not (ROOT / file).is_file():
+            yield f"there is no {file}"
 
 
 def _curl(command: Command) -> Iterator[str]:

@@ -39,6 +39,14 @@ DOCKER = "https://docs.docker.com/reference/cli/docker/"
 KUBECTL = "https://kubernetes.io/docs/reference/kubectl/generated/"
 
 PROGRAMS: Mapping[str, Program] = {
+    "aiperf": program(
+        source="aiperf profile --help, of AIPerf 0.13.0",
+        profile=program(
+            "--url= --model= --endpoint-type= --tokenizer= --concurrency= --request-count= --warmup-request-count= -H= "
+            "--num-dataset-entries= --prompt-batch-size= --synthetic-input-tokens-mean= --ui= --artifact-dir= "
+            "--rankings-passages-mean= --rankings-passages-prompt-token-mean= --rankings-query-prompt-token-mean="
+        ),
+    ),
     "apt": program(source=MAN, install=program("-y")),
     "cat": program(source=MAN),
     "cd": program(source="bash"),

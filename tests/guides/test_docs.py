@@ -5,8 +5,10 @@ What is written from the code whole (settings, calls) is compared in tests/http/
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -23,6 +25,21 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 def test_the_readme_is_one_page() -> None:
     assert len(README.encode()) <= LARGEST_README
+
+
+def test_the_architecture_page_has_every_room_and_names_files_that_there_are() -> None:
+    package, page = ROOT / "src" / "vecmill", (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rooms = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    listed = {name for row in re.findall(r"^\| (`.+?) \|", page, re.M) for name in re.findall(r"`(\w+)`", row)}
+    assert rooms - listed == {"__init__"}
+    for name in re.findall(r"`([\w/]+\.py)`", page):
+        assert list(package.rglob(name)), name
+
+
+def test_a_class_name_means_one_thing() -> None:
+    trees = (ast.parse(path.read_text("utf-8")) for path in (ROOT / "src").rglob("*.py"))
+    names = Counter(node.name for tree in trees for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_every_setting_is_a_flag_in_the_help() -> None:

@@ -173,27 +173,31 @@ def test_settings_that_are_named_exist(name: str) -> None:
             assert not list(checks.wrong_values({found[1]: found[2]})), f"{name}: {span}"
 
 
-def shown_requests() -> Iterator[tuple[str, Sequence[str], bool]]:
-    """Every call of this server that is shown: where, its words, and whether the block after it shows an error."""
+def shown_requests() -> Iterator[tuple[str, Sequence[str], str | None]]:
+    """Every call of this server that is shown: where, its words, and the error that the block after it shows."""
     for page in PAGES.values():
         for block, after in pairwise([*page.blocks, None]):
             assert block is not None  # only the last one has none after it
-            refused = after is not None and after.text.startswith('{"error"')
+            refused = after.text if after is not None and after.text.startswith('{"error"') else None
             for command in commands(block.text) if block.language == "sh" else ():
                 if command.words[:1] == ("curl",):
                     yield block.place, command.words, refused
 
 
 def test_requests_are_answered(server: RunningServer) -> None:
-    answered = 0
+    answered = refusals = 0
     for place, words, refused in shown_requests():
         request = curl.request(words[1:])
         if request.url.port == checks.VLLM_PORT or request.form:  # uploads: tests/http/test_batches_in_the_readme.py
             continue
         status, body = status_of([word.replace(request.origin, server.url) for word in words])
         assert status == ("400" if refused else "200"), f"{place}: {body}"
+        if refused is not None:
+            assert json.loads(body) == json.loads(refused), f"{place}: {body}"
+            refusals += 1
         answered += 1
     assert answered > 10
+    assert refusals > 1
 
 
 def status_of(words: Sequence[str]) -> tuple[str, str]:
@@ -227,7 +231,9 @@ def status_of(words: Sequence[str]) -> tuple[str, str]:
         ("sudo python3 deploy.py vllm --rerank-model m", "does not concern vllm"),
         ("python examples/codebase_search.py --querry x", "--querry"),
         ("python examples/code_search.py", "does not exist"),
-        ("pip install -c constraint.txt 'vecmill[parquett]'", "no extra 'parquett'"),
+        ("pip install 'vecmill[parquett]'", "no extra 'parquett'"),
+        ("pip install -c constraint.txt vecmill", "there is no constraint.txt"),
+        ("pip install --no-deps -r requirements.txt", "there is no requirements.txt"),
         ("curl http://127.0.0.1:8001/v1/embedding", "no GET /v1/embedding"),
         ("curl -X PUT http://127.0.0.1:8001/v1/models", "no PUT /v1/models"),
         ("curl http://127.0.0.1:8002/health", "is not known here"),

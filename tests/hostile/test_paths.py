@@ -5,14 +5,13 @@ from __future__ import annotations
 import httpx
 import pytest
 
+from tests.api_document import DOCUMENT
 from tests.faults.service import Service
 from tests.hostile.wire import connected, request
-from vecmill.app import create_app
-from vecmill.config import load_settings
 
-DOCUMENT = create_app(load_settings()).openapi()["paths"]
-POSTS = sorted(path for path, methods in DOCUMENT.items() if "post" in methods and "{" not in path)
-GETS = sorted(path for path, methods in DOCUMENT.items() if "get" in methods and "{" not in path)
+PATHS = DOCUMENT["paths"]
+POSTS = sorted(path for path, methods in PATHS.items() if "post" in methods and "{" not in path)
+GETS = sorted(path for path, methods in PATHS.items() if "get" in methods and "{" not in path)
 
 
 @pytest.mark.parametrize("path", POSTS)

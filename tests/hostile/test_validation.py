@@ -11,6 +11,7 @@ import orjson
 import pytest
 from fastapi.routing import APIRoute
 
+from tests.api_document import DOCUMENT
 from tests.conftest import serving
 from tests.hostile.stalls import memory_taken
 from vecmill.app import create_app
@@ -24,7 +25,6 @@ MOST_ERROR_BYTES = 4096
 MOST_SECONDS = 1.0
 
 APP = create_app(load_settings())
-DOCUMENT = APP.openapi()
 SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
 
 SHAPES: dict[str, object] = {

@@ -101,6 +101,10 @@ async def test_nearly_right_is_wrong(locked: httpx.AsyncClient, key: str) -> Non
 )
 async def test_health_checks_and_pages_stay_open(locked: httpx.AsyncClient, path: str) -> None:
     assert (await locked.get(path)).status_code in (200, 204)
+    if path != "/":  # where work is done too
+        for method in ("TRACE", "DELETE", "PUT"):
+            assert (await locked.request(method, path)).status_code == 405
+    assert (await locked.post("/", json={"input": "x"})).status_code == 401
 
 
 async def test_no_key_is_in_the_log(locked: httpx.AsyncClient, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,9 +11,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.api_document import DOCUMENT
 from tests.conftest import serving
-from vecmill.app import create_app
-from vecmill.config import load_settings
 
 
 def openai_error(response: httpx.Response) -> dict[str, Any]:
@@ -177,7 +176,6 @@ json_values = st.recursive(
 )
 
 
-DOCUMENT = create_app(load_settings()).openapi()
 BODIES = {
     f"{path} {name}": (path, example["value"], sorted(DOCUMENT["components"]["schemas"][name]["properties"]))
     for path, methods in DOCUMENT["paths"].items()

@@ -50,6 +50,21 @@ def lines(client: openai.OpenAI, file_id: str | None) -> list[dict[str, Any]]:
     return [orjson.loads(line) for line in client.files.content(file_id).content.splitlines()]
 
 
+def test_a_misspelt_field_of_a_line_is_named_in_its_answer(client: openai.OpenAI) -> None:
+    bodies = [{"input": "x", "dimension": 12}, {"inputs": "x"}, {"input": "x", "user": "u"}]
+    file = client.files.create(file=("texts.jsonl", BytesIO(jsonl(bodies))), purpose="batch")
+    batch = client.batches.create(input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h")
+    batch = ended(client, batch.id)
+    first, last = (line["response"] for line in lines(client, batch.output_file_id))
+    assert first["hint"] == "`dimension` is not read here: did you mean `dimensions`?"
+    assert len(first["body"]["data"]) == 1
+    assert "hint" not in last
+    [refused] = lines(client, batch.error_file_id)
+    assert refused["response"]["hint"] == "`inputs` is not read here: did you mean `input`?"
+    error = refused["response"]["body"]["error"]
+    assert error["message"] == "`input`: Field required. `inputs` is not read here: did you mean `input`?"
+
+
 def test_the_whole_life_with_openais_client(client: openai.OpenAI) -> None:
     content = jsonl([{"model": "m", "input": text} for text in TEXTS])
     file = client.files.create(file=("texts.jsonl", BytesIO(content)), purpose="batch")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from playwright.sync_api import Locator, Page, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.hardware.fake_nvml import GB10, environment
-from tests.servers import free_port, running, vecmill_command
+from tests.servers import free_port, running
 from vecmill.http.capabilities import READINGS
 
 SLOW = {"sm_clock 2190": "sm_clock 612", "temperature 71": "temperature 84"}
@@ -44,7 +45,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Spark]:
     spark = Spark("", tmp_path_factory.mktemp("nvml") / "recording.txt")
     spark.play({})
     port = free_port()
-    with running(vecmill_command(port), port, "/ready", environment(spark.recording)) as process:
+    command = [sys.executable, "-m", "tests.hardware.fake_nvml", "serve", "--port", str(port)]
+    with running(command, port, "/ready", environment(spark.recording)) as process:
         spark.url = process.url
         yield spark
 

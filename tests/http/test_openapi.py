@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import AsyncIterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from tests.api_document import DOCUMENT, STORED
 from tests.in_process import InProcess
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.reference import texts
-
-STORED = Path(__file__).parents[2] / "docs" / "openapi.json"
-DOCUMENT: dict[str, Any] = json.loads(STORED.read_text("utf-8"))
 
 # They answer with an error: the first two without GENERATION_URL, the others always.
 REFUSED = {

@@ -139,3 +139,11 @@ async def test_the_cards_prompt_where_the_files_say_none(tmp_path: Path, minilm_
 async def test_truncate_in_nims_words(prompted: httpx.AsyncClient, truncate: object, status: int) -> None:
     answer = await prompted.post("/v1/embeddings", json={"input": "word " * 200, "truncate": truncate})
     assert answer.status_code == status
+
+
+async def test_models_list_what_prompt_name_may_be(prompted: httpx.AsyncClient, folder: Path) -> None:
+    [model] = (await prompted.get("/v1/models")).json()["data"]
+    assert model["prompts"] == {**PROMPTS, "document": PROMPTS["passage"]}
+    for name, text in model["prompts"].items():
+        answer = (await prompted.post("/embed", json={"inputs": "a text", "prompt_name": name})).json()
+        np.testing.assert_allclose(answer[0], st_encode(folder, ["a text"], prompt=text)[0], atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -123,6 +124,23 @@ def test_beside_an_nvidia_gpu_torch_is_the_public_index_s(tmp_path: Path) -> Non
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     assert "index=''" in first_install(tmp_path, path=str(tmp_path))
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash", "dash"])
+@pytest.mark.parametrize(
+    ("there", "installed"), [("chromium", True), ("google-chrome", True), ("google-chromium", False)]
+)
+def test_a_program_that_tests_run_has_several_names(shell: str, there: str, installed: bool, tmp_path: Path) -> None:
+    """Any of them on the PATH is enough, in every shell; without one `make` says what to install."""
+    if (path := shutil.which(shell)) is None:
+        pytest.skip(f"{shell} is not installed")
+    (tmp_path / there).write_text("#!/bin/sh\n")
+    (tmp_path / there).chmod(0o755)
+    make = shutil.which("make") or "make"
+    command = [make, "chromium", f"SHELL={path}", f"PATH={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode == 0) is installed, done.stderr
+    assert ("sudo apt install chromium" in done.stdout) is not installed
 
 
 def test_what_is_known_of_the_package(metadata: Message) -> None:

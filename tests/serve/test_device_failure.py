@@ -2,47 +2,29 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
+from tests.serve.broken_device import broken_device_command
 from tests.servers import RunningServer, free_port, running
 from tests.tiny_checkpoints import tiny_bert
-
-# The real server, but every forward pass ends as on a GPU after an illegal memory access.
-SCRIPT = """
-import sys
-from vecmill.config import load_settings
-from vecmill.engine import engine
-from vecmill.serve import run_server
-
-def broken(*args, **flags):
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-engine.launch = broken
-model, port, then = sys.argv[1:]
-settings = load_settings({"embed_model": model, "port": int(port), "exit_on_failure": then == "exit"})
-sys.exit(run_server(settings))
-"""
 
 
 @pytest.fixture(params=["exit", "stay"])
 def server(request: pytest.FixtureRequest, tmp_path: Path, minilm_folder: Path) -> Iterator[tuple[RunningServer, str]]:
     folder = tiny_bert(tmp_path / "tiny", minilm_folder)
     port = free_port()
-    command = [sys.executable, "-c", SCRIPT, str(folder), str(port), request.param]
+    command = broken_device_command(folder, port, request.param)
     with running(command, port, "/ready") as server:
         yield server, request.param
 
 
 def test_everyone_who_waits_is_answered_and_the_supervisor_told(server: tuple[RunningServer, str]) -> None:
     running_server, then = server
-    process = psutil.Process(running_server.pid)
 
     def ask(number: int) -> httpx.Response:
         body = {"input": [f"text {number} {index}" for index in range(200)]}
@@ -52,9 +34,9 @@ def test_everyone_who_waits_is_answered_and_the_supervisor_told(server: tuple[Ru
         answers = list(pool.map(ask, range(8)))
     assert [answer.status_code for answer in answers] == [503] * 8
     if then == "exit":
-        assert process.wait(30) == 1
+        assert running_server.process.wait(30) == 1
     else:
         health = httpx.get(f"{running_server.url}/health", timeout=10)
         assert (health.status_code, health.json()["status"]) == (503, "failed")
         assert "must be restarted" in health.json()["message"]
-        assert process.is_running()
+        assert running_server.process.poll() is None

@@ -58,7 +58,8 @@ def test_a_second_server_on_one_folder_may_come_later(tmp_path: Path) -> None:
     assert "in use by another vecmill server" in ended.output
 
 
-def test_a_port_in_use_ends_with_a_sentence() -> None:
+def test_a_port_in_use_ends_with_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBED_MODLE", "somebody/model")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

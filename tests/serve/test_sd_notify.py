@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve.test_device_failure import SCRIPT
-from tests.servers import free_port
+from tests.serve.broken_device import broken_device_command
+from tests.servers import Process, free_port, start
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.core.health import Phase
 from vecmill.serve.systemd import Notifier, SystemdStatus
@@ -49,10 +47,11 @@ def until_told(systemd: socket.socket, name: str, value: str = "") -> list[dict[
 
 
 @contextmanager
-def broken_device(model: Path, port: int, **environment: str) -> Iterator[subprocess.Popen[bytes]]:
+def broken_device(model: Path, port: int, **environment: str) -> Iterator[Process]:
     """A server whose first forward pass after the start fails for good; it stays."""
-    command = [sys.executable, "-c", SCRIPT, str(model), str(port), "stay"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, **environment})
+    with open(os.devnull, "wb") as nowhere:
+        command = broken_device_command(model, port, "stay")
+        process = start(command, stdout=nowhere, env={**os.environ, **environment})
     try:
         yield process
     finally:

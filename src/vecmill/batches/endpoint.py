@@ -26,6 +26,8 @@ class LineResult:
     """Those of `tokens` that were in the cache."""
     model: str | None = None
     """The model that answered."""
+    hint: str = ""
+    """What HTTP would say in a header: which of the line's fields are not read."""
 
     @property
     def ok(self) -> bool:

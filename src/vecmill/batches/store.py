@@ -240,7 +240,10 @@ def _unanswered(batch_id: str, lines: Iterable[InputLine], code: str, message: s
 
 def _answered(batch_id: str, line: InputLine, result: LineResult) -> bytes:
     request_id = _id(batch_id, line)
-    response = {"status_code": result.status, "request_id": request_id, "body": orjson.Fragment(result.body)}
+    response: dict[str, object] = {"status_code": result.status, "request_id": request_id}
+    if result.hint:
+        response["hint"] = result.hint
+    response["body"] = orjson.Fragment(result.body)
     return orjson.dumps(
         {"id": request_id, "custom_id": line.custom_id, "response": response, "error": None},
         option=orjson.OPT_APPEND_NEWLINE,

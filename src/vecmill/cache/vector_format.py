@@ -85,11 +85,11 @@ def _close_enough(vectors: Matrix, read: Matrix, smallest: int) -> NDArray[np.bo
 
 @np.errstate(over="ignore", invalid="ignore")
 def _close_enough_cut(vectors: Matrix, read: Matrix, error: Matrix, smallest: int) -> NDArray[np.bool_]:
-    """The same for each size below the whole.
+    """`_close_enough` for each size from `smallest` up to the whole.
 
-    By parts: up to the end of one no error is larger, and no length is smaller than before it, so that what holds of
-    these two holds of all sizes between. A model may norm the whole vector before it is cut, which takes its mean away:
-    the shorter of the two lengths counts.
+    Sizes are checked in blocks. For every size within a block, the error is at most that at the block's end and the
+    length at least that at its start, so a check of these two covers them all. A model may layer-norm the whole vector
+    before it is cut, which subtracts the mean: the smaller of the two lengths is used.
     """
     dimensions, values = vectors.shape[1], np.abs(vectors)
     starts = np.array([0, smallest, *range((smallest // BLOCK + 1) * BLOCK, dimensions, BLOCK)])
@@ -100,7 +100,7 @@ def _close_enough_cut(vectors: Matrix, read: Matrix, error: Matrix, smallest: in
         return reached
 
     def before(each: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Of the first part its own; of each other the one before it."""
+        """Each block's value at its start: the previous block's, and for the first block its own."""
         return np.concatenate([each[:, :1], each[:, :-1]], axis=1)
 
     mean = vectors.mean(axis=1, keepdims=True, dtype=np.float64)

@@ -18,7 +18,7 @@ from vecmill.config.groups import (
     SettingsGroup,
     StateSettings,
 )
-from vecmill.config.settings import Settings, load_settings
+from vecmill.config.settings import Settings, load_settings, misspelt
 
 __all__ = [
     "AccessSettings",
@@ -36,4 +36,5 @@ __all__ = [
     "SettingsGroup",
     "StateSettings",
     "load_settings",
+    "misspelt",
 ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import get_type_hints
 
@@ -29,6 +32,10 @@ from vecmill.core.errors import StartupError
 
 # Values that no sentence repeats. A wrong GENERATION_URL or REDIS_URL may hold a password.
 SECRETS = frozenset({"hf_token", "generation_url", "generation_api_key", "api_key", "admin_api_key", "redis_url"})
+
+CLOSE = 0.85  # of difflib's ratio: an environment has many names that are nobody's mistake
+ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)\s*=", re.MULTILINE | re.ASCII)  # in a `.env`
+LONGEST_NAME = 40  # characters, of a variable that may be a misspelt setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +79,24 @@ def load_settings(flags: Mapping[str, object] | None = None, env_file: Path | st
         if (sentence := contradiction(settings)) is not None:
             raise StartupError(sentence)
     return replace(settings, access=with_key_file(settings.access))
+
+
+def misspelt(env_file: Path | str | None = None) -> list[str]:
+    """A sentence for each variable, in the environment or in `.env`, that is close to a setting's name and is none."""
+    names = [name.upper() for group in GROUPS for name in group.model_fields]
+    file = env_file or GROUPS[0].model_config.get("env_file")
+    text = Path(file).read_text("utf-8") if isinstance(file, str | Path) and Path(file).is_file() else ""
+    given = sorted({*os.environ, *ASSIGNED.findall(text)} - {*names})
+    meant = {name: _close_to(name.upper(), names) for name in given if len(name) <= LONGEST_NAME}
+    return [f"{name} is no setting: is {known} meant?" for name, known in meant.items() if known is not None]
+
+
+def _close_to(name: str, names: Sequence[str]) -> str | None:
+    """The setting with the same letters, or nearly. What ends with a setting's name is another program's."""
+    letters = sorted(name)
+    turned = [known for known in names if sorted(known) == letters]
+    close = turned or get_close_matches(name, names, 1, CLOSE)
+    return close[0] if close and not name.endswith(close[0]) else None
 
 
 def _check_readable(env_file: Path | str) -> None:

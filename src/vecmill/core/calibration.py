@@ -37,7 +37,7 @@ class Calibration:
 
     @property
     def knee_tokens(self) -> int:
-        """Where both terms are equal: below it a token more costs less than half of what it costs alone."""
+        """Tokens at which `b * tokens` equals `a`: with fewer, the fixed cost is the larger part of a pass."""
         return max(1, round(self.fixed_seconds / self.seconds_per_token))
 
     def seconds(self, tokens: int) -> float:
@@ -47,8 +47,8 @@ class Calibration:
     def bulk_tokens(self, max_seconds: float, largest: int) -> int:
         """Tokens of a bulk forward: the fewest with 95 % of the best rate, in `max_seconds` and up to `largest`.
 
-        Where even an empty forward takes longer than `max_seconds`, half the knee: half as long again, many times the
-        rate.
+        If even an empty forward takes longer than `max_seconds`, half the knee: the pass takes 1.5 times as long as an
+        empty one, and no shorter pass would meet the limit either.
         """
         # t / (a + b t) = 0.95 / b
         enough = max(FEWEST_TOKENS, self.knee_tokens * BULK_RATE_FRACTION / (1 - BULK_RATE_FRACTION))
@@ -59,9 +59,9 @@ class Calibration:
         return min(tokens // STEP * STEP if tokens > STEP else tokens, largest)
 
     def free_tokens(self, max_seconds: float) -> int:
-        """Up to here bulk rides along with an interactive forward: to the knee, or to an eighth of `max_seconds`.
+        """Tokens up to which bulk fills an interactive forward: the knee, or what takes an eighth of `max_seconds`.
 
-        Alone, a query pays `a` for itself. With bulk beside it that is shared, and hardly anybody notices the wait.
+        The fixed cost `a` is then paid once for both, and the query waits only a little longer.
         """
         in_time = (max_seconds * FREE_RIDE_TIME_FRACTION - self.fixed_seconds) / self.seconds_per_token
         return max(self.knee_tokens, int(in_time))
@@ -77,7 +77,7 @@ class Warmed:
     max_batch_size: int
     """Rows of a forward."""
     free_tokens: int
-    """Up to here bulk rides along with an interactive forward."""
+    """Tokens up to which bulk fills an interactive forward."""
     compiled: bool
     compile_reason: str
     graphs: int
@@ -96,7 +96,7 @@ def fit(measured: Sequence[tuple[int, float]]) -> Calibration:
         return Calibration(tuple(measured), 0.0, float(seconds[0] / tokens[0]))
     design = np.stack((1 / seconds, tokens / seconds), axis=1)
     (fixed, per_token), *_ = np.linalg.lstsq(design, np.ones(len(tokens)), rcond=None)
-    if fixed < 0 or per_token <= 0:  # a machine that was busy meanwhile: the largest shape is the safest witness
+    if fixed < 0 or per_token <= 0:  # other programs disturbed the measurement: rely on the largest shape
         largest = int(tokens.argmax())
         fixed, per_token = 0.0, seconds[largest] / tokens[largest]
     return Calibration(tuple(measured), float(fixed), float(per_token))

@@ -150,7 +150,10 @@ class _Pieces:
         return self._value(0, len(self._body), 0, len(self._places), 1)
 
     def _value(self, start: int, stop: int, first: int, last: int, depth: int) -> Any:
-        """The value between two places, whose structure is between two others; `depth` is that of its own brackets."""
+        """Parse the value in bytes `start` to `stop`, whose structure has the indexes `first` to `last`.
+
+        `depth`: that of the value's own brackets, if it is a container.
+        """
         if stop - start <= self._piece:
             return self._loads(start, stop)
         if first == last:
@@ -182,7 +185,10 @@ class _Pieces:
         )
 
     def _groups(self, first: int, last: int, commas: NDArray[np.intp]) -> Iterator[tuple[int, int, bool]]:
-        """What stands before and after as many entries as make up a piece, or one that is larger; whether it is one."""
+        """Divide the entries of a container into groups of at most a piece each; a larger entry is a group by itself.
+
+        Yields the indexes of the commas or brackets around each group, and whether it has only one entry.
+        """
         ends = np.append(commas, last)
         places = self._places[ends]
         before, entry = first, 0
@@ -208,7 +214,7 @@ class _Pieces:
         return {key: self._value(key_stop + 1, stop, colon + 1, after, depth + 1)}
 
     def _entries(self, bracket: bytes, start: int, stop: int) -> Any:
-        # Between brackets of its own nothing would be an empty list, which this is not.
+        # An empty entry (as after a trailing comma) is an error; within brackets of its own it would be an empty list.
         return self._loads(start, stop, b"" if self._is_blank(start, stop) else bracket)
 
     def _scalar(self, start: int, stop: int) -> Any:

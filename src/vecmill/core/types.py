@@ -87,7 +87,7 @@ class ModelCard:
     """Not counting weights that another model had loaded already."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     default_prompt_name: str | None = None
-    """Of the prompt that goes before a text of which nothing is said."""
+    """Name of the prompt for texts whose request names neither prompt nor role; None: such texts get no prompt."""
     prompts_from: PromptSource | None = None
     """None: it has no prompts."""
     instruction_template: str | None = None
@@ -282,16 +282,16 @@ class EmbedResult:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """Queries, each with one document to score against it."""
+    """Documents to score against one query, or each against a query of its own."""
 
     queries: Sequence[str]
-    """As many as documents; equal ones that follow each other are read once."""
+    """One for all documents, or one for each; equal ones that follow each other are tokenized once."""
     documents: Sequence[str]
     model: str | None = None
     truncation: Truncation = Truncation()
     max_tokens_per_query: int | None = None
     max_tokens_per_document: int | None = None
-    """What is beyond them is cut without a question; special tokens not included."""
+    """Longer queries and documents are cut, even where truncation is not allowed; special tokens do not count."""
     instruction: str | None = None
     raw_scores: bool = False
     param: str = "documents"

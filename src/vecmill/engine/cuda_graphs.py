@@ -120,9 +120,9 @@ class Graphs:
         return self.passes[packed.shape](packed)[: len(packed.order)]
 
     def whole_rows(self, rows: Sequence[Row]) -> Sequence[Row] | None:
-        """Rows with their prefixes before them, where reading a prefix several times in a graph takes less time.
+        """The rows with their prefixes repeated in each, if a graph of those is faster than computing the prefix once.
 
-        None where the rows have no prefix, or have to share it.
+        None if no row has a prefix, or sharing it is faster.
         """
         if not self.passes or all(row.prefix is None for row in rows):
             return None
@@ -134,7 +134,7 @@ class Graphs:
         return whole if self._seconds(shape.tokens) <= least else None
 
     def _seconds(self, tokens: int) -> float:
-        """Of the smallest measured graph that has so many tokens."""
+        """Seconds that a graph for `tokens` takes: those of the smallest measured graph with at least as many."""
         return next((gain.graph_seconds for gain in self.gains if gain.tokens >= tokens), float("inf"))
 
 
@@ -146,7 +146,7 @@ def _whole(row: Row) -> Row:
 
 
 def lane_of(shape: PackShape | None, lane: Lane) -> Lane:
-    """On whose stream a batch runs: small graphs on that of interactive work, whoever asks for them."""
+    """The lane whose stream runs a batch: small graphs run on the interactive one, in whichever lane they were cut."""
     if shape is None:
         return lane
     return Lane.INTERACTIVE if shape.tokens <= INTERACTIVE_TOKENS else Lane.BULK

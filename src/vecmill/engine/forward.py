@@ -45,13 +45,13 @@ class CpuThreads:
         """Tokens of the largest pass that gets one thread."""
 
     def set_for(self, tokens: int) -> None:
-        """Before a pass of so many tokens."""
+        """Set the number of threads for a pass of `tokens` tokens."""
         wanted = 1 if tokens <= self.single_up_to else self._all
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
     def restore(self) -> None:
-        """All threads again, for whoever comes next."""
+        """Use all threads again."""
         torch.set_num_threads(self._all)
 
     def measure(self, run: Callable[[int], float], largest: int) -> None:
@@ -153,7 +153,7 @@ class LaunchedPart:
     indexes: Sequence[int]
     """The batch's rows."""
     packed: PackedBatch
-    """Kept until the answers are there: what it was copied with belongs to another stream."""
+    """Kept until the answers are there: its memory belongs to the stream of copies, which would reuse it earlier."""
     answers: Tensor  # (len(indexes), width) float32 on the host, in packed order; valid once `done`
     done: torch.cuda.Event | None
 

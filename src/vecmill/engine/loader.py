@@ -310,7 +310,7 @@ def _width(checkpoint: Checkpoint) -> int:
 
 
 def uncounted_bytes(model: Model, counted: set[int]) -> int:
-    """Of the weights that no model before has; `counted` are their addresses, and grows."""
+    """Bytes of the weights that no earlier model shares. `counted`: addresses of all counted weights; added to."""
     size = 0
     for module in model.modules:
         for tensor in module.parameters():

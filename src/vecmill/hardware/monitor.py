@@ -132,7 +132,10 @@ class Monitor:
         return _nothing(reason)
 
     def _forget_unconfirmed(self) -> None:
-        """What has not been seen often enough in a row begins anew; what has stays until a loaded clock is well."""
+        """Reset the count of bad looks unless it has reached BAD_LOOKS.
+
+        From then on the verdict stands until a look under load finds the clocks right.
+        """
         if self._bad_looks < BAD_LOOKS:
             self._bad_looks = 0
 

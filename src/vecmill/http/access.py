@@ -32,7 +32,7 @@ PROBES = frozenset(
     {"/health", "/ready", "/v1/health/live", "/v1/health/ready", "/.well-known/live", "/.well-known/ready"}
 )
 # And pages a browser opens by itself, which hold no secrets.
-OPEN = PROBES | {"/", "/docs", "/openapi.json"}
+OPEN = PROBES | {"/docs", "/openapi.json"}
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
 READING = ("GET", "HEAD", "OPTIONS")
 # Names that nobody can buy: reserved (RFC 6761, 6762, 8375; ICANN's .internal), or of no public registry.
@@ -132,13 +132,17 @@ def presented_key(headers: Headers) -> str:
 
 
 def may_use(request: Request) -> bool:
-    """Whether whoever asks may use the server: with a key where there are keys. Pages without a key need not."""
+    """Whether the request may ask for work: it has a key that allows it, or the server has no keys."""
     return bool(getattr(request.state, "may_use", True))
 
 
 def is_open(method: str, path: str) -> bool:
-    """Whether a call needs no key where there are keys."""
-    return method in READING and (path in OPEN or path.startswith(OPEN_BELOW))
+    """Whether a call needs no key where there are keys.
+
+    What is open has only routes that read: another method is answered with 405 and what it allows. On `/` work is done
+    too.
+    """
+    return path in OPEN or path.startswith(OPEN_BELOW) or (path == "/" and method in READING)
 
 
 def _without_port(host: str) -> str:
@@ -169,7 +173,7 @@ ALL_SCOPES = frozenset(Scope)
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Whoever has one key."""
+    """The holder of an API key, and what that key allows."""
 
     name: str | None
     """For the log."""
@@ -195,7 +199,7 @@ ANYONE = Holder(None, None)
 """Where there are no keys."""
 ANYONE_BESIDE_AN_ADMIN = Holder(None, None, frozenset({Scope.USE}))
 NOBODY = Holder(None, None, frozenset())
-"""Who came without a key where keys are needed, to a page that is open."""
+"""A request without a key for a page that needs none, on a server with keys."""
 
 
 @dataclass(frozen=True, slots=True)

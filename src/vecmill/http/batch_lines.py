@@ -27,6 +27,7 @@ from vecmill.http.dialects.openai import OPENAI, EmbeddingsBody
 from vecmill.http.dialects.registry import RERANK, AnyRerankBody, rerank_spoken
 from vecmill.http.encoding import whole_body
 from vecmill.http.errors import FAULT, ErrorShape, error_response, invalid_body
+from vecmill.http.hints import Hint, explained, names_of, sentences
 from vecmill.inference.facade import Inference
 
 T = TypeVar("T")
@@ -61,13 +62,13 @@ async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
         await asyncio.sleep(seconds)
 
 
-def refused_line(shape: ErrorShape, error: Exception) -> LineResult:
+def refused_line(shape: ErrorShape, error: Exception, hints: Sequence[Hint] = ()) -> LineResult:
     """The line's result for an error: what the route would answer."""
     if not isinstance(error, VecmillError):
         logger.error("unhandled error in a line of a batch", exc_info=error)
         error = VecmillError(FAULT)
-    response = error_response(shape, error)
-    return LineResult(response.status_code, bytes(response.body))
+    response = error_response(shape, explained(error, hints))
+    return LineResult(response.status_code, bytes(response.body), hint=sentences(hints))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ class LineRequest:
     request: EmbedRequest
     bare: EmbedRequest
     """The request without its inputs: lines that are equal in it run together."""
+    hints: Sequence[Hint]
 
     @property
     def texts(self) -> int:
@@ -146,7 +148,7 @@ class EmbeddingsEndpoint:
             answered = await self._threads.run(encode, size=len(request.inputs) * CHARACTERS_PER_TEXT)
         except Exception as error:
             if len(group) == 1:
-                results[group[0].place] = refused_line(OPENAI, error)
+                results[group[0].place] = refused_line(OPENAI, error, group[0].hints)
             else:  # only the guilty lines fail
                 async with asyncio.TaskGroup() as tasks:
                     for line in group:
@@ -167,14 +169,15 @@ def _read(caller: Caller, lines: Sequence[InputLine], most: int) -> list[LineReq
 
 
 def _line_request(caller: Caller, place: int, line: InputLine) -> LineRequest | _Refused:
+    hints = names_of(EmbeddingsBody).hints(line.body)
     try:
         body = EmbeddingsBody.model_validate(line.body)
         request = body.embed_request(caller)
-        return LineRequest(place, body, request, replace(request, inputs=()))
+        return LineRequest(place, body, request, replace(request, inputs=()), hints)
     except ValidationError as error:
-        return _Refused(place, refused_line(OPENAI, invalid_body(error)))
+        return _Refused(place, refused_line(OPENAI, invalid_body(error), hints))
     except VecmillError as error:
-        return _Refused(place, refused_line(OPENAI, error))
+        return _Refused(place, refused_line(OPENAI, error, hints))
 
 
 def _encode(group: Sequence[LineRequest], result: EmbedResult) -> dict[int, LineResult]:
@@ -183,7 +186,8 @@ def _encode(group: Sequence[LineRequest], result: EmbedResult) -> dict[int, Line
         stop = start + line.texts
         own = result if len(group) == 1 else _part(result, start, stop)
         body = whole_body(partial(line.body.answer, own), own.embeddings, line.body.formats())
-        results[line.place] = LineResult(200, body, own.prompt_tokens, own.cached_tokens, own.model)
+        said = sentences(line.hints)
+        results[line.place] = LineResult(200, body, own.prompt_tokens, own.cached_tokens, own.model, said)
         start = stop
     return results
 
@@ -220,11 +224,13 @@ class RerankEndpoint:
         return [task.result() for task in running]
 
     async def _answer(self, caller: Caller, line: InputLine) -> LineResult:
+        spoken = RERANK[rerank_spoken(line.body)]
+        hints = names_of(spoken).hints(line.body)
         try:
-            return await self._score(caller, line.body)
+            return replace(await self._score(caller, line.body), hint=sentences(hints))
         except Exception as error:
             reason = invalid_body(error) if isinstance(error, ValidationError) else error
-            return refused_line(RERANK[rerank_spoken(line.body)].errors, reason)
+            return refused_line(spoken.errors, reason, hints)
 
     async def _score(self, caller: Caller, raw: Mapping[str, Any]) -> LineResult:
         with at_most(self._most):

@@ -133,7 +133,7 @@ class Bodies:
 
 
 def too_large(max_bytes: int) -> BodyTooLarge:
-    """What is said of a body that is."""
+    """The error for a body that is larger than `max_bytes`."""
     return BodyTooLarge(f"The request body is larger than {max_bytes} bytes (MAX_BODY_BYTES); split the request.")
 
 
@@ -163,9 +163,9 @@ class Body:
         self._held = 0
         self._complete = False
         self._pause = bodies.pause
-        """Seconds that it may still stop coming."""
+        """Seconds for which it may still pause."""
         self._comes_until = 0.0
-        """When it will have hardly come, should no more of it."""
+        """The time from which on the body counts as too slow, if nothing more of it arrives until then."""
         self._reading: asyncio.Timeout | None = None
         self._ended = False
 
@@ -173,8 +173,8 @@ class Body:
         """The next piece.
 
         Raises:
-            RequestTimedOut, DeadlineExceeded, BodyTooLarge, MalformedBody, Overloaded: into whoever reads the body; the
-                table of errors answers.
+            RequestTimedOut, DeadlineExceeded, BodyTooLarge, MalformedBody, Overloaded: in the code that reads the body;
+                `http.errors` turns them into answers.
         """
         if self._complete:
             return await self._receive()
@@ -221,7 +221,7 @@ class Body:
             self._reading.reschedule(latest if when is None else min(when, latest))
 
     def hardly_comes(self, now: float) -> bool:
-        """Whether it takes room and is not all there, and its client is the reason."""
+        """Whether the body takes room and its client sends it too slowly."""
         return self._reading is not None and not self._ended and self.room > 0 and now > self._comes_until
 
     def end(self) -> None:
@@ -367,7 +367,7 @@ class BodyLimit:
         if in_memory and declared.isdecimal() and int(declared) > self._bodies.max_bytes:
             raise too_large(self._bodies.max_bytes)
         began = scope.setdefault("state", {}).setdefault("began", monotonic())
-        until = began + min(self._request_timeout, _asked_for(headers)) if in_memory else None
+        until = began + min(self._request_timeout, _request_timeout(headers)) if in_memory else None
         decoder = self._decoder(headers)
         body = Body(self._bodies, scope, receive, decoder, until, in_memory)
         if decoder is not None:
@@ -388,8 +388,8 @@ class BodyLimit:
         return Decoder(codings[0], self._threads, self._bodies.max_bytes)
 
 
-def _asked_for(headers: Headers) -> float:
-    """Seconds after which the answer is of no use; what is no number is refused where the other headers are read."""
+def _request_timeout(headers: Headers) -> float:
+    """Seconds of X-Request-Timeout; infinite without one. `caller_of` refuses a value that is not a number."""
     given = headers.get("x-request-timeout", "")
     return float(given) if SECONDS.fullmatch(given) else inf
 

@@ -187,7 +187,8 @@ def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[
     timings = result.timings
     computed = timings.tokenize + timings.infer
     seconds = {"x-total-time": computed + timings.queue}
-    if shows_work_of_all(request):
+    shows_all = shows_work_of_all(request)
+    if shows_all:
         seconds |= {
             "x-compute-time": computed,
             "x-tokenization-time": timings.tokenize,
@@ -196,7 +197,7 @@ def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[
         }
     headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
     headers["x-compute-tokens"] = str(result.prompt_tokens)
-    if result.cached_tokens:
+    if shows_all or result.cached_tokens:  # else there may be more of them than the caller may know of
         headers["X-Cached-Tokens"] = str(result.cached_tokens)
     if isinstance(result, EmbedResult) and result.cached:
         headers["X-Cached-Inputs"] = str(len(result.cached))

@@ -46,6 +46,7 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
+from vecmill.http.hints import add_hints, explained, hints_of
 from vecmill.http.services import services_of
 
 T = TypeVar("T")
@@ -201,7 +202,8 @@ def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
 
 async def refused(request: Request, error: VecmillError) -> Response:
     """The answer to an error, counted and logged."""
-    response = error_response(shape_of(request), error, request.headers)
+    hints = hints_of(request)
+    response = add_hints(request, error_response(shape_of(request), explained(error, hints), request.headers))
     kind = type(error).__name__
     services_of(request).telemetry.error(response.status_code, kind)
     level = logging.WARNING if response.status_code >= 429 else logging.INFO

@@ -72,12 +72,12 @@ class RequestId:
 
 
 SLASHES = re.compile("/{2,}")
-# A base address that ends with what the client puts before its paths.
+# The client's base URL ends with a prefix that the client also puts before its paths.
 TWICE = re.compile(r"/(v1|v2|api)/\1(?=/|$)")
 
 
 class _HeadSent(Exception):
-    """Ends whoever sends a body that nobody gets."""
+    """Raised into an application that sends a body to a HEAD request, to stop it."""
 
 
 class RequestLine:
@@ -129,7 +129,7 @@ FILES = "/v1/files/"
 
 
 class AcceptedGZip(GZipMiddleware):
-    """Starlette's middleware, which takes `gzip;q=0` for a yes, behind a reading of the header by its rules."""
+    """Starlette's GZipMiddleware, used only where Accept-Encoding allows gzip: Starlette's own check ignores `q=0`."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__(app, minimum_size=GZIP_FROM_BYTES, compresslevel=GZIP_LEVEL)

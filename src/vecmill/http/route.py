@@ -21,6 +21,7 @@ from vecmill.core.json_body import JsonLimits, parse
 from vecmill.core.types import CacheControl, Caller, Lane, Viewer
 from vecmill.http.bounds import Word, most_inputs
 from vecmill.http.errors import CLIENT_CLOSED_REQUEST
+from vecmill.http.hints import RouteNames, add_hints
 from vecmill.http.services import services_of
 
 BOM = "\ufeff".encode()  # which some write before their JSON, though it says nothing
@@ -30,6 +31,12 @@ Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 class JsonRequest(Request):
     """A request whose `json()` is orjson, bounded, with the cause named where orjson refuses."""
+
+    def __init__(self, request: Request, names: RouteNames) -> None:
+        """`names`: those that requests of this route may have."""
+        super().__init__(request.scope, request.receive)
+        self._names = names
+        names.look_at_head(self)
 
     async def json(self) -> Any:
         """The body, parsed once. From here on its lists may have as many inputs as the server's settings allow.
@@ -44,7 +51,13 @@ class JsonRequest(Request):
             body = (await self.body()).removeprefix(BOM)
             read = partial(parse, body, JsonLimits.for_inputs(most))
             self._parsed = await services.threads.run_if_large(read, size=len(body))
+            self._names.look_at_body(self, self._parsed)
         return self._parsed
+
+
+def names_of_route(route: APIRoute) -> RouteNames:
+    """The names that requests of a route may have."""
+    return RouteNames(route.dependant, None if route.body_field is None else route.body_field.field_info)
 
 
 class JsonRoute(APIRoute):
@@ -52,9 +65,10 @@ class JsonRoute(APIRoute):
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
+        names = names_of_route(self)
 
         async def handle_json(request: Request) -> Response:
-            return await handle(JsonRequest(request.scope, request.receive))
+            return add_hints(request, await handle(JsonRequest(request, names)))
 
         return handle_json
 
@@ -64,11 +78,12 @@ class InferenceRoute(APIRoute):
 
     def get_route_handler(self) -> Handler:
         handle = super().get_route_handler()
+        names = names_of_route(self)
 
         async def handle_until_disconnect(request: Request) -> Response:
-            request = JsonRequest(request.scope, request.receive)
+            request = JsonRequest(request, names)
             await request.body()  # read before anybody else listens for messages
-            return await _until_disconnect(request, handle(request))
+            return add_hints(request, await _until_disconnect(request, handle(request)))
 
         return handle_until_disconnect
 

@@ -1,4 +1,4 @@
-"""The way to vectors kept in the cache: by a text's tokens, or without tokenizing a text that was seen lately."""
+"""Looking up vectors in the cache: by a text's token ids, or, for a text seen lately, without tokenizing it."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ class CachePolicy:
         return "" if self._across_keys else caller.owner or ""
 
     def keep(self, card: ModelCard) -> Callable[[bytes, Vector], None] | None:
-        """What keeps a model's vector under its key, soon; None without a cache, and for a reranker."""
+        """A function that hands a key and its vector to the cache; None without a cache, and for a reranker."""
         if self.cache is None or not card.supported_dimensions:
             return None
         return partial(self.cache.keep, smallest=min(card.supported_dimensions))
@@ -211,7 +211,10 @@ class CachePolicy:
     async def disguise(
         self, vectors: Sequence[Vector], rows: Sequence[Tokenized | CachedRow], card: ModelCard, owner: str | None
     ) -> tuple[list[Vector], tuple[int, ...]]:
-        """The vectors with computed ones rounded as kept ones are, and the indexes of the hits that `owner` may see."""
+        """Round new vectors as cached ones are rounded, so that a hit cannot be told from a miss.
+
+        Returns all vectors, and the indexes of the hits that `owner` may be told of.
+        """
         disguised = list(vectors)
         new = [index for index, row in enumerate(rows) if isinstance(row, Tokenized) and row.key is not None]
         if new and self.cache is not None:
@@ -224,7 +227,7 @@ class CachePolicy:
 
 
 def _digest(text: str, context: bytes) -> bytes:
-    """In pieces: neither a copy of a long text nor the interpreter held while it is made."""
+    """Hash a text piece by piece, so that a long one is not copied whole and other threads can run in between."""
     digest = blake2b(digest_size=KEY_BYTES, key=context)
     for start in range(0, len(text), DIGESTED_AT_ONCE):
         digest.update(text[start : start + DIGESTED_AT_ONCE].encode("utf-8", "surrogatepass"))

@@ -214,7 +214,7 @@ class Reranker(Answering[ScoreRequest, ScoreResult]):
 
     @property
     def around(self) -> tuple[Sequence[int], Sequence[int]]:
-        """None: a text by itself is no row of a reranker."""
+        """Empty: a reranker has no rows of a single text."""
         return (), ()
 
     def cost(self, request: ScoreRequest) -> Cost:

@@ -250,7 +250,7 @@ class InstructTokenizer:
     def _row(
         self, layout: PairLayout, prefix: Prefix | None, whole: list[int], limits: PairLimits, shortened: bool
     ) -> Tokenized:
-        """The words after the document stay."""
+        """One document's row. If it is too long the document is cut, never the prompt's words after it."""
         document, tail = limits.cut_document(whole), layout.tail
         room = limits.room(self._max_model_len) - (len(prefix) if prefix else 0)
         total = len(document) + len(tail)
@@ -264,7 +264,7 @@ class InstructTokenizer:
         return tokenized(row, total, limits, self._max_model_len, shortened or cut)
 
     def _behind(self, prefix: Prefix | None, ids: TokenIds) -> Row:
-        """The tokens after the shared ones, or all together where nothing that counts comes after them."""
+        """The row of the shared tokens and `ids`; without a shared prefix if `ids` has nothing but padding tokens."""
         own = without_padding(ids, self._padding)
         if prefix is None or (len(own) and own[-1] != self._padding):
             return Row(own, prefix=prefix)
@@ -389,9 +389,9 @@ def _fixed(part: Pieces, control: TokenizerPool) -> tuple[int, ...]:
 
 
 def _cut(rest: Pieces, before: str, behind: str, pool: TokenizerPool) -> tuple[Pieces, str]:
-    """What of a stretch goes before the document, and the text that is tokenized with it.
+    """Divide the text before the document into a shared part and the text that is tokenized with the document.
 
-    The cut is as late as it can be where the tokenizer splits, whatever the document begins with.
+    The cut is the last place at which the tokenizer splits whatever the document begins with.
     """
     for cut in range(len(before), -1, -1):
         left, right = before[:cut], before[cut:]
@@ -403,7 +403,10 @@ def _cut(rest: Pieces, before: str, behind: str, pool: TokenizerPool) -> tuple[P
 
 
 def _splits(rest: Pieces, left: str, second: str, probe: str, pool: TokenizerPool) -> bool:
-    """Whether no token can have characters of both, by the rule that splits texts into words, and none has here."""
+    """Whether the tokenizer splits between the left and the right text, so that no token spans both.
+
+    Two checks: the two tokenized apart give the tokens of the whole, and a word boundary lies between them.
+    """
     first = filled(rest, PROBE_INSTRUCTION, probe, "") + left
     if [*pool.encode(first), *pool.encode(second)] != pool.encode(first + second):
         return False

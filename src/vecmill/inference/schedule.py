@@ -210,11 +210,11 @@ async def _all_or_first_error(
 
 
 def _check_runnable(card: ModelCard, new: Mapping[int, Tokenized], rows: RequestRows, options: RunOptions) -> None:
-    """Refuse a text that must not be cut; one without tokens; and one of whose tokens none is pooled, which would leave
-    nothing to take the mean of.
+    """Refuse rows that cannot be run.
 
     Raises:
-        InputTooLong, InvalidInput: see above.
+        InputTooLong: a text is too long and must not be cut.
+        InvalidInput: a text has no tokens, or none that is pooled, so that there is no mean.
     """
     too_long = next((index for index, row in new.items() if row.too_long), None)
     if too_long is not None and not options.truncate:
@@ -225,8 +225,8 @@ def _check_runnable(card: ModelCard, new: Mapping[int, Tokenized], rows: Request
         name = rows.name(index)
         if not len(row.row):
             raise InvalidInput(
-                f"`{name}`: the model's tokenizer makes no tokens of it, and adds none: it is empty, "
-                f"or as good as empty (and so is the query, of a document that is ranked); send another text.",
+                f"`{name}`: the model's tokenizer gives no tokens for this text (with reranking, nor for its query); "
+                f"send another text.",
                 param=name,
             )
         raise InvalidInput(

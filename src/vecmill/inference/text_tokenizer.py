@@ -81,7 +81,7 @@ class TextTokenizer:
         return len(self._prefix) + len(self._suffix)
 
     def side(self, truncation: Truncation) -> Side:
-        """What is cut of a text that is too long: what the request says, else what the tokenizer does."""
+        """Which end of a text that is too long is cut: the request's choice, else the tokenizer's."""
         return truncation.side or self.pool.truncation_side
 
     async def encode(
@@ -97,7 +97,7 @@ class TextTokenizer:
     async def encoder(
         self, prompt: str = "", truncation: Truncation = NO_LIMIT
     ) -> Callable[[Sequence[str]], list[Tokenized]]:
-        """What tokenizes a part of the texts in a thread.
+        """A function that tokenizes part of the texts; to be called in a worker thread.
 
         Raises:
             InvalidInput: the request's limit leaves no room for any text.
@@ -164,7 +164,7 @@ class TextTokenizer:
         else:
             ids = ids[: room if self._format.end_survives_truncation else limit]
         whole = np.array([*self._prefix, *ids, *self._suffix][:limit], dtype=np.int32)
-        # A limit of the request's own is no error where it may cut.
+        # If the request set this limit and allows truncation, the row counts as shortened, not as too long.
         own = truncation.max_tokens is not None and truncation.max_tokens <= self._max_model_len
         shortened = own and truncation.allowed is not False and total > limit
         return Tokenized(Row(whole, unpooled=unpooled), len(whole) if shortened else total, shortened)
@@ -198,7 +198,10 @@ class TextTokenizer:
 
 
 def common_start(ids: Sequence[int], instruction: Sequence[int]) -> int:
-    """How many tokens of the instruction are those of the row: its last may be one with the text's first."""
+    """How many tokens the row and the instruction have in common at the start.
+
+    That may be one less than all of the instruction: its last characters can share a token with the text's first.
+    """
     pairs = zip(ids, instruction, strict=False)
     return next((index for index, (left, right) in enumerate(pairs) if left != right), min(len(ids), len(instruction)))
 
@@ -241,12 +244,21 @@ def _instructed(card: ModelCard, instruction: str) -> str:
     return card.instruction_template.replace(INSTRUCTION_PLACE, instruction)
 
 
+def named_prompts(card: ModelCard) -> dict[str, str]:
+    """What `prompt_name` may be, and the text that then goes before each input.
+
+    An embedding model has `query` and `document`, empty or not, as every sentence-transformers model has.
+    """
+    always = (QUERY_NAMES[0], DOCUMENT_NAMES[0]) if card.task is Task.EMBED else ()
+    return {**{name: _named(card, name) for name in always}, **card.prompts}
+
+
 def _named(card: ModelCard, name: str) -> str:
     if name in card.prompts:
         return card.prompts[name]
     if name in QUERY_NAMES or name in DOCUMENT_NAMES:  # every sentence-transformers model has these, empty or not
         return _first(card, QUERY_NAMES if name in QUERY_NAMES else DOCUMENT_NAMES)
-    known = ", ".join(sorted({*card.prompts, QUERY_NAMES[0], DOCUMENT_NAMES[0]}))
+    known = ", ".join(sorted(named_prompts(card)))
     raise InvalidInput(
         f"`prompt_name` {name[:100]!r} is not a prompt of {card.id}; these are: {known}.", param="prompt_name"
     )

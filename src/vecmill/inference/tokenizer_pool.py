@@ -114,7 +114,7 @@ class TokenizerPool:
 
     @property
     def truncation_side(self) -> Side:
-        """What is cut of a text that is too long, unless its request says another."""
+        """Which end of a text that is too long is cut, unless the request chooses one."""
         return self._read.truncation_side
 
     @property
@@ -160,7 +160,7 @@ class TokenizerPool:
         """The text of token ids, in this thread."""
         shown = [number for number in ids if not (skip_special_tokens and number in self._hidden)]
         [text] = self.copy().decode_batch([shown], skip_special_tokens=skip_special_tokens)
-        # Whoever knew it could write control tokens.
+        # The secret must not reach a client: with it, a text could contain control tokens.
         return str(text).replace(self._secret, "")
 
     async def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -168,7 +168,7 @@ class TokenizerPool:
         return await self.map(self.encode_part, texts)
 
     async def map(self, function: Callable[[Sequence[str]], list[T]], texts: Sequence[str]) -> list[T]:
-        """Call the function on parts of the texts, in the threads; what it gives for each text, in order."""
+        """Call the function on parts of the texts in worker threads; returns its results for all texts, in order."""
         parts = [texts[i : i + TEXTS_PER_TASK] for i in range(0, len(texts), TEXTS_PER_TASK)]
         size = sum(map(len, texts))  # of the whole: a large request's parts must not fill the thread for small ones
         done = await asyncio.gather(*(self._threads.run(partial(function, part), size=size) for part in parts))

@@ -102,7 +102,7 @@ class JobQueue:
             Overloaded: too many jobs are open. JobsUnavailable.
         """
         job_id, views = await self._transact(lambda book: book.register(project, total_chunks, instance_id, viewer))
-        return views.one(job_id)
+        return views.find(job_id)
 
     async def get(self, job_id: str, viewer: Viewer = EVERYONE) -> View:
         """The job; asking renews its lease. Raises JobNotFound, JobsUnavailable.
@@ -183,7 +183,7 @@ class JobQueue:
 
     async def _change(self, job_id: str, change: Callable[[Book], None]) -> View:
         _, views = await self._transact(change)
-        return views.one(job_id)
+        return views.find(job_id)
 
     async def _transact(self, change: Callable[[Book], T]) -> tuple[T, Views]:
         """What the change returned, and the jobs after it, once they are kept.

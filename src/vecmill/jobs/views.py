@@ -39,8 +39,8 @@ class Views:
         """0 while active or ended, else its place among those that wait, from 1."""
         return self._places.get(job.id, (0, 0))[0]
 
-    def one(self, job_id: str) -> View:
-        """A job with its place in the queue while it waits. Raises JobNotFound."""
+    def find(self, job_id: str) -> View:
+        """The view of the job with this id. Raises JobNotFound."""
         return self.of(self.ledger.find(job_id, EVERYONE))
 
     def of(self, job: Job) -> View:

@@ -25,7 +25,7 @@ class Prompts:
 
     by_name: Mapping[str, str]
     default_name: str | None = None
-    """Of the prompt that goes before a text where the request names none."""
+    """Name of the prompt for texts whose request names neither prompt nor role."""
     source: PromptSource | None = None
     """None: it has none."""
 

@@ -116,7 +116,7 @@ class Checkpoint:
 
     @property
     def default_prompt_name(self) -> str | None:
-        """Of the prompt that goes before a text of which nothing is said."""
+        """Name of the prompt for texts whose request names neither prompt nor role."""
         name: str | None = self.library_config.get("default_prompt_name")
         return name
 

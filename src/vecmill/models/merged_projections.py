@@ -85,7 +85,7 @@ class MergedMLP(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Where a parameter of transformers' class is now."""
+    """Which rows of a merged parameter hold a parameter of transformers' class."""
 
     parameter: str
     start: int

@@ -163,7 +163,7 @@ def _flash(
 
 
 def _narrowest(window: Window, keys: int) -> Window:
-    """The window, without a side that none of so many keys is beyond."""
+    """The window, with -1 (no limit) for each side that reaches past all of the `keys`."""
     left, right = window
     return -1 if left >= keys - 1 else left, -1 if right and right >= keys - 1 else right
 
@@ -203,7 +203,10 @@ def _sdpa(
 
 
 def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Window, device: torch.device) -> Tensor:
-    """(queries, keys) bool: what each query sees, whose own key is `first` for the first; made once for a batch."""
+    """(queries, keys) bool: true where a query sees a key. Kept in the batch: the next layers use the same mask.
+
+    `first` is the index of the key that belongs to the first query.
+    """
     known = (*shape, first, *window)
     if known not in packed.masks:
         left, right = window

@@ -166,14 +166,14 @@ class _Segment:
     unpooled: int = 0
     second_text: int | None = None
     shared: Prefix | None = None
-    """The prefix that it is."""
+    """The prefix that this segment holds; None for a row and the filler."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
 
     @property
     def first_pooled(self) -> int:
-        """Of its tokens; the first where none is."""
+        """Index, within the segment, of its first token that is pooled; 0 if none is."""
         return self.unpooled if self.unpooled < len(self) else 0
 
 
@@ -266,7 +266,7 @@ TORCH_TYPES = {"int64": torch.int64, "int32": torch.int32, "float32": torch.floa
 
 
 def _padded(arrays: Mapping[str, Array], shape: PackShape) -> dict[str, Array]:
-    """What has an entry for each row or segment, with as many as the shape has room for."""
+    """The arrays with an entry for each row or segment, padded to the numbers of rows and segments of the shape."""
     segments = shape.rows + 1  # and the filler
     return {
         "cu_seqlens": _pad(arrays["cu_seqlens"], segments + 1, shape.tokens),

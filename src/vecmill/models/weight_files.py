@@ -150,13 +150,13 @@ class Listing:
         return names
 
     def refusal(self, cure: str = "") -> StartupError:
-        """For a model without weights that can be read; `cure`: what to do, in place of what is said of its kind."""
+        """The error for a model without readable weights. `cure` replaces the usual advice for the files it has."""
         what, usual = self.instead or (f"no {SINGLE}", "choose a model or a revision that has it")
         return StartupError(f"{self.named}: {self.where} has {what}: {cure or usual}.")
 
     @property
     def instead(self) -> tuple[str, str] | None:
-        """What there is in place of weights that can be read, and what to do."""
+        """Which other weights the model has, and what to do about them; None: it has no weights that are known here."""
         for patterns, what, cure in OTHERS:
             if names := sorted(name for name in self.present if any(fnmatchcase(name, each) for each in patterns)):
                 return f"{what} ({names[0]}), not {SINGLE}", cure.format(model=self.model)

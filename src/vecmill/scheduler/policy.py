@@ -48,7 +48,7 @@ class Budget:
     max_batch_tokens: int
     max_batch_size: int
     free_tokens: int = 0
-    """Up to here bulk rides along in an interactive batch: the forward takes hardly longer for it."""
+    """Tokens up to which bulk fills an interactive batch, which takes only a little longer for it."""
 
 
 @dataclass(frozen=True, slots=True)

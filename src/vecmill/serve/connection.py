@@ -181,7 +181,7 @@ class _Exchange(RequestResponseCycle):
 
     connection: Connection
     fault: VecmillError | None = None
-    """Why the body cannot be read to its end: raised into whoever reads it."""
+    """Why the rest of the body cannot be read; raised in the code that reads the body."""
     unread: Callable[[], bool] = staticmethod(lambda: False)
     """Whether the rest of the body is more than is worth reading."""
 
@@ -486,7 +486,7 @@ class Connection(asyncio.Protocol):
             self._next()
 
     def _fail(self, error: MalformedRequest) -> None:
-        """The body cannot be read to its end. Whoever reads it answers."""
+        """Record that the rest of the body cannot be read; the code that reads the body answers."""
         exchange = self._exchange
         assert exchange is not None  # there is a body
         exchange.keep_alive = False
@@ -533,7 +533,7 @@ class Connection(asyncio.Protocol):
         )
 
     def _refuse(self, error: VecmillError) -> None:
-        """Answer a request that is not to be had, and close."""
+        """Answer a request that cannot be read with an error, and close the connection."""
         path = self._head.target.partition(b"?")[0].decode("ascii", "replace")
         response = error_response(shape_for(path), error)
         logger.info("request refused", extra={"status": response.status_code, "error": type(error).__name__})

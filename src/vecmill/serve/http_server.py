@@ -64,10 +64,10 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """What uvicorn does once `should_exit` is set, after nobody is left who could be cut off.
+        """Shut down as uvicorn does, but first serve the clients that have connected already.
 
-        Whoever has connected is accepted, and whoever sends a request meanwhile gets its refusal, which ends that
-        connection. What is still open after that has been silent.
+        Connections that wait in the kernel are accepted, and requests on them are refused with an answer, which closes
+        the connection. Those still open afterwards have sent nothing for QUIET_SECONDS.
         """
         # Later than ours, so that uvicorn cancels nothing.
         self.config.timeout_graceful_shutdown = ceil(self._seconds) + 1

@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 from vecmill.app import Server, create_app
@@ -33,14 +33,16 @@ WRONG_SETTINGS = 2
 """The exit code where no restart would help; as for an unknown option."""
 
 
-def run_server(settings: Settings, reread: Callable[[], Settings] = load_settings) -> int:
+def run_server(settings: Settings, reread: Callable[[], Settings] = load_settings, remarks: Sequence[str] = ()) -> int:
     """Serve until stopped; the process's exit code.
 
     0; 1 where the server could not serve and a restart may find it otherwise; 2 where its settings are wrong.
 
-    `reread` gives the settings as they are when SIGHUP comes.
+    `reread` gives the settings as they are when SIGHUP comes. `remarks`: warnings for the log.
     """
     configure_logging(settings.log.log_format, settings.log.log_level)
+    for remark in remarks:
+        logger.warning(remark)
     notifier = Notifier(os.environ)
     try:
         listener = listen(settings.http.host, settings.http.port)
@@ -125,12 +127,12 @@ class _Process:
 
 
 def _code_of(*, misconfigured: bool) -> int:
-    """systemd's unit starts no process again that ended with 2."""
+    """The exit code of a failure: systemd's unit does not restart a process that ended with WRONG_SETTINGS."""
     return WRONG_SETTINGS if misconfigured else 1
 
 
 async def _beside(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, None]) -> None:
-    """Do one thing to its end, and others for as long as that takes."""
+    """Await `main` while `others` run beside it; cancel those when it ends."""
     tasks = [asyncio.create_task(other) for other in others]
     try:
         await main
@@ -141,9 +143,9 @@ async def _beside(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, 
 
 
 def _freeze() -> None:
-    """Leave all that is there to stay out of garbage collections.
+    """Exclude all present objects, most of them modules, from further garbage collections.
 
-    One that looks through it takes a quarter of a second, and nobody is answered meanwhile.
+    A collection that goes through them takes a quarter of a second, in which no request is answered.
     """
     gc.collect()
     gc.freeze()

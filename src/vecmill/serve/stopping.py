@@ -115,9 +115,9 @@ def end_at_next_stop() -> None:
 
 
 def on_hangup(reload: Callable[[], None], stop: Callable[[], None]) -> None:
-    """SIGHUP: from whoever changed the settings; or from a terminal that is closed, whose programs end with it.
+    """Handle SIGHUP: a request to read the settings again, or the sign that the server's terminal was closed.
 
-    Under nohup, and on Windows, there is none.
+    Does nothing under nohup, and on Windows, which has no such signal.
     """
     if not hasattr(signal, "SIGHUP") or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         return

@@ -70,7 +70,7 @@ class SystemdStatus:
         self._stage = ""
 
     def changed(self, phase: Phase, percent: float, message: str) -> None:
-        """The health is this now."""
+        """Tell systemd of the server's new health."""
         if phase is Phase.LOADING:
             stage = message.partition(":")[0]
             if stage != self._stage or monotonic() - self._told_at >= STATUS_EVERY:
@@ -84,9 +84,10 @@ class SystemdStatus:
 
 
 async def feed_watchdog(notifier: Notifier, trouble: Callable[[], str | None]) -> None:
-    """Say that all is well, twice within the time that systemd waits for it, for as long as it is.
+    """Send `WATCHDOG=1` twice in each period that systemd waits for it, as long as `trouble` returns None.
 
-    It is said from the event loop, so one that is stuck says nothing. `trouble`: why the device does not get on.
+    It is sent from the event loop, so that systemd also notices one that is stuck. `trouble` returns why the device
+    makes no progress, else None.
     """
     if notifier.watchdog_seconds is None:
         return

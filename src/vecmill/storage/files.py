@@ -70,9 +70,9 @@ class FileLock:
 
     @classmethod
     def take(cls, path: Path, *, create: bool = False, shared: bool = False) -> Self | None:
-        """Lock a file; None where somebody holds it already, be it in this process, or where there is no such file.
+        """Lock a file; None if it is locked already, in this process or another, or does not exist.
 
-        `shared`: together with others that say the same.
+        `shared`: the lock may be held together with other shared ones.
 
         Raises:
             OSError: it cannot be opened.

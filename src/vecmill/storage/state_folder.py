@@ -30,8 +30,8 @@ class StateFolder:
     def open(cls, path: Path, *, shared: bool = False) -> Self:
         """Make the folder if need be, readable by its owner alone, and hold it until `close`.
 
-        One that cannot be written is no reason not to serve: `problem` says so then. `shared`: together with other
-        servers that say the same.
+        A folder that cannot be written does not stop the server: `problem` then says why. `shared`: other servers may
+        hold it too, if they also open it as shared.
 
         Raises:
             StartupObstacle: another server holds it.

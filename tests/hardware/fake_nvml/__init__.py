@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 from ctypes import CDLL
 from functools import cache
@@ -29,6 +28,5 @@ def load() -> None:
 
 
 def environment(recording: Path) -> dict[str, str]:
-    """What a process needs in its environment to see the recorded card."""
-    folders = os.pathsep.join(filter(None, (str(library_folder()), os.environ.get("LD_LIBRARY_PATH"))))
-    return {"LD_LIBRARY_PATH": folders, "FAKE_NVML": str(recording)}
+    """What a process needs in its environment to see the recorded card; it is `python -m tests.hardware.fake_nvml`."""
+    return {"FAKE_NVML_LIBRARY": str(library_folder() / LIBRARY), "FAKE_NVML": str(recording)}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.servers import RunningServer
+from tests.servers import RunningServer, free_port, running, vecmill_command
 from tests.tools.bench.command_line import bench, bench_json
 
 SMALL = ("--longest", 200, "--batch", 4)
@@ -99,6 +103,63 @@ def test_mixed_table(server: RunningServer) -> None:
     assert re.search(r"^person .*^alone +2 .*^beside bulk +2 ", result.stdout, re.M | re.S)
     assert re.search(r"^bulk .*^alone .*^beside person ", result.stdout, re.M | re.S)
     assert re.search(r"The person costs the bulk -?[\d.]+ % of its texts/s\.", result.stdout)
+
+
+@pytest.fixture(scope="module")
+def caching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    port = free_port()
+    state = {"CACHE_MAX_BYTES": "100000000", "STATE_DIR": str(tmp_path_factory.mktemp("state"))}
+    with running(vecmill_command(port), port, "/ready", state) as server:
+        yield server
+
+
+@pytest.mark.parametrize("dialect", ["openai", "tei"])
+def test_a_server_with_a_cache_computes_every_text(caching: RunningServer, dialect: str) -> None:
+    run = (caching.url, *SMALL, "--dialect", dialect, "--connections", "1,2", "--texts", 12)
+    for _ in range(2):
+        for level in bench_json(*run)["levels"]:
+            assert level["outcomes"]["cached_share"] == 0.0
+    bench_json(*run, "--cached")
+    first, again = bench_json(*run, "--cached")["levels"]
+    assert first["outcomes"]["cached_share"] == again["outcomes"]["cached_share"] == 1.0
+
+
+def test_mixed_computes_every_query(caching: RunningServer) -> None:
+    found = bench_json(caching.url, *SMALL, "--mixed", "--seconds", 0.5, "--query-interval", 0.02)
+    shares = [found[name]["cached_share"] for name in ("person_alone", "person_beside_bulk")]
+    assert shares == [0.0, 0.0]
+    assert found["bulk_beside_person"]["outcomes"]["cached_share"] == 0.0
+
+
+@pytest.mark.parametrize("option", ["--json", "--mixed"])
+def test_a_reader_that_has_left(server: RunningServer, option: str) -> None:
+    command = [sys.executable, "-m", "vecmill", "bench", server.url, *map(str, SMALL), "--warm-up", "0", option]
+    ends = ("--seconds", "0.1", "--connections", "1")
+    with subprocess.Popen([*command, *ends], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == b""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"},
+        {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "FORCE_COLOR": ""},
+    ],
+)
+def test_any_terminal_gets_every_figure(server: RunningServer, environment: dict[str, str]) -> None:
+    command = [sys.executable, "-m", "vecmill", "bench", server.url, *map(str, SMALL), "--warm-up", "0"]
+    level = ("--texts", "8", "--connections", "1,2", "--model", "grün")
+    done = subprocess.run([*command, *level], env={**os.environ, **environment}, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.replace(b"|", b" ") for line in done.stdout.splitlines()]  # what ASCII draws a table with
+    rows = [line.split() for line in lines if re.match(rb" +[12] +\d+ ", line)]
+    assert [len(row) for row in rows] == [9, 9]
+    assert done.stderr == b""
 
 
 def test_a_server_here_is_not_asked_by_way_of_a_proxy(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:

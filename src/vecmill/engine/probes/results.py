@@ -99,7 +99,7 @@ class Oversized:
     """An allocation above the cap that the process had set itself."""
 
     cap: int
-    asked: int
+    requested: int
     refused: str | None
     """The class of the exception; None: it was allocated."""
     seconds: float

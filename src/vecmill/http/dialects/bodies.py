@@ -26,7 +26,7 @@ from vecmill.core.types import (
     Truncation,
 )
 from vecmill.http.bounds import Word
-from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
+from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, NotServedHere
 from vecmill.http.encoding import FLOAT, EmbeddingFormat, json_response, result_headers, vectors_response
 from vecmill.http.errors import ErrorShape
 from vecmill.http.route import Priority, with_priority
@@ -63,8 +63,8 @@ OneSide = Annotated[Side | None, BeforeValidator(parse_side), Word]
 
 
 class TruncationFields(BaseModel):
-    """Of several that are given, the first here wins. None: AUTO_TRUNCATE decides, and what the model's
-    tokenizer cuts is cut: the end, unless its files say the beginning."""
+    """If a request sets several, the first in this order wins. If it sets none, AUTO_TRUNCATE decides whether a text
+    is cut, and the model's tokenizer which side: the right one, unless its files say the left."""
 
     truncate: Annotated[
         str | bool | None,
@@ -171,8 +171,26 @@ class InferenceBody(TruncationFields):
     priority: Priority = None
 
 
+def _text_alone(value: Any) -> Any:
+    """Infinity's and NIM's `modality`.
+
+    Raises:
+        ValueError: it is more than text.
+    """
+    if value in (None, "text", ["text"]):
+        return value
+    raise ValueError("must be `text`; images, audio and video are not served here")
+
+
 class EmbedBody(PromptFields, InferenceBody):
     """Texts to vectors."""
+
+    modality: Annotated[Any, BeforeValidator(_text_alone)] = Field(None, description="`text`, or left out.")
+    images: NotServedHere = None
+    messages: NotServedHere = None
+    late_chunking: NotServedHere = None
+    return_multivector: NotServedHere = None
+    return_sparse: NotServedHere = None
 
     @abstractmethod
     def embed_request(self, caller: Caller) -> EmbedRequest:
@@ -242,7 +260,7 @@ class Dialect:
     tokenize: type[TokenizeBody] | None = None
     """Its body on /tokenize."""
     any_content_type: bool = False
-    """Whether its servers read JSON whatever its Content-Type, which `curl -d` leaves to curl."""
+    """Whether the dialect's own servers read a body as JSON whatever its Content-Type (`curl -d` sends another)."""
 
 
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:

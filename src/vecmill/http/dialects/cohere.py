@@ -22,7 +22,6 @@ from vecmill.http.dialects.inputs import (
     Count,
     Dimensions,
     Documents,
-    NotServedHere,
     ranked_text,
     usage,
     warnings,
@@ -84,7 +83,6 @@ class CohereEmbedBody(EmbedBody):
     inputs: Annotated[
         Any, BeforeValidator(_texts_of), Counted, WithJsonSchema({"type": "array", "items": {"type": "object"}})
     ] = Field(None, description='Objects of the form `{"content": [{"type": "text", "text": "..."}]}`.')
-    images: NotServedHere = None
     embedding_types: Annotated[list[EmbeddingType], Field(max_length=MOST_TYPES, fail_fast=True)] | None = Field(
         None, description="One or several. int8 and uint8 have a fixed scale, binary is the sign (docs/api.md)."
     )

@@ -23,6 +23,7 @@ from vecmill.http.bounds import Counted
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.errors import ErrorShape, nearest
+from vecmill.http.hints import refuse_misspelt
 from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import ServicesOf, services_of
 from vecmill.inference.residency import ModelState, Resident
@@ -125,6 +126,7 @@ class OllamaEmbedBody(EmbedBody):
 async def embed_texts(body: OllamaEmbedBody, request: Request, caller: CallerOf) -> Response:
     """Texts to unit vectors. No text, or an empty one alone, loads the model, or with `keep_alive: 0` unloads it."""
     if body.input in ([], [""]):
+        refuse_misspelt(request, "input")
         await _keep_loaded(body.model, body.keep_alive, request, caller)
         return JSONResponse({"model": body.model, "embeddings": []})
     return await embed(body, request, caller)
@@ -160,6 +162,7 @@ class OllamaEmbeddingsBody(EmbedBody):
 async def embed_prompt(body: OllamaEmbeddingsBody, request: Request, caller: CallerOf) -> Response:
     """One text to one vector, not normalised."""
     if not body.prompt:
+        refuse_misspelt(request, "prompt")
         await _keep_loaded(body.model, body.keep_alive, request, caller)
         return JSONResponse({"embedding": []})
     return await embed(body, request, caller)

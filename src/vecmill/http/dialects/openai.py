@@ -28,11 +28,12 @@ from vecmill.core.errors import (
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard
 from vecmill.http.capabilities import max_batch_size
 from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
-from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, NotServedHere, usage
+from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, usage
 from vecmill.http.encoding import EmbeddingFormat
 from vecmill.http.errors import ErrorShape, nearest
 from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import Services, ServicesOf
+from vecmill.inference.text_tokenizer import named_prompts
 
 router = APIRouter(tags=["OpenAI"], route_class=InferenceRoute)
 
@@ -95,7 +96,12 @@ class EmbeddingsBody(EmbedBody):
     )
     embedding_type: Annotated[
         Literal["float", "base64", "binary", "ubinary", "int8", "uint8"] | None, BeforeValidator(_only_one)
-    ] = Field(None, description="Jina: as `encoding_format`, or `binary` or `ubinary` (one bit for each dimension).")
+    ] = Field(
+        None,
+        validation_alias=AliasChoices("embedding_type", "encoding_type"),
+        description="Jina: as `encoding_format`, or `binary` or `ubinary` (one bit for each dimension). LlamaIndex "
+        "calls it `encoding_type`.",
+    )
     output_dtype: Literal["float", "int8", "uint8", "binary", "ubinary"] | None = Field(
         None, description="Voyage: 8 bits or 1 bit for each dimension."
     )
@@ -106,9 +112,6 @@ class EmbeddingsBody(EmbedBody):
     )
     embed_dtype: Literal["float32"] | None = Field(None, description="vLLM: nothing else is served here.")
     endianness: Literal["native", "little"] | None = Field(None, description="vLLM: nothing else is served here.")
-    messages: NotServedHere = None
-    late_chunking: NotServedHere = None
-    return_multivector: NotServedHere = None
     user: Any = Field(None, description="Ignored.")
 
     def embed_request(self, caller: Caller) -> EmbedRequest:
@@ -219,7 +222,7 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "pooling": card.pooling,
         "similarity": card.similarity if card.dimensions else None,
         "dtype": card.dtype,
-        "prompts": dict(card.prompts),
+        "prompts": named_prompts(card),
         "prompts_from": card.prompts_from,
         "default_prompt_name": card.default_prompt_name,
         "aliases": list(card.aliases),

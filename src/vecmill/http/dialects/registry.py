@@ -1,4 +1,4 @@
-"""All dialects, which of them a path speaks, and the paths that several share: there the body says which one it is."""
+"""All dialects, which one a path belongs to, and the routes that several share: there the body decides which it is."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from vecmill.http.dialects.bodies import Dialect, ScoreBody, SharedBody, Tokeniz
 from vecmill.http.errors import DETAIL, DIALECT_TAG, ErrorShape
 from vecmill.http.route import CallerOf, InferenceRoute, NewWork
 
-# On a shared path the first whose body `speaks` is spoken.
+# On a shared path the first dialect whose `speaks` accepts the body handles the request.
 DIALECTS: tuple[Dialect, ...] = (
     openai.DIALECT,
     generation.DIALECT,
@@ -50,8 +50,8 @@ def _by_tag(bodies: Sequence[type[B] | None]) -> dict[str, type[B]]:
     return {_tag(body): body for body in bodies if body is not None}
 
 
-# The bodies of a shared path, by tag. Each is asked in turn whether it `speaks`; the first is shown first in the API's
-# document, and reads what no other speaks.
+# The bodies of a shared path, by tag. The first reads every body that no other's `speaks` accepts; the API's document
+# shows it first.
 RERANK = _by_tag([cohere.RerankBody, *(dialect.rerank for dialect in DIALECTS if dialect is not cohere.DIALECT)])
 TOKENIZE = _by_tag([tei.TeiTokenizeBody, *(dialect.tokenize for dialect in DIALECTS if dialect is not tei.DIALECT)])
 
@@ -87,7 +87,7 @@ BY_PATH: dict[str, Dialect] = {path: dialect for dialect in DIALECTS for path in
 
 
 def dialect_for(path: str, method: str) -> Dialect:
-    """The dialect of a path: of the longest declared one that is the path itself or above it."""
+    """The dialect of a path: the one that declares the path, or else the longest of the paths above it."""
     if (exact := BY_PATH.get(f"{method} {path}")) is not None:
         return exact
     while path:
@@ -103,7 +103,7 @@ def shape_for(path: str, method: str = "") -> ErrorShape:
 
 
 async def _errors_as_reranked(request: Request) -> None:
-    """From here on errors have the shape of the body's dialect."""
+    """Have errors from here on written in the shape of the body's dialect."""
     request.state.error_shape = RERANK[rerank_spoken(await request.json())].errors
 
 

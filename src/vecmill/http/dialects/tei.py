@@ -58,6 +58,7 @@ from vecmill.http.encoding import json_response, result_headers
 from vecmill.http.errors import DIALECT_TAG, ErrorShape, nearest
 from vecmill.http.route import CallerOf, InferenceRoute, NewWork, of_job, with_priority
 from vecmill.http.services import ServicesOf, services_of
+from vecmill.inference.text_tokenizer import named_prompts
 from vecmill.inference.vectors import cosines
 
 router = APIRouter(tags=["TEI and CodeCartographer"], route_class=InferenceRoute)
@@ -246,7 +247,7 @@ async def info(services: ServicesOf) -> dict[str, Any]:
         "model_type": {"embedding": {"pooling": str(card and card.pooling)}},
         "served_model_name": card and card.id,
         "dimensions": card and card.dimensions,
-        "prompts": dict(card.prompts) if card else {},
+        "prompts": named_prompts(card) if card else {},
         "max_concurrent_requests": limits.max_concurrent_requests,
         "max_input_length": card and card.max_model_len,
         "max_batch_tokens": max_batch_tokens(services),

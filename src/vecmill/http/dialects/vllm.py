@@ -36,7 +36,7 @@ Texts = Annotated[InputList[str], BeforeValidator(_texts)]
 
 
 class ScoreTextsBody(ScoreBody):
-    """One text with several, or as many with as many, in any of vLLM's words for them."""
+    """One text to compare with several, or two lists of equal length, under any of vLLM's names for the two fields."""
 
     model_config = example({"text_1": "parse a date", "text_2": ["read an ISO timestamp", "copy a tree"]})
     text_1: Texts = Field(validation_alias=AliasChoices("text_1", "data_1", "queries"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +15,7 @@ from vecmill.tools.bench.load_generator import BulkLoad, Outcomes
 from vecmill.tools.bench.progress import StageBars
 from vecmill.tools.bench.report import (
     require_picture,
+    show_cached,
     show_mixed,
     show_remarks,
     show_sweep,
@@ -35,7 +37,7 @@ from vecmill.tools.console import INTERRUPTED, CommandError, messages, print_err
 
 LEVELS = (1, 2, 4, 8, 16)
 BATCH = 32
-DIFFERENT_TEXTS = 2000  # sent again and again where the time, not the number of texts, ends a level
+DIFFERENT_TEXTS = 2000  # where the time, not the number of texts, ends a level; after them each is sent changed
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,9 @@ def bench(
     url: Annotated[str, typer.Argument(help="The server, like `http://127.0.0.1:8080`.")],
     dialect: Annotated[
         TargetApi,
-        typer.Option(help="openai: /v1/embeddings; infinity: /embeddings; tei: /embed; rerank: /v1/rerank."),
+        typer.Option(
+            help="openai: /v1/embeddings; infinity: /embeddings; tei: /embed; ollama: /api/embed; rerank: /v1/rerank."
+        ),
     ] = TargetApi.OPENAI,
     model: Annotated[str | None, typer.Option(help="The `model` of each request. Default: none is sent.")] = None,
     api_key: Annotated[
@@ -110,6 +114,14 @@ def bench(
         int | None, typer.Option(min=1, help="End each level after so many texts, not after a time.")
     ] = None,
     warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the clock starts.")] = WARM_UP_S,
+    cached: Annotated[
+        bool,
+        typer.Option(
+            "--cached",
+            help="Measure the server's cache: the same texts again and again, and leave to answer from it. Default: no "
+            "text is sent twice, with `Cache-Control: no-store`.",
+        ),
+    ] = False,
     mixed: Annotated[
         bool, typer.Option("--mixed", help="A person's queries alone, bulk alone, and both together.")
     ] = False,
@@ -126,9 +138,11 @@ def bench(
     Latencies count the waits that the server asks for with 429 or 503 and Retry-After. Exit code 0: every request was
     answered; 1: some were not; 2: nothing could be measured.
     """
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding has no letters for
     try:
         options = BenchOptions(
-            BenchTarget(url, dialect, model, api_key, encoding_format),
+            BenchTarget(url, dialect, model, api_key, encoding_format, cached),
             folder=folder,
             texts=texts,
             longest=longest,
@@ -176,6 +190,8 @@ def _run_sweep(options: BenchOptions, workload: Workload) -> list[Outcomes]:
             batch=options.batch,
             levels=options.connections or LEVELS,
             seconds=options.level_seconds,
+            longest=options.longest,
+            repeat=options.target.cached,
             warm_up_seconds=options.warm_up_seconds,
             progress=progress,
         )
@@ -186,6 +202,7 @@ def _run_sweep(options: BenchOptions, workload: Workload) -> list[Outcomes]:
     else:
         _show_facts(facts)
         show_sweep(sweep)
+        show_cached(outcomes)
         show_remarks(outcomes, sweep.levels)
     if options.plot is not None:
         write_picture(sweep.levels, f"{options.target.endpoint}, {options.batch} texts per request", options.plot)
@@ -201,6 +218,8 @@ def _run_mixed(options: BenchOptions, workload: Workload) -> list[Outcomes]:
             connections=options.connections[0] if options.connections else CONNECTIONS,
             seconds=options.seconds or SECONDS,
             query_interval=options.query_interval,
+            longest=options.longest,
+            repeat=options.target.cached,
             warm_up_seconds=options.warm_up_seconds,
             progress=progress,
         )
@@ -217,6 +236,7 @@ def _run_mixed(options: BenchOptions, workload: Workload) -> list[Outcomes]:
     else:
         _show_facts(facts)
         show_mixed(mixed)
+        show_cached(outcomes)
         show_remarks(outcomes, loads)
     return list(outcomes.values())
 
@@ -233,6 +253,7 @@ def _facts(options: BenchOptions, workload: Workload, dimensions: int | None) ->
             "mean_characters": round(sum(map(len, workload.texts)) / len(workload.texts)),
         },
         "batch": options.batch,
+        "cached": options.target.cached,
     }
 
 
@@ -241,9 +262,10 @@ def _show_facts(facts: dict[str, Any]) -> None:
     answers = f"vectors of {dimensions} values" if dimensions else "scores"
     model = f", {facts['model']}" if facts["model"] else ""
     results.print(f"server    {facts['url']} ({facts['dialect']}{model}): {answers}", soft_wrap=True)
+    again = "the same ones again and again" if facts["cached"] else "none of them twice, with Cache-Control: no-store"
     results.print(
         f"workload  {workload['texts']:,} texts of {workload['mean_characters']:,} characters on average "
-        f"from {workload['source']}, {facts['batch']} per request\n",
+        f"from {workload['source']}, {facts['batch']} per request, {again}\n",
         soft_wrap=True,
     )
 
@@ -251,3 +273,4 @@ def _show_facts(facts: dict[str, Any]) -> None:
 def _print_json(facts: dict[str, Any], measured: dict[str, Any], loads: list[BulkLoad]) -> None:
     whole = {**facts, **measured, "warnings": warnings(loads)}
     sys.stdout.write(orjson.dumps(whole, option=orjson.OPT_INDENT_2).decode() + "\n")
+    sys.stdout.flush()  # where the reader of a pipe has left, it is said here and not at the exit

@@ -6,22 +6,30 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 from rich import box
 from rich.bar import Bar
+from rich.measure import Measurement
+from rich.segment import Segments
 from rich.table import Table
 
 from vecmill.tools.bench.load_generator import BulkLoad, Latency, Outcomes
 from vecmill.tools.bench.scenarios import MixedResult, SweepResult
 from vecmill.tools.bench.target import BenchError
-from vecmill.tools.console import results
+from vecmill.tools.console import CommandError, results
 
 BUSY_CLIENT = 0.8  # of a core: above it, the server waits for the load generator
 SHORTEST_S = 1.0  # below it, opening connections is most of what the load generator did
+MILLION = 1e6  # from it on a figure is shortened, so that the table fits 80 columns
 LATENCIES = ("p50 ms", "p95 ms", "p99 ms", "max ms")
 
 BAR_WIDTH = 30  # characters; two bars and the number of connections fit 80 columns
-SHORTEST_BAR = 2 / (8 * BAR_WIDTH)  # of the longest: two of the eighths of a character that bars are drawn in
+NARROWEST_BAR = 4  # where the terminal has less room for them
+BESIDE_BARS = 11  # columns: the number of connections, and what is between
+EIGHTHS = 8  # of a character, that bars are drawn in
+SHORTEST_BAR = 2  # of those eighths
+LEAST = 1e-9  # of what is drawn: the whole length of a bar is divided by it
 
 PICTURES = (".pdf", ".png", ".svg")
 INCHES = (8, 5)
@@ -33,11 +41,11 @@ def show_sweep(sweep: SweepResult) -> None:
     for load in sweep.levels:
         requests = f"{load.outcomes.requests:,}"
         table.add_row(f"{load.connections}", requests, *_rates(load), *_latency(load.outcomes))
-    results.print(table)
+    _print_whole(table)
     points = _points(sweep.levels)
     if len(points) > 1 and not results.options.ascii_only:  # the bars are drawn with block characters
         results.print()
-        results.print(_bars(points))
+        _print_whole(_bars(points))
 
 
 def show_mixed(mixed: MixedResult) -> None:
@@ -45,15 +53,30 @@ def show_mixed(mixed: MixedResult) -> None:
     person = _table(["requests", *LATENCIES], first="person")
     for name, outcomes in (("alone", mixed.person_alone), ("beside bulk", mixed.person_beside_bulk)):
         person.add_row(name, f"{outcomes.requests:,}", *_latency(outcomes))
-    results.print(person)
+    _print_whole(person)
     results.print()
     bulk = _table(["requests", "texts/s", "MB/s", "tokens/s", "p50 ms", "p99 ms"], first="bulk")
     for name, load in (("alone", mixed.bulk_alone), ("beside person", mixed.bulk_beside_person)):
         p50, _, p99, _ = _latency(load.outcomes)
         bulk.add_row(name, f"{load.outcomes.requests:,}", *_rates(load), p50, p99)
-    results.print(bulk)
+    _print_whole(bulk)
     if (loss := mixed.bulk_loss_percent) is not None:
         results.print(f"\nThe person costs the bulk {loss:.1f} % of its texts/s.")
+
+
+def show_cached(outcomes_by_name: Mapping[str, Outcomes]) -> None:
+    """Print how much of the work the server's cache did, of each load that had answers."""
+    answered = {name: outcomes for name, outcomes in outcomes_by_name.items() if outcomes.latency_ms is not None}
+    shares = {name: _share(outcomes.cached_share) for name, outcomes in answered.items()}
+    if not shares:
+        return
+    same = len(set(shares.values())) == 1
+    said = next(iter(shares.values())) if same else ", ".join(f"{name} {share}" for name, share in shares.items())
+    results.print(f"\ncached    {said}", soft_wrap=True)
+
+
+def _share(share: float | None) -> str:
+    return "unknown: the server does not say" if share is None else f"{share:.1%} of the tokens"
 
 
 def show_remarks(outcomes_by_name: Mapping[str, Outcomes], loads: Sequence[BulkLoad]) -> None:
@@ -69,7 +92,12 @@ def show_remarks(outcomes_by_name: Mapping[str, Outcomes], loads: Sequence[BulkL
     if remarks:
         results.print()
     for kind, text, colour in remarks:
-        results.print(f"{kind:<9} {text}", style=f"bold {colour}", soft_wrap=True)
+        results.print(f"{kind:<9} {_printable(text)}", style=f"bold {colour}", soft_wrap=True)
+
+
+def _printable(text: str) -> str:
+    """What a server said, without what a terminal would take for a command."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def warnings(loads: Sequence[BulkLoad]) -> list[str]:
@@ -82,6 +110,14 @@ def warnings(loads: Sequence[BulkLoad]) -> list[str]:
     ]
 
 
+def _print_whole(table: Table) -> None:
+    """The table with every figure in it, however narrow the terminal is, or wide a figure."""
+    unlimited = results.options.update(width=10_000)
+    width = max(results.width, Measurement.get(results, unlimited, table).maximum)
+    # Rendered first: a console gives what it prints no more than its own width.
+    results.print(Segments(list(results.render(table, results.options.update(width=width)))), crop=False, end="")
+
+
 def _table(columns: Sequence[str], first: str | None = None) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
     if first is not None:
@@ -92,8 +128,8 @@ def _table(columns: Sequence[str], first: str | None = None) -> Table:
 
 
 def _rates(load: BulkLoad) -> tuple[str, str, str]:
-    tokens = "-" if load.tokens_per_second is None else f"{load.tokens_per_second:,.0f}"
-    return f"{load.texts_per_second:,.1f}", f"{load.megabytes_per_second:.3f}", tokens
+    tokens = "-" if load.tokens_per_second is None else _short(load.tokens_per_second, 0)
+    return _short(load.texts_per_second, 1), _short(load.megabytes_per_second, 3), tokens
 
 
 def _latency(outcomes: Outcomes) -> tuple[str, str, str, str]:
@@ -104,7 +140,13 @@ def _latency(outcomes: Outcomes) -> tuple[str, str, str, str]:
 
 
 def _ms(value: float) -> str:
-    return f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+    return _short(value, 1 if value < 1000 else 0)
+
+
+def _short(value: float, decimals: int) -> str:
+    if value < MILLION:
+        return f"{value:,.{decimals}f}"
+    return f"{value / MILLION:.4g}M" if value < 1000 * MILLION else f"{value:.1e}"
 
 
 def _counts(by_status: dict[str, int]) -> str:
@@ -130,18 +172,21 @@ def _points(loads: Sequence[BulkLoad]) -> list[_Point]:
 
 def _bars(points: Sequence[_Point]) -> Table:
     """A row for each level: its throughput, and the span from p50 to p99; no bar is too short to be seen."""
-    fastest, slowest = max(point.throughput for point in points), max(point.p99 for point in points)
+    fastest = max(LEAST, *(point.throughput for point in points))
+    slowest = max(LEAST, *(point.p99 for point in points))
+    width = max(NARROWEST_BAR, min(BAR_WIDTH, (results.width - BESIDE_BARS) // 2))
+    shortest = SHORTEST_BAR / (EIGHTHS * width)  # of the longest
     table = Table(box=None, show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("conns", justify="right", no_wrap=True)
-    table.add_column(f"texts/s, 0 to {fastest:,.0f}", width=BAR_WIDTH, no_wrap=True)
-    table.add_column(f"p50 to p99, 0 to {_ms(slowest)} ms", width=BAR_WIDTH, no_wrap=True)
+    for heading in (f"texts/s, 0 to {_short(fastest, 0)}", f"p50 to p99, 0 to {_ms(slowest)} ms"):
+        table.add_column(heading, width=width, overflow="fold")
     for point in points:
-        begin = max(0.0, min(point.p50, point.p99 - slowest * SHORTEST_BAR))
-        end = max(point.p99, slowest * SHORTEST_BAR)
+        begin = max(0.0, min(point.p50, point.p99 - slowest * shortest))
+        end = max(point.p99, slowest * shortest)
         table.add_row(
             f"{point.connections}",
-            Bar(fastest, 0, max(point.throughput, fastest * SHORTEST_BAR), width=BAR_WIDTH, color="cyan"),
-            Bar(slowest, begin, end, width=BAR_WIDTH, color="yellow"),
+            Bar(fastest, 0, max(point.throughput, fastest * shortest), width=width, color="cyan"),
+            Bar(slowest, begin, end, width=width, color="yellow"),
         )
     return table
 
@@ -164,8 +209,18 @@ def write_picture(loads: Sequence[BulkLoad], title: str, path: Path) -> None:
     """Latency over throughput as a picture, of the kind that the path's ending says.
 
     Raises:
-        BenchError: it cannot be written.
+        CommandError: it cannot be drawn or written.
     """
+    try:
+        with catch_warnings():
+            simplefilter("ignore")  # letters that the font has not, and the like
+            _draw(loads, title, path)
+    except Exception as error:  # whatever a library does: the figures are measured, and shown already
+        why = (isinstance(error, OSError) and error.strerror) or f"{type(error).__name__}: {error}"
+        raise CommandError(f"--plot {path} cannot be written: {why}.") from error
+
+
+def _draw(loads: Sequence[BulkLoad], title: str, path: Path) -> None:
     from matplotlib.figure import Figure  # an extra, and half a second to import
 
     points = _points(loads)
@@ -182,12 +237,10 @@ def write_picture(loads: Sequence[BulkLoad], title: str, path: Path) -> None:
             textcoords="offset points",
             ha="center",
         )
-    axes.set(xlabel="texts/s", ylabel="latency, ms", title=title)
+    axes.set(xlabel="texts/s", ylabel="latency, ms")
+    axes.set_title(title, parse_math=False)  # a `$` in an address is no formula
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend(title="at each number\nof connections")
-    try:
-        figure.savefig(path)
-    except OSError as error:
-        raise BenchError(f"--plot {path} cannot be written: {error.strerror}.") from error
+    figure.savefig(path)

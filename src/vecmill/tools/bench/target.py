@@ -18,8 +18,10 @@ from vecmill.tools.http_client import base_url, request_headers
 
 # `usage` stands before or behind the list, so looking at both ends saves parsing megabytes of numbers.
 ENDS_BYTES = 1024
-TOKENS = re.compile(rb'"(?:prompt|total)_tokens"\s*:\s*(\d+)')
-TOKENS_HEADER = "x-compute-tokens"  # tei has no place for it in the body
+TOKENS = re.compile(rb'"(?:prompt_tokens|total_tokens|prompt_eval_count)"\s*:\s*(\d+)')
+CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
+# tei has no place for them in the body.
+TOKENS_HEADER, CACHED_HEADER = "x-compute-tokens", "x-cached-tokens"
 FLOAT_BYTES = 4
 
 
@@ -41,6 +43,7 @@ class TargetApi(StrEnum):
     OPENAI = "openai"
     INFINITY = "infinity"
     TEI = "tei"
+    OLLAMA = "ollama"
     RERANK = "rerank"
 
 
@@ -55,6 +58,7 @@ PATHS = {
     TargetApi.OPENAI: "/v1/embeddings",
     TargetApi.INFINITY: "/embeddings",
     TargetApi.TEI: "/embed",
+    TargetApi.OLLAMA: "/api/embed",
     TargetApi.RERANK: "/v1/rerank",
 }
 
@@ -81,6 +85,8 @@ class BenchTarget:
     api_key: str | None = field(default=None, repr=False)
     """Sent as a bearer token."""
     encoding: Encoding = Encoding.BASE64
+    cached: bool = False
+    """Whether the server may answer from a cache."""
 
     @property
     def endpoint(self) -> str:
@@ -97,7 +103,8 @@ class BenchTarget:
     @property
     def headers(self) -> dict[str, str]:
         """The headers of every request."""
-        return {"Content-Type": "application/json", **request_headers(self.api_key)}
+        fresh = {} if self.cached else {"Cache-Control": "no-store"}
+        return {"Content-Type": "application/json", **fresh, **request_headers(self.api_key)}
 
     def body(self, texts: Sequence[str], query: str) -> bytes:
         """A request for the texts' vectors, or with `rerank` for the texts' scores against the query."""
@@ -108,6 +115,8 @@ class BenchTarget:
             case TargetApi.TEI:
                 # Without it, a text that is too long for the model is an error.
                 fields = {"inputs": list(texts), "truncate": True}
+            case TargetApi.OLLAMA:
+                fields = {"input": list(texts), "truncate": True}
             case TargetApi.RERANK:
                 fields = {"query": query, "documents": list(texts)}
         return orjson.dumps(fields if self.model is None else {"model": self.model, **fields})
@@ -119,11 +128,19 @@ class BenchTarget:
 
 def tokens_of(content: bytes, headers: Mapping[str, str]) -> int | None:
     """The tokens that the server says it computed; None where it does not say."""
-    match = TOKENS.search(content[-ENDS_BYTES:]) or TOKENS.search(content[:ENDS_BYTES])
+    return _number(TOKENS, content, headers.get(TOKENS_HEADER, ""))
+
+
+def cached_of(content: bytes, headers: Mapping[str, str]) -> int | None:
+    """Those of the tokens whose vectors came from a cache; None where the server does not say."""
+    return _number(CACHED, content, headers.get(CACHED_HEADER, ""))
+
+
+def _number(pattern: re.Pattern[bytes], content: bytes, header: str) -> int | None:
+    match = pattern.search(content[-ENDS_BYTES:]) or pattern.search(content[:ENDS_BYTES])
     if match:
         return int(match[1])
-    header = headers.get(TOKENS_HEADER, "")
-    return int(header) if header.isdigit() else None
+    return int(header) if header.isdecimal() and header.isascii() else None
 
 
 def dimensions_of(content: bytes, dialect: TargetApi, texts: int) -> int | None:
@@ -153,6 +170,8 @@ def _entries(answer: Any, dialect: TargetApi) -> list[Any]:
             return [entry["embedding"] for entry in answer["data"]]
         case TargetApi.TEI:
             return list(answer)
+        case TargetApi.OLLAMA:
+            return list(answer["embeddings"])
         case TargetApi.RERANK:
             return [entry["relevance_score"] for entry in answer["results"]]
 

@@ -9,7 +9,7 @@ import tokenize
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle, islice
+from itertools import count, cycle, islice
 from pathlib import Path
 from random import Random
 
@@ -51,8 +51,8 @@ class Workload:
     texts: tuple[str, ...]
 
 
-def read_workload(folder: Path | None, count: int, longest: int = LONGEST) -> Workload:
-    """`count` texts of at most `longest` characters; where there are fewer, they repeat.
+def read_workload(folder: Path | None, most: int, longest: int = LONGEST) -> Workload:
+    """`most` texts of at most `longest` characters; where there are fewer, they repeat.
 
     From a folder: pieces of its text files. From None: functions and classes of this Python's standard library.
 
@@ -61,24 +61,79 @@ def read_workload(folder: Path | None, count: int, longest: int = LONGEST) -> Wo
     """
     if folder is None:
         source = "Python's standard library"
-        texts = _sample(python_files(), lambda path: python_chunks(path, longest), count)
+        texts = _sample(python_files(), lambda path: python_chunks(path, longest), most)
     else:
         source = str(folder)
         if not folder.is_dir():
             raise BenchError(f"{folder} is not a folder.")
-        texts = _sample(text_files(folder), lambda path: text_chunks(path, longest), count)
+        texts = _sample(text_files(folder), lambda path: text_chunks(path, longest), most)
     if not texts:
         raise BenchError(f"There are no text files in {source}.")
-    return Workload(source, tuple(islice(cycle(texts), count)))
+    return Workload(source, tuple(islice(cycle(texts), most)))
+
+
+class Requests:
+    """Requests without end. No two have a text or a query in common, unless they may repeat.
+
+    So neither a cache nor a server that runs equal texts once has less to do than with new texts.
+    """
+
+    def __init__(
+        self,
+        target: BenchTarget,
+        texts: Sequence[str],
+        batch: int = 1,
+        *,
+        longest: int | None = None,
+        repeat: bool = False,
+    ) -> None:
+        """`batch`: texts in each. `longest`: characters of a text, at the most; None: whatever they have.
+
+        `repeat`: the texts, as they are; queries repeat where the target may answer from a cache.
+        """
+        self._target = target
+        self._texts = texts
+        self._batch = batch
+        self._longest = longest
+        self._repeat = repeat
+        self._numbers = count(1)
+        self._sent: set[str] = set()
+        self._queries = cycle(QUERIES) if target.cached else different_queries()
+
+    def of_texts(self, texts: int | None = None) -> Iterator[Payload]:
+        """The texts from the first on, in batches; they end after so many, or never. One that was sent is changed."""
+        fresh = islice(self._fresh_texts(), texts)
+        while part := list(islice(fresh, self._batch)):
+            body = self._target.body(part, next(self._queries))
+            yield Payload(body, len(part), sum(len(text.encode()) for text in part))
+
+    def of_queries(self) -> Iterator[bytes]:
+        """A person's queries."""
+        return map(self._target.query_body, self._queries)
+
+    def _fresh_texts(self) -> Iterator[str]:
+        for text in cycle(self._texts):
+            if self._repeat:
+                yield text
+            elif text in self._sent:
+                # At the beginning, for what comes behind a model's longest text is not read.
+                mark = f"# {next(self._numbers)}\n"
+                yield f"{mark}{text}"[: None if self._longest is None else max(self._longest, len(mark))]
+            else:
+                self._sent.add(text)
+                yield text
 
 
 def payloads(target: BenchTarget, texts: Sequence[str], batch: int) -> list[Payload]:
-    """The texts in requests of `batch`, the last perhaps smaller."""
-    batches = [texts[start : start + batch] for start in range(0, len(texts), batch)]
-    return [
-        Payload(target.body(part, QUERIES[index % len(QUERIES)]), len(part), sum(len(text.encode()) for text in part))
-        for index, part in enumerate(batches)
-    ]
+    """The texts as they are, in requests of `batch`, the last perhaps smaller."""
+    return list(Requests(target, texts, batch, repeat=True).of_texts(len(texts)))
+
+
+def different_queries() -> Iterator[str]:
+    """Queries without end, each a different one."""
+    yield from QUERIES
+    for number in count(2):
+        yield from (f"{query} #{number}" for query in QUERIES)
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -130,16 +185,16 @@ def python_chunks(path: Path, longest: int) -> Iterator[str]:
         yield _cut(text, longest)
 
 
-def _sample(files: list[Path], chunks: Callable[[Path], Iterable[str]], count: int) -> list[str]:
+def _sample(files: list[Path], chunks: Callable[[Path], Iterable[str]], most: int) -> list[str]:
     random = Random(SEED)  # noqa: S311  # a choice of texts, no secret
     random.shuffle(files)
     texts: list[str] = []
     for path in files:
         texts.extend(chunks(path))
-        if len(texts) >= count:
+        if len(texts) >= most:
             break
     random.shuffle(texts)
-    return texts[:count]
+    return texts[:most]
 
 
 def _may_be_text(path: Path) -> bool:

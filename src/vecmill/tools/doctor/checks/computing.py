@@ -40,8 +40,8 @@ def check_allocation(context: DoctorContext) -> Finding:
 
 def judge_allocation(oversized: Oversized) -> Finding:
     """The allocation must fail at once and leave a device that works."""
-    request = f"{oversized.asked / GIGABYTE:.1f} GB above a cap of {oversized.cap / GIGABYTE:.1f}"
-    facts = {"cap_bytes": oversized.cap, "asked_bytes": oversized.asked, "refused_with": oversized.refused}
+    request = f"{oversized.requested / GIGABYTE:.1f} GB above a cap of {oversized.cap / GIGABYTE:.1f}"
+    facts = {"cap_bytes": oversized.cap, "asked_bytes": oversized.requested, "refused_with": oversized.refused}
     if oversized.refused is None:
         return fail(f"{request} were allocated: the cap does not hold", ALLOCATION_CURE, **facts)
     if not oversized.works_after:
