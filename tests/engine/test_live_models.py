@@ -116,7 +116,7 @@ async def test_weights_that_another_model_uses_stay(tmp_path: Path) -> None:
         assert embedder.model.modules[0] is reranker.model.modules[0]
     engine.unload("embed:both").result(60)
     engine.unload("rerank:both").result(60)
-    assert not loaded(engine).kept.shared
+    assert not loaded(engine).common.shared
     for key in ("rerank:both", "embed:both"):
         engine.load(key, silent).result(60)
     assert same(await vectors(engine, "embed:both", FEW_IDS), embed)

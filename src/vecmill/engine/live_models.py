@@ -88,12 +88,12 @@ class LiveModels:
         """
         if key not in self._loaded.known:
             raise ModelNotFound
-        known, device, kept = self._loaded.known[key], self._loaded.device, self._loaded.kept
+        known, device, common = self._loaded.known[key], self._loaded.device, self._loaded.common
         if device.type == "cuda":
             torch.cuda.set_device(device)
         # As many as at the start: a new thread has what the device's own had last, and products of weights (NV-Embed's
         # are folded) differ in their last bits.
-        torch.set_num_threads(kept.threads)
+        torch.set_num_threads(common.threads)
         checkpoint = read(known.source)
         check_form(checkpoint)
         checkpoint = self._capped(checkpoint)
@@ -114,7 +114,7 @@ class LiveModels:
                 device,
                 lambda percent, message: report(READING_SHARE * percent, message),
                 flash=self._loaded.flash,
-                kept=kept,
+                common=common,
                 counted=counted,
             )
         except Exception as error:
@@ -141,7 +141,7 @@ class LiveModels:
         measured = self._measured.get(key)
         before = measured.before if measured is not None and _same(measured.card, model.card) else None
         warmed = warm_up_beside_others(
-            model, self._engine, loaded.runs_on, loaded.kept.choices, serve_others, before=before
+            model, self._engine, loaded.runs_on, loaded.common.choices, serve_others, before=before
         )
         if before is None:
             self._remember(key, model, warmed)
@@ -157,7 +157,7 @@ class LiveModels:
 
         Belongs to the thread that owns the device. What it shares with a loaded model stays.
         """
-        loaded, kept = self._loaded, self._loaded.kept
+        loaded, common = self._loaded, self._loaded.common
         loaded.models.pop(model.key, None)
         if loaded.device.type == "cuda":
             torch.cuda.synchronize(loaded.device)
@@ -165,12 +165,12 @@ class LiveModels:
         model.graphs, model.prefixes = Graphs(), PrefixMemory()
         if not any(id(layer) in used for layer in model.model.layers):
             make_eager(model.model.layers)  # a compiled layer holds itself
-        gone = {key: module for key, module in kept.shared.items() if not _any_used(module, used)}
+        gone = {key: module for key, module in common.shared.items() if not _any_used(module, used)}
         for key in gone:
-            del kept.shared[key]
-            kept.parts.pop(key, None)
-        for layer in [layer for layer in kept.choices if id(layer) not in used]:
-            del kept.choices[layer]
+            del common.shared[key]
+            common.parts.pop(key, None)
+        for layer in [layer for layer in common.choices if id(layer) not in used]:
+            del common.choices[layer]
         for module in (*gone.values(), *(each for each in model.model.modules if not _any_used(each, used))):
             _empty(module)
         if loaded.device.type == "cuda":

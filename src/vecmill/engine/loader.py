@@ -59,7 +59,7 @@ class Known:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Common:
     """What models have in common, or have again when they are loaded again."""
 
     shared: dict[tuple[Path, type], nn.Module] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Loaded:
     """By key; of models that were unloaded, too."""
     known: dict[str, Known] = field(default_factory=dict)
     """All models that the settings name, by key, in their order."""
-    kept: Kept = field(default_factory=Kept)
+    common: Common = field(default_factory=Common)
     flash: bool = False
     """Whether flash attention is used where a model can be run with it."""
 
@@ -111,10 +111,10 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     distinct = _within(models.max_loaded_gb, named, models, device)
     tokenizers = [load_tokenizer(checkpoint) for checkpoint in distinct]
     check_room(distinct, models, engine, device)
-    kept = Kept()
+    common = Common()
     try:
         loaded = load_all(
-            list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report, flash=flash, kept=kept
+            list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report, flash=flash, common=common
         )
     except Exception as error:
         if not is_out_of_memory(error):
@@ -127,7 +127,7 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
         limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-        warmed[model.key] = warm_up(model, engine, runs_on, kept.choices)
+        warmed[model.key] = warm_up(model, engine, runs_on, common.choices)
     cards = {checkpoint: model.card for checkpoint, model in zip(distinct, loaded, strict=False)}
     known = {}
     for checkpoint in named:
@@ -136,7 +136,7 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
             chosen = choose_dtype(models.dtype, device, _width(checkpoint))
             card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
         known[f"{checkpoint.task.value}:{checkpoint.id}"] = Known(checkpoint.source, card)
-    return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, kept, flash)
+    return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, common, flash)
 
 
 def _within(
@@ -269,7 +269,7 @@ def load_all(
     report: Report,
     *,
     flash: bool,
-    kept: Kept,
+    common: Common,
     counted: set[int] | None = None,
 ) -> list[LoadedModel]:
     """`counted`: where the weights are that other models have loaded."""
@@ -289,7 +289,7 @@ def load_all(
         name = checkpoint.id
         progress(0)
         chosen = choose_dtype(settings.dtype, device, _width(checkpoint))
-        model = load_model(checkpoint, Target(chosen.dtype, device, progress, kept.shared, kept.parts))
+        model = load_model(checkpoint, Target(chosen.dtype, device, progress, common.shared, common.parts))
         on_device = OnDevice(
             width=model.width,
             vocab_size=model.vocab_size,
@@ -300,7 +300,7 @@ def load_all(
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
         attention = Attention.on(device, chosen.dtype, flash=flash)
-        threads = CpuThreads(kept.threads)
+        threads = CpuThreads(common.threads)
         loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads))
     return loaded
 
