@@ -87,6 +87,7 @@ class Server:
             cache_across_keys=settings.cache.cache_across_keys,
             limits_of=self.keys.limits_of,
             several_keys=lambda: self.keys.several,
+            key_name=self.keys.name_of,
         )
         self.monitor = Monitor(_tell_clock)
         self.state = State(settings, self.telemetry)

@@ -138,7 +138,7 @@ async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
     rolling, shown = services.telemetry.rolling, shows_work_of_all(request)
     texts_per_second, tokens_per_second = rolling.rates()
     stages: Mapping[str, Callable[[], Mapping[str, float | None]]] = {
-        "gpu": lambda: rolling.latency_ms("infer"),
+        "gpu": lambda: rolling.latency_ms("forward"),
         "queue": lambda: rolling.latency_ms("queue"),
         "tokenize": lambda: rolling.latency_ms("tokenize"),
         "overhead": lambda: rolling.latency_ms("overhead"),
