@@ -33,7 +33,7 @@ from vecmill.http.generation import Generation
 from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
-from vecmill.http.stats import watch_budgets, watch_gauges
+from vecmill.http.stats import watch_gauges
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble
 from vecmill.scheduler.policy import Budget, Rules
@@ -113,7 +113,7 @@ class Server:
             several_keys=lambda: self.keys.several,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
-        watch_gauges(self.services)
+        watch_gauges(self.services, lambda: self.requests.in_flight)
 
     async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
@@ -175,7 +175,6 @@ class Server:
         self._loaded = loaded
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
-        watch_budgets(self.services)
         return loaded
 
     def _report(self, percent: float, message: str) -> None:

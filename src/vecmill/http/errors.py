@@ -144,7 +144,7 @@ def _detail(error: VecmillError, status: int) -> dict[str, object]:
     return {"detail": error.message}
 
 
-DETAIL = ErrorShape("detail", _detail)
+DETAIL = ErrorShape("none", _detail)
 """The shape on paths that are no dialect's."""
 
 
@@ -199,9 +199,9 @@ def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
 
 async def refused(request: Request, error: VecmillError) -> Response:
     """The answer to an error, counted and logged."""
-    response = error_response(shape_of(request), error, request.headers)
-    kind = type(error).__name__
-    services_of(request).telemetry.error(response.status_code, kind)
+    shape, kind = shape_of(request), type(error).__name__
+    response = error_response(shape, error, request.headers)
+    services_of(request).telemetry.error(response.status_code, kind, shape.name)
     level = logging.WARNING if response.status_code >= 429 else logging.INFO
     # The message may quote what the client sent; the log gets the kind and the field alone.
     logger.log(
@@ -258,8 +258,9 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
-    body = bounded_body(shape_of(request), NotFound(message), error.status_code)
-    services_of(request).telemetry.error(error.status_code, "HTTPException")
+    shape = shape_of(request)
+    body = bounded_body(shape, NotFound(message), error.status_code)
+    services_of(request).telemetry.error(error.status_code, "HTTPException", shape.name)
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
@@ -289,5 +290,6 @@ def _meant(request: Request) -> str | None:
 async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
     logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
-    services_of(request).telemetry.error(500, type(error).__name__)
-    return error_response(shape_of(request), VecmillError(FAULT))
+    shape = shape_of(request)
+    services_of(request).telemetry.error(500, type(error).__name__, shape.name)
+    return error_response(shape, VecmillError(FAULT))

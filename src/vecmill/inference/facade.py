@@ -127,6 +127,11 @@ class Inference:
         return self._scheduler.waiting if self._scheduler else dict.fromkeys(Lane, 0)
 
     @property
+    def queued(self) -> Mapping[tuple[str, Lane], tuple[int, int]]:
+        """Texts and tokens that wait for a batch, by the scheduler's key of each model and by lane."""
+        return self._scheduler.queued if self._scheduler else {}
+
+    @property
     def stats(self) -> SchedulerStats:
         """What the scheduler has counted since the start."""
         return self._scheduler.stats if self._scheduler else SchedulerStats()

@@ -188,7 +188,7 @@ class PassThrough(Response):
                 await self._relay(response, send)
             else:
                 refusal = await self._refusal(response)
-                services_of(Request(scope)).telemetry.error(refusal.status_code, "GenerationRefused")
+                services_of(Request(scope)).telemetry.error(refusal.status_code, "GenerationRefused", OPENAI.name)
                 self._started = True
                 await refusal(scope, receive, send)
         finally:
