@@ -30,10 +30,12 @@ from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
-from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
+from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestLine
 from vecmill.http.origins import Cors, Origins
+from vecmill.http.request_log import RequestLog
 from vecmill.http.services import Services
 from vecmill.http.stats import watch_gauges
+from vecmill.http.tracing import Tracing, open_tracing
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble
 from vecmill.scheduler.policy import Budget, Rules
@@ -90,6 +92,8 @@ class Server:
             key_name=self.keys.name_of,
         )
         self.monitor = Monitor(_tell_clock)
+        self.tracing: Tracing | None = None
+        """None unless traces are asked for."""
         self.state = State(settings, self.telemetry)
         self.generation: Generation | None = None
         if settings.generation.generation_url is not None:
@@ -121,6 +125,8 @@ class Server:
         if self.generation is not None:
             self.generation.open()
         with self._failing_start():
+            # Importing OpenTelemetry takes a while.
+            self.tracing = await asyncio.to_thread(open_tracing, self._settings.log.otlp_endpoint, os.environ)
             await self.state.open()
 
     async def load(self) -> None:
@@ -224,6 +230,8 @@ class Server:
         self._threads.shutdown()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def create_app(
@@ -266,7 +274,7 @@ def create_app(
     routers += [capabilities.router, health.router, stats.router, page.router]
     for router in routers:
         app.include_router(router)
-    errors.install(app, registry.shape_for)
+    errors.install(app, registry.shape_for, registry.dialect_name)
     api_document.install(app, routers)
     app.add_middleware(
         BodyLimit,
@@ -286,7 +294,7 @@ def create_app(
     )
     app.add_middleware(Cors, origins=Origins(settings.access.cors_origins))
     app.add_middleware(RequestLine)
-    app.add_middleware(RequestId)
+    app.add_middleware(RequestLog, log_requests=settings.log.log_requests, tracing=lambda: server.tracing)
     if proxies := settings.access.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app

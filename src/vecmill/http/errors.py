@@ -144,7 +144,7 @@ def _detail(error: VecmillError, status: int) -> dict[str, object]:
     return {"detail": error.message}
 
 
-DETAIL = ErrorShape("none", _detail)
+DETAIL = ErrorShape("detail", _detail)
 """The shape on paths that are no dialect's."""
 
 
@@ -184,12 +184,22 @@ def shape_of(request: Request) -> ErrorShape:
     return by_path
 
 
-def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
+def dialect_of(request: Request) -> str:
+    """The name of a request's dialect: by its body once that has been read, before by its path; `none` on paths that
+    are no dialect's."""
+    by_body: str | None = getattr(request.state, "dialect", None)
+    if by_body is not None:
+        return by_body
+    by_path: str = request.app.state.dialect_for(request.scope["path"], request.method)
+    return by_path
+
+
+def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape], dialect_for: Callable[[str, str], str]) -> None:
     """Answer every exception of the application through this table.
 
-    `shape_for`: the shape of errors on a path, called with a method.
+    `shape_for`: the shape of errors on a path, called with a method; `dialect_for`: the name of its dialect.
     """
-    app.state.shape_for = shape_for
+    app.state.shape_for, app.state.dialect_for = shape_for, dialect_for
     app.add_exception_handler(VecmillError, refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_exception)  # type: ignore[arg-type]
@@ -198,22 +208,12 @@ def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
 
 
 async def refused(request: Request, error: VecmillError) -> Response:
-    """The answer to an error, counted and logged."""
-    shape, kind = shape_of(request), type(error).__name__
-    response = error_response(shape, error, request.headers)
-    services_of(request).telemetry.error(response.status_code, kind, shape.name)
-    level = logging.WARNING if response.status_code >= 429 else logging.INFO
-    # The message may quote what the client sent; the log gets the kind and the field alone.
-    logger.log(
-        level,
-        "request refused",
-        extra={
-            "path": request.url.path[:LOGGED_CHARACTERS],
-            "status": response.status_code,
-            "error": kind,
-            "param": error.param and error.param[:LOGGED_CHARACTERS],
-        },
-    )
+    """The answer to an error, counted, and noted for the log."""
+    kind = type(error).__name__
+    response = error_response(shape_of(request), error, request.headers)
+    services_of(request).telemetry.error(response.status_code, kind, dialect_of(request))
+    # The line of the log, which RequestLog writes, has the kind and the field: the message may quote the client.
+    request.state.refusal = kind, error.param and error.param[:LOGGED_CHARACTERS]
     return response
 
 
@@ -258,9 +258,8 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
     elif error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
-    shape = shape_of(request)
-    body = bounded_body(shape, NotFound(message), error.status_code)
-    services_of(request).telemetry.error(error.status_code, "HTTPException", shape.name)
+    body = bounded_body(shape_of(request), NotFound(message), error.status_code)
+    services_of(request).telemetry.error(error.status_code, "HTTPException", dialect_of(request))
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
@@ -290,6 +289,5 @@ def _meant(request: Request) -> str | None:
 async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
     logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
-    shape = shape_of(request)
-    services_of(request).telemetry.error(500, type(error).__name__, shape.name)
-    return error_response(shape, VecmillError(FAULT))
+    services_of(request).telemetry.error(500, type(error).__name__, dialect_of(request))
+    return error_response(shape_of(request), VecmillError(FAULT))
