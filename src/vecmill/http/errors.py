@@ -290,4 +290,7 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
     logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
     services_of(request).telemetry.error(500, type(error).__name__, dialect_of(request))
-    return error_response(shape_of(request), VecmillError(FAULT))
+    response = error_response(shape_of(request), VecmillError(FAULT))
+    # This answer is made outside of all middleware, RequestLog included.
+    response.headers["X-Request-ID"] = request.state.request_id
+    return response
