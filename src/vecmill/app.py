@@ -32,10 +32,12 @@ from vecmill.http.body_limit import Bodies, BodyLimit
 from vecmill.http.dashboard import page
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
-from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
+from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestLine
 from vecmill.http.origins import Cors, Origins
+from vecmill.http.request_log import RequestLog
 from vecmill.http.services import Services
-from vecmill.http.stats import watch_gauges, watch_models
+from vecmill.http.stats import watch_gauges
+from vecmill.http.tracing import Tracing, open_tracing
 from vecmill.inference.catalogue import Cached, Catalogue
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble, assemble_one
@@ -96,8 +98,11 @@ class Server:
             cache_across_keys=settings.cache.cache_across_keys,
             limits_of=self.keys.limits_of,
             several_keys=lambda: self.keys.several,
+            key_name=self.keys.name_of,
         )
         self.monitor = Monitor(_tell_clock)
+        self.tracing: Tracing | None = None
+        """None unless traces are asked for."""
         self.state = State(settings, self.telemetry)
         self.generation: Generation | None = None
         if settings.generation.generation_url is not None:
@@ -122,7 +127,7 @@ class Server:
             warmed=lambda: self._loaded.warmed if self._loaded else {},
             catalogue=lambda: self._catalogue,
         )
-        watch_gauges(self.services)
+        watch_gauges(self.services, lambda: self.requests.in_flight)
 
     async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
@@ -130,6 +135,8 @@ class Server:
         if self.generation is not None:
             self.generation.open()
         with self._failing_start():
+            # Importing OpenTelemetry takes a while.
+            self.tracing = await asyncio.to_thread(open_tracing, self._settings.log.otlp_endpoint, os.environ)
             await self.state.open()
 
     async def load(self) -> None:
@@ -190,7 +197,6 @@ class Server:
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
-        watch_models(self.services)
         return loaded
 
     def _make_residency(self, loaded: Loaded) -> Residency:
@@ -232,7 +238,6 @@ class Server:
             raise
         warmed = loaded.warmed[key]
         card = self.inference.exchange(served, _budget(warmed))
-        watch_models(self.services)
         return card, _bytes_of(model.card, warmed)
 
     async def _unload_model(self, key: str) -> None:
@@ -317,6 +322,8 @@ class Server:
         self._threads.shutdown()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def create_app(
@@ -359,7 +366,7 @@ def create_app(
     routers += [capabilities.router, models.router, health.router, stats.router, page.router]
     for router in routers:
         app.include_router(router)
-    errors.install(app, registry.shape_for)
+    errors.install(app, registry.shape_for, registry.dialect_name)
     api_document.install(app, routers)
     app.add_middleware(
         BodyLimit,
@@ -379,7 +386,7 @@ def create_app(
     )
     app.add_middleware(Cors, origins=Origins(settings.access.cors_origins))
     app.add_middleware(RequestLine)
-    app.add_middleware(RequestId)
+    app.add_middleware(RequestLog, log_requests=settings.log.log_requests, tracing=lambda: server.tracing)
     if proxies := settings.access.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app

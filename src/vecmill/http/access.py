@@ -209,6 +209,8 @@ class _Known:
     admin: bytes | None
     limits: dict[str | None, KeyLimits]
     """By owner."""
+    names: dict[str | None, str | None]
+    """By owner."""
 
 
 class ApiKeys:
@@ -243,6 +245,10 @@ class ApiKeys:
             return ANYONE if known.admin is None else ANYONE_BESIDE_AN_ADMIN
         return holder
 
+    def name_of(self, owner: str | None) -> str | None:
+        """The name of an owner's key; None for a key that is gone, and where there are no keys."""
+        return self._known.names.get(owner)
+
     def limits_of(self, owner: str | None) -> KeyLimits:
         """What a key may have in progress; no limits for a key that is gone."""
         return self._known.limits.get(owner, NO_LIMITS)
@@ -255,7 +261,8 @@ def _known(settings: AccessSettings) -> _Known:
         (digest, Holder(entry.name, _owner(entry, digest), entry.scopes, entry.limits)) for digest, entry in holders
     )
     limits = {holder.owner: holder.limits for _, holder in known}
-    return _Known(known, None if admin is None else _digest(admin.get_secret_value()), limits)
+    names = {ADMIN.owner: ADMIN.name, **{holder.owner: holder.name for _, holder in known}}
+    return _Known(known, None if admin is None else _digest(admin.get_secret_value()), limits, names)
 
 
 def _owner(entry: KeyEntry, digest: bytes) -> str:

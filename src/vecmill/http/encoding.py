@@ -183,19 +183,23 @@ def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool
 
 
 def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[str, str]:
-    """TEI's times in milliseconds, and the note that goes with an answer some of whose inputs were cut."""
+    """Times in milliseconds, TEI's and `Server-Timing`, and the note that goes with an answer some of whose inputs were
+    cut."""
     timings = result.timings
-    computed = timings.tokenize + timings.infer
+    computed = timings.tokenize + timings.forward
     seconds = {"x-total-time": computed + timings.queue}
+    stages = {"total": computed + timings.queue}
     shows_all = shows_work_of_all(request)
     if shows_all:
+        stages = {"tokenize": timings.tokenize, "queue": timings.queue, "forward": timings.forward, **stages}
         seconds |= {
             "x-compute-time": computed,
             "x-tokenization-time": timings.tokenize,
             "x-queue-time": timings.queue,
-            "x-inference-time": timings.infer,
+            "x-inference-time": timings.forward,
         }
     headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
+    headers["Server-Timing"] = ", ".join(f"{name};dur={1000 * value:.2f}" for name, value in stages.items())
     headers["x-compute-tokens"] = str(result.prompt_tokens)
     if shows_all or result.cached_tokens:  # else there may be more of them than the caller may know of
         headers["X-Cached-Tokens"] = str(result.cached_tokens)

@@ -187,12 +187,22 @@ def shape_of(request: Request) -> ErrorShape:
     return by_path
 
 
-def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
+def dialect_of(request: Request) -> str:
+    """The name of a request's dialect: by its body once that has been read, before by its path; `none` on paths that
+    are no dialect's."""
+    by_body: str | None = getattr(request.state, "dialect", None)
+    if by_body is not None:
+        return by_body
+    by_path: str = request.app.state.dialect_for(request.scope["path"], request.method)
+    return by_path
+
+
+def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape], dialect_for: Callable[[str, str], str]) -> None:
     """Answer every exception of the application through this table.
 
-    `shape_for`: the shape of errors on a path, called with a method.
+    `shape_for`: the shape of errors on a path, called with a method; `dialect_for`: the name of its dialect.
     """
-    app.state.shape_for = shape_for
+    app.state.shape_for, app.state.dialect_for = shape_for, dialect_for
     app.add_exception_handler(VecmillError, refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_exception)  # type: ignore[arg-type]
@@ -201,23 +211,13 @@ def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
 
 
 async def refused(request: Request, error: VecmillError) -> Response:
-    """The answer to an error, counted and logged."""
-    hints = hints_of(request)
-    response = add_hints(request, error_response(shape_of(request), explained(error, hints), request.headers))
+    """The answer to an error, counted, and noted for the log."""
+    error = explained(error, hints_of(request))
     kind = type(error).__name__
-    services_of(request).telemetry.error(response.status_code, kind)
-    level = logging.WARNING if response.status_code >= 429 else logging.INFO
-    # The message may quote what the client sent; the log gets the kind and the field alone.
-    logger.log(
-        level,
-        "request refused",
-        extra={
-            "path": request.url.path[:LOGGED_CHARACTERS],
-            "status": response.status_code,
-            "error": kind,
-            "param": error.param and error.param[:LOGGED_CHARACTERS],
-        },
-    )
+    response = add_hints(request, error_response(shape_of(request), error, request.headers))
+    services_of(request).telemetry.error(response.status_code, kind, dialect_of(request))
+    # The line of the log, which RequestLog writes, has the kind and the field: the message may quote the client.
+    request.state.refusal = kind, error.param and error.param[:LOGGED_CHARACTERS]
     return response
 
 
@@ -263,7 +263,7 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
     body = bounded_body(shape_of(request), NotFound(message), error.status_code)
-    services_of(request).telemetry.error(error.status_code, "HTTPException")
+    services_of(request).telemetry.error(error.status_code, "HTTPException", dialect_of(request))
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
@@ -293,5 +293,8 @@ def _meant(request: Request) -> str | None:
 async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
     logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
-    services_of(request).telemetry.error(500, type(error).__name__)
-    return error_response(shape_of(request), VecmillError(FAULT))
+    services_of(request).telemetry.error(500, type(error).__name__, dialect_of(request))
+    response = error_response(shape_of(request), VecmillError(FAULT))
+    # This answer is made outside of all middleware, RequestLog included.
+    response.headers["X-Request-ID"] = request.state.request_id
+    return response

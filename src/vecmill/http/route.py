@@ -20,7 +20,7 @@ from vecmill.core.errors import NotAllowed, ShuttingDown
 from vecmill.core.json_body import JsonLimits, parse
 from vecmill.core.types import CacheControl, Caller, Lane, Viewer
 from vecmill.http.bounds import Word, most_inputs
-from vecmill.http.errors import CLIENT_CLOSED_REQUEST
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST, dialect_of
 from vecmill.http.hints import RouteNames, add_hints
 from vecmill.http.services import services_of
 
@@ -234,6 +234,9 @@ async def caller_of(
         began=request.state.began,
         cache_control=_cache_control(cache_control or ""),
         may_unload=request.state.viewer.everything or not services_of(request).several_keys(),
+        dialect=dialect_of(request),
+        request_id=request.state.request_id,
+        records=request.state.records,
     )
     return of_job(caller, x_job_id) if x_job_id else caller
 

@@ -19,16 +19,22 @@ from vecmill.http.access import is_loopback
 from vecmill.http.capabilities import forward_pass
 from vecmill.http.services import Services
 from vecmill.inference.vectors import describe_dimensions
+from vecmill.scheduler.policy import Budget
 
 
-def resolved(services: Services) -> dict[str, object]:
-    """The configuration as it turned out, for the log."""
-    cards = services.inference.cards
-    return {
-        "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
-        "device": cards[0].device,
-        "max_batch_tokens": {key: budget.max_batch_tokens for key, budget in services.inference.budgets.items()},
-    }
+def served(services: Services) -> list[str]:
+    """A sentence for each model: what it is and how it runs."""
+    return [_served(card, services.inference.budgets.get(card.key)) for card in services.inference.cards]
+
+
+def _served(card: ModelCard, budget: Budget | None) -> str:
+    what = "embeds" if card.task is Task.EMBED else "reranks"
+    if budget is None:
+        return f"{card.id} (revision {card.revision}) {what} once a request names it: it is loaded on demand"
+    return (
+        f"{card.id} (revision {card.revision}) {what} on {card.device} in {card.dtype}, in forward passes of up to "
+        f"{budget.max_batch_tokens} tokens"
+    )
 
 
 def start_table(services: Services, address: str) -> Table:
@@ -135,7 +141,10 @@ async def announce(services: Services, address: str) -> None:
         return
     if services.settings.log.log_format == "text":
         console.print(start_table(services, address))
-    logger.info("ready on %s", address, extra={} if console.is_terminal else resolved(services))
+    if not console.is_terminal:
+        for sentence in served(services):
+            logger.info(sentence)
+    logger.info("ready on %s", address)
 
 
 async def _progress_bar(health: Health, console: Console) -> None:

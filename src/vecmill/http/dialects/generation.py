@@ -23,9 +23,9 @@ from starlette.types import Receive, Scope, Send
 from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
 from vecmill.http.dialects.bodies import Dialect
 from vecmill.http.dialects.openai import OPENAI
-from vecmill.http.errors import CLIENT_CLOSED_REQUEST, MOST_BYTES, bounded_body, documented
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST, MOST_BYTES, bounded_body, dialect_of, documented
 from vecmill.http.generation import Generation
-from vecmill.http.middleware import ACCEPTABLE
+from vecmill.http.request_log import ACCEPTABLE
 from vecmill.http.route import check_new_work
 from vecmill.http.services import Services, ServicesOf, services_of
 from vecmill.refusals import message_of
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 router = APIRouter(tags=["OpenAI"])
 
 # All else stays on its side: credentials and cookies, and what holds for one connection only.
-UPWARD = ("content-type", "accept", "via")
+UPWARD = ("content-type", "accept", "via", "traceparent", "tracestate")
 DOWNWARD = (
     "content-type",
     "content-length",
@@ -88,7 +88,10 @@ def _pass_through(request: Request, services: Services, path: str) -> Response:
         raise NotFound(UNSET.format(path=path))
     check_new_work(request)
     counted = services.inference.admission.counted_for_key(request.state.viewer.owner)
-    return PassThrough(services.generation, path, upward(request.headers), counted)
+    headers = upward(request.headers)
+    if (span := getattr(request.state, "span", None)) is not None:
+        headers |= span.headers()
+    return PassThrough(services.generation, path, headers, counted)
 
 
 def upward(headers: Headers) -> dict[str, str]:
@@ -188,7 +191,8 @@ class PassThrough(Response):
                 await self._relay(response, send)
             else:
                 refusal = await self._refusal(response)
-                services_of(Request(scope)).telemetry.error(refusal.status_code, "GenerationRefused")
+                request = Request(scope)
+                services_of(request).telemetry.error(refusal.status_code, "GenerationRefused", dialect_of(request))
                 self._started = True
                 await refusal(scope, receive, send)
         finally:
