@@ -231,7 +231,7 @@ class Inference:
     async def _answer(
         self, model: Answering[Request, Result], request: Request, record: RequestRecord, *, interactive_hint: bool
     ) -> Result:
-        """Have the model loaded, admit the request, tokenize it, run its rows, finish them; `record` is told each stage."""
+        """Load the model, admit the request, tokenize it, run its rows, finish them; `record` is told of each stage."""
         caller = request.caller
         async with within(caller, self._request_timeout) as deadline, self._hold(model.card.key, caller):
             model = self._models_or_raise().current(model)
