@@ -27,7 +27,8 @@ from vecmill.http import api_document, batches, capabilities, errors, files, hea
 from vecmill.http.access import HOST_NAME, Access, ApiKeys, in_both_families
 from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
-from vecmill.http.dashboard import live, page
+from vecmill.http.dashboard import doctor, live, page
+from vecmill.http.dashboard.doctor import Doctor
 from vecmill.http.dashboard.live import Live
 from vecmill.http.dashboard.machine import Machine
 from vecmill.http.dashboard.sampling import Sampler
@@ -123,6 +124,7 @@ class Server:
         self.replica = f"{HOST_NAME}:{settings.http.port}"
         self.sampler = Sampler(self.services, self.machine, self.replica)
         self.live: Live | None = None
+        self.doctor = Doctor(settings)
         watch_gauges(self.services)
 
     async def open(self) -> None:
@@ -229,6 +231,7 @@ class Server:
     async def close(self) -> None:
         """Refuse new work, let what runs end if it soon does, fail what waits, end the threads."""
         self.begin_to_stop()
+        await self.doctor.close()
         await self.state.batches.close()
         if self.generation is not None:
             await self.generation.close()
@@ -276,11 +279,12 @@ def create_app(
     )
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
+    app.state.doctor = server.doctor
     server.live = app.state.live = Live(Snapshots(app, server.services, server.machine, server.replica), server.sampler)
     first, *others = (dialect.router for dialect in registry.DIALECTS)
     routers = [first, registry.shared, *others]  # the API's document has them in this order
     routers += [files.router, batches.router, jobs.router, jobs.deprecated]
-    routers += [capabilities.router, health.router, stats.router, live.router, page.router]
+    routers += [capabilities.router, health.router, stats.router, live.router, doctor.router, page.router]
     for router in routers:
         app.include_router(router)
     errors.install(app, registry.shape_for)

@@ -22,6 +22,7 @@ RATE_SECONDS = 60.0
 USERS_SECONDS = 300.0
 """For how long after its last request somebody is shown as a user."""
 SLOTS = 60
+SAME_MOMENT = 0.05  # seconds
 MOST_USERS = 256
 MOST_JOBS = 1024
 
@@ -98,7 +99,8 @@ class Window(Generic[Counts]):
             self._sums = self._nothing  # without what floating point leaves of differences
 
     def _each(self, operation: Callable[[Any, Any], Any], some: Counts, more: Counts) -> Counts:
-        return cast(Counts, self._nothing._make(map(operation, some, more)))
+        make: Any = type(some)
+        return cast(Counts, make(*map(operation, some, more)))
 
 
 class Recent(Generic[Key]):
@@ -148,6 +150,7 @@ class Rates:
 
     def __init__(self) -> None:
         self._all = Window(Work())
+        self._span = (-SAME_MOMENT, 1.0)
         self._passes = Window(Passes())
         self._users: dict[UserId, User] = {}
         self._jobs: Recent[str] = Recent()
@@ -185,8 +188,11 @@ class Rates:
         return self._passes.sums()
 
     def per_second(self, count: float) -> float:
-        """A count of the last minute as a rate."""
-        return count / self._all.span()
+        """A count of the last minute as a rate. Whoever asks for several at once gets all of them over one time."""
+        now = monotonic()
+        if now - self._span[0] > SAME_MOMENT:
+            self._span = now, self._all.span()
+        return count / self._span[1]
 
     def span(self) -> float | None:
         """Seconds that the counts of the last minute are of; None where nothing was answered in it."""

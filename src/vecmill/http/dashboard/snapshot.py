@@ -68,6 +68,7 @@ class Snapshots:
     async def of(self, view: View) -> dict[str, Any]:
         """What is so now."""
         services, refusals = self._services, self._refusals(view)
+        batches = services.batches.seen(view.viewer)
         if refusals:
             await self._words.learn()
         status, text = status_of(services)
@@ -83,10 +84,10 @@ class Snapshots:
             "keys_in_use": services.keys_in_use(),
             "warnings": self._machine.warnings(),
             "now": self._now(view),
-            "who": self._who(view),
+            "who": self._who(view, batches),
             "refusals": [self._refusal(refusal) for refusal in refusals],
             "jobs": self._jobs(view),
-            "batches": await self._batches(view),
+            "batches": await self._batches(view, batches),
             "models": model_items(services),
             "machine": self._machine.view(),
         }
@@ -137,10 +138,12 @@ class Snapshots:
             "ratio": round(passes.tokens / passes.knee_tokens, 3) if filled and passes.knee_tokens else None,
         }
 
-    def _who(self, view: View) -> list[dict[str, Any]]:
-        users = [user for user in self._services.telemetry.rates.users() if view.viewer.sees(user.id.owner)]
-        batches = {record.id: record for record in self._services.batches.seen(view.viewer)} if users else {}
-        return [self._user(user, batches.get(user.id.job or "")) for user in users[:MOST_USERS]]
+    def _who(self, view: View, batches: Sequence[BatchRecord]) -> list[dict[str, Any]]:
+        viewer = view.viewer
+        users = [user for user in self._services.telemetry.rates.users() if viewer.sees(user.id.owner)][:MOST_USERS]
+        jobs = {user.id.job for user in users}
+        of_jobs = {record.id: record for record in batches if record.id in jobs}
+        return [self._user(user, of_jobs.get(user.id.job or "")) for user in users]
 
     def _user(self, user: User, batch: BatchRecord | None) -> dict[str, Any]:
         rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
@@ -187,9 +190,8 @@ class Snapshots:
         items = [views.detailed(job) | {"key": self._services.key_name(job.owner)} for job in found.jobs]
         return {"counts": found.counts, "total": found.total, "page": number, "pages": pages, "items": items}
 
-    async def _batches(self, view: View) -> dict[str, Any]:
-        records = self._services.batches.seen(view.viewer)
-        records.sort(key=lambda record: record.ended)  # those that go on first
+    async def _batches(self, view: View, batches: Sequence[BatchRecord]) -> dict[str, Any]:
+        records = sorted(batches, key=lambda record: record.ended)  # those that go on first
         counts = Counter(record.status.value for record in records)
         number, pages = paged(view.query.batches_page, len(records))
         shown = records[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
