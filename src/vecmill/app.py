@@ -38,7 +38,7 @@ from vecmill.http.generation import Generation
 from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
-from vecmill.http.stats import watch_budgets, watch_gauges
+from vecmill.http.stats import watch_gauges
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble
 from vecmill.scheduler.policy import Budget, Rules
@@ -125,7 +125,7 @@ class Server:
         self.sampler = Sampler(self.services, self.machine, self.replica)
         self.live: Live | None = None
         self.doctor = Doctor(settings)
-        watch_gauges(self.services)
+        watch_gauges(self.services, lambda: self.requests.in_flight)
 
     async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
@@ -186,10 +186,9 @@ class Server:
         self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self._loaded = loaded
-        self.telemetry.knee_tokens = next((warmed.calibration.knee_tokens for warmed in loaded.warmed.values()), 0.0)
+        self.telemetry.knees = {key: warmed.calibration.knee_tokens for key, warmed in loaded.warmed.items()}
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
-        watch_budgets(self.services)
         return loaded
 
     def _report(self, percent: float, message: str) -> None:

@@ -71,9 +71,13 @@ async def test_stats_count_what_was_done() -> None:
             for family in text_string_to_metric_families(metrics)
             for sample in family.samples
         }
-        assert samples["vecmill_texts_total", (("model", MINILM), ("operation", "embed"))] == 5
-        assert samples["vecmill_errors_total", (("error", "EmptyInput"), ("status", "400"))] == 1
-        assert samples["vecmill_batch_rows_sum", (("lane", "interactive"),)] == 4
+        asked = {"dialect": "tei", "lane": "interactive", "model": MINILM, "operation": "embed", "outcome": "ok"}
+        assert samples["vecmill_texts_total", tuple(asked.items())] == 5
+        failed = asked | {"lane": "", "outcome": "refused"}
+        assert samples["vecmill_requests_total", tuple(failed.items())] == 1
+        assert samples["vecmill_errors_total", (("dialect", "tei"), ("error", "EmptyInput"), ("status", "400"))] == 1
+        run = {"lane": "interactive", "model": MINILM, "outcome": "ok", "task": "embed"}
+        assert samples["vecmill_batch_rows_sum", tuple(run.items())] == 4
         assert samples["vecmill_ready", ()] == 1
 
 

@@ -49,8 +49,18 @@ class Passes(NamedTuple):
     tokens: int = 0
     seconds: float = 0.0
     """On the device."""
-    knee_tokens: float = 0.0
+    knee_tokens: int = 0
     """The sum of the knees of the models that they ran."""
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """The mean."""
+        return self.tokens / self.passes if self.passes else None
+
+    @property
+    def fill_ratio(self) -> float | None:
+        """Their tokens by their models' knees: below 1 more tokens would have taken about as long."""
+        return self.tokens / self.knee_tokens if self.knee_tokens else None
 
 
 Counts = TypeVar("Counts", Work, Passes)
@@ -152,6 +162,8 @@ class Rates:
         self._all = Window(Work())
         self._span = (-SAME_MOMENT, 1.0)
         self._passes = Window(Passes())
+        self.all_passes = Passes()
+        """Since the start."""
         self._users: dict[UserId, User] = {}
         self._jobs: Recent[str] = Recent()
         self._lines: Recent[str] = Recent()
@@ -169,9 +181,11 @@ class Rates:
         if len(self._users) > MOST_USERS:
             del self._users[next(iter(self._users))]
 
-    def forward_pass(self, tokens: int, seconds: float, knee_tokens: float) -> None:
-        """A forward pass ended."""
-        self._passes.add(Passes(1, tokens, seconds, knee_tokens))
+    def forward_pass(self, tokens: int, seconds: float, knee_tokens: int) -> None:
+        """A forward pass ended; `knee_tokens` of its model."""
+        ended = Passes(1, tokens, seconds, knee_tokens)
+        self._passes.add(ended)
+        self.all_passes = Passes(*map(operator.add, self.all_passes, ended))
 
     def lines_done(self, batch_id: str, lines: int) -> None:
         """Lines of a batch were answered, and are on disk."""

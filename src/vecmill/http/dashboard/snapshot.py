@@ -20,11 +20,12 @@ from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.core.types import Lane, ModelCard, Viewer
 from vecmill.http.batches import batch_object
 from vecmill.http.dashboard.machine import Machine
+from vecmill.http.dashboard.sampling import waiting_tokens
 from vecmill.http.health import status_of
 from vecmill.http.services import Services
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.views import JobQuery
-from vecmill.telemetry.rates import User
+from vecmill.telemetry.rates import Passes, User
 from vecmill.telemetry.refusals import Refusal
 
 PAGE_SIZE = 25
@@ -106,7 +107,7 @@ class Snapshots:
                 for lane in Lane
             },
             "queue": {
-                lane.value: {"texts": inference.waiting[lane], "tokens": inference.waiting_tokens[lane]}
+                lane.value: {"texts": inference.waiting[lane], "tokens": waiting_tokens(inference, lane)}
                 for lane in Lane
             },
             "cache": self._cache() if view.shows_work else None,
@@ -130,12 +131,13 @@ class Snapshots:
         }
 
     def _batch_fill(self, view: View) -> dict[str, float | None]:
-        passes, knee = self._services.telemetry.rates.passes, self._services.telemetry.knee_tokens or None
-        filled = view.shows_work and passes.passes
+        passes, knees = self._services.telemetry.rates.passes, self._services.telemetry.knees
+        knee = passes.knee_tokens / passes.passes if passes.passes else next(iter(knees.values()), None)
+        shown = passes if view.shows_work else Passes()
         return {
-            "tokens_per_pass": round(passes.tokens / passes.passes, 1) if filled else None,
-            "knee_tokens": knee,
-            "ratio": round(passes.tokens / passes.knee_tokens, 3) if filled and passes.knee_tokens else None,
+            "tokens_per_pass": rounded(shown.tokens_per_pass, 1),
+            "knee_tokens": rounded(knee, 1) if view.shows_work else next(iter(knees.values()), None),
+            "ratio": rounded(shown.fill_ratio, 3),
         }
 
     def _who(self, view: View, batches: Sequence[BatchRecord]) -> list[dict[str, Any]]:
@@ -230,6 +232,11 @@ class Snapshots:
 
 
 SHOWN = ("p50", "p95")
+
+
+def rounded(value: float | None, digits: int) -> float | None:
+    """The value with fewer digits; None stays None."""
+    return None if value is None else round(value, digits)
 
 
 def paged(page: int, total: int) -> tuple[int, int]:
