@@ -120,8 +120,8 @@ async def test_a_query_that_is_none_is_refused(client: httpx.AsyncClient, query:
 
 async def test_batches_with_sizes_and_rates(client: httpx.AsyncClient) -> None:
     lines = b"".join(orjson.dumps(LINE | {"custom_id": str(number)}) + b"\n" for number in range(20))
-    content = {"file": ("in.jsonl", lines), "purpose": (None, "batch")}
-    file_id = (await client.post("/v1/files", files=content)).json()["id"]
+    sent = await client.post("/v1/files", files={"file": ("in.jsonl", lines)}, data={"purpose": "batch"})
+    file_id = sent.json()["id"]
     body = {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
     await client.post("/v1/batches", json=body | {"metadata": {"name": "nightly"}})
     async with asyncio.timeout(60):
@@ -150,7 +150,7 @@ async def test_refusals_say_why_and_nothing_that_the_client_sent() -> None:
         ("/embed", {"inputs": [SECRET], "prompt_name": SECRET}),
     ]
     async with serving() as client:
-        statuses = []
+        statuses: list[int] = []
         for path, body in asked:
             answer = await client.post(path, json=body, headers={"x-request-id": f"id-{len(statuses)}"})
             statuses.append(answer.status_code)
@@ -280,3 +280,36 @@ async def test_the_stream_has_a_snapshot_at_once_and_again(server: RunningServer
             assert (event, data[:7], empty) == ("event: snapshot", "data: {", "")
             moments.append(json.loads(data.removeprefix("data: "))["at"])
         assert 0 < moments[1] - moments[0] < 10
+
+
+@pytest.mark.parametrize("path", ["/dashboard/events", "/jobs/events"])
+async def test_a_reader_that_does_not_read_does_not_hold_up_the_stop(path: str) -> None:
+    async with serving() as client:
+        app = client._transport.app  # type: ignore[attr-defined]
+        sending = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                sending.set()
+                await asyncio.Event().wait()  # as a connection whose buffers are full
+
+        scope = {
+            "type": "http",
+            "method": "GET",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"host", b"localhost")],
+            "client": ("127.0.0.1", 1),
+        }
+        stuck = asyncio.create_task(app(scope, receive, send))
+        async with asyncio.timeout(30):
+            await sending.wait()
+            app.state.server.begin_to_stop()
+            await app.state.server.requests.none()
+        stuck.cancel()
+        await asyncio.gather(stuck, return_exceptions=True)
