@@ -360,7 +360,7 @@ async def test_a_batch_without_room_for_its_answers_waits_until_there_is(tmp_pat
         body = {"input_file_id": file_id, "endpoint": EMBED, "completion_window": "24h"}
         batch = (await client.post("/v1/batches", json=body)).json()
         log = (await client.get("/metrics")).text
-        while 'vecmill_requests_total{model="sentence' not in log:
+        while 'vecmill_requests_total{dialect="batch"' not in log:
             log = (await client.get("/metrics")).text
         assert (await client.get(f"/v1/batches/{batch['id']}")).json()["status"] == "in_progress"
         assert (await client.delete(f"/v1/files/{full}")).is_success

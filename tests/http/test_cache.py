@@ -142,7 +142,7 @@ async def test_it_is_counted_everywhere(client: httpx.AsyncClient) -> None:
     metrics = (await client.get("/metrics")).text
     counted = re.findall(r"^vecmill_cached_texts_total\{.*\} (\d+)", metrics, re.M)
     assert sum(map(int, counted)) == after["texts_cached"]
-    for name in ("entries", "bytes", "dropped", "lost", "failing"):
+    for name in ("entries", "bytes", "dropped_total", "lost_total", "failing"):
         assert f"vecmill_cache_{name} " in metrics
     facts = (await client.get("/cache")).json()
     assert (facts["enabled"], facts["failing"], facts["max_bytes"]) == (True, False, ON["cache_max_bytes"])

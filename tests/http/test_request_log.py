@@ -112,7 +112,7 @@ async def test_without_log_requests_only_refusals_have_a_line(shared: Sharing) -
     assert [line["message"] for line in lines(stream)] == ["request refused"]
 
 
-async def test_a_client_that_leaves_and_a_fault_have_their_line(
+async def test_a_fault_has_its_line_and_its_answer_the_same_id(
     client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*args: object, **named: object) -> None:
@@ -120,9 +120,10 @@ async def test_a_client_that_leaves_and_a_fault_have_their_line(
 
     monkeypatch.setattr("vecmill.http.dialects.bodies.vectors_response", broken)
     with log(JsonFormatter()) as stream:
-        assert (await client.post("/v1/embeddings", json={"input": "x"})).status_code == 500
+        answer = await client.post("/v1/embeddings", json={"input": "x"})
     (line,) = lines(stream)
-    assert (line["status"], line["model"]) == (500, MINILM)
+    assert (answer.status_code, line["status"], line["model"]) == (500, 500, MINILM)
+    assert line["request_id"] == answer.headers["x-request-id"]
 
 
 def test_a_line_costs_little() -> None:

@@ -397,4 +397,7 @@ async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
     logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
     _report(request, error, 500)
-    return error_response(shape_of(request), VecmillError(FAULT))
+    response = error_response(shape_of(request), VecmillError(FAULT))
+    # This answer is made outside of all middleware, RequestLog included.
+    response.headers["X-Request-ID"] = request.state.request_id
+    return response

@@ -78,6 +78,8 @@ class RequestLog:
         level = logging.DEBUG
         if refusal is not None:
             level = logging.WARNING if status >= FAULT_FROM else logging.INFO
+        elif status == CLIENT_CLOSED_REQUEST and not scope["state"]["records"]:
+            pass  # the client left before it had asked for anything
         elif scope["method"] not in READING or status >= REFUSED_FROM:
             level = self._usual_level
         if logger.isEnabledFor(level):
