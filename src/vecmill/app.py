@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
@@ -26,10 +27,15 @@ from vecmill.hardware.gpu import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, batches, capabilities, errors, files, health, jobs, models, stats
-from vecmill.http.access import Access, ApiKeys, in_both_families
+from vecmill.http.access import HOST_NAME, Access, ApiKeys, in_both_families
 from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
-from vecmill.http.dashboard import page
+from vecmill.http.dashboard import doctor, live, page
+from vecmill.http.dashboard.doctor import Doctor
+from vecmill.http.dashboard.live import Live
+from vecmill.http.dashboard.machine import Machine
+from vecmill.http.dashboard.sampling import Sampler, knee_of
+from vecmill.http.dashboard.snapshot import Snapshots
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
 from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestLine
@@ -124,9 +130,17 @@ class Server:
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
             several_keys=lambda: self.keys.several,
+            keys_in_use=lambda: self.keys.in_use,
+            key_name=self.keys.shown_name,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
             catalogue=lambda: self._catalogue,
         )
+        self.telemetry.knee_of = partial(knee_of, self.services)
+        self.machine = Machine(self.services)
+        self.replica = f"{HOST_NAME}:{settings.http.port}"
+        self.sampler = Sampler(self.services, self.machine, self.replica)
+        self.live: Live | None = None
+        self.doctor = Doctor(settings)
         watch_gauges(self.services, lambda: self.requests.in_flight)
 
     async def open(self) -> None:
@@ -138,6 +152,7 @@ class Server:
             # Importing OpenTelemetry takes a while.
             self.tracing = await asyncio.to_thread(open_tracing, self._settings.log.otlp_endpoint, os.environ)
             await self.state.open()
+            await self.sampler.start()
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
@@ -307,10 +322,14 @@ class Server:
         self.requests.stop()
         self.bodies.stop()
         self.state.jobs.end_following()
+        self.doctor.refuse()
+        if self.live is not None:
+            self.live.end()
 
     async def close(self) -> None:
         """Refuse new work, let what runs end if it soon does, fail what waits, end the threads."""
         self.begin_to_stop()
+        await self.doctor.close()
         await self.state.batches.close()
         await self._close_models()
         if self.generation is not None:
@@ -320,6 +339,7 @@ class Server:
         if self._engine is not None:
             self._engine.close()
         self._threads.shutdown()
+        await self.sampler.close()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
         if self.tracing is not None:
@@ -360,10 +380,13 @@ def create_app(
     )
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
+    app.state.doctor = server.doctor
+    server.live = app.state.live = Live(Snapshots(app, server.services, server.machine, server.replica), server.sampler)
     first, *others = (dialect.router for dialect in registry.DIALECTS)
     routers = [first, registry.shared, *others]  # the API's document has them in this order
     routers += [files.router, batches.router, jobs.router, jobs.deprecated]
-    routers += [capabilities.router, models.router, health.router, stats.router, page.router]
+    routers += [capabilities.router, models.router, health.router, stats.router]
+    routers += [live.router, doctor.router, page.router]
     for router in routers:
         app.include_router(router)
     errors.install(app, registry.shape_for, registry.dialect_name)

@@ -230,6 +230,8 @@ class RequestRecord:
     """From arrival to when its result was ready, or it failed. The body is read before and encoded after it."""
     waited: bool = False
     """Whether other work was ahead of it."""
+    owner: str | None = None
+    """The key, as the records of its jobs name it."""
     outcome: Outcome = Outcome.OK
     at: float = field(default_factory=monotonic)
     """When it ended, by `monotonic`."""

@@ -228,6 +228,11 @@ class ApiKeys:
         return bool(self._known.holders)
 
     @property
+    def in_use(self) -> bool:
+        """Whether there are keys, be it that of an administrator alone."""
+        return bool(self._known.holders) or self._known.admin is not None
+
+    @property
     def several(self) -> bool:
         """Whether more than one key opens the server, so that one holder must not learn of another's texts."""
         known = self._known
@@ -248,6 +253,11 @@ class ApiKeys:
     def name_of(self, owner: str | None) -> str | None:
         """The name of an owner's key; None for a key that is gone, and where there are no keys."""
         return self._known.names.get(owner)
+
+    def shown_name(self, owner: str | None) -> str | None:
+        """The same where people see it; a key that is gone is called as it was, or by its digest's beginning."""
+        kind, _, rest = (owner or "").partition(":")
+        return self.name_of(owner) or (f"key {rest[:8]}" if kind == "key" else rest or None)
 
     def limits_of(self, owner: str | None) -> KeyLimits:
         """What a key may have in progress; no limits for a key that is gone."""

@@ -223,6 +223,7 @@ class Inference:
             caller.job_id,
             caller.request_id,
             texts,
+            owner=caller.owner,
         )
         if caller.records is not None:
             caller.records.append(record)

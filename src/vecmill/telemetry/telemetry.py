@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, perf_counter
 
 import numpy as np
@@ -21,6 +21,8 @@ from vecmill.core.errors import (
 )
 from vecmill.core.types import Lane, Outcome, PassRecord, RequestRecord
 from vecmill.telemetry.metrics import Metrics, Values
+from vecmill.telemetry.rates import RATE_SECONDS, Rates, UserId, Work
+from vecmill.telemetry.refusals import Blame, Refusals
 
 # The nearest class in an error's MRO decides.
 OUTCOMES: Mapping[type[BaseException], Outcome] = {
@@ -70,6 +72,10 @@ class Telemetry:
     def __init__(self) -> None:
         self.metrics = Metrics()
         self.rolling = Rolling()
+        self.rates = Rates()
+        self.refusals = Refusals()
+        self.knee_of: Callable[[str], int] = lambda model: 0
+        """By the scheduler's key of a model, the tokens below which a forward pass takes about as long; 0: unknown."""
         self.in_flight: set[RequestRecord] = set()
         self._seen: set[tuple[str, str, str]] = set()
         self.metrics.in_flight.set_function(self._count_in_flight)
@@ -89,22 +95,30 @@ class Telemetry:
         if record.lane is not None:
             self._seen.add((record.operation, record.model, record.lane))
         if record.outcome is Outcome.OK:
-            self.rolling.add_request(record)
+            self._count(record)
+
+    def _count(self, record: RequestRecord) -> None:
+        self.rolling.add_request(record)
+        searches = int(record.lane is Lane.INTERACTIVE)
+        work = Work(record.texts, record.tokens, 1, searches, record.cached, record.cached_tokens)
+        self.rates.answered(work, UserId(record.owner, record.client, record.job), record.total)
 
     def batch(self, batch: PassRecord) -> None:
         """A forward pass is over."""
         self.metrics.pass_ended(batch)
         if not batch.failed:
             self.rolling.add_batch(batch.rows)
+            self.rates.forward_pass(batch.tokens, batch.seconds, self.knee_of(batch.model))
 
-    def error(self, status: int, kind: str, dialect: str) -> None:
-        """A request was answered with an error."""
+    def error(self, status: int, kind: str, dialect: str, blame: Blame) -> None:
+        """A request was answered with an error of this class."""
         self.metrics.errors.labels(dialect, str(status), kind).inc()
-        self.rolling.errors += 1
+        self.rolling.errors += blame is Blame.SERVER
+        self.rolling.refused += blame is Blame.LOAD
+        self.rolling.client_errors += blame is Blame.CLIENT
 
 
 SAMPLES = 1000
-WINDOW_SECONDS = 60.0
 
 
 class Rolling:
@@ -117,10 +131,18 @@ class Rolling:
         self.tokens = 0
         self.cached_texts = 0
         self.cached_tokens = 0
+        self.searches = 0
         self.errors = 0
+        """Answers with an error that is the server's own."""
+        self.refused = 0
+        """Requests that were refused for the load."""
+        self.client_errors = 0
+        """Requests that were refused for what they say."""
         self.queue_waits = 0
         self.warmup_seconds: tuple[float, ...] = ()
         self._samples: deque[RequestRecord] = deque(maxlen=SAMPLES)
+        self._totals: dict[Lane | None, deque[tuple[float, float]]] = {lane: deque(maxlen=SAMPLES) for lane in Lane}
+        """When the last requests of each lane were answered, and after how many milliseconds."""
         self._batch_rows: deque[int] = deque(maxlen=SAMPLES)
 
     def add_request(self, request: RequestRecord) -> None:
@@ -131,7 +153,9 @@ class Rolling:
         self.cached_texts += request.cached
         self.cached_tokens += request.cached_tokens
         self.queue_waits += request.waited
+        self.searches += request.lane is Lane.INTERACTIVE
         self._samples.append(request)
+        self._totals[request.lane].append((request.at, 1000 * request.total))
 
     def add_batch(self, rows: int) -> None:
         """Count a forward pass."""
@@ -142,14 +166,10 @@ class Rolling:
         """Seconds."""
         return monotonic() - self.started
 
-    def rates(self) -> tuple[float, float]:
-        """Texts and tokens per second over the last minute, or since the start if that is less."""
-        now = monotonic()
-        recent = [sample for sample in self._samples if now - sample.at <= WINDOW_SECONDS]
-        # A full window of samples may cover less than a minute: then it is the span that they cover that counts.
-        since = recent[0].at if len(recent) == SAMPLES else now - WINDOW_SECONDS
-        span = max(now - max(self.started, since), 1e-3)
-        return sum(sample.texts for sample in recent) / span, sum(sample.tokens for sample in recent) / span
+    def recent_latency_ms(self, lane: Lane, seconds: float = RATE_SECONDS) -> Mapping[str, float | None]:
+        """The same as `latency_ms` of the `total` times of the last `seconds`, of at most SAMPLES requests."""
+        since = monotonic() - seconds
+        return summary(taken for at, taken in self._totals[lane] if at >= since)
 
     def latency_ms(self, stage: str, lane: Lane | None = None) -> Mapping[str, float | None]:
         """min, p50, p95, max and mean of `total`, `tokenize`, `queue`, `forward` or `overhead` over recent requests."""
