@@ -123,7 +123,7 @@ export class WorkTable {
     setText(field(row, "progress"), facts.progress);
     setOrHide(field(row, "warning"), facts.warning);
     setOrHide(field(row, "problem"), facts.problem);
-    setText(field(row, "pace"), join([facts.rate, facts.left && `${facts.left} left`]));
+    setText(field(row, "pace"), facts.left && join([facts.rate, `${facts.left} left`]));
     setText(field(row, "rate"), facts.rate);
     setText(field(row, "left"), facts.left);
     setBar(row.querySelector("progress"), facts.done, facts.total, `Progress of ${name}`);
