@@ -24,10 +24,14 @@ from vecmill.hardware.gpu import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, batches, capabilities, errors, files, health, jobs, stats
-from vecmill.http.access import Access, ApiKeys, in_both_families
+from vecmill.http.access import HOST_NAME, Access, ApiKeys, in_both_families
 from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
-from vecmill.http.dashboard import page
+from vecmill.http.dashboard import live, page
+from vecmill.http.dashboard.live import Live
+from vecmill.http.dashboard.machine import Machine
+from vecmill.http.dashboard.sampling import Sampler
+from vecmill.http.dashboard.snapshot import Snapshots
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
 from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
@@ -110,8 +114,13 @@ class Server:
             hung=self._hung,
             device_busy=lambda: self._engine.busy if self._engine else False,
             several_keys=lambda: self.keys.several,
+            keys_in_use=lambda: self.keys.in_use,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
+        self.machine = Machine(self.services)
+        self.replica = f"{HOST_NAME}:{settings.http.port}"
+        self.sampler = Sampler(self.services, self.machine, self.replica)
+        self.live: Live | None = None
         watch_gauges(self.services)
 
     async def open(self) -> None:
@@ -121,6 +130,7 @@ class Server:
             self.generation.open()
         with self._failing_start():
             await self.state.open()
+            await self.sampler.start()
 
     async def load(self) -> None:
         """Load the models and begin to serve; on failure record why, for good."""
@@ -172,6 +182,7 @@ class Server:
         self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self._loaded = loaded
+        self.telemetry.knee_tokens = next((warmed.calibration.knee_tokens for warmed in loaded.warmed.values()), 0.0)
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
         watch_budgets(self.services)
@@ -210,6 +221,8 @@ class Server:
         self.requests.stop()
         self.bodies.stop()
         self.state.jobs.end_following()
+        if self.live is not None:
+            self.live.end()
 
     async def close(self) -> None:
         """Refuse new work, let what runs end if it soon does, fail what waits, end the threads."""
@@ -222,6 +235,7 @@ class Server:
         if self._engine is not None:
             self._engine.close()
         self._threads.shutdown()
+        await self.sampler.close()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
 
@@ -260,10 +274,11 @@ def create_app(
     )
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
+    server.live = app.state.live = Live(Snapshots(app, server.services, server.machine, server.replica), server.sampler)
     first, *others = (dialect.router for dialect in registry.DIALECTS)
     routers = [first, registry.shared, *others]  # the API's document has them in this order
     routers += [files.router, batches.router, jobs.router, jobs.deprecated]
-    routers += [capabilities.router, health.router, stats.router, page.router]
+    routers += [capabilities.router, health.router, stats.router, live.router, page.router]
     for router in routers:
         app.include_router(router)
     errors.install(app, registry.shape_for)

@@ -34,7 +34,7 @@ class State:
         """Held from `open` to `close`; None also where another server holds it."""
         self.cache: EmbeddingCache | None = None
         """None where nothing is cached."""
-        self.jobs = JobQueue(settings.jobs)
+        self.jobs = JobQueue(settings.jobs, telemetry.rates)
         self.batches = BatchService(settings.batches, settings.http.max_body_bytes, telemetry)
         self._looking: asyncio.Task[None] | None = None
         self._watch(telemetry)

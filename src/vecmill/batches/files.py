@@ -103,6 +103,13 @@ class FileStore:
             raise NoSuchFile(f"There is no file {file_id[:100]!r}: it was deleted, has expired, or never was.")
         return file
 
+    def size(self, file_id: str) -> int | None:
+        """Bytes of a whole file; None where there is none, or it cannot be looked at now. Raises nothing."""
+        try:
+            return self.data(file_id).stat().st_size
+        except OSError:
+            return None
+
     def all(self) -> list[StoredFile]:
         """All whole files that have not expired, in no order."""
         return [file for file in self.stored() if file.expires_at > self._clock()]

@@ -311,6 +311,7 @@ class BatchRun:
         if record is None:
             return False
         self.record = record
+        self._context.telemetry.rates.lines_done(record.id, record.progress.lines - before.lines)
         lines = self._context.telemetry.metrics.batch_lines
         lines.labels("completed").inc(record.progress.completed - before.completed)
         lines.labels("failed").inc(record.progress.failed - before.failed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
 
@@ -41,6 +41,8 @@ class BatchRunner:
         self._loop = asyncio.create_task(self._look_again_and_again(), name="batches")
         self.counts: Mapping[BatchStatus, int] = {}
         """Batches by state, as they were when last looked for."""
+        self._records: Sequence[BatchRecord] = ()
+        self._cancelled: Collection[str] = ()
 
     def wake(self) -> None:
         """Look now: a batch was created or cancelled, or a file deleted."""
@@ -87,8 +89,9 @@ class BatchRunner:
         if now >= self._next_sweep:
             self._next_sweep = now + SWEEP_SECONDS
             await in_thread(_delete_expired, self._context)
-        records, cancelled = await in_thread(self._pending)
-        for record in records:
+        pending, cancelled = await in_thread(self._pending)
+        self._cancelled = cancelled
+        for record in pending:
             over = record.id in cancelled or now >= record.expires_at
             if record.id in self._active:
                 if over:
@@ -98,12 +101,31 @@ class BatchRunner:
                 await self._try(record.id)
 
     def _pending(self) -> tuple[list[BatchRecord], set[str]]:
-        records = self._context.store.all()
+        self._records = records = self._context.store.all()
         self.counts = {status: sum(record.status is status for record in records) for status in BatchStatus}
         pending = [record for record in records if not record.ended]
         return pending, {
             record.id for record in pending if self._context.store.cancel_requested_at(record.id) is not None
         }
+
+    def seen(self) -> list[BatchRecord]:
+        """All batches as they were a second ago, those that run here as they are; the newest first. Reads no disk."""
+        running = {batch_id: run.record for batch_id, (run, _) in self._active.items()}
+        return [self._shown(running.get(record.id, record)) for record in reversed(self._records)]
+
+    def _shown(self, record: BatchRecord) -> BatchRecord:
+        if record.id in self._cancelled and not record.ended and record.ends_as is None:
+            return record.model_copy(update={"status": BatchStatus.CANCELLING})
+        return record
+
+    def created(self, record: BatchRecord) -> None:
+        """A batch was created: it is seen at once, and run soon."""
+        self._records = [*self._records, record]
+        self.wake()
+
+    def runs(self, batch_id: str) -> bool:
+        """Whether this server works on a batch now."""
+        return batch_id in self._active
 
     async def _try(self, batch_id: str) -> None:
         locked = await in_thread(self._locked, batch_id)

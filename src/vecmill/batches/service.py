@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vecmill.batches.disk import FileQuota, on_disk
+from vecmill.batches.disk import FileQuota, in_thread, on_disk
 from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.files import FileStore, StoredFile, Upload, too_large
 from vecmill.batches.record import BatchRecord, BatchStatus
@@ -196,7 +196,8 @@ class BatchService:
             return record
 
         record = await on_disk(create)
-        self.wake()
+        if self._runner is not None:
+            self._runner.created(record)
         return record
 
     async def get(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
@@ -214,6 +215,26 @@ class BatchService:
         return await on_disk(
             lambda: [_with_cancellation(store, record) for record in reversed(store.all()) if viewer.sees(record.owner)]
         )
+
+    def seen(self, viewer: Viewer = EVERYONE) -> list[BatchRecord]:
+        """All batches of the viewer as they were a second ago, the newest first; none before `start`. Reads no disk."""
+        records = self._runner.seen() if self._runner else []
+        return [record for record in records if viewer.sees(record.owner)]
+
+    def runs(self, batch_id: str) -> bool:
+        """Whether this server works on a batch now."""
+        return self._runner is not None and self._runner.runs(batch_id)
+
+    async def input_bytes(self, records: Iterable[BatchRecord]) -> dict[str, int | None]:
+        """The sizes of batches' input files, by the batches' ids; None for a file that is gone."""
+        if self._context is None:
+            return {}
+        files, wanted = self._context.files, {record.id: record.input_file_id for record in records}
+
+        def look() -> dict[str, int | None]:
+            return {batch_id: files.size(file_id) for batch_id, file_id in wanted.items()}
+
+        return await in_thread(look) if wanted else {}
 
     async def cancel(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """Request that a batch is cancelled; what it has answered stays.

@@ -246,6 +246,19 @@ class ControlGroups:
             default=None,
         )
 
+    def strictest(self) -> tuple[int, int, int] | None:
+        """Of the group with the least left: its limit, what counts against it, and how much of that is file cache that
+        nobody has used lately, in bytes; None where none limits.
+        """
+        if self._looked_at is None or monotonic() - self._looked_at > LOOK_SECONDS:
+            self._look()
+        accounts = []
+        for group, version in self._limited:
+            if (limit := _limit(group, version)) is not None:
+                used, inactive = _number(group / version.usage) or 0, _inactive(group, version)
+                accounts.append((limit, used, inactive))
+        return min(accounts, key=lambda account: account[0] - account[1] + account[2], default=None)
+
     def _look(self) -> None:
         self._limited = [group for group in self._groups if _limit(*group) is not None]
         self._looked_at = monotonic()
@@ -282,12 +295,15 @@ def _limit(group: Path, version: _Version) -> int | None:
 
 def _held(group: Path, version: _Version) -> int:
     """Bytes that count against the limit; what is inactive is given up before anything is refused."""
+    return (_number(group / version.usage) or 0) - _inactive(group, version)
+
+
+def _inactive(group: Path, version: _Version) -> int:
     try:
         stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        inactive = int(stat.get(version.inactive, 0))
+        return int(stat.get(version.inactive, 0))
     except (OSError, ValueError):
-        inactive = 0
-    return (_number(group / version.usage) or 0) - inactive
+        return 0
 
 
 def _number(file: Path) -> int | None:

@@ -222,6 +222,11 @@ class ApiKeys:
         return bool(self._known.holders)
 
     @property
+    def in_use(self) -> bool:
+        """Whether there are keys, be it that of an administrator alone."""
+        return bool(self._known.holders) or self._known.admin is not None
+
+    @property
     def several(self) -> bool:
         """Whether more than one key opens the server, so that one holder must not learn of another's texts."""
         known = self._known
@@ -257,6 +262,12 @@ def _known(settings: AccessSettings) -> _Known:
 def _owner(entry: KeyEntry, digest: bytes) -> str:
     """A key without a name is known by its value: what stands in its place tomorrow may be another key."""
     return f"name:{entry.name}" if entry.is_named else f"key:{digest.hex()[:32]}"
+
+
+def shown_key(owner: str | None) -> str | None:
+    """What a key is called where people see it: its name, or the beginning of its digest; None where there are none."""
+    kind, _, rest = (owner or "").partition(":")
+    return f"key {rest[:8]}" if kind == "key" else rest or owner
 
 
 def _digest(key: str) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from copy import copy
 from dataclasses import dataclass, field
@@ -24,21 +25,29 @@ from starlette.routing import Match
 
 from vecmill.core.errors import (
     BatchConflict,
+    BatchFailed,
     BodyTooLarge,
     DeadlineExceeded,
+    EngineFailed,
+    GenerationTimeout,
     GenerationUnavailable,
     HeadTooLarge,
     InsufficientStorage,
     InvalidApiKey,
     InvalidInput,
     JobConflict,
+    JobsUnavailable,
     MalformedBody,
     MalformedRequest,
+    MemoryLow,
+    ModelLoading,
     NonFiniteEmbedding,
     NotAllowed,
     NotFound,
     Overloaded,
     RequestTimedOut,
+    ShuttingDown,
+    StateUnavailable,
     TooManyInputs,
     Unavailable,
     UnsupportedEncoding,
@@ -46,6 +55,7 @@ from vecmill.core.errors import (
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
 from vecmill.http.services import services_of
+from vecmill.telemetry.refusals import Blame, Refusal
 
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
@@ -83,6 +93,12 @@ STATUS: Mapping[type[VecmillError], int] = {
     InsufficientStorage: 507,
     VecmillError: 500,
 }
+
+# Refused for the load: there is room, or time, at another moment.
+OF_LOAD = (Overloaded, MemoryLow, ModelLoading, ShuttingDown, DeadlineExceeded)
+# Their messages are made of what the server knows; all others may repeat what the client sent.
+IN_OWN_WORDS = (*OF_LOAD, BatchFailed, EngineFailed, StateUnavailable, JobsUnavailable, RequestTimedOut)
+DASHBOARD = "/dashboard/"
 
 OTHER_HEADERS: Mapping[type[VecmillError], Mapping[str, str]] = {
     InvalidApiKey: {"WWW-Authenticate": "Bearer"},
@@ -201,7 +217,7 @@ async def refused(request: Request, error: VecmillError) -> Response:
     """The answer to an error, counted and logged."""
     response = error_response(shape_of(request), error, request.headers)
     kind = type(error).__name__
-    services_of(request).telemetry.error(response.status_code, kind)
+    _report(request, error, response.status_code)
     level = logging.WARNING if response.status_code >= 429 else logging.INFO
     # The message may quote what the client sent; the log gets the kind and the field alone.
     logger.log(
@@ -215,6 +231,66 @@ async def refused(request: Request, error: VecmillError) -> Response:
         },
     )
     return response
+
+
+def _report(request: Request, error: Exception, status: int) -> None:
+    """Count an error, and keep it among the last."""
+    blame = blamed(error, status)
+    services_of(request).telemetry.error(status, type(error).__name__, blame)
+    if blame is Blame.CLIENT and request.url.path.startswith(DASHBOARD):
+        return  # such as the page's own, before somebody signs in
+    keep_refusal(request, _name_of(error, status), status, reason_of(error, status), getattr(error, "param", None))
+
+
+def keep_refusal(request: Request, name: str, status: int, reason: str, param: str | None = None) -> None:
+    """Keep an error among the last. Nothing of `reason` may be the client's."""
+    state = request.state
+    services_of(request).telemetry.refusals.add(
+        Refusal(
+            request_id=getattr(state, "request_id", ""),
+            status=status,
+            error=name,
+            reason=reason,
+            param=param,
+            method=request.method,
+            path=request.url.path[:LOGGED_CHARACTERS],
+            client=request.client.host.removeprefix("::ffff:") if request.client else "",
+            key=getattr(state, "api_key_name", None),
+            owner=state.viewer.owner if hasattr(state, "viewer") else None,
+        )
+    )
+
+
+def blamed(error: Exception, status: int) -> Blame:
+    """Whose fault an error is."""
+    if isinstance(error, OF_LOAD) and not isinstance(error, GenerationTimeout):
+        return Blame.LOAD
+    return Blame.CLIENT if status < HTTPStatus.INTERNAL_SERVER_ERROR else Blame.SERVER
+
+
+def blamed_for_another(status: int) -> Blame:
+    """Whose fault it is that a server behind this one answered with an error."""
+    if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        return Blame.LOAD
+    return Blame.CLIENT if status < HTTPStatus.INTERNAL_SERVER_ERROR else Blame.SERVER
+
+
+def _name_of(error: Exception, status: int) -> str:
+    """The error in one word: `overloaded`, `too_many_inputs`; the status' own where the router refuses."""
+    if isinstance(error, HTTPException):
+        return HTTPStatus(status).name.lower()
+    return re.sub("(?<!^)(?=[A-Z])", "_", type(error).__name__).lower()
+
+
+def reason_of(error: Exception, status: int) -> str:
+    """Why, as a sentence in which nothing is the client's: of its faults that is what the class says of itself."""
+    if isinstance(error, HTTPException):
+        return f"{HTTPStatus(status).phrase}."
+    if not isinstance(error, VecmillError):
+        return FAULT
+    if isinstance(error, IN_OWN_WORDS):
+        return error.message
+    return (type(error).__doc__ or "").strip()
 
 
 async def _on_validation_error(request: Request, error: RequestValidationError) -> Response:
@@ -259,7 +335,7 @@ async def _on_http_exception(request: Request, error: HTTPException) -> Response
         headers["Allow"] = ", ".join(_methods(request))
         message = f"{request.method} is not possible here; use {headers['Allow']}."
     body = bounded_body(shape_of(request), NotFound(message), error.status_code)
-    services_of(request).telemetry.error(error.status_code, "HTTPException")
+    _report(request, error, error.status_code)
     return JSONResponse(body, status_code=error.status_code, headers=headers)
 
 
@@ -289,5 +365,5 @@ def _meant(request: Request) -> str | None:
 async def _on_bug(request: Request, error: Exception) -> Response:
     """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
     logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
-    services_of(request).telemetry.error(500, type(error).__name__)
+    _report(request, error, 500)
     return error_response(shape_of(request), VecmillError(FAULT))

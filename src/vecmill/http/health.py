@@ -26,10 +26,8 @@ async def health(request: Request, services: ServicesOf, response: Response) -> 
     Where there are keys, addresses, paths and what exactly failed are for their holders alone.
     """
     told = may_use(request)
-    phase, percent, message = services.health.snapshot()
-    status = "ok" if phase is Phase.READY else phase.value
-    if phase is Phase.READY and (hung := services.hung()) is not None:
-        status, message = "hung", hung
+    phase, percent, _ = services.health.snapshot()
+    status, message = status_of(services)
     response.status_code = 200 if status == "ok" else 503
     return {
         "status": status,
@@ -42,6 +40,14 @@ async def health(request: Request, services: ServicesOf, response: Response) -> 
         "generation": await _generation(services, told=told),
         "warnings": warnings(services.gpu()),
     }
+
+
+def status_of(services: Services) -> tuple[str, str]:
+    """The state in one word, `ok` when requests are served, and in one sentence."""
+    phase, _, message = services.health.snapshot()
+    if phase is Phase.READY and (hung := services.hung()) is not None:
+        return "hung", hung
+    return ("ok" if phase is Phase.READY else phase.value), message
 
 
 @router.get("/ready", summary="Readiness", responses=documented(503))

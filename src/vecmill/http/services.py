@@ -50,6 +50,8 @@ class Services:
     device_busy: Callable[[], bool]
     several_keys: Callable[[], bool]
     """Whether more than one API key opens the server now."""
+    keys_in_use: Callable[[], bool]
+    """Whether there are API keys."""
     warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""
 

@@ -78,7 +78,10 @@ WORK = ("texts_cached", "tokens_cached", "texts_computed", "cache", "queue_waits
 
 @router.get("/stats", summary="Statistics", tags=["Statistics"])
 async def stats(request: Request, services: ServicesOf) -> dict[str, Any]:
-    """Totals since the start; rates over the last minute; latencies over the last 1,000 requests.
+    """Totals since the start; latencies over the last 1,000 requests. Rates: texts and tokens that were answered in the
+    last minute, computed or from the cache.
+
+    `errors` are the server's own, `refused` for lack of room or time, `client_errors` for what the request says.
 
     With several keys and a common cache, what would tell of other keys' texts is null but for the scope `admin`.
     """
@@ -87,9 +90,8 @@ async def stats(request: Request, services: ServicesOf) -> dict[str, Any]:
 
 
 def _stats(services: Services) -> dict[str, Any]:
-    rolling = services.telemetry.rolling
+    rolling, rates = services.telemetry.rolling, services.telemetry.rates
     latency = rolling.latency_ms("total")
-    texts_per_second, tokens_per_second = rolling.rates()
     warmup = rolling.warmup_seconds
     scheduled = services.inference.stats
     gpu, host = services.gpu().memory, host_memory()
@@ -103,6 +105,8 @@ def _stats(services: Services) -> dict[str, Any]:
         "texts_computed": scheduled.sequences,
         "cache": cache_facts(services),
         "errors": rolling.errors,
+        "refused": rolling.refused,
+        "client_errors": rolling.client_errors,
         "queue_waits": rolling.queue_waits,
         "queue_depth": sum(services.inference.waiting.values()),
         "waiting": {lane.value: count for lane, count in services.inference.waiting.items()},
@@ -117,8 +121,8 @@ def _stats(services: Services) -> dict[str, Any]:
         "warmup_avg_ms": round(1000 * sum(warmup) / len(warmup), 1) if warmup else None,
         "warmup_requests": len(warmup),
         "uptime_seconds": round(rolling.uptime, 1),
-        "texts_per_second": round(texts_per_second, 2),
-        "tokens_per_second": round(tokens_per_second, 1),
+        "texts_per_second": round(rates.per_second(rates.minute.texts), 2),
+        "tokens_per_second": round(rates.per_second(rates.minute.tokens), 1),
         "gpu_busy": services.device_busy(),
         "gpu_memory_total_mb": gpu and gpu.total_mb,
         "gpu_memory_allocated_mb": gpu and gpu.allocated_mb,
@@ -135,8 +139,8 @@ def _stats(services: Services) -> dict[str, Any]:
 @router.get("/stats/detailed", summary="Detailed statistics", tags=["Statistics"])
 async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
     """Where the time of the last 1,000 requests went, and how full the forward passes were."""
-    rolling, shown = services.telemetry.rolling, shows_work_of_all(request)
-    texts_per_second, tokens_per_second = rolling.rates()
+    rolling, rates = services.telemetry.rolling, services.telemetry.rates
+    shown = shows_work_of_all(request)
     stages: Mapping[str, Callable[[], Mapping[str, float | None]]] = {
         "gpu": lambda: rolling.latency_ms("infer"),
         "queue": lambda: rolling.latency_ms("queue"),
@@ -155,8 +159,8 @@ async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
             "recent_avg": rolling.recent_batch_rows() if shown else None,
         },
         "throughput": {
-            "texts_per_second": round(texts_per_second, 2),
-            "tokens_per_second": round(tokens_per_second, 1),
+            "texts_per_second": round(rates.per_second(rates.minute.texts), 2),
+            "tokens_per_second": round(rates.per_second(rates.minute.tokens), 1),
             "requests": rolling.requests,
             "texts": rolling.texts,
             "tokens": rolling.tokens,

@@ -14,6 +14,7 @@ from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
     NO_LIMITS,
+    Caller,
     DetokenizeRequest,
     EmbedRequest,
     EmbedResult,
@@ -121,6 +122,11 @@ class Inference:
         return self._scheduler.waiting if self._scheduler else dict.fromkeys(Lane, 0)
 
     @property
+    def waiting_tokens(self) -> Mapping[Lane, int]:
+        """Their tokens."""
+        return self._scheduler.waiting_tokens if self._scheduler else dict.fromkeys(Lane, 0)
+
+    @property
     def stats(self) -> SchedulerStats:
         """What the scheduler has counted since the start."""
         return self._scheduler.stats if self._scheduler else SchedulerStats()
@@ -190,7 +196,7 @@ class Inference:
                     results = replace(results, vectors=vectors, reported_hits=hits)
                 finish = partial(model.finish, request, results)
                 result = await self._threads.run_if_large(finish, size=results.nbytes)
-        self._report(operation, model.card, texts, results, perf_counter() - arrived)
+        self._report(operation, model.card, caller, texts, results, perf_counter() - arrived)
         return result
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResult:
@@ -239,7 +245,9 @@ class Inference:
                 param=param,
             )
 
-    def _report(self, operation: str, card: ModelCard, texts: int, results: RowResults, seconds: float) -> None:
+    def _report(
+        self, operation: str, card: ModelCard, caller: Caller, texts: int, results: RowResults, seconds: float
+    ) -> None:
         self._telemetry.answered(
             Answered(
                 operation=operation,
@@ -255,5 +263,6 @@ class Inference:
                 queue=results.timings.queue,
                 infer=results.timings.infer,
                 waited=results.waited,
+                caller=caller,
             )
         )

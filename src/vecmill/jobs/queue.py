@@ -12,8 +12,9 @@ from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
 from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import JobEvent, JobStatus, View
-from vecmill.jobs.state import Book, Ledger, Outcome
-from vecmill.jobs.views import ENDED_SHOWN, Followers, Views
+from vecmill.jobs.state import OPEN_JOBS_MAX, Book, Ledger, Outcome
+from vecmill.jobs.views import ENDED_SHOWN, Followers, JobPage, JobQuery, Views
+from vecmill.telemetry.rates import Rates, Recent, per_second
 
 T = TypeVar("T")
 
@@ -56,6 +57,31 @@ class JobStore(Protocol):
         ...
 
 
+class Reports:
+    """What the jobs' clients reported to have done in the last minute, to whichever server."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """`clock`: the jobs'."""
+        self._clock = clock
+        self._since = clock()
+        self._current: dict[str, int] = {}
+        self._recent: Recent[str] = Recent(OPEN_JOBS_MAX, clock)
+
+    def look(self, ledger: Ledger) -> None:
+        """Count what the open jobs have done since the last look."""
+        before, self._current = self._current, {job.id: job.current for job in ledger.open.values()}
+        for job in ledger.open.values():
+            # Of a job that is seen for the first time nobody knows when it did what, unless it is a new one.
+            unseen = 0 if job.created_at >= self._since else job.current
+            done = job.current - before.get(job.id, unseen)
+            if done > 0:
+                self._recent.add(job.id, done)
+
+    def per_second(self, job_id: str) -> float:
+        """Chunks per second of a job."""
+        return per_second(self._recent.texts(job_id), self._clock(), self._since)
+
+
 class JobQueue:
     """First come first served, a few active at a time, the abandoned given up.
 
@@ -63,8 +89,11 @@ class JobQueue:
     JobsUnavailable.
     """
 
-    def __init__(self, settings: JobSettings) -> None:
+    def __init__(self, settings: JobSettings, rates: Rates | None = None) -> None:
+        """`rates`: of the texts that are answered in the jobs' names."""
         self._settings = settings
+        self._rates = rates or Rates()
+        self._reports: Reports | None = None
         self._store: JobStore | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._touching: set[str] = set()
@@ -74,6 +103,7 @@ class JobQueue:
         """Continue with the jobs that the store holds. Never raises."""
         await store.open()
         self._store = store
+        self._reports = Reports(store.now)
 
     @property
     def problem(self) -> str | None:
@@ -147,6 +177,16 @@ class JobQueue:
         _, views = await self._transact(_only_what_is_due)
         return views.overview(limit, state, project, viewer)
 
+    def page(self, query: JobQuery, viewer: Viewer = EVERYONE) -> tuple[JobPage, Views]:
+        """Some of the viewer's jobs as they were last seen, which is a second ago at most. Asks no store."""
+        views = self._views()
+        return views.page(query, viewer), views
+
+    def project(self, job_id: str) -> str | None:
+        """What an open job is of, as last seen; None where there is no such job."""
+        job = self._ledger().open.get(job_id)
+        return None if job is None else job.project
+
     async def sweep(self) -> None:
         """Fail jobs whose lease has run out and fill free places. Raises JobsUnavailable."""
         await self._transact(_only_what_is_due)
@@ -192,7 +232,21 @@ class JobQueue:
         """
         transaction = asyncio.create_task(self._announced(self._opened().transact(change)))
         outcome = await asyncio.shield(self._keep(transaction))
-        return outcome.value(), Views(outcome.ledger, self._settings, outcome.now)
+        self._look(outcome.ledger)
+        return outcome.value(), Views(outcome.ledger, self._settings, outcome.now, self._rate_of)
+
+    def _look(self, ledger: Ledger) -> None:
+        if self._reports is not None:
+            self._reports.look(ledger)
+
+    def _rate_of(self, job_id: str) -> float:
+        """Texts per second of an open job.
+
+        By what was answered in its name; or by what it reported, if that is more: its client need not tag its requests,
+        and may send them to several servers.
+        """
+        answered = self._rates.per_second(self._rates.texts_of_job(job_id))
+        return max(answered, self._reports.per_second(job_id) if self._reports else 0.0)
 
     async def _announced(self, transaction: Coroutine[Any, Any, T]) -> T:
         """Run a transaction, then tell whoever follows the jobs."""
@@ -237,7 +291,8 @@ class JobQueue:
         return Ledger() if self._store is None else self._store.ledger
 
     def _views(self) -> Views:
-        return Views(self._ledger(), self._settings, 0.0 if self._store is None else self._store.now())
+        now = 0.0 if self._store is None else self._store.now()
+        return Views(self._ledger(), self._settings, now, self._rate_of)
 
 
 def _only_what_is_due(book: Book) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,9 +23,13 @@ ENDED_SHOWN = 10
 class Views:
     """A ledger as JSON, at one moment."""
 
-    def __init__(self, ledger: Ledger, settings: JobSettings, now: float) -> None:
+    def __init__(
+        self, ledger: Ledger, settings: JobSettings, now: float, rate_of: Callable[[str], float] = lambda job_id: 0.0
+    ) -> None:
+        """`rate_of` an open job: texts per second, see `telemetry.rates`."""
         self.ledger = ledger
         self._settings = settings
+        self._rate_of = rate_of
         self.now = now
         self._places: dict[str, tuple[int, int]] = {}
         position = ahead = 0
@@ -47,6 +51,8 @@ class Views:
         """The view of a job of this ledger."""
         position, ahead = self._places.get(job.id, (0, 0))
         shown = job.view(self.now) | {"position": position, "queue_position": position}
+        if "chunks_per_second" in shown and not job.status.ended:
+            shown["chunks_per_second"] = round(self._rate_of(job.id), 3)
         if job.status is JobStatus.QUEUED:
             shown |= {"chunks_ahead": ahead, "estimated_wait": self._wait(job, ahead)}
         return shown
@@ -72,6 +78,31 @@ class Views:
             "historical_rate": None if rate is None else round(rate, 3),
         }
 
+    def page(self, query: JobQuery, viewer: Viewer = EVERYONE) -> JobPage:
+        """Some of the viewer's jobs: the active before those that wait, and those that ended last after them."""
+        active = (job for job in self.ledger.open.values() if job.status is JobStatus.ACTIVE)
+        queued = (job for job in self.ledger.open.values() if job.status is JobStatus.QUEUED)
+        jobs = [*active, *queued, *reversed(list(self.ledger.ended.values()))]
+        visible = [job for job in jobs if self.ledger.shows(job, viewer)]
+        counts = Counter(job.status.value for job in visible)
+        found = [job for job in visible if query.finds(job)]
+        shown = found[query.first : query.first + query.size]
+        return JobPage({status.value: counts[status.value] for status in JobStatus}, len(found), shown)
+
+    def detailed(self, job: Job) -> View:
+        """A job's view, with what whoever watches it wants to know; null where it does not apply, or is not known."""
+        shown, ended = self.of(job), job.status.ended
+        started_at = job.started_at or job.completed_at or self.now
+        silent = self.now - (job.lease_until - self._settings.job_lease_seconds)
+        return {
+            **dict.fromkeys(OF_STARTED),
+            **shown,
+            "texts_per_second": None if ended else round(self._rate_of(job.id), 3),
+            "silent_seconds": None if ended else round(max(0.0, silent), 1),
+            "given_up_in_seconds": None if ended else round(max(0.0, job.lease_until - self.now), 1),
+            "waiting_seconds": round(max(0.0, started_at - job.created_at), 1),
+        }
+
     def _wait(self, job: Job, ahead: int) -> float | None:
         """Seconds; no more than until it is activated beside the others. None while no pace is known."""
         rate = self.ledger.totals.pace.rate
@@ -79,6 +110,38 @@ class Views:
             return None
         left = job.created_at + self._settings.jobs_max_wait_seconds - self.now
         return round(max(0.0, min(ahead / rate, left)), 1)
+
+
+OF_STARTED = ("started_at", "elapsed_seconds", "chunks_per_second", "eta_seconds", "percent", "completed_at", "error")
+
+
+@dataclass(frozen=True, slots=True)
+class JobQuery:
+    """Which jobs somebody wants to see."""
+
+    text: str = ""
+    """In their project, client or id, in whatever case."""
+    status: JobStatus | None = None
+    first: int = 0
+    size: int = 25
+
+    def finds(self, job: Job) -> bool:
+        """Whether a job is one of them."""
+        if self.status not in (None, job.status):
+            return False
+        text = self.text.casefold()
+        return not text or any(text in field.casefold() for field in (job.project, job.instance_id, job.id))
+
+
+@dataclass(frozen=True, slots=True)
+class JobPage:
+    """What a `JobQuery` found."""
+
+    counts: dict[str, int]
+    """Of all the viewer's jobs, by state."""
+    total: int
+    """Jobs that were found."""
+    jobs: list[Job]
 
 
 AT_A_TIME = 64  # jobs that a reader is given at once

@@ -65,6 +65,8 @@ class Scheduler:
         self.budgets = dict(budgets)
         self.waiting = dict.fromkeys(Lane, 0)
         """Sequences not yet in a batch, by the lane of their first submitter."""
+        self.waiting_tokens = dict.fromkeys(Lane, 0)
+        """Their tokens."""
         self._backlog = Backlog()
         self._runner = runner
         self._rules = rules or Rules()
@@ -130,6 +132,7 @@ class Scheduler:
             sequence = Sequence(row, model, key, submitted=now)
             self._unanswered[key] = sequence, lane
             self.waiting[lane] += 1
+            self.waiting_tokens[lane] += len(sequence)
             self._backlog.add(sequence)
         # In the line of each who asks for it: nobody waits for the turn of another client.
         sequence.stands_in.add((lane, client, job))
@@ -184,7 +187,9 @@ class Scheduler:
     def _leave_queue(self, sequence: Sequence) -> None:
         sequence.taken = True
         self._backlog.remove(sequence)
-        self.waiting[self._unanswered[sequence.key][1]] -= 1
+        lane = self._unanswered[sequence.key][1]
+        self.waiting[lane] -= 1
+        self.waiting_tokens[lane] -= len(sequence)
 
     def _start(self, taken: Cut[Sequence]) -> None:
         self._in_flight.begin(taken.lane)

@@ -14,7 +14,9 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from vecmill.core.types import Lane
+from vecmill.core.types import Caller, Lane
+from vecmill.telemetry.rates import RATE_SECONDS, Rates, UserId, Work
+from vecmill.telemetry.refusals import Blame, Refusals
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
@@ -195,7 +197,14 @@ class Answered:
     infer: float
     waited: bool
     """Whether other work was ahead of it."""
+    caller: Caller = field(default_factory=Caller)
     at: float = field(default_factory=monotonic)
+
+    @property
+    def work(self) -> Work:
+        """What it counts towards the rates."""
+        searches = int(self.lane is Lane.INTERACTIVE)
+        return Work(self.texts, self.tokens, 1, searches, self.cached, self.cached_tokens)
 
     @property
     def overhead(self) -> float:
@@ -209,6 +218,10 @@ class Telemetry:
     def __init__(self) -> None:
         self.metrics = Metrics()
         self.rolling = Rolling()
+        self.rates = Rates()
+        self.refusals = Refusals()
+        self.knee_tokens = 0.0
+        """Of the default model: with fewer tokens a forward pass takes about as long."""
 
     def answered(self, request: Answered) -> None:
         """An inference request has its result."""
@@ -223,23 +236,27 @@ class Telemetry:
             seconds = getattr(request, stage)
             self.metrics.request_seconds.labels(operation, request.lane.value, stage).observe(seconds)
         self.rolling.add_request(request)
+        caller = request.caller
+        self.rates.answered(request.work, UserId(caller.owner, caller.client, caller.job_id))
 
     def batch(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None:
         """A batch ended; it was halved `splits` times for lack of memory."""
+        self.rates.forward_pass(tokens, seconds, self.knee_tokens)
         self.metrics.batch_rows.labels(lane.value).observe(rows)
         self.metrics.batch_tokens.labels(lane.value).observe(tokens)
         self.metrics.batch_seconds.labels(lane.value).observe(seconds)
         self.metrics.splits.inc(splits)
         self.rolling.add_batch(rows)
 
-    def error(self, status: int, kind: str) -> None:
-        """A request was answered with an error."""
+    def error(self, status: int, kind: str, blame: Blame) -> None:
+        """A request was answered with an error of this class."""
         self.metrics.errors.labels(str(status), kind).inc()
-        self.rolling.errors += 1
+        self.rolling.errors += blame is Blame.SERVER
+        self.rolling.refused += blame is Blame.LOAD
+        self.rolling.client_errors += blame is Blame.CLIENT
 
 
 SAMPLES = 1000
-WINDOW_SECONDS = 60.0
 
 
 class Rolling:
@@ -252,10 +269,18 @@ class Rolling:
         self.tokens = 0
         self.cached_texts = 0
         self.cached_tokens = 0
+        self.searches = 0
         self.errors = 0
+        """Answers with an error that is the server's own."""
+        self.refused = 0
+        """Requests that were refused for the load."""
+        self.client_errors = 0
+        """Requests that were refused for what they say."""
         self.queue_waits = 0
         self.warmup_seconds: tuple[float, ...] = ()
         self._samples: deque[Answered] = deque(maxlen=SAMPLES)
+        self._totals: dict[Lane, deque[tuple[float, float]]] = {lane: deque(maxlen=SAMPLES) for lane in Lane}
+        """When the last requests of each lane were answered, and after how many milliseconds."""
         self._batch_rows: deque[int] = deque(maxlen=SAMPLES)
 
     def add_request(self, request: Answered) -> None:
@@ -266,7 +291,9 @@ class Rolling:
         self.cached_texts += request.cached
         self.cached_tokens += request.cached_tokens
         self.queue_waits += request.waited
+        self.searches += request.lane is Lane.INTERACTIVE
         self._samples.append(request)
+        self._totals[request.lane].append((request.at, 1000 * request.total))
 
     def add_batch(self, rows: int) -> None:
         """Count a forward pass."""
@@ -277,14 +304,10 @@ class Rolling:
         """Seconds."""
         return monotonic() - self.started
 
-    def rates(self) -> tuple[float, float]:
-        """Texts and tokens per second over the last minute, or since the start if that is less."""
-        now = monotonic()
-        recent = [sample for sample in self._samples if now - sample.at <= WINDOW_SECONDS]
-        # A full window of samples may cover less than a minute: then it is the span that they cover that counts.
-        since = recent[0].at if len(recent) == SAMPLES else now - WINDOW_SECONDS
-        span = max(now - max(self.started, since), 1e-3)
-        return sum(sample.texts for sample in recent) / span, sum(sample.tokens for sample in recent) / span
+    def recent_latency_ms(self, lane: Lane, seconds: float = RATE_SECONDS) -> Mapping[str, float | None]:
+        """The same as `latency_ms` of the `total` times of the last `seconds`, of at most SAMPLES requests."""
+        since = monotonic() - seconds
+        return summary(taken for at, taken in self._totals[lane] if at >= since)
 
     def latency_ms(self, stage: str, lane: Lane | None = None) -> Mapping[str, float | None]:
         """min, p50, p95, max and mean of `total`, `tokenize`, `queue`, `infer` or `overhead` over recent requests."""

@@ -23,7 +23,14 @@ from starlette.types import Receive, Scope, Send
 from vecmill.core.errors import GenerationUnavailable, NotFound, VecmillError
 from vecmill.http.dialects.bodies import Dialect
 from vecmill.http.dialects.openai import OPENAI
-from vecmill.http.errors import CLIENT_CLOSED_REQUEST, MOST_BYTES, bounded_body, documented
+from vecmill.http.errors import (
+    CLIENT_CLOSED_REQUEST,
+    MOST_BYTES,
+    blamed_for_another,
+    bounded_body,
+    documented,
+    keep_refusal,
+)
 from vecmill.http.generation import Generation
 from vecmill.http.middleware import ACCEPTABLE
 from vecmill.http.route import check_new_work
@@ -188,11 +195,16 @@ class PassThrough(Response):
                 await self._relay(response, send)
             else:
                 refusal = await self._refusal(response)
-                services_of(Request(scope)).telemetry.error(refusal.status_code, "GenerationRefused")
+                self._report(Request(scope), refusal.status_code)
                 self._started = True
                 await refusal(scope, receive, send)
         finally:
             await response.aclose()
+
+    @staticmethod
+    def _report(request: Request, status: int) -> None:
+        services_of(request).telemetry.error(status, "GenerationRefused", blamed_for_another(status))
+        keep_refusal(request, "generation_refused", status, "The server at GENERATION_URL refused the request.")
 
     async def _relay(self, response: httpx2.Response, send: Send) -> None:
         headers = downward(response)

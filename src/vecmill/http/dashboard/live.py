@@ -1,0 +1,153 @@
+"""What the dashboard's page and `vecmill status` are told: the event stream, one snapshot, the history.
+
+Nothing is computed while nobody reads. Readers that look at the same are given the same bytes, made once a tick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
+from time import monotonic, time
+from typing import Annotated, Any, Literal, cast
+
+import orjson
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.responses import Response, StreamingResponse
+
+from vecmill.core.errors import Overloaded
+from vecmill.http.dashboard.sampling import Sampler
+from vecmill.http.dashboard.snapshot import SnapshotQuery, Snapshots, View
+from vecmill.http.route import ViewerOf
+from vecmill.http.services import shows_work_of_all
+from vecmill.jobs.job import JobStatus
+from vecmill.jobs.views import FOLLOWERS_MAX
+from vecmill.telemetry.history import OF_WORK
+
+TICK_SECONDS = 2.0
+RETRY_MS = 2000
+SPREAD, SPREAD_SECONDS = 16, 0.02  # readers wake one after another, that they do not hold up the event loop together
+SPANS = {"15m": 900.0, "24h": 86_400.0}
+HIGHEST_PAGE = 1_000_000
+
+router = APIRouter(tags=["Dashboard"])
+
+
+class Live:
+    """The readers of one server. Belongs to the event loop's thread."""
+
+    def __init__(self, snapshots: Snapshots, sampler: Sampler) -> None:
+        self.snapshots = snapshots
+        self.sampler = sampler
+        self._made: dict[View, tuple[int, asyncio.Task[bytes]]] = {}
+        self._readers = 0
+        self._ended = asyncio.Event()
+
+    def end(self) -> None:
+        """End every reader, and whoever begins to read."""
+        self._ended.set()
+
+    def follow(self, view: View) -> AsyncGenerator[bytes, None]:
+        """A snapshot at once, and one every tick, as JSON.
+
+        Raises:
+            Overloaded: there are too many readers.
+        """
+        if self._readers >= FOLLOWERS_MAX:
+            raise Overloaded(f"The server is temporarily overloaded: {self._readers} dashboards are open.")
+        return self._follow(view)
+
+    async def _follow(self, view: View) -> AsyncGenerator[bytes, None]:
+        self._readers += 1
+        turn = self._readers % SPREAD * SPREAD_SECONDS
+        try:
+            while not self._ended.is_set():
+                yield await self._of_this_tick(view)
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(TICK_SECONDS - monotonic() % TICK_SECONDS + turn):
+                        await self._ended.wait()
+        finally:
+            self._readers -= 1
+            if not self._readers:
+                self._made.clear()
+
+    async def _of_this_tick(self, view: View) -> bytes:
+        tick = int(monotonic() // TICK_SECONDS)
+        made = self._made.get(view)
+        if made is None or made[0] != tick:
+            self._made = {key: entry for key, entry in self._made.items() if entry[0] == tick}
+            made = tick, asyncio.create_task(self.made(view), name="snapshot")
+            self._made[view] = made
+        return await asyncio.shield(made[1])  # a reader that leaves must not end it for the others
+
+    async def made(self, view: View) -> bytes:
+        """A snapshot of now, as JSON."""
+        return orjson.dumps(await self.snapshots.of(view))
+
+
+async def _view_of(
+    request: Request,
+    viewer: ViewerOf,
+    jobs_q: Annotated[
+        str, Query(max_length=100, description="Only jobs with this in project, client or id, in whatever case.")
+    ] = "",
+    jobs_state: Annotated[
+        Literal["", "queued", "active", "completed", "failed"], Query(description="Only jobs in this state.")
+    ] = "",
+    jobs_page: Annotated[int, Query(ge=1, le=HIGHEST_PAGE, description="Of 25 jobs each, from 1.")] = 1,
+    batches_page: Annotated[int, Query(ge=1, le=HIGHEST_PAGE, description="Of 25 batches each, from 1.")] = 1,
+) -> View:
+    status = JobStatus(jobs_state) if jobs_state else None
+    query = SnapshotQuery(jobs_q.strip(), status, jobs_page, batches_page)
+    return View(viewer.owner, viewer.everything, shows_work_of_all(request), query)
+
+
+ViewOf = Annotated[View, Depends(_view_of)]
+
+
+def live_of(request: Request) -> Live:
+    """Of the application that serves this request."""
+    return cast(Live, request.app.state.live)
+
+
+@router.get(
+    "/dashboard/events",
+    summary="Follow the dashboard",
+    response_class=StreamingResponse,
+    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events, without an end."}},
+)
+async def events(request: Request, view: ViewOf) -> StreamingResponse:
+    """An event `snapshot` at once and every two seconds, whose data are as those of GET /dashboard/snapshot."""
+    return StreamingResponse(
+        _events(live_of(request).follow(view)),
+        media_type="text/event-stream",
+        # nginx holds answers back otherwise.
+        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+    )
+
+
+async def _events(snapshots: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    yield f"retry: {RETRY_MS}\n\n".encode()
+    async with aclosing(snapshots):
+        async for snapshot in snapshots:
+            yield b"event: snapshot\ndata: %b\n\n" % snapshot
+
+
+@router.get("/dashboard/snapshot", summary="What the dashboard shows")
+async def snapshot(request: Request, view: ViewOf) -> Response:
+    """What goes on now: rates over the last minute, latencies, queues, users, jobs, batches, models, the machine.
+
+    Unknown is null. A key without the scope `admin` sees its own jobs, batches, requests and refusals; what would tell
+    of other keys' texts is null for it.
+    """
+    return Response(await live_of(request).made(view), media_type="application/json")
+
+
+@router.get("/dashboard/history", summary="The last 24 hours")
+async def history(
+    request: Request, span: Annotated[Literal["15m", "24h"], Query(description="How far back.")] = "15m"
+) -> dict[str, Any]:
+    """A value of each series for every ten seconds, or two minutes of `24h`; null where it is not known, as while the
+    server did not run."""
+    found = live_of(request).sampler.history.span(SPANS[span], time())
+    return found.as_json(() if shows_work_of_all(request) else OF_WORK)

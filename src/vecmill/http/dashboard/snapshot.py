@@ -1,0 +1,334 @@
+"""What the dashboard shows at one moment, as JSON, for one viewer and one page of jobs and batches.
+
+What is not known, or not for this viewer, is null, never zero. Rates are those of `telemetry.rates`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from time import time
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.routing import Match
+
+from vecmill import __version__
+from vecmill.batches.record import BatchRecord, BatchStatus
+from vecmill.core.types import Lane, ModelCard, Viewer
+from vecmill.http.access import shown_key
+from vecmill.http.batches import batch_object
+from vecmill.http.dashboard.machine import Machine
+from vecmill.http.health import status_of
+from vecmill.http.services import Services
+from vecmill.jobs.job import JobStatus
+from vecmill.jobs.views import JobQuery
+from vecmill.telemetry.rates import User
+from vecmill.telemetry.refusals import Refusal
+
+PAGE_SIZE = 25
+MOST_USERS = 50
+DISK_PATIENCE = 0.5  # seconds, for the sizes of files
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotQuery:
+    """Which jobs and batches are wanted."""
+
+    jobs_text: str = ""
+    jobs_status: JobStatus | None = None
+    jobs_page: int = 1
+    batches_page: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Who looks, and at what: equal ones are shown the same."""
+
+    owner: str | None
+    everything: bool
+    shows_work: bool
+    """Whether counts that tell of others' texts are shown, see `shows_work_of_all`."""
+    query: SnapshotQuery
+
+    @property
+    def viewer(self) -> Viewer:
+        """Whose things are shown."""
+        return Viewer(self.owner, self.everything)
+
+
+class Snapshots:
+    """Makes them. Belongs to the event loop's thread."""
+
+    def __init__(self, app: FastAPI, services: Services, machine: Machine, replica: str) -> None:
+        self._services, self._machine, self._replica = services, machine, replica
+        self._words = ClientWords(app)
+
+    async def of(self, view: View) -> dict[str, Any]:
+        """What is so now."""
+        services, refusals = self._services, self._refusals(view)
+        if any(refusal.param for refusal in refusals):
+            await self._words.learn()
+        status, text = status_of(services)
+        return {
+            "at": round(time(), 3),
+            "version": __version__,
+            "uptime_seconds": round(services.telemetry.rolling.uptime, 1),
+            "replica": self._replica,
+            "status": status,
+            "status_text": text,
+            "ready": status == "ok",
+            "is_admin": view.everything,
+            "keys_in_use": services.keys_in_use(),
+            "warnings": self._machine.warnings(),
+            "now": self._now(view),
+            "who": self._who(view),
+            "refusals": [self._refusal(refusal) for refusal in refusals],
+            "jobs": self._jobs(view),
+            "batches": await self._batches(view),
+            "models": model_items(services),
+            "machine": self._machine.view(),
+        }
+
+    def _now(self, view: View) -> dict[str, Any]:
+        services, telemetry = self._services, self._services.telemetry
+        rates, rolling, inference = telemetry.rates, telemetry.rolling, services.inference
+        minute, passes = rates.minute, rates.passes
+        return {
+            "texts_per_second": round(rates.per_second(minute.texts), 2),
+            "tokens_per_second": round(rates.per_second(minute.tokens), 1),
+            "requests_per_second": round(rates.per_second(minute.requests), 3),
+            "searches_per_second": round(rates.per_second(minute.searches), 3),
+            "latency_ms": {
+                lane.value: {name: value for name, value in rolling.recent_latency_ms(lane).items() if name in SHOWN}
+                for lane in Lane
+            },
+            "queue": {
+                lane.value: {"texts": inference.waiting[lane], "tokens": inference.waiting_tokens[lane]}
+                for lane in Lane
+            },
+            "cache": self._cache() if view.shows_work else None,
+            "batch_fill": self._batch_fill(view),
+            "device_busy_ratio": round(min(1.0, rates.per_second(passes.seconds)), 3) if view.shows_work else None,
+            "errors": rolling.errors,
+            "refused": rolling.refused,
+        }
+
+    def _cache(self) -> dict[str, Any] | None:
+        cache, settings = self._services.cache(), self._services.settings
+        if cache is None:
+            return None
+        minute = self._services.telemetry.rates.minute
+        return {
+            "hit_ratio": round(minute.cached_texts / minute.texts, 4) if minute.texts else None,
+            "tokens_saved": self._services.telemetry.rolling.cached_tokens,
+            "entries": cache.size.entries,
+            "bytes": cache.size.bytes,
+            "max_bytes": settings.cache.cache_max_bytes if settings.state.redis_url is None else None,
+        }
+
+    def _batch_fill(self, view: View) -> dict[str, float | None]:
+        passes, knee = self._services.telemetry.rates.passes, self._services.telemetry.knee_tokens or None
+        filled = view.shows_work and passes.passes
+        return {
+            "tokens_per_pass": round(passes.tokens / passes.passes, 1) if filled else None,
+            "knee_tokens": knee,
+            "ratio": round(passes.tokens / passes.knee_tokens, 3) if filled and passes.knee_tokens else None,
+        }
+
+    def _who(self, view: View) -> list[dict[str, Any]]:
+        users = [user for user in self._services.telemetry.rates.users() if view.viewer.sees(user.id.owner)]
+        batches = {record.id: record for record in self._services.batches.seen(view.viewer)} if users else {}
+        return [self._user(user, batches.get(user.id.job or "")) for user in users[:MOST_USERS]]
+
+    def _user(self, user: User, batch: BatchRecord | None) -> dict[str, Any]:
+        rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
+        name = None if who.job is None else self._services.jobs.project(who.job)
+        return {
+            "key": shown_key(who.owner),
+            "client": who.client.rpartition("@")[2],
+            "job": who.job,
+            "job_name": batch_name(batch) if batch is not None else name,
+            "texts_per_second": round(rates.per_second(minute.texts), 2),
+            "tokens_per_second": round(rates.per_second(minute.tokens), 1),
+            "requests": lately.requests,
+            "texts": lately.texts,
+            "tokens": lately.tokens,
+            "last_seen": round(user.last_seen, 1),
+        }
+
+    def _refusals(self, view: View) -> list[Refusal]:
+        """A key that is not an administrator's sees its own. Without a key nobody knows whose a request was."""
+        kept = self._services.telemetry.refusals
+        return [refusal for refusal in kept if view.everything or (view.owner and refusal.owner == view.owner)]
+
+    def _refusal(self, refusal: Refusal) -> dict[str, Any]:
+        field = self._words.field(refusal.param)
+        return {
+            "at": round(refusal.at, 1),
+            "request_id": refusal.request_id,
+            "status": refusal.status,
+            "error": refusal.error,
+            "reason": refusal.reason if field is None else f"{refusal.reason} (`{field}`)",
+            "path": self._words.path(refusal.method, refusal.path),
+            "client": refusal.client,
+            "key": refusal.key,
+        }
+
+    def _jobs(self, view: View) -> dict[str, Any]:
+        query, jobs = view.query, self._services.jobs
+        wanted = JobQuery(query.jobs_text, query.jobs_status, (query.jobs_page - 1) * PAGE_SIZE, PAGE_SIZE)
+        found, views = jobs.page(wanted, view.viewer)
+        number, pages = paged(query.jobs_page, found.total)
+        if number != query.jobs_page:  # there are fewer than there were
+            last = JobQuery(query.jobs_text, query.jobs_status, (number - 1) * PAGE_SIZE, PAGE_SIZE)
+            found, views = jobs.page(last, view.viewer)
+        items = [views.detailed(job) | {"key": shown_key(job.owner)} for job in found.jobs]
+        return {"counts": found.counts, "total": found.total, "page": number, "pages": pages, "items": items}
+
+    async def _batches(self, view: View) -> dict[str, Any]:
+        records = self._services.batches.seen(view.viewer)
+        records.sort(key=lambda record: record.ended)  # those that go on first
+        counts = Counter(record.status.value for record in records)
+        number, pages = paged(view.query.batches_page, len(records))
+        shown = records[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
+        sizes = await self._input_bytes(shown)
+        return {
+            "counts": {status.value: counts[status.value] for status in BatchStatus},
+            "total": len(records),
+            "page": number,
+            "pages": pages,
+            "items": [self._batch(record, sizes.get(record.id)) for record in shown],
+        }
+
+    async def _input_bytes(self, records: Sequence[BatchRecord]) -> dict[str, int | None]:
+        """A disk that hangs must not hold up what else is shown."""
+        try:
+            async with asyncio.timeout(DISK_PATIENCE):
+                return await self._services.batches.input_bytes(records)
+        except TimeoutError:
+            return {}
+
+    def _batch(self, record: BatchRecord, input_bytes: int | None) -> dict[str, Any]:
+        rates, progress = self._services.telemetry.rates, record.progress
+        lines = rates.lines_of_batch(record.id) if self._services.batches.runs(record.id) else None
+        eta = None
+        if lines and record.in_progress_at is not None:
+            age = max(1.0, time() - record.in_progress_at)
+            eta = round(max(0, record.total - progress.lines) / rates.per_second(lines, age), 1)
+        return {
+            **batch_object(record),
+            "name": batch_name(record),
+            "key": shown_key(record.owner),
+            "lines_per_second": None if lines is None else round(rates.per_second(lines), 3),
+            "texts_per_second": None if lines is None else round(rates.per_second(rates.texts_of_job(record.id)), 3),
+            "eta_seconds": eta,
+            "input_bytes": input_bytes,
+            "output_bytes": progress.output_bytes,
+            "error_bytes": progress.error_bytes,
+        }
+
+
+SHOWN = ("p50", "p95")
+
+
+def paged(page: int, total: int) -> tuple[int, int]:
+    """The page, or the last where it is beyond that, and how many there are: one at the least."""
+    pages = max(1, -(-total // PAGE_SIZE))
+    return min(page, pages), pages
+
+
+def batch_name(record: BatchRecord) -> str | None:
+    """What a batch's creator calls it in its metadata."""
+    metadata = record.metadata or {}
+    return metadata.get("name") or metadata.get("description") or metadata.get("project")
+
+
+def model_items(services: Services) -> list[dict[str, Any]]:
+    """The models, as the dashboard shows them; empty while they load."""
+    return [_model(services, card) for card in services.inference.cards]
+
+
+def _model(services: Services, card: ModelCard) -> dict[str, Any]:
+    warmed, budget = services.warmed().get(card.key), services.inference.budgets.get(card.key)
+    fit = warmed.calibration if warmed else None
+    sizes = card.supported_dimensions
+    return {
+        "id": card.id,
+        "aliases": list(card.aliases),
+        "task": card.task.value,
+        "state": "loaded",
+        "progress": None,
+        "message": None,
+        "dimensions": {"min": sizes[0], "max": sizes[-1]} if isinstance(sizes, range) and sizes else list(sizes),
+        "dtype": card.dtype,
+        "dtype_reason": card.dtype_reason,
+        "device": card.device,
+        "prompts": dict(card.prompts),
+        "default_prompt": card.default_prompt_name,
+        "max_tokens": card.max_model_len,
+        "revision": card.revision,
+        "license": None,
+        "memory_bytes": card.weight_bytes,
+        "last_used": None,
+        "loaded_at": None,
+        "pinned": None,
+        "budget": budget and {"tokens": budget.max_batch_tokens, "rows": budget.max_batch_size},
+        "fit": fit
+        and {
+            "a_ms": round(1000 * fit.fixed_seconds, 3),
+            "b_us_per_token": round(1e6 * fit.seconds_per_token, 2),
+            "changed_at": None,
+        },
+    }
+
+
+class ClientWords:
+    """Tells what clients write apart from what this server knows, so that only that is shown."""
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._fields: frozenset[str] = frozenset()
+        self.path = lru_cache(maxsize=256)(self._path)
+
+    async def learn(self) -> None:
+        """Read the names of all fields, once. Takes half a second of a thread."""
+        if not self._fields:
+            self._fields = frozenset(_fields(await asyncio.to_thread(self._app.openapi)))
+
+    def field(self, param: str | None) -> str | None:
+        """A field at fault, up to where it is no name that the server knows: `input[3]`; None where nothing is left."""
+        if param is None:
+            return None
+        known: list[str] = []
+        for part in param.split("."):
+            name, bracket, index = part.partition("[")
+            if name not in self._fields or (bracket and not index.removesuffix("]").isdecimal()):
+                break
+            known.append(part[:100])
+        return ".".join(known) or None
+
+    def _path(self, method: str, path: str) -> str | None:
+        """The route of a path, its parts that clients choose as names; None where there is no route."""
+        scope = {"type": "http", "method": method, "path": path, "headers": [], "root_path": ""}
+        for route in self._app.router.routes:
+            if route.matches(scope)[0] is not Match.NONE:
+                return str(getattr(route, "path", "")) or None
+        return None
+
+
+def _fields(schema: Any) -> set[str]:
+    """The names of all properties and parameters in an OpenAPI document."""
+    if isinstance(schema, list):
+        return {name for part in schema for name in _fields(part)}
+    if not isinstance(schema, dict):
+        return set()
+    names = {name for part in schema.values() for name in _fields(part)}
+    if isinstance(properties := schema.get("properties"), dict):
+        names |= properties.keys()
+    if isinstance(schema.get("in"), str) and isinstance(schema.get("name"), str):
+        names.add(schema["name"])
+    return names

@@ -1,0 +1,197 @@
+"""Texts per second and the other rates, defined once; and who uses the server.
+
+A rate is what was answered in the last minute, or since the server's start where that is less, divided by that time. A
+text counts when its request is answered with a result, whether its vector was computed or kept. `/stats`, the
+dashboard and the views of jobs and batches all ask here; Prometheus counts the same texts at the same moment
+(`vecmill_texts_total`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from time import monotonic, time
+from typing import Any, Generic, NamedTuple, TypeVar, cast
+
+RATE_SECONDS = 60.0
+USERS_SECONDS = 300.0
+"""For how long after its last request somebody is shown as a user."""
+SLOTS = 60
+SLOT_SECONDS = RATE_SECONDS / SLOTS
+MOST_USERS = 256
+MOST_JOBS = 1024
+
+Key = TypeVar("Key", bound=Hashable)
+Clock = Callable[[], float]
+
+
+class Work(NamedTuple):
+    """What was answered."""
+
+    texts: int = 0
+    tokens: int = 0
+    requests: int = 0
+    searches: int = 0
+    """Requests in the interactive lane: somebody waits for them."""
+    cached_texts: int = 0
+    cached_tokens: int = 0
+
+
+class Passes(NamedTuple):
+    """Forward passes that ended."""
+
+    passes: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    """On the device."""
+    knee_tokens: float = 0.0
+    """The sum of the knees of the models that they ran."""
+
+
+Counts = TypeVar("Counts", Work, Passes)
+
+
+class Window(Generic[Counts]):
+    """Sums over the last `seconds`. Memory is bounded: what came within one of SLOTS parts of it is added up."""
+
+    def __init__(self, nothing: Counts, seconds: float = RATE_SECONDS, clock: Clock = monotonic) -> None:
+        self._nothing: Counts = nothing
+        self._sums: Counts = nothing
+        self._slot_seconds = seconds / SLOTS
+        self._clock = clock
+        self._slots: deque[tuple[int, Counts]] = deque()
+
+    def add(self, counts: Counts) -> None:
+        """Count something that happened now."""
+        slot = int(self._clock() // self._slot_seconds)
+        self._expire(slot)
+        self._sums = self._each(operator.add, self._sums, counts)
+        if self._slots and self._slots[-1][0] == slot:
+            counts = self._each(operator.add, self._slots.pop()[1], counts)
+        self._slots.append((slot, counts))
+
+    def sums(self) -> Counts:
+        """What happened within the window."""
+        self._expire(int(self._clock() // self._slot_seconds))
+        return self._sums
+
+    def _expire(self, slot: int) -> None:
+        while self._slots and self._slots[0][0] <= slot - SLOTS:
+            self._sums = self._each(operator.sub, self._sums, self._slots.popleft()[1])
+        if not self._slots:
+            self._sums = self._nothing  # without what floating point leaves of differences
+
+    def _each(self, operation: Callable[[Any, Any], Any], some: Counts, more: Counts) -> Counts:
+        return cast(Counts, self._nothing._make(map(operation, some, more)))
+
+
+def per_second(count: float, now: float, since: float) -> float:
+    """The sum of a window of RATE_SECONDS as a rate, `since` the counting began, both by the window's clock."""
+    # The oldest part has left the window as a whole, so that it covers a little less than its length.
+    covered = RATE_SECONDS - SLOT_SECONDS + now % SLOT_SECONDS
+    return count / max(min(covered, now - since), SLOT_SECONDS)
+
+
+class Recent(Generic[Key]):
+    """Texts of the last minute by key, for no more than `most` keys: the one used longest ago is forgotten first."""
+
+    def __init__(self, most: int = MOST_JOBS, clock: Clock = monotonic) -> None:
+        self._most, self._clock = most, clock
+        self._windows: dict[Key, Window[Work]] = {}
+
+    def add(self, key: Key, texts: int) -> None:
+        """Count for one key."""
+        window = self._windows.pop(key, None) or Window(Work(), clock=self._clock)
+        self._windows[key] = window
+        window.add(Work(texts=texts))
+        if len(self._windows) > self._most:
+            del self._windows[next(iter(self._windows))]
+
+    def texts(self, key: Key) -> int:
+        """Those of the last minute."""
+        window = self._windows.get(key)
+        return 0 if window is None else window.sums().texts
+
+
+@dataclass(frozen=True, slots=True)
+class UserId:
+    """Who asked. Client and job are what clients say."""
+
+    owner: str | None = None
+    """The key, as the records of its jobs name it; None: there are no keys."""
+    client: str = ""
+    job: str | None = None
+
+
+@dataclass(slots=True)
+class User:
+    """What somebody has had answered lately."""
+
+    id: UserId
+    minute: Window[Work] = field(default_factory=lambda: Window(Work()))
+    lately: Window[Work] = field(default_factory=lambda: Window(Work(), USERS_SECONDS))
+    last_seen: float = 0.0
+    """Unix time."""
+
+
+class Rates:
+    """What was answered in the last minute: in all, by user, by job. Belongs to the event loop's thread."""
+
+    def __init__(self) -> None:
+        self._since = monotonic()
+        self._all = Window(Work())
+        self._passes = Window(Passes())
+        self._users: dict[UserId, User] = {}
+        self._jobs: Recent[str] = Recent()
+        self._lines: Recent[str] = Recent()
+
+    def answered(self, work: Work, user: UserId) -> None:
+        """A request was answered with a result."""
+        self._all.add(work)
+        if user.job is not None:
+            self._jobs.add(user.job, work.texts)
+        known = self._users.pop(user, None) or User(user)
+        self._users[user] = known  # the last of those that would be forgotten
+        known.minute.add(work)
+        known.lately.add(work)
+        known.last_seen = time()
+        if len(self._users) > MOST_USERS:
+            del self._users[next(iter(self._users))]
+
+    def forward_pass(self, tokens: int, seconds: float, knee_tokens: float) -> None:
+        """A forward pass ended."""
+        self._passes.add(Passes(1, tokens, seconds, knee_tokens))
+
+    def lines_done(self, batch_id: str, lines: int) -> None:
+        """Lines of a batch were answered, and are on disk."""
+        self._lines.add(batch_id, lines)
+
+    @property
+    def minute(self) -> Work:
+        """What was answered in the last minute."""
+        return self._all.sums()
+
+    @property
+    def passes(self) -> Passes:
+        """The forward passes of the last minute."""
+        return self._passes.sums()
+
+    def per_second(self, count: float, age: float | None = None) -> float:
+        """A count of the last minute as a rate; `age` in seconds: of what has not been there for longer."""
+        now = monotonic()
+        return per_second(count, now, self._since if age is None else max(self._since, now - age))
+
+    def texts_of_job(self, job_id: str) -> int:
+        """Texts that were answered in the name of a job or a batch in the last minute."""
+        return self._jobs.texts(job_id)
+
+    def lines_of_batch(self, batch_id: str) -> int:
+        """Lines of a batch that were answered in the last minute."""
+        return self._lines.texts(batch_id)
+
+    def users(self) -> list[User]:
+        """Who asked in the last USERS_SECONDS, whoever had the most tokens first."""
+        users = [user for user in self._users.values() if user.lately.sums().requests]
+        return sorted(users, key=lambda user: user.lately.sums().tokens, reverse=True)
