@@ -91,6 +91,7 @@ class Server:
             cache_across_keys=settings.cache.cache_across_keys,
             limits_of=self.keys.limits_of,
             several_keys=lambda: self.keys.several,
+            key_name=self.keys.name_of,
         )
         self.monitor = Monitor(_tell_clock)
         self.state = State(settings, self.telemetry)
@@ -115,6 +116,7 @@ class Server:
             device_busy=lambda: self._engine.busy if self._engine else False,
             several_keys=lambda: self.keys.several,
             keys_in_use=lambda: self.keys.in_use,
+            key_name=self.keys.shown_name,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
         self.machine = Machine(self.services)

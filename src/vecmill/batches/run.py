@@ -105,7 +105,7 @@ class BatchRun:
     def _caller(self) -> Caller:
         """The client that created the batch; its lines take turns as one of that client's jobs."""
         record = self.record
-        return Caller(client=record.client, owner=record.owner, job_id=record.id, lane=Lane.BULK)
+        return Caller(client=record.client, owner=record.owner, job_id=record.id, lane=Lane.BULK, dialect="batch")
 
     async def _interruption(self) -> BatchStatus | None:
         record = self.record

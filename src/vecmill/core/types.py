@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from time import monotonic
 from typing import Literal
 
 import numpy as np
@@ -163,6 +164,79 @@ class CacheControl(StrEnum):
     """Neither look up nor keep."""
 
 
+class Outcome(StrEnum):
+    """How an inference request ended."""
+
+    OK = "ok"
+    REFUSED = "refused"
+    """The request cannot be answered as it is: a mistake in it, or an unknown model."""
+    OVERLOADED = "overloaded"
+    """There was no room for it."""
+    TIMEOUT = "timeout"
+    """Its deadline passed."""
+    UNAVAILABLE = "unavailable"
+    """The server is loading, stopping, or its device has failed."""
+    CANCELLED = "cancelled"
+    """The client left."""
+    ERROR = "error"
+    """A fault of the server."""
+
+
+@dataclass(slots=True, eq=False)
+class RequestRecord:
+    """One inference request: who asked, for what, how long each stage took, and how it ended. Durations in seconds.
+
+    It is made when the request reaches the models and filled in as the request goes on. One that fails holds what was
+    known by then. A batch makes one for each group of lines that run together.
+    """
+
+    operation: str
+    """`embed` or `rerank`."""
+    dialect: str = ""
+    """By its name in `http/dialects`; `batch` for lines of a batch."""
+    key: str | None = None
+    """The name of the API key."""
+    client: str = ""
+    """The address."""
+    job: str | None = None
+    """The indexing job, or the batch, that it belongs to."""
+    request_id: str = ""
+    texts: int = 0
+    model: str = ""
+    """Empty where none was found."""
+    lane: Lane | None = None
+    """The lane expected from its size, until the tokens are counted; None where it was not reached."""
+    tokens: int = 0
+    truncated: int = 0
+    """Texts that were cut."""
+    cached: int = 0
+    """Texts that were not run, and their tokens."""
+    cached_tokens: int = 0
+    arrived: float = 0.0
+    """By `perf_counter`."""
+    admission: float = 0.0
+    """From arrival to when there was room for it; a part of `queue`."""
+    tokenize: float = 0.0
+    queue: float = 0.0
+    """Waiting for room, and for its first batch to start."""
+    forward: float = 0.0
+    """From the start of its first batch to the end of its last."""
+    total: float = 0.0
+    """From arrival to when its result was ready, or it failed. The body is read before and encoded after it."""
+    waited: bool = False
+    """Whether other work was ahead of it."""
+    owner: str | None = None
+    """The key, as the records of its jobs name it."""
+    outcome: Outcome = Outcome.OK
+    at: float = field(default_factory=monotonic)
+    """When it ended, by `monotonic`."""
+
+    @property
+    def overhead(self) -> float:
+        """What is neither queue nor device: tokenizing, finishing the vectors."""
+        return max(0.0, self.total - self.queue - self.forward)
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, and how urgently."""
@@ -181,18 +255,28 @@ class Caller:
     """When the first byte of its request came, by `monotonic`: `timeout` counts from then. None: it counts from when
     the texts are handed to the models."""
     cache_control: CacheControl = CacheControl.ANY
+    dialect: str = ""
+    """The name of the dialect that it speaks."""
+    request_id: str = ""
+    records: list[RequestRecord] | None = field(default=None, compare=False, repr=False)
+    """Where the record of the request is left for whoever answers it."""
+
+    @property
+    def address(self) -> str:
+        """The client's address alone."""
+        return self.client.rpartition("@")[2]
 
 
 @dataclass(frozen=True, slots=True)
 class Timings:
     """Seconds that one request spent in each stage.
 
-    `queue` ends when its first batch starts; `infer` is from there to the end of its last batch.
+    `queue` ends when its first batch starts; `forward` is from there to the end of its last batch.
     """
 
     tokenize: float
     queue: float
-    infer: float
+    forward: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,8 @@ class _Known:
     admin: bytes | None
     limits: dict[str | None, KeyLimits]
     """By owner."""
+    names: dict[str | None, str | None]
+    """By owner."""
 
 
 class ApiKeys:
@@ -244,6 +246,15 @@ class ApiKeys:
             return ANYONE if known.admin is None else ANYONE_BESIDE_AN_ADMIN
         return holder
 
+    def name_of(self, owner: str | None) -> str | None:
+        """The name of an owner's key; None for a key that is gone, and where there are no keys."""
+        return self._known.names.get(owner)
+
+    def shown_name(self, owner: str | None) -> str | None:
+        """The same where people see it; a key that is gone is called as it was, or by its digest's beginning."""
+        kind, _, rest = (owner or "").partition(":")
+        return self.name_of(owner) or (f"key {rest[:8]}" if kind == "key" else rest or None)
+
     def limits_of(self, owner: str | None) -> KeyLimits:
         """What a key may have in progress; no limits for a key that is gone."""
         return self._known.limits.get(owner, NO_LIMITS)
@@ -256,18 +267,13 @@ def _known(settings: AccessSettings) -> _Known:
         (digest, Holder(entry.name, _owner(entry, digest), entry.scopes, entry.limits)) for digest, entry in holders
     )
     limits = {holder.owner: holder.limits for _, holder in known}
-    return _Known(known, None if admin is None else _digest(admin.get_secret_value()), limits)
+    names = {ADMIN.owner: ADMIN.name, **{holder.owner: holder.name for _, holder in known}}
+    return _Known(known, None if admin is None else _digest(admin.get_secret_value()), limits, names)
 
 
 def _owner(entry: KeyEntry, digest: bytes) -> str:
     """A key without a name is known by its value: what stands in its place tomorrow may be another key."""
     return f"name:{entry.name}" if entry.is_named else f"key:{digest.hex()[:32]}"
-
-
-def shown_key(owner: str | None) -> str | None:
-    """What a key is called where people see it: its name, or the beginning of its digest; None where there are none."""
-    kind, _, rest = (owner or "").partition(":")
-    return f"key {rest[:8]}" if kind == "key" else rest or owner
 
 
 def _digest(key: str) -> bytes:

@@ -185,14 +185,14 @@ def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool
 def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[str, str]:
     """TEI's times in milliseconds, and the note that goes with an answer some of whose inputs were cut."""
     timings = result.timings
-    computed = timings.tokenize + timings.infer
+    computed = timings.tokenize + timings.forward
     seconds = {"x-total-time": computed + timings.queue}
     if shows_work_of_all(request):
         seconds |= {
             "x-compute-time": computed,
             "x-tokenization-time": timings.tokenize,
             "x-queue-time": timings.queue,
-            "x-inference-time": timings.infer,
+            "x-inference-time": timings.forward,
         }
     headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
     headers["x-compute-tokens"] = str(result.prompt_tokens)

@@ -252,7 +252,6 @@ def keep_refusal(request: Request, name: str, status: int, reason: str, param: s
             error=name,
             reason=reason,
             param=param,
-            method=request.method,
             path=request.url.path[:LOGGED_CHARACTERS],
             client=request.client.host.removeprefix("::ffff:") if request.client else "",
             key=getattr(state, "api_key_name", None),

@@ -52,6 +52,8 @@ class Services:
     """Whether more than one API key opens the server now."""
     keys_in_use: Callable[[], bool]
     """Whether there are API keys."""
+    key_name: Callable[[str | None], str | None]
+    """What people know an owner's key by; None where there are no keys."""
     warmed: Callable[[], Mapping[str, Warmed]]
     """What warm-up found out about each model, by its key; empty while loading."""
 

@@ -142,7 +142,7 @@ async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
     rolling, rates = services.telemetry.rolling, services.telemetry.rates
     shown = shows_work_of_all(request)
     stages: Mapping[str, Callable[[], Mapping[str, float | None]]] = {
-        "gpu": lambda: rolling.latency_ms("infer"),
+        "gpu": lambda: rolling.latency_ms("forward"),
         "queue": lambda: rolling.latency_ms("queue"),
         "tokenize": lambda: rolling.latency_ms("tokenize"),
         "overhead": lambda: rolling.latency_ms("overhead"),

@@ -22,6 +22,7 @@ from vecmill.core.types import (
     Lane,
     ModelCard,
     PromptChoice,
+    RequestRecord,
     ScoreRequest,
     ScoreResult,
     TokenizeRequest,
@@ -38,7 +39,7 @@ from vecmill.inference.token_ids import check_shown_size, detokenized, pieces_of
 from vecmill.inference.vectors import check_dimensions
 from vecmill.scheduler.policy import Budget
 from vecmill.scheduler.scheduler import Scheduler, SchedulerStats
-from vecmill.telemetry.telemetry import Answered, Telemetry
+from vecmill.telemetry.telemetry import Recording, Telemetry
 
 
 class Inference:
@@ -57,8 +58,11 @@ class Inference:
         cache_across_keys: bool = True,
         limits_of: Callable[[str | None], KeyLimits] = lambda owner: NO_LIMITS,
         several_keys: Callable[[], bool] = lambda: False,
+        key_name: Callable[[str | None], str | None] = lambda owner: owner,
     ) -> None:
-        """`limits_of` a key's owner: what that key may have in progress. `several_keys`: whether there are others."""
+        """`limits_of` a key's owner: what that key may have in progress. `several_keys`: whether there are others.
+        `key_name`: the name of an owner's key.
+        """
         self._settings = settings
         self._cache = CachePolicy(
             threads, cache_queries=cache_queries, cache_across_keys=cache_across_keys, several_keys=several_keys
@@ -67,6 +71,7 @@ class Inference:
         self._health = health
         self._telemetry = telemetry
         self._threads = threads
+        self._key_name = key_name
         self._models: ServedModels | None = None
         self._scheduler: Scheduler | None = None
         self.admission = Admission(
@@ -142,14 +147,14 @@ class Inference:
         Raises:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
-        arrived = perf_counter()
-        model, named_role = self._models_or_raise().embedder(request.model)
-        check_dimensions(model.card, request.dimensions)
-        self._check_count(len(request.inputs), request.param)
-        if named_role is not None and request.prompt == PromptChoice():
-            request = replace(request, prompt=PromptChoice(named_role))  # a field of the request would win
-        hint = asks_for_query(request.prompt)
-        return await self._answer("embed", model, request, len(request.inputs), arrived, interactive_hint=hint)
+        with self._recording("embed", request.caller, len(request.inputs)) as record:
+            model, named_role = self._models_or_raise().embedder(request.model)
+            record.model = model.card.id
+            check_dimensions(model.card, request.dimensions)
+            self._check_count(len(request.inputs), request.param)
+            if named_role is not None and request.prompt == PromptChoice():
+                request = replace(request, prompt=PromptChoice(named_role))  # a field of the request would win
+            return await self._answer(model, request, record, interactive_hint=asks_for_query(request.prompt))
 
     async def score(self, request: ScoreRequest) -> ScoreResult:
         """Score documents against queries: by a reranker, or by the similarity of an embedding model's vectors.
@@ -157,47 +162,62 @@ class Inference:
         Raises:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
-        arrived = perf_counter()
-        model = self._models_or_raise().scorer(request.model)
-        self._check_count(len(request.documents), request.param)
-        return await self._answer("rerank", model, request, len(request.documents), arrived, interactive_hint=True)
+        with self._recording("rerank", request.caller, len(request.documents)) as record:
+            model = self._models_or_raise().scorer(request.model)
+            record.model = model.card.id
+            self._check_count(len(request.documents), request.param)
+            return await self._answer(model, request, record, interactive_hint=True)
+
+    def _recording(self, operation: str, caller: Caller, texts: int) -> Recording:
+        record = RequestRecord(
+            operation,
+            caller.dialect,
+            self._key_name(caller.owner),
+            caller.address,
+            caller.job_id,
+            caller.request_id,
+            texts,
+            owner=caller.owner,
+        )
+        if caller.records is not None:
+            caller.records.append(record)
+        return self._telemetry.recording(record)
 
     async def _answer(
-        self,
-        operation: str,
-        model: Answering[Request, Result],
-        request: Request,
-        texts: int,
-        arrived: float,
-        *,
-        interactive_hint: bool,
+        self, model: Answering[Request, Result], request: Request, record: RequestRecord, *, interactive_hint: bool
     ) -> Result:
-        """Admit the request, tokenize it, run its rows, finish them, and report it."""
+        """Admit the request, tokenize it, run its rows, and finish them; `record` is told of each stage."""
         caller = request.caller
         async with within(caller, self._request_timeout) as deadline:
             cost = model.cost(request)
-            lane = expected_lane(caller, interactive_hint=interactive_hint, texts=texts, estimated_tokens=cost.tokens)
+            lane = expected_lane(
+                caller, interactive_hint=interactive_hint, texts=record.texts, estimated_tokens=cost.tokens
+            )
+            record.lane = lane
             async with self.admission.admit(caller, lane, cost.tokens, cost.result_bytes) as permit:
+                admitted = perf_counter()
+                record.admission = record.queue = admitted - record.arrived
                 options = RunOptions(
                     caller=caller,
                     interactive_hint=interactive_hint,
                     truncate=self._truncates(request.truncation),
-                    arrived=arrived,
-                    admitted=perf_counter(),
+                    arrived=record.arrived,
+                    admitted=admitted,
                     deadline=deadline,
                     partition=self._cache.partition(caller),
                 )
                 rows = await model.tokenize(request, options, self._cache)
+                record.tokenize = perf_counter() - admitted
                 permit.settle(sum(row.tokens for row in rows.inputs if isinstance(row, Tokenized)))
+                record.tokens = sum(row.tokens for row in rows.inputs)
                 assert self._scheduler is not None  # attached together with the models
                 results = await run_rows(self._scheduler, model.card, rows, options, self._cache.keep(model.card))
+                _fill(record, results)
                 if self._cache.hides_hits:
                     vectors, hits = await self._cache.disguise(results.vectors, rows.inputs, model.card, caller.owner)
                     results = replace(results, vectors=vectors, reported_hits=hits)
                 finish = partial(model.finish, request, results)
-                result = await self._threads.run_if_large(finish, size=results.nbytes)
-        self._report(operation, model.card, caller, texts, results, perf_counter() - arrived)
-        return result
+                return await self._threads.run_if_large(finish, size=results.nbytes)
 
     async def tokenize(self, request: TokenizeRequest) -> TokenizeResult:
         """Show the tokens of texts.
@@ -245,24 +265,13 @@ class Inference:
                 param=param,
             )
 
-    def _report(
-        self, operation: str, card: ModelCard, caller: Caller, texts: int, results: RowResults, seconds: float
-    ) -> None:
-        self._telemetry.answered(
-            Answered(
-                operation=operation,
-                model=card.id,
-                lane=results.lane,
-                texts=texts,
-                tokens=results.prompt_tokens,
-                truncated=len(results.truncated),
-                cached=len(results.cached),
-                cached_tokens=results.cached_tokens,
-                total=seconds,
-                tokenize=results.timings.tokenize,
-                queue=results.timings.queue,
-                infer=results.timings.infer,
-                waited=results.waited,
-                caller=caller,
-            )
-        )
+
+def _fill(record: RequestRecord, results: RowResults) -> None:
+    record.lane, record.waited = results.lane, results.waited
+    record.truncated, record.cached, record.cached_tokens = (
+        len(results.truncated),
+        len(results.cached),
+        results.cached_tokens,
+    )
+    timings = results.timings
+    record.tokenize, record.queue, record.forward = timings.tokenize, timings.queue, timings.forward

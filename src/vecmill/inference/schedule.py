@@ -169,7 +169,7 @@ async def run_rows(
     # A row that joined an equal one may have been queued before this request came: only the time since then counts.
     queue = min((result.queue_seconds for result in results.values()), default=0.0)
     queue = min(queue, perf_counter() - submitted)
-    infer = perf_counter() - submitted - queue
+    forward = perf_counter() - submitted - queue
     cached = tuple(index for index, row in enumerate(rows.inputs) if isinstance(row, CachedRow))
     return RowResults(
         vectors=[
@@ -178,7 +178,7 @@ async def run_rows(
         tokens=tokens,
         cached=cached,
         truncated=tuple(index for index, row in enumerate(rows.inputs) if row.truncated),
-        timings=Timings(submitted - options.admitted, queue + options.admitted - options.arrived, infer),
+        timings=Timings(submitted - options.admitted, queue + options.admitted - options.arrived, forward),
         lane=lane,
         waited=waited,
         reported_hits=cached,

@@ -14,7 +14,7 @@ from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import JobEvent, JobStatus, View
 from vecmill.jobs.state import OPEN_JOBS_MAX, Book, Ledger, Outcome
 from vecmill.jobs.views import ENDED_SHOWN, Followers, JobPage, JobQuery, Views
-from vecmill.telemetry.rates import Rates, Recent, per_second
+from vecmill.telemetry.rates import Rates, Recent, Window, Work
 
 T = TypeVar("T")
 
@@ -64,22 +64,26 @@ class Reports:
         """`clock`: the jobs'."""
         self._clock = clock
         self._since = clock()
+        self._looked_at = self._since
         self._current: dict[str, int] = {}
+        self._all = Window(Work(), clock=clock)
         self._recent: Recent[str] = Recent(OPEN_JOBS_MAX, clock)
 
     def look(self, ledger: Ledger) -> None:
         """Count what the open jobs have done since the last look."""
         before, self._current = self._current, {job.id: job.current for job in ledger.open.values()}
+        looked_at, self._looked_at = self._looked_at, self._clock()
         for job in ledger.open.values():
             # Of a job that is seen for the first time nobody knows when it did what, unless it is a new one.
             unseen = 0 if job.created_at >= self._since else job.current
             done = job.current - before.get(job.id, unseen)
             if done > 0:
                 self._recent.add(job.id, done)
+                self._all.add(Work(texts=done), took=self._looked_at - looked_at)
 
-    def per_second(self, job_id: str) -> float:
-        """Chunks per second of a job."""
-        return per_second(self._recent.texts(job_id), self._clock(), self._since)
+    def per_second(self, job_id: str, span: float | None) -> float:
+        """Chunks per second of a job; `span`: of the rates of what was answered here, None where nothing was."""
+        return self._recent.texts(job_id) / (span or self._all.span())
 
 
 class JobQueue:
@@ -246,7 +250,7 @@ class JobQueue:
         and may send them to several servers.
         """
         answered = self._rates.per_second(self._rates.texts_of_job(job_id))
-        return max(answered, self._reports.per_second(job_id) if self._reports else 0.0)
+        return max(answered, self._reports.per_second(job_id, self._rates.span()) if self._reports else 0.0)
 
     async def _announced(self, transaction: Coroutine[Any, Any, T]) -> T:
         """Run a transaction, then tell whoever follows the jobs."""

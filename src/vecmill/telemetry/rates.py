@@ -1,9 +1,12 @@
 """Texts per second and the other rates, defined once; and who uses the server.
 
-A rate is what was answered in the last minute, or since the server's start where that is less, divided by that time. A
-text counts when its request is answered with a result, whether its vector was computed or kept. `/stats`, the
-dashboard and the views of jobs and batches all ask here; Prometheus counts the same texts at the same moment
-(`vecmill_texts_total`).
+A rate is what was answered in the last minute, divided by that minute. Where the server had nothing to do at first, the
+time counts from when the first of these requests began, so that a rate is right from the first seconds of a job. The
+time is the same for all rates of one moment: those of jobs and users sum up to that of the server. A text counts when
+its request is answered with a result, whether its vector was computed or kept.
+
+`/stats`, the dashboard and the views of jobs and batches all ask here; Prometheus counts the same texts at the same
+moment (`vecmill_texts_total`).
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ RATE_SECONDS = 60.0
 USERS_SECONDS = 300.0
 """For how long after its last request somebody is shown as a user."""
 SLOTS = 60
-SLOT_SECONDS = RATE_SECONDS / SLOTS
 MOST_USERS = 256
 MOST_JOBS = 1024
 
@@ -61,16 +63,28 @@ class Window(Generic[Counts]):
         self._sums: Counts = nothing
         self._slot_seconds = seconds / SLOTS
         self._clock = clock
-        self._slots: deque[tuple[int, Counts]] = deque()
+        self._slots: deque[tuple[int, Counts, float]] = deque()
+        """Number, sums, and when the first that ended in it had begun."""
 
-    def add(self, counts: Counts) -> None:
-        """Count something that happened now."""
-        slot = int(self._clock() // self._slot_seconds)
+    def add(self, counts: Counts, took: float = 0.0) -> None:
+        """Count something that happened now, and took so many seconds."""
+        now = self._clock()
+        slot, began = int(now // self._slot_seconds), now - took
         self._expire(slot)
         self._sums = self._each(operator.add, self._sums, counts)
         if self._slots and self._slots[-1][0] == slot:
-            counts = self._each(operator.add, self._slots.pop()[1], counts)
-        self._slots.append((slot, counts))
+            _, so_far, earlier = self._slots.pop()
+            counts, began = self._each(operator.add, so_far, counts), min(began, earlier)
+        self._slots.append((slot, counts, began))
+
+    def span(self) -> float:
+        """Seconds that the sums are of, at least a slot: since the first of it began, but no longer than the window."""
+        now = self._clock()
+        self._expire(int(now // self._slot_seconds))
+        # The oldest slot has left the window as a whole, so that it covers a little less than its length.
+        covered = (SLOTS - 1) * self._slot_seconds + now % self._slot_seconds
+        began = min((began for _, _, began in self._slots), default=now)
+        return max(min(covered, now - began), self._slot_seconds)
 
     def sums(self) -> Counts:
         """What happened within the window."""
@@ -85,13 +99,6 @@ class Window(Generic[Counts]):
 
     def _each(self, operation: Callable[[Any, Any], Any], some: Counts, more: Counts) -> Counts:
         return cast(Counts, self._nothing._make(map(operation, some, more)))
-
-
-def per_second(count: float, now: float, since: float) -> float:
-    """The sum of a window of RATE_SECONDS as a rate, `since` the counting began, both by the window's clock."""
-    # The oldest part has left the window as a whole, so that it covers a little less than its length.
-    covered = RATE_SECONDS - SLOT_SECONDS + now % SLOT_SECONDS
-    return count / max(min(covered, now - since), SLOT_SECONDS)
 
 
 class Recent(Generic[Key]):
@@ -140,16 +147,15 @@ class Rates:
     """What was answered in the last minute: in all, by user, by job. Belongs to the event loop's thread."""
 
     def __init__(self) -> None:
-        self._since = monotonic()
         self._all = Window(Work())
         self._passes = Window(Passes())
         self._users: dict[UserId, User] = {}
         self._jobs: Recent[str] = Recent()
         self._lines: Recent[str] = Recent()
 
-    def answered(self, work: Work, user: UserId) -> None:
-        """A request was answered with a result."""
-        self._all.add(work)
+    def answered(self, work: Work, user: UserId, took: float = 0.0) -> None:
+        """A request was answered with a result, after so many seconds."""
+        self._all.add(work, took)
         if user.job is not None:
             self._jobs.add(user.job, work.texts)
         known = self._users.pop(user, None) or User(user)
@@ -178,10 +184,13 @@ class Rates:
         """The forward passes of the last minute."""
         return self._passes.sums()
 
-    def per_second(self, count: float, age: float | None = None) -> float:
-        """A count of the last minute as a rate; `age` in seconds: of what has not been there for longer."""
-        now = monotonic()
-        return per_second(count, now, self._since if age is None else max(self._since, now - age))
+    def per_second(self, count: float) -> float:
+        """A count of the last minute as a rate."""
+        return count / self._all.span()
+
+    def span(self) -> float | None:
+        """Seconds that the counts of the last minute are of; None where nothing was answered in it."""
+        return self._all.span() if self.minute.requests else None
 
     def texts_of_job(self, job_id: str) -> int:
         """Texts that were answered in the name of a job or a batch in the last minute."""

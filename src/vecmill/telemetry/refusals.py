@@ -21,7 +21,7 @@ class Blame(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A request that was answered with an error. Method and path are as the client sent them: not to be shown."""
+    """A request that was answered with an error. Its path is as the client sent it: not to be shown."""
 
     request_id: str
     status: int
@@ -31,7 +31,6 @@ class Refusal:
     """A sentence, without anything that the client sent."""
     param: str | None
     """The field at fault, as the client wrote it: not to be shown before it is known to be one."""
-    method: str
     path: str
     client: str
     key: str | None

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, perf_counter
 
 import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from vecmill.core.types import Caller, Lane
+from vecmill.core.errors import (
+    BatchFailed,
+    DeadlineExceeded,
+    EngineFailed,
+    MemoryLow,
+    Overloaded,
+    Unavailable,
+    VecmillError,
+)
+from vecmill.core.types import Lane, Outcome, RequestRecord
 from vecmill.telemetry.rates import RATE_SECONDS, Rates, UserId, Work
 from vecmill.telemetry.refusals import Blame, Refusals
 
@@ -26,7 +35,7 @@ TOKENS = (16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # Lines of the exposition that tell how much had to be computed, and so what was in the cache.
 OF_WORK = re.compile(
     rb"(# \w+ )?vecmill_(cache|computed|joined|batch_(rows|tokens|duration))"
-    rb"|vecmill_request_duration_seconds\w*{[^}]*stage=\"(tokenize|queue|infer)\""
+    rb"|vecmill_request_duration_seconds\w*{[^}]*stage=\"(tokenize|queue|forward)\""
 )
 
 
@@ -68,7 +77,7 @@ class Metrics:
         )
         self.request_seconds = Histogram(
             "vecmill_request_duration_seconds",
-            "Time in the server by stage: total, tokenize, queue, infer",
+            "Time in the server by stage: total, tokenize, queue, forward",
             ["operation", "lane", "stage"],
             buckets=SECONDS,
             registry=registry,
@@ -176,40 +185,44 @@ class OptionalGauge(Collector):
             yield family
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One answered inference request; times in seconds."""
+# The nearest class in an error's MRO decides.
+OUTCOMES: Mapping[type[BaseException], Outcome] = {
+    Overloaded: Outcome.OVERLOADED,
+    MemoryLow: Outcome.OVERLOADED,
+    DeadlineExceeded: Outcome.TIMEOUT,
+    BatchFailed: Outcome.ERROR,
+    EngineFailed: Outcome.ERROR,
+    Unavailable: Outcome.UNAVAILABLE,
+    VecmillError: Outcome.REFUSED,
+    asyncio.CancelledError: Outcome.CANCELLED,
+    BaseException: Outcome.ERROR,
+}
 
-    operation: str
-    """`embed` or `rerank`."""
-    model: str
-    lane: Lane
-    texts: int
-    tokens: int
-    truncated: int
-    """Texts that were cut."""
-    cached: int
-    """Texts that were not run, and their tokens."""
-    cached_tokens: int
-    total: float
-    tokenize: float
-    queue: float
-    infer: float
-    waited: bool
-    """Whether other work was ahead of it."""
-    caller: Caller = field(default_factory=Caller)
-    at: float = field(default_factory=monotonic)
 
-    @property
-    def work(self) -> Work:
-        """What it counts towards the rates."""
-        searches = int(self.lane is Lane.INTERACTIVE)
-        return Work(self.texts, self.tokens, 1, searches, self.cached, self.cached_tokens)
+def outcome_of(error: BaseException) -> Outcome:
+    """How a request ended that failed with an error."""
+    return next(OUTCOMES[kind] for kind in type(error).__mro__ if kind in OUTCOMES)
 
-    @property
-    def overhead(self) -> float:
-        """What is neither queue nor device: parsing, tokenizing, encoding."""
-        return max(0.0, self.total - self.queue - self.infer)
+
+class Recording:
+    """Reports a request's record when the block that it stands for ends, whether it has a result or failed."""
+
+    __slots__ = ("_record", "_telemetry")
+
+    def __init__(self, telemetry: Telemetry, record: RequestRecord) -> None:
+        self._telemetry = telemetry
+        self._record = record
+
+    def __enter__(self) -> RequestRecord:
+        self._record.arrived = perf_counter()
+        return self._record
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        record = self._record
+        record.total, record.at = perf_counter() - record.arrived, monotonic()
+        if error is not None:
+            record.outcome = outcome_of(error)
+        self._telemetry.ended(record)
 
 
 class Telemetry:
@@ -223,21 +236,28 @@ class Telemetry:
         self.knee_tokens = 0.0
         """Of the default model: with fewer tokens a forward pass takes about as long."""
 
-    def answered(self, request: Answered) -> None:
-        """An inference request has its result."""
-        operation, model = request.operation, request.model
+    def recording(self, record: RequestRecord) -> Recording:
+        """A context in which the request is worked on; its end is reported."""
+        return Recording(self, record)
+
+    def ended(self, record: RequestRecord) -> None:
+        """An inference request has its result, or has failed."""
+        if record.outcome is not Outcome.OK or record.lane is None:
+            return
+        operation, model = record.operation, record.model
         self.metrics.requests.labels(operation, model).inc()
-        self.metrics.texts.labels(operation, model).inc(request.texts)
-        self.metrics.tokens.labels(operation, model).inc(request.tokens)
-        self.metrics.truncated.labels(model).inc(request.truncated)
-        self.metrics.cached_texts.labels(operation, model).inc(request.cached)
-        self.metrics.cached_tokens.labels(operation, model).inc(request.cached_tokens)
-        for stage in ("total", "tokenize", "queue", "infer"):
-            seconds = getattr(request, stage)
-            self.metrics.request_seconds.labels(operation, request.lane.value, stage).observe(seconds)
-        self.rolling.add_request(request)
-        caller = request.caller
-        self.rates.answered(request.work, UserId(caller.owner, caller.client, caller.job_id))
+        self.metrics.texts.labels(operation, model).inc(record.texts)
+        self.metrics.tokens.labels(operation, model).inc(record.tokens)
+        self.metrics.truncated.labels(model).inc(record.truncated)
+        self.metrics.cached_texts.labels(operation, model).inc(record.cached)
+        self.metrics.cached_tokens.labels(operation, model).inc(record.cached_tokens)
+        for stage in ("total", "tokenize", "queue", "forward"):
+            seconds = getattr(record, stage)
+            self.metrics.request_seconds.labels(operation, record.lane.value, stage).observe(seconds)
+        self.rolling.add_request(record)
+        searches = int(record.lane is Lane.INTERACTIVE)
+        work = Work(record.texts, record.tokens, 1, searches, record.cached, record.cached_tokens)
+        self.rates.answered(work, UserId(record.owner, record.client, record.job), record.total)
 
     def batch(self, lane: Lane, rows: int, tokens: int, seconds: float, splits: int) -> None:
         """A batch ended; it was halved `splits` times for lack of memory."""
@@ -278,12 +298,12 @@ class Rolling:
         """Requests that were refused for what they say."""
         self.queue_waits = 0
         self.warmup_seconds: tuple[float, ...] = ()
-        self._samples: deque[Answered] = deque(maxlen=SAMPLES)
-        self._totals: dict[Lane, deque[tuple[float, float]]] = {lane: deque(maxlen=SAMPLES) for lane in Lane}
+        self._samples: deque[RequestRecord] = deque(maxlen=SAMPLES)
+        self._totals: dict[Lane | None, deque[tuple[float, float]]] = {lane: deque(maxlen=SAMPLES) for lane in Lane}
         """When the last requests of each lane were answered, and after how many milliseconds."""
         self._batch_rows: deque[int] = deque(maxlen=SAMPLES)
 
-    def add_request(self, request: Answered) -> None:
+    def add_request(self, request: RequestRecord) -> None:
         """Count an answered request."""
         self.requests += 1
         self.texts += request.texts
@@ -310,13 +330,13 @@ class Rolling:
         return summary(taken for at, taken in self._totals[lane] if at >= since)
 
     def latency_ms(self, stage: str, lane: Lane | None = None) -> Mapping[str, float | None]:
-        """min, p50, p95, max and mean of `total`, `tokenize`, `queue`, `infer` or `overhead` over recent requests."""
+        """min, p50, p95, max and mean of `total`, `tokenize`, `queue`, `forward` or `overhead` over recent requests."""
         samples = (sample for sample in self._samples if lane is None or sample.lane is lane)
         return summary([1000 * float(getattr(sample, stage)) for sample in samples])
 
     def per_text_ms(self) -> Mapping[str, float | None]:
         """The same for device time per text."""
-        return summary([1000 * sample.infer / sample.texts for sample in self._samples if sample.texts])
+        return summary([1000 * sample.forward / sample.texts for sample in self._samples if sample.texts])
 
     @property
     def sample_count(self) -> int:

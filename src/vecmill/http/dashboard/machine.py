@@ -13,6 +13,8 @@ from vecmill.hardware.memory_parts import MemoryMeter, MemoryParts, gpu_parts
 from vecmill.http.capabilities import memory_of_gpu, warnings
 from vecmill.http.services import Services
 
+FRESH_SECONDS = 0.5  # the kernel takes a while to say it
+
 
 class Machine:
     """Reads the machine. Belongs to the event loop's thread."""
@@ -20,11 +22,14 @@ class Machine:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._meter = MemoryMeter(services.settings.engine.memory_floor_gb)
+        self._memory_now: tuple[float, MemoryParts] | None = None
         self._cpu = CpuMeter()
 
     def memory(self) -> MemoryParts:
-        """The machine's memory now."""
-        return self._meter.machine(memory_of_gpu(self._services))
+        """The machine's memory, as it was FRESH_SECONDS ago at most."""
+        if self._memory_now is None or monotonic() - self._memory_now[0] > FRESH_SECONDS:
+            self._memory_now = monotonic(), self._meter.machine(memory_of_gpu(self._services))
+        return self._memory_now[1]
 
     def view(self) -> dict[str, Any]:
         """All of it, as JSON."""
@@ -37,7 +42,7 @@ class Machine:
     def _memory(self) -> dict[str, Any]:
         of_gpu = memory_of_gpu(self._services)
         has_own = self._services.gpu().gpu is not None or self._services.gpu_in_use()
-        parts = {f"{name}_bytes": value for name, value in asdict(self._meter.machine(of_gpu)).items()}
+        parts = {f"{name}_bytes": value for name, value in asdict(self.memory()).items()}
         own = None
         if has_own and not of_gpu.unified:
             gpu = gpu_parts(of_gpu, in_use=self._services.gpu_in_use())

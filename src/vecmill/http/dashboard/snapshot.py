@@ -6,20 +6,18 @@ What is not known, or not for this viewer, is null, never zero. Rates are those 
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from time import time
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.routing import Match
 
 from vecmill import __version__
 from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.core.types import Lane, ModelCard, Viewer
-from vecmill.http.access import shown_key
 from vecmill.http.batches import batch_object
 from vecmill.http.dashboard.machine import Machine
 from vecmill.http.health import status_of
@@ -70,7 +68,7 @@ class Snapshots:
     async def of(self, view: View) -> dict[str, Any]:
         """What is so now."""
         services, refusals = self._services, self._refusals(view)
-        if any(refusal.param for refusal in refusals):
+        if refusals:
             await self._words.learn()
         status, text = status_of(services)
         return {
@@ -148,8 +146,8 @@ class Snapshots:
         rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
         name = None if who.job is None else self._services.jobs.project(who.job)
         return {
-            "key": shown_key(who.owner),
-            "client": who.client.rpartition("@")[2],
+            "key": self._services.key_name(who.owner),
+            "client": who.client,
             "job": who.job,
             "job_name": batch_name(batch) if batch is not None else name,
             "texts_per_second": round(rates.per_second(minute.texts), 2),
@@ -173,7 +171,7 @@ class Snapshots:
             "status": refusal.status,
             "error": refusal.error,
             "reason": refusal.reason if field is None else f"{refusal.reason} (`{field}`)",
-            "path": self._words.path(refusal.method, refusal.path),
+            "path": self._words.path(refusal.path),
             "client": refusal.client,
             "key": refusal.key,
         }
@@ -186,7 +184,7 @@ class Snapshots:
         if number != query.jobs_page:  # there are fewer than there were
             last = JobQuery(query.jobs_text, query.jobs_status, (number - 1) * PAGE_SIZE, PAGE_SIZE)
             found, views = jobs.page(last, view.viewer)
-        items = [views.detailed(job) | {"key": shown_key(job.owner)} for job in found.jobs]
+        items = [views.detailed(job) | {"key": self._services.key_name(job.owner)} for job in found.jobs]
         return {"counts": found.counts, "total": found.total, "page": number, "pages": pages, "items": items}
 
     async def _batches(self, view: View) -> dict[str, Any]:
@@ -215,14 +213,11 @@ class Snapshots:
     def _batch(self, record: BatchRecord, input_bytes: int | None) -> dict[str, Any]:
         rates, progress = self._services.telemetry.rates, record.progress
         lines = rates.lines_of_batch(record.id) if self._services.batches.runs(record.id) else None
-        eta = None
-        if lines and record.in_progress_at is not None:
-            age = max(1.0, time() - record.in_progress_at)
-            eta = round(max(0, record.total - progress.lines) / rates.per_second(lines, age), 1)
+        eta = round(max(0, record.total - progress.lines) / rates.per_second(lines), 1) if lines else None
         return {
             **batch_object(record),
             "name": batch_name(record),
-            "key": shown_key(record.owner),
+            "key": self._services.key_name(record.owner),
             "lines_per_second": None if lines is None else round(rates.per_second(lines), 3),
             "texts_per_second": None if lines is None else round(rates.per_second(rates.texts_of_job(record.id)), 3),
             "eta_seconds": eta,
@@ -292,32 +287,34 @@ class ClientWords:
     def __init__(self, app: FastAPI) -> None:
         self._app = app
         self._fields: frozenset[str] = frozenset()
-        self.path = lru_cache(maxsize=256)(self._path)
+        self._routes: list[tuple[re.Pattern[str], str]] = []
 
     async def learn(self) -> None:
-        """Read the names of all fields, once. Takes half a second of a thread."""
-        if not self._fields:
-            self._fields = frozenset(_fields(await asyncio.to_thread(self._app.openapi)))
+        """Read the API's own words, once. Takes half a second of a thread."""
+        if not self._routes:
+            schema = await asyncio.to_thread(self._app.openapi)
+            self._fields = frozenset(_fields(schema))
+            # The most precise first: `/jobs/recent` before `/jobs/{job_id}`.
+            paths = sorted(schema["paths"], key=lambda path: (path.count("{"), -len(path)))
+            self._routes = [(re.compile(PARAMETER.sub(".+", path)), path) for path in paths]
 
     def field(self, param: str | None) -> str | None:
         """A field at fault, up to where it is no name that the server knows: `input[3]`; None where nothing is left."""
-        if param is None:
-            return None
         known: list[str] = []
-        for part in param.split("."):
+        for part in (param or "").split("."):
             name, bracket, index = part.partition("[")
-            if name not in self._fields or (bracket and not index.removesuffix("]").isdecimal()):
+            if name not in self._fields or (bracket and not index[:-1].isdecimal()):
                 break
-            known.append(part[:100])
+            known.append(part[:LONGEST_FIELD])
         return ".".join(known) or None
 
-    def _path(self, method: str, path: str) -> str | None:
-        """The route of a path, its parts that clients choose as names; None where there is no route."""
-        scope = {"type": "http", "method": method, "path": path, "headers": [], "root_path": ""}
-        for route in self._app.router.routes:
-            if route.matches(scope)[0] is not Match.NONE:
-                return str(getattr(route, "path", "")) or None
-        return None
+    def path(self, path: str) -> str | None:
+        """The route of a path, its parts that clients choose as names; None where nothing is served."""
+        return next((route for pattern, route in self._routes if pattern.fullmatch(path)), None)
+
+
+PARAMETER = re.compile(r"{[^}]*}")
+LONGEST_FIELD = 100
 
 
 def _fields(schema: Any) -> set[str]:

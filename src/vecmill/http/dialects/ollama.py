@@ -89,7 +89,7 @@ class OllamaEmbedBody(EmbedBody):
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
         """Vectors, times in nanoseconds, tokens."""
         timings = result.timings
-        total = timings.tokenize + timings.queue + timings.infer
+        total = timings.tokenize + timings.queue + timings.forward
         return {
             "model": self.model or result.model,
             "embeddings": rows[0],
