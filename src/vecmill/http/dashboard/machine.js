@@ -2,13 +2,13 @@
 
 /** @import { Doctor, Machine, Maybe, Share } from "./types" */
 
-import { attempt, byId, h, refill, setText, time } from "./elements.js";
+import { attempt, byId, field, h, refill, setText, time } from "./elements.js";
 import { UNKNOWN, bytes, count, join, known, share, unit } from "./format.js";
 import { call } from "./server.js";
 import { choice, codeBlock } from "./snippets.js";
 
 const HOT_C = 80;
-const SLOW = new Set(["throttled", "locked", "low"]);
+const SLOW = new Set(["throttled", "locked"]);
 const DOCTOR_AGAIN_MS = 2000; // while it runs
 const LONGEST_PAGE = 200_000; // characters that are shown
 
@@ -60,7 +60,7 @@ function tiles(machine) {
   if (gpu) {
     const isSlow = SLOW.has(gpu.clock_verdict ?? "");
     of.push(
-      tile("GPU busy", share(gpu.utilization_ratio), gpu.name ?? ""),
+      tile("GPU busy", share(gpu.utilization_ratio), join([gpu.name, gpu.stale && "its driver does not answer", gpu.in_use === false && "not used by this server"])),
       tile("GPU clock", unit(count(gpu.sm_clock_mhz), "MHz"), gpu.clock_text ?? gpu.clock_verdict ?? "", isSlow ? "bad" : ""),
       tile("GPU power", unit(count(gpu.power_watts), "W"), ""),
       tile("GPU temperature", unit(count(gpu.temperature_c), "°C"), `hot from ${HOT_C} °C on`, (gpu.temperature_c ?? 0) >= HOT_C ? "warn" : ""),
@@ -99,8 +99,8 @@ async function showDoctor() {
   const checks = doctor.result?.checks ?? [];
   const bad = checks.filter((check) => check.status !== "ok").length;
   const verdict = checks.length > 0 && (bad === 0 ? `${count(checks.length)} checks, all well` : `${count(bad)} of ${count(checks.length)} checks found something`);
-  refill(document.querySelector("[data-field=doctor-summary]") ?? button, JSON.stringify([verdict, doctor.at]), () =>
-    verdict ? [verdict, known(doctor.at) ? [", ", time(doctor.at)].flat() : null].flat() : "looks at GPU, driver, memory, disk and settings",
+  refill(field(document, "doctor-summary"), JSON.stringify([verdict, doctor.ended_at]), () =>
+    verdict ? [verdict, ", ", time(doctor.ended_at)] : "looks at GPU, driver, memory, disk and settings",
   );
   refill(byId("doctor"), JSON.stringify([checks, doctor.error ?? null, doctor.running]), () => shownChecks(doctor));
   if (doctor.running && !byId("panel-machine").hidden && !document.hidden) timer = setTimeout(showDoctor, DOCTOR_AGAIN_MS);
@@ -110,7 +110,7 @@ async function showDoctor() {
 function shownChecks(doctor) {
   const checks = doctor.result?.checks ?? [];
   if (doctor.error && !doctor.running) return h("p.problem", doctor.error);
-  if (checks.length === 0) return h("p.empty", doctor.running ? "It is looking; that takes up to a minute." : "It has not been run since the start.");
+  if (checks.length === 0) return h("p.empty", doctor.running ? "It is looking. That may take some minutes; searches go first." : "It has not been run since the start.");
   const order = ["fail", "warn", "ok"];
   const sorted = [...checks].sort((one, other) => order.indexOf(one.status) - order.indexOf(other.status));
   return h("table.checks", h("thead", h("tr", ["Check", "Verdict", "Seen", "Cure"].map((name) => h("th", { scope: "col" }, name)))),

@@ -79,7 +79,7 @@ function fillCard(card, model) {
   card.dataset.status = model.state;
   setText(card.querySelector("bdi"), model.id);
   setText(card.querySelector("[data-field=state]"), words(model.state) + (model.pinned ? ", pinned" : ""));
-  setText(card.querySelector("[data-field=task]"), model.task === "rerank" ? "reranks" : "embeds");
+  setText(card.querySelector("[data-field=task]"), model.task === "rerank" ? "reranks" : model.task === "embed" ? "embeds" : "");
   const isUnderWay = UNDER_WAY.has(model.state);
   setBar(card.querySelector("progress"), isUnderWay ? model.progress : null, 100, `Progress of ${model.id}`);
   const message = join([isUnderWay && known(model.progress) && unit(count(model.progress), "%"), model.message]);
@@ -93,16 +93,19 @@ function fillCard(card, model) {
   const [load, unload] = card.querySelectorAll("button");
   load.hidden = !mayChange || !["unloaded", "failed"].includes(model.state);
   unload.hidden = !mayChange || model.state !== "loaded";
-  load.onclick = () => change("load", { model: model.id }, `${model.id} is being loaded.`);
+  load.onclick = () => change("load", named(model), `${model.id} is being loaded.`);
   unload.onclick = () => unloadModel(model);
   load.setAttribute("aria-label", `Load ${model.id}`);
   unload.setAttribute("aria-label", `Unload ${model.id}`);
 }
 
+/** An embedding model and a reranker may have the same name. @param {Model} model */
+const named = ({ id, task }) => ({ model: id, ...(task && { task }) });
+
 /** @param {Model} model */
 async function unloadModel(model) {
-  const text = "Its memory is given back. Requests for it are refused, or load it again, as the server is set up.";
-  if (await ask(`Unload ${model.id}?`, text, "Unload it")) await change("unload", { model: model.id }, `${model.id} is being unloaded.`);
+  const text = "Its memory is given back. The next request that names it has it loaded again.";
+  if (await ask(`Unload ${model.id}?`, text, "Unload it")) await change("unload", named(model), `${model.id} is being unloaded.`);
 }
 
 /** @type {() => void} */

@@ -150,7 +150,7 @@ export interface Batch {
 export interface Model {
   id: string;
   aliases?: string[];
-  task: "embed" | "rerank";
+  task: Maybe<"embed" | "rerank">;
   state: string;
   progress?: Maybe<number>;
   message?: Maybe<string>;
@@ -193,6 +193,8 @@ export interface Machine {
   >;
   gpu: Maybe<{
     name: Maybe<string>;
+    in_use?: Maybe<boolean>;
+    stale?: Maybe<boolean>;
     utilization_ratio: Maybe<number>;
     sm_clock_mhz: Maybe<number>;
     clock_verdict: Maybe<string>;
@@ -213,7 +215,8 @@ export interface History {
 /** GET /dashboard/doctor. */
 export interface Doctor {
   running: boolean;
-  at?: Maybe<number>;
+  started_at: Maybe<number>;
+  ended_at: Maybe<number>;
   error?: Maybe<string>;
   result?: Maybe<{
     ok: boolean;
