@@ -185,14 +185,15 @@ def test_with_a_key_a_prompt_dimensions_and_a_reranker(
         model = page.locator("#compare select[name=model]")
         expect(model).to_have_value("embedding")
         page.get_by_label("Prompt").select_option("query")
-        page.get_by_label("Dimensions").fill("16")
+        page.get_by_label("Dimensions").fill("32")
         outcome = compare(page, TEXTS)
-        expect(outcome).to_contain_text("16 dimensions")
+        expect(outcome).to_contain_text("32 dimensions")
         shown = programs(outcome)
         assert [text for text in shown.values() if KEY in text] == []
         assert all(re.search(r'"?prompt_name"?: ?"query"', text) for text in shown.values())
+        assert all(re.search(r'"?dimensions"?[=:] ?32', text) for text in shown.values())
         printed = answered(shown, tmp_path, VECMILL_API_KEY=KEY)
-        assert printed["Python"] == "4 vectors of 16\n"
+        assert printed["Python"] == "4 vectors of 32\n"
 
         expect(page.locator("#rank select[name=model]")).to_have_value("reranker")
         expect(rank(page, "a", ["b", "c"])).to_contain_text("Scored by the reranker reranker.")

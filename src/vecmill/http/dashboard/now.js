@@ -41,7 +41,7 @@ export function showRefusals({ refusals, now }) {
 }
 
 const newRefusal = () =>
-  h("tr", h("td.quiet"), h("td.name", h("span.badge"), " ", h("bdi"), h("span.quiet.line", h("code"), " ", h("code.id"))),
+  h("tr", h("td.quiet"), h("td.name", h("span.badge"), " ", h("bdi"), h("span.quiet.line", h("code"), " ", h("code"))),
     h("td.wide", h("bdi"), h("bdi.quiet.line")));
 
 /** They do not change: filled once. @param {any} row @param {Refusal} refusal */

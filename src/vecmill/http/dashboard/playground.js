@@ -107,7 +107,7 @@ const sentence = (text) => (text ? text[0]?.toUpperCase() + text.slice(1) : "");
 function programs(asked) {
   const texts = programsOf(asked);
   const room = h("div");
-  const show = (/** @type {string} */ language) => room.replaceChildren(codeBlock(texts[language] ?? "", `the call in ${language}`));
+  const show = (/** @type {string} */ language) => room.replaceChildren(codeBlock(texts[language] ?? "", `the call of ${asked.path} in ${language}`));
   const name = `language-${asked.path}`;
   show("curl");
   return h("div", h("fieldset.switch", h("legend.quiet", "The same call"), choice(name, Object.keys(texts), show)), room);
