@@ -1,4 +1,4 @@
-"""The command line: `vecmill serve`, `pull`, `verify`, `bench`, `embed`, `doctor` and `keys new`.
+"""The command line: `vecmill serve`, `pull`, `verify`, `bench`, `embed`, `doctor`, `status`, `top` and `keys new`.
 
 What needs torch is imported when it runs: no other command waits for it, nor fails where torch is broken.
 """
@@ -26,6 +26,7 @@ from vecmill.tools.console import UsageError, print_error
 from vecmill.tools.doctor.command import doctor
 from vecmill.tools.embed.command import embed
 from vecmill.tools.pull import run_pull
+from vecmill.tools.status import status, top
 
 keys = typer.Typer(no_args_is_help=True, help="The API keys of a server.")
 cli = typer.Typer(
@@ -172,6 +173,8 @@ cli.command()(_with_flags())
 cli.command()(bench)
 cli.command()(embed)
 cli.command()(doctor)
+cli.command()(status)
+cli.command()(top)
 cli.add_typer(keys, name="keys")
 
 

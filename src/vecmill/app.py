@@ -27,7 +27,8 @@ from vecmill.http import api_document, batches, capabilities, errors, files, hea
 from vecmill.http.access import HOST_NAME, Access, ApiKeys, in_both_families
 from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
-from vecmill.http.dashboard import live, page
+from vecmill.http.dashboard import doctor, live, page
+from vecmill.http.dashboard.doctor import Doctor
 from vecmill.http.dashboard.live import Live
 from vecmill.http.dashboard.machine import Machine
 from vecmill.http.dashboard.sampling import Sampler
@@ -37,7 +38,7 @@ from vecmill.http.generation import Generation
 from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
 from vecmill.http.origins import Cors, Origins
 from vecmill.http.services import Services
-from vecmill.http.stats import watch_budgets, watch_gauges
+from vecmill.http.stats import watch_gauges
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble
 from vecmill.scheduler.policy import Budget, Rules
@@ -123,7 +124,8 @@ class Server:
         self.replica = f"{HOST_NAME}:{settings.http.port}"
         self.sampler = Sampler(self.services, self.machine, self.replica)
         self.live: Live | None = None
-        watch_gauges(self.services)
+        self.doctor = Doctor(settings)
+        watch_gauges(self.services, lambda: self.requests.in_flight)
 
     async def open(self) -> None:
         """Make what needs the event loop and lasts until `close`."""
@@ -184,10 +186,9 @@ class Server:
         self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self._loaded = loaded
-        self.telemetry.knee_tokens = next((warmed.calibration.knee_tokens for warmed in loaded.warmed.values()), 0.0)
+        self.telemetry.knees = {key: warmed.calibration.knee_tokens for key, warmed in loaded.warmed.items()}
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
-        watch_budgets(self.services)
         return loaded
 
     def _report(self, percent: float, message: str) -> None:
@@ -229,6 +230,7 @@ class Server:
     async def close(self) -> None:
         """Refuse new work, let what runs end if it soon does, fail what waits, end the threads."""
         self.begin_to_stop()
+        await self.doctor.close()
         await self.state.batches.close()
         if self.generation is not None:
             await self.generation.close()
@@ -276,11 +278,12 @@ def create_app(
     )
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
+    app.state.doctor = server.doctor
     server.live = app.state.live = Live(Snapshots(app, server.services, server.machine, server.replica), server.sampler)
     first, *others = (dialect.router for dialect in registry.DIALECTS)
     routers = [first, registry.shared, *others]  # the API's document has them in this order
     routers += [files.router, batches.router, jobs.router, jobs.deprecated]
-    routers += [capabilities.router, health.router, stats.router, live.router, page.router]
+    routers += [capabilities.router, health.router, stats.router, live.router, doctor.router, page.router]
     for router in routers:
         app.include_router(router)
     errors.install(app, registry.shape_for)

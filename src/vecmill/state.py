@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -40,16 +39,14 @@ class State:
         self._watch(telemetry)
 
     def _watch(self, telemetry: Telemetry) -> None:
-        metrics = telemetry.metrics
-        metrics.watch(metrics.cache_entries, lambda: self.cache.size.entries if self.cache else 0)
-        metrics.watch(metrics.cache_bytes, lambda: self.cache.size.bytes if self.cache else 0)
-        metrics.watch(metrics.cache_dropped, lambda: self.cache.stats.dropped if self.cache else 0)
-        metrics.watch(metrics.cache_lost, lambda: self.cache.stats.lost if self.cache else 0)
-        metrics.watch(metrics.cache_failing, lambda: float(self.cache is not None and self.cache.failing))
-        for status in JobStatus:
-            metrics.watch(metrics.jobs.labels(status.value), partial(self.jobs.count, status))
-        for state in BatchStatus:
-            metrics.watch(metrics.batches.labels(state.value), partial(self.batches.count, state))
+        metrics, jobs, batches = telemetry.metrics, self.jobs, self.batches
+        metrics.cache_entries.set_value(lambda: self.cache.size.entries if self.cache else 0)
+        metrics.cache_bytes.set_value(lambda: self.cache.size.bytes if self.cache else 0)
+        metrics.cache_dropped.set_value(lambda: self.cache.stats.dropped if self.cache else 0)
+        metrics.cache_lost.set_value(lambda: self.cache.stats.lost if self.cache else 0)
+        metrics.cache_failing.set_value(lambda: float(self.cache is not None and self.cache.failing))
+        metrics.jobs.set_function(lambda: {(status.value,): jobs.count(status) for status in JobStatus})
+        metrics.batches.set_function(lambda: {(state.value,): batches.count(state) for state in BatchStatus})
 
     async def open(self) -> None:
         """Go on with what was kept. Where it cannot be read now, the server serves all the same.

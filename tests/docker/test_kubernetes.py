@@ -20,7 +20,7 @@ from vecmill.config import load_settings
 from vecmill.serve.stopping import CLOSING_SECONDS
 
 VERSION = "1.37"
-FOLDERS = ("base", "overlays/single-node", "overlays/replicas")
+FOLDERS = ("base", "overlays/single-node", "overlays/replicas", "overlays/replicas-keda")
 OPERATOR = {"ServiceMonitor", "PrometheusRule"}
 CLUSTER_WIDE = {"Namespace"}
 
@@ -60,12 +60,13 @@ def _workloads(folder: str) -> list[dict[str, Any]]:
 
 @each_folder
 def test_every_object_is_what_the_api_takes(folder: str) -> None:
-    from cloudcoil.models.prometheus_operator import v1 as operator  # seconds to import, for this test alone
+    from cloudcoil.models.keda import v1alpha1 as keda  # seconds to import, for this test alone
+    from cloudcoil.models.prometheus_operator import v1 as operator
 
     for one in manifests(folder):
-        if one["kind"] in OPERATOR:
+        if one["kind"] in OPERATOR or one["kind"] == "ScaledObject":
             # These types drop fields that they do not know: none may be lost.
-            parsed = getattr(operator, one["kind"]).model_validate(one)
+            parsed = getattr(operator if one["kind"] in OPERATOR else keda, one["kind"]).model_validate(one)
             assert json.loads(parsed.model_dump_json(by_alias=True, exclude_unset=True)) == one
         else:
             kubernetes_validate.validate(one, VERSION, strict=True)
@@ -252,6 +253,20 @@ def test_the_autoscaler_scales_the_servers() -> None:
     assert target["apiVersion"] == spec["scaleTargetRef"]["apiVersion"]
     assert "replicas" not in target["spec"], "an apply would undo what the autoscaler has done"
     assert 1 < spec["minReplicas"] <= spec["maxReplicas"]
+
+
+def test_keda_scales_the_servers_in_place_of_the_other_autoscaler() -> None:
+    objects = manifests("overlays/replicas-keda")
+    assert not of_kind(objects, "HorizontalPodAutoscaler")
+    spec = of_kind(objects, "ScaledObject")["vecmill"]["spec"]
+    target = of_kind(objects, spec["scaleTargetRef"]["kind"])[spec["scaleTargetRef"]["name"]]
+    assert target["apiVersion"] == spec["scaleTargetRef"]["apiVersion"]
+    assert "replicas" not in target["spec"]
+    other = of_kind(manifests("overlays/replicas"), "HorizontalPodAutoscaler")["vecmill"]["spec"]
+    assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (other["minReplicas"], other["maxReplicas"])
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == other["behavior"]
+    (trigger,) = spec["triggers"]
+    assert trigger["metadata"]["threshold"] == other["metrics"][0]["pods"]["target"]["averageValue"]
 
 
 def test_the_monitor_reads_each_pod_once() -> None:

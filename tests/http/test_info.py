@@ -53,7 +53,8 @@ async def test_stats_count_what_was_done() -> None:
         await client.post("/v1/rerank", json={"query": "q", "documents": ["a", "b"]})
         await client.post("/embed", json={"inputs": []})
         found = (await client.get("/stats")).json()
-        assert (found["requests"], found["texts_embedded"], found["errors"]) == (2, 7, 1)
+        assert (found["requests"], found["texts_embedded"]) == (2, 7)
+        assert (found["errors"], found["refused"], found["client_errors"]) == (0, 0, 1)
         assert found["tokens_embedded"] == 5 * 4 + 3 * 3
         assert found["texts_joined"] == 4  # equal texts in flight run once
         assert (found["queue_depth"], found["waiting"]) == (0, {"interactive": 0, "bulk": 0})
@@ -70,9 +71,13 @@ async def test_stats_count_what_was_done() -> None:
             for family in text_string_to_metric_families(metrics)
             for sample in family.samples
         }
-        assert samples["vecmill_texts_total", (("model", MINILM), ("operation", "embed"))] == 5
-        assert samples["vecmill_errors_total", (("error", "EmptyInput"), ("status", "400"))] == 1
-        assert samples["vecmill_batch_rows_sum", (("lane", "interactive"),)] == 4
+        asked = {"dialect": "tei", "lane": "interactive", "model": MINILM, "operation": "embed", "outcome": "ok"}
+        assert samples["vecmill_texts_total", tuple(asked.items())] == 5
+        failed = asked | {"lane": "", "outcome": "refused"}
+        assert samples["vecmill_requests_total", tuple(failed.items())] == 1
+        assert samples["vecmill_errors_total", (("dialect", "tei"), ("error", "EmptyInput"), ("status", "400"))] == 1
+        run = {"lane": "interactive", "model": MINILM, "outcome": "ok", "task": "embed"}
+        assert samples["vecmill_batch_rows_sum", tuple(run.items())] == 4
         assert samples["vecmill_ready", ()] == 1
 
 

@@ -238,6 +238,25 @@ class RequestRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class PassRecord:
+    """One forward pass, once it is over."""
+
+    model: str
+    """By the scheduler's key, `ModelCard.key`."""
+    lane: Lane
+    """Of the batch; an interactive one may hold bulk as well."""
+    rows: int
+    tokens: int
+    fill: float
+    """Tokens as a share of the most that a pass of this model may hold; above 1 for one text that is longer."""
+    seconds: float
+    """On the device; of one that failed, from when it was handed to the device's thread."""
+    splits: int = 0
+    """How often it was halved for lack of memory."""
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks, and how urgently."""
 

@@ -160,7 +160,7 @@ def _detail(error: VecmillError, status: int) -> dict[str, object]:
     return {"detail": error.message}
 
 
-DETAIL = ErrorShape("detail", _detail)
+DETAIL = ErrorShape("none", _detail)
 """The shape on paths that are no dialect's."""
 
 
@@ -236,7 +236,7 @@ async def refused(request: Request, error: VecmillError) -> Response:
 def _report(request: Request, error: Exception, status: int) -> None:
     """Count an error, and keep it among the last."""
     blame = blamed(error, status)
-    services_of(request).telemetry.error(status, type(error).__name__, blame)
+    services_of(request).telemetry.error(status, type(error).__name__, shape_of(request).name, blame)
     if blame is Blame.CLIENT and request.url.path.startswith(DASHBOARD):
         return  # such as the page's own, before somebody signs in
     keep_refusal(request, _name_of(error, status), status, reason_of(error, status), getattr(error, "param", None))

@@ -186,6 +186,11 @@ class InProgress:
         """Those that the stop waits for: they came before it."""
         return self._waited_for
 
+    @property
+    def in_flight(self) -> int:
+        """All of them, also those that came after the stop had begun."""
+        return len(self._all)
+
     def stop(self) -> None:
         """From now on new work is refused."""
         self.stopping = True

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from prometheus_client import CONTENT_TYPE_LATEST
 
 from vecmill import __version__
 from vecmill.core.errors import NotAllowed, StateUnavailable
@@ -21,7 +20,9 @@ from vecmill.hardware.memory import MEGABYTE, host_memory
 from vecmill.http.capabilities import gpu_facts, memory_of_gpu, warnings
 from vecmill.http.route import ViewerOf
 from vecmill.http.services import Services, ServicesOf, shows_work_of_all
-from vecmill.telemetry.telemetry import Values, summary
+from vecmill.inference.facade import Inference
+from vecmill.telemetry.metrics import Values
+from vecmill.telemetry.telemetry import summary
 
 logger = logging.getLogger(__name__)
 
@@ -170,66 +171,77 @@ async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
 
 @router.get("/metrics", summary="Prometheus metrics", tags=["Statistics"], response_class=Response)
 async def metrics(request: Request, services: ServicesOf) -> Response:
-    """Prometheus text format. With several keys and a common cache, what would tell of other keys' texts is left out
-    but for the scope `admin`."""
-    shown = services.telemetry.metrics.exposition(work=shows_work_of_all(request))
-    return Response(shown, media_type=CONTENT_TYPE_LATEST)
+    """Prometheus's text format, or OpenMetrics 1.0 where `Accept` asks for it. With several keys and a common cache,
+    what would tell of other keys' texts is left out but for the scope `admin`."""
+    accept = ",".join(request.headers.getlist("accept"))
+    shown, media_type = services.telemetry.metrics.exposition(accept, work=shows_work_of_all(request))
+    return Response(shown, headers={"Content-Type": media_type, "Vary": "Accept"})
 
 
-def watch_gauges(services: Services) -> None:
-    """Register what each gauge reads at a scrape. Those of a model: `watch_budgets`."""
+def watch_gauges(services: Services, http_in_flight: Callable[[], int]) -> None:
+    """Say where each family that is read at a scrape is read from."""
     metrics, inference = services.telemetry.metrics, services.inference
-    for lane in Lane:
-        metrics.watch(metrics.waiting.labels(lane.value), partial(_waiting, services, lane))
-    metrics.watch(metrics.joined, lambda: inference.stats.joined)
-    metrics.watch(metrics.abandoned, lambda: inference.stats.abandoned)
-    metrics.watch(metrics.expired, lambda: inference.stats.expired)
-    metrics.watch(metrics.computed, lambda: inference.stats.sequences)
-    metrics.watch(metrics.ready, lambda: float(services.health.ready))
-    metrics.watch(metrics.process_memory, lambda: host_memory().process_mb * MEGABYTE)
+    metrics.ready.set_value(lambda: float(services.health.ready))
+    metrics.http_in_flight.set_value(http_in_flight)
+    metrics.queued_texts.set_function(lambda: _queued(services, 0))
+    metrics.queued_tokens.set_function(lambda: _queued(services, 1))
+    for family, counter in (
+        (metrics.computed_texts, "sequences"),
+        (metrics.computed_tokens, "tokens"),
+        (metrics.joined_texts, "joined"),
+        (metrics.abandoned_texts, "abandoned"),
+        (metrics.expired_texts, "expired"),
+    ):
+        family.set_function(partial(_of_lanes, inference, counter))
+    metrics.max_batch_tokens.set_function(
+        lambda: {_task_and_model(key): budget.max_batch_tokens for key, budget in inference.budgets.items()}
+    )
     metrics.memory.set_function(_memory)
-    metrics.memory_pressure.set_function(lambda: {"": _share(host_memory().pressure_percent)})
+    metrics.memory_pressure.set_value(lambda: _share(host_memory().pressure_percent))
     _watch_gpu(services)
 
 
-def watch_budgets(services: Services) -> None:
-    """Register the per-model gauges; to be called once the models are loaded."""
-    metrics, budgets = services.telemetry.metrics, services.inference.budgets
-    for key in budgets:
-        metrics.watch(
-            metrics.max_batch_tokens.labels(*key.split(":", 1)),
-            partial(lambda key: services.inference.budgets[key].max_batch_tokens, key),
-        )
+def _task_and_model(key: str) -> tuple[str, str]:
+    task, _, model = key.partition(":")
+    return task, model
 
 
-def _waiting(services: Services, lane: Lane) -> int:
-    return services.inference.waiting[lane]
+def _queued(services: Services, what: int) -> Values:
+    queued = services.inference.queued.items()
+    return {(*_task_and_model(model), lane): counts[what] for (model, lane), counts in queued}
+
+
+def _of_lanes(inference: Inference, counter: str) -> Values:
+    counters = inference.stats.by_lane.items()
+    return {(*_task_and_model(model), lane): getattr(of_lane, counter) for (model, lane), of_lane in counters}
 
 
 def _memory() -> Values:
     host = host_memory()
     megabytes = {"total": host.total_mb, "available": host.available_mb, "swap_used": host.swap_used_mb}
-    return {kind: value * MEGABYTE for kind, value in megabytes.items()}
+    return {(kind,): value * MEGABYTE for kind, value in megabytes.items()}
 
 
 def _watch_gpu(services: Services) -> None:
     metrics = services.telemetry.metrics
 
-    def of(value: Callable[[GpuReading], float | None]) -> Callable[[], Values]:
-        return lambda: {"": value(services.gpu().gpu or GpuReading())}
+    def of(value: Callable[[GpuReading], float | None]) -> Callable[[], float | None]:
+        return lambda: value(services.gpu().gpu or GpuReading())
 
     metrics.gpu_memory.set_function(lambda: _gpu_memory(services))
-    metrics.gpu_utilization.set_function(of(lambda gpu: _share(gpu.utilization_percent)))
-    metrics.gpu_temperature.set_function(of(lambda gpu: gpu.temperature_c))
-    metrics.gpu_power.set_function(of(lambda gpu: gpu.power_watts))
-    metrics.gpu_clock.set_function(of(lambda gpu: gpu.sm_clock_mhz and gpu.sm_clock_mhz * 1e6))
-    metrics.gpu_throttled.set_function(lambda: {"": _throttled(services)})
+    metrics.gpu_utilization.set_value(of(lambda gpu: _share(gpu.utilization_percent)))
+    metrics.gpu_temperature.set_value(of(lambda gpu: gpu.temperature_c))
+    metrics.gpu_power.set_value(of(lambda gpu: gpu.power_watts))
+    metrics.gpu_clock.set_value(of(lambda gpu: gpu.sm_clock_mhz and gpu.sm_clock_mhz * 1e6))
+    metrics.gpu_throttled.set_value(lambda: _throttled(services))
 
 
 def _gpu_memory(services: Services) -> Values:
     megabytes: dict[str, int | None] = asdict(memory_of_gpu(services))
     del megabytes["unified"]
-    return {name.removesuffix("_mb"): None if value is None else value * MEGABYTE for name, value in megabytes.items()}
+    return {
+        (name.removesuffix("_mb"),): None if value is None else value * MEGABYTE for name, value in megabytes.items()
+    }
 
 
 def _throttled(services: Services) -> float | None:

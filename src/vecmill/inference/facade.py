@@ -127,9 +127,9 @@ class Inference:
         return self._scheduler.waiting if self._scheduler else dict.fromkeys(Lane, 0)
 
     @property
-    def waiting_tokens(self) -> Mapping[Lane, int]:
-        """Their tokens."""
-        return self._scheduler.waiting_tokens if self._scheduler else dict.fromkeys(Lane, 0)
+    def queued(self) -> Mapping[tuple[str, Lane], tuple[int, int]]:
+        """Texts and tokens that wait for a batch, by the scheduler's key of each model and by lane."""
+        return self._scheduler.queued if self._scheduler else {}
 
     @property
     def stats(self) -> SchedulerStats:

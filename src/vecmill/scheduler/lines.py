@@ -101,26 +101,27 @@ def _level(client: TurnTaker, active: Iterable[TurnTaker]) -> None:
 
 
 class Backlog:
-    """Rows and tokens that wait, by model."""
+    """Rows and tokens that wait, by model and by the lane of their first submitter."""
 
     def __init__(self) -> None:
-        self._rows: Counter[str] = Counter()
-        self._tokens: Counter[str] = Counter()
+        self.rows: Counter[tuple[str, Lane]] = Counter()
+        self.tokens: Counter[tuple[str, Lane]] = Counter()
         self._prefixes: Counter[int] = Counter()
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence, lane: Lane) -> None:
         """One more waits."""
-        self._count(sequence, 1)
+        self._count(sequence, lane, 1)
 
-    def remove(self, sequence: Sequence) -> None:
+    def remove(self, sequence: Sequence, lane: Lane) -> None:
         """It waits no longer."""
-        self._count(sequence, -1)
+        self._count(sequence, lane, -1)
 
     def fills(self, model: str, budget: Budget) -> bool:
         """Whether a whole forward pass of a model waits."""
-        return self._tokens[model] >= budget.max_batch_tokens or self._rows[model] >= budget.max_batch_size
+        rows, tokens = (sum(counts[model, lane] for lane in Lane) for counts in (self.rows, self.tokens))
+        return tokens >= budget.max_batch_tokens or rows >= budget.max_batch_size
 
-    def _count(self, sequence: Sequence, sign: int) -> None:
+    def _count(self, sequence: Sequence, lane: Lane, sign: int) -> None:
         """A prefix that several share is computed once, so it counts once."""
         tokens = len(sequence)
         if (prefix := sequence.prefix) is not None:
@@ -131,8 +132,8 @@ class Backlog:
                 tokens += len(prefix)
             if not shared:
                 del self._prefixes[id(prefix)]
-        self._rows[sequence.model] += sign
-        self._tokens[sequence.model] += sign * tokens
+        self.rows[sequence.model, lane] += sign
+        self.tokens[sequence.model, lane] += sign * tokens
 
 
 @dataclass(frozen=True, slots=True)

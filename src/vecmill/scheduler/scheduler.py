@@ -12,7 +12,7 @@ from time import monotonic
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
 from vecmill.core.protocols import BatchResult, ForwardRunner
-from vecmill.core.types import Lane, Row, Vector
+from vecmill.core.types import Lane, PassRecord, Row, Vector
 from vecmill.scheduler.lines import Backlog, Sequence, SequenceResult, WaitingLines, duplicate_key
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
 
@@ -23,12 +23,14 @@ FEWEST_TOKENS = 64  # that a budget is lowered to when the device's memory does 
 
 
 @dataclass(slots=True)
-class SchedulerStats:
-    """Counters since the start; read by telemetry."""
+class LaneStats:
+    """Counters since the start, of one model in one lane."""
 
     batches: int = 0
     sequences: int = 0
+    """Run on the device, in batches of this lane."""
     tokens: int = 0
+    """Of those."""
     joined: int = 0
     """Texts that waited for an equal one instead of being run."""
     abandoned: int = 0
@@ -37,14 +39,32 @@ class SchedulerStats:
     """Texts whose deadline had passed before they were run."""
     splits: int = 0
     """Batches halved because they did not fit into the device's memory."""
-    busy_seconds: float = 0.0
+
+
+def _sum(name: str) -> property:
+    return property(lambda stats: sum(getattr(counters, name) for counters in stats.by_lane.values()))
+
+
+class SchedulerStats:
+    """Counters since the start; read by telemetry."""
+
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        self.by_lane = {(model, lane): LaneStats() for model in models for lane in Lane}
+        self.busy_seconds = 0.0
+
+    # Over all models and lanes:
+    batches = _sum("batches")
+    sequences = _sum("sequences")
+    tokens = _sum("tokens")
+    joined = _sum("joined")
+    abandoned = _sum("abandoned")
+    expired = _sum("expired")
+    splits = _sum("splits")
 
 
 Keep = Callable[[Vector], None]
-
-
-OnBatch = Callable[[Lane, int, int, float, int], None]
-"""Called after every batch with its lane, rows, tokens, seconds on the device, and how often it was halved."""
+OnBatch = Callable[[PassRecord], None]
+"""Called after every batch."""
 
 
 class Scheduler:
@@ -56,17 +76,15 @@ class Scheduler:
         budgets: Mapping[str, Budget],
         rules: Rules | None = None,
         *,
-        on_batch: OnBatch = lambda lane, rows, tokens, seconds, splits: None,
+        on_batch: OnBatch = lambda batch: None,
         on_failure: Callable[[str], None] = lambda reason: None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         """`budgets` by model; `on_failure` is called once, with why nothing can be run any more."""
-        self.stats = SchedulerStats()
+        self.stats = SchedulerStats(budgets)
         self.budgets = dict(budgets)
         self.waiting = dict.fromkeys(Lane, 0)
         """Sequences not yet in a batch, by the lane of their first submitter."""
-        self.waiting_tokens = dict.fromkeys(Lane, 0)
-        """Their tokens."""
         self._backlog = Backlog()
         self._runner = runner
         self._rules = rules or Rules()
@@ -80,6 +98,12 @@ class Scheduler:
         self._closed: VecmillError | None = None
         self._loop = asyncio.create_task(self._cut_forever(), name="scheduler")
         self._loop.add_done_callback(self._loop_ended)
+
+    @property
+    def queued(self) -> Mapping[tuple[str, Lane], tuple[int, int]]:
+        """Texts and tokens that wait for a batch, by model and lane."""
+        rows, tokens = self._backlog.rows, self._backlog.tokens
+        return {(model, lane): (rows[model, lane], tokens[model, lane]) for model in self.budgets for lane in Lane}
 
     @property
     def busy(self) -> bool:
@@ -125,15 +149,14 @@ class Scheduler:
         now = self._clock()
         if key in self._unanswered:
             sequence, _ = self._unanswered[key]
-            self.stats.joined += 1
+            self.stats.by_lane[model, lane].joined += 1
             if sequence.taken or (lane, client, job) in sequence.stands_in:
                 return sequence
         else:
             sequence = Sequence(row, model, key, submitted=now)
             self._unanswered[key] = sequence, lane
             self.waiting[lane] += 1
-            self.waiting_tokens[lane] += len(sequence)
-            self._backlog.add(sequence)
+            self._backlog.add(sequence, lane)
         # In the line of each who asks for it: nobody waits for the turn of another client.
         sequence.stands_in.add((lane, client, job))
         self._lines.join(model, lane, client, now, job).waiting.append(sequence)
@@ -177,19 +200,19 @@ class Scheduler:
             if sequence.taken:
                 continue
             self._leave_queue(sequence)
-            del self._unanswered[sequence.key]
+            _, lane = self._unanswered.pop(sequence.key)
+            counters = self.stats.by_lane[sequence.model, lane]
             if now >= sequence.deadline:
-                self.stats.expired += 1
+                counters.expired += 1
             else:
-                self.stats.abandoned += 1
+                counters.abandoned += 1
             sequence.resolve(DeadlineExceeded())
 
     def _leave_queue(self, sequence: Sequence) -> None:
         sequence.taken = True
-        self._backlog.remove(sequence)
-        lane = self._unanswered[sequence.key][1]
+        _, lane = self._unanswered[sequence.key]
+        self._backlog.remove(sequence, lane)
         self.waiting[lane] -= 1
-        self.waiting_tokens[lane] -= len(sequence)
 
     def _start(self, taken: Cut[Sequence]) -> None:
         self._in_flight.begin(taken.lane)
@@ -215,7 +238,11 @@ class Scheduler:
         if taken.tokens > self.budgets[taken.model].max_batch_tokens:
             logger.info("a text of %d tokens runs alone, longer than the budget of a forward pass", taken.tokens)
         started = self._clock()
-        result = await self._runner.run(taken.model, [sequence.row for sequence in taken.batch], taken.lane)
+        try:
+            result = await self._runner.run(taken.model, [sequence.row for sequence in taken.batch], taken.lane)
+        except Exception:
+            self._report(taken, self._clock() - started, failed=True)
+            raise
         self._count(taken, result)
         for sequence, row in zip(taken.batch, result.rows, strict=True):
             self._unanswered.pop(sequence.key, None)
@@ -225,14 +252,20 @@ class Scheduler:
                 sequence.resolve(SequenceResult(row, started - sequence.submitted))
 
     def _count(self, taken: Cut[Sequence], result: BatchResult) -> None:
-        self.stats.batches += 1
-        self.stats.sequences += len(taken.batch)
-        self.stats.tokens += taken.tokens
+        counters = self.stats.by_lane[taken.model, taken.lane]
+        counters.batches += 1
+        counters.sequences += len(taken.batch)
+        counters.tokens += taken.tokens
+        counters.splits += result.splits
         self.stats.busy_seconds += result.seconds
-        self.stats.splits += result.splits
+        self._report(taken, result.seconds, splits=result.splits)
         if result.splits and result.fitting_tokens is not None:
             self._lower_budget(taken.model, result.fitting_tokens)
-        self._on_batch(taken.lane, len(taken.batch), taken.tokens, result.seconds, result.splits)
+
+    def _report(self, taken: Cut[Sequence], seconds: float, *, splits: int = 0, failed: bool = False) -> None:
+        fill = taken.tokens / self.budgets[taken.model].max_batch_tokens
+        rows = len(taken.batch)
+        self._on_batch(PassRecord(taken.model, taken.lane, rows, taken.tokens, fill, seconds, splits, failed))
 
     def _lower_budget(self, model: str, fitting_tokens: int) -> None:
         budget = self.budgets[model]

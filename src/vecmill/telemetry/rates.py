@@ -22,6 +22,7 @@ RATE_SECONDS = 60.0
 USERS_SECONDS = 300.0
 """For how long after its last request somebody is shown as a user."""
 SLOTS = 60
+SAME_MOMENT = 0.05  # seconds
 MOST_USERS = 256
 MOST_JOBS = 1024
 
@@ -48,8 +49,18 @@ class Passes(NamedTuple):
     tokens: int = 0
     seconds: float = 0.0
     """On the device."""
-    knee_tokens: float = 0.0
+    knee_tokens: int = 0
     """The sum of the knees of the models that they ran."""
+
+    @property
+    def tokens_per_pass(self) -> float | None:
+        """The mean."""
+        return self.tokens / self.passes if self.passes else None
+
+    @property
+    def fill_ratio(self) -> float | None:
+        """Their tokens by their models' knees: below 1 more tokens would have taken about as long."""
+        return self.tokens / self.knee_tokens if self.knee_tokens else None
 
 
 Counts = TypeVar("Counts", Work, Passes)
@@ -98,7 +109,8 @@ class Window(Generic[Counts]):
             self._sums = self._nothing  # without what floating point leaves of differences
 
     def _each(self, operation: Callable[[Any, Any], Any], some: Counts, more: Counts) -> Counts:
-        return cast(Counts, self._nothing._make(map(operation, some, more)))
+        make: Any = type(some)
+        return cast(Counts, make(*map(operation, some, more)))
 
 
 class Recent(Generic[Key]):
@@ -148,7 +160,10 @@ class Rates:
 
     def __init__(self) -> None:
         self._all = Window(Work())
+        self._span = (-SAME_MOMENT, 1.0)
         self._passes = Window(Passes())
+        self.all_passes = Passes()
+        """Since the start."""
         self._users: dict[UserId, User] = {}
         self._jobs: Recent[str] = Recent()
         self._lines: Recent[str] = Recent()
@@ -166,9 +181,11 @@ class Rates:
         if len(self._users) > MOST_USERS:
             del self._users[next(iter(self._users))]
 
-    def forward_pass(self, tokens: int, seconds: float, knee_tokens: float) -> None:
-        """A forward pass ended."""
-        self._passes.add(Passes(1, tokens, seconds, knee_tokens))
+    def forward_pass(self, tokens: int, seconds: float, knee_tokens: int) -> None:
+        """A forward pass ended; `knee_tokens` of its model."""
+        ended = Passes(1, tokens, seconds, knee_tokens)
+        self._passes.add(ended)
+        self.all_passes = Passes(*map(operator.add, self.all_passes, ended))
 
     def lines_done(self, batch_id: str, lines: int) -> None:
         """Lines of a batch were answered, and are on disk."""
@@ -185,8 +202,11 @@ class Rates:
         return self._passes.sums()
 
     def per_second(self, count: float) -> float:
-        """A count of the last minute as a rate."""
-        return count / self._all.span()
+        """A count of the last minute as a rate. Whoever asks for several at once gets all of them over one time."""
+        now = monotonic()
+        if now - self._span[0] > SAME_MOMENT:
+            self._span = now, self._all.span()
+        return count / self._span[1]
 
     def span(self) -> float | None:
         """Seconds that the counts of the last minute are of; None where nothing was answered in it."""

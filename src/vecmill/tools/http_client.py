@@ -214,6 +214,8 @@ class HttpClient:
                 self._waiting("")
                 return answer
             wait = retries.next_wait(told)
+            if wait is None and not self._patience.seconds:
+                raise CommandError(reason)
             if wait is None:
                 raise CommandError(
                     f"Given up after {self._patience.seconds:g} s (--patience); the same command goes on from here. "

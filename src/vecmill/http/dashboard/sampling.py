@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import operator
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,8 +15,10 @@ from vecmill.core.types import Lane
 from vecmill.hardware.gpu import GpuReading
 from vecmill.http.dashboard.machine import Machine
 from vecmill.http.services import Services
+from vecmill.inference.facade import Inference
 from vecmill.storage.files import write_atomically
 from vecmill.telemetry.history import STEP_SECONDS, History, UnreadableHistory
+from vecmill.telemetry.rates import Passes
 
 logger = logging.getLogger(__name__)
 
@@ -37,9 +40,12 @@ class _Counted:
     cached_tokens: int
     errors: int
     refused: int
-    passes: int
-    pass_tokens: int
-    busy_seconds: float
+    passes: Passes
+
+
+def waiting_tokens(inference: Inference, lane: Lane) -> int:
+    """Tokens that wait for a batch in a lane, of all models."""
+    return sum(tokens for (_, queued_in), (_, tokens) in inference.queued.items() if queued_in is lane)
 
 
 class Sampler:
@@ -88,7 +94,7 @@ class Sampler:
         self.history.add(at, values)
 
     def _counted(self) -> _Counted:
-        rolling, scheduled = self._services.telemetry.rolling, self._services.inference.stats
+        rolling = self._services.telemetry.rolling
         return _Counted(
             at=monotonic(),
             texts=rolling.texts,
@@ -99,16 +105,13 @@ class Sampler:
             cached_tokens=rolling.cached_tokens,
             errors=rolling.errors,
             refused=rolling.refused,
-            passes=scheduled.batches,
-            pass_tokens=scheduled.tokens,
-            busy_seconds=scheduled.busy_seconds,
+            passes=self._services.telemetry.rates.all_passes,
         )
 
     def _rates(self, before: _Counted, now: _Counted) -> dict[str, float | None]:
         seconds = max(now.at - before.at, 1e-3)
-        texts, passes = now.texts - before.texts, now.passes - before.passes
-        tokens_per_pass = (now.pass_tokens - before.pass_tokens) / passes if passes else None
-        knee, cached = self._services.telemetry.knee_tokens, self._services.cache() is not None
+        texts, cached = now.texts - before.texts, self._services.cache() is not None
+        passes = Passes(*map(operator.sub, now.passes, before.passes))
         return {
             "texts_per_second": texts / seconds,
             "tokens_per_second": (now.tokens - before.tokens) / seconds,
@@ -116,9 +119,9 @@ class Sampler:
             "searches_per_second": (now.searches - before.searches) / seconds,
             "cache_hit_ratio": (now.cached_texts - before.cached_texts) / texts if texts and cached else None,
             "tokens_saved_per_second": (now.cached_tokens - before.cached_tokens) / seconds if cached else None,
-            "tokens_per_pass": tokens_per_pass,
-            "batch_fill_ratio": tokens_per_pass / knee if tokens_per_pass is not None and knee else None,
-            "device_busy_ratio": min(1.0, (now.busy_seconds - before.busy_seconds) / seconds),
+            "tokens_per_pass": passes.tokens_per_pass,
+            "batch_fill_ratio": passes.fill_ratio,
+            "device_busy_ratio": min(1.0, passes.seconds / seconds),
             "errors": now.errors - before.errors,
             "refused": now.refused - before.refused,
         }
@@ -135,7 +138,7 @@ class Sampler:
         gpu = gpu or GpuReading()
         return {
             **{f"{lane.value}_queue_texts": count for lane, count in inference.waiting.items()},
-            **{f"{lane.value}_queue_tokens": count for lane, count in inference.waiting_tokens.items()},
+            **{f"{lane.value}_queue_tokens": waiting_tokens(inference, lane) for lane in Lane},
             "memory_ours_bytes": memory.ours,
             "memory_page_cache_bytes": memory.page_cache,
             "memory_free_bytes": memory.free,

@@ -20,11 +20,12 @@ from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.core.types import Lane, ModelCard, Viewer
 from vecmill.http.batches import batch_object
 from vecmill.http.dashboard.machine import Machine
+from vecmill.http.dashboard.sampling import waiting_tokens
 from vecmill.http.health import status_of
 from vecmill.http.services import Services
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.views import JobQuery
-from vecmill.telemetry.rates import User
+from vecmill.telemetry.rates import Passes, User
 from vecmill.telemetry.refusals import Refusal
 
 PAGE_SIZE = 25
@@ -68,6 +69,7 @@ class Snapshots:
     async def of(self, view: View) -> dict[str, Any]:
         """What is so now."""
         services, refusals = self._services, self._refusals(view)
+        batches = services.batches.seen(view.viewer)
         if refusals:
             await self._words.learn()
         status, text = status_of(services)
@@ -83,10 +85,10 @@ class Snapshots:
             "keys_in_use": services.keys_in_use(),
             "warnings": self._machine.warnings(),
             "now": self._now(view),
-            "who": self._who(view),
+            "who": self._who(view, batches),
             "refusals": [self._refusal(refusal) for refusal in refusals],
             "jobs": self._jobs(view),
-            "batches": await self._batches(view),
+            "batches": await self._batches(view, batches),
             "models": model_items(services),
             "machine": self._machine.view(),
         }
@@ -105,7 +107,7 @@ class Snapshots:
                 for lane in Lane
             },
             "queue": {
-                lane.value: {"texts": inference.waiting[lane], "tokens": inference.waiting_tokens[lane]}
+                lane.value: {"texts": inference.waiting[lane], "tokens": waiting_tokens(inference, lane)}
                 for lane in Lane
             },
             "cache": self._cache() if view.shows_work else None,
@@ -129,18 +131,21 @@ class Snapshots:
         }
 
     def _batch_fill(self, view: View) -> dict[str, float | None]:
-        passes, knee = self._services.telemetry.rates.passes, self._services.telemetry.knee_tokens or None
-        filled = view.shows_work and passes.passes
+        passes, knees = self._services.telemetry.rates.passes, self._services.telemetry.knees
+        knee = passes.knee_tokens / passes.passes if passes.passes else next(iter(knees.values()), None)
+        shown = passes if view.shows_work else Passes()
         return {
-            "tokens_per_pass": round(passes.tokens / passes.passes, 1) if filled else None,
-            "knee_tokens": knee,
-            "ratio": round(passes.tokens / passes.knee_tokens, 3) if filled and passes.knee_tokens else None,
+            "tokens_per_pass": rounded(shown.tokens_per_pass, 1),
+            "knee_tokens": rounded(knee, 1) if view.shows_work else next(iter(knees.values()), None),
+            "ratio": rounded(shown.fill_ratio, 3),
         }
 
-    def _who(self, view: View) -> list[dict[str, Any]]:
-        users = [user for user in self._services.telemetry.rates.users() if view.viewer.sees(user.id.owner)]
-        batches = {record.id: record for record in self._services.batches.seen(view.viewer)} if users else {}
-        return [self._user(user, batches.get(user.id.job or "")) for user in users[:MOST_USERS]]
+    def _who(self, view: View, batches: Sequence[BatchRecord]) -> list[dict[str, Any]]:
+        viewer = view.viewer
+        users = [user for user in self._services.telemetry.rates.users() if viewer.sees(user.id.owner)][:MOST_USERS]
+        jobs = {user.id.job for user in users}
+        of_jobs = {record.id: record for record in batches if record.id in jobs}
+        return [self._user(user, of_jobs.get(user.id.job or "")) for user in users]
 
     def _user(self, user: User, batch: BatchRecord | None) -> dict[str, Any]:
         rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
@@ -187,9 +192,8 @@ class Snapshots:
         items = [views.detailed(job) | {"key": self._services.key_name(job.owner)} for job in found.jobs]
         return {"counts": found.counts, "total": found.total, "page": number, "pages": pages, "items": items}
 
-    async def _batches(self, view: View) -> dict[str, Any]:
-        records = self._services.batches.seen(view.viewer)
-        records.sort(key=lambda record: record.ended)  # those that go on first
+    async def _batches(self, view: View, batches: Sequence[BatchRecord]) -> dict[str, Any]:
+        records = sorted(batches, key=lambda record: record.ended)  # those that go on first
         counts = Counter(record.status.value for record in records)
         number, pages = paged(view.query.batches_page, len(records))
         shown = records[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
@@ -228,6 +232,11 @@ class Snapshots:
 
 
 SHOWN = ("p50", "p95")
+
+
+def rounded(value: float | None, digits: int) -> float | None:
+    """The value with fewer digits; None stays None."""
+    return None if value is None else round(value, digits)
 
 
 def paged(page: int, total: int) -> tuple[int, int]:

@@ -203,7 +203,7 @@ class PassThrough(Response):
 
     @staticmethod
     def _report(request: Request, status: int) -> None:
-        services_of(request).telemetry.error(status, "GenerationRefused", blamed_for_another(status))
+        services_of(request).telemetry.error(status, "GenerationRefused", OPENAI.name, blamed_for_another(status))
         keep_refusal(request, "generation_refused", status, "The server at GENERATION_URL refused the request.")
 
     async def _relay(self, response: httpx2.Response, send: Send) -> None:

@@ -1,0 +1,319 @@
+"""`vecmill status` and `vecmill top`: what a running server does now, as text, once or again and again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from time import sleep
+from typing import Annotated, Any
+
+import typer
+from rich.live import Live
+from rich.text import Text
+
+from vecmill.tools.console import INTERRUPTED, CommandError, print_error, results
+from vecmill.tools.http_client import HttpClient, NotThere, ServerAddress
+
+SNAPSHOT = "/dashboard/snapshot"
+ANSWER_SECONDS = 10.0
+JOBS_SHOWN, BATCHES_SHOWN, USERS_SHOWN = 10, 5, 8
+NAME_CHARACTERS = 28
+UNKNOWN = "?"
+KILO, MINUTE, HOUR, DAY = 1024, 60, 3600, 86_400
+
+Item = Mapping[str, Any]
+
+Url = Annotated[str, typer.Option(help="The server.")]
+Key = Annotated[
+    str | None, typer.Option("--api-key", "--key", help="Sent as a bearer token.", envvar="API_KEY", show_default=False)
+]
+
+
+def status(
+    url: Url = "http://127.0.0.1:8080",
+    api_key: Key = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's own JSON in place of lines.")] = False,
+) -> None:
+    """Say what a running server does now: rates, latencies, queues, jobs, batches, users and the machine.
+
+    Exit code 0: it is ready; 1: it is not, or cannot be reached; 2: the options are wrong.
+    """
+    try:
+        with _client(url, api_key) as client:
+            snapshot = _ask(client)
+    except CommandError as error:
+        print_error(error)
+        raise typer.Exit(error.exit_code) from None
+    if as_json:
+        sys.stdout.write(json.dumps(snapshot, indent=2) + "\n")
+    else:
+        results.print("\n".join(screen(snapshot)), soft_wrap=True)
+    raise typer.Exit(0 if snapshot.get("ready") else 1)
+
+
+def top(
+    url: Url = "http://127.0.0.1:8080",
+    api_key: Key = None,
+    interval: Annotated[float, typer.Option(min=0.5, help="Seconds between two looks.")] = 2.0,
+    count: Annotated[int | None, typer.Option("--count", "-n", min=1, help="End after so many looks.")] = None,
+) -> None:
+    """Show what `vecmill status` says again and again, until Ctrl-C; where there is no terminal, as plain lines.
+
+    Exit code 0: after --count looks; 1: the server cannot be reached at first; 2: the options are wrong; 130: Ctrl-C.
+    """
+    try:
+        with _client(url, api_key) as client:
+            looks = _looks(lambda: _ask(client), interval, count)
+            if results.is_terminal:
+                _on_terminal(looks)
+            else:
+                for lines in looks:
+                    results.print("\n".join(lines), end="\n\n", soft_wrap=True)
+    except CommandError as error:
+        print_error(error)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _client(url: str, api_key: str | None) -> HttpClient:
+    return HttpClient(ServerAddress(url, api_key, ANSWER_SECONDS, patience_seconds=0.0))
+
+
+def _ask(client: HttpClient) -> dict[str, Any]:
+    try:
+        return client.ask("GET", SNAPSHOT)
+    except NotThere:
+        raise CommandError(
+            f"{client.base} has no {SNAPSHOT}: it is not vecmill, or an earlier version of it."
+        ) from None
+
+
+def _looks(ask: Callable[[], Item], interval: float, count: int | None) -> Iterator[list[str]]:
+    """The lines of each look. A server that goes away is waited for, once it has answered.
+
+    Raises:
+        CommandError: the first look fails.
+    """
+    lines = screen(ask())
+    yield lines
+    looked = 1
+    while count is None or looked < count:
+        sleep(interval)
+        looked += 1
+        try:
+            lines = screen(ask())
+            yield lines
+        except CommandError as error:
+            yield [f"{error} What follows is from before.", "", *lines]
+
+
+def _on_terminal(looks: Iterator[list[str]]) -> None:
+    with Live(console=results, screen=True, auto_refresh=False, vertical_overflow="crop") as live:
+        for lines in looks:
+            live.update(Text("\n".join(lines), no_wrap=True, overflow="ellipsis"), refresh=True)
+
+
+def screen(snapshot: Item) -> list[str]:
+    """A snapshot as lines. What is not known is `?`, or left out."""
+    return [
+        *_head(snapshot),
+        *_now(snapshot.get("now") or {}),
+        *_machine(snapshot.get("machine") or {}),
+        *_models(snapshot.get("models") or []),
+        *_jobs(snapshot.get("jobs") or {}),
+        *_batches(snapshot.get("batches") or {}),
+        *_who(snapshot.get("who") or []),
+    ]
+
+
+def _head(snapshot: Item) -> list[str]:
+    state, ready = _plain(snapshot.get("status")), snapshot.get("ready")
+    text = "" if ready else f" ({_plain(snapshot.get('status_text'))})"
+    up = _duration(snapshot.get("uptime_seconds"))
+    lines = [
+        f"vecmill {_plain(snapshot.get('version'))} on {_plain(snapshot.get('replica'))}: "
+        f"{'ready' if ready else state}{text}, up {up}"
+    ]
+    return lines + [f"warning: {_plain(warning.get('text'))}" for warning in snapshot.get("warnings") or []]
+
+
+def _now(now: Item) -> list[str]:
+    latency, queue = now.get("latency_ms") or {}, now.get("queue") or {}
+    lines = [
+        "",
+        f"last minute  {_rate(now.get('texts_per_second'))} texts/s, {_rate(now.get('tokens_per_second'))} tokens/s, "
+        f"{_rate(now.get('requests_per_second'))} requests/s, {_rate(now.get('searches_per_second'))} searches/s",
+    ]
+    for lane, name in (("interactive", "searches"), ("bulk", "bulk")):
+        times, waiting = latency.get(lane) or {}, queue.get(lane) or {}
+        lines.append(
+            f"{name:<11}  p50 {_ms(times.get('p50'))}, p95 {_ms(times.get('p95'))}, waiting: "
+            f"{_count(waiting.get('texts'))} texts, {_count(waiting.get('tokens'))} tokens"
+        )
+    if (cache := now.get("cache")) is not None:
+        lines.append(
+            f"cache        {_percent(cache.get('hit_ratio'))} of the texts, {_count(cache.get('tokens_saved'))} tokens "
+            f"saved, {_count(cache.get('entries'))} vectors in {_bytes(cache.get('bytes'))}"
+        )
+    fill = now.get("batch_fill") or {}
+    lines.append(
+        f"device       busy {_percent(now.get('device_busy_ratio'))}, "
+        f"{_count(fill.get('tokens_per_pass'))} tokens a pass (knee {_count(fill.get('knee_tokens'))})"
+    )
+    return [*lines, f"errors       {_count(now.get('errors'))}, refused for the load {_count(now.get('refused'))}"]
+
+
+def _machine(machine: Item) -> list[str]:
+    memory, gpu = machine.get("memory") or {}, machine.get("gpu")
+    lines = [f"memory       {_parts(memory)}"]
+    if (own := memory.get("gpu")) is not None:
+        lines.append(f"GPU memory   {_parts(own)}")
+    if gpu is not None:
+        lines.append(
+            f"GPU          {_plain(gpu.get('name'))}, {_percent(gpu.get('utilization_ratio'))} busy, "
+            f"{_count(gpu.get('sm_clock_mhz'))} MHz ({_plain(gpu.get('clock_verdict'))}), "
+            f"{_count(gpu.get('power_watts'))} W, {_count(gpu.get('temperature_c'))} °C"
+        )
+    return lines
+
+
+def _parts(memory: Item) -> str:
+    names = {"ours_bytes": "ours", "others_bytes": "others", "page_cache_bytes": "page cache", "free_bytes": "free"}
+    parts = [f"{word} {_bytes(memory[name])}" for name, word in names.items() if name in memory]
+    return f"{', '.join(parts)}, of {_bytes(memory.get('total_bytes'))}"
+
+
+def _models(models: Sequence[Item]) -> list[str]:
+    return [
+        f"model        {_plain(model.get('id'))}: {_plain(model.get('task'))}, {_plain(model.get('dtype'))}, "
+        f"{_bytes(model.get('memory_bytes'))}, {_plain(model.get('state'))}"
+        for model in models
+    ]
+
+
+def _jobs(jobs: Item) -> list[str]:
+    lines = ["", f"jobs: {_counts(jobs.get('counts') or {})}"]
+    items = [job for job in jobs.get("items") or [] if job.get("status") in ("active", "queued")]
+    rows = [
+        (
+            _name(job.get("project")),
+            _plain(job.get("status")),
+            f"{_count(job.get('current'))} of {_count(job.get('total_chunks'))}",
+            f"{_rate(job.get('texts_per_second'))}/s",
+            _duration(job.get("eta_seconds")),
+            f"{_duration(job.get('silent_seconds'))}, given up in {_duration(job.get('given_up_in_seconds'))}",
+        )
+        for job in items[:JOBS_SHOWN]
+    ]
+    return [*lines, *_table(("project", "state", "done", "rate", "ETA", "silent"), rows)]
+
+
+def _batches(batches: Item) -> list[str]:
+    lines = ["", f"batches: {_counts(batches.get('counts') or {})}"]
+    going = ("validating", "in_progress", "finalizing", "cancelling")
+    items = [batch for batch in batches.get("items") or [] if batch.get("status") in going]
+    rows = []
+    for batch in items[:BATCHES_SHOWN]:
+        lines_of = batch.get("request_counts") or {}
+        done = f"{_count((lines_of.get('completed') or 0) + (lines_of.get('failed') or 0))} of "
+        rows.append(
+            (
+                _name(batch.get("name") or batch.get("id")),
+                _plain(batch.get("status")),
+                done + _count(lines_of.get("total")),
+                f"{_rate(batch.get('lines_per_second'))}/s",
+                _duration(batch.get("eta_seconds")),
+            )
+        )
+    return [*lines, *_table(("batch", "state", "lines", "rate", "ETA"), rows)]
+
+
+def _who(users: Sequence[Item]) -> list[str]:
+    rows = [
+        (
+            _name(user.get("key") or "no key"),
+            _name(user.get("client")),
+            _name(user.get("job_name") or user.get("job") or "no job"),
+            f"{_rate(user.get('texts_per_second'))} texts/s",
+            f"{_rate(user.get('tokens_per_second'))} tokens/s",
+        )
+        for user in users[:USERS_SHOWN]
+    ]
+    return ["", *_table(("key", "client", "job", "rate", ""), rows)] if rows else []
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    if not rows:
+        return []
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    return [
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (heads, *rows)
+    ]
+
+
+def _counts(counts: Item) -> str:
+    shown = [f"{_count(number)} {_plain(state).replace('_', ' ')}" for state, number in counts.items() if number]
+    return ", ".join(shown) or "none"
+
+
+def _plain(value: object) -> str:
+    """Text for a terminal: what a client has chosen must not move its cursor."""
+    if value is None:
+        return UNKNOWN
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
+
+
+def _name(value: object) -> str:
+    text = _plain(value).strip()
+    if not text:
+        return "(no name)"
+    return text if len(text) <= NAME_CHARACTERS else f"{text[: NAME_CHARACTERS - 1]}…"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _count(value: Any) -> str:
+    return f"{value:,.0f}" if _is_number(value) else UNKNOWN
+
+
+def _rate(value: Any) -> str:
+    if not _is_number(value):
+        return UNKNOWN
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+
+
+def _ms(value: Any) -> str:
+    return f"{_rate(value)} ms" if _is_number(value) else UNKNOWN
+
+
+def _percent(value: Any) -> str:
+    return f"{100 * value:.0f} %" if _is_number(value) else UNKNOWN
+
+
+def _bytes(value: Any) -> str:
+    if not _is_number(value):
+        return UNKNOWN
+    size = float(value)
+    for unit in ("B", "kB", "MB"):
+        if size < KILO:
+            return f"{size:.0f} {unit}"
+        size /= KILO
+    return f"{size:,.1f} GB"
+
+
+def _duration(seconds: Any) -> str:
+    if not _is_number(seconds):
+        return UNKNOWN
+    whole = int(seconds)
+    if whole < MINUTE:
+        return f"{whole} s"
+    if whole < HOUR:
+        return f"{whole // MINUTE} min {whole % MINUTE} s"
+    if whole < DAY:
+        return f"{whole // HOUR} h {whole % HOUR // MINUTE} min"
+    return f"{whole // DAY} d {whole % DAY // HOUR} h"
