@@ -469,3 +469,75 @@ def test_a_page_left_open_takes_next_to_nothing(page: Page, idle: Callable[[], f
     before = idle()
     page.wait_for_timeout(4000)
     assert idle() - before < 0.4
+
+
+def test_models_are_loaded_unloaded_and_pulled_where_that_is_possible(quiet_page: Page, server: Server) -> None:
+    snapshot = snapshot_of(server)
+    [model] = snapshot["models"]
+    loaded = model | {"pinned": False, "memory_bytes": 8 * 2**30, "last_used": None, "aliases": ["embed"]}
+    pulling = {"id": "org/pulled", "task": None, "state": "pulling", "progress": 43, "message": "2 of 5 files"}
+    unloaded = model | {"id": "org/other", "state": "unloaded", "pinned": False, "memory_bytes": None}
+    failed = {"id": "org/failed", "task": "rerank", "state": "failed", "message": "no room", "pinned": False}
+    show(quiet_page, snapshot | {"models": [loaded, pulling, unloaded, failed], "is_admin": True})
+    sent: list[Any] = []
+
+    def answer(route: Any) -> None:
+        sent.append((route.request.url.rpartition("/")[2], route.request.post_data_json))
+        route.fulfill(status=202, json={})
+
+    quiet_page.route("**/models/*load", answer)
+    quiet_page.route("**/models/pull", answer)
+    quiet_page.goto("/#models")
+    cards = quiet_page.locator("#models article")
+    expect(cards.nth(0)).to_contain_text("8 GiB")
+    expect(cards.nth(0)).to_contain_text("not yet")
+    expect(cards.nth(0)).to_contain_text(model["dtype"])
+    expect(cards.nth(1).get_by_role("progressbar", name="Progress of org/pulled")).to_have_js_property("value", 43)
+    expect(cards.nth(1)).to_contain_text("43 % · 2 of 5 files")
+    expect(cards.nth(3)).to_contain_text("no room")
+    quiet_page.get_by_role("button", name="Load org/other").click()
+    expect(quiet_page.get_by_text("org/other is being loaded.")).to_be_visible()
+    quiet_page.get_by_role("button", name=f"Unload {model['id']}").click()
+    confirm(quiet_page, "Unload it")
+    expect(quiet_page.get_by_text(f"{model['id']} is being unloaded.")).to_be_visible()
+    quiet_page.get_by_label("Model to pull").fill("org/new")
+    quiet_page.get_by_role("button", name="Pull").click()
+    expect(quiet_page.get_by_text("org/new is being pulled.")).to_be_visible()
+    assert sent == [
+        ("load", {"model": "org/other", "task": "embed"}),
+        ("unload", {"model": model["id"], "task": "embed"}),
+        ("pull", {"model": "org/new"}),
+    ]
+
+
+def test_doctor_is_run_and_run_again(quiet_page: Page) -> None:
+    check = {"seconds": 0.1, "details": {}}
+    checks = [
+        check | {"name": "python", "status": "ok", "seen": "3.12", "cure": None},
+        check | {"name": "memory", "status": "warn", "seen": "11 GB left", "cure": "systemctl stop ollama"},
+    ]
+    states = [
+        {"running": False, "started_at": None, "ended_at": None, "result": None, "error": None},
+        {"running": True, "started_at": 1.79e9, "ended_at": None, "result": None, "error": None},
+        {
+            "running": False,
+            "started_at": 1.79e9,
+            "ended_at": 1.79e9,
+            "result": {"ok": True, "checks": checks},
+            "error": None,
+        },
+    ]
+
+    def answer(route: Any) -> None:
+        if route.request.method == "POST":
+            states.pop(0)
+        route.fulfill(json=states[0] if len(states) != 2 else states.pop(0))
+
+    quiet_page.route("**/dashboard/doctor", answer)
+    quiet_page.goto("/#machine")
+    expect(quiet_page.get_by_text("It has not been run since the start.")).to_be_visible()
+    quiet_page.get_by_role("button", name="Run", exact=True).click()
+    expect(field(quiet_page, "doctor-summary")).to_contain_text("1 of 2 checks found something")
+    rows = quiet_page.locator("#doctor tbody tr")
+    expect(rows.first).to_contain_text("systemctl stop ollama")
+    expect(quiet_page.get_by_role("button", name="Run again")).to_be_enabled()
