@@ -156,15 +156,24 @@ def test_nothing_is_refused_again_and_again_while_no_key_is_typed_in(page: Page)
     assert len(refused) == 1
 
 
-def test_a_restart_without_keys_takes_the_form_away(browser: Browser) -> None:
+def test_a_restart_is_seen_and_without_keys_takes_the_form_away(browser: Browser) -> None:
     port = free_port()
     command = vecmill_command(port)
-    with browser.new_context() as context:
-        page = context.new_page()
+    with browser.new_context() as one, browser.new_context() as other:
+        inside, outside = one.new_page(), other.new_page()
         with running(command, port, "/ready", {"API_KEY": KEY}) as server:
-            page.goto(server.url)
-            expect(form(page)).to_be_visible()
-        expect(field(page, "state")).to_have_text("Not reachable, retrying", timeout=15_000)
+            outside.goto(server.url)
+            expect(form(outside)).to_be_visible()
+            inside.goto(server.url)
+            enter(inside, KEY)
+            body = {"project": "before", "total_chunks": 1}
+            httpx.post(f"{server.url}/jobs", json=body, headers={"authorization": f"Bearer {KEY}"}).raise_for_status()
+            expect(row(inside, "Jobs", "before")).to_be_visible()
+        for page in (inside, outside):
+            expect(field(page, "state")).to_have_text("Not reachable, retrying", timeout=15_000)
+        expect(row(inside, "Jobs", "before")).to_be_visible()
         with running(command, port, "/ready"):
-            expect(page.get_by_text("No jobs.")).to_be_visible(timeout=20_000)
-            expect(form(page)).to_be_hidden()
+            for page in (inside, outside):
+                expect(page.get_by_text("No jobs.")).to_be_visible(timeout=20_000)
+                expect(field(page, "state")).to_have_text("Ready")
+                expect(form(page)).to_be_hidden()

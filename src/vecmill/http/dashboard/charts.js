@@ -205,7 +205,7 @@ class Chart {
       legend: { show: false },
       cursor: { sync: { key: "load" }, drag: { x: false, y: false }, points: { size: 6 } },
       scales: {
-        x: { time: true, range: () => [Date.now() / 1000 - SPAN_S[span], Date.now() / 1000] },
+        x: { time: true, range: () => [end() - SPAN_S[span], end()] },
         y: { range: (_, __, top) => [0, Math.max(this.card.least ?? 1, (top ?? 0) * 1.05)] },
       },
       axes: [
@@ -234,6 +234,9 @@ class Chart {
 
 const clocks = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
 const clockOf = (/** @type {number} */ at) => clocks.format(new Date(at * 1000));
+
+/** By the server's clock. */
+const end = () => (history?.at.at(-1) ?? Date.now() / 1000) + (history?.step_seconds ?? 0);
 
 const charts = CARDS.map((card) => new Chart(card));
 

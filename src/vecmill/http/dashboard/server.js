@@ -10,7 +10,7 @@ const ANSWER_MS = 10_000; // an answer's head takes at most
 const SILENCE_MS = 20_000; // the stream has a line every 15 s
 const POLL_MS = 5000;
 const POLL_FOR_MS = 60_000; // then the stream is tried again
-const WAITS_MS = [1000, 2000, 4000, 8000, 15_000]; // between tries
+const WAITS_MS = [1000, 2000, 3000, 5000]; // between tries
 
 export const hasKey = () => sessionStorage.getItem(STORED_AS) !== null;
 
