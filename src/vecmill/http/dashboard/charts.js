@@ -13,7 +13,7 @@ const SPAN_S = { "15m": 900, "24h": 86_400 };
 
 /** @typedef {keyof typeof SPAN_S} Span */
 
-/** @typedef {{ name: string, label: string, quiet?: boolean, dash?: boolean, scale?: number }} Line */
+/** @typedef {{ name: string, label: string, quiet?: boolean, scale?: number, constant?: (now: Now) => Maybe<number> }} Line */
 
 /**
  * @typedef {object} Card
@@ -89,18 +89,14 @@ const CARDS = [
   {
     title: "Batch fill",
     numbers: (now) => [
-      `${share(now.batch_fill?.ratio)} of the knee`,
-      join([
-        `${compact(now.batch_fill?.tokens_per_pass)} of ${unit(compact(now.batch_fill?.knee_tokens), "tokens a pass")}`,
-        `device busy ${share(now.device_busy_ratio)}`,
-      ]),
+      unit(compact(now.batch_fill?.tokens_per_pass), "tokens a pass"),
+      join([`${share(now.batch_fill?.ratio)} of the knee`, `device busy ${share(now.device_busy_ratio)}`]),
     ],
-    show: (value) => unit(rate(value), "%"),
+    show: (value) => unit(compact(value), "tokens"),
     lines: [
-      { name: "batch_fill_ratio", label: "of the knee", scale: 100 },
-      { name: "device_busy_ratio", label: "device busy", scale: 100, quiet: true },
+      { name: "tokens_per_pass", label: "a pass" },
+      { name: "knee", label: "knee, where a pass pays", quiet: true, constant: (now) => now.batch_fill?.knee_tokens },
     ],
-    least: 100,
   },
 ];
 
@@ -123,6 +119,8 @@ class Chart {
   /** @type {UPlot | null} */
   #plot = null;
   #range = "";
+  /** @type {Maybe<Now>} */
+  #now = null;
 
   /** @param {Card} card */
   constructor(card) {
@@ -137,6 +135,7 @@ class Chart {
 
   /** @param {Maybe<Now>} now */
   showNow(now) {
+    this.#now = now;
     const [main, beside] = now ? this.card.numbers(now) : [UNKNOWN, ""];
     setText(this.main, main);
     setText(this.beside, beside);
@@ -144,8 +143,13 @@ class Chart {
 
   /** @param {History} found */
   draw(found) {
-    const series = this.card.lines.map((line) => (found.series[line.name] ?? []).map((value) => (known(value) ? value * (line.scale ?? 1) : null)));
-    const data = /** @type {UPlot.AlignedData} */ ([found.at, ...series.map((values) => found.at.map((_, index) => values[index] ?? null))]);
+    const series = this.card.lines.map(({ name, scale = 1, constant }) =>
+      found.at.map((_, index) => {
+        const value = constant ? this.#now && constant(this.#now) : found.series[name]?.[index];
+        return known(value) ? value * scale : null;
+      }),
+    );
+    const data = /** @type {UPlot.AlignedData} */ ([found.at, ...series]);
     if (this.#plot === null) {
       this.room.replaceChildren();
       this.#plot = new uPlot(this.#options(), data, this.room);
@@ -158,7 +162,8 @@ class Chart {
     const { lines, show, title } = this.card;
     const ranges = lines.map((line, index) => {
       const values = (series[index] ?? []).filter(known);
-      const range = values.length > 0 ? `${show(Math.min(...values))} to ${show(Math.max(...values))}` : "not known";
+      const [least, most] = [Math.min(...values), Math.max(...values)].map(show);
+      const range = values.length === 0 ? "not known" : least === most ? most : `${least} to ${most}`;
       return lines.length > 1 ? `${line.label} ${range}` : range;
     });
     this.#range = ranges.join(", ");

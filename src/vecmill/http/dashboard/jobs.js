@@ -39,7 +39,7 @@ const factsOf = (job) => ({
   total: job.total_chunks,
   warning: silenceOf(job),
   problem: job.error,
-  rate: OPEN.has(job.status) ? unit(rate(job.texts_per_second), "texts/s") : "",
+  rate: job.status === "active" ? unit(rate(job.texts_per_second), "texts/s") : "",
   left: job.status === "active" ? duration(job.eta_seconds) : "",
   isOpen: OPEN.has(job.status),
 });

@@ -110,7 +110,7 @@ async function showDoctor() {
 function shownChecks(doctor) {
   const checks = doctor.result?.checks ?? [];
   if (doctor.error && !doctor.running) return h("p.problem", doctor.error);
-  if (checks.length === 0) return h("p.empty", doctor.running ? "It is looking. That may take some minutes; searches go first." : "It has not been run since the start.");
+  if (checks.length === 0) return h("p.empty", doctor.running ? "It is looking. That may take some minutes; searches go first." : "It has not been run since the start: Run has it look at the machine.");
   const order = ["fail", "warn", "ok"];
   const sorted = [...checks].sort((one, other) => order.indexOf(one.status) - order.indexOf(other.status));
   return h("table.checks", h("thead", h("tr", ["Check", "Verdict", "Seen", "Cure"].map((name) => h("th", { scope: "col" }, name)))),

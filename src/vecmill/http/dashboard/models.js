@@ -15,9 +15,9 @@ const FACTS = [
   ["Precision", (model) => join([model.dtype, model.dtype_reason])],
   ["Longest text", (model) => known(model.max_tokens) && plural(model.max_tokens, "token")],
   ["Memory held", (model) => (known(model.memory_bytes) ? bytes(model.memory_bytes) : null)],
-  ["Last used", (model) => (model.state === "loaded" ? (known(model.last_used) ? time(model.last_used) : "not yet") : null)],
+  ["Last used", (model) => (known(model.last_used) ? time(model.last_used) : typeof model.pinned === "boolean" && model.state === "loaded" && "not yet")],
   ["Loaded", (model) => known(model.loaded_at) && time(model.loaded_at)],
-  ["Forward pass", (model) => model.budget && `at most ${count(model.budget.tokens)} tokens, ${count(model.budget.rows)} rows`],
+  ["Budget", (model) => model.budget && `${count(model.budget.tokens)} tokens and ${count(model.budget.rows)} rows a pass`],
   ["Fit", fitOf],
   ["Aliases", (model) => model.aliases?.length && model.aliases.join(", ")],
   ["Prompts", promptsOf],
@@ -35,7 +35,7 @@ function sizes(dimensions) {
 /** How long a pass takes, as it was measured. @param {Model} model */
 function fitOf({ fit }) {
   if (!fit) return null;
-  const line = `${milliseconds(fit.a_ms)} + ${rate(fit.b_us_per_token)} µs for each token`;
+  const line = `${milliseconds(fit.a_ms)} a pass + ${rate(fit.b_us_per_token)} µs a token`;
   return known(fit.changed_at) ? [line, ", as of ", time(fit.changed_at)] : line;
 }
 

@@ -92,8 +92,8 @@ export class WorkTable {
     this.before.hidden = this.after.hidden = pages <= 1;
     this.before.disabled = page <= 1;
     this.after.disabled = page >= pages;
-    const open = Object.entries(counts ?? {}).filter(([status, number]) => OPEN.has(status) && number > 0);
-    put(document, `${this.kind.list}-summary`, join(open.map(([status, number]) => `${count(number)} ${words(status)}`)));
+    const open = OPEN.map((status) => counts?.[status] && `${count(counts[status])} ${words(status)}`);
+    put(document, `${this.kind.list}-summary`, join(open.map((text) => text || null)));
   }
 
   #newRow() {
@@ -147,7 +147,7 @@ export class WorkTable {
   }
 }
 
-const OPEN = new Set(["active", "queued", "validating", "in_progress", "finalizing", "cancelling"]);
+const OPEN = ["active", "queued", "validating", "in_progress", "finalizing", "cancelling"];
 
 /** @param {string} name @param {[string, any][]} facts those that are known are shown */
 export function showDetail(name, facts) {
