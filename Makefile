@@ -104,7 +104,7 @@ $(VENV)/.dev: pyproject.toml constraints.txt requirements-bundled.txt | $(BIN)/p
 	@echo "Installing vecmill and its development tools into $(VENV); the first time this takes a few minutes."
 	@$(TORCH)
 	$(PIP) --upgrade 'pip>=25.1'
-	$(PIP) --editable '.[parquet,plot,redis,token-ids]' --group dev
+	$(PIP) --editable '.[otel,parquet,plot,redis,token-ids]' --group dev
 	$(INSTALL) --no-deps --require-hashes --requirement requirements-bundled.txt
 	@touch $@ $(VENV)/.serve
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
@@ -31,14 +32,16 @@ from vecmill.http.dashboard import doctor, live, page
 from vecmill.http.dashboard.doctor import Doctor
 from vecmill.http.dashboard.live import Live
 from vecmill.http.dashboard.machine import Machine
-from vecmill.http.dashboard.sampling import Sampler
+from vecmill.http.dashboard.sampling import Sampler, knee_of
 from vecmill.http.dashboard.snapshot import Snapshots
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
-from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestId, RequestLine
+from vecmill.http.middleware import AcceptedGZip, Draining, InProgress, RequestLine
 from vecmill.http.origins import Cors, Origins
+from vecmill.http.request_log import RequestLog
 from vecmill.http.services import Services
 from vecmill.http.stats import watch_gauges
+from vecmill.http.tracing import Tracing, open_tracing
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble
 from vecmill.scheduler.policy import Budget, Rules
@@ -95,6 +98,8 @@ class Server:
             key_name=self.keys.name_of,
         )
         self.monitor = Monitor(_tell_clock)
+        self.tracing: Tracing | None = None
+        """None unless traces are asked for."""
         self.state = State(settings, self.telemetry)
         self.generation: Generation | None = None
         if settings.generation.generation_url is not None:
@@ -120,6 +125,7 @@ class Server:
             key_name=self.keys.shown_name,
             warmed=lambda: self._loaded.warmed if self._loaded else {},
         )
+        self.telemetry.knee_of = partial(knee_of, self.services)
         self.machine = Machine(self.services)
         self.replica = f"{HOST_NAME}:{settings.http.port}"
         self.sampler = Sampler(self.services, self.machine, self.replica)
@@ -133,6 +139,8 @@ class Server:
         if self.generation is not None:
             self.generation.open()
         with self._failing_start():
+            # Importing OpenTelemetry takes a while.
+            self.tracing = await asyncio.to_thread(open_tracing, self._settings.log.otlp_endpoint, os.environ)
             await self.state.open()
             await self.sampler.start()
 
@@ -186,7 +194,6 @@ class Server:
         self.inference.attach(models, self._scheduler, self.state.cache, expected_rate=min(rates, default=0.0))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         self._loaded = loaded
-        self.telemetry.knees = {key: warmed.calibration.knee_tokens for key, warmed in loaded.warmed.items()}
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
         return loaded
@@ -242,6 +249,8 @@ class Server:
         await self.sampler.close()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.close)
 
 
 def create_app(
@@ -286,7 +295,7 @@ def create_app(
     routers += [capabilities.router, health.router, stats.router, live.router, doctor.router, page.router]
     for router in routers:
         app.include_router(router)
-    errors.install(app, registry.shape_for)
+    errors.install(app, registry.shape_for, registry.dialect_name)
     api_document.install(app, routers)
     app.add_middleware(
         BodyLimit,
@@ -306,7 +315,7 @@ def create_app(
     )
     app.add_middleware(Cors, origins=Origins(settings.access.cors_origins))
     app.add_middleware(RequestLine)
-    app.add_middleware(RequestId)
+    app.add_middleware(RequestLog, log_requests=settings.log.log_requests, tracing=lambda: server.tracing)
     if proxies := settings.access.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app

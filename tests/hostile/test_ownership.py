@@ -246,7 +246,9 @@ async def until_kept(client: httpx.AsyncClient, entries: int) -> None:
             await asyncio.sleep(0.01)
 
 
-TELLING = re.compile(r"cached|inference-time|queue-time|tokenization-time|compute-time", re.IGNORECASE)
+TELLING = re.compile(
+    r"cached|inference-time|queue-time|tokenization-time|compute-time|(tokenize|queue|forward);dur", re.IGNORECASE
+)
 
 
 async def test_a_hit_of_another_keys_text_is_not_told_and_one_of_ones_own_is() -> None:

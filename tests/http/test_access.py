@@ -108,7 +108,7 @@ async def test_no_key_is_in_the_log(locked: httpx.AsyncClient, caplog: pytest.Lo
         await locked.post("/embed", json={"inputs": "x"}, headers={"api-key": "the-first-secret"})
         await locked.post("/embed", json={"inputs": "x"}, headers={"api-key": "wrong-secret"})
     shown = [vars(record) for record in caplog.records if record.name.startswith("vecmill")]
-    assert [one["key"] for one in shown if one["msg"] == "request"] == ["editor", None]
+    assert [one.get("key") for one in shown if one["msg"].startswith("request")] == ["editor", None]
     assert "secret" not in str(shown)
 
 

@@ -49,7 +49,7 @@ TEXT: dict[str, Callable[[Any], object]] = {
     "llama-server": lambda body: body["error"]["message"],
     "nim": lambda body: body["detail"],
     "weaviate": lambda body: body["error"],
-    "none": lambda body: body["detail"],
+    "detail": lambda body: body["detail"],
 }
 
 

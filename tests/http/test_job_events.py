@@ -45,6 +45,11 @@ class Events:
             lines.append(line)
         raise EOFError
 
+    async def rest(self) -> None:
+        """All that still comes. Raises EOFError at its end."""
+        while True:
+            await self.block()
+
     async def job(self) -> tuple[int, dict[str, Any]]:
         """The number of the next event and its job."""
         kind, number, data = await self.block()
@@ -123,8 +128,17 @@ async def test_it_needs_a_key_and_ends_with_the_server() -> None:
     command = vecmill_command(port, "--torch-compile", "false", "--api-key", "a-quite-long-secret")
     with running(command, port, "/ready") as server:
         async with asyncio.timeout(PROMPT_SECONDS), httpx.AsyncClient(base_url=server.url, timeout=30) as client:
-            assert (await client.get("/jobs/events")).status_code == 401
-            async with following(client, Authorization="Bearer a-quite-long-secret") as events:
+            key = {"Authorization": "Bearer a-quite-long-secret"}
+            for path in ("/jobs/events", "/dashboard/events"):
+                assert (await client.get(path)).status_code == 401
+            async with (
+                following(client, **key) as events,
+                client.stream("GET", "/dashboard/events", headers=key) as now,
+            ):
+                dashboard = Events(now)
+                assert (await dashboard.block(), (await dashboard.block())[0]) == (["retry: 2000"], "event: snapshot")
                 os.kill(server.pid, signal.SIGTERM)
                 with pytest.raises(EOFError):
                     await events.block()
+                with pytest.raises(EOFError):
+                    await dashboard.rest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -119,5 +120,10 @@ def test_the_json_log_is_one_object_a_line(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
     assert {"time", "level", "logger", "message"} <= set(lines[0])
     assert any(line.get("path") == "/ready" and line.get("status") == 200 for line in lines)
-    ready = next(line for line in lines if line["message"].startswith("ready on"))
-    assert ready["models"][0]["dtype"] in ("float32", "bfloat16")
+    messages = [line["message"] for line in lines]
+    ready = messages.index(f"ready on http://127.0.0.1:{port}")
+    assert re.fullmatch(
+        r"sentence-transformers/all-MiniLM-L6-v2 \(revision \w+\) embeds on cpu in (float32|bfloat16), "
+        r"in forward passes of up to \d+ tokens",
+        messages[ready - 1],
+    )

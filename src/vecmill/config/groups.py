@@ -553,11 +553,28 @@ class GenerationSettings(SettingsGroup):
 
 
 class LogSettings(SettingsGroup):
-    """The log. Texts and secrets are never in it."""
+    """The log and traces. Texts and secrets are never in them."""
 
-    title: ClassVar[str] = "Log"
+    title: ClassVar[str] = "Log and traces"
 
     log_format: Literal["text", "json"] = Field("text", description="`text` for people, `json` for collectors.")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="Least severe level that is written; `debug` has one line per request."
+        "info", description="Least severe level that is written; `debug` has a line for every request."
     )
+    log_requests: bool = Field(
+        True,
+        description="A line at `info` for each request that asks for work, changes something or fails: its id, model, "
+        "texts, tokens, milliseconds. Reads that succeed, as health checks, are at `debug`. false: all at `debug` but "
+        "what is refused.",
+    )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="Address of an OpenTelemetry collector that takes OTLP over HTTP, `http://host:4318`: traces are "
+        "sent there. Needs the extra `otel`. Default: what OTEL_EXPORTER_OTLP_ENDPOINT and OpenTelemetry's other "
+        "variables say; without them none.",
+    )
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _base(cls, value: str | None) -> str | None:
+        return None if value is None else _base_url(value)

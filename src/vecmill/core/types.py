@@ -204,6 +204,8 @@ class RequestRecord:
     texts: int = 0
     model: str = ""
     """Empty where none was found."""
+    dimensions: int | None = None
+    """Of the vectors that are asked for."""
     lane: Lane | None = None
     """The lane expected from its size, until the tokens are counted; None where it was not reached."""
     tokens: int = 0

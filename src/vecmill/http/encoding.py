@@ -183,11 +183,14 @@ def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool
 
 
 def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[str, str]:
-    """TEI's times in milliseconds, and the note that goes with an answer some of whose inputs were cut."""
+    """Times in milliseconds, TEI's and `Server-Timing`, and the note that goes with an answer some of whose inputs were
+    cut."""
     timings = result.timings
     computed = timings.tokenize + timings.forward
     seconds = {"x-total-time": computed + timings.queue}
+    stages = {"total": computed + timings.queue}
     if shows_work_of_all(request):
+        stages = {"tokenize": timings.tokenize, "queue": timings.queue, "forward": timings.forward, **stages}
         seconds |= {
             "x-compute-time": computed,
             "x-tokenization-time": timings.tokenize,
@@ -195,6 +198,7 @@ def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[
             "x-inference-time": timings.forward,
         }
     headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
+    headers["Server-Timing"] = ", ".join(f"{name};dur={1000 * value:.2f}" for name, value in stages.items())
     headers["x-compute-tokens"] = str(result.prompt_tokens)
     if result.cached_tokens:
         headers["X-Cached-Tokens"] = str(result.cached_tokens)

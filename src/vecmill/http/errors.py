@@ -160,7 +160,7 @@ def _detail(error: VecmillError, status: int) -> dict[str, object]:
     return {"detail": error.message}
 
 
-DETAIL = ErrorShape("none", _detail)
+DETAIL = ErrorShape("detail", _detail)
 """The shape on paths that are no dialect's."""
 
 
@@ -200,12 +200,22 @@ def shape_of(request: Request) -> ErrorShape:
     return by_path
 
 
-def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
+def dialect_of(request: Request) -> str:
+    """The name of a request's dialect: by its body once that has been read, before by its path; `none` on paths that
+    are no dialect's."""
+    by_body: str | None = getattr(request.state, "dialect", None)
+    if by_body is not None:
+        return by_body
+    by_path: str = request.app.state.dialect_for(request.scope["path"], request.method)
+    return by_path
+
+
+def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape], dialect_for: Callable[[str, str], str]) -> None:
     """Answer every exception of the application through this table.
 
-    `shape_for`: the shape of errors on a path, called with a method.
+    `shape_for`: the shape of errors on a path, called with a method; `dialect_for`: the name of its dialect.
     """
-    app.state.shape_for = shape_for
+    app.state.shape_for, app.state.dialect_for = shape_for, dialect_for
     app.add_exception_handler(VecmillError, refused)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_exception)  # type: ignore[arg-type]
@@ -214,29 +224,19 @@ def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape]) -> None:
 
 
 async def refused(request: Request, error: VecmillError) -> Response:
-    """The answer to an error, counted and logged."""
-    response = error_response(shape_of(request), error, request.headers)
+    """The answer to an error, counted, and noted for the log."""
     kind = type(error).__name__
+    response = error_response(shape_of(request), error, request.headers)
     _report(request, error, response.status_code)
-    level = logging.WARNING if response.status_code >= 429 else logging.INFO
-    # The message may quote what the client sent; the log gets the kind and the field alone.
-    logger.log(
-        level,
-        "request refused",
-        extra={
-            "path": request.url.path[:LOGGED_CHARACTERS],
-            "status": response.status_code,
-            "error": kind,
-            "param": error.param and error.param[:LOGGED_CHARACTERS],
-        },
-    )
+    # The line of the log, which RequestLog writes, has the kind and the field: the message may quote the client.
+    request.state.refusal = kind, error.param and error.param[:LOGGED_CHARACTERS]
     return response
 
 
 def _report(request: Request, error: Exception, status: int) -> None:
     """Count an error, and keep it among the last."""
     blame = blamed(error, status)
-    services_of(request).telemetry.error(status, type(error).__name__, shape_of(request).name, blame)
+    services_of(request).telemetry.error(status, type(error).__name__, dialect_of(request), blame)
     if blame is Blame.CLIENT and request.url.path.startswith(DASHBOARD):
         return  # such as the page's own, before somebody signs in
     keep_refusal(request, _name_of(error, status), status, reason_of(error, status), getattr(error, "param", None))

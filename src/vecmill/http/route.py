@@ -20,7 +20,7 @@ from vecmill.core.errors import NotAllowed, ShuttingDown
 from vecmill.core.json_body import JsonLimits, parse
 from vecmill.core.types import CacheControl, Caller, Lane, Viewer
 from vecmill.http.bounds import Word, most_inputs
-from vecmill.http.errors import CLIENT_CLOSED_REQUEST, shape_of
+from vecmill.http.errors import CLIENT_CLOSED_REQUEST, dialect_of
 from vecmill.http.services import services_of
 
 BOM = "\ufeff".encode()  # which some write before their JSON, though it says nothing
@@ -218,7 +218,7 @@ async def caller_of(
         timeout=x_request_timeout,
         began=request.state.began,
         cache_control=_cache_control(cache_control or ""),
-        dialect=shape_of(request).name,
+        dialect=dialect_of(request),
         request_id=request.state.request_id,
         records=request.state.records,
     )

@@ -149,7 +149,7 @@ class Inference:
         """
         with self._recording("embed", request.caller, len(request.inputs)) as record:
             model, named_role = self._models_or_raise().embedder(request.model)
-            record.model = model.card.id
+            record.model, record.dimensions = model.card.id, request.dimensions or model.card.dimensions
             check_dimensions(model.card, request.dimensions)
             self._check_count(len(request.inputs), request.param)
             if named_role is not None and request.prompt == PromptChoice():

@@ -21,14 +21,17 @@ from vecmill.http.services import Services
 from vecmill.inference.vectors import describe_dimensions
 
 
-def resolved(services: Services) -> dict[str, object]:
-    """The configuration as it turned out, for the log."""
-    cards = services.inference.cards
-    return {
-        "models": [{"id": card.id, "revision": card.revision, "dtype": card.dtype} for card in cards],
-        "device": cards[0].device,
-        "max_batch_tokens": {card.key: services.inference.budgets[card.key].max_batch_tokens for card in cards},
-    }
+def served(services: Services) -> list[str]:
+    """A sentence for each model: what it is and how it runs."""
+    return [_served(card, services.inference.budgets[card.key].max_batch_tokens) for card in services.inference.cards]
+
+
+def _served(card: ModelCard, max_batch_tokens: int) -> str:
+    what = "embeds" if card.task is Task.EMBED else "reranks"
+    return (
+        f"{card.id} (revision {card.revision}) {what} on {card.device} in {card.dtype}, in forward passes of up to "
+        f"{max_batch_tokens} tokens"
+    )
 
 
 def start_table(services: Services, address: str) -> Table:
@@ -133,7 +136,10 @@ async def announce(services: Services, address: str) -> None:
         return
     if services.settings.log.log_format == "text":
         console.print(start_table(services, address))
-    logger.info("ready on %s", address, extra={} if console.is_terminal else resolved(services))
+    if not console.is_terminal:
+        for sentence in served(services):
+            logger.info(sentence)
+    logger.info("ready on %s", address)
 
 
 async def _progress_bar(health: Health, console: Console) -> None:

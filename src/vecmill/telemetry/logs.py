@@ -8,6 +8,7 @@ Source: https://cheatsheetseries.owasp.org/cheatsheets/Logging_Cheat_Sheet.html 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 
@@ -18,6 +19,8 @@ STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "
 LONGEST_MESSAGE, LONGEST_VALUE = 2000, 500  # characters
 LONGEST_LINE, MOST_LINES = 500, 200  # of a traceback
 DEEPEST = 4  # of values within values
+NUMBERS = (bool, int, float)
+QUOTED = re.compile('[ ="]')
 
 
 class JsonFormatter(logging.Formatter):
@@ -66,20 +69,24 @@ def printable(text: str, longest: int) -> str:
 
 
 def _bounded(value: object, depth: int = 0) -> object:
-    if isinstance(value, dict | list | tuple) and depth == DEEPEST:
+    if value is None or isinstance(value, NUMBERS):
+        return value
+    if isinstance(value, str):
+        return printable(value, LONGEST_VALUE)
+    if isinstance(value, (dict, list, tuple)) and depth == DEEPEST:
         return "..."
     if isinstance(value, dict):
         return {printable(str(key), LONGEST_VALUE): _bounded(inner, depth + 1) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
+    if isinstance(value, (list, tuple)):
         return [_bounded(inner, depth + 1) for inner in value]
-    if value is None or isinstance(value, bool | int | float):
-        return value
     return printable(str(value), LONGEST_VALUE)
 
 
 def _value(value: object) -> object:
-    """In quotes where it would be taken for several fields."""
-    if isinstance(value, str) and any(mark in value for mark in ' ="'):
+    """In quotes where it would be taken for several fields; lists and objects as JSON."""
+    if isinstance(value, (dict, list)):
+        return orjson.dumps(value, option=orjson.OPT_NON_STR_KEYS).decode()
+    if isinstance(value, str) and QUOTED.search(value):
         return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
     return value
 

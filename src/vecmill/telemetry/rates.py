@@ -14,7 +14,7 @@ from __future__ import annotations
 import operator
 from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -149,8 +149,8 @@ class User:
     """What somebody has had answered lately."""
 
     id: UserId
-    minute: Window[Work] = field(default_factory=lambda: Window(Work()))
-    lately: Window[Work] = field(default_factory=lambda: Window(Work(), USERS_SECONDS))
+    minute: Window[Work]
+    lately: Window[Work]
     last_seen: float = 0.0
     """Unix time."""
 
@@ -158,28 +158,33 @@ class User:
 class Rates:
     """What was answered in the last minute: in all, by user, by job. Belongs to the event loop's thread."""
 
-    def __init__(self) -> None:
-        self._all = Window(Work())
+    def __init__(self, clock: Clock = monotonic) -> None:
+        self._clock = clock
+        self._all = Window(Work(), clock=clock)
         self._span = (-SAME_MOMENT, 1.0)
-        self._passes = Window(Passes())
+        self._passes = Window(Passes(), clock=clock)
         self.all_passes = Passes()
         """Since the start."""
         self._users: dict[UserId, User] = {}
-        self._jobs: Recent[str] = Recent()
-        self._lines: Recent[str] = Recent()
+        self._jobs: Recent[str] = Recent(clock=clock)
+        self._lines: Recent[str] = Recent(clock=clock)
 
     def answered(self, work: Work, user: UserId, took: float = 0.0) -> None:
         """A request was answered with a result, after so many seconds."""
         self._all.add(work, took)
         if user.job is not None:
             self._jobs.add(user.job, work.texts)
-        known = self._users.pop(user, None) or User(user)
+        known = self._users.pop(user, None) or self._user(user)
         self._users[user] = known  # the last of those that would be forgotten
         known.minute.add(work)
         known.lately.add(work)
         known.last_seen = time()
         if len(self._users) > MOST_USERS:
             del self._users[next(iter(self._users))]
+
+    def _user(self, user: UserId) -> User:
+        minute = Window(Work(), clock=self._clock)
+        return User(user, minute, Window(Work(), USERS_SECONDS, self._clock))
 
     def forward_pass(self, tokens: int, seconds: float, knee_tokens: int) -> None:
         """A forward pass ended; `knee_tokens` of its model."""
@@ -203,7 +208,7 @@ class Rates:
 
     def per_second(self, count: float) -> float:
         """A count of the last minute as a rate. Whoever asks for several at once gets all of them over one time."""
-        now = monotonic()
+        now = self._clock()
         if now - self._span[0] > SAME_MOMENT:
             self._span = now, self._all.span()
         return count / self._span[1]

@@ -74,8 +74,8 @@ class Telemetry:
         self.rolling = Rolling()
         self.rates = Rates()
         self.refusals = Refusals()
-        self.knees: Mapping[str, int] = {}
-        """By the scheduler's key of each model, the tokens below which a forward pass takes about as long."""
+        self.knee_of: Callable[[str], int] = lambda model: 0
+        """By the scheduler's key of a model, the tokens below which a forward pass takes about as long; 0: unknown."""
         self.in_flight: set[RequestRecord] = set()
         self._seen: set[tuple[str, str, str]] = set()
         self.metrics.in_flight.set_function(self._count_in_flight)
@@ -108,7 +108,7 @@ class Telemetry:
         self.metrics.pass_ended(batch)
         if not batch.failed:
             self.rolling.add_batch(batch.rows)
-            self.rates.forward_pass(batch.tokens, batch.seconds, self.knees.get(batch.model, 0))
+            self.rates.forward_pass(batch.tokens, batch.seconds, self.knee_of(batch.model))
 
     def error(self, status: int, kind: str, dialect: str, blame: Blame) -> None:
         """A request was answered with an error of this class."""

@@ -48,6 +48,12 @@ def waiting_tokens(inference: Inference, lane: Lane) -> int:
     return sum(tokens for (_, queued_in), (_, tokens) in inference.queued.items() if queued_in is lane)
 
 
+def knee_of(services: Services, model: str) -> int:
+    """The knee of a model's calibration, in tokens, by the scheduler's key; 0 where it is not known."""
+    warmed = services.warmed().get(model)
+    return 0 if warmed is None else warmed.calibration.knee_tokens
+
+
 class Sampler:
     """Fills the history from `start` to `close`. Belongs to the event loop's thread."""
 

@@ -131,12 +131,14 @@ class Snapshots:
         }
 
     def _batch_fill(self, view: View) -> dict[str, float | None]:
-        passes, knees = self._services.telemetry.rates.passes, self._services.telemetry.knees
-        knee = passes.knee_tokens / passes.passes if passes.passes else next(iter(knees.values()), None)
+        passes, warmed = self._services.telemetry.rates.passes, self._services.warmed()
+        knee: float | None = next((model.calibration.knee_tokens for model in warmed.values()), None)
+        if passes.passes and view.shows_work:
+            knee = passes.knee_tokens / passes.passes  # of the models that ran
         shown = passes if view.shows_work else Passes()
         return {
             "tokens_per_pass": rounded(shown.tokens_per_pass, 1),
-            "knee_tokens": rounded(knee, 1) if view.shows_work else next(iter(knees.values()), None),
+            "knee_tokens": rounded(knee, 1),
             "ratio": rounded(shown.fill_ratio, 3),
         }
 

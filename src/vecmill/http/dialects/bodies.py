@@ -29,7 +29,7 @@ from vecmill.http.bounds import Word
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION
 from vecmill.http.encoding import FLOAT, EmbeddingFormat, json_response, result_headers, vectors_response
 from vecmill.http.errors import ErrorShape
-from vecmill.http.route import Priority, with_priority
+from vecmill.http.route import Priority
 from vecmill.http.services import services_of
 
 PIECE_CHARACTERS = 80  # of a token in JSON, about
@@ -164,7 +164,24 @@ class PromptFields(BaseModel):
         return choice if self.instruction is None else replace(choice, instruction=self.instruction)
 
 
-class InferenceBody(TruncationFields):
+def name_of(module: str) -> str:
+    """What the dialect of a module is called where requests are counted and logged."""
+    return module.rpartition(".")[2].replace("_", "-")
+
+
+class SpokenBody(BaseModel):
+    """A body that belongs to one dialect."""
+
+    dialect: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """A body is of the dialect in whose file it is."""
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.dialect = name_of(cls.__module__)
+
+
+class InferenceBody(SpokenBody, TruncationFields):
     """Keys that are not listed are ignored: every client adds some."""
 
     model: str | None = Field(None, description="Left out: the default model.")
@@ -187,7 +204,7 @@ class EmbedBody(PromptFields, InferenceBody):
         """The dialect's body."""
 
 
-class SharedBody(BaseModel):
+class SharedBody(SpokenBody):
     """A body on a path that several dialects share."""
 
     errors: ClassVar[ErrorShape]
@@ -243,18 +260,25 @@ class Dialect:
     """Its body on /tokenize."""
     any_content_type: bool = False
     """Whether its servers read JSON whatever its Content-Type, which `curl -d` leaves to curl."""
+    name: str = ""
+    """For metrics, log and traces; that of its file."""
+
+
+def _asked(caller: Caller, body: InferenceBody) -> Caller:
+    """The caller as its request's body has it; the body wins over the header."""
+    return replace(caller, dialect=body.dialect, lane=caller.lane if body.priority is None else body.priority)
 
 
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:
     """Answer a request for vectors."""
-    embed_request = body.embed_request(with_priority(caller, body.priority))
+    embed_request = body.embed_request(_asked(caller, body))
     result = await services_of(request).inference.embed(embed_request)
     return await vectors_response(request, result, lambda *rows: body.answer(result, *rows), body.formats())
 
 
 async def score(body: ScoreBody, request: Request, caller: Caller) -> Response:
     """Answer a request for scores."""
-    score_request = body.score_request(with_priority(caller, body.priority))
+    score_request = body.score_request(_asked(caller, body))
     result = await services_of(request).inference.score(score_request)
     size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
     path = request.url.path

@@ -28,11 +28,12 @@ from vecmill.http.errors import (
     MOST_BYTES,
     blamed_for_another,
     bounded_body,
+    dialect_of,
     documented,
     keep_refusal,
 )
 from vecmill.http.generation import Generation
-from vecmill.http.middleware import ACCEPTABLE
+from vecmill.http.request_log import ACCEPTABLE
 from vecmill.http.route import check_new_work
 from vecmill.http.services import Services, ServicesOf, services_of
 from vecmill.refusals import message_of
@@ -42,7 +43,7 @@ logger = logging.getLogger(__name__)
 router = APIRouter(tags=["OpenAI"])
 
 # All else stays on its side: credentials and cookies, and what holds for one connection only.
-UPWARD = ("content-type", "accept", "via")
+UPWARD = ("content-type", "accept", "via", "traceparent", "tracestate")
 DOWNWARD = (
     "content-type",
     "content-length",
@@ -95,7 +96,10 @@ def _pass_through(request: Request, services: Services, path: str) -> Response:
         raise NotFound(UNSET.format(path=path))
     check_new_work(request)
     counted = services.inference.admission.counted_for_key(request.state.viewer.owner)
-    return PassThrough(services.generation, path, upward(request.headers), counted)
+    headers = upward(request.headers)
+    if (span := getattr(request.state, "span", None)) is not None:
+        headers |= span.headers()
+    return PassThrough(services.generation, path, headers, counted)
 
 
 def upward(headers: Headers) -> dict[str, str]:
@@ -203,7 +207,9 @@ class PassThrough(Response):
 
     @staticmethod
     def _report(request: Request, status: int) -> None:
-        services_of(request).telemetry.error(status, "GenerationRefused", OPENAI.name, blamed_for_another(status))
+        services_of(request).telemetry.error(
+            status, "GenerationRefused", dialect_of(request), blamed_for_another(status)
+        )
         keep_refusal(request, "generation_refused", status, "The server at GENERATION_URL refused the request.")
 
     async def _relay(self, response: httpx2.Response, send: Send) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar, Union
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -20,25 +21,17 @@ from vecmill.http.dialects import (
     voyage,
     weaviate,
 )
-from vecmill.http.dialects.bodies import Dialect, ScoreBody, SharedBody, TokenizeBody, score, tokenize_texts
+from vecmill.http.dialects.bodies import Dialect, ScoreBody, SharedBody, TokenizeBody, name_of, score, tokenize_texts
 from vecmill.http.errors import DETAIL, DIALECT_TAG, ErrorShape
 from vecmill.http.route import CallerOf, InferenceRoute, NewWork
 
 # On a shared path the first whose body `speaks` is spoken.
-DIALECTS: tuple[Dialect, ...] = (
-    openai.DIALECT,
-    generation.DIALECT,
-    vllm.DIALECT,
-    tei.DIALECT,
-    nim.DIALECT,
-    weaviate.DIALECT,
-    voyage.DIALECT,
-    cohere.DIALECT,
-    ollama.DIALECT,
-    llama_server.DIALECT,
+DIALECTS: tuple[Dialect, ...] = tuple(
+    replace(module.DIALECT, name=name_of(module.__name__))
+    for module in (openai, generation, vllm, tei, nim, weaviate, voyage, cohere, ollama, llama_server)
 )
 
-NO_DIALECT = Dialect(APIRouter(), DETAIL)
+NO_DIALECT = Dialect(APIRouter(), DETAIL, name="none")
 B = TypeVar("B", bound=SharedBody)
 
 
@@ -52,8 +45,12 @@ def _by_tag(bodies: Sequence[type[B] | None]) -> dict[str, type[B]]:
 
 # The bodies of a shared path, by tag. Each is asked in turn whether it `speaks`; the first is shown first in the API's
 # document, and reads what no other speaks.
-RERANK = _by_tag([cohere.RerankBody, *(dialect.rerank for dialect in DIALECTS if dialect is not cohere.DIALECT)])
-TOKENIZE = _by_tag([tei.TeiTokenizeBody, *(dialect.tokenize for dialect in DIALECTS if dialect is not tei.DIALECT)])
+RERANK = _by_tag(
+    [cohere.RerankBody, *(dialect.rerank for dialect in DIALECTS if dialect.rerank is not cohere.RerankBody)]
+)
+TOKENIZE = _by_tag(
+    [tei.TeiTokenizeBody, *(dialect.tokenize for dialect in DIALECTS if dialect.tokenize is not tei.TeiTokenizeBody)]
+)
 
 
 def _speaker(bodies: dict[str, type[B]]) -> Callable[[Any], str]:
@@ -102,13 +99,22 @@ def shape_for(path: str, method: str = "") -> ErrorShape:
     return dialect_for(path, method).errors
 
 
+def _spoken_by(request: Request, body: type[SharedBody]) -> None:
+    """From here on errors have the shape of the body's dialect, and count as its own."""
+    request.state.error_shape, request.state.dialect = body.errors, body.dialect
+
+
 async def _errors_as_reranked(request: Request) -> None:
-    """From here on errors have the shape of the body's dialect."""
-    request.state.error_shape = RERANK[rerank_spoken(await request.json())].errors
+    _spoken_by(request, RERANK[rerank_spoken(await request.json())])
 
 
 async def _errors_as_tokenized(request: Request) -> None:
-    request.state.error_shape = TOKENIZE[tokenize_spoken(await request.json())].errors
+    _spoken_by(request, TOKENIZE[tokenize_spoken(await request.json())])
+
+
+def dialect_name(path: str, method: str = "") -> str:
+    """The name of a path's dialect, as long as its body has not been read."""
+    return dialect_for(path, method).name
 
 
 shared = APIRouter(route_class=InferenceRoute)

@@ -1,0 +1,201 @@
+"""Traces: a real collector's end of OTLP, and requests as clients send them."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
+    ExportTraceServiceRequest,
+    ExportTraceServiceResponse,
+)
+from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+
+from tests.conftest import serving
+from tests.tiny_checkpoints import tiny_bert
+from vecmill import __version__
+from vecmill.core.errors import StartupError
+from vecmill.http import tracing
+from vecmill.http.tracing import open_tracing
+
+TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+KEY, TEXT = "a-key-that-nobody-may-see", "a text that nobody may see"
+SERVER, INTERNAL = Span.SPAN_KIND_SERVER, Span.SPAN_KIND_INTERNAL
+
+
+class Collector:
+    """Takes spans as OTLP over HTTP."""
+
+    def __init__(self) -> None:
+        self.requests: list[ExportTraceServiceRequest] = []
+        collector = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                assert self.path == "/v1/traces"
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                collector.requests.append(ExportTraceServiceRequest.FromString(body))
+                answer = ExportTraceServiceResponse().SerializeToString()
+                self.send_response(200)
+                self.send_header("Content-Type", "application/x-protobuf")
+                self.send_header("Content-Length", str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+    @property
+    def spans(self) -> list[Span]:
+        return [
+            span
+            for request in self.requests
+            for resource in request.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
+
+    def roots(self) -> list[Span]:
+        return [span for span in self.spans if span.kind == SERVER]
+
+    def below(self, root: Span) -> dict[str, Span]:
+        return {span.name: span for span in self.spans if span.parent_span_id == root.span_id}
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    collector = Collector()
+    yield collector
+    collector.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Path:
+    return tiny_bert(tmp_path_factory.mktemp("traces") / "tiny", minilm_folder)
+
+
+def _attributes(pairs: Any) -> dict[str, Any]:
+    return {pair.key: getattr(pair.value, pair.value.WhichOneof("value")) for pair in pairs}
+
+
+async def test_a_request_is_a_span_of_the_clients_trace_with_its_stages_below(
+    collector: Collector, folder: Path
+) -> None:
+    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "req-1", "Authorization": f"Bearer {KEY}"}
+    async with serving(embed_model=str(folder), otlp_endpoint=collector.url, api_key=KEY) as client:
+        body = {"input": [TEXT, "another"], "model": "tiny", "dimensions": 31}
+        assert (await client.post("/v1/embeddings", json=body, headers=headers)).status_code == 400
+        body = {"query": TEXT, "documents": ["one", "two"], "model": "tiny"}
+        assert (await client.post("/v1/rerank/", json=body, headers=headers)).status_code == 200
+        answer = await client.post("/v1/embeddings", json={"input": TEXT}, headers=headers)
+        assert answer.status_code == 200
+        await client.get("/health", headers=headers)
+    reranked, embedded = collector.roots()[-2:]
+    for root, name, route in (
+        (embedded, "embeddings tiny", "/v1/embeddings"),
+        (reranked, "rerank tiny", "/v1/rerank"),
+    ):
+        assert (root.name, root.trace_id.hex(), root.parent_span_id.hex()) == (name, TRACE, PARENT)
+        found = _attributes(root.attributes)
+        assert found["http.route"] == found["url.path"] == route
+        assert (found["http.request.method"], found["http.response.status_code"]) == ("POST", 200)
+        assert (found["gen_ai.operation.name"], found["gen_ai.provider.name"]) == (name.split()[0], "vecmill")
+        assert found["gen_ai.request.model"] == found["gen_ai.response.model"] == "tiny"
+        assert found["gen_ai.usage.input_tokens"] > 2
+        assert (found["vecmill.request_id"], found["vecmill.lane"]) == ("req-1", "interactive")
+        stages = collector.below(root)
+        assert [name for name in stages if name != "admission"] == ["tokenize", "queue", "forward", "encode"]
+        moments = [
+            moment for span in stages.values() for moment in (span.start_time_unix_nano, span.end_time_unix_nano)
+        ]
+        assert moments == sorted(moments)
+        assert root.start_time_unix_nano <= moments[0]
+        assert moments[-1] <= root.end_time_unix_nano
+        assert all(span.trace_id == root.trace_id and span.kind == INTERNAL for span in stages.values())
+    resource = _attributes(collector.requests[0].resource_spans[0].resource.attributes)
+    assert (resource["service.name"], resource["service.version"]) == ("vecmill", __version__)
+    assert collector.requests[0].resource_spans[0].scope_spans[0].schema_url == tracing.SCHEMA_URL
+    sent = b"".join(request.SerializeToString() for request in collector.requests)
+    assert KEY.encode() not in sent
+    assert TEXT.encode() not in sent
+
+
+async def test_what_fails_is_told_and_what_only_reads_is_not(collector: Collector, folder: Path) -> None:
+    async with serving(embed_model=str(folder), strict_model=True, otlp_endpoint=collector.url) as client:
+        for path in ("/health", "/metrics", "/v1/models"):
+            await client.get(path)
+        assert (await client.post("/v1/embeddings", json={"input": TEXT, "model": TEXT})).status_code == 404
+        assert (await client.post(f"/{'secret-path'}", json={})).status_code == 404
+        late = {"X-Request-Timeout": "0.001"}
+        assert (await client.post("/v1/embeddings", json={"input": TEXT}, headers=late)).status_code == 504
+        await client.request("BREW", "/v1/embeddings", headers={"traceparent": "00-nonsense-01"})
+    unknown, nowhere, late_span, brewed = collector.roots()
+    assert _attributes(unknown.attributes)["error.type"] == "ModelNotFound"
+    assert unknown.status.code == Status.STATUS_CODE_UNSET  # the client's mistake
+    assert (nowhere.name, "url.path" in _attributes(nowhere.attributes)) == ("POST", False)
+    assert late_span.status.code == Status.STATUS_CODE_ERROR
+    assert _attributes(late_span.attributes)["vecmill.outcome"] == "timeout"
+    assert _attributes(brewed.attributes)["http.request.method"] == "_OTHER"
+    assert not brewed.parent_span_id
+    sent = b"".join(request.SerializeToString() for request in collector.requests)
+    assert TEXT.encode() not in sent
+    assert b"secret-path" not in sent
+
+
+async def test_the_environment_asks_for_traces_as_well(
+    collector: Collector, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    monkeypatch.setenv("OTEL_SERVICE_NAME", "spark")
+    async with serving(embed_model=str(folder)) as client:
+        await client.post("/embed", json={"inputs": "x"})
+    assert [root.name for root in collector.roots()] == ["embeddings tiny"]
+    resource = _attributes(collector.requests[0].resource_spans[0].resource.attributes)
+    assert resource["service.name"] == "spark"
+
+
+async def test_a_collector_that_is_away_delays_nothing(folder: Path) -> None:
+    async with serving(embed_model=str(folder), otlp_endpoint="http://127.0.0.1:9") as client:
+        assert (await client.post("/embed", json={"inputs": "x"})).status_code == 200
+        began = asyncio.get_running_loop().time()
+    assert asyncio.get_running_loop().time() - began < 10 * tracing.FLUSH_SECONDS
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"OTEL_SERVICE_NAME": "spark"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": ""},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_SDK_DISABLED": "true"},
+        {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9", "OTEL_TRACES_EXPORTER": "none"},
+    ],
+)
+def test_nothing_is_traced_unless_it_is_asked_for(environment: dict[str, str]) -> None:
+    assert open_tracing(None, environment) is None
+
+
+def test_without_the_extra_the_setting_stops_the_start_and_the_environment_warns(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
+    with pytest.raises(StartupError, match=r"pip install 'vecmill\[otel\]'"):
+        open_tracing("http://127.0.0.1:9", {})
+    assert open_tracing(None, {"OTEL_TRACES_EXPORTER": "otlp"}) is None
+    assert "vecmill[otel]" in caplog.text
