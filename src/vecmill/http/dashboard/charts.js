@@ -222,7 +222,7 @@ class Chart {
         ...this.card.lines.map((line) => ({
           stroke: colour(line.quiet ? "--second" : "--accent"),
           width: 1.5,
-          points: { show: false },
+          points: { show: true, size: 4, filter: alone },
           spanGaps: false,
           ...(line.quiet ? {} : { fill: colour("--accent-area") }),
         })),
@@ -235,6 +235,12 @@ class Chart {
     if (this.card.show === milliseconds && value >= 1000) return `${count(value / 1000)} s`;
     return compact(value);
   }
+}
+
+/** A value between two unknown ones is no line: it is drawn as a dot. @param {UPlot} plot @param {number} row */
+function alone(plot, row) {
+  const values = /** @type {Maybe<number>[]} */ (plot.data[row] ?? []);
+  return values.flatMap((value, index) => (known(value) && !known(values[index - 1]) && !known(values[index + 1]) ? [index] : []));
 }
 
 const clocks = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });

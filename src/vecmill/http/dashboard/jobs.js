@@ -81,7 +81,7 @@ const table = new WorkTable({
   list: "jobs",
   noun: "job",
   factsOf,
-  extra: "td.quiet.wide",
+  extra: "td.quiet.wide.roomy",
   fillExtra: (cell, job) => {
     const began = job.started_at ?? job.created_at;
     refill(cell, `${began}`, () => time(began));
