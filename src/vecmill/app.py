@@ -231,6 +231,7 @@ class Server:
         self.requests.stop()
         self.bodies.stop()
         self.state.jobs.end_following()
+        self.doctor.refuse()
         if self.live is not None:
             self.live.end()
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import typer
 from deployment.layout import EMBED_UNIT, VLLM_UNIT
 from fastapi import FastAPI
+from opentelemetry.sdk import environment_variables
 from starlette.routing import Match
 
 from deployment import cli as deploy_cli
@@ -114,7 +115,7 @@ def _variables(assignments: Mapping[str, str]) -> Iterator[str]:
 
 def is_variable(name: str) -> bool:
     """Whether it is a setting, or another program's variable that is known."""
-    return name in SETTINGS or name in VARIABLES or name in _of_neighbours()
+    return name in SETTINGS or name in VARIABLES or name in _of_neighbours() or hasattr(environment_variables, name)
 
 
 @cache

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import crossplane
+import promql_parser
 import pytest
 import yaml
 
@@ -120,6 +121,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "ini": read_ini,
     "nginx": read_nginx,
     "js": no_check,
+    "promql": lambda text: [promql_parser.parse(line) for line in text.splitlines()],
     "": no_check,
 }
 

@@ -14,7 +14,10 @@ import pytest
 
 from tests.conftest import serving
 from tests.hostile.keys import ADMIN, ANN, BEN, LOCKED, ask
+from tests.in_process import InProcess
 from tests.servers import RunningServer
+from vecmill.app import create_app
+from vecmill.config import load_settings
 from vecmill.http.dashboard import doctor
 
 SNAPSHOT = "/dashboard/snapshot"
@@ -120,8 +123,8 @@ async def test_a_query_that_is_none_is_refused(client: httpx.AsyncClient, query:
 
 async def test_batches_with_sizes_and_rates(client: httpx.AsyncClient) -> None:
     lines = b"".join(orjson.dumps(LINE | {"custom_id": str(number)}) + b"\n" for number in range(20))
-    content = {"file": ("in.jsonl", lines), "purpose": (None, "batch")}
-    file_id = (await client.post("/v1/files", files=content)).json()["id"]
+    sent = await client.post("/v1/files", files={"file": ("in.jsonl", lines)}, data={"purpose": "batch"})
+    file_id = sent.json()["id"]
     body = {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
     await client.post("/v1/batches", json=body | {"metadata": {"name": "nightly"}})
     async with asyncio.timeout(60):
@@ -150,7 +153,7 @@ async def test_refusals_say_why_and_nothing_that_the_client_sent() -> None:
         ("/embed", {"inputs": [SECRET], "prompt_name": SECRET}),
     ]
     async with serving() as client:
-        statuses = []
+        statuses: list[int] = []
         for path, body in asked:
             answer = await client.post(path, json=body, headers={"x-request-id": f"id-{len(statuses)}"})
             statuses.append(answer.status_code)
@@ -167,7 +170,7 @@ async def test_refusals_say_why_and_nothing_that_the_client_sent() -> None:
             "request_id": "id-0",
             "status": 400,
             "error": "invalid_input",
-            "reason": "The request is not valid. (`dimensions`)",
+            "reason": "Input should be greater than or equal to 1. (`dimensions`)",
             "path": "/v1/embeddings",
             "client": "127.0.0.1",
             "key": None,
@@ -231,6 +234,17 @@ async def test_a_key_sees_its_own() -> None:
         assert set(history["series"]["device_busy_ratio"]) == {None}
 
 
+async def test_while_it_loads_it_says_so() -> None:
+    app = create_app(load_settings({"device": "cpu"}))
+    async with httpx.AsyncClient(transport=InProcess(app), base_url="http://localhost") as client:
+        found = await snapshot(client)
+        assert (found["status"], found["status_text"], found["ready"]) == ("loading", "starting", False)
+        assert (found["models"], found["jobs"]["total"], found["batches"]["total"], found["who"]) == ([], 0, 0, [])
+        assert found["now"]["batch_fill"] == {"tokens_per_pass": None, "knee_tokens": None, "ratio": None}
+        assert found["now"]["latency_ms"]["bulk"] == {"p50": None, "p95": None}
+        assert (await client.get("/dashboard/history")).json()["series"]["errors"] == [None] * 90
+
+
 async def test_the_history_survives_a_restart(tmp_path: Path) -> None:
     async with serving(state_dir=str(tmp_path)) as client:
         await client.post("/embed", json={"inputs": ["a", "b"]})
@@ -280,3 +294,33 @@ async def test_the_stream_has_a_snapshot_at_once_and_again(server: RunningServer
             assert (event, data[:7], empty) == ("event: snapshot", "data: {", "")
             moments.append(json.loads(data.removeprefix("data: "))["at"])
         assert 0 < moments[1] - moments[0] < 10
+
+
+async def test_readers_that_do_not_read_do_not_hold_up_the_stop() -> None:
+    async with serving() as client:
+        app = client._transport.app  # type: ignore[attr-defined]
+        sending: asyncio.Queue[None] = asyncio.Queue()
+
+        async def receive() -> dict[str, Any]:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.body":
+                sending.put_nowait(None)
+                await asyncio.Event().wait()  # as a connection whose buffers are full
+
+        def scope(path: str) -> dict[str, Any]:
+            fixed = {"type": "http", "method": "GET", "query_string": b"", "client": ("127.0.0.1", 1)}
+            return {**fixed, "path": path, "raw_path": path.encode(), "headers": [(b"host", b"localhost")]}
+
+        paths = ("/dashboard/events", "/jobs/events")
+        stuck = [asyncio.create_task(app(scope(path), receive, send)) for path in paths]
+        async with asyncio.timeout(30):
+            for _ in paths:
+                await sending.get()
+            app.state.server.begin_to_stop()
+            await app.state.server.requests.none()
+        for task in stuck:
+            task.cancel()
+        await asyncio.gather(*stuck, return_exceptions=True)

@@ -123,7 +123,7 @@ def test_the_json_log_is_one_object_a_line(tmp_path: Path) -> None:
     messages = [line["message"] for line in lines]
     ready = messages.index(f"ready on http://127.0.0.1:{port}")
     assert re.fullmatch(
-        r"sentence-transformers/all-MiniLM-L6-v2 \(revision \w+\) embeds on cpu in (float32|bfloat16), "
-        r"in forward passes of up to \d+ tokens",
+        r"sentence-transformers/all-MiniLM-L6-v2 \(revision [\w:]+\) embeds on cpu "
+        r"\(\d+ threads\) in (float32|bfloat16), in forward passes of up to \d+ tokens",
         messages[ready - 1],
     )

@@ -52,6 +52,9 @@ from typing import Self
 class VecmillError(Exception):
     """Something went wrong."""
 
+    reason: str | None = None
+    """The same in words that hold nothing of what the client sent; None: what the class says of itself."""
+
     def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
         """`message` is shown to the client; `param` is the request field at fault, as the client wrote it."""
         self.message = message or (type(self).__doc__ or "").strip()

@@ -99,6 +99,33 @@ OF_LOAD = (Overloaded, MemoryLow, ModelLoading, ShuttingDown, DeadlineExceeded)
 # Their messages are made of what the server knows; all others may repeat what the client sent.
 IN_OWN_WORDS = (*OF_LOAD, BatchFailed, EngineFailed, StateUnavailable, JobsUnavailable, RequestTimedOut)
 DASHBOARD = "/dashboard/"
+# Of pydantic's errors, those whose messages are made of the field's own bounds, never of what came in.
+SAY_NO_INPUT = frozenset(
+    [
+        "missing",
+        "greater_than",
+        "greater_than_equal",
+        "less_than",
+        "less_than_equal",
+        "string_too_long",
+        "string_too_short",
+        "too_long",
+        "too_short",
+        "int_type",
+        "int_parsing",
+        "int_from_float",
+        "float_type",
+        "float_parsing",
+        "finite_number",
+        "string_type",
+        "bool_type",
+        "bool_parsing",
+        "list_type",
+        "dict_type",
+        "literal_error",
+        "enum",
+    ]
+)
 
 OTHER_HEADERS: Mapping[type[VecmillError], Mapping[str, str]] = {
     InvalidApiKey: {"WWW-Authenticate": "Bearer"},
@@ -289,6 +316,8 @@ def reason_of(error: Exception, status: int) -> str:
         return FAULT
     if isinstance(error, IN_OWN_WORDS):
         return error.message
+    if error.reason is not None:
+        return error.reason
     return (type(error).__doc__ or "").strip()
 
 
@@ -315,7 +344,10 @@ def _translate(first: Mapping[str, Any]) -> VecmillError:
     if first["type"] == TOO_MANY_INPUTS:
         return TooManyInputs(f"`{field}` {first['msg']}.", param=field)
     problem = shortened(first["msg"].removeprefix("Value error, "), LONGEST_PROBLEM)
-    return InvalidInput(f"`{field}`: {problem}", param=field)
+    error = InvalidInput(f"`{field}`: {problem}", param=field)
+    if first["type"] in SAY_NO_INPUT:
+        error.reason = f"{problem}."
+    return error
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:

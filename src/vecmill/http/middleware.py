@@ -106,6 +106,9 @@ def accepts_gzip(accept_encoding: str) -> bool:
 REST_SECONDS = 1.0  # for the rest of a body that nobody wants any more
 
 
+ENDLESS = frozenset({"/jobs/events", "/dashboard/events"})
+
+
 @dataclass(eq=False, slots=True)
 class Exchange:
     """One request and its answer."""
@@ -113,6 +116,8 @@ class Exchange:
     task: asyncio.Task[Any]
     late: bool
     """It came after the stop had begun."""
+    endless: bool = False
+    """A stream of events, which ends when the stop begins: the stop need not wait for a client that does not read."""
     answering: bool = False
     """Its status is sent."""
     ended: bool = False
@@ -154,14 +159,14 @@ class InProgress:
             if not exchange.ended:
                 exchange.ended = True
                 exchange.task.cancel()
-                self.ended += not exchange.late
+                self.ended += not (exchange.late or exchange.endless)
 
     @contextmanager
-    def begun(self) -> Iterator[Exchange]:
+    def begun(self, *, endless: bool = False) -> Iterator[Exchange]:
         """One more, for as long as the context lasts."""
         task = asyncio.current_task()
         assert task is not None  # this is called by a coroutine
-        exchange = Exchange(task, self.stopping)
+        exchange = Exchange(task, self.stopping, endless)
         self._all.add(exchange)
         self._count(exchange, 1)
         try:
@@ -171,7 +176,7 @@ class InProgress:
             self._count(exchange, -1)
 
     def _count(self, exchange: Exchange, sign: int) -> None:
-        if not exchange.late:
+        if not (exchange.late or exchange.endless):
             self._waited_for += sign
             if self._waited_for:
                 self._none.clear()
@@ -211,7 +216,7 @@ class Draining:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        with self._requests.begun() as exchange:
+        with self._requests.begun(endless=scope["path"] in ENDLESS) as exchange:
             scope.setdefault("state", {})["late"] = exchange.late
             body = _RequestBody(receive)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import platform
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 
@@ -52,6 +53,19 @@ MODEL = ("task", "model", "lane")
 PASS = (*MODEL, "outcome")
 
 
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What one family of the server's own is."""
+
+    name: str
+    """As its samples are called; a histogram's end with `_bucket`, `_count` and `_sum`."""
+    kind: str
+    labels: Labels
+    documentation: str
+    of_work: bool
+    """Whether it tells how much had to be computed."""
+
+
 class Metrics:
     """The metrics of one server, in a registry of their own.
 
@@ -63,6 +77,8 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._work: set[str] = set()
+        self.described: list[Family] = []
+        """In the order of the exposition."""
         self._requests: dict[tuple[str, ...], tuple[list[Counter], list[Histogram]]] = {}
         self._passes: dict[tuple[str, ...], tuple[list[Counter], list[Histogram]]] = {}
         self._describe_server()
@@ -73,10 +89,14 @@ class Metrics:
         self._describe_machine()
 
     def _describe_server(self) -> None:
-        build = Info("vecmill_build", "Versions of the server and of what it runs on", registry=self._registry)
-        build.info(
-            {"version": __version__, "python_version": platform.python_version(), "torch_version": version("torch")}
-        )
+        versions = {
+            "version": __version__,
+            "python_version": platform.python_version(),
+            "torch_version": version("torch"),
+        }
+        build = "Versions of the server and of what it runs on"
+        Info("vecmill_build", build, registry=self._registry).info(versions)
+        self._note("vecmill_build_info", "info", build, tuple(versions), work=False)
         # process_cpu_seconds_total and its like, by the names of every client library; empty but on Linux.
         ProcessCollector(registry=self._registry)
         self._work.add("process_cpu_seconds")
@@ -236,7 +256,7 @@ class Metrics:
         return list(self._registry.collect())
 
     def _counter(self, name: str, documentation: str, labels: Labels, *, work: bool = False) -> Counter:
-        self._note(name, work=work)
+        self._note(f"{name}_total", "counter", documentation, labels, work=work)
         return Counter(name, documentation, labels, registry=self._registry)
 
     def _histogram(
@@ -248,20 +268,21 @@ class Metrics:
         buckets: Sequence[float] = SECONDS,
         work: bool = False,
     ) -> Histogram:
-        self._note(name, work=work)
+        self._note(name, "histogram", documentation, labels, work=work)
         return Histogram(name, documentation, labels, buckets=buckets, registry=self._registry)
 
     def _gauge(self, name: str, documentation: str, labels: Labels = (), *, work: bool = False) -> Measured:
-        self._note(name, work=work)
+        self._note(name, "gauge", documentation, labels, work=work)
         return Measured(GaugeMetricFamily, name, documentation, labels, self._registry)
 
     def _read_counter(self, name: str, documentation: str, labels: Labels = (), *, work: bool = False) -> Measured:
-        self._note(name, work=work)
+        self._note(f"{name}_total", "counter", documentation, labels, work=work)
         return Measured(CounterMetricFamily, name, documentation, labels, self._registry)
 
-    def _note(self, name: str, *, work: bool) -> None:
+    def _note(self, name: str, kind: str, documentation: str, labels: Labels, *, work: bool) -> None:
+        self.described.append(Family(name, kind, labels, documentation, work))
         if work:
-            self._work.add(name)
+            self._work.add(name.removesuffix("_total"))
 
 
 def _children(

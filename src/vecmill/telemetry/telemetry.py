@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from time import monotonic, perf_counter
 
 import numpy as np

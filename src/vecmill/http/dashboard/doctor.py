@@ -48,7 +48,7 @@ class Doctor:
         self._environment = {**os.environ, **environment_of(settings)}
         self._last: DoctorRun | None = None
         self._running: asyncio.Task[None] | None = None
-        self._closed = False
+        self._stopping = False
 
     def view(self) -> dict[str, Any]:
         """The last run, as JSON; its result is that of the run before while one is under way."""
@@ -67,16 +67,20 @@ class Doctor:
         Raises:
             ShuttingDown: the server stops.
         """
-        if self._closed:
+        if self._stopping:
             raise ShuttingDown
         if self._running is None:
             before = self._last.result if self._last else None
             self._last = DoctorRun(time(), result=before)
             self._running = asyncio.create_task(self._run(self._last.started_at), name="doctor")
 
+    def refuse(self) -> None:
+        """Begin no further run: the server stops."""
+        self._stopping = True
+
     async def close(self) -> None:
         """End a run that is under way, and begin no other."""
-        self._closed = True
+        self.refuse()
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)

@@ -62,7 +62,7 @@ class Sampler:
         self._services, self._machine = services, machine
         self._replica = replica
         self._before = self._counted()
-        self._written_at = monotonic()
+        self._written_at = -WRITE_SECONDS  # the first step is written at once
         self._failing = False
         self._task: asyncio.Task[None] | None = None
 
