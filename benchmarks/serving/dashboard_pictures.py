@@ -36,7 +36,7 @@ SEARCHES = (
     "sort by key",
     "retry a request",
 )
-BATCH_LINES, TEXTS_A_LINE = 400, 8
+BATCH_LINES, TEXTS_A_LINE = 200, 4
 TEXTS_A_REQUEST = 24
 
 

@@ -222,7 +222,7 @@ class Chart {
         ...this.card.lines.map((line) => ({
           stroke: colour(line.quiet ? "--second" : "--accent"),
           width: 1.5,
-          points: { show: true, size: 4, filter: alone },
+          points: { show: true, size: 4, fill: colour(line.quiet ? "--second" : "--accent"), filter: alone },
           spanGaps: false,
           ...(line.quiet ? {} : { fill: colour("--accent-area") }),
         })),
