@@ -37,7 +37,12 @@ OPERATIONS = [
 ]
 
 # An answer without an end cannot be read to its end; tests/http/test_job_events.py reads its beginning.
-ENDING = [one for one in OPERATIONS if "text/event-stream" not in str(one.values[2])]
+# Neither is doctor run for its example: tests/http/test_dashboard_data.py has it.
+ENDING = [
+    one
+    for one in OPERATIONS
+    if "text/event-stream" not in str(one.values[2]) and one.values[:2] != ("POST", "/dashboard/doctor")
+]
 
 
 def contents(operation: dict[str, Any], ids: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -181,6 +186,8 @@ async def test_keys_and_a_model_that_is_not_there_yet_have_documented_statuses(
         without = await starting.request(method, where, **content)
         assert (without.status_code == 401) == ("401" in operation["responses"])
         assert (without.status_code == 401) == (operation["security"] == [{}, {"API key": []}])
+        if path == "/dashboard/events":  # it tells of the start, too
+            continue
         with_key = await starting.request(
             method, where, **content, headers={"authorization": "Bearer a-quite-long-secret"}
         )
