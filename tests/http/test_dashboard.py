@@ -401,6 +401,13 @@ def test_snapshots_are_polled_where_no_stream_comes_through(page: Page) -> None:
     expect(field(page, "state")).to_have_text("Ready")
 
 
+def test_says_why_it_is_not_answered(page: Page) -> None:
+    refused = {"detail": "This server does not answer to the name 'spark'."}
+    page.route("**/dashboard/*", lambda route: route.fulfill(status=403, json=refused))
+    page.goto("/")
+    expect(page.get_by_role("status").first).to_have_text(f"Not reachable, retrying {refused['detail']}")
+
+
 def test_asks_nothing_while_hidden(quiet_page: Page) -> None:
     quiet_page.clock.install()
     quiet_page.goto("/")

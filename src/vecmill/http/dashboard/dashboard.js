@@ -153,7 +153,7 @@ const feed = new Feed(
         showState(state, "");
         showKeyForm(reason);
       } else {
-        showState(state, "");
+        showState(state, reason);
         showAge();
       }
     },

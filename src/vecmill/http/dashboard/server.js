@@ -135,7 +135,7 @@ export class Feed {
       this.watcher.lost("signed-out", wrong ? "The server does not know this key." : "");
       await this.#untilRestarted(stopped);
     } else {
-      this.watcher.lost("unreachable", error instanceof Error ? error.message : "");
+      this.watcher.lost("unreachable", error instanceof CallFailed ? error.message : "");
     }
   }
 
