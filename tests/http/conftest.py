@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
+import httpx
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
 
 # Without a sandbox it runs in containers too; the rest keeps it from asking the network for anything.
 CHROMIUM_ARGS = [
@@ -56,3 +58,29 @@ def quiet_page(page: Page, server: Server) -> Iterator[Page]:
     yield page
     assert complaints == []
     assert [url for url in requested if not url.startswith((f"{server.url}/", "data:"))] == []
+
+
+def field(page: Page | Locator, name: str) -> Locator:
+    """The elements of the dashboard that show this."""
+    return page.locator(f'[data-field="{name}"]')
+
+
+def row(page: Page, table: str, text: str) -> Locator:
+    """A row of one of the dashboard's tables."""
+    return page.get_by_role("table", name=table).get_by_role("row").filter(has_text=text)
+
+
+def show(page: Page, snapshot: dict[str, Any]) -> None:
+    """Have the dashboard shown this in place of the server's own snapshots."""
+
+    def answer(route: Route) -> None:
+        body = f"event: snapshot\ndata: {json.dumps(snapshot)}\n\n"
+        route.fulfill(status=200, content_type="text/event-stream", body=body)
+
+    page.route("**/dashboard/events?*", answer)
+
+
+def snapshot_of(server: Server) -> dict[str, Any]:
+    """What the server tells the dashboard now."""
+    answer: dict[str, Any] = httpx.get(f"{server.url}/dashboard/snapshot").raise_for_status().json()
+    return answer

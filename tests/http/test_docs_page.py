@@ -26,6 +26,7 @@ TAGS = [
     "Health",
     "Cache",
     "Statistics",
+    "Dashboard",
 ]
 
 # With a body, one of several bodies, a parameter in the path, neither; tests/http/test_openapi.py runs them all.

@@ -148,3 +148,12 @@ def test_what_is_known_of_the_package(metadata: Message) -> None:
     assert "Typing :: Typed" in (metadata.get_all("Classifier") or [])
     assert {"Source", "Issues", "Changelog"} <= {url.split(",")[0] for url in metadata.get_all("Project-URL") or []}
     assert metadata.get_all("Provides-Extra") == sorted(PROJECT["project"]["optional-dependencies"])
+
+
+def test_the_page_and_the_licence_of_its_charts_are_in_the_wheel(dist: Path) -> None:
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    folder = "vecmill/http/dashboard"
+    assert {f"{folder}/index.html", f"{folder}/dashboard.js", f"{folder}/vendor/uPlot.iife.min.js"} <= {*names}
+    assert [name for name in names if ".dist-info/licenses/" in name and name.endswith("uPlot.LICENSE")]

@@ -69,6 +69,14 @@ def install(app: FastAPI, routers: Iterable[APIRouter]) -> None:
     app.get("/docs", include_in_schema=False)(_docs)
 
 
+# Whoever has signed in at the dashboard has done so for its tab: see server.js.
+WITH_THE_TAB_S_KEY = b"""onComplete: () => {
+        const key = sessionStorage.getItem("vecmill-api-key");
+        if (key) ui.preauthorizeApiKey("API key", key);
+    },
+    """
+
+
 # FastAPI keeps the functions of routes for as long as the process lives, so none of them may hold an application.
 async def _docs(request: Request) -> HTMLResponse:
     return _page(request.app, str(request.scope.get("root_path", "")))
@@ -84,7 +92,7 @@ def _page(app: FastAPI, root: str) -> HTMLResponse:
             swagger_css_url=f"{root}{OFFLINE_FILES}/swagger-ui.css",
             swagger_favicon_url=f"{root}{OFFLINE_FILES}/favicon.png",
         ).body
-    )
+    ).replace(b"presets: [", WITH_THE_TAB_S_KEY + b"presets: [")
     own = " ".join(f"'sha256-{b64encode(sha256(script).digest()).decode()}'" for script in SCRIPT.findall(html))
     policy = (
         "default-src 'none'",

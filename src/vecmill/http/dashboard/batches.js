@@ -1,66 +1,166 @@
-// The list of batches and their buttons. Knows the field names of /v1/batches and how a batch is cancelled.
+// What is said of a batch, its file's way up and its answers' way down. Knows the fields of /v1/batches and /v1/files.
 
-import { bar, field, put, putOrHide } from "./elements.js";
-import { clock, count, percent, plural } from "./format.js";
-import { call, keepPlace, showRows } from "./rows.js";
+/** @import { Batch, Page, Query } from "./types" */
+
+import { attempt, byId, field, h, named, put, setText, tell, time } from "./elements.js";
+import { bytes, count, duration, join, known, percent, plural, rate, unit, words } from "./format.js";
+import { call } from "./server.js";
+import { WorkTable, showDetail } from "./worktable.js";
 
 const CANCELLABLE = new Set(["validating", "in_progress"]);
-const RUNNING = new Set(["validating", "in_progress", "finalizing", "cancelling"]);
+const RUNNING = new Set([...CANCELLABLE, "finalizing", "cancelling"]);
+const TRANSFER_MS = 3_600_000; // a large file takes its time
+const FIRST_LINE_BYTES = 65_536;
 
-const nameOf = (batch) => batch.metadata?.name || batch.id;
+const nameOf = (/** @type {Batch} */ batch) => batch.name ?? batch.metadata?.name ?? batch.id;
 
-function details(batch) {
+/** @param {Batch} batch */
+function factsOf(batch) {
   const { total, completed, failed } = batch.request_counts;
-  const done = total > 0 && `${count(completed + failed)} of ${plural(total, "line")}`;
-  const wrong = failed > 0 && `${count(failed)} failed`;
-  const created = `created ${clock(new Date(batch.created_at * 1000))}`;
-  const id = nameOf(batch) !== batch.id && batch.id;
-  return [batch.endpoint, done, wrong, created, id].filter(Boolean).join(" · ");
-}
-
-function problem(batch) {
+  const isRunning = RUNNING.has(batch.status);
+  const done = completed + failed;
   const first = batch.errors?.data?.[0];
-  if (!first) return null;
-  return (first.line ? `line ${count(first.line)}: ` : "") + first.message;
+  return {
+    name: nameOf(batch),
+    about: [batch.endpoint, " · ", time(batch.created_at)],
+    progress: join([
+      total > 0 && `${count(done)} of ${plural(total, "line")}`,
+      total > 0 && isRunning && percent((100 * done) / total),
+      failed > 0 && `${count(failed)} failed`,
+    ]),
+    done: isRunning ? done : null,
+    total,
+    warning: null,
+    problem: first && (first.line ? `line ${count(first.line)}: ` : "") + first.message,
+    rate: isRunning ? unit(rate(batch.lines_per_second), "lines/s") : "",
+    left: isRunning ? duration(batch.eta_seconds) : "",
+    isOpen: CANCELLABLE.has(batch.status),
+  };
 }
 
-const keepOnPage = (leaving) => keepPlace(leaving, "batches-heading");
-
-function fillBatch(row, batch) {
-  const { total, completed, failed } = batch.request_counts;
-  row.dataset.status = batch.status;
-  put(row, "name", nameOf(batch));
-  put(row, "status", batch.status.replace("_", " "));
-  put(row, "details", details(batch));
-  putOrHide(row, "error", problem(batch));
-  field(row, "progress-line").hidden = !RUNNING.has(batch.status) || total === 0;
-  bar(row, "progress", completed + failed, total).setAttribute("aria-label", `Progress of ${nameOf(batch)}`);
-  put(row, "percent", percent((100 * (completed + failed)) / total));
-  const cancel = row.querySelector("[data-action=cancel-batch]");
-  const hide = !CANCELLABLE.has(batch.status);
-  if (hide) keepOnPage(cancel);
-  cancel.hidden = hide;
-  cancel.setAttribute("aria-label", `Cancel ${nameOf(batch)}`);
+/** @param {any} cell @param {Batch} batch @param {string} name */
+function fillFiles(cell, batch, name) {
+  if (!cell.firstChild) {
+    const button = (/** @type {string} */ text) => h("button", { type: "button", "data-action": text.toLowerCase() }, text);
+    cell.append(button("Output"), button("Errors"), h("span.quiet.line"));
+  }
+  const [output, errors, size] = cell.children;
+  output.hidden = !batch.output_file_id;
+  errors.hidden = !batch.error_file_id;
+  output.setAttribute("aria-label", `Output of ${name}`);
+  errors.setAttribute("aria-label", `Errors of ${name}`);
+  setText(size, batch.output_file_id && known(batch.output_bytes) ? bytes(batch.output_bytes) : unit(bytes(batch.input_bytes), "in"));
 }
 
-const NO_BATCHES = "No batches. A client that creates one with POST /v1/batches is shown here with its progress.";
+/** @param {Batch} batch */
+const showBatch = (batch) =>
+  showDetail(nameOf(batch), [
+    ["State", words(batch.status)],
+    ["Errors", batch.errors && h("ul", batch.errors.data.slice(0, 20).map((error) => h("li", error.line ? `line ${count(error.line)}: ` : "", error.message)))],
+    ["Endpoint", batch.endpoint],
+    ["Model", batch.model],
+    ["Key", batch.key],
+    ["Progress", factsOf(batch).progress],
+    ["Tokens", batch.usage && count(batch.usage.total_tokens)],
+    ["Input", known(batch.input_bytes) && bytes(batch.input_bytes)],
+    ["Output", known(batch.output_bytes) && bytes(batch.output_bytes)],
+    ["Created", time(batch.created_at)],
+    ["Completed", known(batch.completed_at) && time(batch.completed_at)],
+    ["Id", h("code", batch.id)],
+  ]);
 
-export function showBatches(answer) {
-  const batches = answer?.data ?? [];
-  const list = document.querySelector("[data-batches]");
-  showRows(list, "batch", batches, fillBatch, keepOnPage);
-  list.hidden = batches.length === 0;
-  const none = answer ? NO_BATCHES : "The list of batches is not available.";
-  putOrHide(document, "no-batches", batches.length === 0 ? none : null);
-}
+/** @type {WorkTable<Batch>} */
+const table = new WorkTable({
+  list: "batches",
+  noun: "batch",
+  factsOf,
+  extra: "td.files",
+  fillExtra: fillFiles,
+  empty: () => [h("p", "No batches."), h("p", "Upload a JSONL file of requests: the server works through it while nobody waits for answers.")],
+  cancel: ["POST", (batch) => `v1/batches/${encodeURIComponent(batch.id)}/cancel`],
+  whatStays: "What is done stays and can be downloaded; the other lines are not worked on.",
+  act: (action, batch) => (action === "detail" ? showBatch(batch) : download(batch, action)),
+});
 
-// `then` is called once a request is over, whatever came of it.
-export function watchBatchButtons(then) {
-  document.addEventListener("click", (event) => {
-    const button = event.target.closest("[data-action=cancel-batch]");
-    if (!button) return;
-    const row = button.closest("li");
-    const path = `v1/batches/${encodeURIComponent(row.dataset.id)}/cancel`;
-    call("POST", path, `Cancelling ${field(row, "name").textContent}`, "batch-problem", then);
+/** @param {Page<Batch> | null | undefined} batches */
+export const showBatches = (batches) => table.show(batches);
+
+/** @returns {Pick<Query, "batches_page">} */
+export const batchesQuery = () => ({ batches_page: table.page });
+
+/** A link cannot send the key: the file is fetched, and saved from here. @param {Batch} batch @param {string} kind */
+async function download(batch, kind) {
+  const id = kind === "output" ? batch.output_file_id : batch.error_file_id;
+  await attempt(`The ${kind} of ${named(nameOf(batch))} did not come`, async () => {
+    const answer = await call("GET", `v1/files/${encodeURIComponent(id ?? "")}/content`, undefined, TRANSFER_MS);
+    const url = URL.createObjectURL(await answer.blob());
+    h("a", { href: url, download: `${batch.id}-${kind}.jsonl` }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60_000);
   });
+}
+
+// The upload
+
+const dialog = byId("upload");
+const form = dialog.querySelector("form");
+
+/** The endpoint that the file's own first line names. */
+async function lookAtFile() {
+  const [file] = form.elements.file.files;
+  if (!file) return;
+  try {
+    const head = await file.slice(0, FIRST_LINE_BYTES).text();
+    const { url } = JSON.parse(head.split("\n", 1)[0]);
+    if ([...form.elements.endpoint.options].some((option) => option.value === url)) form.elements.endpoint.value = url;
+  } catch {
+    // the server says what is wrong with it
+  }
+}
+
+/** @param {File} file */
+async function send(file) {
+  const sent = new FormData();
+  sent.append("purpose", "batch");
+  sent.append("file", file);
+  const { id } = await (await call("POST", "v1/files", sent, TRANSFER_MS)).json();
+  const name = form.elements.name.value.trim() || file.name;
+  await call("POST", "v1/batches", {
+    input_file_id: id,
+    endpoint: form.elements.endpoint.value,
+    completion_window: "24h",
+    metadata: { name: name.slice(0, 512) },
+  });
+  form.reset();
+  dialog.close();
+  tell(`${named(name)} is uploaded and begins.`);
+  table.turnTo(1);
+}
+
+/** @param {Event} event */
+async function upload(event) {
+  event.preventDefault();
+  const [file] = form.elements.file.files;
+  const start = field(dialog, "upload-start");
+  const problem = field(dialog, "upload-problem");
+  start.disabled = true;
+  problem.classList.remove("problem");
+  put(dialog, "upload-problem", `Uploading ${bytes(file.size)}…`);
+  try {
+    await send(file);
+    put(dialog, "upload-problem", "");
+  } catch (error) {
+    problem.classList.add("problem");
+    put(dialog, "upload-problem", `This did not work: ${/** @type {Error} */ (error).message}`);
+  } finally {
+    start.disabled = false;
+  }
+}
+
+/** @param {() => void} then called when something else is asked for, or has been done */
+export function watchBatches(then) {
+  table.askAgain = then;
+  byId("upload-open").addEventListener("click", () => dialog.showModal());
+  field(dialog, "upload-close").addEventListener("click", () => dialog.close());
+  form.elements.file.addEventListener("change", lookAtFile);
+  form.addEventListener("submit", upload);
 }

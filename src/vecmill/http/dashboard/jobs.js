@@ -1,86 +1,139 @@
-// The lists of jobs and their buttons. Knows the field names of /jobs and how a job is cancelled.
+// What is said of a job, which jobs are asked for, and how those that ended are forgotten. Knows the fields of a job.
 
-import { bar, field, put, putOrHide } from "./elements.js";
-import { clock, count, duration, known, percent, plural, rate } from "./format.js";
-import { call, keepPlace, showRows } from "./rows.js";
+/** @import { Job, Page, Query } from "./types" */
 
-const join = (parts) => parts.filter(Boolean).join(" · ");
-const chunks = (job) => `${count(job.current)} of ${plural(job.total_chunks, "chunk")}`;
-const sentBy = (job) => job.instance_id && `from ${job.instance_id}`;
+import { ask, attempt, byId, h, refill, setText, time } from "./elements.js";
+import { count, duration, join, known, percent, plural, rate, unit, words } from "./format.js";
+import { call } from "./server.js";
+import { WorkTable, showDetail } from "./worktable.js";
 
-const DETAILS = {
-  active: (job) =>
-    join([
-      chunks(job),
-      `${rate(job.chunks_per_second)} chunks/s`,
-      `${duration(job.elapsed_seconds)} so far`,
-      `${duration(job.eta_seconds)} left`,
-      sentBy(job),
-    ]),
-  queued: (job) =>
-    join([
-      `position ${count(job.position)}`,
-      `${plural(job.chunks_ahead, "chunk")} ahead`,
-      `starts in about ${duration(job.estimated_wait)}`,
-      plural(job.total_chunks, "chunk"),
-      sentBy(job),
-    ]),
-  recent: (job) =>
-    join([
-      chunks(job),
-      `took ${duration(job.duration_seconds)}`,
-      known(job.completed_at) && `ended ${clock(new Date(job.completed_at * 1000))}`,
-      sentBy(job),
-    ]),
-};
+const OPEN = new Set(["active", "queued"]);
+const SILENT_FROM_S = 15; // a client that works reports more often
+const SEARCH_AFTER_MS = 300;
 
-function fillJob(row, job, kind) {
-  row.dataset.status = job.status;
-  put(row, "project", job.project);
-  put(row, "status", job.status);
-  put(row, "details", DETAILS[kind](job));
-  putOrHide(row, "error", job.error);
-  field(row, "progress-line").hidden = kind !== "active";
-  bar(row, "progress", job.current, job.total_chunks).setAttribute("aria-label", `Progress of ${job.project}`);
-  put(row, "percent", percent(job.percent));
-  const cancel = row.querySelector("[data-action=cancel]");
-  cancel.hidden = kind === "recent";
-  cancel.setAttribute("aria-label", `Cancel ${job.project}`);
+const search = byId("jobs-q");
+const state = byId("jobs-state");
+
+/** @param {Job} job */
+function progressOf(job) {
+  if (job.status === "queued") {
+    const start = known(job.estimated_wait) && `starts in about ${duration(job.estimated_wait)}`;
+    return join([known(job.position) && `position ${count(job.position)}`, plural(job.total_chunks, "chunk"), start]);
+  }
+  const took = known(job.duration_seconds) && `took ${duration(job.duration_seconds)}`;
+  return join([`${count(job.current)} of ${plural(job.total_chunks, "chunk")}`, known(job.percent) && percent(job.percent), took]);
 }
 
-const keepOnPage = (leaving) => keepPlace(leaving, "jobs-heading");
-
-function showList(kind, jobs) {
-  const block = document.querySelector(`[data-jobs="${kind}"]`);
-  showRows(block.querySelector("ul"), "job", jobs, (row, job) => fillJob(row, job, kind), keepOnPage);
-  if (jobs.length === 0) keepOnPage(block);
-  block.hidden = jobs.length === 0;
+/** What is about to become of a job whose client does not report. @param {Job} job */
+function silenceOf({ status, silent_seconds: silent, given_up_in_seconds: left }) {
+  if (!OPEN.has(status) || !known(silent) || silent < SILENT_FROM_S) return null;
+  return `silent for ${duration(silent)}${known(left) ? `, given up in ${duration(left)}` : ""}`;
 }
 
-const NO_JOBS = "No jobs. A client that registers one with POST /jobs is shown here with its progress.";
+/** @param {Job} job */
+const factsOf = (job) => ({
+  name: job.project,
+  about: job.instance_id,
+  progress: progressOf(job),
+  done: job.status === "active" ? job.current : null,
+  total: job.total_chunks,
+  warning: silenceOf(job),
+  problem: job.error,
+  rate: job.status === "active" ? unit(rate(job.texts_per_second), "texts/s") : "",
+  left: job.status === "active" ? duration(job.eta_seconds) : "",
+  isOpen: OPEN.has(job.status),
+});
 
+/** Told of the job as it was when it was opened, and anew with each snapshot. @param {Job} job */
+function detailsOf(job) {
+  const { warning, rate, left } = factsOf(job);
+  const waits = job.status === "queued" && known(job.chunks_ahead) && `for ${plural(job.chunks_ahead, "chunk")} of other jobs`;
+  showDetail(job.project, [
+    ["State", words(job.status)],
+    ["Error", job.error],
+    ["Client", job.instance_id],
+    ["Key", job.key],
+    ["Progress", progressOf(job)],
+    ["Silence", warning],
+    ["Rate", rate],
+    ["Time left", left],
+    ["Waits", waits],
+    ["Waited", known(job.waiting_seconds) && duration(job.waiting_seconds)],
+    ["Registered", time(job.created_at)],
+    ["Began", known(job.started_at) && time(job.started_at)],
+    ["Ended", known(job.completed_at) && time(job.completed_at)],
+    ["Id", h("code", job.id)],
+  ]);
+}
+
+/** @type {string | null} */
+let inDetail = null;
+
+/** @param {string} kind */
+function empty(kind) {
+  if (kind === "none found") return [h("p", "No job is like this."), h("button", { type: "button", onclick: showAll }, "Show all jobs")];
+  const how = h("a", { href: "#playground" }, "How to connect it");
+  return [h("p", "No jobs."), h("p", "CodeCartographer registers one for each index it builds; it is shown here with its progress. ", how)];
+}
+
+/** @type {WorkTable<Job>} */
+const table = new WorkTable({
+  list: "jobs",
+  noun: "job",
+  factsOf,
+  extra: "td.quiet.wide.roomy",
+  fillExtra: (cell, job) => {
+    const began = job.started_at ?? job.created_at;
+    refill(cell, `${began}`, () => time(began));
+  },
+  empty,
+  isChosen: () => Boolean(search.value || state.value),
+  cancel: ["DELETE", (job) => `jobs/${encodeURIComponent(job.id)}`],
+  whatStays: "Its client finds it failed, with the error “cancelled”. What is computed stays in the cache.",
+  act: (_, job) => {
+    inDetail = job.id;
+    detailsOf(job);
+  },
+});
+
+/** @param {Page<Job> | null | undefined} jobs */
 export function showJobs(jobs) {
-  const lists = ["active", "queued", "recent"].map((kind) => [kind, jobs?.[kind] ?? []]);
-  for (const [kind, list] of lists) showList(kind, list);
-  const empty = lists.every(([, list]) => list.length === 0);
-  putOrHide(document, "no-jobs", empty ? (jobs ? NO_JOBS : "The list of jobs is not available.") : null);
-  const workers = jobs?.workers;
-  const past = jobs?.historical_rate;
-  const busy = workers && `${count(workers.busy)} of ${count(workers.max)} places taken`;
-  put(document, "workers", join([busy, known(past) && `${rate(past)} chunks/s lately`]));
+  table.show(jobs);
+  const counts = jobs?.counts ?? {};
+  for (const option of state.options) {
+    const all = (option.dataset.words ??= option.textContent);
+    setText(option, known(counts[option.value]) ? `${all} (${count(counts[option.value])})` : all);
+  }
+  byId("clear-ended").disabled = !(counts.completed || counts.failed);
+  const job = table.shown.get(inDetail ?? "");
+  if (job !== undefined && byId("detail").open) detailsOf(job);
 }
 
-const remove = (path, what, then) => call("DELETE", path, what, "job-problem", then);
+function showAll() {
+  search.value = state.value = "";
+  search.focus();
+  table.turnTo(1);
+}
 
-// `then` is called once a request is over, whatever came of it.
-export function watchButtons(then) {
-  document.addEventListener("click", (event) => {
-    const action = event.target.closest("[data-action]")?.dataset.action;
-    if (action === "clear-recent") remove("jobs/recent", "Clearing the recent jobs", then);
-    if (action === "cancel") {
-      const row = event.target.closest("li");
-      const project = field(row, "project").textContent;
-      remove(`jobs/${encodeURIComponent(row.dataset.id)}`, `Cancelling ${project}`, then);
-    }
+/** @returns {Pick<Query, "jobs_q" | "jobs_state" | "jobs_page">} */
+export const jobsQuery = () => ({ jobs_q: search.value.trim(), jobs_state: state.value, jobs_page: table.page });
+
+async function clearEnded() {
+  if (!(await ask("Forget the ended jobs?", "Completed and failed jobs leave the list for good.", "Forget them"))) return;
+  await attempt("The ended jobs were not forgotten", () => call("DELETE", "jobs/recent"));
+  byId("jobs-heading").focus();
+  table.turnTo(1);
+}
+
+/** @param {() => void} then called when something else is asked for, or has been done */
+export function watchJobs(then) {
+  table.askAgain = then;
+  let typing = 0;
+  search.addEventListener("input", () => {
+    clearTimeout(typing);
+    typing = setTimeout(() => table.turnTo(1), SEARCH_AFTER_MS);
   });
+  state.addEventListener("change", () => table.turnTo(1));
+  byId("clear-ended").addEventListener("click", clearEnded);
+  byId("detail").addEventListener("close", () => (inDetail = null));
 }

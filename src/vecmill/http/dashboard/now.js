@@ -1,0 +1,66 @@
+// Who uses the server, and whom it refused. Knows `who`, `refusals` and the counts of errors in a snapshot.
+
+/** @import { Maybe, Refusal, Snapshot, User } from "./types" */
+
+import { byId, h, named, put, refill, setText, showRows, time } from "./elements.js";
+import { compact, count, join, known, plural, rate, words } from "./format.js";
+
+/** @param {Maybe<User[]>} users */
+export function showWho(users) {
+  const table = byId("who-table");
+  const items = users ?? [];
+  showRows(table.tBodies[0], items, (user) => JSON.stringify([user.key, user.client, user.job]), newUser, fillUser);
+  show(table, "who-empty", items.length, users ? "Nobody has asked for anything in the last 5 minutes." : null);
+}
+
+const newUser = () =>
+  h("tr", h("td.name", h("bdi"), h("bdi.quiet.line")), h("td", h("bdi")), h("td.number"),
+    h("td.number"), h("td.number.wide"), h("td.quiet"));
+
+/** @param {any} row @param {User} user */
+function fillUser(row, user) {
+  const [who, job, texts, tokens, requests, seen] = row.cells;
+  setText(who.children[0], user.key ?? user.client ?? "unknown");
+  setText(who.children[1], user.key === null || user.key === undefined ? "" : (user.client ?? ""));
+  setText(job.firstChild, user.job ? named(user.job_name) : "–");
+  setText(texts, rate(user.texts_per_second));
+  setText(tokens, compact(user.tokens_per_second));
+  setText(requests, count(user.requests));
+  refill(seen, `${user.last_seen}`, () => time(user.last_seen));
+}
+
+/** @param {Snapshot} snapshot */
+export function showRefusals({ refusals, now }) {
+  const table = byId("refusals-table");
+  const items = refusals ?? [];
+  showRows(table.tBodies[0], items, (refusal) => `${refusal.request_id} ${refusal.at}`, newRefusal, fillRefusal);
+  const none = "Nothing has been refused and nothing has failed since the start.";
+  show(table, "refusals-empty", items.length, refusals ? none : null);
+  const failed = known(now?.errors) && `${plural(now?.errors, "error")} of the server's own`;
+  put(document, "refusals-summary", join([failed, known(now?.refused) && `${count(now?.refused)} refused`]));
+}
+
+const newRefusal = () =>
+  h("tr", h("td.quiet"), h("td.name", h("span.badge"), " ", h("bdi"), h("span.quiet.line", h("code"), " ", h("code"))),
+    h("td.wide", h("bdi"), h("bdi.quiet.line")));
+
+/** They do not change: filled once. @param {any} row @param {Refusal} refusal */
+function fillRefusal(row, refusal) {
+  const [when, why, who] = row.cells;
+  refill(when, `${refusal.at}`, () => time(refusal.at));
+  row.dataset.status = refusal.status >= 500 ? "failed" : "refused";
+  setText(why.querySelector(".badge"), `${refusal.status} ${words(refusal.error)}`);
+  setText(why.querySelector("bdi"), refusal.reason ?? "");
+  const [path, id] = why.querySelectorAll("code");
+  setText(path, refusal.path ?? "no route");
+  setText(id, refusal.request_id);
+  setText(who.children[0], refusal.key ?? refusal.client ?? "unknown");
+  setText(who.children[1], refusal.key === null || refusal.key === undefined ? "" : (refusal.client ?? ""));
+}
+
+/** @param {HTMLElement} table @param {string} id @param {number} rows @param {string | null} none if it is known that there is none */
+function show(table, id, rows, none) {
+  table.hidden = rows === 0;
+  byId(id).hidden = rows > 0;
+  setText(byId(id), none ?? "This is shown to keys with the scope admin.");
+}
