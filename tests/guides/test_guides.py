@@ -45,6 +45,7 @@ NAME = re.compile(r"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*)(?:=(\S*))?")
 # In capitals, and no settings.
 NO_SETTINGS = {
     "ARGS": "make's",
+    "GET": "a method of HTTP",
     "TAILNET": "stands for the reader's",
     "START": "a value of TEI's truncation_direction",
     "END": "a value of NIM's and Cohere's truncate",

@@ -23,6 +23,7 @@ TAGS = [
     "llama-server",
     "Batches",
     "Jobs",
+    "Models",
     "Health",
     "Cache",
     "Statistics",

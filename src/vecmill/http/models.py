@@ -83,7 +83,7 @@ def _message(message: str, state: ModelState, viewer: Viewer) -> str:
 def _fetched(pull: Pull, viewer: Viewer) -> dict[str, Any]:
     """A model that is not here yet: nothing but its name and how far it is are known."""
     unknown = (
-        *("dimensions", "dtype", "dtype_reason", "default_prompt", "max_tokens", "license", "memory_bytes"),
+        *("dimensions", "dtype", "dtype_reason", "device", "default_prompt", "max_tokens", "license", "memory_bytes"),
         *("last_used", "loaded_at", "budget", "fit"),
     )
     return {

@@ -136,7 +136,7 @@ class Inference:
         """
         self._models = self._models_or_raise().exchanged(model)
         if budget is not None and self._scheduler is not None:
-            self._scheduler.budgets[model.card.key] = budget
+            self._scheduler.set_budget(model.card.key, budget)
         return self._models.by_key(model.card.key).card
 
     def forget_tokenizer(self, key: str) -> None:

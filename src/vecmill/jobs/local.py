@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vecmill.config import JobSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import JobsUnavailable
-from vecmill.jobs.state import Book, Ledger, Outcome, T, attempt, changes, decode, joined
+from vecmill.jobs.state import Book, Ledger, T, TransactionResult, attempt, changes, decode, joined
 from vecmill.storage.sqlite_jobs import SqliteJobs
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class LocalJobs:
         """Unix time by the clock of leases."""
         return self._clock()
 
-    async def transact(self, change: Callable[[Book], T]) -> Outcome[T]:
+    async def transact(self, change: Callable[[Book], T]) -> TransactionResult[T]:
         """Change the jobs; written when it returns, unless the database cannot be used now."""
         async with self._lock:
             if not self._loaded:

@@ -12,9 +12,9 @@ from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable, VecmillError
 from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import JobEvent, JobStatus, View
-from vecmill.jobs.state import OPEN_JOBS_MAX, Book, Ledger, Outcome
+from vecmill.jobs.state import OPEN_JOBS_MAX, Book, Ledger, TransactionResult
 from vecmill.jobs.views import ENDED_SHOWN, Followers, JobPage, JobQuery, Views
-from vecmill.telemetry.rates import Rates, Recent, Window, Work
+from vecmill.telemetry.rates import Rates, RateWindow, Recent, Work
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ class JobStore(Protocol):
         """Unix time by the clock of leases."""
         ...
 
-    async def transact(self, change: Callable[[Book], T]) -> Outcome[T]:
+    async def transact(self, change: Callable[[Book], T]) -> TransactionResult[T]:
         """Change the jobs; kept when it returns. One at a time. `change` may be called several times.
 
         Raises:
@@ -66,7 +66,7 @@ class Reports:
         self._since = clock()
         self._looked_at = self._since
         self._current: dict[str, int] = {}
-        self._all = Window(Work(), clock=clock)
+        self._all = RateWindow(Work(), clock=clock)
         self._recent: Recent[str] = Recent(OPEN_JOBS_MAX, clock)
 
     def look(self, ledger: Ledger) -> None:

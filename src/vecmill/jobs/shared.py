@@ -18,8 +18,8 @@ from vecmill.jobs.state import (
     Book,
     JobTotals,
     Ledger,
-    Outcome,
     T,
+    TransactionResult,
     attempt,
     changes,
     decode,
@@ -114,7 +114,7 @@ class SharedJobs:
         """Unix time by the clock of leases, as far as known here."""
         return self._time()
 
-    async def transact(self, change: Callable[[Book], T]) -> Outcome[T]:
+    async def transact(self, change: Callable[[Book], T]) -> TransactionResult[T]:
         """Change the jobs. Raises JobsUnavailable at once while the store fails."""
         async with self._lock:
             if self._failed_at is not None and self._monotonic() < self._failed_at + RETRY_SECONDS:
@@ -135,9 +135,9 @@ class SharedJobs:
         """Close the store."""
         await self._records.close()
 
-    async def _transact(self, change: Callable[[Book], T]) -> Outcome[T]:
+    async def _transact(self, change: Callable[[Book], T]) -> TransactionResult[T]:
         tried: bytes | None = None
-        outcome: Outcome[T] | None = None
+        outcome: TransactionResult[T] | None = None
         for number in range(ATTEMPTS):
             stored = await self._records.read(self.ledger.totals.sequence)
             if outcome is not None and stored.meta == tried:  # the confirmation was lost on the way, not the commit

@@ -337,7 +337,7 @@ class Book:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
+class TransactionResult(Generic[T]):
     """What one transaction made of the jobs, and what it returned or was refused with; told once the jobs are kept."""
 
     ledger: Ledger
@@ -352,11 +352,11 @@ class Outcome(Generic[T]):
         return cast(T, self.returned)
 
 
-def attempt(book: Book, change: Callable[[Book], T]) -> Outcome[T]:
+def attempt(book: Book, change: Callable[[Book], T]) -> TransactionResult[T]:
     """Do what is due by itself, then the change. A change that raises undoes nothing of what was due."""
     book.tick()
     try:
         returned = change(book)
     except VecmillError as error:
-        return Outcome(book.ledger(), book.now, refusal=error)
-    return Outcome(book.ledger(), book.now, returned)
+        return TransactionResult(book.ledger(), book.now, refusal=error)
+    return TransactionResult(book.ledger(), book.now, returned)

@@ -49,8 +49,15 @@ class SchedulerStats:
     """Counters since the start; read by telemetry."""
 
     def __init__(self, models: Iterable[str] = ()) -> None:
-        self.by_lane = {(model, lane): LaneStats() for model in models for lane in Lane}
+        self.by_lane: dict[tuple[str, Lane], LaneStats] = {}
         self.busy_seconds = 0.0
+        for model in models:
+            self.begin(model)
+
+    def begin(self, model: str) -> None:
+        """Count for a model too, from what was counted before if it has been loaded before."""
+        for lane in Lane:
+            self.by_lane.setdefault((model, lane), LaneStats())
 
     # Over all models and lanes:
     batches = _sum("batches")
@@ -270,6 +277,11 @@ class Scheduler:
         fill = taken.tokens / self.budgets[taken.model].max_batch_tokens
         rows = len(taken.batch)
         self._on_batch(PassRecord(taken.model, taken.lane, rows, taken.tokens, fill, seconds, splits, failed))
+
+    def set_budget(self, model: str, budget: Budget) -> None:
+        """What a forward pass of a model may hold from now on; the model may be new."""
+        self.stats.begin(model)
+        self.budgets[model] = budget
 
     def _lower_budget(self, model: str, fitting_tokens: int) -> None:
         budget = self.budgets[model]

@@ -54,7 +54,7 @@ PASS = (*MODEL, "outcome")
 
 
 @dataclass(frozen=True, slots=True)
-class Family:
+class MetricDescription:
     """What one family of the server's own is."""
 
     name: str
@@ -77,7 +77,7 @@ class Metrics:
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
         self._work: set[str] = set()
-        self.described: list[Family] = []
+        self.described: list[MetricDescription] = []
         """In the order of the exposition."""
         self._requests: dict[tuple[str, ...], tuple[list[Counter], list[Histogram]]] = {}
         self._passes: dict[tuple[str, ...], tuple[list[Counter], list[Histogram]]] = {}
@@ -287,7 +287,7 @@ class Metrics:
         return Measured(CounterMetricFamily, name, documentation, labels, self._registry)
 
     def _note(self, name: str, kind: str, documentation: str, labels: Labels, *, work: bool) -> None:
-        self.described.append(Family(name, kind, labels, documentation, work))
+        self.described.append(MetricDescription(name, kind, labels, documentation, work))
         if work:
             self._work.add(name.removesuffix("_total"))
 

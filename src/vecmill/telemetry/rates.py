@@ -66,7 +66,7 @@ class Passes(NamedTuple):
 Counts = TypeVar("Counts", Work, Passes)
 
 
-class Window(Generic[Counts]):
+class RateWindow(Generic[Counts]):
     """Sums over the last `seconds`. Memory is bounded: what came within one of SLOTS parts of it is added up."""
 
     def __init__(self, nothing: Counts, seconds: float = RATE_SECONDS, clock: Clock = monotonic) -> None:
@@ -118,11 +118,11 @@ class Recent(Generic[Key]):
 
     def __init__(self, most: int = MOST_JOBS, clock: Clock = monotonic) -> None:
         self._most, self._clock = most, clock
-        self._windows: dict[Key, Window[Work]] = {}
+        self._windows: dict[Key, RateWindow[Work]] = {}
 
     def add(self, key: Key, texts: int) -> None:
         """Count for one key."""
-        window = self._windows.pop(key, None) or Window(Work(), clock=self._clock)
+        window = self._windows.pop(key, None) or RateWindow(Work(), clock=self._clock)
         self._windows[key] = window
         window.add(Work(texts=texts))
         if len(self._windows) > self._most:
@@ -149,8 +149,8 @@ class User:
     """What somebody has had answered lately."""
 
     id: UserId
-    minute: Window[Work]
-    lately: Window[Work]
+    minute: RateWindow[Work]
+    lately: RateWindow[Work]
     last_seen: float = 0.0
     """Unix time."""
 
@@ -160,9 +160,9 @@ class Rates:
 
     def __init__(self, clock: Clock = monotonic) -> None:
         self._clock = clock
-        self._all = Window(Work(), clock=clock)
+        self._all = RateWindow(Work(), clock=clock)
         self._span = (-SAME_MOMENT, 1.0)
-        self._passes = Window(Passes(), clock=clock)
+        self._passes = RateWindow(Passes(), clock=clock)
         self.all_passes = Passes()
         """Since the start."""
         self._users: dict[UserId, User] = {}
@@ -183,8 +183,8 @@ class Rates:
             del self._users[next(iter(self._users))]
 
     def _user(self, user: UserId) -> User:
-        minute = Window(Work(), clock=self._clock)
-        return User(user, minute, Window(Work(), USERS_SECONDS, self._clock))
+        minute = RateWindow(Work(), clock=self._clock)
+        return User(user, minute, RateWindow(Work(), USERS_SECONDS, self._clock))
 
     def forward_pass(self, tokens: int, seconds: float, knee_tokens: int) -> None:
         """A forward pass ended; `knee_tokens` of its model."""
