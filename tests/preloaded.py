@@ -56,11 +56,11 @@ def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
 class Forked:
     """A process that another one is the parent of. Its methods are those of `subprocess.Popen`."""
 
-    def __init__(self, args: Sequence[str], told: socket.socket) -> None:
+    def __init__(self, args: Sequence[str], reports: socket.socket) -> None:
         self._args = args
-        self._told = told.makefile("rb", buffering=0)
-        self._socket = told
-        self.pid = int(self._told.readline())
+        self._reports = reports.makefile("rb", buffering=0)
+        self._socket = reports
+        self.pid = int(self._reports.readline())
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -74,8 +74,8 @@ class Forked:
         """Wait for its end. Raises subprocess.TimeoutExpired."""
         if self.returncode is None:
             self._wait_for_word(timeout)
-            self.returncode = int(self._told.readline())
-            self._told.close()
+            self.returncode = int(self._reports.readline())
+            self._reports.close()
             self._socket.close()
         return self.returncode
 
@@ -116,11 +116,11 @@ class _Parent:
 
     def fork(self, command: Sequence[str], stdout: IO[bytes], env: Mapping[str, str], cwd: Path) -> Forked:
         """A new process."""
-        told, tells = socket.socketpair()
-        with tells:
+        reader, writer = socket.socketpair()
+        with writer:
             message = {"arguments": list(command[2:]), "environment": dict(env), "folder": str(cwd)}
-            socket.send_fds(self._control, [json.dumps(message).encode()], [stdout.fileno(), tells.fileno()])
-        return Forked(command, told)
+            socket.send_fds(self._control, [json.dumps(message).encode()], [stdout.fileno(), writer.fileno()])
+        return Forked(command, reader)
 
     def close(self) -> None:
         """End it, and with it whatever still runs."""
@@ -195,8 +195,8 @@ def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socke
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for one in sockets:
-        one.close()
+    for inherited in sockets:
+        inherited.close()
     os.close(tells)
     os.setsid()
     os.dup2(stdout, 1)

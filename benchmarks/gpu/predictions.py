@@ -134,13 +134,13 @@ def predict(card: Card, model: Layers, tokens: int, way: str) -> Figure:
 
 def measured(results: Path = RESULTS) -> dict[tuple[str, str, int, str], Figure]:
     """By card, model, tokens and way: the latest of what the results hold."""
-    found: dict[tuple[str, str, int, str], Figure] = {}
+    figures: dict[tuple[str, str, int, str], Figure] = {}
     runs = [json.loads(path.read_text()) for path in results.glob("gpu-*.json")]
     for run in sorted(runs, key=lambda run: str(run["measured_at"])):
         card = next((card.name for card in CARDS if card.name in str((run.get("card") or {}).get("name"))), None)
         if card is not None:
-            found |= {(card, *key): figure for model in run["models"] for key, figure in _figures(model)}
-    return found
+            figures |= {(card, *key): figure for model in run["models"] for key, figure in _figures(model)}
+    return figures
 
 
 def _figures(model: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int, str], Figure]]:
@@ -152,7 +152,7 @@ def _figures(model: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int, str], F
 
 def table(results: Path = RESULTS) -> str:
     """Markdown: predicted and measured milliseconds, and from 1,024 tokens on the share of the matmul rate."""
-    found = measured(results)
+    figures = measured(results)
     heads = [f"{card.name} {column}" for card in CARDS for column in ("predicted", "measured")]
     lines = [_line(["model", "tokens", "way", *heads]), _line(["---"] * (3 + len(heads)))]
     for name, model in MODELS.items():
@@ -160,7 +160,7 @@ def table(results: Path = RESULTS) -> str:
             for way in WAYS:
                 cells = [name, f"{tokens:,}", way]
                 for card in CARDS:
-                    seen = found.get((card.name, name, tokens, way))
+                    seen = figures.get((card.name, name, tokens, way))
                     cells.append(_shown(predict(card, model, tokens, way), tokens))
                     cells.append(_shown(seen, tokens) if seen else "not measured yet")
                 lines.append(_line(cells))

@@ -70,8 +70,8 @@ def compare(subject: Subject, timing: Timing, mode: Mapping[str, Any]) -> dict[s
     )
     needs = estimate({"": ours}, ROUNDS + 1, 0, timing.matmul_rate) * (1 + 2 * len(BATCH_SIZES))
     run = partial(_compare, subject, timing.machine, texts, ours)
-    found = timing.stages.run(f"{subject.name}: against sentence-transformers", START_SECONDS + needs, run)
-    return {**found, "budget_tokens": mode["fit"]["budget_tokens"], "packs": len(packs)} if found else None
+    comparison = timing.stages.run(f"{subject.name}: against sentence-transformers", START_SECONDS + needs, run)
+    return {**comparison, "budget_tokens": mode["fit"]["budget_tokens"], "packs": len(packs)} if comparison else None
 
 
 def _how_many(subject: Subject, timing: Timing, microseconds_per_token: float) -> int:
@@ -86,8 +86,8 @@ def _compare(subject: Subject, machine: Machine, texts: Sequence[TokenIds], ours
     theirs = {f"sentence-transformers, batches of {size}": replace(ours, run=encode(size)) for size in BATCH_SIZES}
     expected, cosines = ours.run(), {}
     for name, side in theirs.items():
-        found = F.cosine_similarity(expected, side.run(), dim=1).nan_to_num(nan=-1)
-        cosines[name] = {"min": float(found.min()), "mean": float(found.mean())}
+        similarities = F.cosine_similarity(expected, side.run(), dim=1).nan_to_num(nan=-1)
+        cosines[name] = {"min": float(similarities.min()), "mean": float(similarities.mean())}
     rounds = replace(machine, rounds=min(machine.rounds, ROUNDS))
     measured = timed(
         f"{subject.name}, both", rounds, subject.target.dtype, {"vecmill": ours, **theirs}, items=len(texts)

@@ -22,7 +22,7 @@ SAMPLE_MILLISECONDS = 500
 
 Samples = list[list[str]]
 """One entry each time nvidia-smi answered: its fields, in SAMPLED's order."""
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def describe_card(device: torch.device) -> dict[str, Any] | None:
@@ -31,7 +31,7 @@ def describe_card(device: torch.device) -> dict[str, Any] | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     smi = _nvidia_smi(device, FACTS)
-    said = _once(smi)
+    answer = _once(smi)
     return {
         "name": properties.name,
         "memory_gb": round(properties.total_memory / 1e9, 1),
@@ -39,7 +39,7 @@ def describe_card(device: torch.device) -> dict[str, Any] | None:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        **{name: value for name, value in zip(FACTS, said, strict=False) if not _unknown(value)},
+        **{name: value for name, value in zip(FACTS, answer, strict=False) if not _unknown(value)},
     }
 
 
@@ -63,12 +63,12 @@ def sampled(device: torch.device) -> Iterator[Samples]:
 
 def summary(samples: Sequence[Sequence[str]]) -> Mapping[str, Mapping[str, float]]:
     """Median and range of each reading; without those that the card does not give."""
-    found = {}
+    readings = {}
     for position, name in enumerate(SAMPLED.values()):
         values = [float(sample[position]) for sample in samples if not _unknown(sample[position])]
         if values:
-            found[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return found
+            readings[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return readings
 
 
 def _nvidia_smi(device: torch.device, fields: Sequence[str]) -> list[str]:
@@ -134,7 +134,7 @@ class Stages:
         """Whether any stage has."""
         return any(record["status"] == "failed" for record in self.records)
 
-    def run(self, name: str, needs: float, function: Callable[[], Found]) -> Found | None:
+    def run(self, name: str, needs: float, function: Callable[[], Result]) -> Result | None:
         """What the function returns; None where the seconds that it needs are not left, or where it raised."""
         if needs > self.left:
             self.skip(name, f"needs about {needs:.0f} s, {max(self.left, 0):.0f} s are left")
@@ -142,7 +142,7 @@ class Stages:
         self._keep()
         self._say(name)
         first_sample, started = len(self._samples), time.perf_counter()
-        found, error = self._attempt(function)
+        result, error = self._attempt(function)
         record: dict[str, Any] = {
             "stage": name,
             "status": "failed" if error else "done",
@@ -155,7 +155,7 @@ class Stages:
             record["reason"] = error
             self._say(f"{name} FAILED: {error}")
         self.records.append(record)
-        return found
+        return result
 
     def guard(self, name: str, function: Callable[[], None]) -> None:
         """Run what has stages of its own; only that it failed between them is worth a record."""
@@ -172,7 +172,7 @@ class Stages:
     def _say(self, text: str) -> None:
         print(f"[{self.left:4.0f} s left] {text}", file=sys.stderr, flush=True)
 
-    def _attempt(self, function: Callable[[], Found]) -> tuple[Found | None, str | None]:
+    def _attempt(self, function: Callable[[], Result]) -> tuple[Result | None, str | None]:
         """The error as text only: the exception's frames would hold the model in memory."""
         try:
             self._reset()

@@ -59,9 +59,9 @@ class Subject:
         def run_directly(packed: PackedBatch) -> None:
             self.model.forward(packed)
 
-        found = capture_graphs(self.capturing, run_directly, self.target.device, largest, MAX_ROWS)
-        self.graphs.passes, self.graphs.gains = found.passes, found.gains
-        self.graphs.memory_bytes, self.graphs.reason = found.memory_bytes, found.reason
+        captured = capture_graphs(self.capturing, run_directly, self.target.device, largest, MAX_ROWS)
+        self.graphs.passes, self.graphs.gains = captured.passes, captured.gains
+        self.graphs.memory_bytes, self.graphs.reason = captured.memory_bytes, captured.reason
 
     @property
     def attention(self) -> Attention:

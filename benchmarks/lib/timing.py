@@ -75,12 +75,12 @@ def alternate(machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side]) -
     for side in everything.values():  # the first call prepares kernels and memory
         side.run()
     calls = {name: max(1, math.ceil(machine.seconds / _seconds(machine, side, 1))) for name, side in everything.items()}
-    found: dict[str, list[float]] = {name: [] for name in everything}
+    seconds: dict[str, list[float]] = {name: [] for name in everything}
     with watched() as contention:
         for name in in_turns(list(everything), machine.rounds):
-            found[name].append(_seconds(machine, everything[name], calls[name]))
+            seconds[name].append(_seconds(machine, everything[name], calls[name]))
             machine.advance(1)
-    return Rounds(found, contention.other_cores)
+    return Rounds(seconds, contention.other_cores)
 
 
 def _seconds(machine: Machine, side: Side, calls: int) -> float:

@@ -84,10 +84,10 @@ def measure(case: Case, machine: Machine) -> dict[str, Any]:
     }
 
 
-def worst_error(one: Tensor, other: Tensor) -> float:
+def worst_error(first: Tensor, second: Tensor) -> float:
     """The largest difference of two rows, as a part of the row's norm; NaN counts as infinite."""
-    one, other = one.float(), other.float()
-    errors = (one - other).norm(dim=1) / other.norm(dim=1)
+    first, second = first.float(), second.float()
+    errors = (first - second).norm(dim=1) / second.norm(dim=1)
     return float(errors.nan_to_num(nan=torch.inf).max())
 
 

@@ -145,7 +145,7 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 def by_length(rows: Sequence[TokenIds], run: Callable[[Sequence[TokenIds]], Tensor]) -> Tensor:
     """What `run` makes of the rows sorted by length, in their own order again."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    found = run([rows[index] for index in order])
-    restored = torch.empty_like(found)
-    restored[torch.tensor(order)] = found
+    vectors = run([rows[index] for index in order])
+    restored = torch.empty_like(vectors)
+    restored[torch.tensor(order)] = vectors
     return restored

@@ -67,13 +67,13 @@ def ragged_rows(texts: int, vocab_size: int, longest: int = LONGEST) -> list[Tok
 
 def first_tokens(rows: Sequence[TokenIds], tokens: int) -> list[Row]:
     """As many of the rows as hold exactly so many tokens; the last one is cut."""
-    found: list[Row] = []
+    kept: list[Row] = []
     for row in rows:
         if not tokens:
             break
-        found.append(Row(row[:tokens]))
-        tokens -= len(found[-1])
-    return found
+        kept.append(Row(row[:tokens]))
+        tokens -= len(kept[-1])
+    return kept
 
 
 def equal_rows(tokens: int, longest: int, vocab_size: int) -> list[TokenIds]:
@@ -84,12 +84,12 @@ def equal_rows(tokens: int, longest: int, vocab_size: int) -> list[TokenIds]:
 
 def batches(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
     """The rows in their order, as many in each batch as there is room for."""
-    found: list[list[Row]] = [[]]
+    groups: list[list[Row]] = [[]]
     for row in rows:
-        if found[-1] and sum(map(len, found[-1])) + len(row) > tokens:
-            found.append([])
-        found[-1].append(row)
-    return found
+        if groups[-1] and sum(map(len, groups[-1])) + len(row) > tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def computed_tokens(rows: Sequence[Row]) -> int:

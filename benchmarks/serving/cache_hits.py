@@ -67,20 +67,20 @@ def measure_hits(
             answer = _fill(vecmill.url, bodies)
             sides[str(width)] = vecmill.url, bodies
             sides[f"{width}, {ECHO}"] = stack.enter_context(echo_server(answer)), bodies
-        found: dict[str, list[float]] = {name: [] for name in sides}
+        rates: dict[str, list[float]] = {name: [] for name in sides}
         for name in in_turns(list(sides), plan.rounds):
             url, bodies = sides[name]
-            found[name].append(plan.batch * _requests_per_second(url, bodies, plan))
+            rates[name].append(plan.batch * _requests_per_second(url, bodies, plan))
             advance(1)
-    return found
+    return rates
 
 
 def _fill(url: str, bodies: Sequence[bytes]) -> bytes:
     """Send each twice; the last answer, which must hold nothing that was computed."""
     connection = Connection(url)
-    for one in bodies:
-        connection.send("POST", PATH, one, HEADERS)
-    answers = [connection.send("POST", PATH, one, HEADERS) for one in bodies]
+    for body in bodies:
+        connection.send("POST", PATH, body, HEADERS)
+    answers = [connection.send("POST", PATH, body, HEADERS) for body in bodies]
     answer = answers[-1]
     count = len(json.loads(bodies[-1])["input"])
     if answer.headers.get("x-cached-inputs") != str(count):
@@ -115,7 +115,7 @@ def measure_misses(
     percent.
     """
     bundled, kinds = bundled_model(), {"with": True, "without": False}
-    found: dict[str, dict[str, list[float]]] = {
+    figures: dict[str, dict[str, list[float]]] = {
         size: {name: [] for name in (*kinds, "paid")} for size in ("batch", "query")
     }
     with ExitStack() as stack:
@@ -128,9 +128,9 @@ def measure_misses(
                 taken = _milliseconds(urls, [body(part, "default") for part in parts])
                 for name, figure in taken.items():
                     if number:  # the first round warms up
-                        found[size][name].append(figure)
+                        figures[size][name].append(figure)
             advance(1)
-    return found
+    return figures
 
 
 def _new_texts(texts: Sequence[str], number: int) -> dict[str, list[list[str]]]:
@@ -146,11 +146,11 @@ def _milliseconds(urls: Mapping[str, str], bodies: Sequence[bytes]) -> dict[str,
     """The median of each side. Each body goes to one side and then to the other, now this one first, now that."""
     connections = {kind: Connection(url) for kind, url in urls.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in urls}
-    for number, one in enumerate(bodies):
+    for number, body in enumerate(bodies):
         for kind in list(urls)[:: 1 if number % 2 == 0 else -1]:
-            taken[kind].append(connections[kind].send("POST", PATH, one, HEADERS).milliseconds)
+            taken[kind].append(connections[kind].send("POST", PATH, body, HEADERS).milliseconds)
     for connection in connections.values():
         connection.close()
     pairs = zip(taken["with"], taken["without"], strict=True)
-    paid = [100 * (one / other - 1) for one, other in pairs]
+    paid = [100 * (cached_ms / plain_ms - 1) for cached_ms, plain_ms in pairs]
     return {name: statistics.median(values) for name, values in {**taken, "paid": paid}.items()}

@@ -100,7 +100,7 @@ class Plan:
 
 
 @dataclass
-class Found:
+class OverheadResults:
     """By case, and what others waited while nothing else was asked."""
 
     cases: dict[Case, Measured] = field(default_factory=dict)
@@ -116,21 +116,21 @@ def cases(models: dict[int, str], sizes: Sequence[int]) -> list[Case]:
     ]
 
 
-def measure_rounds(url: str, models: dict[int, str], plan: Plan, advance: Callable[[int], None]) -> Found:
+def measure_rounds(url: str, models: dict[int, str], plan: Plan, advance: Callable[[int], None]) -> OverheadResults:
     """Every case in each round, the order turned round from one to the next; `advance` is told of each."""
-    found = Found({case: Measured() for case in cases(models, plan.sizes)})
+    results = OverheadResults({case: Measured() for case in cases(models, plan.sizes)})
     connection = Connection(url)
-    for case, measured in found.cases.items():
+    for case, measured in results.cases.items():
         measured.answer_bytes = _checked(case, connection.send("POST", PATH, case.body(), case.headers()))
     for _ in range(plan.rounds):
         with polled(url) as polls:
             time.sleep(QUIET_SECONDS)
-        _add_waits(polls.milliseconds, found.quiet_p99, found.quiet_longest)
-    for case in in_turns(list(found.cases), plan.rounds):
-        _round(url, connection, case, found.cases[case], plan, watched=case.texts == max(plan.sizes))
+        _add_waits(polls.milliseconds, results.quiet_p99, results.quiet_longest)
+    for case in in_turns(list(results.cases), plan.rounds):
+        _round(url, connection, case, results.cases[case], plan, watched=case.texts == max(plan.sizes))
         advance(1)
     connection.close()
-    return found
+    return results
 
 
 def _checked(case: Case, answer: Timed) -> int:
@@ -144,17 +144,17 @@ def _checked(case: Case, answer: Timed) -> int:
 
 def _round(url: str, connection: Connection, case: Case, measured: Measured, plan: Plan, *, watched: bool) -> None:
     body, headers = case.body(), case.headers()
-    found: list[dict[str, float]] = []
+    samples: list[dict[str, float]] = []
     waits: list[float] = []
     for _ in range(plan.large_repeats if watched else plan.repeats):
         if watched:
             with polled(url) as polls:
-                found.append(_parts(connection.send("POST", PATH, body, headers)))
+                samples.append(_parts(connection.send("POST", PATH, body, headers)))
             waits += polls.milliseconds
         else:
-            found.append(_parts(connection.send("POST", PATH, body, headers)))
-    for name in found[0]:
-        measured.parts.setdefault(name, []).append(statistics.median(one[name] for one in found))
+            samples.append(_parts(connection.send("POST", PATH, body, headers)))
+    for name in samples[0]:
+        measured.parts.setdefault(name, []).append(statistics.median(sample[name] for sample in samples))
     if watched:
         _add_waits(waits, measured.others_p99, measured.others_longest)
 
@@ -173,7 +173,7 @@ def _add_waits(milliseconds: Sequence[float], p99: list[float], longest: list[fl
         longest.append(max(milliseconds))
 
 
-def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[Found, float]:
+def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[OverheadResults, float]:
     """Both models on one server, so that they are measured in turns; also the cores that other programs used."""
     with TemporaryDirectory() as folder:
         model = write_wide_model(Path(folder, f"wide-{wide}"), wide, bundled_model())
@@ -185,26 +185,26 @@ def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[Found, float]:
             progress("requests of each kind", plan.rounds * len(plan.sizes) * CASES_PER_SIZE) as advance,
         ):
             listed = httpx.get(f"{server.url}/v1/models", timeout=10.0).json()["data"]
-            models = {int(one["dimensions"]): str(one["id"]) for one in listed}
-            found = measure_rounds(server.url, models, plan, advance)
-        return found, contention.other_cores
+            models = {int(entry["dimensions"]): str(entry["id"]) for entry in listed}
+            results = measure_rounds(server.url, models, plan, advance)
+        return results, contention.other_cores
 
 
-def summarise(found: Found) -> dict[str, Any]:
+def summarise(results: OverheadResults) -> dict[str, Any]:
     """What JSON gets."""
-    sides = {str(case): _case(case, measured) for case, measured in found.cases.items()}
+    sides = {str(case): _case(case, measured) for case, measured in results.cases.items()}
     ratios = {
-        str(case): spread([with_gzip / without for with_gzip, without in _pairs(found, case)])
-        for case in found.cases
+        str(case): spread([with_gzip / without for with_gzip, without in _pairs(results, case)])
+        for case in results.cases
         if case.gzip
     }
-    quiet = {"p99": spread(found.quiet_p99), "longest": spread(found.quiet_longest)}
+    quiet = {"p99": spread(results.quiet_p99), "longest": spread(results.quiet_longest)}
     return {"cases": sides, "gzip_over_identity": ratios, "others_waited_quiet_ms": quiet}
 
 
-def _pairs(found: Found, case: Case) -> list[tuple[float, float]]:
+def _pairs(results: OverheadResults, case: Case) -> list[tuple[float, float]]:
     plain = Case(case.model, case.dimensions, case.texts, case.encoding, gzip=False)
-    return list(zip(found.cases[case].parts["outside"], found.cases[plain].parts["outside"], strict=True))
+    return list(zip(results.cases[case].parts["outside"], results.cases[plain].parts["outside"], strict=True))
 
 
 def _case(case: Case, measured: Measured) -> dict[str, Any]:
@@ -224,7 +224,7 @@ def _case(case: Case, measured: Measured) -> dict[str, Any]:
     return result
 
 
-def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
+def print_summary(summary: Mapping[str, Any], other_cores: float) -> None:
     """The result for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     table = Table(title="Outside the model, ms: median over rounds (min to max)", title_justify="left")
@@ -233,23 +233,23 @@ def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("gzip / identity", justify="right")
     table.add_column("others waited: p99, longest", justify="right")
-    for name, case in found["cases"].items():
+    for name, case in summary["cases"].items():
         times, waited = case["ms"], case.get("others_waited_ms")
         table.add_row(
             name,
             shown({key: times["outside"][key] for key in ("median", "min", "max")}),
             *(rounded(times[part]["median"]) for part in ("queue", "tokenization", "rest", "inference")),
             f"{case['answer_bytes'] / 1e6:.3g}",
-            shown(found["gzip_over_identity"][name]) if case["gzip"] else "",
+            shown(summary["gzip_over_identity"][name]) if case["gzip"] else "",
             f"{rounded(waited['p99']['median'])}, {rounded(waited['longest']['max'])}" if waited else "",
         )
     console.print(table)
-    for name, case in found["cases"].items():
+    for name, case in summary["cases"].items():
         if "target" in case["ms"]["outside"]:
             console.print(f"outside the model, {name}: {shown(case['ms']['outside'], ' ms')}", soft_wrap=True)
-    waits = {name: case["others_waited_ms"] for name, case in found["cases"].items() if "others_waited_ms" in case}
+    waits = {name: case["others_waited_ms"] for name, case in summary["cases"].items() if "others_waited_ms" in case}
     worst = max(waits, key=lambda name: waits[name]["longest"]["max"])
-    quiet = found["others_waited_quiet_ms"]
+    quiet = summary["others_waited_quiet_ms"]
     console.print(
         f"longest that others waited: {rounded(waits[worst]['longest']['max'])} ms (p99 "
         f"{rounded(waits[worst]['p99']['median'])}), during {worst}; with nothing else to do: "
@@ -281,12 +281,12 @@ def main() -> int:
         parser.error(f"--wide must be a multiple of {HEAD_DIMENSIONS} and not {TARGET_DIMENSIONS}")
     plan = Plan(options.rounds, options.repeats, options.large_repeats, options.texts)
     measured, other_cores = measure(options.wide, options.serve, plan)
-    found = summarise(measured)
-    print_summary(found, other_cores)
+    summary = summarise(measured)
+    print_summary(summary, other_cores)
     settings = {key: getattr(options, key) for key in ("texts", "wide", "rounds", "repeats", "large_repeats", "serve")}
     publish(
         "overhead",
-        {"host": describe_host(), "settings": settings, **found, "other_cores": round(other_cores, 3)},
+        {"host": describe_host(), "settings": settings, **summary, "other_cores": round(other_cores, 3)},
         store=not options.no_store,
     )
     return 0

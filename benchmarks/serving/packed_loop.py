@@ -80,11 +80,11 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, required=True, help="file that gets them, as NumPy's .npy")
     options = parser.parse_args()
     texts = json.load(sys.stdin)
-    vectors, found = measure(
+    vectors, figures = measure(
         options.model or bundled_model(), options.dtype, texts, options.warm_up, options.limit_seconds
     )
     np.save(options.vectors, vectors.numpy())
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

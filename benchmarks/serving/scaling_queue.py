@@ -66,7 +66,7 @@ def measure(
 ) -> dict[str, Any]:
     """Microseconds per cut by clients and texts waiting, and the most waiting over the fewest."""
     loop = asyncio.new_event_loop()  # futures belong to one, though it never runs
-    found = {}
+    results = {}
     for count in clients:
         queues = [Queue(WaitingLines(), depth) for depth in depths]
         for queue in queues:
@@ -75,14 +75,14 @@ def measure(
         for queue in in_turns(queues, rounds):
             took[queue.depth].append(1e6 * statistics.median(queue.cut() for _ in range(cuts)))
             advance(1)
-        found[str(count)] = {
+        results[str(count)] = {
             "us_per_cut": {str(depth): spread(each) for depth, each in took.items()},
             "most_over_fewest": _growth(took, min(depths)),
             # Where fewer texts wait than there are clients, fewer lines stand there: a cut looks at each line once.
             "most_over_fewest_in_all_lines": _growth(took, min((each for each in depths if each >= count), default=0)),
         }
     loop.close()
-    return found
+    return results
 
 
 def _growth(took: Mapping[int, Sequence[float]], fewest: int) -> dict[str, Any] | None:

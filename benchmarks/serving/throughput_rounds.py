@@ -56,7 +56,7 @@ class Plan:
 
 
 @dataclass
-class Found:
+class ThroughputResults:
     """The passes of each side, in its rounds' order, and why others have none or too few."""
 
     passes: dict[str, list[Pass]] = field(default_factory=dict)
@@ -67,39 +67,39 @@ Side = Callable[[str], Pass]
 """One pass; gets the label of its progress bar."""
 
 
-def measure_rounds(names: Sequence[str], wanted: Wanted, plan: Plan) -> Found:
+def measure_rounds(names: Sequence[str], wanted: Wanted, plan: Plan) -> ThroughputResults:
     """Servers and in-process sides in turns, the order turned round from one round to the next."""
-    found = Found()
-    sides = {name: side for name in names if (side := _server_side(name, wanted, plan, found)) is not None}
-    sides[PACKED] = partial(_packed, wanted.model_folder, plan, found)
+    results = ThroughputResults()
+    sides = {name: side for name in names if (side := _server_side(name, wanted, plan, results)) is not None}
+    sides[PACKED] = partial(_packed, wanted.model_folder, plan, results)
     sides[IN_PROCESS] = partial(_in_process, load_model(wanted.model_folder), plan)
     started = time.monotonic()
     for number in range(plan.rounds):
         for name in list(sides) if number % 2 == 0 else list(reversed(sides)):
-            _measure(name, sides[name], f"round {number + 1}/{plan.rounds}, {name}", found)
-            if name in found.failed:
+            _measure(name, sides[name], f"round {number + 1}/{plan.rounds}, {name}", results)
+            if name in results.failed:
                 del sides[name]
         so_far = (time.monotonic() - started) / 60
         if number + 1 < plan.rounds and so_far * (number + 2) / (number + 1) > plan.minutes:
             print(f"{number + 1} rounds took {so_far:.1f} minutes; another would pass --minutes.", file=sys.stderr)
             break
-    return found
+    return results
 
 
-def _server_side(name: str, wanted: Wanted, plan: Plan, found: Found) -> Side | None:
+def _server_side(name: str, wanted: Wanted, plan: Plan, results: ThroughputResults) -> Side | None:
     try:
         return partial(_served, PEERS[name](wanted), plan)
     except Unavailable as error:
-        found.failed[name] = str(error)
+        results.failed[name] = str(error)
         print(f"{name}: {error}", file=sys.stderr)
         return None
 
 
-def _measure(name: str, side: Side, label: str, found: Found) -> None:
+def _measure(name: str, side: Side, label: str, results: ThroughputResults) -> None:
     try:
-        found.passes.setdefault(name, []).append(side(label))
+        results.passes.setdefault(name, []).append(side(label))
     except (RuntimeError, OSError, httpx.HTTPError, subprocess.SubprocessError) as error:
-        found.failed[name] = f"{type(error).__name__}: {error}"
+        results.failed[name] = f"{type(error).__name__}: {error}"
         print(f"{name}: {error}", file=sys.stderr)
 
 
@@ -127,9 +127,9 @@ def _undisturbed(once: Callable[[], Pass], plan: Plan) -> Pass:
     """A pass during which no other program was busy, or the last one where no repetition is left."""
     while True:
         with watched() as contention:
-            one = once()
+            measured = once()
         if contention.other_cores <= ALLOWED_OTHER_CORES or plan.repeated >= plan.retries:
-            return Pass(one.seconds, one.sample, one.about, contention.other_cores)
+            return Pass(measured.seconds, measured.sample, measured.about, contention.other_cores)
         plan.repeated += 1
 
 
@@ -147,9 +147,9 @@ def _in_process(model: Any, plan: Plan, label: str) -> Pass:
     return _undisturbed(once, plan)
 
 
-def _packed(model_folder: Path, plan: Plan, found: Found, label: str) -> Pass:
+def _packed(model_folder: Path, plan: Plan, results: ThroughputResults, label: str) -> Pass:
     """In the dtype that vecmill chose, so that HTTP and scheduler are all that is between the two."""
-    served = found.passes.get("vecmill")
+    served = results.passes.get("vecmill")
     dtype = str(served[-1].about["dtype"]) if served else "bfloat16"
 
     def once() -> Pass:

@@ -37,10 +37,10 @@ def test_the_table_in_the_docs_is_what_is_computed() -> None:
 
 
 def test_bulk_is_bound_by_the_products() -> None:
-    found = predict(ROUND, layers(), 1000, GRAPH)
+    prediction = predict(ROUND, layers(), 1000, GRAPH)
 
-    assert found.milliseconds == pytest.approx(20 / 0.97)
-    assert found.of_matmul == pytest.approx(0.97)
+    assert prediction.milliseconds == pytest.approx(20 / 0.97)
+    assert prediction.of_matmul == pytest.approx(0.97)
 
 
 def test_a_query_is_bound_by_the_read_of_the_weights() -> None:
@@ -75,10 +75,10 @@ def test_the_models_have_as_many_parameters_as_were_measured() -> None:
 @pytest.mark.parametrize("card", [card for card in CARDS if card.measured], ids=lambda card: card.name)
 def test_the_prediction_is_near_what_was_measured(card: Card) -> None:
     """Within half as long again, of models whose projections were merged or whose host was not the bound."""
-    found = {key[1:]: figure for key, figure in measured().items() if key[0] == card.name}
+    figures = {key[1:]: figure for key, figure in measured().items() if key[0] == card.name}
     ratios = {
         (name, tokens, way): figure.milliseconds / predict(card, MODELS[name], tokens, way).milliseconds
-        for (name, tokens, way), figure in found.items()
+        for (name, tokens, way), figure in figures.items()
         if tokens in TOKENS
     }
 

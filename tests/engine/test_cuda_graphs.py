@@ -73,12 +73,12 @@ def test_the_ladder_wastes_little_and_has_few_steps() -> None:
 def test_a_batch_gets_the_smallest_shape_that_holds_it(lengths: list[int]) -> None:
     graphs = graphs_of(ladder(8192))
 
-    found = graphs.shape_for(rows(*lengths))
+    chosen = graphs.shape_for(rows(*lengths))
 
     holding = [shape for shape in graphs.passes if shape.holds(lengths)]
-    assert found == (min(holding, key=lambda shape: shape.tokens) if holding else None)
+    assert chosen == (min(holding, key=lambda shape: shape.tokens) if holding else None)
     if sum(lengths) > 8192 or len(lengths) > MAX_ROWS or max(lengths) > LONGEST_ROW:
-        assert found is None
+        assert chosen is None
 
 
 def test_what_a_graph_cannot_hold_runs_directly() -> None:
@@ -92,8 +92,8 @@ def test_what_a_graph_cannot_hold_runs_directly() -> None:
     assert Graphs().shape_for(rows(5)) is None
 
 
-@pytest.mark.parametrize(("rows_of_16", "found"), [(16, 512), (64, 2048), (128, 4096), (200, None), (512, None)])
-def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: int, found: int | None) -> None:
+@pytest.mark.parametrize(("rows_of_16", "graph_tokens"), [(16, 512), (64, 2048), (128, 4096), (200, None), (512, None)])
+def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: int, graph_tokens: int | None) -> None:
     """Direct passes take 10 ms up to 4,096 tokens, and graphs 2 ms for each 1,024."""
     gains = [Gain(tokens, 0.010, tokens * 0.002 / 1024) for tokens in (512, 1024, 2048, 4096)]
     gains.append(Gain(8192, 0.014, 0.016))
@@ -101,7 +101,7 @@ def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: in
 
     shape = graphs.shape_for(rows(*[16] * rows_of_16))
 
-    assert (shape and shape.tokens) == found
+    assert (shape and shape.tokens) == graph_tokens
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,12 @@ def test_a_prefix_is_read_several_times_where_that_takes_less(tokens: int, whole
     graphs = graphs_of([64, 512], [Gain(64, 0.010, 0.001), Gain(512, 0.012, 0.020)])
     prefix = Prefix(np.arange(10, dtype=np.int32))
 
-    found = graphs.whole_rows([Row(np.full(tokens, 7, dtype=np.int32), prefix=prefix)])
+    whole_rows = graphs.whole_rows([Row(np.full(tokens, 7, dtype=np.int32), prefix=prefix)])
 
-    assert (found is not None) is whole
-    if found is not None:
-        assert found[0].prefix is None
-        assert found[0].token_ids.tolist() == [*range(10), *[7] * tokens]
+    assert (whole_rows is not None) is whole
+    if whole_rows is not None:
+        assert whole_rows[0].prefix is None
+        assert whole_rows[0].token_ids.tolist() == [*range(10), *[7] * tokens]
     assert graphs.whole_rows(rows(5)) is None
 
 
@@ -220,7 +220,7 @@ def test_a_batch_in_a_larger_shape_gives_the_same_answers(folder: str, task: Tas
 
     wanted = model.forward(pack(batch, CPU))
     in_shape = pack(batch, CPU, shape=PackShape(112, 8, 64))
-    found = model.forward(in_shape)
+    answers = model.forward(in_shape)
 
-    assert found.shape == (8, model.width), "as many as the shape has room for"
-    np.testing.assert_allclose(found[: len(in_shape.order)].numpy(), wanted.numpy(), atol=1e-5)
+    assert answers.shape == (8, model.width), "as many as the shape has room for"
+    np.testing.assert_allclose(answers[: len(in_shape.order)].numpy(), wanted.numpy(), atol=1e-5)

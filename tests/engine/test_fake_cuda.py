@@ -127,20 +127,20 @@ class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.to_host: list[Step] = []
         self.waits: list[str] = []
         self.devices: set[torch.device] = set()
-        self.asked = False
+        self.present = False
         """Whether there is a card now: while dynamo traces, it must not look for one."""
         self._pinned: list[Tensor] = []
         self._default = Stream(self, torch.device("cuda", 0))
         self._current = [self._default]
 
     def __enter__(self) -> Driver:
-        self.asked = True
+        self.present = True
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.asked = False
+        self.present = False
 
     def forget(self) -> None:
         """All steps so far."""
@@ -196,7 +196,7 @@ class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _copy(self, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Step:
         asynchronous = name in COPIES and (kwargs.get("non_blocking") or any(each is True for each in args))
-        pinned = any(one is other for one in tensors for other in self._pinned)
+        pinned = any(tensor is pinned_tensor for tensor in tensors for pinned_tensor in self._pinned)
         return Step(name, self.current_stream(), blocking=not (asynchronous and pinned))
 
 
@@ -210,7 +210,7 @@ def getitem(tensor: torch.Tensor, key: Any) -> torch.Tensor:
     keys = key if isinstance(key, tuple) else (key,)
     for position, each in enumerate(keys):
         if each is Ellipsis:
-            later = [one for one in keys[position + 1 :] if one is not None]
+            later = [index for index in keys[position + 1 :] if index is not None]
             dimension = tensor.dim() - len(later)
             continue
         if each is None:
@@ -243,7 +243,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
     driver = Driver()
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     for name, standing in {
-        "is_available": lambda: driver.asked,
+        "is_available": lambda: driver.present,
         "synchronize": lambda device=None: driver.waits.append("torch.cuda.synchronize"),
         "current_stream": driver.current_stream,
         "stream": driver.on,
@@ -442,10 +442,10 @@ def test_what_would_make_the_host_wait_is_seen(driver: Driver) -> None:
             lambda: there.copy_(torch.zeros(4)),
             lambda: torch.ops.aten.index.Tensor(there, [torch.zeros(1, dtype=torch.int64)]),
         ]
-        for one in waiting:
+        for operation in waiting:
             driver.forget()
             with driver:
-                one()
+                operation()
             assert [step.blocking for step in (*driver.from_host, *driver.to_host)] == [True]
         for needs_values in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
             with pytest.raises(Exception, match=r"aten\."):
@@ -458,13 +458,13 @@ def test_the_answers_are_waited_for_on_their_own_device(monkeypatch: pytest.Monk
 
     from vecmill.engine import forward
 
-    asked: list[Any] = []
+    devices: list[Any] = []
     recorded: list[Any] = []
     answers = MagicMock(is_cuda=True, shape=(2, 3), dtype=torch.float32, device=torch.device("cuda", 1))
     monkeypatch.setattr(torch, "empty", lambda *_, **__: MagicMock())
 
     def current_stream(device: torch.device | None = None) -> str:
-        asked.append(device)
+        devices.append(device)
         return "stream"
 
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
@@ -472,7 +472,7 @@ def test_the_answers_are_waited_for_on_their_own_device(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     forward._to_host(answers)
     assert recorded == ["stream"]
-    assert asked == [answers.device]
+    assert devices == [answers.device]
 
 
 def test_attention_runs_on_the_oldest_torch(monkeypatch: pytest.MonkeyPatch) -> None:

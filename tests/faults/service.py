@@ -70,7 +70,7 @@ class Service:
     def is_ready(self) -> bool:
         """Whether it serves. AssertionError, with its log, where it has ended."""
         assert self._process is not None
-        assert self._process.poll() is None, f"it ended with status {self._process.returncode}:\n{self.said()[-4000:]}"
+        assert self._process.poll() is None, f"it ended with status {self._process.returncode}:\n{self.log()[-4000:]}"
         try:
             return self.http.get("/ready").is_success
         except httpx.TransportError:
@@ -95,7 +95,7 @@ class Service:
         assert self._process is not None
         return self._process.wait(PATIENCE)
 
-    def said(self) -> str:
+    def log(self) -> str:
         """The log of all processes so far."""
         return self._log.read_text()
 
@@ -141,20 +141,20 @@ def succeeded(answer: httpx.Response) -> Any:
 def until(look: Callable[[], T | None], seconds: float = PATIENCE) -> T:
     """Look again and again until something is so; what was found then."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not (value := look()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(LOOK_EVERY)
-    return found
+    return value
 
 
 @contextmanager
 def service(*args: Any, **kwargs: Any) -> Iterator[Service]:
     """A `Service` that is not running yet, and closed in the end."""
-    one = Service(*args, **kwargs)
+    server = Service(*args, **kwargs)
     try:
-        yield one
+        yield server
     finally:
-        one.close()
+        server.close()
 
 
 def small_disk(folder: Path, size: str, *, read_only: bool = False) -> list[str]:

@@ -33,11 +33,11 @@ class Lives:
         self._completed = 0
         self.killed_at_work = 0
 
-    def one(self, lives_left: int) -> None:
+    def kill_at_work(self, lives_left: int) -> None:
         """Start it, let it do at most its share of what is left, and kill it some hundredths of a second later."""
-        said = len(self._service.said())
+        log_length = len(self._service.log())
         self._service.start()
-        completed_before = sum(self._began_with(batch_id, said) for batch_id in self._batch_ids)
+        completed_before = sum(self._began_with(batch_id, log_length) for batch_id in self._batch_ids)
         working = self._look()
         before = sum(self._done.values())
         goal = before + self._chance.randint(0, (LINES * len(BATCHES) - before) // (lives_left + 1))
@@ -50,16 +50,16 @@ class Lives:
         time.sleep(self._chance.uniform(0.0, 0.03))
         self._service.kill()
 
-    def one_that_dies_early(self) -> None:
+    def kill_while_starting(self) -> None:
         """Kill it before it serves, or just then."""
         self._service.launch()
         time.sleep(self._chance.uniform(0.2, 3.0))
         self._service.kill()
 
-    def _began_with(self, batch_id: str, said: int) -> int:
-        """Completed lines of a batch when the present process took it up, as its log says from `said` on."""
+    def _began_with(self, batch_id: str, log_start: int) -> int:
+        """Completed lines of a batch when the present process took it up, as its log says from `log_start` on."""
         begins = re.compile(rf"batch begins batch={batch_id} .*completed=(\d+)")
-        return int(until(lambda: begins.search(self._service.said(), said))[1])
+        return int(until(lambda: begins.search(self._service.log(), log_start))[1])
 
     def _look(self) -> bool:
         """How far the batches are, which is no less than they were; whether any is being worked at."""
@@ -86,14 +86,14 @@ def test_no_line_is_lost_or_there_twice(new_service: NewService) -> None:
     early = set(chance.sample(range(KILLS), KILLS_WHILE_STARTING))
     for number in range(KILLS):
         if number in early:
-            lives.one_that_dies_early()
+            lives.kill_while_starting()
         else:
-            lives.one(KILLS - number)
+            lives.kill_at_work(KILLS - number)
     assert lives.killed_at_work == KILLS - KILLS_WHILE_STARTING
     service.start()
     for batch_id, vectors in zip(batch_ids, expected, strict=True):
-        found = assert_whole(service, ended(service, batch_id), LINES, KILLS)
-        for number, vector in found.items():
+        answered = assert_whole(service, ended(service, batch_id), LINES, KILLS)
+        for number, vector in answered.items():
             np.testing.assert_allclose(vector, vectors[number], rtol=0, atol=TOLERANCE)
     # The inputs, and two for each batch: nothing is left over.
     assert len(service.get("/v1/files")["data"]) == len(files) + 2 * (len(unharmed) + len(batch_ids))

@@ -37,7 +37,7 @@ class Lives:
         self._written = 0
         self._killed_at = 0.0
 
-    def one(self, lives_left: int) -> None:
+    def kill_at_work(self, lives_left: int) -> None:
         """Let the clients do some batches, at most their share of what is left, and kill it soon after."""
         before = len(self._answered())
         goal = before + self._chance.randint(0, (len(PROJECTS) * BATCHES - before) // (lives_left + 1))
@@ -48,7 +48,7 @@ class Lives:
         time.sleep(self._chance.uniform(0.0, 0.05))
         self._end()
 
-    def one_that_dies_early(self) -> None:
+    def kill_while_starting(self) -> None:
         """Kill it before it serves, or just then."""
         self._service.launch()
         time.sleep(self._chance.uniform(0.2, 3.0))
@@ -79,15 +79,15 @@ class Lives:
 
     def _assert_jobs(self) -> None:
         """All are there, in order, no less far than their clients were told; one has the only place."""
-        told = [(indexer.id, indexer.acknowledged, indexer.completed) for indexer in self._indexers]
+        reported = [(indexer.id, indexer.acknowledged, indexer.completed) for indexer in self._indexers]
         listed = self._service.get("/jobs")
         jobs = {job["id"]: job for name in ("active", "queued", "recent") for job in listed[name]}
         still_open = [job["id"] for job in (*listed["active"], *listed["queued"])]
-        assert set(jobs) == {job_id for job_id, _, _ in told}
-        assert still_open == [job_id for job_id, _, _ in told if job_id in still_open]
+        assert set(jobs) == {job_id for job_id, _, _ in reported}
+        assert still_open == [job_id for job_id, _, _ in reported if job_id in still_open]
         assert len(listed["active"]) == min(1, len(still_open))
         assert {job["status"] for job in listed["recent"]} <= {"completed"}
-        for job_id, acknowledged, completed in told:
+        for job_id, acknowledged, completed in reported:
             assert jobs[job_id]["current"] >= acknowledged
             assert not completed or jobs[job_id]["status"] == "completed"
 
@@ -134,11 +134,11 @@ def test_no_job_is_lost_and_none_is_stuck(new_service: NewService) -> None:
         running = [threads.submit(indexer.run) for indexer in indexers]
         for number in range(KILLS):
             if number in early:
-                lives.one_that_dies_early()
+                lives.kill_while_starting()
             else:
                 lives.begin()
-                lives.one(KILLS - number)
+                lives.kill_at_work(KILLS - number)
         lives.begin()
-        for one in running:
-            one.result()
+        for future in running:
+            future.result()
     lives.assert_ended()

@@ -136,14 +136,14 @@ class Driver:
         return self
 
     def read(self, uuid: str | None) -> GpuReading:
-        found = self._readings[0]
+        reading = self._readings[0]
         if len(self._readings) == 1:
             self.done.set()
         else:
             self._readings.popleft()
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
 
     def close(self) -> None:
         pass

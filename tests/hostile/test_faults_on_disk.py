@@ -194,14 +194,14 @@ def test_many_who_cancel_one_batch_are_all_answered(tmp_path: Path) -> None:
         store.create(record)
         at_once = threading.Barrier(8)
 
-        def cancel(one: int, batch_id: str = record.id, at_once: threading.Barrier = at_once) -> float | None:
+        def cancel(now: int, batch_id: str = record.id, at_once: threading.Barrier = at_once) -> float | None:
             at_once.wait()
-            store.cancel(batch_id, float(one))
+            store.cancel(batch_id, float(now))
             return store.cancel_requested_at(batch_id)
 
         with ThreadPoolExecutor(8) as pool:
-            found = set(pool.map(cancel, range(1, 9)))
-        assert found <= set(map(float, range(1, 9)))
+            times = set(pool.map(cancel, range(1, 9)))
+        assert times <= set(map(float, range(1, 9)))
         assert sorted(path.name for path in store.folder(record.id).iterdir()) == ["batch.json", "cancel", "lock"]
 
 

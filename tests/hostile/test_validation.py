@@ -91,7 +91,7 @@ def test_every_body_of_the_document_is_looked_at() -> None:
 
 
 def test_the_lists_of_every_dialect_are_among_the_fields() -> None:
-    found = {(path, ".".join(field)) for path, _, field in FIELDS}
+    listed = {(path, ".".join(field)) for path, _, field in FIELDS}
     assert {
         ("/rerank", "texts"),
         ("/v1/rerank", "documents"),
@@ -105,7 +105,7 @@ def test_the_lists_of_every_dialect_are_among_the_fields() -> None:
         ("/v1/batches", "metadata"),
         ("/api/embed", "input"),
         ("/vectors", "texts"),
-    } <= found
+    } <= listed
 
 
 def test_every_route_with_a_body_bounds_it() -> None:

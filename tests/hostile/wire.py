@@ -85,14 +85,14 @@ class Wire:
     def _until(self, mark: bytes) -> bytes:
         while mark not in self._buffer:
             self._more()
-        found, _, self._buffer = self._buffer.partition(mark)
-        return found
+        data, _, self._buffer = self._buffer.partition(mark)
+        return data
 
     def _exactly(self, size: int) -> bytes:
         while len(self._buffer) < size:
             self._more()
-        found, self._buffer = self._buffer[:size], self._buffer[size:]
-        return found
+        data, self._buffer = self._buffer[:size], self._buffer[size:]
+        return data
 
     def _more(self) -> None:
         data = self._socket.recv(1 << 20)
@@ -125,7 +125,7 @@ def request(path: str, body: bytes = b"", *fields: str, method: str = "POST") ->
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def asked(url: str, *pieces: bytes) -> Answer:
+def answer_to(url: str, *pieces: bytes) -> Answer:
     """The answer to bytes on a connection of their own."""
     with connected(url) as wire:
         wire.send(*pieces)

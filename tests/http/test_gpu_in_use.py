@@ -37,11 +37,11 @@ class Driver:
     """What torch asks of CUDA; it can hang."""
 
     answers: threading.Event = field(default_factory=threading.Event)
-    asked: threading.Event = field(default_factory=threading.Event)
+    called: threading.Event = field(default_factory=threading.Event)
     held: DeviceMemory = HELD
 
     def memory(self) -> DeviceMemory:
-        self.asked.set()
+        self.called.set()
         assert self.answers.wait(HANG_SECONDS)
         return self.held
 
@@ -99,46 +99,46 @@ async def answered(client: httpx.AsyncClient) -> None:
             seconds.append(perf_counter() - began)
         assert min(seconds) < PROMPT_SECONDS, route
         assert max(seconds) < SLOW_SECONDS, route
-    found = await client.post("/v1/embeddings", json={"input": "a search meanwhile"})
-    assert found.status_code == 200
+    response = await client.post("/v1/embeddings", json={"input": "a search meanwhile"})
+    assert response.status_code == 200
 
 
 async def gpu(client: httpx.AsyncClient, route: str = "/health") -> tuple[dict[str, Any], dict[str, Any]]:
-    said = (await client.get(route)).json()
-    return said, said["gpu"]
+    body = (await client.get(route)).json()
+    return body, body["gpu"]
 
 
 async def test_a_driver_that_hangs_holds_up_no_answer(
     client: httpx.AsyncClient, driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    health, found = await gpu(client)
+    health, reading = await gpu(client)
     assert (health["cuda_available"], health["gpu_memory_allocated_mb"]) == (True, 9000)
-    assert (found["in_use"], found["stale"], found["name"]) == (True, False, "NVIDIA GB10")
+    assert (reading["in_use"], reading["stale"], reading["name"]) == (True, False, "NVIDIA GB10")
 
     driver.answers.clear()
-    driver.asked.clear()
-    assert driver.asked.wait(10)
+    driver.called.clear()
+    assert driver.called.wait(10)
     await answered(client)
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
     while not (await gpu(client))[1]["stale"]:
         await asyncio.sleep(0.01)
     await answered(client)
     for route in ("/health", "/stats", "/capabilities"):
-        said, found = await gpu(client, route)
-        assert (found["stale"], found["in_use"], found["name"]) == (True, True, None)
-        assert found["age_seconds"] >= 0
-        assert found["memory"]["allocated_mb"] == 9000  # of the last look
-        assert "has not answered" in found["not_available"]["all"]
-        if "warnings" in said:
-            assert "nvidia-smi" in said["warnings"][0]
+        body, reading = await gpu(client, route)
+        assert (reading["stale"], reading["in_use"], reading["name"]) == (True, True, None)
+        assert reading["age_seconds"] >= 0
+        assert reading["memory"]["allocated_mb"] == 9000  # of the last look
+        assert "has not answered" in reading["not_available"]["all"]
+        if "warnings" in body:
+            assert "nvidia-smi" in body["warnings"][0]
     health, _ = await gpu(client)
     assert (health["status"], health["cuda_available"]) == ("ok", True)
 
     driver.answers.set()
     while (await gpu(client))[1]["stale"]:
         await asyncio.sleep(0.01)
-    health, found = await gpu(client)
-    assert (found["name"], health["warnings"]) == ("NVIDIA GB10", [])
+    health, reading = await gpu(client)
+    assert (reading["name"], health["warnings"]) == ("NVIDIA GB10", [])
 
 
 async def test_nvml_that_hangs_holds_up_no_answer(
@@ -161,9 +161,9 @@ async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
     hang(recording)
     driver.answers.clear()
     async with serving(embed_model=str(folder), max_batch_tokens=64) as client:
-        health, found = await gpu(client)
+        health, reading = await gpu(client)
         assert (health["status"], health["cuda_available"], health["gpu_memory_allocated_mb"]) == ("ok", True, None)
-        assert (found["stale"], found["memory"]["allocated_mb"]) == (True, None)
+        assert (reading["stale"], reading["memory"]["allocated_mb"]) == (True, None)
         await answered(client)
         answer(recording)
         driver.answers.set()
@@ -175,6 +175,6 @@ async def test_the_recommended_batch_is_what_was_found_to_fit(driver: Driver, fo
     driver.held = DeviceMemory(124_600, 9000, 9200, 1024 * available_gb, False)
     settings = {"max_batch_tokens": 1024, "max_batch_ms": 100_000}
     async with serving(embed_model=str(folder), **settings) as client:
-        found = (await client.get("/capabilities")).json()
-    assert (found["gpu_available_mb"], found["max_batch_tokens"]) == (1024 * available_gb, 1024)
-    assert found["recommended_batch_size"] == 4 * 1024 // 128
+        capabilities = (await client.get("/capabilities")).json()
+    assert (capabilities["gpu_available_mb"], capabilities["max_batch_tokens"]) == (1024 * available_gb, 1024)
+    assert capabilities["recommended_batch_size"] == 4 * 1024 // 128

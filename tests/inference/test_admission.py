@@ -73,7 +73,7 @@ async def queue_on(room: Admission) -> AsyncIterator[Queue]:
         await asyncio.gather(*queue.tasks.values(), return_exceptions=True)
     assert (room.requests, room.tokens, room.waiting) == (0, 0, 0)
     assert not room._owners
-    assert not any(one.clients or one.turns for one in room._rooms.values())
+    assert not any(lane_room.clients or lane_room.turns for lane_room in room._rooms.values())
 
 
 async def test_room_is_given_back_also_after_an_error() -> None:

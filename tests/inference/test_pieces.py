@@ -42,8 +42,8 @@ class Served:
     async def pieces(self, inputs: object, **fields: object) -> list[list[dict[str, Any]]]:
         answer = await self.client.post("/tokenize", json={"inputs": inputs, **fields})
         assert answer.status_code == 200, answer.text
-        found: list[list[dict[str, Any]]] = answer.json()
-        return found
+        pieces: list[list[dict[str, Any]]] = answer.json()
+        return pieces
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -84,7 +84,7 @@ class Clients(RuleBasedStateMachine):
     @rule(job_id=jobs, event=st.sampled_from([JobEvent.PROGRESS, JobEvent.COMPLETE, JobEvent.FAIL, JobEvent.CANCEL]))
     def change(self, job_id: str, event: JobEvent) -> None:
         self.call(self.queue.sweep())
-        status = JobStatus(self.found(job_id).status)
+        status = JobStatus(self.stored_job(job_id).status)
         calls = {
             JobEvent.PROGRESS: self.queue.progress(job_id, 0),
             JobEvent.COMPLETE: self.queue.complete(job_id),
@@ -110,7 +110,7 @@ class Clients(RuleBasedStateMachine):
             self.hand.now += 1
             self.call(self.queue.sweep())
 
-    def found(self, job_id: str) -> Job:
+    def stored_job(self, job_id: str) -> Job:
         ledger = self.store.ledger
         return ledger.open.get(job_id) or ledger.ended[job_id]
 

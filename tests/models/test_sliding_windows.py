@@ -69,9 +69,9 @@ def reference(folder: Path, attention: str, rows: Sequence[TokenIds]) -> NDArray
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_rows_equal_each_row_alone(folder_of: Callable[[str], Path], way: str, attention: str) -> None:
     texts = [ids(length, seed) for seed, length in enumerate(LENGTHS)]
-    found = run(load_model(folder_of(way))[1], [Row(text) for text in texts])
+    actual = run(load_model(folder_of(way))[1], [Row(text) for text in texts])
 
-    np.testing.assert_allclose(found, reference(folder_of(way), attention, texts), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(actual, reference(folder_of(way), attention, texts), atol=1e-4, rtol=1e-4)
 
 
 def test_a_window_changes_what_it_must(folder_of: Callable[[str], Path]) -> None:
@@ -154,7 +154,7 @@ def test_attention_sees_what_transformers_masks_say(causal: bool, length: int, w
     batch = pack([Row(ids(length)), Row(ids(3)), Row(ids(length))], CPU)
     tokens = batch.input_ids.shape[1]
     query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2))
-    found, _ = packed_attention.packed_attention(
+    actual, _ = packed_attention.packed_attention(
         nn.Module(), query, key, value, None, packed_batch=batch, is_causal=causal, sliding_window=window
     )
 
@@ -171,7 +171,7 @@ def test_attention_sees_what_transformers_masks_say(causal: bool, length: int, w
         wanted = nn.functional.scaled_dot_product_attention(
             query[:, :, own], key[:, :, own], value[:, :, own], attn_mask=mask, enable_gqa=True
         )
-        torch.testing.assert_close(found[:, own].transpose(1, 2), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(actual[:, own].transpose(1, 2), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_the_masks_of_a_long_row_stay_small() -> None:
@@ -185,7 +185,7 @@ def test_the_masks_of_a_long_row_stay_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "named"),
+    ("keys", "named"),
     [
         ({"layer_types": [SLIDES, "full_attention"], "use_sliding_window": False}, "`use_sliding_window`: false"),
         ({"layer_types": [SLIDES, "full_attention"], "sliding_window": None}, "`sliding_window`: null"),
@@ -193,9 +193,9 @@ def test_the_masks_of_a_long_row_stay_small() -> None:
         ({"layer_types": ["chunked_attention", "full_attention"]}, "`layer_types`"),
     ],
 )
-def test_windows_that_mean_nothing_are_refused(tmp_path: Path, said: dict[str, Any], named: str) -> None:
+def test_windows_that_mean_nothing_are_refused(tmp_path: Path, keys: dict[str, Any], named: str) -> None:
     folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")
-    edit_json(folder / "config.json", **{"use_sliding_window": True, "sliding_window": 4, **said})
+    edit_json(folder / "config.json", **{"use_sliding_window": True, "sliding_window": 4, **keys})
 
     with pytest.raises(StartupError, match=named):
         load_model(folder)
@@ -268,5 +268,5 @@ def _packed(model: Any, texts: Sequence[TokenIds]) -> NDArray[np.float32]:
     batch = pack([Row(text) for text in texts], CPU)
     given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "packed_batch": batch}
     hidden = model(**given).last_hidden_state[0, batch.last].numpy()
-    found: NDArray[np.float32] = hidden[np.argsort(batch.order)]
-    return found
+    ordered: NDArray[np.float32] = hidden[np.argsort(batch.order)]
+    return ordered

@@ -59,7 +59,7 @@ class BatchServer:
     """Its state, and what a test may change of how it works."""
 
     url: str = ""
-    asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    received: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     """Method, path and headers of each request, in order."""
     files: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     """Names and contents, by id."""
@@ -78,7 +78,7 @@ class BatchServer:
 
     def count(self, method: str, path: str) -> int:
         """Requests so far."""
-        return sum(one[:2] == (method, path) for one in self.asked)
+        return sum(request[:2] == (method, path) for request in self.received)
 
     def reply(self, method: str, path: str, query: dict[str, list[str]], body: bytes, content_type: str) -> Reply:
         """What to answer."""
@@ -89,9 +89,9 @@ class BatchServer:
             case "POST", ["files"]:
                 return Reply(self._upload(body, content_type))
             case "GET", ["files"]:
-                return Reply(_page([self._file(one) for one in self.files], query))
-            case _, ["files", one, *_]:
-                return self._one_file(method, one) if one in self.files else missing
+                return Reply(_page([self._file(file_id) for file_id in self.files], query))
+            case _, ["files", file_id, *_]:
+                return self._one_file(method, file_id) if file_id in self.files else missing
             case _, ["batches", *rest]:
                 return Reply(self._batches(method, rest, query, body))
         return missing
@@ -109,8 +109,8 @@ class BatchServer:
 
     def _probe(self, body: Line) -> Reply:
         self.probes.append(body)
-        found = self.run({"custom_id": "probe", "body": body})["response"]
-        return Reply(found["body"], found["status_code"])
+        response = self.run({"custom_id": "probe", "body": body})["response"]
+        return Reply(response["body"], response["status_code"])
 
     def _upload(self, body: bytes, content_type: str) -> dict[str, Any]:
         form = BytesParser().parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
@@ -122,7 +122,7 @@ class BatchServer:
         return self._keep(str(named["file"].get_filename()), content)
 
     def _keep(self, name: str, content: bytes) -> dict[str, Any]:
-        number = f"file-{len(self.asked)}-{len(self.files)}"
+        number = f"file-{len(self.received)}-{len(self.files)}"
         self.files[number] = (name, content)
         return self._file(number)
 
@@ -136,7 +136,7 @@ class BatchServer:
         return batch
 
     def _poll(self, number: str) -> dict[str, Any]:
-        place, batch = next((at, one) for at, one in enumerate(self.batches) if one["id"] == number)
+        place, batch = next((at, candidate) for at, candidate in enumerate(self.batches) if candidate["id"] == number)
         if batch["status"] == "validating":
             self.work(batch, self.ends_as(place))
         return batch
@@ -150,8 +150,8 @@ class BatchServer:
             return
         requests = map(orjson.loads, self.files[batch["input_file_id"]][1].splitlines())
         results = list(map(self.run, requests))
-        good = [one for one in results if one["response"] and one["response"]["status_code"] == 200]
-        bad = [one for one in results if one not in good]
+        good = [result for result in results if result["response"] and result["response"]["status_code"] == 200]
+        bad = [result for result in results if result not in good]
         batch["request_counts"] = {"total": len(results), "completed": len(good), "failed": len(bad)}
         # In no particular order, as the API has it.
         for name, lines in (("output_file_id", good[::-1]), ("error_file_id", bad)):
@@ -200,7 +200,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, body: bytes) -> Reply:
         served, split = self.server.served, urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        served.asked.append((self.command, split.path, headers))
+        served.received.append((self.command, split.path, headers))
         reply = served.interfere(self.command, split.path)
         if reply is not None and not (reply.status is None and served.works_although_cut):
             return reply

@@ -42,7 +42,7 @@ def check(source: Path, out: Path) -> None:
 def first(number: int, method: str, path: str, reply: Reply) -> Callable[[str, str], Reply | None]:
     """In place of so many answers to a call."""
     left = [reply] * number
-    return lambda *asked: left.pop() if asked == (method, path) and left else None
+    return lambda *call: left.pop() if call == (method, path) and left else None
 
 
 def test_what_goes_over_the_wire(batch_api: BatchServer, source: Path, out: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_goes_over_the_wire(batch_api: BatchServer, source: Path, out: Path
     for line in lines:
         assert (line["method"], line["url"]) == ("POST", "/v1/embeddings")
         assert {name: line["body"][name] for name in fields} == fields
-    assert {headers["authorization"] for _, _, headers in batch_api.asked} == {"Bearer from-outside"}
+    assert {headers["authorization"] for _, _, headers in batch_api.received} == {"Bearer from-outside"}
     assert batch_api.probes[0] == {"input": "vecmill", **fields}
 
 
@@ -249,9 +249,9 @@ def test_another_model_meanwhile(batch_api: BatchServer, source: Path, out: Path
 
 def test_tokens_from_the_cache_are_told(batch_api: BatchServer, source: Path, out: Path) -> None:
     def run(line: Line) -> Line:
-        found = answer(line)
-        found["response"]["body"]["usage"]["prompt_tokens_details"] = {"cached_tokens": 2}
-        return found
+        reply = answer(line)
+        reply["response"]["body"]["usage"]["prompt_tokens_details"] = {"cached_tokens": 2}
+        return reply
 
     batch_api.run = run
     result = embedded(source, "-o", out, "--url", batch_api.url)
@@ -259,7 +259,7 @@ def test_tokens_from_the_cache_are_told(batch_api: BatchServer, source: Path, ou
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "reply", "code", "said"),
+    ("method", "path", "reply", "code", "reason"),
     [
         ("GET", "/v1/batches", Reply({}, 404), 1, "has no batches API (GET /v1/batches was answered with 404)"),
         ("GET", "/v1/batches", Reply({"error": "no"}, 401), 1, "answered with 401: no (--api-key, or API_KEY)"),
@@ -271,15 +271,15 @@ def test_tokens_from_the_cache_are_told(batch_api: BatchServer, source: Path, ou
     ],
 )
 def test_a_server_that_is_something_else(
-    batch_api: BatchServer, method: str, path: str, reply: Reply, code: int, said: str, source: Path, out: Path
+    batch_api: BatchServer, method: str, path: str, reply: Reply, code: int, reason: str, source: Path, out: Path
 ) -> None:
     batch_api.interfere = first(1, method, path, reply)
     result = embed(source, "-o", out, "--url", batch_api.url)
     assert result.exit_code == code
     assert result.stderr.startswith("vecmill: ")
-    assert said in result.stderr
+    assert reason in result.stderr
     assert "Traceback" not in result.output
-    assert sorted(found.name for found in out.parent.iterdir()) == ["in.jsonl"]
+    assert sorted(entry.name for entry in out.parent.iterdir()) == ["in.jsonl"]
 
 
 def test_an_unreachable_server_is_one_sentence_at_once(source: Path, out: Path) -> None:
@@ -331,10 +331,10 @@ def test_a_bar_on_a_terminal(batch_api: BatchServer, source: Path, out: Path) ->
                 while piece := screen.read(65536):
                     shown += piece
         assert process.returncode == 0
-    said = shown.decode()
-    assert "was answered with 503: busy" in said
-    assert "6/6" in said
-    assert "texts/s" in said
+    output = shown.decode()
+    assert "was answered with 503: busy" in output
+    assert "6/6" in output
+    assert "texts/s" in output
 
 
 def test_sigterm_leaves_nothing_behind(batch_api: BatchServer, source: Path, out: Path) -> None:

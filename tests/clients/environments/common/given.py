@@ -52,9 +52,9 @@ def assert_vectors(
             assert abs(math.hypot(*vector) - 1) < 1e-3, f"vector {index}"
 
 
-def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+def cosine(left: Sequence[float], right: Sequence[float]) -> float:
     """Of the angle between two vectors."""
-    return sum(map(mul, one, other)) / (math.hypot(*one) * math.hypot(*other))
+    return sum(map(mul, left, right)) / (math.hypot(*left) * math.hypot(*right))
 
 
 def assert_ranking(
