@@ -23,7 +23,7 @@ from benchmarks.gpu.subjects import (
 )
 from benchmarks.lib.figures import significant, spread
 from benchmarks.lib.results import progress
-from benchmarks.lib.timing import LIMITS, Machine, Side, alternate, report
+from benchmarks.lib.timing import LIMITS, Machine, TimedSide, alternate, report
 from benchmarks.models.workloads import first_tokens
 
 from vecmill.core.calibration import fit
@@ -48,13 +48,13 @@ class Timing:
     matmul_rate: float
     """Floating-point operations per second, for estimates of time."""
 
-    def needs(self, sides: Mapping[str, Side]) -> float:
+    def needs(self, sides: Mapping[str, TimedSide]) -> float:
         """Seconds that `timed` takes, about."""
         return START_SECONDS + estimate(sides, self.machine.rounds, self.machine.seconds, self.matmul_rate)
 
 
 def timed(
-    label: str, machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side], items: int = 1
+    label: str, machine: Machine, dtype: torch.dtype, sides: Mapping[str, TimedSide], items: int = 1
 ) -> dict[str, Any]:
     """`report`, and the milliseconds of each side; the matmul and the copy are timed in the same rounds."""
     with progress(label, machine.rounds * (len(sides) + len(LIMITS))) as advance:
@@ -175,7 +175,7 @@ def _replays(subject: Subject) -> Callable[[], Run]:
     return prepare
 
 
-def _products(subject: Subject, timing: Timing, sides: Mapping[str, Side]) -> dict[str, Any]:
+def _products(subject: Subject, timing: Timing, sides: Mapping[str, TimedSide]) -> dict[str, Any]:
     result = timed(f"{subject.name}, matrix products", timing.machine, subject.target.dtype, sides)
     rate = result["limits"]["matmul_tflops"]["median"]
     return {
@@ -189,7 +189,7 @@ def _products(subject: Subject, timing: Timing, sides: Mapping[str, Side]) -> di
     }
 
 
-def _mode(subject: Subject, timing: Timing, sides: Mapping[str, Side], mode: str) -> dict[str, Any]:
+def _mode(subject: Subject, timing: Timing, sides: Mapping[str, TimedSide], mode: str) -> dict[str, Any]:
     before = compilations()
     result = timed(f"{subject.name}, {mode}", timing.machine, subject.target.dtype, sides)
     read_gb_per_s = read_rate(result["sides"][READ]["ms"], timing.sizes.copy_bytes)

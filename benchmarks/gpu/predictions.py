@@ -35,7 +35,7 @@ PRODUCTS, ELEMENT_WISE = 0.97, 0.7
 
 
 @dataclass(frozen=True)
-class Card:
+class CardRates:
     """What a card can do at most."""
 
     name: str
@@ -47,10 +47,10 @@ class Card:
 
 
 CARDS = (
-    Card("H100", 721.0, 3055.0, measured=True),
-    Card("H200", 707.0, 4279.0, measured=True),
+    CardRates("H100", 721.0, 3055.0, measured=True),
+    CardRates("H200", 707.0, 4279.0, measured=True),
     # 75 % of the 125 TFLOP/s, and 80 % of the 273 GB/s that its data sheet names.
-    Card("GB10", 94.0, 220.0, measured=False),
+    CardRates("GB10", 94.0, 220.0, measured=False),
 )
 
 
@@ -120,7 +120,7 @@ class Figure:
     """Share of the rate of a large matrix product."""
 
 
-def predict(card: Card, model: Layers, tokens: int, way: str) -> Figure:
+def predict(card: CardRates, model: Layers, tokens: int, way: str) -> Figure:
     """What the model above comes to."""
     kernels = model.layers * model.kernels[way]
     host = kernels * LAUNCH[way] / 1e6

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.forward import START_SECONDS, Timing, timed
 from benchmarks.gpu.subjects import Subject, estimate
 from benchmarks.lib.figures import significant
-from benchmarks.lib.timing import Machine, Side
+from benchmarks.lib.timing import Machine, TimedSide
 from benchmarks.models.plain import PlainLatentAttention, pad_right, pooled, with_sdpa
 from benchmarks.models.workloads import CAUSAL, batches
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ def compare(subject: Subject, timing: Timing, mode: Mapping[str, Any]) -> dict[s
     """Texts per second of both, and their vectors' cosines; `mode` is what was measured of the way the model runs."""
     texts = subject.texts[: _how_many(subject, timing, mode["fit"]["us_per_token"])]
     packs = batches([Row(text) for text in texts], mode["fit"]["budget_tokens"])
-    ours = Side(
+    ours = TimedSide(
         partial(subject.run_all, packs),
         subject.operations(packs),
         subject.weight_bytes * len(packs),
@@ -81,7 +81,7 @@ def _how_many(subject: Subject, timing: Timing, microseconds_per_token: float) -
     return int(np.clip(wanted, *timing.sizes.texts))
 
 
-def _compare(subject: Subject, machine: Machine, texts: Sequence[TokenIds], ours: Side) -> dict[str, Any]:
+def _compare(subject: Subject, machine: Machine, texts: Sequence[TokenIds], ours: TimedSide) -> dict[str, Any]:
     package, encode = _encoder(subject, texts)
     theirs = {f"sentence-transformers, batches of {size}": replace(ours, run=encode(size)) for size in BATCH_SIZES}
     expected, cosines = ours.run(), {}

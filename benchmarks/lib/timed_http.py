@@ -31,7 +31,7 @@ class Timed:
         return gzip.decompress(self.content) if self.headers.get("content-encoding") == "gzip" else self.content
 
 
-class Connection:
+class TimedConnection:
     """One connection to a server on this machine."""
 
     def __init__(self, url: str) -> None:
@@ -68,7 +68,7 @@ def polled(url: str, path: str = "/ready") -> Iterator[Polls]:
 
     A request that waits because the server's event loop is held takes about as long as it is held.
     """
-    polls, ended, connection = Polls(), Event(), Connection(url)
+    polls, ended, connection = Polls(), Event(), TimedConnection(url)
 
     def poll() -> None:
         while not ended.wait(POLL_EVERY_S):

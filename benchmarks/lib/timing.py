@@ -16,7 +16,7 @@ LIMITS = ("matmul", "copy")
 
 
 @dataclass(frozen=True)
-class Side:
+class TimedSide:
     """One way to do it."""
 
     run: Callable[[], Tensor]
@@ -55,7 +55,7 @@ class Rounds:
 
 
 @cache
-def limits(machine: Machine, dtype: torch.dtype) -> dict[str, Side]:
+def limits(machine: Machine, dtype: torch.dtype) -> dict[str, TimedSide]:
     """A large square matmul, and a copy of more than fits a cache: both ways of its traffic count."""
     size = machine.matmul_size
     # Random values: a GPU draws less power, and so runs faster, on constants.
@@ -64,12 +64,12 @@ def limits(machine: Machine, dtype: torch.dtype) -> dict[str, Side]:
     source = torch.ones(machine.copy_bytes, dtype=torch.uint8, device=machine.device)
     copied = torch.empty_like(source)
     return {
-        "matmul": Side(lambda: torch.matmul(first, second, out=product), 2.0 * size**3, 0),
-        "copy": Side(lambda: copied.copy_(source), 0, 2.0 * machine.copy_bytes),
+        "matmul": TimedSide(lambda: torch.matmul(first, second, out=product), 2.0 * size**3, 0),
+        "copy": TimedSide(lambda: copied.copy_(source), 0, 2.0 * machine.copy_bytes),
     }
 
 
-def alternate(machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side]) -> Rounds:
+def alternate(machine: Machine, dtype: torch.dtype, sides: Mapping[str, TimedSide]) -> Rounds:
     """Time every side and the limits of this dtype in each round, the order turned round from one to the next."""
     everything = {**sides, **limits(machine, dtype)}
     for side in everything.values():  # the first call prepares kernels and memory
@@ -83,7 +83,7 @@ def alternate(machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side]) -
     return Rounds(seconds, contention.other_cores)
 
 
-def _seconds(machine: Machine, side: Side, calls: int) -> float:
+def _seconds(machine: Machine, side: TimedSide, calls: int) -> float:
     machine.synchronize()
     started = time.perf_counter()
     for _ in range(calls):
@@ -93,7 +93,7 @@ def _seconds(machine: Machine, side: Side, calls: int) -> float:
 
 
 def report(
-    machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side], rounds: Rounds, items: int
+    machine: Machine, dtype: torch.dtype, sides: Mapping[str, TimedSide], rounds: Rounds, items: int
 ) -> dict[str, Any]:
     """What JSON gets: rates of `items` per call, how near the limits, and the first side against each other one."""
     seconds, measured = rounds.seconds, limits(machine, dtype)

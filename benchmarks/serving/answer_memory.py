@@ -41,7 +41,7 @@ UNREAD_SECONDS = 0.5  # after the first bytes are there: time enough to encode a
 
 
 @dataclass(frozen=True)
-class Case:
+class EncodingCase:
     """A way to ask."""
 
     name: str
@@ -52,11 +52,11 @@ class Case:
 
 
 CASES = (
-    Case("base64", {"encoding_format": "base64"}),
-    Case("float", {}),
-    Case("float, gzip", {}, gzip=True),
-    Case("base64, slow reader", {"encoding_format": "base64"}, slow=True),
-    Case("float, slow reader", {}, slow=True),
+    EncodingCase("base64", {"encoding_format": "base64"}),
+    EncodingCase("float", {}),
+    EncodingCase("float, gzip", {}, gzip=True),
+    EncodingCase("base64, slow reader", {"encoding_format": "base64"}, slow=True),
+    EncodingCase("float, slow reader", {}, slow=True),
 )
 
 
@@ -68,7 +68,7 @@ def megabytes(pid: int, name: str) -> float:
     return int(match[1]) / 1024
 
 
-def rise(server: RunningServer, case: Case, texts: Sequence[str]) -> tuple[float, int]:
+def rise(server: RunningServer, case: EncodingCase, texts: Sequence[str]) -> tuple[float, int]:
     """Megabytes above what was resident before, and the bytes of the answer."""
     body = json.dumps({"input": list(texts), **case.fields})
     headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip" if case.gzip else "identity"}

@@ -28,7 +28,7 @@ from benchmarks.lib.host import describe_host, forget, watched
 from benchmarks.lib.minilm import sample_texts
 from benchmarks.lib.results import progress, publish
 from benchmarks.serving.cache_batch import Loop, measure_batch
-from benchmarks.serving.cache_hits import ECHO, Plan, measure_hits, measure_misses
+from benchmarks.serving.cache_hits import ECHO, CachePlan, measure_hits, measure_misses
 from benchmarks.serving.wide_model import HEAD_DIMENSIONS
 from rich.console import Console
 
@@ -151,8 +151,8 @@ def batch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 PARTS: dict[str, Part] = {"hits": hits, "misses": misses, "store": store, "batch": batch}
 
 
-def _plan(options: argparse.Namespace, rounds: int | None = None) -> Plan:
-    return Plan(rounds or options.rounds, options.seconds, options.connections, options.batch, options.wide)
+def _plan(options: argparse.Namespace, rounds: int | None = None) -> CachePlan:
+    return CachePlan(rounds or options.rounds, options.seconds, options.connections, options.batch, options.wide)
 
 
 def print_summary(results: dict[str, Any], other_cores: float) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.lib.figures import in_turns
 from benchmarks.lib.minilm import bundled_model
 from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
-from benchmarks.lib.timed_http import Connection
+from benchmarks.lib.timed_http import TimedConnection
 from benchmarks.serving.echo import echo_server
 from benchmarks.serving.wide_model import write_wide_model
 
@@ -27,7 +27,7 @@ QUERIES = 40  # of one text each, in each round
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """How much."""
 
     rounds: int
@@ -54,7 +54,7 @@ def body(texts: Sequence[str], model: str) -> bytes:
 
 
 def measure_hits(
-    folder: Path, texts: Sequence[str], plan: Plan, serve: Sequence[str], advance: Callable[[int], None]
+    folder: Path, texts: Sequence[str], plan: CachePlan, serve: Sequence[str], advance: Callable[[int], None]
 ) -> dict[str, list[float]]:
     """Texts per second by the width of their vectors, each round's; beside a server that gives back stored bytes."""
     bundled = bundled_model()
@@ -77,7 +77,7 @@ def measure_hits(
 
 def _fill(url: str, bodies: Sequence[bytes]) -> bytes:
     """Send each twice; the last answer, which must hold nothing that was computed."""
-    connection = Connection(url)
+    connection = TimedConnection(url)
     for body in bodies:
         connection.send("POST", PATH, body, HEADERS)
     answers = [connection.send("POST", PATH, body, HEADERS) for body in bodies]
@@ -89,9 +89,9 @@ def _fill(url: str, bodies: Sequence[bytes]) -> bytes:
     return answer.content
 
 
-def _requests_per_second(url: str, bodies: Sequence[bytes], plan: Plan) -> float:
+def _requests_per_second(url: str, bodies: Sequence[bytes], plan: CachePlan) -> float:
     def send_for_a_while(first: int) -> int:
-        connection, sent = Connection(url), 0
+        connection, sent = TimedConnection(url), 0
         ended = time.perf_counter() + plan.seconds
         while time.perf_counter() < ended:
             connection.send("POST", PATH, bodies[(first + sent) % len(bodies)], HEADERS)
@@ -107,7 +107,7 @@ def _requests_per_second(url: str, bodies: Sequence[bytes], plan: Plan) -> float
 
 
 def measure_misses(
-    folder: Path, texts: Sequence[str], plan: Plan, serve: Sequence[str], advance: Callable[[int], None]
+    folder: Path, texts: Sequence[str], plan: CachePlan, serve: Sequence[str], advance: Callable[[int], None]
 ) -> dict[str, dict[str, list[float]]]:
     """Of requests whose texts are all new, in turns on both servers, each round's median.
 
@@ -144,7 +144,7 @@ def _new_texts(texts: Sequence[str], number: int) -> dict[str, list[list[str]]]:
 
 def _milliseconds(urls: Mapping[str, str], bodies: Sequence[bytes]) -> dict[str, float]:
     """The median of each side. Each body goes to one side and then to the other, now this one first, now that."""
-    connections = {kind: Connection(url) for kind, url in urls.items()}
+    connections = {kind: TimedConnection(url) for kind, url in urls.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in urls}
     for number, body in enumerate(bodies):
         for kind in list(urls)[:: 1 if number % 2 == 0 else -1]:
@@ -152,5 +152,5 @@ def _milliseconds(urls: Mapping[str, str], bodies: Sequence[bytes]) -> dict[str,
     for connection in connections.values():
         connection.close()
     pairs = zip(taken["with"], taken["without"], strict=True)
-    paid = [100 * (cached_ms / plain_ms - 1) for cached_ms, plain_ms in pairs]
+    paid = [100 * (with_cache / without_cache - 1) for with_cache, without_cache in pairs]
     return {name: statistics.median(values) for name, values in {**taken, "paid": paid}.items()}

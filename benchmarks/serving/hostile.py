@@ -31,7 +31,7 @@ from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.results import keep_so_far, progress, publish
 from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
 from benchmarks.serving.answer_memory import CLEAR_HIGHEST, megabytes
-from benchmarks.serving.hostile_cases import Case, cases
+from benchmarks.serving.hostile_cases import HostileCase, cases
 from rich.console import Console
 from rich.table import Table
 
@@ -98,7 +98,7 @@ def _watch(pid: int, most_gb: float, pings: Pings, over: Event) -> None:
                 return
 
 
-def measured(server: RunningServer, case: Case, size: int, most_gb: float) -> dict[str, Any]:
+def measured(server: RunningServer, case: HostileCase, size: int, most_gb: float) -> dict[str, Any]:
     """One attack."""
     attack = case.prepared(size)
     Path(f"/proc/{server.pid}/clear_refs").write_text(CLEAR_HIGHEST)
@@ -124,7 +124,9 @@ def measured(server: RunningServer, case: Case, size: int, most_gb: float) -> di
     }
 
 
-def measure(options: argparse.Namespace, chosen: Sequence[Case], advance: Callable[[int], None]) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, chosen: Sequence[HostileCase], advance: Callable[[int], None]
+) -> dict[str, Any]:
     """Every case at every size, the small ones first; a server that was killed is started again."""
     work = [(case, size) for size in options.sizes for case in chosen]
     results: dict[str, Any] = {"quiet_ms": 0.0, "cases": {}}

@@ -21,7 +21,7 @@ Attack = Callable[[str], int]
 
 
 @dataclass(frozen=True)
-class Case:
+class HostileCase:
     """One kind of request."""
 
     group: str
@@ -62,8 +62,8 @@ def _nested(size: int) -> bytes:
     return repeated(block, size, '{"input":"x","other":[', "]}")
 
 
-def _posted(group: str, name: str, path: str, body: Callable[[int], bytes]) -> Case:
-    return Case(group, name, lambda size: _post(path, body(size)))
+def _posted(group: str, name: str, path: str, body: Callable[[int], bytes]) -> HostileCase:
+    return HostileCase(group, name, lambda size: _post(path, body(size)))
 
 
 def _post(path: str, body: bytes) -> Attack:
@@ -161,7 +161,7 @@ TOKEN_IDS: dict[str, tuple[str, Callable[[int], bytes]]] = {
 }
 
 
-def cases() -> list[Case]:
+def cases() -> list[HostileCase]:
     """All there are."""
     return [
         *(_posted("token ids", name, *how) for name, how in TOKEN_IDS.items()),
@@ -169,12 +169,12 @@ def cases() -> list[Case]:
         *(_posted("too many", name, *how) for name, how in TOO_MANY.items()),
         *(_posted("one word", name, *how) for name, how in LONG_WORDS.items()),
         *(_posted("JSON", name, "/v1/embeddings", body) for name, body in JSON_SHAPES.items()),
-        Case("heads", "header lines", _header_lines),
-        Case("heads", "one header", _one_header),
-        Case("heads", "target", _long_target),
-        Case("batches", "a line of token ids", lambda size: _batch('{"input":[', "1", "]}", size)),
-        Case("batches", "a line of mistakes", lambda size: _batch('{"input":["a",', "{}", "]}", size)),
-        Case("followers", "of jobs", _followers),
+        HostileCase("heads", "header lines", _header_lines),
+        HostileCase("heads", "one header", _one_header),
+        HostileCase("heads", "target", _long_target),
+        HostileCase("batches", "a line of token ids", lambda size: _batch('{"input":[', "1", "]}", size)),
+        HostileCase("batches", "a line of mistakes", lambda size: _batch('{"input":["a",', "{}", "]}", size)),
+        HostileCase("followers", "of jobs", _followers),
     ]
 
 

@@ -32,7 +32,7 @@ from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.minilm import bundled_model
 from benchmarks.lib.results import progress, publish
 from benchmarks.lib.servers import free_port, running, vecmill_command
-from benchmarks.lib.timed_http import Connection, Timed, polled
+from benchmarks.lib.timed_http import Timed, TimedConnection, polled
 from benchmarks.serving.wide_model import HEAD_DIMENSIONS, write_wide_model
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +50,7 @@ CASES_PER_SIZE = 8  # two models, two encodings, with and without gzip
 
 
 @dataclass(frozen=True)
-class Case:
+class OverheadCase:
     """One kind of request."""
 
     model: str
@@ -87,7 +87,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Plan:
+class OverheadPlan:
     """How often."""
 
     rounds: int
@@ -103,23 +103,25 @@ class Plan:
 class OverheadResults:
     """By case, and what others waited while nothing else was asked."""
 
-    cases: dict[Case, Measured] = field(default_factory=dict)
+    cases: dict[OverheadCase, Measured] = field(default_factory=dict)
     quiet_p99: list[float] = field(default_factory=list)
     quiet_longest: list[float] = field(default_factory=list)
 
 
-def cases(models: dict[int, str], sizes: Sequence[int]) -> list[Case]:
+def cases(models: dict[int, str], sizes: Sequence[int]) -> list[OverheadCase]:
     """All there are; `models` by the dimensions of their vectors."""
     return [
-        Case(models[dimensions], dimensions, texts, encoding, gzip)
+        OverheadCase(models[dimensions], dimensions, texts, encoding, gzip)
         for dimensions, texts, encoding, gzip in product(sorted(models), sizes, ENCODINGS, (False, True))
     ]
 
 
-def measure_rounds(url: str, models: dict[int, str], plan: Plan, advance: Callable[[int], None]) -> OverheadResults:
+def measure_rounds(
+    url: str, models: dict[int, str], plan: OverheadPlan, advance: Callable[[int], None]
+) -> OverheadResults:
     """Every case in each round, the order turned round from one to the next; `advance` is told of each."""
     results = OverheadResults({case: Measured() for case in cases(models, plan.sizes)})
-    connection = Connection(url)
+    connection = TimedConnection(url)
     for case, measured in results.cases.items():
         measured.answer_bytes = _checked(case, connection.send("POST", PATH, case.body(), case.headers()))
     for _ in range(plan.rounds):
@@ -133,7 +135,7 @@ def measure_rounds(url: str, models: dict[int, str], plan: Plan, advance: Callab
     return results
 
 
-def _checked(case: Case, answer: Timed) -> int:
+def _checked(case: OverheadCase, answer: Timed) -> int:
     """The size of the answer, which must hold what was asked for."""
     rows = orjson.loads(answer.body())["data"]
     expected = case.dimensions if case.encoding == "float" else round(case.dimensions * FLOAT32_IN_BASE64)
@@ -142,7 +144,9 @@ def _checked(case: Case, answer: Timed) -> int:
     return len(answer.content)
 
 
-def _round(url: str, connection: Connection, case: Case, measured: Measured, plan: Plan, *, watched: bool) -> None:
+def _round(
+    url: str, connection: TimedConnection, case: OverheadCase, measured: Measured, plan: OverheadPlan, *, watched: bool
+) -> None:
     body, headers = case.body(), case.headers()
     samples: list[dict[str, float]] = []
     waits: list[float] = []
@@ -173,7 +177,7 @@ def _add_waits(milliseconds: Sequence[float], p99: list[float], longest: list[fl
         longest.append(max(milliseconds))
 
 
-def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[OverheadResults, float]:
+def measure(wide: int, serve: Sequence[str], plan: OverheadPlan) -> tuple[OverheadResults, float]:
     """Both models on one server, so that they are measured in turns; also the cores that other programs used."""
     with TemporaryDirectory() as folder:
         model = write_wide_model(Path(folder, f"wide-{wide}"), wide, bundled_model())
@@ -202,12 +206,12 @@ def summarise(results: OverheadResults) -> dict[str, Any]:
     return {"cases": sides, "gzip_over_identity": ratios, "others_waited_quiet_ms": quiet}
 
 
-def _pairs(results: OverheadResults, case: Case) -> list[tuple[float, float]]:
-    plain = Case(case.model, case.dimensions, case.texts, case.encoding, gzip=False)
+def _pairs(results: OverheadResults, case: OverheadCase) -> list[tuple[float, float]]:
+    plain = OverheadCase(case.model, case.dimensions, case.texts, case.encoding, gzip=False)
     return list(zip(results.cases[case].parts["outside"], results.cases[plain].parts["outside"], strict=True))
 
 
-def _case(case: Case, measured: Measured) -> dict[str, Any]:
+def _case(case: OverheadCase, measured: Measured) -> dict[str, Any]:
     milliseconds = {name: spread(values) for name, values in measured.parts.items()}
     if (case.texts, case.dimensions, case.encoding) == (TARGET_TEXTS, TARGET_DIMENSIONS, "base64"):
         milliseconds["outside"] = judged(milliseconds["outside"], MOST_OUTSIDE_MS)
@@ -279,7 +283,7 @@ def main() -> int:
     options = parser.parse_args()
     if options.wide % HEAD_DIMENSIONS or options.wide == TARGET_DIMENSIONS:
         parser.error(f"--wide must be a multiple of {HEAD_DIMENSIONS} and not {TARGET_DIMENSIONS}")
-    plan = Plan(options.rounds, options.repeats, options.large_repeats, options.texts)
+    plan = OverheadPlan(options.rounds, options.repeats, options.large_repeats, options.texts)
     measured, other_cores = measure(options.wide, options.serve, plan)
     summary = summarise(measured)
     print_summary(summary, other_cores)

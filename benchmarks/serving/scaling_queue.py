@@ -24,7 +24,7 @@ NOW = 0.0  # time stands still: no line ages, so every cut does the same
 
 
 @dataclass
-class Queue:
+class SimulatedQueue:
     """Lines that stay as deep as they are: what a cut takes joins the end of its line again."""
 
     lines: WaitingLines
@@ -68,7 +68,7 @@ def measure(
     loop = asyncio.new_event_loop()  # futures belong to one, though it never runs
     results = {}
     for count in clients:
-        queues = [Queue(WaitingLines(), depth) for depth in depths]
+        queues = [SimulatedQueue(WaitingLines(), depth) for depth in depths]
         for queue in queues:
             queue.fill(count, loop)
         took: dict[int, list[float]] = {depth: [] for depth in depths}

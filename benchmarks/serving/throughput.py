@@ -26,7 +26,14 @@ from benchmarks.lib.host import describe_host
 from benchmarks.lib.minilm import sample_texts, tokenize
 from benchmarks.lib.results import publish
 from benchmarks.serving.peers import add_server_options, wanted
-from benchmarks.serving.throughput_rounds import IN_PROCESS, PACKED, Pass, Plan, ThroughputResults, measure_rounds
+from benchmarks.serving.throughput_rounds import (
+    IN_PROCESS,
+    PACKED,
+    ThroughputPass,
+    ThroughputPlan,
+    ThroughputResults,
+    measure_rounds,
+)
 from rich.console import Console
 from rich.table import Table
 
@@ -53,7 +60,7 @@ def summarise(results: ThroughputResults, texts: int, tokens: int) -> dict[str, 
     }
 
 
-def _side(passes: Sequence[Pass], texts: int, tokens: int, limit: Mapping[str, Any] | None) -> dict[str, Any]:
+def _side(passes: Sequence[ThroughputPass], texts: int, tokens: int, limit: Mapping[str, Any] | None) -> dict[str, Any]:
     rates = [tokens / each.seconds for each in passes]
     result: dict[str, Any] = {
         "about": {key: value for key, value in passes[-1].about.items() if key not in ABOUT_PACKED},
@@ -67,7 +74,7 @@ def _side(passes: Sequence[Pass], texts: int, tokens: int, limit: Mapping[str, A
     return result
 
 
-def _limit(packed: Sequence[Pass], tokens: int) -> dict[str, Any] | None:
+def _limit(packed: Sequence[ThroughputPass], tokens: int) -> dict[str, Any] | None:
     """The texts' tokens per second if the model did all its operations as fast as a large matmul."""
     if not packed:
         return None
@@ -82,7 +89,7 @@ def _limit(packed: Sequence[Pass], tokens: int) -> dict[str, Any] | None:
     }
 
 
-def _ratio(name: str, ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[str, Any]:
+def _ratio(name: str, ours: Sequence[ThroughputPass], theirs: Sequence[ThroughputPass]) -> dict[str, Any]:
     # A side that failed in a later round has fewer passes; those it has are of the first rounds.
     result = spread([their_pass.seconds / our_pass.seconds for our_pass, their_pass in zip(ours, theirs, strict=False)])
     if name in TARGETS:
@@ -90,7 +97,7 @@ def _ratio(name: str, ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[str,
     return result
 
 
-def _cosines(passes: Mapping[str, Sequence[Pass]]) -> dict[str, float]:
+def _cosines(passes: Mapping[str, Sequence[ThroughputPass]]) -> dict[str, float]:
     """The lowest of each side with vecmill, or with the first side where vecmill is not among them."""
     first = passes[OURS][0] if OURS in passes else next(iter(passes.values()))[0]
     return {
@@ -190,7 +197,7 @@ def main() -> int:
     servers = wanted(options)
     texts = sample_texts(options.texts)
     tokens = sum(map(len, tokenize(servers.model_folder, texts)))
-    plan = Plan(
+    plan = ThroughputPlan(
         texts, options.warm_up, options.connections, options.batch, options.rounds, options.retries, options.minutes
     )
     summary = summarise(measure_rounds(options.servers, servers, plan), len(texts), tokens)

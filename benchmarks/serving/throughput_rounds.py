@@ -30,7 +30,7 @@ KNOWN_KEYS = ("version", "dtype", "dtype_reason", "device", "options")
 
 
 @dataclass(frozen=True)
-class Pass:
+class ThroughputPass:
     """One side's way through all texts."""
 
     seconds: float
@@ -41,7 +41,7 @@ class Pass:
 
 
 @dataclass
-class Plan:
+class ThroughputPlan:
     """What is sent, how, and how long it may take."""
 
     texts: Sequence[str]
@@ -59,15 +59,15 @@ class Plan:
 class ThroughputResults:
     """The passes of each side, in its rounds' order, and why others have none or too few."""
 
-    passes: dict[str, list[Pass]] = field(default_factory=dict)
+    passes: dict[str, list[ThroughputPass]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
-Side = Callable[[str], Pass]
+MeasurePass = Callable[[str], ThroughputPass]
 """One pass; gets the label of its progress bar."""
 
 
-def measure_rounds(names: Sequence[str], wanted: Wanted, plan: Plan) -> ThroughputResults:
+def measure_rounds(names: Sequence[str], wanted: Wanted, plan: ThroughputPlan) -> ThroughputResults:
     """Servers and in-process sides in turns, the order turned round from one round to the next."""
     results = ThroughputResults()
     sides = {name: side for name in names if (side := _server_side(name, wanted, plan, results)) is not None}
@@ -86,7 +86,7 @@ def measure_rounds(names: Sequence[str], wanted: Wanted, plan: Plan) -> Throughp
     return results
 
 
-def _server_side(name: str, wanted: Wanted, plan: Plan, results: ThroughputResults) -> Side | None:
+def _server_side(name: str, wanted: Wanted, plan: ThroughputPlan, results: ThroughputResults) -> MeasurePass | None:
     try:
         return partial(_served, PEERS[name](wanted), plan)
     except Unavailable as error:
@@ -95,7 +95,7 @@ def _server_side(name: str, wanted: Wanted, plan: Plan, results: ThroughputResul
         return None
 
 
-def _measure(name: str, side: Side, label: str, results: ThroughputResults) -> None:
+def _measure(name: str, side: MeasurePass, label: str, results: ThroughputResults) -> None:
     try:
         results.passes.setdefault(name, []).append(side(label))
     except (RuntimeError, OSError, httpx.HTTPError, subprocess.SubprocessError) as error:
@@ -103,16 +103,16 @@ def _measure(name: str, side: Side, label: str, results: ThroughputResults) -> N
         print(f"{name}: {error}", file=sys.stderr)
 
 
-def _served(peer: Peer, plan: Plan, label: str) -> Pass:
+def _served(peer: Peer, plan: ThroughputPlan, label: str) -> ThroughputPass:
     send = partial(embed_all, connections=plan.connections, batch=plan.batch, dialect=peer.dialect)
     with peer.started() as server:
         send(server.url, plan.texts[: plan.warm_up])
         about = peer.about or _health(server)
 
-        def once() -> Pass:
+        def once() -> ThroughputPass:
             with progress(label, len(plan.texts)) as advance:
                 answered = send(server.url, plan.texts, advance=advance)
-            return Pass(answered.seconds, answered.vectors[:CHECKED_TEXTS], about)
+            return ThroughputPass(answered.seconds, answered.vectors[:CHECKED_TEXTS], about)
 
         return _undisturbed(once, plan)
 
@@ -123,36 +123,36 @@ def _health(server: RunningServer) -> dict[str, Any]:
     return {**known, "dtype": str(known.get("dtype")).removeprefix("torch.")}
 
 
-def _undisturbed(once: Callable[[], Pass], plan: Plan) -> Pass:
+def _undisturbed(once: Callable[[], ThroughputPass], plan: ThroughputPlan) -> ThroughputPass:
     """A pass during which no other program was busy, or the last one where no repetition is left."""
     while True:
         with watched() as contention:
             measured = once()
         if contention.other_cores <= ALLOWED_OTHER_CORES or plan.repeated >= plan.retries:
-            return Pass(measured.seconds, measured.sample, measured.about, contention.other_cores)
+            return ThroughputPass(measured.seconds, measured.sample, measured.about, contention.other_cores)
         plan.repeated += 1
 
 
-def _in_process(model: Any, plan: Plan, label: str) -> Pass:
+def _in_process(model: Any, plan: ThroughputPlan, label: str) -> ThroughputPass:
     """All texts in one call, which sorts them by length."""
 
-    def once() -> Pass:
+    def once() -> ThroughputPass:
         with progress(label, len(plan.texts)) as advance:
             encode(model.encode, plan.texts[:BATCH], BATCH, lambda _: None)
             started = time.perf_counter()
             vectors = encode(model.encode, plan.texts, len(plan.texts), advance)
             seconds = time.perf_counter() - started
-        return Pass(seconds, vectors[:CHECKED_TEXTS], {"dtype": "float32", "device": str(model.device)})
+        return ThroughputPass(seconds, vectors[:CHECKED_TEXTS], {"dtype": "float32", "device": str(model.device)})
 
     return _undisturbed(once, plan)
 
 
-def _packed(model_folder: Path, plan: Plan, results: ThroughputResults, label: str) -> Pass:
+def _packed(model_folder: Path, plan: ThroughputPlan, results: ThroughputResults, label: str) -> ThroughputPass:
     """In the dtype that vecmill chose, so that HTTP and scheduler are all that is between the two."""
     served = results.passes.get("vecmill")
     dtype = str(served[-1].about["dtype"]) if served else "bfloat16"
 
-    def once() -> Pass:
+    def once() -> ThroughputPass:
         with TemporaryDirectory() as folder, progress(label, len(plan.texts)) as advance:
             file = Path(folder, "vectors.npy")
             options = ("--model", model_folder, "--dtype", dtype, "--warm-up", str(plan.warm_up), "--vectors", file)
@@ -166,6 +166,6 @@ def _packed(model_folder: Path, plan: Plan, results: ThroughputResults, label: s
                 raise RuntimeError(done.stderr[-2000:])
             advance(len(plan.texts))
             answer = json.loads(done.stdout)
-            return Pass(answer["seconds"], np.load(file)[:CHECKED_TEXTS], {"dtype": dtype, **answer})
+            return ThroughputPass(answer["seconds"], np.load(file)[:CHECKED_TEXTS], {"dtype": dtype, **answer})
 
     return _undisturbed(once, plan)

@@ -141,9 +141,9 @@ def test_nothing_is_lost_nothing_runs_twice_and_the_unwanted_never(queue: Queue)
 def test_a_line_keeps_its_order(queue: Queue) -> None:
     orders = [[id(sequence) for sequence in a_line.waiting if not sequence.gone] for a_line in queue.lines]
     run = [id(sequence) for taken in queue.drain() for sequence in taken.batch]
-    places = {sequence: place for place, sequence in enumerate(run)}
+    places = {identity: place for place, identity in enumerate(run)}
     for order in orders:
-        assert [places[sequence] for sequence in order] == sorted(places[sequence] for sequence in order)
+        assert [places[identity] for identity in order] == sorted(places[identity] for identity in order)
 
 
 @settings(deadline=None)
