@@ -1,4 +1,4 @@
-"""`python -m MODULE` as a process of its own that need not import everything anew: forked from one that has.
+"""Runs `python -m MODULE` in a process of its own without its imports: forked from a process that has made them.
 
 Importing torch and transformers takes most of a server's start, and the tests start about a hundred. What runs is the
 same from there on: arguments, environment, files, session and signals are the process's own; only warm-up times each
@@ -36,7 +36,7 @@ WARMUP_ROUNDS = 2
 
 
 def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
-    """True for a module of vecmill's or the tests', where its environment asks for nothing else when it is imported."""
+    """True for a module of vecmill or the tests whose environment equals this one in all that imports read."""
     return (
         list(command[:2]) == PYTHON
         and command[2].partition(".")[0] in ("vecmill", "tests")
@@ -134,13 +134,13 @@ def _parent() -> _Parent:
 
 
 def main() -> None:
-    """Import everything, then fork for every message until nobody can send one any more."""
+    """Import everything, then fork for every message until the other end of the socket is closed."""
     control = socket.socket(fileno=int(sys.argv[1]))
     import_module("vecmill.app")._set_thread_defaults()
     for module in MODULES:
         import_module(module)
     import_module("vecmill.engine.warmup").ROUNDS = WARMUP_ROUNDS  # type: ignore[attr-defined]
-    # What is there now is never looked at again: a collection in a forked process would copy every page of it.
+    # Exempt all objects from later collections, which would copy every page of them in each forked process.
     gc.collect()
     gc.freeze()
     ends, wakes = socket.socketpair()
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def _fork(control: socket.socket, others: Sequence[socket.socket], running: dict[int, socket.socket]) -> bool:
-    """A new process for the next message; False where there will be none. Does not return in the new process."""
+    """Fork a process for the next message; False if there will be no more. Does not return in the new process."""
     message, files, *_ = socket.recv_fds(control, LARGEST, 2)
     if not message:
         return False
@@ -190,7 +190,7 @@ def _tell_ends(running: dict[int, socket.socket]) -> None:
 
 
 def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socket], tells: int) -> None:
-    """In the new process: be what the command says."""
+    """In the new process: run the command of the message."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -216,7 +216,7 @@ def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socke
 
 
 def _leave(status: int) -> NoReturn:
-    """End as Python ends, without taking apart all that was imported: every page of it would be copied for that."""
+    """End as Python does, but without freeing all that was imported, which would copy every page of it."""
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
     sys.stdout.flush()

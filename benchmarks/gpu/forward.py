@@ -40,7 +40,7 @@ START_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Timing:
-    """With what the forward passes are measured."""
+    """How forward passes are measured."""
 
     stages: Stages
     machine: Machine
@@ -141,7 +141,7 @@ def _put(modes: dict[str, Any], mode: str, measured: dict[str, Any] | None) -> N
 
 
 def _compile(subject: Subject, backend: str) -> dict[str, Any]:
-    """Choose as the server does at warm-up, and have the layers compiled also where it chose eager."""
+    """Choose between compiled and eager layers as the server does at warm-up; compile them in either case."""
     run = partial(one_forward, subject)
     before = compilations()
     choice = choose(subject.model, "auto", run, backend, _replays(subject) if subject.stream is not None else None)
@@ -152,7 +152,7 @@ def _compile(subject: Subject, backend: str) -> dict[str, Any]:
 
 
 def _replays(subject: Subject) -> Callable[[], Run]:
-    """What makes graphs ready to be measured, of the layers as they are then."""
+    """A function that captures graphs of the layers as they are when it is called, and returns how to time a replay."""
 
     def prepare() -> Run:
         capture = subject.capturing
@@ -220,7 +220,7 @@ def _mode(subject: Subject, timing: Timing, sides: Mapping[str, TimedSide], mode
 
 
 def _query(subject: Subject, result: Mapping[str, Any], name: str, read_gb_per_s: float) -> dict[str, Any]:
-    """One search query: no faster than its weights can be read, at the rate of a plain sum or of a copy."""
+    """The times of one search query, beside the time to read its weights at the rate of a plain sum and of a copy."""
     times, copied_gb_per_s = result["sides"][name]["ms"], result["limits"]["copy_gb_per_s"]["median"]
     read, copied = (subject.weight_bytes / 1e6 / rate for rate in (read_gb_per_s, copied_gb_per_s))
     return {

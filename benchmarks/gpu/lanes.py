@@ -1,4 +1,4 @@
-"""What it costs bulk that interactive work goes first: an engine with a stream for each lane, and one without.
+"""The cost to bulk of letting interactive work go first: an engine with a stream for each lane, and one without.
 
 Two engines on the same weights, each with bulk alone and with a person's query every now and then beside it, in turns.
 """
@@ -35,7 +35,7 @@ TYPICAL_TEXT = 128  # tokens
 
 
 def one_stream(device: torch.device) -> Streams:
-    """Without the rule: both lanes on one stream, in the order in which they are launched."""
+    """Streams of an engine without that rule: both lanes share one stream and run in the order of their launch."""
     stream = torch.cuda.Stream
     both = stream(device)  # type: ignore[no-untyped-call]
     return Streams(stream(device), dict.fromkeys(Lane, both))  # type: ignore[no-untyped-call]
@@ -43,10 +43,10 @@ def one_stream(device: torch.device) -> Streams:
 
 @dataclass
 class Counted:
-    """What one round counts."""
+    """The counts of one round."""
 
     tokens: int = 0
-    """Of bulk."""
+    """Of bulk work."""
     seconds: float = 0.0
     query_seconds: list[float] = field(default_factory=list)
 
@@ -123,7 +123,7 @@ async def _round(engine: Engine, person: bool, seconds: float) -> Counted:
 
 
 def summary(rounds: Mapping[str, Mapping[bool, list[Counted]]]) -> dict[str, Any]:
-    """Both ways, and the share of bulk's tokens that the rule costs: of each round, as neighbours in time."""
+    """The rates of both engines, and the share of bulk's tokens that the rule costs, compared round by round."""
     per_second = {
         way: {person: [each.tokens / each.seconds for each in counted] for person, counted in of_way.items()}
         for way, of_way in rounds.items()

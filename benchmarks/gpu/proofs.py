@@ -274,7 +274,7 @@ def person_beside_bulk(
 
 
 def _mixed_load(serve: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What `vecmill bench --mixed` finds of a server with these options."""
+    """The report of `vecmill bench --mixed` on a server with these options."""
     from benchmarks.lib.servers import free_port, running, vecmill_command
 
     port = free_port()

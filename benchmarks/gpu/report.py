@@ -14,7 +14,7 @@ LEAST_RATIO = 3.0
 
 
 def targets(models: Sequence[Mapping[str, Any]], first: str, busy_tokens: int) -> list[dict[str, Any]]:
-    """Each with what is wanted and what was found, None where it was not measured."""
+    """One entry per target: the least value wanted and the value measured, None if it was not measured."""
     of_matmul = next((_worst_share(model, busy_tokens) for model in models if model["name"] == first), None)
     results = [_target(f"{first}: share of the matmul rate from {busy_tokens} tokens on", LEAST_OF_MATMUL, of_matmul)]
     for model in models:
@@ -151,7 +151,7 @@ def print_lanes(console: Console, lanes: Mapping[str, Any]) -> None:
 
 
 def print_targets(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
-    """Met or not."""
+    """One line per target: met, not met or not measured."""
     console.print()
     for each in results:
         verdict = {True: "met", False: "NOT MET", None: "NOT MEASURED"}[each["met"]]

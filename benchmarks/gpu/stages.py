@@ -112,12 +112,12 @@ def _unknown(value: str) -> bool:
 
 
 class Stages:
-    """Runs them one by one and keeps what became of each, for the output and the JSON."""
+    """Runs stages one by one and records how each ended, for the output and the JSON."""
 
     def __init__(
         self, ends: float, device: torch.device, samples: Samples, keep: Callable[[], None] = lambda: None
     ) -> None:
-        """`keep` is called before each stage, when what the one before found is in its place."""
+        """`keep` is called before each stage, once the result of the previous one is stored."""
         self._ends = ends  # by time.perf_counter
         self._device = device
         self._keep = keep
@@ -126,16 +126,16 @@ class Stages:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the run must end."""
         return self._ends - time.perf_counter()
 
     @property
     def failed(self) -> bool:
-        """Whether any stage has."""
+        """Whether any stage failed."""
         return any(record["status"] == "failed" for record in self.records)
 
     def run(self, name: str, needs: float, function: Callable[[], Result]) -> Result | None:
-        """What the function returns; None where the seconds that it needs are not left, or where it raised."""
+        """The function's result; None if fewer seconds are left than it needs, or if it raised."""
         if needs > self.left:
             self.skip(name, f"needs about {needs:.0f} s, {max(self.left, 0):.0f} s are left")
             return None
@@ -158,7 +158,7 @@ class Stages:
         return result
 
     def guard(self, name: str, function: Callable[[], None]) -> None:
-        """Run what has stages of its own; only that it failed between them is worth a record."""
+        """Run a function that runs stages of its own. Records only an error that is raised between them."""
         _, error = self._attempt(function)
         if error:
             self._say(f"{name} FAILED: {error}")
@@ -177,13 +177,13 @@ class Stages:
         try:
             self._reset()
             return function(), None
-        except Exception as error:  # any: what is measured after it is worth having all the same
+        except Exception as error:  # any: the stages after it shall still run
             traceback.print_exc()
             return None, f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
     def _reset(self) -> None:
-        """A new peak of memory, and nothing kept for what is gone."""
-        gc.collect()  # compiled layers and their calls hold each other
+        """Free unused memory and reset the peak."""
+        gc.collect()  # compiled layers and their calls refer to each other
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()

@@ -43,7 +43,7 @@ class Subject:
     texts: Sequence[TokenIds]
     """Random tokens in the lengths of code chunks."""
     graphs: Graphs = field(default_factory=Graphs)
-    """None are there until `capture` was called."""
+    """Empty until `capture` is called."""
     stream: torch.cuda.Stream | None = None
     """On which graphs are captured and run; None on a CPU."""
 
@@ -65,7 +65,7 @@ class Subject:
 
     @property
     def attention(self) -> Attention:
-        """What its batches are packed for."""
+        """The attention that its batches are packed for."""
         return Attention.on(self.target.device, self.target.dtype)
 
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
@@ -145,7 +145,7 @@ def read_side(size: int, device: torch.device) -> TimedSide:
 
 
 def matrix_products(subject: Subject, tokens: int) -> TimedSide:
-    """All of the model's matrix products of so many tokens, and nothing else: what a forward pass cannot be beyond."""
+    """The model's matrix products for so many tokens and nothing else: no forward pass can be faster."""
     linears = list(_linears(subject.model.modules))
     inputs = {linear.in_features: _random(tokens, linear.in_features, subject.target) for linear in linears}
 
@@ -200,7 +200,7 @@ class GpuSizes:
     texts: tuple[int, int]
     """Fewest and most that are embedded against sentence-transformers."""
     encode_seconds: float
-    """That vecmill should take for the texts; their number follows from it."""
+    """How long vecmill should take for the texts; decides how many there are."""
     rounds: int
     seconds: float
     """Of each side in each round, at least one call."""

@@ -1,6 +1,6 @@
 """Single requests on a kept-alive connection, timed with as little of the client's own work as there can be.
 
-The standard library's client, for it does least: what it takes is counted as the server's.
+It is the standard library's client because that does the least: the client's own time counts as the server's.
 """
 
 import gzip
@@ -57,7 +57,7 @@ class TimedConnection:
 
 @dataclass
 class Polls:
-    """What somebody else's small requests took meanwhile, in milliseconds."""
+    """The durations of small requests that another client sent meanwhile, in milliseconds."""
 
     milliseconds: list[float] = field(default_factory=list)
 

@@ -1,4 +1,4 @@
-"""Several ways to do one thing, in turns, beside what the machine can do at most."""
+"""Times several ways to do the same work in turns, beside the limits of the machine."""
 
 import math
 import time
@@ -17,13 +17,13 @@ LIMITS = ("matmul", "copy")
 
 @dataclass(frozen=True)
 class TimedSide:
-    """One way to do it."""
+    """One of the ways to do the work."""
 
     run: Callable[[], Tensor]
     operations: float
     """Floating-point operations of one call, a multiply-add counted as two."""
     weight_bytes: float
-    """Weights that one call cannot but read."""
+    """Bytes of weights that one call has to read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Machine:
     matmul_size: int
     copy_bytes: int
     advance: Callable[[int], None] = field(default=lambda done: None, compare=False)
-    """Told of each side of each round that is done."""
+    """Called with 1 after each side of each round."""
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""

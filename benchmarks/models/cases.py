@@ -1,4 +1,4 @@
-"""What is compared with what."""
+"""The comparisons: each of vecmill's special paths against the plain way."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ FULL_ROW = 512
 
 @dataclass(frozen=True)
 class ModelCase:
-    """What is compared; the first side is vecmill's."""
+    """One comparison; its first side is vecmill's."""
 
     name: str
     dtype: torch.dtype
@@ -93,7 +93,7 @@ def worst_error(first: Tensor, second: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Given:
-    """What the cases need to know."""
+    """The settings that all cases share."""
 
     sizes: Sizes
     device: torch.device
@@ -205,7 +205,7 @@ def _packed(name: str, kind: str, shape: Shape, given: Given) -> ModelCase:
     )
     sides = {
         "packed": packed,
-        # The same work: what is done for padding is none.
+        # The same useful work on both sides: computing padding does not count.
         "padded, sorted by length": replace(packed, run=partial(by_length, rows, pad)),
         "padded, as they come": replace(packed, run=partial(pad, rows)),
     }

@@ -80,7 +80,7 @@ def _taken() -> tuple[int, int]:
 
 
 def _reset_mark() -> bool:
-    """Let the system's mark start again at what is resident now; False where it has none."""
+    """Reset the system's mark of the peak to what is resident now; False if it keeps no such mark."""
     try:
         CLEAR.write_text("5")
     except OSError:

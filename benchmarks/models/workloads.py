@@ -1,4 +1,4 @@
-"""What the models are given, how it is run, and how much work it is."""
+"""The inputs of the models, how they are run, and how many operations that takes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def computed_tokens(rows: Sequence[Row]) -> int:
 
 
 def attended(rows: Sequence[Row], *, causal: bool) -> int:
-    """Pairs of a token and one that it looks at."""
+    """The number of pairs of a token and a token that it attends to."""
     if not causal:
         return sum(len(row) ** 2 for row in rows)
     spans = [(len(row), len(row.prefix) if row.prefix else 0) for row in rows]
@@ -111,7 +111,7 @@ def _prefixes(rows: Sequence[Row]) -> set[Prefix]:
 
 
 def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
-    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
+    """Rows that share their common leading tokens as one prefix; each keeps at least one token of its own."""
     longest = min(map(len, rows)) - 1
     same = np.all([row[:longest] == rows[0][:longest] for row in rows], axis=0)
     common = longest if same.all() else int(same.argmin())

@@ -42,7 +42,7 @@ UNREAD_SECONDS = 0.5  # after the first bytes are there: time enough to encode a
 
 @dataclass(frozen=True)
 class EncodingCase:
-    """A way to ask."""
+    """One way to ask for the answer."""
 
     name: str
     fields: dict[str, str]
@@ -90,7 +90,7 @@ def rise(server: RunningServer, case: EncodingCase, texts: Sequence[str]) -> tup
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Each case in each round, after one of each that is not counted."""
+    """Measure every case once per round, after an uncounted request of each."""
     texts = [f"text {index}" for index in range(options.texts)]
     rises: dict[str, list[float]] = {case.name: [] for case in CASES}
     sizes: dict[str, int] = {}

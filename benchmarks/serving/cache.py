@@ -80,7 +80,7 @@ def measure_store(folder: Path, entries: int, dimensions: int, advance: Callable
 
 
 def key(number: int) -> bytes:
-    """As spread out as a real one."""
+    """A key whose bytes are as evenly distributed as a real one's."""
     return blake2b(number.to_bytes(8, "little"), digest_size=KEY_BYTES).digest()
 
 
@@ -100,7 +100,7 @@ def _look_ups(store: SqliteVectors, entries: int, dimensions: int) -> dict[str, 
 
 
 def hits(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Texts per second, and as a share of what sockets and client could."""
+    """Texts per second, and their share of what the sockets and the client can do."""
     with progress("hits", 4 * options.rounds) as advance:
         rates = measure_hits(folder, sample_texts(options.texts), _plan(options), options.serve, advance)
     widths = [name for name in rates if not name.endswith(ECHO)]
@@ -116,7 +116,7 @@ def _hits_of(width: int, ours: Sequence[float], echoed: Sequence[float]) -> dict
 
 
 def misses(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds with and without, and the difference in percent."""
+    """Milliseconds with and without the cache, and the difference in percent."""
     with progress("misses", options.miss_rounds + 1) as advance:
         plan = _plan(options, options.miss_rounds)
         times = measure_misses(folder, sample_texts(options.texts), plan, options.serve, advance)
@@ -131,7 +131,7 @@ def _misses_of(kinds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A full one."""
+    """Look-ups in a full store."""
     with progress("entries", options.entries) as advance:
         result = measure_store(folder, options.entries, NARROW, advance)
     slowest = result["look_up_ms"]["cold"]["p99"]
@@ -139,7 +139,7 @@ def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def batch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A long one."""
+    """A batch of many lines."""
     with progress("lines", options.lines) as advance:
         texts = sample_texts(options.texts)
         result = measure_batch(

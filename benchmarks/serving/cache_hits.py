@@ -28,7 +28,7 @@ QUERIES = 40  # of one text each, in each round
 
 @dataclass(frozen=True)
 class CachePlan:
-    """How much."""
+    """How much is sent, and for how long."""
 
     rounds: int
     seconds: float
@@ -49,7 +49,7 @@ def server(folder: Path, models: Sequence[Path], *, cached: bool, serve: Sequenc
 
 
 def body(texts: Sequence[str], model: str) -> bytes:
-    """Asks for base64."""
+    """A request for the texts' vectors as base64."""
     return json.dumps({"model": model, "input": list(texts), "encoding_format": "base64"}).encode()
 
 
@@ -76,7 +76,7 @@ def measure_hits(
 
 
 def _fill(url: str, bodies: Sequence[bytes]) -> bytes:
-    """Send each twice; the last answer, which must hold nothing that was computed."""
+    """Send each body twice. Returns the last answer; raises RuntimeError if one of its texts was computed again."""
     connection = TimedConnection(url)
     for body in bodies:
         connection.send("POST", PATH, body, HEADERS)
@@ -109,9 +109,9 @@ def _requests_per_second(url: str, bodies: Sequence[bytes], plan: CachePlan) -> 
 def measure_misses(
     folder: Path, texts: Sequence[str], plan: CachePlan, serve: Sequence[str], advance: Callable[[int], None]
 ) -> dict[str, dict[str, list[float]]]:
-    """Of requests whose texts are all new, in turns on both servers, each round's median.
+    """Each round's median of requests whose texts are all new, sent to both servers in turns.
 
-    `with` and `without` the cache in milliseconds, and `paid`: how much longer the one is for the same texts, in
+    `with` and `without` the cache in milliseconds, and `paid`: how much longer a request with it takes, in
     percent.
     """
     bundled, kinds = bundled_model(), {"with": True, "without": False}
@@ -134,7 +134,7 @@ def measure_misses(
 
 
 def _new_texts(texts: Sequence[str], number: int) -> dict[str, list[list[str]]]:
-    """Of a round, by size of the request."""
+    """New texts for one round, in requests, by size of the request."""
     new = [f"# {number}\n{text}" for text in texts[: BATCHES * NEW_TEXTS]]
     return {
         "batch": [new[at : at + NEW_TEXTS] for at in range(0, len(new), NEW_TEXTS)],
@@ -143,7 +143,7 @@ def _new_texts(texts: Sequence[str], number: int) -> dict[str, list[list[str]]]:
 
 
 def _milliseconds(urls: Mapping[str, str], bodies: Sequence[bytes]) -> dict[str, float]:
-    """The median of each side. Each body goes to one side and then to the other, now this one first, now that."""
+    """The median of each side. Each body goes to both sides, and the side that comes first alternates."""
     connections = {kind: TimedConnection(url) for kind, url in urls.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in urls}
     for number, body in enumerate(bodies):

@@ -45,7 +45,7 @@ TIMINGS = Timings(0.001, 0.0, 0.05)
 
 @dataclass(frozen=True)
 class Call:
-    """What is sent."""
+    """One call that is sent."""
 
     name: str
     path: str
@@ -107,7 +107,7 @@ class Ready:
 
 
 def application(texts: int, dimensions: int) -> FastAPI:
-    """The real one, its lifespan not begun: no model is loaded."""
+    """The real application without its lifespan, so that no model is loaded."""
     app = create_app(load_settings({}))
     ready = cast(Inference, Ready(texts, dimensions))
     app.state.services = replace(app.state.services, inference=ready)

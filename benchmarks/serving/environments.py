@@ -19,7 +19,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an environment holds."""
+    """The packages of one environment."""
 
     name: str
     requirements: Sequence[str]

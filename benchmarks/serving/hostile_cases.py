@@ -31,7 +31,7 @@ class HostileCase:
 
 
 def repeated(unit: str, size: int, before: str = "[", after: str = "]") -> bytes:
-    """A list, or another run of equal parts between commas, of about so many bytes."""
+    """Equal parts with commas between them, as a list unless said otherwise: about `size` bytes."""
     count = max(1, (size - len(before) - len(after) + 1) // (len(unit.encode()) + 1))
     return (before + ",".join([unit] * count) + after).encode()
 
@@ -48,7 +48,7 @@ def _run(before: str, unit: str, after: str) -> Callable[[int], bytes]:
 
 
 def _numbered(before: str, value: str, after: str) -> Callable[[int], bytes]:
-    """Different keys."""
+    """An object whose keys all differ."""
 
     def body(size: int) -> bytes:
         count = max(1, size // (len(value) + 12))
@@ -162,7 +162,7 @@ TOKEN_IDS: dict[str, tuple[str, Callable[[int], bytes]]] = {
 
 
 def cases() -> list[HostileCase]:
-    """All there are."""
+    """All cases."""
     return [
         *(_posted("token ids", name, *how) for name, how in TOKEN_IDS.items()),
         *(_posted("mistakes", name, *how) for name, how in MISTAKES.items()),
@@ -254,7 +254,7 @@ def _followers(size: int) -> Attack:
 
 @contextmanager
 def _following(url: str, followers: int) -> Iterator[None]:
-    """So many connections that read every change of a job."""
+    """Keep so many connections open, each of which reads every change of a job."""
     host, port = urlsplit(url).netloc.split(":")
     connections = [socket.create_connection((host, int(port))) for _ in range(followers)]
     over = Event()

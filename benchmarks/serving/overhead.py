@@ -78,7 +78,7 @@ class OverheadCase:
 
 @dataclass
 class Measured:
-    """Of one case, each round's median in milliseconds, by what the time was spent on."""
+    """The medians of one case in milliseconds, one for each round, by what the time was spent on."""
 
     parts: dict[str, list[float]] = field(default_factory=dict)
     answer_bytes: int = 0
@@ -88,7 +88,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class OverheadPlan:
-    """How often."""
+    """How often the cases are measured."""
 
     rounds: int
     repeats: int
@@ -101,7 +101,7 @@ class OverheadPlan:
 
 @dataclass
 class OverheadResults:
-    """By case, and what others waited while nothing else was asked."""
+    """The measurements by case, and how long others waited while no case was running."""
 
     cases: dict[OverheadCase, Measured] = field(default_factory=dict)
     quiet_p99: list[float] = field(default_factory=list)
@@ -109,7 +109,7 @@ class OverheadResults:
 
 
 def cases(models: dict[int, str], sizes: Sequence[int]) -> list[OverheadCase]:
-    """All there are; `models` by the dimensions of their vectors."""
+    """All cases; `models` maps the dimensions of vectors to the model."""
     return [
         OverheadCase(models[dimensions], dimensions, texts, encoding, gzip)
         for dimensions, texts, encoding, gzip in product(sorted(models), sizes, ENCODINGS, (False, True))
@@ -119,7 +119,7 @@ def cases(models: dict[int, str], sizes: Sequence[int]) -> list[OverheadCase]:
 def measure_rounds(
     url: str, models: dict[int, str], plan: OverheadPlan, advance: Callable[[int], None]
 ) -> OverheadResults:
-    """Every case in each round, the order turned round from one to the next; `advance` is told of each."""
+    """Measure every case once per round, in order and in reverse by turns; `advance` is called after each."""
     results = OverheadResults({case: Measured() for case in cases(models, plan.sizes)})
     connection = TimedConnection(url)
     for case, measured in results.cases.items():
@@ -195,7 +195,7 @@ def measure(wide: int, serve: Sequence[str], plan: OverheadPlan) -> tuple[Overhe
 
 
 def summarise(results: OverheadResults) -> dict[str, Any]:
-    """What JSON gets."""
+    """The results as they are stored."""
     sides = {str(case): _case(case, measured) for case, measured in results.cases.items()}
     ratios = {
         str(case): spread([with_gzip / without for with_gzip, without in _pairs(results, case)])

@@ -69,7 +69,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure what is on stdin."""
+    """Measure the texts on stdin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model folder (default: the bundled MiniLM)")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")

@@ -39,13 +39,13 @@ from rich.table import Table
 
 OURS = "vecmill"
 TARGETS: Mapping[str, float] = {"reference": 5.0, "infinity": 4.0, "infinity-float32": 4.0, "vllm": 1.3, PACKED: 0.85}
-"""What vecmill's rate over each side's must be at least, on 2 cores."""
+"""The least ratio of vecmill's rate to each side's, on 2 cores."""
 MIN_COSINE = 0.999
 ABOUT_PACKED = ("matmul_flops", "operations", "seconds")
 
 
 def summarise(results: ThroughputResults, texts: int, tokens: int) -> dict[str, Any]:
-    """What JSON gets."""
+    """The results as they are stored."""
     passes = {name: each for name, each in results.passes.items() if each}
     limit = _limit(passes.get(PACKED, ()), tokens)
     ratios = {
@@ -98,7 +98,7 @@ def _ratio(name: str, ours: Sequence[ThroughputPass], theirs: Sequence[Throughpu
 
 
 def _cosines(passes: Mapping[str, Sequence[ThroughputPass]]) -> dict[str, float]:
-    """The lowest of each side with vecmill, or with the first side where vecmill is not among them."""
+    """Each side's lowest cosine to vecmill's vectors, or to those of the first side if vecmill is not among them."""
     first = passes[OURS][0] if OURS in passes else next(iter(passes.values()))[0]
     return {
         name: round(min(lowest_cosine(repetition.sample, first.sample) for repetition in each), 6)

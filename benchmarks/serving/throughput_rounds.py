@@ -31,13 +31,13 @@ KNOWN_KEYS = ("version", "dtype", "dtype_reason", "device", "options")
 
 @dataclass(frozen=True)
 class ThroughputPass:
-    """One side's way through all texts."""
+    """One side's run over all texts."""
 
     seconds: float
     sample: npt.NDArray[np.float32]  # (CHECKED_TEXTS, dimensions)
     about: Mapping[str, Any]
     other_cores: float = 0.0
-    """That programs outside the benchmark used meanwhile."""
+    """Cores that programs outside the benchmark used meanwhile."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class ThroughputPlan:
 
 @dataclass
 class ThroughputResults:
-    """The passes of each side, in its rounds' order, and why others have none or too few."""
+    """Each side's passes in the order of the rounds, and why a side has none or too few."""
 
     passes: dict[str, list[ThroughputPass]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
@@ -68,7 +68,7 @@ MeasurePass = Callable[[str], ThroughputPass]
 
 
 def measure_rounds(names: Sequence[str], wanted: Wanted, plan: ThroughputPlan) -> ThroughputResults:
-    """Servers and in-process sides in turns, the order turned round from one round to the next."""
+    """Measure servers and in-process sides in turns, in order and in reverse by turns."""
     results = ThroughputResults()
     sides = {name: side for name in names if (side := _server_side(name, wanted, plan, results)) is not None}
     sides[PACKED] = partial(_packed, wanted.model_folder, plan, results)

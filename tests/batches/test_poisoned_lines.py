@@ -24,7 +24,7 @@ def requests(count: int, deadly: Sequence[int] = ()) -> bytes:
 
 
 async def lives(folder: Path) -> list[int]:
-    """How the processes ended that ran the batches, one after the other, until there was nothing left to do."""
+    """The exit statuses of the processes that ran the batches one after the other, until no work was left."""
     statuses: list[int] = []
     while not statuses or statuses[-1]:
         command = [sys.executable, "-m", "tests.batches.light", str(folder), str(CHUNK)]

@@ -1,4 +1,4 @@
-"""The cache over a real store: what is kept, for how long, and that its troubles stay its own."""
+"""The cache over a real store: what is kept, for how long, and that a failing store fails no request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tokenizer is it, and what of a text stays: every file and key of a tokenizer, honoured or refused."""
+"""Every file and key of a tokenizer is honoured or refused: the kind of tokenizer, its tokens, how texts are cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table of variants of tiny checkpoints, and what becomes of each.
+"""A table of variants of tiny checkpoints, each of which is either served or refused.
 
 A variant is a base, as a function that writes a folder, and a change to its files. It is either refused at the start
 with a sentence, or its vectors and scores equal those of sentence-transformers on the same folder. All variants of a
@@ -42,7 +42,7 @@ TOLERANCE = 1e-5
 
 
 def unchanged(folder: Path) -> None:
-    """The base as it is."""
+    """Leave the base unchanged."""
 
 
 def bert(folder: Path) -> None:

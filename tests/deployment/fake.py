@@ -1,4 +1,4 @@
-"""Plays every program that deploy.py calls, by the name that it is called under.
+"""Stands in for every program that deploy.py calls, each under its own name.
 
 Knows the standard library only. FAKE names a folder: `calls` gets a line for each call, `state.json` is what the
 programs remember, and what is to go wrong. A unit that is started is a process that answers HTTP. It is started dozens

@@ -115,7 +115,7 @@ def upgrade(world: World) -> dict[str, tuple[int, int, str]]:
 
 
 def lasting(world: World) -> dict[str, tuple[int, int, str]]:
-    """All that counts: rights and contents, without releases that are not in use."""
+    """The modes and contents of all files outside the folder of releases."""
     return {
         path: (mode, 0, content) for path, (mode, _, content) in world.snapshot().items() if "/releases/" not in path
     }

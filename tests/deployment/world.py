@@ -118,18 +118,18 @@ class World:
         (self._folder / "state.json").write_text(json.dumps({**self.state, **state}), "utf-8")
 
     def fail(self, at: str, code: int = 1, **more: object) -> None:
-        """Calls whose line holds `at` end with `code`; `stderr=` and `stdout=` say what they write."""
+        """Make calls whose command line contains `at` end with `code` and write `stderr` and `stdout`."""
         self.set(failures=[{"at": at, "code": code, **more}])
 
     def mend(self) -> None:
         self.set(failures=[], broken=[])
 
     def without(self, program: str) -> None:
-        """The machine lacks it."""
+        """Remove a program from the machine."""
         (self._bin / program).unlink()
 
     def command(self, *options: str) -> list[str]:
-        """Without `site`: it gets by with the standard library."""
+        """deploy.py's command line, without `site`, as it needs the standard library alone."""
         return [sys.executable, "-S", str(self.clone / "deploy.py"), *options]
 
     def deploy(self, *options: str) -> subprocess.CompletedProcess[str]:

@@ -43,7 +43,7 @@ def rows(*lengths: int, prefix: Prefix | None = None) -> list[Row]:
 
 
 class Standing:
-    """In a graph's place: takes so many seconds."""
+    """A stand-in for a graph, which takes so many seconds."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
@@ -120,7 +120,7 @@ def test_rows_of_a_pass_follow_the_device_and_its_tokens(device: str, flags: dic
 
 
 def test_short_texts_fill_a_pass_on_a_gpu() -> None:
-    """As measured on an H100: what 95 % of the best rate takes is more than 64 rows of a query's length have."""
+    """As measured on an H100: 95 % of the best rate needs more tokens than 64 rows of a query's length have."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-2026-11-26-h100.json"
     (model,) = json.loads(path.read_text())["models"]
     forwards = model["modes"]["graphs"]["forwards"]
@@ -164,7 +164,7 @@ def captured(
     failing: Callable[[int], bool] = lambda number: False,
     message: str = "CUDA out of memory. Tried to allocate 2.00 GiB.",
 ) -> tuple[Graphs, list[int]]:
-    """What stands in for a model with these times, and the tokens of each graph in the order of their capture."""
+    """Graphs of a stand-in for a model with these times, and the tokens of each graph in the order of capture."""
     order: list[int] = []
 
     def capture(shape: PackShape) -> Pass:

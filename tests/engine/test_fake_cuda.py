@@ -50,7 +50,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel],
 
 @dataclass
 class Stream:
-    """In a CUDA stream's place."""
+    """A stand-in for a CUDA stream."""
 
     driver: Driver
     device: torch.device
@@ -67,7 +67,7 @@ class Stream:
 
 
 class Event:
-    """In a CUDA event's place."""
+    """A stand-in for a CUDA event."""
 
     def __init__(self, driver: Driver, **_: Any) -> None:
         self._driver = driver
@@ -82,7 +82,7 @@ class Event:
 
 
 class Graph:
-    """In a CUDA graph's place: what is captured runs at once, on fake tensors."""
+    """A stand-in for a CUDA graph: what is captured runs at once, on fake tensors."""
 
     def __init__(self, driver: Driver) -> None:
         self._driver = driver
@@ -102,7 +102,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Step:
-    """What was asked of the driver, and on which stream."""
+    """One operation, and the stream that it was launched on."""
 
     name: str
     stream: Stream
@@ -238,7 +238,7 @@ def indexing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """In the place of what torch asks of CUDA."""
+    """Stand-ins for the functions of torch that ask CUDA."""
     torch.compiler.reset()  # what one test compiled must not serve another
     driver = Driver()
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
@@ -303,11 +303,11 @@ class OnCuda:
     dtype: torch.dtype
     driver: Driver
     streams: Any
-    """The engine's, of these tests' streams."""
+    """The engine's streams, made of stand-ins."""
     rows: Sequence[Row]
 
     def launch(self, rows: Sequence[Row], lane: Lane, *, flash: bool = True) -> Launched:
-        """One batch as the engine launches it, and what was noted of nothing else."""
+        """Launch one batch as the engine does. Afterwards the driver's notes are those of this batch alone."""
         self.driver.forget()
         self.model.attention = Attention.on(CUDA, self.dtype, flash=flash)
         with self.driver:
@@ -382,7 +382,7 @@ def test_a_batch_is_launched_without_waiting(
     ("tiny", "compiled"),
     [
         *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in every_family()),
-        # How its layers run changes nothing of what is around them.
+        # Two are enough: what is around the layers does not depend on how they run.
         pytest.param(tiny_model(Task.EMBED, "qwen3"), True, id="embed-qwen3-compiled"),
         pytest.param(tiny_model(Task.RERANK, "bert"), True, id="rerank-bert-compiled"),
     ],
@@ -433,7 +433,7 @@ def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver,
 
 
 def test_what_would_make_the_host_wait_is_seen(driver: Driver) -> None:
-    """The watch of these tests."""
+    """The driver of these tests notices every operation that makes the host wait."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         there = torch.zeros(4, device=CUDA)
         waiting: list[Callable[[], object]] = [

@@ -1,6 +1,6 @@
 """The doctor's probes on a GPU, without one: fake CUDA tensors, and stand-ins for what torch asks a driver.
 
-They have no values: what is seen is that the probes ask about the right card, in the right types, and give its memory
+Fake tensors have no values: the tests see that the probes use the right card and the right types, and give its memory
 back; not what they measure.
 """
 

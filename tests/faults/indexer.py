@@ -16,7 +16,7 @@ CONFLICT = 409
 
 
 class Indexer:
-    """One job from its registration to its end. What it was told is what may not be forgotten."""
+    """Runs one job from its registration to its end, and notes what the server acknowledged and must not lose."""
 
     def __init__(self, service: Service, serving: Event, project: str, batches: int) -> None:
         """`serving` is set while there is a server to send to."""

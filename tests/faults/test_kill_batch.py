@@ -34,7 +34,7 @@ class Lives:
         self.killed_at_work = 0
 
     def kill_at_work(self, lives_left: int) -> None:
-        """Start it, let it do at most its share of what is left, and kill it some hundredths of a second later."""
+        """Start the server, let it do at most its share of the remaining lines, and kill it within 30 ms."""
         log_length = len(self._service.log())
         self._service.start()
         completed_before = sum(self._began_with(batch_id, log_length) for batch_id in self._batch_ids)
@@ -44,14 +44,14 @@ class Lives:
         while sum(self._done.values()) < goal:
             computed = self._service.get("/stats")["texts_computed"]
             working = self._look()
-            # What a life computes over what it commits is what the next one has to do again.
+            # Texts that one process computes but does not commit are computed again by the next.
             assert computed <= self._completed - completed_before + CHUNK * len(BATCHES)
         self.killed_at_work += working
         time.sleep(self._chance.uniform(0.0, 0.03))
         self._service.kill()
 
     def kill_while_starting(self) -> None:
-        """Kill it before it serves, or just then."""
+        """Start the server and kill it before it is ready, or just when it becomes ready."""
         self._service.launch()
         time.sleep(self._chance.uniform(0.2, 3.0))
         self._service.kill()
@@ -62,7 +62,7 @@ class Lives:
         return int(until(lambda: begins.search(self._service.log(), log_start))[1])
 
     def _look(self) -> bool:
-        """How far the batches are, which is no less than they were; whether any is being worked at."""
+        """Note how far the batches are, which never decreases. True while any of them is in progress."""
         batches = [self._service.get(f"/v1/batches/{batch_id}") for batch_id in self._batch_ids]
         for batch in batches:
             assert done(batch) >= self._done[batch["id"]]

@@ -38,7 +38,7 @@ class Lives:
         self._killed_at = 0.0
 
     def kill_at_work(self, lives_left: int) -> None:
-        """Let the clients do some batches, at most their share of what is left, and kill it soon after."""
+        """Let the clients do at most their share of the remaining batches, and kill the server soon after."""
         before = len(self._answered())
         goal = before + self._chance.randint(0, (len(PROJECTS) * BATCHES - before) // (lives_left + 1))
         until(lambda: self._look() >= goal)
@@ -49,7 +49,7 @@ class Lives:
         self._end()
 
     def kill_while_starting(self) -> None:
-        """Kill it before it serves, or just then."""
+        """Start the server and kill it before it is ready, or just when it becomes ready."""
         self._service.launch()
         time.sleep(self._chance.uniform(0.2, 3.0))
         self._service.kill()
@@ -78,7 +78,7 @@ class Lives:
         self._serving.clear()
 
     def _assert_jobs(self) -> None:
-        """All are there, in order, no less far than their clients were told; one has the only place."""
+        """All jobs exist, in order, with at least the progress that was acknowledged; one open job is active."""
         reported = [(indexer.id, indexer.acknowledged, indexer.completed) for indexer in self._indexers]
         listed = self._service.get("/jobs")
         jobs = {job["id"]: job for name in ("active", "queued", "recent") for job in listed[name]}
@@ -92,7 +92,7 @@ class Lives:
             assert not completed or jobs[job_id]["status"] == "completed"
 
     def _assert_vectors(self) -> None:
-        """No text is computed again whose vector was written, and written is all but the last that were answered."""
+        """No text is computed again if its vector was written; only vectors of the latest answers may be missing."""
         answered = self._answered()
         older = [text for moment, texts in answered if moment < self._killed_at - WRITTEN_WITHIN for text in texts]
         newer = [text for moment, texts in answered if moment >= self._killed_at - WRITTEN_WITHIN for text in texts]
@@ -106,7 +106,7 @@ class Lives:
         return sum(self._service.cached(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE))
 
     def assert_ended(self) -> None:
-        """Every job is completed, and everything that was computed can be had again."""
+        """Every job is completed, and every computed vector is served from the cache."""
         self._assert_jobs()
         listed = self._service.get("/jobs")
         assert (listed["active"], listed["queued"], len(listed["recent"])) == ([], [], len(PROJECTS))

@@ -1,4 +1,4 @@
-"""What is wrong with a command of the guides: asked of the programs themselves where they are ours."""
+"""Finds mistakes in the commands of the guides. For our own programs the programs themselves are asked."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _paths(words: Sequence[str]) -> Iterator[str]:
 
 
 def exists(path: str) -> bool:
-    """Whether the repository has it, or the guides have it made."""
+    """Whether the file is in the repository, or is one that the guides tell people to make."""
     return path in MADE or (ROOT / path).exists()
 
 
@@ -131,7 +131,7 @@ def _of_neighbours() -> frozenset[str]:
 
 
 def wrong_values(values: Mapping[str, object]) -> Iterator[str]:
-    """What the server would say of these settings. Files that they name need not be here."""
+    """The server's error message for these settings, if any. The file of keys need not exist."""
     names = SETTINGS - {"API_KEY_FILE"}
     try:
         load_settings({name.lower(): value for name, value in values.items() if name.upper() in names})
@@ -191,7 +191,7 @@ def _python(command: Command) -> Iterator[str]:
 
 
 def _module(module: str, arguments: Sequence[str]) -> Iterator[str]:
-    # Whoever searches for pip the common way has setuptools take its distutils away, for every later test too.
+    # importlib's find_spec("pip") makes setuptools remove its distutils, for every later test too.
     spec = importlib.util.find_spec(module) if "." in module else PathFinder.find_spec(module)
     if spec is not None and spec.submodule_search_locations:
         spec = importlib.util.find_spec(f"{module}.__main__")
@@ -203,7 +203,7 @@ def _module(module: str, arguments: Sequence[str]) -> Iterator[str]:
 
 
 def _exits(parse: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> Iterator[str]:
-    """What argparse complains of."""
+    """The last line of argparse's error, if any."""
     stderr = io.StringIO()
     try:
         with redirect_stderr(stderr):

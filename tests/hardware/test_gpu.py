@@ -192,7 +192,7 @@ def test_the_kernels_files(tmp_path: Path) -> None:
 
 
 def monitors() -> list[threading.Thread]:
-    """Their threads, those of an application that other tests share among them."""
+    """The monitors' threads, including that of an application that tests share."""
     return [thread for thread in threading.enumerate() if thread.name == "gpu-monitor"]
 
 
@@ -216,7 +216,7 @@ def test_a_slow_clock_is_reported_once_and_its_end_too(
     record(recording, GB10, sm_clock="612")
     assert reported.get(timeout=30).state is ClockState.LOCKED
     assert monitor.latest().clock.bad
-    record(recording, GB10, utilization="2", sm_clock="208")  # at rest it tells nothing: the fault is not over
+    record(recording, GB10, utilization="2", sm_clock="208")  # an idle clock proves nothing: the fault is not over
     while monitor.latest().clock.state is not ClockState.IDLE:
         time.sleep(0.01)
     record(recording, GB10)
@@ -225,7 +225,7 @@ def test_a_slow_clock_is_reported_once_and_its_end_too(
 
 
 def test_one_slow_look_is_no_verdict(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have fallen into the moment in which the load began."""
+    """A single slow reading may have been taken at the moment when the load began."""
     monkeypatch.setattr(monitor_module, "PERIOD", 3600)
     record(recording, GB10, sm_clock="612")
     monitor = Monitor()

@@ -1,4 +1,4 @@
-"""What a restart cannot cure ends the process with 2, what it may cure with 1, whatever it is."""
+"""The exit code is 2 for any error that a restart cannot cure, and 1 for any that it may cure."""
 
 from __future__ import annotations
 

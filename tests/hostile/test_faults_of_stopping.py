@@ -81,7 +81,7 @@ def test_nobody_is_reset(new_service: NewService, keeps: bool, pause: float) -> 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/chat/completions", "/embed", "/nowhere"])
 async def test_the_body_of_who_comes_too_late_is_taken(path: str) -> None:
-    """A connection that is closed over what was not read is reset, and the 503 is lost on its way."""
+    """Closing a connection with unread data in it resets it, and the client never gets the 503."""
     taken = 0
 
     async def body() -> AsyncIterator[bytes]:

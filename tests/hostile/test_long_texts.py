@@ -76,7 +76,7 @@ def test_a_prompt_before_a_long_text(pools: tuple[TokenizerPool, Tokenizer], tex
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_word_after_eight_million_characters_counts(minilm_folder: Path, run: str) -> None:
-    """Where they are no tokens of their own; no more than a little of them is tokenized."""
+    """A long run of characters that give few tokens is skipped, and only a small part of it is tokenized."""
     with pool_of(minilm_folder, 256) as (pool, own):
         many, few = f"begin {run * (8 * MB // len(run))} end", f"begin {run * (10_000 // len(run))} end"
         for encode in (pool.encode_part, pool.encode_part_from_end):
@@ -144,7 +144,7 @@ async def test_many_long_texts_at_once(client: httpx.AsyncClient) -> None:
 async def test_where_truncation_is_refused_so_is_a_text_without_end(client: httpx.AsyncClient, text: str) -> None:
     async with longest_stall() as stall:
         answer = await client.post("/embed", json={"inputs": text, "truncate": False})
-    # One unknown word, or nothing, is as short as it was.
+    # One unknown word, or nothing but spaces, is a short text.
     assert answer.status_code == (400 if text.startswith("a ") else 200)
     assert stall.seconds < LONGEST_STALL
 

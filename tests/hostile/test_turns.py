@@ -118,7 +118,7 @@ async def test_one_address_in_both_families_is_one_client(server: tuple[FastAPI,
 async def test_a_trusted_proxy_says_who_its_clients_are(
     server: tuple[FastAPI, Services, Gate], gate: Gate, peer: str, turns: bool
 ) -> None:
-    """And only the address that it has added itself: what stands before that is the client's own word."""
+    """Only the last address is believed, which the proxy added itself: those before it are the client's own claim."""
     place = await place_of_the_neighbour(
         server,
         lambda number: {"X-Forwarded-For": f"203.0.113.{number}, 198.51.100.7:{5000 + number}"},

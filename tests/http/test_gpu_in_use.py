@@ -1,6 +1,6 @@
 """An application that takes its device for a GPU, beside a stand-in for the driver.
 
-A driver that hangs holds up no answer: what is said of the GPU is of the last look, and says so.
+A driver that hangs delays no answer: the GPU's figures are then those of the last reading, marked as stale.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ HANG_SECONDS = 60.0
 
 @dataclass
 class Driver:
-    """What torch asks of CUDA; it can hang."""
+    """The part of CUDA that torch asks for memory; it can hang."""
 
     answers: threading.Event = field(default_factory=threading.Event)
     called: threading.Event = field(default_factory=threading.Event)
@@ -48,7 +48,7 @@ class Driver:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """In place of the calls that go to a GPU's driver, for an application that takes its device for one."""
+    """A stand-in for the calls to a GPU's driver, for an application that believes its device to be a GPU."""
     driver = Driver()
     driver.answers.set()
     monkeypatch.setattr(Engine, "memory", lambda engine: driver.memory())
@@ -127,7 +127,7 @@ async def test_a_driver_that_hangs_holds_up_no_answer(
         body, reading = await gpu(client, route)
         assert (reading["stale"], reading["in_use"], reading["name"]) == (True, True, None)
         assert reading["age_seconds"] >= 0
-        assert reading["memory"]["allocated_mb"] == 9000  # of the last look
+        assert reading["memory"]["allocated_mb"] == 9000  # of the last reading
         assert "has not answered" in reading["not_available"]["all"]
         if "warnings" in body:
             assert "nvidia-smi" in body["warnings"][0]
@@ -171,7 +171,7 @@ async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
 
 @pytest.mark.parametrize("available_gb", [6, 14, 40])
 async def test_the_recommended_batch_is_what_was_found_to_fit(driver: Driver, folder: Path, available_gb: int) -> None:
-    """By the forward pass that warm-up ran, on a card of whatever size: torch keeps what that took."""
+    """It follows the forward pass that warm-up ran, whatever the card: torch keeps the memory of that pass."""
     driver.held = DeviceMemory(124_600, 9000, 9200, 1024 * available_gb, False)
     settings = {"max_batch_tokens": 1024, "max_batch_ms": 100_000}
     async with serving(embed_model=str(folder), **settings) as client:

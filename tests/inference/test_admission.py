@@ -225,7 +225,7 @@ async def test_a_key_at_its_limit_keeps_nobody_else_out() -> None:
 
 @dataclass
 class Device:
-    """Time, and what is done in it."""
+    """A device's clock, and the tokens that it has computed."""
 
     now: float = 0.0
     tokens: int = 0

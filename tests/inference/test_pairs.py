@@ -56,7 +56,7 @@ def pairs(folder: Path, own: Tokenizer) -> Iterator[CrossEncoderTokenizer]:
 
 
 def by_hand(own: Tokenizer, query: str, document: str, limits: PairLimits) -> list[int]:
-    """Cut each, then pair. Only for what then fits."""
+    """Cut query and document, then pair them. Only for pairs that then fit into the model."""
     first, second = (own.encode(text, add_special_tokens=False) for text in (query, document))
     if limits.query is not None:
         first.truncate(limits.query)

@@ -120,7 +120,7 @@ async def test_a_prompt_goes_before_the_text(served: Served) -> None:
 async def test_a_rerankers_ids_do_not_tell_how_its_control_tokens_are_hidden(
     tmp_path: Path, minilm_folder: Path, kind: Any
 ) -> None:
-    """Whoever knew could write them into a document."""
+    """A client that knew the hidden form could write control tokens into a document."""
     folder = tiny_cross_encoder(tmp_path / "cross", kind=kind, tokenizer_from=minilm_folder)
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = own.encode("hello").ids

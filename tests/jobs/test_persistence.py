@@ -118,21 +118,21 @@ async def test_what_a_client_was_told_survives_sigkill(tmp_path: Path, seed: int
 
 
 def killed_after(answers: int, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
-    """The last answer about each job, of a process that was killed in the middle of its work."""
+    """The last answer about each job from a process that was killed at work."""
     lines: list[bytes] = []
     command = [sys.executable, "-m", "tests.jobs.killed", str(folder), str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         lines += [process.stdout.readline() for _ in range(answers)]
         process.kill()
-        # It went on until it was dead: what it had written by then was told too.
+        # It worked on until it was dead: the answers that it had written by then count too.
         lines += process.stdout.read().splitlines(keepends=True)
     seen = [json.loads(line) for line in lines if line.endswith(b"\n")]
     return {job["id"]: job for job in seen}
 
 
 async def _compare(jobs: JobQueue, acknowledged: dict[str, dict[str, Any]]) -> None:
-    """One call more may have been kept than was told."""
+    """The restored jobs are those that were acknowledged, but for one call that was stored and not answered."""
     listed = await jobs.overview(limit=1000)
     restored = {job["id"]: job for name in ("active", "queued", "recent") for job in listed[name]}
     assert set(acknowledged) <= set(restored)
@@ -146,7 +146,7 @@ async def _compare(jobs: JobQueue, acknowledged: dict[str, dict[str, Any]]) -> N
 
 
 def _agree(acknowledged: dict[str, Any], restored: dict[str, Any]) -> bool:
-    """The same, but for a queued job that has become active since."""
+    """Whether both are equal, but for a queued job that has become active since."""
     activated = acknowledged["status"] == "queued" and restored["status"] == "active"
     names = [name for name in LASTING if not (activated and name in ("status", "started_at"))]
     return [acknowledged.get(name) for name in names] == [restored.get(name) for name in names]

@@ -124,7 +124,7 @@ def test_compiled_layers_have_their_windows(folder_of: Callable[[str], Path]) ->
 
 @torch.inference_mode()
 def test_masks_are_made_once_for_a_batch(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all layers and all groups of one length; and none where no row is longer than its window."""
+    """One mask serves all layers and all groups of one length; there is none if no row is longer than its window."""
     model, whole = (load_model(folder_of(way))[1] for way in ("all layers", "not used"))
     made: list[tuple[int, int]] = []
     ones = torch.ones
@@ -203,7 +203,7 @@ def test_windows_that_mean_nothing_are_refused(tmp_path: Path, keys: dict[str, A
 
 @torch.inference_mode()
 def _run(model: Model, packed: PackedBatch) -> NDArray[np.float32]:
-    """In packed order."""
+    """The model's answers in packed order."""
     answers: NDArray[np.float32] = model.forward(packed).numpy()
     return answers
 
@@ -211,7 +211,7 @@ def _run(model: Model, packed: PackedBatch) -> NDArray[np.float32]:
 @pytest.mark.parametrize("merged", [False, True], ids=["separate", "merged"])
 @torch.inference_mode()
 def test_mistrals_window_is_the_same_in_every_layer(merged: bool) -> None:
-    """It says it in its configuration alone."""
+    """Mistral's window is set in its configuration, not for each layer."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MistralConfig(**shape, vocab_size=400, num_hidden_layers=2, head_dim=8, sliding_window=WINDOW)

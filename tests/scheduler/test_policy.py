@@ -53,7 +53,7 @@ class Queue:
         owed: float = 0.0,
         now: float = 0.0,
     ) -> None:
-        """Each of `joining` is a client of its own, and came at 0.0."""
+        """Each of `joining` is a client of its own, which came at time 0.0."""
         self.budgets, self.rules, self.owed, self.now = budgets, rules, owed, now
         self.cuts: list[Cut[Waiting]] = []
         self._lines = cast("Any", WaitingLines())  # its sequences need no row and no futures here
@@ -63,11 +63,11 @@ class Queue:
 
     @property
     def lines(self) -> list[WaitingLine[Waiting]]:
-        """Those in which something waits."""
+        """The lines that are not empty."""
         return list(self._lines)
 
     def searching(self, sequences: Sequence[Waiting]) -> WaitingLine[Waiting]:
-        """Let a person have these waiting, and nothing else; the line that they stand in."""
+        """Replace what a person has waiting by these sequences, and return the person's line."""
         line: WaitingLine[Waiting] = self._lines.join("a", Lane.INTERACTIVE, "person", self.now)
         line.waiting = deque(sequences)
         line.front_since = self.now
@@ -173,7 +173,7 @@ def test_interactive_goes_first_unless_bulk_is_owed_or_has_aged(queue: Queue) ->
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=25)  # each is thousands of cuts
+@settings(deadline=None, max_examples=25)  # each example makes thousands of cuts
 @given(
     st.lists(st.integers(1, 300), min_size=20, max_size=20),
     st.integers(1, 100),

@@ -38,7 +38,7 @@ Work = tuple[str, dict[str, Any], tuple[str, ...]]
 
 
 def work(name: str) -> list[Work]:
-    """Requests of each kind that the cache has no answer for, and where their clients find the words of an error."""
+    """Requests of each kind that miss the cache, and where in an answer their clients find an error's message."""
     return [
         ("/v1/embeddings", {"input": [f"{name} one", f"{name} two"]}, ("error", "message")),
         ("/embed", {"inputs": [f"{name} {number}" for number in range(MANY)]}, ("error",)),
@@ -135,7 +135,7 @@ def ask_all(server: Service, pool: ThreadPoolExecutor, name: str) -> list[Future
 
 
 def words(answer: httpx.Response, where: tuple[str, ...]) -> str:
-    """The text of a refusal to try again, at its dialect's place."""
+    """The message of a 503 that asks to try again, from its place in the dialect."""
     assert answer.status_code == 503, answer.text
     assert int(answer.headers["retry-after"]) > 0
     value = answer.json()
@@ -147,7 +147,7 @@ def words(answer: httpx.Response, where: tuple[str, ...]) -> str:
 
 
 class RawUpload:
-    """POST /v1/files over a socket, half of which is sent."""
+    """A POST /v1/files over a socket of which only half is sent."""
 
     def __init__(self, server: Service) -> None:
         parts = ('name="purpose"\r\n\r\nbatch', 'name="file"; filename="a"\r\n\r\n' + "x" * 1000)

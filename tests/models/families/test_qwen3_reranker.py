@@ -41,7 +41,7 @@ def loaded() -> dict[str, Any]:
 
 
 def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
-    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
+    """Rows that share their common leading tokens as one prefix; each keeps at least one token of its own."""
     longest = min(map(len, rows)) - 1
     same = np.all([row[:longest] == rows[0][:longest] for row in rows], axis=0)
     common = longest if same.all() else int(same.argmin())

@@ -30,7 +30,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> It
 
 
 class Nobody(BaseHTTPRequestHandler):
-    """Knows nothing."""
+    """An HTTP server that answers every request with 404."""
 
     def do_GET(self) -> None:
         self.send_error(404)

@@ -149,7 +149,7 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
 
 @contextmanager
 def taken_port() -> Iterator[int]:
-    """Somebody else's, who says nothing."""
+    """A port on which another program listens and never answers."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

@@ -36,27 +36,27 @@ def vector(text: str) -> bytes:
 
 
 def answer(line: Line, model: str = MODEL) -> Line:
-    """What a request comes to."""
+    """The answer to a line that succeeds."""
     encoded = b64encode(vector(line["body"]["input"])).decode()
     body = {"data": [{"embedding": encoded}], "model": model, "usage": {"prompt_tokens": 3}}
     return {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}, "error": None}
 
 
 def failure(line: Line, status: int, message: str) -> Line:
-    """What a request comes to that fails."""
+    """The answer to a line that fails."""
     body = {"error": {"message": message}}
     return {"custom_id": line["custom_id"], "response": {"status_code": status, "body": body}, "error": None}
 
 
 def unanswered(line: Line) -> Line:
-    """What becomes of a request whose batch expires."""
+    """The error of a line whose batch expires."""
     error = {"code": "batch_expired", "message": "not run in time"}
     return {"custom_id": line["custom_id"], "response": None, "error": error}
 
 
 @dataclass
 class BatchServer:
-    """Its state, and what a test may change of how it works."""
+    """The server's state, and the parts of its behaviour that a test may change."""
 
     url: str = ""
     received: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
@@ -69,19 +69,19 @@ class BatchServer:
     """The lines of each uploaded file."""
     probes: list[Line] = field(default_factory=list)
     interfere: Callable[[str, str], Reply | None] = lambda method, path: None
-    """In place of an answer."""
+    """Called with method and path; what it returns is sent in place of the answer."""
     works_although_cut: bool = False
-    """What is asked in a connection that is then cut is done."""
+    """Whether a request whose connection is cut is done all the same."""
     run: Callable[[Line], Line] = answer
     ends_as: Callable[[int], str] = lambda number: "completed"
-    """Of the n-th batch, from 0."""
+    """The final status of the n-th batch, from 0."""
 
     def count(self, method: str, path: str) -> int:
-        """Requests so far."""
+        """The number of requests so far."""
         return sum(request[:2] == (method, path) for request in self.received)
 
     def reply(self, method: str, path: str, query: dict[str, list[str]], body: bytes, content_type: str) -> Reply:
-        """What to answer."""
+        """The answer to a request."""
         missing = Reply({"error": {"message": f"no {path}"}}, 404)
         match method, path.split("/")[2:]:
             case "POST", ["embeddings"]:
@@ -166,7 +166,7 @@ def _page(items: list[dict[str, Any]], query: dict[str, list[str]]) -> dict[str,
 
 
 class _Server(ThreadingHTTPServer):
-    """With what it serves."""
+    """An HTTP server with the state that it serves."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -192,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-        # An answer that is shorter than it says is a connection that breaks.
+        # After an answer that is shorter than its Content-Length the connection must break.
         self.close_connection = self.close_connection or "Content-Length" in reply.headers
 
     do_GET = do_POST = do_DELETE = answer
@@ -223,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def batch_server() -> Iterator[BatchServer]:
-    """It answers while the block runs, one request at a time."""
+    """A server that answers while the block runs, one request at a time."""
     with _Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
