@@ -137,7 +137,7 @@ def _oid(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
     """The hub's addresses: /api/models/…, /api/models/…/tree/… and /…/resolve/…"""
 
     hub: FakeHub
@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
 def served_hub() -> Iterator[FakeHub]:
     """A hub on a free port."""
     fake = FakeHub()
-    handler = type("BoundHandler", (Handler,), {"hub": fake})
+    handler = type("BoundHandler", (HubHandler,), {"hub": fake})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         fake.endpoint = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

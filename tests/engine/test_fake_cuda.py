@@ -52,7 +52,7 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel],
 class Stream:
     """A stand-in for a CUDA stream."""
 
-    driver: Driver
+    driver: CudaDriver
     device: torch.device
     priority: int = 0
     waited_for: list[Event] = field(default_factory=list)
@@ -69,7 +69,7 @@ class Stream:
 class Event:
     """A stand-in for a CUDA event."""
 
-    def __init__(self, driver: Driver, **_: Any) -> None:
+    def __init__(self, driver: CudaDriver, **_: Any) -> None:
         self._driver = driver
         self.stream: Stream | None = None
 
@@ -84,7 +84,7 @@ class Event:
 class Graph:
     """A stand-in for a CUDA graph: what is captured runs at once, on fake tensors."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
         self.stream: Stream | None = None
 
@@ -112,7 +112,7 @@ class Step:
     """Of attention."""
 
 
-class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CudaDriver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation with its stream, the copies among them, and what the host would wait for."""
 
     @classmethod
@@ -133,7 +133,7 @@ class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._default = Stream(self, torch.device("cuda", 0))
         self._current = [self._default]
 
-    def __enter__(self) -> Driver:
+    def __enter__(self) -> CudaDriver:
         self.present = True
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -237,10 +237,10 @@ def indexing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
+def driver(monkeypatch: pytest.MonkeyPatch) -> CudaDriver:
     """Stand-ins for the functions of torch that ask CUDA."""
     torch.compiler.reset()  # what one test compiled must not serve another
-    driver = Driver()
+    driver = CudaDriver()
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     for name, standing in {
         "is_available": lambda: driver.present,
@@ -301,7 +301,7 @@ class OnCuda:
 
     model: LoadedModel
     dtype: torch.dtype
-    driver: Driver
+    driver: CudaDriver
     streams: Any
     """The engine's streams, made of stand-ins."""
     rows: Sequence[Row]
@@ -327,7 +327,7 @@ class OnCuda:
 
 
 @contextmanager
-def on_cuda(folder: Path, tiny: TinyModel, dtype: torch.dtype, driver: Driver) -> Iterator[OnCuda]:
+def on_cuda(folder: Path, tiny: TinyModel, dtype: torch.dtype, driver: CudaDriver) -> Iterator[OnCuda]:
     checkpoint, model = load_model(folder, tiny.task, dtype)
     loaded = LoadedModel(cast(Any, None), checkpoint, model, cast(Any, None))
     with fake_cuda(model):
@@ -354,7 +354,7 @@ def check_launched(on: OnCuda, launched: Launched, stream: Stream, width: int) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("tiny", every_family())
 def test_a_batch_is_launched_without_waiting(
-    folder_of: Callable[[TinyModel], Path], driver: Driver, tiny: TinyModel, dtype: torch.dtype, compiled: bool
+    folder_of: Callable[[TinyModel], Path], driver: CudaDriver, tiny: TinyModel, dtype: torch.dtype, compiled: bool
 ) -> None:
     with on_cuda(folder_of(tiny), tiny, dtype, driver) as on:
         if compiled:
@@ -388,7 +388,7 @@ def test_a_batch_is_launched_without_waiting(
     ],
 )
 def test_a_captured_pass_reads_and_writes_on_the_device_alone(
-    folder_of: Callable[[TinyModel], Path], driver: Driver, tiny: TinyModel, compiled: bool
+    folder_of: Callable[[TinyModel], Path], driver: CudaDriver, tiny: TinyModel, compiled: bool
 ) -> None:
     with on_cuda(folder_of(tiny), tiny, torch.bfloat16, driver) as on:
         if compiled:
@@ -419,7 +419,7 @@ def test_a_captured_pass_reads_and_writes_on_the_device_alone(
 
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "sdpa"])
-def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver, flash: bool) -> None:
+def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: CudaDriver, flash: bool) -> None:
     """One layer with a window and one without, compiled; rows longer and shorter than it."""
     folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")
     edit_json(folder / "config.json", use_sliding_window=True, sliding_window=8, max_window_layers=1)
@@ -432,7 +432,7 @@ def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver,
             assert windows == ([[-1, 0], [7, 0]] if flash else [])
 
 
-def test_what_would_make_the_host_wait_is_seen(driver: Driver) -> None:
+def test_what_would_make_the_host_wait_is_seen(driver: CudaDriver) -> None:
     """The driver of these tests notices every operation that makes the host wait."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         there = torch.zeros(4, device=CUDA)

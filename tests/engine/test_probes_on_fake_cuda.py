@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from tests.engine.test_fake_cuda import Driver, getitem
+from tests.engine.test_fake_cuda import CudaDriver, getitem
 from vecmill.engine.probes import matmul
 from vecmill.engine.probes.allocation import allocation
 from vecmill.engine.probes.attention import attention
@@ -53,7 +53,7 @@ def test_products_are_of_the_cards_size_and_waited_for_on_it(
         assert {each.dtype for each in (left, right, out)} == {torch.bfloat16}
 
     monkeypatch.setattr(torch, "matmul", multiply)
-    with FakeTensorMode(), Driver() as driver:
+    with FakeTensorMode(), CudaDriver() as driver:
         speed = matmul_speed(SECOND)
         loaded = load(SECOND)
     assert (speed.device, speed.dtype, speed.size, len(speed.tflops)) == (SECOND, "bfloat16", 4096, matmul.TIMINGS)
@@ -78,7 +78,7 @@ def test_attention_is_compared_in_what_the_card_has(
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(Tensor, "item", lambda tensor: 0.0)  # a fake tensor has no value to give
     answer(monkeypatch, "get_device_capability", lambda device: capability if str(device) == SECOND else (5, 0))
-    with FakeTensorMode(allow_non_fake_inputs=True), Driver() as driver:
+    with FakeTensorMode(allow_non_fake_inputs=True), CudaDriver() as driver:
         result = attention(SECOND)
     assert (result.dtype, result.varlen, result.rows) == (dtype, varlen, 72)
     assert (driver.count("torch_attn::_varlen_attn") > 0) is varlen

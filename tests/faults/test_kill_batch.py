@@ -22,7 +22,7 @@ BATCHES = ("a", "b", "c", "d")
 LINES = 1500  # of each
 
 
-class Lives:
+class BatchLives:
     """Batches over many processes, each of which is killed at a random moment."""
 
     def __init__(self, service: Service, batch_ids: Sequence[str], chance: random.Random) -> None:
@@ -81,7 +81,7 @@ def test_no_line_is_lost_or_there_twice(new_service: NewService) -> None:
     unharmed = [create(service, file_id) for file_id in files]
     expected = [assert_whole(service, ended(service, batch_id), LINES) for batch_id in unharmed]
     batch_ids = [create(service, file_id) for file_id in files]
-    lives = Lives(service, batch_ids, chance)
+    lives = BatchLives(service, batch_ids, chance)
     service.kill()
     early = set(chance.sample(range(KILLS), KILLS_WHILE_STARTING))
     for number in range(KILLS):

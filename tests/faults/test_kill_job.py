@@ -24,7 +24,7 @@ AT_ONCE = 2048  # texts of one request
 WRITTEN_WITHIN = 5.0
 
 
-class Lives:
+class JobLives:
     """Jobs over many processes, each of which is killed at a random moment."""
 
     def __init__(self, service: Service, serving: Event, indexers: Sequence[Indexer], chance: random.Random) -> None:
@@ -127,7 +127,7 @@ def test_no_job_is_lost_and_none_is_stuck(new_service: NewService) -> None:
     serving = Event()
     service.start()
     indexers = [Indexer(service, serving, project, BATCHES) for project in PROJECTS]
-    lives = Lives(service, serving, indexers, chance)
+    lives = JobLives(service, serving, indexers, chance)
     service.kill()
     early = set(chance.sample(range(KILLS), KILLS_WHILE_STARTING))
     with ThreadPoolExecutor(len(PROJECTS)) as threads:

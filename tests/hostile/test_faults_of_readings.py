@@ -125,14 +125,14 @@ def test_between_two_readings_what_was_let_pass_counts(groups: Path, monkeypatch
         guard.check(needed=2**29)
 
 
-class Driver:
+class ScriptedDriver:
     """Gives one reading after another, or raises it if it is an exception, and then the last one for ever."""
 
     def __init__(self, *readings: GpuReading | Exception) -> None:
         self._readings = deque(readings)
         self.done = threading.Event()
 
-    def __call__(self) -> Driver:
+    def __call__(self) -> ScriptedDriver:
         return self
 
     def read(self, uuid: str | None) -> GpuReading:
@@ -149,7 +149,7 @@ class Driver:
         pass
 
 
-def reported(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[ClockState]:
+def reported(driver: ScriptedDriver, monkeypatch: pytest.MonkeyPatch) -> list[ClockState]:
     """The clock states that a monitor reports while it goes through the driver's readings."""
     monkeypatch.setattr(monitor_module, "PERIOD", 0.0005)
     monkeypatch.setattr(monitor_module, "Nvml", driver)
@@ -172,9 +172,9 @@ def test_slow_looks_that_are_not_in_a_row_are_no_verdict(
     between: GpuReading | Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each slow reading may have been taken at the moment when a load began."""
-    assert reported(Driver(*[SLOW, SLOW, between] * 5, WELL), monkeypatch) == []
+    assert reported(ScriptedDriver(*[SLOW, SLOW, between] * 5, WELL), monkeypatch) == []
 
 
 def test_a_verdict_stays_until_a_loaded_clock_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver(SLOW, SLOW, SLOW, IDLE, SLOW, UNKNOWN, RuntimeError("not thought of"), SLOW, WELL)
+    driver = ScriptedDriver(SLOW, SLOW, SLOW, IDLE, SLOW, UNKNOWN, RuntimeError("not thought of"), SLOW, WELL)
     assert reported(driver, monkeypatch) == [ClockState.LOCKED, ClockState.OK]

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.service import Service, service, until
 from tests.hostile.conftest import BODY_TIMEOUT, MAX_BODY_BYTES
-from tests.hostile.wire import Answer, Wire, answer_to, connected, request
+from tests.hostile.wire import Wire, WireAnswer, answer_to, connected, request
 from tests.tiny_checkpoints import tiny_bert
 
 BODY = b'{"input":"x"}'
@@ -26,7 +26,7 @@ CHUNKED = (
 UPLOAD = "Content-Type: multipart/form-data; boundary=b"
 
 
-def answered(wire: Wire, status: int, says: str) -> Answer:
+def answered(wire: Wire, status: int, says: str) -> WireAnswer:
     """The last answer on a connection."""
     answer = wire.answer()
     assert answer.status == status, answer.text

@@ -33,7 +33,7 @@ HANG_SECONDS = 60.0
 
 
 @dataclass
-class Driver:
+class HangingDriver:
     """The part of CUDA that torch asks for memory; it can hang."""
 
     answers: threading.Event = field(default_factory=threading.Event)
@@ -47,9 +47,9 @@ class Driver:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[HangingDriver]:
     """A stand-in for the calls to a GPU's driver, for an application that believes its device to be a GPU."""
-    driver = Driver()
+    driver = HangingDriver()
     driver.answers.set()
     monkeypatch.setattr(Engine, "memory", lambda engine: driver.memory())
     monkeypatch.setattr(Engine, "gpu_uuid", lambda engine: None)
@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Pat
 
 
 @pytest.fixture
-async def client(driver: Driver, recording: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def client(driver: HangingDriver, recording: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     async with serving(embed_model=str(folder), max_batch_tokens=64) as client:
         yield client
 
@@ -109,7 +109,7 @@ async def gpu(client: httpx.AsyncClient, route: str = "/health") -> tuple[dict[s
 
 
 async def test_a_driver_that_hangs_holds_up_no_answer(
-    client: httpx.AsyncClient, driver: Driver, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, driver: HangingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     health, reading = await gpu(client)
     assert (health["cuda_available"], health["gpu_memory_allocated_mb"]) == (True, 9000)
@@ -155,7 +155,7 @@ async def test_nvml_that_hangs_holds_up_no_answer(
 
 
 async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
-    driver: Driver, recording: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    driver: HangingDriver, recording: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
     hang(recording)
@@ -170,7 +170,9 @@ async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
 
 
 @pytest.mark.parametrize("available_gb", [6, 14, 40])
-async def test_the_recommended_batch_is_what_was_found_to_fit(driver: Driver, folder: Path, available_gb: int) -> None:
+async def test_the_recommended_batch_is_what_was_found_to_fit(
+    driver: HangingDriver, folder: Path, available_gb: int
+) -> None:
     """It follows the forward pass that warm-up ran, whatever the card: torch keeps the memory of that pass."""
     driver.held = DeviceMemory(124_600, 9000, 9200, 1024 * available_gb, False)
     settings = {"max_batch_tokens": 1024, "max_batch_ms": 100_000}

@@ -22,7 +22,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Reply:
+class BatchReply:
     """A status, a body and headers beyond the usual; no status: the connection is cut."""
 
     body: object = None
@@ -68,7 +68,7 @@ class BatchServer:
     uploads: list[list[Line]] = field(default_factory=list)
     """The lines of each uploaded file."""
     probes: list[Line] = field(default_factory=list)
-    interfere: Callable[[str, str], Reply | None] = lambda method, path: None
+    interfere: Callable[[str, str], BatchReply | None] = lambda method, path: None
     """Called with method and path; what it returns is sent in place of the answer."""
     works_although_cut: bool = False
     """Whether a request whose connection is cut is done all the same."""
@@ -80,37 +80,37 @@ class BatchServer:
         """The number of requests so far."""
         return sum(request[:2] == (method, path) for request in self.received)
 
-    def reply(self, method: str, path: str, query: dict[str, list[str]], body: bytes, content_type: str) -> Reply:
+    def reply(self, method: str, path: str, query: dict[str, list[str]], body: bytes, content_type: str) -> BatchReply:
         """The answer to a request."""
-        missing = Reply({"error": {"message": f"no {path}"}}, 404)
+        missing = BatchReply({"error": {"message": f"no {path}"}}, 404)
         match method, path.split("/")[2:]:
             case "POST", ["embeddings"]:
                 return self._probe(orjson.loads(body))
             case "POST", ["files"]:
-                return Reply(self._upload(body, content_type))
+                return BatchReply(self._upload(body, content_type))
             case "GET", ["files"]:
-                return Reply(_page([self._file(file_id) for file_id in self.files], query))
+                return BatchReply(_page([self._file(file_id) for file_id in self.files], query))
             case _, ["files", file_id, *_]:
                 return self._one_file(method, file_id) if file_id in self.files else missing
             case _, ["batches", *rest]:
-                return Reply(self._batches(method, rest, query, body))
+                return BatchReply(self._batches(method, rest, query, body))
         return missing
 
-    def _one_file(self, method: str, number: str) -> Reply:
+    def _one_file(self, method: str, number: str) -> BatchReply:
         if method == "GET":
-            return Reply(self.files[number][1])
+            return BatchReply(self.files[number][1])
         del self.files[number]
-        return Reply({"id": number, "deleted": True})
+        return BatchReply({"id": number, "deleted": True})
 
     def _batches(self, method: str, rest: list[str], query: dict[str, list[str]], body: bytes) -> dict[str, Any]:
         if method == "POST":
             return self._create(orjson.loads(body))
         return self._poll(rest[0]) if rest else _page(list(reversed(self.batches)), query)
 
-    def _probe(self, body: Line) -> Reply:
+    def _probe(self, body: Line) -> BatchReply:
         self.probes.append(body)
         response = self.run({"custom_id": "probe", "body": body})["response"]
-        return Reply(response["body"], response["status_code"])
+        return BatchReply(response["body"], response["status_code"])
 
     def _upload(self, body: bytes, content_type: str) -> dict[str, Any]:
         form = BytesParser().parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
@@ -197,7 +197,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_DELETE = answer
 
-    def _reply(self, body: bytes) -> Reply:
+    def _reply(self, body: bytes) -> BatchReply:
         served, split = self.server.served, urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
         served.received.append((self.command, split.path, headers))
