@@ -57,17 +57,17 @@ SERVER = ("pydantic", "pydantic_settings", "fastapi", "uvicorn", "orjson", "isal
 
 @dataclass(frozen=True)
 class Stage:
-    """What runs in a process of its own."""
+    """A part of the run that has a process of its own."""
 
     name: str
     seconds: float
-    """Limit of the process."""
+    """The process is ended after so many."""
     needs: Sequence[str] = ()
-    """Modules, beside those that every stage needs."""
+    """Modules that it needs in addition to those that every stage needs."""
 
     @property
     def file(self) -> str:
-        """Of what it has found."""
+        """The name of the file that its process stores results in, without `.json`."""
         return f"gpu-{re.sub('[^a-z0-9]+', '-', self.name.lower())}"
 
 
@@ -81,7 +81,7 @@ MODEL_SECONDS = 110.0
 
 
 def stages_of(sizes: GpuSizes) -> list[Stage]:
-    """In the order of their value."""
+    """All stages, the most valuable first."""
     return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models), LANES]
 
 
@@ -107,7 +107,7 @@ def measure_rates(machine: Machine, dtype: torch.dtype, sizes: GpuSizes) -> dict
 
 
 def empty_result(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a model's entry holds before anything of it is measured."""
+    """A model's entry in the results before anything is measured."""
     nothing = dict.fromkeys(("weight_gb", "matrix_products", "compile", "graphs", "chosen", "against"))
     return {"name": name, "dtype": dtype_name(dtype), "modes": {}, **nothing}
 
@@ -131,7 +131,7 @@ def measure_model(kind: str, shape: Shape, target: Target, timing: Timing, resul
 
 
 def measure(name: str, options: argparse.Namespace, sizes: GpuSizes, device: torch.device, started: float) -> bool:
-    """One model, printed and kept as it goes; whether all went well."""
+    """Measure one model, printing and storing each result. True if no stage failed."""
     machine = Machine(device, options.rounds or sizes.rounds, sizes.seconds, sizes.matmul_size, sizes.copy_bytes)
     wanted = options.dtype or ("float32" if options.tiny else "auto")
     dtype = choose_dtype(wanted, device, 1024).dtype
@@ -152,7 +152,7 @@ def measure(name: str, options: argparse.Namespace, sizes: GpuSizes, device: tor
             timing = Timing(stages, machine, sizes, 1e12 * record["rates"]["matmul_tflops"]["median"])
             record["model"] = empty_result(name, dtype)
             kind, shape = sizes.models[name]
-            # Guarded: what fails leaves what was found before.
+            # Guarded: an error keeps the results that were there before it.
             stages.guard(name, partial(measure_model, kind, shape, Target(dtype, device), timing, record["model"]))
             print_machine(console, record)
             print_model(console, record["model"])
@@ -163,7 +163,7 @@ def measure(name: str, options: argparse.Namespace, sizes: GpuSizes, device: tor
 
 
 def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
-    """One stage of proofs, printed and kept as it goes; whether all is as it must be."""
+    """Run one stage of proofs, printing and storing each result. True if every proof holds."""
     results: dict[str, Any] = {}
 
     def keep(proof: str, seen: dict[str, Any]) -> None:
@@ -185,7 +185,7 @@ def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
 
 
 def child(name: str, options: argparse.Namespace, device: torch.device, started: float) -> int:
-    """One stage, in this process."""
+    """Run one stage in this process. Returns the exit status."""
     configure_device(device, MEMORY_FRACTION)
     sizes = TINY if options.tiny else FULL
     if name in sizes.models:
@@ -194,7 +194,7 @@ def child(name: str, options: argparse.Namespace, device: torch.device, started:
 
 
 def run_stage(stage: Stage, arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """A stage in a process of its own, and what it kept; whatever becomes of the process."""
+    """Run a stage in a process of its own. Returns how it ended and what it stored, even if it was cut off."""
     missing = [module for module in stage.needs if find_spec(module) is None]
     if missing:
         return {"stage": stage.name, "status": "skipped", "reason": f"needs the Python packages {', '.join(missing)}"}
@@ -217,7 +217,7 @@ def run_stage(stage: Stage, arguments: Sequence[str], folder: Path, seconds: flo
 
 
 def settings(options: argparse.Namespace, device: torch.device, sizes: GpuSizes) -> Mapping[str, Any]:
-    """What the figures depend on."""
+    """The settings that the figures depend on."""
     return {
         "device": describe(device),
         "tiny": options.tiny,
@@ -229,7 +229,7 @@ def settings(options: argparse.Namespace, device: torch.device, sizes: GpuSizes)
 
 
 def summary_of(records: Sequence[Mapping[str, Any]], sizes: GpuSizes) -> dict[str, Any]:
-    """Models, proofs, targets and the stages' ends, from what the stages kept."""
+    """Models, proofs, targets and how each stage ended, from what the stages stored."""
     kept = [record["found"] for record in records if "found" in record]
     models = [each["model"] for each in kept if each.get("model")]
     first: Mapping[str, Any] = next((each for each in kept if each.get("rates")), {})

@@ -56,19 +56,19 @@ CARDS = (
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's layers, with projections merged where the family has them so."""
+    """The work in a model's layers, with projections merged if its family merges them."""
 
     layers: int
     parameters: int
-    """Of a layer's matrices."""
+    """Parameters of one layer's matrices."""
     kernels: Mapping[str, int]
-    """Of a layer, by way."""
+    """Kernels of one layer, by the way it runs."""
     element_wise: Mapping[str, int]
     """Values that a layer's element-wise kernels and attention read and write for a token, by way."""
 
     @property
     def weight_bytes(self) -> int:
-        """Of all layers."""
+        """Bytes of the matrices of all layers."""
         return BYTES * self.layers * self.parameters
 
 
@@ -113,7 +113,7 @@ MODELS: Mapping[str, Layers] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A pass of so many tokens."""
+    """The time of one forward pass."""
 
     milliseconds: float
     of_matmul: float
@@ -121,7 +121,7 @@ class Figure:
 
 
 def predict(card: CardRates, model: Layers, tokens: int, way: str) -> Figure:
-    """What the model above comes to."""
+    """The predicted time of a forward pass of so many tokens; see the module's docstring."""
     kernels = model.layers * model.kernels[way]
     host = kernels * LAUNCH[way] / 1e6
     alone = 2.0 * model.layers * model.parameters * tokens / (card.matmul_tflops * 1e12)
@@ -133,7 +133,7 @@ def predict(card: CardRates, model: Layers, tokens: int, way: str) -> Figure:
 
 
 def measured(results: Path = RESULTS) -> dict[tuple[str, str, int, str], Figure]:
-    """By card, model, tokens and way: the latest of what the results hold."""
+    """The measured times by card, model, tokens and way, from the latest results that hold them."""
     figures: dict[tuple[str, str, int, str], Figure] = {}
     runs = [json.loads(path.read_text()) for path in results.glob("gpu-*.json")]
     for run in sorted(runs, key=lambda run: str(run["measured_at"])):

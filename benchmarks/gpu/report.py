@@ -25,7 +25,7 @@ def targets(models: Sequence[Mapping[str, Any]], first: str, busy_tokens: int) -
 
 
 def _worst_share(model: Mapping[str, Any], busy_tokens: int) -> float | None:
-    """Of the way the server runs it."""
+    """The least share of the matmul rate in the mode that the server would choose; None if that was not measured."""
     mode = model["modes"].get(model["chosen"])
     if mode is None:
         return None

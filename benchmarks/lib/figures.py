@@ -37,7 +37,7 @@ def rounded(value: float) -> str:
 
 
 def print_disturbance(console: Console, other_cores: float) -> None:
-    """Whether other programs were busy meanwhile; `other_cores` as the contention gives it."""
+    """Print a warning if other programs were busy; `other_cores` is what they used on average."""
     if other_cores > ALLOWED_OTHER_CORES:
         console.print(f"Other programs used up to {other_cores:.2f} cores meanwhile: measure again on a quiet machine.")
 

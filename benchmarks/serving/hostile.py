@@ -47,7 +47,7 @@ MB = 1_000_000
 
 @dataclass
 class Pings:
-    """What GET /health took, in milliseconds."""
+    """The durations of GET /health in milliseconds."""
 
     milliseconds: list[float] = field(default_factory=list)
     killed: bool = False
@@ -59,7 +59,7 @@ class Pings:
 
 @contextmanager
 def pinged(server: RunningServer, most_gb: float) -> Iterator[Pings]:
-    """Ask while the block runs; kill a server that takes too much memory."""
+    """Send GET /health while the block runs; kill the server if it takes more than `most_gb`."""
     pings, over = Pings(), Event()
 
     threads = [
@@ -99,7 +99,7 @@ def _watch(pid: int, most_gb: float, pings: Pings, over: Event) -> None:
 
 
 def measured(server: RunningServer, case: HostileCase, size: int, most_gb: float) -> dict[str, Any]:
-    """One attack."""
+    """Send one attack; how long it held the event loop, how far memory rose, and the status of its answer."""
     attack = case.prepared(size)
     Path(f"/proc/{server.pid}/clear_refs").write_text(CLEAR_HIGHEST)
     before = megabytes(server.pid, "VmRSS")
@@ -180,7 +180,7 @@ def print_summary(results: Mapping[str, Any], other_cores: float) -> None:
 
 
 def sizes(value: str) -> list[float]:
-    """Of a list with commas."""
+    """The sizes in a comma-separated list."""
     return [float(number) for number in value.split(",")]
 
 

@@ -264,7 +264,7 @@ def print_summary(summary: Mapping[str, Any], other_cores: float) -> None:
 
 
 def sizes(value: str) -> list[int]:
-    """Of a list with commas."""
+    """The sizes in a comma-separated list."""
     return [int(number) for number in value.split(",")]
 
 

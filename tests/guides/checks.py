@@ -85,7 +85,7 @@ def problems(script: str) -> list[str]:
 
 
 def of_command(command: Command) -> Iterator[str]:
-    """What is wrong with one command. A program that nobody knows is wrong: nothing goes unchecked by accident."""
+    """The mistakes in one command. An unknown program is one, so that nothing goes unchecked by accident."""
     yield from _paths(command.words)
     if not command.words:
         yield from _variables(command.assignments)

@@ -147,7 +147,7 @@ def test_texts_without_a_vector_are_listed(batch_api: BatchServer, suffix: str, 
 
 
 def missing(out: Path) -> list[bool]:
-    """Which texts have no vector."""
+    """For each text, whether it has no vector."""
     if out.suffix == ".parquet":
         nulls: list[bool] = pq.read_table(out)["embedding"].is_null().to_pylist()
         return nulls
