@@ -33,7 +33,7 @@ PROBES: dict[str, Any] = {
     "load": {"seconds": 5.02, "tflops": 87.9},
     "allocation": {
         "cap": GB,
-        "asked": int(1.1 * GB),
+        "requested": int(1.1 * GB),
         "refused": "OutOfMemoryError",
         "seconds": 0.01,
         "works_after": True,
