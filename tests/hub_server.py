@@ -62,24 +62,24 @@ class FakeHub:
     status: int = 200
     requests: dict[int, tuple[str, dict[str, bytes]]] = field(default_factory=dict)
     """Pull requests by number: who opened each, and the files of its revision `refs/pr/N`."""
-    asked: list[tuple[str, str, str | None]] = field(default_factory=list)
+    received: list[tuple[str, str, str | None]] = field(default_factory=list)
     """Method, path and Range of every request."""
     endpoint: str = ""
 
     def fetched(self) -> list[str]:
         """The files whose bytes were asked for."""
-        found = [ADDRESS.fullmatch(path) for method, path, _ in self.asked if _gets(method, path)]
-        return [where["file"] for where in found if where is not None]
+        matches = [ADDRESS.fullmatch(path) for method, path, _ in self.received if _gets(method, path)]
+        return [where["file"] for where in matches if where is not None]
 
     def ranges(self) -> list[str]:
-        return [asked for _, _, asked in self.asked if asked is not None]
+        return [byte_range for _, _, byte_range in self.received if byte_range is not None]
 
     def at(self, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
         """The commit and the files of a revision."""
         if revision in (None, "main", COMMIT):
             return COMMIT, self.files
-        found = [number for number in self.requests if revision in (f"refs/pr/{number}", _commit(number))]
-        return (_commit(found[0]), self.requests[found[0]][1]) if found else None
+        numbers = [number for number in self.requests if revision in (f"refs/pr/{number}", _commit(number))]
+        return (_commit(numbers[0]), self.requests[numbers[0]][1]) if numbers else None
 
     def info(self, commit: str, files: dict[str, bytes]) -> dict[str, object]:
         siblings = [
@@ -137,7 +137,7 @@ def _oid(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-class Handler(BaseHTTPRequestHandler):
+class HubHandler(BaseHTTPRequestHandler):
     """The hub's addresses: /api/models/…, /api/models/…/tree/… and /…/resolve/…"""
 
     hub: FakeHub
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.asked.append((self.command, path, self.headers.get("Range")))
+        self.hub.received.append((self.command, path, self.headers.get("Range")))
         if self.hub.status != 200:
             return self._send(self.hub.status)
         where = ADDRESS.fullmatch(path)
@@ -158,11 +158,11 @@ class Handler(BaseHTTPRequestHandler):
             return self._send(404, {"X-Error-Code": "RepoNotFound"})
         if where["what"] in ("refs", "discussions"):
             return self._json(self.hub.refs() if where["what"] == "refs" else self.hub.discussions())
-        if (found := self.hub.at(where["revision"])) is None:
+        if (at_revision := self.hub.at(where["revision"])) is None:
             return self._send(404, {"X-Error-Code": "RevisionNotFound"})
         if where["what"] == "resolve":
-            return self._file(where["file"], *found)
-        return self._json(_tree(found[1]) if where["what"] == "tree" else self.hub.info(*found))
+            return self._file(where["file"], *at_revision)
+        return self._json(_tree(at_revision[1]) if where["what"] == "tree" else self.hub.info(*at_revision))
 
     def _json(self, answer: object) -> None:
         self._send(200, body=json.dumps(answer).encode())
@@ -173,14 +173,14 @@ class Handler(BaseHTTPRequestHandler):
         content = files[path]
         about = {"ETag": f'"{_oid(content)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         start = 0
-        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
-            start = int(asked[1])
+        if byte_range := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or ""):
+            start = int(byte_range[1])
             about["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         keep = None
         if self.command == "GET" and content is WEIGHTS:
             keep = self.hub.cuts.pop(0) if self.hub.cuts else None
             self.hub.interrupt()
-        return self._send(206 if asked else 200, about, content[start:], keep)
+        return self._send(206 if byte_range else 200, about, content[start:], keep)
 
     def _send(
         self, status: int, headers: dict[str, str] | None = None, body: bytes = b"", keep: int | None = None
@@ -201,7 +201,7 @@ class Handler(BaseHTTPRequestHandler):
 def served_hub() -> Iterator[FakeHub]:
     """A hub on a free port."""
     fake = FakeHub()
-    handler = type("BoundHandler", (Handler,), {"hub": fake})
+    handler = type("BoundHandler", (HubHandler,), {"hub": fake})
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         fake.endpoint = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

@@ -8,10 +8,10 @@ import httpx
 
 
 class InProcess(httpx.ASGITransport):
-    """httpx's, which lets the event loop turn before each request.
+    """httpx's transport for ASGI, but other tasks run before each request.
 
-    A request that waits for nothing ends without that: a test that asks until something happens would keep it from
-    happening. A socket lets it turn too.
+    Without this a request that never waits would let no other task run, and a test that polls would block what it
+    polls for. Requests over a socket let other tasks run too.
     """
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:

@@ -1,6 +1,6 @@
-"""Marks each test by what it starts, which its code tells: a process, a browser, an application, a reference library.
+"""Marks each test with the kinds of things its code starts: a process, a browser, an application, a reference library.
 
-A test starts what its own code, its fixtures' or that of helpers under `tests` names, directly or through one another.
+A test starts whatever is named by its own code, its fixtures or helpers under `tests`, directly or indirectly.
 So no test has to be marked by hand, and `make quick` leaves out what takes long to start.
 """
 
@@ -46,7 +46,7 @@ def _kinds(item: pytest.Function) -> set[str]:
 
 @cache
 def _reached(start: Any) -> frozenset[str]:
-    """The kinds of all that a function's code leads to."""
+    """The kinds of everything that a function's code names, directly or indirectly."""
     kinds, seen, ahead = set[str](), set[int](), [start]
     while ahead:
         thing = ahead.pop()
@@ -66,7 +66,7 @@ def _kind(thing: Any) -> str | None:
 
 
 def _named(thing: Any) -> Iterator[Any]:
-    """What the code of a function or class of the tests names."""
+    """The objects that the code of a test's function or class names."""
     if isinstance(thing, type) and thing.__module__.startswith("tests."):
         yield from vars(thing).values()
     while hasattr(thing, "__wrapped__"):  # a context manager's function

@@ -65,8 +65,10 @@ def _nomic(folder: Path) -> tuple[Any, Any]:
         layer_norm_eps=hub["layer_norm_epsilon"],
         rope_parameters={"rope_type": "default", "rope_theta": float(hub["rotary_emb_base"])},
     )
-    model, found = NomicBertModel.from_pretrained(folder, config=config, dtype=torch.float32, output_loading_info=True)
-    wrong = {kind: names for kind, names in found.items() if names}
+    model, loading_info = NomicBertModel.from_pretrained(
+        folder, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    wrong = {kind: names for kind, names in loading_info.items() if names}
     assert not wrong, wrong
     return model.eval(), AutoTokenizer.from_pretrained(folder, config=config)
 

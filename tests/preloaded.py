@@ -1,4 +1,4 @@
-"""`python -m MODULE` as a process of its own that need not import everything anew: forked from one that has.
+"""Runs `python -m MODULE` in a process of its own without its imports: forked from a process that has made them.
 
 Importing torch and transformers takes most of a server's start, and the tests start about a hundred. What runs is the
 same from there on: arguments, environment, files, session and signals are the process's own; only warm-up times each
@@ -36,7 +36,7 @@ WARMUP_ROUNDS = 2
 
 
 def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
-    """True for a module of vecmill's or the tests', where its environment asks for nothing else when it is imported."""
+    """True for a module of vecmill or the tests whose environment equals this one in all that imports read."""
     return (
         list(command[:2]) == PYTHON
         and command[2].partition(".")[0] in ("vecmill", "tests")
@@ -56,11 +56,11 @@ def _at_import(environment: Mapping[str, str]) -> dict[str, str]:
 class Forked:
     """A process that another one is the parent of. Its methods are those of `subprocess.Popen`."""
 
-    def __init__(self, args: Sequence[str], told: socket.socket) -> None:
+    def __init__(self, args: Sequence[str], reports: socket.socket) -> None:
         self._args = args
-        self._told = told.makefile("rb", buffering=0)
-        self._socket = told
-        self.pid = int(self._told.readline())
+        self._reports = reports.makefile("rb", buffering=0)
+        self._socket = reports
+        self.pid = int(self._reports.readline())
         self.returncode: int | None = None
 
     def poll(self) -> int | None:
@@ -74,8 +74,8 @@ class Forked:
         """Wait for its end. Raises subprocess.TimeoutExpired."""
         if self.returncode is None:
             self._wait_for_word(timeout)
-            self.returncode = int(self._told.readline())
-            self._told.close()
+            self.returncode = int(self._reports.readline())
+            self._reports.close()
             self._socket.close()
         return self.returncode
 
@@ -116,11 +116,11 @@ class _Parent:
 
     def fork(self, command: Sequence[str], stdout: IO[bytes], env: Mapping[str, str], cwd: Path) -> Forked:
         """A new process."""
-        told, tells = socket.socketpair()
-        with tells:
+        reader, writer = socket.socketpair()
+        with writer:
             message = {"arguments": list(command[2:]), "environment": dict(env), "folder": str(cwd)}
-            socket.send_fds(self._control, [json.dumps(message).encode()], [stdout.fileno(), tells.fileno()])
-        return Forked(command, told)
+            socket.send_fds(self._control, [json.dumps(message).encode()], [stdout.fileno(), writer.fileno()])
+        return Forked(command, reader)
 
     def close(self) -> None:
         """End it, and with it whatever still runs."""
@@ -134,13 +134,13 @@ def _parent() -> _Parent:
 
 
 def main() -> None:
-    """Import everything, then fork for every message until nobody can send one any more."""
+    """Import everything, then fork for every message until the other end of the socket is closed."""
     control = socket.socket(fileno=int(sys.argv[1]))
     import_module("vecmill.app")._set_thread_defaults()
     for module in MODULES:
         import_module(module)
     import_module("vecmill.engine.warmup").ROUNDS = WARMUP_ROUNDS  # type: ignore[attr-defined]
-    # What is there now is never looked at again: a collection in a forked process would copy every page of it.
+    # Exempt all objects from later collections, which would copy every page of them in each forked process.
     gc.collect()
     gc.freeze()
     ends, wakes = socket.socketpair()
@@ -162,7 +162,7 @@ def main() -> None:
 
 
 def _fork(control: socket.socket, others: Sequence[socket.socket], running: dict[int, socket.socket]) -> bool:
-    """A new process for the next message; False where there will be none. Does not return in the new process."""
+    """Fork a process for the next message; False if there will be no more. Does not return in the new process."""
     message, files, *_ = socket.recv_fds(control, LARGEST, 2)
     if not message:
         return False
@@ -190,13 +190,13 @@ def _tell_ends(running: dict[int, socket.socket]) -> None:
 
 
 def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socket], tells: int) -> None:
-    """In the new process: be what the command says."""
+    """In the new process: run the command of the message."""
     signal.set_wakeup_fd(-1)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    for one in sockets:
-        one.close()
+    for inherited in sockets:
+        inherited.close()
     os.close(tells)
     os.setsid()
     os.dup2(stdout, 1)
@@ -216,7 +216,7 @@ def _become(message: dict[str, Any], stdout: int, sockets: Sequence[socket.socke
 
 
 def _leave(status: int) -> NoReturn:
-    """End as Python ends, without taking apart all that was imported: every page of it would be copied for that."""
+    """End as Python does, but without freeing all that was imported, which would copy every page of it."""
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -57,17 +57,17 @@ SERVER = ("pydantic", "pydantic_settings", "fastapi", "uvicorn", "orjson", "isal
 
 @dataclass(frozen=True)
 class Stage:
-    """What runs in a process of its own."""
+    """A part of the run that has a process of its own."""
 
     name: str
     seconds: float
-    """Limit of the process."""
+    """The process is ended after so many."""
     needs: Sequence[str] = ()
-    """Modules, beside those that every stage needs."""
+    """Modules that it needs in addition to those that every stage needs."""
 
     @property
     def file(self) -> str:
-        """Of what it has found."""
+        """The name of the file that its process stores results in, without `.json`."""
         return f"gpu-{re.sub('[^a-z0-9]+', '-', self.name.lower())}"
 
 
@@ -81,7 +81,7 @@ MODEL_SECONDS = 110.0
 
 
 def stages_of(sizes: GpuSizes) -> list[Stage]:
-    """In the order of their value."""
+    """All stages, the most valuable first."""
     return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models), LANES]
 
 
@@ -102,73 +102,73 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure_rates(machine: Machine, dtype: torch.dtype, sizes: GpuSizes) -> dict[str, Any]:
     """TFLOP/s of a large matmul; GB/s of a copy, read and written, and of a read."""
     sides = {"read": read_side(sizes.copy_bytes, machine.device)}
-    found = timed("the machine", machine, dtype, sides)
-    return {**found["limits"], "read_gb_per_s": read_rate(found["sides"]["read"]["ms"], sizes.copy_bytes)}
+    timings = timed("the machine", machine, dtype, sides)
+    return {**timings["limits"], "read_gb_per_s": read_rate(timings["sides"]["read"]["ms"], sizes.copy_bytes)}
 
 
 def empty_result(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    """What a model's entry holds before anything of it is measured."""
+    """A model's entry in the results before anything is measured."""
     nothing = dict.fromkeys(("weight_gb", "matrix_products", "compile", "graphs", "chosen", "against"))
     return {"name": name, "dtype": dtype_name(dtype), "modes": {}, **nothing}
 
 
-def measure_model(kind: str, shape: Shape, target: Target, timing: Timing, found: dict[str, Any]) -> None:
-    """Put everything about one model into `found`; the model is gone when this returns."""
+def measure_model(kind: str, shape: Shape, target: Target, timing: Timing, result: dict[str, Any]) -> None:
+    """Add everything about one model to `result`. The model is freed before this returns."""
     torch._dynamo.reset()  # what was compiled for the model before
-    name, stages = found["name"], timing.stages
+    name, stages = result["name"], timing.stages
     with TemporaryDirectory() as folder:
         build = partial(make, name, kind, shape, timing.sizes, target, Path(folder))
         subject: Subject | None = stages.run(f"{name}: build", BUILD_SECONDS, build)
         if subject is None:
             stages.skip(f"{name}: all else", "there is no model to measure")
             return
-        found["weight_gb"] = subject.weight_bytes / 1e9
-        measure_forwards(subject, timing, found)
-        if found["chosen"] in found["modes"]:
-            found["against"] = compare(subject, timing, found["modes"][found["chosen"]])
+        result["weight_gb"] = subject.weight_bytes / 1e9
+        measure_forwards(subject, timing, result)
+        if result["chosen"] in result["modes"]:
+            result["against"] = compare(subject, timing, result["modes"][result["chosen"]])
         else:
             stages.skip(f"{name}: against sentence-transformers", "its forward passes were not measured")
 
 
 def measure(name: str, options: argparse.Namespace, sizes: GpuSizes, device: torch.device, started: float) -> bool:
-    """One model, printed and kept as it goes; whether all went well."""
+    """Measure one model, printing and storing each result. True if no stage failed."""
     machine = Machine(device, options.rounds or sizes.rounds, sizes.seconds, sizes.matmul_size, sizes.copy_bytes)
     wanted = options.dtype or ("float32" if options.tiny else "auto")
     dtype = choose_dtype(wanted, device, 1024).dtype
-    found: dict[str, Any] = {"card": describe_card(device), "dtype": dtype_name(dtype), "rates": None}
+    record: dict[str, Any] = {"card": describe_card(device), "dtype": dtype_name(dtype), "rates": None}
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     with sampled(device) as samples, torch.inference_mode():
         stages = Stages(
             started + 60 * options.minutes,
             device,
             samples,
-            keep=lambda: keep_so_far(options.child, {**found, "stages": stages.records}),
+            keep=lambda: keep_so_far(options.child, {**record, "stages": stages.records}),
         )
         need = (machine.rounds + 2) * (len(LIMITS) + 1) * sizes.seconds
-        found["rates"] = stages.run("rates", need, partial(measure_rates, machine, dtype, sizes))
-        if found["rates"] is None:
+        record["rates"] = stages.run("rates", need, partial(measure_rates, machine, dtype, sizes))
+        if record["rates"] is None:
             stages.skip(name, "the machine's rates are not known")
         else:
-            timing = Timing(stages, machine, sizes, 1e12 * found["rates"]["matmul_tflops"]["median"])
-            found["model"] = empty_result(name, dtype)
+            timing = Timing(stages, machine, sizes, 1e12 * record["rates"]["matmul_tflops"]["median"])
+            record["model"] = empty_result(name, dtype)
             kind, shape = sizes.models[name]
-            # Guarded: what fails leaves what was found before.
-            stages.guard(name, partial(measure_model, kind, shape, Target(dtype, device), timing, found["model"]))
-            print_machine(console, found)
-            print_model(console, found["model"])
+            # Guarded: an error keeps the results that were there before it.
+            stages.guard(name, partial(measure_model, kind, shape, Target(dtype, device), timing, record["model"]))
+            print_machine(console, record)
+            print_model(console, record["model"])
     print_stages(console, stages.records)
-    found["stages"] = stages.records
-    keep_so_far(options.child, found)
+    record["stages"] = stages.records
+    keep_so_far(options.child, record)
     return not stages.failed
 
 
 def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
-    """One stage of proofs, printed and kept as it goes; whether all is as it must be."""
-    found: dict[str, Any] = {}
+    """Run one stage of proofs, printing and storing each result. True if every proof holds."""
+    results: dict[str, Any] = {}
 
     def keep(proof: str, seen: dict[str, Any]) -> None:
-        found[proof] = seen
-        keep_so_far(options.child, {"proofs": found})
+        results[proof] = seen
+        keep_so_far(options.child, {"proofs": results})
         print(f"{'ok  ' if seen['ok'] else 'FAIL'} {name}: {proof}: {json.dumps(seen)[:600]}", flush=True)
 
     if name == "values":
@@ -181,11 +181,11 @@ def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
         lane_cost(device, keep, tiny=options.tiny, rounds=rounds, seconds=0.2 if options.tiny else 3)
     else:
         person_beside_bulk(device, keep, tiny=options.tiny, seconds=1 if options.tiny else 4)
-    return all(seen["ok"] for seen in found.values())
+    return all(seen["ok"] for seen in results.values())
 
 
 def child(name: str, options: argparse.Namespace, device: torch.device, started: float) -> int:
-    """One stage, in this process."""
+    """Run one stage in this process. Returns the exit status."""
     configure_device(device, MEMORY_FRACTION)
     sizes = TINY if options.tiny else FULL
     if name in sizes.models:
@@ -194,7 +194,7 @@ def child(name: str, options: argparse.Namespace, device: torch.device, started:
 
 
 def run_stage(stage: Stage, arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
-    """A stage in a process of its own, and what it kept; whatever becomes of the process."""
+    """Run a stage in a process of its own. Returns how it ended and what it stored, even if it was cut off."""
     missing = [module for module in stage.needs if find_spec(module) is None]
     if missing:
         return {"stage": stage.name, "status": "skipped", "reason": f"needs the Python packages {', '.join(missing)}"}
@@ -217,7 +217,7 @@ def run_stage(stage: Stage, arguments: Sequence[str], folder: Path, seconds: flo
 
 
 def settings(options: argparse.Namespace, device: torch.device, sizes: GpuSizes) -> Mapping[str, Any]:
-    """What the figures depend on."""
+    """The settings that the figures depend on."""
     return {
         "device": describe(device),
         "tiny": options.tiny,
@@ -229,7 +229,7 @@ def settings(options: argparse.Namespace, device: torch.device, sizes: GpuSizes)
 
 
 def summary_of(records: Sequence[Mapping[str, Any]], sizes: GpuSizes) -> dict[str, Any]:
-    """Models, proofs, targets and the stages' ends, from what the stages kept."""
+    """Models, proofs, targets and how each stage ended, from what the stages stored."""
     kept = [record["found"] for record in records if "found" in record]
     models = [each["model"] for each in kept if each.get("model")]
     first: Mapping[str, Any] = next((each for each in kept if each.get("rates")), {})
@@ -271,22 +271,22 @@ def main(arguments: Sequence[str] | None = None, already: float = 0.0) -> int:
             print(f"== {stage.name}", flush=True)
             left = started + 60 * options.minutes - time.perf_counter()
             records.append(run_stage(stage, passed_on, folder, left))
-    found = summary_of(records, sizes)
+    summary = summary_of(records, sizes)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
-    if "lanes" in found["proofs"]:
-        print_lanes(console, found["proofs"]["lanes"]["lanes"])
-    print_targets(console, found["targets"])
+    if "lanes" in summary["proofs"]:
+        print_lanes(console, summary["proofs"]["lanes"]["lanes"])
+    print_targets(console, summary["targets"])
     for record in records:
         console.print(f"{record['stage']}: {record['status']} {record.get('reason', '')}", soft_wrap=True)
     result = {
         "host": describe_host(),
         "settings": settings(options, device, sizes),
-        **found,
+        **summary,
         "seconds": round(time.perf_counter() - started, 1),
     }
     publish("gpu", result, store=not options.no_store)
     failed = any(record["status"] == "failed" for record in records)
-    return 1 if failed or not found["same_vectors"] else 0
+    return 1 if failed or not summary["same_vectors"] else 0
 
 
 if __name__ == "__main__":

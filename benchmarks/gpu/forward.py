@@ -23,7 +23,7 @@ from benchmarks.gpu.subjects import (
 )
 from benchmarks.lib.figures import significant, spread
 from benchmarks.lib.results import progress
-from benchmarks.lib.timing import LIMITS, Machine, Side, alternate, report
+from benchmarks.lib.timing import LIMITS, Machine, TimedSide, alternate, report
 from benchmarks.models.workloads import first_tokens
 
 from vecmill.core.calibration import fit
@@ -40,7 +40,7 @@ START_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Timing:
-    """With what the forward passes are measured."""
+    """How forward passes are measured."""
 
     stages: Stages
     machine: Machine
@@ -48,21 +48,21 @@ class Timing:
     matmul_rate: float
     """Floating-point operations per second, for estimates of time."""
 
-    def needs(self, sides: Mapping[str, Side]) -> float:
+    def needs(self, sides: Mapping[str, TimedSide]) -> float:
         """Seconds that `timed` takes, about."""
         return START_SECONDS + estimate(sides, self.machine.rounds, self.machine.seconds, self.matmul_rate)
 
 
 def timed(
-    label: str, machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side], items: int = 1
+    label: str, machine: Machine, dtype: torch.dtype, sides: Mapping[str, TimedSide], items: int = 1
 ) -> dict[str, Any]:
     """`report`, and the milliseconds of each side; the matmul and the copy are timed in the same rounds."""
     with progress(label, machine.rounds * (len(sides) + len(LIMITS))) as advance:
         rounds = alternate(replace(machine, advance=advance), dtype, sides)
-    found = report(machine, dtype, sides, rounds, items)
-    for name, side in found["sides"].items():
+    result = report(machine, dtype, sides, rounds, items)
+    for name, side in result["sides"].items():
         side["ms"] = spread([1000 * each for each in rounds.seconds[name]])
-    return found
+    return result
 
 
 def read_rate(milliseconds: Mapping[str, Any], size: int) -> dict[str, Any]:
@@ -70,36 +70,36 @@ def read_rate(milliseconds: Mapping[str, Any], size: int) -> dict[str, Any]:
     return spread([size / 1e6 / each for each in milliseconds["rounds"]])
 
 
-def measure_forwards(subject: Subject, timing: Timing, found: dict[str, Any]) -> None:
-    """Put every way to run the model into `found`, and which one the server chooses: the model is left that way."""
+def measure_forwards(subject: Subject, timing: Timing, result: dict[str, Any]) -> None:
+    """Add to `result` the measurements of every way to run the model, and which way the server chooses; leave it so."""
     stages, sizes = timing.stages, timing.sizes
     sides = forwards(subject, sizes)
     products = {str(tokens): matrix_products(subject, tokens) for tokens in sizes.matrix_tokens}
     modes: dict[str, Any] = {}
-    found["modes"] = modes
+    result["modes"] = modes
     stage = f"{subject.name}: eager"
     _put(modes, "eager", stages.run(stage, timing.needs(sides), partial(_mode, subject, timing, sides, "eager")))
     stage = f"{subject.name}: its matrix products alone"
-    found["matrix_products"] = stages.run(stage, timing.needs(products), partial(_products, subject, timing, products))
+    result["matrix_products"] = stages.run(stage, timing.needs(products), partial(_products, subject, timing, products))
     stage = f"{subject.name}: compile"
-    found["compile"] = stages.run(stage, COMPILE_SECONDS, partial(_compile, subject, sizes.compile_backend))
+    result["compile"] = stages.run(stage, COMPILE_SECONDS, partial(_compile, subject, sizes.compile_backend))
     stage = f"{subject.name}: compiled"
-    if found["compile"] is None:
+    if result["compile"] is None:
         stages.skip(stage, "the layers are not compiled")
     else:
         compiled = partial(_mode, subject, timing, sides, "compiled")
         _put(modes, "compiled", stages.run(stage, timing.needs(sides), compiled))
-    found["chosen"] = "compiled" if "compiled" in modes and found["compile"]["compiled"] else "eager"
-    if found["chosen"] == "eager":
+    result["chosen"] = "compiled" if "compiled" in modes and result["compile"]["compiled"] else "eager"
+    if result["chosen"] == "eager":
         make_eager(subject.model.layers)
     if subject.stream is not None:
         stage = f"{subject.name}: capture"
-        found["graphs"] = stages.run(stage, CAPTURE_SECONDS, partial(_capture, subject, max(sizes.tokens)))
+        result["graphs"] = stages.run(stage, CAPTURE_SECONDS, partial(_capture, subject, max(sizes.tokens)))
         if subject.graphs.passes:
             in_graphs = forwards(subject, sizes)
             run = partial(_mode, subject, timing, in_graphs, GRAPHS)
             _put(modes, GRAPHS, stages.run(f"{subject.name}: {GRAPHS}", timing.needs(in_graphs), run))
-        found["chosen"] = GRAPHS if GRAPHS in modes else found["chosen"]
+        result["chosen"] = GRAPHS if GRAPHS in modes else result["chosen"]
 
 
 def _capture(subject: Subject, largest: int) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def _capture(subject: Subject, largest: int) -> dict[str, Any]:
 
 def _equal(subject: Subject) -> dict[str, float]:
     """Least cosine of batches in graphs to the same batches launched kernel by kernel, by tokens."""
-    found = {}
+    least = {}
     for tokens in (16, 100, 1000, 4000):
         rows = first_tokens(subject.texts, tokens)
         if subject.graphs.shape_for(rows) is not None:
@@ -131,8 +131,8 @@ def _equal(subject: Subject) -> dict[str, float]:
             wanted = subject.model.forward(direct).cpu()
             # Both are in packed order, the same for both.
             cosines = torch.nn.functional.cosine_similarity(subject.run(subject.pack(rows)), wanted, dim=1)
-            found[str(tokens)] = float(cosines.nan_to_num(nan=-1).min())
-    return found
+            least[str(tokens)] = float(cosines.nan_to_num(nan=-1).min())
+    return least
 
 
 def _put(modes: dict[str, Any], mode: str, measured: dict[str, Any] | None) -> None:
@@ -141,7 +141,7 @@ def _put(modes: dict[str, Any], mode: str, measured: dict[str, Any] | None) -> N
 
 
 def _compile(subject: Subject, backend: str) -> dict[str, Any]:
-    """Choose as the server does at warm-up, and have the layers compiled also where it chose eager."""
+    """Choose between compiled and eager layers as the server does at warm-up; compile them in either case."""
     run = partial(one_forward, subject)
     before = compilations()
     choice = choose(subject.model, "auto", run, backend, _replays(subject) if subject.stream is not None else None)
@@ -152,7 +152,7 @@ def _compile(subject: Subject, backend: str) -> dict[str, Any]:
 
 
 def _replays(subject: Subject) -> Callable[[], Run]:
-    """What makes graphs ready to be measured, of the layers as they are then."""
+    """A function that captures graphs of the layers as they are when it is called, and returns how to time a replay."""
 
     def prepare() -> Run:
         capture = subject.capturing
@@ -175,9 +175,9 @@ def _replays(subject: Subject) -> Callable[[], Run]:
     return prepare
 
 
-def _products(subject: Subject, timing: Timing, sides: Mapping[str, Side]) -> dict[str, Any]:
-    found = timed(f"{subject.name}, matrix products", timing.machine, subject.target.dtype, sides)
-    rate = found["limits"]["matmul_tflops"]["median"]
+def _products(subject: Subject, timing: Timing, sides: Mapping[str, TimedSide]) -> dict[str, Any]:
+    result = timed(f"{subject.name}, matrix products", timing.machine, subject.target.dtype, sides)
+    rate = result["limits"]["matmul_tflops"]["median"]
     return {
         tokens: {
             "ms": side["ms"],
@@ -185,15 +185,15 @@ def _products(subject: Subject, timing: Timing, sides: Mapping[str, Side]) -> di
             "tflops": significant(side["of_matmul"]["median"] * rate),
             "weights_gb_per_s": significant(subject.weight_bytes / 1e6 / side["ms"]["median"]),
         }
-        for tokens, side in found["sides"].items()
+        for tokens, side in result["sides"].items()
     }
 
 
-def _mode(subject: Subject, timing: Timing, sides: Mapping[str, Side], mode: str) -> dict[str, Any]:
+def _mode(subject: Subject, timing: Timing, sides: Mapping[str, TimedSide], mode: str) -> dict[str, Any]:
     before = compilations()
-    found = timed(f"{subject.name}, {mode}", timing.machine, subject.target.dtype, sides)
-    read_gb_per_s = read_rate(found["sides"][READ]["ms"], timing.sizes.copy_bytes)
-    measured = {int(name): side for name, side in found["sides"].items() if name not in (READ, WITH_PACKING)}
+    result = timed(f"{subject.name}, {mode}", timing.machine, subject.target.dtype, sides)
+    read_gb_per_s = read_rate(result["sides"][READ]["ms"], timing.sizes.copy_bytes)
+    measured = {int(name): side for name, side in result["sides"].items() if name not in (READ, WITH_PACKING)}
     calibration = fit([(tokens, side["ms"]["min"] / 1000) for tokens, side in measured.items()])
     return {
         "forwards": [
@@ -212,20 +212,20 @@ def _mode(subject: Subject, timing: Timing, sides: Mapping[str, Side], mode: str
             "max_batch_ms": 1000 * MAX_BATCH_SECONDS,
             "budget_tokens": calibration.bulk_tokens(MAX_BATCH_SECONDS, max(timing.sizes.tokens)),
         },
-        "query": _query(subject, found, str(timing.sizes.tokens[0]), read_gb_per_s["median"]),
-        "limits": {**found["limits"], "read_gb_per_s": read_gb_per_s},
+        "query": _query(subject, result, str(timing.sizes.tokens[0]), read_gb_per_s["median"]),
+        "limits": {**result["limits"], "read_gb_per_s": read_gb_per_s},
         "new_graphs": compilations() - before,
-        "other_cores": found["other_cores"],
+        "other_cores": result["other_cores"],
     }
 
 
-def _query(subject: Subject, found: Mapping[str, Any], name: str, read_gb_per_s: float) -> dict[str, Any]:
-    """One search query: no faster than its weights can be read, at the rate of a plain sum or of a copy."""
-    times, copied_gb_per_s = found["sides"][name]["ms"], found["limits"]["copy_gb_per_s"]["median"]
+def _query(subject: Subject, result: Mapping[str, Any], name: str, read_gb_per_s: float) -> dict[str, Any]:
+    """The times of one search query, beside the time to read its weights at the rate of a plain sum and of a copy."""
+    times, copied_gb_per_s = result["sides"][name]["ms"], result["limits"]["copy_gb_per_s"]["median"]
     read, copied = (subject.weight_bytes / 1e6 / rate for rate in (read_gb_per_s, copied_gb_per_s))
     return {
         "ms": times,
-        "packed_anew_ms": found["sides"][WITH_PACKING]["ms"],
+        "packed_anew_ms": result["sides"][WITH_PACKING]["ms"],
         "weight_bytes": subject.weight_bytes,
         "read_limit_ms": significant(read),
         "copy_limit_ms": significant(copied),

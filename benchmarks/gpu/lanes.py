@@ -1,4 +1,4 @@
-"""What it costs bulk that interactive work goes first: an engine with a stream for each lane, and one without.
+"""The cost to bulk of letting interactive work go first: an engine with a stream for each lane, and one without.
 
 Two engines on the same weights, each with bulk alone and with a person's query every now and then beside it, in turns.
 """
@@ -35,7 +35,7 @@ TYPICAL_TEXT = 128  # tokens
 
 
 def one_stream(device: torch.device) -> Streams:
-    """Without the rule: both lanes on one stream, in the order in which they are launched."""
+    """Streams of an engine without that rule: both lanes share one stream and run in the order of their launch."""
     stream = torch.cuda.Stream
     both = stream(device)  # type: ignore[no-untyped-call]
     return Streams(stream(device), dict.fromkeys(Lane, both))  # type: ignore[no-untyped-call]
@@ -43,10 +43,10 @@ def one_stream(device: torch.device) -> Streams:
 
 @dataclass
 class Counted:
-    """What one round counts."""
+    """The counts of one round."""
 
     tokens: int = 0
-    """Of bulk."""
+    """Of bulk work."""
     seconds: float = 0.0
     query_seconds: list[float] = field(default_factory=list)
 
@@ -62,11 +62,11 @@ def lane_cost(
         for way in (LANES, ONE_STREAM):
             changed = patch.object(Streams, "on", one_stream) if way == ONE_STREAM else nullcontext()
             engines[way] = stack.enter_context(_engine(folder, device, changed))
-        found: dict[str, dict[bool, list[Counted]]] = {way: {False: [], True: []} for way in engines}
+        counts: dict[str, dict[bool, list[Counted]]] = {way: {False: [], True: []} for way in engines}
         for way in in_turns(list(engines), rounds):
             for person in (False, True):
-                found[way][person].append(asyncio.run(_round(engines[way], person, seconds)))
-        keep("lanes", summary(found))
+                counts[way][person].append(asyncio.run(_round(engines[way], person, seconds)))
+        keep("lanes", summary(counts))
 
 
 @contextmanager
@@ -122,11 +122,11 @@ async def _round(engine: Engine, person: bool, seconds: float) -> Counted:
     return counted
 
 
-def summary(found: Mapping[str, Mapping[bool, list[Counted]]]) -> dict[str, Any]:
-    """Both ways, and the share of bulk's tokens that the rule costs: of each round, as neighbours in time."""
+def summary(rounds: Mapping[str, Mapping[bool, list[Counted]]]) -> dict[str, Any]:
+    """The rates of both engines, and the share of bulk's tokens that the rule costs, compared round by round."""
     per_second = {
         way: {person: [each.tokens / each.seconds for each in counted] for person, counted in of_way.items()}
-        for way, of_way in found.items()
+        for way, of_way in rounds.items()
     }
     cost = partial(_cost, per_second[LANES], per_second[ONE_STREAM])
     return {
@@ -134,7 +134,7 @@ def summary(found: Mapping[str, Mapping[bool, list[Counted]]]) -> dict[str, Any]
             way: {
                 "bulk_alone_tokens_per_s": spread(rates[False]),
                 "bulk_beside_a_person_tokens_per_s": spread(rates[True]),
-                "query_ms": _percentiles([1000 * s for one in found[way][True] for s in one.query_seconds]),
+                "query_ms": _percentiles([1000 * s for counted in rounds[way][True] for s in counted.query_seconds]),
             }
             for way, rates in per_second.items()
         },
@@ -144,8 +144,10 @@ def summary(found: Mapping[str, Mapping[bool, list[Counted]]]) -> dict[str, Any]
     }
 
 
-def _cost(lanes: Mapping[bool, list[float]], one: Mapping[bool, list[float]], person: bool) -> dict[str, Any]:
-    return spread([1 - with_rule / without for with_rule, without in zip(lanes[person], one[person], strict=True)])
+def _cost(lanes: Mapping[bool, list[float]], one_stream: Mapping[bool, list[float]], person: bool) -> dict[str, Any]:
+    return spread(
+        [1 - with_rule / without for with_rule, without in zip(lanes[person], one_stream[person], strict=True)]
+    )
 
 
 def _percentiles(milliseconds: list[float]) -> dict[str, float]:

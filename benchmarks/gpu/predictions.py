@@ -35,7 +35,7 @@ PRODUCTS, ELEMENT_WISE = 0.97, 0.7
 
 
 @dataclass(frozen=True)
-class Card:
+class CardRates:
     """What a card can do at most."""
 
     name: str
@@ -47,28 +47,28 @@ class Card:
 
 
 CARDS = (
-    Card("H100", 721.0, 3055.0, measured=True),
-    Card("H200", 707.0, 4279.0, measured=True),
+    CardRates("H100", 721.0, 3055.0, measured=True),
+    CardRates("H200", 707.0, 4279.0, measured=True),
     # 75 % of the 125 TFLOP/s, and 80 % of the 273 GB/s that its data sheet names.
-    Card("GB10", 94.0, 220.0, measured=False),
+    CardRates("GB10", 94.0, 220.0, measured=False),
 )
 
 
 @dataclass(frozen=True)
 class Layers:
-    """A model's layers, with projections merged where the family has them so."""
+    """The work in a model's layers, with projections merged if its family merges them."""
 
     layers: int
     parameters: int
-    """Of a layer's matrices."""
+    """Parameters of one layer's matrices."""
     kernels: Mapping[str, int]
-    """Of a layer, by way."""
+    """Kernels of one layer, by the way it runs."""
     element_wise: Mapping[str, int]
     """Values that a layer's element-wise kernels and attention read and write for a token, by way."""
 
     @property
     def weight_bytes(self) -> int:
-        """Of all layers."""
+        """Bytes of the matrices of all layers."""
         return BYTES * self.layers * self.parameters
 
 
@@ -113,15 +113,15 @@ MODELS: Mapping[str, Layers] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A pass of so many tokens."""
+    """The time of one forward pass."""
 
     milliseconds: float
     of_matmul: float
     """Share of the rate of a large matrix product."""
 
 
-def predict(card: Card, model: Layers, tokens: int, way: str) -> Figure:
-    """What the model above comes to."""
+def predict(card: CardRates, model: Layers, tokens: int, way: str) -> Figure:
+    """The predicted time of a forward pass of so many tokens; see the module's docstring."""
     kernels = model.layers * model.kernels[way]
     host = kernels * LAUNCH[way] / 1e6
     alone = 2.0 * model.layers * model.parameters * tokens / (card.matmul_tflops * 1e12)
@@ -133,14 +133,14 @@ def predict(card: Card, model: Layers, tokens: int, way: str) -> Figure:
 
 
 def measured(results: Path = RESULTS) -> dict[tuple[str, str, int, str], Figure]:
-    """By card, model, tokens and way: the latest of what the results hold."""
-    found: dict[tuple[str, str, int, str], Figure] = {}
+    """The measured times by card, model, tokens and way, from the latest results that hold them."""
+    figures: dict[tuple[str, str, int, str], Figure] = {}
     runs = [json.loads(path.read_text()) for path in results.glob("gpu-*.json")]
     for run in sorted(runs, key=lambda run: str(run["measured_at"])):
         card = next((card.name for card in CARDS if card.name in str((run.get("card") or {}).get("name"))), None)
         if card is not None:
-            found |= {(card, *key): figure for model in run["models"] for key, figure in _figures(model)}
-    return found
+            figures |= {(card, *key): figure for model in run["models"] for key, figure in _figures(model)}
+    return figures
 
 
 def _figures(model: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int, str], Figure]]:
@@ -152,7 +152,7 @@ def _figures(model: Mapping[str, Any]) -> Iterator[tuple[tuple[str, int, str], F
 
 def table(results: Path = RESULTS) -> str:
     """Markdown: predicted and measured milliseconds, and from 1,024 tokens on the share of the matmul rate."""
-    found = measured(results)
+    figures = measured(results)
     heads = [f"{card.name} {column}" for card in CARDS for column in ("predicted", "measured")]
     lines = [_line(["model", "tokens", "way", *heads]), _line(["---"] * (3 + len(heads)))]
     for name, model in MODELS.items():
@@ -160,7 +160,7 @@ def table(results: Path = RESULTS) -> str:
             for way in WAYS:
                 cells = [name, f"{tokens:,}", way]
                 for card in CARDS:
-                    seen = found.get((card.name, name, tokens, way))
+                    seen = figures.get((card.name, name, tokens, way))
                     cells.append(_shown(predict(card, model, tokens, way), tokens))
                     cells.append(_shown(seen, tokens) if seen else "not measured yet")
                 lines.append(_line(cells))

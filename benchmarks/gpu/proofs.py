@@ -63,9 +63,9 @@ def rotary_angles(device: torch.device) -> dict[str, Any]:
 
 def attention_values(device: torch.device) -> dict[str, Any]:
     """Variable-length attention against SDPA row by row."""
-    found = attention(str(device))
-    assert found.largest_difference is not None
-    return {"largest_difference": found.largest_difference, "ok": found.largest_difference < 0.05}
+    result = attention(str(device))
+    assert result.largest_difference is not None
+    return {"largest_difference": result.largest_difference, "ok": result.largest_difference < 0.05}
 
 
 def prefixes(device: torch.device) -> dict[str, Any]:
@@ -91,19 +91,19 @@ def prefixes(device: torch.device) -> dict[str, Any]:
 
 def flash_and_sdpa(device: torch.device) -> dict[str, Any]:
     """Every family with golden data: flash kernels against SDPA."""
-    found = {}
+    differences = {}
     for name in CHECKPOINTS:
         model = _golden(name, device)
         rows = _rows(model, (1, 3, 64, 64, 120))
-        found[name] = _difference(_run(model, rows, device), _run(model, rows, device, flash=False))
-    return {**found, "ok": all(each["ok"] for each in found.values())}
+        differences[name] = _difference(_run(model, rows, device), _run(model, rows, device, flash=False))
+    return {**differences, "ok": all(each["ok"] for each in differences.values())}
 
 
 def graphs_equal(device: torch.device) -> dict[str, Any]:
     """Every family: batches of many lengths in captured passes, against the same launched kernel by kernel."""
     if device.type != "cuda":
         return {"ok": True, "skipped": "CUDA graphs need a GPU"}
-    found = {}
+    differences = {}
     for name, model in {**{each: _golden(each, device) for each in CHECKPOINTS}, "bert": _bert(device)}.items():
         stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         capture = CudaCapture(model, device, dict.fromkeys(Lane, stream))
@@ -118,8 +118,8 @@ def graphs_equal(device: torch.device) -> dict[str, Any]:
             difference = _difference(answers[np.argsort(packed.order)], _run(model, rows, device))
             if not difference["ok"] or "cosine" not in worst or difference["cosine"] < worst["cosine"]:
                 worst = difference
-        found[name] = worst
-    return {**found, "ok": all(each["ok"] for each in found.values())}
+        differences[name] = worst
+    return {**differences, "ok": all(each["ok"] for each in differences.values())}
 
 
 def no_waiting(device: torch.device) -> dict[str, Any]:
@@ -177,16 +177,16 @@ def _run(model: Model, rows: Sequence[Row], device: torch.device, *, flash: bool
     return model.forward(packed).cpu()[np.argsort(packed.order)]
 
 
-def _least_cosine(found: Tensor, wanted: Tensor) -> float:
-    return float(F.cosine_similarity(found, wanted, dim=1).nan_to_num(nan=-1).min())
+def _least_cosine(actual: Tensor, wanted: Tensor) -> float:
+    return float(F.cosine_similarity(actual, wanted, dim=1).nan_to_num(nan=-1).min())
 
 
-def _difference(found: Tensor, wanted: Tensor) -> dict[str, Any]:
-    if found.shape[1] == 1:  # logits
-        largest = float((found - wanted).abs().nan_to_num(nan=1e9).max())
+def _difference(actual: Tensor, wanted: Tensor) -> dict[str, Any]:
+    if actual.shape[1] == 1:  # logits
+        largest = float((actual - wanted).abs().nan_to_num(nan=1e9).max())
         return {"cosine": 1.0 - largest, "largest_difference": largest, "ok": largest < MOST_LOGIT_DIFFERENCE}
-    cosine = _least_cosine(found, wanted)
-    return {"cosine": cosine, "bits": bool(torch.equal(found, wanted)), "ok": cosine > LEAST_SAME}
+    cosine = _least_cosine(actual, wanted)
+    return {"cosine": cosine, "bits": bool(torch.equal(actual, wanted)), "ok": cosine > LEAST_SAME}
 
 
 # The engine. Needs pydantic and pydantic-settings.
@@ -274,7 +274,7 @@ def person_beside_bulk(
 
 
 def _mixed_load(serve: Sequence[str], seconds: float) -> dict[str, Any]:
-    """What `vecmill bench --mixed` finds of a server with these options."""
+    """The report of `vecmill bench --mixed` on a server with these options."""
     from benchmarks.lib.servers import free_port, running, vecmill_command
 
     port = free_port()
@@ -291,8 +291,8 @@ def write_checkpoint(folder: Path, shape: Shape) -> None:
     """Random weights in the hub's layout, with the tiny checkpoint's tokenizer."""
     source = GOLDEN / "qwen3" / "embedding"
     shutil.copytree(source, folder)
-    said = json.loads((source / "config.json").read_text())
-    config = {**said, **shape, "vocab_size": said["vocab_size"]}
+    stored = json.loads((source / "config.json").read_text())
+    config = {**stored, **shape, "vocab_size": stored["vocab_size"]}
     (folder / "config.json").write_text(json.dumps(config))
     with torch.device("meta"):
         model = Qwen3Model(Qwen3Config(**config))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from benchmarks.gpu.forward import START_SECONDS, Timing, timed
 from benchmarks.gpu.subjects import Subject, estimate
 from benchmarks.lib.figures import significant
-from benchmarks.lib.timing import Machine, Side
+from benchmarks.lib.timing import Machine, TimedSide
 from benchmarks.models.plain import PlainLatentAttention, pad_right, pooled, with_sdpa
 from benchmarks.models.workloads import CAUSAL, batches
 from torch import Tensor, nn
@@ -32,11 +32,11 @@ LEAST_COSINE = {torch.float32: 0.99999, torch.bfloat16: 0.99}
 
 
 class PaddedModel(nn.Module):
-    """What stands first in a SentenceTransformer: token ids, written as one character each, to pooled vectors."""
+    """The first module of a SentenceTransformer: turns token ids, written one character each, into pooled vectors."""
 
     def __init__(self, subject: Subject) -> None:
         super().__init__()
-        # In a tuple torch does not see them: .to() would go over weights that are the other side's too.
+        # A tuple hides the module from torch: .to() would otherwise move weights that vecmill's side uses too.
         self._backbone = (with_sdpa(subject.model.modules[0]),)
         self._pooling = "lasttoken" if subject.kind in CAUSAL else "mean"
         self._latent_attention = None
@@ -60,18 +60,18 @@ class PaddedModel(nn.Module):
 
 
 def compare(subject: Subject, timing: Timing, mode: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Texts per second of both, and their vectors' cosines; `mode` is what was measured of the way the model runs."""
+    """Texts per second of both, and their vectors' cosines; `mode` holds the measurements of the chosen mode."""
     texts = subject.texts[: _how_many(subject, timing, mode["fit"]["us_per_token"])]
     packs = batches([Row(text) for text in texts], mode["fit"]["budget_tokens"])
-    ours = Side(
+    ours = TimedSide(
         partial(subject.run_all, packs),
         subject.operations(packs),
         subject.weight_bytes * len(packs),
     )
     needs = estimate({"": ours}, ROUNDS + 1, 0, timing.matmul_rate) * (1 + 2 * len(BATCH_SIZES))
     run = partial(_compare, subject, timing.machine, texts, ours)
-    found = timing.stages.run(f"{subject.name}: against sentence-transformers", START_SECONDS + needs, run)
-    return {**found, "budget_tokens": mode["fit"]["budget_tokens"], "packs": len(packs)} if found else None
+    comparison = timing.stages.run(f"{subject.name}: against sentence-transformers", START_SECONDS + needs, run)
+    return {**comparison, "budget_tokens": mode["fit"]["budget_tokens"], "packs": len(packs)} if comparison else None
 
 
 def _how_many(subject: Subject, timing: Timing, microseconds_per_token: float) -> int:
@@ -81,13 +81,13 @@ def _how_many(subject: Subject, timing: Timing, microseconds_per_token: float) -
     return int(np.clip(wanted, *timing.sizes.texts))
 
 
-def _compare(subject: Subject, machine: Machine, texts: Sequence[TokenIds], ours: Side) -> dict[str, Any]:
+def _compare(subject: Subject, machine: Machine, texts: Sequence[TokenIds], ours: TimedSide) -> dict[str, Any]:
     package, encode = _encoder(subject, texts)
     theirs = {f"sentence-transformers, batches of {size}": replace(ours, run=encode(size)) for size in BATCH_SIZES}
     expected, cosines = ours.run(), {}
     for name, side in theirs.items():
-        found = F.cosine_similarity(expected, side.run(), dim=1).nan_to_num(nan=-1)
-        cosines[name] = {"min": float(found.min()), "mean": float(found.mean())}
+        similarities = F.cosine_similarity(expected, side.run(), dim=1).nan_to_num(nan=-1)
+        cosines[name] = {"min": float(similarities.min()), "mean": float(similarities.mean())}
     rounds = replace(machine, rounds=min(machine.rounds, ROUNDS))
     measured = timed(
         f"{subject.name}, both", rounds, subject.target.dtype, {"vecmill": ours, **theirs}, items=len(texts)
@@ -136,12 +136,12 @@ def _write(token_ids: TokenIds) -> str:
 
 
 def _read(text: str) -> TokenIds:
-    """In one step: the package is not to be slowed by this."""
+    """The ids of a text that `_write` made, decoded in one step so that this does not slow the package down."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.int32)
 
 
 def _padded_tokens(lengths: Sequence[int], size: int) -> int:
-    """Tokens that are computed where each batch is padded to its longest text."""
+    """The number of tokens computed when each batch is padded to its longest text."""
     longest_first = sorted(lengths, reverse=True)
     starts = range(0, len(lengths), size)
     return sum(longest_first[start] * len(longest_first[start : start + size]) for start in starts)

@@ -14,35 +14,35 @@ LEAST_RATIO = 3.0
 
 
 def targets(models: Sequence[Mapping[str, Any]], first: str, busy_tokens: int) -> list[dict[str, Any]]:
-    """Each with what is wanted and what was found, None where it was not measured."""
+    """One entry per target: the least value wanted and the value measured, None if it was not measured."""
     of_matmul = next((_worst_share(model, busy_tokens) for model in models if model["name"] == first), None)
-    found = [_target(f"{first}: share of the matmul rate from {busy_tokens} tokens on", LEAST_OF_MATMUL, of_matmul)]
+    results = [_target(f"{first}: share of the matmul rate from {busy_tokens} tokens on", LEAST_OF_MATMUL, of_matmul)]
     for model in models:
         compared = model["against"]
         ratio = min(each["median"] for each in compared["ratio"].values()) if compared else None
-        found.append(_target(f"{model['name']}: times as fast as sentence-transformers", LEAST_RATIO, ratio))
-    return found
+        results.append(_target(f"{model['name']}: times as fast as sentence-transformers", LEAST_RATIO, ratio))
+    return results
 
 
 def _worst_share(model: Mapping[str, Any], busy_tokens: int) -> float | None:
-    """Of the way the server runs it."""
+    """The least share of the matmul rate in the mode that the server would choose; None if that was not measured."""
     mode = model["modes"].get(model["chosen"])
     if mode is None:
         return None
     return min(float(each["of_matmul"]["median"]) for each in mode["forwards"] if each["tokens"] >= busy_tokens)
 
 
-def _target(name: str, wanted: float, found: float | None) -> dict[str, Any]:
-    return {"target": name, "wanted": wanted, "found": found, "met": None if found is None else found >= wanted}
+def _target(name: str, wanted: float, value: float | None) -> dict[str, Any]:
+    return {"target": name, "wanted": wanted, "found": value, "met": None if value is None else value >= wanted}
 
 
-def print_machine(console: Console, found: Mapping[str, Any]) -> None:
+def print_machine(console: Console, result: Mapping[str, Any]) -> None:
     """The card and its rates."""
-    for name, value in (found["card"] or {}).items():
+    for name, value in (result["card"] or {}).items():
         console.print(f"  {name}: {value}")
-    if rates := found["rates"]:
+    if rates := result["rates"]:
         console.print(
-            f"Large matmul in {found['dtype']}: {_range(rates['matmul_tflops'])} TFLOP/s; "
+            f"Large matmul in {result['dtype']}: {_range(rates['matmul_tflops'])} TFLOP/s; "
             f"copy {_range(rates['copy_gb_per_s'])} GB/s read and written; read {_range(rates['read_gb_per_s'])} GB/s",
             soft_wrap=True,
         )
@@ -64,8 +64,8 @@ def print_model(console: Console, model: Mapping[str, Any]) -> None:
             f"{side['of_matmul']['median']:.0%} of the large matmul, weights at {side['weights_gb_per_s']:,.4g} GB/s",
             soft_wrap=True,
         )
-    for mode, found in model["modes"].items():
-        _print_query_and_fit(console, mode, found)
+    for mode, result in model["modes"].items():
+        _print_query_and_fit(console, mode, result)
     if model["against"]:
         _print_comparison(console, model["against"])
 
@@ -80,7 +80,7 @@ def _print_forwards(console: Console, modes: Mapping[str, Any]) -> None:
     for mode in modes:
         for heading in (f"{mode} ms", "min to max", "tokens/s", "of matmul"):
             table.add_column(heading, justify="right")
-    for same in zip(*(found["forwards"] for found in modes.values()), strict=True):
+    for same in zip(*(result["forwards"] for result in modes.values()), strict=True):
         cells = [
             cell
             for each in same
@@ -95,8 +95,8 @@ def _print_forwards(console: Console, modes: Mapping[str, Any]) -> None:
     console.print(table)
 
 
-def _print_query_and_fit(console: Console, mode: str, found: Mapping[str, Any]) -> None:
-    query, fit = found["query"], found["fit"]
+def _print_query_and_fit(console: Console, mode: str, result: Mapping[str, Any]) -> None:
+    query, fit = result["query"], result["fit"]
     console.print(
         f"  {mode}: one query {_range(query['ms'])} ms ({query['packed_anew_ms']['median']:.4g} with its packing), "
         f"{query['times_read_limit']:.3g} times the {query['read_limit_ms']:.4g} ms in which its weights are read, "
@@ -110,50 +110,50 @@ def _print_query_and_fit(console: Console, mode: str, found: Mapping[str, Any]) 
     )
 
 
-def _print_comparison(console: Console, found: Mapping[str, Any]) -> None:
-    same = "the same vectors" if found["same"] else "NOT THE SAME VECTORS"
-    lengths = found["lengths"]
+def _print_comparison(console: Console, comparison: Mapping[str, Any]) -> None:
+    same = "the same vectors" if comparison["same"] else "NOT THE SAME VECTORS"
+    lengths = comparison["lengths"]
     console.print(
-        f"  {found['texts']} texts of {lengths['median']:.0f} tokens (median; mean {lengths['mean']:.0f}, longest "
-        f"{lengths['max']}) in packs of {found['budget_tokens']}, against {found['package']}: {same}",
+        f"  {comparison['texts']} texts of {lengths['median']:.0f} tokens (median; mean {lengths['mean']:.0f}, longest "
+        f"{lengths['max']}) in packs of {comparison['budget_tokens']}, against {comparison['package']}: {same}",
         soft_wrap=True,
     )
     table = Table(box=SIMPLE)
     table.add_column("", no_wrap=True)
     for heading in ("texts/s", "min to max", "vecmill faster by", "of matmul", "least cosine"):
         table.add_column(heading, justify="right")
-    for name, rate in found["texts_per_s"].items():
+    for name, rate in comparison["texts_per_s"].items():
         table.add_row(
             name,
             f"{rate['median']:,.4g}",
             f"{rate['min']:,.4g} to {rate['max']:,.4g}",
-            _range(found["ratio"][name]) if name in found["ratio"] else "",
-            f"{found['of_matmul'][name]['median']:.1%}",
-            f"{found['cosine'][name]['min']:.6f}" if name in found["cosine"] else "",
+            _range(comparison["ratio"][name]) if name in comparison["ratio"] else "",
+            f"{comparison['of_matmul'][name]['median']:.1%}",
+            f"{comparison['cosine'][name]['min']:.6f}" if name in comparison["cosine"] else "",
         )
     console.print(table)
 
 
-def print_lanes(console: Console, found: Mapping[str, Any]) -> None:
+def print_lanes(console: Console, lanes: Mapping[str, Any]) -> None:
     """Bulk and a person's queries, with a stream for each lane and without."""
     table = Table(box=SIMPLE)
     table.add_column("", no_wrap=True)
     for heading in ("bulk alone tokens/s", "beside a person", "a query p50 ms", "p95"):
         table.add_column(heading, justify="right")
-    for way, side in found["ways"].items():
+    for way, side in lanes["ways"].items():
         rates = (side["bulk_alone_tokens_per_s"], side["bulk_beside_a_person_tokens_per_s"])
         cells = [f"{rate['median']:,.0f} ({rate['min']:,.0f} to {rate['max']:,.0f})" for rate in rates]
         table.add_row(way, *cells, *(f"{milliseconds:.4g}" for milliseconds in side["query_ms"].values()))
     console.print(table)
-    costs = (found["cost_alone"], found["cost_beside_a_person"])
+    costs = (lanes["cost_alone"], lanes["cost_beside_a_person"])
     alone, beside = (f"{cost['median']:.1%} ({cost['min']:.1%} to {cost['max']:.1%})" for cost in costs)
     console.print(f"  A stream for each lane costs bulk {alone} alone, {beside} beside a person.", soft_wrap=True)
 
 
-def print_targets(console: Console, found: Sequence[Mapping[str, Any]]) -> None:
-    """Met or not."""
+def print_targets(console: Console, results: Sequence[Mapping[str, Any]]) -> None:
+    """One line per target: met, not met or not measured."""
     console.print()
-    for each in found:
+    for each in results:
         verdict = {True: "met", False: "NOT MET", None: "NOT MEASURED"}[each["met"]]
         value = "-" if each["found"] is None else f"{each['found']:.3g}"
         console.print(f"{each['target']}: {value}, at least {each['wanted']:g} is wanted: {verdict}", soft_wrap=True)

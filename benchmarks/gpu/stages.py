@@ -22,7 +22,7 @@ SAMPLE_MILLISECONDS = 500
 
 Samples = list[list[str]]
 """One entry each time nvidia-smi answered: its fields, in SAMPLED's order."""
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
 
 def describe_card(device: torch.device) -> dict[str, Any] | None:
@@ -31,7 +31,7 @@ def describe_card(device: torch.device) -> dict[str, Any] | None:
         return None
     properties = torch.cuda.get_device_properties(device)
     smi = _nvidia_smi(device, FACTS)
-    said = _once(smi)
+    answer = _once(smi)
     return {
         "name": properties.name,
         "memory_gb": round(properties.total_memory / 1e9, 1),
@@ -39,7 +39,7 @@ def describe_card(device: torch.device) -> dict[str, Any] | None:
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
         "cuda": torch.version.cuda,
-        **{name: value for name, value in zip(FACTS, said, strict=False) if not _unknown(value)},
+        **{name: value for name, value in zip(FACTS, answer, strict=False) if not _unknown(value)},
     }
 
 
@@ -63,12 +63,12 @@ def sampled(device: torch.device) -> Iterator[Samples]:
 
 def summary(samples: Sequence[Sequence[str]]) -> Mapping[str, Mapping[str, float]]:
     """Median and range of each reading; without those that the card does not give."""
-    found = {}
+    readings = {}
     for position, name in enumerate(SAMPLED.values()):
         values = [float(sample[position]) for sample in samples if not _unknown(sample[position])]
         if values:
-            found[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
-    return found
+            readings[name] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
+    return readings
 
 
 def _nvidia_smi(device: torch.device, fields: Sequence[str]) -> list[str]:
@@ -112,12 +112,12 @@ def _unknown(value: str) -> bool:
 
 
 class Stages:
-    """Runs them one by one and keeps what became of each, for the output and the JSON."""
+    """Runs stages one by one and records how each ended, for the output and the JSON."""
 
     def __init__(
         self, ends: float, device: torch.device, samples: Samples, keep: Callable[[], None] = lambda: None
     ) -> None:
-        """`keep` is called before each stage, when what the one before found is in its place."""
+        """`keep` is called before each stage, once the result of the previous one is stored."""
         self._ends = ends  # by time.perf_counter
         self._device = device
         self._keep = keep
@@ -126,23 +126,23 @@ class Stages:
 
     @property
     def left(self) -> float:
-        """Seconds."""
+        """Seconds until the run must end."""
         return self._ends - time.perf_counter()
 
     @property
     def failed(self) -> bool:
-        """Whether any stage has."""
+        """Whether any stage failed."""
         return any(record["status"] == "failed" for record in self.records)
 
-    def run(self, name: str, needs: float, function: Callable[[], Found]) -> Found | None:
-        """What the function returns; None where the seconds that it needs are not left, or where it raised."""
+    def run(self, name: str, needs: float, function: Callable[[], Result]) -> Result | None:
+        """The function's result; None if fewer seconds are left than it needs, or if it raised."""
         if needs > self.left:
             self.skip(name, f"needs about {needs:.0f} s, {max(self.left, 0):.0f} s are left")
             return None
         self._keep()
         self._say(name)
         first_sample, started = len(self._samples), time.perf_counter()
-        found, error = self._attempt(function)
+        result, error = self._attempt(function)
         record: dict[str, Any] = {
             "stage": name,
             "status": "failed" if error else "done",
@@ -155,10 +155,10 @@ class Stages:
             record["reason"] = error
             self._say(f"{name} FAILED: {error}")
         self.records.append(record)
-        return found
+        return result
 
     def guard(self, name: str, function: Callable[[], None]) -> None:
-        """Run what has stages of its own; only that it failed between them is worth a record."""
+        """Run a function that runs stages of its own. Records only an error that is raised between them."""
         _, error = self._attempt(function)
         if error:
             self._say(f"{name} FAILED: {error}")
@@ -172,18 +172,18 @@ class Stages:
     def _say(self, text: str) -> None:
         print(f"[{self.left:4.0f} s left] {text}", file=sys.stderr, flush=True)
 
-    def _attempt(self, function: Callable[[], Found]) -> tuple[Found | None, str | None]:
+    def _attempt(self, function: Callable[[], Result]) -> tuple[Result | None, str | None]:
         """The error as text only: the exception's frames would hold the model in memory."""
         try:
             self._reset()
             return function(), None
-        except Exception as error:  # any: what is measured after it is worth having all the same
+        except Exception as error:  # any: the stages after it shall still run
             traceback.print_exc()
             return None, f"{type(error).__name__}: {error}".splitlines()[0][:300]
 
     def _reset(self) -> None:
-        """A new peak of memory, and nothing kept for what is gone."""
-        gc.collect()  # compiled layers and their calls hold each other
+        """Free unused memory and reset the peak."""
+        gc.collect()  # compiled layers and their calls refer to each other
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()

@@ -11,7 +11,7 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from benchmarks.lib.timing import Side
+from benchmarks.lib.timing import TimedSide
 from benchmarks.models.builds import build, matmul_parameters
 from benchmarks.models.shapes import BERT_BASE, CUDA, NV_EMBED_V2, QUICK, QWEN3_0_6B, QWEN3_4B, Shape
 from benchmarks.models.workloads import first_tokens, operations, ragged_rows
@@ -43,7 +43,7 @@ class Subject:
     texts: Sequence[TokenIds]
     """Random tokens in the lengths of code chunks."""
     graphs: Graphs = field(default_factory=Graphs)
-    """None are there until `capture` was called."""
+    """Empty until `capture` is called."""
     stream: torch.cuda.Stream | None = None
     """On which graphs are captured and run; None on a CPU."""
 
@@ -59,13 +59,13 @@ class Subject:
         def run_directly(packed: PackedBatch) -> None:
             self.model.forward(packed)
 
-        found = capture_graphs(self.capturing, run_directly, self.target.device, largest, MAX_ROWS)
-        self.graphs.passes, self.graphs.gains = found.passes, found.gains
-        self.graphs.memory_bytes, self.graphs.reason = found.memory_bytes, found.reason
+        captured = capture_graphs(self.capturing, run_directly, self.target.device, largest, MAX_ROWS)
+        self.graphs.passes, self.graphs.gains = captured.passes, captured.gains
+        self.graphs.memory_bytes, self.graphs.reason = captured.memory_bytes, captured.reason
 
     @property
     def attention(self) -> Attention:
-        """What its batches are packed for."""
+        """The attention that its batches are packed for."""
         return Attention.on(self.target.device, self.target.dtype)
 
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
@@ -119,13 +119,13 @@ def make(name: str, kind: str, shape: Shape, sizes: GpuSizes, target: Target, fo
     return Subject(name, kind, shape, target, build(kind, shape, target, folder), folder, texts, stream=stream)
 
 
-def forward(subject: Subject, rows: Sequence[Row]) -> Side:
+def forward(subject: Subject, rows: Sequence[Row]) -> TimedSide:
     """Forward passes over a pack that is on the device: in the server another thread packs while one runs."""
     packed = subject.pack(rows)
-    return Side(partial(subject.run, packed), subject.operations([rows]), subject.weight_bytes)
+    return TimedSide(partial(subject.run, packed), subject.operations([rows]), subject.weight_bytes)
 
 
-def forwards(subject: Subject, sizes: GpuSizes) -> dict[str, Side]:
+def forwards(subject: Subject, sizes: GpuSizes) -> dict[str, TimedSide]:
     """A forward pass of each size, by its tokens; a query with its packing; and a large read."""
     rows = {tokens: first_tokens(subject.texts, tokens) for tokens in sizes.tokens}
     sides = {str(tokens): forward(subject, rows[tokens]) for tokens in sizes.tokens}
@@ -133,19 +133,19 @@ def forwards(subject: Subject, sizes: GpuSizes) -> dict[str, Side]:
     anew = partial(subject.run_all, [query])
     return {
         **sides,
-        WITH_PACKING: Side(anew, subject.operations([query]), subject.weight_bytes),
+        WITH_PACKING: TimedSide(anew, subject.operations([query]), subject.weight_bytes),
         READ: read_side(sizes.copy_bytes, subject.target.device),
     }
 
 
-def read_side(size: int, device: torch.device) -> Side:
+def read_side(size: int, device: torch.device) -> TimedSide:
     """A sum over so many bytes: as weights they are read and hardly anything is written."""
     values = torch.ones(size // torch.float32.itemsize, device=device)
-    return Side(lambda: values.sum(), 0, size)
+    return TimedSide(lambda: values.sum(), 0, size)
 
 
-def matrix_products(subject: Subject, tokens: int) -> Side:
-    """All of the model's matrix products of so many tokens, and nothing else: what a forward pass cannot be beyond."""
+def matrix_products(subject: Subject, tokens: int) -> TimedSide:
+    """The model's matrix products for so many tokens and nothing else: no forward pass can be faster."""
     linears = list(_linears(subject.model.modules))
     inputs = {linear.in_features: _random(tokens, linear.in_features, subject.target) for linear in linears}
 
@@ -156,7 +156,7 @@ def matrix_products(subject: Subject, tokens: int) -> Side:
         return result
 
     products = 2.0 * tokens * sum(linear.weight.numel() for linear in linears)
-    return Side(run, products, subject.weight_bytes)
+    return TimedSide(run, products, subject.weight_bytes)
 
 
 def _linears(modules: Sequence[nn.Module]) -> Iterator[nn.Linear]:
@@ -176,7 +176,7 @@ def one_forward(subject: Subject, tokens: int) -> float:
     return perf_counter() - started
 
 
-def estimate(sides: Mapping[str, Side], rounds: int, seconds: float, matmul_rate: float) -> float:
+def estimate(sides: Mapping[str, TimedSide], rounds: int, seconds: float, matmul_rate: float) -> float:
     """Seconds that timing the sides takes at about a third of the matmul rate."""
     once = sum(max(seconds, 3 * side.operations / matmul_rate) for side in sides.values())
     return (rounds + 2) * once  # each is run twice before the rounds
@@ -200,7 +200,7 @@ class GpuSizes:
     texts: tuple[int, int]
     """Fewest and most that are embedded against sentence-transformers."""
     encode_seconds: float
-    """That vecmill should take for the texts; their number follows from it."""
+    """How long vecmill should take for the texts; decides how many there are."""
     rounds: int
     seconds: float
     """Of each side in each round, at least one call."""

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def in_turns(sides: Sequence[T], rounds: int) -> Iterator[T]:
-    """Every side once in each round, the order turned round from one round to the next."""
+    """Yield every side once per round, in the given order and in reverse by turns."""
     for number in range(rounds):
         yield from sides if number % 2 == 0 else reversed(sides)
 
@@ -32,12 +32,12 @@ def shown(figure: Mapping[str, Any], unit: str = "") -> str:
 
 
 def rounded(value: float) -> str:
-    """Without digits that say nothing."""
+    """The value as text, with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def print_disturbance(console: Console, other_cores: float) -> None:
-    """Whether other programs were busy meanwhile; `other_cores` as the contention gives it."""
+    """Print a warning if other programs were busy; `other_cores` is what they used on average."""
     if other_cores > ALLOWED_OTHER_CORES:
         console.print(f"Other programs used up to {other_cores:.2f} cores meanwhile: measure again on a quiet machine.")
 
@@ -53,5 +53,5 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 
 def significant(value: float) -> float:
-    """Four digits: more would be noise."""
+    """Rounded to four significant digits: more would be noise."""
     return float(f"{value:.4g}")

@@ -71,7 +71,7 @@ def describe_host() -> dict[str, Any]:
 
 
 def host_kind(host: dict[str, Any]) -> str:
-    """A file name's worth of the machine: its GPU, or else its processor and cores."""
+    """The machine as a part of file names: its GPU, or else its processor and cores."""
     name = host["gpu"] or f"{host['cpu']} {host['cores']}c"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 

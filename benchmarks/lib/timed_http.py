@@ -1,6 +1,6 @@
 """Single requests on a kept-alive connection, timed with as little of the client's own work as there can be.
 
-The standard library's client, for it does least: what it takes is counted as the server's.
+It is the standard library's client because that does the least: the client's own time counts as the server's.
 """
 
 import gzip
@@ -31,7 +31,7 @@ class Timed:
         return gzip.decompress(self.content) if self.headers.get("content-encoding") == "gzip" else self.content
 
 
-class Connection:
+class TimedConnection:
     """One connection to a server on this machine."""
 
     def __init__(self, url: str) -> None:
@@ -57,7 +57,7 @@ class Connection:
 
 @dataclass
 class Polls:
-    """What somebody else's small requests took meanwhile, in milliseconds."""
+    """The durations of small requests that another client sent meanwhile, in milliseconds."""
 
     milliseconds: list[float] = field(default_factory=list)
 
@@ -68,7 +68,7 @@ def polled(url: str, path: str = "/ready") -> Iterator[Polls]:
 
     A request that waits because the server's event loop is held takes about as long as it is held.
     """
-    polls, ended, connection = Polls(), Event(), Connection(url)
+    polls, ended, connection = Polls(), Event(), TimedConnection(url)
 
     def poll() -> None:
         while not ended.wait(POLL_EVERY_S):

@@ -1,4 +1,4 @@
-"""Several ways to do one thing, in turns, beside what the machine can do at most."""
+"""Times several ways to do the same work in turns, beside the limits of the machine."""
 
 import math
 import time
@@ -16,14 +16,14 @@ LIMITS = ("matmul", "copy")
 
 
 @dataclass(frozen=True)
-class Side:
-    """One way to do it."""
+class TimedSide:
+    """One of the ways to do the work."""
 
     run: Callable[[], Tensor]
     operations: float
     """Floating-point operations of one call, a multiply-add counted as two."""
     weight_bytes: float
-    """Weights that one call cannot but read."""
+    """Bytes of weights that one call has to read."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Machine:
     matmul_size: int
     copy_bytes: int
     advance: Callable[[int], None] = field(default=lambda done: None, compare=False)
-    """Told of each side of each round that is done."""
+    """Called with 1 after each side of each round."""
 
     def synchronize(self) -> None:
         """Wait for all that was launched."""
@@ -55,7 +55,7 @@ class Rounds:
 
 
 @cache
-def limits(machine: Machine, dtype: torch.dtype) -> dict[str, Side]:
+def limits(machine: Machine, dtype: torch.dtype) -> dict[str, TimedSide]:
     """A large square matmul, and a copy of more than fits a cache: both ways of its traffic count."""
     size = machine.matmul_size
     # Random values: a GPU draws less power, and so runs faster, on constants.
@@ -64,26 +64,26 @@ def limits(machine: Machine, dtype: torch.dtype) -> dict[str, Side]:
     source = torch.ones(machine.copy_bytes, dtype=torch.uint8, device=machine.device)
     copied = torch.empty_like(source)
     return {
-        "matmul": Side(lambda: torch.matmul(first, second, out=product), 2.0 * size**3, 0),
-        "copy": Side(lambda: copied.copy_(source), 0, 2.0 * machine.copy_bytes),
+        "matmul": TimedSide(lambda: torch.matmul(first, second, out=product), 2.0 * size**3, 0),
+        "copy": TimedSide(lambda: copied.copy_(source), 0, 2.0 * machine.copy_bytes),
     }
 
 
-def alternate(machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side]) -> Rounds:
+def alternate(machine: Machine, dtype: torch.dtype, sides: Mapping[str, TimedSide]) -> Rounds:
     """Time every side and the limits of this dtype in each round, the order turned round from one to the next."""
     everything = {**sides, **limits(machine, dtype)}
     for side in everything.values():  # the first call prepares kernels and memory
         side.run()
     calls = {name: max(1, math.ceil(machine.seconds / _seconds(machine, side, 1))) for name, side in everything.items()}
-    found: dict[str, list[float]] = {name: [] for name in everything}
+    seconds: dict[str, list[float]] = {name: [] for name in everything}
     with watched() as contention:
         for name in in_turns(list(everything), machine.rounds):
-            found[name].append(_seconds(machine, everything[name], calls[name]))
+            seconds[name].append(_seconds(machine, everything[name], calls[name]))
             machine.advance(1)
-    return Rounds(found, contention.other_cores)
+    return Rounds(seconds, contention.other_cores)
 
 
-def _seconds(machine: Machine, side: Side, calls: int) -> float:
+def _seconds(machine: Machine, side: TimedSide, calls: int) -> float:
     machine.synchronize()
     started = time.perf_counter()
     for _ in range(calls):
@@ -93,7 +93,7 @@ def _seconds(machine: Machine, side: Side, calls: int) -> float:
 
 
 def report(
-    machine: Machine, dtype: torch.dtype, sides: Mapping[str, Side], rounds: Rounds, items: int
+    machine: Machine, dtype: torch.dtype, sides: Mapping[str, TimedSide], rounds: Rounds, items: int
 ) -> dict[str, Any]:
     """What JSON gets: rates of `items` per call, how near the limits, and the first side against each other one."""
     seconds, measured = rounds.seconds, limits(machine, dtype)

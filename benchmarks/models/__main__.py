@@ -57,17 +57,18 @@ def machine_and_sizes(options: argparse.Namespace) -> tuple[Machine, Sizes]:
     return machine, sizes
 
 
-def print_comparison(console: Console, one: dict[str, Any]) -> None:
+def print_comparison(console: Console, comparison: dict[str, Any]) -> None:
     """Speeds, for people."""
-    check = one["check"]
+    check = comparison["check"]
     same = "the same numbers" if check["same"] else "NOT THE SAME NUMBERS"
-    title = f"{one['name']}: {one['dtype']}, {same} (apart by {check['error']:.1e}, allowed {check['tolerance']:.0e})"
+    apart = f"apart by {check['error']:.1e}, allowed {check['tolerance']:.0e}"
+    title = f"{comparison['name']}: {comparison['dtype']}, {same} ({apart})"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
     table.add_column("", no_wrap=True)
-    for heading in (f"{one['unit']}/s", "min to max", "first is faster by", "of matmul", "of limit"):
+    for heading in (f"{comparison['unit']}/s", "min to max", "first is faster by", "of matmul", "of limit"):
         table.add_column(heading, justify="right")
-    for name, side in one["sides"].items():
-        rate, ratio = side["per_s"], one["ratio"].get(name)
+    for name, side in comparison["sides"].items():
+        rate, ratio = side["per_s"], comparison["ratio"].get(name)
         table.add_row(
             name,
             rounded(rate["median"]),
@@ -77,8 +78,8 @@ def print_comparison(console: Console, one: dict[str, Any]) -> None:
             f"{side['of_limit']['median']:.0%}",
         )
     console.print(table)
-    if "saved_share" in one["about"]:
-        console.print(f"  {one['about']['saved_share']:.1%} of the tokens saved")
+    if "saved_share" in comparison["about"]:
+        console.print(f"  {comparison['about']['saved_share']:.1%} of the tokens saved")
 
 
 def rounded(value: float) -> str:
@@ -86,14 +87,14 @@ def rounded(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
-def print_loading(console: Console, found: dict[str, Any]) -> None:
+def print_loading(console: Console, result: dict[str, Any]) -> None:
     """Memory and time of loading, for people."""
-    title = f"Loading {found['weight_bytes'] / 1e9:.2f} GB of weights in {found['files']} files"
+    title = f"Loading {result['weight_bytes'] / 1e9:.2f} GB of weights in {result['files']} files"
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE)
     table.add_column("", no_wrap=True)
     for heading in ("peak / weights", "with file cache", "seconds", "min to max", "GB/s", "of plain read"):
         table.add_column(heading, justify="right")
-    for name, side in found["sides"].items():
+    for name, side in result["sides"].items():
         peak, seconds = side.get("peak_of_weights"), side["seconds"]
         table.add_row(
             name,
@@ -105,25 +106,27 @@ def print_loading(console: Console, found: dict[str, Any]) -> None:
             f"{side['of_read']['median']:.0%}" if peak else "",
         )
     console.print(table)
-    check = found["check"]
+    check = result["check"]
     console.print(
         f"Peak of vecmill's loading: {check['peak']:.2f} times the weights, below {check['allowed_peak']} is required; "
-        f"weights {'the same' if check['same'] else 'NOT THE SAME'} as transformers'. Memory by {found['memory']}.",
+        f"weights {'the same' if check['same'] else 'NOT THE SAME'} as transformers'. Memory by {result['memory']}.",
         soft_wrap=True,
     )
 
 
-def print_machine(console: Console, device: torch.device, found: Sequence[dict[str, Any]]) -> None:
+def print_machine(console: Console, device: torch.device, comparisons: Sequence[dict[str, Any]]) -> None:
     """The limits, and whether the machine was quiet."""
-    for dtype in dict.fromkeys(one["dtype"] for one in found):
-        own = [one["limits"] for one in found if one["dtype"] == dtype]
-        flops, copied = ([one[key]["median"] for one in own] for key in ("matmul_tflops", "copy_gb_per_s"))
+    for dtype in dict.fromkeys(comparison["dtype"] for comparison in comparisons):
+        own = [comparison["limits"] for comparison in comparisons if comparison["dtype"] == dtype]
+        flops, copied = (
+            [comparison[key]["median"] for comparison in own] for key in ("matmul_tflops", "copy_gb_per_s")
+        )
         console.print(
             f"{describe(device)}: large matmul in {dtype} {min(flops):.4g} to {max(flops):.4g} TFLOP/s, "
             f"copy {min(copied):.4g} to {max(copied):.4g} GB/s read and written",
             soft_wrap=True,
         )
-    print_disturbance(console, max(one["other_cores"] for one in found))
+    print_disturbance(console, max(comparison["other_cores"] for comparison in comparisons))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -134,17 +137,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with torch.inference_mode():
         # map, not a loop: it holds no case, and so no model, while the next is made
         given = cases(Given(sizes, machine.device, dtype), options.only)
-        found = list(map(partial(measure, machine=machine), given))
+        comparisons = list(map(partial(measure, machine=machine), given))
     if machine.device.type == "cuda":
         torch.cuda.empty_cache()  # the processes that load need the memory
     loaded = None if options.only else loading(machine, sizes.load_shape, options.load_gb or sizes.load_gb)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 110)
-    for one in found:
-        print_comparison(console, one)
+    for comparison in comparisons:
+        print_comparison(console, comparison)
     if loaded is not None:
         print_loading(console, loaded)
-    print_machine(console, machine.device, found)
-    checks = [one["check"] for one in (*found, *([loaded] if loaded is not None else ()))]
+    print_machine(console, machine.device, comparisons)
+    checks = [result["check"] for result in (*comparisons, *([loaded] if loaded is not None else ()))]
     same = all(check["same"] for check in checks)
     settings = {
         "device": describe(machine.device),
@@ -157,7 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     publish(
         "models",
-        {"host": describe_host(), "settings": settings, "comparisons": found, "loading": loaded, "same_numbers": same},
+        {
+            "host": describe_host(),
+            "settings": settings,
+            "comparisons": comparisons,
+            "loading": loaded,
+            "same_numbers": same,
+        },
         store=not options.no_store,
     )
     return 0 if same and all(check.get("peak_allowed", True) for check in checks) else 1

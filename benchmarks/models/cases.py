@@ -1,4 +1,4 @@
-"""What is compared with what."""
+"""The comparisons: each of vecmill's special paths against the plain way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from benchmarks.lib.figures import significant
 from benchmarks.lib.results import progress
-from benchmarks.lib.timing import LIMITS, Machine, Side, alternate, report
+from benchmarks.lib.timing import LIMITS, Machine, TimedSide, alternate, report
 from benchmarks.models.builds import RandomValues, build, build_latents, matmul_parameters, merged_and_separate
 from benchmarks.models.plain import PlainLatentAttention, by_length, padded, with_sdpa
 from benchmarks.models.shapes import Shape, Sizes
@@ -51,12 +51,12 @@ FULL_ROW = 512
 
 
 @dataclass(frozen=True)
-class Case:
-    """What is compared; the first side is vecmill's."""
+class ModelCase:
+    """One comparison; its first side is vecmill's."""
 
     name: str
     dtype: torch.dtype
-    sides: Mapping[str, Side]
+    sides: Mapping[str, TimedSide]
     items: int
     """Of one call of each side."""
     unit: str
@@ -66,7 +66,7 @@ class Case:
     tolerances: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
 
 
-def measure(case: Case, machine: Machine) -> dict[str, Any]:
+def measure(case: ModelCase, machine: Machine) -> dict[str, Any]:
     """Check, time, and what JSON gets of it."""
     first, *others = case.answers.values()
     error = max(worst_error(first, other) for other in others)
@@ -84,16 +84,16 @@ def measure(case: Case, machine: Machine) -> dict[str, Any]:
     }
 
 
-def worst_error(one: Tensor, other: Tensor) -> float:
+def worst_error(first: Tensor, second: Tensor) -> float:
     """The largest difference of two rows, as a part of the row's norm; NaN counts as infinite."""
-    one, other = one.float(), other.float()
-    errors = (one - other).norm(dim=1) / other.norm(dim=1)
+    first, second = first.float(), second.float()
+    errors = (first - second).norm(dim=1) / second.norm(dim=1)
     return float(errors.nan_to_num(nan=torch.inf).max())
 
 
 @dataclass(frozen=True)
 class Given:
-    """What the cases need to know."""
+    """The settings that all cases share."""
 
     sizes: Sizes
     device: torch.device
@@ -110,7 +110,7 @@ class Given:
         return Target(choose_dtype(self.dtype, self.device, width).dtype, self.device)
 
 
-def latent_attention(given: Given) -> Iterator[Case]:
+def latent_attention(given: Given) -> Iterator[ModelCase]:
     """NV-Embed's, with its constants multiplied out at load, against the plain maths."""
     width = given.sizes.latent_width
     target = given.target(width)
@@ -126,10 +126,10 @@ def latent_attention(given: Given) -> Iterator[Case]:
         hidden = RandomValues(target.device, target.dtype).tensor((tokens, width))
         sides = {
             "folded": _side(partial(folded, hidden), 2.0 * parameters * tokens, parameters, target),
-            "plain": Side(partial(plain, hidden), plain.operations(tokens), plain.weight_bytes()),
-            "plain, keys kept": Side(partial(kept, hidden), kept.operations(tokens), kept.weight_bytes()),
+            "plain": TimedSide(partial(plain, hidden), plain.operations(tokens), plain.weight_bytes()),
+            "plain, keys kept": TimedSide(partial(kept, hidden), kept.operations(tokens), kept.weight_bytes()),
         }
-        yield Case(
+        yield ModelCase(
             f"latent attention, {tokens} tokens",
             target.dtype,
             sides,
@@ -141,7 +141,7 @@ def latent_attention(given: Given) -> Iterator[Case]:
         )
 
 
-def shared_prefix(given: Given) -> Iterator[Case]:
+def shared_prefix(given: Given) -> Iterator[ModelCase]:
     """Qwen3-Reranker: what a query's pairs have in common computed once, against each pair by itself."""
     shape = given.sizes.reranker
     target = given.target(shape["hidden_size"])
@@ -152,7 +152,7 @@ def shared_prefix(given: Given) -> Iterator[Case]:
     with first_layers(model, CHECKED_LAYERS):
         answers = {name: _apart(side.run()) for name, side in sides.items()}
     computed = {name: computed_tokens(way) for name, way in ways.items()}
-    yield Case(
+    yield ModelCase(
         f"shared prefix, {len(rows)} documents",
         target.dtype,
         sides,
@@ -188,13 +188,13 @@ def _apart(scores: Tensor) -> Tensor:
     return (scores - scores.mean()).view(1, -1)
 
 
-def packed_rows(given: Given) -> Iterator[Case]:
+def packed_rows(given: Given) -> Iterator[ModelCase]:
     """Ragged texts end to end, against transformers' own forward over padded batches of 32."""
     for name, (kind, shape) in given.sizes.encoders.items():
         yield _packed(name, kind, shape, given)
 
 
-def _packed(name: str, kind: str, shape: Shape, given: Given) -> Case:
+def _packed(name: str, kind: str, shape: Shape, given: Given) -> ModelCase:
     target = given.target(shape["hidden_size"])
     model = _built(kind, shape, target)
     rows = ragged_rows(given.sizes.texts, shape["vocab_size"])
@@ -205,12 +205,12 @@ def _packed(name: str, kind: str, shape: Shape, given: Given) -> Case:
     )
     sides = {
         "packed": packed,
-        # The same work: what is done for padding is none.
+        # The same useful work on both sides: computing padding does not count.
         "padded, sorted by length": replace(packed, run=partial(by_length, rows, pad)),
         "padded, as they come": replace(packed, run=partial(pad, rows)),
     }
     lengths = [len(row) for row in rows]
-    return Case(
+    return ModelCase(
         f"packed rows, {name}",
         target.dtype,
         sides,
@@ -226,13 +226,13 @@ def _packed(name: str, kind: str, shape: Shape, given: Given) -> Case:
     )
 
 
-def merged_projections(given: Given) -> Iterator[Case]:
+def merged_projections(given: Given) -> Iterator[ModelCase]:
     """Queries, keys and values in one product and gate and up in another, against each in its own."""
     for name, (kind, shape) in given.sizes.merged.items():
         yield from _merged(name, kind, shape, given)
 
 
-def _merged(name: str, kind: str, shape: Shape, given: Given) -> Iterator[Case]:
+def _merged(name: str, kind: str, shape: Shape, given: Given) -> Iterator[ModelCase]:
     text_shape = shape.get("text_config", shape)
     target = given.target(text_shape["hidden_size"])
     ways = dict(zip(("merged", "separate"), merged_and_separate(kind, shape, target), strict=True))
@@ -244,7 +244,7 @@ def _merged(name: str, kind: str, shape: Shape, given: Given) -> Iterator[Case]:
             way: _side(partial(_hidden, model, packed), 2.0 * parameters * tokens, parameters, target)
             for way, model in ways.items()
         }
-        yield Case(
+        yield ModelCase(
             f"merged projections, {name}, {tokens} tokens",
             target.dtype,
             sides,
@@ -265,20 +265,20 @@ def _hidden(model: Any, packed: PackedBatch) -> Tensor:
     return hidden
 
 
-def whole_models(given: Given) -> Iterator[Case]:
+def whole_models(given: Given) -> Iterator[ModelCase]:
     """Full-size models, against what the machine can do alone."""
     for name, (kind, shape) in given.sizes.whole.items():
         yield from _whole(name, kind, shape, given)  # a function of its own: its model is gone when the next is made
 
 
-def _whole(name: str, kind: str, shape: Shape, given: Given) -> Iterator[Case]:
+def _whole(name: str, kind: str, shape: Shape, given: Given) -> Iterator[ModelCase]:
     text_shape = shape.get("text_config", shape)
     target = given.target(shape["hidden_size"])
     model = _built(kind, shape, target)
     for tokens in given.sizes.whole_tokens:
         rows = [Row(row) for row in equal_rows(tokens, FULL_ROW, text_shape["vocab_size"])]
         side = _model_side(kind, model, text_shape, [rows], target)
-        yield Case(
+        yield ModelCase(
             f"whole model, {name}, {tokens} tokens",
             target.dtype,
             {"forward": side},
@@ -298,22 +298,22 @@ def _built(kind: str, shape: Shape, target: Target) -> Model:
         return build(kind, shape, target, Path(folder))
 
 
-def _model_side(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]], target: Target) -> Side:
+def _model_side(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]], target: Target) -> TimedSide:
     weights = matmul_parameters(model.modules) * len(packs)
     run = partial(run_model, model, packs, target.device)
     return _side(run, operations(kind, model, shape, packs), weights, target)
 
 
-def _side(run: Callable[[], Tensor], computed: float, parameters: int, target: Target) -> Side:
-    return Side(run, computed, parameters * target.dtype.itemsize)
+def _side(run: Callable[[], Tensor], computed: float, parameters: int, target: Target) -> TimedSide:
+    return TimedSide(run, computed, parameters * target.dtype.itemsize)
 
 
-CASES: Mapping[str, Callable[[Given], Iterator[Case]]] = {
+CASES: Mapping[str, Callable[[Given], Iterator[ModelCase]]] = {
     make.__name__: make for make in (latent_attention, shared_prefix, packed_rows, merged_projections, whole_models)
 }
 
 
-def cases(given: Given, only: str | None = None) -> Iterator[Case]:
+def cases(given: Given, only: str | None = None) -> Iterator[ModelCase]:
     """All of them, or those of one name in CASES."""
     for name, make in CASES.items():
         if only in (None, name):

@@ -80,7 +80,7 @@ def _taken() -> tuple[int, int]:
 
 
 def _reset_mark() -> bool:
-    """Let the system's mark start again at what is resident now; False where it has none."""
+    """Reset the system's mark of the peak to what is resident now; False if it keeps no such mark."""
     try:
         CLEAR.write_text("5")
     except OSError:
@@ -90,9 +90,9 @@ def _reset_mark() -> bool:
 
 def _kilobytes(path: Path, key: str) -> int:
     """An entry of a table under /proc, in bytes."""
-    found = re.search(rf"^{key}:\s*(\d+) kB", path.read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(rf"^{key}:\s*(\d+) kB", path.read_text(), re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def load(way: str, folder: Path, device: torch.device) -> nn.Module:
@@ -113,11 +113,11 @@ def touch(module: nn.Module) -> None:
 
 def digest(module: nn.Module) -> int:
     """The same for the same weights."""
-    found = 0
+    checksum = 0
     for name, parameter in sorted(unmerged(module).items()):
         values: Any = parameter.detach().cpu().contiguous().view(torch.uint8).numpy()
-        found = zlib.crc32(values, zlib.crc32(name.encode(), found))
-    return found
+        checksum = zlib.crc32(values, zlib.crc32(name.encode(), checksum))
+    return checksum
 
 
 def main() -> None:
@@ -129,7 +129,7 @@ def main() -> None:
         module = load(way, folder, device)
         touch(module)
         seconds = time.perf_counter() - started
-    found = {
+    result = {
         "seconds": seconds,
         "host_bytes": peak.resident,
         "host_bytes_with_cache": peak.with_cache,
@@ -138,7 +138,7 @@ def main() -> None:
         "weight_bytes": sum(each.numel() * each.element_size() for each in module.parameters()),
         "digest": digest(module),
     }
-    print(json.dumps(found), flush=True)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -41,13 +41,13 @@ def loading(machine: Machine, shape: Shape, gigabytes: float) -> dict[str, Any]:
         with progress(f"loading {size / 1e9:.2f} GB", machine.rounds * (len(WAYS) + 1)) as advance:
             rounds = []
             for _ in range(machine.rounds):
-                found: dict[str, dict[str, Any]] = {}
+                measured: dict[str, dict[str, Any]] = {}
                 for way in WAYS:
-                    found[way] = _load_in_child(way, folder, machine.device)
+                    measured[way] = _load_in_child(way, folder, machine.device)
                     advance(1)
-                found["plain read"] = {"seconds": _read(files)}
+                measured["plain read"] = {"seconds": _read(files)}
                 advance(1)
-                rounds.append(found)
+                rounds.append(measured)
     return _summary(size, len(files), rounds)
 
 
@@ -88,9 +88,9 @@ def write_checkpoint(folder: Path, shape: Shape, gigabytes: float) -> None:
     """A Qwen3-Embedding in bfloat16 with as many layers as fit, in the hub's layout."""
     shutil.copytree(GOLDEN, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
     shape = {**shape, "num_hidden_layers": _layers(shape, gigabytes)}
-    said = json.loads((GOLDEN / "config.json").read_text("utf-8"))
+    base_config = json.loads((GOLDEN / "config.json").read_text("utf-8"))
     dtype = {"torch_dtype": "bfloat16", "max_window_layers": shape["num_hidden_layers"]}
-    (folder / "config.json").write_text(json.dumps({**said, **shape, **dtype}), "utf-8")
+    (folder / "config.json").write_text(json.dumps({**base_config, **shape, **dtype}), "utf-8")
     shapes = list(_tensor_shapes(shape))
     values = RandomValues(torch.device("cpu"), torch.bfloat16)
     index: dict[str, str] = {}
@@ -100,16 +100,16 @@ def write_checkpoint(folder: Path, shape: Shape, gigabytes: float) -> None:
         save_file({key: values.parameter(key, size) for key, size in own}, folder / name, metadata={"format": "pt"})
         index |= {key: name for key, _ in own}
     total = sum(size.numel() for _, size in shapes) * torch.bfloat16.itemsize
-    said = {"metadata": {"total_size": total}, "weight_map": index}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(said), "utf-8")
+    weight_index = {"metadata": {"total_size": total}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(weight_index), "utf-8")
 
 
 def _layers(shape: Shape, gigabytes: float) -> int:
-    one, two = (
+    one_layer, two_layers = (
         sum(size.numel() for _, size in _tensor_shapes({**shape, "num_hidden_layers": layers})) for layers in (1, 2)
     )
     wanted = int(gigabytes * 1e9 / torch.bfloat16.itemsize)
-    return max(1, 1 + (wanted - one) // (two - one))
+    return max(1, 1 + (wanted - one_layer) // (two_layers - one_layer))
 
 
 def _tensor_shapes(shape: Shape) -> Iterator[tuple[str, torch.Size]]:

@@ -143,9 +143,9 @@ def pooled(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
 
 
 def by_length(rows: Sequence[TokenIds], run: Callable[[Sequence[TokenIds]], Tensor]) -> Tensor:
-    """What `run` makes of the rows sorted by length, in their own order again."""
+    """Call `run` with the rows sorted by length, and return its answers in the rows' original order."""
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-    found = run([rows[index] for index in order])
-    restored = torch.empty_like(found)
-    restored[torch.tensor(order)] = found
+    vectors = run([rows[index] for index in order])
+    restored = torch.empty_like(vectors)
+    restored[torch.tensor(order)] = vectors
     return restored

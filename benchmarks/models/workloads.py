@@ -1,4 +1,4 @@
-"""What the models are given, how it is run, and how much work it is."""
+"""The inputs of the models, how they are run, and how many operations that takes."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ def ragged_rows(texts: int, vocab_size: int, longest: int = LONGEST) -> list[Tok
 
 def first_tokens(rows: Sequence[TokenIds], tokens: int) -> list[Row]:
     """As many of the rows as hold exactly so many tokens; the last one is cut."""
-    found: list[Row] = []
+    kept: list[Row] = []
     for row in rows:
         if not tokens:
             break
-        found.append(Row(row[:tokens]))
-        tokens -= len(found[-1])
-    return found
+        kept.append(Row(row[:tokens]))
+        tokens -= len(kept[-1])
+    return kept
 
 
 def equal_rows(tokens: int, longest: int, vocab_size: int) -> list[TokenIds]:
@@ -84,12 +84,12 @@ def equal_rows(tokens: int, longest: int, vocab_size: int) -> list[TokenIds]:
 
 def batches(rows: Sequence[Row], tokens: int) -> list[list[Row]]:
     """The rows in their order, as many in each batch as there is room for."""
-    found: list[list[Row]] = [[]]
+    groups: list[list[Row]] = [[]]
     for row in rows:
-        if found[-1] and sum(map(len, found[-1])) + len(row) > tokens:
-            found.append([])
-        found[-1].append(row)
-    return found
+        if groups[-1] and sum(map(len, groups[-1])) + len(row) > tokens:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
 
 
 def computed_tokens(rows: Sequence[Row]) -> int:
@@ -98,7 +98,7 @@ def computed_tokens(rows: Sequence[Row]) -> int:
 
 
 def attended(rows: Sequence[Row], *, causal: bool) -> int:
-    """Pairs of a token and one that it looks at."""
+    """The number of pairs of a token and a token that it attends to."""
     if not causal:
         return sum(len(row) ** 2 for row in rows)
     spans = [(len(row), len(row.prefix) if row.prefix else 0) for row in rows]
@@ -111,7 +111,7 @@ def _prefixes(rows: Sequence[Row]) -> set[Prefix]:
 
 
 def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
-    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
+    """Rows that share their common leading tokens as one prefix; each keeps at least one token of its own."""
     longest = min(map(len, rows)) - 1
     same = np.all([row[:longest] == rows[0][:longest] for row in rows], axis=0)
     common = longest if same.all() else int(same.argmin())

@@ -74,11 +74,11 @@ def ndcg_per_query(ranks: Ranking) -> Floats:
 
 def quality(ranks: Ranking) -> Quality:
     """nDCG@10, MRR@10 and recall@10."""
-    found = ranks <= CUTOFF
+    hits = ranks <= CUTOFF
     return Quality(
         ndcg=float(ndcg_per_query(ranks).mean()),
-        mrr=float(np.where(found, 1.0 / ranks, 0.0).mean()),
-        recall=float(found.mean()),
+        mrr=float(np.where(hits, 1.0 / ranks, 0.0).mean()),
+        recall=float(hits.mean()),
     )
 
 
@@ -133,8 +133,8 @@ def compare(corpus: Corpus, server: Embedded, reference: Embedded) -> dict[str, 
     }
 
 
-def _cosines(one: Vectors, other: Vectors) -> npt.NDArray[np.float64]:
-    a, b = one.astype(np.float64), other.astype(np.float64)
+def _cosines(first: Vectors, second: Vectors) -> npt.NDArray[np.float64]:
+    a, b = first.astype(np.float64), second.astype(np.float64)
     cosines: npt.NDArray[np.float64] = np.sum(a * b, axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     return cosines
 
@@ -151,28 +151,28 @@ def served(url: str | None, model_folder: Path, serve_options: Sequence[str]) ->
         yield server.url
 
 
-def print_comparison(found: dict[str, Any]) -> None:
+def print_comparison(comparison: dict[str, Any]) -> None:
     """The comparison for people."""
     table = Table(
-        title=f"{found['documents']:,} documents, {found['queries']:,} queries, set {found['corpus']}",
+        title=f"{comparison['documents']:,} documents, {comparison['queries']:,} queries, set {comparison['corpus']}",
         title_justify="left",
     )
     table.add_column("")
     for heading in ("nDCG@10", "MRR@10", "recall@10"):
         table.add_column(heading, justify="right")
     for label, side in (
-        ("server", found["server"]),
-        ("sentence-transformers, float32", found["reference"]),
+        ("server", comparison["server"]),
+        ("sentence-transformers, float32", comparison["reference"]),
     ):
         table.add_row(label, *(f"{side[measure]:.4f}" for measure in ("ndcg", "mrr", "recall")))
-    low, high = found["interval_95"]
-    difference = found["difference"]
+    low, high = comparison["interval_95"]
+    difference = comparison["difference"]
     console = Console(highlight=False)
     console.print(table)
     console.print(
         f"difference of nDCG@10 {difference:+.5f} (95 % paired bootstrap {low:+.5f} to {high:+.5f}); "
-        f"top {CUTOFF} differs for {found['rankings_that_differ']} of {found['queries']} queries; "
-        f"lowest cosine between the two {found['min_cosine']:.6f}",
+        f"top {CUTOFF} differs for {comparison['rankings_that_differ']} of {comparison['queries']} queries; "
+        f"lowest cosine between the two {comparison['min_cosine']:.6f}",
         soft_wrap=True,
     )
 
@@ -201,13 +201,13 @@ def main() -> int:
             server = embed_through(url, corpus, advance)
     with progress("sentence-transformers", texts) as advance:
         reference = embed_in_process(model_folder, corpus, advance)
-    found = compare(corpus, server, reference)
-    print_comparison(found)
-    passed = abs(found["difference"]) < ALLOWED_DIFFERENCE
+    comparison = compare(corpus, server, reference)
+    print_comparison(comparison)
+    passed = abs(comparison["difference"]) < ALLOWED_DIFFERENCE
     served_as = {key: health.get(key) for key in ("version", "model", "dtype", "dtype_reason", "device")}
     publish(
         "quality",
-        {"host": describe_host(), "served": served_as, **found, "passed": passed},
+        {"host": describe_host(), "served": served_as, **comparison, "passed": passed},
         store=not options.no_store,
     )
     return 0 if passed else 1

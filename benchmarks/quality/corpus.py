@@ -59,16 +59,16 @@ def build_corpus(max_documents: int = FULL_DOCUMENTS, max_queries: int = FULL_QU
     smaller set is a fair sample and not the first modules of the alphabet.
     """
     functions = sorted(_unique(_functions()), key=lambda function: _shuffled(function.id))
-    asked = [function for function in functions if function.query is not None][: min(max_queries, max_documents)]
-    asked_ids = {function.id for function in asked}
-    others = [function for function in functions if function.id not in asked_ids]
-    kept = sorted([*asked, *others[: max_documents - len(asked)]], key=lambda function: function.id)
+    queried = [function for function in functions if function.query is not None][: min(max_queries, max_documents)]
+    queried_ids = {function.id for function in queried}
+    others = [function for function in functions if function.id not in queried_ids]
+    kept = sorted([*queried, *others[: max_documents - len(queried)]], key=lambda function: function.id)
     index = {function.id: number for number, function in enumerate(kept)}
     return Corpus(
         document_ids=[function.id for function in kept],
         documents=[function.body for function in kept],
-        queries=[function.query or "" for function in asked],
-        answers=[index[function.id] for function in asked],
+        queries=[function.query or "" for function in queried],
+        answers=[index[function.id] for function in queried],
     )
 
 
@@ -81,9 +81,9 @@ def _unique(functions: Iterator[_Function]) -> list[_Function]:
     by_body: dict[str, _Function] = {}
     for function in functions:
         by_body.setdefault(" ".join(function.body.split()), function)
-    asked = Counter(_plain(function.query) for function in by_body.values() if function.query is not None)
+    query_counts = Counter(_plain(function.query) for function in by_body.values() if function.query is not None)
     return [
-        function if function.query is None or asked[_plain(function.query)] == 1 else _without_query(function)
+        function if function.query is None or query_counts[_plain(function.query)] == 1 else _without_query(function)
         for function in by_body.values()
     ]
 

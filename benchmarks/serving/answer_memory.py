@@ -41,8 +41,8 @@ UNREAD_SECONDS = 0.5  # after the first bytes are there: time enough to encode a
 
 
 @dataclass(frozen=True)
-class Case:
-    """A way to ask."""
+class EncodingCase:
+    """One way to ask for the answer."""
 
     name: str
     fields: dict[str, str]
@@ -52,23 +52,23 @@ class Case:
 
 
 CASES = (
-    Case("base64", {"encoding_format": "base64"}),
-    Case("float", {}),
-    Case("float, gzip", {}, gzip=True),
-    Case("base64, slow reader", {"encoding_format": "base64"}, slow=True),
-    Case("float, slow reader", {}, slow=True),
+    EncodingCase("base64", {"encoding_format": "base64"}),
+    EncodingCase("float", {}),
+    EncodingCase("float, gzip", {}, gzip=True),
+    EncodingCase("base64, slow reader", {"encoding_format": "base64"}, slow=True),
+    EncodingCase("float, slow reader", {}, slow=True),
 )
 
 
 def megabytes(pid: int, name: str) -> float:
     """A line of the process's status: VmRSS (resident now), VmHWM (at most since the mark was set back)."""
     status = Path(f"/proc/{pid}/status").read_text()
-    found = re.search(rf"^{name}:\s+(\d+) kB", status, re.M)
-    assert found is not None
-    return int(found[1]) / 1024
+    match = re.search(rf"^{name}:\s+(\d+) kB", status, re.M)
+    assert match is not None
+    return int(match[1]) / 1024
 
 
-def rise(server: RunningServer, case: Case, texts: Sequence[str]) -> tuple[float, int]:
+def rise(server: RunningServer, case: EncodingCase, texts: Sequence[str]) -> tuple[float, int]:
     """Megabytes above what was resident before, and the bytes of the answer."""
     body = json.dumps({"input": list(texts), **case.fields})
     headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip" if case.gzip else "identity"}
@@ -90,7 +90,7 @@ def rise(server: RunningServer, case: Case, texts: Sequence[str]) -> tuple[float
 
 
 def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Each case in each round, after one of each that is not counted."""
+    """Measure every case once per round, after an uncounted request of each."""
     texts = [f"text {index}" for index in range(options.texts)]
     rises: dict[str, list[float]] = {case.name: [] for case in CASES}
     sizes: dict[str, int] = {}
@@ -112,19 +112,19 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[float]], dict[s
     return rises, sizes
 
 
-def print_summary(found: dict[str, dict[str, Any]], options: argparse.Namespace, result_mb: float) -> None:
+def print_summary(encodings: dict[str, dict[str, Any]], options: argparse.Namespace, result_mb: float) -> None:
     """The result for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
     title = f"{options.texts} x {options.wide}: a result has {rounded(result_mb)} MB; median (min to max)"
     table = Table(title=title, title_justify="left")
     for heading in ("encoding", "memory rises by MB", "in results", "answer MB"):
         table.add_column(heading, justify="left" if heading == "encoding" else "right", no_wrap=True)
-    for name, one in found.items():
-        in_results = {key: one["results"][key] for key in ("median", "min", "max")}
-        table.add_row(name, shown(one["mb"]), shown(in_results), rounded(one["answer_bytes"] / 2**20))
+    for name, result in encodings.items():
+        in_results = {key: result["results"][key] for key in ("median", "min", "max")}
+        table.add_row(name, shown(result["mb"]), shown(in_results), rounded(result["answer_bytes"] / 2**20))
     console.print(table)
-    worst = max(found, key=lambda name: found[name]["results"]["median"])
-    console.print(f"most: {worst}, {shown(found[worst]['results'], ' results')}", soft_wrap=True)
+    worst = max(encodings, key=lambda name: encodings[name]["results"]["median"])
+    console.print(f"most: {worst}, {shown(encodings[worst]['results'], ' results')}", soft_wrap=True)
 
 
 def main() -> int:
@@ -140,7 +140,7 @@ def main() -> int:
         parser.error(f"--wide must be a multiple of {HEAD_DIMENSIONS}")
     rises, sizes = measure(options)
     result_mb = options.texts * options.wide * 4 / 2**20
-    found = {
+    encodings = {
         name: {
             "answer_bytes": sizes[name],
             "mb": spread(values),
@@ -148,11 +148,11 @@ def main() -> int:
         }
         for name, values in rises.items()
     }
-    print_summary(found, options, result_mb)
+    print_summary(encodings, options, result_mb)
     settings = {key: getattr(options, key) for key in ("texts", "wide", "rounds", "serve")}
     publish(
         "answer_memory",
-        {"host": describe_host(), "settings": settings, "result_mb": result_mb, "encodings": found},
+        {"host": describe_host(), "settings": settings, "result_mb": result_mb, "encodings": encodings},
         store=not options.no_store,
     )
     return 0

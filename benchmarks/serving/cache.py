@@ -28,7 +28,7 @@ from benchmarks.lib.host import describe_host, forget, watched
 from benchmarks.lib.minilm import sample_texts
 from benchmarks.lib.results import progress, publish
 from benchmarks.serving.cache_batch import Loop, measure_batch
-from benchmarks.serving.cache_hits import ECHO, Plan, measure_hits, measure_misses
+from benchmarks.serving.cache_hits import ECHO, CachePlan, measure_hits, measure_misses
 from benchmarks.serving.wide_model import HEAD_DIMENSIONS
 from rich.console import Console
 
@@ -80,7 +80,7 @@ def measure_store(folder: Path, entries: int, dimensions: int, advance: Callable
 
 
 def key(number: int) -> bytes:
-    """As spread out as a real one."""
+    """A key whose bytes are as evenly distributed as a real one's."""
     return blake2b(number.to_bytes(8, "little"), digest_size=KEY_BYTES).digest()
 
 
@@ -91,36 +91,36 @@ def _look_ups(store: SqliteVectors, entries: int, dimensions: int) -> dict[str, 
     for _ in range(LOOK_UPS):
         keys = [key(number) for number in draw.sample(range(entries), KEYS)]
         started = time.perf_counter()
-        found = decode_values(store.get(keys), dimensions)
+        vectors = decode_values(store.get(keys), dimensions)
         taken.append(1000 * (time.perf_counter() - started))
-        if len(found) != KEYS:
-            raise RuntimeError(f"{KEYS - len(found)} of {KEYS} keys are missing")
+        if len(vectors) != KEYS:
+            raise RuntimeError(f"{KEYS - len(vectors)} of {KEYS} keys are missing")
     p50, p99 = (float(value) for value in np.percentile(taken, (50, 99)))
     return {"p50": p50, "p99": p99, "max": max(taken)}
 
 
 def hits(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Texts per second, and as a share of what sockets and client could."""
+    """Texts per second, and their share of what the sockets and the client can do."""
     with progress("hits", 4 * options.rounds) as advance:
-        found = measure_hits(folder, sample_texts(options.texts), _plan(options), options.serve, advance)
-    widths = [name for name in found if not name.endswith(ECHO)]
-    return {width: _hits_of(int(width), found[width], found[f"{width}, {ECHO}"]) for width in widths}
+        rates = measure_hits(folder, sample_texts(options.texts), _plan(options), options.serve, advance)
+    widths = [name for name in rates if not name.endswith(ECHO)]
+    return {width: _hits_of(int(width), rates[width], rates[f"{width}, {ECHO}"]) for width in widths}
 
 
 def _hits_of(width: int, ours: Sequence[float], echoed: Sequence[float]) -> dict[str, Any]:
     figure = spread(ours)
     if width in LEAST_HITS:
         figure |= {"target": LEAST_HITS[width], "met": figure["median"] >= LEAST_HITS[width]}
-    shares = [100 * one / other for one, other in zip(ours, echoed, strict=True)]
+    shares = [100 * our_rate / echo_rate for our_rate, echo_rate in zip(ours, echoed, strict=True)]
     return {"texts_per_second": figure, "percent_of_echo": spread(shares)}
 
 
 def misses(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds with and without, and the difference in percent."""
+    """Milliseconds with and without the cache, and the difference in percent."""
     with progress("misses", options.miss_rounds + 1) as advance:
         plan = _plan(options, options.miss_rounds)
-        found = measure_misses(folder, sample_texts(options.texts), plan, options.serve, advance)
-    return {size: _misses_of(kinds) for size, kinds in found.items()}
+        times = measure_misses(folder, sample_texts(options.texts), plan, options.serve, advance)
+    return {size: _misses_of(kinds) for size, kinds in times.items()}
 
 
 def _misses_of(kinds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -131,58 +131,58 @@ def _misses_of(kinds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 
 def store(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A full one."""
+    """Look-ups in a full store."""
     with progress("entries", options.entries) as advance:
-        found = measure_store(folder, options.entries, NARROW, advance)
-    slowest = found["look_up_ms"]["cold"]["p99"]
-    return {**found, "target_ms": MOST_LOOK_UP_MS, "met": slowest <= MOST_LOOK_UP_MS}
+        result = measure_store(folder, options.entries, NARROW, advance)
+    slowest = result["look_up_ms"]["cold"]["p99"]
+    return {**result, "target_ms": MOST_LOOK_UP_MS, "met": slowest <= MOST_LOOK_UP_MS}
 
 
 def batch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A long one."""
+    """A batch of many lines."""
     with progress("lines", options.lines) as advance:
         texts = sample_texts(options.texts)
-        found = measure_batch(
+        result = measure_batch(
             folder, texts, options.lines, Loop(options.loop_texts, options.limit_seconds), options.serve, advance
         )
-    return {**found, "overhead_percent": judged(found["overhead_percent"], MOST_OVERHEAD_PERCENT)}
+    return {**result, "overhead_percent": judged(result["overhead_percent"], MOST_OVERHEAD_PERCENT)}
 
 
 PARTS: dict[str, Part] = {"hits": hits, "misses": misses, "store": store, "batch": batch}
 
 
-def _plan(options: argparse.Namespace, rounds: int | None = None) -> Plan:
-    return Plan(rounds or options.rounds, options.seconds, options.connections, options.batch, options.wide)
+def _plan(options: argparse.Namespace, rounds: int | None = None) -> CachePlan:
+    return CachePlan(rounds or options.rounds, options.seconds, options.connections, options.batch, options.wide)
 
 
-def print_summary(found: dict[str, Any], other_cores: float) -> None:
+def print_summary(results: dict[str, Any], other_cores: float) -> None:
     """The result for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    for width, one in found.get("hits", {}).items():
-        rate, share = one["texts_per_second"], shown(one["percent_of_echo"], " %")
+    for width, figures in results.get("hits", {}).items():
+        rate, share = figures["texts_per_second"], shown(figures["percent_of_echo"], " %")
         target = (
             f", target at least {rate['target']:,.0f}: {'met' if rate['met'] else 'MISSED'}" if "met" in rate else ""
         )
         low, middle, high = (f"{rate[key]:,.0f}" for key in ("min", "median", "max"))
         console.print(f"hits, {width} dimensions: {middle} texts/s ({low} to {high}){target}; {share} of stored bytes")
-    for size, one in found.get("misses", {}).items():
-        times = ", ".join(f"{kind} {shown(ms, ' ms')}" for kind, ms in one["ms"].items())
-        console.print(f"a new {size}: {times}; the cache takes {shown(one['paid_percent'], ' %')}", soft_wrap=True)
-    if one := found.get("store"):
+    for size, figures in results.get("misses", {}).items():
+        times = ", ".join(f"{kind} {shown(ms, ' ms')}" for kind, ms in figures["ms"].items())
+        console.print(f"a new {size}: {times}; the cache takes {shown(figures['paid_percent'], ' %')}", soft_wrap=True)
+    if figures := results.get("store"):
         times = "; ".join(
-            f"{kind} p50 {ms['p50']:.2f} ms, p99 {ms['p99']:.2f}" for kind, ms in one["look_up_ms"].items()
+            f"{kind} p50 {ms['p50']:.2f} ms, p99 {ms['p99']:.2f}" for kind, ms in figures["look_up_ms"].items()
         )
         console.print(
-            f"{one['entries']:,} entries: {KEYS} keys {times}, target at most {one['target_ms']:g} ms: "
-            f"{'met' if one['met'] else 'MISSED'}; {one['bytes_per_entry']:,.0f} bytes on disk each "
-            f"({one['value_bytes']} of them the vector), {one['entries_per_second']:,.0f} written a second",
+            f"{figures['entries']:,} entries: {KEYS} keys {times}, target at most {figures['target_ms']:g} ms: "
+            f"{'met' if figures['met'] else 'MISSED'}; {figures['bytes_per_entry']:,.0f} bytes on disk each "
+            f"({figures['value_bytes']} of them the vector), {figures['entries_per_second']:,.0f} written a second",
             soft_wrap=True,
         )
-    if one := found.get("batch"):
-        longer, share = shown(one["overhead_percent"], " %"), shown(one["percent_of_loop"], " %")
+    if figures := results.get("batch"):
+        longer, share = shown(figures["overhead_percent"], " %"), shown(figures["percent_of_loop"], " %")
         console.print(
-            f"a batch of {one['lines']:,} lines: {one['texts_per_second']:.1f} texts/s, longer than its forward passes "
-            f"by {longer}; {share} of the model's code in a loop",
+            f"a batch of {figures['lines']:,} lines: {figures['texts_per_second']:.1f} texts/s, longer than its "
+            f"forward passes by {longer}; {share} of the model's code in a loop",
             soft_wrap=True,
         )
     print_disturbance(console, other_cores)
@@ -214,14 +214,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.wide % HEAD_DIMENSIONS:
         parser.error(f"--wide must be a multiple of {HEAD_DIMENSIONS}")
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with watched() as contention:
         for name in options.parts:
             with TemporaryDirectory(dir=options.folder) as folder:
-                found[name] = PARTS[name](Path(folder), options)
-    print_summary(found, contention.other_cores)
+                results[name] = PARTS[name](Path(folder), options)
+    print_summary(results, contention.other_cores)
     settings = {key: value for key, value in vars(options).items() if key not in ("no_store", "folder")}
-    result = {"host": describe_host(), "settings": settings, "other_cores": contention.other_cores, **found}
+    result = {"host": describe_host(), "settings": settings, "other_cores": contention.other_cores, **results}
     publish("cache", result, store=not options.no_store)
     return 0
 

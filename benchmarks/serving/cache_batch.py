@@ -112,6 +112,6 @@ def _run(client: httpx.Client, file: str, advance: Callable[[int], None]) -> dic
 
 
 def _device_seconds(client: httpx.Client) -> float:
-    """That forward passes have taken since the server's start."""
-    found = re.findall(r"^vecmill_batch_duration_seconds_sum\{.*\} (\S+)", client.get("/metrics").text, re.M)
-    return sum(map(float, found))
+    """The seconds of all forward passes since the server's start."""
+    matches = re.findall(r"^vecmill_batch_duration_seconds_sum\{.*\} (\S+)", client.get("/metrics").text, re.M)
+    return sum(map(float, matches))

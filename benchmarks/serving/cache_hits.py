@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks.lib.figures import in_turns
 from benchmarks.lib.minilm import bundled_model
 from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
-from benchmarks.lib.timed_http import Connection
+from benchmarks.lib.timed_http import TimedConnection
 from benchmarks.serving.echo import echo_server
 from benchmarks.serving.wide_model import write_wide_model
 
@@ -27,8 +27,8 @@ QUERIES = 40  # of one text each, in each round
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much."""
+class CachePlan:
+    """How much is sent, and for how long."""
 
     rounds: int
     seconds: float
@@ -49,12 +49,12 @@ def server(folder: Path, models: Sequence[Path], *, cached: bool, serve: Sequenc
 
 
 def body(texts: Sequence[str], model: str) -> bytes:
-    """Asks for base64."""
+    """A request for the texts' vectors as base64."""
     return json.dumps({"model": model, "input": list(texts), "encoding_format": "base64"}).encode()
 
 
 def measure_hits(
-    folder: Path, texts: Sequence[str], plan: Plan, serve: Sequence[str], advance: Callable[[int], None]
+    folder: Path, texts: Sequence[str], plan: CachePlan, serve: Sequence[str], advance: Callable[[int], None]
 ) -> dict[str, list[float]]:
     """Texts per second by the width of their vectors, each round's; beside a server that gives back stored bytes."""
     bundled = bundled_model()
@@ -67,20 +67,20 @@ def measure_hits(
             answer = _fill(vecmill.url, bodies)
             sides[str(width)] = vecmill.url, bodies
             sides[f"{width}, {ECHO}"] = stack.enter_context(echo_server(answer)), bodies
-        found: dict[str, list[float]] = {name: [] for name in sides}
+        rates: dict[str, list[float]] = {name: [] for name in sides}
         for name in in_turns(list(sides), plan.rounds):
             url, bodies = sides[name]
-            found[name].append(plan.batch * _requests_per_second(url, bodies, plan))
+            rates[name].append(plan.batch * _requests_per_second(url, bodies, plan))
             advance(1)
-    return found
+    return rates
 
 
 def _fill(url: str, bodies: Sequence[bytes]) -> bytes:
-    """Send each twice; the last answer, which must hold nothing that was computed."""
-    connection = Connection(url)
-    for one in bodies:
-        connection.send("POST", PATH, one, HEADERS)
-    answers = [connection.send("POST", PATH, one, HEADERS) for one in bodies]
+    """Send each body twice. Returns the last answer; raises RuntimeError if one of its texts was computed again."""
+    connection = TimedConnection(url)
+    for body in bodies:
+        connection.send("POST", PATH, body, HEADERS)
+    answers = [connection.send("POST", PATH, body, HEADERS) for body in bodies]
     answer = answers[-1]
     count = len(json.loads(bodies[-1])["input"])
     if answer.headers.get("x-cached-inputs") != str(count):
@@ -89,9 +89,9 @@ def _fill(url: str, bodies: Sequence[bytes]) -> bytes:
     return answer.content
 
 
-def _requests_per_second(url: str, bodies: Sequence[bytes], plan: Plan) -> float:
+def _requests_per_second(url: str, bodies: Sequence[bytes], plan: CachePlan) -> float:
     def send_for_a_while(first: int) -> int:
-        connection, sent = Connection(url), 0
+        connection, sent = TimedConnection(url), 0
         ended = time.perf_counter() + plan.seconds
         while time.perf_counter() < ended:
             connection.send("POST", PATH, bodies[(first + sent) % len(bodies)], HEADERS)
@@ -107,15 +107,15 @@ def _requests_per_second(url: str, bodies: Sequence[bytes], plan: Plan) -> float
 
 
 def measure_misses(
-    folder: Path, texts: Sequence[str], plan: Plan, serve: Sequence[str], advance: Callable[[int], None]
+    folder: Path, texts: Sequence[str], plan: CachePlan, serve: Sequence[str], advance: Callable[[int], None]
 ) -> dict[str, dict[str, list[float]]]:
-    """Of requests whose texts are all new, in turns on both servers, each round's median.
+    """Each round's median of requests whose texts are all new, sent to both servers in turns.
 
-    `with` and `without` the cache in milliseconds, and `paid`: how much longer the one is for the same texts, in
+    `with` and `without` the cache in milliseconds, and `paid`: how much longer a request with it takes, in
     percent.
     """
     bundled, kinds = bundled_model(), {"with": True, "without": False}
-    found: dict[str, dict[str, list[float]]] = {
+    figures: dict[str, dict[str, list[float]]] = {
         size: {name: [] for name in (*kinds, "paid")} for size in ("batch", "query")
     }
     with ExitStack() as stack:
@@ -128,13 +128,13 @@ def measure_misses(
                 taken = _milliseconds(urls, [body(part, "default") for part in parts])
                 for name, figure in taken.items():
                     if number:  # the first round warms up
-                        found[size][name].append(figure)
+                        figures[size][name].append(figure)
             advance(1)
-    return found
+    return figures
 
 
 def _new_texts(texts: Sequence[str], number: int) -> dict[str, list[list[str]]]:
-    """Of a round, by size of the request."""
+    """New texts for one round, in requests, by size of the request."""
     new = [f"# {number}\n{text}" for text in texts[: BATCHES * NEW_TEXTS]]
     return {
         "batch": [new[at : at + NEW_TEXTS] for at in range(0, len(new), NEW_TEXTS)],
@@ -143,14 +143,14 @@ def _new_texts(texts: Sequence[str], number: int) -> dict[str, list[list[str]]]:
 
 
 def _milliseconds(urls: Mapping[str, str], bodies: Sequence[bytes]) -> dict[str, float]:
-    """The median of each side. Each body goes to one side and then to the other, now this one first, now that."""
-    connections = {kind: Connection(url) for kind, url in urls.items()}
+    """The median of each side. Each body goes to both sides, and the side that comes first alternates."""
+    connections = {kind: TimedConnection(url) for kind, url in urls.items()}
     taken: dict[str, list[float]] = {kind: [] for kind in urls}
-    for number, one in enumerate(bodies):
+    for number, body in enumerate(bodies):
         for kind in list(urls)[:: 1 if number % 2 == 0 else -1]:
-            taken[kind].append(connections[kind].send("POST", PATH, one, HEADERS).milliseconds)
+            taken[kind].append(connections[kind].send("POST", PATH, body, HEADERS).milliseconds)
     for connection in connections.values():
         connection.close()
     pairs = zip(taken["with"], taken["without"], strict=True)
-    paid = [100 * (one / other - 1) for one, other in pairs]
+    paid = [100 * (with_cache / without_cache - 1) for with_cache, without_cache in pairs]
     return {name: statistics.median(values) for name, values in {**taken, "paid": paid}.items()}

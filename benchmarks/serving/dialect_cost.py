@@ -45,7 +45,7 @@ TIMINGS = Timings(0.001, 0.0, 0.05)
 
 @dataclass(frozen=True)
 class Call:
-    """What is sent."""
+    """One call that is sent."""
 
     name: str
     path: str
@@ -107,7 +107,7 @@ class Ready:
 
 
 def application(texts: int, dimensions: int) -> FastAPI:
-    """The real one, its lifespan not begun: no model is loaded."""
+    """The real application without its lifespan, so that no model is loaded."""
     app = create_app(load_settings({}))
     ready = cast(Inference, Ready(texts, dimensions))
     app.state.services = replace(app.state.services, inference=ready)
@@ -168,9 +168,9 @@ async def measure(calls: Sequence[Call], options: argparse.Namespace) -> dict[st
         sizes[call.name] = len((await ask(app, call))[1])
     with progress("requests", options.rounds * len(calls)) as advance:
         for call in in_turns(calls, options.rounds):
-            found = [await ask(app, call) for _ in range(options.repeats)]
-            times[call.name].append(statistics.median(taken for taken, _ in found))
-            limits[call.name].append(statistics.median(limit(call, answer) for _, answer in found))
+            answers = [await ask(app, call) for _ in range(options.repeats)]
+            times[call.name].append(statistics.median(taken for taken, _ in answers))
+            limits[call.name].append(statistics.median(limit(call, answer) for _, answer in answers))
             advance(1)
     return {
         call.name: {
@@ -185,26 +185,26 @@ async def measure(calls: Sequence[Call], options: argparse.Namespace) -> dict[st
     }
 
 
-def print_summary(found: dict[str, dict[str, Any]], options: argparse.Namespace, other_cores: float) -> None:
+def print_summary(results: dict[str, dict[str, Any]], options: argparse.Namespace, other_cores: float) -> None:
     """The result for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     title = f"{options.texts} texts, {options.dimensions} dimensions: ms of parsing and encoding, median (min to max)"
     table = Table(title=title, title_justify="left")
     for heading in ("dialect", "path", "ms", "orjson alone", "times orjson", "request kB", "answer kB"):
         table.add_column(heading, justify="left" if heading in ("dialect", "path") else "right", no_wrap=True)
-    for name, one in found.items():
+    for name, result in results.items():
         table.add_row(
             name,
-            one["path"],
-            shown({key: one["ms"][key] for key in ("median", "min", "max")}),
-            rounded(one["orjson_alone_ms"]["median"]),
-            shown(one["over_orjson"]),
-            rounded(one["request_bytes"] / 1000),
-            rounded(one["answer_bytes"] / 1000),
+            result["path"],
+            shown({key: result["ms"][key] for key in ("median", "min", "max")}),
+            rounded(result["orjson_alone_ms"]["median"]),
+            shown(result["over_orjson"]),
+            rounded(result["request_bytes"] / 1000),
+            rounded(result["answer_bytes"] / 1000),
         )
     console.print(table)
-    slowest = max(found, key=lambda name: found[name]["ms"]["median"])
-    console.print(f"slowest: {slowest}, {shown(found[slowest]['ms'], ' ms')}", soft_wrap=True)
+    slowest = max(results, key=lambda name: results[name]["ms"]["median"])
+    console.print(f"slowest: {slowest}, {shown(results[slowest]['ms'], ' ms')}", soft_wrap=True)
     print_disturbance(console, other_cores)
 
 
@@ -219,10 +219,10 @@ def main() -> int:
     options = parser.parse_args()
     calls = dialect_calls(sample_texts(options.texts))
     with watched() as contention:
-        found = asyncio.run(measure(calls, options))
-    print_summary(found, options, contention.other_cores)
+        results = asyncio.run(measure(calls, options))
+    print_summary(results, options, contention.other_cores)
     settings = {key: getattr(options, key) for key in ("texts", "dimensions", "rounds", "repeats")}
-    result = {"host": describe_host(), "settings": settings, "dialects": found}
+    result = {"host": describe_host(), "settings": settings, "dialects": results}
     publish("dialect_cost", {**result, "other_cores": round(contention.other_cores, 3)}, store=not options.no_store)
     return 0
 

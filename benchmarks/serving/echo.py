@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 
 class Echo:
-    """An ASGI application that does nothing else."""
+    """An ASGI application that answers every request with the stored bytes."""
 
     def __init__(self, answer: bytes) -> None:
         self._answer = answer

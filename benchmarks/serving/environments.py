@@ -19,7 +19,7 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What an environment holds."""
+    """The packages of one environment."""
 
     name: str
     requirements: Sequence[str]
@@ -74,8 +74,8 @@ def _run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=INSTALL_WITHIN_S)
     except subprocess.CalledProcessError as error:
-        said = "\n".join(error.stderr.splitlines()[-ERROR_LINES:])
-        raise Unavailable(f"`{' '.join(command)}` ended with status {error.returncode}:\n{said}") from None
+        last_lines = "\n".join(error.stderr.splitlines()[-ERROR_LINES:])
+        raise Unavailable(f"`{' '.join(command)}` ended with status {error.returncode}:\n{last_lines}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"`{' '.join(command)}`: {error}") from None
     return done.stdout

@@ -31,7 +31,7 @@ from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.results import keep_so_far, progress, publish
 from benchmarks.lib.servers import RunningServer, free_port, running, vecmill_command
 from benchmarks.serving.answer_memory import CLEAR_HIGHEST, megabytes
-from benchmarks.serving.hostile_cases import Case, cases
+from benchmarks.serving.hostile_cases import HostileCase, cases
 from rich.console import Console
 from rich.table import Table
 
@@ -47,7 +47,7 @@ MB = 1_000_000
 
 @dataclass
 class Pings:
-    """What GET /health took, in milliseconds."""
+    """The durations of GET /health in milliseconds."""
 
     milliseconds: list[float] = field(default_factory=list)
     killed: bool = False
@@ -59,7 +59,7 @@ class Pings:
 
 @contextmanager
 def pinged(server: RunningServer, most_gb: float) -> Iterator[Pings]:
-    """Ask while the block runs; kill a server that takes too much memory."""
+    """Send GET /health while the block runs; kill the server if it takes more than `most_gb`."""
     pings, over = Pings(), Event()
 
     threads = [
@@ -98,8 +98,8 @@ def _watch(pid: int, most_gb: float, pings: Pings, over: Event) -> None:
                 return
 
 
-def measured(server: RunningServer, case: Case, size: int, most_gb: float) -> dict[str, Any]:
-    """One attack."""
+def measured(server: RunningServer, case: HostileCase, size: int, most_gb: float) -> dict[str, Any]:
+    """Send one attack; how long it held the event loop, how far memory rose, and the status of its answer."""
     attack = case.prepared(size)
     Path(f"/proc/{server.pid}/clear_refs").write_text(CLEAR_HIGHEST)
     before = megabytes(server.pid, "VmRSS")
@@ -124,28 +124,30 @@ def measured(server: RunningServer, case: Case, size: int, most_gb: float) -> di
     }
 
 
-def measure(options: argparse.Namespace, chosen: Sequence[Case], advance: Callable[[int], None]) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, chosen: Sequence[HostileCase], advance: Callable[[int], None]
+) -> dict[str, Any]:
     """Every case at every size, the small ones first; a server that was killed is started again."""
     work = [(case, size) for size in options.sizes for case in chosen]
-    found: dict[str, Any] = {"quiet_ms": 0.0, "cases": {}}
+    results: dict[str, Any] = {"quiet_ms": 0.0, "cases": {}}
     while work:
         port = free_port()
         with running(vecmill_command(port, *SERVE, *options.serve), port, "/ready") as server:
             with pinged(server, options.most_gb) as quiet:
                 time.sleep(QUIET_S)
-            found["quiet_ms"] = max(found["quiet_ms"], round(quiet.longest, 1))
+            results["quiet_ms"] = max(results["quiet_ms"], round(quiet.longest, 1))
             while work:
                 case, size = work.pop(0)
-                one = measured(server, case, round(size * MB), options.most_gb)
-                found["cases"].setdefault(f"{case.group}: {case.name}", {})[f"{size:g} MB"] = one
-                keep_so_far("hostile", found)
+                result = measured(server, case, round(size * MB), options.most_gb)
+                results["cases"].setdefault(f"{case.group}: {case.name}", {})[f"{size:g} MB"] = result
+                keep_so_far("hostile", results)
                 advance(1)
-                if one["killed"]:
+                if result["killed"]:
                     break
-    return found
+    return results
 
 
-def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
+def print_summary(results: Mapping[str, Any], other_cores: float) -> None:
     """The result for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     table = Table(title="Requests that are meant to hurt", title_justify="left")
@@ -153,32 +155,32 @@ def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
         left = heading in ("case", "")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     missed = 0
-    for name, sizes in found["cases"].items():
-        for size, one in sizes.items():
-            misses = [what for what in ("stall_ms", "memory_mb", "status") if not one[what]["met"]]
+    for name, sizes in results["cases"].items():
+        for size, result in sizes.items():
+            misses = [what for what in ("stall_ms", "memory_mb", "status") if not result[what]["met"]]
             missed += bool(misses)
             table.add_row(
                 name,
                 size,
-                rounded(one["stall_ms"]["longest"]),
-                "killed" if one["killed"] else rounded(one["memory_mb"]["grown"]),
-                str(one["status"]["answer"] or "none"),
-                rounded(one["seconds"]),
+                rounded(result["stall_ms"]["longest"]),
+                "killed" if result["killed"] else rounded(result["memory_mb"]["grown"]),
+                str(result["status"]["answer"] or "none"),
+                rounded(result["seconds"]),
                 f"MISSED: {', '.join(misses)}" if misses else "",
             )
     console.print(table)
-    total = sum(map(len, found["cases"].values()))
+    total = sum(map(len, results["cases"].values()))
     console.print(
         f"{total - missed} of {total} within the targets: loop held at most {MOST_STALL_MS:g} ms, memory at most "
         f"{MOST_BODIES:g} times the request and {MOST_BESIDE_MB:g} MB, answered with 200 or 4xx; with nothing else to "
-        f"do GET /health waits up to {rounded(found['quiet_ms'])} ms",
+        f"do GET /health waits up to {rounded(results['quiet_ms'])} ms",
         soft_wrap=True,
     )
     print_disturbance(console, other_cores)
 
 
 def sizes(value: str) -> list[float]:
-    """Of a list with commas."""
+    """The sizes in a comma-separated list."""
     return [float(number) for number in value.split(",")]
 
 
@@ -196,11 +198,11 @@ def main() -> int:
         options.sizes = TINY_MB
     chosen = [case for case in cases() if options.groups is None or case.group in options.groups]
     with watched() as contention, progress("requests", len(chosen) * len(options.sizes)) as advance:
-        found = measure(options, chosen, advance)
-    print_summary(found, contention.other_cores)
+        results = measure(options, chosen, advance)
+    print_summary(results, contention.other_cores)
     settings = {"sizes_mb": options.sizes, "groups": options.groups, "serve": options.serve}
     about = {"host": describe_host(), "settings": settings, "other_cores": round(contention.other_cores, 3)}
-    publish("hostile", {**about, **found}, store=not options.no_store)
+    publish("hostile", {**about, **results}, store=not options.no_store)
     return 0
 
 

@@ -21,7 +21,7 @@ Attack = Callable[[str], int]
 
 
 @dataclass(frozen=True)
-class Case:
+class HostileCase:
     """One kind of request."""
 
     group: str
@@ -31,7 +31,7 @@ class Case:
 
 
 def repeated(unit: str, size: int, before: str = "[", after: str = "]") -> bytes:
-    """A list, or another run of equal parts between commas, of about so many bytes."""
+    """Equal parts with commas between them, as a list unless said otherwise: about `size` bytes."""
     count = max(1, (size - len(before) - len(after) + 1) // (len(unit.encode()) + 1))
     return (before + ",".join([unit] * count) + after).encode()
 
@@ -48,7 +48,7 @@ def _run(before: str, unit: str, after: str) -> Callable[[int], bytes]:
 
 
 def _numbered(before: str, value: str, after: str) -> Callable[[int], bytes]:
-    """Different keys."""
+    """An object whose keys all differ."""
 
     def body(size: int) -> bytes:
         count = max(1, size // (len(value) + 12))
@@ -62,8 +62,8 @@ def _nested(size: int) -> bytes:
     return repeated(block, size, '{"input":"x","other":[', "]}")
 
 
-def _posted(group: str, name: str, path: str, body: Callable[[int], bytes]) -> Case:
-    return Case(group, name, lambda size: _post(path, body(size)))
+def _posted(group: str, name: str, path: str, body: Callable[[int], bytes]) -> HostileCase:
+    return HostileCase(group, name, lambda size: _post(path, body(size)))
 
 
 def _post(path: str, body: bytes) -> Attack:
@@ -161,20 +161,20 @@ TOKEN_IDS: dict[str, tuple[str, Callable[[int], bytes]]] = {
 }
 
 
-def cases() -> list[Case]:
-    """All there are."""
+def cases() -> list[HostileCase]:
+    """All cases."""
     return [
         *(_posted("token ids", name, *how) for name, how in TOKEN_IDS.items()),
         *(_posted("mistakes", name, *how) for name, how in MISTAKES.items()),
         *(_posted("too many", name, *how) for name, how in TOO_MANY.items()),
         *(_posted("one word", name, *how) for name, how in LONG_WORDS.items()),
         *(_posted("JSON", name, "/v1/embeddings", body) for name, body in JSON_SHAPES.items()),
-        Case("heads", "header lines", _header_lines),
-        Case("heads", "one header", _one_header),
-        Case("heads", "target", _long_target),
-        Case("batches", "a line of token ids", lambda size: _batch('{"input":[', "1", "]}", size)),
-        Case("batches", "a line of mistakes", lambda size: _batch('{"input":["a",', "{}", "]}", size)),
-        Case("followers", "of jobs", _followers),
+        HostileCase("heads", "header lines", _header_lines),
+        HostileCase("heads", "one header", _one_header),
+        HostileCase("heads", "target", _long_target),
+        HostileCase("batches", "a line of token ids", lambda size: _batch('{"input":[', "1", "]}", size)),
+        HostileCase("batches", "a line of mistakes", lambda size: _batch('{"input":["a",', "{}", "]}", size)),
+        HostileCase("followers", "of jobs", _followers),
     ]
 
 
@@ -254,7 +254,7 @@ def _followers(size: int) -> Attack:
 
 @contextmanager
 def _following(url: str, followers: int) -> Iterator[None]:
-    """So many connections that read every change of a job."""
+    """Keep so many connections open, each of which reads every change of a job."""
     host, port = urlsplit(url).netloc.split(":")
     connections = [socket.create_connection((host, int(port))) for _ in range(followers)]
     over = Event()

@@ -32,7 +32,7 @@ from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.minilm import bundled_model
 from benchmarks.lib.results import progress, publish
 from benchmarks.lib.servers import free_port, running, vecmill_command
-from benchmarks.lib.timed_http import Connection, Timed, polled
+from benchmarks.lib.timed_http import Timed, TimedConnection, polled
 from benchmarks.serving.wide_model import HEAD_DIMENSIONS, write_wide_model
 from rich.console import Console
 from rich.table import Table
@@ -50,7 +50,7 @@ CASES_PER_SIZE = 8  # two models, two encodings, with and without gzip
 
 
 @dataclass(frozen=True)
-class Case:
+class OverheadCase:
     """One kind of request."""
 
     model: str
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass
 class Measured:
-    """Of one case, each round's median in milliseconds, by what the time was spent on."""
+    """The medians of one case in milliseconds, one for each round, by what the time was spent on."""
 
     parts: dict[str, list[float]] = field(default_factory=dict)
     answer_bytes: int = 0
@@ -87,8 +87,8 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How often."""
+class OverheadPlan:
+    """How often the cases are measured."""
 
     rounds: int
     repeats: int
@@ -100,40 +100,42 @@ class Plan:
 
 
 @dataclass
-class Found:
-    """By case, and what others waited while nothing else was asked."""
+class OverheadResults:
+    """The measurements by case, and how long others waited while no case was running."""
 
-    cases: dict[Case, Measured] = field(default_factory=dict)
+    cases: dict[OverheadCase, Measured] = field(default_factory=dict)
     quiet_p99: list[float] = field(default_factory=list)
     quiet_longest: list[float] = field(default_factory=list)
 
 
-def cases(models: dict[int, str], sizes: Sequence[int]) -> list[Case]:
-    """All there are; `models` by the dimensions of their vectors."""
+def cases(models: dict[int, str], sizes: Sequence[int]) -> list[OverheadCase]:
+    """All cases; `models` maps the dimensions of vectors to the model."""
     return [
-        Case(models[dimensions], dimensions, texts, encoding, gzip)
+        OverheadCase(models[dimensions], dimensions, texts, encoding, gzip)
         for dimensions, texts, encoding, gzip in product(sorted(models), sizes, ENCODINGS, (False, True))
     ]
 
 
-def measure_rounds(url: str, models: dict[int, str], plan: Plan, advance: Callable[[int], None]) -> Found:
-    """Every case in each round, the order turned round from one to the next; `advance` is told of each."""
-    found = Found({case: Measured() for case in cases(models, plan.sizes)})
-    connection = Connection(url)
-    for case, measured in found.cases.items():
+def measure_rounds(
+    url: str, models: dict[int, str], plan: OverheadPlan, advance: Callable[[int], None]
+) -> OverheadResults:
+    """Measure every case once per round, in order and in reverse by turns; `advance` is called after each."""
+    results = OverheadResults({case: Measured() for case in cases(models, plan.sizes)})
+    connection = TimedConnection(url)
+    for case, measured in results.cases.items():
         measured.answer_bytes = _checked(case, connection.send("POST", PATH, case.body(), case.headers()))
     for _ in range(plan.rounds):
         with polled(url) as polls:
             time.sleep(QUIET_SECONDS)
-        _add_waits(polls.milliseconds, found.quiet_p99, found.quiet_longest)
-    for case in in_turns(list(found.cases), plan.rounds):
-        _round(url, connection, case, found.cases[case], plan, watched=case.texts == max(plan.sizes))
+        _add_waits(polls.milliseconds, results.quiet_p99, results.quiet_longest)
+    for case in in_turns(list(results.cases), plan.rounds):
+        _round(url, connection, case, results.cases[case], plan, watched=case.texts == max(plan.sizes))
         advance(1)
     connection.close()
-    return found
+    return results
 
 
-def _checked(case: Case, answer: Timed) -> int:
+def _checked(case: OverheadCase, answer: Timed) -> int:
     """The size of the answer, which must hold what was asked for."""
     rows = orjson.loads(answer.body())["data"]
     expected = case.dimensions if case.encoding == "float" else round(case.dimensions * FLOAT32_IN_BASE64)
@@ -142,19 +144,21 @@ def _checked(case: Case, answer: Timed) -> int:
     return len(answer.content)
 
 
-def _round(url: str, connection: Connection, case: Case, measured: Measured, plan: Plan, *, watched: bool) -> None:
+def _round(
+    url: str, connection: TimedConnection, case: OverheadCase, measured: Measured, plan: OverheadPlan, *, watched: bool
+) -> None:
     body, headers = case.body(), case.headers()
-    found: list[dict[str, float]] = []
+    samples: list[dict[str, float]] = []
     waits: list[float] = []
     for _ in range(plan.large_repeats if watched else plan.repeats):
         if watched:
             with polled(url) as polls:
-                found.append(_parts(connection.send("POST", PATH, body, headers)))
+                samples.append(_parts(connection.send("POST", PATH, body, headers)))
             waits += polls.milliseconds
         else:
-            found.append(_parts(connection.send("POST", PATH, body, headers)))
-    for name in found[0]:
-        measured.parts.setdefault(name, []).append(statistics.median(one[name] for one in found))
+            samples.append(_parts(connection.send("POST", PATH, body, headers)))
+    for name in samples[0]:
+        measured.parts.setdefault(name, []).append(statistics.median(sample[name] for sample in samples))
     if watched:
         _add_waits(waits, measured.others_p99, measured.others_longest)
 
@@ -173,7 +177,7 @@ def _add_waits(milliseconds: Sequence[float], p99: list[float], longest: list[fl
         longest.append(max(milliseconds))
 
 
-def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[Found, float]:
+def measure(wide: int, serve: Sequence[str], plan: OverheadPlan) -> tuple[OverheadResults, float]:
     """Both models on one server, so that they are measured in turns; also the cores that other programs used."""
     with TemporaryDirectory() as folder:
         model = write_wide_model(Path(folder, f"wide-{wide}"), wide, bundled_model())
@@ -185,29 +189,29 @@ def measure(wide: int, serve: Sequence[str], plan: Plan) -> tuple[Found, float]:
             progress("requests of each kind", plan.rounds * len(plan.sizes) * CASES_PER_SIZE) as advance,
         ):
             listed = httpx.get(f"{server.url}/v1/models", timeout=10.0).json()["data"]
-            models = {int(one["dimensions"]): str(one["id"]) for one in listed}
-            found = measure_rounds(server.url, models, plan, advance)
-        return found, contention.other_cores
+            models = {int(entry["dimensions"]): str(entry["id"]) for entry in listed}
+            results = measure_rounds(server.url, models, plan, advance)
+        return results, contention.other_cores
 
 
-def summarise(found: Found) -> dict[str, Any]:
-    """What JSON gets."""
-    sides = {str(case): _case(case, measured) for case, measured in found.cases.items()}
+def summarise(results: OverheadResults) -> dict[str, Any]:
+    """The results as they are stored."""
+    sides = {str(case): _case(case, measured) for case, measured in results.cases.items()}
     ratios = {
-        str(case): spread([with_gzip / without for with_gzip, without in _pairs(found, case)])
-        for case in found.cases
+        str(case): spread([with_gzip / without for with_gzip, without in _pairs(results, case)])
+        for case in results.cases
         if case.gzip
     }
-    quiet = {"p99": spread(found.quiet_p99), "longest": spread(found.quiet_longest)}
+    quiet = {"p99": spread(results.quiet_p99), "longest": spread(results.quiet_longest)}
     return {"cases": sides, "gzip_over_identity": ratios, "others_waited_quiet_ms": quiet}
 
 
-def _pairs(found: Found, case: Case) -> list[tuple[float, float]]:
-    plain = Case(case.model, case.dimensions, case.texts, case.encoding, gzip=False)
-    return list(zip(found.cases[case].parts["outside"], found.cases[plain].parts["outside"], strict=True))
+def _pairs(results: OverheadResults, case: OverheadCase) -> list[tuple[float, float]]:
+    plain = OverheadCase(case.model, case.dimensions, case.texts, case.encoding, gzip=False)
+    return list(zip(results.cases[case].parts["outside"], results.cases[plain].parts["outside"], strict=True))
 
 
-def _case(case: Case, measured: Measured) -> dict[str, Any]:
+def _case(case: OverheadCase, measured: Measured) -> dict[str, Any]:
     milliseconds = {name: spread(values) for name, values in measured.parts.items()}
     if (case.texts, case.dimensions, case.encoding) == (TARGET_TEXTS, TARGET_DIMENSIONS, "base64"):
         milliseconds["outside"] = judged(milliseconds["outside"], MOST_OUTSIDE_MS)
@@ -224,7 +228,7 @@ def _case(case: Case, measured: Measured) -> dict[str, Any]:
     return result
 
 
-def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
+def print_summary(summary: Mapping[str, Any], other_cores: float) -> None:
     """The result for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 170)
     table = Table(title="Outside the model, ms: median over rounds (min to max)", title_justify="left")
@@ -233,23 +237,23 @@ def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("gzip / identity", justify="right")
     table.add_column("others waited: p99, longest", justify="right")
-    for name, case in found["cases"].items():
+    for name, case in summary["cases"].items():
         times, waited = case["ms"], case.get("others_waited_ms")
         table.add_row(
             name,
             shown({key: times["outside"][key] for key in ("median", "min", "max")}),
             *(rounded(times[part]["median"]) for part in ("queue", "tokenization", "rest", "inference")),
             f"{case['answer_bytes'] / 1e6:.3g}",
-            shown(found["gzip_over_identity"][name]) if case["gzip"] else "",
+            shown(summary["gzip_over_identity"][name]) if case["gzip"] else "",
             f"{rounded(waited['p99']['median'])}, {rounded(waited['longest']['max'])}" if waited else "",
         )
     console.print(table)
-    for name, case in found["cases"].items():
+    for name, case in summary["cases"].items():
         if "target" in case["ms"]["outside"]:
             console.print(f"outside the model, {name}: {shown(case['ms']['outside'], ' ms')}", soft_wrap=True)
-    waits = {name: case["others_waited_ms"] for name, case in found["cases"].items() if "others_waited_ms" in case}
+    waits = {name: case["others_waited_ms"] for name, case in summary["cases"].items() if "others_waited_ms" in case}
     worst = max(waits, key=lambda name: waits[name]["longest"]["max"])
-    quiet = found["others_waited_quiet_ms"]
+    quiet = summary["others_waited_quiet_ms"]
     console.print(
         f"longest that others waited: {rounded(waits[worst]['longest']['max'])} ms (p99 "
         f"{rounded(waits[worst]['p99']['median'])}), during {worst}; with nothing else to do: "
@@ -260,7 +264,7 @@ def print_summary(found: Mapping[str, Any], other_cores: float) -> None:
 
 
 def sizes(value: str) -> list[int]:
-    """Of a list with commas."""
+    """The sizes in a comma-separated list."""
     return [int(number) for number in value.split(",")]
 
 
@@ -279,14 +283,14 @@ def main() -> int:
     options = parser.parse_args()
     if options.wide % HEAD_DIMENSIONS or options.wide == TARGET_DIMENSIONS:
         parser.error(f"--wide must be a multiple of {HEAD_DIMENSIONS} and not {TARGET_DIMENSIONS}")
-    plan = Plan(options.rounds, options.repeats, options.large_repeats, options.texts)
+    plan = OverheadPlan(options.rounds, options.repeats, options.large_repeats, options.texts)
     measured, other_cores = measure(options.wide, options.serve, plan)
-    found = summarise(measured)
-    print_summary(found, other_cores)
+    summary = summarise(measured)
+    print_summary(summary, other_cores)
     settings = {key: getattr(options, key) for key in ("texts", "wide", "rounds", "repeats", "large_repeats", "serve")}
     publish(
         "overhead",
-        {"host": describe_host(), "settings": settings, **found, "other_cores": round(other_cores, 3)},
+        {"host": describe_host(), "settings": settings, **summary, "other_cores": round(other_cores, 3)},
         store=not options.no_store,
     )
     return 0

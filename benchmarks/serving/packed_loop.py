@@ -69,7 +69,7 @@ def measure(
 
 
 def main() -> None:
-    """Measure what is on stdin."""
+    """Measure the texts on stdin."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="model folder (default: the bundled MiniLM)")
     parser.add_argument("--dtype", default="bfloat16", help="default: %(default)s")
@@ -80,11 +80,11 @@ def main() -> None:
     parser.add_argument("--vectors", type=Path, required=True, help="file that gets them, as NumPy's .npy")
     options = parser.parse_args()
     texts = json.load(sys.stdin)
-    vectors, found = measure(
+    vectors, figures = measure(
         options.model or bundled_model(), options.dtype, texts, options.warm_up, options.limit_seconds
     )
     np.save(options.vectors, vectors.numpy())
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Peer:
     """A server that can be started."""
 
     command: Callable[[int], Sequence[str]]
-    """By port."""
+    """The command line, given a port."""
     ready_path: str
     dialect: Dialect
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -164,7 +164,7 @@ PEERS: Mapping[str, Callable[[Wanted], Peer]] = {
 
 
 def server_names(value: str) -> list[str]:
-    """Of a list with commas, in the order in which they are measured."""
+    """The servers of a comma-separated list, in the order in which they are measured."""
     names = value.split(",")
     if unknown := [name for name in names if name not in PEERS]:
         raise argparse.ArgumentTypeError(f"no such server: {', '.join(unknown)}; there are {', '.join(PEERS)}")

@@ -20,7 +20,7 @@ from sentence_transformers import SentenceTransformer
 BATCH = 32  # texts per forward pass, sentence-transformers' own default
 
 
-class EmbedRequest(BaseModel):
+class ReferenceRequest(BaseModel):
     """Body of POST /embed."""
 
     inputs: list[str]
@@ -37,7 +37,7 @@ def create_app(model_folder: Path) -> FastAPI:
         return {"status": "ok", "device": str(model.device), "dtype": str(model.dtype)}
 
     @app.post("/embed")
-    def embed(request: EmbedRequest) -> list[list[float]]:
+    def embed(request: ReferenceRequest) -> list[list[float]]:
         with lock:
             vectors = model.encode(request.inputs, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False)
         rows: list[list[float]] = vectors.tolist()

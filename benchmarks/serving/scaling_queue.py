@@ -24,17 +24,17 @@ NOW = 0.0  # time stands still: no line ages, so every cut does the same
 
 
 @dataclass
-class Queue:
-    """Lines that stay as deep as they are: what a cut takes joins the end of its line again."""
+class SimulatedQueue:
+    """Waiting lines of constant depth: what a cut takes joins the end of its line again."""
 
     lines: WaitingLines
     depth: int
     owed: float = 0.0
     clients: dict[Any, tuple[Lane, str]] = field(default_factory=dict)
-    """By a sequence's key, who it waits for."""
+    """Lane and client of each sequence, by the sequence's key."""
 
     def cut(self) -> float:
-        """Seconds of a cut, with its texts taken off their lines; not those of putting them back."""
+        """The seconds of one cut, including taking its texts off their lines, but not putting them back."""
         started = time.perf_counter()
         taken = cut(list(self.lines), BUDGETS, RULES, self.owed, NOW)
         self.lines.leave(taken, NOW)
@@ -49,7 +49,7 @@ class Queue:
         self.lines.join(MODEL, lane, client, NOW).waiting.append(sequence)
 
     def fill(self, clients: int, loop: asyncio.AbstractEventLoop) -> None:
-        """Texts in turn for so many clients, of several every fourth interactive."""
+        """Add texts of so many clients in turns; every fourth client is interactive."""
         rows = [Row(np.zeros(tokens, dtype=np.int32)) for tokens in TEXT_TOKENS]
         for number in range(self.depth):
             client = number % clients
@@ -64,29 +64,29 @@ class Queue:
 def measure(
     depths: Sequence[int], clients: Sequence[int], rounds: int, cuts: int, advance: Callable[[int], None]
 ) -> dict[str, Any]:
-    """Microseconds per cut by clients and texts waiting, and the most waiting over the fewest."""
+    """Microseconds per cut by clients and waiting texts, and the ratio of the most waiting texts to the fewest."""
     loop = asyncio.new_event_loop()  # futures belong to one, though it never runs
-    found = {}
+    results = {}
     for count in clients:
-        queues = [Queue(WaitingLines(), depth) for depth in depths]
+        queues = [SimulatedQueue(WaitingLines(), depth) for depth in depths]
         for queue in queues:
             queue.fill(count, loop)
         took: dict[int, list[float]] = {depth: [] for depth in depths}
         for queue in in_turns(queues, rounds):
             took[queue.depth].append(1e6 * statistics.median(queue.cut() for _ in range(cuts)))
             advance(1)
-        found[str(count)] = {
+        results[str(count)] = {
             "us_per_cut": {str(depth): spread(each) for depth, each in took.items()},
             "most_over_fewest": _growth(took, min(depths)),
             # Where fewer texts wait than there are clients, fewer lines stand there: a cut looks at each line once.
             "most_over_fewest_in_all_lines": _growth(took, min((each for each in depths if each >= count), default=0)),
         }
     loop.close()
-    return found
+    return results
 
 
 def _growth(took: Mapping[int, Sequence[float]], fewest: int) -> dict[str, Any] | None:
-    """Of the time, from `fewest` waiting to the most; None where nothing grew."""
+    """The ratio of the times with the most texts waiting and with `fewest`; None if these are the same."""
     if fewest not in took or fewest == max(took):
         return None
     ratios = [most / few for most, few in zip(took[max(took)], took[fewest], strict=True)]

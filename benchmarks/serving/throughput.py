@@ -26,20 +26,27 @@ from benchmarks.lib.host import describe_host
 from benchmarks.lib.minilm import sample_texts, tokenize
 from benchmarks.lib.results import publish
 from benchmarks.serving.peers import add_server_options, wanted
-from benchmarks.serving.throughput_rounds import IN_PROCESS, PACKED, Found, Pass, Plan, measure_rounds
+from benchmarks.serving.throughput_rounds import (
+    IN_PROCESS,
+    PACKED,
+    ThroughputPass,
+    ThroughputPlan,
+    ThroughputResults,
+    measure_rounds,
+)
 from rich.console import Console
 from rich.table import Table
 
 OURS = "vecmill"
 TARGETS: Mapping[str, float] = {"reference": 5.0, "infinity": 4.0, "infinity-float32": 4.0, "vllm": 1.3, PACKED: 0.85}
-"""What vecmill's rate over each side's must be at least, on 2 cores."""
+"""The least ratio of vecmill's rate to each side's, on 2 cores."""
 MIN_COSINE = 0.999
 ABOUT_PACKED = ("matmul_flops", "operations", "seconds")
 
 
-def summarise(found: Found, texts: int, tokens: int) -> dict[str, Any]:
-    """What JSON gets."""
-    passes = {name: each for name, each in found.passes.items() if each}
+def summarise(results: ThroughputResults, texts: int, tokens: int) -> dict[str, Any]:
+    """The results as they are stored."""
+    passes = {name: each for name, each in results.passes.items() if each}
     limit = _limit(passes.get(PACKED, ()), tokens)
     ratios = {
         name: _ratio(name, passes[OURS], each) for name, each in passes.items() if OURS in passes and name != OURS
@@ -49,13 +56,13 @@ def summarise(found: Found, texts: int, tokens: int) -> dict[str, Any]:
         "ratios": ratios,
         "limit": limit,
         "min_cosines": _cosines(passes),
-        "failed": dict(found.failed),
+        "failed": dict(results.failed),
     }
 
 
-def _side(passes: Sequence[Pass], texts: int, tokens: int, limit: Mapping[str, Any] | None) -> dict[str, Any]:
+def _side(passes: Sequence[ThroughputPass], texts: int, tokens: int, limit: Mapping[str, Any] | None) -> dict[str, Any]:
     rates = [tokens / each.seconds for each in passes]
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "about": {key: value for key, value in passes[-1].about.items() if key not in ABOUT_PACKED},
         "texts_per_s": spread([texts / each.seconds for each in passes]),
         "tokens_per_s": spread(rates),
@@ -63,11 +70,11 @@ def _side(passes: Sequence[Pass], texts: int, tokens: int, limit: Mapping[str, A
     }
     if limit is not None:
         limits = limit["tokens_per_s"]["rounds"]
-        found["of_limit"] = spread([rate / most for rate, most in zip(rates, limits, strict=False)])
-    return found
+        result["of_limit"] = spread([rate / most for rate, most in zip(rates, limits, strict=False)])
+    return result
 
 
-def _limit(packed: Sequence[Pass], tokens: int) -> dict[str, Any] | None:
+def _limit(packed: Sequence[ThroughputPass], tokens: int) -> dict[str, Any] | None:
     """The texts' tokens per second if the model did all its operations as fast as a large matmul."""
     if not packed:
         return None
@@ -82,38 +89,39 @@ def _limit(packed: Sequence[Pass], tokens: int) -> dict[str, Any] | None:
     }
 
 
-def _ratio(name: str, ours: Sequence[Pass], theirs: Sequence[Pass]) -> dict[str, Any]:
+def _ratio(name: str, ours: Sequence[ThroughputPass], theirs: Sequence[ThroughputPass]) -> dict[str, Any]:
     # A side that failed in a later round has fewer passes; those it has are of the first rounds.
-    found = spread([other.seconds / one.seconds for one, other in zip(ours, theirs, strict=False)])
+    result = spread([their_pass.seconds / our_pass.seconds for our_pass, their_pass in zip(ours, theirs, strict=False)])
     if name in TARGETS:
-        found |= {"target": TARGETS[name], "met": found["median"] >= TARGETS[name]}
-    return found
+        result |= {"target": TARGETS[name], "met": result["median"] >= TARGETS[name]}
+    return result
 
 
-def _cosines(passes: Mapping[str, Sequence[Pass]]) -> dict[str, float]:
-    """The lowest of each side with vecmill, or with the first side where vecmill is not among them."""
+def _cosines(passes: Mapping[str, Sequence[ThroughputPass]]) -> dict[str, float]:
+    """Each side's lowest cosine to vecmill's vectors, or to those of the first side if vecmill is not among them."""
     first = passes[OURS][0] if OURS in passes else next(iter(passes.values()))[0]
     return {
-        name: round(min(lowest_cosine(one.sample, first.sample) for one in each), 6) for name, each in passes.items()
+        name: round(min(lowest_cosine(repetition.sample, first.sample) for repetition in each), 6)
+        for name, each in passes.items()
     }
 
 
-def lowest_cosine(one: npt.NDArray[np.float32], other: npt.NDArray[np.float32]) -> float:
+def lowest_cosine(first: npt.NDArray[np.float32], second: npt.NDArray[np.float32]) -> float:
     """The lowest cosine between two sides' vectors of the same texts; -1 where a value is not finite."""
-    norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
-    return float(np.nan_to_num(np.sum(one * other, axis=1) / norms, nan=-1.0).min())
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(np.nan_to_num(np.sum(first * second, axis=1) / norms, nan=-1.0).min())
 
 
-def agrees(found: Mapping[str, Any]) -> bool:
+def agrees(summary: Mapping[str, Any]) -> bool:
     """Whether all sides give the same vectors."""
-    return all(cosine >= MIN_COSINE for cosine in found["min_cosines"].values())
+    return all(cosine >= MIN_COSINE for cosine in summary["min_cosines"].values())
 
 
-def print_summary(found: Mapping[str, Any], texts: int, tokens: int) -> None:
+def print_summary(summary: Mapping[str, Any], texts: int, tokens: int) -> None:
     """The result for people."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(_table(found, f"{texts:,} texts, {tokens:,} tokens"))
-    if limit := found["limit"]:
+    console.print(_table(summary, f"{texts:,} texts, {tokens:,} tokens"))
+    if limit := summary["limit"]:
         tflops, most = limit["matmul_tflops"], limit["tokens_per_s"]
         console.print(
             f"The machine's limit: {most['median']:,.0f} tokens/s ({most['min']:,.0f} to {most['max']:,.0f}), from a "
@@ -126,22 +134,22 @@ def print_summary(found: Mapping[str, Any], texts: int, tokens: int) -> None:
         f"texts in one call",
         soft_wrap=True,
     )
-    for name, reason in found["failed"].items():
+    for name, reason in summary["failed"].items():
         # The last line of a log is the error; all of it is in the JSON.
         console.print(f"{name} failed: {reason.splitlines()[-1]}", markup=False, soft_wrap=True)
-    print_disturbance(console, max(side["other_cores"]["max"] for side in found["sides"].values()))
-    if not agrees(found):
+    print_disturbance(console, max(side["other_cores"]["max"] for side in summary["sides"].values()))
+    if not agrees(summary):
         console.print(f"The vectors differ: a cosine below {MIN_COSINE}.")
 
 
-def _table(found: Mapping[str, Any], title: str) -> Table:
+def _table(summary: Mapping[str, Any], title: str) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("side", "dtype"):
         table.add_column(heading, no_wrap=True)
     table.add_column("texts/s (min to max)", justify="right")
     for heading in ("tokens/s", "of limit", "vecmill / side", "target", "cosine"):
         table.add_column(heading, justify="right")
-    for name, side in found["sides"].items():
+    for name, side in summary["sides"].items():
         rate, of_limit = side["texts_per_s"], side.get("of_limit")
         table.add_row(
             name,
@@ -149,10 +157,10 @@ def _table(found: Mapping[str, Any], title: str) -> Table:
             f"{rate['median']:.1f} ({rate['min']:.1f} to {rate['max']:.1f})",
             f"{side['tokens_per_s']['median']:,.0f}",
             f"{of_limit['median']:.1%}" if of_limit else "",
-            *_ratio_cells(found["ratios"].get(name)),
-            f"{found['min_cosines'][name]:.5f}",
+            *_ratio_cells(summary["ratios"].get(name)),
+            f"{summary['min_cosines'][name]:.5f}",
         )
-    for name in found["failed"]:
+    for name in summary["failed"]:
         table.add_row(name, "failed", "see below")
     return table
 
@@ -189,21 +197,21 @@ def main() -> int:
     servers = wanted(options)
     texts = sample_texts(options.texts)
     tokens = sum(map(len, tokenize(servers.model_folder, texts)))
-    plan = Plan(
+    plan = ThroughputPlan(
         texts, options.warm_up, options.connections, options.batch, options.rounds, options.retries, options.minutes
     )
-    found = summarise(measure_rounds(options.servers, servers, plan), len(texts), tokens)
-    print_summary(found, len(texts), tokens)
+    summary = summarise(measure_rounds(options.servers, servers, plan), len(texts), tokens)
+    print_summary(summary, len(texts), tokens)
     settings: dict[str, Any] = {
         key: getattr(options, key) for key in ("servers", "warm_up", "connections", "batch", "serve")
     }
     about = {"texts": len(texts), "tokens": tokens, "repeated": plan.repeated, **settings}
     publish(
         "throughput",
-        {"host": describe_host(), "settings": about, **found, "same_vectors": agrees(found)},
+        {"host": describe_host(), "settings": about, **summary, "same_vectors": agrees(summary)},
         store=not options.no_store,
     )
-    return 0 if OURS in found["sides"] and agrees(found) else 1
+    return 0 if OURS in summary["sides"] and agrees(summary) else 1
 
 
 if __name__ == "__main__":

@@ -30,18 +30,18 @@ KNOWN_KEYS = ("version", "dtype", "dtype_reason", "device", "options")
 
 
 @dataclass(frozen=True)
-class Pass:
-    """One side's way through all texts."""
+class ThroughputPass:
+    """One side's run over all texts."""
 
     seconds: float
     sample: npt.NDArray[np.float32]  # (CHECKED_TEXTS, dimensions)
     about: Mapping[str, Any]
     other_cores: float = 0.0
-    """That programs outside the benchmark used meanwhile."""
+    """Cores that programs outside the benchmark used meanwhile."""
 
 
 @dataclass
-class Plan:
+class ThroughputPlan:
     """What is sent, how, and how long it may take."""
 
     texts: Sequence[str]
@@ -56,63 +56,63 @@ class Plan:
 
 
 @dataclass
-class Found:
-    """The passes of each side, in its rounds' order, and why others have none or too few."""
+class ThroughputResults:
+    """Each side's passes in the order of the rounds, and why a side has none or too few."""
 
-    passes: dict[str, list[Pass]] = field(default_factory=dict)
+    passes: dict[str, list[ThroughputPass]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
 
-Side = Callable[[str], Pass]
+MeasurePass = Callable[[str], ThroughputPass]
 """One pass; gets the label of its progress bar."""
 
 
-def measure_rounds(names: Sequence[str], wanted: Wanted, plan: Plan) -> Found:
-    """Servers and in-process sides in turns, the order turned round from one round to the next."""
-    found = Found()
-    sides = {name: side for name in names if (side := _server_side(name, wanted, plan, found)) is not None}
-    sides[PACKED] = partial(_packed, wanted.model_folder, plan, found)
+def measure_rounds(names: Sequence[str], wanted: Wanted, plan: ThroughputPlan) -> ThroughputResults:
+    """Measure servers and in-process sides in turns, in order and in reverse by turns."""
+    results = ThroughputResults()
+    sides = {name: side for name in names if (side := _server_side(name, wanted, plan, results)) is not None}
+    sides[PACKED] = partial(_packed, wanted.model_folder, plan, results)
     sides[IN_PROCESS] = partial(_in_process, load_model(wanted.model_folder), plan)
     started = time.monotonic()
     for number in range(plan.rounds):
         for name in list(sides) if number % 2 == 0 else list(reversed(sides)):
-            _measure(name, sides[name], f"round {number + 1}/{plan.rounds}, {name}", found)
-            if name in found.failed:
+            _measure(name, sides[name], f"round {number + 1}/{plan.rounds}, {name}", results)
+            if name in results.failed:
                 del sides[name]
         so_far = (time.monotonic() - started) / 60
         if number + 1 < plan.rounds and so_far * (number + 2) / (number + 1) > plan.minutes:
             print(f"{number + 1} rounds took {so_far:.1f} minutes; another would pass --minutes.", file=sys.stderr)
             break
-    return found
+    return results
 
 
-def _server_side(name: str, wanted: Wanted, plan: Plan, found: Found) -> Side | None:
+def _server_side(name: str, wanted: Wanted, plan: ThroughputPlan, results: ThroughputResults) -> MeasurePass | None:
     try:
         return partial(_served, PEERS[name](wanted), plan)
     except Unavailable as error:
-        found.failed[name] = str(error)
+        results.failed[name] = str(error)
         print(f"{name}: {error}", file=sys.stderr)
         return None
 
 
-def _measure(name: str, side: Side, label: str, found: Found) -> None:
+def _measure(name: str, side: MeasurePass, label: str, results: ThroughputResults) -> None:
     try:
-        found.passes.setdefault(name, []).append(side(label))
+        results.passes.setdefault(name, []).append(side(label))
     except (RuntimeError, OSError, httpx.HTTPError, subprocess.SubprocessError) as error:
-        found.failed[name] = f"{type(error).__name__}: {error}"
+        results.failed[name] = f"{type(error).__name__}: {error}"
         print(f"{name}: {error}", file=sys.stderr)
 
 
-def _served(peer: Peer, plan: Plan, label: str) -> Pass:
+def _served(peer: Peer, plan: ThroughputPlan, label: str) -> ThroughputPass:
     send = partial(embed_all, connections=plan.connections, batch=plan.batch, dialect=peer.dialect)
     with peer.started() as server:
         send(server.url, plan.texts[: plan.warm_up])
         about = peer.about or _health(server)
 
-        def once() -> Pass:
+        def once() -> ThroughputPass:
             with progress(label, len(plan.texts)) as advance:
                 answered = send(server.url, plan.texts, advance=advance)
-            return Pass(answered.seconds, answered.vectors[:CHECKED_TEXTS], about)
+            return ThroughputPass(answered.seconds, answered.vectors[:CHECKED_TEXTS], about)
 
         return _undisturbed(once, plan)
 
@@ -123,36 +123,36 @@ def _health(server: RunningServer) -> dict[str, Any]:
     return {**known, "dtype": str(known.get("dtype")).removeprefix("torch.")}
 
 
-def _undisturbed(once: Callable[[], Pass], plan: Plan) -> Pass:
+def _undisturbed(once: Callable[[], ThroughputPass], plan: ThroughputPlan) -> ThroughputPass:
     """A pass during which no other program was busy, or the last one where no repetition is left."""
     while True:
         with watched() as contention:
-            one = once()
+            measured = once()
         if contention.other_cores <= ALLOWED_OTHER_CORES or plan.repeated >= plan.retries:
-            return Pass(one.seconds, one.sample, one.about, contention.other_cores)
+            return ThroughputPass(measured.seconds, measured.sample, measured.about, contention.other_cores)
         plan.repeated += 1
 
 
-def _in_process(model: Any, plan: Plan, label: str) -> Pass:
+def _in_process(model: Any, plan: ThroughputPlan, label: str) -> ThroughputPass:
     """All texts in one call, which sorts them by length."""
 
-    def once() -> Pass:
+    def once() -> ThroughputPass:
         with progress(label, len(plan.texts)) as advance:
             encode(model.encode, plan.texts[:BATCH], BATCH, lambda _: None)
             started = time.perf_counter()
             vectors = encode(model.encode, plan.texts, len(plan.texts), advance)
             seconds = time.perf_counter() - started
-        return Pass(seconds, vectors[:CHECKED_TEXTS], {"dtype": "float32", "device": str(model.device)})
+        return ThroughputPass(seconds, vectors[:CHECKED_TEXTS], {"dtype": "float32", "device": str(model.device)})
 
     return _undisturbed(once, plan)
 
 
-def _packed(model_folder: Path, plan: Plan, found: Found, label: str) -> Pass:
+def _packed(model_folder: Path, plan: ThroughputPlan, results: ThroughputResults, label: str) -> ThroughputPass:
     """In the dtype that vecmill chose, so that HTTP and scheduler are all that is between the two."""
-    served = found.passes.get("vecmill")
+    served = results.passes.get("vecmill")
     dtype = str(served[-1].about["dtype"]) if served else "bfloat16"
 
-    def once() -> Pass:
+    def once() -> ThroughputPass:
         with TemporaryDirectory() as folder, progress(label, len(plan.texts)) as advance:
             file = Path(folder, "vectors.npy")
             options = ("--model", model_folder, "--dtype", dtype, "--warm-up", str(plan.warm_up), "--vectors", file)
@@ -166,6 +166,6 @@ def _packed(model_folder: Path, plan: Plan, found: Found, label: str) -> Pass:
                 raise RuntimeError(done.stderr[-2000:])
             advance(len(plan.texts))
             answer = json.loads(done.stdout)
-            return Pass(answer["seconds"], np.load(file)[:CHECKED_TEXTS], {"dtype": dtype, **answer})
+            return ThroughputPass(answer["seconds"], np.load(file)[:CHECKED_TEXTS], {"dtype": dtype, **answer})
 
     return _undisturbed(once, plan)

@@ -1,4 +1,4 @@
-"""The benchmarks are tested as everything is: without the settings of whoever runs the tests."""
+"""Like all tests, those of the benchmarks run without the settings of the person who runs them."""
 
 from tests.conftest import hermetic, server
 

@@ -27,5 +27,5 @@ def run_benchmark(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 def json_line(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The last line of a run that went well."""
     assert done.returncode == 0, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result

@@ -67,17 +67,17 @@ def test_what_lanes_cost_is_the_share_of_bulks_tokens() -> None:
     def rounds(*tokens: int) -> list[Counted]:
         return [Counted(each, 2.0, [0.010]) for each in tokens]
 
-    found = summary_of_lanes(
+    summary = summary_of_lanes(
         {
             LANES: {False: rounds(98, 99), True: rounds(80, 90)},
             ONE_STREAM: {False: rounds(100, 100), True: rounds(100, 100)},
         }
     )
 
-    assert found["ways"][LANES]["bulk_alone_tokens_per_s"]["rounds"] == [49, 49.5]
-    assert found["cost_alone"]["rounds"] == pytest.approx([0.02, 0.01])
-    assert found["cost_beside_a_person"]["median"] == pytest.approx(0.15)
-    assert found["ways"][ONE_STREAM]["query_ms"] == {"p50": 10, "p95": 10}
+    assert summary["ways"][LANES]["bulk_alone_tokens_per_s"]["rounds"] == [49, 49.5]
+    assert summary["cost_alone"]["rounds"] == pytest.approx([0.02, 0.01])
+    assert summary["cost_beside_a_person"]["median"] == pytest.approx(0.15)
+    assert summary["ways"][ONE_STREAM]["query_ms"] == {"p50": 10, "p95": 10}
 
 
 def test_without_the_rule_both_lanes_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,12 +145,12 @@ def test_the_comparison_names_the_package_and_its_padding(result: dict[str, Any]
 
 def test_what_there_is_no_time_for_is_named() -> None:
     done = run("--minutes", "0")
-    found = json.loads(done.stdout.splitlines()[-1])
+    result = json.loads(done.stdout.splitlines()[-1])
 
     assert done.returncode == 0, done.stderr
-    assert [stage["status"] for stage in found["stages"]] == ["skipped"] * len(found["stages"])
+    assert [stage["status"] for stage in result["stages"]] == ["skipped"] * len(result["stages"])
     assert "http: skipped there was no time left" in done.stdout
-    assert all(target["met"] is None for target in found["targets"])
+    assert all(target["met"] is None for target in result["targets"])
 
 
 def test_a_gpu_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

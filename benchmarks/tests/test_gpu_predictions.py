@@ -15,7 +15,7 @@ from benchmarks.gpu.predictions import (
     MODELS,
     TOKENS,
     WAYS,
-    Card,
+    CardRates,
     Figure,
     Layers,
     measured,
@@ -25,7 +25,7 @@ from benchmarks.gpu.predictions import (
 
 DOCS = Path(__file__).parents[2] / "docs" / "gpu.md"
 # 1 TFLOP/s and 1 TB/s: a layer of a million parameters takes 2 us a token, or 2 us for the read of its weights.
-ROUND = Card("round", 1.0, 1000.0, measured=False)
+ROUND = CardRates("round", 1.0, 1000.0, measured=False)
 
 
 def layers(kernels: int = 0, element_wise: int = 0) -> Layers:
@@ -37,21 +37,21 @@ def test_the_table_in_the_docs_is_what_is_computed() -> None:
 
 
 def test_bulk_is_bound_by_the_products() -> None:
-    found = predict(ROUND, layers(), 1000, GRAPH)
+    prediction = predict(ROUND, layers(), 1000, GRAPH)
 
-    assert found.milliseconds == pytest.approx(20 / 0.97)
-    assert found.of_matmul == pytest.approx(0.97)
+    assert prediction.milliseconds == pytest.approx(20 / 0.97)
+    assert prediction.of_matmul == pytest.approx(0.97)
 
 
 def test_a_query_is_bound_by_the_read_of_the_weights() -> None:
     assert predict(ROUND, layers(), 1, GRAPH).milliseconds == pytest.approx(0.020 / 0.97)
-    fast = Card("fast", 1000.0, 1000.0, measured=False)
+    fast = CardRates("fast", 1000.0, 1000.0, measured=False)
     assert predict(fast, layers(), 1, GRAPH).milliseconds == pytest.approx(0.020)
 
 
 def test_a_graph_is_not_launched_kernel_by_kernel() -> None:
     """100 kernels: 1.6 ms to launch them eagerly, and 0.33 ms on the card at least."""
-    fast = Card("fast", 1000.0, 1000.0, measured=False)
+    fast = CardRates("fast", 1000.0, 1000.0, measured=False)
 
     assert predict(fast, layers(kernels=10), 1, EAGER).milliseconds == pytest.approx(1.6)
     assert predict(fast, layers(kernels=10), 1, COMPILED).milliseconds == pytest.approx(4.0)
@@ -73,12 +73,12 @@ def test_the_models_have_as_many_parameters_as_were_measured() -> None:
 
 
 @pytest.mark.parametrize("card", [card for card in CARDS if card.measured], ids=lambda card: card.name)
-def test_the_prediction_is_near_what_was_measured(card: Card) -> None:
+def test_the_prediction_is_near_what_was_measured(card: CardRates) -> None:
     """Within half as long again, of models whose projections were merged or whose host was not the bound."""
-    found = {key[1:]: figure for key, figure in measured().items() if key[0] == card.name}
+    figures = {key[1:]: figure for key, figure in measured().items() if key[0] == card.name}
     ratios = {
         (name, tokens, way): figure.milliseconds / predict(card, MODELS[name], tokens, way).milliseconds
-        for (name, tokens, way), figure in found.items()
+        for (name, tokens, way), figure in figures.items()
         if tokens in TOKENS
     }
 

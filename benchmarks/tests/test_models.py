@@ -28,7 +28,7 @@ def result() -> dict[str, Any]:
 @pytest.mark.benchmark
 def test_every_comparison_gives_the_same_numbers_on_all_sides(result: dict[str, Any]) -> None:
     assert result["same_numbers"]
-    checks = {one["name"]: one["check"] for one in result["comparisons"]}
+    checks = {comparison["name"]: comparison["check"] for comparison in result["comparisons"]}
     assert {name.split(",")[0] for name in checks} == {
         "latent attention",
         "shared prefix",
@@ -42,25 +42,27 @@ def test_every_comparison_gives_the_same_numbers_on_all_sides(result: dict[str, 
 @pytest.mark.benchmark
 def test_every_side_is_set_against_the_machine_and_the_first_side(result: dict[str, Any]) -> None:
     assert {"benchmark", "measured_at", "host", "settings", "comparisons", "loading"} <= result.keys()
-    for one in result["comparisons"]:
-        ours, *others = one["sides"]
-        assert list(one["ratio"]) == others
-        assert one["limits"].keys() == {"matmul_tflops", "copy_gb_per_s"}
-        for side in one["sides"].values():
+    for comparison in result["comparisons"]:
+        ours, *others = comparison["sides"]
+        assert list(comparison["ratio"]) == others
+        assert comparison["limits"].keys() == {"matmul_tflops", "copy_gb_per_s"}
+        for side in comparison["sides"].values():
             assert side.keys() == {"per_s", "of_matmul", "of_limit"}
             assert all(spread["min"] <= spread["median"] <= spread["max"] for spread in side.values())
             assert len(side["per_s"]["rounds"]) == result["settings"]["rounds"]
-        assert one["sides"][ours]["per_s"]["min"] > 0
+        assert comparison["sides"][ours]["per_s"]["min"] > 0
 
 
 @pytest.mark.benchmark
 def test_a_shared_prefix_saves_it_for_all_documents_but_one(result: dict[str, Any]) -> None:
-    (one,) = (one for one in result["comparisons"] if one["name"].startswith("shared prefix"))
+    (comparison,) = (
+        comparison for comparison in result["comparisons"] if comparison["name"].startswith("shared prefix")
+    )
     whole = SMOKE_DOCUMENTS * (BEFORE_DOCUMENT + SMOKE_DOCUMENT_TOKENS + AFTER_DOCUMENT)
 
-    assert one["items"] == SMOKE_DOCUMENTS
-    assert one["about"]["computed_tokens"]["each pair whole"] == whole
-    assert one["about"]["saved_share"] == pytest.approx((SMOKE_DOCUMENTS - 1) * BEFORE_DOCUMENT / whole)
+    assert comparison["items"] == SMOKE_DOCUMENTS
+    assert comparison["about"]["computed_tokens"]["each pair whole"] == whole
+    assert comparison["about"]["saved_share"] == pytest.approx((SMOKE_DOCUMENTS - 1) * BEFORE_DOCUMENT / whole)
 
 
 @pytest.mark.benchmark

@@ -36,11 +36,11 @@ def reference() -> Reference:
 
 
 def test_ndcg_equals_that_of_sentence_transformers(server: RunningServer, reference: Reference) -> None:
-    found = compare(reference.corpus, embed_through(server.url, reference.corpus), reference.embedded)
+    comparison = compare(reference.corpus, embed_through(server.url, reference.corpus), reference.embedded)
 
-    assert abs(found["difference"]) < ALLOWED_DIFFERENCE, found
-    assert found["min_cosine"] > 0.999, found
-    assert found["reference"]["ndcg"] > 0.4, "the set must be hard but not hopeless, or equal says nothing"
+    assert abs(comparison["difference"]) < ALLOWED_DIFFERENCE, comparison
+    assert comparison["min_cosine"] > 0.999, comparison
+    assert comparison["reference"]["ndcg"] > 0.4, "the set must be hard but not hopeless, or equal says nothing"
 
 
 def test_the_gate_sees_one_batch_in_the_wrong_order(reference: Reference) -> None:
@@ -48,9 +48,9 @@ def test_the_gate_sees_one_batch_in_the_wrong_order(reference: Reference) -> Non
     documents = right.documents.copy()
     documents[:SHIFTED] = np.roll(documents[:SHIFTED], 1, axis=0)
 
-    found = compare(reference.corpus, Embedded(documents, right.queries), right)
+    comparison = compare(reference.corpus, Embedded(documents, right.queries), right)
 
-    assert found["difference"] < -ALLOWED_DIFFERENCE
+    assert comparison["difference"] < -ALLOWED_DIFFERENCE
 
 
 def test_the_set_is_the_same_every_time_and_no_query_is_in_its_answer(reference: Reference) -> None:

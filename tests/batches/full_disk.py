@@ -25,12 +25,12 @@ class Heard(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.messages: list[str] = []
-        self.one = asyncio.Event()
+        self.arrived = asyncio.Event()
 
     def emit(self, record: logging.LogRecord) -> None:
         if "for the disk" in record.getMessage():
             self.messages.append(record.getMessage())
-            self.one.set()
+            self.arrived.set()
 
 
 async def refused(batches: BatchService, kind: type[VecmillError], size: int) -> None:
@@ -62,7 +62,7 @@ async def full() -> None:
         while file.write(BIG):
             pass
     batches.start({"/v1/embeddings": LightEndpoint()})
-    await heard.one.wait()
+    await heard.arrived.wait()
     batch = await batches.get(batch_id)
     assert batch.status in (BatchStatus.VALIDATING, BatchStatus.IN_PROGRESS), batch
     await refused(batches, InsufficientStorage, 1)
@@ -83,7 +83,7 @@ async def read_only() -> None:
     logging.getLogger("vecmill").addHandler(heard)
     await remount("ro")
     batches.start({"/v1/embeddings": LightEndpoint()})
-    await heard.one.wait()
+    await heard.arrived.wait()
     await refused(batches, StateUnavailable, 1)
     assert not (await batches.get(batch_id)).ended
     await remount("rw")
@@ -100,8 +100,8 @@ async def remount(how: str) -> None:
 async def finished(batches: BatchService, batch_id: str) -> None:
     batch = await ended(batches, batch_id)
     assert batch.status is BatchStatus.COMPLETED
-    found = [entry["custom_id"] for entry in await content(batches, batch.output_file_id)]
-    assert found == [str(n) for n in range(1, LINES + 1)]
+    custom_ids = [entry["custom_id"] for entry in await content(batches, batch.output_file_id)]
+    assert custom_ids == [str(n) for n in range(1, LINES + 1)]
 
 
 if __name__ == "__main__":

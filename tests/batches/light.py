@@ -27,7 +27,7 @@ LONGEST_LINE = 65_536
 
 
 def answer(body: Mapping[str, Any]) -> LineResult:
-    """The hash of what was asked; an error where the body says so."""
+    """The hash of the body; an error if the body asks for one."""
     if "refuse" in body:
         return LineResult(400, b'{"error":{"message":"refused"}}')
     digest = sha256(orjson.dumps(body)).hexdigest()
@@ -35,7 +35,7 @@ def answer(body: Mapping[str, Any]) -> LineResult:
 
 
 class LightEndpoint:
-    """Answers at once, or as many lines as it is allowed to; keeps the numbers of those that it answered."""
+    """Answers at once, at most the first `allowed` lines, and keeps the numbers of the lines that it answered."""
 
     def __init__(self, allowed: int | None = None) -> None:
         self.answered: list[int] = []
@@ -59,7 +59,7 @@ def line(custom_id: str, url: str = URL, **body: Any) -> bytes:
 
 
 def opened(folder: Path, endpoint: Endpoint | None, clock: Any = None, **settings: Any) -> BatchService:
-    """Batches in a folder; they are run where there is an endpoint."""
+    """Batches in a folder, which are run if an endpoint is given."""
     batches = BatchService(BatchSettings(**settings), LONGEST_LINE, Telemetry(), clock)
     batches.open(folder, None)
     if endpoint is not None:
@@ -68,14 +68,14 @@ def opened(folder: Path, endpoint: Endpoint | None, clock: Any = None, **setting
 
 
 async def upload(batches: BatchService, content: bytes) -> str:
-    """The id of a new file."""
+    """Upload a file. Returns its id."""
     upload = await batches.upload(len(content))
     upload.write(content)
     return upload.finish("input.jsonl", None).id
 
 
 async def create(batches: BatchService, file_id: str, window: float = 3600.0) -> str:
-    """The id of a new batch."""
+    """Create a batch. Returns its id."""
     batch = await batches.create(
         endpoint=URL,
         input_file_id=file_id,
@@ -88,14 +88,14 @@ async def create(batches: BatchService, file_id: str, window: float = 3600.0) ->
 
 
 async def ended(batches: BatchService, batch_id: str) -> BatchRecord:
-    """The batch once it has ended."""
+    """Wait until the batch has ended, and return it."""
     while not (batch := await batches.get(batch_id)).ended:
         await asyncio.sleep(0.001)
     return batch
 
 
 async def progressed(batches: BatchService, batch_id: str, lines: int) -> BatchRecord:
-    """The batch once so many lines are done."""
+    """Wait until so many of the batch's lines are done, and return it."""
     while (batch := await batches.get(batch_id)).progress.lines < lines:
         assert not batch.ended
     return batch
@@ -111,7 +111,7 @@ async def content(batches: BatchService, file_id: str | None) -> list[dict[str, 
 
 
 class DeadlyEndpoint(LightEndpoint):
-    """Some lines kill the process, by themselves or among others."""
+    """An endpoint whose process some lines kill, alone or together with others."""
 
     async def run(self, caller: Caller, lines: Sequence[InputLine]) -> Sequence[LineResult]:
         results = await super().run(caller, lines)

@@ -22,7 +22,7 @@ CHUNK = 4
 
 
 class Snapshots:
-    """Copies of a folder, made just before each thing that is about to happen to it."""
+    """Copies a folder just before each change of it."""
 
     def __init__(self) -> None:
         self._folder: Path | None = None
@@ -70,7 +70,7 @@ def requests(count: int) -> bytes:
 async def check(
     folder: Path, batch_id: str, lines: int, status: BatchStatus = BatchStatus.COMPLETED, *, may_have_killed: int = 0
 ) -> None:
-    """Go on with a batch, and look at each of its lines. So many may be taken for what killed the process."""
+    """Resume a batch and check every line; at most `may_have_killed` lines are reported as the cause of a crash."""
     batches = opened(folder, LightEndpoint(), batch_chunk_size=CHUNK)
     try:
         batch = await ended(batches, batch_id)
@@ -142,9 +142,9 @@ async def test_it_may_die_while_a_file_comes_in(tmp_path: Path, snapshots: Snaps
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
 async def test_it_may_be_killed_again_and_again(tmp_path: Path, seed: int) -> None:
-    """Ten times, at random moments, the processes' starts among them; more often where work is slow to begin.
+    """Ten kills at random moments, some of them while the process starts; more if work begins slowly.
 
-    What a process was alone with when it was killed is not run again; nobody can know that it was not the cause.
+    A line that ran alone when the process was killed is not run again: it may have been the cause.
     """
     chance = random.Random(seed)
     batches = opened(tmp_path, None)

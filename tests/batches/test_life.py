@@ -50,10 +50,10 @@ async def test_every_line_is_answered_in_order(tmp_path: Path) -> None:
     assert batch.progress.tokens == 3 * LINES
     assert batch.model == "light"
     assert batch.error_file_id is None
-    found = await content(batches, batch.output_file_id)
-    assert [entry["custom_id"] for entry in found] == [f"id-{n}" for n in range(1, LINES + 1)]
-    assert len({entry["id"] for entry in found}) == LINES
-    for number, entry in enumerate(found, 1):
+    entries = await content(batches, batch.output_file_id)
+    assert [entry["custom_id"] for entry in entries] == [f"id-{n}" for n in range(1, LINES + 1)]
+    assert len({entry["id"] for entry in entries}) == LINES
+    for number, entry in enumerate(entries, 1):
         assert entry["error"] is None
         assert entry["response"]["status_code"] == 200
         assert entry["response"]["body"]["digest"] in answer({"input": f"text {number}"}).body.decode()
@@ -96,8 +96,8 @@ async def test_a_cancelled_batch_keeps_what_is_done(tmp_path: Path) -> None:
     batches = opened(tmp_path, LightEndpoint(allowed=40), batch_chunk_size=8)
     batch_id = await create(batches, await upload(batches, INPUT))
     await progressed(batches, batch_id, 40)
-    asked = await batches.cancel(batch_id)
-    assert asked.status is BatchStatus.CANCELLING
+    cancelled = await batches.cancel(batch_id)
+    assert cancelled.status is BatchStatus.CANCELLING
     batch = await ended(batches, batch_id)
     assert batch.status is BatchStatus.CANCELLED
     assert batch.cancelling_at is not None
@@ -217,7 +217,7 @@ async def test_a_broken_record_harms_itself_alone(tmp_path: Path, caplog: pytest
     with pytest.raises(NoSuchBatch):
         await batches.get(broken)
     assert [record.id for record in await batches.all()] == [whole]
-    assert len([one for one in caplog.records if "cannot be read" in one.message]) == 1
+    assert len([entry for entry in caplog.records if "cannot be read" in entry.message]) == 1
     await batches.close()
 
 
@@ -251,8 +251,8 @@ async def test_answers_that_a_broken_disk_has_lost_are_given_again(tmp_path: Pat
     (tmp_path / "batches" / batch_id / "output.jsonl").write_bytes(b"")
     again = opened(tmp_path, LightEndpoint())
     batch = await ended(again, batch_id)
-    found = await content(again, batch.output_file_id)
-    assert [entry["custom_id"] for entry in found] == [f"id-{n}" for n in range(1, LINES + 1)]
+    entries = await content(again, batch.output_file_id)
+    assert [entry["custom_id"] for entry in entries] == [f"id-{n}" for n in range(1, LINES + 1)]
     assert batch.progress.completed == LINES
     await again.close()
 

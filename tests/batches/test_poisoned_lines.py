@@ -24,15 +24,15 @@ def requests(count: int, deadly: Sequence[int] = ()) -> bytes:
 
 
 async def lives(folder: Path) -> list[int]:
-    """How the processes ended that ran the batches, one after the other, until there was nothing left to do."""
-    found: list[int] = []
-    while not found or found[-1]:
+    """The exit statuses of the processes that ran the batches one after the other, until no work was left."""
+    statuses: list[int] = []
+    while not statuses or statuses[-1]:
         command = [sys.executable, "-m", "tests.batches.light", str(folder), str(CHUNK)]
         process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        found.append(await asyncio.wait_for(process.wait(), 60.0))
-        assert found[-1] in (0, -signal.SIGKILL)
-        assert len(found) < 10
-    return found
+        statuses.append(await asyncio.wait_for(process.wait(), 60.0))
+        assert statuses[-1] in (0, -signal.SIGKILL)
+        assert len(statuses) < 10
+    return statuses
 
 
 async def submit(folder: Path, *contents: bytes) -> list[str]:

@@ -1,4 +1,4 @@
-"""The cache over a real store: what is kept, for how long, and that its troubles stay its own."""
+"""The cache over a real store: what is kept, for how long, and that a failing store fails no request."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def fill(cache: EmbeddingCache, numbers: range) -> None:
 
 
 def held(cache: EmbeddingCache, numbers: range) -> list[int]:
-    found = cache.look_up([key(number) for number in numbers], WIDTH)
+    cached = cache.look_up([key(number) for number in numbers], WIDTH)
     for number in numbers:
-        if key(number) in found:
-            assert np.allclose(found[key(number)], vector(number), atol=2e-4)
-    return [number for number in numbers if key(number) in found]
+        if key(number) in cached:
+            assert np.allclose(cached[key(number)], vector(number), atol=2e-4)
+    return [number for number in numbers if key(number) in cached]
 
 
 def test_what_was_kept_is_there_at_once_and_after_a_restart(reopen: Open) -> None:
@@ -210,10 +210,10 @@ def test_without_redis_everything_is_a_miss_and_nothing_raises(tmp_path: Path) -
 
 def test_keys_that_begin_alike_are_told_apart(tmp_path: Path) -> None:
     store: VectorStore = SqliteVectors(tmp_path / "cache.db", ROOM)
-    one, other = b"a" * 16, b"a" * 8 + b"b" * 8
-    store.put({one: b"one"}, ())
-    assert store.get([other]) == {}
-    assert store.get([one]) == {one: b"one"}
-    store.put({other: b"other"}, ())
-    assert store.get([one]) == {one: b"one"}  # the newcomer has no place
+    kept, newcomer = b"a" * 16, b"a" * 8 + b"b" * 8
+    store.put({kept: b"one"}, ())
+    assert store.get([newcomer]) == {}
+    assert store.get([kept]) == {kept: b"one"}
+    store.put({newcomer: b"other"}, ())
+    assert store.get([kept]) == {kept: b"one"}  # the newcomer has no place
     store.close()

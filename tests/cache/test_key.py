@@ -70,7 +70,7 @@ def test_other_tokens_or_other_unpooled_tokens_are_another_key() -> None:
         row(1, 2, unpooled=1),
         Row(np.array([1, 2], np.int32), None, 0, 1),
     ]
-    keys = {vector_key(model, one) for one in rows}
+    keys = {vector_key(model, other_row) for other_row in rows}
     assert len(keys) == len(rows)
     assert {len(key) for key in keys} == {KEY_BYTES}
     assert vector_key(model, row(1, 2)) in keys

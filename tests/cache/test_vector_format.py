@@ -21,14 +21,14 @@ MOST_OF_A_VALUE, MOST_OF_FEWER = 8.1e-6, 2.81e-5
 
 def read_back(vectors: Matrix, smallest: int) -> tuple[Matrix, list[bytes]]:
     values = encode_vectors(vectors, smallest)
-    found = decode_values({bytes([index]): value for index, value in enumerate(values)}, vectors.shape[1])
-    return np.stack([found[bytes([index])] for index in range(len(values))]), values
+    decoded = decode_values({bytes([index]): value for index, value in enumerate(values)}, vectors.shape[1])
+    return np.stack([decoded[bytes([index])] for index in range(len(values))]), values
 
 
 def cosines(vectors: Matrix) -> list[float]:
     wide = vectors.astype(np.float64)
     unit = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-    return [float(one @ other) for one, other in combinations(unit, 2)]
+    return [float(left @ right) for left, right in combinations(unit, 2)]
 
 
 @given(
@@ -48,8 +48,8 @@ def test_no_cosine_changes_by_more_than_it_may(vectors: Matrix, smallest: int) -
 
 def worst_value(vectors: Matrix, read: Matrix) -> float:
     """How much a value changes at length 1."""
-    one, other = (each.astype(np.float64) for each in (vectors, read))
-    return float(np.abs(unit(one) - unit(other)).max())
+    original, restored = (each.astype(np.float64) for each in (vectors, read))
+    return float(np.abs(unit(original) - unit(restored)).max())
 
 
 def unit(vectors: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -115,8 +115,8 @@ def test_the_ends_of_the_scale(fill: float) -> None:
 def test_exact_is_exact() -> None:
     vectors = np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)
     values = encode_vectors(vectors, 16, exact=True)
-    found = decode_values(dict(zip([b"0", b"1", b"2", b"3"], values, strict=True)), 16)
-    assert all((found[str(index).encode()] == vector).all() for index, vector in enumerate(vectors))
+    decoded = decode_values(dict(zip([b"0", b"1", b"2", b"3"], values, strict=True)), 16)
+    assert all((decoded[str(index).encode()] == vector).all() for index, vector in enumerate(vectors))
 
 
 def test_what_is_damaged_is_left_out() -> None:

@@ -104,8 +104,8 @@ def check(base: str, changed: list[tuple[str, str, Any]]) -> None:
         for name, key, value in changed:
             file = folder / name
             file.parent.mkdir(exist_ok=True)
-            said = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-            file.write_text(json.dumps({**said, key: value}), "utf-8")
+            existing = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+            file.write_text(json.dumps({**existing, key: value}), "utf-8")
 
     root = Path(tempfile.mkdtemp())
     try:

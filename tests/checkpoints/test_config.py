@@ -122,8 +122,8 @@ def within(part: str, **keys: Any) -> Callable[[Path], None]:
     """Set keys of an object in config.json."""
 
     def change(folder: Path) -> None:
-        said = json.loads((folder / "config.json").read_text("utf-8"))
-        edit_json(folder / "config.json", **{part: {**said[part], **keys}})
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+        edit_json(folder / "config.json", **{part: {**content[part], **keys}})
 
     return change
 
@@ -132,8 +132,10 @@ def without(*keys: str) -> Callable[[Path], None]:
     """Remove keys of config.json."""
 
     def change(folder: Path) -> None:
-        said = json.loads((folder / "config.json").read_text("utf-8"))
-        (folder / "config.json").write_text(json.dumps({key: said[key] for key in said if key not in keys}), "utf-8")
+        content = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(
+            json.dumps({key: content[key] for key in content if key not in keys}), "utf-8"
+        )
 
     return change
 
@@ -509,8 +511,8 @@ VARIANTS = [
     reranks("qwen3-reranker-chunks", qwen3_reranker, config(layer_types=["chunked_attention"] * 2), "`layer_types`"),
     reranks("a-family-without-rerankers", bare_nomic, config(), "'nomic_bert' is not supported"),
 ]
-SERVED = [one for one in VARIANTS if one.refused is None]
-REFUSED = [one for one in VARIANTS if one.refused is not None]
+SERVED = [variant for variant in VARIANTS if variant.refused is None]
+REFUSED = [variant for variant in VARIANTS if variant.refused is not None]
 # Without a reference that reads them: the same vectors as the base's.
 HARMLESS = [
     (
@@ -527,7 +529,7 @@ NOMICS = [
 
 @pytest.fixture(scope="module")
 async def server(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
-    pairs = [one for pair in HARMLESS for one in pair]
+    pairs = [variant for pair in HARMLESS for variant in pair]
     async with served([*VARIANTS, *NOMICS, *pairs], tmp_path_factory.mktemp("variants")) as server:
         yield server
 

@@ -208,8 +208,8 @@ VARIANTS = [
     ), '`true_token_id`: "yes"; supported: a whole number', rerank=True),
     Variant("reranker-as-embedder", reranker, refused="this is a reranker"),
 ]  # fmt: skip
-SERVED = [one for one in VARIANTS if one.refused is None]
-REFUSED = [one for one in VARIANTS if one.refused is not None]
+SERVED = [variant for variant in VARIANTS if variant.refused is None]
+REFUSED = [variant for variant in VARIANTS if variant.refused is not None]
 # Compared by other functions than the cosine.
 SIMILARITIES = [
     *(row(f"{name}-raw", both(WITHOUT_NORMALIZE, library(similarity_fn_name=name))) for name in modules.SIMILARITIES),
@@ -235,7 +235,7 @@ def test_refused(variant: Variant, tmp_path: Path) -> None:
 
 async def test_without_normalize_the_vectors_keep_their_length(server: Served) -> None:
     """Unit vectors are the default, as clients of OpenAI's API expect; `normalize: false` is what `encode` gives."""
-    variant = next(one for one in SERVED if one.name == "no-normalize")
+    variant = next(candidate for candidate in SERVED if candidate.name == "no-normalize")
     expected = _model(server.folders[variant.name]).encode(list(variant.texts), show_progress_bar=False)
     assert np.abs(np.linalg.norm(expected, axis=1) - 1).min() > 0.1
     measured = await server.vectors(variant, normalize=False, dimensions=None)
@@ -251,15 +251,15 @@ async def test_documents_are_ranked_by_the_models_own_similarity(server: Served,
     raw = (await server.client.post("/v1/rerank", json={**body, "raw_scores": True})).json()
     mapped = (await server.client.post("/v1/rerank", json=body)).json()
     expected = _similarities(server.folders[variant.name])
-    measured = {one["index"]: one["relevance_score"] for one in raw["results"]}
+    measured = {result["index"]: result["relevance_score"] for result in raw["results"]}
     np.testing.assert_allclose([measured[index] for index in range(len(expected))], expected, rtol=1e-4, atol=1e-5)
-    scores = [one["relevance_score"] for one in mapped["results"]]
-    assert [one["index"] for one in mapped["results"]] == list(np.argsort(-expected, kind="stable"))
+    scores = [result["relevance_score"] for result in mapped["results"]]
+    assert [result["index"] for result in mapped["results"]] == list(np.argsort(-expected, kind="stable"))
     assert all(0 < score <= 1 for score in scores)
     assert len(set(scores)) == len(scores)  # none is rounded to another
     assert raw["meta"]["method"] == mapped["meta"]["method"] == name
     models = (await server.client.get("/v1/models")).json()["data"]
-    assert [one["similarity"] for one in models if one["id"] == variant.name] == [name]
+    assert [model["similarity"] for model in models if model["id"] == variant.name] == [name]
 
 
 def _model(folder: Path) -> Any:
@@ -273,17 +273,17 @@ def _model(folder: Path) -> Any:
 def _similarities(folder: Path) -> NDArray[np.float32]:
     model = _model(folder)
     query, *documents = model.encode([QUERY, *DOCUMENTS], show_progress_bar=False)
-    found: NDArray[np.float32] = model.similarity(query[None], np.stack(documents))[0].numpy()
-    return found
+    similarities: NDArray[np.float32] = model.similarity(query[None], np.stack(documents))[0].numpy()
+    return similarities
 
 
 @pytest.mark.parametrize("full", sorted(modules.SERVED))
 def test_the_paths_are_those_of_the_package(full: str) -> None:
     from sentence_transformers.util.misc import import_from_string  # slow to import
 
-    found = import_from_string(full)
-    assert found.__name__ == modules.SERVED[full]
-    assert found.__module__.startswith("sentence_transformers.")
+    module_class = import_from_string(full)
+    assert module_class.__name__ == modules.SERVED[full]
+    assert module_class.__module__.startswith("sentence_transformers.")
 
 
 def test_every_module_that_the_package_has_is_known() -> None:

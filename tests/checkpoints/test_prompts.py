@@ -54,28 +54,28 @@ def unchanged(folder: Path) -> None:
     """Without prompts."""
 
 
-def says(**said: object) -> Change:
-    return lambda folder: write(folder / LIBRARY, said)
+def says(**keys: object) -> Change:
+    return lambda folder: write(folder / LIBRARY, keys)
 
 
 def default(name: str, **prompts: str) -> Change:
     return says(prompts={**PROMPTS, **prompts}, default_prompt_name=name)
 
 
-def left_out(name: str = "code", said: object = False, **prompts: str) -> Change:
+def left_out(name: str = "code", include: object = False, **prompts: str) -> Change:
     """The default prompt is not pooled."""
 
     def change(folder: Path) -> None:
         default(name, **prompts)(folder)
-        edit_json(folder / "1_Pooling" / "config.json", include_prompt=said)
+        edit_json(folder / "1_Pooling" / "config.json", include_prompt=include)
 
     return change
 
 
-def made_from(name: str, **said: object) -> Change:
+def made_from(name: str, **keys: object) -> Change:
     def change(folder: Path) -> None:
         edit_json(folder / "config.json", _name_or_path=name)
-        write(folder / LIBRARY, said)
+        write(folder / LIBRARY, keys)
 
     return change
 
@@ -121,7 +121,7 @@ VARIANTS = [
         ("bert-made-from-bge", bert(), made_from("BAAI/bge-small-en-v1.5", prompts={"query": "", "document": ""})),
         ("bert-made-from-e5", bert(), made_from("intfloat/e5-base-v2")),
         ("bert-left-out", bert(), left_out()),
-        ("bert-left-out-by-null", bert(), left_out(said=None)),
+        ("bert-left-out-by-null", bert(), left_out(include=None)),
         ("bert-left-out-cls", bert("cls_token"), left_out()),
         ("bert-left-out-last", bert("lasttoken"), left_out()),
         ("bert-prompt-of-the-query-alone", bert(), says(prompts={"query": "q: "})),
@@ -131,7 +131,7 @@ VARIANTS = [
         ("bert-left-out-long-cls", bert("cls_token"), left_out("long", long=LONG)),
         ("bert-left-out-ends-special", bert(), left_out("end", end="Find [SEP]")),
         ("bert-left-out-ends-within-a-word", bert(), left_out("word", word="Find anti")),
-        ("bert-not-left-out", bert(), left_out(said=True)),
+        ("bert-not-left-out", bert(), left_out(include=True)),
         ("xlm-roberta-default", xlm_roberta(), default("code")),
         ("xlm-roberta-left-out", xlm_roberta(), left_out()),
         ("xlm-roberta-left-out-cls", xlm_roberta("cls_token"), left_out()),
@@ -202,7 +202,7 @@ def test_refused(variant: Variant, tmp_path: Path) -> None:
     assert variant.refused in refusal(variant.write(tmp_path))
 
 
-DEFAULT = next(one for one in VARIANTS if one.name == "bert-default-of-its-own")
+DEFAULT = next(variant for variant in VARIANTS if variant.name == "bert-default-of-its-own")
 
 
 @pytest.mark.parametrize(
@@ -225,13 +225,13 @@ async def test_the_default_prompt_goes_before_what_says_nothing(
 ) -> None:
     answer = await server.client.post(path, json={"model": DEFAULT.name, **body})
     assert answer.is_success, answer.text
-    found = answer.json()
+    parsed = answer.json()
     vector = (
-        found[0]
+        parsed[0]
         if path == "/embed"
-        else found["embeddings"][0]
+        else parsed["embeddings"][0]
         if path == "/api/embed"
-        else found["data"][0]["embedding"]
+        else parsed["data"][0]["embedding"]
     )
     expected = await asyncio.to_thread(st_encode, server.folders[DEFAULT.name], ["a text"], prompt)
     np.testing.assert_allclose(vector, expected[0], atol=1e-5)
@@ -240,8 +240,8 @@ async def test_the_default_prompt_goes_before_what_says_nothing(
 async def test_the_default_prompts_tokens_are_shown_and_token_ids_have_none(server: Served) -> None:
     body = {"model": DEFAULT.name, "inputs": "a text"}
     shown = (await server.client.post("/tokenize", json=body)).json()[0]
-    assert [one["text"] for one in shown] == ["[CLS]", "Find", "code", ":", "a", "text", "[SEP]"]
-    ids = [one["id"] for one in shown]
+    assert [token["text"] for token in shown] == ["[CLS]", "Find", "code", ":", "a", "text", "[SEP]"]
+    ids = [token["id"] for token in shown]
     by_text, by_ids = [
         (await server.client.post("/embed", json={"model": DEFAULT.name, "inputs": inputs})).json()[0]
         for inputs in ("a text", [ids])
@@ -250,7 +250,7 @@ async def test_the_default_prompts_tokens_are_shown_and_token_ids_have_none(serv
 
 
 async def test_a_models_prompts_are_listed_with_their_source(server: Served) -> None:
-    listed = {one["id"]: one for one in (await server.client.get("/v1/models")).json()["data"]}
+    listed = {model["id"]: model for model in (await server.client.get("/v1/models")).json()["data"]}
     shown = {key: listed[DEFAULT.name][key] for key in ("prompts", "prompts_from", "default_prompt_name")}
     assert shown == {"prompts": PROMPTS, "prompts_from": "files", "default_prompt_name": "code"}
     none = listed["bert-made-from-e5"]
@@ -288,7 +288,7 @@ async def test_a_cards_prompts_are_for_the_model_of_that_name_alone(tmp_path: Pa
             bert()(folder)
     async with serving(embed_model=",".join(map(str, folders)), max_batch_tokens=64) as client:
         listed = (await client.get("/v1/models")).json()["data"]
-        await check_queries(client, [one["id"] for one in listed], folders)
+        await check_queries(client, [entry["id"] for entry in listed], folders)
     for model, (name, prompts) in zip(listed, NAMED, strict=True):
         assert model["prompts_from"] == ("card" if prompts else None), name
         assert model["default_prompt_name"] is None
@@ -299,9 +299,9 @@ async def test_a_cards_prompts_are_for_the_model_of_that_name_alone(tmp_path: Pa
 async def check_queries(client: httpx.AsyncClient, ids: list[str], folders: list[Path]) -> None:
     """A query of a model that is not a card's is embedded as it is."""
     for index in (0, 3):
-        found = await client.post("/embed", json={"model": ids[index], "inputs": "a text", "is_query": True})
+        response = await client.post("/embed", json={"model": ids[index], "inputs": "a text", "is_query": True})
         expected = await asyncio.to_thread(st_encode, folders[index], ["a text"], BGE if index == 0 else "")
-        np.testing.assert_allclose(found.json()[0], expected[0], atol=1e-5)
+        np.testing.assert_allclose(response.json()[0], expected[0], atol=1e-5)
 
 
 async def test_the_start_log_says_which_prompts_there_are_and_from_where(tmp_path: Path) -> None:

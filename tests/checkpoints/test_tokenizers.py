@@ -1,4 +1,4 @@
-"""Which tokenizer is it, and what of a text stays: every file and key of a tokenizer, honoured or refused."""
+"""Every file and key of a tokenizer is honoured or refused: the kind of tokenizer, its tokens, how texts are cut."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def moved(name: str, to: str) -> Change:
 
 def both(*changes: Change) -> Change:
     def change(folder: Path) -> None:
-        for one in changes:
-            one(folder)
+        for apply_change in changes:
+            apply_change(folder)
 
     return change
 
@@ -385,13 +385,19 @@ REFUSED = [
     refused(
         "unknown-argument", bert, "`processor_kwargs.subfolder`", says(MODULE, processor_kwargs={"subfolder": "x"})
     ),
-    refused("chance", qwen3, "`model.dropout`: 0.5", plain, in_tokenizer(lambda one: one["model"].update(dropout=0.5))),
+    refused(
+        "chance",
+        qwen3,
+        "`model.dropout`: 0.5",
+        plain,
+        in_tokenizer(lambda definition: definition["model"].update(dropout=0.5)),
+    ),
     refused(
         "unknown-word",
         bert,
         "fails on a word that it does not know",
         plain,
-        in_tokenizer(lambda one: one["model"].update(unk_token="[none]")),
+        in_tokenizer(lambda definition: definition["model"].update(unk_token="[none]")),
     ),
     refused(
         "file-argument",
@@ -481,18 +487,18 @@ def test_a_token_around_texts_that_the_model_has_no_row_for_is_refused(tmp_path:
 
 async def test_padding_in_token_ids_has_the_references_position(server: Served) -> None:
     """As in a text."""
-    variant = next(one for one in SERVED if one.name == "xlm-padding-in-texts")
+    variant = next(candidate for candidate in SERVED if candidate.name == "xlm-padding-in-texts")
     tokenizer = Tokenizer.from_file(str(server.folders[variant.name] / "tokenizer.json"))
     ids = [tokenizer.encode(text).ids for text in PADS]
-    assert any(1 in one for one in ids)
+    assert any(1 in row for row in ids)
     answer = await server.client.post("/v1/embeddings", json={"model": variant.name, "input": ids})
-    measured = np.array([one["embedding"] for one in answer.json()["data"]])
+    measured = np.array([entry["embedding"] for entry in answer.json()["data"]])
     np.testing.assert_allclose(measured, await server.vectors(variant), atol=1e-6, rtol=0)
 
 
 async def test_the_clients_side_wins_over_the_tokenizers(server: Served) -> None:
-    variant = next(one for one in SERVED if one.name == "bert-cut-left")
-    other = next(one for one in SERVED if one.name == "bert-length")
+    variant = next(candidate for candidate in SERVED if candidate.name == "bert-cut-left")
+    other = next(candidate for candidate in SERVED if candidate.name == "bert-length")
     for fields, same in (({}, False), ({"truncation_side": "right"}, True)):
         ends, starts = await server.vectors(variant, **fields), await server.vectors(other)
         assert np.allclose(ends, starts, atol=1e-6) is same
@@ -576,7 +582,7 @@ def tokenized(loaded: LoadedModel) -> list[Row]:
     with WorkerThreads(1) as threads:
         pool = TokenizerPool(load_tokenizer(checkpoint), model.vocab_size, checkpoint.max_model_len, threads)
         tokenizer = TextTokenizer(pool, checkpoint.text_format, checkpoint.max_model_len, model.vocab_size)
-        return [one.row for one in asyncio.run(tokenizer.encode(MUTANT_TEXTS))]
+        return [encoded.row for encoded in asyncio.run(tokenizer.encode(MUTANT_TEXTS))]
 
 
 @settings(max_examples=12, deadline=None)

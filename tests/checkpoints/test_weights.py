@@ -260,8 +260,8 @@ VARIANTS = [
     Variant("bitsandbytes", bert, put("encoder.layer.0.output.dense.SCB", torch.ones(3)), "(bitsandbytes)"),
     Variant("fp8-scales", bert, put("encoder.layer.0.output.dense.weight_scale_inv", torch.ones(1)), "(FP8)"),
 ]
-SERVED = [one for one in VARIANTS if one.refused is None]
-REFUSED = [one for one in VARIANTS if one.refused is not None]
+SERVED = [variant for variant in VARIANTS if variant.refused is None]
+REFUSED = [variant for variant in VARIANTS if variant.refused is not None]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A table of variants of tiny checkpoints, and what becomes of each.
+"""A table of variants of tiny checkpoints, each of which is either served or refused.
 
 A variant is a base, as a function that writes a folder, and a change to its files. It is either refused at the start
 with a sentence, or its vectors and scores equal those of sentence-transformers on the same folder. All variants of a
@@ -42,7 +42,7 @@ TOLERANCE = 1e-5
 
 
 def unchanged(folder: Path) -> None:
-    """The base as it is."""
+    """Leave the base unchanged."""
 
 
 def bert(folder: Path) -> None:
@@ -108,9 +108,9 @@ def refusal(folder: Path, *, rerank: bool = False) -> str:
 @asynccontextmanager
 async def served(variants: Sequence[Variant], root: Path, **flags: object) -> AsyncIterator[Served]:
     """One server with all variants of a table that are not refused."""
-    folders = {one.name: one.write(root) for one in variants if one.refused is None}
-    embedders = [str(folders[one.name]) for one in variants if one.refused is None and not one.rerank]
-    rerankers = [str(folders[one.name]) for one in variants if one.refused is None and one.rerank]
+    folders = {variant.name: variant.write(root) for variant in variants if variant.refused is None}
+    embedders = [str(folders[variant.name]) for variant in variants if variant.refused is None and not variant.rerank]
+    rerankers = [str(folders[variant.name]) for variant in variants if variant.refused is None and variant.rerank]
     # What warm-up measures is of no use here, and every model is warmed up.
     models: dict[str, object] = {"embed_model": ",".join(embedders) or "auto", "max_batch_tokens": 64, **flags}
     if rerankers:
@@ -139,8 +139,8 @@ class Served:
         body = {"model": variant.name, "query": QUERY, "texts": list(variant.documents), "raw_scores": True}
         answer = await self.client.post("/rerank", json=body)
         assert answer.is_success, answer.text
-        in_order = sorted(answer.json(), key=lambda one: int(one["index"]))
-        return np.array([one["score"] for one in in_order], dtype=np.float32)
+        in_order = sorted(answer.json(), key=lambda result: int(result["index"]))
+        return np.array([result["score"] for result in in_order], dtype=np.float32)
 
     async def assert_equal(self, variant: Variant) -> None:
         """The server's numbers are the reference's."""

@@ -1,4 +1,4 @@
-"""Plays every program that deploy.py calls, by the name that it is called under.
+"""Stands in for every program that deploy.py calls, each under its own name.
 
 Knows the standard library only. FAKE names a folder: `calls` gets a line for each call, `state.json` is what the
 programs remember, and what is to go wrong. A unit that is started is a process that answers HTTP. It is started dozens
@@ -117,13 +117,13 @@ def tailscale(argv: list[str], state: dict[str, Any]) -> None:
 
 
 def docker(argv: list[str], state: dict[str, Any]) -> int:
-    found: object = None
+    answer: object = None
     if argv[0] == "info":
-        found = {"Runtimes": {"runc": {}, "nvidia": {}}}
+        answer = {"Runtimes": {"runc": {}, "nvidia": {}}}
     elif argv[:2] == ["image", "inspect"]:
         return 0 if argv[2] in state["images"] else 1
     elif argv[:2] == ["container", "inspect"]:
-        found = [state["container"]] if state["container"] else None
+        answer = [state["container"]] if state["container"] else None
     elif argv[0] == "pull":
         state["images"].append(argv[1])
         sys.stdout.write("layer 1: Pull complete\n")
@@ -131,8 +131,8 @@ def docker(argv: list[str], state: dict[str, Any]) -> int:
     elif argv[0] == "rm":
         state["container"] = None
         return 0
-    json.dump(found, sys.stdout)
-    return 0 if found else 1
+    json.dump(answer, sys.stdout)
+    return 0 if answer else 1
 
 
 def python(argv: list[str], state: dict[str, Any]) -> None:

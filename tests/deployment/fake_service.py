@@ -11,20 +11,20 @@ READY = {"status": "ok", "embedding_models": ["all-MiniLM-L6-v2"], "rerank_model
 
 def serve(name: str, port: int, state: str) -> None:
     """Until killed. `loading` in the file `state` is how often it is asked before it is ready."""
-    asked = 0
+    polls = 0
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            nonlocal asked
-            asked += self.path == "/health"
+            nonlocal polls
+            polls += self.path == "/health"
             with open(state, encoding="utf-8") as file:
-                loading = asked < json.load(file)["loading"]
+                loading = polls < json.load(file)["loading"]
             if self.path == "/v1/models":
                 self.answer(200, {"data": [{"id": "Qwen/Qwen3-4B"}]})
             elif not name.startswith("qmd-embed"):
                 self.answer(503 if loading else 200, {})
             elif self.path == "/health":
-                progress = {"status": "loading", "percent": 40 * asked, "message": f"loading part {asked}"}
+                progress = {"status": "loading", "percent": 40 * polls, "message": f"loading part {polls}"}
                 self.answer(503 if loading else 200, progress if loading else READY)
             else:
                 self.answer(503 if loading else 200, {"ready": not loading})

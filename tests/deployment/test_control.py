@@ -60,9 +60,9 @@ def test_logs(deployed: World) -> None:
     deployed.set(journal="ready on http://127.0.0.1:8001\n")
     assert deployed.run("--logs").stdout == "ready on http://127.0.0.1:8001\n"
     assert deployed.run("embed", "--logs", "-n", "5", "--user").returncode == 0
-    both, one = (call for call in deployed.calls() if call.startswith("journalctl"))
+    both, embedder = (call for call in deployed.calls() if call.startswith("journalctl"))
     assert both == "journalctl --unit qmd-embed.service --unit qmd-vllm.service --follow --lines 100"
-    assert one == "journalctl --user --unit qmd-embed.service --follow --lines 5"
+    assert embedder == "journalctl --user --unit qmd-embed.service --follow --lines 5"
 
 
 @pytest.mark.parametrize(

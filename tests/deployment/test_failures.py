@@ -60,7 +60,7 @@ def test_the_next_run_goes_on_from_there(world: World, at: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "said", "why"),
+    ("at", "message", "why"),
     [
         ("-m venv", "ensurepip is not available", "sudo apt install python3-venv"),
         ("-m venv", "OSError: [Errno 28] No space left on device", "The disk is full"),
@@ -70,11 +70,11 @@ def test_the_next_run_goes_on_from_there(world: World, at: str) -> None:
         ("--service=svc:qmd-embed", "flag provided but not defined: -service", "sudo tailscale update"),
     ],
 )
-def test_known_causes_are_told_in_a_sentence(world: World, at: str, said: str, why: str) -> None:
-    world.fail(at, stderr=f"{said}\n")
+def test_known_causes_are_told_in_a_sentence(world: World, at: str, message: str, why: str) -> None:
+    world.fail(at, stderr=f"{message}\n")
     failed = world.deploy("--wait", "0")
     assert failed.returncode == 1
-    assert f"| {said}" in failed.stderr
+    assert f"| {message}" in failed.stderr
     assert "Why: " in failed.stderr
     assert why in failed.stderr
 
@@ -115,7 +115,7 @@ def upgrade(world: World) -> dict[str, tuple[int, int, str]]:
 
 
 def lasting(world: World) -> dict[str, tuple[int, int, str]]:
-    """All that counts: rights and contents, without releases that are not in use."""
+    """The modes and contents of all files outside the folder of releases."""
     return {
         path: (mode, 0, content) for path, (mode, _, content) in world.snapshot().items() if "/releases/" not in path
     }

@@ -27,12 +27,12 @@ def test_everything_at_once(world: World) -> None:
     (world.root / "run/systemd/system").rmdir()
     world.without("docker")
     world.without("tailscale")
-    said = refused(world)
-    assert "3 things to mend first" in said
-    assert "systemd does not run here" in said
-    assert "sudo tailscale up; or deploy with --no-tailscale." in said
-    assert "Docker is not installed" in said
-    assert "or deploy with --no-vllm." in said
+    message = refused(world)
+    assert "3 things to mend first" in message
+    assert "systemd does not run here" in message
+    assert "sudo tailscale up; or deploy with --no-tailscale." in message
+    assert "Docker is not installed" in message
+    assert "or deploy with --no-vllm." in message
 
 
 @pytest.mark.parametrize(
@@ -64,10 +64,10 @@ def test_docker_and_python(world: World, at: str, answer: dict[str, Any], senten
 
 def test_a_port_that_something_else_uses(world: World) -> None:
     with socket.create_server(("127.0.0.1", world.port)), socket.create_server(("127.0.0.1", world.vllm_port)):
-        said = refused(world)
-    assert f"qmd-embed cannot listen on 127.0.0.1 port {world.port} (Address already in use)" in said
-    assert f"qmd-vllm cannot listen on port {world.vllm_port}" in said
-    assert "--port" in said
+        message = refused(world)
+    assert f"qmd-embed cannot listen on 127.0.0.1 port {world.port} (Address already in use)" in message
+    assert f"qmd-vllm cannot listen on port {world.vllm_port}" in message
+    assert "--port" in message
 
 
 def test_a_gpu_without_what_its_layers_are_compiled_with(world: World) -> None:
@@ -107,9 +107,9 @@ def test_key_files(world: World, tmp_path: Path, content: bytes | None, sentence
     keys = tmp_path / "keys"
     if content is not None:
         keys.write_bytes(content)
-    said = refused(world, "--no-vllm", "--api-key-file", str(keys))
-    assert sentence in said
-    assert "two words" not in said
+    message = refused(world, "--no-vllm", "--api-key-file", str(keys))
+    assert sentence in message
+    assert "two words" not in message
 
 
 def test_what_one_should_know_does_not_keep_it_from_going_on(world: World) -> None:

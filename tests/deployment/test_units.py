@@ -43,20 +43,20 @@ def analyze(*words: str, runtime: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(("units", "scope"), [("system", "--system"), ("user", "--user")], indirect=["units"])
 def test_systemd_finds_nothing_to_complain_about(units: Path, scope: str) -> None:
     services = [str(units / name) for name in ("qmd-embed.service", "qmd-vllm.service")]
-    found = analyze(scope, "verify", "--man=no", *services, runtime=units)
-    assert found.stdout + found.stderr == ""
-    assert found.returncode == 0
+    result = analyze(scope, "verify", "--man=no", *services, runtime=units)
+    assert result.stdout + result.stderr == ""
+    assert result.returncode == 0
 
 
 @pytest.mark.parametrize("units", ["system"], indirect=True)
 def test_the_embedder_is_confined(units: Path) -> None:
     limit = str(round(MOST_EXPOSED * 10))
     unit = str(units / "qmd-embed.service")
-    found = analyze("security", "--offline=true", f"--threshold={limit}", "--no-pager", unit, runtime=units)
-    overall = re.search(r"Overall exposure level for qmd-embed.service: ([\d.]+)", found.stdout)
-    assert overall, found.stderr
+    result = analyze("security", "--offline=true", f"--threshold={limit}", "--no-pager", unit, runtime=units)
+    overall = re.search(r"Overall exposure level for qmd-embed.service: ([\d.]+)", result.stdout)
+    assert overall, result.stderr
     assert float(overall[1]) < MOST_EXPOSED
-    assert found.returncode == 0
+    assert result.returncode == 0
 
 
 @pytest.mark.parametrize("units", ["system"], indirect=True)

@@ -111,31 +111,31 @@ class World:
     def state(self) -> dict[str, Any]:
         """What the fake programs remember."""
         path = self._folder / "state.json"
-        found: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
-        return found
+        state: dict[str, Any] = json.loads(path.read_text("utf-8")) if path.exists() else {}
+        return state
 
     def set(self, **state: object) -> None:
         (self._folder / "state.json").write_text(json.dumps({**self.state, **state}), "utf-8")
 
     def fail(self, at: str, code: int = 1, **more: object) -> None:
-        """Calls whose line holds `at` end with `code`; `stderr=` and `stdout=` say what they write."""
+        """Make calls whose command line contains `at` end with `code` and write `stderr` and `stdout`."""
         self.set(failures=[{"at": at, "code": code, **more}])
 
     def mend(self) -> None:
         self.set(failures=[], broken=[])
 
     def without(self, program: str) -> None:
-        """The machine lacks it."""
+        """Remove a program from the machine."""
         (self._bin / program).unlink()
 
     def command(self, *options: str) -> list[str]:
-        """Without `site`: it gets by with the standard library."""
+        """deploy.py's command line, without `site`, as it needs the standard library alone."""
         return [sys.executable, "-S", str(self.clone / "deploy.py"), *options]
 
     def deploy(self, *options: str) -> subprocess.CompletedProcess[str]:
         """`deploy.py` to its end, on free ports and with the fake Python."""
-        asked = [*options, *self._chosen(options)]
-        return self.run(*asked)
+        arguments = [*options, *self._chosen(options)]
+        return self.run(*arguments)
 
     def run(self, *options: str) -> subprocess.CompletedProcess[str]:
         """`deploy.py` with these options and no others."""
@@ -195,12 +195,12 @@ class World:
 
     def snapshot(self) -> dict[str, tuple[int, int, str]]:
         """Everything on the machine: mode, time of change, content or target."""
-        found = {}
+        entries = {}
         for path in sorted(self.root.rglob("*")):
             status = path.lstat()
             content = os.readlink(path) if path.is_symlink() else path.read_text("utf-8") if path.is_file() else ""
-            found[str(path.relative_to(self.root))] = (status.st_mode, status.st_mtime_ns, content)
-        return found
+            entries[str(path.relative_to(self.root))] = (status.st_mode, status.st_mtime_ns, content)
+        return entries
 
     def text(self, path: str) -> str:
         return (self.root / path.lstrip("/")).read_text("utf-8")

@@ -118,8 +118,8 @@ def compose(
     """What Docker Compose makes of the files in a folder."""
     chosen = [option for file in files for option in ("--file", file)]
     command = [tool("docker-compose"), *chosen, *options, "config", "--format", "json"]
-    found: dict[str, Any] = json.loads(output(command, folder, {"HOME": str(folder), **(environment or {})}))
-    return found
+    parsed: dict[str, Any] = json.loads(output(command, folder, {"HOME": str(folder), **(environment or {})}))
+    return parsed
 
 
 def compose_folder(parent: Path) -> Path:
@@ -146,7 +146,7 @@ def manifests(folder: str) -> list[dict[str, Any]]:
 
 def of_kind(objects: Iterable[dict[str, Any]], kind: str) -> dict[str, dict[str, Any]]:
     """Those of a kind, by name."""
-    return {one["metadata"]["name"]: one for one in objects if one["kind"] == kind}
+    return {manifest["metadata"]["name"]: manifest for manifest in objects if manifest["kind"] == kind}
 
 
 def selected(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:

@@ -37,14 +37,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def everything(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = compose(folder, "--profile", "*")
-    return found
+    composed: dict[str, Any] = compose(folder, "--profile", "*")
+    return composed
 
 
 @pytest.fixture(scope="module")
 def vecmill(everything: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = everything["services"]["vecmill"]
-    return found
+    service: dict[str, Any] = everything["services"]["vecmill"]
+    return service
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -65,7 +65,7 @@ def test_what_the_schema_does_not_know_is_refused(folder: Path) -> None:
 def test_every_variable_is_in_the_example_with_its_default(folder: Path) -> None:
     command = [tool("docker-compose"), "--profile", "*", "config", "--variables", "--format", "json"]
     variables = json.loads(output(command, folder, {"HOME": str(folder)}))
-    assert {name: one["DefaultValue"] for name, one in variables.items()} == {
+    assert {name: variable["DefaultValue"] for name, variable in variables.items()} == {
         name: EXAMPLES.get(name) for name in variables
     }
     # The rest is the server's, or Compose's own.
@@ -134,10 +134,10 @@ def test_a_first_start_may_download(vecmill: dict[str, Any]) -> None:
 
 
 def _reservations(service: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = (
+    devices: list[dict[str, Any]] = (
         service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
     )
-    return found
+    return devices
 
 
 def test_a_gpu_is_reserved(everything: dict[str, Any]) -> None:

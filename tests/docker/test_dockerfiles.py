@@ -42,8 +42,12 @@ def _in_the_context(path: str) -> bool:
     included = True
     for line in IGNORED:
         pattern = line.removeprefix("!").removeprefix("**/")
-        names = [Path(one).name for one in above] if "**/" in line else [one for one in above if "/" not in one]
-        if any(fnmatch(one, pattern) for one in names):
+        names = (
+            [Path(candidate).name for candidate in above]
+            if "**/" in line
+            else [candidate for candidate in above if "/" not in candidate]
+        )
+        if any(fnmatch(candidate, pattern) for candidate in names):
             included = line.startswith("!")
     return included
 

@@ -89,9 +89,9 @@ def stopwatch(model: Model) -> Callable[[int], float]:
     return run
 
 
-def assert_equal_to_eager(model: Model, rows: Sequence[Row], found: torch.Tensor) -> None:
+def assert_equal_to_eager(model: Model, rows: Sequence[Row], actual: torch.Tensor) -> None:
     make_eager(model.layers)
-    torch.testing.assert_close(found, forward(model, rows), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(actual, forward(model, rows), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("build", [bert, cross_encoder, nomic, qwen3, nv_embed])
@@ -105,13 +105,13 @@ def test_one_graph_serves_all_layers_and_all_batches(
     assert compilations() == before + 1
     random = np.random.default_rng(0)
     rows: list[Row] = []
-    found = torch.empty(0)
+    answers = torch.empty(0)
     for _ in range(50):
         rows = [some_row(random) for _ in range(random.integers(1, 20))]
-        found = forward(model, rows)
+        answers = forward(model, rows)
     forward(model, [Row(np.array([5], dtype=np.int32))])
     assert compilations() == before + 1
-    assert_equal_to_eager(model, rows, found)
+    assert_equal_to_eager(model, rows, answers)
 
 
 def test_new_and_recalled_prefixes_are_the_same_graph(tmp_path: Path, minilm_folder: Path) -> None:
@@ -123,10 +123,10 @@ def test_new_and_recalled_prefixes_are_the_same_graph(tmp_path: Path, minilm_fol
     shared = [Prefix(random.integers(3, VOCAB, length).astype(np.int32)) for length in (3, 17, 40)]
     prefixes = [None, *shared]
     batches = [[some_row(random, prefixes[random.integers(4)]) for _ in range(6)] for _ in range(20)]
-    found = [forward(model, rows, memory) for rows in batches]
+    all_answers = [forward(model, rows, memory) for rows in batches]
     assert len(memory) == 3 + 17 + 40
     assert compilations() == before
-    for rows, answers in zip(batches, found, strict=True):
+    for rows, answers in zip(batches, all_answers, strict=True):
         assert_equal_to_eager(model, rows, answers)
 
 
@@ -239,12 +239,12 @@ def test_inductors_vectors_are_those_of_eager(tmp_path: Path, minilm_folder: Pat
     assert (choice.compiled, choice.reason) == (True, "compiled: TORCH_COMPILE=true")
     random = np.random.default_rng(0)
     batches = [[some_row(random) for _ in range(random.integers(1, 12))] for _ in range(20)]
-    found = torch.cat([forward(model, rows) for rows in batches])
+    actual = torch.cat([forward(model, rows) for rows in batches])
     assert compilations() == before + 1
     make_eager(model.layers)
     wanted = torch.cat([forward(model, rows) for rows in batches])
     least = 0.9995 if dtype is torch.bfloat16 else 1 - 1e-6
-    assert torch.cosine_similarity(found, wanted).min() >= least
+    assert torch.cosine_similarity(actual, wanted).min() >= least
 
 
 @pytest.mark.parametrize("wanted", ["auto", "true"])
@@ -284,9 +284,9 @@ def assert_warned(caplog: pytest.LogCaptureFixture) -> None:
 def assert_runs_eager(model: Model) -> None:
     before = compilations()
     rows = [some_row(np.random.default_rng(0)) for _ in range(5)]
-    found = forward(model, rows)
+    answers = forward(model, rows)
     make_eager(model.layers)
-    torch.testing.assert_close(found, forward(model, rows), atol=0, rtol=0)
+    torch.testing.assert_close(answers, forward(model, rows), atol=0, rtol=0)
     torch.compiler.reset()
     forward(model, rows)
     assert compilations() == before

@@ -60,9 +60,9 @@ async def vectors(engine: Engine) -> np.typing.NDArray[np.float32]:
     return np.array([row for result in results for row in result.rows], dtype=np.float32)
 
 
-def least_cosine(found: np.typing.NDArray[np.float32], wanted: np.typing.NDArray[np.float32]) -> float:
-    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(wanted, axis=1)
-    return float((np.sum(found * wanted, axis=1) / norms).min())
+def least_cosine(actual: np.typing.NDArray[np.float32], wanted: np.typing.NDArray[np.float32]) -> float:
+    norms = np.linalg.norm(actual, axis=1) * np.linalg.norm(wanted, axis=1)
+    return float((np.sum(actual * wanted, axis=1) / norms).min())
 
 
 @pytest.fixture(scope="module")
@@ -81,9 +81,9 @@ async def test_batches_that_overlap_give_the_vectors_of_the_cpu(
         warmed = engine.loaded.result().warmed[KEY]
         assert warmed.compiled is (torch_compile == "true")
         assert (warmed.graphs > 0) is cuda_graphs
-        found = await vectors(engine)
+        actual = await vectors(engine)
         assert torch.get_float32_matmul_precision() == "high"
-    assert least_cosine(found, wanted) > 0.998  # what bfloat16 gives on the CPU, too
+    assert least_cosine(actual, wanted) > 0.998  # what bfloat16 gives on the CPU, too
 
 
 async def test_a_small_batch_runs_as_a_graph_with_the_vectors_of_a_direct_pass() -> None:
@@ -122,10 +122,10 @@ def test_the_driver_knows_the_gpu_that_torch_uses() -> None:
         gpu = nvml.read(engine.gpu_uuid())
         nvml.close()
     assert gpu.name == torch.cuda.get_device_name(device)
-    found = gpu_memory(gpu, memory, meminfo(), os.getpid())
-    assert found.unified is bool(torch.cuda.get_device_properties(device).is_integrated)
-    assert found.total_mb is not None
-    assert found.available_mb is not None
-    assert 0 < found.available_mb < found.total_mb
-    assert found.allocated_mb is not None
-    assert 0 < found.allocated_mb < found.total_mb
+    reading = gpu_memory(gpu, memory, meminfo(), os.getpid())
+    assert reading.unified is bool(torch.cuda.get_device_properties(device).is_integrated)
+    assert reading.total_mb is not None
+    assert reading.available_mb is not None
+    assert 0 < reading.available_mb < reading.total_mb
+    assert reading.allocated_mb is not None
+    assert 0 < reading.allocated_mb < reading.total_mb

@@ -43,7 +43,7 @@ def rows(*lengths: int, prefix: Prefix | None = None) -> list[Row]:
 
 
 class Standing:
-    """In a graph's place: takes so many seconds."""
+    """A stand-in for a graph, which takes so many seconds."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
@@ -73,12 +73,12 @@ def test_the_ladder_wastes_little_and_has_few_steps() -> None:
 def test_a_batch_gets_the_smallest_shape_that_holds_it(lengths: list[int]) -> None:
     graphs = graphs_of(ladder(8192))
 
-    found = graphs.shape_for(rows(*lengths))
+    chosen = graphs.shape_for(rows(*lengths))
 
     holding = [shape for shape in graphs.passes if shape.holds(lengths)]
-    assert found == (min(holding, key=lambda shape: shape.tokens) if holding else None)
+    assert chosen == (min(holding, key=lambda shape: shape.tokens) if holding else None)
     if sum(lengths) > 8192 or len(lengths) > MAX_ROWS or max(lengths) > LONGEST_ROW:
-        assert found is None
+        assert chosen is None
 
 
 def test_what_a_graph_cannot_hold_runs_directly() -> None:
@@ -92,8 +92,8 @@ def test_what_a_graph_cannot_hold_runs_directly() -> None:
     assert Graphs().shape_for(rows(5)) is None
 
 
-@pytest.mark.parametrize(("rows_of_16", "found"), [(16, 512), (64, 2048), (128, 4096), (200, None), (512, None)])
-def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: int, found: int | None) -> None:
+@pytest.mark.parametrize(("rows_of_16", "graph_tokens"), [(16, 512), (64, 2048), (128, 4096), (200, None), (512, None)])
+def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: int, graph_tokens: int | None) -> None:
     """Direct passes take 10 ms up to 4,096 tokens, and graphs 2 ms for each 1,024."""
     gains = [Gain(tokens, 0.010, tokens * 0.002 / 1024) for tokens in (512, 1024, 2048, 4096)]
     gains.append(Gain(8192, 0.014, 0.016))
@@ -101,7 +101,7 @@ def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: in
 
     shape = graphs.shape_for(rows(*[16] * rows_of_16))
 
-    assert (shape and shape.tokens) == found
+    assert (shape and shape.tokens) == graph_tokens
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_rows_of_a_pass_follow_the_device_and_its_tokens(device: str, flags: dic
 
 
 def test_short_texts_fill_a_pass_on_a_gpu() -> None:
-    """As measured on an H100: what 95 % of the best rate takes is more than 64 rows of a query's length have."""
+    """As measured on an H100: 95 % of the best rate needs more tokens than 64 rows of a query's length have."""
     path = Path(__file__).parents[2] / "benchmarks" / "results" / "gpu-2026-11-26-h100.json"
     (model,) = json.loads(path.read_text())["models"]
     forwards = model["modes"]["graphs"]["forwards"]
@@ -149,12 +149,12 @@ def test_a_prefix_is_read_several_times_where_that_takes_less(tokens: int, whole
     graphs = graphs_of([64, 512], [Gain(64, 0.010, 0.001), Gain(512, 0.012, 0.020)])
     prefix = Prefix(np.arange(10, dtype=np.int32))
 
-    found = graphs.whole_rows([Row(np.full(tokens, 7, dtype=np.int32), prefix=prefix)])
+    whole_rows = graphs.whole_rows([Row(np.full(tokens, 7, dtype=np.int32), prefix=prefix)])
 
-    assert (found is not None) is whole
-    if found is not None:
-        assert found[0].prefix is None
-        assert found[0].token_ids.tolist() == [*range(10), *[7] * tokens]
+    assert (whole_rows is not None) is whole
+    if whole_rows is not None:
+        assert whole_rows[0].prefix is None
+        assert whole_rows[0].token_ids.tolist() == [*range(10), *[7] * tokens]
     assert graphs.whole_rows(rows(5)) is None
 
 
@@ -164,7 +164,7 @@ def captured(
     failing: Callable[[int], bool] = lambda number: False,
     message: str = "CUDA out of memory. Tried to allocate 2.00 GiB.",
 ) -> tuple[Graphs, list[int]]:
-    """What stands in for a model with these times, and the tokens of each graph in the order of their capture."""
+    """Graphs of a stand-in for a model with these times, and the tokens of each graph in the order of capture."""
     order: list[int] = []
 
     def capture(shape: PackShape) -> Pass:
@@ -220,7 +220,7 @@ def test_a_batch_in_a_larger_shape_gives_the_same_answers(folder: str, task: Tas
 
     wanted = model.forward(pack(batch, CPU))
     in_shape = pack(batch, CPU, shape=PackShape(112, 8, 64))
-    found = model.forward(in_shape)
+    answers = model.forward(in_shape)
 
-    assert found.shape == (8, model.width), "as many as the shape has room for"
-    np.testing.assert_allclose(found[: len(in_shape.order)].numpy(), wanted.numpy(), atol=1e-5)
+    assert answers.shape == (8, model.width), "as many as the shape has room for"
+    np.testing.assert_allclose(answers[: len(in_shape.order)].numpy(), wanted.numpy(), atol=1e-5)

@@ -50,9 +50,9 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel],
 
 @dataclass
 class Stream:
-    """In a CUDA stream's place."""
+    """A stand-in for a CUDA stream."""
 
-    driver: Driver
+    driver: CudaDriver
     device: torch.device
     priority: int = 0
     waited_for: list[Event] = field(default_factory=list)
@@ -67,9 +67,9 @@ class Stream:
 
 
 class Event:
-    """In a CUDA event's place."""
+    """A stand-in for a CUDA event."""
 
-    def __init__(self, driver: Driver, **_: Any) -> None:
+    def __init__(self, driver: CudaDriver, **_: Any) -> None:
         self._driver = driver
         self.stream: Stream | None = None
 
@@ -82,9 +82,9 @@ class Event:
 
 
 class Graph:
-    """In a CUDA graph's place: what is captured runs at once, on fake tensors."""
+    """A stand-in for a CUDA graph: what is captured runs at once, on fake tensors."""
 
-    def __init__(self, driver: Driver) -> None:
+    def __init__(self, driver: CudaDriver) -> None:
         self._driver = driver
         self.stream: Stream | None = None
 
@@ -102,7 +102,7 @@ class Graph:
 
 @dataclass(frozen=True)
 class Step:
-    """What was asked of the driver, and on which stream."""
+    """One operation, and the stream that it was launched on."""
 
     name: str
     stream: Stream
@@ -112,7 +112,7 @@ class Step:
     """Of attention."""
 
 
-class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class CudaDriver(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes every operation with its stream, the copies among them, and what the host would wait for."""
 
     @classmethod
@@ -127,20 +127,20 @@ class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.to_host: list[Step] = []
         self.waits: list[str] = []
         self.devices: set[torch.device] = set()
-        self.asked = False
+        self.present = False
         """Whether there is a card now: while dynamo traces, it must not look for one."""
         self._pinned: list[Tensor] = []
         self._default = Stream(self, torch.device("cuda", 0))
         self._current = [self._default]
 
-    def __enter__(self) -> Driver:
-        self.asked = True
+    def __enter__(self) -> CudaDriver:
+        self.present = True
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        self.asked = False
+        self.present = False
 
     def forget(self) -> None:
         """All steps so far."""
@@ -196,7 +196,7 @@ class Driver(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _copy(self, name: str, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Step:
         asynchronous = name in COPIES and (kwargs.get("non_blocking") or any(each is True for each in args))
-        pinned = any(one is other for one in tensors for other in self._pinned)
+        pinned = any(tensor is pinned_tensor for tensor in tensors for pinned_tensor in self._pinned)
         return Step(name, self.current_stream(), blocking=not (asynchronous and pinned))
 
 
@@ -210,7 +210,7 @@ def getitem(tensor: torch.Tensor, key: Any) -> torch.Tensor:
     keys = key if isinstance(key, tuple) else (key,)
     for position, each in enumerate(keys):
         if each is Ellipsis:
-            later = [one for one in keys[position + 1 :] if one is not None]
+            later = [index for index in keys[position + 1 :] if index is not None]
             dimension = tensor.dim() - len(later)
             continue
         if each is None:
@@ -237,13 +237,13 @@ def indexing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Driver:
-    """In the place of what torch asks of CUDA."""
+def driver(monkeypatch: pytest.MonkeyPatch) -> CudaDriver:
+    """Stand-ins for the functions of torch that ask CUDA."""
     torch.compiler.reset()  # what one test compiled must not serve another
-    driver = Driver()
+    driver = CudaDriver()
     monkeypatch.setattr(fake_tensor, "init_gpu_context", lambda device: None)
     for name, standing in {
-        "is_available": lambda: driver.asked,
+        "is_available": lambda: driver.present,
         "synchronize": lambda device=None: driver.waits.append("torch.cuda.synchronize"),
         "current_stream": driver.current_stream,
         "stream": driver.on,
@@ -301,13 +301,13 @@ class OnCuda:
 
     model: LoadedModel
     dtype: torch.dtype
-    driver: Driver
+    driver: CudaDriver
     streams: Any
-    """The engine's, of these tests' streams."""
+    """The engine's streams, made of stand-ins."""
     rows: Sequence[Row]
 
     def launch(self, rows: Sequence[Row], lane: Lane, *, flash: bool = True) -> Launched:
-        """One batch as the engine launches it, and what was noted of nothing else."""
+        """Launch one batch as the engine does. Afterwards the driver's notes are those of this batch alone."""
         self.driver.forget()
         self.model.attention = Attention.on(CUDA, self.dtype, flash=flash)
         with self.driver:
@@ -327,7 +327,7 @@ class OnCuda:
 
 
 @contextmanager
-def on_cuda(folder: Path, tiny: TinyModel, dtype: torch.dtype, driver: Driver) -> Iterator[OnCuda]:
+def on_cuda(folder: Path, tiny: TinyModel, dtype: torch.dtype, driver: CudaDriver) -> Iterator[OnCuda]:
     checkpoint, model = load_model(folder, tiny.task, dtype)
     loaded = LoadedModel(cast(Any, None), checkpoint, model, cast(Any, None))
     with fake_cuda(model):
@@ -354,7 +354,7 @@ def check_launched(on: OnCuda, launched: Launched, stream: Stream, width: int) -
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("tiny", every_family())
 def test_a_batch_is_launched_without_waiting(
-    folder_of: Callable[[TinyModel], Path], driver: Driver, tiny: TinyModel, dtype: torch.dtype, compiled: bool
+    folder_of: Callable[[TinyModel], Path], driver: CudaDriver, tiny: TinyModel, dtype: torch.dtype, compiled: bool
 ) -> None:
     with on_cuda(folder_of(tiny), tiny, dtype, driver) as on:
         if compiled:
@@ -382,13 +382,13 @@ def test_a_batch_is_launched_without_waiting(
     ("tiny", "compiled"),
     [
         *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in every_family()),
-        # How its layers run changes nothing of what is around them.
+        # Two are enough: what is around the layers does not depend on how they run.
         pytest.param(tiny_model(Task.EMBED, "qwen3"), True, id="embed-qwen3-compiled"),
         pytest.param(tiny_model(Task.RERANK, "bert"), True, id="rerank-bert-compiled"),
     ],
 )
 def test_a_captured_pass_reads_and_writes_on_the_device_alone(
-    folder_of: Callable[[TinyModel], Path], driver: Driver, tiny: TinyModel, compiled: bool
+    folder_of: Callable[[TinyModel], Path], driver: CudaDriver, tiny: TinyModel, compiled: bool
 ) -> None:
     with on_cuda(folder_of(tiny), tiny, torch.bfloat16, driver) as on:
         if compiled:
@@ -419,7 +419,7 @@ def test_a_captured_pass_reads_and_writes_on_the_device_alone(
 
 
 @pytest.mark.parametrize("flash", [True, False], ids=["flash", "sdpa"])
-def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver, flash: bool) -> None:
+def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: CudaDriver, flash: bool) -> None:
     """One layer with a window and one without, compiled; rows longer and shorter than it."""
     folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")
     edit_json(folder / "config.json", use_sliding_window=True, sliding_window=8, max_window_layers=1)
@@ -432,8 +432,8 @@ def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: Driver,
             assert windows == ([[-1, 0], [7, 0]] if flash else [])
 
 
-def test_what_would_make_the_host_wait_is_seen(driver: Driver) -> None:
-    """The watch of these tests."""
+def test_what_would_make_the_host_wait_is_seen(driver: CudaDriver) -> None:
+    """The driver of these tests notices every operation that makes the host wait."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.inference_mode():
         there = torch.zeros(4, device=CUDA)
         waiting: list[Callable[[], object]] = [
@@ -442,10 +442,10 @@ def test_what_would_make_the_host_wait_is_seen(driver: Driver) -> None:
             lambda: there.copy_(torch.zeros(4)),
             lambda: torch.ops.aten.index.Tensor(there, [torch.zeros(1, dtype=torch.int64)]),
         ]
-        for one in waiting:
+        for operation in waiting:
             driver.forget()
             with driver:
-                one()
+                operation()
             assert [step.blocking for step in (*driver.from_host, *driver.to_host)] == [True]
         for needs_values in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
             with pytest.raises(Exception, match=r"aten\."):
@@ -458,13 +458,13 @@ def test_the_answers_are_waited_for_on_their_own_device(monkeypatch: pytest.Monk
 
     from vecmill.engine import forward
 
-    asked: list[Any] = []
+    devices: list[Any] = []
     recorded: list[Any] = []
     answers = MagicMock(is_cuda=True, shape=(2, 3), dtype=torch.float32, device=torch.device("cuda", 1))
     monkeypatch.setattr(torch, "empty", lambda *_, **__: MagicMock())
 
     def current_stream(device: torch.device | None = None) -> str:
-        asked.append(device)
+        devices.append(device)
         return "stream"
 
     monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
@@ -472,7 +472,7 @@ def test_the_answers_are_waited_for_on_their_own_device(monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "Event", lambda **_: event)
     forward._to_host(answers)
     assert recorded == ["stream"]
-    assert asked == [answers.device]
+    assert devices == [answers.device]
 
 
 def test_attention_runs_on_the_oldest_torch(monkeypatch: pytest.MonkeyPatch) -> None:

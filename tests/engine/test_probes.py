@@ -15,45 +15,45 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 
 def test_the_packed_attention_of_a_cpu_is_sdpa() -> None:
-    found = attention("cpu")
-    assert (found.varlen, found.dtype) == (False, "float32")
-    assert found.largest_difference is not None
-    assert found.largest_difference < 1e-5
+    result = attention("cpu")
+    assert (result.varlen, result.dtype) == (False, "float32")
+    assert result.largest_difference is not None
+    assert result.largest_difference < 1e-5
 
 
 def test_the_build_is_this_torch() -> None:
-    found = torch_build("cpu")
-    assert (found.version, found.cuda) == (str(torch.__version__), torch.version.cuda)
-    assert len(found.gpus) == torch.cuda.device_count()
+    build = torch_build("cpu")
+    assert (build.version, build.cuda) == (str(torch.__version__), torch.version.cuda)
+    assert len(build.gpus) == torch.cuda.device_count()
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_an_oversized_allocation_is_refused_and_the_device_works_on() -> None:
-    found = allocation("cuda:0")
-    assert (found.refused, found.works_after) == ("OutOfMemoryError", True)
-    assert found.seconds < 5
-    assert torch.empty(int(1.05 * found.cap), dtype=torch.uint8, device="cuda").numel()  # the cap is gone
+    result = allocation("cuda:0")
+    assert (result.refused, result.works_after) == ("OutOfMemoryError", True)
+    assert result.seconds < 5
+    assert torch.empty(int(1.05 * result.cap), dtype=torch.uint8, device="cuda").numel()  # the cap is gone
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_varlen_attention_is_sdpa_and_faster_than_row_by_row() -> None:
-    found = attention("cuda:0")
-    assert (found.varlen, found.dtype) == (True, "bfloat16")
-    assert found.largest_difference is not None
-    assert found.largest_difference < 0.05
-    assert found.speedup > 1
+    result = attention("cuda:0")
+    assert (result.varlen, result.dtype) == (True, "bfloat16")
+    assert result.largest_difference is not None
+    assert result.largest_difference < 0.05
+    assert result.speedup > 1
 
 
 @pytest.mark.gpu
 @needs_gpu
 def test_matrix_products_of_a_gpu() -> None:
-    found, under_load = matmul_speed("cuda:0"), load("cuda:0")
-    assert found.size == 4096
-    assert found.median > 1
+    speed, under_load = matmul_speed("cuda:0"), load("cuda:0")
+    assert speed.size == 4096
+    assert speed.median > 1
     assert under_load.seconds >= 5
-    assert under_load.tflops == pytest.approx(found.median, rel=0.5)
+    assert under_load.tflops == pytest.approx(speed.median, rel=0.5)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,6 @@
 """The doctor's probes on a GPU, without one: fake CUDA tensors, and stand-ins for what torch asks a driver.
 
-They have no values: what is seen is that the probes ask about the right card, in the right types, and give its memory
+Fake tensors have no values: the tests see that the probes use the right card and the right types, and give its memory
 back; not what they measure.
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from tests.engine.test_fake_cuda import Driver, getitem
+from tests.engine.test_fake_cuda import CudaDriver, getitem
 from vecmill.engine.probes import matmul
 from vecmill.engine.probes.allocation import allocation
 from vecmill.engine.probes.attention import attention
@@ -29,7 +29,7 @@ SECOND = "cuda:1"
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def synchronized(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The devices that are waited for."""
     devices: list[str] = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: devices.append(str(device)))
@@ -40,23 +40,25 @@ def answer(monkeypatch: pytest.MonkeyPatch, name: str, value: Callable[[Any], An
     monkeypatch.setattr(torch.cuda, name, value)
 
 
-def test_products_are_of_the_cards_size_and_waited_for_on_it(asked: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_of_the_cards_size_and_waited_for_on_it(
+    synchronized: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matmul, "WARM_UP_SECONDS", 0.01)
     monkeypatch.setattr(matmul, "LOAD_SECONDS", 0.05)
     monkeypatch.setattr(matmul, "CUDA_TIMING_SECONDS", 0.005)
 
-    def multiply(one: Tensor, other: Tensor, *, out: Tensor) -> None:
-        assert {str(each.device) for each in (one, other, out)} == {SECOND}
-        assert {each.shape for each in (one, other, out)} == {(4096, 4096)}
-        assert {each.dtype for each in (one, other, out)} == {torch.bfloat16}
+    def multiply(left: Tensor, right: Tensor, *, out: Tensor) -> None:
+        assert {str(each.device) for each in (left, right, out)} == {SECOND}
+        assert {each.shape for each in (left, right, out)} == {(4096, 4096)}
+        assert {each.dtype for each in (left, right, out)} == {torch.bfloat16}
 
     monkeypatch.setattr(torch, "matmul", multiply)
-    with FakeTensorMode(), Driver() as driver:
+    with FakeTensorMode(), CudaDriver() as driver:
         speed = matmul_speed(SECOND)
         loaded = load(SECOND)
     assert (speed.device, speed.dtype, speed.size, len(speed.tflops)) == (SECOND, "bfloat16", 4096, matmul.TIMINGS)
     assert loaded.seconds >= 0.05
-    assert set(asked) == {SECOND}
+    assert set(synchronized) == {SECOND}
     assert driver.from_host == []
 
 
@@ -65,7 +67,7 @@ def test_products_are_of_the_cards_size_and_waited_for_on_it(asked: list[str], m
     [((12, 1), "bfloat16", True), ((9, 0), "bfloat16", True), ((7, 5), "float32", False)],
 )
 def test_attention_is_compared_in_what_the_card_has(
-    asked: list[str],
+    synchronized: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capability: tuple[int, int],
     dtype: str,
@@ -76,11 +78,11 @@ def test_attention_is_compared_in_what_the_card_has(
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(Tensor, "item", lambda tensor: 0.0)  # a fake tensor has no value to give
     answer(monkeypatch, "get_device_capability", lambda device: capability if str(device) == SECOND else (5, 0))
-    with FakeTensorMode(allow_non_fake_inputs=True), Driver() as driver:
-        found = attention(SECOND)
-    assert (found.dtype, found.varlen, found.rows) == (dtype, varlen, 72)
+    with FakeTensorMode(allow_non_fake_inputs=True), CudaDriver() as driver:
+        result = attention(SECOND)
+    assert (result.dtype, result.varlen, result.rows) == (dtype, varlen, 72)
     assert (driver.count("torch_attn::_varlen_attn") > 0) is varlen
-    assert set(asked) == {SECOND}
+    assert set(synchronized) == {SECOND}
 
 
 def test_the_cards_are_told_as_nvml_tells_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,7 +100,7 @@ def test_the_cards_are_told_as_nvml_tells_them(monkeypatch: pytest.MonkeyPatch) 
     answer(monkeypatch, "get_device_properties", properties)
     answer(monkeypatch, "mem_get_info", lambda device: (torch.device(device).index * GIGABYTE, 121 * GIGABYTE))
     build = torch_build("cpu")
-    assert [(one.name, one.capability, one.uuid) for one in build.gpus] == [
+    assert [(gpu.name, gpu.capability, gpu.uuid) for gpu in build.gpus] == [
         ("NVIDIA L4", (8, 9), "GPU-11111111-2222"),
         ("NVIDIA GB10", (12, 1), "GPU-33333333"),
     ]
@@ -121,7 +123,7 @@ def test_why_cuda_cannot_be_used_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("refuses", [True, False])
 def test_an_allocation_above_the_cap_is_asked_for_and_the_cap_taken_back(
-    asked: list[str], monkeypatch: pytest.MonkeyPatch, refuses: bool
+    synchronized: list[str], monkeypatch: pytest.MonkeyPatch, refuses: bool
 ) -> None:
     """On a stand-in for the allocator that keeps to the cap, and on one that does not."""
     total = 8 * GIGABYTE
@@ -137,8 +139,8 @@ def test_an_allocation_above_the_cap_is_asked_for_and_the_cap_taken_back(
     answer(monkeypatch, "get_device_properties", lambda device: SimpleNamespace(total_memory=total))
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: fractions.append(share))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(1))
-    found = allocation("cpu")  # the matrices of the last step are real ones
-    assert found.refused == ("OutOfMemoryError" if refuses else None)
-    assert (found.cap, found.requested, found.works_after) == (GIGABYTE, int(1.1 * GIGABYTE), True)
+    result = allocation("cpu")  # the matrices of the last step are real ones
+    assert result.refused == ("OutOfMemoryError" if refuses else None)
+    assert (result.cap, result.requested, result.works_after) == (GIGABYTE, int(1.1 * GIGABYTE), True)
     assert fractions == [1 / 8, 1.0]
     assert len(emptied) == 2

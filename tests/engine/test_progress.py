@@ -5,7 +5,7 @@ from __future__ import annotations
 from vecmill.engine.engine import PendingPasses
 
 
-class Clock:
+class TurnedClock:
     now = 1000.0
 
     def __call__(self) -> float:
@@ -13,7 +13,7 @@ class Clock:
 
 
 def test_hung_is_what_takes_twenty_times_as_long_and_a_minute() -> None:
-    clock = Clock()
+    clock = TurnedClock()
     progress = PendingPasses(clock)
     assert progress.hung() is None
     with progress.of(0.1):
@@ -33,7 +33,7 @@ def test_hung_is_what_takes_twenty_times_as_long_and_a_minute() -> None:
 
 
 def test_idle_time_does_not_count() -> None:
-    clock = Clock()
+    clock = TurnedClock()
     progress = PendingPasses(clock)
     clock.now += 1000
     with progress.of(0.1), progress.of(0.1):

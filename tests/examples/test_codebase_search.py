@@ -97,8 +97,8 @@ def test_a_server_killed_half_way_computes_nothing_twice(tmp_path: Path, minilm_
         with start_example(EXAMPLE, *arguments) as first:
             until(lambda: progress(server) > CHUNKS // 2)
             server.kill()
-            _, said = first.communicate(timeout=100)
-        assert (first.returncode, len(said.splitlines())) == (1, 1)
+            _, stderr = first.communicate(timeout=100)
+        assert (first.returncode, len(stderr.splitlines())) == (1, 1)
         server.start()
         kept = until(lambda: server.get("/cache")["entries"])
         assert kept > CHUNKS // 4
@@ -106,9 +106,9 @@ def test_a_server_killed_half_way_computes_nothing_twice(tmp_path: Path, minilm_
         ran = run_example(EXAMPLE, *arguments)
 
         assert ran.returncode == 0, ran.stderr
-        found = re.search(rf"([0-9,]+) of {CHUNKS:,} chunks were in the server's cache already", ran.stdout)
-        assert found, ran.stdout
-        cached = int(found[1].replace(",", ""))
+        match = re.search(rf"([0-9,]+) of {CHUNKS:,} chunks were in the server's cache already", ran.stdout)
+        assert match, ran.stdout
+        cached = int(match[1].replace(",", ""))
         assert cached == kept
         # The query is computed too. It comes a second time for the reranking, from the cache or not.
         assert server.get("/stats")["texts_computed"] - (CHUNKS - cached) in (1, 2)

@@ -144,7 +144,7 @@ def test_an_example_needs_what_vecmill_is_installed_with(name: str) -> None:
     project = tomllib.loads((EXAMPLES.parent / "pyproject.toml").read_text("utf-8"))["project"]
     ours = {Requirement(line).name for line in project["dependencies"]}
     docstring = ast.get_docstring(tree) or ""
-    assert [one for one in declared - ours if f"pip install {one}" not in docstring] == []
+    assert [package for package in declared - ours if f"pip install {package}" not in docstring] == []
 
 
 def test_the_typescript_has_no_package() -> None:

@@ -21,7 +21,7 @@ def batch_input(lines: int, name: str = "text") -> bytes:
 
 
 def is_refused(number: int) -> bool:
-    """Whether a line is one that the route refuses: it asks for dimensions that there are none of."""
+    """Whether the route refuses this line, because it asks for dimensions that the model does not have."""
     return number % REFUSED_EVERY == 7
 
 
@@ -61,9 +61,9 @@ def done(batch: dict[str, Any]) -> int:
 
 
 def assert_whole(service: Service, batch: dict[str, Any], lines: int, kills: int = 0) -> dict[int, np.ndarray]:
-    """Every line is in one of the files, once, in order. The vectors by line, of each that was not refused.
+    """Check that every line is in one of the files, once, in order. Returns the vectors of lines not refused, by line.
 
-    At each of the `kills` the process may have been alone with one line, which is not run again then.
+    At most one line for each of the `kills` may have failed: one that ran alone at a kill is not run again.
     """
     assert batch["status"] == "completed", batch
     output, failed = (_content(service, batch[f"{kind}_file_id"]) for kind in ("output", "error"))

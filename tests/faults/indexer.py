@@ -16,7 +16,7 @@ CONFLICT = 409
 
 
 class Indexer:
-    """One job from its registration to its end. What it was told is what may not be forgotten."""
+    """Runs one job from its registration to its end, and notes what the server acknowledged and must not lose."""
 
     def __init__(self, service: Service, serving: Event, project: str, batches: int) -> None:
         """`serving` is set while there is a server to send to."""
@@ -33,13 +33,13 @@ class Indexer:
 
     def run(self) -> None:
         """Wait for the turn, embed, report, complete."""
-        while self._told("GET", f"/jobs/{self.id}")["status"] == "queued":
+        while self._request("GET", f"/jobs/{self.id}")["status"] == "queued":
             time.sleep(LOOK_EVERY)
         for number, texts in enumerate(self._batches, 1):
             answer = self._answer("POST", "/embed", {"inputs": texts, "is_query": False})
             assert len(succeeded(answer)) == BATCH
             self.answered.append((time.monotonic(), texts))
-            job = self._told("POST", f"/jobs/{self.id}/progress", {"current": number * BATCH})
+            job = self._request("POST", f"/jobs/{self.id}/progress", {"current": number * BATCH})
             assert (job["status"], job["current"]) == ("active", number * BATCH)
             self.acknowledged = number * BATCH
         self._complete()
@@ -52,9 +52,9 @@ class Indexer:
         assert succeeded(answer)["status"] == "completed"
         self.completed = True
 
-    def _told(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        told: dict[str, Any] = succeeded(self._answer(method, path, body))
-        return told
+    def _request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        answer: dict[str, Any] = succeeded(self._answer(method, path, body))
+        return answer
 
     def _answer(self, method: str, path: str, body: object = None) -> httpx.Response:
         while True:

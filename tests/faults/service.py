@@ -37,7 +37,7 @@ class Service:
         within: Sequence[str] = (),
         serve: Sequence[str] = SERVE,
     ) -> None:
-        """`within`: a command that runs the one that follows it, in the same process. `serve`: what Python runs."""
+        """`within`: a command that runs the command after it in the same process. `serve`: Python's arguments."""
         port = free_port()
         self._command = [*within, sys.executable, *serve, "--port", str(port), "--embed-model", str(model)]
         self._environment = {**os.environ, **SMALL, "STATE_DIR": str(state), **(settings or {})}
@@ -70,7 +70,7 @@ class Service:
     def is_ready(self) -> bool:
         """Whether it serves. AssertionError, with its log, where it has ended."""
         assert self._process is not None
-        assert self._process.poll() is None, f"it ended with status {self._process.returncode}:\n{self.said()[-4000:]}"
+        assert self._process.poll() is None, f"it ended with status {self._process.returncode}:\n{self.log()[-4000:]}"
         try:
             return self.http.get("/ready").is_success
         except httpx.TransportError:
@@ -87,7 +87,7 @@ class Service:
         os.kill(self.pid, number)
 
     def set(self, **settings: str) -> None:
-        """For the processes to come."""
+        """Change settings of the processes that are started from now on."""
         self._environment.update(settings)
 
     def ended_with(self) -> int:
@@ -95,7 +95,7 @@ class Service:
         assert self._process is not None
         return self._process.wait(PATIENCE)
 
-    def said(self) -> str:
+    def log(self) -> str:
         """The log of all processes so far."""
         return self._log.read_text()
 
@@ -115,13 +115,13 @@ class Service:
         return succeeded(self.http.post(path, json=body, headers=headers))
 
     def cached(self, texts: Sequence[str]) -> int:
-        """How many of the texts are answered from the cache; the others are computed, and the answer looked at."""
+        """Embed the texts, check the answer, and return how many came from the cache."""
         answer = self.http.post("/embed", json={"inputs": list(texts)})
         assert len(succeeded(answer)) == len(texts)
         return int(answer.headers.get("X-Cached-Inputs", "0"))
 
     def assert_healthy(self) -> None:
-        """It serves, and can keep what it has to keep."""
+        """Wait until the service is ready and can write its state, cache, jobs and batches."""
 
         def look() -> bool:
             health = self.get("/health")
@@ -139,26 +139,26 @@ def succeeded(answer: httpx.Response) -> Any:
 
 
 def until(look: Callable[[], T | None], seconds: float = PATIENCE) -> T:
-    """Look again and again until something is so; what was found then."""
+    """Call `look` until it returns something true, and return that. AssertionError after so many seconds."""
     deadline = time.monotonic() + seconds
-    while not (found := look()):
+    while not (value := look()):
         assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(LOOK_EVERY)
-    return found
+    return value
 
 
 @contextmanager
 def service(*args: Any, **kwargs: Any) -> Iterator[Service]:
-    """A `Service` that is not running yet, and closed in the end."""
-    one = Service(*args, **kwargs)
+    """A `Service` whose process is not started yet; it is closed when the block ends."""
+    server = Service(*args, **kwargs)
     try:
-        yield one
+        yield server
     finally:
-        one.close()
+        server.close()
 
 
 def small_disk(folder: Path, size: str, *, read_only: bool = False) -> list[str]:
-    """A command that runs another in a namespace of its own, in which the folder is a disk of this size."""
+    """A prefix for a command: runs it in a mount namespace in which the folder is a disk of this size."""
     mount = f'mount -t tmpfs -o size={size} tmpfs "$0"'
     if read_only:
         mount += ' && mount -o remount,ro "$0"'

@@ -20,8 +20,8 @@ SETTINGS = {"BATCH_CHUNK_SIZE": "16", "JOBS_MAX_ACTIVE": "1", "CACHE_MAX_BYTES":
 
 def states(service: Service, jobs: list[str]) -> list[tuple[str, int]]:
     """Of each job, and how far it is."""
-    found = [service.get(f"/jobs/{job}") for job in jobs]
-    return [(job["status"], job["current"]) for job in found]
+    answers = [service.get(f"/jobs/{job}") for job in jobs]
+    return [(job["status"], job["current"]) for job in answers]
 
 
 @pytest.mark.nightly

@@ -31,8 +31,8 @@ def keeps(service: Service, text: str) -> None:
     before = service.get("/cache")["written"]
 
     def kept() -> bool:
-        found = service.get("/cache")
-        return bool(found["written"] > before and not found["failing"])
+        cache = service.get("/cache")
+        return bool(cache["written"] > before and not cache["failing"])
 
     until(lambda: service.cached([text]) == 1 and kept())
 
@@ -63,7 +63,7 @@ def test_garbage_is_put_aside(new_service: NewService) -> None:
     service.assert_healthy()
     for name in DATABASES:
         assert [path.read_bytes() for path in aside(service.state, name)] == [GARBAGE]
-        assert f"{name} cannot be read" in service.said()
+        assert f"{name} cannot be read" in service.log()
 
     for name in DATABASES:
         for suffix in ("", "-wal"):
@@ -84,7 +84,7 @@ def test_garbage_is_put_aside(new_service: NewService) -> None:
     assert service.get(f"/jobs/{first}")["current"] == 4
     assert service.cached(["afterwards"]) == 1
     service.assert_healthy()
-    assert "Traceback" not in service.said()
+    assert "Traceback" not in service.log()
 
 
 @pytest.mark.nightly
@@ -110,7 +110,7 @@ def test_a_locked_database_is_waited_for_by_nobody(new_service: NewService) -> N
         assert service.get("/health")["status"] == "ok"
     keeps(service, "afterwards")
     after = register(service, "after")
-    until(lambda: "the jobs are written to the database again" in service.said())
+    until(lambda: "the jobs are written to the database again" in service.log())
     assert open_jobs(service) == [before, meanwhile, after]
     service.assert_healthy()
     service.kill()
@@ -118,4 +118,4 @@ def test_a_locked_database_is_waited_for_by_nobody(new_service: NewService) -> N
     service.start()
     assert open_jobs(service) == [before, meanwhile, after]
     assert service.cached(["before", "afterwards"]) == 2
-    assert "Traceback" not in service.said()
+    assert "Traceback" not in service.log()

@@ -50,7 +50,7 @@ def test_a_full_disk_stops_what_needs_it_and_nothing_else(new_service: NewServic
     batch_id = create(service, input_id)
     until(lambda: done(service.get(f"/v1/batches/{batch_id}")) > 0)
     fill(disk)
-    until(lambda: "a batch waits for the disk" in service.said())
+    until(lambda: "a batch waits for the disk" in service.log())
     files = {path.name for path in (disk / "files").iterdir()}
 
     assert embed(service, "while it is full")
@@ -63,9 +63,9 @@ def test_a_full_disk_stops_what_needs_it_and_nothing_else(new_service: NewServic
     waiting = service.get(f"/v1/batches/{batch_id}")
     assert waiting["status"] == "in_progress"
     assert service.get("/health")["status"] == "ok"
-    told = until(lambda: (health := service.get("/health")) and not health["state"]["ok"] and health)
-    assert (told["jobs"]["ok"], told["cache"]["ok"], told["batches"]["ok"]) == (False, False, False)
-    assert "full" in told["state"]["message"]
+    unhealthy = until(lambda: (health := service.get("/health")) and not health["state"]["ok"] and health)
+    assert (unhealthy["jobs"]["ok"], unhealthy["cache"]["ok"], unhealthy["batches"]["ok"]) == (False, False, False)
+    assert "full" in unhealthy["state"]["message"]
 
     assert service.http.delete(f"/v1/files/{ballast_id}").is_success  # there is room, and it is used at once
     assert_whole(service, ended(service, batch_id), LINES)
@@ -93,5 +93,5 @@ def test_a_disk_that_cannot_be_written_keeps_nothing_from_being_served(new_servi
         assert answer.status_code == 503
         assert "cannot be written (Read-only file system)" in answer.json()["error"]["message"]
     assert os.listdir(f"/proc/{service.pid}/root{tmp_path}/state") == []
-    assert sum(" error " in line and "cannot be written" in line for line in service.said().splitlines()) == 1
-    assert "Traceback" not in service.said()
+    assert sum(" error " in line and "cannot be written" in line for line in service.log().splitlines()) == 1
+    assert "Traceback" not in service.log()

@@ -22,7 +22,7 @@ BATCHES = ("a", "b", "c", "d")
 LINES = 1500  # of each
 
 
-class Lives:
+class BatchLives:
     """Batches over many processes, each of which is killed at a random moment."""
 
     def __init__(self, service: Service, batch_ids: Sequence[str], chance: random.Random) -> None:
@@ -33,36 +33,36 @@ class Lives:
         self._completed = 0
         self.killed_at_work = 0
 
-    def one(self, lives_left: int) -> None:
-        """Start it, let it do at most its share of what is left, and kill it some hundredths of a second later."""
-        said = len(self._service.said())
+    def kill_at_work(self, lives_left: int) -> None:
+        """Start the server, let it do at most its share of the remaining lines, and kill it within 30 ms."""
+        log_length = len(self._service.log())
         self._service.start()
-        completed_before = sum(self._began_with(batch_id, said) for batch_id in self._batch_ids)
+        completed_before = sum(self._began_with(batch_id, log_length) for batch_id in self._batch_ids)
         working = self._look()
         before = sum(self._done.values())
         goal = before + self._chance.randint(0, (LINES * len(BATCHES) - before) // (lives_left + 1))
         while sum(self._done.values()) < goal:
             computed = self._service.get("/stats")["texts_computed"]
             working = self._look()
-            # What a life computes over what it commits is what the next one has to do again.
+            # Texts that one process computes but does not commit are computed again by the next.
             assert computed <= self._completed - completed_before + CHUNK * len(BATCHES)
         self.killed_at_work += working
         time.sleep(self._chance.uniform(0.0, 0.03))
         self._service.kill()
 
-    def one_that_dies_early(self) -> None:
-        """Kill it before it serves, or just then."""
+    def kill_while_starting(self) -> None:
+        """Start the server and kill it before it is ready, or just when it becomes ready."""
         self._service.launch()
         time.sleep(self._chance.uniform(0.2, 3.0))
         self._service.kill()
 
-    def _began_with(self, batch_id: str, said: int) -> int:
-        """Completed lines of a batch when the present process took it up, as its log says from `said` on."""
+    def _began_with(self, batch_id: str, log_start: int) -> int:
+        """Completed lines of a batch when the present process took it up, as its log says from `log_start` on."""
         begins = re.compile(rf"batch begins batch={batch_id} .*completed=(\d+)")
-        return int(until(lambda: begins.search(self._service.said(), said))[1])
+        return int(until(lambda: begins.search(self._service.log(), log_start))[1])
 
     def _look(self) -> bool:
-        """How far the batches are, which is no less than they were; whether any is being worked at."""
+        """Note how far the batches are, which never decreases. True while any of them is in progress."""
         batches = [self._service.get(f"/v1/batches/{batch_id}") for batch_id in self._batch_ids]
         for batch in batches:
             assert done(batch) >= self._done[batch["id"]]
@@ -81,19 +81,19 @@ def test_no_line_is_lost_or_there_twice(new_service: NewService) -> None:
     unharmed = [create(service, file_id) for file_id in files]
     expected = [assert_whole(service, ended(service, batch_id), LINES) for batch_id in unharmed]
     batch_ids = [create(service, file_id) for file_id in files]
-    lives = Lives(service, batch_ids, chance)
+    lives = BatchLives(service, batch_ids, chance)
     service.kill()
     early = set(chance.sample(range(KILLS), KILLS_WHILE_STARTING))
     for number in range(KILLS):
         if number in early:
-            lives.one_that_dies_early()
+            lives.kill_while_starting()
         else:
-            lives.one(KILLS - number)
+            lives.kill_at_work(KILLS - number)
     assert lives.killed_at_work == KILLS - KILLS_WHILE_STARTING
     service.start()
     for batch_id, vectors in zip(batch_ids, expected, strict=True):
-        found = assert_whole(service, ended(service, batch_id), LINES, KILLS)
-        for number, vector in found.items():
+        answered = assert_whole(service, ended(service, batch_id), LINES, KILLS)
+        for number, vector in answered.items():
             np.testing.assert_allclose(vector, vectors[number], rtol=0, atol=TOLERANCE)
     # The inputs, and two for each batch: nothing is left over.
     assert len(service.get("/v1/files")["data"]) == len(files) + 2 * (len(unharmed) + len(batch_ids))

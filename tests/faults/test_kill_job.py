@@ -24,7 +24,7 @@ AT_ONCE = 2048  # texts of one request
 WRITTEN_WITHIN = 5.0
 
 
-class Lives:
+class JobLives:
     """Jobs over many processes, each of which is killed at a random moment."""
 
     def __init__(self, service: Service, serving: Event, indexers: Sequence[Indexer], chance: random.Random) -> None:
@@ -37,8 +37,8 @@ class Lives:
         self._written = 0
         self._killed_at = 0.0
 
-    def one(self, lives_left: int) -> None:
-        """Let the clients do some batches, at most their share of what is left, and kill it soon after."""
+    def kill_at_work(self, lives_left: int) -> None:
+        """Let the clients do at most their share of the remaining batches, and kill the server soon after."""
         before = len(self._answered())
         goal = before + self._chance.randint(0, (len(PROJECTS) * BATCHES - before) // (lives_left + 1))
         until(lambda: self._look() >= goal)
@@ -48,8 +48,8 @@ class Lives:
         time.sleep(self._chance.uniform(0.0, 0.05))
         self._end()
 
-    def one_that_dies_early(self) -> None:
-        """Kill it before it serves, or just then."""
+    def kill_while_starting(self) -> None:
+        """Start the server and kill it before it is ready, or just when it becomes ready."""
         self._service.launch()
         time.sleep(self._chance.uniform(0.2, 3.0))
         self._service.kill()
@@ -78,21 +78,21 @@ class Lives:
         self._serving.clear()
 
     def _assert_jobs(self) -> None:
-        """All are there, in order, no less far than their clients were told; one has the only place."""
-        told = [(indexer.id, indexer.acknowledged, indexer.completed) for indexer in self._indexers]
+        """All jobs exist, in order, with at least the progress that was acknowledged; one open job is active."""
+        reported = [(indexer.id, indexer.acknowledged, indexer.completed) for indexer in self._indexers]
         listed = self._service.get("/jobs")
         jobs = {job["id"]: job for name in ("active", "queued", "recent") for job in listed[name]}
         still_open = [job["id"] for job in (*listed["active"], *listed["queued"])]
-        assert set(jobs) == {job_id for job_id, _, _ in told}
-        assert still_open == [job_id for job_id, _, _ in told if job_id in still_open]
+        assert set(jobs) == {job_id for job_id, _, _ in reported}
+        assert still_open == [job_id for job_id, _, _ in reported if job_id in still_open]
         assert len(listed["active"]) == min(1, len(still_open))
         assert {job["status"] for job in listed["recent"]} <= {"completed"}
-        for job_id, acknowledged, completed in told:
+        for job_id, acknowledged, completed in reported:
             assert jobs[job_id]["current"] >= acknowledged
             assert not completed or jobs[job_id]["status"] == "completed"
 
     def _assert_vectors(self) -> None:
-        """No text is computed again whose vector was written, and written is all but the last that were answered."""
+        """No text is computed again if its vector was written; only vectors of the latest answers may be missing."""
         answered = self._answered()
         older = [text for moment, texts in answered if moment < self._killed_at - WRITTEN_WITHIN for text in texts]
         newer = [text for moment, texts in answered if moment >= self._killed_at - WRITTEN_WITHIN for text in texts]
@@ -106,7 +106,7 @@ class Lives:
         return sum(self._service.cached(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE))
 
     def assert_ended(self) -> None:
-        """Every job is completed, and everything that was computed can be had again."""
+        """Every job is completed, and every computed vector is served from the cache."""
         self._assert_jobs()
         listed = self._service.get("/jobs")
         assert (listed["active"], listed["queued"], len(listed["recent"])) == ([], [], len(PROJECTS))
@@ -127,18 +127,18 @@ def test_no_job_is_lost_and_none_is_stuck(new_service: NewService) -> None:
     serving = Event()
     service.start()
     indexers = [Indexer(service, serving, project, BATCHES) for project in PROJECTS]
-    lives = Lives(service, serving, indexers, chance)
+    lives = JobLives(service, serving, indexers, chance)
     service.kill()
     early = set(chance.sample(range(KILLS), KILLS_WHILE_STARTING))
     with ThreadPoolExecutor(len(PROJECTS)) as threads:
         running = [threads.submit(indexer.run) for indexer in indexers]
         for number in range(KILLS):
             if number in early:
-                lives.one_that_dies_early()
+                lives.kill_while_starting()
             else:
                 lives.begin()
-                lives.one(KILLS - number)
+                lives.kill_at_work(KILLS - number)
         lives.begin()
-        for one in running:
-            one.result()
+        for future in running:
+            future.result()
     lives.assert_ended()

@@ -20,10 +20,10 @@ def test_the_second_is_refused(new_service: NewService) -> None:
     first.wait_until_ready()
     second.launch()
     assert second.ended_with() == 1
-    said = " ".join(second.said().split())
-    assert f"STATE_DIR={first.state} is in use by another vecmill server" in said
-    assert "set REDIS_URL for both" in said
-    assert "Traceback" not in said
+    log = " ".join(second.log().split())
+    assert f"STATE_DIR={first.state} is in use by another vecmill server" in log
+    assert "set REDIS_URL for both" in log
+    assert "Traceback" not in log
     first.assert_healthy()
 
 

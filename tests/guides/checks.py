@@ -1,4 +1,4 @@
-"""What is wrong with a command of the guides: asked of the programs themselves where they are ours."""
+"""Finds mistakes in the commands of the guides. For our own programs the programs themselves are asked."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ Check = Callable[[Command], Iterator[str]]
 def problems(script: str) -> list[str]:
     """Everything that is wrong with a script, one sentence each."""
     try:
-        found = commands(script)
+        parsed = commands(script)
     except NotShell as error:
         return [str(error)]
-    return [f"{command.shown}: {problem}" for command in found for problem in of_command(command)]
+    return [f"{command.shown}: {problem}" for command in parsed for problem in of_command(command)]
 
 
 def of_command(command: Command) -> Iterator[str]:
-    """What is wrong with one command. A program that nobody knows is wrong: nothing goes unchecked by accident."""
+    """The mistakes in one command. An unknown program is one, so that nothing goes unchecked by accident."""
     yield from _paths(command.words)
     if not command.words:
         yield from _variables(command.assignments)
@@ -107,7 +107,7 @@ def _paths(words: Sequence[str]) -> Iterator[str]:
 
 
 def exists(path: str) -> bool:
-    """Whether the repository has it, or the guides have it made."""
+    """Whether the file is in the repository, or is one that the guides tell people to make."""
     return path in MADE or (ROOT / path).exists()
 
 
@@ -132,7 +132,7 @@ def _of_neighbours() -> frozenset[str]:
 
 
 def wrong_values(values: Mapping[str, object]) -> Iterator[str]:
-    """What the server would say of these settings. Files that they name need not be here."""
+    """The server's error message for these settings, if any. The file of keys need not exist."""
     names = SETTINGS - {"API_KEY_FILE"}
     try:
         load_settings({name.lower(): value for name, value in values.items() if name.upper() in names})
@@ -192,25 +192,25 @@ def _python(command: Command) -> Iterator[str]:
 
 
 def _module(module: str, arguments: Sequence[str]) -> Iterator[str]:
-    # Whoever searches for pip the common way has setuptools take its distutils away, for every later test too.
-    found = importlib.util.find_spec(module) if "." in module else PathFinder.find_spec(module)
-    if found is not None and found.submodule_search_locations:
-        found = importlib.util.find_spec(f"{module}.__main__")
-    if found is None or found.origin is None:
+    # importlib's find_spec("pip") makes setuptools remove its distutils, for every later test too.
+    spec = importlib.util.find_spec(module) if "." in module else PathFinder.find_spec(module)
+    if spec is not None and spec.submodule_search_locations:
+        spec = importlib.util.find_spec(f"{module}.__main__")
+    if spec is None or spec.origin is None:
         yield f"there is no module {module}"
         return
-    source = Path(found.origin).read_text("utf-8")
+    source = Path(spec.origin).read_text("utf-8")
     yield from (f"{module} has no {flag}" for flag in arguments if flag.startswith("--") and f'"{flag}"' not in source)
 
 
 def _exits(parse: Callable[[Sequence[str]], object], arguments: Sequence[str]) -> Iterator[str]:
-    """What argparse complains of."""
-    said = io.StringIO()
+    """The last line of argparse's error, if any."""
+    stderr = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(stderr):
             parse(arguments)
     except SystemExit:
-        yield said.getvalue().strip().splitlines()[-1]
+        yield stderr.getvalue().strip().splitlines()[-1]
 
 
 def _pip(command: Command) -> Iterator[str]:
@@ -299,8 +299,8 @@ def _sudo(command: Command) -> Iterator[str]:
     assignments = dict(command.assignments)
     if words[:1] == ["-u"]:
         del words[:2]
-    while words and (found := ASSIGNMENT.fullmatch(words[0])):
-        assignments[found[1]] = found[2]
+    while words and (assignment := ASSIGNMENT.fullmatch(words[0])):
+        assignments[assignment[1]] = assignment[2]
         del words[0]
     if not words or words[0].startswith("-"):
         yield f"what {command.shown!r} runs is not known here"

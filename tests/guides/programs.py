@@ -29,7 +29,7 @@ class Program:
 
 def program(flags: str = "", source: str = "", arguments: str | None = None, **subcommands: Program) -> Program:
     """Flags as one string, subcommands by name (`_` for `-`)."""
-    named = {name.replace("_", "-"): one for name, one in subcommands.items()}
+    named = {name.replace("_", "-"): subcommand for name, subcommand in subcommands.items()}
     return Program(frozenset(flags.split()), named, arguments, source)
 
 
@@ -190,7 +190,7 @@ def _cluster(name: str, word: str, known: Program, rest: list[str]) -> Iterator[
     """`-czf FILE`: several flags of one letter."""
     letters = [f"-{letter}" for letter in word[1:]]
     if not re.fullmatch(r"-[A-Za-z]{2,}", word) or not all(
-        one in known.flags or f"{one}=" in known.flags for one in letters
+        character in known.flags or f"{character}=" in known.flags for character in letters
     ):
         yield f"{name} has no flag {word!r} that is known here"
     elif f"{letters[-1]}=" in known.flags and rest:

@@ -51,8 +51,8 @@ def commands(script: str) -> list[Command]:
 
 def _commands(node: Any) -> Iterator[Command]:
     if isinstance(node, list):
-        for one in node:
-            yield from _commands(one)
+        for child in node:
+            yield from _commands(child)
     elif isinstance(node, dict):
         if node.get("Type") == "CallExpr":
             yield Command(tuple(map(_word, node.get("Args", ()))), _assignments(node.get("Assigns", ())))
@@ -77,7 +77,7 @@ def _part(part: dict[str, Any]) -> str:
         case "SglQuoted":
             return str(part.get("Value", ""))
         case "DblQuoted":
-            return "".join(_part(one) for one in part.get("Parts", ()))
+            return "".join(_part(child) for child in part.get("Parts", ()))
         case "ParamExp":
             return f"${part['Param']['Value']}"
         case "CmdSubst":

@@ -55,7 +55,10 @@ def test_every_setting_is_a_flag_in_the_help() -> None:
 def test_every_dependency_is_listed_with_its_reason() -> None:
     project = PYPROJECT["project"]
     lists = [*project["optional-dependencies"].values(), *PYPROJECT["dependency-groups"].values()]
-    wanted = [*project["dependencies"], *(one for several in lists for one in several if isinstance(one, str))]
+    wanted = [
+        *project["dependencies"],
+        *(requirement for group in lists for requirement in group if isinstance(requirement, str)),
+    ]
     for requirement in [*wanted, *PYPROJECT["build-system"]["requires"]]:
         name = re.split(r"[\[<>=;]", requirement)[0].strip()
         assert name == "vecmill" or re.search(rf"^\| `{re.escape(name)}` \| \S", DEPENDENCIES, re.M), name

@@ -94,12 +94,14 @@ def test_zeros_in_place_of_an_answer_are_no_numbers(card: Card) -> None:
     assert card(GB10, utilization="0", temperature="0").utilization_percent == 0
 
 
-@pytest.mark.parametrize(("code", "said"), [("!4", "may not ask"), ("!13", "does not know it"), ("!15", "GPU is lost")])
-def test_a_field_that_fails_costs_only_itself(card: Card, code: str, said: str) -> None:
+@pytest.mark.parametrize(
+    ("code", "reason"), [("!4", "may not ask"), ("!13", "does not know it"), ("!15", "GPU is lost")]
+)
+def test_a_field_that_fails_costs_only_itself(card: Card, code: str, reason: str) -> None:
     gpu = card(GB10, temperature=code)
     assert gpu.temperature_c is None
     assert gpu.not_available is not None
-    assert said in gpu.not_available["temperature_c"]
+    assert reason in gpu.not_available["temperature_c"]
     assert gpu.sm_clock_mhz == 2190
 
 
@@ -124,7 +126,7 @@ def test_a_gpu_is_noticed_without_any_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "changes", "state", "said"),
+    ("source", "changes", "state", "message"),
     [
         (GB10, {}, ClockState.OK, "2190 MHz"),
         (GB10, {"utilization": "3", "sm_clock": "208"}, ClockState.IDLE, "3 % busy"),
@@ -143,11 +145,11 @@ def test_a_gpu_is_noticed_without_any_library(tmp_path: Path) -> None:
     ],
 )
 def test_the_verdict_on_the_clock(
-    card: Card, source: Path, changes: dict[str, str | None], state: ClockState, said: str
+    card: Card, source: Path, changes: dict[str, str | None], state: ClockState, message: str
 ) -> None:
     verdict = clock_verdict(card(source, **changes))
     assert verdict.state is state
-    assert said in verdict.message
+    assert message in verdict.message
     assert verdict.bad == (state in (ClockState.THROTTLED, ClockState.LOCKED))
 
 
@@ -183,14 +185,14 @@ def test_the_kernels_files(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  100 kB\nMemAvailable:   60 kB\nHugePages_Total:   0\nodd line\n")
     (tmp_path / "pressure").mkdir()
     (tmp_path / "pressure/memory").write_text("some avg10=1.25 avg60=0.00 avg300=0.00 total=7\nfull avg10=0.00\n")
-    found = meminfo(tmp_path)
-    assert found == {"MemTotal": 102_400, "MemAvailable": 61_440, "HugePages_Total": 0}
-    assert unified_available(found) == 61_440
+    fields = meminfo(tmp_path)
+    assert fields == {"MemTotal": 102_400, "MemAvailable": 61_440, "HugePages_Total": 0}
+    assert unified_available(fields) == 61_440
     assert memory_pressure(tmp_path) == 1.25
 
 
 def monitors() -> list[threading.Thread]:
-    """Their threads, those of an application that other tests share among them."""
+    """The monitors' threads, including that of an application that tests share."""
     return [thread for thread in threading.enumerate() if thread.name == "gpu-monitor"]
 
 
@@ -214,7 +216,7 @@ def test_a_slow_clock_is_reported_once_and_its_end_too(
     record(recording, GB10, sm_clock="612")
     assert reported.get(timeout=30).state is ClockState.LOCKED
     assert monitor.latest().clock.bad
-    record(recording, GB10, utilization="2", sm_clock="208")  # at rest it tells nothing: the fault is not over
+    record(recording, GB10, utilization="2", sm_clock="208")  # an idle clock proves nothing: the fault is not over
     while monitor.latest().clock.state is not ClockState.IDLE:
         time.sleep(0.01)
     record(recording, GB10)
@@ -223,7 +225,7 @@ def test_a_slow_clock_is_reported_once_and_its_end_too(
 
 
 def test_one_slow_look_is_no_verdict(recording: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It may have fallen into the moment in which the load began."""
+    """A single slow reading may have been taken at the moment when the load began."""
     monkeypatch.setattr(monitor_module, "PERIOD", 3600)
     record(recording, GB10, sm_clock="612")
     monitor = Monitor()

@@ -27,9 +27,9 @@ def wired(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Iter
     """It runs for all tests of this folder."""
     folder = tmp_path_factory.mktemp("wired")
     tiny = tiny_bert(folder / "tiny", minilm_folder)
-    with service(tiny, folder / "state", folder / "log", SETTINGS) as one:
-        one.start()
-        yield one
-        said = one.said()
-        assert "unhandled error" not in said, said[said.index("unhandled error") :][:8000]
-        assert "Traceback" not in said, said[said.index("Traceback") :][:8000]
+    with service(tiny, folder / "state", folder / "log", SETTINGS) as server:
+        server.start()
+        yield server
+        log = server.log()
+        assert "unhandled error" not in log, log[log.index("unhandled error") :][:8000]
+        assert "Traceback" not in log, log[log.index("Traceback") :][:8000]

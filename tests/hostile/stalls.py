@@ -31,19 +31,19 @@ class Longest:
 @asynccontextmanager
 async def longest_stall() -> AsyncIterator[Longest]:
     """Of this event loop, while the block runs."""
-    found = Longest()
+    longest = Longest()
 
     async def turn() -> None:
         last = perf_counter()
         while True:
             await asyncio.sleep(TURN_SECONDS)
             now = perf_counter()
-            found.saw(now - last)
+            longest.saw(now - last)
             last = now
 
     turning = asyncio.create_task(turn())
     try:
-        yield found
+        yield longest
         await asyncio.sleep(2 * TURN_SECONDS)  # a stall at the very end is seen too
     finally:
         turning.cancel()
@@ -59,17 +59,17 @@ class Memory:
 @contextmanager
 def memory_taken() -> Iterator[Memory]:
     """The most that this process takes while the block runs, beyond what it took before."""
-    found, before, over = Memory(), _resident(), threading.Event()
+    memory, before, over = Memory(), _resident(), threading.Event()
 
     def look() -> None:
         while not over.is_set():
-            found.highest = max(found.highest, _resident() - before)
+            memory.highest = max(memory.highest, _resident() - before)
             sleep(TURN_SECONDS)
 
     looking = threading.Thread(target=look)
     looking.start()
     try:
-        yield found
+        yield memory
     finally:
         over.set()
         looking.join()

@@ -32,8 +32,8 @@ def upstream() -> Iterator[GenerationServer]:
 
 @pytest.fixture(scope="module")
 async def client(upstream: GenerationServer) -> AsyncIterator[httpx.AsyncClient]:
-    async with serving(generation_url=upstream.url, cache_max_bytes=10_000_000, strict_model=True) as one:
-        yield one
+    async with serving(generation_url=upstream.url, cache_max_bytes=10_000_000, strict_model=True) as http_client:
+        yield http_client
 
 
 CALLS = [

@@ -197,8 +197,8 @@ async def test_a_line_of_too_many_values_fails_alone_in_the_validation(client: h
     lines = [line % (1, b'"fine"'), line % (2, b"[" + b"[]," * 200_000 + b"[]]")]
     form = {"files": {"file": ("input.jsonl", b"\n".join(lines))}, "data": {"purpose": "batch"}}
     file_id = (await client.post("/v1/files", **form)).json()["id"]  # type: ignore[arg-type]
-    asked = {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
-    batch = (await client.post("/v1/batches", json=asked)).json()
+    batch_fields = {"input_file_id": file_id, "endpoint": "/v1/embeddings", "completion_window": "24h"}
+    batch = (await client.post("/v1/batches", json=batch_fields)).json()
     while batch["status"] not in ("failed", "completed"):
         batch = (await client.get(f"/v1/batches/{batch['id']}")).json()
     assert batch["status"] == "failed"

@@ -99,8 +99,8 @@ def test_what_no_browser_would_send_stops_the_start(listed: str) -> None:
 async def test_a_page_below_a_pattern_gets_its_answers() -> None:
     async with serving(cors_origins="https://*.example.org,chrome-extension://*") as client:
         for origin in ("https://a.example.org", "chrome-extension://abcdef"):
-            asked = await client.options("/v1/embeddings", headers=preflight(origin))
-            assert (asked.status_code, asked.headers["access-control-allow-origin"]) == (200, origin)
+            response = await client.options("/v1/embeddings", headers=preflight(origin))
+            assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, origin)
             for body, status in (({"input": "x"}, 200), ({}, 400)):
                 answer = await client.post("/v1/embeddings", json=body, headers={"origin": origin})
                 assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (status, origin)
@@ -144,8 +144,8 @@ async def test_the_cure_that_a_refusal_names_works(client: httpx.AsyncClient, or
     named = re.search("set CORS_ORIGINS=([^ ,]+)|'([^']+)': add that origin to CORS_ORIGINS", refused.json()["error"])
     assert named is not None
     async with serving(cors_origins=named[1] or named[2]) as cured:
-        asked = await cured.options("/embed", headers=preflight(origin))
-        assert asked.status_code == 200
+        response = await cured.options("/embed", headers=preflight(origin))
+        assert response.status_code == 200
         answer = await cured.post("/embed", json={"inputs": "x"}, headers={"origin": origin})
         assert answer.status_code == 200
         assert answer.headers["access-control-allow-origin"] in (origin, "*")

@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import serving
 from tests.faults.service import Service
-from tests.hostile.wire import asked, request
+from tests.hostile.wire import answer_to, request
 
 BODY = b'{"input":"x"}'
 LONG = b'{"input":"' + b"some words of a text " * 3000 + b'"}'
@@ -79,7 +79,7 @@ async def test_other_encodings_are_a_415_that_names_the_header(
 
 
 @pytest.mark.parametrize(
-    ("coding", "body", "said"),
+    ("coding", "body", "reason"),
     [
         ("gzip", BODY, "not valid"),
         ("gzip", gzip.compress(BODY, mtime=0)[:-1], "breaks off"),
@@ -92,10 +92,12 @@ async def test_other_encodings_are_a_415_that_names_the_header(
         ("deflate", b"\xff" * 100, "not valid"),
     ],
 )
-async def test_what_is_not_so_encoded_is_a_400(client: httpx.AsyncClient, coding: str, body: bytes, said: str) -> None:
+async def test_what_is_not_so_encoded_is_a_400(
+    client: httpx.AsyncClient, coding: str, body: bytes, reason: str
+) -> None:
     answer = await client.post("/v1/embeddings", content=body, headers={**JSON, "content-encoding": coding})
     assert answer.status_code == 400, answer.text
-    assert said in answer.text
+    assert reason in answer.text
     assert "Content-Encoding" in answer.text
 
 
@@ -115,7 +117,7 @@ def test_a_bomb_takes_no_memory(wired: Service, times: int) -> None:
     before = process.memory_info().rss
     bomb = gzip.compress(b"\0" * 200_000_000, 9)
     body = gzip.compress(bomb, 9) if times == 2 else bomb
-    answer = asked(wired.url, request("/v1/embeddings", body, "Content-Encoding: gzip"))
+    answer = answer_to(wired.url, request("/v1/embeddings", body, "Content-Encoding: gzip"))
     # One that is packed twice comes out as bytes that are no JSON.
     assert answer.status == {1: 413, 2: 400}[times]
     assert process.memory_info().rss - before < 30_000_000

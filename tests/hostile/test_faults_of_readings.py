@@ -1,4 +1,4 @@
-"""What the machine says of itself is read where it says it, and believed for as long as it is so."""
+"""Readings of the machine's memory and of the GPU come from the right place and are not trusted once they are old."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def group_v1(folder: Path, limit: int, used: int = 0, inactive: int = 0) -> None
 
 @pytest.fixture
 def groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where the kernel shows the groups; `own` beside it says which are this process's."""
+    """The control groups' folder in place of the kernel's; the file `own` beside it names those of this process."""
     monkeypatch.setattr(memory_module, "CGROUP", tmp_path / "cgroup")
     monkeypatch.setattr(memory_module, "OWN_CGROUP", tmp_path / "own")
     (tmp_path / "cgroup").mkdir()
@@ -115,7 +115,7 @@ def test_a_limit_that_is_set_later_counts(groups: Path, monkeypatch: pytest.Monk
 
 
 def test_between_two_readings_what_was_let_pass_counts(groups: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many requests may come before the memory of the first is taken."""
+    """Many requests may be admitted before the first of them takes its memory."""
     is_in(groups, f"0::/{SERVICE}")
     group(groups / SERVICE, 40 * 2**30, 39 * 2**30)
     monkeypatch.setattr("vecmill.hardware.memory.READ_EVERY", 60.0)
@@ -125,32 +125,32 @@ def test_between_two_readings_what_was_let_pass_counts(groups: Path, monkeypatch
         guard.check(needed=2**29)
 
 
-class Driver:
-    """Answers with one reading after another, an error where one is, then with the last for ever."""
+class ScriptedDriver:
+    """Gives one reading after another, or raises it if it is an exception, and then the last one for ever."""
 
     def __init__(self, *readings: GpuReading | Exception) -> None:
         self._readings = deque(readings)
         self.done = threading.Event()
 
-    def __call__(self) -> Driver:
+    def __call__(self) -> ScriptedDriver:
         return self
 
     def read(self, uuid: str | None) -> GpuReading:
-        found = self._readings[0]
+        reading = self._readings[0]
         if len(self._readings) == 1:
             self.done.set()
         else:
             self._readings.popleft()
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
 
     def close(self) -> None:
         pass
 
 
-def reported(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> list[ClockState]:
-    """The verdicts that a monitor tells of while the driver answers."""
+def reported(driver: ScriptedDriver, monkeypatch: pytest.MonkeyPatch) -> list[ClockState]:
+    """The clock states that a monitor reports while it goes through the driver's readings."""
     monkeypatch.setattr(monitor_module, "PERIOD", 0.0005)
     monkeypatch.setattr(monitor_module, "Nvml", driver)
     verdicts: list[ClockVerdict] = []
@@ -171,10 +171,10 @@ UNKNOWN = GpuReading(name="NVIDIA GB10", utilization_percent=96)
 def test_slow_looks_that_are_not_in_a_row_are_no_verdict(
     between: GpuReading | Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each of them may have fallen into the moment in which a load began."""
-    assert reported(Driver(*[SLOW, SLOW, between] * 5, WELL), monkeypatch) == []
+    """Each slow reading may have been taken at the moment when a load began."""
+    assert reported(ScriptedDriver(*[SLOW, SLOW, between] * 5, WELL), monkeypatch) == []
 
 
 def test_a_verdict_stays_until_a_loaded_clock_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver(SLOW, SLOW, SLOW, IDLE, SLOW, UNKNOWN, RuntimeError("not thought of"), SLOW, WELL)
+    driver = ScriptedDriver(SLOW, SLOW, SLOW, IDLE, SLOW, UNKNOWN, RuntimeError("not thought of"), SLOW, WELL)
     assert reported(driver, monkeypatch) == [ClockState.LOCKED, ClockState.OK]

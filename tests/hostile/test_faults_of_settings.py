@@ -1,4 +1,4 @@
-"""What a restart cannot cure ends the process with 2, what it may cure with 1, whatever it is."""
+"""The exit code is 2 for any error that a restart cannot cure, and 1 for any that it may cure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def start(**flags: object) -> tuple[bool, str]:
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         ({"embed_model": "~nobody-here/model"}, "no such folder"),
         ({"model_aliases": "a=nowhere"}, "nowhere is not loaded"),
@@ -42,10 +42,10 @@ async def start(**flags: object) -> tuple[bool, str]:
         ({"redis_url": "redis://:a-secret@127.0.0.1:1/0?socket_timeout=soon"}, "REDIS_URL has an option"),
     ],
 )
-async def test_wrong_settings(flags: dict[str, object], said: str, tiny: Path, tmp_path: Path) -> None:
+async def test_wrong_settings(flags: dict[str, object], message: str, tiny: Path, tmp_path: Path) -> None:
     given = {name: str(tiny) if value == "TINY" else value for name, value in flags.items()}
     misconfigured, reason = await start(**{"embed_model": str(tiny), "state_dir": tmp_path / "state", **given})
-    assert said in reason
+    assert message in reason
     assert misconfigured
     assert "a-secret" not in reason
 

@@ -64,8 +64,8 @@ def hammered(service: Service, client: Callable[[Counter[str]], Client]) -> Coun
         running = [pool.submit(client(outcomes)) for _ in range(CLIENTS)]
         until(lambda: outcomes["200"] > CLIENTS)
         service.signal(signal.SIGTERM)
-        for one in running:
-            one.result(PATIENCE + 10)
+        for future in running:
+            future.result(PATIENCE + 10)
     return outcomes
 
 
@@ -73,15 +73,15 @@ def hammered(service: Service, client: Callable[[Counter[str]], Client]) -> Coun
 def test_nobody_is_reset(new_service: NewService, keeps: bool, pause: float) -> None:  # noqa: F811
     service = new_service()
     service.start()
-    outcomes = hammered(service, lambda found: Client(service, found, keeps=keeps, pause=pause))
+    outcomes = hammered(service, lambda counts: Client(service, counts, keeps=keeps, pause=pause))
     assert set(outcomes) <= {"200", "503"}, outcomes
-    until(lambda: "stopped after" in service.said())
-    assert "Traceback" not in service.said()
+    until(lambda: "stopped after" in service.log())
+    assert "Traceback" not in service.log()
 
 
 @pytest.mark.parametrize("path", ["/v1/files", "/v1/chat/completions", "/embed", "/nowhere"])
 async def test_the_body_of_who_comes_too_late_is_taken(path: str) -> None:
-    """A connection that is closed over what was not read is reset, and the 503 is lost on its way."""
+    """Closing a connection with unread data in it resets it, and the client never gets the 503."""
     taken = 0
 
     async def body() -> AsyncIterator[bytes]:

@@ -1,4 +1,4 @@
-"""What fails at any moment costs what was being done, never what was kept, and never a thread."""
+"""A failure at any moment loses only the operation in progress, never stored data and never a thread."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ FAULTS = [MemoryError(), KeyboardInterrupt(), asyncio.CancelledError(), ValueErr
 
 
 class Unbindable:
-    """A value whose turn comes in the middle of a write, and memory ends at it."""
+    """A value that makes a write fail in its middle, as running out of memory would."""
 
     def __len__(self) -> int:
         return 1
@@ -132,7 +132,7 @@ def test_a_broken_file_that_cannot_be_put_aside_ends_no_thread(tmp_path: Path, m
 
 
 class Surprising(SqliteVectors):
-    """Raises at first what no store should."""
+    """A store that raises unexpected errors: at the first three writes, and at all reads."""
 
     faults = 3
 
@@ -170,7 +170,7 @@ def test_what_is_cleared_is_counted_when_it_is_gone(tmp_path: Path, monkeypatch:
         store.clear()
     assert store.size().entries == 50
     holder.execute("ROLLBACK")
-    holder.execute("BEGIN")  # whoever reads keeps the file from being made smaller, not from being emptied
+    holder.execute("BEGIN")  # a reader keeps the file from being shrunk, but not from being emptied
     assert holder.execute("SELECT count(*) FROM vectors").fetchone() == (50,)
     assert store.clear() == 50
     assert store.size().entries == 0
@@ -194,14 +194,14 @@ def test_many_who_cancel_one_batch_are_all_answered(tmp_path: Path) -> None:
         store.create(record)
         at_once = threading.Barrier(8)
 
-        def cancel(one: int, batch_id: str = record.id, at_once: threading.Barrier = at_once) -> float | None:
+        def cancel(now: int, batch_id: str = record.id, at_once: threading.Barrier = at_once) -> float | None:
             at_once.wait()
-            store.cancel(batch_id, float(one))
+            store.cancel(batch_id, float(now))
             return store.cancel_requested_at(batch_id)
 
         with ThreadPoolExecutor(8) as pool:
-            found = set(pool.map(cancel, range(1, 9)))
-        assert found <= set(map(float, range(1, 9)))
+            times = set(pool.map(cancel, range(1, 9)))
+        assert times <= set(map(float, range(1, 9)))
         assert sorted(path.name for path in store.folder(record.id).iterdir()) == ["batch.json", "cancel", "lock"]
 
 

@@ -51,8 +51,8 @@ async def test_a_change_of_all_jobs_reaches_all_who_follow(hand: Hand) -> None:
         seen = await asyncio.gather(*reading)
     assert stall.seconds < LONGEST_STALL
     for news in seen[::100]:
-        found = [(job["status"], job["position"]) for job in map(orjson.loads, news)]
-        assert found == [("completed", 0), ("active", 0), *(("queued", place) for place in range(1, len(ids) - 1))]
+        states = [(job["status"], job["position"]) for job in map(orjson.loads, news)]
+        assert states == [("completed", 0), ("active", 0), *(("queued", place) for place in range(1, len(ids) - 1))]
     for changes in followers:
         await changes.aclose()
 
@@ -74,7 +74,7 @@ async def test_all_who_follow_get_the_same_bytes(hand: Hand) -> None:
     await jobs.register("a", 10, "i")
     followers = [jobs.follow(LONG) for _ in range(2 * READERS_AT_ONCE)]
     seen = [(await anext(changes))[0] for changes in followers]
-    assert all(one is seen[0] for one in seen)
+    assert all(payload is seen[0] for payload in seen)
     for changes in followers:
         await changes.aclose()
 

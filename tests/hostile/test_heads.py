@@ -9,7 +9,7 @@ import pytest
 
 from tests.faults.service import Service
 from tests.hostile.conftest import HEAD_TIMEOUT, IDLE_TIMEOUT
-from tests.hostile.wire import asked, connected, request
+from tests.hostile.wire import answer_to, connected, request
 
 BODY = b'{"input":"x"}'
 EMBED = request("/v1/embeddings", BODY)
@@ -40,12 +40,14 @@ def test_a_head_over_the_limits_is_a_431(wired: Service, head: bytes) -> None:
 
 def test_the_refusal_is_in_the_dialects_shape(wired: Service) -> None:
     many = ["a: b"] * 200
-    assert asked(wired.url, request("/v1/embeddings", BODY, *many)).json()["error"]["type"] == "invalid_request_error"
-    assert asked(wired.url, request("/embed", BODY, *many)).json()["error_type"] == "Validation"
+    assert (
+        answer_to(wired.url, request("/v1/embeddings", BODY, *many)).json()["error"]["type"] == "invalid_request_error"
+    )
+    assert answer_to(wired.url, request("/embed", BODY, *many)).json()["error_type"] == "Validation"
 
 
 def test_a_head_within_the_limits_is_read(wired: Service) -> None:
-    assert asked(wired.url, request("/v1/embeddings", BODY, *["a: " + "b" * 500] * 100)).status == 200
+    assert answer_to(wired.url, request("/v1/embeddings", BODY, *["a: " + "b" * 500] * 100)).status == 200
 
 
 def test_sixty_megabytes_of_header_lines_take_no_memory(wired: Service) -> None:
@@ -57,7 +59,7 @@ def test_sixty_megabytes_of_header_lines_take_no_memory(wired: Service) -> None:
         wire.trickle([lines] * 500, 0)
         assert wire.answer().status == 431
     assert process.memory_info().rss - before < 20_000_000
-    assert asked(wired.url, HEALTH).status == 200
+    assert answer_to(wired.url, HEALTH).status == 200
 
 
 @pytest.mark.parametrize("pieces", [[b""], [b"x"] * 40], ids=["silence", "a byte now and then"])
@@ -127,14 +129,14 @@ def test_what_can_be_read_in_two_ways_is_refused_and_the_connection_closed(wired
 
 
 @pytest.mark.parametrize(
-    ("data", "said"),
+    ("data", "message"),
     [(bytes.fromhex("160301020001000100fc0303"), "not HTTPS"), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "no HTTP/2")],
     ids=["TLS", "HTTP/2"],
 )
-def test_another_protocol_is_told_so(wired: Service, data: bytes, said: str) -> None:
-    answer = asked(wired.url, data)
+def test_another_protocol_is_told_so(wired: Service, data: bytes, message: str) -> None:
+    answer = answer_to(wired.url, data)
     assert answer.status == 400
-    assert said in answer.text
+    assert message in answer.text
 
 
 UPGRADES = {
@@ -212,9 +214,9 @@ def test_who_expects_continue_and_is_refused_sends_no_body(wired: Service) -> No
 
 def test_an_absolute_target_is_a_path_and_its_host_the_one_that_counts(wired: Service) -> None:
     absolute = EMBED.replace(b"POST /", b"POST http://localhost/").replace(b"Host: localhost", b"Host: evil.example")
-    assert asked(wired.url, absolute).status == 200
-    assert asked(wired.url, EMBED.replace(b"POST /", b"POST http://evil.example/")).status == 403
-    assert asked(wired.url, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n").status == 404
+    assert answer_to(wired.url, absolute).status == 200
+    assert answer_to(wired.url, EMBED.replace(b"POST /", b"POST http://evil.example/")).status == 403
+    assert answer_to(wired.url, b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n").status == 404
 
 
 def test_an_answer_to_http_1_0_closes(wired: Service) -> None:

@@ -18,7 +18,7 @@ from vecmill.core.types import KeyLimits, Scope
 
 
 @pytest.mark.parametrize(
-    ("setting", "value", "said"),
+    ("setting", "value", "reason"),
     [
         ("api_key", ",", "holds no key"),
         ("api_key", " , ,", "holds no key"),
@@ -38,11 +38,11 @@ from vecmill.core.types import KeyLimits, Scope
         ("allowed_hosts", ",", "names none"),
     ],
 )
-def test_a_key_that_locks_nothing_stops_the_start(setting: str, value: str, said: str) -> None:
+def test_a_key_that_locks_nothing_stops_the_start(setting: str, value: str, reason: str) -> None:
     with pytest.raises(StartupError) as stopped:
         load_settings({setting: value})
     assert stopped.value.message.startswith(f"{setting.upper()}")
-    assert said in stopped.value.message
+    assert reason in stopped.value.message
     assert "\n" not in stopped.value.message
     if "key" in setting and value.strip(", "):
         assert value.rpartition(":")[2].split()[0] not in stopped.value.message
@@ -57,17 +57,17 @@ def test_the_command_ends_with_two_and_one_sentence(given: dict[str, str]) -> No
 
 
 @pytest.mark.parametrize(
-    ("line", "said"),
+    ("line", "reason"),
     [
         ("ann:short", "line 2: has a key of fewer than 16"),
         (f"ann:{ANN} scopes=root", "line 2: has scopes"),
         (f"{ANN} what=1", "line 2: has something"),
     ],
 )
-def test_a_wrong_line_of_the_file_is_named(tmp_path: Path, line: str, said: str) -> None:
+def test_a_wrong_line_of_the_file_is_named(tmp_path: Path, line: str, reason: str) -> None:
     file = tmp_path / "keys"
     file.write_text(f"# keys\n{line}\n")
-    with pytest.raises(StartupError, match=said) as stopped:
+    with pytest.raises(StartupError, match=reason) as stopped:
         load_settings({"api_key_file": str(file)})
     assert ANN not in stopped.value.message
 
@@ -79,8 +79,8 @@ def test_what_may_stand_after_a_key(tmp_path: Path) -> None:
     assert (ann.name, ann.scopes, ann.limits) == ("ann smith", frozenset(Scope), KeyLimits(requests=8))
     assert (ben.name, ben.is_named, ben.limits) == ("line 2", False, KeyLimits(tokens=1000, jobs=2))
     assert ben.scopes == frozenset({Scope.USE})
-    [one] = load_settings({"api_key": f"ci:{ANN} scopes=use+admin jobs=1"}).access.api_key
-    assert (one.name, one.scopes, one.limits) == ("ci", frozenset(Scope), KeyLimits(jobs=1))
+    [key] = load_settings({"api_key": f"ci:{ANN} scopes=use+admin jobs=1"}).access.api_key
+    assert (key.name, key.scopes, key.limits) == ("ci", frozenset(Scope), KeyLimits(jobs=1))
 
 
 @pytest.mark.parametrize(
@@ -147,15 +147,15 @@ async def test_a_key_has_so_much_in_progress_and_the_others_do_not_wait_for_it(l
     text = "some words that take their time " * 20
     async with serving(api_key=f"ann:{ANN} {limit},ben:{BEN}", queue_timeout=0) as client:
 
-        async def asked(key: str, number: int) -> Any:
+        async def embed(key: str, number: int) -> Any:
             return await ask(client, key, "POST", "/embed", json={"inputs": [f"{number} {text}"] * 40})
 
-        answers = await asyncio.gather(*(asked(ANN, number) for number in range(4)), asked(BEN, 9))
+        answers = await asyncio.gather(*(embed(ANN, number) for number in range(4)), embed(BEN, 9))
         assert sorted(answer.status_code for answer in answers[:4]) == [200, 503, 503, 503]
         assert answers[4].status_code == 200
         refused = next(answer for answer in answers if answer.status_code == 503)
         assert f"`{limit.partition('=')[0]}`" in refused.json()["error"]
-        assert (await asked(ANN, 5)).status_code == 200
+        assert (await embed(ANN, 5)).status_code == 200
     async with serving(api_key=f"ann:{ANN} {limit},ben:{BEN}") as client:  # and by default they wait
-        answers = await asyncio.gather(*(asked(ANN, number) for number in range(4)))
+        answers = await asyncio.gather(*(embed(ANN, number) for number in range(4)))
         assert {answer.status_code for answer in answers} == {200}

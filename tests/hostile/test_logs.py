@@ -49,11 +49,13 @@ def written(formatter: logging.Formatter, level: int = logging.DEBUG) -> Iterato
 
 
 @pytest.mark.parametrize("formatter", FORMATTERS, ids=["text", "json"])
-@pytest.mark.parametrize("said", HOSTILE, ids=ascii)
-def test_a_value_stays_on_its_line(said: str, formatter: logging.Formatter) -> None:
+@pytest.mark.parametrize("value", HOSTILE, ids=ascii)
+def test_a_value_stays_on_its_line(value: str, formatter: logging.Formatter) -> None:
     with written(formatter) as log:
         for name in ("path", "param"):
-            logging.getLogger("vecmill.x").info("refused %s", said, extra={name: said, "deep": {said: [said, {said}]}})
+            logging.getLogger("vecmill.x").info(
+                "refused %s", value, extra={name: value, "deep": {value: [value, {value}]}}
+            )
         assert not CONTROLS.search(log.getvalue())
         lines = log.getvalue().splitlines()
     assert len(lines) == 2
@@ -61,11 +63,13 @@ def test_a_value_stays_on_its_line(said: str, formatter: logging.Formatter) -> N
 
 
 @pytest.mark.parametrize("formatter", FORMATTERS, ids=["text", "json"])
-@pytest.mark.parametrize("said", [*HOSTILE, "y" * 8_000_000, "z\n" * 100_000], ids=lambda said: ascii(said)[:20])
-def test_an_exception_says_nothing_hostile(said: str, formatter: logging.Formatter) -> None:
+@pytest.mark.parametrize(
+    "message", [*HOSTILE, "y" * 8_000_000, "z\n" * 100_000], ids=lambda message: ascii(message)[:20]
+)
+def test_an_exception_says_nothing_hostile(message: str, formatter: logging.Formatter) -> None:
     with written(formatter) as log:
         try:
-            raise ValueError(said)
+            raise ValueError(message)
         except ValueError:
             logging.getLogger("vecmill.x").exception("a fault")
         text = log.getvalue()
@@ -87,8 +91,8 @@ def test_json_stays_json() -> None:
     with written(JsonFormatter()) as log:
         extra = {"models": [{"id": "m", "ms": 1.5}], "none": None, "ok": True, 7: "seven"}
         logging.getLogger("vecmill.x").info("ready", extra=extra)  # type: ignore[arg-type]
-        found = json.loads(log.getvalue())
-    assert (found["models"], found["none"], found["ok"], found["7"]) == ([{"id": "m", "ms": 1.5}], None, True, "seven")
+        entry = json.loads(log.getvalue())
+    assert (entry["models"], entry["none"], entry["ok"], entry["7"]) == ([{"id": "m", "ms": 1.5}], None, True, "seven")
 
 
 @pytest.mark.parametrize("formatter", FORMATTERS, ids=["text", "json"])

@@ -43,10 +43,10 @@ def pools(
 ) -> Iterator[tuple[TokenizerPool, Tokenizer]]:
     folder = {"bert": minilm_folder, "qwen3": GOLDEN / "qwen3/embedding", "nv-embed": GOLDEN / "nvembed/checkpoint"}
     if request.param == "xlm-roberta":
-        found = tiny_xlm_roberta(tmp_path_factory.mktemp("xlm") / "tiny")
+        folders = tiny_xlm_roberta(tmp_path_factory.mktemp("xlm") / "tiny")
     else:
-        found = folder[request.param]
-    with pool_of(found) as both:
+        folders = folder[request.param]
+    with pool_of(folders) as both:
         yield both
 
 
@@ -70,23 +70,23 @@ def test_both_ends_of_any_long_text_are_the_librarys(pools: tuple[TokenizerPool,
 @given(text=long_texts, prompt=st.sampled_from(["query: ", "x" * 3000, "Instruct: a\nQuery:"]))
 def test_a_prompt_before_a_long_text(pools: tuple[TokenizerPool, Tokenizer], text: str, prompt: str) -> None:
     pool, own = pools
-    [found] = pool.encode_part([text], lambda text: prompt)
-    assert found[:LIMIT] == own.encode(prompt + text, add_special_tokens=False).ids[:LIMIT]
+    [ids] = pool.encode_part([text], lambda text: prompt)
+    assert ids[:LIMIT] == own.encode(prompt + text, add_special_tokens=False).ids[:LIMIT]
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_a_word_after_eight_million_characters_counts(minilm_folder: Path, run: str) -> None:
-    """Where they are no tokens of their own; no more than a little of them is tokenized."""
+    """A long run of characters that give few tokens is skipped, and only a small part of it is tokenized."""
     with pool_of(minilm_folder, 256) as (pool, own):
         many, few = f"begin {run * (8 * MB // len(run))} end", f"begin {run * (10_000 // len(run))} end"
         for encode in (pool.encode_part, pool.encode_part_from_end):
             with memory_taken() as memory:
-                [[found], [expected]] = encode([many]), encode([few])
+                [[actual], [expected]] = encode([many]), encode([few])
             count = len(own.encode(few, add_special_tokens=False).ids)
             if count > 256:
-                assert len(found) > 256
+                assert len(actual) > 256
             else:
-                assert found == expected == own.encode(few, add_special_tokens=False).ids
+                assert actual == expected == own.encode(few, add_special_tokens=False).ids
             assert memory.highest < 60 * MB
 
 
@@ -126,8 +126,10 @@ async def test_a_long_texts_vector_is_that_of_its_beginning(client: httpx.AsyncC
     """An unknown word, however long, and what follows it."""
     many, few = ["x" * n + " hello" + " " * n + "world" for n in (3 * MB, 1000)]
     body = {"input": [many, few]}
-    one, other = [entry["embedding"] for entry in (await client.post("/v1/embeddings", json=body)).json()["data"]]
-    np.testing.assert_allclose(one, other, atol=1e-6)
+    of_whole, of_beginning = [
+        entry["embedding"] for entry in (await client.post("/v1/embeddings", json=body)).json()["data"]
+    ]
+    np.testing.assert_allclose(of_whole, of_beginning, atol=1e-6)
 
 
 async def test_many_long_texts_at_once(client: httpx.AsyncClient) -> None:
@@ -142,7 +144,7 @@ async def test_many_long_texts_at_once(client: httpx.AsyncClient) -> None:
 async def test_where_truncation_is_refused_so_is_a_text_without_end(client: httpx.AsyncClient, text: str) -> None:
     async with longest_stall() as stall:
         answer = await client.post("/embed", json={"inputs": text, "truncate": False})
-    # One unknown word, or nothing, is as short as it was.
+    # One unknown word, or nothing but spaces, is a short text.
     assert answer.status_code == (400 if text.startswith("a ") else 200)
     assert stall.seconds < LONGEST_STALL
 

@@ -142,12 +142,12 @@ async def test_a_neighbour_who_waits_comes_before_the_rest_of_a_flood(server: Fu
     ]
     await until_waiting(services, Lane.BULK, LIMIT - 3)
     async with from_address(client._transport.app, "10.0.0.2") as neighbour:  # type: ignore[attr-defined]
-        asked = asyncio.create_task(neighbour.post("/embed", json={"inputs": words(60), "priority": "bulk"}))
+        pending = asyncio.create_task(neighbour.post("/embed", json={"inputs": words(60), "priority": "bulk"}))
         async with asyncio.timeout(10):
             while services.inference.admission.waiting < 2 * LIMIT + 2:
                 await asyncio.sleep(0.001)
         gate.open()
-        assert (await asked).status_code == 200
+        assert (await pending).status_code == 200
         await asyncio.gather(*flood)
     order = [length for batch in gate.batches for length in batch]
     assert order.index(60) <= LIMIT + 2
@@ -171,6 +171,6 @@ async def test_what_retry_after_says_is_about_what_it_takes() -> None:
         bodies = [{"inputs": f"{words(100)} {number}", "priority": "bulk"} for number in range(90)]
         answers = await asyncio.gather(*(client.post("/embed", json=body) for body in bodies))
         took = loop.time() - started
-        said = [int(one.headers["retry-after-ms"]) / 1000 for one in answers if one.status_code == 503]
-        assert said
-        assert max(said) <= 5 * took + 1
+        waits = [int(answer.headers["retry-after-ms"]) / 1000 for answer in answers if answer.status_code == 503]
+        assert waits
+        assert max(waits) <= 5 * took + 1

@@ -13,7 +13,7 @@ import pytest
 
 from tests.faults.service import Service, service, until
 from tests.hostile.conftest import BODY_TIMEOUT, MAX_BODY_BYTES
-from tests.hostile.wire import Answer, Wire, asked, connected, request
+from tests.hostile.wire import Wire, WireAnswer, answer_to, connected, request
 from tests.tiny_checkpoints import tiny_bert
 
 BODY = b'{"input":"x"}'
@@ -26,7 +26,7 @@ CHUNKED = (
 UPLOAD = "Content-Type: multipart/form-data; boundary=b"
 
 
-def answered(wire: Wire, status: int, says: str) -> Answer:
+def answered(wire: Wire, status: int, says: str) -> WireAnswer:
     """The last answer on a connection."""
     answer = wire.answer()
     assert answer.status == status, answer.text
@@ -100,7 +100,7 @@ def test_chunks_that_are_none_are_a_400(wired: Service, body: bytes) -> None:
 def test_many_small_chunks_are_read(wired: Service) -> None:
     data = b'{"input":"' + b"word " * 200 + b'"}'
     chunks = b"".join(b"1\r\n%c\r\n" % byte for byte in data) + b"0\r\n\r\n"
-    assert asked(wired.url, CHUNKED + chunks).status == 200
+    assert answer_to(wired.url, CHUNKED + chunks).status == 200
 
 
 def test_a_body_of_unknown_length_is_held_to_the_limit(wired: Service) -> None:
@@ -124,7 +124,7 @@ def test_bodies_that_hold_back_their_last_byte_keep_nobody_out(wired: Service, a
         for wire in held:
             wire.trickle([request("/embed", LARGE)[:-1]], 0)
         small = time.monotonic()
-        assert asked(wired.url, EMBED).status == 200
+        assert answer_to(wired.url, EMBED).status == 200
         assert time.monotonic() - small < 5
         with connected(wired.url, "127.0.0.2") as same, connected(wired.url, "127.0.0.99") as other:
             for wire in (same, other):
@@ -150,7 +150,11 @@ def test_a_client_that_does_not_take_its_answers_is_ended(wired: Service) -> Non
 
 def ports(server: psutil.Process) -> set[int]:
     """Of the clients that a process is connected to."""
-    return {one.raddr.port for one in server.net_connections("tcp") if one.status == psutil.CONN_ESTABLISHED}
+    return {
+        connection.raddr.port
+        for connection in server.net_connections("tcp")
+        if connection.status == psutil.CONN_ESTABLISHED
+    }
 
 
 def test_a_deadline_counts_from_the_first_byte(wired: Service) -> None:
@@ -162,32 +166,34 @@ def test_a_deadline_counts_from_the_first_byte(wired: Service) -> None:
         assert "X-Request-Timeout" in answer.text
 
 
-def errors(one: Service) -> list[str]:
+def errors(server: Service) -> list[str]:
     """The counters of errors."""
-    return [line for line in one.http.get("/metrics").text.splitlines() if line.startswith("vecmill_errors")]
+    return [line for line in server.http.get("/metrics").text.splitlines() if line.startswith("vecmill_errors")]
 
 
 @pytest.mark.parametrize(
     "path", ["/v1/embeddings", "/embed", "/rerank", "/tokenize", "/jobs", "/v1/files", "/v1/batches"]
 )
 def test_a_client_that_leaves_in_mid_body_is_nothing_to_tell(wired: Service, path: str) -> None:
-    before, said = errors(wired), len(wired.said())
+    before, log_length = errors(wired), len(wired.log())
     with connected(wired.url) as wire:
         fields = [UPLOAD] if path == "/v1/files" else []
         wire.send(request(path, b"x" * 200_000, *fields)[:-1000])
         wire.leave()
-    told = until(lambda: [line for line in wired.said()[said:].splitlines() if "499" in line and path in line])
-    assert " debug " in told[0]
-    assert not any(word in wired.said()[said:] for word in ("Traceback", " error ", " warning "))
+    lines = until(lambda: [line for line in wired.log()[log_length:].splitlines() if "499" in line and path in line])
+    assert " debug " in lines[0]
+    assert not any(word in wired.log()[log_length:] for word in ("Traceback", " error ", " warning "))
     assert errors(wired) == before
 
 
 @pytest.fixture
 def stopping(tmp_path: Path, minilm_folder: Path) -> Iterator[Service]:
     tiny = tiny_bert(tmp_path / "tiny", minilm_folder)
-    with service(tiny, tmp_path / "state", tmp_path / "log", {"SHUTDOWN_SECONDS": "60", "BODY_TIMEOUT": "60"}) as one:
-        one.start()
-        yield one
+    with service(
+        tiny, tmp_path / "state", tmp_path / "log", {"SHUTDOWN_SECONDS": "60", "BODY_TIMEOUT": "60"}
+    ) as server:
+        server.start()
+        yield server
 
 
 def test_a_stop_does_not_wait_for_a_body_that_does_not_come(stopping: Service) -> None:

@@ -51,9 +51,9 @@ def pool(minilm_folder: Path) -> Iterator[TokenizerPool]:
 
 
 def read(ids: list[int], pool: TokenizerPool, truncation: Truncation) -> TextsOfIds:
-    found = texts_of_ids(TokenVocabulary.CL100K, [ids], pool, "input", truncation)
-    assert found is not None
-    return found
+    result = texts_of_ids(TokenVocabulary.CL100K, [ids], pool, "input", truncation)
+    assert result is not None
+    return result
 
 
 @pytest.mark.parametrize("side", list(Side))
@@ -62,9 +62,9 @@ def test_of_a_long_text_more_is_read_than_the_model_can_use(
 ) -> None:
     whole = cl100k.decode(long_ids)
     with memory_taken() as memory:
-        found = read(long_ids, pool, Truncation(True, side))
-    [text] = found.texts
-    assert found.cut == {0}
+        result = read(long_ids, pool, Truncation(True, side))
+    [text] = result.texts
+    assert result.cut == {0}
     assert whole.startswith(text) if side is Side.RIGHT else whole.endswith(text)
     assert BYTES_PER_TOKEN * LIMIT <= len(text.encode()) < 20 * BYTES_PER_TOKEN * LIMIT
     assert memory.highest < 30 * MB
@@ -87,8 +87,8 @@ async def vectors(client: httpx.AsyncClient, path: str, **body: Any) -> Any:
         answer = await client.post(path, json=body)
     assert answer.status_code == 200, answer.text[:300]
     assert stall.seconds < LONGEST_STALL
-    found = answer.json()
-    return np.array([entry["embedding"] for entry in found["data"]] if isinstance(found, dict) else found)
+    parsed = answer.json()
+    return np.array([entry["embedding"] for entry in parsed["data"]] if isinstance(parsed, dict) else parsed)
 
 
 @pytest.mark.parametrize("cut", [{}, {"truncation_direction": "Left"}, {"truncate_prompt_tokens": 100}])

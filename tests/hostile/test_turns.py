@@ -61,19 +61,19 @@ async def place_of_the_neighbour(
     async with from_address(app, of[1]) as flooding, from_address(app, neighbour[1]) as asking:
 
         async def flood(number: int) -> None:
-            said = flood_with(number)
-            body = {"inputs": f"{words(40)} {number}", "priority": "bulk", **said.pop("body", {})}
-            answer = await flooding.post("/embed", json=body, headers={**bearer(of[0]), **said})
+            fields = flood_with(number)
+            body = {"inputs": f"{words(40)} {number}", "priority": "bulk", **fields.pop("body", {})}
+            answer = await flooding.post("/embed", json=body, headers={**bearer(of[0]), **fields})
             assert answer.status_code == 200, answer.text
 
         floods = [asyncio.create_task(flood(number)) for number in range(GREEDY)]
         await until_waiting(services, Lane.BULK, GREEDY - 2)
         headers = {**bearer(neighbour[0]), **(neighbour_headers or {})}
         body = {"inputs": NEIGHBOURS, "priority": "bulk"}
-        asked = asyncio.create_task(asking.post("/embed", json=body, headers=headers))
+        pending = asyncio.create_task(asking.post("/embed", json=body, headers=headers))
         await until_waiting(services, Lane.BULK, GREEDY - 2 + len(NEIGHBOURS))
         gate.open()
-        assert (await asked).status_code == 200
+        assert (await pending).status_code == 200
         await asyncio.gather(*floods)
     return [length for batch in gate.batches for length in batch].index(57)
 
@@ -118,7 +118,7 @@ async def test_one_address_in_both_families_is_one_client(server: tuple[FastAPI,
 async def test_a_trusted_proxy_says_who_its_clients_are(
     server: tuple[FastAPI, Services, Gate], gate: Gate, peer: str, turns: bool
 ) -> None:
-    """And only the address that it has added itself: what stands before that is the client's own word."""
+    """Only the last address is believed, which the proxy added itself: those before it are the client's own claim."""
     place = await place_of_the_neighbour(
         server,
         lambda number: {"X-Forwarded-For": f"203.0.113.{number}, 198.51.100.7:{5000 + number}"},
@@ -142,10 +142,10 @@ async def test_a_batchs_lines_are_run_in_its_clients_turns(server: tuple[FastAPI
             assert (await client.post("/v1/batches", json=body)).status_code == 200
         await until_waiting(services, Lane.BULK, 10)
         body = {"inputs": NEIGHBOURS[:3], "priority": "bulk"}
-        asked = asyncio.create_task(neighbour.post("/embed", json=body, headers=bearer(BEN)))
+        pending = asyncio.create_task(neighbour.post("/embed", json=body, headers=bearer(BEN)))
         await until_waiting(services, Lane.BULK, 13)
         gate.open()
-        assert (await asked).status_code == 200
+        assert (await pending).status_code == 200
     order = [length for batch in gate.batches for length in batch]
     assert order.index(52) <= 9
 

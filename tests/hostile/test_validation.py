@@ -1,4 +1,4 @@
-"""Mistakes and entries without number, in every list and mapping of every route: the first is answered, fast."""
+"""Huge numbers of mistakes or entries, in every list and mapping of every route: the first one is reported, fast."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_every_body_of_the_document_is_looked_at() -> None:
 
 
 def test_the_lists_of_every_dialect_are_among_the_fields() -> None:
-    found = {(path, ".".join(field)) for path, _, field in FIELDS}
+    listed = {(path, ".".join(field)) for path, _, field in FIELDS}
     assert {
         ("/rerank", "texts"),
         ("/v1/rerank", "documents"),
@@ -105,7 +105,7 @@ def test_the_lists_of_every_dialect_are_among_the_fields() -> None:
         ("/v1/batches", "metadata"),
         ("/api/embed", "input"),
         ("/vectors", "texts"),
-    } <= found
+    } <= listed
 
 
 def test_every_route_with_a_body_bounds_it() -> None:
@@ -114,7 +114,7 @@ def test_every_route_with_a_body_bounds_it() -> None:
 
 @pytest.mark.parametrize("path", sorted({path for path, _, _ in FIELDS}))
 def test_entries_without_number_are_refused_at_the_first(path: str) -> None:
-    """Without a server: how many mistakes are noted is what they cost."""
+    """Without a server: the cost of mistakes is how many of them are noted."""
     for example_name, field in ((name, field) for where, name, field in FIELDS if where == path):
         for shape, value in SHAPES.items():
             body = body_with(path, example_name, field, value)

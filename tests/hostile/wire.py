@@ -15,7 +15,7 @@ PATIENCE = 30.0  # seconds
 
 
 @dataclass(frozen=True)
-class Answer:
+class WireAnswer:
     """One response."""
 
     status: int
@@ -54,7 +54,7 @@ class Wire:
             return False
         return True
 
-    def answer(self, *, head_only: bool = False) -> Answer:
+    def answer(self, *, head_only: bool = False) -> WireAnswer:
         """The next response. EOFError: the server closed before it was complete."""
         head = self._until(b"\r\n\r\n").decode("latin-1").split("\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in head[1:])}
@@ -65,7 +65,7 @@ class Wire:
             body = self._chunks()
         else:
             body = self._exactly(int(headers["content-length"]))
-        return Answer(status, headers, body)
+        return WireAnswer(status, headers, body)
 
     def ended(self) -> bool:
         """Whether the server closes, with nothing more to say."""
@@ -85,14 +85,14 @@ class Wire:
     def _until(self, mark: bytes) -> bytes:
         while mark not in self._buffer:
             self._more()
-        found, _, self._buffer = self._buffer.partition(mark)
-        return found
+        data, _, self._buffer = self._buffer.partition(mark)
+        return data
 
     def _exactly(self, size: int) -> bytes:
         while len(self._buffer) < size:
             self._more()
-        found, self._buffer = self._buffer[:size], self._buffer[size:]
-        return found
+        data, self._buffer = self._buffer[:size], self._buffer[size:]
+        return data
 
     def _more(self) -> None:
         data = self._socket.recv(1 << 20)
@@ -125,7 +125,7 @@ def request(path: str, body: bytes = b"", *fields: str, method: str = "POST") ->
     return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def asked(url: str, *pieces: bytes) -> Answer:
+def answer_to(url: str, *pieces: bytes) -> WireAnswer:
     """The answer to bytes on a connection of their own."""
     with connected(url) as wire:
         wire.send(*pieces)

@@ -71,13 +71,13 @@ def test_the_whole_life_with_openais_client(client: openai.OpenAI) -> None:
     assert (file.bytes, file.filename, file.purpose) == (len(content), "texts.jsonl", "batch")
     assert client.files.retrieve(file.id) == file
     assert client.files.content(file.id).content == content
-    assert file.id in [one.id for one in client.files.list(purpose="batch")]
+    assert file.id in [listed.id for listed in client.files.list(purpose="batch")]
 
     created = client.batches.create(
         input_file_id=file.id, endpoint="/v1/embeddings", completion_window="24h", metadata={"project": "stdlib"}
     )
     assert created.status in ("validating", "in_progress")
-    assert created.id in [one.id for one in client.batches.list(limit=5)]
+    assert created.id in [listed.id for listed in client.batches.list(limit=5)]
     batch = ended(client, created.id)
     assert batch.status == "completed"
     assert batch.metadata == {"project": "stdlib"}
@@ -88,10 +88,10 @@ def test_the_whole_life_with_openais_client(client: openai.OpenAI) -> None:
     assert batch.request_counts.to_dict() == {"total": 5, "completed": 5, "failed": 0}
     assert batch.created_at <= (batch.in_progress_at or 0) <= (batch.completed_at or 0)
     assert (batch.expires_at or 0) - batch.created_at in (86_400, 86_401)
-    found = lines(client, batch.output_file_id)
-    assert [entry["custom_id"] for entry in found] == [f"line-{n}" for n in range(5)]
+    entries = lines(client, batch.output_file_id)
+    assert [entry["custom_id"] for entry in entries] == [f"line-{n}" for n in range(5)]
     assert batch.usage is not None
-    tokens = sum(entry["response"]["body"]["usage"]["prompt_tokens"] for entry in found)
+    tokens = sum(entry["response"]["body"]["usage"]["prompt_tokens"] for entry in entries)
     assert batch.usage.input_tokens == batch.usage.total_tokens == tokens
 
     with pytest.raises(openai.ConflictError, match="completed already"):
@@ -113,11 +113,11 @@ async def test_each_line_is_answered_as_the_route_answers_it() -> None:
         {"input": "x", "output_dtype": "ubinary"},
     ]
     async with serving() as client:
-        found = await outcome(client, jsonl(bodies))
-        assert len(found) == len(bodies)
+        outcomes = await outcome(client, jsonl(bodies))
+        assert len(outcomes) == len(bodies)
         for number, body in enumerate(bodies):
             expected = (await client.post(EMBED, json=body)).json()
-            answer = found[f"line-{number}"]["response"]
+            answer = outcomes[f"line-{number}"]["response"]
             assert answer["status_code"] == 200
             assert answer["body"] == expected
 
@@ -132,10 +132,10 @@ async def test_rerank_lines_too_in_each_dialect() -> None:
         {"query": "museums"},
     ]
     async with serving() as client:
-        found = await outcome(client, jsonl(bodies, RERANK), RERANK)
+        outcomes = await outcome(client, jsonl(bodies, RERANK), RERANK)
         for number, body in enumerate(bodies):
             expected = await client.post(RERANK, json=body)
-            answer = found[f"line-{number}"]["response"]
+            answer = outcomes[f"line-{number}"]["response"]
             assert answer["status_code"] == expected.status_code
             assert without_id(answer["body"]) == without_id(expected.json())
 
@@ -157,12 +157,12 @@ async def test_only_the_guilty_lines_fail_and_as_the_route_refuses_them() -> Non
         {"input": "fine"},
     ]
     async with serving(auto_truncate=False, strict_model=True, max_client_batch_size=4) as client:
-        found = await outcome(client, jsonl(bodies))
-        statuses = [found[f"line-{n}"]["response"]["status_code"] for n in range(len(bodies))]
+        outcomes = await outcome(client, jsonl(bodies))
+        statuses = [outcomes[f"line-{n}"]["response"]["status_code"] for n in range(len(bodies))]
         assert statuses == [200, 400, 400, 400, 400, 200, 400, 404, 200]
         for number, body in enumerate(bodies):
             expected = await client.post(EMBED, json=body)
-            answer = found[f"line-{number}"]["response"]
+            answer = outcomes[f"line-{number}"]["response"]
             assert answer["status_code"] == expected.status_code
             if answer["status_code"] != 200:
                 assert answer["body"] == expected.json()
@@ -173,8 +173,8 @@ async def test_a_server_without_room_makes_lines_wait_not_fail() -> None:
     bodies = [{"input": f"text number {n}", "dimensions": 384 if n % 2 else None} for n in range(20)]
     async with serving(max_concurrent_requests=1, queue_timeout=0) as client:
         others = (client.post(EMBED, json={"input": "x"}) for _ in range(40))
-        found, *statuses = await asyncio.gather(outcome(client, jsonl(bodies)), *others)
-    assert {entry["response"]["status_code"] for entry in found.values()} == {200}
+        outcomes, *statuses = await asyncio.gather(outcome(client, jsonl(bodies)), *others)
+    assert {entry["response"]["status_code"] for entry in outcomes.values()} == {200}
     assert 503 in {answer.status_code for answer in statuses}
 
 
@@ -182,13 +182,13 @@ async def outcome(client: httpx.AsyncClient, content: bytes, endpoint: str = EMB
     """The lines of output and errors, by custom_id."""
     batch = await ran(client, content, endpoint)
     assert batch["status"] == "completed", batch
-    found: dict[str, dict[str, Any]] = {}
+    outcomes: dict[str, dict[str, Any]] = {}
     for file_id in filter(None, (batch["output_file_id"], batch["error_file_id"])):
         answer = await client.get(f"/v1/files/{file_id}/content")
         entries = [orjson.loads(line) for line in answer.content.splitlines()]
-        found |= {entry["custom_id"]: entry for entry in entries}
-    assert len(found) == batch["request_counts"]["total"]
-    return found
+        outcomes |= {entry["custom_id"]: entry for entry in entries}
+    assert len(outcomes) == batch["request_counts"]["total"]
+    return outcomes
 
 
 async def ran(client: httpx.AsyncClient, content: bytes, endpoint: str = EMBED, **options: Any) -> dict[str, Any]:
@@ -323,20 +323,20 @@ async def test_a_file_over_the_limit_is_a_413_and_leaves_nothing(tmp_path: Path)
         declared = await upload(client, b"x" * 300_000)
         assert declared.status_code == 413
         assert "MAX_FILE_BYTES" in declared.json()["error"]["message"]
-        asked = 0
+        pieces_sent = 0
 
         async def endless() -> AsyncIterator[bytes]:
-            nonlocal asked
+            nonlocal pieces_sent
             yield b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\n'
             while True:
-                asked += 1
+                pieces_sent += 1
                 yield b"x" * 65_536
 
         headers = {"content-type": "multipart/form-data; boundary=b"}
         undeclared = await client.post("/v1/files", content=endless(), headers=headers)
         assert undeclared.status_code == 413
         assert undeclared.headers["connection"] == "close"
-        assert asked < 10
+        assert pieces_sent < 10
         assert list((tmp_path / "files").iterdir()) == []
 
 

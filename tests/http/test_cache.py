@@ -43,7 +43,7 @@ async def computed(client: httpx.AsyncClient) -> int:
 
 
 def vectors(answer: httpx.Response) -> np.ndarray:
-    return np.array([one["embedding"] for one in answer.json()["data"]])
+    return np.array([entry["embedding"] for entry in answer.json()["data"]])
 
 
 async def test_what_was_embedded_is_not_computed_again(client: httpx.AsyncClient) -> None:
@@ -84,7 +84,7 @@ async def test_the_cache_is_one_for_all_dialects_dimensions_and_kinds_of_input(c
         answer = await client.post(path, json=body)
         assert answer.status_code == 200, answer.text
         assert int(answer.headers["x-cached-tokens"]) > 0
-    ids = [one["id"] for one in (await client.post("/tokenize", json={"inputs": TEXTS[0]})).json()[0]]
+    ids = [token["id"] for token in (await client.post("/tokenize", json={"inputs": TEXTS[0]})).json()[0]]
     assert (await client.post("/embed", json={"inputs": [ids]})).headers["x-cached-inputs"] == "1"
     assert await computed(client) == before
 
@@ -248,5 +248,5 @@ async def test_a_folder_that_is_edited_in_place_gives_no_old_vector(tmp_path: Pa
         assert (await embed(client, TEXTS)).headers["x-cached-inputs"] == "2"
     edit_json(folder / "config.json", hidden_act="relu")
     async with serving(**flags) as client:
-        found = vectors(await embed(client, TEXTS))
-    np.testing.assert_allclose(found, st_encode(folder, TEXTS), atol=1e-5)
+        actual = vectors(await embed(client, TEXTS))
+    np.testing.assert_allclose(actual, st_encode(folder, TEXTS), atol=1e-5)

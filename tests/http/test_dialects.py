@@ -62,16 +62,16 @@ RERANK: dict[str, tuple[str, dict[str, Any], Callable[[Any], dict[int, float]]]]
     "Weaviate": (
         "/rerank",
         {"query": QUERY, "documents": TEXTS, "property": "text"},
-        lambda body: {index: one["score"] for index, one in enumerate(body["scores"])},
+        lambda body: {index: entry["score"] for index, entry in enumerate(body["scores"])},
     ),
     "vLLM score": ("/score", {"text_1": QUERY, "text_2": TEXTS}, lambda body: _by_index(body["data"], "score")),
 }
 
 
 def _by_index(results: list[dict[str, Any]], score: str = "relevance_score") -> dict[int, float]:
-    scores = [one[score] for one in results]
+    scores = [result[score] for result in results]
     assert all(0 <= value <= 1 for value in scores)
-    return {one["index"]: one[score] for one in results}
+    return {result["index"]: result[score] for result in results}
 
 
 @pytest.mark.parametrize("name", EMBED)
@@ -95,9 +95,11 @@ async def test_the_same_scores_in_every_dialect(client: httpx.AsyncClient, name:
 
 async def test_only_weaviates_and_vllms_scores_are_in_the_clients_order(client: httpx.AsyncClient) -> None:
     for name, (path, body, _) in RERANK.items():
-        found = (await client.post(path, json=body)).json()
-        results = found if isinstance(found, list) else found.get("results") or found.get("data") or found["scores"]
-        scores = [next(one[key] for key in ("relevance_score", "score") if key in one) for one in results]
+        answer = (await client.post(path, json=body)).json()
+        results = (
+            answer if isinstance(answer, list) else answer.get("results") or answer.get("data") or answer["scores"]
+        )
+        scores = [next(result[key] for key in ("relevance_score", "score") if key in result) for result in results]
         assert (scores == sorted(scores, reverse=True)) == (name not in ("Weaviate", "vLLM score")), name
 
 
@@ -117,18 +119,18 @@ async def test_a_document_comes_back_as_an_object_whatever_it_was(client: httpx.
     for path in ("/rerank", "/v1/rerank", "/v2/rerank", "/reranking"):
         body = {"query": QUERY, "documents": documents, "return_documents": "true"}
         results = (await client.post(path, json=body)).json()["results"]
-        assert [one["document"] for one in results] == [documents[1], {"text": TEXTS[0]}]
+        assert [result["document"] for result in results] == [documents[1], {"text": TEXTS[0]}]
     without = await client.post("/v1/rerank", json={"query": QUERY, "documents": documents})
-    assert all("document" not in one for one in without.json()["results"])
+    assert all("document" not in result for result in without.json()["results"])
 
 
 async def test_rank_fields_are_read_in_their_order(client: httpx.AsyncClient) -> None:
     documents = [{"title": "Museums", "body": TEXTS[0]}, {"title": "People", "body": TEXTS[1], "text": "other"}]
     body = {"query": QUERY, "documents": documents, "rank_fields": ["title", "body"]}
-    found = _by_index((await client.post("/v1/rerank", json=body)).json()["results"])
+    scores = _by_index((await client.post("/v1/rerank", json=body)).json()["results"])
     joined = [f"Museums\n{TEXTS[0]}", f"People\n{TEXTS[1]}"]
     wanted = await client.post("/v1/rerank", json={"query": QUERY, "documents": joined})
-    assert found == pytest.approx(_by_index(wanted.json()["results"]), abs=1e-6)
+    assert scores == pytest.approx(_by_index(wanted.json()["results"]), abs=1e-6)
 
 
 async def test_nims_logits_are_the_raw_scores(client: httpx.AsyncClient) -> None:
@@ -140,10 +142,12 @@ async def test_nims_logits_are_the_raw_scores(client: httpx.AsyncClient) -> None
         "/rerank",
     ):
         rankings = (await client.post(path, json=body)).json()["rankings"]
-        assert [one["index"] for one in rankings] == [1, 0]
+        assert [entry["index"] for entry in rankings] == [1, 0]
         raw = {"query": QUERY, "documents": TEXTS, "raw_scores": True}
         wanted = (await client.post("/v1/rerank", json=raw)).json()["results"]
-        assert [one["logit"] for one in rankings] == pytest.approx([one["relevance_score"] for one in wanted[:2]])
+        assert [entry["logit"] for entry in rankings] == pytest.approx(
+            [entry["relevance_score"] for entry in wanted[:2]]
+        )
 
 
 async def test_nim_refuses_what_is_too_long_unless_told_otherwise(client: httpx.AsyncClient) -> None:
@@ -181,20 +185,20 @@ async def several() -> AsyncIterator[httpx.AsyncClient]:
     assert folder.is_dir()
     async with serving(
         embed_model=f"auto,{folder}", model_aliases="small=sentence-transformers/all-MiniLM-L6-v2"
-    ) as one:
-        yield one
+    ) as http_client:
+        yield http_client
 
 
 async def test_every_list_of_models_names_all(several: httpx.AsyncClient) -> None:
-    ids = [one["id"] for one in (await several.get("/v1/models")).json()["data"]]
+    ids = [model["id"] for model in (await several.get("/v1/models")).json()["data"]]
     assert len(ids) == 2
     infinity = (await several.get("/models")).json()["data"]
-    assert [one["id"] for one in infinity] == ids
-    assert all(one["owned_by"] == "infinity" and one["stats"].keys() >= {"queue_fraction"} for one in infinity)
+    assert [model["id"] for model in infinity] == ids
+    assert all(model["owned_by"] == "infinity" and model["stats"].keys() >= {"queue_fraction"} for model in infinity)
     tags = (await several.get("/api/tags")).json()["models"]
-    assert [one["name"] for one in tags] == [ids[0], "small", ids[1]]
+    assert [model["name"] for model in tags] == [ids[0], "small", ids[1]]
     nim = (await several.get("/v1/metadata")).json()
-    assert [one["shortName"] for one in nim["modelInfo"]] == ids
+    assert [model["shortName"] for model in nim["modelInfo"]] == ids
     assert (await several.get("/info")).json()["model_id"] == ids[0]
     assert (await several.get("/meta")).json()["dim"] == 384
 

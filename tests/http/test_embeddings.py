@@ -29,8 +29,8 @@ def vectors(response: httpx.Response) -> NDArray[np.float32]:
 
 
 async def test_vectors_equal_sentence_transformers(client: httpx.AsyncClient, minilm_folder: Path) -> None:
-    found = vectors(await client.post("/v1/embeddings", json={"input": TEXTS}))
-    np.testing.assert_allclose(found, st_encode(minilm_folder, TEXTS), atol=1e-5)
+    actual = vectors(await client.post("/v1/embeddings", json={"input": TEXTS}))
+    np.testing.assert_allclose(actual, st_encode(minilm_folder, TEXTS), atol=1e-5)
 
 
 async def test_embed_gives_a_bare_list_of_the_same_vectors(client: httpx.AsyncClient) -> None:

@@ -112,8 +112,8 @@ async def test_a_client_that_leaves_in_the_middle_of_its_answer_disturbs_nobody(
             async with client.stream("POST", "/v1/embeddings", json=body) as answer:
                 assert answer.status_code == 200
                 await anext(answer.aiter_raw())
-        found = await asyncio.gather(*(client.post("/embed", json={"inputs": "x"}) for _ in range(8)))
-        assert {answer.status_code for answer in found} == {200}
+        answers = await asyncio.gather(*(client.post("/embed", json={"inputs": "x"}) for _ in range(8)))
+        assert {answer.status_code for answer in answers} == {200}
 
 
 @pytest.mark.parametrize("fields", [{"embedding_type": ["float", "int8"]}, {"output_dtype": "int4"}])

@@ -170,15 +170,15 @@ async def test_a_client_that_leaves_before_the_answer_ends_the_request(
     upstream: GenerationServer, url: str, sent: bytes
 ) -> None:
     """While the generation server waits for the body, for the rest of it, and while it thinks."""
-    asked, left = Moment(), Moment()
+    forwarded, left = Moment(), Moment()
 
     async def think(request: Request) -> Response:
         received = b""
-        asked.happen() if not sent else None
+        forwarded.happen() if not sent else None
         try:
             async for chunk in request.stream():
                 received += chunk
-                asked.happen() if received == sent else None
+                forwarded.happen() if received == sent else None
             while (await request.receive())["type"] != "http.disconnect":
                 pass
         except ClientDisconnect:
@@ -191,7 +191,7 @@ async def test_a_client_that_leaves_before_the_answer_ends_the_request(
     try:
         writer.write(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 6\r\n\r\n" + sent)
         await writer.drain()
-        await asked.wait()
+        await forwarded.wait()
     finally:
         writer.close()
         await writer.wait_closed()
@@ -247,7 +247,7 @@ async def test_json_errors_come_back_as_they_are(upstream: GenerationServer, sdk
 
 
 @pytest.mark.parametrize(
-    ("answer", "told"),
+    ("answer", "message"),
     [
         (HTMLResponse("<html>nginx</html>", 500), "answered 500"),
         (PlainTextResponse("404 page not found\n", 404), "answered 404 Not Found: 404 page not found"),
@@ -256,7 +256,7 @@ async def test_json_errors_come_back_as_they_are(upstream: GenerationServer, sdk
     ],
 )
 async def test_other_errors_get_openais_shape(
-    upstream: GenerationServer, http: httpx.AsyncClient, answer: Response, told: str
+    upstream: GenerationServer, http: httpx.AsyncClient, answer: Response, message: str
 ) -> None:
     async def refuse(request: Request) -> Response:
         return answer
@@ -268,7 +268,7 @@ async def test_other_errors_get_openais_shape(
     assert refused.headers.get("retry-after") == answer.headers.get("retry-after")
     error = refused.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert told in error["message"]
+    assert message in error["message"]
     assert "GENERATION_URL" in error["message"]
     assert "nginx" not in refused.text
 
@@ -391,10 +391,10 @@ async def test_a_proxy_for_the_rest_of_the_machine_is_not_used(
 
 
 async def test_the_limits_on_bodies_and_requests_hold(upstream: GenerationServer) -> None:
-    asked, done = Moment(), Moment()
+    forwarded, done = Moment(), Moment()
 
     async def wait(request: Request) -> Response:
-        asked.happen()
+        forwarded.happen()
         await done.wait()
         return await generate(request)
 
@@ -408,7 +408,7 @@ async def test_the_limits_on_bodies_and_requests_hold(upstream: GenerationServer
             assert (refused.status_code, refused.json()["error"]["code"]) == (413, "request_too_large")
         upstream.generate = wait
         first = asyncio.create_task(ask(url))
-        await asked.wait()
+        await forwarded.wait()
         second = await ask(url)
         assert (second.status_code, second.json()["error"]["code"]) == (503, "rate_limit_exceeded")
         assert int(second.headers["retry-after"]) > 0
@@ -417,10 +417,10 @@ async def test_the_limits_on_bodies_and_requests_hold(upstream: GenerationServer
 
 
 async def test_a_keys_limit_on_requests_counts_those_that_are_passed_through(upstream: GenerationServer) -> None:
-    asked, done = Moment(), Moment()
+    forwarded, done = Moment(), Moment()
 
     async def wait(request: Request) -> Response:
-        asked.happen()
+        forwarded.happen()
         await done.wait()
         return await generate(request)
 
@@ -433,7 +433,7 @@ async def test_a_keys_limit_on_requests_counts_those_that_are_passed_through(ups
 
         upstream.generate = wait
         first = asyncio.create_task(post("ann", "/v1/completions", model="m", prompt="p"))
-        await asked.wait()
+        await forwarded.wait()
         second = await post("ann", "/v1/completions", model="m", prompt="p")
         assert (second.status_code, second.json()["error"]["code"]) == (503, "rate_limit_exceeded")
         assert "limit (`requests`)" in second.json()["error"]["message"]

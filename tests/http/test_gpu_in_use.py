@@ -1,6 +1,6 @@
 """An application that takes its device for a GPU, beside a stand-in for the driver.
 
-A driver that hangs holds up no answer: what is said of the GPU is of the last look, and says so.
+A driver that hangs delays no answer: the GPU's figures are then those of the last reading, marked as stale.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ HANG_SECONDS = 60.0
 
 
 @dataclass
-class Driver:
-    """What torch asks of CUDA; it can hang."""
+class HangingDriver:
+    """The part of CUDA that torch asks for memory; it can hang."""
 
     answers: threading.Event = field(default_factory=threading.Event)
-    asked: threading.Event = field(default_factory=threading.Event)
+    called: threading.Event = field(default_factory=threading.Event)
     held: DeviceMemory = HELD
 
     def memory(self) -> DeviceMemory:
-        self.asked.set()
+        self.called.set()
         assert self.answers.wait(HANG_SECONDS)
         return self.held
 
 
 @pytest.fixture
-def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Driver]:
-    """In place of the calls that go to a GPU's driver, for an application that takes its device for one."""
-    driver = Driver()
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[HangingDriver]:
+    """A stand-in for the calls to a GPU's driver, for an application that believes its device to be a GPU."""
+    driver = HangingDriver()
     driver.answers.set()
     monkeypatch.setattr(Engine, "memory", lambda engine: driver.memory())
     monkeypatch.setattr(Engine, "gpu_uuid", lambda engine: None)
@@ -84,7 +84,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Pat
 
 
 @pytest.fixture
-async def client(driver: Driver, recording: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+async def client(driver: HangingDriver, recording: Path, folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     async with serving(embed_model=str(folder), max_batch_tokens=64) as client:
         yield client
 
@@ -99,46 +99,46 @@ async def answered(client: httpx.AsyncClient) -> None:
             seconds.append(perf_counter() - began)
         assert min(seconds) < PROMPT_SECONDS, route
         assert max(seconds) < SLOW_SECONDS, route
-    found = await client.post("/v1/embeddings", json={"input": "a search meanwhile"})
-    assert found.status_code == 200
+    response = await client.post("/v1/embeddings", json={"input": "a search meanwhile"})
+    assert response.status_code == 200
 
 
 async def gpu(client: httpx.AsyncClient, route: str = "/health") -> tuple[dict[str, Any], dict[str, Any]]:
-    said = (await client.get(route)).json()
-    return said, said["gpu"]
+    body = (await client.get(route)).json()
+    return body, body["gpu"]
 
 
 async def test_a_driver_that_hangs_holds_up_no_answer(
-    client: httpx.AsyncClient, driver: Driver, monkeypatch: pytest.MonkeyPatch
+    client: httpx.AsyncClient, driver: HangingDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    health, found = await gpu(client)
+    health, reading = await gpu(client)
     assert (health["cuda_available"], health["gpu_memory_allocated_mb"]) == (True, 9000)
-    assert (found["in_use"], found["stale"], found["name"]) == (True, False, "NVIDIA GB10")
+    assert (reading["in_use"], reading["stale"], reading["name"]) == (True, False, "NVIDIA GB10")
 
     driver.answers.clear()
-    driver.asked.clear()
-    assert driver.asked.wait(10)
+    driver.called.clear()
+    assert driver.called.wait(10)
     await answered(client)
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
     while not (await gpu(client))[1]["stale"]:
         await asyncio.sleep(0.01)
     await answered(client)
     for route in ("/health", "/stats", "/capabilities"):
-        said, found = await gpu(client, route)
-        assert (found["stale"], found["in_use"], found["name"]) == (True, True, None)
-        assert found["age_seconds"] >= 0
-        assert found["memory"]["allocated_mb"] == 9000  # of the last look
-        assert "has not answered" in found["not_available"]["all"]
-        if "warnings" in said:
-            assert "nvidia-smi" in said["warnings"][0]
+        body, reading = await gpu(client, route)
+        assert (reading["stale"], reading["in_use"], reading["name"]) == (True, True, None)
+        assert reading["age_seconds"] >= 0
+        assert reading["memory"]["allocated_mb"] == 9000  # of the last reading
+        assert "has not answered" in reading["not_available"]["all"]
+        if "warnings" in body:
+            assert "nvidia-smi" in body["warnings"][0]
     health, _ = await gpu(client)
     assert (health["status"], health["cuda_available"]) == ("ok", True)
 
     driver.answers.set()
     while (await gpu(client))[1]["stale"]:
         await asyncio.sleep(0.01)
-    health, found = await gpu(client)
-    assert (found["name"], health["warnings"]) == ("NVIDIA GB10", [])
+    health, reading = await gpu(client)
+    assert (reading["name"], health["warnings"]) == ("NVIDIA GB10", [])
 
 
 async def test_nvml_that_hangs_holds_up_no_answer(
@@ -155,26 +155,28 @@ async def test_nvml_that_hangs_holds_up_no_answer(
 
 
 async def test_a_driver_that_hangs_from_the_start_keeps_nobody_from_starting(
-    driver: Driver, recording: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+    driver: HangingDriver, recording: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(monitor_module, "STALE_SECONDS", 0.05)
     hang(recording)
     driver.answers.clear()
     async with serving(embed_model=str(folder), max_batch_tokens=64) as client:
-        health, found = await gpu(client)
+        health, reading = await gpu(client)
         assert (health["status"], health["cuda_available"], health["gpu_memory_allocated_mb"]) == ("ok", True, None)
-        assert (found["stale"], found["memory"]["allocated_mb"]) == (True, None)
+        assert (reading["stale"], reading["memory"]["allocated_mb"]) == (True, None)
         await answered(client)
         answer(recording)
         driver.answers.set()
 
 
 @pytest.mark.parametrize("available_gb", [6, 14, 40])
-async def test_the_recommended_batch_is_what_was_found_to_fit(driver: Driver, folder: Path, available_gb: int) -> None:
-    """By the forward pass that warm-up ran, on a card of whatever size: torch keeps what that took."""
+async def test_the_recommended_batch_is_what_was_found_to_fit(
+    driver: HangingDriver, folder: Path, available_gb: int
+) -> None:
+    """It follows the forward pass that warm-up ran, whatever the card: torch keeps the memory of that pass."""
     driver.held = DeviceMemory(124_600, 9000, 9200, 1024 * available_gb, False)
     settings = {"max_batch_tokens": 1024, "max_batch_ms": 100_000}
     async with serving(embed_model=str(folder), **settings) as client:
-        found = (await client.get("/capabilities")).json()
-    assert (found["gpu_available_mb"], found["max_batch_tokens"]) == (1024 * available_gb, 1024)
-    assert found["recommended_batch_size"] == 4 * 1024 // 128
+        capabilities = (await client.get("/capabilities")).json()
+    assert (capabilities["gpu_available_mb"], capabilities["max_batch_tokens"]) == (1024 * available_gb, 1024)
+    assert capabilities["recommended_batch_size"] == 4 * 1024 // 128

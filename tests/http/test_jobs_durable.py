@@ -69,11 +69,11 @@ async def test_without_redis_jobs_are_503_at_once_and_embedding_goes_on(tmp_path
 async def test_two_servers_share_their_jobs_where_redis_is_set(tmp_path: Path) -> None:
     with redis_server(tmp_path) as url:
         flags = {"redis_url": url, "cache_max_bytes": 0, "jobs_max_active": 1}
-        async with serving(**flags) as one, serving(**flags) as two:
-            first, second = [(await client.post("/jobs", json=REGISTRATION)).json() for client in (one, two)]
+        async with serving(**flags) as client_a, serving(**flags) as client_b:
+            first, second = [(await client.post("/jobs", json=REGISTRATION)).json() for client in (client_a, client_b)]
             assert (first["position"], second["position"]) == (0, 1)
-            assert (await two.post(f"/jobs/{first['job_id']}/complete")).status_code == 200
-            assert (await one.get(f"/jobs/{second['job_id']}")).json()["status"] == "active"
+            assert (await client_b.post(f"/jobs/{first['job_id']}/complete")).status_code == 200
+            assert (await client_a.get(f"/jobs/{second['job_id']}")).json()["status"] == "active"
 
 
 async def test_a_second_server_on_one_folder_says_so_and_the_first_goes_on(tmp_path: Path) -> None:

@@ -57,9 +57,9 @@ async def test_a_search_overtakes_an_index(
     assert order.index(5) < order.index(23)
 
 
-@pytest.mark.parametrize("said", [{"is_query": True}, {"input_type": "query"}, {"prompt_name": "query"}])
-def test_a_query_with_an_instruction_of_its_own_is_still_one(said: dict[str, Any]) -> None:
-    choice = EmbeddingsBody.model_validate({"input": "x", "instruction": "find", **said}).prompt_choice()
+@pytest.mark.parametrize("fields", [{"is_query": True}, {"input_type": "query"}, {"prompt_name": "query"}])
+def test_a_query_with_an_instruction_of_its_own_is_still_one(fields: dict[str, Any]) -> None:
+    choice = EmbeddingsBody.model_validate({"input": "x", "instruction": "find", **fields}).prompt_choice()
     assert choice.instruction == "find"
     assert asks_for_query(choice)
 
@@ -145,14 +145,14 @@ async def test_the_servers_own_timeout_holds_for_everyone(gate: Gate, folder: Pa
 
 async def test_equal_texts_of_two_clients_run_once(gate: Gate, folder: Path) -> None:
     async with small_server(folder) as (client, services):
-        one = asyncio.create_task(client.post("/embed", json={"inputs": BULK}))
+        first = asyncio.create_task(client.post("/embed", json={"inputs": BULK}))
         await until_waiting(services, Lane.BULK, 8)
-        other = asyncio.create_task(client.post("/embed", json={"inputs": BULK}, headers={"X-Job-ID": "other"}))
+        second = asyncio.create_task(client.post("/embed", json={"inputs": BULK}, headers={"X-Job-ID": "other"}))
         async with asyncio.timeout(20):
             while services.inference.stats.joined < 10:
                 await asyncio.sleep(0)
         gate.open()
-        assert (await one).json() == (await other).json()
+        assert (await first).json() == (await second).json()
     assert len(gate.batches) == 10
 
 

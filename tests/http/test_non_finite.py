@@ -34,8 +34,8 @@ async def test_the_text_is_named_and_others_in_its_batch_are_answered(tmp_path: 
         )
     assert (bad.status_code, bad.json()["error"]["param"]) == (422, "input[1]")
     assert "not finite" in bad.json()["error"]["message"]
-    found = [one["embedding"] for one in good.json()["data"]]
-    np.testing.assert_allclose(np.array(found), wanted, atol=1e-5)
+    vectors = [entry["embedding"] for entry in good.json()["data"]]
+    np.testing.assert_allclose(np.array(vectors), wanted, atol=1e-5)
 
 
 async def test_a_document_to_rerank_likewise(tmp_path: Path, minilm_folder: Path) -> None:

@@ -33,8 +33,8 @@ def test_embeddings_as_the_client_asks_for_them_by_default(client: openai.OpenAI
 def test_floats_where_floats_are_asked_for(client: openai.OpenAI) -> None:
     by_default = client.embeddings.create(model="m", input=TEXTS).data
     as_floats = client.embeddings.create(model="m", input=TEXTS, encoding_format="float").data
-    for one, other in zip(by_default, as_floats, strict=True):
-        assert np.dot(one.embedding, other.embedding) > 0.9999
+    for default, floats in zip(by_default, as_floats, strict=True):
+        assert np.dot(default.embedding, floats.embedding) > 0.9999
 
 
 def test_models(client: openai.OpenAI) -> None:

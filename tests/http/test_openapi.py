@@ -36,9 +36,9 @@ OPERATIONS = [
 # An answer without an end cannot be read to its end; tests/http/test_job_events.py reads its beginning.
 # Neither is doctor run for its example: tests/http/test_dashboard_data.py has it.
 ENDING = [
-    one
-    for one in OPERATIONS
-    if "text/event-stream" not in str(one.values[2]) and one.values[:2] != ("POST", "/dashboard/doctor")
+    operation
+    for operation in OPERATIONS
+    if "text/event-stream" not in str(operation.values[2]) and operation.values[:2] != ("POST", "/dashboard/doctor")
 ]
 
 
@@ -46,11 +46,11 @@ def contents(operation: dict[str, Any], ids: Mapping[str, str]) -> list[dict[str
     """What /docs would send, one for each example, as httpx takes it."""
     if "multipart/form-data" in operation.get("requestBody", {}).get("content", {}):
         return [{"files": {"file": ("input.jsonl", b"{}\n")}, "data": {"purpose": "batch"}}]
-    found = bodies(operation)
+    examples = bodies(operation)
     # A file that was not uploaded cannot be worked through.
     return [
         {"json": body | {"input_file_id": ids["file_id"]} if "input_file_id" in (body or {}) else body}
-        for body in found
+        for body in examples
     ]
 
 
@@ -60,9 +60,9 @@ def bodies(operation: dict[str, Any]) -> list[Any]:
         return [None]
     assert list(operation["requestBody"]["content"]) == ["application/json"]
     content = operation["requestBody"]["content"]["application/json"]
-    found = [example["value"] for example in content.get("examples", {}).values()] or [content["example"]]
-    assert None not in found
-    return found
+    examples = [example["value"] for example in content.get("examples", {}).values()] or [content["example"]]
+    assert None not in examples
+    return examples
 
 
 def address(path: str, operation: dict[str, Any], ids: Mapping[str, str]) -> str:
@@ -74,7 +74,7 @@ def address(path: str, operation: dict[str, Any], ids: Mapping[str, str]) -> str
         if parameter["name"] in ids:
             value = ids[parameter["name"]]
         else:
-            [value] = [one["value"] for one in parameter.get("examples", {}).values()] or [parameter["example"]]
+            [value] = [example["value"] for example in parameter.get("examples", {}).values()] or [parameter["example"]]
         path = path.replace(f"{{{parameter['name']}}}", value)
     assert "{" not in path
     return path
@@ -135,9 +135,9 @@ async def test_the_server_gives_the_stored_document(client: httpx.AsyncClient) -
 
 def test_every_reference_leads_somewhere() -> None:
     for reference in re.findall(r'"\$ref": "#/([^"]+)"', STORED.read_text("utf-8")):
-        found = DOCUMENT
+        node = DOCUMENT
         for part in reference.split("/"):
-            found = found[part]
+            node = node[part]
 
 
 @pytest.mark.parametrize(("method", "path", "operation"), ENDING)
@@ -156,7 +156,7 @@ async def test_every_example_runs_as_it_stands(
 def test_every_alternative_of_a_body_has_an_example() -> None:
     for path in ("/rerank", "/tokenize", "/"):
         content = DOCUMENT["paths"][path]["post"]["requestBody"]["content"]["application/json"]
-        alternatives = {one["$ref"].rpartition("/")[2] for one in content["schema"]["oneOf"]}
+        alternatives = {alternative["$ref"].rpartition("/")[2] for alternative in content["schema"]["oneOf"]}
         assert len(alternatives) > 1
         assert set(content["examples"]) == alternatives
 

@@ -26,7 +26,7 @@ async def test_too_many_waiting_tokens_are_refused_but_a_lone_request_never() ->
         body = {"inputs": ["some text " * 20] * 100}
         answers = await asyncio.gather(*(client.post("/embed", json=body) for _ in range(4)))
         assert sorted(answer.status_code for answer in answers) == [200, 503, 503, 503]
-        assert next(one for one in answers if one.status_code == 503).json()["error_type"] == "Overloaded"
+        assert next(answer for answer in answers if answer.status_code == 503).json()["error_type"] == "Overloaded"
         assert (await client.post("/embed", json=body)).status_code == 200
 
 

@@ -40,38 +40,38 @@ async def scorer(request: pytest.FixtureRequest, cross_encoder: Path, shared: Sh
 async def rerank(client: httpx.AsyncClient, query: str, documents: Sequence[str], **fields: object) -> list[float]:
     answer = await client.post("/v1/rerank", json={"query": query, "documents": list(documents), **fields})
     assert answer.status_code == 200, answer.text
-    found = {one["index"]: one["relevance_score"] for one in answer.json()["results"]}
-    return [found[index] for index in range(len(documents))]
+    by_index = {result["index"]: result["relevance_score"] for result in answer.json()["results"]}
+    return [by_index[index] for index in range(len(documents))]
 
 
 async def score(client: httpx.AsyncClient, *, path: str = "/score", **body: Any) -> list[float]:
     answer = await client.post(path, json=body)
     assert answer.status_code == 200, answer.text
     data = answer.json()["data"]
-    assert [one["index"] for one in data] == list(range(len(data)))
-    assert {one["object"] for one in data} == {"score"}
-    return [one["score"] for one in data]
+    assert [entry["index"] for entry in data] == list(range(len(data)))
+    assert {entry["object"] for entry in data} == {"score"}
+    return [entry["score"] for entry in data]
 
 
 @pytest.mark.parametrize("path", ["/score", "/v1/score"])
 async def test_one_with_many_is_a_rerank(scorer: httpx.AsyncClient, path: str) -> None:
     for raw in (False, True):
-        found = await score(scorer, path=path, text_1=QUERIES[0], text_2=DOCUMENTS, raw_scores=raw)
-        assert found == pytest.approx(await rerank(scorer, QUERIES[0], DOCUMENTS, raw_scores=raw), abs=1e-6)
+        scores = await score(scorer, path=path, text_1=QUERIES[0], text_2=DOCUMENTS, raw_scores=raw)
+        assert scores == pytest.approx(await rerank(scorer, QUERIES[0], DOCUMENTS, raw_scores=raw), abs=1e-6)
 
 
 async def test_many_with_many_are_as_many_reranks(scorer: httpx.AsyncClient) -> None:
-    found = await score(scorer, text_1=QUERIES, text_2=DOCUMENTS)
+    scores = await score(scorer, text_1=QUERIES, text_2=DOCUMENTS)
     alone = [(await rerank(scorer, *pair))[0] for pair in ((q, [d]) for q, d in zip(QUERIES, DOCUMENTS, strict=True))]
-    assert found == pytest.approx(alone, abs=1e-6)
-    assert len({round(one, 6) for one in found}) > 2
+    assert scores == pytest.approx(alone, abs=1e-6)
+    assert len({round(value, 6) for value in scores}) > 2
 
 
 async def test_the_tokens_of_all_pairs_are_counted(scorer: httpx.AsyncClient) -> None:
     pairs = list(zip(QUERIES, DOCUMENTS, strict=True))
     answer = (await scorer.post("/score", json={"text_1": QUERIES, "text_2": DOCUMENTS})).json()
     alone = [(await scorer.post("/v1/rerank", json={"query": q, "documents": [d]})).json() for q, d in pairs]
-    assert answer["usage"]["total_tokens"] == sum(one["usage"]["total_tokens"] for one in alone)
+    assert answer["usage"]["total_tokens"] == sum(reply["usage"]["total_tokens"] for reply in alone)
     assert answer["model"] == alone[0]["model"]
     assert (answer["object"], answer["id"].partition("-")[0]) == ("list", "score")
 
@@ -102,8 +102,8 @@ async def test_without_activation_scores_are_raw(
     mapped = await score(ranked, text_1=QUERIES[0], text_2=DOCUMENTS, use_activation=True)
     np.testing.assert_allclose(mapped, 1 / (1 + np.exp(-logits.astype(float))), atol=1e-5)
     encoded = st_encode(minilm_folder, [QUERIES[0], *DOCUMENTS])
-    found = await score(client, text_1=QUERIES[0], text_2=DOCUMENTS, **raw)
-    np.testing.assert_allclose(found, encoded[1:] @ encoded[0], atol=1e-5)
+    scores = await score(client, text_1=QUERIES[0], text_2=DOCUMENTS, **raw)
+    np.testing.assert_allclose(scores, encoded[1:] @ encoded[0], atol=1e-5)
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 3), (3, 2), (4, 1), (2, 0)])
@@ -145,16 +145,16 @@ async def test_what_was_cut_is_named(scorer: httpx.AsyncClient) -> None:
 
 async def test_limits_for_each_text(scorer: httpx.AsyncClient) -> None:
     limits: dict[str, Any] = {"max_tokens_per_query": 3, "max_tokens_per_doc": 4}
-    found = await score(scorer, text_1=QUERIES, text_2=DOCUMENTS, **limits)
+    scores = await score(scorer, text_1=QUERIES, text_2=DOCUMENTS, **limits)
     alone = [
         (await rerank(scorer, query, [document], **limits))[0]
         for query, document in zip(QUERIES, DOCUMENTS, strict=True)
     ]
-    assert found == pytest.approx(alone, abs=1e-6)
+    assert scores == pytest.approx(alone, abs=1e-6)
     loose: dict[str, Any] = {"max_tokens_per_query": 5000, "max_tokens_per_doc": 5000, "truncate_prompt_tokens": -1}
     plain = await score(scorer, text_1=QUERIES, text_2=DOCUMENTS)
     assert await score(scorer, text_1=QUERIES, text_2=DOCUMENTS, **loose) == pytest.approx(plain, abs=1e-6)
-    assert found != pytest.approx(plain, abs=1e-6)
+    assert scores != pytest.approx(plain, abs=1e-6)
 
 
 async def test_a_long_first_text_is_named_where_it_stands_alone(client: httpx.AsyncClient) -> None:

@@ -41,7 +41,7 @@ async def several() -> AsyncIterator[httpx.AsyncClient]:
 async def embed(client: httpx.AsyncClient, **fields: Any) -> Any:
     answer = await client.post("/v1/embeddings", json={"input": TEXTS, **fields})
     assert answer.status_code == 200, answer.text
-    return np.array([one["embedding"] for one in answer.json()["data"]]), answer.json()["model"]
+    return np.array([entry["embedding"] for entry in answer.json()["data"]]), answer.json()["model"]
 
 
 async def test_each_model_answers_to_its_names(several: httpx.AsyncClient) -> None:
@@ -88,7 +88,7 @@ async def test_models_side_by_side_equal_models_alone(several: httpx.AsyncClient
 
 
 async def test_the_list_says_what_each_can_do(several: httpx.AsyncClient) -> None:
-    listed = {one["id"]: one for one in (await several.get("/v1/models")).json()["data"]}
+    listed = {model["id"]: model for model in (await several.get("/v1/models")).json()["data"]}
     assert list(listed) == ["checkpoint", "embedding", MINILM, "reranker", "reranker_untied"]
     for fields in listed.values():
         assert {"family", "dtype", "revision", "max_model_len", "prompts", "supported_dimensions"} <= set(fields)
@@ -123,8 +123,8 @@ def loaded(**flags: object) -> Loaded:
 def test_a_folder_named_twice_is_loaded_once(tmp_path: Path, minilm_folder: Path) -> None:
     folder = tiny_bert(tmp_path / "first", minilm_folder)
     (tmp_path / "second").symlink_to(folder)
-    found = loaded(embed_model=f"{folder},{tmp_path / 'second'}", model_aliases="third=second,fourth=third")
-    [model] = found.models.values()
+    services = loaded(embed_model=f"{folder},{tmp_path / 'second'}", model_aliases="third=second,fourth=third")
+    [model] = services.models.values()
     assert (model.card.id, model.card.aliases) == ("first", ("second", "third", "fourth"))
 
 
@@ -140,10 +140,10 @@ def test_a_backbone_that_embeds_and_reranks_is_loaded_once(tmp_path: Path) -> No
 
 
 def test_names_that_clash_stop_the_start(tmp_path: Path, minilm_folder: Path) -> None:
-    one, other = (tiny_bert(tmp_path / parent / "model", minilm_folder, seed=len(parent)) for parent in ("a", "bb"))
+    first, second = (tiny_bert(tmp_path / parent / "model", minilm_folder, seed=len(parent)) for parent in ("a", "bb"))
     with pytest.raises(StartupError, match="two models would have this name"):
-        loaded(embed_model=f"{one},{other}")
+        loaded(embed_model=f"{first},{second}")
     with pytest.raises(StartupError, match=r"nope is not loaded; these are: model"):
-        loaded(embed_model=str(one), model_aliases="a=nope")
+        loaded(embed_model=str(first), model_aliases="a=nope")
     with pytest.raises(StartupError, match="own name"):
-        loaded(embed_model=str(one), model_aliases="model=model")
+        loaded(embed_model=str(first), model_aliases="model=model")

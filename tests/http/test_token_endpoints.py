@@ -37,8 +37,8 @@ async def test_teis_pieces(client: httpx.AsyncClient) -> None:
 
 
 async def test_several_texts_and_long_ones_are_not_cut(client: httpx.AsyncClient) -> None:
-    found = (await client.post("/tokenize", json={"inputs": ["hello", "word " * 5000], "model": "any"})).json()
-    assert list(map(len, found)) == [3, 5002]
+    token_lists = (await client.post("/tokenize", json={"inputs": ["hello", "word " * 5000], "model": "any"})).json()
+    assert list(map(len, token_lists)) == [3, 5002]
 
 
 async def test_a_prompt_by_name(prompted: httpx.AsyncClient) -> None:

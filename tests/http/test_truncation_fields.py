@@ -47,12 +47,12 @@ def body_of(path: str, text: str, fields: dict[str, Any]) -> dict[str, Any]:
 
 def vector_of(path: str, answer: httpx.Response) -> Any:
     assert answer.status_code == 200, answer.text
-    found = answer.json()
+    body = answer.json()
     if path == "/v1/embeddings":
-        return np.array(found["data"][0]["embedding"])
+        return np.array(body["data"][0]["embedding"])
     if path == "/v2/embed":
-        return np.array(found["embeddings"]["float"][0])
-    return np.array(found["vectors"][0] if path == "/vectors" else found[0])
+        return np.array(body["embeddings"]["float"][0])
+    return np.array(body["vectors"][0] if path == "/vectors" else body[0])
 
 
 async def plain(client: httpx.AsyncClient, text: str) -> Any:

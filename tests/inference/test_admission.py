@@ -23,7 +23,7 @@ def admission(requests: int = 10, tokens: int = 100, **options: Any) -> Admissio
 
 
 @dataclass
-class Queue:
+class RequestQueue:
     """Requests that hold their room until they are told to end."""
 
     room: Admission
@@ -63,8 +63,8 @@ class Queue:
 
 
 @asynccontextmanager
-async def queue_on(room: Admission) -> AsyncIterator[Queue]:
-    queue = Queue(room)
+async def queue_on(room: Admission) -> AsyncIterator[RequestQueue]:
+    queue = RequestQueue(room)
     try:
         yield queue
     finally:
@@ -73,7 +73,7 @@ async def queue_on(room: Admission) -> AsyncIterator[Queue]:
         await asyncio.gather(*queue.tasks.values(), return_exceptions=True)
     assert (room.requests, room.tokens, room.waiting) == (0, 0, 0)
     assert not room._owners
-    assert not any(one.clients or one.turns for one in room._rooms.values())
+    assert not any(lane_room.clients or lane_room.turns for lane_room in room._rooms.values())
 
 
 async def test_room_is_given_back_also_after_an_error() -> None:
@@ -224,8 +224,8 @@ async def test_a_key_at_its_limit_keeps_nobody_else_out() -> None:
 
 
 @dataclass
-class Device:
-    """Time, and what is done in it."""
+class SimulatedDevice:
+    """A device's clock, and the tokens that it has computed."""
 
     now: float = 0.0
     tokens: int = 0
@@ -239,7 +239,7 @@ async def refused(room: Admission) -> float:
 
 
 async def test_retry_after_is_what_warm_up_measured_until_there_is_more() -> None:
-    device = Device()
+    device = SimulatedDevice()
     room = admission(
         2, 100_000, clock=lambda: device.now, tokens_run=lambda: device.tokens, expected_rate=lambda: 500.0
     )
@@ -252,7 +252,7 @@ async def test_retry_after_is_what_warm_up_measured_until_there_is_more() -> Non
 @pytest.mark.parametrize("idle", [0.0, 3600.0])
 async def test_retry_after_follows_the_measured_rate_however_long_nothing_was_asked(idle: float) -> None:
     """512 small requests that take 2.6 s: a rate that counts the idle time too says a minute."""
-    device = Device(now=idle)
+    device = SimulatedDevice(now=idle)
     room = admission(600, 1_000_000, clock=lambda: device.now, tokens_run=lambda: device.tokens)
     async with queue_on(room) as queue:
         for number in range(525):
@@ -264,7 +264,7 @@ async def test_retry_after_follows_the_measured_rate_however_long_nothing_was_as
         assert await _retry_after(queue) == pytest.approx(2.6 * 425 / 512, rel=0.1)
 
 
-async def _retry_after(queue: Queue) -> float:
+async def _retry_after(queue: RequestQueue) -> float:
     room = queue.room
     room._wait_seconds = 0.0
     room._bulk.requests = 0
@@ -272,7 +272,7 @@ async def _retry_after(queue: Queue) -> float:
 
 
 async def test_a_long_request_is_measured_before_it_ends() -> None:
-    device = Device()
+    device = SimulatedDevice()
     room = admission(2, 100_000, clock=lambda: device.now, tokens_run=lambda: device.tokens)
     async with room.admit(SOMEBODY, BULK, 40_000) as permit:
         permit.settle(10_000)
@@ -283,7 +283,7 @@ async def test_a_long_request_is_measured_before_it_ends() -> None:
 
 
 async def test_retry_after_is_between_a_second_and_a_minute() -> None:
-    device = Device()
+    device = SimulatedDevice()
     room = admission(2, 1_000_000, clock=lambda: device.now, expected_rate=lambda: 100.0)
     async with room.admit(SOMEBODY, BULK, 4):
         assert await refused(room) == 1

@@ -56,7 +56,7 @@ def pairs(folder: Path, own: Tokenizer) -> Iterator[CrossEncoderTokenizer]:
 
 
 def by_hand(own: Tokenizer, query: str, document: str, limits: PairLimits) -> list[int]:
-    """Cut each, then pair. Only for what then fits."""
+    """Cut query and document, then pair them. Only for pairs that then fit into the model."""
     first, second = (own.encode(text, add_special_tokens=False) for text in (query, document))
     if limits.query is not None:
         first.truncate(limits.query)
@@ -66,9 +66,9 @@ def by_hand(own: Tokenizer, query: str, document: str, limits: PairLimits) -> li
     return ids
 
 
-def whole(found: Tokenized) -> list[int]:
-    before = found.row.prefix.token_ids.tolist() if found.row.prefix else []
-    return [*before, *found.row.token_ids.tolist()]
+def whole(tokenized: Tokenized) -> list[int]:
+    before = tokenized.row.prefix.token_ids.tolist() if tokenized.row.prefix else []
+    return [*before, *tokenized.row.token_ids.tolist()]
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -78,12 +78,12 @@ async def test_each_text_is_cut_before_pairing(
 ) -> None:
     limits = PairLimits(side, query, document)
     documents = DOCUMENTS if document else [DOCUMENTS[0], DOCUMENTS[1], "a b"]
-    found = await pairs.encode(QUERY, documents, None, limits)
-    assert list(map(whole, found)) == [by_hand(own, QUERY, text, limits) for text in documents]
-    assert not any(one.too_long for one in found)
+    tokenized = await pairs.encode(QUERY, documents, None, limits)
+    assert list(map(whole, tokenized)) == [by_hand(own, QUERY, text, limits) for text in documents]
+    assert not any(pair.too_long for pair in tokenized)
     query_cut = query is not None and query < len(own.encode(QUERY, add_special_tokens=False).ids)
     lengths = [len(own.encode(text, add_special_tokens=False).ids) for text in documents]
-    assert [one.truncated for one in found] == [
+    assert [pair.truncated for pair in tokenized] == [
         query_cut or (document is not None and document < length) for length in lengths
     ]
 
@@ -97,11 +97,11 @@ def cut_by_library(own: Tokenizer, query: str, document: str, limit: int) -> lis
 
 @pytest.mark.parametrize("query", [QUERY, "", QUERY * 20])
 async def test_without_limits_the_longer_is_cut_first(pairs: CrossEncoderTokenizer, own: Tokenizer, query: str) -> None:
-    found = await pairs.encode(query, DOCUMENTS, None)
-    for one, document in zip(found, DOCUMENTS, strict=True):
-        ids = whole(one)
+    tokenized = await pairs.encode(query, DOCUMENTS, None)
+    for pair, document in zip(tokenized, DOCUMENTS, strict=True):
+        ids = whole(pair)
         assert ids == cut_by_library(own, query, document, LIMIT)
-        assert one.truncated == one.too_long == (len(own.encode(query, document).ids) > LIMIT)
+        assert pair.truncated == pair.too_long == (len(own.encode(query, document).ids) > LIMIT)
 
 
 words = st.sampled_from(["dog", "the", "Brücke", "你好", "photosynthesis", "def", "-", "x" * 30])
@@ -113,11 +113,11 @@ texts = st.lists(words, max_size=40).map(" ".join)
 async def test_a_limit_of_both_bounds_the_row(
     pairs: CrossEncoderTokenizer, own: Tokenizer, query: str, document: str, limit: int
 ) -> None:
-    [found] = await pairs.encode(query, [document], None, PairLimits(pair=limit))
+    [tokenized] = await pairs.encode(query, [document], None, PairLimits(pair=limit))
     most = min(limit, LIMIT)
-    assert whole(found) == cut_by_library(own, query, document, most)
-    assert found.truncated == (len(own.encode(query, document).ids) > most)
-    assert found.too_long == (found.truncated and limit > LIMIT)
+    assert whole(tokenized) == cut_by_library(own, query, document, most)
+    assert tokenized.truncated == (len(own.encode(query, document).ids) > most)
+    assert tokenized.too_long == (tokenized.truncated and limit > LIMIT)
 
 
 @settings(deadline=None)
@@ -135,8 +135,8 @@ async def test_a_limit_of_both_bounds_the_row(
 async def test_any_limits(
     pairs: CrossEncoderTokenizer, own: Tokenizer, query: str, document: str, limits: PairLimits
 ) -> None:
-    [found] = await pairs.encode(query, [document], None, limits)
-    ids, cut = whole(found), by_hand(own, query, document, limits)
+    [tokenized] = await pairs.encode(query, [document], None, limits)
+    ids, cut = whole(tokenized), by_hand(own, query, document, limits)
     assert len(ids) == min(len(cut), limits.pair or LIMIT, LIMIT)
     if len(cut) == len(ids):
         assert ids == cut
@@ -147,7 +147,7 @@ async def test_any_limits(
     assert ids[-1] == empty[-1]
     assert len(set(before) - set(first) - set(second) - set(empty)) == 0
     uncut = len(own.encode(query, document).ids)
-    assert found.truncated == (len(ids) < uncut)
+    assert tokenized.truncated == (len(ids) < uncut)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -158,9 +158,9 @@ async def test_the_left_of_documents_is_cut_and_the_querys_end(
     around = len(own.encode("", "").ids)
     kept = LIMIT - around - len(first.ids)
     second.truncate(kept, direction=side.value)
-    [found] = await pairs.encode(QUERY, [DOCUMENTS[3]], None, PairLimits(side))
-    assert whole(found) == own.post_process(first, second).ids
-    assert found.too_long
+    [tokenized] = await pairs.encode(QUERY, [DOCUMENTS[3]], None, PairLimits(side))
+    assert whole(tokenized) == own.post_process(first, second).ids
+    assert tokenized.too_long
 
 
 async def test_where_nothing_may_be_cut_the_requests_limit_is_an_error(pairs: CrossEncoderTokenizer) -> None:
@@ -173,8 +173,8 @@ async def test_a_limit_without_room_for_a_pair_is_refused(pairs: CrossEncoderTok
     around = len(own.encode("", "").ids)
     with pytest.raises(InvalidInput, match=rf"truncate_prompt_tokens.*no room.* at least {around + 2}\."):
         await pairs.encode(QUERY, ["a"], None, PairLimits(pair=around + 1))
-    [found] = await pairs.encode(QUERY, ["dog dog"], None, PairLimits(pair=around + 2))
-    assert len(found.row) == around + 2
+    [tokenized] = await pairs.encode(QUERY, ["dog dog"], None, PairLimits(pair=around + 2))
+    assert len(tokenized.row) == around + 2
 
 
 class Instructed:
@@ -195,8 +195,8 @@ class Instructed:
         return text.rstrip("\ufffd")
 
     def row(self, query: str, document: Sequence[int]) -> list[int]:
-        asked = self.ids(f"<Instruct>: {DEFAULT_INSTRUCTION}\n<Query>: {query}\n<Document>:")
-        return [*self.ids(PREFIX), *asked, *document, *self.ids(SUFFIX)]
+        question = self.ids(f"<Instruct>: {DEFAULT_INSTRUCTION}\n<Query>: {query}\n<Document>:")
+        return [*self.ids(PREFIX), *question, *document, *self.ids(SUFFIX)]
 
 
 @pytest.fixture(scope="module")
@@ -212,31 +212,31 @@ INSTRUCT_QUERY = "What is the capital of China? 好"
 @pytest.mark.parametrize("limit", [1, 7, 10_000])
 async def test_qwen3s_documents_are_cut_before_pairing(instructed: Instructed, side: Side, limit: int) -> None:
     documents = ["The capital of China is Beijing.", "Plants create oxygen. " * 2, "oxygen " * 30_000]
-    found = await instructed.tokenizer.encode(INSTRUCT_QUERY, documents, None, PairLimits(side, None, limit))
+    tokenized = await instructed.tokenizer.encode(INSTRUCT_QUERY, documents, None, PairLimits(side, None, limit))
     room = INSTRUCT_LIMIT - len(instructed.row(INSTRUCT_QUERY, []))
     most = min(limit, room)
-    for one, document in zip(found, documents, strict=True):
+    for pair, document in zip(tokenized, documents, strict=True):
         ids = instructed.ids(f" {document}")
         kept = ids[-most:] if side is Side.LEFT else ids[:most]
-        assert whole(one) == instructed.row(INSTRUCT_QUERY, kept)
-        assert one.truncated == (len(ids) > most)
-        assert one.too_long == (len(ids) > most and limit > room)
+        assert whole(pair) == instructed.row(INSTRUCT_QUERY, kept)
+        assert pair.truncated == (len(ids) > most)
+        assert pair.too_long == (len(ids) > most and limit > room)
 
 
 @pytest.mark.parametrize("limit", range(1, 40, 3))
 async def test_qwen3s_query_is_cut_before_pairing(instructed: Instructed, limit: int) -> None:
-    [found] = await instructed.tokenizer.encode(INSTRUCT_QUERY, ["oxygen"], None, PairLimits(query=limit))
+    [tokenized] = await instructed.tokenizer.encode(INSTRUCT_QUERY, ["oxygen"], None, PairLimits(query=limit))
     query = instructed.cut_query(INSTRUCT_QUERY, limit)
     assert INSTRUCT_QUERY.startswith(query)
-    assert whole(found) == instructed.row(query, instructed.ids(" oxygen"))
-    assert found.truncated == (limit < len(instructed.ids(INSTRUCT_QUERY)))
+    assert whole(tokenized) == instructed.row(query, instructed.ids(" oxygen"))
+    assert tokenized.truncated == (limit < len(instructed.ids(INSTRUCT_QUERY)))
 
 
 async def test_control_tokens_in_a_cut_query_are_read_as_in_a_whole_one(instructed: Instructed) -> None:
     query = "<think>What is the capital of China?"
     limits = PairLimits(query=len(instructed.ids("<think>What")))
-    [found] = await instructed.tokenizer.encode(query, ["oxygen"], None, limits)
-    assert whole(found) == instructed.row("<think>What", instructed.ids(" oxygen"))
+    [tokenized] = await instructed.tokenizer.encode(query, ["oxygen"], None, limits)
+    assert whole(tokenized) == instructed.row("<think>What", instructed.ids(" oxygen"))
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -246,13 +246,13 @@ async def test_qwen3s_suffix_stays_within_every_limit(instructed: Instructed, si
     document = instructed.ids(" " + "oxygen " * 30_000)
     for limit in (head + 1, head + 5, INSTRUCT_LIMIT, 1000):
         limits = PairLimits(side, pair=limit)
-        [found] = await instructed.tokenizer.encode(INSTRUCT_QUERY, ["oxygen " * 30_000], None, limits)
-        ids, most = whole(found), min(limit, INSTRUCT_LIMIT)
+        [tokenized] = await instructed.tokenizer.encode(INSTRUCT_QUERY, ["oxygen " * 30_000], None, limits)
+        ids, most = whole(tokenized), min(limit, INSTRUCT_LIMIT)
         kept = document[-(most - head) :] if side is Side.LEFT else document[: most - head]
         assert len(ids) == most
         assert ids[-len(suffix) :] == suffix
         assert ids == instructed.row(INSTRUCT_QUERY, kept)
-        assert (found.truncated, found.too_long) == (True, limit > INSTRUCT_LIMIT)
+        assert (tokenized.truncated, tokenized.too_long) == (True, limit > INSTRUCT_LIMIT)
 
 
 async def test_qwen3s_limit_without_room_for_a_document_is_refused(instructed: Instructed) -> None:
@@ -281,12 +281,12 @@ async def test_a_prompt_in_parts_has_the_tokens_of_the_whole(instructed: Instruc
     pool = instructed.pool
     tokenizer = InstructTokenizer(pool, pool, INSTRUCT_LIMIT, PairPrompt(pieces, pieces), "Find it")
     documents = ["oxygen", "", " space", "\n\nlines\n", "?!", "7", "é", "你好", "'s", "<|im_end|>", "ends.\n"]
-    found = await tokenizer.encode(INSTRUCT_QUERY, documents, None)
-    assert [whole(one) for one in found] == [
+    tokenized = await tokenizer.encode(INSTRUCT_QUERY, documents, None)
+    assert [whole(pair) for pair in tokenized] == [
         instructed.ids(filled(pieces, "Find it", INSTRUCT_QUERY, document)) for document in documents
     ]
     # All before the documents is computed once, but for what may be one token with a document's first.
-    [prefix] = {one.row.prefix for one in found}
+    [prefix] = {pair.row.prefix for pair in tokenized}
     assert prefix is not None
     before = filled(pieces[: pieces.index(Slot.DOCUMENT)], "Find it", INSTRUCT_QUERY, "")
     assert len(instructed.ids(before)) - len(prefix) <= 1
@@ -306,7 +306,7 @@ async def scores(client: httpx.AsyncClient, body: dict[str, object]) -> list[flo
     answer = await client.post("/v1/rerank", json=body)
     assert answer.status_code == 200, answer.text
     results = answer.json()["results"]
-    return [one["relevance_score"] for one in sorted(results, key=lambda one: int(one["index"]))]
+    return [result["relevance_score"] for result in sorted(results, key=lambda result: int(result["index"]))]
 
 
 async def test_over_http_cut_documents_are_named(folder: Path, own: Tokenizer, shared: Sharing) -> None:

@@ -32,7 +32,7 @@ def folder_of(kind: str, tmp: Path, minilm_folder: Path) -> Path:
     return GOLDEN / golden[kind] if kind in golden else minilm_folder
 
 
-class Served:
+class ServedModel:
     """A model of one kind, and its tokenizer read by the library alone."""
 
     def __init__(self, kind: str, client: httpx.AsyncClient, folder: Path) -> None:
@@ -42,20 +42,20 @@ class Served:
     async def pieces(self, inputs: object, **fields: object) -> list[list[dict[str, Any]]]:
         answer = await self.client.post("/tokenize", json={"inputs": inputs, **fields})
         assert answer.status_code == 200, answer.text
-        found: list[list[dict[str, Any]]] = answer.json()
-        return found
+        pieces: list[list[dict[str, Any]]] = answer.json()
+        return pieces
 
 
 @pytest.fixture(scope="module", params=KINDS)
 async def served(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path
-) -> AsyncIterator[Served]:
+) -> AsyncIterator[ServedModel]:
     folder = folder_of(request.param, tmp_path_factory.mktemp(request.param), minilm_folder)
     async with serving(embed_model=str(folder)) as client:
-        yield Served(request.param, client, folder)
+        yield ServedModel(request.param, client, folder)
 
 
-async def test_offsets_point_at_the_very_text(served: Served) -> None:
+async def test_offsets_point_at_the_very_text(served: ServedModel) -> None:
     for text, pieces in zip(TEXTS, await served.pieces(TEXTS), strict=True):
         plain = [piece for piece in pieces if not piece["special"]]
         encoded = served.own.encode(text, add_special_tokens=False)
@@ -66,7 +66,7 @@ async def test_offsets_point_at_the_very_text(served: Served) -> None:
         assert {index for index, character in enumerate(text) if not character.isspace()} <= covered
 
 
-async def test_special_tokens_have_no_place(served: Served) -> None:
+async def test_special_tokens_have_no_place(served: ServedModel) -> None:
     [pieces] = await served.pieces(TEXTS[0])
     special = [piece for piece in pieces if piece["special"]]
     assert special
@@ -77,7 +77,7 @@ async def test_special_tokens_have_no_place(served: Served) -> None:
     assert without == [piece for piece in pieces if not piece["special"]]
 
 
-async def test_an_unknown_word_and_a_written_control_token_have_their_place(served: Served) -> None:
+async def test_an_unknown_word_and_a_written_control_token_have_their_place(served: ServedModel) -> None:
     end = (await served.pieces("a"))[0][-1]["text"]
     text = f"a ☃ {end} b"
     [pieces] = await served.pieces(text, add_special_tokens=False)
@@ -86,14 +86,14 @@ async def test_an_unknown_word_and_a_written_control_token_have_their_place(serv
     assert any(piece["text"].strip() == end for piece in pieces)
 
 
-async def test_as_many_tokens_as_an_embedding_takes(served: Served) -> None:
+async def test_as_many_tokens_as_an_embedding_takes(served: ServedModel) -> None:
     for text in TEXTS:
         tokenized = (await served.client.post("/tokenize", json={"prompt": text})).json()
         embedded = (await served.client.post("/v1/embeddings", json={"input": text})).json()
         assert tokenized["count"] == len(tokenized["tokens"]) == embedded["usage"]["prompt_tokens"]
 
 
-async def test_ids_go_back_to_the_text(served: Served) -> None:
+async def test_ids_go_back_to_the_text(served: ServedModel) -> None:
     lossless = served.kind in ("qwen3", "nv-embed")
     for text in filter(None, TEXTS):
         ids = (await served.client.post("/tokenize", json={"prompt": text})).json()["tokens"]
@@ -105,7 +105,7 @@ async def test_ids_go_back_to_the_text(served: Served) -> None:
         assert not lossless or decoded.lstrip() == whole.lstrip() == text
 
 
-async def test_a_prompt_goes_before_the_text(served: Served) -> None:
+async def test_a_prompt_goes_before_the_text(served: ServedModel) -> None:
     models = (await served.client.get("/info")).json()
     prompt = models["prompts"].get("query", "")
     [pieces] = await served.pieces("a b", prompt_name="query", add_special_tokens=False)
@@ -120,7 +120,7 @@ async def test_a_prompt_goes_before_the_text(served: Served) -> None:
 async def test_a_rerankers_ids_do_not_tell_how_its_control_tokens_are_hidden(
     tmp_path: Path, minilm_folder: Path, kind: Any
 ) -> None:
-    """Whoever knew could write them into a document."""
+    """A client that knew the hidden form could write control tokens into a document."""
     folder = tiny_cross_encoder(tmp_path / "cross", kind=kind, tokenizer_from=minilm_folder)
     own = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = own.encode("hello").ids

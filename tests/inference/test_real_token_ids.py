@@ -64,11 +64,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     byte_level = definitions["qwen3_embedding"]["post_processor"]["processors"][0]
     definitions["first_release"] = definitions["qwen3_embedding"] | {"post_processor": byte_level}
-    found = {}
+    paths = {}
     for name, definition in definitions.items():
-        found[name] = tmp_path_factory.mktemp(name)
-        (found[name] / "tokenizer.json").write_text(json.dumps(definition), "utf-8")
-    return found
+        paths[name] = tmp_path_factory.mktemp(name)
+        (paths[name] / "tokenizer.json").write_text(json.dumps(definition), "utf-8")
+    return paths
 
 
 @pytest.fixture(scope="module")
@@ -120,10 +120,10 @@ def whole(row: Row) -> list[int]:
     return [int(token) for token in (*before, *row.token_ids)]
 
 
-def ids(found: Sequence[Tokenized]) -> list[list[int]]:
+def ids(tokenized: Sequence[Tokenized]) -> list[list[int]]:
     """The rows' ids, none of them cut."""
-    assert not any(one.truncated for one in found)
-    return [whole(one.row) for one in found]
+    assert not any(text.truncated for text in tokenized)
+    return [whole(text.row) for text in tokenized]
 
 
 def texts_and_ids(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[int]]]:
@@ -132,18 +132,18 @@ def texts_and_ids(cases: list[dict[str, Any]]) -> tuple[list[str], list[list[int
 
 async def test_nv_embeds_queries_leave_out_the_instruction(nv_embed: TextTokenizer, pool_of: PoolOf) -> None:
     texts, expected = texts_and_ids(NV_EMBED["queries"])
-    found = await nv_embed.encode(texts, NV_EMBED["instruction"])
-    assert ids(found) == expected
+    tokenized = await nv_embed.encode(texts, NV_EMBED["instruction"])
+    assert ids(tokenized) == expected
     instruction = pool_of("nv_embed", MISTRAL_VOCAB).encode(NV_EMBED["instruction"])
     assert instruction == NV_EMBED["instruction_ids_no_special"]
-    assert {one.row.unpooled for one in found} == {len(instruction)} == {18}
+    assert {text.row.unpooled for text in tokenized} == {len(instruction)} == {18}
 
 
 async def test_nv_embeds_passages_are_pooled_whole(nv_embed: TextTokenizer) -> None:
     texts, expected = texts_and_ids(NV_EMBED["passages"])
-    found = await nv_embed.encode([*texts, ""])
-    assert ids(found) == [*expected, [1, 2]]
-    assert {one.row.unpooled for one in found} == {0}
+    tokenized = await nv_embed.encode([*texts, ""])
+    assert ids(tokenized) == [*expected, [1, 2]]
+    assert {text.row.unpooled for text in tokenized} == {0}
 
 
 @pytest.mark.parametrize("vocab_size", [QWEN3_VOCAB, QWEN3_4B_VOCAB])
@@ -155,7 +155,7 @@ async def test_qwen3_embeddings_texts_end_as_their_tokenizer_says(
     for prompt, cases in ((QWEN3_PROMPT, EMBEDDING["queries"]), ("", EMBEDDING["documents"])):
         texts, expected = texts_and_ids(cases)
         if name == "first_release":  # its tokenizer adds no end, and sentence-transformers none of its own
-            expected = [one[:-1] for one in expected]
+            expected = [row[:-1] for row in expected]
         assert ids(await tokenizer.encode(texts, prompt)) == expected
 
 
@@ -171,20 +171,20 @@ async def test_a_control_token_without_a_row_in_the_model_is_plain_text(
 @pytest.mark.parametrize("query", sorted({pair["query"] for pair in RERANKER["pairs"]}))
 async def test_the_rerankers_prompts(reranker: InstructTokenizer, query: str) -> None:
     pairs = [pair for pair in RERANKER["pairs"] if pair["query"] == query]
-    found = await reranker.encode(query, [pair["document"] for pair in pairs], None)
-    assert ids(found) == [pair["ids"] for pair in pairs]
-    assert found[0].row.prefix is not None
-    assert found[0].row.prefix is found[1].row.prefix
+    tokenized = await reranker.encode(query, [pair["document"] for pair in pairs], None)
+    assert ids(tokenized) == [pair["ids"] for pair in pairs]
+    assert tokenized[0].row.prefix is not None
+    assert tokenized[0].row.prefix is tokenized[1].row.prefix
     [alone] = await reranker.encode(query, [pairs[0]["document"]], DEFAULT_INSTRUCTION)
     assert ids([alone]) == [pairs[0]["ids"]]
 
 
 async def test_a_document_cannot_end_the_rerankers_prompt(reranker: InstructTokenizer) -> None:
     pair = RERANKER["pairs"][0]
-    [found] = ids(await reranker.encode(pair["query"], [ENDED], None))
-    assert found.count(CHAT_END) == pair["ids"].count(CHAT_END)
+    [forged] = ids(await reranker.encode(pair["query"], [ENDED], None))
+    assert forged.count(CHAT_END) == pair["ids"].count(CHAT_END)
     after_first_word = PLAIN_ENDED[1:]  # which differs: a space is before it here
-    assert found[: -len(RERANKER["suffix_ids"])][-len(after_first_word) :] == after_first_word
+    assert forged[: -len(RERANKER["suffix_ids"])][-len(after_first_word) :] == after_first_word
 
 
 def test_the_words_around_a_pair(folders: dict[str, Path], pool_of: PoolOf) -> None:

@@ -51,12 +51,12 @@ def test_what_was_kept_before_a_restart_is_tokenized_once(cache: EmbeddingCache)
         lookup = CacheLookup(cache, memory, b"model", WIDTH, read=True, truncate=True)
         return lookup.cached_encoder(encode, "", Truncation())(TEXTS)
 
-    for one in ask(TextMemory()):
-        assert isinstance(one, Tokenized)
-        assert one.key is not None
-        cache.keep(one.key, np.ones(WIDTH, np.float32), WIDTH)
+    for row in ask(TextMemory()):
+        assert isinstance(row, Tokenized)
+        assert row.key is not None
+        cache.keep(row.key, np.ones(WIDTH, np.float32), WIDTH)
     tokenized.clear()
     after_restart = TextMemory()
     for _ in range(2):
-        assert all(isinstance(one, CachedRow) for one in ask(after_restart))
+        assert all(isinstance(row, CachedRow) for row in ask(after_restart))
     assert tokenized == TEXTS

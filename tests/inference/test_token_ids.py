@@ -68,15 +68,15 @@ async def embed(client: httpx.AsyncClient, inputs: object, path: str = "/v1/embe
     field = "input" if path == "/v1/embeddings" else "inputs"
     answer = await client.post(path, json={field: inputs})
     assert answer.status_code == 200, answer.text
-    found = answer.json()
-    return np.array([entry["embedding"] for entry in found["data"]] if isinstance(found, dict) else found)
+    body = answer.json()
+    return np.array([entry["embedding"] for entry in body["data"]] if isinstance(body, dict) else body)
 
 
 def texts_of(inputs: Sequence[Sequence[int]], pool: TokenizerPool) -> list[str] | None:
     """What is read of cl100k's ids, whole; None where they are the model's own."""
-    found = texts_of_ids(TokenVocabulary.CL100K, inputs, pool, "input", Truncation(False))
-    assert found is None or not found.cut
-    return found.texts if found else None
+    decoded = texts_of_ids(TokenVocabulary.CL100K, inputs, pool, "input", Truncation(False))
+    assert decoded is None or not decoded.cut
+    return decoded.texts if decoded else None
 
 
 async def test_vectors_of_cl100ks_ids_are_those_of_the_texts(
@@ -88,12 +88,13 @@ async def test_vectors_of_cl100ks_ids_are_those_of_the_texts(
 
 
 async def test_prompts_go_before_the_text_of_ids(client: httpx.AsyncClient, cl100k: tiktoken.Encoding) -> None:
-    said = {"instruction": "search: ", "truncate_prompt_tokens": 8}
+    fields = {"instruction": "search: ", "truncate_prompt_tokens": 8}
     ids = [cl100k.encode_ordinary(text) for text in TEXTS]
-    one, other = [
-        (await client.post("/v1/embeddings", json={"input": inputs, **said})).json()["data"] for inputs in (ids, TEXTS)
+    of_ids, of_texts = [
+        (await client.post("/v1/embeddings", json={"input": inputs, **fields})).json()["data"]
+        for inputs in (ids, TEXTS)
     ]
-    for first, second in zip(one, other, strict=True):
+    for first, second in zip(of_ids, of_texts, strict=True):
         np.testing.assert_allclose(first["embedding"], second["embedding"], atol=1e-6)
 
 
@@ -109,9 +110,9 @@ def test_a_text_that_was_cut_anywhere_comes_back(pool: TokenizerPool, cl100k: ti
     ids = cl100k.encode_ordinary(LONG)[start:]
     chunks = [ids[index : index + CHUNK] for index in range(0, len(ids), CHUNK)]
     assert len(chunks) > 2
-    found = texts_of(chunks, pool)
-    assert found == [cl100k.decode(chunk) for chunk in chunks]
-    assert texts_of([chunks[0]], pool) == found[:1]
+    texts = texts_of(chunks, pool)
+    assert texts == [cl100k.decode(chunk) for chunk in chunks]
+    assert texts_of([chunks[0]], pool) == texts[:1]
 
 
 @pytest.mark.parametrize("length", range(1, 20))

@@ -46,20 +46,20 @@ words = st.sampled_from(
 @settings(deadline=None)
 @given(text=st.lists(words, max_size=400).map(" ".join) | st.text(max_size=300))
 async def test_ids_equal_the_librarys_own_truncation(tokenizer: TextTokenizer, own: Tokenizer, text: str) -> None:
-    [found] = await tokenizer.encode([text])
-    assert found.row.token_ids.tolist() == own.encode(text).ids
+    [tokenized] = await tokenizer.encode([text])
+    assert tokenized.row.token_ids.tolist() == own.encode(text).ids
 
 
 async def test_an_endless_text_is_cut_the_same_without_reading_it_all(tokenizer: TextTokenizer, own: Tokenizer) -> None:
     for text in ("word " * 1_000_000, "x" * 1_000_000, " " * 300_000 + "tail", "好" * 100_000):
-        [found] = await tokenizer.encode([text])
-        assert found.row.token_ids.tolist() == own.encode(text[:400_000]).ids
+        [tokenized] = await tokenizer.encode([text])
+        assert tokenized.row.token_ids.tolist() == own.encode(text[:400_000]).ids
 
 
 async def test_order_is_kept_over_many_texts(tokenizer: TextTokenizer, own: Tokenizer) -> None:
     texts = [f"text {index}" * (1 + index % 200) for index in range(700)]
-    found = await tokenizer.encode(texts)
-    assert [one.row.token_ids.tolist() for one in found] == [own.encode(text).ids for text in texts]
+    tokenized = await tokenizer.encode(texts)
+    assert [entry.row.token_ids.tolist() for entry in tokenized] == [own.encode(text).ids for text in texts]
 
 
 async def test_truncation_is_known(tokenizer: TextTokenizer) -> None:

@@ -23,7 +23,7 @@ SETTINGS = JobSettings(jobs_max_active=1, job_lease_seconds=100, jobs_max_wait_s
 
 @dataclass
 class Hand:
-    """A clock."""
+    """A clock that tests move."""
 
     now: float = 1_000.0
 
@@ -32,14 +32,14 @@ class Hand:
 
 
 class HandTimed(RedisJobs):
-    """Redis, with a clock of ours as its TIME."""
+    """Jobs in Redis, with the test's clock in place of Redis's TIME."""
 
     def __init__(self, url: str, time: Callable[[], float]) -> None:
         super().__init__(url)
         self._hand = time
 
     async def read(self, after: int) -> StoredJobs:
-        """As it is, at our time."""
+        """The stored jobs, at the test's time."""
         return replace(await super().read(after), time=self._hand())
 
 
@@ -68,7 +68,7 @@ async def ids(queue: JobQueue) -> dict[str, list[str]]:
 
 
 async def later(queue: JobQueue, hand: Hand, seconds: float, *alive: dict[str, Any]) -> None:
-    """Time passes, with a sweep each second as the server makes it; these jobs' clients poll."""
+    """Let time pass, with a sweep each second as in the server, while the clients of the jobs in `alive` poll."""
     for _ in range(int(seconds)):
         hand.now += 1
         with suppress(JobsUnavailable):

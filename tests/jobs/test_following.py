@@ -63,16 +63,16 @@ async def test_many_jobs_come_in_pieces_and_of_the_ended_only_the_last(hand: Han
 
 
 async def test_a_change_by_another_server_comes_with_the_next_look(redis_url: str, hand: Hand) -> None:
-    one, two = await opened(on_redis(redis_url, hand)), await opened(on_redis(redis_url, hand))
-    job = await one.register("a", 10, "i")
-    await two.sweep()
-    async with aclosing(two.follow(LONG)) as changes:
+    queue_a, queue_b = await opened(on_redis(redis_url, hand)), await opened(on_redis(redis_url, hand))
+    job = await queue_a.register("a", 10, "i")
+    await queue_b.sweep()
+    async with aclosing(queue_b.follow(LONG)) as changes:
         assert await news(changes) == [("a", "active", 0)]
-        await one.complete(job["id"])
-        await two.sweep()
+        await queue_a.complete(job["id"])
+        await queue_b.sweep()
         assert await news(changes) == [("a", "completed", 0)]
-    await one.close()
-    await two.close()
+    await queue_a.close()
+    await queue_b.close()
 
 
 async def test_silence_is_told_and_the_end_ends_it(hand: Hand) -> None:

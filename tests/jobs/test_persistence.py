@@ -110,41 +110,43 @@ async def test_without_a_place_to_keep_them_jobs_are_in_memory(hand: Hand) -> No
 
 @pytest.mark.parametrize("seed", range(12))
 async def test_what_a_client_was_told_survives_sigkill(tmp_path: Path, seed: int) -> None:
-    told = killed_after(random.Random(seed).randint(1, 150), tmp_path, seed)
+    acknowledged = killed_after(random.Random(seed).randint(1, 150), tmp_path, seed)
     settings = JobSettings(jobs_max_active=2)
     jobs = await opened(LocalJobs(settings, SqliteJobs(tmp_path / "jobs.db")), settings)
-    await _compare(jobs, told)
+    await _compare(jobs, acknowledged)
     await jobs.close()
 
 
 def killed_after(answers: int, folder: Path, seed: int) -> dict[str, dict[str, Any]]:
-    """The last answer about each job, of a process that was killed in the middle of its work."""
+    """The last answer about each job from a process that was killed at work."""
     lines: list[bytes] = []
     command = [sys.executable, "-m", "tests.jobs.killed", str(folder), str(seed)]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         lines += [process.stdout.readline() for _ in range(answers)]
         process.kill()
-        # It went on until it was dead: what it had written by then was told too.
+        # It worked on until it was dead: the answers that it had written by then count too.
         lines += process.stdout.read().splitlines(keepends=True)
     seen = [json.loads(line) for line in lines if line.endswith(b"\n")]
     return {job["id"]: job for job in seen}
 
 
-async def _compare(jobs: JobQueue, told: dict[str, dict[str, Any]]) -> None:
-    """One call more may have been kept than was told."""
+async def _compare(jobs: JobQueue, acknowledged: dict[str, dict[str, Any]]) -> None:
+    """The restored jobs are those that were acknowledged, but for one call that was stored and not answered."""
     listed = await jobs.overview(limit=1000)
-    found = {job["id"]: job for name in ("active", "queued", "recent") for job in listed[name]}
-    assert set(told) <= set(found)
-    assert len(found) <= len(told) + 1
-    assert sum(not _agree(job, found[job_id]) for job_id, job in told.items()) <= 1
+    restored = {job["id"]: job for name in ("active", "queued", "recent") for job in listed[name]}
+    assert set(acknowledged) <= set(restored)
+    assert len(restored) <= len(acknowledged) + 1
+    assert sum(not _agree(job, restored[job_id]) for job_id, job in acknowledged.items()) <= 1
     order = [job["id"] for job in (*listed["active"], *listed["queued"])]
-    assert [job_id for job_id in order if job_id in told] == [job_id for job_id in told if job_id in order]
+    assert [job_id for job_id in order if job_id in acknowledged] == [
+        job_id for job_id in acknowledged if job_id in order
+    ]
     assert len(listed["active"]) == min(2, len(order))
 
 
-def _agree(told: dict[str, Any], found: dict[str, Any]) -> bool:
-    """The same, but for a queued job that has become active since."""
-    activated = told["status"] == "queued" and found["status"] == "active"
+def _agree(acknowledged: dict[str, Any], restored: dict[str, Any]) -> bool:
+    """Whether both are equal, but for a queued job that has become active since."""
+    activated = acknowledged["status"] == "queued" and restored["status"] == "active"
     names = [name for name in LASTING if not (activated and name in ("status", "started_at"))]
-    return [told.get(name) for name in names] == [found.get(name) for name in names]
+    return [acknowledged.get(name) for name in names] == [restored.get(name) for name in names]

@@ -23,21 +23,21 @@ from vecmill.storage.redis import META, OPEN, RedisJobs
 
 
 async def test_a_job_of_one_server_is_a_job_of_the_other(redis_url: str, hand: Hand) -> None:
-    one, two = await opened(on_redis(redis_url, hand)), await opened(on_redis(redis_url, hand))
-    first = await one.register("a", 10, "i")
-    second = await two.register("b", 10, "i")
+    queue_a, queue_b = await opened(on_redis(redis_url, hand)), await opened(on_redis(redis_url, hand))
+    first = await queue_a.register("a", 10, "i")
+    second = await queue_b.register("b", 10, "i")
     assert (first["position"], second["position"]) == (0, 1)
     hand.now += 2
-    await two.progress(first["id"], 4)
-    assert (await one.get(first["id"]))["current"] == 4
-    await two.complete(first["id"])
-    assert (await one.get(second["id"]))["status"] == "active"
-    assert await ids(one) == await ids(two) == {"active": [second["id"]], "queued": [], "recent": [first["id"]]}
-    assert await one.clear_ended() == 1
-    assert (await ids(two))["recent"] == []
-    assert two.count(JobStatus.ACTIVE) == 1
-    await one.close()
-    await two.close()
+    await queue_b.progress(first["id"], 4)
+    assert (await queue_a.get(first["id"]))["current"] == 4
+    await queue_b.complete(first["id"])
+    assert (await queue_a.get(second["id"]))["status"] == "active"
+    assert await ids(queue_a) == await ids(queue_b) == {"active": [second["id"]], "queued": [], "recent": [first["id"]]}
+    assert await queue_a.clear_ended() == 1
+    assert (await ids(queue_b))["recent"] == []
+    assert queue_b.count(JobStatus.ACTIVE) == 1
+    await queue_a.close()
+    await queue_b.close()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -66,7 +66,7 @@ async def test_never_more_active_than_there_are_places(redis_url: str, seed: int
     await asyncio.gather(*(client(number) for number in range(6)))
     seen = [await queue.overview(limit=1000) for queue in queues]
     for name in ("active", "queued", "recent"):
-        assert len({tuple(job["id"] for job in one[name]) for one in seen}) == 1
+        assert len({tuple(job["id"] for job in listing[name]) for listing in seen}) == 1
     everything = [job["id"] for name in ("active", "queued", "recent") for job in seen[0][name]]
     assert sorted(everything) == sorted(registered)
     for queue in queues:

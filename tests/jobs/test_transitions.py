@@ -53,7 +53,7 @@ def test_only_a_job_that_has_not_ended_can_change() -> None:
 
 
 class Clients(RuleBasedStateMachine):
-    """Any clients at all, against one server's queue."""
+    """Clients that make any sequence of calls to one server's queue."""
 
     jobs = Bundle("jobs")
 
@@ -84,7 +84,7 @@ class Clients(RuleBasedStateMachine):
     @rule(job_id=jobs, event=st.sampled_from([JobEvent.PROGRESS, JobEvent.COMPLETE, JobEvent.FAIL, JobEvent.CANCEL]))
     def change(self, job_id: str, event: JobEvent) -> None:
         self.call(self.queue.sweep())
-        status = JobStatus(self.found(job_id).status)
+        status = JobStatus(self.stored_job(job_id).status)
         calls = {
             JobEvent.PROGRESS: self.queue.progress(job_id, 0),
             JobEvent.COMPLETE: self.queue.complete(job_id),
@@ -102,7 +102,7 @@ class Clients(RuleBasedStateMachine):
 
     @rule(job_id=consumes(jobs))
     def leave(self, job_id: str) -> None:
-        """Its client is gone."""
+        """The job's client makes no more calls."""
 
     @rule(seconds=st.integers(1, 60))
     def wait(self, seconds: int) -> None:
@@ -110,13 +110,13 @@ class Clients(RuleBasedStateMachine):
             self.hand.now += 1
             self.call(self.queue.sweep())
 
-    def found(self, job_id: str) -> Job:
+    def stored_job(self, job_id: str) -> Job:
         ledger = self.store.ledger
         return ledger.open.get(job_id) or ledger.ended[job_id]
 
     @invariant()
     def places(self) -> None:
-        """No more active than places, but for those that waited too long; none free while one waits."""
+        """No more active jobs than places, except jobs that waited too long; no free place while a job waits."""
         jobs = self.store.ledger.open.values()
         active = [job for job in jobs if job.status is JobStatus.ACTIVE]
         in_time = [job for job in active if (job.started_at or 0) - job.created_at < MAX_WAIT]
@@ -127,7 +127,7 @@ class Clients(RuleBasedStateMachine):
 
     @invariant()
     def order(self) -> None:
-        """First come first served: whoever waits came after all that were let in, and positions say so."""
+        """First come, first served: queued jobs came after all active ones, and positions are in that order."""
         jobs = list(self.store.ledger.open.values())
         assert [job.id for job in jobs] == [job_id for job_id in self.registered if job_id in self.store.ledger.open]
         states = [job.status for job in jobs]

@@ -39,19 +39,19 @@ def fetch() -> Path:
 
 
 def test_plan_names_sizes_licence_and_parameters_and_fetches_nothing(fake: FakeHub, tmp_path: Path) -> None:
-    found = hub.plan(NAME, hf_token=None)
-    assert set(found.sizes) == set(found.missing) == NEEDED
-    assert found.size == found.missing_size == sum(len(FILES[path]) for path in NEEDED)
-    assert (found.commit, found.licence, found.memory) == (COMMIT, "apache-2.0", 8_000_000)
-    assert not found.non_commercial
+    plan = hub.plan(NAME, hf_token=None)
+    assert set(plan.sizes) == set(plan.missing) == NEEDED
+    assert plan.size == plan.missing_size == sum(len(FILES[path]) for path in NEEDED)
+    assert (plan.commit, plan.licence, plan.memory) == (COMMIT, "apache-2.0", 8_000_000)
+    assert not plan.non_commercial
     assert fake.fetched() == []
     assert not list(tmp_path.rglob("refs"))  # a plan must not move what a server without network would serve
 
 
 def test_memory_is_the_size_of_the_weight_files_where_the_hub_counts_no_parameters(fake: FakeHub) -> None:
     fake.parameters = None
-    found = hub.plan(NAME, hf_token=None)
-    assert (found.parameters, found.memory) == (None, len(WEIGHTS))
+    plan = hub.plan(NAME, hf_token=None)
+    assert (plan.parameters, plan.memory) == (None, len(WEIGHTS))
 
 
 @pytest.mark.parametrize(
@@ -68,8 +68,8 @@ def test_memory_is_the_size_of_the_weight_files_where_the_hub_counts_no_paramete
 )
 def test_licence(fake: FakeHub, card: dict[str, object], tags: list[str], licence: str, non_commercial: bool) -> None:
     fake.card, fake.tags = card, tags
-    found = hub.plan(NAME, hf_token=None)
-    assert (found.licence, found.non_commercial) == (licence, non_commercial)
+    plan = hub.plan(NAME, hf_token=None)
+    assert (plan.licence, plan.non_commercial) == (licence, non_commercial)
 
 
 def test_only_needed_files_are_fetched(fake: FakeHub) -> None:
@@ -92,9 +92,9 @@ def test_without_a_tokenizer_json_the_vocabulary_is_fetched(fake: FakeHub) -> No
     del fake.files["tokenizer.json"]
     needed = NEEDED - {"tokenizer.json"} | {"vocab.txt", "merges.txt"}
     assert files_in(fetch()) == needed
-    found = hub.cached(NAME)
-    assert found is not None
-    assert files_in(found) == needed
+    cached = hub.cached(NAME)
+    assert cached is not None
+    assert files_in(cached) == needed
 
 
 def test_before_the_weights_the_check_sees_the_vocabulary(fake: FakeHub) -> None:
@@ -108,20 +108,20 @@ def test_before_the_weights_the_check_sees_the_vocabulary(fake: FakeHub) -> None
 def test_a_cut_connection_is_taken_up_where_it_broke(fake: FakeHub) -> None:
     fake.cuts = [5000]
     counts: list[tuple[int, int]] = []
-    found = hub.plan(NAME, hf_token=None)
+    plan = hub.plan(NAME, hf_token=None)
     folder = hub.fetch(
-        found, hf_token=None, revision=None, report=lambda fetched, complete: counts.append((fetched, complete))
+        plan, hf_token=None, revision=None, report=lambda fetched, complete: counts.append((fetched, complete))
     )
     assert fake.ranges() == ["bytes=4096-"]  # whole chunks of 1024 were kept
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
-    assert max(counts) == counts[-1] == (found.missing_size, len(NEEDED))
+    assert max(counts) == counts[-1] == (plan.missing_size, len(NEEDED))
 
 
 def test_after_a_connection_that_stays_broken_only_the_rest_is_fetched(fake: FakeHub) -> None:
     fake.cuts = [0] * 6
     with pytest.raises(StartupError, match=r"^owner/tiny: .*RemoteProtocolError.*network.*complete files are kept"):
         fetch()
-    fake.asked.clear()
+    fake.received.clear()
     assert files_in(fetch()) == NEEDED
     assert "model.safetensors" in fake.fetched()
     assert set(fake.fetched()) < NEEDED
@@ -133,7 +133,7 @@ def test_a_truncated_file_is_named_and_removed_and_then_fetched_again(fake: Fake
         file.truncate(100)
     with pytest.raises(StartupError, match=r"^owner/tiny: .*removed: model.safetensors \(100 of 16,384 bytes\)"):
         fetch()
-    fake.asked.clear()
+    fake.received.clear()
     assert fetch() / "model.safetensors" == weights
     assert weights.read_bytes() == WEIGHTS
     assert fake.fetched() == ["model.safetensors"]
@@ -147,10 +147,10 @@ def test_a_file_of_another_size_than_the_metadata_says_is_refused(fake: FakeHub)
 
 def test_a_second_run_fetches_nothing(fake: FakeHub) -> None:
     fetch()
-    fake.asked.clear()
+    fake.received.clear()
     assert hub.plan(NAME, hf_token=None).missing == {}
     fetch()
-    assert [path for _, path, _ in fake.asked if "/resolve/" in path] == []
+    assert [path for _, path, _ in fake.received if "/resolve/" in path] == []
 
 
 def test_gated(fake: FakeHub) -> None:
@@ -161,22 +161,22 @@ def test_gated(fake: FakeHub) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "revision", "said"),
+    ("name", "revision", "reason"),
     [
         ("owner/other", None, "^owner/other: the hub has no such model.*HF_TOKEN"),
         (NAME, "v9", "^owner/tiny: the hub has no revision v9"),
         ("owner/bad name", None, "^owner/bad name: not a hub id"),
     ],
 )
-def test_unknown(fake: FakeHub, name: str, revision: str | None, said: str) -> None:
-    with pytest.raises(StartupError, match=said):
+def test_unknown(fake: FakeHub, name: str, revision: str | None, reason: str) -> None:
+    with pytest.raises(StartupError, match=reason):
         hub.plan(name, hf_token=None, revision=revision)
 
 
-@pytest.mark.parametrize(("status", "said"), [(500, "answered 500"), (403, "refuses the token .*HF_TOKEN")])
-def test_a_hub_that_does_not_answer_well(fake: FakeHub, status: int, said: str) -> None:
+@pytest.mark.parametrize(("status", "reason"), [(500, "answered 500"), (403, "refuses the token .*HF_TOKEN")])
+def test_a_hub_that_does_not_answer_well(fake: FakeHub, status: int, reason: str) -> None:
     fake.status = status
-    with pytest.raises(StartupError, match=said):
+    with pytest.raises(StartupError, match=reason):
         hub.plan(NAME, hf_token=None)
 
 
@@ -219,8 +219,8 @@ def test_pull_requests_with_safetensors_are_offered_the_hub_s_own_first(fake: Fa
     first, second = refused.value.message.split("`vecmill pull owner/tiny --revision ")[1:]
     assert first.startswith("refs/pr/5` has it, in a pull request of SFconvertbot (the hub's conv")
     assert second.startswith("refs/pr/4` has it, in a pull request of somebody (anybody may open")
-    found = hub.plan(NAME, hf_token=None, revision="refs/pr/5")
-    folder = hub.fetch(found, hf_token=None, revision="refs/pr/5", report=lambda fetched, complete: None)
+    plan = hub.plan(NAME, hf_token=None, revision="refs/pr/5")
+    folder = hub.fetch(plan, hf_token=None, revision="refs/pr/5", report=lambda fetched, complete: None)
     assert (folder.name, files_in(folder)) == (f"{5:040x}", NEEDED)
     assert hub.cached(NAME, f"{5:040x}") == folder
 
@@ -258,10 +258,12 @@ def test_the_files_of_an_index_are_fetched_and_no_others(fake: FakeHub) -> None:
 
 def test_a_repository_of_another_format_is_named_as_what_it_is(fake: FakeHub) -> None:
     fake.files = {"README.md": b"# tiny", "tiny-q4_k_m.gguf": b"GGUF", "tiny-q8_0.gguf": b"GGUF"}
-    said = r"has only GGUF, the format of llama.cpp \(tiny-q4_k_m.gguf\).*: take the repository that it was converted"
-    with pytest.raises(StartupError, match=said):
+    message = (
+        r"has only GGUF, the format of llama.cpp \(tiny-q4_k_m.gguf\).*: take the repository that it was converted"
+    )
+    with pytest.raises(StartupError, match=message):
         hub.plan(NAME, hf_token=None)
-    with pytest.raises(StartupError, match=said):
+    with pytest.raises(StartupError, match=message):
         chosen_sources(load_settings({"embed_model": NAME}).model, torch.device("cpu"))
     assert fake.fetched() == []
 
@@ -277,35 +279,35 @@ def test_an_adapter_is_refused_before_its_weights_are_fetched(fake: FakeHub) -> 
 
 
 def test_a_full_disk_is_refused(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = hub.plan(NAME, hf_token=None)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=found.missing_size))
-    hub.require_space(found)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=found.missing_size - 1))
+    plan = hub.plan(NAME, hf_token=None)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=plan.missing_size))
+    hub.require_space(plan)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=plan.missing_size - 1))
     with pytest.raises(StartupError, match=r"16.7 kB are missing and 16.7 kB are free in .*HF_HOME"):
-        hub.require_space(found)
+        hub.require_space(plan)
 
 
 def test_a_cache_that_cannot_be_written_is_named(fake: FakeHub, tmp_path: Path) -> None:
-    found = hub.plan(NAME, hf_token=None)
+    plan = hub.plan(NAME, hf_token=None)
     (tmp_path / "models--owner--tiny").write_text("a file where the folder would be")
     with pytest.raises(StartupError, match=r"models--owner--tiny.* cannot be written \(Not a directory\).*HF_HOME"):
-        hub.fetch(found, hf_token=None, revision=None, report=lambda fetched, complete: None)
+        hub.fetch(plan, hf_token=None, revision=None, report=lambda fetched, complete: None)
 
 
 def test_a_complete_model_is_served_without_asking_the_hub(fake: FakeHub) -> None:
     folder = hub.download(NAME, hf_token=None)
     assert files_in(folder) == NEEDED
-    fake.asked.clear()
+    fake.received.clear()
     assert hub.download(NAME, hf_token=None) == folder
     assert hub.download(NAME, hf_token=None, revision=COMMIT) == folder
-    assert fake.asked == []
+    assert fake.received == []
 
 
 def test_an_incomplete_model_is_completed_before_it_is_served(fake: FakeHub) -> None:
     weights = hub.download(NAME, hf_token=None) / "model.safetensors"
     weights.resolve().unlink()
     weights.unlink()
-    fake.asked.clear()
+    fake.received.clear()
     hub.download(NAME, hf_token=None)
     assert fake.fetched() == ["model.safetensors"]
 
@@ -337,7 +339,7 @@ def test_what_cannot_be_run_is_refused_before_its_weights_are_fetched(fake: Fake
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "reason"),
     [
         ({"position_embedding_type": "alibi"}, r"`position_embedding_type`: \"alibi\"; supported: \"absolute\""),
         ({"auto_map": {"AutoModel": "jinaai/x--modeling_bert.JinaBertModel"}}, "no remote code is run"),
@@ -346,10 +348,10 @@ def test_what_cannot_be_run_is_refused_before_its_weights_are_fetched(fake: Fake
     ],
 )
 def test_a_key_that_is_not_implemented_is_refused_before_the_weights_are_fetched(
-    fake: FakeHub, keys: dict[str, object], said: str
+    fake: FakeHub, keys: dict[str, object], reason: str
 ) -> None:
     fake.files["config.json"] = json.dumps({"model_type": "bert", "max_position_embeddings": 512, **keys}).encode()
-    with pytest.raises(StartupError, match=rf"^EMBED_MODEL=owner/tiny: config.json has .*{said}"):
+    with pytest.raises(StartupError, match=rf"^EMBED_MODEL=owner/tiny: config.json has .*{reason}"):
         chosen_sources(load_settings({"embed_model": NAME}).model, torch.device("cpu"))
     assert "model.safetensors" not in fake.fetched()
 
@@ -372,7 +374,7 @@ def test_a_revision_is_pinned_for_its_model(fake: FakeHub) -> None:
     settings = load_settings({"embed_model": f"auto,{NAME}", "revision": f"{NAME}={COMMIT}"}).model
     _, source = chosen_sources(settings, torch.device("cpu"))
     assert (source.id, source.folder.name) == (NAME, COMMIT)
-    assert any(f"/revision/{COMMIT}" in path or f"/{COMMIT}/" in path for _, path, _ in fake.asked)
+    assert any(f"/revision/{COMMIT}" in path or f"/{COMMIT}/" in path for _, path, _ in fake.received)
     unknown = load_settings({"embed_model": NAME, "revision": "nope"}).model
     with pytest.raises(StartupError, match=r"^EMBED_MODEL=owner/tiny: "):
         chosen_sources(unknown, torch.device("cpu"))
@@ -381,10 +383,10 @@ def test_a_revision_is_pinned_for_its_model(fake: FakeHub) -> None:
 def test_auto_on_a_gpu_is_the_default_that_the_hub_gives(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.files["config.json"] = SUPPORTED
     monkeypatch.setattr(loader, "GPU_DEFAULTS", {Task.EMBED: NAME, Task.RERANK: "owner/absent"})
-    told: list[str] = []
-    [embedder] = chosen_sources(load_settings().model, torch.device("cuda"), told.append)
+    messages: list[str] = []
+    [embedder] = chosen_sources(load_settings().model, torch.device("cuda"), messages.append)
     assert embedder.id == NAME
-    assert told[-1] == "fetching owner/tiny: 0.0 GB, 4 files complete"
+    assert messages[-1] == "fetching owner/tiny: 0.0 GB, 4 files complete"
 
 
 def test_auto_on_a_gpu_without_its_default_is_the_bundled_model_and_says_so(
@@ -393,9 +395,9 @@ def test_auto_on_a_gpu_without_its_default_is_the_bundled_model_and_says_so(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))  # and HF_HUB_OFFLINE, as all tests have it
     [embedder] = chosen_sources(load_settings().model, torch.device("cuda"))
     assert embedder.id == "sentence-transformers/all-MiniLM-L6-v2"
-    told = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert "vecmill pull Qwen/Qwen3-Embedding-4B" in told[0]
-    assert "ranked by cosine" in told[1]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert "vecmill pull Qwen/Qwen3-Embedding-4B" in warnings[0]
+    assert "ranked by cosine" in warnings[1]
 
 
 def test_auto_on_a_cpu_is_the_bundled_model_and_no_reranker() -> None:
@@ -405,7 +407,7 @@ def test_auto_on_a_cpu_is_the_bundled_model_and_no_reranker() -> None:
 
 def test_the_cache_stands_before_the_bundled_files(fake: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub_server, "NAME", BUNDLED_ID)
-    found = hub.plan(BUNDLED_ID, hf_token=None)
+    plan = hub.plan(BUNDLED_ID, hf_token=None)
     assert find(BUNDLED_ID) == find("auto")  # nothing is there yet
-    folder = hub.fetch(found, hf_token=None, revision=None, report=lambda fetched, complete: None)
+    folder = hub.fetch(plan, hf_token=None, revision=None, report=lambda fetched, complete: None)
     assert find(BUNDLED_ID).folder == folder != find("auto").folder

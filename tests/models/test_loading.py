@@ -62,7 +62,7 @@ def reshape(weights: dict[str, torch.Tensor]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("edit", "said"),
+    ("edit", "reason"),
     [
         (drop, "1 missing .*encoder.layer.1.output.dense.weight"),
         (add, "1 unknown .*surprise"),
@@ -70,9 +70,9 @@ def reshape(weights: dict[str, torch.Tensor]) -> None:
         (reshape, "shape|mismatch"),
     ],
 )
-def test_weights_that_do_not_fit_are_refused(folder: Path, edit: Edit, said: str) -> None:
+def test_weights_that_do_not_fit_are_refused(folder: Path, edit: Edit, reason: str) -> None:
     edit_weights(folder, edit)
-    with pytest.raises(StartupError, match=said):
+    with pytest.raises(StartupError, match=reason):
         start(folder)
 
 
@@ -188,13 +188,13 @@ def test_pooling_as_newer_files_write_it(folder: Path, written: str, read_as: st
 
 
 def test_the_length_comes_from_the_files_and_can_only_be_lowered(tmp_path: Path, minilm_folder: Path) -> None:
-    said = tiny_bert(tmp_path / "said", minilm_folder, max_seq_length=64)
-    assert read(find(str(said))).max_model_len == 64
-    assert start(said, max_model_len=32).models["embed:said"].card.max_model_len == 32
+    with_length = tiny_bert(tmp_path / "said", minilm_folder, max_seq_length=64)
+    assert read(find(str(with_length))).max_model_len == 64
+    assert start(with_length, max_model_len=32).models["embed:said"].card.max_model_len == 32
     with pytest.raises(StartupError, match="MAX_MODEL_LEN=65 is above the 64 tokens that said takes"):
-        start(said, max_model_len=65)
-    unsaid = tiny_bert(tmp_path / "unsaid", minilm_folder, max_seq_length=None)
-    assert read(find(str(unsaid))).max_model_len == 128  # the positions that it has
+        start(with_length, max_model_len=65)
+    without_length = tiny_bert(tmp_path / "unsaid", minilm_folder, max_seq_length=None)
+    assert read(find(str(without_length))).max_model_len == 128  # the positions that it has
     too_much = tiny_bert(tmp_path / "too_much", minilm_folder, max_seq_length=512)
     assert read(find(str(too_much))).max_model_len == 128
 
@@ -230,20 +230,20 @@ def test_a_hub_id_is_found_in_the_cache(tmp_path: Path, minilm_folder: Path, mon
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    found = find("owner/tiny")
-    assert (found.id, found.folder.name) == ("owner/tiny", commit)
+    source = find("owner/tiny")
+    assert (source.id, source.folder.name) == ("owner/tiny", commit)
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "reason"),
     [
         ("./nowhere", "no such folder"),
         ("nowhere", "no such folder"),
         ("owner/absent-model", "HF_HUB_OFFLINE"),
     ],
 )
-def test_a_model_that_is_not_there_is_one_sentence(name: str, said: str) -> None:
-    with pytest.raises(StartupError, match=said):
+def test_a_model_that_is_not_there_is_one_sentence(name: str, reason: str) -> None:
+    with pytest.raises(StartupError, match=reason):
         find(name)
 
 

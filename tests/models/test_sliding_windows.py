@@ -69,9 +69,9 @@ def reference(folder: Path, attention: str, rows: Sequence[TokenIds]) -> NDArray
 @pytest.mark.parametrize("way", WAYS)
 def test_packed_rows_equal_each_row_alone(folder_of: Callable[[str], Path], way: str, attention: str) -> None:
     texts = [ids(length, seed) for seed, length in enumerate(LENGTHS)]
-    found = run(load_model(folder_of(way))[1], [Row(text) for text in texts])
+    actual = run(load_model(folder_of(way))[1], [Row(text) for text in texts])
 
-    np.testing.assert_allclose(found, reference(folder_of(way), attention, texts), atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(actual, reference(folder_of(way), attention, texts), atol=1e-4, rtol=1e-4)
 
 
 def test_a_window_changes_what_it_must(folder_of: Callable[[str], Path]) -> None:
@@ -124,7 +124,7 @@ def test_compiled_layers_have_their_windows(folder_of: Callable[[str], Path]) ->
 
 @torch.inference_mode()
 def test_masks_are_made_once_for_a_batch(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all layers and all groups of one length; and none where no row is longer than its window."""
+    """One mask serves all layers and all groups of one length; there is none if no row is longer than its window."""
     model, whole = (load_model(folder_of(way))[1] for way in ("all layers", "not used"))
     made: list[tuple[int, int]] = []
     ones = torch.ones
@@ -154,7 +154,7 @@ def test_attention_sees_what_transformers_masks_say(causal: bool, length: int, w
     batch = pack([Row(ids(length)), Row(ids(3)), Row(ids(length))], CPU)
     tokens = batch.input_ids.shape[1]
     query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2))
-    found, _ = packed_attention.packed_attention(
+    actual, _ = packed_attention.packed_attention(
         nn.Module(), query, key, value, None, packed_batch=batch, is_causal=causal, sliding_window=window
     )
 
@@ -171,7 +171,7 @@ def test_attention_sees_what_transformers_masks_say(causal: bool, length: int, w
         wanted = nn.functional.scaled_dot_product_attention(
             query[:, :, own], key[:, :, own], value[:, :, own], attn_mask=mask, enable_gqa=True
         )
-        torch.testing.assert_close(found[:, own].transpose(1, 2), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(actual[:, own].transpose(1, 2), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_the_masks_of_a_long_row_stay_small() -> None:
@@ -185,7 +185,7 @@ def test_the_masks_of_a_long_row_stay_small() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "named"),
+    ("keys", "named"),
     [
         ({"layer_types": [SLIDES, "full_attention"], "use_sliding_window": False}, "`use_sliding_window`: false"),
         ({"layer_types": [SLIDES, "full_attention"], "sliding_window": None}, "`sliding_window`: null"),
@@ -193,9 +193,9 @@ def test_the_masks_of_a_long_row_stay_small() -> None:
         ({"layer_types": ["chunked_attention", "full_attention"]}, "`layer_types`"),
     ],
 )
-def test_windows_that_mean_nothing_are_refused(tmp_path: Path, said: dict[str, Any], named: str) -> None:
+def test_windows_that_mean_nothing_are_refused(tmp_path: Path, keys: dict[str, Any], named: str) -> None:
     folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")
-    edit_json(folder / "config.json", **{"use_sliding_window": True, "sliding_window": 4, **said})
+    edit_json(folder / "config.json", **{"use_sliding_window": True, "sliding_window": 4, **keys})
 
     with pytest.raises(StartupError, match=named):
         load_model(folder)
@@ -203,7 +203,7 @@ def test_windows_that_mean_nothing_are_refused(tmp_path: Path, said: dict[str, A
 
 @torch.inference_mode()
 def _run(model: Model, packed: PackedBatch) -> NDArray[np.float32]:
-    """In packed order."""
+    """The model's answers in packed order."""
     answers: NDArray[np.float32] = model.forward(packed).numpy()
     return answers
 
@@ -211,7 +211,7 @@ def _run(model: Model, packed: PackedBatch) -> NDArray[np.float32]:
 @pytest.mark.parametrize("merged", [False, True], ids=["separate", "merged"])
 @torch.inference_mode()
 def test_mistrals_window_is_the_same_in_every_layer(merged: bool) -> None:
-    """It says it in its configuration alone."""
+    """Mistral's window is set in its configuration, not for each layer."""
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     config = MistralConfig(**shape, vocab_size=400, num_hidden_layers=2, head_dim=8, sliding_window=WINDOW)
@@ -268,5 +268,5 @@ def _packed(model: Any, texts: Sequence[TokenIds]) -> NDArray[np.float32]:
     batch = pack([Row(text) for text in texts], CPU)
     given = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "packed_batch": batch}
     hidden = model(**given).last_hidden_state[0, batch.last].numpy()
-    found: NDArray[np.float32] = hidden[np.argsort(batch.order)]
-    return found
+    ordered: NDArray[np.float32] = hidden[np.argsort(batch.order)]
+    return ordered

@@ -26,8 +26,8 @@ def assert_units_that_differ(vectors: NDArray[np.float32]) -> None:
 
 
 def assert_loads_whole(model_class: Any, folder: Path) -> None:
-    _, found = model_class.from_pretrained(folder, output_loading_info=True)
-    assert not {kind: names for kind, names in found.items() if names}
+    _, loading_info = model_class.from_pretrained(folder, output_loading_info=True)
+    assert not {kind: names for kind, names in loading_info.items() if names}
 
 
 def assert_same_files(first: Path, second: Path) -> None:

@@ -32,14 +32,16 @@ QUERY = "What do plants create?"
 async def embed(client: httpx.AsyncClient, model: Path, texts: Sequence[str] = TEXTS, **fields: object) -> Vectors:
     answer = await client.post("/v1/embeddings", json={"model": model.name, "input": list(texts), **fields})
     assert answer.is_success, answer.text
-    return np.array([one["embedding"] for one in answer.json()["data"]], dtype=np.float32)
+    return np.array([entry["embedding"] for entry in answer.json()["data"]], dtype=np.float32)
 
 
 async def relevance(client: httpx.AsyncClient, model: Path, **fields: object) -> Vectors:
     body: dict[str, Any] = {"model": model.name, "query": QUERY, "texts": TEXTS, **fields}
     answer = await client.post("/rerank", json=body)
     assert answer.is_success, answer.text
-    return np.array([one["score"] for one in sorted(answer.json(), key=lambda one: int(one["index"]))], np.float32)
+    return np.array(
+        [result["score"] for result in sorted(answer.json(), key=lambda result: int(result["index"]))], np.float32
+    )
 
 
 def with_outlier(folder: Path, factor: float) -> Path:
@@ -60,8 +62,8 @@ async def test_float32_from_the_cache_too(tmp_path: Path, minilm_folder: Path, f
         for cached in ("0", "6"):
             answer = await client.post("/v1/embeddings", json={"model": "tiny", "input": TEXTS})
             assert answer.headers.get("x-cached-inputs", "0") == cached
-            found = np.array([one["embedding"] for one in answer.json()["data"]])
-            np.testing.assert_allclose(found, expected, atol=OF_A_VALUE, rtol=0)
+            vectors = np.array([entry["embedding"] for entry in answer.json()["data"]])
+            np.testing.assert_allclose(vectors, expected, atol=OF_A_VALUE, rtol=0)
         raw = np.array((await client.post("/embed", json={"inputs": TEXTS, "normalize": False})).json())
     lengths = np.linalg.norm(raw, axis=1, keepdims=True)
     assert lengths.min() > 2
@@ -74,9 +76,9 @@ async def test_fewer_dimensions_from_the_cache(tmp_path: Path, minilm_folder: Pa
     async with serving(embed_model=str(folder), cache_max_bytes=1_000_000) as client:
         for _ in range(2):
             for dimensions in (8, 16):
-                found = await embed(client, folder, dimensions=dimensions)
+                vectors = await embed(client, folder, dimensions=dimensions)
                 wanted = nomic_encode(folder, TEXTS, dimensions=dimensions, layer_norm=True)
-                np.testing.assert_allclose(found, wanted, atol=OF_A_VALUE_CUT, rtol=0)
+                np.testing.assert_allclose(vectors, wanted, atol=OF_A_VALUE_CUT, rtol=0)
 
 
 async def test_cosines_in_bfloat16(tmp_path: Path, minilm_folder: Path) -> None:
@@ -98,8 +100,8 @@ async def test_cosines_in_bfloat16(tmp_path: Path, minilm_folder: Path) -> None:
 async def test_cosines_of_real_weights_in_bfloat16(minilm_folder: Path) -> None:
     texts = [f"def function_{index}(x):\n    return x + {'x * ' * (index % 60)}{index}" for index in range(60)]
     async with serving(dtype="bfloat16") as client:
-        found = np.array((await client.post("/embed", json={"inputs": texts})).json())
-    assert (found * st_encode(minilm_folder, texts)).sum(axis=1).min() >= COSINE_OF_MINILM
+        vectors = np.array((await client.post("/embed", json={"inputs": texts})).json())
+    assert (vectors * st_encode(minilm_folder, texts)).sum(axis=1).min() >= COSINE_OF_MINILM
 
 
 async def test_scores_of_rerankers(tmp_path: Path, minilm_folder: Path) -> None:
@@ -116,8 +118,8 @@ async def test_scores_of_rerankers(tmp_path: Path, minilm_folder: Path) -> None:
         expected = [await relevance(client, folder) for folder in folders]
         for folder, scores in zip(folders[:-1], expected, strict=False):
             logits = cross_encoder_scores(folder, QUERY, TEXTS, max_length=128)
-            found = await relevance(client, folder, raw_scores=True)
-            np.testing.assert_allclose(found, logits, atol=OF_A_LOGIT, rtol=0)
+            raw_scores = await relevance(client, folder, raw_scores=True)
+            np.testing.assert_allclose(raw_scores, logits, atol=OF_A_LOGIT, rtol=0)
             np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits)), atol=OF_A_RELEVANCE, rtol=0)
     async with serving(**named, dtype="bfloat16") as client:
         for folder, wanted in zip(folders, expected, strict=True):

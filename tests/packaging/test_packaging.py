@@ -81,8 +81,8 @@ def test_the_readme_s_links_work_on_an_index(metadata: Message) -> None:
     ],
 )
 def test_what_becomes_of_a_link(written: str, shown: str) -> None:
-    for one in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
-        written = re.sub(one["pattern"], one["replacement"], written)
+    for substitution in PROJECT["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        written = re.sub(substitution["pattern"], substitution["replacement"], written)
     assert written == shown
 
 

@@ -16,8 +16,10 @@ def test_the_lowest_versions_allowed_are_those_that_are_tested() -> None:
     tested = dict(line.split("==") for line in lines if not line.startswith("#"))
     allowed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     for requirement in map(Requirement, allowed):
-        [lowest] = [Version(one.version).release for one in requirement.specifier if one.operator == ">="]
+        [lowest] = [
+            Version(specifier.version).release for specifier in requirement.specifier if specifier.operator == ">="
+        ]
         # A range may begin with a series (12.560), whose first version has more parts (12.560.30).
-        found = Version(tested[requirement.name]).release
-        assert found[: len(lowest)] == lowest, requirement.name
+        tested_release = Version(tested[requirement.name]).release
+        assert tested_release[: len(lowest)] == lowest, requirement.name
         assert requirement.specifier.contains(tested[requirement.name])

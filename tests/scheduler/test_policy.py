@@ -53,7 +53,7 @@ class Queue:
         owed: float = 0.0,
         now: float = 0.0,
     ) -> None:
-        """Each of `joining` is a client of its own, and came at 0.0."""
+        """Each of `joining` is a client of its own, which came at time 0.0."""
         self.budgets, self.rules, self.owed, self.now = budgets, rules, owed, now
         self.cuts: list[Cut[Waiting]] = []
         self._lines = cast("Any", WaitingLines())  # its sequences need no row and no futures here
@@ -63,11 +63,11 @@ class Queue:
 
     @property
     def lines(self) -> list[WaitingLine[Waiting]]:
-        """Those in which something waits."""
+        """The lines that are not empty."""
         return list(self._lines)
 
     def searching(self, sequences: Sequence[Waiting]) -> WaitingLine[Waiting]:
-        """Let a person have these waiting, and nothing else; the line that they stand in."""
+        """Replace what a person has waiting by these sequences, and return the person's line."""
         line: WaitingLine[Waiting] = self._lines.join("a", Lane.INTERACTIVE, "person", self.now)
         line.waiting = deque(sequences)
         line.front_since = self.now
@@ -107,16 +107,16 @@ queues = st.builds(
 
 
 def everything(queue: Queue) -> list[Waiting]:
-    return [sequence for one in queue.lines for sequence in one.waiting]
+    return [sequence for line in queue.lines for sequence in line.waiting]
 
 
 @settings(deadline=None)
 @given(queues)
 def test_every_batch_keeps_its_budget_and_is_of_one_model(queue: Queue) -> None:
-    model_of = {id(sequence): one.model for one in queue.lines for sequence in one.waiting}
+    model_of = {id(sequence): line.model for line in queue.lines for sequence in line.waiting}
     for taken in queue.drain():
         assert len(taken.batch) <= queue.budgets[taken.model].max_batch_size if taken.batch else True
-        assert {model_of[id(one)] for one in taken.batch} <= {taken.model}
+        assert {model_of[id(sequence)] for sequence in taken.batch} <= {taken.model}
         if taken.batch:
             limit = queue.budgets[taken.model].max_batch_tokens
             assert taken.tokens == sum(map(len, taken.batch))
@@ -131,40 +131,40 @@ def test_nothing_is_lost_nothing_runs_twice_and_the_unwanted_never(queue: Queue)
     for taken in queue.drain():
         run += taken.batch
         dropped += taken.unwanted
-    assert Counter(map(id, run)) == Counter(id(one) for one in before if not one.gone)
-    assert Counter(map(id, dropped)) == Counter(id(one) for one in before if one.gone)
+    assert Counter(map(id, run)) == Counter(id(sequence) for sequence in before if not sequence.gone)
+    assert Counter(map(id, dropped)) == Counter(id(sequence) for sequence in before if sequence.gone)
     assert not queue.lines
 
 
 @settings(deadline=None)
 @given(queues)
 def test_a_line_keeps_its_order(queue: Queue) -> None:
-    orders = [[id(one) for one in a_line.waiting if not one.gone] for a_line in queue.lines]
-    run = [id(one) for taken in queue.drain() for one in taken.batch]
-    places = {one: place for place, one in enumerate(run)}
+    orders = [[id(sequence) for sequence in a_line.waiting if not sequence.gone] for a_line in queue.lines]
+    run = [id(sequence) for taken in queue.drain() for sequence in taken.batch]
+    places = {identity: place for place, identity in enumerate(run)}
     for order in orders:
-        assert [places[one] for one in order] == sorted(places[one] for one in order)
+        assert [places[identity] for identity in order] == sorted(places[identity] for identity in order)
 
 
 @settings(deadline=None)
 @given(queues)
 def test_cutting_changes_nothing_by_itself(queue: Queue) -> None:
-    before = [list(one.waiting) for one in queue.lines]
+    before = [list(line.waiting) for line in queue.lines]
     first = cut(queue.lines, queue.budgets, queue.rules, queue.owed, queue.now)
     again = cut(queue.lines, queue.budgets, queue.rules, queue.owed, queue.now)
     assert first == again
-    assert [list(one.waiting) for one in queue.lines] == before
+    assert [list(line.waiting) for line in queue.lines] == before
 
 
 @settings(deadline=None)
 @given(queues)
 def test_interactive_goes_first_unless_bulk_is_owed_or_has_aged(queue: Queue) -> None:
     while queue.lines:
-        wanted = [one for one in queue.lines if any(not sequence.gone for sequence in one.waiting)]
-        interactive = [one for one in wanted if one.lane is Lane.INTERACTIVE]
-        aged = any(queue.now - one.front_since >= queue.rules.aging_seconds for one in wanted)
+        wanted = [line for line in queue.lines if any(not sequence.gone for sequence in line.waiting)]
+        interactive = [line for line in wanted if line.lane is Lane.INTERACTIVE]
+        aged = any(queue.now - line.front_since >= queue.rules.aging_seconds for line in wanted)
         smallest = min(
-            (next(len(s) for s in one.waiting if not s.gone) for one in wanted if one.lane is Lane.BULK), default=0
+            (next(len(s) for s in line.waiting if not s.gone) for line in wanted if line.lane is Lane.BULK), default=0
         )
         owed = queue.owed
         taken = queue.cut()
@@ -173,7 +173,7 @@ def test_interactive_goes_first_unless_bulk_is_owed_or_has_aged(queue: Queue) ->
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=25)  # each is thousands of cuts
+@settings(deadline=None, max_examples=25)  # each example makes thousands of cuts
 @given(
     st.lists(st.integers(1, 300), min_size=20, max_size=20),
     st.integers(1, 100),
@@ -189,12 +189,12 @@ def test_under_endless_interactive_load_bulk_keeps_its_share(
     ran = dict.fromkeys(Lane, 0)
     longest = max(bulk)
     endless = [Waiting(query) for _ in range(budget.max_batch_size + 1)]
-    while any(one.lane is Lane.BULK for one in queue.lines):
+    while any(line.lane is Lane.BULK for line in queue.lines):
         person = queue.searching(endless).client
         taken = queue.cut()
         ran[Lane.INTERACTIVE] += taken.served.get(person, 0)
         ran[Lane.BULK] += taken.tokens - taken.served.get(person, 0)
-        if any(one.lane is Lane.BULK for one in queue.lines):
+        if any(line.lane is Lane.BULK for line in queue.lines):
             # Never further behind than a text that is not paid for yet, the share of one that has just been, and two
             # batches: one in which the debt grew past the text's price, and one that could not hold the next.
             behind = longest * (1 + share) + 2 * share * (budget.max_batch_tokens + query)
@@ -228,8 +228,8 @@ def test_a_deep_line_that_moves_does_not_age() -> None:
 @settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 200), min_size=40, max_size=40), min_size=2, max_size=6))
 def test_bulk_clients_take_turns_by_tokens(clients: list[list[int]]) -> None:
-    queue = Queue([Joining([Waiting(tokens) for tokens in one]) for one in clients], {"a": Budget(256, 64, 0)})
-    everyone = [one.client for one in queue.lines]
+    queue = Queue([Joining([Waiting(tokens) for tokens in lengths]) for lengths in clients], {"a": Budget(256, 64, 0)})
+    everyone = [line.client for line in queue.lines]
     longest = max(map(max, clients))
     while len(queue.lines) == len(clients):
         queue.cut()
@@ -260,7 +260,7 @@ def test_a_sequence_in_two_lines_runs_once() -> None:
     both = Waiting(10)
     lines = [line([both], Lane.INTERACTIVE), line([Waiting(5), both, Waiting(6)])]
     taken = cut(lines, {"a": Budget(500, 64, 500)}, RULES, owed=0.0, now=0.0)
-    assert [one.tokens for one in taken.batch] == [10, 5, 6]
+    assert [sequence.tokens for sequence in taken.batch] == [10, 5, 6]
     assert sum(taken.popped.values()) == 4
 
 
@@ -271,8 +271,8 @@ def test_a_sequence_in_two_lines_runs_once() -> None:
 def test_a_shared_prefix_counts_once_a_batch(lengths: list[tuple[int, range | None]], limit: int) -> None:
     queue = [Waiting(own + (len(prefix) if prefix else 0), False, prefix) for own, prefix in lengths]
     taken = cut([line(queue)], {"a": Budget(limit, 64, 0)}, RULES, owed=0.0, now=0.0)
-    prefixes = {id(one.prefix): len(one.prefix) for one in taken.batch if one.prefix is not None}
-    own = sum(len(one) - (len(one.prefix) if one.prefix is not None else 0) for one in taken.batch)
+    prefixes = {id(sequence.prefix): len(sequence.prefix) for sequence in taken.batch if sequence.prefix is not None}
+    own = sum(len(sequence) - (len(sequence.prefix) if sequence.prefix is not None else 0) for sequence in taken.batch)
     assert taken.tokens == own + sum(prefixes.values())
     assert taken.tokens <= limit or len(taken.batch) == 1
 

@@ -371,7 +371,7 @@ async def test_the_client_that_was_away_longest_is_forgotten_first() -> None:
 
 
 async def order_of(runner: GatedRunner, *futures: asyncio.Future[SequenceResult]) -> list[float]:
-    """Let everything run, one text a batch; the texts in the order in which they ran."""
+    """Let everything run, one text per batch. Returns the texts in the order in which they ran."""
     for _ in range(1000):
         runner.permits.release()
     await sums(futures)
@@ -405,7 +405,7 @@ async def test_the_jobs_of_one_client_take_turns() -> None:
 
 
 async def test_jobs_that_stand_still_give_their_client_no_precedence() -> None:
-    """With many jobs one of them is always the longest waiting; only a client that gets nothing has aged."""
+    """One of many jobs always waits longest, but only a client that gets nothing is aged."""
     now = 0.0
     runner = GatedRunner()
     scheduler = Scheduler(runner, dict.fromkeys(MODELS, ONE_BY_ONE), clock=lambda: now)
@@ -472,7 +472,7 @@ async def test_texts_apart_are_not_taken_for_equal() -> None:
 
 
 async def test_one_models_texts_do_not_fill_the_batch_of_another() -> None:
-    """A batch goes behind a busy device when it is full: that of its own model, by that model's budget."""
+    """A batch is launched behind a busy device once it is full, judged by its own model's texts and budget."""
     runner = GatedRunner()
     budgets = {
         "a": Budget(max_batch_tokens=100, max_batch_size=64),

@@ -22,7 +22,7 @@ OLD, NEW, OF_FILE = "the-first-secret", "the-second-secret", "the-third-secret"
 class Locked:
     """A server with keys, and the files that it has them from."""
 
-    one: Service
+    server: Service
     settings: Path
     keys: Path
     gate: Path
@@ -37,19 +37,19 @@ class Locked:
 
     def reload(self) -> str:
         """Have it read the files; what it says to that."""
-        said = self.one.said()
-        self.one.signal(signal.SIGHUP)
-        return until(lambda: self.one.said()[len(said) :].partition("SIGHUP: ")[2].partition("\n")[0])
+        log_before = self.server.log()
+        self.server.signal(signal.SIGHUP)
+        return until(lambda: self.server.log()[len(log_before) :].partition("SIGHUP: ")[2].partition("\n")[0])
 
     def ask(self, key: str, model: str | None = None, text: str = "x") -> int:
         """The status of a request with a key."""
         headers = {"Authorization": f"Bearer {key}"}
         body = {"input": text, "model": model}
-        return httpx.post(f"{self.one.url}/v1/embeddings", json=body, headers=headers, timeout=60).status_code
+        return httpx.post(f"{self.server.url}/v1/embeddings", json=body, headers=headers, timeout=60).status_code
 
     def aliases(self, key: str) -> list[str]:
         """What the list of models shows."""
-        listed = self.one.http.get("/v1/models", headers={"x-api-key": key}).json()
+        listed = self.server.http.get("/v1/models", headers={"x-api-key": key}).json()
         aliases: list[str] = listed["data"][0]["aliases"]
         return aliases
 
@@ -60,11 +60,11 @@ def locked(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> Ite
     (gate := folder / "gate").touch()
     tiny, settings = tiny_bert(folder / "tiny", minilm_folder), folder / "settings.env"
     serve = ("-m", "tests.held_server", str(gate), "--env-file", str(settings), "--admin-api-key", "the-admin-secret")
-    with service(tiny, folder / "state", folder / "log", {"STRICT_MODEL": "true"}, serve=serve) as one:
-        found = Locked(one, settings, folder / "keys", gate)
-        found.write(API_KEY=f"editor:{OLD}")
-        one.start()
-        yield found
+    with service(tiny, folder / "state", folder / "log", {"STRICT_MODEL": "true"}, serve=serve) as server:
+        guarded = Locked(server, settings, folder / "keys", gate)
+        guarded.write(API_KEY=f"editor:{OLD}")
+        server.start()
+        yield guarded
 
 
 @pytest.fixture(autouse=True)
@@ -79,10 +79,10 @@ def test_a_key_is_exchanged_and_what_runs_goes_on(locked: Locked) -> None:
     with ThreadPoolExecutor(1) as pool:
         with held(locked.gate):
             running = pool.submit(locked.ask, OLD, None, "in progress")
-            until(lambda: locked.one.http.get("/stats", headers={"x-api-key": OLD}).json()["gpu_busy"])
+            until(lambda: locked.server.http.get("/stats", headers={"x-api-key": OLD}).json()["gpu_busy"])
             locked.write(f"# a comment\n\neditor:{NEW}\n")
             assert locked.reload() == "keys: gone line 1; changed editor"
-            assert [locked.one.http.get("/stats", headers={"x-api-key": key}).status_code for key in (OLD, NEW)] == [
+            assert [locked.server.http.get("/stats", headers={"x-api-key": key}).status_code for key in (OLD, NEW)] == [
                 401,
                 200,
             ]
@@ -94,7 +94,7 @@ def test_a_key_is_exchanged_and_what_runs_goes_on(locked: Locked) -> None:
 def test_a_flag_wins_and_what_cannot_change_now_is_named(locked: Locked) -> None:
     locked.write(API_KEY=f"editor:{OLD}", ADMIN_API_KEY=NEW, MAX_QUEUED_TOKENS="3000000", GENERATION_API_KEY="hidden")
     assert locked.reload() == "nothing has changed"
-    until(lambda: "GENERATION_API_KEY, MAX_QUEUED_TOKENS changed too" in locked.one.said())
+    until(lambda: "GENERATION_API_KEY, MAX_QUEUED_TOKENS changed too" in locked.server.log())
     assert [locked.ask(key) for key in ("the-admin-secret", NEW)] == [200, 401]
 
 
@@ -115,9 +115,9 @@ def test_aliases_are_exchanged(locked: Locked) -> None:
 
 def test_a_mistake_changes_nothing_and_never_opens_the_server(locked: Locked) -> None:
     def stays(why: str) -> None:
-        said = locked.reload()
-        assert said.startswith("nothing is changed: ")
-        assert why in said
+        message = locked.reload()
+        assert message.startswith("nothing is changed: ")
+        assert why in message
         assert [locked.ask(key) for key in (OLD, OF_FILE, NEW, "none")] == [200, 200, 401, 401]
 
     locked.write(API_KEY=NEW, MAX_BATCH_SIZE="many")
@@ -136,8 +136,8 @@ def test_a_mistake_changes_nothing_and_never_opens_the_server(locked: Locked) ->
 def test_others_who_can_read_the_keys_are_warned_of(locked: Locked) -> None:
     locked.keys.chmod(0o644)
     locked.reload()
-    until(lambda: "can be read by other users" in locked.one.said())
+    until(lambda: "can be read by other users" in locked.server.log())
 
 
 def test_no_key_is_in_the_log(locked: Locked) -> None:
-    assert "secret" not in locked.one.said()
+    assert "secret" not in locked.server.log()

@@ -31,19 +31,19 @@ def systemd(tmp_path: Path) -> Iterator[socket.socket]:
         yield listening
 
 
-def told(systemd: socket.socket) -> dict[str, str]:
+def received(systemd: socket.socket) -> dict[str, str]:
     """The next message."""
     return dict(line.split("=", 1) for line in systemd.recv(65536).decode().split("\n"))
 
 
-def until_told(systemd: socket.socket, name: str, value: str = "") -> list[dict[str, str]]:
+def received_until(systemd: socket.socket, name: str, value: str = "") -> list[dict[str, str]]:
     """The messages up to the first with an assignment, the beats of the watchdog left out."""
-    found: list[dict[str, str]] = []
-    while not found or name not in found[-1] or value not in found[-1][name]:
-        message = told(systemd)
+    messages: list[dict[str, str]] = []
+    while not messages or name not in messages[-1] or value not in messages[-1][name]:
+        message = received(systemd)
         if message != {"WATCHDOG": "1"} or name == "WATCHDOG":
-            found.append(message)
-    return found
+            messages.append(message)
+    return messages
 
 
 @contextmanager
@@ -68,35 +68,35 @@ def test_from_the_start_to_the_end(systemd: socket.socket, tmp_path: Path, minil
         "DTYPE": "float32",
     }
     with broken_device(model, port, **environment) as process:
-        *loading, ready = until_told(systemd, "READY")
+        *loading, ready = received_until(systemd, "READY")
         assert loading
         for message in loading:
             assert re.match(r"loading: \d+ % \w", message["STATUS"])
             assert int(message["EXTEND_TIMEOUT_USEC"]) > 60_000_000
         assert ready == {"READY": "1", "STATUS": f"ready on http://127.0.0.1:{port}"}
-        until_told(systemd, "WATCHDOG")
-        until_told(systemd, "WATCHDOG")
+        received_until(systemd, "WATCHDOG")
+        received_until(systemd, "WATCHDOG")
 
         process.send_signal(signal.SIGHUP)
-        begun, done = until_told(systemd, "READY")
+        begun, done = received_until(systemd, "READY")
         assert begun["RELOADING"] == "1"
         assert int(begun["MONOTONIC_USEC"]) > 0
         assert done == {"READY": "1"}
 
         assert httpx.post(f"http://127.0.0.1:{port}/embed", json={"inputs": "x"}, timeout=60).status_code == 503
-        [failed] = until_told(systemd, "STATUS")
+        [failed] = received_until(systemd, "STATUS")
         assert "failed: 503: the device has failed" in failed["STATUS"]
         systemd.settimeout(0)
         with suppress(BlockingIOError):  # until the beats are read that were on their way
-            while told(systemd) == {"WATCHDOG": "1"}:
+            while received(systemd) == {"WATCHDOG": "1"}:
                 pass
         systemd.settimeout(4 * BEAT_SECONDS)
         with pytest.raises(TimeoutError):
-            told(systemd)
+            received(systemd)
 
         systemd.settimeout(60)
         process.send_signal(signal.SIGTERM)
-        [stopping] = until_told(systemd, "STOPPING")
+        [stopping] = received_until(systemd, "STOPPING")
         assert stopping["STATUS"] == "stopping: 0 requests in progress"
         assert int(stopping["EXTEND_TIMEOUT_USEC"]) == 35_000_000
         assert process.wait(60) == 1  # the device had failed

@@ -38,7 +38,7 @@ Work = tuple[str, dict[str, Any], tuple[str, ...]]
 
 
 def work(name: str) -> list[Work]:
-    """Requests of each kind that the cache has no answer for, and where their clients find the words of an error."""
+    """Requests of each kind that miss the cache, and where in an answer their clients find an error's message."""
     return [
         ("/v1/embeddings", {"input": [f"{name} one", f"{name} two"]}, ("error", "message")),
         ("/embed", {"inputs": [f"{name} {number}" for number in range(MANY)]}, ("error",)),
@@ -112,51 +112,51 @@ def stopped(
     }
     tiny = tiny_bert(folder / "tiny", minilm_folder)
     held_server = ("-m", "tests.held_server", str(gate))
-    with service(tiny, folder / "state", folder / "log", settings, serve=held_server) as one:
-        yield one
+    with service(tiny, folder / "state", folder / "log", settings, serve=held_server) as server:
+        yield server
 
 
-def stop(one: Service, says: str = "stopping: ") -> None:
+def stop(server: Service, says: str = "stopping: ") -> None:
     """Send SIGTERM and wait until it is seen."""
-    seen = one.said().count(says)
-    one.signal(signal.SIGTERM)
-    until(lambda: one.said().count(says) > seen)
+    seen = server.log().count(says)
+    server.signal(signal.SIGTERM)
+    until(lambda: server.log().count(says) > seen)
 
 
-def ask(one: Service, path: str, body: Any) -> httpx.Response:
-    return httpx.post(one.url + path, json=body, timeout=60)
+def ask(server: Service, path: str, body: Any) -> httpx.Response:
+    return httpx.post(server.url + path, json=body, timeout=60)
 
 
-def ask_all(one: Service, pool: ThreadPoolExecutor, name: str) -> list[Future[httpx.Response]]:
+def ask_all(server: Service, pool: ThreadPoolExecutor, name: str) -> list[Future[httpx.Response]]:
     """Send work of every kind, and wait until all of it is in progress."""
-    answers = [pool.submit(ask, one, path, body) for path, body, _ in work(name)]
-    until(lambda: one.get("/models")["data"][0]["stats"]["results_pending"] >= KINDS)
+    answers = [pool.submit(ask, server, path, body) for path, body, _ in work(name)]
+    until(lambda: server.get("/models")["data"][0]["stats"]["results_pending"] >= KINDS)
     return answers
 
 
 def words(answer: httpx.Response, where: tuple[str, ...]) -> str:
-    """The text of a refusal to try again, at its dialect's place."""
+    """The message of a 503 that asks to try again, from its place in the dialect."""
     assert answer.status_code == 503, answer.text
     assert int(answer.headers["retry-after"]) > 0
-    found = answer.json()
+    value = answer.json()
     for key in where:
-        found = found[key]
-    assert isinstance(found, str)
-    assert "try again" in found
-    return found
+        value = value[key]
+    assert isinstance(value, str)
+    assert "try again" in value
+    return value
 
 
 class RawUpload:
-    """POST /v1/files over a socket, half of which is sent."""
+    """A POST /v1/files over a socket of which only half is sent."""
 
-    def __init__(self, one: Service) -> None:
+    def __init__(self, server: Service) -> None:
         parts = ('name="purpose"\r\n\r\nbatch', 'name="file"; filename="a"\r\n\r\n' + "x" * 1000)
         body = "".join(f"--b\r\nContent-Disposition: form-data; {part}\r\n" for part in parts) + "--b--\r\n"
         head = (
             "POST /v1/files HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=b\r\n"
             f"Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n"
         )
-        self._socket = connected(one)
+        self._socket = connected(server)
         self._socket.sendall(head.encode())
         assert self._socket.recv(1024) == b"HTTP/1.1 100 Continue\r\n\r\n"  # it waits for the body
         self._socket.sendall(body[:500].encode())
@@ -172,27 +172,27 @@ class RawUpload:
             return b"".join(iter(lambda: self._socket.recv(65536), b""))
 
 
-def connected(one: Service, receive_buffer: int | None = None) -> socket.socket:
+def connected(server: Service, receive_buffer: int | None = None) -> socket.socket:
     """A connection of its own."""
     raw = socket.socket()
     raw.settimeout(60)
     if receive_buffer is not None:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-    raw.connect(("127.0.0.1", int(one.url.rpartition(":")[2])))
+    raw.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
     return raw
 
 
-def begun_stream(one: Service, pool: ThreadPoolExecutor, method: str, path: str, body: Any = None) -> Future[bytes]:
+def begun_stream(server: Service, pool: ThreadPoolExecutor, method: str, path: str, body: Any = None) -> Future[bytes]:
     """Read a stream to its end in the background; it has begun."""
     begun = threading.Event()
 
     def read() -> bytes:
-        with httpx.stream(method, one.url + path, json=body, timeout=60) as answer:
-            found = b""
+        with httpx.stream(method, server.url + path, json=body, timeout=60) as answer:
+            received = b""
             for chunk in answer.iter_raw():
-                found += chunk
+                received += chunk
                 begun.set()
-            return found
+            return received
 
     reading = pool.submit(read)
     assert begun.wait(60)
@@ -213,9 +213,13 @@ def test_what_runs_is_answered_what_comes_is_refused_and_a_batch_goes_on_later(
             file = httpx.post(
                 f"{stopped.url}/v1/files", data={"purpose": "batch"}, files={"file": ("input.jsonl", BATCH_INPUT)}
             )
-            asked = {"input_file_id": file.json()["id"], "endpoint": "/v1/embeddings", "completion_window": "24h"}
-            batch = stopped.post("/v1/batches", asked)["id"]
-            until(lambda: "batch begins" in stopped.said())
+            batch_fields = {
+                "input_file_id": file.json()["id"],
+                "endpoint": "/v1/embeddings",
+                "completion_window": "24h",
+            }
+            batch = stopped.post("/v1/batches", batch_fields)["id"]
+            until(lambda: "batch begins" in stopped.log())
             upload = RawUpload(stopped)
             stop(stopped)
 
@@ -240,8 +244,8 @@ def test_what_runs_is_answered_what_comes_is_refused_and_a_batch_goes_on_later(
         generation.go_on.happen()
         assert generated.result(60).endswith(DONE)
     assert stopped.ended_with() == 0
-    assert "all answered" in stopped.said()
-    assert "Traceback" not in stopped.said()
+    assert "all answered" in stopped.log()
+    assert "Traceback" not in stopped.log()
 
     assert computed < LINES + TEXTS, "nothing of the batch is left to be done"
     stopped.start()
@@ -273,7 +277,7 @@ def test_no_one_holds_up_the_end(stopped: Service, gate: Path) -> None:
         assert upload.answer().startswith(b"HTTP/1.1 503")
         assert stopped.ended_with() == 0
         assert time.monotonic() - began < 1 + 5 + 2
-    assert f"{KINDS + 2} requests were ended" in stopped.said()
+    assert f"{KINDS + 2} requests were ended" in stopped.log()
 
 
 def test_the_second_signal_ends_it_at_once(stopped: Service, gate: Path) -> None:
@@ -289,9 +293,9 @@ def test_the_second_signal_ends_it_at_once(stopped: Service, gate: Path) -> None
             words(answer.result(60), where)
         assert stopped.ended_with() == 0
     stopped.launch()
-    until(lambda: "listening on" in stopped.said().rpartition("stopped after")[2])
+    until(lambda: "listening on" in stopped.log().rpartition("stopped after")[2])
     listed = until(lambda: stopped.get("/jobs")["active"])
-    assert job in [one["id"] for one in listed]
+    assert job in [entry["id"] for entry in listed]
     stop(stopped)  # while it loads
     assert stopped.ended_with() == 0
 
@@ -301,32 +305,32 @@ def test_a_stop_while_the_models_load_is_a_clean_end(tmp_path: Path, minilm_fold
     """Whatever becomes of the loading, once nobody waits for it any more."""
     tiny = tiny_bert(tmp_path / "tiny", minilm_folder)
     serve = ("-m", "tests.slow_loading_server", how)
-    with service(tiny, tmp_path / "state", tmp_path / "log", serve=serve) as one:
-        one.launch()
-        until(lambda: loading(one).get("message") == LOADING)
-        assert loading(one)["status"] == "loading"
-        one.signal(signal.SIGTERM)
-        assert one.ended_with() == 0
-        assert "stopped after" in one.said()
-        assert "Traceback" not in one.said()
-        assert "Error" not in one.said()
+    with service(tiny, tmp_path / "state", tmp_path / "log", serve=serve) as server:
+        server.launch()
+        until(lambda: loading(server).get("message") == LOADING)
+        assert loading(server)["status"] == "loading"
+        server.signal(signal.SIGTERM)
+        assert server.ended_with() == 0
+        assert "stopped after" in server.log()
+        assert "Traceback" not in server.log()
+        assert "Error" not in server.log()
 
 
 def test_a_stop_while_torch_is_imported_is_a_clean_end(tmp_path: Path, minilm_folder: Path) -> None:
-    with service(minilm_folder, tmp_path / "state", tmp_path / "log") as one:
-        one.launch()
-        until(lambda: loading(one).get("status") == "loading")
-        one.signal(signal.SIGTERM)
-        assert one.ended_with() == 0
-        assert "Traceback" not in one.said()
+    with service(minilm_folder, tmp_path / "state", tmp_path / "log") as server:
+        server.launch()
+        until(lambda: loading(server).get("status") == "loading")
+        server.signal(signal.SIGTERM)
+        assert server.ended_with() == 0
+        assert "Traceback" not in server.log()
 
 
-def loading(one: Service) -> dict[str, Any]:
+def loading(server: Service) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = one.http.get("/health").json()
+        health: dict[str, Any] = server.http.get("/health").json()
     except httpx.TransportError:
         return {}
-    return found
+    return health
 
 
 async def test_every_route_refuses_work_or_is_known_to_bring_none() -> None:

@@ -24,9 +24,9 @@ def filled(path: Path, things: int = 1) -> None:
 
 
 def count(connection: sqlite3.Connection) -> int:
-    [found] = connection.execute("SELECT count(*) FROM things").fetchone()
+    [rows] = connection.execute("SELECT count(*) FROM things").fetchone()
     connection.close()
-    return int(found)
+    return int(rows)
 
 
 def test_what_is_committed_is_there_again(path: Path) -> None:

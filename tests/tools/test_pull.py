@@ -65,7 +65,7 @@ def test_a_pull_says_what_it_will_fetch_and_then_where_it_is(fake: FakeHub, tmp_
 def test_a_second_pull_says_that_everything_is_there(fake: FakeHub, capsys: Captured) -> None:
     run_pull(NAME)
     first = capsys.readouterr().out
-    fake.asked.clear()
+    fake.received.clear()
     assert run_pull(NAME) == 0
     out, err = capsys.readouterr()
     assert out == first
@@ -154,7 +154,7 @@ def nothing(fake: FakeHub, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "revision", "arrange", "said"),
+    ("model", "revision", "arrange", "reason"),
     [
         (NAME, None, no_weights, "has no model.safetensors"),
         (NAME, None, full_disk, "10 bytes are free"),
@@ -172,7 +172,7 @@ def test_refused_in_one_sentence_before_anything_is_fetched(
     model: str,
     revision: str | None,
     arrange: object,
-    said: str,
+    reason: str,
 ) -> None:
     assert callable(arrange)
     arrange(fake, monkeypatch)
@@ -180,7 +180,7 @@ def test_refused_in_one_sentence_before_anything_is_fetched(
     out, err = capsys.readouterr()
     assert out == ""
     assert err.splitlines()[-1].startswith(f"vecmill: {model}")
-    assert said in err.splitlines()[-1]
+    assert reason in err.splitlines()[-1]
     assert fake.fetched() == []
 
 
@@ -287,9 +287,9 @@ def test_pickles_are_converted_once_where_that_is_asked_for(fake: FakeHub, tmp_p
     assert (folder / "1_Pooling" / "config.json").is_file()
     assert not list((tmp_path / "models--owner--tiny").rglob("*.safetensors"))
     assert sorted(path.name for path in folder.parent.iterdir()) == [COMMIT]  # nothing is left of the work
-    fake.asked.clear()
-    found = find(NAME)  # from now on it is served by its name, and the hub is not asked
-    assert (found.folder, read(found).revision, fake.asked) == (folder, COMMIT, [])
+    fake.received.clear()
+    source = find(NAME)  # from now on it is served by its name, and the hub is not asked
+    assert (source.folder, read(source).revision, fake.received) == (folder, COMMIT, [])
     assert run_pull(NAME, convert_pickle=True) == 0
     assert "this was done before" in capsys.readouterr().err
 
@@ -337,13 +337,13 @@ def test_a_folder_s_changed_pickles_are_converted_anew(fake: FakeHub, tmp_path: 
         return Path(out.splitlines()[0].split()[-1]), err
 
     first, _ = converted(CONFIG, 1)
-    again, said = converted(CONFIG, 1)
-    assert (again, "done before" in said) == (first, True)
-    second, said = converted(CONFIG, 2)
-    assert (second, "done before" in said) == (first, False)
+    again, output = converted(CONFIG, 1)
+    assert (again, "done before" in output) == (first, True)
+    second, output = converted(CONFIG, 2)
+    assert (second, "done before" in output) == (first, False)
     assert load_file(second / "model.safetensors")["w"].tolist() == [2] * 8
-    third, said = converted(CONFIG + b" ", 2)
-    assert ((third / "config.json").read_bytes(), "done before" in said) == (CONFIG + b" ", False)
+    third, output = converted(CONFIG + b" ", 2)
+    assert ((third / "config.json").read_bytes(), "done before" in output) == (CONFIG + b" ", False)
     assert [path.name for path in third.parent.iterdir()] == ["mine"]  # nothing is left of those before
 
 
@@ -361,7 +361,7 @@ def test_safetensors_are_pulled_though_a_conversion_is_asked_for(fake: FakeHub, 
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "reason"),
     [
         (lambda ran: pickled({"a": torch.ones(3), "b": Hostile(f"touch {ran}")}), "asks for `posix.system` when it is"),
         (
@@ -379,14 +379,14 @@ def test_safetensors_are_pulled_though_a_conversion_is_asked_for(fake: FakeHub, 
     ],
 )
 def test_a_pickle_that_is_not_of_weights_is_refused_in_one_sentence(
-    fake: FakeHub, tmp_path: Path, capsys: Captured, content: Callable[[Path], bytes], said: str
+    fake: FakeHub, tmp_path: Path, capsys: Captured, content: Callable[[Path], bytes], reason: str
 ) -> None:
     only_pickles(fake, content(tmp_path / "ran"))
     assert run_pull(NAME, convert_pickle=True) == 1
     out, err = capsys.readouterr()
     last = err.splitlines()[-1]
     assert last.startswith("vecmill: owner/tiny: pytorch_model.bin ")
-    assert said in last
+    assert reason in last
     assert out == ""
     assert not (tmp_path / "ran").exists()
     assert not list((tmp_path / "home").rglob("*.safetensors"))

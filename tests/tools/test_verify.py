@@ -238,6 +238,6 @@ def test_texts_and_scores_are_those_of_the_facts() -> None:
         assert example is not None
         check = example.checks[0]
         assert isinstance(check, ScoreCheck)
-        assert list(check.queries) == [one["text"] for one in queries]
-        assert list(check.documents) == [one["text"] for one in documents]
+        assert list(check.queries) == [query["text"] for query in queries]
+        assert list(check.documents) == [document["text"] for document in documents]
         assert np.array(check.expected) == pytest.approx(np.array(scores), abs=5.1e-5)

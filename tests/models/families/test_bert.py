@@ -40,8 +40,8 @@ async def test_each_pooling_equals_sentence_transformers(
     else:
         folder = tiny_xlm_roberta(tmp_path / "tiny", pooling=pooling)
     async with serving(embed_model=str(folder)) as client:
-        found = (await client.post("/embed", json={"inputs": TEXTS})).json()
-    np.testing.assert_allclose(np.array(found), st_encode(folder, TEXTS), atol=1e-5)
+        vectors = (await client.post("/embed", json={"inputs": TEXTS})).json()
+    np.testing.assert_allclose(np.array(vectors), st_encode(folder, TEXTS), atol=1e-5)
 
 
 async def test_the_models_own_prompts_are_applied_by_role_and_by_name(tmp_path: Path, minilm_folder: Path) -> None:
@@ -81,11 +81,11 @@ async def test_cross_encoders_equal_sentence_transformers(
         for query in QUERIES:
             body = {"query": query, "documents": PAIRS, "raw_scores": True}
             answer = (await client.post("/v1/rerank", json=body)).json()
-            found = {one["index"]: one["relevance_score"] for one in answer["results"]}
+            by_index = {result["index"]: result["relevance_score"] for result in answer["results"]}
             wanted = cross_encoder_scores(folder, query, PAIRS, max_length=64)
-            np.testing.assert_allclose([found[index] for index in range(len(PAIRS))], wanted, atol=1e-5)
+            np.testing.assert_allclose([by_index[index] for index in range(len(PAIRS))], wanted, atol=1e-5)
             scaled = (await client.post("/rerank", json={**body, "raw_scores": False})).json()["results"]
-            relevance = {one["index"]: one["relevance_score"] for one in scaled}
+            relevance = {result["index"]: result["relevance_score"] for result in scaled}
             np.testing.assert_allclose(
                 [relevance[index] for index in range(len(PAIRS))], 1 / (1 + np.exp(-wanted)), atol=1e-5
             )

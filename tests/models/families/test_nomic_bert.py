@@ -24,8 +24,8 @@ async def test_nomic_equals_transformers(tmp_path: Path, minilm_folder: Path, pr
     task = {"search_query: ": "search_query", "search_document: ": "search_document", "clustering: ": "clustering"}
     fields = {"input_type": task[prompt]} if prompt else {}
     async with serving(embed_model=str(folder)) as client:
-        found = (await client.post("/embed", json={"inputs": TEXTS, **fields})).json()
-    np.testing.assert_allclose(np.array(found), nomic_encode(folder, TEXTS, prompt=prompt), atol=1e-5)
+        vectors = (await client.post("/embed", json={"inputs": TEXTS, **fields})).json()
+    np.testing.assert_allclose(np.array(vectors), nomic_encode(folder, TEXTS, prompt=prompt), atol=1e-5)
 
 
 async def test_nomics_fewer_dimensions_are_layer_normed_first(tmp_path: Path, minilm_folder: Path) -> None:

@@ -37,7 +37,7 @@ def loaded() -> LoadedModel:
 async def test_texts_equal_the_reference(loaded: LoadedModel, name: str) -> None:
     case = CASES[name]
     with text_tokenizer(loaded, case["max_length"]) as tokenizer:
-        rows = [one.row for one in await tokenizer.encode(case["texts"], case["instruction"])]
+        rows = [tokenized.row for tokenized in await tokenizer.encode(case["texts"], case["instruction"])]
     assert [row.token_ids.tolist() for row in rows] == case["ids_without_padding"]
     for row, pooled in zip(rows, EXPECTED[f"{name}.pool_mask"], strict=True):
         assert row.unpooled == int((pooled[: len(row)] == 0).sum())
@@ -61,9 +61,9 @@ async def test_weights_rounded_to_float16_equal_the_reference(tmp_path: Path) ->
     case = CASES[CASES["fp16_rounded_weights"]["same_inputs_as"]]
     rounded = load_model(folder)
     with text_tokenizer(rounded, case["max_length"]) as tokenizer:
-        rows = [one.row for one in await tokenizer.encode(case["texts"], case["instruction"])]
-    found = unit(run(rounded[1], rows))
-    np.testing.assert_allclose(found, EXPECTED["fp16_rounded_weights.embeddings"], atol=1e-5)
+        rows = [tokenized.row for tokenized in await tokenizer.encode(case["texts"], case["instruction"])]
+    actual = unit(run(rounded[1], rows))
+    np.testing.assert_allclose(actual, EXPECTED["fp16_rounded_weights.embeddings"], atol=1e-5)
 
 
 async def test_over_http_a_query_is_the_reference_with_the_cards_instruction() -> None:
@@ -71,8 +71,8 @@ async def test_over_http_a_query_is_the_reference_with_the_cards_instruction() -
     wanted = EXPECTED["ragged_instruction.embeddings"]
     task = "Given a question, retrieve passages that answer the question"
     async with serving(embed_model=str(FOLDER)) as client:
-        for said in ({"is_query": True}, {"instruction": task}, {"instruction": case["instruction"]}):
-            answer = await client.post("/embed", json={"inputs": case["texts"], **said})
+        for fields in ({"is_query": True}, {"instruction": task}, {"instruction": case["instruction"]}):
+            answer = await client.post("/embed", json={"inputs": case["texts"], **fields})
             np.testing.assert_allclose(np.array(answer.json()), wanted, atol=1e-5)
         prefixed = [case["instruction"] + text for text in case["texts"]]
         answer = await client.post("/embed", json={"inputs": prefixed, "is_query": True})

@@ -19,8 +19,8 @@ from vecmill.core.types import Task
 
 FOLDER = GOLDEN / "qwen3" / "embedding"
 TINY = (TinyModel(Task.EMBED, "qwen3", lambda folder: FOLDER, prefixes=True),)
-SAID = json.loads((GOLDEN / "qwen3" / "embedding_cases.json").read_text())
-CASES: dict[str, dict[str, Any]] = {case["name"]: case for case in SAID["cases"]}
+REFERENCE = json.loads((GOLDEN / "qwen3" / "embedding_cases.json").read_text())
+CASES: dict[str, dict[str, Any]] = {case["name"]: case for case in REFERENCE["cases"]}
 EXPECTED = load_file(GOLDEN / "qwen3" / "embedding_cases.safetensors")
 
 
@@ -33,7 +33,7 @@ def loaded() -> LoadedModel:
 async def test_texts_equal_the_card(loaded: LoadedModel, name: str) -> None:
     case = CASES[name]
     with text_tokenizer(loaded, case["max_length"]) as tokenizer:
-        rows = [one.row for one in await tokenizer.encode(case["texts"], case["prompt"])]
+        rows = [tokenized.row for tokenized in await tokenizer.encode(case["texts"], case["prompt"])]
     assert [row.token_ids.tolist() for row in rows] == case["ids"]
     np.testing.assert_allclose(unit(run(loaded[1], rows)), EXPECTED[f"{name}.embeddings"], atol=1e-5)
 
@@ -48,7 +48,7 @@ async def test_a_tokenizer_that_does_not_end_texts_is_taken_at_its_word(tmp_path
     case = CASES["documents"]
     own, early = plain_tokenizer(folder), load_model(folder)
     with text_tokenizer(early, case["max_length"]) as tokenizer:
-        rows = [one.row for one in await tokenizer.encode(case["texts"])]
+        rows = [tokenized.row for tokenized in await tokenizer.encode(case["texts"])]
     expected = [own.encode(text).ids[: case["max_length"]] for text in case["texts"]]
     assert [row.token_ids.tolist() for row in rows] == expected
 
@@ -61,7 +61,7 @@ async def test_over_http_queries_documents_and_dimensions_equal_the_card(tmp_pat
 
         async def embed(texts: list[str], **fields: object) -> Any:
             answer = await client.post("/v1/embeddings", json={"input": texts, **fields})
-            return np.array([one["embedding"] for one in answer.json()["data"]])
+            return np.array([entry["embedding"] for entry in answer.json()["data"]])
 
         wanted = EXPECTED["queries.embeddings"]
         np.testing.assert_allclose(await embed(queries, input_type="query"), wanted, atol=1e-5)

@@ -28,8 +28,8 @@ TINY = (TinyModel(Task.RERANK, "qwen3", lambda folder: GOLDEN / "qwen3" / "reran
 
 
 def cases(name: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((GOLDEN / "qwen3" / f"{name}_cases.json").read_text())["cases"]
-    return found
+    loaded: list[dict[str, Any]] = json.loads((GOLDEN / "qwen3" / f"{name}_cases.json").read_text())["cases"]
+    return loaded
 
 
 EVERY = [pytest.param(name, case, id=f"{HEADS[name]}-{i}") for name in HEADS for i, case in enumerate(cases(name))]
@@ -41,7 +41,7 @@ def loaded() -> dict[str, Any]:
 
 
 def with_shared_prefix(rows: Sequence[TokenIds]) -> list[Row]:
-    """Rows whose leading tokens, as far as they are the same in all, are one prefix; each keeps a token of its own."""
+    """Rows that share their common leading tokens as one prefix; each keeps at least one token of its own."""
     longest = min(map(len, rows)) - 1
     same = np.all([row[:longest] == rows[0][:longest] for row in rows], axis=0)
     common = longest if same.all() else int(same.argmin())
@@ -75,11 +75,11 @@ async def test_ids_equal_the_card(loaded: dict[str, Any], name: str, case: dict[
         # Control tokens in a document are read as the card's code reads them; one document has some.
         pool = TokenizerPool(read_file(checkpoint.tokenizer_file), model.vocab_size, 512, threads)
         tokenizer = InstructTokenizer(pool, pool, case["max_length"], PAIR_PROMPT, DEFAULT_INSTRUCTION)
-        found = await tokenizer.encode(case["query"], case["documents"], case["instruction"])
-    for one, wanted in zip(found, case["ids"], strict=True):
-        assert one.row.prefix is not None
-        assert [*one.row.prefix.token_ids.tolist(), *one.row.token_ids.tolist()] == wanted
-    assert any(one.truncated for one in found) == (case["max_length"] < 512)
+        tokenized = await tokenizer.encode(case["query"], case["documents"], case["instruction"])
+    for pair, wanted in zip(tokenized, case["ids"], strict=True):
+        assert pair.row.prefix is not None
+        assert [*pair.row.prefix.token_ids.tolist(), *pair.row.token_ids.tolist()] == wanted
+    assert any(pair.truncated for pair in tokenized) == (case["max_length"] < 512)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -92,12 +92,14 @@ async def test_over_http_scores_equal_the_card(name: str) -> None:
             for case in (case for case in cases(name) if case["max_length"] == length):
                 body = {key: case[key] for key in ("query", "documents", "instruction")}
                 answer = (await client.post("/v1/rerank", json=body)).json()
-                scores = {one["index"]: one["relevance_score"] for one in answer["results"]}
+                scores = {result["index"]: result["relevance_score"] for result in answer["results"]}
                 np.testing.assert_allclose([scores[i] for i in range(len(scores))], case["p_yes"], atol=1e-5)
-                assert [one["relevance_score"] for one in answer["results"]] == sorted(scores.values(), reverse=True)
+                assert [result["relevance_score"] for result in answer["results"]] == sorted(
+                    scores.values(), reverse=True
+                )
                 assert (answer["model"], answer["meta"]["method"]) == (name, "cross_encoder")
                 raw = (await client.post("/v1/rerank", json={**body, "raw_scores": True})).json()["results"]
-                logits = {one["index"]: one["relevance_score"] for one in raw}
+                logits = {result["index"]: result["relevance_score"] for result in raw}
                 np.testing.assert_allclose([logits[i] for i in range(len(logits))], case["logit_diff"], atol=5e-5)
 
 
@@ -110,7 +112,7 @@ async def test_scores_equal_the_card_over_several_batches_that_share_a_prefix() 
         answers = await asyncio.gather(*(client.post("/v1/rerank", json=body) for _ in range(3)))
         after = (await client.get("/stats/detailed")).json()["batch_sizes"]
     for answer in answers:
-        scores = {one["index"]: one["relevance_score"] for one in answer.json()["results"]}
+        scores = {result["index"]: result["relevance_score"] for result in answer.json()["results"]}
         np.testing.assert_allclose([scores[i] for i in range(len(scores))], case["p_yes"], atol=1e-5)
     assert before != after
     assert after["recent_avg"] < len(case["documents"])

@@ -19,5 +19,5 @@ def bench_json(*arguments: object) -> dict[str, Any]:
     """Run it with --json: the object, of a run without errors."""
     result = bench("--json", *arguments)
     assert result.exit_code == 0, result.output
-    found: dict[str, Any] = orjson.loads(result.stdout)
-    return found
+    report: dict[str, Any] = orjson.loads(result.stdout)
+    return report

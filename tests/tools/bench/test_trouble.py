@@ -26,8 +26,8 @@ def test_a_busy_server_is_waited_for(status: int, retry_after: str) -> None:
         return Reply(BUSY, status, {"Retry-After": retry_after}) if number in (0, 2, 3) else vectors(body)
 
     with scripted(answer) as server:
-        found = bench_json(server.url, *LEVEL)
-    outcomes = found["levels"][0]["outcomes"]
+        report = bench_json(server.url, *LEVEL)
+    outcomes = report["levels"][0]["outcomes"]
     assert outcomes["retries"] == {str(status): 2}  # the first was the warm-up's
     assert outcomes["errors"] == {}
     assert outcomes["requests"] == 2
@@ -89,7 +89,7 @@ def test_an_unreachable_server_is_one_sentence() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "reason"),
     [
         (Reply({"error": "no such path"}, 404), "was answered with 404: no such path"),
         (Reply({"detail": "Unauthorized"}, 401), "was answered with 401: Unauthorized"),
@@ -99,17 +99,17 @@ def test_an_unreachable_server_is_one_sentence() -> None:
         (Reply({"data": [{"embedding": "%"}, {"embedding": "%"}]}), "is not one of the dialect openai"),
     ],
 )
-def test_a_wrong_first_answer_ends_it(reply: Reply, said: str) -> None:
+def test_a_wrong_first_answer_ends_it(reply: Reply, reason: str) -> None:
     with scripted(lambda number, body: reply) as server:
         result = bench(server.url, *LEVEL)
     assert result.exit_code == 1
     assert result.stdout == ""
-    assert said in result.stderr
+    assert reason in result.stderr
     assert len(server.asked) == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "reason"),
     [
         (("--connections", "1,none"), "--connections 1,none: expected numbers"),
         (("--connections", "0"), "--connections 0: expected numbers"),
@@ -122,11 +122,11 @@ def test_a_wrong_first_answer_ends_it(reply: Reply, said: str) -> None:
         (("--folder", "nowhere"), "nowhere is not a folder"),
     ],
 )
-def test_options_that_do_not_fit_are_said_before_anything_is_sent(options: tuple[str, ...], said: str) -> None:
+def test_options_that_do_not_fit_are_said_before_anything_is_sent(options: tuple[str, ...], reason: str) -> None:
     with scripted(lambda number, body: vectors(body)) as server:
         result = bench(server.url, *options)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert reason in result.stderr
     assert server.asked == []
 
 

@@ -60,4 +60,4 @@ def test_a_folder_without_text_is_an_error(tmp_path: Path) -> None:
 
 def test_requests_hold_a_batch_each() -> None:
     requests = payloads(BenchTarget("host"), ["a", "b", "ü"], 2)
-    assert [(one.texts, one.text_bytes) for one in requests] == [(2, 2), (1, 2)]
+    assert [(request.texts, request.text_bytes) for request in requests] == [(2, 2), (1, 2)]

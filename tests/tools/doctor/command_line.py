@@ -25,12 +25,12 @@ def doctor(*options: str, **environment: str) -> Result:
 def checks(*names: str, **environment: str) -> dict[str, Check]:
     """What some checks found, by name; the exit code says the same."""
     result = doctor("--json", "--only", ",".join(names), **environment)
-    said = json.loads(result.stdout)
+    report = json.loads(result.stdout)
     assert result.stderr == ""
-    assert said["ok"] is all(check["status"] != "fail" for check in said["checks"]), said
-    assert result.exit_code == (0 if said["ok"] else 1), result.output
-    assert [check["name"] for check in said["checks"]] == list(names)
-    return {check["name"]: check for check in said["checks"]}
+    assert report["ok"] is all(check["status"] != "fail" for check in report["checks"]), report
+    assert result.exit_code == (0 if report["ok"] else 1), result.output
+    assert [check["name"] for check in report["checks"]] == list(names)
+    return {check["name"]: check for check in report["checks"]}
 
 
 def check(name: str, **environment: str) -> Check:

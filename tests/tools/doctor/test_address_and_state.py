@@ -30,7 +30,7 @@ def running(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> It
 
 
 class Nobody(BaseHTTPRequestHandler):
-    """Knows nothing."""
+    """An HTTP server that answers every request with 404."""
 
     def do_GET(self) -> None:
         self.send_error(404)
@@ -52,9 +52,9 @@ def another_http_server() -> Iterator[int]:
 
 
 def test_a_free_port_and_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:
-    found = checks("port", "state", PORT=str(free_port()), STATE_DIR=str(tmp_path / "state"))
-    assert found["port"]["seen"].endswith("is free")
-    assert found["state"]["seen"].endswith("can be written, and is made at the start")
+    results = checks("port", "state", PORT=str(free_port()), STATE_DIR=str(tmp_path / "state"))
+    assert results["port"]["seen"].endswith("is free")
+    assert results["state"]["seen"].endswith("can be written, and is made at the start")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -65,32 +65,32 @@ def test_a_folder_that_is_there_keeps_nothing_of_the_check(tmp_path: Path) -> No
 
 def test_a_port_taken_by_another_server() -> None:
     with another_http_server() as port:
-        found = check("port", PORT=str(port))
-    assert found["status"] == "fail"
-    assert "an HTTP server that is not vecmill (BaseHTTP" in found["seen"]
-    assert f"sudo ss -ltnp 'sport = :{port}'" in found["cure"]
+        result = check("port", PORT=str(port))
+    assert result["status"] == "fail"
+    assert "an HTTP server that is not vecmill (BaseHTTP" in result["seen"]
+    assert f"sudo ss -ltnp 'sport = :{port}'" in result["cure"]
 
 
 def test_an_address_of_another_machine() -> None:
-    found = check("port", HOST="192.0.2.1")
-    assert found["status"] == "fail"
-    assert "Set HOST to an address of this machine" in found["cure"]
+    result = check("port", HOST="192.0.2.1")
+    assert result["status"] == "fail"
+    assert "Set HOST to an address of this machine" in result["cure"]
 
 
 def test_beside_the_running_server_all_is_well(running: Service) -> None:
     address = running.url.rpartition(":")[2]
-    found = checks("memory", "port", "state", PORT=address, STATE_DIR=str(running.state))
-    assert {one["status"] for one in found.values()} == {"ok"}
-    assert f"the server at {running.url} has its models loaded" in found["memory"]["seen"]
-    assert f"vecmill {__version__} runs there, status ok" in found["port"]["seen"]
-    assert f"in use by a vecmill server; one runs at {running.url}" in found["state"]["seen"]
+    results = checks("memory", "port", "state", PORT=address, STATE_DIR=str(running.state))
+    assert {result["status"] for result in results.values()} == {"ok"}
+    assert f"the server at {running.url} has its models loaded" in results["memory"]["seen"]
+    assert f"vecmill {__version__} runs there, status ok" in results["port"]["seen"]
+    assert f"in use by a vecmill server; one runs at {running.url}" in results["state"]["seen"]
     running.assert_healthy()
 
 
 def test_a_folder_held_by_a_server_somewhere_else(running: Service) -> None:
-    found = check("state", PORT=str(free_port()), STATE_DIR=str(running.state))
-    assert (found["status"], "in use by a vecmill server" in found["seen"]) == ("fail", True)
-    assert "a STATE_DIR of its own" in found["cure"]
+    result = check("state", PORT=str(free_port()), STATE_DIR=str(running.state))
+    assert (result["status"], "in use by a vecmill server" in result["seen"]) == ("fail", True)
+    assert "a STATE_DIR of its own" in result["cure"]
     running.assert_healthy()
 
 
@@ -116,8 +116,8 @@ def test_servers_with_redis_share_a_folder(tmp_path: Path) -> None:
 
 def test_a_file_in_the_folder_s_place(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("")
-    found = check("state", STATE_DIR=str(tmp_path / "state"))
-    assert (found["status"], found["seen"]) == ("fail", f"STATE_DIR={tmp_path}/state is a file")
+    result = check("state", STATE_DIR=str(tmp_path / "state"))
+    assert (result["status"], result["seen"]) == ("fail", f"STATE_DIR={tmp_path}/state is a file")
 
 
 def test_a_folder_on_a_disk_that_cannot_be_written(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path) -> None:
 
 
 def test_a_disk_with_less_room_than_the_cache_may_take_is_a_warning() -> None:
-    found = check("disk", CACHE_MAX_BYTES=str(10**18))
-    assert found["status"] == "warn"
-    assert "Lower CACHE_MAX_BYTES" in found["cure"]
+    result = check("disk", CACHE_MAX_BYTES=str(10**18))
+    assert result["status"] == "warn"
+    assert "Lower CACHE_MAX_BYTES" in result["cure"]
     assert check("disk", CACHE_MAX_BYTES="1000000")["status"] == "ok"

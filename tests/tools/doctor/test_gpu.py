@@ -39,8 +39,8 @@ def built(build: Mapping[str, str | None]) -> str:
 def test_a_gb10_beside_a_torch_without_cuda() -> None:
     """What a Spark looks like when torch was installed from the wrong place."""
     names = ("torch", "driver", "gpu", "clock", "allocation", "compile")
-    found = checks(*names, FAKE_NVML=str(GB10), RECORDED_PROBES=built(CPU_ONLY))
-    assert {name: one["status"] for name, one in found.items()} == {
+    results = checks(*names, FAKE_NVML=str(GB10), RECORDED_PROBES=built(CPU_ONLY))
+    assert {name: result["status"] for name, result in results.items()} == {
         "torch": "fail",
         "driver": "ok",
         "gpu": "ok",
@@ -48,61 +48,61 @@ def test_a_gb10_beside_a_torch_without_cuda() -> None:
         "allocation": "ok",
         "compile": "ok",
     }
-    assert "CPU-only build, beside an NVIDIA GPU" in found["torch"]["seen"]
-    assert "pip install --force-reinstall 'torch>=2.11'" in found["torch"]["cure"]
-    assert "DEVICE=cpu" in found["torch"]["cure"]
-    assert found["driver"]["seen"] == "driver 580.173.02, for CUDA up to 13.0"
-    assert "5 are not available, which is normal for it" in found["gpu"]["seen"]
-    assert found["gpu"]["details"]["memory_total_mb"] == "not available: this GPU does not have it"
-    assert "cannot put a load on the GPU" in found["clock"]["seen"]
-    assert found["clock"]["cure"] == "See the check torch."
+    assert "CPU-only build, beside an NVIDIA GPU" in results["torch"]["seen"]
+    assert "pip install --force-reinstall 'torch>=2.11'" in results["torch"]["cure"]
+    assert "DEVICE=cpu" in results["torch"]["cure"]
+    assert results["driver"]["seen"] == "driver 580.173.02, for CUDA up to 13.0"
+    assert "5 are not available, which is normal for it" in results["gpu"]["seen"]
+    assert results["gpu"]["details"]["memory_total_mb"] == "not available: this GPU does not have it"
+    assert "cannot put a load on the GPU" in results["clock"]["seen"]
+    assert results["clock"]["cure"] == "See the check torch."
 
 
 @pytest.mark.usefixtures("recorded_probes")
 def test_a_gb10_beside_a_torch_that_finds_no_driver() -> None:
     """In a container that was given NVML's library and not CUDA's."""
-    found = checks("torch", "clock", FAKE_NVML=str(GB10), RECORDED_PROBES=built(NO_DRIVER))
-    assert {name: one["status"] for name, one in found.items()} == {"torch": "fail", "clock": "warn"}
-    assert "CUDA 13.0, cannot use the GPU: Found no NVIDIA driver on your system" in found["torch"]["seen"]
-    assert "nvidia-smi (see the check driver)" in found["torch"]["cure"]
-    assert "DEVICE=cpu" in found["torch"]["cure"]
+    results = checks("torch", "clock", FAKE_NVML=str(GB10), RECORDED_PROBES=built(NO_DRIVER))
+    assert {name: result["status"] for name, result in results.items()} == {"torch": "fail", "clock": "warn"}
+    assert "CUDA 13.0, cannot use the GPU: Found no NVIDIA driver on your system" in results["torch"]["seen"]
+    assert "nvidia-smi (see the check driver)" in results["torch"]["cure"]
+    assert "DEVICE=cpu" in results["torch"]["cure"]
 
 
 def test_device_cpu_is_a_choice() -> None:
-    found = checks("torch", "clock", FAKE_NVML=str(GB10), DEVICE="cpu")
-    assert {one["status"] for one in found.values()} == {"ok"}
-    assert "DEVICE=cpu leaves the GPU unused" in found["torch"]["seen"]
+    results = checks("torch", "clock", FAKE_NVML=str(GB10), DEVICE="cpu")
+    assert {result["status"] for result in results.values()} == {"ok"}
+    assert "DEVICE=cpu leaves the GPU unused" in results["torch"]["seen"]
 
 
 def test_people_see_every_field() -> None:
-    said = doctor("--only", "gpu", FAKE_NVML=str(GB10)).stdout
-    assert "\n                  sm_clock_mhz: 2190\n" in said
-    assert "\n                  power_limit_watts: not available: this GPU does not have it\n" in said
+    printed = doctor("--only", "gpu", FAKE_NVML=str(GB10)).stdout
+    assert "\n                  sm_clock_mhz: 2190\n" in printed
+    assert "\n                  power_limit_watts: not available: this GPU does not have it\n" in printed
 
 
 def test_a_gb10_s_memory_is_the_machine_s() -> None:
-    found = checks("memory", "models", FAKE_NVML=str(GB10))
-    assert found["memory"]["details"]["unified"] is True
-    assert "the GPU shares it with the machine" in found["memory"]["seen"]
-    assert found["models"]["status"] == "warn"
-    assert "until it is, the small bundled model is served" in found["models"]["seen"]
-    assert "until it is, documents are ranked by cosine" in found["models"]["seen"]
-    assert "vecmill pull Qwen/Qwen3-Embedding-4B" in found["models"]["cure"]
+    results = checks("memory", "models", FAKE_NVML=str(GB10))
+    assert results["memory"]["details"]["unified"] is True
+    assert "the GPU shares it with the machine" in results["memory"]["seen"]
+    assert results["models"]["status"] == "warn"
+    assert "until it is, the small bundled model is served" in results["models"]["seen"]
+    assert "until it is, documents are ranked by cosine" in results["models"]["seen"]
+    assert "vecmill pull Qwen/Qwen3-Embedding-4B" in results["models"]["cure"]
 
 
 def test_a_card_with_memory_of_its_own() -> None:
-    found = checks("gpu", "memory", FAKE_NVML=str(H100))
-    assert found["gpu"]["seen"] == "NVIDIA H100 80GB HBM3: 17 fields"
-    details = found["memory"]["details"]
+    results = checks("gpu", "memory", FAKE_NVML=str(H100))
+    assert results["gpu"]["seen"] == "NVIDIA H100 80GB HBM3: 17 fields"
+    details = results["memory"]["details"]
     assert (details["unified"], details["total_bytes"], details["floor_bytes"]) == (False, 81559 << 20, 0)
-    assert "78.6 GB of 79.6 are available (the GPU's own)" in found["memory"]["seen"]
+    assert "78.6 GB of 79.6 are available (the GPU's own)" in results["memory"]["seen"]
 
 
 def test_a_field_that_a_card_should_have(tmp_path: Path) -> None:
     recording = tmp_path / "recording.txt"
     recording.write_text(re.sub("^temperature.*\n", "", H100.read_text(), flags=re.M))
-    found = check("gpu", FAKE_NVML=str(recording))
-    assert (found["status"], found["seen"].endswith("temperature_c should be")) == ("warn", True)
+    result = check("gpu", FAKE_NVML=str(recording))
+    assert (result["status"], result["seen"].endswith("temperature_c should be")) == ("warn", True)
 
 
 def test_cards_on_the_bus(tmp_path: Path) -> None:

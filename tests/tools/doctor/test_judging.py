@@ -40,29 +40,29 @@ def speed(tflops: float) -> MatmulSpeed:
 
 
 def test_a_healthy_gb10() -> None:
-    found = judged(SPARK)
-    assert found.status is FindingStatus.OK
-    assert "NVIDIA GB10 (compute capability 12.1, by the code for sm_120)" in found.seen
+    finding = judged(SPARK)
+    assert finding.status is FindingStatus.OK
+    assert "NVIDIA GB10 (compute capability 12.1, by the code for sm_120)" in finding.seen
     assert gpu.judge_driver("580.173.02", "13.0", "13.2").status is FindingStatus.OK
     assert "torch's CUDA 13.2 runs on it" in gpu.judge_driver("580.173.02", "13.0", "13.2").seen
     assert gpu.judge_matmul(speed(88.4), GB10.name).status is FindingStatus.OK
     rising = replace(HEALTHY, sm_clock_mhz=1100)
     idle = replace(HEALTHY, sm_clock_mhz=208, utilization_percent=0)
-    found = gpu.judge_clock([idle, rising, HEALTHY, HEALTHY, HEALTHY], LOAD)
-    assert (found.status, found.seen.startswith("1100 to 2190 MHz under load, 82.4 W, 71 °C")) == (
+    finding = gpu.judge_clock([idle, rising, HEALTHY, HEALTHY, HEALTHY], LOAD)
+    assert (finding.status, finding.seen.startswith("1100 to 2190 MHz under load, 82.4 W, 71 °C")) == (
         FindingStatus.OK,
         True,
     )
 
 
 def test_a_gb10_in_a_slow_power_state() -> None:
-    found = gpu.judge_matmul(speed(18.2), GB10.name)
-    assert (found.status, "18.2 TFLOPS" in found.seen) == (FindingStatus.FAIL, True)
+    finding = gpu.judge_matmul(speed(18.2), GB10.name)
+    assert (finding.status, "18.2 TFLOPS" in finding.seen) == (FindingStatus.FAIL, True)
     slow = replace(HEALTHY, sm_clock_mhz=612, power_watts=17.0)
-    found = gpu.judge_clock([slow] * 9, LOAD)
-    assert found.status is FindingStatus.FAIL
-    assert "612 MHz under load, 17 W" in found.seen
-    assert "unplug the supply from the wall and from the Spark for 60 seconds" in str(found.cure)
+    finding = gpu.judge_clock([slow] * 9, LOAD)
+    assert finding.status is FindingStatus.FAIL
+    assert "612 MHz under load, 17 W" in finding.seen
+    assert "unplug the supply from the wall and from the Spark for 60 seconds" in str(finding.cure)
 
 
 def test_a_gb10_that_is_warm_is_a_warning() -> None:
@@ -70,16 +70,16 @@ def test_a_gb10_that_is_warm_is_a_warning() -> None:
 
 
 def test_a_gb10_with_cuda_12() -> None:
-    found = judged(TorchBuild("2.12.0+cu128", "12.8", None, (*ARM, "compute_120"), (GB10,), None))
-    assert (found.status, "with CUDA 12" in found.seen) == (FindingStatus.FAIL, True)
+    finding = judged(TorchBuild("2.12.0+cu128", "12.8", None, (*ARM, "compute_120"), (GB10,), None))
+    assert (finding.status, "with CUDA 12" in finding.seen) == (FindingStatus.FAIL, True)
     assert gpu.judge_matmul(speed(11.9), GB10.name).status is FindingStatus.FAIL
 
 
 def test_a_healthy_h100() -> None:
     build = TorchBuild("2.15.0+cu132", "13.2", None, ("sm_75", "sm_80", "sm_90"), (H100,), None)
     assert judged(build).status is FindingStatus.OK
-    found = gpu.judge_matmul(speed(640), H100.name)
-    assert (found.status, "65% of its peak of 989" in found.seen) == (FindingStatus.OK, True)
+    finding = gpu.judge_matmul(speed(640), H100.name)
+    assert (finding.status, "65% of its peak of 989" in finding.seen) == (FindingStatus.OK, True)
     busy = GpuReading(name=H100.name, utilization_percent=99, sm_clock_mhz=1755, max_sm_clock_mhz=1980)
     assert gpu.judge_clock([busy], LOAD).status is FindingStatus.OK
     assert gpu.judge_clock([replace(busy, sm_clock_mhz=700)], LOAD).status is FindingStatus.FAIL
@@ -92,7 +92,7 @@ def test_a_clock_that_nobody_can_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("build", "said"),
+    ("build", "reason"),
     [
         (TorchBuild("2.10.0", "13.0", None, ARM, (GB10,), None), "2.11 or newer is needed"),
         (TorchBuild("2.15.0+cpu", None, None, (), (), None), "CPU-only build, beside an NVIDIA GPU"),
@@ -100,10 +100,10 @@ def test_a_clock_that_nobody_can_read() -> None:
         (TorchBuild("2.15.0", "13.2", None, ("sm_80", "sm_90"), (GB10,), None), "no code for NVIDIA GB10"),
     ],
 )
-def test_a_torch_that_does_not_fit_the_gpu(build: TorchBuild, said: str) -> None:
-    found = judged(build)
-    assert (found.status, said in found.seen) == (FindingStatus.FAIL, True), found
-    assert found.cure
+def test_a_torch_that_does_not_fit_the_gpu(build: TorchBuild, reason: str) -> None:
+    finding = judged(build)
+    assert (finding.status, reason in finding.seen) == (FindingStatus.FAIL, True), finding
+    assert finding.cure
 
 
 def test_no_gpu_is_no_fault() -> None:
@@ -113,15 +113,15 @@ def test_no_gpu_is_no_fault() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "said"),
+    ("device", "reason"),
     [
         ("cuda:1", "DEVICE=cuda:1, and it sees 1 GPU"),
         ("mps", "DEVICE=mps, and it sees no Apple GPU"),
     ],
 )
-def test_a_device_that_is_not_there(device: str, said: str) -> None:
-    found = judged(SPARK, device)
-    assert (found.status, said in found.seen) == (FindingStatus.FAIL, True)
+def test_a_device_that_is_not_there(device: str, reason: str) -> None:
+    finding = judged(SPARK, device)
+    assert (finding.status, reason in finding.seen) == (FindingStatus.FAIL, True)
     assert judged(SPARK, "cuda:0").status is FindingStatus.OK
     absent = judged(TorchBuild("2.15.0+cpu", None, None, (), (), None), "cuda", has_gpu=False)
     assert (absent.status, "there is no NVIDIA GPU" in absent.seen) == (FindingStatus.FAIL, True)
@@ -178,8 +178,8 @@ def test_peaks_go_by_the_whole_name(card: str, peak: int | None) -> None:
 
 
 def test_a_card_that_is_not_in_the_table_gets_no_verdict() -> None:
-    found = gpu.judge_matmul(speed(3), "NVIDIA T1000")
-    assert (found.status, "what it should give is not known" in found.seen) == (FindingStatus.OK, True)
+    finding = gpu.judge_matmul(speed(3), "NVIDIA T1000")
+    assert (finding.status, "what it should give is not known" in finding.seen) == (FindingStatus.OK, True)
 
 
 def test_allocations() -> None:
@@ -192,8 +192,8 @@ def test_allocations() -> None:
 
 def test_attention() -> None:
     varlen = AttentionComparison(True, "bfloat16", 72, 10_056, 0.0078, 0.0004, 0.004)
-    found = computing.judge_attention(varlen, used=True)
-    assert (found.status, "10.0 times as fast" in found.seen) == (FindingStatus.OK, True)
+    finding = computing.judge_attention(varlen, used=True)
+    assert (finding.status, "10.0 times as fast" in finding.seen) == (FindingStatus.OK, True)
     assert computing.judge_attention(replace(varlen, largest_difference=0.7), used=True).status is FindingStatus.FAIL
     assert computing.judge_attention(replace(varlen, largest_difference=None), used=True).status is FindingStatus.FAIL
     slow = computing.judge_attention(replace(varlen, seconds=0.008), used=True)
@@ -216,16 +216,16 @@ def spark_room(available: float) -> memory.MemoryRoom:
 def test_two_models_of_4b_on_a_spark_beside_vllm() -> None:
     need = memory.MemoryNeed({"embed": 8 * GB, "rerank": 8 * GB}, (), 4 * GB)
     assert memory.judge_memory(spark_room(60), need).status is FindingStatus.OK
-    found = memory.judge_memory(spark_room(12), need)
-    assert found.status is FindingStatus.FAIL
-    assert "the models need 20.0: 16.0 of weights and an allowance of 4.0" in found.seen
-    assert "12.9 GB are missing" in str(found.cure)
-    assert "--gpu-memory-utilization" in str(found.cure)
+    finding = memory.judge_memory(spark_room(12), need)
+    assert finding.status is FindingStatus.FAIL
+    assert "the models need 20.0: 16.0 of weights and an allowance of 4.0" in finding.seen
+    assert "12.9 GB are missing" in str(finding.cure)
+    assert "--gpu-memory-utilization" in str(finding.cure)
 
 
 def test_what_cuda_claims_after_a_download() -> None:
-    found = memory.judge_claim(ClaimedMemory(41 * GB, 121 * GB, integrated=True), 115 * GB)
-    assert (found.status, "41.0 GB are free, 74.0 less than there are" in found.seen) == (FindingStatus.OK, True)
+    finding = memory.judge_claim(ClaimedMemory(41 * GB, 121 * GB, integrated=True), 115 * GB)
+    assert (finding.status, "41.0 GB are free, 74.0 less than there are" in finding.seen) == (FindingStatus.OK, True)
     assert "page cache" not in memory.judge_claim(ClaimedMemory(70 * GB, 80 * GB, integrated=False), 70 * GB).seen
 
 

@@ -20,7 +20,7 @@ def prober() -> Iterator[Prober]:
         yield prober
 
 
-def asked(prober: Prober) -> TorchBuild:
+def probe_build(prober: Prober) -> TorchBuild:
     return prober.ask("build", "cpu", TorchBuild, 60)
 
 
@@ -28,7 +28,7 @@ def test_a_probe_that_raises(prober: Prober) -> None:
     with pytest.raises(ProbeFailed) as failed:
         prober.ask("memory", "cuda:77", ClaimedMemory, 60)
     assert failed.value.kind in ("AssertionError", "RuntimeError", "AcceleratorError")
-    assert asked(prober).version
+    assert probe_build(prober).version
 
 
 def test_a_probe_that_takes_too_long_is_ended(prober: Prober) -> None:
@@ -36,7 +36,7 @@ def test_a_probe_that_takes_too_long_is_ended(prober: Prober) -> None:
     with pytest.raises(ProbeFailed, match=r"TimeoutError: no result within 0\.5 s"):
         prober.ask("load", "cpu", Load, 0.5, lambda: looks.append(None))
     assert looks
-    assert asked(prober).version
+    assert probe_build(prober).version
 
 
 def test_a_process_that_dies() -> None:
@@ -49,8 +49,12 @@ def test_a_process_that_dies() -> None:
 def test_a_torch_that_cannot_be_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    found = checks("torch", "matmul", "memory")
-    assert {name: one["status"] for name, one in found.items()} == {"torch": "fail", "matmul": "warn", "memory": "ok"}
-    assert "libcudart.so.13" in found["torch"]["seen"]
-    assert "pip install --force-reinstall" in found["torch"]["cure"]
-    assert found["matmul"]["cure"] == "See the check torch."
+    results = checks("torch", "matmul", "memory")
+    assert {name: result["status"] for name, result in results.items()} == {
+        "torch": "fail",
+        "matmul": "warn",
+        "memory": "ok",
+    }
+    assert "libcudart.so.13" in results["torch"]["seen"]
+    assert "pip install --force-reinstall" in results["torch"]["cure"]
+    assert results["matmul"]["cure"] == "See the check torch."

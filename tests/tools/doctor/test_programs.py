@@ -42,8 +42,10 @@ def put(path: Path, name: str, script: str) -> None:
 
 
 def test_what_is_not_installed_is_not_needed(path: Path) -> None:
-    found = checks("tailscale", "docker")
-    assert [(one["status"], one["seen"]) for one in found.values()] == [("ok", "not installed, and not needed")] * 2
+    results = checks("tailscale", "docker")
+    assert [(result["status"], result["seen"]) for result in results.values()] == [
+        ("ok", "not installed, and not needed")
+    ] * 2
 
 
 def test_no_compiler(path: Path) -> None:
@@ -73,13 +75,13 @@ def test_tailscale_that_serves_the_port(path: Path) -> None:
 )
 def test_tailscale_that_is_not_connected(path: Path, script: str, seen: str, cure: str) -> None:
     put(path, "tailscale", script)
-    found = check("tailscale")
-    assert (found["status"], seen in found["seen"], cure in found["cure"]) == ("warn", True, True), found
+    result = check("tailscale")
+    assert (result["status"], seen in result["seen"], cure in result["cure"]) == ("warn", True, True), result
 
 
 def test_tailscale_without_https() -> None:
-    found = programs.judge_tailscale({**CONNECTED, "CertDomains": None}, NODE, 8001)
-    assert (found.status, "HTTPS is off" in found.seen) == (FindingStatus.WARN, True)
+    finding = programs.judge_tailscale({**CONNECTED, "CertDomains": None}, NODE, 8001)
+    assert (finding.status, "HTTPS is off" in finding.seen) == (FindingStatus.WARN, True)
     assert programs.judge_tailscale(CONNECTED, NODE, 8001).status is FindingStatus.OK
 
 

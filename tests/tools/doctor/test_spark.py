@@ -33,7 +33,7 @@ PROBES: dict[str, Any] = {
     "load": {"seconds": 5.02, "tflops": 87.9},
     "allocation": {
         "cap": GB,
-        "asked": int(1.1 * GB),
+        "requested": int(1.1 * GB),
         "refused": "OutOfMemoryError",
         "seconds": 0.01,
         "works_after": True,
@@ -65,41 +65,41 @@ def spark(tmp_path: Path, recorded_probes: None) -> Any:
     return run
 
 
-def statuses(found: dict[str, Check]) -> set[str]:
+def statuses(results: dict[str, Check]) -> set[str]:
     """What is not well, but for this machine's swap."""
-    if found["memory"]["details"]["swap_bytes"] and found["memory"]["status"] == "warn":
-        found = {name: one for name, one in found.items() if name != "memory"}
-    return {f"{name} {one['status']}" for name, one in found.items() if one["status"] != "ok"}
+    if results["memory"]["details"]["swap_bytes"] and results["memory"]["status"] == "warn":
+        results = {name: result for name, result in results.items() if name != "memory"}
+    return {f"{name} {result['status']}" for name, result in results.items() if result["status"] != "ok"}
 
 
 def test_a_healthy_one(spark: Any) -> None:
-    found = spark()
-    assert statuses(found) == set(), found
-    assert "88.4 TFLOPS" in found["matmul"]["seen"]
-    assert found["clock"]["seen"].startswith("2190 to 2190 MHz under load, 82.4 W, 71 °C")
-    assert found["clock"]["details"]["readings"] > 0
-    assert "cudaMemGetInfo says that 1.0 GB are free" in found["memory"]["seen"]
-    assert "refused with OutOfMemoryError in 0.01 s" in found["allocation"]["seen"]
-    assert "8.0 times as fast" in found["attention"]["seen"]
-    assert found["compile"]["details"]["compiler"].endswith("gcc")
+    results = spark()
+    assert statuses(results) == set(), results
+    assert "88.4 TFLOPS" in results["matmul"]["seen"]
+    assert results["clock"]["seen"].startswith("2190 to 2190 MHz under load, 82.4 W, 71 °C")
+    assert results["clock"]["details"]["readings"] > 0
+    assert "cudaMemGetInfo says that 1.0 GB are free" in results["memory"]["seen"]
+    assert "refused with OutOfMemoryError in 0.01 s" in results["allocation"]["seen"]
+    assert "8.0 times as fast" in results["attention"]["seen"]
+    assert results["compile"]["details"]["compiler"].endswith("gcc")
 
 
 def test_one_with_a_power_supply_in_a_slow_state(spark: Any) -> None:
-    found = spark(612, matmul={**PROBES["matmul"], "tflops": [18.1, 18.2, 18.2]})
-    assert statuses(found) == {"matmul fail", "clock fail"}
-    assert "unplug the supply from the wall" in found["clock"]["cure"]
+    results = spark(612, matmul={**PROBES["matmul"], "tflops": [18.1, 18.2, 18.2]})
+    assert statuses(results) == {"matmul fail", "clock fail"}
+    assert "unplug the supply from the wall" in results["clock"]["cure"]
 
 
 def test_one_with_probes_that_fail(spark: Any) -> None:
-    found = spark(
+    results = spark(
         compiling={"error": {"type": "RuntimeError", "message": "ptxas fatal: sm_121a is not defined"}},
         attention={"error": {"type": "ImportError", "message": "No module named 'torch.nn.attention.varlen'"}},
         allocation={**PROBES["allocation"], "refused": None},
     )
-    assert statuses(found) == {"compile fail", "attention fail", "allocation fail"}
-    assert found["attention"]["cure"] == "See the check torch: torch.nn.attention.varlen needs 2.11 or newer."
-    assert "sm_121a is not defined" in found["compile"]["seen"]
-    assert "TORCH_COMPILE=false" in found["compile"]["cure"]
+    assert statuses(results) == {"compile fail", "attention fail", "allocation fail"}
+    assert results["attention"]["cure"] == "See the check torch: torch.nn.attention.varlen needs 2.11 or newer."
+    assert "sm_121a is not defined" in results["compile"]["seen"]
+    assert "TORCH_COMPILE=false" in results["compile"]["cure"]
 
 
 def test_one_without_what_layers_are_compiled_with(spark: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,8 +133,8 @@ def test_a_driver_that_hangs_under_load(spark: Any, tmp_path: Path, monkeypatch:
         return reading(uuid)
 
     monkeypatch.setattr("vecmill.tools.doctor.checks.gpu.reading", hang)
-    found = spark(names=("clock",))["clock"]
+    result = spark(names=("clock",))["clock"]
     (tmp_path / "recording.txt").write_text(GB10.read_text())  # whoever still waits goes on
-    assert (found["status"], len(looked)) == ("fail", 1)
-    assert "did not answer within 0 s under load" in found["seen"]
-    assert "nvidia-smi" in found["cure"]
+    assert (result["status"], len(looked)) == ("fail", 1)
+    assert "did not answer within 0 s under load" in result["seen"]
+    assert "nvidia-smi" in result["cure"]

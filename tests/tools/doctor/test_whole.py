@@ -48,34 +48,34 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert ended.stderr == ""
     assert not any(secret.rpartition(":")[2] in ended.stdout for secret in SECRETS.values())
     assert not (folder / "state").exists()
-    said: dict[str, Any] = json.loads(ended.stdout)
-    return said
+    report: dict[str, Any] = json.loads(ended.stdout)
+    return report
 
 
 def test_the_object_has_every_check_in_order(whole: dict[str, Any]) -> None:
     assert set(whole) == {"version", "ok", "checks"}
     assert (whole["version"], whole["ok"]) == (__version__, True)
-    assert [one["name"] for one in whole["checks"]] == list(CHECKS)
-    for one in whole["checks"]:
-        assert set(one) == {"name", "status", "seen", "cure", "details", "seconds"}
-        assert one["status"] in ("ok", "warn"), one
-        assert one["seen"], one
-        assert (one["cure"] is not None) >= (one["status"] == "warn"), one
+    assert [entry["name"] for entry in whole["checks"]] == list(CHECKS)
+    for entry in whole["checks"]:
+        assert set(entry) == {"name", "status", "seen", "cure", "details", "seconds"}
+        assert entry["status"] in ("ok", "warn"), entry
+        assert entry["seen"], entry
+        assert (entry["cure"] is not None) >= (entry["status"] == "warn"), entry
 
 
 def test_nothing_takes_long(whole: dict[str, Any]) -> None:
-    assert sum(one["seconds"] for one in whole["checks"]) < 60
+    assert sum(entry["seconds"] for entry in whole["checks"]) < 60
 
 
 def test_what_the_probes_measure_here(whole: dict[str, Any]) -> None:
-    found = {one["name"]: one for one in whole["checks"]}
-    assert found["matmul"]["details"]["tflops"] > 0
-    assert found["attention"]["details"]["largest_difference"] < 0.0001
-    assert found["attention"]["details"]["speedup"] > 0
-    assert "compiled in" in found["compile"]["seen"]
-    assert found["memory"]["details"]["weights_bytes"] == 22_713_728 * 2
-    assert "all-MiniLM-L6-v2: 90.9 MB in" in found["models"]["seen"]
-    assert found["models"]["details"]["token"] == "HF_TOKEN"
+    results = {entry["name"]: entry for entry in whole["checks"]}
+    assert results["matmul"]["details"]["tflops"] > 0
+    assert results["attention"]["details"]["largest_difference"] < 0.0001
+    assert results["attention"]["details"]["speedup"] > 0
+    assert "compiled in" in results["compile"]["seen"]
+    assert results["memory"]["details"]["weights_bytes"] == 22_713_728 * 2
+    assert "all-MiniLM-L6-v2: 90.9 MB in" in results["models"]["seen"]
+    assert results["models"]["details"]["token"] == "HF_TOKEN"
 
 
 def test_lines_for_people_and_a_summary() -> None:
@@ -100,7 +100,7 @@ def test_a_cure_stands_below_what_it_cures() -> None:
 def test_a_cure_that_points_to_another_check_gives_its_name() -> None:
     """Most of these cures need a broken machine to be seen, so they are read where they are written."""
     sources = [path.read_text() for path in Path(checks.__file__).parent.glob("*.py")]
-    pointers = [found for source in sources for found in re.findall(r"\b[Ss]ee the (check(?!s\b)\w* \w+)", source)]
+    pointers = [pointer for source in sources for pointer in re.findall(r"\b[Ss]ee the (check(?!s\b)\w* \w+)", source)]
     assert len(pointers) >= 6
     assert set(pointers) <= {f"check {name}" for name in CHECKS}
 
@@ -116,7 +116,7 @@ def test_the_memory_gate_imports_no_torch() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "environment", "said"),
+    ("options", "environment", "reason"),
     [
         (["--only", "memory,no-such"], {}, "no check no-such. There are: python, torch, driver,"),
         (["--only", ","], {}, "no check is named"),
@@ -125,11 +125,11 @@ def test_the_memory_gate_imports_no_torch() -> None:
         (["--no-such-flag"], {}, "No such option"),
     ],
 )
-def test_wrong_options_and_settings(options: list[str], environment: dict[str, str], said: str) -> None:
+def test_wrong_options_and_settings(options: list[str], environment: dict[str, str], reason: str) -> None:
     ended = doctor(*options, **environment)
     assert ended.exit_code == 2
     assert ended.stdout == ""
-    assert said in " ".join(ended.stderr.split())
+    assert reason in " ".join(ended.stderr.split())
 
 
 def test_the_env_file_is_read(tmp_path: Path) -> None:
@@ -143,13 +143,13 @@ def test_a_check_that_breaks_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
         raise ValueError("of the kind\nthat nobody thought of")
 
     monkeypatch.setitem(CHECKS, "port", breaks)
-    found = check("port")
-    assert (found["status"], found["seen"]) == ("fail", "the check itself failed: ValueError: of the kind")
+    result = check("port")
+    assert (result["status"], result["seen"]) == ("fail", "the check itself failed: ValueError: of the kind")
 
 
 @contextmanager
 def taken_port() -> Iterator[int]:
-    """Somebody else's, who says nothing."""
+    """A port on which another program listens and never answers."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -182,9 +182,9 @@ def test_waiting_ends_when_what_failed_is_well() -> None:
 def test_ctrl_c_prints_what_there_is() -> None:
     with taken_port() as port, started("--only", "python,port", "--wait", "60", port=port) as process:
         assert process.stdout is not None
-        said = [next(process.stdout) for _ in range(3)]
+        lines = [next(process.stdout) for _ in range(3)]
         process.send_signal(signal.SIGINT)
-        said += process.stdout.readlines()
+        lines += process.stdout.readlines()
         assert process.wait(30) == 130
-    assert said[0].startswith("python      ok")
-    assert said[-1] == "stopped; 1 ok, 0 warnings, 1 failed\n"
+    assert lines[0].startswith("python      ok")
+    assert lines[-1] == "stopped; 1 ok, 0 warnings, 1 failed\n"

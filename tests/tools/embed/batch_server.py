@@ -22,7 +22,7 @@ Line = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Reply:
+class BatchReply:
     """A status, a body and headers beyond the usual; no status: the connection is cut."""
 
     body: object = None
@@ -36,30 +36,30 @@ def vector(text: str) -> bytes:
 
 
 def answer(line: Line, model: str = MODEL) -> Line:
-    """What a request comes to."""
+    """The answer to a line that succeeds."""
     encoded = b64encode(vector(line["body"]["input"])).decode()
     body = {"data": [{"embedding": encoded}], "model": model, "usage": {"prompt_tokens": 3}}
     return {"custom_id": line["custom_id"], "response": {"status_code": 200, "body": body}, "error": None}
 
 
 def failure(line: Line, status: int, message: str) -> Line:
-    """What a request comes to that fails."""
+    """The answer to a line that fails."""
     body = {"error": {"message": message}}
     return {"custom_id": line["custom_id"], "response": {"status_code": status, "body": body}, "error": None}
 
 
 def unanswered(line: Line) -> Line:
-    """What becomes of a request whose batch expires."""
+    """The error of a line whose batch expires."""
     error = {"code": "batch_expired", "message": "not run in time"}
     return {"custom_id": line["custom_id"], "response": None, "error": error}
 
 
 @dataclass
 class BatchServer:
-    """Its state, and what a test may change of how it works."""
+    """The server's state, and the parts of its behaviour that a test may change."""
 
     url: str = ""
-    asked: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
+    received: list[tuple[str, str, dict[str, str]]] = field(default_factory=list)
     """Method, path and headers of each request, in order."""
     files: dict[str, tuple[str, bytes]] = field(default_factory=dict)
     """Names and contents, by id."""
@@ -68,49 +68,49 @@ class BatchServer:
     uploads: list[list[Line]] = field(default_factory=list)
     """The lines of each uploaded file."""
     probes: list[Line] = field(default_factory=list)
-    interfere: Callable[[str, str], Reply | None] = lambda method, path: None
-    """In place of an answer."""
+    interfere: Callable[[str, str], BatchReply | None] = lambda method, path: None
+    """Called with method and path; what it returns is sent in place of the answer."""
     works_although_cut: bool = False
-    """What is asked in a connection that is then cut is done."""
+    """Whether a request whose connection is cut is done all the same."""
     run: Callable[[Line], Line] = answer
     ends_as: Callable[[int], str] = lambda number: "completed"
-    """Of the n-th batch, from 0."""
+    """The final status of the n-th batch, from 0."""
 
     def count(self, method: str, path: str) -> int:
-        """Requests so far."""
-        return sum(one[:2] == (method, path) for one in self.asked)
+        """The number of requests so far."""
+        return sum(request[:2] == (method, path) for request in self.received)
 
-    def reply(self, method: str, path: str, query: dict[str, list[str]], body: bytes, content_type: str) -> Reply:
-        """What to answer."""
-        missing = Reply({"error": {"message": f"no {path}"}}, 404)
+    def reply(self, method: str, path: str, query: dict[str, list[str]], body: bytes, content_type: str) -> BatchReply:
+        """The answer to a request."""
+        missing = BatchReply({"error": {"message": f"no {path}"}}, 404)
         match method, path.split("/")[2:]:
             case "POST", ["embeddings"]:
                 return self._probe(orjson.loads(body))
             case "POST", ["files"]:
-                return Reply(self._upload(body, content_type))
+                return BatchReply(self._upload(body, content_type))
             case "GET", ["files"]:
-                return Reply(_page([self._file(one) for one in self.files], query))
-            case _, ["files", one, *_]:
-                return self._one_file(method, one) if one in self.files else missing
+                return BatchReply(_page([self._file(file_id) for file_id in self.files], query))
+            case _, ["files", file_id, *_]:
+                return self._one_file(method, file_id) if file_id in self.files else missing
             case _, ["batches", *rest]:
-                return Reply(self._batches(method, rest, query, body))
+                return BatchReply(self._batches(method, rest, query, body))
         return missing
 
-    def _one_file(self, method: str, number: str) -> Reply:
+    def _one_file(self, method: str, number: str) -> BatchReply:
         if method == "GET":
-            return Reply(self.files[number][1])
+            return BatchReply(self.files[number][1])
         del self.files[number]
-        return Reply({"id": number, "deleted": True})
+        return BatchReply({"id": number, "deleted": True})
 
     def _batches(self, method: str, rest: list[str], query: dict[str, list[str]], body: bytes) -> dict[str, Any]:
         if method == "POST":
             return self._create(orjson.loads(body))
         return self._poll(rest[0]) if rest else _page(list(reversed(self.batches)), query)
 
-    def _probe(self, body: Line) -> Reply:
+    def _probe(self, body: Line) -> BatchReply:
         self.probes.append(body)
-        found = self.run({"custom_id": "probe", "body": body})["response"]
-        return Reply(found["body"], found["status_code"])
+        response = self.run({"custom_id": "probe", "body": body})["response"]
+        return BatchReply(response["body"], response["status_code"])
 
     def _upload(self, body: bytes, content_type: str) -> dict[str, Any]:
         form = BytesParser().parsebytes(b"Content-Type: " + content_type.encode() + b"\r\n\r\n" + body)
@@ -122,7 +122,7 @@ class BatchServer:
         return self._keep(str(named["file"].get_filename()), content)
 
     def _keep(self, name: str, content: bytes) -> dict[str, Any]:
-        number = f"file-{len(self.asked)}-{len(self.files)}"
+        number = f"file-{len(self.received)}-{len(self.files)}"
         self.files[number] = (name, content)
         return self._file(number)
 
@@ -136,7 +136,7 @@ class BatchServer:
         return batch
 
     def _poll(self, number: str) -> dict[str, Any]:
-        place, batch = next((at, one) for at, one in enumerate(self.batches) if one["id"] == number)
+        place, batch = next((at, candidate) for at, candidate in enumerate(self.batches) if candidate["id"] == number)
         if batch["status"] == "validating":
             self.work(batch, self.ends_as(place))
         return batch
@@ -150,8 +150,8 @@ class BatchServer:
             return
         requests = map(orjson.loads, self.files[batch["input_file_id"]][1].splitlines())
         results = list(map(self.run, requests))
-        good = [one for one in results if one["response"] and one["response"]["status_code"] == 200]
-        bad = [one for one in results if one not in good]
+        good = [result for result in results if result["response"] and result["response"]["status_code"] == 200]
+        bad = [result for result in results if result not in good]
         batch["request_counts"] = {"total": len(results), "completed": len(good), "failed": len(bad)}
         # In no particular order, as the API has it.
         for name, lines in (("output_file_id", good[::-1]), ("error_file_id", bad)):
@@ -166,7 +166,7 @@ def _page(items: list[dict[str, Any]], query: dict[str, list[str]]) -> dict[str,
 
 
 class _Server(ThreadingHTTPServer):
-    """With what it serves."""
+    """An HTTP server with the state that it serves."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -192,15 +192,15 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
-        # An answer that is shorter than it says is a connection that breaks.
+        # After an answer that is shorter than its Content-Length the connection must break.
         self.close_connection = self.close_connection or "Content-Length" in reply.headers
 
     do_GET = do_POST = do_DELETE = answer
 
-    def _reply(self, body: bytes) -> Reply:
+    def _reply(self, body: bytes) -> BatchReply:
         served, split = self.server.served, urlsplit(self.path)
         headers = {name.lower(): value for name, value in self.headers.items()}
-        served.asked.append((self.command, split.path, headers))
+        served.received.append((self.command, split.path, headers))
         reply = served.interfere(self.command, split.path)
         if reply is not None and not (reply.status is None and served.works_although_cut):
             return reply
@@ -223,7 +223,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 @contextmanager
 def batch_server() -> Iterator[BatchServer]:
-    """It answers while the block runs, one request at a time."""
+    """A server that answers while the block runs, one request at a time."""
     with _Server() as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()

@@ -90,7 +90,7 @@ def test_the_only_field_with_strings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "options", "said"),
+    ("row", "options", "reason"),
     [
         ({"a": "x", "b": "y"}, {}, "say with --field which field holds the texts; it has `a`, `b`."),
         ({"a": 1}, {}, "say with --field"),
@@ -98,8 +98,8 @@ def test_the_only_field_with_strings(tmp_path: Path) -> None:
         ({"text": "x"}, {"id_field": "key"}, "has no field `key` \\(--id-field\\); it has `text`."),
     ],
 )
-def test_a_field_that_is_not_clear(row: object, options: dict[str, str], said: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=said):
+def test_a_field_that_is_not_clear(row: object, options: dict[str, str], reason: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=reason):
         read(write_jsonl(tmp_path / "in.jsonl", row), **options)
 
 
@@ -176,7 +176,7 @@ def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "reason"),
     [
         ("in.txt", b"x", "the name must end in one of .jsonl, .ndjson, .csv, .tsv, .parquet"),
         ("in.parquet.gz", b"x", "the name must end in"),
@@ -189,10 +189,10 @@ def test_a_file_name_that_is_not_utf_8(tmp_path: Path) -> None:
         ("in.csv", b"a,b\n1,2\n", "say with --field"),
     ],
 )
-def test_a_file_that_is_not_what_its_name_says(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_not_what_its_name_says(name: str, content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=reason):
         read(path)
 
 

@@ -43,10 +43,10 @@ def test_vectors_written_in_any_order(
         assert list(vectors.in_order()) == values
         assert [index in vectors for index in range(len(values))] == [value is not None for value in values]
         vectors.fill()
-    found = np.load(path)
-    assert found.dtype == np.float32
-    assert found.shape == (len(values), 3)
-    for row, value in zip(found, values, strict=True):
+    written = np.load(path)
+    assert written.dtype == np.float32
+    assert written.shape == (len(values), 3)
+    for row, value in zip(written, values, strict=True):
         assert np.isnan(row).all() if value is None else row.tobytes() == value
 
 
@@ -67,9 +67,9 @@ def test_parquet_in_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     table = pq.read_table(path)
     assert table["id"].to_pylist() == list(range(7))
     assert table["embedding"].null_count == 1
-    assert [None if one is None else np.array(one, "<f4").tobytes() for one in table["embedding"].to_pylist()] == [
-        row[2] for row in rows
-    ]
+    assert [
+        None if value is None else np.array(value, "<f4").tobytes() for value in table["embedding"].to_pylist()
+    ] == [row[2] for row in rows]
 
 
 def test_parquet(batch_api: BatchServer, tmp_path: Path) -> None:
@@ -120,10 +120,10 @@ def test_npy_has_no_place_for_ids_with_line_breaks(batch_api: BatchServer, tmp_p
 def test_npz(batch_api: BatchServer, ids: list[object], tmp_path: Path) -> None:
     rows = ({"id": identity, "text": f"text {identity}"} for identity in ids)
     embedded(write_jsonl(tmp_path / "in.jsonl", *rows), "-o", tmp_path / "out.npz", "--url", batch_api.url)
-    with np.load(tmp_path / "out.npz") as found:
-        assert sorted(found) == ["embeddings", "ids"]
-        assert found["ids"].tolist() == ids
-        assert np.array_equal(found["embeddings"], vectors_of(*(f"text {identity}" for identity in ids)))
+    with np.load(tmp_path / "out.npz") as archive:
+        assert sorted(archive) == ["embeddings", "ids"]
+        assert archive["ids"].tolist() == ids
+        assert np.array_equal(archive["embeddings"], vectors_of(*(f"text {identity}" for identity in ids)))
 
 
 @pytest.mark.parametrize("suffix", ["npy", "npz", "parquet"])
@@ -147,17 +147,17 @@ def test_texts_without_a_vector_are_listed(batch_api: BatchServer, suffix: str, 
 
 
 def missing(out: Path) -> list[bool]:
-    """Which texts have no vector."""
+    """For each text, whether it has no vector."""
     if out.suffix == ".parquet":
-        found: list[bool] = pq.read_table(out)["embedding"].is_null().to_pylist()
-        return found
+        nulls: list[bool] = pq.read_table(out)["embedding"].is_null().to_pylist()
+        return nulls
     loaded = np.load(out)
     array = loaded if out.suffix == ".npy" else loaded["embeddings"]
-    return [bool(one) for one in np.isnan(array).all(axis=1)]
+    return [bool(absent) for absent in np.isnan(array).all(axis=1)]
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "said"),
+    ("name", "options", "reason"),
     [
         ("out.txt", (), "out.txt: the name must end in one of .parquet, .npy, .npz."),
         ("there.npy", (), "there.npy is there already: give --overwrite or another name."),
@@ -166,15 +166,15 @@ def missing(out: Path) -> list[bool]:
     ],
 )
 def test_what_cannot_be_written_is_said_before_anything_is_sent(
-    batch_api: BatchServer, name: str, options: tuple[str, ...], said: str, tmp_path: Path
+    batch_api: BatchServer, name: str, options: tuple[str, ...], reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / "there.npy").write_bytes(b"kept")
     source = write_jsonl(tmp_path / "in.jsonl", "one")
     result = embed(source, "-o", tmp_path / name, *options, "--url", batch_api.url)
     assert result.exit_code == 2
-    assert said in result.stderr
+    assert reason in result.stderr
     assert result.stderr.count("\n") == 1
-    assert batch_api.asked == []
+    assert batch_api.received == []
     assert (tmp_path / "there.npy").read_bytes() == b"kept"
 
 

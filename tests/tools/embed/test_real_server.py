@@ -48,15 +48,15 @@ def asked_directly(url: str, texts: Sequence[str], **fields: object) -> np.ndarr
     return np.stack([np.frombuffer(b64decode(entry["embedding"]), "<f4") for entry in answer["data"]])
 
 
-def check_equal(found: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
-    assert found.shape == expected.shape
-    assert np.isfinite(found).all()
-    assert (found * expected).sum(axis=1).min() > CLOSE
+def check_equal(actual: np.ndarray[Any, Any], expected: np.ndarray[Any, Any]) -> None:
+    assert actual.shape == expected.shape
+    assert np.isfinite(actual).all()
+    assert (actual * expected).sum(axis=1).min() > CLOSE
 
 
 def files_of(url: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = httpx.get(f"{url}/v1/files").raise_for_status().json()["data"]
-    return found
+    files: list[dict[str, Any]] = httpx.get(f"{url}/v1/files").raise_for_status().json()["data"]
+    return files
 
 
 @contextmanager
@@ -70,14 +70,14 @@ def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def until_said(process: subprocess.Popen[str], words: str) -> None:
+def until_printed(process: subprocess.Popen[str], words: str) -> None:
     assert process.stderr is not None
-    said = []
+    lines = []
     for line in process.stderr:
-        said.append(line)
+        lines.append(line)
         if words in line:
             return
-    raise AssertionError("".join(said))
+    raise AssertionError("".join(lines))
 
 
 def test_results_are_those_of_the_endpoint(server: RunningServer, tmp_path: Path) -> None:
@@ -117,9 +117,9 @@ def test_a_folder(server: RunningServer, tmp_path: Path) -> None:
         (folder / name).write_text(text, "utf-8")
     (folder / "picture").write_bytes(b"\0\1")
     result = embedded(folder, "-o", tmp_path / "out.npz", "--url", server.url)
-    with np.load(tmp_path / "out.npz") as found:
-        assert found["ids"].tolist() == ["a.txt", "b.md", "below/c.txt"]
-        check_equal(found["embeddings"], asked_directly(server.url, TEXTS))
+    with np.load(tmp_path / "out.npz") as archive:
+        assert archive["ids"].tolist() == ["a.txt", "b.md", "below/c.txt"]
+        check_equal(archive["embeddings"], asked_directly(server.url, TEXTS))
     assert "skipped   1 x is not UTF-8 text\n" in result.stdout
 
 
@@ -139,12 +139,12 @@ def test_an_interrupted_run_is_taken_up(checkpoint: Path, tmp_path: Path) -> Non
     with tiny_server(checkpoint, tmp_path / "state", port) as server:
         command = (source, "-o", out, "--url", server.url)
         with started(*command) as process:
-            until_said(process, "embedded  ")
+            until_printed(process, "embedded  ")
             process.send_signal(signal.SIGINT)
-            said = process.communicate(timeout=60)[1]
+            stderr = process.communicate(timeout=60)[1]
         uploaded = [file for file in files_of(server.url) if file["purpose"] == "batch"]
         assert process.returncode == 130
-        assert said.endswith(
+        assert stderr.endswith(
             "vecmill: stopped; the server goes on with what it has, and the same command takes up its results.\n"
         )
         assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "state"]
@@ -161,9 +161,9 @@ def test_a_server_that_is_killed_and_started_again_meanwhile(checkpoint: Path, t
     port, state = free_port(), tmp_path / "state"
     url = f"http://127.0.0.1:{port}"
     with tiny_server(checkpoint, state, port) as server, started(source, "-o", out, "--url", url, "--keep") as process:
-        until_said(process, "embedded  ")
+        until_printed(process, "embedded  ")
         os.kill(server.pid, signal.SIGKILL)
-        until_said(process, "waiting   ")
+        until_printed(process, "waiting   ")
         with tiny_server(checkpoint, state, port):
             stdout, stderr = process.communicate(timeout=120)
             assert process.returncode == 0, stderr

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from tests.servers import free_port
-from tests.tools.embed.batch_server import MODEL, BatchServer, Line, Reply, answer, failure, unanswered, vector
+from tests.tools.embed.batch_server import MODEL, BatchReply, BatchServer, Line, answer, failure, unanswered, vector
 from tests.tools.embed.command_line import embed, embedded, write_jsonl
 
-BUSY = Reply({"error": {"message": "busy"}}, 503, {"Retry-After": "0"})
-CUT = Reply(status=None)
+BUSY = BatchReply({"error": {"message": "busy"}}, 503, {"Retry-After": "0"})
+CUT = BatchReply(status=None)
 
 
 @pytest.fixture
@@ -39,10 +39,10 @@ def check(source: Path, out: Path) -> None:
     assert np.array_equal(np.load(out), np.stack([np.frombuffer(vector(text), "<f4") for text in texts]))
 
 
-def first(number: int, method: str, path: str, reply: Reply) -> Callable[[str, str], Reply | None]:
+def first(number: int, method: str, path: str, reply: BatchReply) -> Callable[[str, str], BatchReply | None]:
     """In place of so many answers to a call."""
     left = [reply] * number
-    return lambda *asked: left.pop() if asked == (method, path) and left else None
+    return lambda *call: left.pop() if call == (method, path) and left else None
 
 
 def test_what_goes_over_the_wire(batch_api: BatchServer, source: Path, out: Path) -> None:
@@ -56,7 +56,7 @@ def test_what_goes_over_the_wire(batch_api: BatchServer, source: Path, out: Path
     for line in lines:
         assert (line["method"], line["url"]) == ("POST", "/v1/embeddings")
         assert {name: line["body"][name] for name in fields} == fields
-    assert {headers["authorization"] for _, _, headers in batch_api.asked} == {"Bearer from-outside"}
+    assert {headers["authorization"] for _, _, headers in batch_api.received} == {"Bearer from-outside"}
     assert batch_api.probes[0] == {"input": "vecmill", **fields}
 
 
@@ -122,13 +122,13 @@ def test_a_call_that_breaks_is_not_made_twice(
 def test_a_download_that_breaks_begins_again(batch_api: BatchServer, source: Path, out: Path) -> None:
     broken = 0
 
-    def interfere(method: str, path: str) -> Reply | None:
+    def interfere(method: str, path: str) -> BatchReply | None:
         nonlocal broken
         if not path.endswith("/content") or broken == 2:
             return None
         broken += 1
         content = batch_api.files[path.split("/")[3]][1]
-        return Reply(content[: len(content) // 2], headers={"Content-Length": str(len(content))})
+        return BatchReply(content[: len(content) // 2], headers={"Content-Length": str(len(content))})
 
     batch_api.interfere = interfere
     result = embedded(source, "-o", out, "--url", batch_api.url)
@@ -249,9 +249,9 @@ def test_another_model_meanwhile(batch_api: BatchServer, source: Path, out: Path
 
 def test_tokens_from_the_cache_are_told(batch_api: BatchServer, source: Path, out: Path) -> None:
     def run(line: Line) -> Line:
-        found = answer(line)
-        found["response"]["body"]["usage"]["prompt_tokens_details"] = {"cached_tokens": 2}
-        return found
+        reply = answer(line)
+        reply["response"]["body"]["usage"]["prompt_tokens_details"] = {"cached_tokens": 2}
+        return reply
 
     batch_api.run = run
     result = embedded(source, "-o", out, "--url", batch_api.url)
@@ -259,27 +259,27 @@ def test_tokens_from_the_cache_are_told(batch_api: BatchServer, source: Path, ou
 
 
 @pytest.mark.parametrize(
-    ("method", "path", "reply", "code", "said"),
+    ("method", "path", "reply", "code", "reason"),
     [
-        ("GET", "/v1/batches", Reply({}, 404), 1, "has no batches API (GET /v1/batches was answered with 404)"),
-        ("GET", "/v1/batches", Reply({"error": "no"}, 401), 1, "answered with 401: no (--api-key, or API_KEY)"),
-        ("GET", "/v1/batches", Reply(b"<html>"), 1, "was not answered with a JSON object: <html>"),
-        ("GET", "/v1/batches", Reply({"data": [{}]}), 1, "The server's batch is not one of OpenAI's"),
-        ("POST", "/v1/embeddings", Reply({"error": "`dimensions`"}, 400), 2, "answered with 400: `dimensions`"),
-        ("POST", "/v1/embeddings", Reply({}), 1, "does not answer as OpenAI's does"),
-        ("POST", "/v1/files", Reply({"error": "large"}, 413), 1, "answered with 413: large"),
+        ("GET", "/v1/batches", BatchReply({}, 404), 1, "has no batches API (GET /v1/batches was answered with 404)"),
+        ("GET", "/v1/batches", BatchReply({"error": "no"}, 401), 1, "answered with 401: no (--api-key, or API_KEY)"),
+        ("GET", "/v1/batches", BatchReply(b"<html>"), 1, "was not answered with a JSON object: <html>"),
+        ("GET", "/v1/batches", BatchReply({"data": [{}]}), 1, "The server's batch is not one of OpenAI's"),
+        ("POST", "/v1/embeddings", BatchReply({"error": "`dimensions`"}, 400), 2, "answered with 400: `dimensions`"),
+        ("POST", "/v1/embeddings", BatchReply({}), 1, "does not answer as OpenAI's does"),
+        ("POST", "/v1/files", BatchReply({"error": "large"}, 413), 1, "answered with 413: large"),
     ],
 )
 def test_a_server_that_is_something_else(
-    batch_api: BatchServer, method: str, path: str, reply: Reply, code: int, said: str, source: Path, out: Path
+    batch_api: BatchServer, method: str, path: str, reply: BatchReply, code: int, reason: str, source: Path, out: Path
 ) -> None:
     batch_api.interfere = first(1, method, path, reply)
     result = embed(source, "-o", out, "--url", batch_api.url)
     assert result.exit_code == code
     assert result.stderr.startswith("vecmill: ")
-    assert said in result.stderr
+    assert reason in result.stderr
     assert "Traceback" not in result.output
-    assert sorted(found.name for found in out.parent.iterdir()) == ["in.jsonl"]
+    assert sorted(entry.name for entry in out.parent.iterdir()) == ["in.jsonl"]
 
 
 def test_an_unreachable_server_is_one_sentence_at_once(source: Path, out: Path) -> None:
@@ -331,16 +331,16 @@ def test_a_bar_on_a_terminal(batch_api: BatchServer, source: Path, out: Path) ->
                 while piece := screen.read(65536):
                     shown += piece
         assert process.returncode == 0
-    said = shown.decode()
-    assert "was answered with 503: busy" in said
-    assert "6/6" in said
-    assert "texts/s" in said
+    output = shown.decode()
+    assert "was answered with 503: busy" in output
+    assert "6/6" in output
+    assert "texts/s" in output
 
 
 def test_sigterm_leaves_nothing_behind(batch_api: BatchServer, source: Path, out: Path) -> None:
     polled = threading.Event()
 
-    def interfere(method: str, path: str) -> Reply | None:
+    def interfere(method: str, path: str) -> BatchReply | None:
         if path != "/v1/batches/batch_0":
             return None
         polled.set()
@@ -369,7 +369,7 @@ def test_parquet_without_pyarrow(
 def test_an_answer_that_cannot_be_decompressed_is_not_asked_for_again(
     batch_api: BatchServer, source: Path, out: Path
 ) -> None:
-    broken = Reply({"data": []}, headers={"Content-Encoding": "gzip"})
+    broken = BatchReply({"data": []}, headers={"Content-Encoding": "gzip"})
     batch_api.interfere = first(1, "POST", "/v1/embeddings", broken)
     result = embed(source, "-o", out, "--url", batch_api.url)
     assert result.exit_code == 1

@@ -42,7 +42,7 @@ RERANK_TOKENS: int = _given["rerank_tokens"]
 def assert_vectors(
     answered: Iterable[Iterable[float]], right: Sequence[Sequence[float]] = VECTORS, *, normalized: bool = True
 ) -> None:
-    """As many, in this order, of this direction, and of length 1 where they must be."""
+    """Check that the vectors are as many, in this order and of these directions, and of length 1 if normalised."""
     vectors = [[float(value) for value in vector] for vector in answered]
     assert len(vectors) == len(right)
     for index, (vector, other) in enumerate(zip(vectors, right, strict=True)):
@@ -52,15 +52,15 @@ def assert_vectors(
             assert abs(math.hypot(*vector) - 1) < 1e-3, f"vector {index}"
 
 
-def cosine(one: Sequence[float], other: Sequence[float]) -> float:
-    """Of the angle between two vectors."""
-    return sum(map(mul, one, other)) / (math.hypot(*one) * math.hypot(*other))
+def cosine(left: Sequence[float], right: Sequence[float]) -> float:
+    """The cosine of the angle between two vectors."""
+    return sum(map(mul, left, right)) / (math.hypot(*left) * math.hypot(*right))
 
 
 def assert_ranking(
     answered: Iterable[tuple[int, float]], top_n: int | None = None, *, right: Sequence[float] = SCORES
 ) -> None:
-    """(index, score) of the best `top_n`, best first."""
+    """Check the pairs (index, score): the best `top_n` documents, best first."""
     pairs = list(answered)
     assert [index for index, _ in pairs] == RANKING[:top_n]
     for index, score in pairs:
@@ -68,7 +68,7 @@ def assert_ranking(
 
 
 def assert_signs(packed: Iterable[Iterable[int]], *, signed: bool) -> None:
-    """One bit per dimension, eight to a byte, most significant first; signed bytes are 128 less."""
+    """Check vectors of one bit per dimension, eight to a byte, most significant first; signed bytes are 128 less."""
     for answered, vector in zip(packed, VECTORS, strict=True):
         octets = [octet + 128 * signed for octet in answered]
         bits = [octet >> 7 - bit & 1 for octet in octets for bit in range(8)]

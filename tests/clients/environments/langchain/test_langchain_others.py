@@ -74,7 +74,7 @@ def test_nvidia_rerank() -> None:
     """Its scores are logits, for which an embedding model has cosines."""
     reranker = NVIDIARerank(base_url=f"{URL}/v1", model=MODEL, top_n=2)
     documents = reranker.compress_documents(CANDIDATES, QUERY)
-    pairs = [(DOCUMENTS.index(found.page_content), found.metadata["relevance_score"]) for found in documents]
+    pairs = [(DOCUMENTS.index(document.page_content), document.metadata["relevance_score"]) for document in documents]
     assert_ranking(pairs, 2, right=COSINES)
 
 

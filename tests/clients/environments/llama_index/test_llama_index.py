@@ -87,4 +87,4 @@ def test_keys() -> None:
 def test_rerankers(reranker: Any) -> None:
     nodes = [NodeWithScore(node=TextNode(text=text, id_=str(index))) for index, text in enumerate(DOCUMENTS)]
     ranked = reranker().postprocess_nodes(nodes, query_str=QUERY)
-    assert_ranking([(int(found.node.node_id), found.score) for found in ranked], 2)
+    assert_ranking([(int(result.node.node_id), result.score) for result in ranked], 2)
