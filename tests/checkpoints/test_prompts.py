@@ -254,7 +254,11 @@ async def test_a_models_prompts_are_listed_with_their_source(server: Served) -> 
     shown = {key: listed[DEFAULT.name][key] for key in ("prompts", "prompts_from", "default_prompt_name")}
     assert shown == {"prompts": PROMPTS, "prompts_from": "files", "default_prompt_name": "code"}
     none = listed["bert-made-from-e5"]
-    assert (none["prompts"], none["prompts_from"], none["default_prompt_name"]) == ({}, None, None)
+    assert (none["prompts"], none["prompts_from"], none["default_prompt_name"]) == (
+        {"query": "", "document": ""},
+        None,
+        None,
+    )
 
 
 COMMIT = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"

@@ -143,8 +143,8 @@ class ServerAddress:
     """Sent as a bearer token."""
     answer_seconds: float = ANSWER_S
     """Without a byte from it."""
-    patience_seconds: float = PATIENCE_S
-    """While it is busy or away."""
+    patience_seconds: float | None = PATIENCE_S
+    """While it is busy or away; None: a call is made once."""
 
 
 class HttpClient:
@@ -159,7 +159,8 @@ class HttpClient:
             UsageError: the address is not one, or the key cannot be sent.
         """
         self.base = base_url(server.url).removesuffix("/v1")
-        self._patience = Patience(server.patience_seconds, self.STATUSES)
+        self._once = server.patience_seconds is None
+        self._patience = Patience(server.patience_seconds or 0.0, self.STATUSES)
         self._waiting = waiting
         self._met = False
         self._http = httpx2.Client(
@@ -214,7 +215,7 @@ class HttpClient:
                 self._waiting("")
                 return answer
             wait = retries.next_wait(told)
-            if wait is None and not self._patience.seconds:
+            if wait is None and self._once:
                 raise CommandError(reason)
             if wait is None:
                 raise CommandError(

@@ -78,7 +78,7 @@ def top(
 
 
 def _client(url: str, api_key: str | None) -> HttpClient:
-    return HttpClient(ServerAddress(url, api_key, ANSWER_SECONDS, patience_seconds=0.0))
+    return HttpClient(ServerAddress(url, api_key, ANSWER_SECONDS, patience_seconds=None))
 
 
 def _ask(client: HttpClient) -> dict[str, Any]:
