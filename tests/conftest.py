@@ -20,7 +20,7 @@ from tests.servers import RunningServer, free_port, running, vecmill_command
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS
-from vecmill.engine import warmup
+from vecmill.engine import forward, warmup
 from vecmill.models.source import find
 
 # How long one example takes is no property of the code: a machine may be busy.
@@ -56,6 +56,7 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
                 patch.delenv(name.upper(), raising=False)
             patch.setitem(group.model_config, "env_file", None)
         patch.setattr(warmup, "ROUNDS", WARMUP_ROUNDS)
+        patch.setattr(forward, "SINGLE_THREAD_RUNS", WARMUP_ROUNDS)
         patch.setenv("TORCH_COMPILE", "false")
         patch.setenv("CACHE_MAX_BYTES", "0")
         patch.setenv("STATE_DIR", str(tmp_path_factory.mktemp("state")))

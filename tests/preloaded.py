@@ -30,9 +30,9 @@ PYTHON = [sys.executable, "-m"]
 # What libraries read while they are imported.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTHON", "LD_")
 LARGEST = 1_000_000  # bytes of a command and its environment
-# How often warm-up times each shape in servers and applications of the tests. More rounds make its figures steadier, on
-# which no test depends, and were half of what a start costs.
-WARMUP_ROUNDS = 2
+# How often warm-up times each shape in servers and applications of the tests, and each number of threads: once. More
+# rounds make its figures steadier, on which no test depends, and were two thirds of what a start costs.
+WARMUP_ROUNDS = 1
 
 
 def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
@@ -140,6 +140,7 @@ def main() -> None:
     for module in MODULES:
         import_module(module)
     import_module("vecmill.engine.warmup").ROUNDS = WARMUP_ROUNDS  # type: ignore[attr-defined]
+    import_module("vecmill.engine.forward").SINGLE_THREAD_RUNS = WARMUP_ROUNDS  # type: ignore[attr-defined]
     # Exempt all objects from later collections, which would copy every page of them in each forked process.
     gc.collect()
     gc.freeze()
