@@ -115,20 +115,27 @@ SOMETHING_ELSE = frozenset({"user", "top_p", "max_chunks_per_doc"})
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A name that is not read, and what was meant by it."""
+    """A name that is not read, or not as it may be meant, and what was meant by it."""
 
     name: str
     meant: str | None
     is_sent: bool = False
     """Whether what is meant is in the request, too."""
     reason: str = ""
+    is_read: bool = False
+    """Whether the name is read after all, and `reason` says as what."""
 
     def __str__(self) -> str:
         """A sentence of plain ASCII on one line."""
+        if self.is_read:
+            return f"`{self.name}` {self.reason}."
         shown = f"`{_escaped(self.name)}` is not read here"
         if self.meant is not None:
             return f"{shown}: `{self.meant}` is." if self.is_sent else f"{shown}: did you mean `{self.meant}`?"
         return f"{shown}: {self.reason}." if self.reason else f"{shown}."
+
+
+Remark = Callable[[Mapping[str, Any]], Hint | None]
 
 
 def sentences(hints: Iterable[Hint]) -> str:
@@ -145,13 +152,18 @@ class KnownNames:
     """The names that one object of a request may have; of a body's objects within it, too."""
 
     def __init__(
-        self, names: Iterable[str], inner: Mapping[str, KnownNames] | None = None, elsewhere: Container[str] = ()
+        self,
+        names: Iterable[str],
+        inner: Mapping[str, KnownNames] | None = None,
+        elsewhere: Container[str] = (),
+        remark: Remark | None = None,
     ) -> None:
-        """`elsewhere`: names of NOT_READ that are worth a hint."""
+        """`elsewhere`: names of NOT_READ that are worth a hint. `remark`: what is to be said of known names."""
         ordered = tuple(names)
         self._names = frozenset(ordered)
         self._inner = inner or {}
         self._elsewhere = elsewhere
+        self._remark = remark
         self._by_plain = {_plain(name): name for name in ordered}
         self._synonyms = _synonyms(self._names)
         self._meant = lru_cache(CACHED_NAMES)(self._find)
@@ -161,9 +173,11 @@ class KnownNames:
 
         However many there are, no more than MOST_NAMES that are not known are looked at.
         """
+        remarked = self._remark and self._remark(given)
+        found = [remarked] if remarked else []
         if not self._inner and self._names.issuperset(given):  # nearly every request
-            return []
-        found = list(self._of(given, within))
+            return found
+        found += self._of(given, within)
         for name, known in self._inner.items():
             if isinstance(value := given.get(name), dict):
                 found += known.hints(value, f"{within}{name}.")
@@ -202,14 +216,14 @@ class KnownNames:
 
 @cache
 def names_of(model: type[BaseModel]) -> KnownNames:
-    """The fields of a body by all their names."""
+    """The fields of a body by all their names. A body may have a class method `remark`."""
     inner: dict[str, KnownNames] = {}
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.extend(_names_of(name, field))
         if (within := next(_models(field.annotation), None)) is not None:
             inner[name] = names_of(within)
-    return KnownNames(names, inner, NOT_READ)
+    return KnownNames(names, inner, NOT_READ, getattr(model, "remark", None))
 
 
 @cache
