@@ -277,3 +277,14 @@ async def test_a_word_that_chooses_another_shape_of_the_answer_is_told(client: h
     )
     for usual in ({"model": "m", "top_k": 1}, {"model": "m", "top_k": None}, {"top_k": None}):
         assert HINT not in (await client.post(path, json={**QUERY, **usual})).headers
+
+
+async def test_a_field_of_the_body_in_the_query_is_told(client: httpx.AsyncClient) -> None:
+    for path, field, body in (
+        ("/v1/embeddings", "dimensions", {"input": "x"}),
+        ("/embed", "prompt_name", {"inputs": "x"}),
+        ("/rerank", "top_n", QUERY),
+    ):
+        answer = await client.post(f"{path}?{field}=12&api-version=1", json=body)
+        assert answer.status_code == 200
+        assert answer.headers[HINT] == f"`{field}` is not read here: it is a field of the body."

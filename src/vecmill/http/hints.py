@@ -183,6 +183,9 @@ class KnownNames:
                 found += known.hints(value, f"{within}{name}.")
         return found
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
+
     def is_close(self, name: str) -> bool:
         """Whether it is none of the names and may mean one. Remembered, so asked in a fraction of a microsecond."""
         return name not in self._names and bool(self._meant(name))
@@ -302,9 +305,14 @@ class RouteNames:
             note(request, self._headers.hints(dict.fromkeys(close, True)))
 
     def look_at_body(self, request: Request, body: Any) -> None:
-        """Note what there is to say of a body's fields; it is not validated yet."""
-        if self._body is not None and isinstance(body, dict):
-            note(request, self._body(body).hints(body))
+        """Note what there is to say of a body's fields, and of those in the query; it is not validated yet."""
+        if self._body is None or not isinstance(body, dict):
+            return
+        known = self._body(body)
+        note(request, known.hints(body))
+        if 0 < len(request.scope["query_string"]) <= LONGEST_QUERY:
+            fields = (name for name in request.query_params if name in known and name not in self._query)
+            note(request, [Hint(name, None, reason="it is a field of the body") for name in fields])
 
 
 def _parameters(dependant: Dependant) -> tuple[set[str], set[str]]:
