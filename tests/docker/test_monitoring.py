@@ -16,6 +16,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import serving
 from tests.docker.parts import DOCKER, K8S, manifests, of_kind
+from vecmill.core.errors import GenerationTimeout, VecmillError
+from vecmill.http.errors import OF_LOAD
 from vecmill.telemetry.metrics import Metrics
 
 Seen = dict[str, dict[str, set[str]]]
@@ -31,8 +33,8 @@ SUFFIXES = {"counter": ["_total"], "gauge": [""], "histogram": ["_bucket", "_sum
 # What Prometheus adds to every sample, and a metric of its own.
 ADDED = {"instance", "job", "namespace", "pod"}
 OWN = {"up"}
-# What the requests below give no sample of: there is no GPU, no batch and no full device.
-UNSEEN = {"vecmill_batch_lines_total", "vecmill_memory_pressure_ratio"}
+# What the requests below give no sample of: there is no GPU, and some kernels know no pressure.
+UNSEEN = {"vecmill_memory_pressure_ratio"}
 
 
 def _panels() -> list[dict[str, Any]]:
@@ -208,6 +210,25 @@ def test_alerts_say_what_is_wrong_and_what_to_look_at() -> None:
     assert {rule["expr"] for rule in rules if rule["alert"] == "VecmillDown"} == {
         f'up{{job="{PROMETHEUS["scrape_configs"][0]["job_name"]}"}} == 0'
     }
+
+
+def _kinds(error: type[VecmillError]) -> Iterator[str]:
+    yield error.__name__
+    for kind in error.__subclasses__():
+        yield from _kinds(kind)
+
+
+@pytest.mark.parametrize("name", ["VecmillErrors", "Errors of the server A"])
+def test_errors_of_the_server_are_those_that_stats_has(name: str) -> None:
+    """And a server that answers nothing else has no series of what went well: the sum is not empty for that."""
+    own, *others = (selector.matchers.matchers for selector in _selectors(QUERIES[name]))
+    (refused,) = (matcher.value for matcher in own if matcher.name == "error")
+    of_load = {kind for error in OF_LOAD for kind in _kinds(error)} - set(_kinds(GenerationTimeout))
+    assert set(refused.split("|")) == of_load
+    parts = _parts(QUERIES[name])
+    (total,) = (part for part in parts if isinstance(part, promql_parser.BinaryExpr) and str(part.op) == "+")
+    assert others
+    assert " or " in str(total.lhs) or " or " in str(total.rhs)
 
 
 def test_a_cluster_has_the_same_alerts() -> None:

@@ -266,3 +266,25 @@ async def test_nothing_is_said_to_a_request_without_a_key() -> None:
         response = await client.post("/v1/embeddings", json={"inputs": "x"})
         assert response.status_code == 401
         assert HINT not in response.headers
+
+
+@pytest.mark.parametrize("path", ["/v1/rerank", "/v2/rerank", "/rerank"])
+async def test_a_word_that_chooses_another_shape_of_the_answer_is_told(client: httpx.AsyncClient, path: str) -> None:
+    answer = await client.post(path, json={**QUERY, "top_k": 1})
+    assert len(answer.json()["data"]) == 1
+    assert answer.headers[HINT] == (
+        "`top_k` makes this Voyage's call, whose answer has `data`: `top_n` is for an answer with `results`."
+    )
+    for usual in ({"model": "m", "top_k": 1}, {"model": "m", "top_k": None}, {"top_k": None}):
+        assert HINT not in (await client.post(path, json={**QUERY, **usual})).headers
+
+
+async def test_a_field_of_the_body_in_the_query_is_told(client: httpx.AsyncClient) -> None:
+    for path, field, body in (
+        ("/v1/embeddings", "dimensions", {"input": "x"}),
+        ("/embed", "prompt_name", {"inputs": "x"}),
+        ("/rerank", "top_n", QUERY),
+    ):
+        answer = await client.post(f"{path}?{field}=12&api-version=1", json=body)
+        assert answer.status_code == 200
+        assert answer.headers[HINT] == f"`{field}` is not read here: it is a field of the body."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,9 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
+from opentelemetry.semconv.attributes import error_attributes, http_attributes, server_attributes, url_attributes
+from opentelemetry.semconv.schemas import Schemas
 
 from tests.conftest import serving
 from tests.tiny_checkpoints import tiny_bert
@@ -170,11 +174,43 @@ async def test_the_environment_asks_for_traces_as_well(
     assert resource["service.name"] == "spark"
 
 
+async def test_several_exporters_are_sent_to(
+    collector: Collector, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console, OTLP")
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", f"{collector.url}/v1/traces")
+    async with serving(embed_model=str(folder)) as client:
+        await client.post("/embed", json={"inputs": "x"})
+    assert [root.name for root in collector.roots()] == ["embeddings tiny"]
+    assert '"name": "embeddings tiny"' in capsys.readouterr().out
+
+
+def test_an_exporter_that_is_not_there_is_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    assert open_tracing(None, {"OTEL_TRACES_EXPORTER": "zipkin"}) is None
+    assert "OTEL_TRACES_EXPORTER=zipkin" in caplog.text
+
+
 async def test_a_collector_that_is_away_delays_nothing(folder: Path) -> None:
     async with serving(embed_model=str(folder), otlp_endpoint="http://127.0.0.1:9") as client:
         assert (await client.post("/embed", json={"inputs": "x"})).status_code == 200
         began = asyncio.get_running_loop().time()
     assert asyncio.get_running_loop().time() - began < 10 * tracing.FLUSH_SECONDS
+
+
+def test_every_name_is_one_of_the_conventions() -> None:
+    """Of those names the newest, the dimensions', came with 1.38.0."""
+    known = {
+        value
+        for module in (gen_ai_attributes, error_attributes, http_attributes, server_attributes, url_attributes)
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, str)
+    }
+    pattern = re.compile(r"(http|url|error|server|gen_ai)\.[a-z_.]+")
+    named = {value for value in vars(tracing).values() if isinstance(value, str) and pattern.fullmatch(value)}
+    assert named <= known
+    assert "gen_ai.embeddings.dimension.count" in named
+    assert tuple(map(int, tracing.CONVENTIONS.split("."))) >= (1, 38, 0)
+    assert tracing.SCHEMA_URL in {schema.value for schema in Schemas}
 
 
 @pytest.mark.parametrize(

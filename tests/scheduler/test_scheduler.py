@@ -510,3 +510,12 @@ async def test_a_shared_prefix_fills_a_batch_once() -> None:
         runner.permits.release()
     await sums(futures)
     await scheduler.close()
+
+
+async def test_long_texts_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """On a slow device most texts may be longer than a forward pass; the line of their request has their tokens."""
+    caplog.set_level("INFO")
+    scheduler = scheduler_of(SumRunner(), ONE_BY_ONE)
+    assert await sums(scheduler.submit("m", [ids(1, 2, 3)] * 4)) == [6] * 4
+    await scheduler.close()
+    assert caplog.messages == []

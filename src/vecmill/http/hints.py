@@ -115,20 +115,27 @@ SOMETHING_ELSE = frozenset({"user", "top_p", "max_chunks_per_doc"})
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A name that is not read, and what was meant by it."""
+    """A name that is not read, or not as it may be meant, and what was meant by it."""
 
     name: str
     meant: str | None
     is_sent: bool = False
     """Whether what is meant is in the request, too."""
     reason: str = ""
+    is_read: bool = False
+    """Whether the name is read after all, and `reason` says as what."""
 
     def __str__(self) -> str:
         """A sentence of plain ASCII on one line."""
+        if self.is_read:
+            return f"`{self.name}` {self.reason}."
         shown = f"`{_escaped(self.name)}` is not read here"
         if self.meant is not None:
             return f"{shown}: `{self.meant}` is." if self.is_sent else f"{shown}: did you mean `{self.meant}`?"
         return f"{shown}: {self.reason}." if self.reason else f"{shown}."
+
+
+Remark = Callable[[Mapping[str, Any]], Hint | None]
 
 
 def sentences(hints: Iterable[Hint]) -> str:
@@ -145,13 +152,18 @@ class KnownNames:
     """The names that one object of a request may have; of a body's objects within it, too."""
 
     def __init__(
-        self, names: Iterable[str], inner: Mapping[str, KnownNames] | None = None, elsewhere: Container[str] = ()
+        self,
+        names: Iterable[str],
+        inner: Mapping[str, KnownNames] | None = None,
+        elsewhere: Container[str] = (),
+        remark: Remark | None = None,
     ) -> None:
-        """`elsewhere`: names of NOT_READ that are worth a hint."""
+        """`elsewhere`: names of NOT_READ that are worth a hint. `remark`: what is to be said of known names."""
         ordered = tuple(names)
         self._names = frozenset(ordered)
         self._inner = inner or {}
         self._elsewhere = elsewhere
+        self._remark = remark
         self._by_plain = {_plain(name): name for name in ordered}
         self._synonyms = _synonyms(self._names)
         self._meant = lru_cache(CACHED_NAMES)(self._find)
@@ -161,13 +173,18 @@ class KnownNames:
 
         However many there are, no more than MOST_NAMES that are not known are looked at.
         """
+        remarked = self._remark and self._remark(given)
+        found = [remarked] if remarked else []
         if not self._inner and self._names.issuperset(given):  # nearly every request
-            return []
-        found = list(self._of(given, within))
+            return found
+        found += self._of(given, within)
         for name, known in self._inner.items():
             if isinstance(value := given.get(name), dict):
                 found += known.hints(value, f"{within}{name}.")
         return found
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
     def is_close(self, name: str) -> bool:
         """Whether it is none of the names and may mean one. Remembered, so asked in a fraction of a microsecond."""
@@ -202,14 +219,14 @@ class KnownNames:
 
 @cache
 def names_of(model: type[BaseModel]) -> KnownNames:
-    """The fields of a body by all their names."""
+    """The fields of a body by all their names. A body may have a class method `remark`."""
     inner: dict[str, KnownNames] = {}
     names: list[str] = []
     for name, field in model.model_fields.items():
         names.extend(_names_of(name, field))
         if (within := next(_models(field.annotation), None)) is not None:
             inner[name] = names_of(within)
-    return KnownNames(names, inner, NOT_READ)
+    return KnownNames(names, inner, NOT_READ, getattr(model, "remark", None))
 
 
 @cache
@@ -288,9 +305,14 @@ class RouteNames:
             note(request, self._headers.hints(dict.fromkeys(close, True)))
 
     def look_at_body(self, request: Request, body: Any) -> None:
-        """Note what there is to say of a body's fields; it is not validated yet."""
-        if self._body is not None and isinstance(body, dict):
-            note(request, self._body(body).hints(body))
+        """Note what there is to say of a body's fields, and of those in the query; it is not validated yet."""
+        if self._body is None or not isinstance(body, dict):
+            return
+        known = self._body(body)
+        note(request, known.hints(body))
+        if 0 < len(request.scope["query_string"]) <= LONGEST_QUERY:
+            fields = (name for name in request.query_params if name in known and name not in self._query)
+            note(request, [Hint(name, None, reason="it is a field of the body") for name in fields])
 
 
 def _parameters(dependant: Dependant) -> tuple[set[str], set[str]]:

@@ -7,14 +7,15 @@ nor keys are in a span. Nothing of OpenTelemetry is imported until traces are as
 The spans of the stages are made when the request is over, from the times that its record has: a request that is not
 traced pays nothing for them.
 
-Sources: https://github.com/open-telemetry/semantic-conventions/blob/v1.37.0/docs/gen-ai/gen-ai-spans.md#embeddings and
-https://github.com/open-telemetry/semantic-conventions/blob/v1.37.0/docs/http/http-spans.md; https://www.w3.org/TR/trace-context/
+Sources: https://github.com/open-telemetry/semantic-conventions/blob/v1.38.0/docs/gen-ai/gen-ai-spans.md#embeddings and
+https://github.com/open-telemetry/semantic-conventions/blob/v1.38.0/docs/http/http-spans.md; https://www.w3.org/TR/trace-context/
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from threading import Thread
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONVENTIONS = "1.37.0"
+CONVENTIONS = "1.38.0"
 SCHEMA_URL = f"https://opentelemetry.io/schemas/{CONVENTIONS}"
 
 # HTTP server spans, stable.
@@ -77,6 +78,8 @@ EXTRA = "pip install 'vecmill[otel]'"
 # Source: https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/
 DISABLED = "OTEL_SDK_DISABLED"
 EXPORTER = "OTEL_TRACES_EXPORTER"
+SENT = frozenset({"otlp", "console"})
+"""What EXPORTER, a list, may have of the exporters that there are."""
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 
@@ -87,14 +90,17 @@ def open_tracing(endpoint: str | None, environment: Mapping[str, str]) -> Tracin
     Raises:
         StartupError: OTLP_ENDPOINT is set and the extra `otel` is missing, or a variable has an impossible value.
     """
-    kind = environment.get(EXPORTER, "").strip().lower()
-    asked = endpoint is not None or kind in ("otlp", "console") or any(environment.get(name) for name in ENDPOINTS)
-    if not asked or kind == "none" or environment.get(DISABLED, "").strip().lower() == "true":
+    kinds = {kind.strip() for kind in environment.get(EXPORTER, "").lower().split(",")} - {""}
+    asked = endpoint is not None or bool(kinds & SENT) or any(environment.get(name) for name in ENDPOINTS)
+    if kinds - SENT - {"none"}:
+        logger.warning("%s=%s: traces are sent by otlp and console only", EXPORTER, environment[EXPORTER])
+    if not asked or "none" in kinds or environment.get(DISABLED, "").strip().lower() == "true":
         return None
-    if "grpc" in (environment.get(name, "").strip().lower() for name in PROTOCOLS):
+    protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), "")
+    if protocol.strip().lower() == "grpc":
         logger.warning("traces are sent as http/protobuf, which is all that the extra `otel` speaks, and not as grpc")
     try:
-        return Tracing(_exporter(endpoint, kind))
+        return Tracing(list(_exporters(endpoint, kinds)))
     except ModuleNotFoundError:
         if endpoint is not None:
             raise StartupError(f"OTLP_ENDPOINT needs the extra `otel`: {EXTRA}.") from None
@@ -106,23 +112,23 @@ def open_tracing(endpoint: str | None, environment: Mapping[str, str]) -> Tracin
         ) from None
 
 
-def _exporter(endpoint: str | None, kind: str) -> SpanExporter:
-    if kind == "console" and endpoint is None:
+def _exporters(endpoint: str | None, kinds: set[str]) -> Iterator[SpanExporter]:
+    if "console" in kinds:
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 
-        return ConsoleSpanExporter()
+        yield ConsoleSpanExporter(out=sys.stdout)
+    if endpoint is None and kinds == {"console"}:
+        return
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
-    if endpoint is None:
-        return OTLPSpanExporter()
-    base = endpoint.rstrip("/")
-    return OTLPSpanExporter(endpoint=base if base.endswith(TRACES_PATH) else base + TRACES_PATH)
+    base = None if endpoint is None else endpoint.rstrip("/").removesuffix(TRACES_PATH)
+    yield OTLPSpanExporter(endpoint=base and base + TRACES_PATH)
 
 
 class Tracing:
     """The tracer of one server. Its spans are sent by a thread of the SDK's, in batches."""
 
-    def __init__(self, exporter: SpanExporter) -> None:
+    def __init__(self, exporters: Iterable[SpanExporter]) -> None:
         """OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over what the server calls itself."""
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -134,7 +140,8 @@ class Tracing:
         resource = Resource.create({name: value for name, value in own.items() if name not in named})
         # The process has its own order of ending, in which `close` stands.
         self._provider: TracerProvider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        for exporter in exporters:
+            self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("vecmill", __version__, schema_url=SCHEMA_URL)
         self._propagator = TraceContextTextMapPropagator()
 

@@ -247,7 +247,7 @@ class Scheduler:
 
     async def _run_and_resolve(self, taken: Cut[Sequence]) -> None:
         if taken.tokens > self.budgets[taken.model].max_batch_tokens:
-            logger.info("a text of %d tokens runs alone, longer than the budget of a forward pass", taken.tokens)
+            logger.debug("a text of %d tokens runs alone, longer than the budget of a forward pass", taken.tokens)
         started = self._clock()
         try:
             result = await self._runner.run(taken.model, [sequence.row for sequence in taken.batch], taken.lane)

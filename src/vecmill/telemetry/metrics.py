@@ -199,6 +199,8 @@ class Metrics:
         self.batch_lines = self._counter(
             "vecmill_batch_lines", "Lines of batches that are answered and on disk", ("outcome",)
         )
+        for outcome in ("completed", "failed"):  # from 0 on, so that the rate of the first lines is seen
+            self.batch_lines.labels(outcome)
 
     def _describe_machine(self) -> None:
         gauge = self._gauge

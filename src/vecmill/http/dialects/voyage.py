@@ -16,6 +16,7 @@ from vecmill.http.dialects.bodies import Dialect, example
 from vecmill.http.dialects.cohere import RerankBody
 from vecmill.http.dialects.inputs import usage
 from vecmill.http.dialects.openai import OPENAI
+from vecmill.http.hints import Hint
 
 
 class VoyageRerankBody(RerankBody):
@@ -35,6 +36,14 @@ class VoyageRerankBody(RerankBody):
     def speaks(cls, body: Mapping[str, Any]) -> bool:
         """By `top_k`, unless there is a `top_n`."""
         return "top_k" in body and body.get("top_n") is None
+
+    @classmethod
+    def remark(cls, body: Mapping[str, Any]) -> Hint | None:
+        """Voyage's clients always name a model; who does not may have meant `top_n`, and looks for `results`."""
+        if "model" in body or body["top_k"] is None:
+            return None
+        reason = "makes this Voyage's call, whose answer has `data`: `top_n` is for an answer with `results`"
+        return Hint("top_k", None, reason=reason, is_read=True)
 
     def answer(self, result: ScoreResult, path: str) -> object:
         """`data` in place of `results`."""
