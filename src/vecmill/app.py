@@ -8,7 +8,6 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,7 +33,7 @@ from vecmill.http.dashboard import doctor, live, page
 from vecmill.http.dashboard.doctor import Doctor
 from vecmill.http.dashboard.live import Live
 from vecmill.http.dashboard.machine import Machine
-from vecmill.http.dashboard.sampling import Sampler, knee_of
+from vecmill.http.dashboard.sampling import Sampler
 from vecmill.http.dashboard.snapshot import Snapshots
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
@@ -135,7 +134,7 @@ class Server:
             warmed=lambda: self._loaded.warmed if self._loaded else {},
             catalogue=lambda: self._catalogue,
         )
-        self.telemetry.knee_of = partial(knee_of, self.services)
+        self.telemetry.knee_of = self._knee_of
         self.machine = Machine(self.services)
         self.replica = f"{HOST_NAME}:{settings.http.port}"
         self.sampler = Sampler(self.services, self.machine, self.replica)
@@ -284,7 +283,7 @@ class Server:
             folder = hub.cached(name, revision)
             if folder is None:
                 return None
-            card = engine.know(folder, name, task).card
+            card = engine.add_cached(folder, name, task).card
             return Cached(card, card.weight_bytes)
 
         return await asyncio.to_thread(find)
@@ -306,6 +305,10 @@ class Server:
         if phase is Phase.FAILED:
             return message
         return self._hung()
+
+    def _knee_of(self, key: str) -> int:
+        warmed = self._loaded.warmed.get(key) if self._loaded else None
+        return 0 if warmed is None else warmed.calibration.knee_tokens
 
     def _hung(self) -> str | None:
         return self._engine.hung if self._engine else None
