@@ -88,8 +88,8 @@ def open_tracing(endpoint: str | None, environment: Mapping[str, str]) -> Tracin
         StartupError: OTLP_ENDPOINT is set and the extra `otel` is missing, or a variable has an impossible value.
     """
     kind = environment.get(EXPORTER, "").strip().lower()
-    asked = endpoint is not None or kind in ("otlp", "console") or any(environment.get(name) for name in ENDPOINTS)
-    if not asked or kind == "none" or environment.get(DISABLED, "").strip().lower() == "true":
+    wanted = endpoint is not None or kind in ("otlp", "console") or any(environment.get(name) for name in ENDPOINTS)
+    if not wanted or kind == "none" or environment.get(DISABLED, "").strip().lower() == "true":
         return None
     if "grpc" in (environment.get(name, "").strip().lower() for name in PROTOCOLS):
         logger.warning("traces are sent as http/protobuf, which is all that the extra `otel` speaks, and not as grpc")
