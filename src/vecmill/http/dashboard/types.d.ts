@@ -18,7 +18,7 @@ export interface Snapshot {
   status: string;
   status_text?: Maybe<string>;
   /** Of the start that is done. */
-  percent: Maybe<number>;
+  percent: number;
   ready: boolean;
   is_admin: boolean;
   keys_in_use: boolean;
