@@ -47,7 +47,6 @@ from vecmill.inference.catalogue import Cached, Catalogue
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble, assemble_one
 from vecmill.inference.residency import Progress, Residency
-from vecmill.models import hub
 from vecmill.scheduler.policy import Budget, Rules
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.state import State
@@ -230,6 +229,8 @@ class Server:
         return residency
 
     def _make_catalogue(self, residency: Residency) -> Catalogue:
+        from vecmill.models import hub  # as the engine has by now: it is imported after the port is open
+
         token = self._settings.model.hf_token
         return Catalogue(
             residency,
@@ -276,6 +277,8 @@ class Server:
         return self._memory.shortage(weight_bytes)
 
     async def _find_cached(self, name: str, revision: str | None, task: Task | None) -> Cached | None:
+        from vecmill.models import hub
+
         engine = self._engine
         assert engine is not None
 
