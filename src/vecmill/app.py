@@ -8,7 +8,6 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,7 +33,7 @@ from vecmill.http.dashboard import doctor, live, page
 from vecmill.http.dashboard.doctor import Doctor
 from vecmill.http.dashboard.live import Live
 from vecmill.http.dashboard.machine import Machine
-from vecmill.http.dashboard.sampling import Sampler, knee_of
+from vecmill.http.dashboard.sampling import Sampler
 from vecmill.http.dashboard.snapshot import Snapshots
 from vecmill.http.dialects import registry
 from vecmill.http.generation import Generation
@@ -48,7 +47,6 @@ from vecmill.inference.catalogue import Cached, Catalogue
 from vecmill.inference.facade import Inference
 from vecmill.inference.models import assemble, assemble_one
 from vecmill.inference.residency import Progress, Residency
-from vecmill.models import hub
 from vecmill.scheduler.policy import Budget, Rules
 from vecmill.scheduler.scheduler import Scheduler
 from vecmill.state import State
@@ -135,7 +133,7 @@ class Server:
             warmed=lambda: self._loaded.warmed if self._loaded else {},
             catalogue=lambda: self._catalogue,
         )
-        self.telemetry.knee_of = partial(knee_of, self.services)
+        self.telemetry.knee_of = self._knee_of
         self.machine = Machine(self.services)
         self.replica = f"{HOST_NAME}:{settings.http.port}"
         self.sampler = Sampler(self.services, self.machine, self.replica)
@@ -231,6 +229,8 @@ class Server:
         return residency
 
     def _make_catalogue(self, residency: Residency) -> Catalogue:
+        from vecmill.models import hub  # as the engine has by now: it is imported after the port is open
+
         token = self._settings.model.hf_token
         return Catalogue(
             residency,
@@ -277,6 +277,8 @@ class Server:
         return self._memory.shortage(weight_bytes)
 
     async def _find_cached(self, name: str, revision: str | None, task: Task | None) -> Cached | None:
+        from vecmill.models import hub
+
         engine = self._engine
         assert engine is not None
 
@@ -284,7 +286,7 @@ class Server:
             folder = hub.cached(name, revision)
             if folder is None:
                 return None
-            card = engine.know(folder, name, task).card
+            card = engine.add_cached(folder, name, task).card
             return Cached(card, card.weight_bytes)
 
         return await asyncio.to_thread(find)
@@ -306,6 +308,10 @@ class Server:
         if phase is Phase.FAILED:
             return message
         return self._hung()
+
+    def _knee_of(self, key: str) -> int:
+        warmed = self._loaded.warmed.get(key) if self._loaded else None
+        return 0 if warmed is None else warmed.calibration.knee_tokens
 
     def _hung(self) -> str | None:
         return self._engine.hung if self._engine else None

@@ -229,21 +229,21 @@ async def test_a_model_of_the_hubs_cache_is_known_by_its_files(
 ) -> None:
     folder = tiny_bert(tmp_path / "third", minilm_folder, seed=3)
     (folder / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# license: none\n")
-    known = engine.know(folder, "owner/third", None)
+    known = engine.add_cached(folder, "owner/third", None)
     assert known.card.license == "apache-2.0"
     assert (known.card.id, known.card.task, known.card.dimensions) == ("owner/third", Task.EMBED, 32)
     model = engine.load(known.card.key, silent).result(60)
     assert model.card.weight_bytes == known.card.weight_bytes
     assert len(await vectors(engine, "embed:owner/third")) == 3
     for name, task in (("embedding", Task.EMBED), ("reranker", Task.RERANK)):
-        assert engine.know(GOLDEN / "qwen3" / name, f"owner/{name}", None).card.task is task
+        assert engine.add_cached(GOLDEN / "qwen3" / name, f"owner/{name}", None).card.task is task
     chat = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "chat")
     (chat / "modules.json").unlink()
     with pytest.raises(StartupError, match="`task`"):
-        engine.know(chat, "owner/chat", None)
-    assert engine.know(chat, "owner/chat", Task.EMBED).card.key == "embed:owner/chat"
+        engine.add_cached(chat, "owner/chat", None)
+    assert engine.add_cached(chat, "owner/chat", Task.EMBED).card.key == "embed:owner/chat"
     with pytest.raises(StartupError):
-        engine.know(tmp_path, "owner/none", None)
+        engine.add_cached(tmp_path, "owner/none", None)
 
 
 BIG = 300_000_000  # bytes

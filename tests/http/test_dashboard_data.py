@@ -77,6 +77,7 @@ async def test_now_has_searches_and_bulk_apart(client: httpx.AsyncClient) -> Non
     found = await snapshot(client)
     now = found["now"]
     assert (found["status"], found["ready"], found["is_admin"], found["keys_in_use"]) == ("ok", True, True, False)
+    assert found["percent"] == 100
     for lane in ("interactive", "bulk"):
         assert 0 < now["latency_ms"][lane]["p50"] <= now["latency_ms"][lane]["p95"]
         assert now["queue"][lane] == {"texts": 0, "tokens": 0}
@@ -239,6 +240,7 @@ async def test_while_it_loads_it_says_so() -> None:
     async with httpx.AsyncClient(transport=InProcess(app), base_url="http://localhost") as client:
         found = await snapshot(client)
         assert (found["status"], found["status_text"], found["ready"]) == ("loading", "starting", False)
+        assert found["percent"] == 0
         assert (found["models"], found["jobs"]["total"], found["batches"]["total"], found["who"]) == ([], 0, 0, [])
         assert found["now"]["batch_fill"] == {"tokens_per_pass": None, "knee_tokens": None, "ratio": None}
         assert found["now"]["latency_ms"]["bulk"] == {"p50": None, "p95": None}

@@ -93,7 +93,7 @@ class ModelSettings(SettingsGroup):
         "cached or the hub is reachable, else `none`.",
     )
     model_aliases: Annotated[Pairs, NoDecode] = Field(
-        (), description="Other names for loaded models: `alias=model`, comma-separated. Read again on SIGHUP."
+        (), description="Other names for models: `alias=model`, comma-separated. Read again on SIGHUP."
     )
     revision: Annotated[Pairs, NoDecode] = Field(
         (),

@@ -61,7 +61,8 @@ INSTRUCTION_PLACE = "{instruction}"
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a loaded model is; reported by /v1/models, /health and the start log."""
+    """What a model is, as /v1/models, /health and the start log report it; of one that was never loaded, what its files
+    say it will be."""
 
     id: str
     """Unique within a task: one folder may embed and rerank."""
@@ -105,8 +106,13 @@ class ModelCard:
 
     @property
     def key(self) -> str:
-        """What scheduler and engine call the model."""
+        """What scheduler and engine call the model: its task and its id, with a colon between them."""
         return f"{self.task.value}:{self.id}"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All that requests may call it."""
+        return (self.id, *self.aliases)
 
 
 class Lane(StrEnum):

@@ -30,7 +30,7 @@ from vecmill.core.errors import EngineFailed
 from vecmill.core.protocols import BatchResult
 from vecmill.core.types import Lane, Row, Task
 from vecmill.engine.device import device_memory, gpu_uuid, limit_memory
-from vecmill.engine.forward import Device, Launched, LoadedModel, Packed, collect, launch, pack_on
+from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launch, pack_on
 from vecmill.engine.live_models import READING_SHARE, LiveModels, give_back_memory
 from vecmill.engine.loader import Known, Loaded, Report, load
 from vecmill.hardware.memory import DeviceMemory
@@ -74,7 +74,7 @@ class Call(Generic[T]):
         return True
 
     def fail(self, error: Exception) -> None:
-        """It will not be done."""
+        """Have whoever waits for the result know that it will not come."""
         self.result.set_exception(error)
 
 
@@ -245,14 +245,14 @@ class Engine:
         """True while the engine thread runs, or one that loads a model."""
         return self._thread.is_alive() or self._loading is not None
 
-    def know(self, folder: Path, model_id: str, task: Task | None) -> Known:
+    def add_cached(self, folder: Path, model_id: str, task: Task | None) -> Known:
         """List a model of the hub's cache, by its folder there. It reads files: not for the event loop.
 
         Raises:
             StartupError: its files are not those of a model that is read here.
         """
         assert self._live is not None  # once `loaded` has resolved
-        return self._live.know(folder, model_id, task)
+        return self._live.add_cached(folder, model_id, task)
 
     def shortage(self, weight_bytes: int) -> str | None:
         """Why so many bytes of weights do not fit into the GPU's memory now; None on a CPU. Asks the driver."""
@@ -423,11 +423,23 @@ class Engine:
         if isinstance(taken, tuple):
             self._run(loaded, *taken)
         elif taken is None or not taken.run():
-            self._probe(loaded, loaded.runs_on)
+            self._probe(loaded)
 
     def _run(self, loaded: Loaded, lane: Lane, work: QueuedBatch) -> None:
         self._current = work
-        self._execute(loaded, loaded.runs_on, lane, work)
+        started = perf_counter()
+        try:
+            launched = launch(loaded.models[work.model], work.rows, loaded.runs_on, lane, work.packed)
+        except Exception as error:
+            self._inbox.ended(lane)
+            logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
+            self._probe(loaded)
+            work.resolve(error)
+            return
+        if loaded.runs_on.streams is not None:
+            self._collecting[lane].submit(self._answer, lane, work, launched, started)
+        else:
+            self._answer(lane, work, launched, started)
 
     def _die(self, reason: str) -> None:
         """Refuse new work and answer all that is in the inbox."""
@@ -443,21 +455,6 @@ class Engine:
         self._packing.shutdown(wait=False)
         for collecting in self._collecting.values():
             collecting.shutdown(wait=False)
-
-    def _execute(self, loaded: Loaded, device: Device, lane: Lane, work: QueuedBatch) -> None:
-        started = perf_counter()
-        try:
-            launched = launch(loaded.models[work.model], work.rows, device, lane, work.packed)
-        except Exception as error:
-            self._inbox.ended(lane)
-            logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
-            self._probe(loaded, device)
-            work.resolve(error)
-            return
-        if device.streams is not None:
-            self._collecting[lane].submit(self._answer, lane, work, launched, started)
-        else:
-            self._answer(lane, work, launched, started)
 
     def _answer(self, lane: Lane, work: QueuedBatch, launched: Launched, started: float) -> None:
         """Wait for a batch that was launched at `started` and answer it."""
@@ -478,10 +475,10 @@ class Engine:
         finally:
             self._inbox.ended(lane)
 
-    def _probe(self, loaded: Loaded, device: Device) -> None:
+    def _probe(self, loaded: Loaded) -> None:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""
         for model in loaded.models.values():
-            collect(launch(model, [Row(np.zeros(1, dtype=np.int32))], device))
+            collect(launch(model, [Row(np.zeros(1, dtype=np.int32))], loaded.runs_on))
 
 
 # A forward pass is taken for hung after this many times what warm-up says that it takes, and no earlier than after a

@@ -39,6 +39,8 @@ READING_SHARE = 0.85  # of a load's percents; the rest is warm-up
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
+    """What the first load of a model measured, and what it was then."""
+
     card: ModelCard
     before: Before
 
@@ -54,24 +56,20 @@ class LiveModels:
         for key, model in loaded.models.items():
             self._remember(key, model, loaded.warmed[key])
 
-    def know(self, folder: Path, model_id: str, task: Task | None) -> Known:
+    def add_cached(self, folder: Path, model_id: str, task: Task | None) -> Known:
         """List a model of the hub's cache, by its folder there. For any thread but the event loop's: it reads files.
 
-        `task`: None: what its files say that it is.
+        `task`: None leaves it to the model's files.
 
         Raises:
             StartupError: its files are not those of a model that is read here.
         """
         checkpoint = _read_as(folder, model_id, task) if task is not None else _read_by_itself(folder, model_id)
-        card = loader.expected_card(self._capped(checkpoint), (), self._models, self._loaded.device)
+        checkpoint = loader.capped(checkpoint, self._models.max_model_len)
+        card = loader.expected_card(checkpoint, (), self._models, self._loaded.device)
         if card.key not in self._of_settings:  # what the settings name stays as the start has found it
             self._loaded.known[card.key] = Known(checkpoint.source, replace(card, device=self._described))
         return self._loaded.known[card.key]
-
-    def _capped(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Within MAX_MODEL_LEN."""
-        most = self._models.max_model_len
-        return checkpoint if most is None else replace(checkpoint, max_model_len=min(checkpoint.max_model_len, most))
 
     @property
     def _described(self) -> str:
@@ -96,7 +94,7 @@ class LiveModels:
         torch.set_num_threads(common.threads)
         checkpoint = read(known.source)
         check_form(checkpoint)
-        checkpoint = self._capped(checkpoint)
+        checkpoint = loader.capped(checkpoint, self._models.max_model_len)
         tokenizer = load_tokenizer(checkpoint)
         loader.check_room([checkpoint], self._models, self._engine, device)
         counted = {

@@ -81,7 +81,8 @@ class Loaded:
     warmed: dict[str, Warmed]
     """By key; of models that were unloaded, too."""
     known: dict[str, Known] = field(default_factory=dict)
-    """All models that the settings name, by key, in their order."""
+    """All models that can be loaded, by key: those of the settings in their order, then those listed from the hub's
+    cache."""
     common: Common = field(default_factory=Common)
     flash: bool = False
     """Whether flash attention is used where a model can be run with it."""
@@ -106,9 +107,8 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     checkpoints = [read(source) for source in chosen_sources(models, device, partial(report, 8))]
     for checkpoint in checkpoints:
         check_form(checkpoint)  # what cannot be run is refused before any weights are read
-    capped = _cap_lengths(checkpoints, models.max_model_len)
-    named, aliases = _names(capped, models.model_aliases)
-    distinct = _within(models.max_loaded_gb, named, models, device)
+    named, aliases = _names(_all_capped(checkpoints, models.max_model_len), models.model_aliases)
+    distinct = _within_room(named, models, device)
     tokenizers = [load_tokenizer(checkpoint) for checkpoint in distinct]
     check_room(distinct, models, engine, device)
     common = Common()
@@ -135,18 +135,17 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
         if card is None:
             chosen = choose_dtype(models.dtype, device, _width(checkpoint))
             card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
-        known[f"{checkpoint.task.value}:{checkpoint.id}"] = Known(checkpoint.source, card)
+        known[card.key] = Known(checkpoint.source, card)
     return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, common, flash)
 
 
-def _within(
-    max_loaded_gb: float | None, named: Sequence[Checkpoint], models: ModelSettings, device: torch.device
-) -> list[Checkpoint]:
-    """Those of the models that are loaded at the start: in order, as long as their weights take no more than that.
+def _within_room(named: Sequence[Checkpoint], models: ModelSettings, device: torch.device) -> list[Checkpoint]:
+    """The models that are loaded at the start: in order, each whose weights still fit into MAX_LOADED_GB.
 
     Raises:
         StartupError: one alone takes more.
     """
+    max_loaded_gb = models.max_loaded_gb
     if max_loaded_gb is None:
         return list(named)
     most, chosen = max_loaded_gb * GIGABYTE, list[Checkpoint]()
@@ -231,13 +230,20 @@ def weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, 
     return sum(sizes.values())
 
 
-def _cap_lengths(checkpoints: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:
+def _all_capped(checkpoints: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:
     if max_model_len is None:
         return list(checkpoints)
     if max_model_len > (longest := max(checkpoint.max_model_len for checkpoint in checkpoints)):
         names = ", ".join(checkpoint.id for checkpoint in checkpoints if checkpoint.max_model_len == longest)
         raise StartupError(f"MAX_MODEL_LEN={max_model_len} is above the {longest} tokens that {names} takes: lower it.")
-    return [replace(each, max_model_len=min(each.max_model_len, max_model_len)) for each in checkpoints]
+    return [capped(each, max_model_len) for each in checkpoints]
+
+
+def capped(checkpoint: Checkpoint, max_model_len: int | None) -> Checkpoint:
+    """The checkpoint with texts of MAX_MODEL_LEN tokens at most."""
+    if max_model_len is None:
+        return checkpoint
+    return replace(checkpoint, max_model_len=min(checkpoint.max_model_len, max_model_len))
 
 
 def _names(

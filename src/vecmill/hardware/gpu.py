@@ -53,6 +53,11 @@ class GpuReading:
     not_available: Mapping[str, str] | None = None
 
     @property
+    def utilization_ratio(self) -> float | None:
+        """`utilization_percent` as a share, 0 to 1."""
+        return None if self.utilization_percent is None else self.utilization_percent / 100
+
+    @property
     def unified(self) -> bool | None:
         """Whether its memory is the machine's, as far as NVML lets it be told: torch knows better."""
         if any(name in (self.name or "") for name in UNIFIED):

@@ -226,6 +226,22 @@ V1 = _Version("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_
 V2 = _Version("memory.max", "memory.current", "inactive_file")
 
 
+@dataclass(frozen=True, slots=True)
+class GroupMemory:
+    """The memory of a control group, in bytes."""
+
+    limit: int
+    used: int
+    """What counts against the limit."""
+    inactive: int
+    """Part of `used`: file cache that nobody has used lately, which is given up before anything is refused."""
+
+    @property
+    def left(self) -> int:
+        """What can still be had."""
+        return self.limit - self.used + self.inactive
+
+
 class ControlGroups:
     """The groups of this process from its own up to the highest one that it sees. For any thread."""
 
@@ -242,29 +258,19 @@ class ControlGroups:
 
     def left(self) -> int | None:
         """Bytes that can still be had, whichever group is the fullest; None where none limits."""
-        if self._looked_at is None or monotonic() - self._looked_at > LOOK_SECONDS:
-            self._look()
-        return min(
-            (
-                limit - _held(group, version)
-                for group, version in self._limited
-                if (limit := _limit(group, version)) is not None
-            ),
-            default=None,
-        )
+        strictest = self.strictest()
+        return None if strictest is None else strictest.left
 
-    def strictest(self) -> tuple[int, int, int] | None:
-        """Of the group with the least left: its limit, what counts against it, and how much of that is file cache that
-        nobody has used lately, in bytes; None where none limits.
-        """
+    def strictest(self) -> GroupMemory | None:
+        """The memory of the group with the least left; None where none limits."""
         if self._looked_at is None or monotonic() - self._looked_at > LOOK_SECONDS:
             self._look()
-        accounts = []
-        for group, version in self._limited:
-            if (limit := _limit(group, version)) is not None:
-                used, inactive = _number(group / version.usage) or 0, _inactive(group, version)
-                accounts.append((limit, used, inactive))
-        return min(accounts, key=lambda account: account[0] - account[1] + account[2], default=None)
+        groups = (
+            GroupMemory(limit, _number(group / version.usage) or 0, _inactive(group, version))
+            for group, version in self._limited
+            if (limit := _limit(group, version)) is not None
+        )
+        return min(groups, key=lambda group: group.left, default=None)
 
     def _look(self) -> None:
         self._limited = [group for group in self._groups if _limit(*group) is not None]
@@ -298,11 +304,6 @@ def _upwards(mounted: Path, path: str, version: _Version) -> list[tuple[Path, _V
 def _limit(group: Path, version: _Version) -> int | None:
     limit = _number(group / version.limit)
     return limit if limit is not None and limit < UNLIMITED else None
-
-
-def _held(group: Path, version: _Version) -> int:
-    """Bytes that count against the limit; what is inactive is given up before anything is refused."""
-    return (_number(group / version.usage) or 0) - _inactive(group, version)
 
 
 def _inactive(group: Path, version: _Version) -> int:

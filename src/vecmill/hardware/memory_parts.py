@@ -91,11 +91,10 @@ class MemoryMeter:
         return int(memory.rss), int(getattr(memory, "shared", 0))
 
     def _group(self) -> _Account | None:
-        strictest = self._groups.strictest()
-        if strictest is None:
+        group = self._groups.strictest()
+        if group is None:
             return None
-        limit, usage, inactive = strictest
-        return _Account(limit, max(0, limit - usage), min(inactive, limit))
+        return _Account(group.limit, max(0, group.limit - group.used), min(group.inactive, group.limit))
 
 
 def _account(info: Mapping[str, int]) -> _Account:

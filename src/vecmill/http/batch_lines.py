@@ -186,8 +186,8 @@ def _encode(group: Sequence[LineRequest], result: EmbedResult) -> dict[int, Line
         stop = start + line.texts
         own = result if len(group) == 1 else _part(result, start, stop)
         body = whole_body(partial(line.body.answer, own), own.embeddings, line.body.formats())
-        said = sentences(line.hints)
-        results[line.place] = LineResult(200, body, own.prompt_tokens, own.cached_tokens, own.model, said)
+        hint = sentences(line.hints)
+        results[line.place] = LineResult(200, body, own.prompt_tokens, own.cached_tokens, own.model, hint)
         start = stop
     return results
 

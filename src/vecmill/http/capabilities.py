@@ -45,7 +45,7 @@ def gpu_facts(services: Services) -> dict[str, Any] | None:
     `stale`: the driver does not answer; what is said of memory was so `age_seconds` ago, and the rest is null.
     """
     look, in_use = services.gpu(), services.gpu_in_use()
-    if look.gpu is None and not in_use and not look.stale:
+    if not is_there(look, in_use=in_use):
         return None
     gpu = look.gpu or GpuReading(not_available={"all": look.reason or ""})
     return {
@@ -57,6 +57,11 @@ def gpu_facts(services: Services) -> dict[str, Any] | None:
         "memory": asdict(memory_of_gpu(services)),
         "not_available": gpu.not_available,
     }
+
+
+def is_there(look: Look, *, in_use: bool) -> bool:
+    """Whether the machine has a GPU, also one whose driver does not answer now."""
+    return look.gpu is not None or in_use or look.stale
 
 
 def memory_of_gpu(services: Services) -> GpuMemory:
@@ -119,7 +124,10 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "memory_available_mb": host.available_mb,
         "models": [card.id for card in cards],
         "forward_passes": {
-            name: forward_pass(services, key) for name, key in _names(cards).items() if key in services.warmed()
+            # A model's budget is the last that is known of it, once its first load is done.
+            name: forward_pass(services, key)
+            for name, key in _names(cards).items()
+            if key in services.inference.budgets
         },
     }
 

@@ -1,5 +1,5 @@
 """Results as bytes: each vector as a JSON value, encoded and compressed off the event loop, without work for each float
-in Python.
+in Python. And what all streams of events have in common.
 
 A thread that serialises holds the interpreter's lock until it returns, so large results are encoded in pieces: in
 between, the event loop gets its turn. They leave as they are encoded, so that no whole body is ever held."""
@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import sqrt
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import orjson
@@ -208,3 +208,21 @@ def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[
     if result.truncated:
         headers["X-Truncated-Inputs"] = ",".join(map(str, result.truncated[:100]))
     return headers
+
+
+EVENT_STREAM_DOCUMENTED: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {}}, "description": "Server-sent events, without an end."}
+}
+"""For the API's document."""
+RETRY_EVENT = b"retry: 2000\n\n"
+"""What a stream begins with: after so many milliseconds its client connects again."""
+
+
+def event_stream(events: AsyncIterator[bytes]) -> StreamingResponse:
+    """Events as they come.
+
+    Source: https://html.spec.whatwg.org/multipage/server-sent-events.html
+    """
+    # nginx holds answers back otherwise.
+    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+    return StreamingResponse(events, media_type="text/event-stream", headers=headers)

@@ -56,7 +56,7 @@ from vecmill.core.errors import (
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
 from vecmill.http.hints import add_hints, explained, hints_of
-from vecmill.http.services import services_of
+from vecmill.http.services import address_of, services_of
 from vecmill.telemetry.refusals import Blame, Refusal
 
 T = TypeVar("T")
@@ -284,7 +284,7 @@ def keep_refusal(request: Request, name: str, status: int, reason: str, param: s
             reason=reason,
             param=param,
             path=request.url.path[:LOGGED_CHARACTERS],
-            client=request.client.host.removeprefix("::ffff:") if request.client else "",
+            client=address_of(request),
             key=getattr(state, "api_key_name", None),
             owner=state.viewer.owner if hasattr(state, "viewer") else None,
         )

@@ -174,14 +174,14 @@ class KnownNames:
         However many there are, no more than MOST_NAMES that are not known are looked at.
         """
         remarked = self._remark and self._remark(given)
-        found = [remarked] if remarked else []
+        hints = [remarked] if remarked else []
         if not self._inner and self._names.issuperset(given):  # nearly every request
-            return found
-        found += self._of(given, within)
+            return hints
+        hints += self._of(given, within)
         for name, known in self._inner.items():
             if isinstance(value := given.get(name), dict):
-                found += known.hints(value, f"{within}{name}.")
-        return found
+                hints += known.hints(value, f"{within}{name}.")
+        return hints
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -236,12 +236,12 @@ def _names_of_headers(names: tuple[str, ...]) -> KnownNames:
 
 def _synonyms(names: frozenset[str]) -> dict[str, tuple[str, ...]]:
     """For each word, in plain spelling, the names here of what it may mean."""
-    found: dict[str, tuple[str, ...]] = {}
+    meanings: dict[str, tuple[str, ...]] = {}
     for line in SYNONYMS:
         here = next((word for word in line if word in names), None)
         for word in map(_plain, line if here is not None else ()):
-            found[word] = (*found.get(word, ()), str(here))
-    return found
+            meanings[word] = (*meanings.get(word, ()), str(here))
+    return meanings
 
 
 def _names_of(name: str, field: FieldInfo) -> list[str]:
@@ -333,8 +333,8 @@ def note(request: Request, hints: list[Hint]) -> None:
 
 def hints_of(request: Request) -> list[Hint]:
     """What is to be said to a request so far."""
-    found: list[Hint] = getattr(request.state, "hints", [])
-    return found
+    hints: list[Hint] = getattr(request.state, "hints", [])
+    return hints
 
 
 def add_hints(request: Request, response: Response) -> Response:
@@ -345,22 +345,22 @@ def add_hints(request: Request, response: Response) -> Response:
 
 
 def explained(error: VecmillError, hints: Iterable[Hint]) -> VecmillError:
-    """An error on a field, with what the request has in its place."""
+    """The error with a hint, where it is about a field that the request has under another name."""
     if not isinstance(error, InvalidInput):
         return error
     meant = [hint for hint in hints if hint.meant == error.param and not hint.is_sent]
     if not meant:
         return error
-    told = copy(error)
-    told.message = f"{error.message.rstrip('.')}. {sentences(meant)}"
-    return told
+    explained_error = copy(error)
+    explained_error.message = f"{error.message.rstrip('.')}. {sentences(meant)}"
+    return explained_error
 
 
 def refuse_misspelt(request: Request, param: str) -> None:
-    """For what may be left out, and hardly ever is on purpose.
+    """Refuse a request that has a misspelt name of a field in its place, though the field may be left out.
 
     Raises:
-        InvalidInput: the request has not this field but a name that means it.
+        InvalidInput: it has.
     """
     if any(hint.meant == param and not hint.is_sent for hint in hints_of(request)):
         raise InvalidInput(f"`{param}`: Field required", param=param)

@@ -1,7 +1,4 @@
-"""/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success.
-
-Source of /jobs/events: https://html.spec.whatwg.org/multipage/server-sent-events.html
-"""
+"""/jobs and /progress: the indexing jobs that CodeCartographer drives. It takes 200 alone for success."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from vecmill.http.capabilities import recommended
+from vecmill.http.encoding import EVENT_STREAM_DOCUMENTED, RETRY_EVENT, event_stream
 from vecmill.http.errors import documented
 from vecmill.http.route import JsonRoute, NewWork, ViewerOf
 from vecmill.http.services import ServicesOf
@@ -26,7 +24,6 @@ deprecated = APIRouter(tags=["Jobs"], route_class=JsonRoute)
 
 # Proxies end connections that are silent for longer than a minute, some after 30 s.
 KEEP_ALIVE_SECONDS = 15.0
-RETRY_MS = 2000
 
 JobId = Annotated[str, Path(description="The `job_id` that POST /jobs answered with.")]
 
@@ -103,26 +100,16 @@ async def clear_recent(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]
     return {"cleared": await services.jobs.clear_ended(viewer)}
 
 
-@router.get(
-    "/jobs/events",
-    summary="Follow jobs",
-    response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events, without an end."}},
-)
+@router.get("/jobs/events", summary="Follow jobs", response_class=StreamingResponse, responses=EVENT_STREAM_DOCUMENTED)
 async def job_events(services: ServicesOf, viewer: ViewerOf) -> StreamingResponse:
     """An event `job`, whose data are as those of GET /jobs/{job_id}, for each open job and those that ended last; then
     one whenever a job changes."""
-    return StreamingResponse(
-        _events(services.jobs.follow(KEEP_ALIVE_SECONDS, viewer)),
-        media_type="text/event-stream",
-        # nginx holds answers back otherwise.
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    return event_stream(_events(services.jobs.follow(KEEP_ALIVE_SECONDS, viewer)))
 
 
 async def _events(changes: AsyncGenerator[list[bytes], None]) -> AsyncIterator[bytes]:
     numbers = count(1)
-    yield f"retry: {RETRY_MS}\n\n".encode()
+    yield RETRY_EVENT
     async with aclosing(changes):
         async for jobs in changes:
             events = (b"event: job\nid: %d\ndata: %b\n\n" % (next(numbers), job) for job in jobs)

@@ -15,6 +15,7 @@ from vecmill.http.route import JsonRoute, NewWork, ViewerOf
 from vecmill.http.services import Services, ServicesOf
 from vecmill.inference.catalogue import Catalogue, Pull
 from vecmill.inference.residency import ModelState, Resident
+from vecmill.inference.text_tokenizer import named_prompts
 
 router = APIRouter(tags=["Models"], route_class=JsonRoute, responses=documented(503))
 
@@ -51,7 +52,7 @@ def _model(services: Services, resident: Resident, viewer: Viewer) -> dict[str, 
         "dtype": card.dtype,
         "dtype_reason": card.dtype_reason,
         "device": card.device,
-        "prompts": dict(card.prompts),
+        "prompts": named_prompts(card),
         "default_prompt": card.default_prompt_name,
         "max_tokens": card.max_model_len,
         "revision": card.revision,
@@ -133,11 +134,11 @@ class _Admin:
     viewer: Viewer
     catalogue: Catalogue
 
-    def shown(self, found: Resident | Pull) -> dict[str, Any]:
-        if isinstance(found, Pull):
-            listed = next((each for each in self.catalogue if each.card.id == found.model), None)
-            return _fetched(found, self.viewer) if listed is None else _model(self.services, listed, self.viewer)
-        return _model(self.services, found, self.viewer)
+    def shown(self, changed: Resident | Pull) -> dict[str, Any]:
+        if isinstance(changed, Pull):
+            listed = next((each for each in self.catalogue if each.card.id == changed.model), None)
+            return _fetched(changed, self.viewer) if listed is None else _model(self.services, listed, self.viewer)
+        return _model(self.services, changed, self.viewer)
 
 
 async def _admin(services: ServicesOf, viewer: ViewerOf, new_work: NewWork) -> _Admin:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
-from functools import lru_cache, partial
-from ipaddress import ip_address
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Depends, Header, Request, Response
@@ -22,7 +21,7 @@ from vecmill.core.types import CacheControl, Caller, Lane, Viewer
 from vecmill.http.bounds import Word, most_inputs
 from vecmill.http.errors import CLIENT_CLOSED_REQUEST, dialect_of
 from vecmill.http.hints import RouteNames, add_hints
-from vecmill.http.services import services_of
+from vecmill.http.services import address_of, services_of
 
 BOM = "\ufeff".encode()  # which some write before their JSON, though it says nothing
 
@@ -176,19 +175,8 @@ ViewerOf = Annotated[Viewer, Depends(_viewer_of)]
 
 def client_of(request: Request) -> str:
     """Who takes turns with other clients: a key and an address, whatever else the request says of itself."""
-    address = _address(request.client.host) if request.client else ""
-    key = request.state.viewer.owner
+    address, key = address_of(request), request.state.viewer.owner
     return f"{key}@{address}" if key else address
-
-
-@lru_cache(maxsize=4096)
-def _address(host: str) -> str:
-    """One client has one address, also where the server listens to both families."""
-    try:
-        mapped = getattr(ip_address(host), "ipv4_mapped", None)
-    except ValueError:
-        return host
-    return str(mapped or host)
 
 
 def _long_enough(seconds: float) -> float:
@@ -254,8 +242,3 @@ def _cache_control(header: str) -> CacheControl:
 
 
 CallerOf = Annotated[Caller, Depends(caller_of)]
-
-
-def with_priority(caller: Caller, lane: Lane | None) -> Caller:
-    """The caller as its request's body has it; the body wins over the header."""
-    return caller if lane is None else replace(caller, lane=lane)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import ip_address
 from typing import Annotated, cast
 
 from fastapi import Depends, Request
@@ -74,6 +76,21 @@ def shows_work_of_all(request: Request) -> bool:
     services = services_of(request)
     hidden = services.settings.cache.cache_across_keys and services.several_keys()
     return request.state.viewer.everything or not hidden
+
+
+def address_of(request: Request) -> str:
+    """The address that a request came from; empty where it is not known."""
+    return _address(request.client.host) if request.client else ""
+
+
+@lru_cache(maxsize=4096)
+def _address(host: str) -> str:
+    """One client has one address, also where the server listens to both families."""
+    try:
+        mapped = getattr(ip_address(host), "ipv4_mapped", None)
+    except ValueError:
+        return host
+    return str(mapped or host)
 
 
 async def _services(request: Request) -> Services:

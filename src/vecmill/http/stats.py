@@ -198,7 +198,7 @@ def watch_gauges(services: Services, http_in_flight: Callable[[], int]) -> None:
         lambda: {_task_and_model(key): budget.max_batch_tokens for key, budget in inference.budgets.items()}
     )
     metrics.memory.set_function(_memory)
-    metrics.memory_pressure.set_value(lambda: _share(host_memory().pressure_percent))
+    metrics.memory_pressure.set_value(_memory_pressure)
     _watch_models(services)
     _watch_gpu(services)
 
@@ -237,6 +237,11 @@ def _memory() -> Values:
     return {(kind,): value * MEGABYTE for kind, value in megabytes.items()}
 
 
+def _memory_pressure() -> float | None:
+    percent = host_memory().pressure_percent
+    return None if percent is None else percent / 100
+
+
 def _watch_gpu(services: Services) -> None:
     metrics = services.telemetry.metrics
 
@@ -244,7 +249,7 @@ def _watch_gpu(services: Services) -> None:
         return lambda: value(services.gpu().gpu or GpuReading())
 
     metrics.gpu_memory.set_function(lambda: _gpu_memory(services))
-    metrics.gpu_utilization.set_value(of(lambda gpu: _share(gpu.utilization_percent)))
+    metrics.gpu_utilization.set_value(of(lambda gpu: gpu.utilization_ratio))
     metrics.gpu_temperature.set_value(of(lambda gpu: gpu.temperature_c))
     metrics.gpu_power.set_value(of(lambda gpu: gpu.power_watts))
     metrics.gpu_clock.set_value(of(lambda gpu: gpu.sm_clock_mhz and gpu.sm_clock_mhz * 1e6))
@@ -262,7 +267,3 @@ def _gpu_memory(services: Services) -> Values:
 def _throttled(services: Services) -> float | None:
     look = services.gpu()
     return None if look.gpu is None else float(look.clock.bad)
-
-
-def _share(percent: float | None) -> float | None:
-    return None if percent is None else percent / 100

@@ -91,10 +91,10 @@ def open_tracing(endpoint: str | None, environment: Mapping[str, str]) -> Tracin
         StartupError: OTLP_ENDPOINT is set and the extra `otel` is missing, or a variable has an impossible value.
     """
     kinds = {kind.strip() for kind in environment.get(EXPORTER, "").lower().split(",")} - {""}
-    asked = endpoint is not None or bool(kinds & SENT) or any(environment.get(name) for name in ENDPOINTS)
+    wanted = endpoint is not None or bool(kinds & SENT) or any(environment.get(name) for name in ENDPOINTS)
     if kinds - SENT - {"none"}:
         logger.warning("%s=%s: traces are sent by otlp and console only", EXPORTER, environment[EXPORTER])
-    if not asked or "none" in kinds or environment.get(DISABLED, "").strip().lower() == "true":
+    if not wanted or "none" in kinds or environment.get(DISABLED, "").strip().lower() == "true":
         return None
     protocol = next((environment[name] for name in PROTOCOLS if environment.get(name)), "")
     if protocol.strip().lower() == "grpc":

@@ -119,17 +119,13 @@ class Catalogue:
         return self._residency.unload(resident.key)
 
     def _listed(self, name: str, task: Task | None) -> Resident | None:
-        found = [
-            each
-            for each in self
-            if name in (each.card.id, each.key, *each.card.aliases) and task in (None, each.card.task)
-        ]
-        if len(found) > 1:
+        named = [each for each in self if name in (each.key, *each.card.names) and task in (None, each.card.task)]
+        if len(named) > 1:
             raise InvalidInput(
                 f"{name[:200]} is an embedding model and a reranker: say which one (`task`: `embed` or `rerank`).",
                 param="task",
             )
-        return found[0] if found else None
+        return named[0] if named else None
 
     def _unknown(self, name: str) -> ModelNotFound:
         known = ", ".join(resident.card.id for resident in self)
@@ -225,7 +221,7 @@ class Catalogue:
         last: dict[str, Any] = {}
         try:
             async for last in _objects(process):
-                self._told(pull, last)
+                self._report(pull, last)
             await process.wait()
         finally:
             if process.returncode is None:
@@ -236,11 +232,12 @@ class Catalogue:
             return None
         return str(last.get("error", f"the fetching process ended with status {process.returncode}"))
 
-    def _told(self, pull: Pull, told: dict[str, Any]) -> None:
-        if "size" not in told:
+    def _report(self, pull: Pull, progress: dict[str, Any]) -> None:
+        if "size" not in progress:
             return
-        pull.percent = 100 * min(1.0, told["fetched"] / max(1, told["size"]))
-        pull.message = f"fetching: {told['fetched'] / 1e9:.2f} of {told['size'] / 1e9:.2f} GB"
+        fetched, size = progress["fetched"], progress["size"]
+        pull.percent = 100 * min(1.0, fetched / max(1, size))
+        pull.message = f"fetching: {fetched / 1e9:.2f} of {size / 1e9:.2f} GB"
         for resident in self._of(pull.model):
             if resident.state is ModelState.PULLING:
                 resident.percent, resident.message = pull.percent, pull.message
@@ -257,6 +254,6 @@ async def _objects(process: asyncio.subprocess.Process) -> AsyncIterator[dict[st
     assert process.stdout is not None
     async for line in process.stdout:
         with suppress(ValueError):
-            told = json.loads(line)
-            if isinstance(told, dict):
-                yield told
+            parsed = json.loads(line)
+            if isinstance(parsed, dict):
+                yield parsed

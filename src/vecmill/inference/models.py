@@ -339,7 +339,7 @@ class Names(Generic[Served]):
         self.models = models
         self.own = [model for model in models if not model.is_guest]
         """Those of the settings."""
-        self.by_name = {name: model for model in models for name in names_of(model.card)}
+        self.by_name = {name: model for model in models for name in model.card.names}
 
     def only(self) -> Served | None:
         """The model, where the settings name one."""
@@ -366,7 +366,7 @@ class ServedModels:
             StartupError: an alias is another model's name, or of none that is loaded.
         """
         configured = {alias for alias, _ in before}
-        own = {name: card.id for card in self.cards for name in (card.id, *card.aliases) if name not in configured}
+        own = {name: card.id for card in self.cards for name in card.names if name not in configured}
         known = with_aliases(own, now)
 
         def rename(model: Served) -> Served:
@@ -389,7 +389,7 @@ class ServedModels:
         if before is not None:
             aliases = before.card.aliases
         else:
-            taken = {name for each in self if each.card.task is model.card.task for name in names_of(each.card)}
+            taken = {name for each in self if each.card.task is model.card.task for name in each.card.names}
             aliases = tuple(alias for alias in model.card.aliases if alias not in taken)
         is_guest = before.is_guest if before is not None else True  # the settings' are there from the start
         model = replace(model, card=replace(model.card, aliases=aliases), is_guest=is_guest)
@@ -460,11 +460,6 @@ class ServedModels:
     def _not_found(self, name: str, names: Names[Served], kind: str) -> ModelNotFound:
         known = ", ".join(names.by_name)
         return ModelNotFound(f"The model `{name[:200]}` does not exist here; {kind} are: {known}.", param="model")
-
-
-def names_of(card: ModelCard) -> tuple[str, ...]:
-    """All names of a model."""
-    return (card.id, *card.aliases)
 
 
 def _put(models: list[Served], model: Served) -> None:

@@ -25,6 +25,7 @@ GIGABYTE = 1e9
 RETRY_SECONDS = 30.0  # after a failure, until a request has the model tried again
 LOOK_EVERY = 0.05  # seconds, while rows wait that nobody waits for any more
 LONGEST_SLEEP = 3600.0  # seconds
+UNLOADING = "its memory is given back"  # said of the model meanwhile
 FEWEST_RETRY, MOST_RETRY = 2.0, 60.0  # seconds, of Retry-After
 
 
@@ -112,7 +113,7 @@ class Resident:
     """Unix time of the last request; None: there was none."""
     loaded_at: float | None = None
     failed_at: float = -inf
-    told_reason: str = ""
+    public_reason: str = ""
     """Why it could not be loaded, as every client may know it: without paths."""
     held: int = 0
     is_wanted_away: bool = False
@@ -131,10 +132,24 @@ class Resident:
         """Whether a request may use it at once."""
         return self.state is ModelState.LOADED and not self.is_wanted_away
 
-    @property
-    def expires(self) -> float:
-        """When it is unloaded if nobody uses it until then, by the monotonic clock; `inf`: never."""
-        return inf if self.is_pinned else self.idle_since + self.keep_alive
+    def expires(self, now: float) -> float:
+        """When it is unloaded if nobody uses it from `now` on, by the monotonic clock; `inf`: never."""
+        return inf if self.is_pinned else (now if self.held else self.idle_since) + self.keep_alive
+
+    def serve_waiters(self) -> None:
+        """Let the requests that wait for it go on, as it is loaded."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                self.held += 1  # in its name: nobody may take the model before it wakes up
+                waiter.set_result(None)
+        self.waiters.clear()
+
+    def fail_waiters(self, error: Callable[[], VecmillError]) -> None:
+        """End the requests that wait for it, each with an error of its own."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_exception(error())
+        self.waiters.clear()
 
     def move(self, event: ModelEvent, message: str = "") -> None:
         """Take the event's way.
@@ -147,7 +162,7 @@ class Resident:
 
 
 def least_recently_used(residents: Iterable[Resident]) -> Resident | None:
-    """The loaded model that goes first for another's sake: of those not pinned, one nobody uses, idle for longest."""
+    """The loaded model that is unloaded first to make room: of those not pinned, one that nobody uses, idle longest."""
     candidates = [each for each in residents if each.state is ModelState.LOADED and not each.is_pinned]
     return min(candidates, key=lambda each: (each.held > 0, each.idle_since), default=None)
 
@@ -186,12 +201,11 @@ class Residency:
 
     def add(self, card: ModelCard, weight_bytes: int, *, is_loaded: bool, is_named: bool = True) -> Resident:
         """List a model."""
-        names = (card.id, *card.aliases)
-        unload_after = self._settings.unload_after_of(names)
+        unload_after = self._settings.unload_after_of(card.names)
         resident = Resident(
             card,
             weight_bytes,
-            is_pinned=any(name in self._settings.pinned_models for name in names),
+            is_pinned=any(name in self._settings.pinned_models for name in card.names),
             unload_after=unload_after,
             keep_alive=unload_after,
             is_named=is_named,
@@ -205,7 +219,7 @@ class Residency:
 
     def warn_of_unknown(self) -> None:
         """Say which names of UNLOAD_AFTER and PINNED_MODELS mean no model that is listed."""
-        known = {name for each in self.residents.values() for name in (each.card.id, *each.card.aliases)}
+        known = {name for each in self.residents.values() for name in each.card.names}
         durations = [name for name, _ in self._settings.unload_after if name]
         for setting, names in (("UNLOAD_AFTER", durations), ("PINNED_MODELS", self._settings.pinned_models)):
             if unknown := [name for name in names if name not in known]:
@@ -334,7 +348,7 @@ class Residency:
 
     def _begin_to_unload(self, resident: Resident) -> None:
         """From here on nobody can hold it."""
-        resident.move(ModelEvent.UNLOAD, "its memory is given back")
+        resident.move(ModelEvent.UNLOAD, UNLOADING)
         self._start(self._unload_in_turn(resident))
 
     async def _load(self, resident: Resident) -> None:
@@ -351,7 +365,7 @@ class Residency:
                     return
                 card, memory_bytes = await self._load_model(key, progress)
         except ModelNotLoaded as error:
-            self._fail(resident, error.message, told=error.message)
+            self._fail(resident, error.message, public_reason=error.message)
         except VecmillError as error:
             self._fail(resident, error.message)
         except asyncio.CancelledError:
@@ -373,23 +387,16 @@ class Residency:
         resident.weight_bytes = max(card.weight_bytes, resident.weight_bytes)
         resident.keep_alive, resident.idle_since = resident.unload_after, self._clock()
         resident.is_asked_for = False
-        for waiter in resident.waiters:
-            if not waiter.done():
-                resident.held += 1  # in its name: nobody may take the model before it wakes up
-                waiter.set_result(None)
-        resident.waiters.clear()
+        resident.serve_waiters()
         self._changed.set()
         logger.info("%s is loaded, %.2f GB", card.id, memory_bytes / GIGABYTE)
 
-    def _fail(self, resident: Resident, reason: str, told: str = "") -> None:
+    def _fail(self, resident: Resident, reason: str, public_reason: str = "") -> None:
         resident.move(ModelEvent.FAIL, reason)
-        resident.told_reason = told
+        resident.public_reason = public_reason
         resident.failed_at, resident.is_asked_for = self._clock(), False
         logger.warning("%s could not be loaded: %s", resident.card.id, reason)
-        for waiter in resident.waiters:
-            if not waiter.done():
-                waiter.set_exception(ShuttingDown() if self._is_closed else _failed(resident, RETRY_SECONDS))
-        resident.waiters.clear()
+        resident.fail_waiters(ShuttingDown if self._is_closed else lambda: _failed(resident, RETRY_SECONDS))
 
     async def _made_room(self, resident: Resident) -> bool:
         """Unload others until there is room for a model; False: nobody waits for it any more.
@@ -425,14 +432,14 @@ class Residency:
                 )
         return None if self._shortage is None else await self._shortage(weight_bytes)
 
-    async def _evict(self, victim: Resident, sake: Resident) -> None:
-        """Unload a model as soon as what uses it now has ended, unless nobody waits for the other model any more."""
+    async def _evict(self, victim: Resident, newcomer: Resident) -> None:
+        """Unload a model as soon as what uses it now has ended, unless nobody waits for the newcomer any more."""
         victim.is_wanted_away = True
         try:
-            while self._is_in_use(victim) and self._is_wanted(sake):
+            while self._is_in_use(victim) and self._is_wanted(newcomer):
                 await self._sleep(LOOK_EVERY)
-            if self._is_wanted(sake) and victim.state is ModelState.LOADED:
-                victim.move(ModelEvent.UNLOAD, "its memory is given back")
+            if self._is_wanted(newcomer) and victim.state is ModelState.LOADED:
+                victim.move(ModelEvent.UNLOAD, UNLOADING)
                 await self._unload(victim)
         finally:
             victim.is_wanted_away = False
@@ -441,11 +448,7 @@ class Residency:
     def _grant_again(self, resident: Resident) -> None:
         """Serve whoever came meanwhile: by the model, if it stayed, else by loading it."""
         if resident.state is ModelState.LOADED:
-            for waiter in resident.waiters:
-                if not waiter.done():
-                    resident.held += 1
-                    waiter.set_result(None)
-            resident.waiters.clear()
+            resident.serve_waiters()
         elif resident.state is ModelState.UNLOADED and self._is_wanted(resident) and not self._is_closed:
             self._begin(resident)
 
@@ -471,10 +474,11 @@ class Residency:
         while True:
             now, soonest = self._clock(), inf
             for resident in list(self.residents.values()):
-                if not resident.can_be_held or resident.held or resident.expires == inf:
+                expires = resident.expires(now)
+                if not resident.can_be_held or resident.held or expires == inf:
                     continue
-                if resident.expires > now:
-                    soonest = min(soonest, resident.expires)
+                if expires > now:
+                    soonest = min(soonest, expires)
                 elif self._has_rows(resident.key):
                     soonest = min(soonest, now + LOOK_EVERY)
                 else:
@@ -509,14 +513,11 @@ class Residency:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for resident in self.residents.values():
-            for waiter in resident.waiters:
-                if not waiter.done():
-                    waiter.set_exception(ShuttingDown())
-            resident.waiters.clear()
+            resident.fail_waiters(ShuttingDown)
 
 
 def _failed(resident: Resident, left: float) -> ModelNotLoaded:
-    reason = resident.told_reason or "GET /dashboard/models says why."
+    reason = resident.public_reason or "GET /dashboard/models says why."
     error = ModelNotLoaded(
         f"503: {resident.card.id} could not be loaded and is temporarily unavailable: {reason} A request after "
         f"Retry-After seconds has it tried again."

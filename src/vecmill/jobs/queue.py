@@ -14,7 +14,7 @@ from vecmill.core.types import EVERYONE, Viewer
 from vecmill.jobs.job import JobEvent, JobStatus, View
 from vecmill.jobs.state import OPEN_JOBS_MAX, Book, Ledger, TransactionResult
 from vecmill.jobs.views import ENDED_SHOWN, Followers, JobPage, JobQuery, Views
-from vecmill.telemetry.rates import Rates, RateWindow, Recent, Work
+from vecmill.telemetry.rates import Count, CountsById, Rates, RateWindow
 
 T = TypeVar("T")
 
@@ -66,8 +66,8 @@ class Reports:
         self._since = clock()
         self._looked_at = self._since
         self._current: dict[str, int] = {}
-        self._all = RateWindow(Work(), clock=clock)
-        self._recent: Recent[str] = Recent(OPEN_JOBS_MAX, clock)
+        self._all = RateWindow(Count(), clock=clock)
+        self._by_job = CountsById(OPEN_JOBS_MAX, clock)
 
     def look(self, ledger: Ledger) -> None:
         """Count what the open jobs have done since the last look."""
@@ -78,12 +78,12 @@ class Reports:
             unseen = 0 if job.created_at >= self._since else job.current
             done = job.current - before.get(job.id, unseen)
             if done > 0:
-                self._recent.add(job.id, done)
-                self._all.add(Work(texts=done), took=self._looked_at - looked_at)
+                self._by_job.add(job.id, done)
+                self._all.add(Count(done), took=self._looked_at - looked_at)
 
     def per_second(self, job_id: str, span: float | None) -> float:
         """Chunks per second of a job; `span`: of the rates of what was answered here, None where nothing was."""
-        return self._recent.texts(job_id) / (span or self._all.span())
+        return self._by_job.count(job_id) / (span or self._all.span())
 
 
 class JobQueue:

@@ -50,7 +50,6 @@ class SchedulerStats:
 
     def __init__(self, models: Iterable[str] = ()) -> None:
         self.by_lane: dict[tuple[str, Lane], LaneStats] = {}
-        self.busy_seconds = 0.0
         for model in models:
             self.begin(model)
 
@@ -268,7 +267,6 @@ class Scheduler:
         counters.sequences += len(taken.batch)
         counters.tokens += taken.tokens
         counters.splits += result.splits
-        self.stats.busy_seconds += result.seconds
         self._report(taken, result.seconds, splits=result.splits)
         if result.splits and result.fitting_tokens is not None:
             self._lower_budget(taken.model, result.fitting_tokens)

@@ -62,7 +62,7 @@ OF_WORK = ("cache_hit_ratio", "tokens_saved_per_second", "tokens_per_pass", "bat
 """Those that tell how much had to be computed, and so what was in the cache."""
 
 MAGIC = b"vecmill-history 1\n"
-Values = NDArray[np.float32]  # (n_series, n_steps)
+StepValues = NDArray[np.float32]  # (n_series, n_steps)
 
 
 class UnreadableHistory(ValueError):
@@ -89,7 +89,7 @@ class History:
     """A ring of the last STEPS steps. For one thread at a time."""
 
     def __init__(self) -> None:
-        self._values: Values = np.full((len(SERIES), STEPS), np.nan, np.float32)
+        self._values: StepValues = np.full((len(SERIES), STEPS), np.nan, np.float32)
         self._latest: int | None = None
         """The number of the newest step, since 1970."""
 
@@ -182,7 +182,7 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else float(value)
 
 
-def _joined(values: Values, kind: Kind) -> NDArray[np.float64]:
+def _joined(values: StepValues, kind: Kind) -> NDArray[np.float64]:
     """One value for each row, of those of its values that are known."""
     known = ~np.isnan(values)
     count = known.sum(axis=1)

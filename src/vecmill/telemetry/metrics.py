@@ -1,7 +1,7 @@
 """Every metric family that /metrics has: name, meaning, labels, and whether it tells of other keys' texts.
 
 Names and types follow the conventions of Prometheus and OpenMetrics; the tests hold every family to the rules of
-`promtool check metrics`. A label's values are the server's own: models that are loaded, lanes, dialects, outcomes,
+`promtool check metrics`. A label's values are the server's own: models that it lists, lanes, dialects, outcomes,
 names of errors. Nothing that a client sends becomes one, so that there is a bound to the number of series.
 Sources: https://prometheus.io/docs/practices/naming/ and
 https://github.com/prometheus/OpenMetrics/blob/main/specification/OpenMetrics.md
@@ -297,7 +297,7 @@ class Metrics:
 def _children(
     counters: Sequence[Counter], histograms: Sequence[Histogram], labels: Labels
 ) -> tuple[list[Counter], list[Histogram]]:
-    """Of each family the series with these labels: finding one takes longer than counting."""
+    """The series with these labels of each family. They are kept, because finding one takes longer than counting."""
     return [counter.labels(*labels) for counter in counters], [histogram.labels(*labels) for histogram in histograms]
 
 
@@ -354,5 +354,5 @@ def prefers_openmetrics(accept: str) -> bool:
         kind, *parameters = (part.strip() for part in offer.split(";"))
         weight = next((part.removeprefix("q=") for part in parameters if part.startswith("q=")), "1")
         weights[kind] = max(weights.get(kind, 0.0), float(weight) if QUALITY.fullmatch(weight) else 0.0)
-    asked = weights.get("application/openmetrics-text", 0.0)
-    return asked > 0 and asked >= weights.get("text/plain", 0.0)
+    weight_of_openmetrics = weights.get("application/openmetrics-text", 0.0)
+    return weight_of_openmetrics > 0 and weight_of_openmetrics >= weights.get("text/plain", 0.0)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, time
 from typing import Any, Generic, NamedTuple, TypeVar, cast
@@ -26,7 +26,6 @@ SAME_MOMENT = 0.05  # seconds
 MOST_USERS = 256
 MOST_JOBS = 1024
 
-Key = TypeVar("Key", bound=Hashable)
 Clock = Callable[[], float]
 
 
@@ -63,7 +62,13 @@ class Passes(NamedTuple):
         return self.tokens / self.knee_tokens if self.knee_tokens else None
 
 
-Counts = TypeVar("Counts", Work, Passes)
+class Count(NamedTuple):
+    """A number of texts or lines."""
+
+    number: int = 0
+
+
+Counts = TypeVar("Counts", Work, Passes, Count)
 
 
 class RateWindow(Generic[Counts]):
@@ -75,7 +80,7 @@ class RateWindow(Generic[Counts]):
         self._slot_seconds = seconds / SLOTS
         self._clock = clock
         self._slots: deque[tuple[int, Counts, float]] = deque()
-        """Number, sums, and when the first that ended in it had begun."""
+        """Of each slot its number, its sums, and the earliest beginning of what ended in it."""
 
     def add(self, counts: Counts, took: float = 0.0) -> None:
         """Count something that happened now, and took so many seconds."""
@@ -113,25 +118,25 @@ class RateWindow(Generic[Counts]):
         return cast(Counts, make(*map(operation, some, more)))
 
 
-class Recent(Generic[Key]):
-    """Texts of the last minute by key, for no more than `most` keys: the one used longest ago is forgotten first."""
+class CountsById:
+    """Counts of the last minute by id, for no more than `most` ids: the one used longest ago is forgotten first."""
 
     def __init__(self, most: int = MOST_JOBS, clock: Clock = monotonic) -> None:
         self._most, self._clock = most, clock
-        self._windows: dict[Key, RateWindow[Work]] = {}
+        self._windows: dict[str, RateWindow[Count]] = {}
 
-    def add(self, key: Key, texts: int) -> None:
-        """Count for one key."""
-        window = self._windows.pop(key, None) or RateWindow(Work(), clock=self._clock)
-        self._windows[key] = window
-        window.add(Work(texts=texts))
+    def add(self, identifier: str, number: int) -> None:
+        """Count for one id."""
+        window = self._windows.pop(identifier, None) or RateWindow(Count(), clock=self._clock)
+        self._windows[identifier] = window
+        window.add(Count(number))
         if len(self._windows) > self._most:
             del self._windows[next(iter(self._windows))]
 
-    def texts(self, key: Key) -> int:
-        """Those of the last minute."""
-        window = self._windows.get(key)
-        return 0 if window is None else window.sums().texts
+    def count(self, identifier: str) -> int:
+        """That of the last minute."""
+        window = self._windows.get(identifier)
+        return 0 if window is None else window.sums().number
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +171,14 @@ class Rates:
         self.all_passes = Passes()
         """Since the start."""
         self._users: dict[UserId, User] = {}
-        self._jobs: Recent[str] = Recent(clock=clock)
-        self._lines: Recent[str] = Recent(clock=clock)
+        self._texts_of_jobs = CountsById(clock=clock)
+        self._lines_of_batches = CountsById(clock=clock)
 
     def answered(self, work: Work, user: UserId, took: float = 0.0) -> None:
         """A request was answered with a result, after so many seconds."""
         self._all.add(work, took)
         if user.job is not None:
-            self._jobs.add(user.job, work.texts)
+            self._texts_of_jobs.add(user.job, work.texts)
         known = self._users.pop(user, None) or self._user(user)
         self._users[user] = known  # the last of those that would be forgotten
         known.minute.add(work)
@@ -194,7 +199,7 @@ class Rates:
 
     def lines_done(self, batch_id: str, lines: int) -> None:
         """Lines of a batch were answered, and are on disk."""
-        self._lines.add(batch_id, lines)
+        self._lines_of_batches.add(batch_id, lines)
 
     @property
     def minute(self) -> Work:
@@ -219,11 +224,11 @@ class Rates:
 
     def texts_of_job(self, job_id: str) -> int:
         """Texts that were answered in the name of a job or a batch in the last minute."""
-        return self._jobs.texts(job_id)
+        return self._texts_of_jobs.count(job_id)
 
     def lines_of_batch(self, batch_id: str) -> int:
         """Lines of a batch that were answered in the last minute."""
-        return self._lines.texts(batch_id)
+        return self._lines_of_batches.count(batch_id)
 
     def users(self) -> list[User]:
         """Who asked in the last USERS_SECONDS, whoever had the most tokens first."""

@@ -93,8 +93,7 @@ function showSnapshot(snapshot) {
   latest = snapshot;
   receivedAt = Date.now();
   showState(snapshot.status, snapshot.status === "ok" ? "" : (snapshot.status_text ?? ""));
-  const loading = (snapshot.models ?? []).find((model) => model.state === "loading");
-  showHead({ ...snapshot, percent: snapshot.percent ?? loading?.progress ?? null });
+  showHead(snapshot);
   put(document, "version", snapshot.version);
   put(document, "uptime", known(snapshot.uptime_seconds) ? `up ${duration(snapshot.uptime_seconds)}` : "");
   byId("stale").hidden = true;

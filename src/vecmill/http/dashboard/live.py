@@ -17,7 +17,8 @@ from fastapi.responses import Response, StreamingResponse
 
 from vecmill.core.errors import Overloaded
 from vecmill.http.dashboard.sampling import Sampler
-from vecmill.http.dashboard.snapshot import SnapshotQuery, Snapshots, View
+from vecmill.http.dashboard.snapshot import SnapshotQuery, Snapshots, SnapshotView
+from vecmill.http.encoding import EVENT_STREAM_DOCUMENTED, RETRY_EVENT, event_stream
 from vecmill.http.route import ViewerOf
 from vecmill.http.services import shows_work_of_all
 from vecmill.jobs.job import JobStatus
@@ -25,7 +26,6 @@ from vecmill.jobs.views import FOLLOWERS_MAX
 from vecmill.telemetry.history import OF_WORK
 
 TICK_SECONDS = 2.0
-RETRY_MS = 2000
 SPREAD, SPREAD_SECONDS = 16, 0.02  # readers wake one after another, that they do not hold up the event loop together
 SPANS = {"15m": 900.0, "24h": 86_400.0}
 HIGHEST_PAGE = 1_000_000
@@ -37,9 +37,10 @@ class Live:
     """The readers of one server. Belongs to the event loop's thread."""
 
     def __init__(self, snapshots: Snapshots, sampler: Sampler) -> None:
-        self.snapshots = snapshots
+        self._snapshots = snapshots
         self.sampler = sampler
-        self._made: dict[View, tuple[int, asyncio.Task[bytes]]] = {}
+        self._of_tick: dict[SnapshotView, tuple[int, asyncio.Task[bytes]]] = {}
+        """The last tick in which somebody looked, and its snapshot."""
         self._readers = 0
         self._ended = asyncio.Event()
 
@@ -47,7 +48,7 @@ class Live:
         """End every reader, and whoever begins to read."""
         self._ended.set()
 
-    def follow(self, view: View) -> AsyncGenerator[bytes, None]:
+    def follow(self, view: SnapshotView) -> AsyncGenerator[bytes, None]:
         """A snapshot at once, and one every tick, as JSON.
 
         Raises:
@@ -57,7 +58,7 @@ class Live:
             raise Overloaded(f"The server is temporarily overloaded: {self._readers} dashboards are open.")
         return self._follow(view)
 
-    async def _follow(self, view: View) -> AsyncGenerator[bytes, None]:
+    async def _follow(self, view: SnapshotView) -> AsyncGenerator[bytes, None]:
         self._readers += 1
         turn = self._readers % SPREAD * SPREAD_SECONDS
         try:
@@ -69,20 +70,20 @@ class Live:
         finally:
             self._readers -= 1
             if not self._readers:
-                self._made.clear()
+                self._of_tick.clear()
 
-    async def _of_this_tick(self, view: View) -> bytes:
+    async def _of_this_tick(self, view: SnapshotView) -> bytes:
         tick = int(monotonic() // TICK_SECONDS)
-        made = self._made.get(view)
-        if made is None or made[0] != tick:
-            self._made = {key: entry for key, entry in self._made.items() if entry[0] == tick}
-            made = tick, asyncio.create_task(self.made(view), name="snapshot")
-            self._made[view] = made
-        return await asyncio.shield(made[1])  # a reader that leaves must not end it for the others
+        latest = self._of_tick.get(view)
+        if latest is None or latest[0] != tick:
+            self._of_tick = {key: entry for key, entry in self._of_tick.items() if entry[0] == tick}
+            latest = tick, asyncio.create_task(self.snapshot(view), name="snapshot")
+            self._of_tick[view] = latest
+        return await asyncio.shield(latest[1])  # a reader that leaves must not end it for the others
 
-    async def made(self, view: View) -> bytes:
+    async def snapshot(self, view: SnapshotView) -> bytes:
         """A snapshot of now, as JSON."""
-        return orjson.dumps(await self.snapshots.of(view))
+        return orjson.dumps(await self._snapshots.of(view))
 
 
 async def _view_of(
@@ -96,13 +97,13 @@ async def _view_of(
     ] = "",
     jobs_page: Annotated[int, Query(ge=1, le=HIGHEST_PAGE, description="Of 25 jobs each, from 1.")] = 1,
     batches_page: Annotated[int, Query(ge=1, le=HIGHEST_PAGE, description="Of 25 batches each, from 1.")] = 1,
-) -> View:
+) -> SnapshotView:
     status = JobStatus(jobs_state) if jobs_state else None
     query = SnapshotQuery(jobs_q.strip(), status, jobs_page, batches_page)
-    return View(viewer.owner, viewer.everything, shows_work_of_all(request), query)
+    return SnapshotView(viewer.owner, viewer.everything, shows_work_of_all(request), query)
 
 
-ViewOf = Annotated[View, Depends(_view_of)]
+ViewOf = Annotated[SnapshotView, Depends(_view_of)]
 
 
 def live_of(request: Request) -> Live:
@@ -114,20 +115,15 @@ def live_of(request: Request) -> Live:
     "/dashboard/events",
     summary="Follow the dashboard",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {}}, "description": "Server-sent events, without an end."}},
+    responses=EVENT_STREAM_DOCUMENTED,
 )
 async def events(request: Request, view: ViewOf) -> StreamingResponse:
     """An event `snapshot` at once and every two seconds, whose data are as those of GET /dashboard/snapshot."""
-    return StreamingResponse(
-        _events(live_of(request).follow(view)),
-        media_type="text/event-stream",
-        # nginx holds answers back otherwise.
-        headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-    )
+    return event_stream(_events(live_of(request).follow(view)))
 
 
 async def _events(snapshots: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
-    yield f"retry: {RETRY_MS}\n\n".encode()
+    yield RETRY_EVENT
     async with aclosing(snapshots):
         async for snapshot in snapshots:
             yield b"event: snapshot\ndata: %b\n\n" % snapshot
@@ -140,7 +136,7 @@ async def snapshot(request: Request, view: ViewOf) -> Response:
     Unknown is null. A key without the scope `admin` sees its own jobs, batches, requests and refusals; what would tell
     of other keys' texts is null for it.
     """
-    return Response(await live_of(request).made(view), media_type="application/json")
+    return Response(await live_of(request).snapshot(view), media_type="application/json")
 
 
 @router.get("/dashboard/history", summary="The last 24 hours")
@@ -149,5 +145,5 @@ async def history(
 ) -> dict[str, Any]:
     """A value of each series for every ten seconds, or two minutes of `24h`; null where it is not known, as while the
     server did not run."""
-    found = live_of(request).sampler.history.span(SPANS[span], time())
-    return found.as_json(() if shows_work_of_all(request) else OF_WORK)
+    steps = live_of(request).sampler.history.span(SPANS[span], time())
+    return steps.as_json(() if shows_work_of_all(request) else OF_WORK)

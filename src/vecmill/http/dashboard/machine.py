@@ -9,8 +9,9 @@ from typing import Any
 
 import psutil
 
+from vecmill.hardware.gpu import GpuReading
 from vecmill.hardware.memory_parts import MemoryMeter, MemoryParts, gpu_parts
-from vecmill.http.capabilities import memory_of_gpu, warnings
+from vecmill.http.capabilities import is_there, memory_of_gpu, warnings
 from vecmill.http.services import Services
 
 FRESH_SECONDS = 0.5  # the kernel takes a while to say it
@@ -50,44 +51,43 @@ class Machine:
         return {"unified": of_gpu.unified is True, **parts, "gpu": own}
 
     def _gpu(self) -> dict[str, Any] | None:
-        look = self._services.gpu()
-        if look.gpu is None and not self._services.gpu_in_use() and not look.stale:
+        look, in_use = self._services.gpu(), self._services.gpu_in_use()
+        if not is_there(look, in_use=in_use):
             return None
-        gpu = look.gpu
-        utilization = gpu.utilization_percent if gpu else None
+        gpu = look.gpu or GpuReading()
         return {
-            "name": gpu.name if gpu else None,
-            "in_use": self._services.gpu_in_use(),
+            "name": gpu.name,
+            "in_use": in_use,
             "stale": look.stale,
-            "utilization_ratio": None if utilization is None else utilization / 100,
-            "sm_clock_mhz": gpu.sm_clock_mhz if gpu else None,
+            "utilization_ratio": gpu.utilization_ratio,
+            "sm_clock_mhz": gpu.sm_clock_mhz,
             "clock_verdict": look.clock.state.value,
             "clock_text": look.clock.message if look.reason is None else look.reason,
-            "power_watts": gpu.power_watts if gpu else None,
-            "temperature_c": gpu.temperature_c if gpu else None,
+            "power_watts": gpu.power_watts,
+            "temperature_c": gpu.temperature_c,
         }
 
     def warnings(self) -> list[dict[str, str]]:
         """What is wrong though requests are served: a name for programs, and a sentence with the cure."""
         services = self._services
         look = services.gpu()
-        found = [("gpu_driver" if look.stale else "gpu_clock", text) for text in warnings(look)]
+        named = [("gpu_driver" if look.stale else "gpu_clock", text) for text in warnings(look)]
         folder = services.state()
         if folder is not None and folder.problem:
-            found.append(("state", folder.problem))
+            named.append(("state", folder.problem))
         cures = {
             "jobs": "They are kept in memory until then. Look at the log and at STATE_DIR, or at REDIS_URL.",
             "cache": "Texts are computed again until then. Look at the log and at STATE_DIR, or at REDIS_URL.",
             "batches": "Look at the log and at STATE_DIR.",
         }
         if folder is None or folder.problem is None:
-            found += [(name, f"{text} {cures[name]}") for name, text in services.kept().items() if text]
+            named += [(name, f"{text} {cures[name]}") for name, text in services.kept().items() if text]
         splits = services.inference.stats.splits
         if splits:
-            found.append(("out_of_memory", f"{splits} {OUT_OF_MEMORY}"))
+            named.append(("out_of_memory", f"{splits} {OUT_OF_MEMORY}"))
         if (memory := self.memory()).free + memory.page_cache < memory.floor:
-            found.append(("memory", SHORT))
-        return [{"name": name, "text": text} for name, text in found]
+            named.append(("memory", SHORT))
+        return [{"name": name, "text": text} for name, text in named]
 
 
 OUT_OF_MEMORY = (

@@ -15,7 +15,7 @@ const FACTS = [
   ["Precision", (model) => join([model.dtype, model.dtype_reason])],
   ["Longest text", (model) => known(model.max_tokens) && plural(model.max_tokens, "token")],
   ["Memory held", (model) => (known(model.memory_bytes) ? bytes(model.memory_bytes) : null)],
-  ["Last used", (model) => (known(model.last_used) ? time(model.last_used) : typeof model.pinned === "boolean" && model.state === "loaded" && "not yet")],
+  ["Last used", (model) => (known(model.last_used) ? time(model.last_used) : model.state === "loaded" && "not yet")],
   ["Loaded", (model) => known(model.loaded_at) && time(model.loaded_at)],
   ["Budget", (model) => model.budget && `${count(model.budget.tokens)} tokens and ${count(model.budget.rows)} rows a pass`],
   ["Fit", fitOf],
@@ -53,8 +53,7 @@ let mayChange = false;
 /** @param {Snapshot} snapshot */
 export function showModels(snapshot) {
   const models = snapshot.models;
-  // Where the server tells what is pinned, models can be loaded and unloaded at run time.
-  mayChange = snapshot.is_admin && (models ?? []).some((model) => typeof model.pinned === "boolean");
+  mayChange = snapshot.is_admin && (models ?? []).length > 0; // while the server starts there are none
   byId("pull").hidden = !mayChange;
   showRows(byId("models"), models ?? [], (model) => `${model.task} ${model.id}`, newCard, fillCard);
   const empty = byId("models-empty");

@@ -48,12 +48,6 @@ def waiting_tokens(inference: Inference, lane: Lane) -> int:
     return sum(tokens for (_, queued_in), (_, tokens) in inference.queued.items() if queued_in is lane)
 
 
-def knee_of(services: Services, model: str) -> int:
-    """The knee of a model's calibration, in tokens, by the scheduler's key; 0 where it is not known."""
-    warmed = services.warmed().get(model)
-    return 0 if warmed is None else warmed.calibration.knee_tokens
-
-
 class Sampler:
     """Fills the history from `start` to `close`. Belongs to the event loop's thread."""
 
@@ -148,7 +142,7 @@ class Sampler:
             "memory_ours_bytes": memory.ours,
             "memory_page_cache_bytes": memory.page_cache,
             "memory_free_bytes": memory.free,
-            "gpu_utilization_ratio": None if gpu.utilization_percent is None else gpu.utilization_percent / 100,
+            "gpu_utilization_ratio": gpu.utilization_ratio,
             "gpu_power_watts": gpu.power_watts,
             "gpu_sm_clock_mhz": gpu.sm_clock_mhz,
             "gpu_temperature_c": gpu.temperature_c,

@@ -7,7 +7,7 @@
 
 const STORED_AS = "vecmill-api-key";
 const ANSWER_MS = 10_000; // an answer's head takes at most
-const SILENCE_MS = 20_000; // the stream has a line every 15 s
+const SILENCE_MS = 20_000; // the stream has a snapshot every 2 s
 const POLL_MS = 5000;
 const POLL_FOR_MS = 60_000; // then the stream is tried again
 const WAITS_MS = [1000, 2000, 3000, 5000]; // between tries
@@ -197,7 +197,7 @@ export class Feed {
 }
 
 /**
- * Server-sent events; comments come as events without a name.
+ * Server-sent events; what is no event, such as "retry:", comes as one without a name.
  * @param {Response} answer
  */
 async function* eventsOf(answer) {

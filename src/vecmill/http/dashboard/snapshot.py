@@ -9,7 +9,7 @@ import asyncio
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import time
 from typing import Any
 
@@ -24,6 +24,7 @@ from vecmill.http.dashboard.sampling import waiting_tokens
 from vecmill.http.health import status_of
 from vecmill.http.models import models_snapshot
 from vecmill.http.services import Services
+from vecmill.http.stats import cache_facts
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.views import JobQuery
 from vecmill.telemetry.rates import Passes, User
@@ -45,7 +46,7 @@ class SnapshotQuery:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class SnapshotView:
     """Who looks, and at what: equal ones are shown the same."""
 
     owner: str | None
@@ -67,13 +68,14 @@ class Snapshots:
         self._services, self._machine, self._replica = services, machine, replica
         self._words = ClientWords(app)
 
-    async def of(self, view: View) -> dict[str, Any]:
+    async def of(self, view: SnapshotView) -> dict[str, Any]:
         """What is so now."""
         services, refusals = self._services, self._refusals(view)
         batches = services.batches.seen(view.viewer)
         if refusals:
             await self._words.learn()
         status, text = status_of(services)
+        _, percent, _ = services.health.snapshot()
         return {
             "at": round(time(), 3),
             "version": __version__,
@@ -81,6 +83,7 @@ class Snapshots:
             "replica": self._replica,
             "status": status,
             "status_text": text,
+            "percent": round(percent),
             "ready": status == "ok",
             "is_admin": view.everything,
             "keys_in_use": services.keys_in_use(),
@@ -94,7 +97,7 @@ class Snapshots:
             "machine": self._machine.view(),
         }
 
-    def _now(self, view: View) -> dict[str, Any]:
+    def _now(self, view: SnapshotView) -> dict[str, Any]:
         services, telemetry = self._services, self._services.telemetry
         rates, rolling, inference = telemetry.rates, telemetry.rolling, services.inference
         minute, passes = rates.minute, rates.passes
@@ -119,19 +122,17 @@ class Snapshots:
         }
 
     def _cache(self) -> dict[str, Any] | None:
-        cache, settings = self._services.cache(), self._services.settings
-        if cache is None:
+        facts = cache_facts(self._services)
+        if facts is None:
             return None
         minute = self._services.telemetry.rates.minute
         return {
             "hit_ratio": round(minute.cached_texts / minute.texts, 4) if minute.texts else None,
-            "tokens_saved": self._services.telemetry.rolling.cached_tokens,
-            "entries": cache.size.entries,
-            "bytes": cache.size.bytes,
-            "max_bytes": settings.cache.cache_max_bytes if settings.state.redis_url is None else None,
+            "tokens_saved": facts["hit_tokens"],
+            **{name: facts[name] for name in ("entries", "bytes", "max_bytes")},
         }
 
-    def _batch_fill(self, view: View) -> dict[str, float | None]:
+    def _batch_fill(self, view: SnapshotView) -> dict[str, float | None]:
         passes, warmed = self._services.telemetry.rates.passes, self._services.warmed()
         knee: float | None = next((model.calibration.knee_tokens for model in warmed.values()), None)
         if passes.passes and view.shows_work:
@@ -143,7 +144,7 @@ class Snapshots:
             "ratio": rounded(shown.fill_ratio, 3),
         }
 
-    def _who(self, view: View, batches: Sequence[BatchRecord]) -> list[dict[str, Any]]:
+    def _who(self, view: SnapshotView, batches: Sequence[BatchRecord]) -> list[dict[str, Any]]:
         viewer = view.viewer
         users = [user for user in self._services.telemetry.rates.users() if viewer.sees(user.id.owner)][:MOST_USERS]
         jobs = {user.id.job for user in users}
@@ -166,7 +167,7 @@ class Snapshots:
             "last_seen": round(user.last_seen, 1),
         }
 
-    def _refusals(self, view: View) -> list[Refusal]:
+    def _refusals(self, view: SnapshotView) -> list[Refusal]:
         """A key that is not an administrator's sees its own. Without a key nobody knows whose a request was."""
         kept = self._services.telemetry.refusals
         return [refusal for refusal in kept if view.everything or (view.owner and refusal.owner == view.owner)]
@@ -184,18 +185,17 @@ class Snapshots:
             "key": refusal.key,
         }
 
-    def _jobs(self, view: View) -> dict[str, Any]:
+    def _jobs(self, view: SnapshotView) -> dict[str, Any]:
         query, jobs = view.query, self._services.jobs
         wanted = JobQuery(query.jobs_text, query.jobs_status, (query.jobs_page - 1) * PAGE_SIZE, PAGE_SIZE)
-        found, views = jobs.page(wanted, view.viewer)
-        number, pages = paged(query.jobs_page, found.total)
+        page, views = jobs.page(wanted, view.viewer)
+        number, pages = paged(query.jobs_page, page.total)
         if number != query.jobs_page:  # there are fewer than there were
-            last = JobQuery(query.jobs_text, query.jobs_status, (number - 1) * PAGE_SIZE, PAGE_SIZE)
-            found, views = jobs.page(last, view.viewer)
-        items = [views.detailed(job) | {"key": self._services.key_name(job.owner)} for job in found.jobs]
-        return {"counts": found.counts, "total": found.total, "page": number, "pages": pages, "items": items}
+            page, views = jobs.page(replace(wanted, first=(number - 1) * PAGE_SIZE), view.viewer)
+        items = [views.detailed(job) | {"key": self._services.key_name(job.owner)} for job in page.jobs]
+        return {"counts": page.counts, "total": page.total, "page": number, "pages": pages, "items": items}
 
-    async def _batches(self, view: View, batches: Sequence[BatchRecord]) -> dict[str, Any]:
+    async def _batches(self, view: SnapshotView, batches: Sequence[BatchRecord]) -> dict[str, Any]:
         records = sorted(batches, key=lambda record: record.ended)  # those that go on first
         counts = Counter(record.status.value for record in records)
         number, pages = paged(view.query.batches_page, len(records))

@@ -17,7 +17,8 @@ export interface Snapshot {
   replica?: Maybe<string>;
   status: string;
   status_text?: Maybe<string>;
-  percent?: Maybe<number>;
+  /** Of the start that is done. */
+  percent: number;
   ready: boolean;
   is_admin: boolean;
   keys_in_use: boolean;

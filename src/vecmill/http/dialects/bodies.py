@@ -282,21 +282,21 @@ class Dialect:
     """For metrics, log and traces; that of its file."""
 
 
-def _asked(caller: Caller, body: InferenceBody) -> Caller:
+def with_body(caller: Caller, body: InferenceBody) -> Caller:
     """The caller as its request's body has it; the body wins over the header."""
     return replace(caller, dialect=body.dialect, lane=caller.lane if body.priority is None else body.priority)
 
 
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:
     """Answer a request for vectors."""
-    embed_request = body.embed_request(_asked(caller, body))
+    embed_request = body.embed_request(with_body(caller, body))
     result = await services_of(request).inference.embed(embed_request)
     return await vectors_response(request, result, lambda *rows: body.answer(result, *rows), body.formats())
 
 
 async def score(body: ScoreBody, request: Request, caller: Caller) -> Response:
     """Answer a request for scores."""
-    score_request = body.score_request(_asked(caller, body))
+    score_request = body.score_request(with_body(caller, body))
     result = await services_of(request).inference.score(score_request)
     size = body.echoed_characters() + RESULT_CHARACTERS * len(result.scores)
     path = request.url.path

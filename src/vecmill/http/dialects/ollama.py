@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from math import inf
 from time import monotonic
 from typing import Annotated, Any
 
@@ -195,16 +194,15 @@ async def loaded(services: ServicesOf) -> dict[str, Any]:
 
 def _expiry(resident: Resident) -> str:
     """As Ollama, which writes the end of its durations, 292 years from now, for what never expires."""
-    idle = monotonic() if resident.held else resident.idle_since
-    stays = inf if resident.is_pinned else idle + resident.keep_alive - monotonic()
-    return (datetime.now(UTC) + timedelta(seconds=min(stays, NEVER_SECONDS))).isoformat()
+    now = monotonic()
+    return (datetime.now(UTC) + timedelta(seconds=min(resident.expires(now) - now, NEVER_SECONDS))).isoformat()
 
 
 @router.get("/api/tags", summary="List models")
 async def tags(services: ServicesOf) -> dict[str, Any]:
     """The models that requests can name, by their ids and aliases."""
     cards = services.inference.cards
-    return {"models": [_tag(card, name) for card in cards for name in (card.id, *card.aliases)]}
+    return {"models": [_tag(card, name) for card in cards for name in card.names]}
 
 
 @router.get("/api/version", summary="Version")

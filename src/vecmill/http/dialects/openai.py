@@ -163,7 +163,7 @@ ModelName = Annotated[
 
 @router.get("/v1/models", summary="List models")
 async def list_models(services: ServicesOf) -> dict[str, Any]:
-    """The models that are loaded, the default first; after them those of GENERATION_URL."""
+    """The models that requests can name, the default first; after them those of GENERATION_URL."""
     own = [_model(card) for card in services.inference.cards]
     taken = {model["id"] for model in own}
     return {
@@ -176,7 +176,7 @@ async def list_models(services: ServicesOf) -> dict[str, Any]:
 async def retrieve_model(model: ModelName, services: ServicesOf) -> dict[str, Any]:
     """One model by its id."""
     for card in services.inference.cards:
-        if model in (card.id, *card.aliases):
+        if model in card.names:
             return _model(card)
     for generating in await _generating(services):
         if model == generating["id"]:
@@ -187,7 +187,7 @@ async def retrieve_model(model: ModelName, services: ServicesOf) -> dict[str, An
 
 @router.get("/models", summary="List models", tags=["Infinity"])
 async def list_infinity_models(services: ServicesOf) -> dict[str, Any]:
-    """The models that are loaded; `owned_by` and `backend` are values that Infinity's client insists on."""
+    """The models that requests can name; `owned_by` and `backend` are values that Infinity's client insists on."""
     queued = sum(services.inference.waiting.values())
     stats = {
         "queue_fraction": services.inference.admission.tokens / services.settings.inference.max_queued_tokens,

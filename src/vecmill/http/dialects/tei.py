@@ -52,11 +52,12 @@ from vecmill.http.dialects.bodies import (
     best_first,
     embed,
     example,
+    with_body,
 )
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, Ids, Texts
 from vecmill.http.encoding import json_response, result_headers
 from vecmill.http.errors import DIALECT_TAG, ErrorShape, nearest
-from vecmill.http.route import CallerOf, InferenceRoute, NewWork, of_job, with_priority
+from vecmill.http.route import CallerOf, InferenceRoute, NewWork, of_job
 from vecmill.http.services import ServicesOf, services_of
 from vecmill.inference.text_tokenizer import named_prompts
 from vecmill.inference.vectors import cosines
@@ -305,7 +306,7 @@ class SimilarityBody(BaseModel):
             prompt=how.prompt_choice(),
             truncation=how.asked_truncation(),
             param="inputs",
-            caller=with_priority(caller, how.priority),
+            caller=with_body(caller, how),
         )
 
 

@@ -71,8 +71,8 @@ def show_cached(outcomes_by_name: Mapping[str, Outcomes]) -> None:
     if not shares:
         return
     same = len(set(shares.values())) == 1
-    said = next(iter(shares.values())) if same else ", ".join(f"{name} {share}" for name, share in shares.items())
-    results.print(f"\ncached    {said}", soft_wrap=True)
+    summary = next(iter(shares.values())) if same else ", ".join(f"{name} {share}" for name, share in shares.items())
+    results.print(f"\ncached    {summary}", soft_wrap=True)
 
 
 def _share(share: float | None) -> str:
