@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import orjson
@@ -19,6 +19,8 @@ from tests.servers import RunningServer
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.http.dashboard import doctor
+from vecmill.http.dashboard.snapshot import SnapshotQuery, View
+from vecmill.jobs.views import FOLLOWERS_MAX
 
 SNAPSHOT = "/dashboard/snapshot"
 SECRET = "a word that must not be shown"
@@ -201,11 +203,15 @@ async def test_the_last_fifty_are_kept(client: httpx.AsyncClient) -> None:
 
 
 async def test_a_key_sees_its_own() -> None:
+    jobs: dict[str, str] = {}
     async with serving(**LOCKED) as client:
         for key, project in ((ANN, "ann's secret"), (BEN, "ben's")):
-            await ask(client, key, "POST", "/jobs", json={"project": project, "total_chunks": 10})
+            job = await ask(client, key, "POST", "/jobs", json={"project": project, "total_chunks": 10})
             await ask(client, key, "POST", "/embed", json={"inputs": [project]})
             await ask(client, key, "POST", "/embed", json={"inputs": []})
+            jobs[key] = str(job.json()["job_id"])
+        for key in (ANN, BEN):  # each as if it worked for ann's
+            await ask(client, key, "POST", "/embed", json={"inputs": ["a"]}, headers={"x-job-id": jobs[ANN]})
         await client.get(SNAPSHOT)  # the page before somebody has signed in
         await client.get("/stats")
 
@@ -217,10 +223,11 @@ async def test_a_key_sees_its_own() -> None:
         assert (seen["is_admin"], everything["is_admin"], seen["keys_in_use"]) == (False, True, True)
         assert [job["project"] for job in seen["jobs"]["items"]] == ["ben's"]
         assert (seen["jobs"]["total"], sum(seen["jobs"]["counts"].values())) == (1, 1)
-        assert [user["key"] for user in seen["who"]] == ["ben"]
+        assert {user["key"] for user in seen["who"]} == {"ben"}
         assert [refusal["key"] for refusal in seen["refusals"]] == ["ben"]
         assert "secret" not in json.dumps(seen)
-        assert {user["key"] for user in everything["who"]} == {"ann", "ben"}
+        named = {(user["key"], user["job_name"]) for user in everything["who"]}
+        assert named == {("ann", None), ("ann", "ann's secret"), ("ben", None)}
         assert [refusal["error"] for refusal in everything["refusals"]] == ["invalid_api_key"] + ["empty_input"] * 2
         assert everything["now"]["errors"] == 0
         # What had to be computed tells what was in the common cache.
@@ -324,3 +331,15 @@ async def test_readers_that_do_not_read_do_not_hold_up_the_stop() -> None:
         for task in stuck:
             task.cancel()
         await asyncio.gather(*stuck, return_exceptions=True)
+
+
+async def test_no_more_readers_than_there_may_be_also_all_at_once(client: httpx.AsyncClient) -> None:
+    live = cast(InProcess, client._transport).app.state.live  # type: ignore[attr-defined]
+    view = View(None, everything=True, shows_work=True, query=SnapshotQuery())
+    readers = [live.follow(view) for _ in range(FOLLOWERS_MAX + 90)]
+    seen = await asyncio.gather(*(anext(snapshots, None) for snapshots in readers))
+    assert len([snapshot for snapshot in seen if snapshot]) == FOLLOWERS_MAX
+    assert len(set(seen)) == 2  # the same bytes for all, or none
+    for snapshots in readers:
+        await snapshots.aclose()
+    assert await anext(live.follow(view))

@@ -152,12 +152,13 @@ class Snapshots:
 
     def _user(self, user: User, batch: BatchRecord | None) -> dict[str, Any]:
         rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
-        name = None if who.job is None else self._services.jobs.project(who.job)
+        # Clients say which job a request is of: one that is another key's has no name here.
+        name = None if who.job is None else self._services.jobs.project(who.job, Viewer(who.owner))
         return {
             "key": self._services.key_name(who.owner),
             "client": who.client,
             "job": who.job,
-            "job_name": batch_name(batch) if batch is not None else name,
+            "job_name": batch_name(batch) if batch is not None and batch.owner == who.owner else name,
             "texts_per_second": round(rates.per_second(minute.texts), 2),
             "tokens_per_second": round(rates.per_second(minute.tokens), 1),
             "requests": lately.requests,
