@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from time import thread_time
 from typing import Any, cast
 
 import httpx
@@ -14,12 +15,14 @@ import pytest
 
 from tests.conftest import serving
 from tests.hostile.keys import ADMIN, ANN, BEN, LOCKED, ask
+from tests.hostile.stalls import longest_stall
 from tests.in_process import InProcess
 from tests.servers import RunningServer
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.http.dashboard import doctor
-from vecmill.http.dashboard.snapshot import SnapshotQuery, View
+from vecmill.http.dashboard.live import Live
+from vecmill.http.dashboard.snapshot import SnapshotQuery, Snapshots, View
 from vecmill.jobs.views import FOLLOWERS_MAX
 
 SNAPSHOT = "/dashboard/snapshot"
@@ -343,3 +346,31 @@ async def test_no_more_readers_than_there_may_be_also_all_at_once(client: httpx.
     for snapshots in readers:
         await snapshots.aclose()
     assert await anext(live.follow(view))
+
+
+class Laborious(Snapshots):
+    """Each snapshot takes the event loop a while, as with hundreds of jobs."""
+
+    async def of(self, view: View) -> dict[str, Any]:
+        ends = thread_time() + 0.02
+        while thread_time() < ends:
+            pass
+        return {"looked_for": view.query.jobs_text}
+
+
+async def test_readers_who_each_look_at_something_else_leave_time_for_others(client: httpx.AsyncClient) -> None:
+    app = cast(InProcess, client._transport).app
+    state = app.state  # type: ignore[attr-defined]
+    of_server = state.live.snapshots
+    live = Live(Laborious(app, state.services, of_server._machine, "replica"), state.live.sampler)  # type: ignore[arg-type]
+    views = [View(None, everything=True, shows_work=True, query=SnapshotQuery(str(number))) for number in range(40)]
+    readers = [live.follow(view) for view in [*views, *views]]
+    async with longest_stall() as stall:
+        seen = await asyncio.gather(*(anext(snapshots) for snapshots in readers))
+    assert [orjson.loads(snapshot)["looked_for"] for snapshot in seen] == [str(number) for number in range(40)] * 2
+    assert stall.seconds < 0.4  # of 0.8 that all of them take
+    waiting = [asyncio.create_task(anext(snapshots, b"")) for snapshots in readers]
+    await asyncio.sleep(0)
+    live.end()
+    async with asyncio.timeout(5):
+        assert set(await asyncio.gather(*waiting)) == {b""}

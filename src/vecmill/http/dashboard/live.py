@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, suppress
-from time import monotonic, time
+from time import monotonic, thread_time, time
 from typing import Annotated, Literal, cast
 
 import orjson
@@ -27,6 +27,7 @@ from vecmill.telemetry.history import OF_WORK
 TICK_SECONDS = 2.0
 RETRY_MS = 2000
 SPREAD, SPREAD_SECONDS = 16, 0.02  # readers wake one after another, that they do not hold up the event loop together
+LONGEST_REST = 0.25  # seconds, between two snapshots of which each has something else
 SPANS = {"15m": 900.0, "24h": 86_400.0}
 HIGHEST_PAGE = 1_000_000
 
@@ -40,6 +41,7 @@ class Live:
         self.snapshots = snapshots
         self.sampler = sampler
         self._made: dict[View, tuple[int, asyncio.Task[bytes]]] = {}
+        self._turn, self._rest = asyncio.Lock(), 0.0
         self._readers = 0
         self._ended = asyncio.Event()
 
@@ -64,7 +66,10 @@ class Live:
         turn = self._readers % SPREAD * SPREAD_SECONDS
         try:
             while not self._ended.is_set():
-                yield await self._of_this_tick(view)
+                snapshot = await self._of_this_tick(view)
+                if self._ended.is_set():
+                    return
+                yield snapshot
                 with suppress(TimeoutError):
                     async with asyncio.timeout(TICK_SECONDS - monotonic() % TICK_SECONDS + turn):
                         await self._ended.wait()
@@ -76,11 +81,22 @@ class Live:
     async def _of_this_tick(self, view: View) -> bytes:
         tick = int(monotonic() // TICK_SECONDS)
         made = self._made.get(view)
-        if made is None or made[0] != tick:
-            self._made = {key: entry for key, entry in self._made.items() if entry[0] == tick}
-            made = tick, asyncio.create_task(self.made(view), name="snapshot")
+        if made is None or (made[0] != tick and made[1].done()):
+            self._made = {key: entry for key, entry in self._made.items() if entry[0] == tick or not entry[1].done()}
+            made = tick, asyncio.create_task(self._made_in_turn(view), name="snapshot")
             self._made[view] = made
         return await asyncio.shield(made[1])  # a reader that leaves must not end it for the others
+
+    async def _made_in_turn(self, view: View) -> bytes:
+        """After each snapshot the event loop has as long for all else, however many readers look at something else."""
+        async with self._turn:
+            await asyncio.sleep(self._rest)
+            if self._ended.is_set():
+                return b""
+            began = thread_time()
+            snapshot = await self.made(view)
+            self._rest = min(LONGEST_REST, thread_time() - began)
+            return snapshot
 
     async def made(self, view: View) -> bytes:
         """A snapshot of now, as JSON."""
