@@ -24,6 +24,7 @@ from vecmill.http.dashboard import doctor
 from vecmill.http.dashboard.live import Live
 from vecmill.http.dashboard.snapshot import SnapshotQuery, Snapshots, View
 from vecmill.jobs.views import FOLLOWERS_MAX
+from vecmill.telemetry.refusals import REFUSALS_KEPT, Refusal, Refusals
 
 SNAPSHOT = "/dashboard/snapshot"
 SECRET = "a word that must not be shown"
@@ -203,6 +204,22 @@ async def test_the_last_fifty_are_kept(client: httpx.AsyncClient) -> None:
         await client.get("/nothing", headers={"x-request-id": f"nothing-{number}"})
     ids = [refusal["request_id"] for refusal in (await snapshot(client))["refusals"]]
     assert ids == [f"nothing-{number}" for number in range(59, 9, -1)]
+
+
+def test_whoever_is_refused_without_end_hides_nobody_elses_refusals() -> None:
+    def refusal(number: int, owner: str | None) -> Refusal:
+        return Refusal(f"{number}", 400, "empty_input", "", None, "/embed", "", None, owner, at=-number)
+
+    kept = Refusals()
+    kept.add(refusal(0, "ann"))
+    for number in range(1, 1000):
+        kept.add(refusal(number, "ben" if number % 2 else None))
+    assert [each.request_id for each in kept.of("ann")] == ["0"]
+    assert [each.request_id for each in kept] == [f"{number}" for number in range(999, 949, -1)]
+    assert [each.request_id for each in kept.of("ben")] == [f"{number}" for number in range(999, 899, -2)]
+    for number in range(10_000):
+        kept.add(refusal(number, f"key {number}"))
+    assert (len(kept.of("key 9999")), len(kept.of("ann")), len(list(kept))) == (1, 0, REFUSALS_KEPT)
 
 
 async def test_a_key_sees_its_own() -> None:

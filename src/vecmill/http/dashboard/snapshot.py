@@ -170,7 +170,9 @@ class Snapshots:
     def _refusals(self, view: View) -> list[Refusal]:
         """A key that is not an administrator's sees its own. Without a key nobody knows whose a request was."""
         kept = self._services.telemetry.refusals
-        return [refusal for refusal in kept if view.everything or (view.owner and refusal.owner == view.owner)]
+        if view.everything:
+            return list(kept)
+        return kept.of(view.owner) if view.owner else []
 
     def _refusal(self, refusal: Refusal) -> dict[str, Any]:
         field = self._words.field(refusal.param)
