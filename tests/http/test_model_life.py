@@ -20,6 +20,7 @@ from tests.hub_server import COMMIT, NAME, hub_here
 from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder
 from vecmill.models.hub import fetch, plan
+from vecmill.models.weight_files import read_header
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 RERANKER = GOLDEN / "qwen3" / "reranker"
@@ -275,6 +276,10 @@ BROKEN_CONFIGS = (
 )
 
 
+async def faulty(name: str, revision: str | None, task: object) -> None:
+    raise RecursionError("a secret")
+
+
 async def test_a_model_with_broken_files_is_refused_and_hides_no_other(
     client: httpx.AsyncClient, tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,8 +298,22 @@ async def test_a_model_with_broken_files_is_refused_and_hides_no_other(
             answer = await client.post("/models/load", json={"model": NAME})
             assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model"), broken
             await catalogue.look_around()
+        adapter = cached / "adapter_config.json"
+        adapter.write_bytes(b"[" * 100_000)
+        answer = await client.post("/models/load", json={"model": NAME})
+        assert (answer.status_code, "is a PEFT adapter's" in answer.text) == (400, True)
+        for header in (b"[" * 100_000, b"[[]]", b"5"):
+            damaged = tmp_path / "damaged.safetensors"
+            damaged.write_bytes(len(header).to_bytes(8, "little") + header)
+            with pytest.raises(ValueError, match="the header of damaged"):
+                read_header(damaged)
         config.unlink()
-        config.mkdir()
+        config.mkdir()  # and what no reader of its files foresees:
+        monkeypatch.setattr(catalogue, "_find_cached", faulty)
+        answer = await client.post("/models/load", json={"model": NAME})
+        assert (answer.status_code, "secret" in answer.text) == (400, False)
+        await catalogue.look_around()
+        monkeypatch.undo()
         assert (await client.post("/models/load", json={"model": NAME})).status_code in (400, 404)
         await catalogue.look_around()
     assert (await model(client, NAME))["state"] == "not listed"

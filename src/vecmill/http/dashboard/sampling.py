@@ -55,6 +55,11 @@ def knee_of(services: Services, model: str) -> int:
     return 0 if warmed is None else warmed.calibration.knee_tokens
 
 
+def until_next_look(now: float) -> float:
+    """Seconds, from a Unix time, until the present step has certainly ended."""
+    return STEP_SECONDS - now % STEP_SECONDS + LATE_SECONDS
+
+
 class Sampler:
     """Fills the history from `start` to `close`. Belongs to the event loop's thread."""
 
@@ -89,7 +94,7 @@ class Sampler:
 
     async def _look_again_and_again(self) -> None:
         while True:
-            await asyncio.sleep(STEP_SECONDS - time() % STEP_SECONDS + LATE_SECONDS)
+            await asyncio.sleep(until_next_look(time()))
             try:
                 self._record(time() - STEP_SECONDS / 2)
                 if monotonic() - self._written_at >= WRITE_SECONDS:
