@@ -105,3 +105,14 @@ async def test_one_too_many_is_told_to_come_again(hand: Hand) -> None:
     for changes in followers[1:]:
         with pytest.raises(StopAsyncIteration):
             await anext(changes)
+
+
+async def test_all_at_once_are_no_more_than_one_after_another(hand: Hand) -> None:
+    """Who is one too many is at its end at once, and comes again as the stream has told it to."""
+    jobs = await opened(in_memory(hand))
+    await jobs.register("a", 10, "i")
+    followers = [jobs.follow(LONG) for _ in range(FOLLOWERS_MAX + 90)]
+    seen = await asyncio.gather(*(anext(changes, None) for changes in followers))
+    assert len([news for news in seen if news]) == FOLLOWERS_MAX
+    for changes in followers:
+        await changes.aclose()

@@ -6,7 +6,8 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from time import thread_time
+from typing import Any, cast
 
 import httpx
 import orjson
@@ -14,11 +15,18 @@ import pytest
 
 from tests.conftest import serving
 from tests.hostile.keys import ADMIN, ANN, BEN, LOCKED, ask
+from tests.hostile.stalls import longest_stall
 from tests.in_process import InProcess
 from tests.servers import RunningServer
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.http.dashboard import doctor
+from vecmill.http.dashboard.live import Live
+from vecmill.http.dashboard.sampling import until_next_look
+from vecmill.http.dashboard.snapshot import SnapshotQuery, Snapshots, SnapshotView
+from vecmill.jobs.views import FOLLOWERS_MAX
+from vecmill.telemetry.history import STEP_SECONDS
+from vecmill.telemetry.refusals import REFUSALS_KEPT, Refusal, Refusals
 
 SNAPSHOT = "/dashboard/snapshot"
 SECRET = "a word that must not be shown"
@@ -201,12 +209,32 @@ async def test_the_last_fifty_are_kept(client: httpx.AsyncClient) -> None:
     assert ids == [f"nothing-{number}" for number in range(59, 9, -1)]
 
 
+def test_whoever_is_refused_without_end_hides_nobody_elses_refusals() -> None:
+    def refusal(number: int, owner: str | None) -> Refusal:
+        return Refusal(f"{number}", 400, "empty_input", "", None, "/embed", "", None, owner, at=-number)
+
+    kept = Refusals()
+    kept.add(refusal(0, "ann"))
+    for number in range(1, 1000):
+        kept.add(refusal(number, "ben" if number % 2 else None))
+    assert [each.request_id for each in kept.of("ann")] == ["0"]
+    assert [each.request_id for each in kept] == [f"{number}" for number in range(999, 949, -1)]
+    assert [each.request_id for each in kept.of("ben")] == [f"{number}" for number in range(999, 899, -2)]
+    for number in range(10_000):
+        kept.add(refusal(number, f"key {number}"))
+    assert (len(kept.of("key 9999")), len(kept.of("ann")), len(list(kept))) == (1, 0, REFUSALS_KEPT)
+
+
 async def test_a_key_sees_its_own() -> None:
+    jobs: dict[str, str] = {}
     async with serving(**LOCKED) as client:
         for key, project in ((ANN, "ann's secret"), (BEN, "ben's")):
-            await ask(client, key, "POST", "/jobs", json={"project": project, "total_chunks": 10})
+            job = await ask(client, key, "POST", "/jobs", json={"project": project, "total_chunks": 10})
             await ask(client, key, "POST", "/embed", json={"inputs": [project]})
             await ask(client, key, "POST", "/embed", json={"inputs": []})
+            jobs[key] = str(job.json()["job_id"])
+        for key in (ANN, BEN):  # each as if it worked for ann's
+            await ask(client, key, "POST", "/embed", json={"inputs": ["a"]}, headers={"x-job-id": jobs[ANN]})
         await client.get(SNAPSHOT)  # the page before somebody has signed in
         await client.get("/stats")
 
@@ -218,10 +246,11 @@ async def test_a_key_sees_its_own() -> None:
         assert (seen["is_admin"], everything["is_admin"], seen["keys_in_use"]) == (False, True, True)
         assert [job["project"] for job in seen["jobs"]["items"]] == ["ben's"]
         assert (seen["jobs"]["total"], sum(seen["jobs"]["counts"].values())) == (1, 1)
-        assert [user["key"] for user in seen["who"]] == ["ben"]
+        assert {user["key"] for user in seen["who"]} == {"ben"}
         assert [refusal["key"] for refusal in seen["refusals"]] == ["ben"]
         assert "secret" not in json.dumps(seen)
-        assert {user["key"] for user in everything["who"]} == {"ann", "ben"}
+        named = {(user["key"], user["job_name"]) for user in everything["who"]}
+        assert named == {("ann", None), ("ann", "ann's secret"), ("ben", None)}
         assert [refusal["error"] for refusal in everything["refusals"]] == ["invalid_api_key"] + ["empty_input"] * 2
         assert everything["now"]["errors"] == 0
         # What had to be computed tells what was in the common cache.
@@ -262,6 +291,16 @@ async def test_the_history_survives_a_restart(tmp_path: Path) -> None:
         assert (await client.get("/dashboard/history")).status_code == 200
     assert (tmp_path / "history.unreadable").read_bytes().endswith(b"of a later release")
     assert (tmp_path / "history").stat().st_size > 100
+
+
+@pytest.mark.parametrize("early", [0.0, 0.0005, 0.005])
+def test_each_step_of_the_history_is_looked_at_once_though_timers_are_early(early: float) -> None:
+    """uvloop's are by up to a millisecond, nearly always; the step would be written over by what is left of it."""
+    now, seen = 1_700_000_003.7, []
+    for _ in range(100):
+        now += until_next_look(now) - early
+        seen.append(int((now - STEP_SECONDS / 2) // STEP_SECONDS))
+    assert seen == list(range(seen[0], seen[0] + 100))
 
 
 async def test_doctor_runs_once_at_a_time(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,3 +365,46 @@ async def test_readers_that_do_not_read_do_not_hold_up_the_stop() -> None:
         for task in stuck:
             task.cancel()
         await asyncio.gather(*stuck, return_exceptions=True)
+
+
+async def test_no_more_readers_than_there_may_be_also_all_at_once(client: httpx.AsyncClient) -> None:
+    live = cast(InProcess, client._transport).app.state.live  # type: ignore[attr-defined]
+    view = SnapshotView(None, everything=True, shows_work=True, query=SnapshotQuery())
+    readers = [live.follow(view) for _ in range(FOLLOWERS_MAX + 90)]
+    seen = await asyncio.gather(*(anext(snapshots, None) for snapshots in readers))
+    assert len([snapshot for snapshot in seen if snapshot]) == FOLLOWERS_MAX
+    assert len(set(seen)) == 2  # the same bytes for all, or none
+    for snapshots in readers:
+        await snapshots.aclose()
+    assert await anext(live.follow(view))
+
+
+class Laborious(Snapshots):
+    """Each snapshot takes the event loop a while, as with hundreds of jobs."""
+
+    async def of(self, view: SnapshotView) -> dict[str, Any]:
+        ends = thread_time() + 0.02
+        while thread_time() < ends:
+            pass
+        return {"looked_for": view.query.jobs_text}
+
+
+async def test_readers_who_each_look_at_something_else_leave_time_for_others(client: httpx.AsyncClient) -> None:
+    app = cast(InProcess, client._transport).app
+    state = app.state  # type: ignore[attr-defined]
+    of_server = state.live.snapshots
+    live = Live(Laborious(app, state.services, of_server._machine, "replica"), state.live.sampler)  # type: ignore[arg-type]
+    queries = [SnapshotQuery(str(number)) for number in range(40)]
+    views = [SnapshotView(None, everything=True, shows_work=True, query=query) for query in queries]
+        SnapshotView(None, everything=True, shows_work=True, query=SnapshotQuery(str(number))) for number in range(40)
+    ]
+    readers = [live.follow(view) for view in [*views, *views]]
+    async with longest_stall() as stall:
+        seen = await asyncio.gather(*(anext(snapshots) for snapshots in readers))
+    assert [orjson.loads(snapshot)["looked_for"] for snapshot in seen] == [str(number) for number in range(40)] * 2
+    assert stall.seconds < 0.4  # of 0.8 that all of them take
+    waiting = [asyncio.create_task(anext(snapshots, b"")) for snapshots in readers]
+    await asyncio.sleep(0)
+    live.end()
+    async with asyncio.timeout(5):
+        assert set(await asyncio.gather(*waiting)) == {b""}

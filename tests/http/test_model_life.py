@@ -19,6 +19,8 @@ from tests.conftest import serving
 from tests.hub_server import COMMIT, NAME, hub_here
 from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder
+from vecmill.models.hub import fetch, plan
+from vecmill.models.weight_files import read_header
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 RERANKER = GOLDEN / "qwen3" / "reranker"
@@ -258,6 +260,63 @@ async def test_a_folder_beside_the_server_is_not_read(
     tiny_bert(tmp_path / "owner" / "model", minilm_folder)
     monkeypatch.chdir(tmp_path)
     assert (await client.post("/models/load", json={"model": "owner/model"})).status_code == 404
+
+
+BROKEN_CONFIGS = (
+    b"",
+    b"\xff\xfe",
+    b"null",
+    b"[" * 100_000,
+    b'{"model_type": ["bert"]}',
+    b'{"model_type": "bert"}',
+    b'{"model_type": "bert", "max_position_embeddings": "many"}',
+    b'{"model_type": "bert", "max_position_embeddings": 1e999, "hidden_size": -1}',
+    b'{"model_type": "xlm-roberta", "max_position_embeddings": 512, "pad_token_id": "x", "architectures": 5}',
+    b'{"model_type": "qwen3", "max_position_embeddings": {}, "architectures": [[]], "rope_scaling": 3}',
+)
+
+
+async def faulty(name: str, revision: str | None, task: object) -> None:
+    raise RecursionError("a secret")
+
+
+async def test_a_model_with_broken_files_is_refused_and_hides_no_other(
+    client: httpx.AsyncClient, tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tiny_bert(tmp_path / "there", minilm_folder)
+    catalogue = cast(Any, client)._transport.app.state.services.catalogue()
+    with hub_here(tmp_path / "cache") as hub:
+        hub.files = {
+            path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+        }
+        monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+        cached = fetch(plan(NAME, hf_token=None), hf_token=None, revision=None, report=lambda fetched, complete: None)
+        config = cached / "config.json"
+        for broken in BROKEN_CONFIGS:
+            config.unlink()
+            config.write_bytes(broken)
+            answer = await client.post("/models/load", json={"model": NAME})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "model"), broken
+            await catalogue.look_around()
+        adapter = cached / "adapter_config.json"
+        adapter.write_bytes(b"[" * 100_000)
+        answer = await client.post("/models/load", json={"model": NAME})
+        assert (answer.status_code, "is a PEFT adapter's" in answer.text) == (400, True)
+        for header in (b"[" * 100_000, b"[[]]", b"5"):
+            damaged = tmp_path / "damaged.safetensors"
+            damaged.write_bytes(len(header).to_bytes(8, "little") + header)
+            with pytest.raises(ValueError, match="the header of damaged"):
+                read_header(damaged)
+        config.unlink()
+        config.mkdir()  # and what no reader of its files foresees:
+        monkeypatch.setattr(catalogue, "_find_cached", faulty)
+        answer = await client.post("/models/load", json={"model": NAME})
+        assert (answer.status_code, "secret" in answer.text) == (400, False)
+        await catalogue.look_around()
+        monkeypatch.undo()
+        assert (await client.post("/models/load", json={"model": NAME})).status_code in (400, 404)
+        await catalogue.look_around()
+    assert (await model(client, NAME))["state"] == "not listed"
 
 
 async def test_what_fits_is_loaded_at_the_start_and_the_rest_when_it_is_asked_for(

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from opentelemetry.sdk.trace.export import ConsoleSpanExporter
 from opentelemetry.semconv._incubating.attributes import gen_ai_attributes
 from opentelemetry.semconv.attributes import error_attributes, http_attributes, server_attributes, url_attributes
 from opentelemetry.semconv.schemas import Schemas
@@ -29,6 +31,7 @@ from vecmill.http import tracing
 from vecmill.http.tracing import open_tracing
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+CONTEXT = f"00-{TRACE}-{PARENT}-01"
 KEY, TEXT = "a-key-that-nobody-may-see", "a text that nobody may see"
 SERVER, INTERNAL = Span.SPAN_KIND_SERVER, Span.SPAN_KIND_INTERNAL
 
@@ -101,7 +104,7 @@ def _attributes(pairs: Any) -> dict[str, Any]:
 async def test_a_request_is_a_span_of_the_clients_trace_with_its_stages_below(
     collector: Collector, folder: Path
 ) -> None:
-    headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "X-Request-ID": "req-1", "Authorization": f"Bearer {KEY}"}
+    headers = {"traceparent": CONTEXT, "X-Request-ID": "req-1", "Authorization": f"Bearer {KEY}"}
     async with serving(embed_model=str(folder), otlp_endpoint=collector.url, api_key=KEY) as client:
         body = {"input": [TEXT, "another"], "model": "tiny", "dimensions": 31}
         assert (await client.post("/v1/embeddings", json=body, headers=headers)).status_code == 400
@@ -156,10 +159,38 @@ async def test_what_fails_is_told_and_what_only_reads_is_not(collector: Collecto
     assert late_span.status.code == Status.STATUS_CODE_ERROR
     assert _attributes(late_span.attributes)["vecmill.outcome"] == "timeout"
     assert _attributes(brewed.attributes)["http.request.method"] == "_OTHER"
+    assert brewed.name in ("HTTP", "HTTP /v1/embeddings")
     assert not brewed.parent_span_id
     sent = b"".join(request.SerializeToString() for request in collector.requests)
     assert TEXT.encode() not in sent
     assert b"secret-path" not in sent
+
+
+@pytest.mark.parametrize(
+    ("headers", "parent"),
+    [
+        ([("traceparent", CONTEXT), ("tracestate", "a=1"), ("tracestate", "b=2"), ("baggage", TEXT)], True),
+        ([("traceparent", CONTEXT), ("tracestate", f"{TEXT}=,;{TEXT}")], True),
+        ([("traceparent", CONTEXT), ("tracestate", f"{TEXT}," * 500)], True),
+        ([("traceparent", CONTEXT), ("tracestate", ",".join(f"key{number}=1" for number in range(40)))], True),
+        ([("traceparent", CONTEXT), ("tracestate", "a=1,a=2")], True),
+        ([("traceparent", CONTEXT), ("traceparent", CONTEXT)], False),
+        ([("traceparent", CONTEXT + TEXT * 100)], False),
+        ([("traceparent", "00-" + "0" * 32 + "-" + "0" * 16 + "-01"), ("tracestate", TEXT)], False),
+        ([("traceparent", "\xb2\xff" + TEXT), ("tracestate", "\xff")], False),
+    ],
+)
+def test_a_malformed_context_is_left_out_and_nobody_hears_of_it(
+    headers: list[tuple[str, str]], parent: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    traced = tracing.Tracing([ConsoleSpanExporter(out=StringIO())])
+    raw = [(name.encode(), value.encode("latin-1")) for name, value in headers]
+    span = traced.begin({"type": "http", "method": "POST", "scheme": "http", "headers": raw}, 0.0)
+    assert (span.trace_id == TRACE) == parent
+    if ("tracestate", "b=2") in headers:
+        assert span.headers()["tracestate"] == "a=1,b=2"
+    traced.close()
+    assert caplog.text == ""
 
 
 async def test_the_environment_asks_for_traces_as_well(

@@ -413,6 +413,9 @@ async def test_the_stop_answers_whoever_waits() -> None:
         assert all(isinstance(answer, ShuttingDown) for answer in answers)
         with pytest.raises(ShuttingDown):
             await use(models, device, "b")
+        for late in (models.load, models.unload):  # an admin's call whose look into the cache took until now
+            with pytest.raises(ShuttingDown):
+                late("embed:b")
 
 
 @pytest.mark.parametrize("seed", range(5))

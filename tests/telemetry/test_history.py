@@ -84,9 +84,9 @@ def test_series_of_another_release_are_left_out_and_missing_ones_unknown() -> No
     assert (span.series["errors"], span.series["texts_per_second"][-1]) == ([None] * 10, 49)
 
 
-def _bomb() -> bytes:
-    body = zlib.compress(b"\0" * 50_000_000)
-    head = {"latest": 1, "series": ["errors"], "steps": STEPS, "step_seconds": STEP_SECONDS}
+def _bomb(series: int) -> bytes:
+    body = zlib.compress(b"\0" * max(50_000_000, 4 * series * STEPS), 1)
+    head = {"latest": 1, "series": ["errors"] * series, "steps": STEPS, "step_seconds": STEP_SECONDS}
     return MAGIC + json.dumps(head | {"bytes": len(body), "crc": zlib.crc32(body)}).encode() + b"\n" + body
 
 
@@ -106,7 +106,9 @@ WHOLE = filled(20).to_bytes()
         WHOLE.replace(b'"latest": ', b'"latest": "x", "l": '),
         MAGIC + b"[]\n",
         MAGIC + b"{}\n",
-        _bomb(),
+        MAGIC + b"[" * 200_000 + b"\n",
+        _bomb(series=1),
+        _bomb(series=1447),  # of just the size that it says
     ],
 )
 def test_what_is_no_history_is_refused(data: bytes) -> None:

@@ -71,6 +71,20 @@ def test_clients_that_come_without_end_take_no_more_memory(hand: Hand) -> None:
     assert rates.texts_of_job("job 0") == 1
 
 
+@pytest.mark.parametrize("invented", ["client", "job"])
+def test_who_invents_names_makes_nobody_else_forgotten(hand: Hand, invented: str) -> None:
+    rates = Rates(hand)
+    others = [UserId("name:ben", "10.0.0.2", "j"), UserId("name:cat", "10.0.0.1"), UserId("name:ann", "10.0.0.3")]
+    for user in others if invented == "job" else others[:2]:
+        rates.answered(Work(7, 70, 1), user)
+    for number in range(5 * MOST_USERS):
+        client, job = (f"10.1.0.{number}", "j") if invented == "client" else ("10.0.0.9", f"job {number}")
+        rates.answered(Work(1, 1, 1), UserId("name:ann", client, job))
+    shown = [user.id for user in rates.users()]
+    assert len(shown) == MOST_USERS
+    assert set(others if invented == "job" else others[:2]) <= set(shown)
+
+
 async def test_a_jobs_rate_is_what_was_answered_for_it_or_what_it_reported(hand: Hand) -> None:
     rates = Rates(hand)
     jobs = JobQueue(SETTINGS, rates)

@@ -49,6 +49,8 @@ def test_retry_after() -> None:
     assert retry_after({"retry-after": format_datetime(datetime(2026, 1, 1, tzinfo=UTC), usegmt=True)}) == 0
     assert retry_after({"retry-after": "soon"}) is None
     assert retry_after({}) is None
+    for nonsense in ("\u00b2", "-1", "1e9", "9" * 5000, "Mon, 01 Jan 99999999999999999999 00:00:00 GMT", "\x1b[2J"):
+        assert retry_after({"retry-after": nonsense}) is None
 
 
 def test_waits_grow_until_patience_ends() -> None:

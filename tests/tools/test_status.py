@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pty
 import re
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from time import sleep
+from typing import Any
 
 import httpx
 import pytest
@@ -97,3 +104,123 @@ def test_what_is_not_known_is_not_zero() -> None:
     spark = {"name": "NVIDIA GB10", "sm_clock_mhz": 2400, "power_watts": None, "clock_verdict": "ok"}
     [_, gpu] = [line for line in screen({"machine": {"memory": {}, "gpu": spark}}) if line[:6] in ("memory", "GPU   ")]
     assert gpu == "GPU          NVIDIA GB10, ? busy, 2,400 MHz (ok), ? W, ? °C"
+
+
+OTHERS: tuple[object, ...] = (
+    *(None, True, 5, 10**400, math.nan, math.inf),
+    *("\x1b[2J", "\ud800", [], [[3]], {}, {"\x1b": {}}),
+)
+
+
+def wrong_forms(snapshot: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The snapshot with each of its values exchanged for something else."""
+    for name, value in snapshot.items():
+        for other in OTHERS:
+            yield {**snapshot, name: other}
+        if isinstance(value, dict):
+            yield from ({**snapshot, name: inner} for inner in wrong_forms(value))
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            yield from ({**snapshot, name: [inner]} for inner in wrong_forms(value[0]))
+
+
+def test_a_snapshot_of_another_form_is_shown_as_far_as_it_goes() -> None:
+    job = {"project": "code", "status": "active", "current": 1, "total_chunks": 2, "eta_seconds": 3}
+    batch = {"id": "one", "status": "in_progress", "request_counts": {"total": 3, "completed": 1, "failed": 1}}
+    snapshot = {
+        "status": "ok",
+        "uptime_seconds": 1,
+        "warnings": [{"text": "hot"}],
+        "now": {
+            "texts_per_second": 1,
+            "latency_ms": {"bulk": {"p50": 1}},
+            "queue": {"bulk": {"texts": 1}},
+            "cache": {"hit_ratio": 0.5, "bytes": 3},
+            "batch_fill": {"knee_tokens": 3},
+        },
+        "machine": {"memory": {"ours_bytes": 3, "gpu": {"ours_bytes": 3}}, "gpu": {"name": "GB10"}},
+        "models": [{"id": "tiny", "memory_bytes": 3}],
+        "jobs": {"counts": {"active": 1}, "items": [job]},
+        "batches": {"counts": {"in_progress": 1}, "items": [batch]},
+        "who": [{"key": "ann", "client": "127.0.0.1", "texts_per_second": 3}],
+    }
+    count = 0
+    for wrong in wrong_forms(snapshot):
+        lines = screen(wrong)
+        assert all(line.isprintable() for line in lines), wrong
+        count += 1
+    assert count > 500
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket], None]) -> Iterator[str]:
+    """The address of a server that treats every connection, once its request is read, as a test says."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, suppress(OSError):
+                        connection.recv(65_536)
+                        answer(connection)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            listening.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def whole(body: bytes, status: bytes = b"200 OK", head: bytes = b"") -> Callable[[socket.socket], None]:
+    content = b"HTTP/1.1 %b\r\nContent-Length: %d\r\n%b\r\n%b" % (status, len(body), head, body)
+    return lambda connection: connection.sendall(content)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        whole(b""),
+        whole(b"[1, 2]"),
+        whole(b"[" * 200_000),
+        whole(b'{"now": ' * 200_000),
+        whole(b"1" * 5000),
+        whole(b"\x1b[2Jowned"),
+        whole(b'{"error": "\\u001b]0;owned\\u0007"}', b"500 \x1b[2J"),
+        whole(b'{"error": "\x1b[2J\xe2\x80\xae"}', b"400 Bad"),
+        whole(b"no", b"503 Later", b"Retry-After: \xb2\r\n"),
+        whole(b"no", b"503 Later", b"Retry-After: Mon, 01 Jan 99999999999999999999 00:00:00 GMT\r\n"),
+        whole(b"no", b"503 Later", b"Retry-After: " + b"9" * 5000 + b"\r\n"),
+        whole(b"no", b"302 Found", b"Location: file:///etc/passwd\r\n"),
+        whole(b"{}", head=b"Content-Encoding: gzip\r\n"),
+        lambda connection: connection.sendall(b"SSH-2.0-\x1b[2J\r\n"),
+        lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n"),
+        lambda connection: None,
+    ],
+)
+@pytest.mark.parametrize("command", ["status", "top"])
+def test_what_is_no_answer_is_one_sentence(command: str, answer: Callable[[socket.socket], None]) -> None:
+    with answering(answer) as url:
+        result = run(command, "--url", url)
+    assert (result.exit_code in (1, 2), result.stdout) == (True, "")
+    assert isinstance(result.exception, SystemExit)
+    assert result.stderr.startswith("vecmill: ")
+    assert result.stderr.replace("\n", "").isprintable()
+
+
+def test_an_answer_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    def endless(connection: socket.socket) -> None:
+        connection.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            connection.sendall(b" " * 1000)
+            sleep(0.02)
+
+    monkeypatch.setattr("vecmill.tools.status.ANSWER_SECONDS", 0.1)
+    with answering(endless) as url:
+        result = run("status", "--url", url)
+    assert (result.exit_code, result.stderr.count("did not end its answer")) == (1, 1)
+    monkeypatch.setattr("vecmill.tools.http_client.LARGEST_ANSWER", 2000)
+    with answering(endless) as url:
+        result = run("status", "--url", url)
+    assert (result.exit_code, result.stderr.count("is larger than 2000 bytes")) == (1, 1)

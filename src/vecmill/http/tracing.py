@@ -20,6 +20,7 @@ from threading import Thread
 from time import perf_counter, time_ns
 from typing import TYPE_CHECKING, Any
 
+from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from vecmill import __version__
@@ -46,7 +47,7 @@ ERROR_TYPE = "error.type"
 SERVER_ADDRESS = "server.address"
 SERVER_PORT = "server.port"
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH"})
-OTHER_METHOD = "_OTHER"
+OTHER_METHOD, OTHER_METHOD_NAME = "_OTHER", "HTTP"  # as the attribute, and in a span's name
 
 # GenAI embeddings spans, in development. `rerank` is not among the well-known operations.
 OPERATION = "gen_ai.operation.name"
@@ -66,6 +67,9 @@ CACHED_TEXTS = "vecmill.cached_texts"
 TRUNCATED_TEXTS = "vecmill.truncated_texts"
 OUTCOME = "vecmill.outcome"
 
+CONTEXT = ("traceparent", "tracestate")
+# They warn of each header that is malformed, and repeat it: whatever a client sends would be in the log.
+LOGGERS_OF_CONTEXT = ("opentelemetry.trace.span", "opentelemetry.trace.propagation.tracecontext")
 TRACES_PATH = "/v1/traces"
 FLUSH_SECONDS = 3.0
 """That the end of the server waits for spans which a collector does not take."""
@@ -135,6 +139,8 @@ class Tracing:
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
+        for logger_name in LOGGERS_OF_CONTEXT:
+            logging.getLogger(logger_name).setLevel(logging.ERROR)
         named = OTELResourceDetector().detect().attributes
         own = {"service.name": "vecmill", "service.version": __version__}
         resource = Resource.create({name: value for name, value in own.items() if name not in named})
@@ -149,15 +155,12 @@ class Tracing:
         """The span of a request that began at `started` (perf_counter), in its client's trace if it names one."""
         from opentelemetry.trace import SpanKind
 
-        carrier = {
-            name.decode("latin-1"): value.decode("latin-1")
-            for name, value in scope["headers"]
-            if name in (b"traceparent", b"tracestate")
-        }
+        headers = Headers(scope=scope)
+        carrier = {name: ",".join(values) for name in CONTEXT if (values := headers.getlist(name))}
         method = scope["method"] if scope["method"] in METHODS else OTHER_METHOD
         offset = time_ns() - round(1e9 * perf_counter())
         span: Any = self._tracer.start_span(
-            method,
+            OTHER_METHOD_NAME if method is OTHER_METHOD else method,
             self._propagator.extract(carrier),
             SpanKind.SERVER,
             {REQUEST_METHOD: method, SCHEME: scope["scheme"], **_server(scope)},
@@ -222,7 +225,7 @@ class RequestSpan:
         if route := _route(scope, records):
             # The path itself only where no part of it is the client's.
             span.set_attributes({ROUTE: route} if "{" in route else {ROUTE: route, PATH: route})
-            span.update_name(f"{scope['method']} {route}")
+            span.update_name(f"{scope['method'] if scope['method'] in METHODS else OTHER_METHOD_NAME} {route}")
         for record in records:
             span.set_attributes(_attributes(record))
             if record.model:

@@ -85,7 +85,12 @@ class Catalogue:
 
     async def look_around(self) -> None:
         """List what lies in the hub's cache."""
-        for name in (await self._list_cached())[:MOST_LISTED]:
+        try:
+            names = await self._list_cached()
+        except OSError as error:
+            logger.warning("the hub's cache cannot be listed (%s): its models are not", error.strerror)
+            return
+        for name in names[:MOST_LISTED]:
             if all(resident.card.id != name for resident in self):
                 with suppress(StartupError):  # not a model for this server
                     await self._add_cached(name, None, None)
@@ -136,7 +141,14 @@ class Catalogue:
         )
 
     async def _add_cached(self, name: str, revision: str | None, task: Task | None) -> Resident | None:
-        cached = await self._find_cached(name, revision, task)
+        """Raises StartupError: its files are not those of a model for this server, or are broken in whatever way."""
+        try:
+            cached = await self._find_cached(name, revision, task)
+        except StartupError:
+            raise
+        except Exception as fault:
+            logger.debug("%s cannot be read", name, exc_info=True)
+            raise StartupError(f"{name}: its files cannot be read ({type(fault).__name__}): fetch it again.") from fault
         if cached is None:
             return None
         residents = self._residency.residents

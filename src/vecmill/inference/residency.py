@@ -300,7 +300,10 @@ class Residency:
 
         Raises:
             ModelNotFound: it is not listed. ModelConflict: its state does not allow that.
+            ShuttingDown: nothing is loaded any more.
         """
+        if self._is_closed:
+            raise ShuttingDown
         resident = self._listed(key)
         if resident.state in (ModelState.LOADED, ModelState.LOADING):
             return resident
@@ -314,7 +317,10 @@ class Residency:
 
         Raises:
             ModelNotFound: it is not listed. ModelConflict: it is pinned, in use, or not loaded.
+            ShuttingDown: nothing is unloaded any more.
         """
+        if self._is_closed:
+            raise ShuttingDown
         resident = self._listed(key)
         name = resident.card.id
         if resident.is_pinned:

@@ -303,7 +303,7 @@ def _definition(read: ReadTokenizer) -> dict[str, Any]:
     try:
         definition: dict[str, Any] = json.loads(read.definition)
         definition["model"]["vocab"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StartupError(
             f"{read.file} is not a tokenizer ({type(error).__name__}: {error}); fetch the model again."
         ) from None

@@ -186,10 +186,10 @@ class JobQueue:
         views = self._views()
         return views.page(query, viewer), views
 
-    def project(self, job_id: str) -> str | None:
-        """What an open job is of, as last seen; None where there is no such job."""
+    def project(self, job_id: str, viewer: Viewer = EVERYONE) -> str | None:
+        """What the viewer's open job is of, as last seen; None where there is no such job."""
         job = self._ledger().open.get(job_id)
-        return None if job is None else job.project
+        return job.project if job is not None and viewer.sees(job.owner) else None
 
     async def sweep(self) -> None:
         """Fail jobs whose lease has run out and fill free places. Raises JobsUnavailable."""

@@ -315,6 +315,8 @@ class Followers:
         await self._turns.next()
         if self._look():
             self._wake_all()
+        if len(self._all) >= FOLLOWERS_MAX:  # others came between the look at `follow` and this
+            return
         follower = _Follower(self._changes, viewer)
         self._all.add(follower)
         try:

@@ -173,7 +173,7 @@ def read_index(index: Path) -> Any:
     """What an index of weights holds; None where it cannot be read: `Listing` then reports a missing `weight_map`."""
     try:
         return json.loads(index.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
 
 
@@ -190,7 +190,7 @@ def refuse_adapter(named: str, folder: Path) -> None:
     if not adapters:
         return
     config: Any = {}
-    with suppress(OSError, ValueError):  # damaged: it is an adapter all the same
+    with suppress(OSError, ValueError, RecursionError):  # damaged: it is an adapter all the same
         config = json.loads((folder / ADAPTERS[0]).read_text("utf-8"))
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     raise _adapter(named, adapters[0], base)
@@ -260,7 +260,12 @@ def read_header(file: Path) -> Header:
         length = int.from_bytes(opened.read(LENGTH_BYTES), "little")
         if length > LONGEST_HEADER:
             raise ValueError(f"{file.name} is not a safetensors file")
-        header: dict[str, dict[str, Any]] = json.loads(opened.read(length), object_pairs_hook=_once)
+        try:
+            header: dict[str, dict[str, Any]] = json.loads(opened.read(length), object_pairs_hook=_once)
+        except RecursionError as error:
+            raise ValueError(f"the header of {file.name} is nested too deeply") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"the header of {file.name} is no object")
     header.pop("__metadata__", None)
     return header
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 STEP_SECONDS = 10
 STEPS = 24 * 3600 // STEP_SECONDS
 MOST_POINTS = 720
+MOST_SERIES = 256  # of a file
 
 
 class Kind(StrEnum):
@@ -152,9 +153,9 @@ class History:
             names, latest = facts["series"], facts["latest"]
             fits = (facts["steps"], facts["step_seconds"]) == (STEPS, STEP_SECONDS)
             whole = len(body) == facts["bytes"] and zlib.crc32(body) == facts["crc"]
-        except (ValueError, TypeError, LookupError):
+        except (ValueError, TypeError, LookupError, RecursionError):
             raise UnreadableHistory("its head cannot be read") from None
-        if not (fits and isinstance(names, list) and (latest is None or isinstance(latest, int))):
+        if not (fits and isinstance(names, list) and isinstance(latest, int | None) and len(names) <= MOST_SERIES):
             raise UnreadableHistory("it has other steps")
         size = 4 * len(names) * STEPS
         if not whole or (unpacked := _unpacked(body, size)) is None:

@@ -12,7 +12,7 @@ moment (`vecmill_texts_total`).
 from __future__ import annotations
 
 import operator
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic, time
@@ -185,7 +185,17 @@ class Rates:
         known.lately.add(work)
         known.last_seen = time()
         if len(self._users) > MOST_USERS:
-            del self._users[next(iter(self._users))]
+            del self._users[self._superfluous()]
+
+    def _superfluous(self) -> UserId:
+        """Who is forgotten first: of the key that has most, and of its client that has most, the one longest ago.
+
+        So whoever invents clients or jobs without end makes nobody forgotten but themselves.
+        """
+        [(owner, _)] = Counter(user.owner for user in self._users).most_common(1)
+        of_owner = [user for user in self._users if user.owner == owner]
+        [(client, _)] = Counter(user.client for user in of_owner).most_common(1)
+        return next(user for user in of_owner if user.client == client)
 
     def _user(self, user: UserId) -> User:
         minute = RateWindow(Work(), clock=self._clock)

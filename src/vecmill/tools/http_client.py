@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +22,17 @@ from typing import Any, Self, TypeVar
 import httpx2
 
 from vecmill.refusals import message_of, start_of
-from vecmill.tools.console import CommandError, UsageError
+from vecmill.tools.console import CommandError, UsageError, printable
 
 CONNECT_S = 10.0
 ANSWER_S = 300.0  # without a byte
 PATIENCE_S = 600.0  # with a server that is busy or away
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.5, 5.0  # where the server does not say how long to wait
+LONGEST_ANSWER_S = 4  # times the seconds without a byte, for an answer that comes in drops
+LARGEST_ANSWER = 64 * 2**20  # bytes, of a JSON object
+LARGEST_REFUSAL = 2**20  # bytes that are read of an error's answer
+LARGEST_VECTORS = 2**30  # bytes of an answer with vectors
+WHOLE_SECONDS = re.compile("[0-9]{1,18}")
 
 # For `mounts`: what is on this machine is not reached by way of the environment's proxy.
 NOT_THROUGH_PROXIES: Mapping[str, None] = dict.fromkeys(("all://localhost", "all://127.0.0.1", "all://[::1]"))
@@ -84,11 +90,11 @@ def request_headers(api_key: str | None) -> dict[str, str]:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Retry-After in seconds from now; it may be a number or a date (RFC 9110, section 10.2.3)."""
     value = headers.get("retry-after", "").strip()
-    if value.isdigit():
+    if WHOLE_SECONDS.fullmatch(value):
         return float(value)
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
 
 
@@ -161,6 +167,7 @@ class HttpClient:
         self.base = base_url(server.url).removesuffix("/v1")
         self._once = server.patience_seconds is None
         self._patience = Patience(server.patience_seconds or 0.0, self.STATUSES)
+        self._longest_answer = LONGEST_ANSWER_S * server.answer_seconds
         self._waiting = waiting
         self._met = False
         self._http = httpx2.Client(
@@ -237,14 +244,31 @@ class HttpClient:
 
     def _ask(self, method: str, path: str, **arguments: Any) -> dict[str, Any]:
         with self._response(method, path, **arguments) as response:
-            content = response.read()
+            content = self._content(response, LARGEST_ANSWER)
+        if len(content) > LARGEST_ANSWER:
+            raise CommandError(f"The answer to {method} {self.base}{path} is larger than {LARGEST_ANSWER} bytes.")
         try:
             answer = json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             answer = None
         if not isinstance(answer, dict):
             raise CommandError(f"{method} {self.base}{path} was not answered with a JSON object: {start_of(content)}")
         return answer
+
+    def _content(self, response: httpx2.Response, most: int) -> bytes:
+        """An answer's body, or a little more than the `most` bytes of it that are wanted.
+
+        Raises:
+            Unreachable: it takes too long.
+        """
+        ends, content = perf_counter() + self._longest_answer, bytearray()
+        for part in response.iter_bytes():
+            content += part
+            if len(content) > most:
+                break
+            if perf_counter() > ends:
+                raise Unreachable(f"{self.base} did not end its answer within {self._longest_answer:g} s.")
+        return bytes(content)
 
     @contextmanager
     def _response(self, method: str, path: str, **arguments: Any) -> Iterator[httpx2.Response]:
@@ -261,8 +285,8 @@ class HttpClient:
     def _check(self, method: str, path: str, response: httpx2.Response) -> None:
         if response.is_success:
             return
-        status, message = response.status_code, message_of(response.read())
-        sentence = f"{method} {self.base}{path} was answered with {status}: {message}"
+        status, message = response.status_code, message_of(self._content(response, LARGEST_REFUSAL))
+        sentence = printable(f"{method} {self.base}{path} was answered with {status}: {message}")
         match status:
             case 401 | 403:
                 raise CommandError(f"{sentence} (--api-key, or API_KEY)")
@@ -332,18 +356,27 @@ class AsyncHttpClient:
 
     async def _try(self, body: bytes, answer: Answer, retries: Retries) -> float | None:
         """One try; how many seconds to wait for the next, None where there is to be none."""
+        content = bytearray()
         try:
-            response = await self._http.post(self._endpoint, content=body)
+            async with self._http.stream("POST", self._endpoint, content=body) as response:
+                most = LARGEST_VECTORS if response.is_success else LARGEST_REFUSAL
+                async for part in response.aiter_bytes():
+                    content += part
+                    if len(content) > most:
+                        break
         except httpx2.RequestError as error:
             answer.error, answer.message = type(error).__name__, str(error) or type(error).__name__
             return None
+        if response.is_success and len(content) > most:
+            answer.error, answer.message = "TooLarge", f"the answer is larger than {most} bytes"
+            return None
         if response.is_success:
-            answer.content, answer.headers = response.content, response.headers
+            answer.content, answer.headers = bytes(content), response.headers
             return None
         if response.status_code in self._patience.statuses:
             wait = retries.next_wait(retry_after(response.headers))
             if wait is not None:
                 answer.retries[str(response.status_code)] += 1
                 return wait
-        answer.error, answer.message = str(response.status_code), message_of(response.content)
+        answer.error, answer.message = str(response.status_code), message_of(bytes(content))
         return None

@@ -17,10 +17,14 @@ from vecmill.tools.http_client import HttpClient, NotThere, ServerAddress
 
 SNAPSHOT = "/dashboard/snapshot"
 ANSWER_SECONDS = 10.0
-JOBS_SHOWN, BATCHES_SHOWN, USERS_SHOWN = 10, 5, 8
+JOBS_SHOWN, BATCHES_SHOWN, USERS_SHOWN, MODELS_SHOWN = 10, 5, 8, 20
+WARNINGS_SHOWN = 10
+LONGEST_TEXT = 500  # characters
 NAME_CHARACTERS = 28
 UNKNOWN = "?"
 KILO, MINUTE, HOUR, DAY = 1024, 60, 3600, 86_400
+LARGEST_NUMBER = 1e18
+STATES_SHOWN = 10
 
 Item = Mapping[str, Any]
 
@@ -116,15 +120,15 @@ def _on_terminal(looks: Iterator[list[str]]) -> None:
 
 
 def screen(snapshot: Item) -> list[str]:
-    """A snapshot as lines. What is not known is `?`, or left out."""
+    """A snapshot as lines. What is not known is `?`, or left out; so is what is of another form than it should be."""
     return [
         *_head(snapshot),
-        *_now(snapshot.get("now") or {}),
-        *_machine(snapshot.get("machine") or {}),
-        *_models(snapshot.get("models") or []),
-        *_jobs(snapshot.get("jobs") or {}),
-        *_batches(snapshot.get("batches") or {}),
-        *_who(snapshot.get("who") or []),
+        *_now(_object(snapshot.get("now"))),
+        *_machine(_object(snapshot.get("machine"))),
+        *_models(_objects(snapshot.get("models"))),
+        *_jobs(_object(snapshot.get("jobs"))),
+        *_batches(_object(snapshot.get("batches"))),
+        *_who(_objects(snapshot.get("who"))),
     ]
 
 
@@ -136,28 +140,29 @@ def _head(snapshot: Item) -> list[str]:
         f"vecmill {_plain(snapshot.get('version'))} on {_plain(snapshot.get('replica'))}: "
         f"{'ready' if ready else state}{text}, up {up}"
     ]
-    return lines + [f"warning: {_plain(warning.get('text'))}" for warning in snapshot.get("warnings") or []]
+    warnings = _objects(snapshot.get("warnings"))[:WARNINGS_SHOWN]
+    return lines + [f"warning: {_plain(warning.get('text'))}" for warning in warnings]
 
 
 def _now(now: Item) -> list[str]:
-    latency, queue = now.get("latency_ms") or {}, now.get("queue") or {}
+    latency, queue = _object(now.get("latency_ms")), _object(now.get("queue"))
     lines = [
         "",
         f"last minute  {_rate(now.get('texts_per_second'))} texts/s, {_rate(now.get('tokens_per_second'))} tokens/s, "
         f"{_rate(now.get('requests_per_second'))} requests/s, {_rate(now.get('searches_per_second'))} searches/s",
     ]
     for lane, name in (("interactive", "searches"), ("bulk", "bulk")):
-        times, waiting = latency.get(lane) or {}, queue.get(lane) or {}
+        times, waiting = _object(latency.get(lane)), _object(queue.get(lane))
         lines.append(
             f"{name:<11}  p50 {_ms(times.get('p50'))}, p95 {_ms(times.get('p95'))}, waiting: "
             f"{_count(waiting.get('texts'))} texts, {_count(waiting.get('tokens'))} tokens"
         )
-    if (cache := now.get("cache")) is not None:
+    if cache := _object(now.get("cache")):
         lines.append(
             f"cache        {_percent(cache.get('hit_ratio'))} of the texts, {_count(cache.get('tokens_saved'))} tokens "
             f"saved, {_count(cache.get('entries'))} vectors in {_bytes(cache.get('bytes'))}"
         )
-    fill = now.get("batch_fill") or {}
+    fill = _object(now.get("batch_fill"))
     lines.append(
         f"device       busy {_percent(now.get('device_busy_ratio'))}, "
         f"{_count(fill.get('tokens_per_pass'))} tokens a pass (knee {_count(fill.get('knee_tokens'))})"
@@ -166,11 +171,11 @@ def _now(now: Item) -> list[str]:
 
 
 def _machine(machine: Item) -> list[str]:
-    memory, gpu = machine.get("memory") or {}, machine.get("gpu")
+    memory, gpu = _object(machine.get("memory")), _object(machine.get("gpu"))
     lines = [f"memory       {_parts(memory)}"]
-    if (own := memory.get("gpu")) is not None:
+    if own := _object(memory.get("gpu")):
         lines.append(f"GPU memory   {_parts(own)}")
-    if gpu is not None:
+    if gpu:
         lines.append(
             f"GPU          {_plain(gpu.get('name'))}, {_percent(gpu.get('utilization_ratio'))} busy, "
             f"{_count(gpu.get('sm_clock_mhz'))} MHz ({_plain(gpu.get('clock_verdict'))}), "
@@ -189,13 +194,13 @@ def _models(models: Sequence[Item]) -> list[str]:
     return [
         f"model        {_plain(model.get('id'))}: {_plain(model.get('task'))}, {_plain(model.get('dtype'))}, "
         f"{_bytes(model.get('memory_bytes'))}, {_plain(model.get('state'))}"
-        for model in models
+        for model in models[:MODELS_SHOWN]
     ]
 
 
 def _jobs(jobs: Item) -> list[str]:
-    lines = ["", f"jobs: {_counts(jobs.get('counts') or {})}"]
-    items = [job for job in jobs.get("items") or [] if job.get("status") in ("active", "queued")]
+    lines = ["", f"jobs: {_counts(_object(jobs.get('counts')))}"]
+    items = [job for job in _objects(jobs.get("items")) if job.get("status") in ("active", "queued")]
     rows = [
         (
             _name(job.get("project")),
@@ -211,13 +216,14 @@ def _jobs(jobs: Item) -> list[str]:
 
 
 def _batches(batches: Item) -> list[str]:
-    lines = ["", f"batches: {_counts(batches.get('counts') or {})}"]
+    lines = ["", f"batches: {_counts(_object(batches.get('counts')))}"]
     going = ("validating", "in_progress", "finalizing", "cancelling")
-    items = [batch for batch in batches.get("items") or [] if batch.get("status") in going]
+    items = [batch for batch in _objects(batches.get("items")) if batch.get("status") in going]
     rows = []
     for batch in items[:BATCHES_SHOWN]:
-        lines_of = batch.get("request_counts") or {}
-        done = f"{_count((lines_of.get('completed') or 0) + (lines_of.get('failed') or 0))} of "
+        lines_of = _object(batch.get("request_counts"))
+        ended = [lines_of.get(name) or 0 for name in ("completed", "failed")]
+        done = f"{_count(sum(ended) if all(map(_is_number, ended)) else None)} of "
         rows.append(
             (
                 _name(batch.get("name") or batch.get("id")),
@@ -256,14 +262,15 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 def _counts(counts: Item) -> str:
     shown = [f"{_count(number)} {_plain(state).replace('_', ' ')}" for state, number in counts.items() if number]
-    return ", ".join(shown) or "none"
+    return ", ".join(shown[:STATES_SHOWN]) or "none"
 
 
 def _plain(value: object) -> str:
     """Text for a terminal: what a client has chosen must not move its cursor."""
-    if value is None:
-        return UNKNOWN
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in str(value))
+    if not isinstance(value, str):
+        return str(value) if _is_number(value) else UNKNOWN
+    shown = value[:LONGEST_TEXT]
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in shown)
 
 
 def _name(value: object) -> str:
@@ -273,8 +280,19 @@ def _name(value: object) -> str:
     return text if len(text) <= NAME_CHARACTERS else f"{text[: NAME_CHARACTERS - 1]}…"
 
 
+def _object(value: object) -> Item:
+    """An object of a snapshot; empty where it is something else."""
+    return value if isinstance(value, dict) else {}
+
+
+def _objects(value: object) -> list[Item]:
+    """A list's objects; what else is in it is left out."""
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether it can be shown as one: JSON's may have thousands of digits, Python's be infinite or none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LARGEST_NUMBER
 
 
 def _count(value: Any) -> str:

@@ -14,7 +14,7 @@ import orjson
 
 @dataclass(frozen=True)
 class Reply:
-    """A status, a body and headers beyond the usual."""
+    """A status, a body, which is sent as JSON unless it is bytes, and headers beyond the usual."""
 
     body: object
     status: int = 200
@@ -44,7 +44,7 @@ def scripted(answer: Callable[[int, Any], Reply]) -> Iterator[ScriptedServer]:
                 number = len(served.asked)
                 served.asked.append((self.path, {name.lower(): value for name, value in self.headers.items()}, body))
             reply = answer(number, body)
-            content = orjson.dumps(reply.body)
+            content = reply.body if isinstance(reply.body, bytes) else orjson.dumps(reply.body)
             self.send_response(reply.status)
             for name, value in {**reply.headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, value)

@@ -59,6 +59,41 @@ def test_busy_for_longer_than_one_waits_is_an_error(headers: dict[str, str]) -> 
     assert outcomes["retries"] == {}
 
 
+DIGITS = b"9" * 400
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        Reply(b'{"data": [{"embedding": [1]}, {"embedding": [1]}], "usage": {"prompt_tokens": %b}}' % DIGITS),
+        Reply(b'{"usage": {"prompt_tokens": 9}, "cached_tokens": -%b, "data": 1}' % DIGITS),
+        Reply([], headers={"X-Compute-Tokens": "9" * 5000, "X-Cached-Tokens": "\u00b2"}),
+        Reply(b"[" * 100_000),
+        Reply(b"\x1b[2J\xff", 500),
+        Reply(b'{"error": "\\u001b[2J"}', 429, {"Retry-After": "\u00b2"}),
+        Reply(b"", 302, {"Location": "http://[", "Set-Cookie": "\x1b[2J=;;;"}),
+    ],
+)
+def test_nonsense_is_counted_or_said_in_a_sentence(nonsense: Reply) -> None:
+    for good in (0, 1):
+        answers = [vectors] * good
+
+        def answer(number: int, body: Any, answers: list[Any] = answers) -> Reply:
+            return answers[number](body) if number < len(answers) else nonsense
+
+        with scripted(answer) as server:
+            result = bench(server.url, *LEVEL)
+        assert isinstance(result.exception, SystemExit | None), result.exception
+        assert (result.stdout + result.stderr).replace("\n", "").isprintable()
+
+
+def test_an_answer_without_an_end_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vecmill.tools.http_client.LARGEST_VECTORS", 10_000)
+    with scripted(lambda number, body: vectors(body) if number == 0 else Reply(b" " * 1_000_000)) as server:
+        result = bench(server.url, *LEVEL)
+    assert (result.exit_code, "error     TooLarge: the answer is larger than 10000 bytes" in result.stdout) == (1, True)
+
+
 def test_a_server_that_only_fails_is_not_asked_on() -> None:
     with scripted(lambda number, body: vectors(body) if number == 0 else Reply("gone", 500)) as server:
         result = bench("--json", server.url, "--connections", 1, "--seconds", 600)

@@ -23,6 +23,7 @@ from vecmill.telemetry.rates import Passes
 logger = logging.getLogger(__name__)
 
 WRITE_SECONDS = 60.0
+LATE_SECONDS = 0.05  # after a step's end: timers are a little early at times, and would have the step counted twice
 FILE, ASIDE = "history", ".unreadable"
 LARGEST = 16 * 2**20  # bytes of a file; what is larger is no history
 
@@ -46,6 +47,11 @@ class _Counted:
 def waiting_tokens(inference: Inference, lane: Lane) -> int:
     """Tokens that wait for a batch in a lane, of all models."""
     return sum(tokens for (_, queued_in), (_, tokens) in inference.queued.items() if queued_in is lane)
+
+
+def until_next_look(now: float) -> float:
+    """Seconds, from a Unix time, until the present step has certainly ended."""
+    return STEP_SECONDS - now % STEP_SECONDS + LATE_SECONDS
 
 
 class Sampler:
@@ -74,12 +80,15 @@ class Sampler:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
         self._task = None
-        self._record(time())
-        await self._write()
+        try:
+            self._record(time())
+            await self._write()
+        except Exception:  # the stop goes on
+            logger.exception("the last step of the history is left out")
 
     async def _look_again_and_again(self) -> None:
         while True:
-            await asyncio.sleep(STEP_SECONDS - time() % STEP_SECONDS)
+            await asyncio.sleep(until_next_look(time()))
             try:
                 self._record(time() - STEP_SECONDS / 2)
                 if monotonic() - self._written_at >= WRITE_SECONDS:

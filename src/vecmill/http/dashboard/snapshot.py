@@ -153,12 +153,13 @@ class Snapshots:
 
     def _user(self, user: User, batch: BatchRecord | None) -> dict[str, Any]:
         rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
-        name = None if who.job is None else self._services.jobs.project(who.job)
+        # Clients say which job a request is of: one that is another key's has no name here.
+        name = None if who.job is None else self._services.jobs.project(who.job, Viewer(who.owner))
         return {
             "key": self._services.key_name(who.owner),
             "client": who.client,
             "job": who.job,
-            "job_name": batch_name(batch) if batch is not None else name,
+            "job_name": batch_name(batch) if batch is not None and batch.owner == who.owner else name,
             "texts_per_second": round(rates.per_second(minute.texts), 2),
             "tokens_per_second": round(rates.per_second(minute.tokens), 1),
             "requests": lately.requests,
@@ -170,7 +171,9 @@ class Snapshots:
     def _refusals(self, view: SnapshotView) -> list[Refusal]:
         """A key that is not an administrator's sees its own. Without a key nobody knows whose a request was."""
         kept = self._services.telemetry.refusals
-        return [refusal for refusal in kept if view.everything or (view.owner and refusal.owner == view.owner)]
+        if view.everything:
+            return list(kept)
+        return kept.of(view.owner) if view.owner else []
 
     def _refusal(self, refusal: Refusal) -> dict[str, Any]:
         field = self._words.field(refusal.param)

@@ -17,7 +17,7 @@ from rich.table import Table
 from vecmill.tools.bench.load_generator import BulkLoad, Latency, Outcomes
 from vecmill.tools.bench.scenarios import MixedResult, SweepResult
 from vecmill.tools.bench.target import BenchError
-from vecmill.tools.console import CommandError, results
+from vecmill.tools.console import CommandError, printable, results
 
 BUSY_CLIENT = 0.8  # of a core: above it, the server waits for the load generator
 SHORTEST_S = 1.0  # below it, opening connections is most of what the load generator did
@@ -92,12 +92,7 @@ def show_remarks(outcomes_by_name: Mapping[str, Outcomes], loads: Sequence[BulkL
     if remarks:
         results.print()
     for kind, text, colour in remarks:
-        results.print(f"{kind:<9} {_printable(text)}", style=f"bold {colour}", soft_wrap=True)
-
-
-def _printable(text: str) -> str:
-    """What a server said, without what a terminal would take for a command."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+        results.print(f"{kind:<9} {printable(text)}", style=f"bold {colour}", soft_wrap=True)
 
 
 def warnings(loads: Sequence[BulkLoad]) -> list[str]:

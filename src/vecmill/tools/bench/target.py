@@ -18,10 +18,11 @@ from vecmill.tools.http_client import base_url, request_headers
 
 # `usage` stands before or behind the list, so looking at both ends saves parsing megabytes of numbers.
 ENDS_BYTES = 1024
-TOKENS = re.compile(rb'"(?:prompt_tokens|total_tokens|prompt_eval_count)"\s*:\s*(\d+)')
-CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d+)')
+TOKENS = re.compile(rb'"(?:prompt_tokens|total_tokens|prompt_eval_count)"\s*:\s*([0-9]{1,18})(?![0-9])')
+CACHED = re.compile(rb'"cached_tokens"\s*:\s*([0-9]{1,18})(?![0-9])')
 # tei has no place for them in the body.
 TOKENS_HEADER, CACHED_HEADER = "x-compute-tokens", "x-cached-tokens"
+COUNT = re.compile("[0-9]{1,18}")
 FLOAT_BYTES = 4
 
 
@@ -140,7 +141,7 @@ def _number(pattern: re.Pattern[bytes], content: bytes, header: str) -> int | No
     match = pattern.search(content[-ENDS_BYTES:]) or pattern.search(content[:ENDS_BYTES])
     if match:
         return int(match[1])
-    return int(header) if header.isdecimal() and header.isascii() else None
+    return int(header) if COUNT.fullmatch(header) else None
 
 
 def dimensions_of(content: bytes, dialect: TargetApi, texts: int) -> int | None:
