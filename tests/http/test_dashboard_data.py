@@ -396,8 +396,6 @@ async def test_readers_who_each_look_at_something_else_leave_time_for_others(cli
     live = Live(Laborious(app, state.services, of_server._machine, "replica"), state.live.sampler)  # type: ignore[arg-type]
     queries = [SnapshotQuery(str(number)) for number in range(40)]
     views = [SnapshotView(None, everything=True, shows_work=True, query=query) for query in queries]
-        SnapshotView(None, everything=True, shows_work=True, query=SnapshotQuery(str(number))) for number in range(40)
-    ]
     readers = [live.follow(view) for view in [*views, *views]]
     async with longest_stall() as stall:
         seen = await asyncio.gather(*(anext(snapshots) for snapshots in readers))
