@@ -83,8 +83,8 @@ const table = new WorkTable({
   factsOf,
   extra: "td.quiet.wide.roomy",
   fillExtra: (cell, job) => {
-    const began = job.started_at ?? job.created_at;
-    refill(cell, `${began}`, () => time(began));
+    const waits = job.status === "queued" && `waiting for ${duration(job.waiting_seconds)}`;
+    refill(cell, waits || `${job.started_at}`, () => waits || time(job.started_at));
   },
   empty,
   isChosen: () => Boolean(search.value || state.value),

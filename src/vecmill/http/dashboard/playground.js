@@ -49,7 +49,9 @@ async function listModels() {
 
 /** @param {HTMLSelectElement} select @param {string[]} values @param {(value: string) => string} [label] */
 function options(select, values, label = (value) => value) {
+  const chosen = select.value;
   refill(select, JSON.stringify(values), () => values.map((value) => h("option", { value }, label(value))));
+  if (values.includes(chosen)) select.value = chosen; // a model that comes or goes does not take away what is chosen
 }
 
 /** Prompts and dimensions of the model that is chosen. */
