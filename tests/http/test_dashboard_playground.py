@@ -110,7 +110,7 @@ def test_documents_are_ranked_by_cosine_where_no_reranker_is_loaded(
     expect(rows).to_have_count(4)
     expect(rows.nth(1)).to_contain_text(documents[0])
     expect(outcome).to_contain_text(
-        f"No reranker has scored this: the score is the cosine of the embeddings of {MINILM}."
+        f"No reranker has scored this: the score is the cosine of the embeddings of {MINILM}, brought to 0 to 1"
     )
     body = {"query": "which city is the capital?", "documents": documents}
     results = httpx.post(f"{server.url}/v1/rerank", json=body).json()["results"]

@@ -240,7 +240,8 @@ class Catalogue:
         if "size" not in told:
             return
         pull.percent = 100 * min(1.0, told["fetched"] / max(1, told["size"]))
-        pull.message = f"fetching: {told['fetched'] / 1e9:.2f} of {told['size'] / 1e9:.2f} GB"
+        scale, unit = (1e9, "GB") if told["size"] >= 1e9 else (1e6, "MB")
+        pull.message = f"fetching: {told['fetched'] / scale:.1f} of {told['size'] / scale:.1f} {unit}"
         for resident in self._of(pull.model):
             if resident.state is ModelState.PULLING:
                 resident.percent, resident.message = pull.percent, pull.message

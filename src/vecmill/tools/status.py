@@ -23,6 +23,7 @@ NAME_CHARACTERS = 28
 UNKNOWN = "?"
 SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
 LEAST_RATE = 0.05
+MS_A_SECOND = 1000
 KILO, MINUTE, HOUR, DAY = 1024, 60, 3600, 86_400
 
 Item = Mapping[str, Any]
@@ -314,7 +315,9 @@ def _rate(value: Any) -> str:
 
 
 def _ms(value: Any) -> str:
-    return f"{_rate(value)} ms" if _is_number(value) else UNKNOWN
+    if not _is_number(value):
+        return UNKNOWN
+    return f"{_rate(value)} ms" if value < MS_A_SECOND else f"{value / MS_A_SECOND:,.1f} s"
 
 
 def _percent(value: Any) -> str:

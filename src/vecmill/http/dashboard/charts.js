@@ -95,7 +95,7 @@ const CARDS = [
     show: (value) => compactly(value, "token"),
     lines: [
       { name: "tokens_per_pass", label: "a pass" },
-      { name: "knee", label: "knee, where a pass pays", quiet: true, constant: (now) => now.batch_fill?.knee_tokens },
+      { name: "knee", label: "knee", quiet: true, constant: (now) => now.batch_fill?.knee_tokens },
     ],
   },
 ];
@@ -106,6 +106,12 @@ function fillOf(fill) {
   const knee = `the knee${known(tokens) ? ` of ${compactly(tokens, "token")}` : ""}`;
   if (!known(ratio)) return known(tokens) && knee;
   return ratio < 1 ? `${share(ratio)} of ${knee}` : `full: ${rate(ratio)} times ${knee}`;
+}
+
+/** A number without its unit, where the other has the same. @param {string} text @param {string} other */
+function without(text, other) {
+  const unit = text.slice(text.lastIndexOf(" "));
+  return other.endsWith(unit) ? text.slice(0, -unit.length) : text;
 }
 
 /** @param {Now} now @param {"texts" | "tokens"} what */
@@ -171,7 +177,7 @@ class Chart {
     const ranges = lines.map((line, index) => {
       const values = (series[index] ?? []).filter(known);
       const [least, most] = [Math.min(...values), Math.max(...values)].map(show);
-      const range = values.length === 0 ? "not known" : least === most ? most : `${least} to ${most}`;
+      const range = values.length === 0 ? "not known" : least === most ? most : `${without(least ?? "", most ?? "")} to ${most}`;
       return lines.length > 1 ? `${line.label} ${range}` : range;
     });
     this.#range = ranges.join(", ");
@@ -240,8 +246,9 @@ class Chart {
   }
 
   #tick(/** @type {number} */ value) {
-    if (this.card.show === milliseconds && value >= 1000) return `${count(value / 1000)} s`;
-    return compact(value);
+    if (this.card.show === milliseconds) return milliseconds(value);
+    if (this.card.least === 100) return `${count(value)} %`;
+    return value < 100 ? rate(value) : compact(value); // beside 1, a half is not 1 too
   }
 }
 

@@ -15,7 +15,7 @@ export function showWho(users) {
 
 const newUser = () =>
   h("tr", h("td.name", h("bdi"), h("bdi.quiet.line")), h("td", h("bdi")), h("td.number"),
-    h("td.number"), h("td.number.wide"), h("td.quiet"));
+    h("td.number.wide"), h("td.number.wide"), h("td.quiet"));
 
 /** @param {any} row @param {User} user */
 function fillUser(row, user) {

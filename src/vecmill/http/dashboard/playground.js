@@ -188,7 +188,7 @@ function showRanking(answer, body, took) {
   const isReranker = models.find((model) => model.id === answer.model)?.task === "rerank";
   const how = isReranker
     ? `Scored by the reranker ${answer.model}.`
-    : `No reranker has scored this: the score is the ${method || "cosine"} of the embeddings of ${answer.model}.`;
+    : `No reranker has scored this: the score is the ${method || "cosine"} of the embeddings of ${answer.model}, brought to 0 to 1${method === "cosine" ? " (0.5: nothing in common)" : ""}.`;
   return [
     h("div.scroll", { tabindex: "0", role: "region", "aria-label": "Ranking" },
       h("table", h("caption", how), h("thead", h("tr", h("th.number", { scope: "col" }, "Place"),
