@@ -231,6 +231,8 @@ def test_a_silent_job_says_when_it_is_given_up(page: Page, api: httpx.Client, se
     expect(job).to_contain_text("silent for 51 s, given up in 4 min 9 s")
     expect(field(job, "rate")).to_have_text("0 texts/s")
     expect(field(job, "left")).to_have_text(UNKNOWN)
+    page.set_viewport_size({"width": 360, "height": 700})
+    expect(field(job, "pace")).to_have_text("0 texts/s")
 
 
 LOADING = {"status": "loading", "status_text": "reading weights", "ready": False, "percent": 43.7, "models": []}

@@ -140,8 +140,10 @@ function showMatrix(answer, body, took) {
   );
   const facts = [plural(vectors.length, "text"), plural(answer.usage?.prompt_tokens, "token"), plural(vectors[0]?.length, "dimension"), took];
   return [
+    // Above the table, not in it: a table that is scrolled would take half of it along.
+    h("p.quiet", "Cosine similarity of each text to each other: 1 is the same direction, 0 nothing in common."),
     h("div.scroll", { tabindex: "0", role: "region", "aria-label": "Similarity of the texts" },
-      h("table.matrix", h("caption", "Cosine similarity of each text to each other: 1 is the same direction, 0 nothing in common."),
+      h("table.matrix", { "aria-label": "Cosine similarity" },
         h("thead", head), h("tbody", rows))),
     h("p.quiet", join(facts)),
   ];
