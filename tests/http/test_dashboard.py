@@ -231,6 +231,8 @@ def test_a_silent_job_says_when_it_is_given_up(page: Page, api: httpx.Client, se
     expect(job).to_contain_text("silent for 51 s, given up in 4 min 9 s")
     expect(field(job, "rate")).to_have_text("0 texts/s")
     expect(field(job, "left")).to_have_text(UNKNOWN)
+    page.set_viewport_size({"width": 360, "height": 700})
+    expect(field(job, "pace")).to_have_text("0 texts/s")
 
 
 LOADING = {"status": "loading", "status_text": "reading weights", "ready": False, "percent": 43.7, "models": []}
@@ -282,7 +284,42 @@ def test_zero_is_zero(page: Page, server: Server) -> None:
     page.goto("/")
     expect(page.locator(".chart", has_text="Throughput").locator("strong")).to_have_text("0 texts/s")
     expect(page.locator(".chart", has_text="Waiting").locator("strong")).to_have_text("0 texts")
-    expect(field(page, "refusals-summary")).to_have_text("0 errors of the server's own · 0 refused")
+    expect(field(page, "refusals-summary")).to_have_text(
+        "0 errors of the server's own · 0 refused for the load · since the start"
+    )
+
+
+def test_each_number_says_what_it_is_of(page: Page, api: httpx.Client, server: Server) -> None:
+    register(api, "first")
+    register(api, "second")
+    snapshot = snapshot_of(server)
+    now = snapshot["now"] | {"errors": 1, "refused": 2}
+    now["batch_fill"] = {"tokens_per_pass": 3661.0, "knee_tokens": 512.0, "ratio": 7.15}
+    now["queue"] = {"interactive": {"texts": 1, "tokens": 1}, "bulk": {"texts": 0, "tokens": 0}}
+    now["cache"] = {"hit_ratio": 0.5, "tokens_saved": 12_345, "entries": 1, "bytes": 2048, "max_bytes": None}
+    waiting = {"status": "queued", "position": 1, "waiting_seconds": 75, "started_at": None}
+    snapshot["jobs"]["items"][1] |= waiting
+    user = {
+        "key": None,
+        "client": "editor",
+        "texts_per_second": 1,
+        "tokens_per_second": 9,
+        "requests": 1,
+        "last_seen": 1,
+    }
+    who = [user | {"job": "job-1", "job_name": None}, user | {"job": "job-2", "job_name": ""}]
+    show(page, snapshot | {"now": now, "who": who})
+    page.goto("/")
+    numbers = page.locator(".chart .numbers")
+    expect(numbers.nth(3)).to_have_text("1 textsearches 1 · bulk 0 · 1 token")
+    expect(numbers.nth(4)).to_contain_text("12.3K tokens saved since the start · 1 kept in 2 KiB")
+    expect(numbers.nth(5)).to_contain_text("full: 7.2 times the knee of 512 tokens")
+    counts = "1 error of the server's own · 2 refused for the load · since the start"
+    expect(field(page, "refusals-summary")).to_have_text(counts)
+    jobs = page.locator("#jobs-table tbody tr td:nth-child(6)")
+    expect(jobs.nth(0).locator("time")).to_be_visible()
+    expect(jobs.nth(1)).to_have_text("waiting for 1 min 15 s")
+    expect(page.locator("#who-table tbody td:nth-child(2)")).to_have_text(["job-1", "(no name)"])
 
 
 def test_load_who_and_refusals_follow_the_work_done(quiet_page: Page, api: httpx.Client) -> None:
@@ -417,8 +454,14 @@ def test_asks_nothing_while_hidden(quiet_page: Page) -> None:
     quiet_page.on("request", lambda request: asked.append(request.url))
     quiet_page.clock.run_for(60_000)
     assert asked == []
+    quiet_page.route("**/dashboard/events?*", lambda route: None)  # which takes its time
     with quiet_page.expect_request("**/dashboard/events?*"):
         quiet_page.evaluate(TURN, False)
+    quiet_page.clock.run_for(3000)
+    expect(field(quiet_page, "state")).to_have_text("Ready")
+    expect(quiet_page.locator("#stale")).to_be_hidden()
+    quiet_page.clock.run_for(5000)
+    expect(quiet_page.locator("#stale")).to_be_visible()
 
 
 def test_says_how_old_it_is_when_the_network_is_gone(page: Page) -> None:
@@ -463,7 +506,8 @@ def test_models_are_loaded_unloaded_and_pulled_where_that_is_possible(quiet_page
     pulling = {"id": "org/pulled", "task": None, "state": "pulling", "progress": 43, "message": "2 of 5 files"}
     unloaded = model | {"id": "org/other", "state": "unloaded", "pinned": False, "memory_bytes": None}
     failed = {"id": "org/failed", "task": "rerank", "state": "failed", "message": "no room", "pinned": False}
-    show(quiet_page, snapshot | {"models": [loaded, pulling, unloaded, failed], "is_admin": True})
+    gone = {"id": "org/gone", "task": None, "state": "failed", "message": "no such repository", "revision": "v2"}
+    show(quiet_page, snapshot | {"models": [loaded, pulling, unloaded, failed, gone], "is_admin": True})
     sent: list[Any] = []
 
     def answer(route: Any) -> None:
@@ -480,15 +524,18 @@ def test_models_are_loaded_unloaded_and_pulled_where_that_is_possible(quiet_page
     expect(cards.nth(1).get_by_role("progressbar", name="Progress of org/pulled")).to_have_js_property("value", 43)
     expect(cards.nth(1)).to_contain_text("43 % · 2 of 5 files")
     expect(cards.nth(3)).to_contain_text("no room")
+    quiet_page.get_by_role("button", name="Pull again org/gone").click()
+    expect(quiet_page.get_by_text("org/gone is being pulled.")).to_be_visible()
     quiet_page.get_by_role("button", name="Load org/other").click()
     expect(quiet_page.get_by_text("org/other is being loaded.")).to_be_visible()
     quiet_page.get_by_role("button", name=f"Unload {model['id']}").click()
     confirm(quiet_page, "Unload it")
     expect(quiet_page.get_by_text(f"{model['id']} is being unloaded.")).to_be_visible()
     quiet_page.get_by_label("Model to pull").fill("org/new")
-    quiet_page.get_by_role("button", name="Pull").click()
+    quiet_page.get_by_role("button", name="Pull", exact=True).click()
     expect(quiet_page.get_by_text("org/new is being pulled.")).to_be_visible()
     assert sent == [
+        ("pull", {"model": "org/gone", "revision": "v2"}),
         ("load", {"model": "org/other", "task": "embed"}),
         ("unload", {"model": model["id"], "task": "embed"}),
         ("pull", {"model": "org/new"}),

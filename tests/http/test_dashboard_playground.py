@@ -16,6 +16,7 @@ import pytest
 import yaml
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from tests.http.conftest import show, snapshot_of
 from tests.models.loaded import GOLDEN
 from tests.servers import RunningServer, free_port, running, vecmill_command
 
@@ -109,7 +110,7 @@ def test_documents_are_ranked_by_cosine_where_no_reranker_is_loaded(
     expect(rows).to_have_count(4)
     expect(rows.nth(1)).to_contain_text(documents[0])
     expect(outcome).to_contain_text(
-        f"No reranker has scored this: the score is the cosine of the embeddings of {MINILM}."
+        f"No reranker has scored this: the score is the cosine of the embeddings of {MINILM}, brought to 0 to 1"
     )
     body = {"query": "which city is the capital?", "documents": documents}
     results = httpx.post(f"{server.url}/v1/rerank", json=body).json()["results"]
@@ -140,6 +141,22 @@ def test_dimensions_beyond_the_model_are_not_sent(playground: Page) -> None:
     playground.get_by_label("Dimensions").fill("385")
     playground.get_by_role("button", name="Compare").click()
     expect(playground.locator("#compare :invalid")).to_have_count(1)
+
+
+def test_what_is_chosen_stays_while_models_come_and_go(page: Page, server: RunningServer) -> None:
+    listed = [{"id": name, "task": "embed", "prompts": {"query": "q: "}} for name in ("first", "second")]
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": listed}))
+    snapshot = snapshot_of(server)
+    show(page, snapshot)
+    page.goto("/#playground")
+    model, prompt = (page.locator(f"#compare select[name={name}]") for name in ("model", "prompt"))
+    model.select_option("second")
+    prompt.select_option("query")
+    listed.insert(0, {"id": "newest", "task": "embed"})
+    show(page, snapshot | {"models": []})
+    expect(model.locator("option")).to_have_count(3)
+    expect(model).to_have_value("second")
+    expect(prompt).to_have_value("query")
 
 
 def test_the_snippets_name_this_server_and_can_be_copied(page: Page, server: RunningServer) -> None:

@@ -107,7 +107,9 @@ async def test_a_jobs_rate_is_what_was_answered_for_it_or_what_it_reported(hand:
     hand.now += 5
     await jobs.progress(job_id, 960)
     assert shown()[0] == pytest.approx(96)
-    assert (await jobs.get(job_id))["chunks_per_second"] == pytest.approx(96)
+    job = await jobs.get(job_id)
+    assert job["chunks_per_second"] == pytest.approx(96)
+    assert job["eta_seconds"] == pytest.approx((job["total_chunks"] - 960) / 96, abs=0.06)  # whoever divides finds it
 
 
 async def test_silence_and_the_end_of_patience(hand: Hand) -> None:

@@ -248,8 +248,9 @@ class Catalogue:
         if "size" not in progress:
             return
         fetched, size = progress["fetched"], progress["size"]
+        scale, unit = (1e9, "GB") if size >= 1e9 else (1e6, "MB")
         pull.percent = 100 * min(1.0, fetched / max(1, size))
-        pull.message = f"fetching: {fetched / 1e9:.2f} of {size / 1e9:.2f} GB"
+        pull.message = f"fetching: {fetched / scale:.1f} of {size / scale:.1f} {unit}"
         for resident in self._of(pull.model):
             if resident.state is ModelState.PULLING:
                 resident.percent, resident.message = pull.percent, pull.message

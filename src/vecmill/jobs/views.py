@@ -52,7 +52,10 @@ class Views:
         position, ahead = self._places.get(job.id, (0, 0))
         shown = job.view(self.now) | {"position": position, "queue_position": position}
         if "chunks_per_second" in shown and not job.status.ended:
-            shown["chunks_per_second"] = round(self._rate_of(job.id), 3)
+            rate = self._rate_of(job.id)
+            shown["chunks_per_second"] = round(rate, 3)
+            if rate > 0:  # what is left is by the rate that is shown beside it
+                shown["eta_seconds"] = round(job.remaining / rate, 1)
         if job.status is JobStatus.QUEUED:
             shown |= {"chunks_ahead": ahead, "estimated_wait": self._wait(job, ahead)}
         return shown
@@ -94,10 +97,11 @@ class Views:
         shown, ended = self.of(job), job.status.ended
         started_at = job.started_at or job.completed_at or self.now
         silent = self.now - (job.lease_until - self._settings.job_lease_seconds)
+        rate = None if ended else self._rate_of(job.id)
         return {
             **dict.fromkeys(OF_STARTED),
-            **shown,
-            "texts_per_second": None if ended else round(self._rate_of(job.id), 3),
+            **(shown if rate else shown | {"eta_seconds": None}),
+            "texts_per_second": None if rate is None else round(rate, 3),
             "silent_seconds": None if ended else round(max(0.0, silent), 1),
             "given_up_in_seconds": None if ended else round(max(0.0, job.lease_until - self.now), 1),
             "waiting_seconds": round(max(0.0, started_at - job.created_at), 1),

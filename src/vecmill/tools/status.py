@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import floor
 from time import sleep
 from typing import Annotated, Any
 
@@ -22,6 +23,9 @@ WARNINGS_SHOWN = 10
 LONGEST_TEXT = 500  # characters
 NAME_CHARACTERS = 28
 UNKNOWN = "?"
+SIZES = ("B", "KiB", "MiB", "GiB", "TiB")
+LEAST_RATE = 0.05
+MS_A_SECOND = 1000
 KILO, MINUTE, HOUR, DAY = 1024, 60, 3600, 86_400
 LARGEST_NUMBER = 1e18
 STATES_SHOWN = 10
@@ -160,14 +164,23 @@ def _now(now: Item) -> list[str]:
     if cache := _object(now.get("cache")):
         lines.append(
             f"cache        {_percent(cache.get('hit_ratio'))} of the texts, {_count(cache.get('tokens_saved'))} tokens "
-            f"saved, {_count(cache.get('entries'))} vectors in {_bytes(cache.get('bytes'))}"
+            f"saved since the start, {_count(cache.get('entries'))} vectors in {_bytes(cache.get('bytes'))}"
         )
     fill = _object(now.get("batch_fill"))
     lines.append(
         f"device       busy {_percent(now.get('device_busy_ratio'))}, "
-        f"{_count(fill.get('tokens_per_pass'))} tokens a pass (knee {_count(fill.get('knee_tokens'))})"
+        f"{_count(fill.get('tokens_per_pass'))} tokens a pass ({_fill(fill.get('ratio'))}knee "
+        f"{_count(fill.get('knee_tokens'))})"
     )
-    return [*lines, f"errors       {_count(now.get('errors'))}, refused for the load {_count(now.get('refused'))}"]
+    errors = f"{_count(now.get('errors'))} of the server's own, refused for the load {_count(now.get('refused'))}"
+    return [*lines, f"errors       {errors}, since the start"]
+
+
+def _fill(ratio: Any) -> str:
+    """A mean pass beside the knee, as the dashboard says it."""
+    if not _is_number(ratio):
+        return ""
+    return f"{_percent(ratio)} of the " if ratio < 1 else f"full: {_rate(ratio)} times the "
 
 
 def _machine(machine: Item) -> list[str]:
@@ -192,10 +205,14 @@ def _parts(memory: Item) -> str:
 
 def _models(models: Sequence[Item]) -> list[str]:
     return [
-        f"model        {_plain(model.get('id'))}: {_plain(model.get('task'))}, {_plain(model.get('dtype'))}, "
-        f"{_bytes(model.get('memory_bytes'))}, {_plain(model.get('state'))}"
+        f"model        {_plain(model.get('id'))}: " + ", ".join(_facts_of_model(model))
         for model in models[:MODELS_SHOWN]
     ]
+
+
+def _facts_of_model(model: Item) -> list[str]:
+    known = [_plain(model[name]) for name in ("task", "dtype", "state") if model.get(name) is not None]
+    return known if model.get("memory_bytes") is None else [*known, _bytes(model["memory_bytes"])]
 
 
 def _jobs(jobs: Item) -> list[str]:
@@ -206,13 +223,20 @@ def _jobs(jobs: Item) -> list[str]:
             _name(job.get("project")),
             _plain(job.get("status")),
             f"{_count(job.get('current'))} of {_count(job.get('total_chunks'))}",
-            f"{_rate(job.get('texts_per_second'))}/s",
-            _duration(job.get("eta_seconds")),
+            *_pace(job),
             f"{_duration(job.get('silent_seconds'))}, given up in {_duration(job.get('given_up_in_seconds'))}",
         )
         for job in items[:JOBS_SHOWN]
     ]
-    return [*lines, *_table(("project", "state", "done", "rate", "ETA", "silent"), rows)]
+    return [*lines, *_table(("project", "state", "chunks", "rate", "time left", "silent"), rows)]
+
+
+def _pace(job: Item) -> tuple[str, str]:
+    """Rate and time left of one that is worked on; of one that waits, when it is expected to start."""
+    if job.get("status") != "queued":
+        return f"{_rate(job.get('texts_per_second'))} texts/s", _duration(job.get("eta_seconds"))
+    wait = job.get("estimated_wait")
+    return f"position {_count(job.get('position'))}", f"starts in {_duration(wait)}" if _is_number(wait) else ""
 
 
 def _batches(batches: Item) -> list[str]:
@@ -229,11 +253,11 @@ def _batches(batches: Item) -> list[str]:
                 _name(batch.get("name") or batch.get("id")),
                 _plain(batch.get("status")),
                 done + _count(lines_of.get("total")),
-                f"{_rate(batch.get('lines_per_second'))}/s",
+                f"{_rate(batch.get('lines_per_second'))} lines/s",
                 _duration(batch.get("eta_seconds")),
             )
         )
-    return [*lines, *_table(("batch", "state", "lines", "rate", "ETA"), rows)]
+    return [*lines, *_table(("batch", "state", "lines", "rate", "time left"), rows)]
 
 
 def _who(users: Sequence[Item]) -> list[str]:
@@ -302,36 +326,41 @@ def _count(value: Any) -> str:
 def _rate(value: Any) -> str:
     if not _is_number(value):
         return UNKNOWN
+    if 0 < value < LEAST_RATE:
+        return "< 0.1"  # what is above 0 is not shown as 0
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 def _ms(value: Any) -> str:
-    return f"{_rate(value)} ms" if _is_number(value) else UNKNOWN
+    if not _is_number(value):
+        return UNKNOWN
+    return f"{_rate(value)} ms" if value < MS_A_SECOND else f"{value / MS_A_SECOND:,.1f} s"
 
 
 def _percent(value: Any) -> str:
-    return f"{100 * value:.0f} %" if _is_number(value) else UNKNOWN
+    # Rounded down: unfinished work must not read as 100 %.
+    return f"{floor(100 * value + 1e-9):,} %" if _is_number(value) else UNKNOWN
 
 
 def _bytes(value: Any) -> str:
     if not _is_number(value):
         return UNKNOWN
-    size = float(value)
-    for unit in ("B", "kB", "MB"):
-        if size < KILO:
-            return f"{size:.0f} {unit}"
-        size /= KILO
-    return f"{size:,.1f} GB"
+    size, step = float(value), 0
+    while size >= KILO and step < len(SIZES) - 1:
+        size, step = size / KILO, step + 1
+    return f"{size:,.{int(size < 100 and step > 1)}f} {SIZES[step]}"
 
 
 def _duration(seconds: Any) -> str:
     if not _is_number(seconds):
         return UNKNOWN
-    whole = int(seconds)
+    whole = round(seconds)
     if whole < MINUTE:
         return f"{whole} s"
-    if whole < HOUR:
+    if whole < 10 * MINUTE:
         return f"{whole // MINUTE} min {whole % MINUTE} s"
+    if whole < HOUR:
+        return f"{whole // MINUTE} min"
     if whole < DAY:
         return f"{whole // HOUR} h {whole % HOUR // MINUTE} min"
     return f"{whole // DAY} d {whole % DAY // HOUR} h"

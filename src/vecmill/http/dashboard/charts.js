@@ -4,7 +4,7 @@
 /** @import { History, Maybe, Now } from "./types" */
 
 import { byId, h, setText } from "./elements.js";
-import { UNKNOWN, bytes, compact, count, join, known, milliseconds, moment, rate, share, unit } from "./format.js";
+import { UNKNOWN, bytes, compact, compactly, count, join, known, milliseconds, moment, rate, share, unit } from "./format.js";
 import { call } from "./server.js";
 
 const HEIGHT = 132; // pixels
@@ -24,7 +24,7 @@ const SPAN_S = { "15m": 900, "24h": 86_400 };
  * @property {number} [least] the scale's top, at least
  */
 
-const texts = (/** @type {unknown} */ value) => unit(compact(value), "texts");
+const texts = (/** @type {unknown} */ value) => compactly(value, "text");
 
 /** @type {Card[]} */
 const CARDS = [
@@ -59,10 +59,10 @@ const CARDS = [
     ],
   },
   {
-    title: "Waiting",
+    title: "Waiting now",
     numbers: (now) => [
       texts(sumOf(now, "texts")),
-      join([`${count(now.queue?.interactive.texts)} of searches`, `${count(now.queue?.bulk.texts)} bulk`, unit(compact(sumOf(now, "tokens")), "tokens")]),
+      join([`searches ${count(now.queue?.interactive.texts)}`, `bulk ${count(now.queue?.bulk.texts)}`, compactly(sumOf(now, "tokens"), "token")]),
     ],
     show: texts,
     lines: [
@@ -77,7 +77,7 @@ const CARDS = [
         ? [
             `${share(now.cache.hit_ratio)} hits`,
             join([
-              unit(compact(now.cache.tokens_saved), "tokens saved"),
+              `${compactly(now.cache.tokens_saved, "token")} saved since the start`,
               `${compact(now.cache.entries)} kept in ${bytes(now.cache.bytes)}`,
             ]),
           ]
@@ -89,16 +89,30 @@ const CARDS = [
   {
     title: "Batch fill",
     numbers: (now) => [
-      unit(compact(now.batch_fill?.tokens_per_pass), "tokens a pass"),
-      join([`${share(now.batch_fill?.ratio)} of the knee`, `device busy ${share(now.device_busy_ratio)}`]),
+      unit(compactly(now.batch_fill?.tokens_per_pass, "token"), "a pass"),
+      join([fillOf(now.batch_fill), `device busy ${share(now.device_busy_ratio)}`]),
     ],
-    show: (value) => unit(compact(value), "tokens"),
+    show: (value) => compactly(value, "token"),
     lines: [
       { name: "tokens_per_pass", label: "a pass" },
-      { name: "knee", label: "knee, where a pass pays", quiet: true, constant: (now) => now.batch_fill?.knee_tokens },
+      { name: "knee", label: "knee", quiet: true, constant: (now) => now.batch_fill?.knee_tokens },
     ],
   },
 ];
+
+/** Above the knee there is nothing to gain from fuller passes: a share of it would read as too much. @param {Now["batch_fill"]} fill */
+function fillOf(fill) {
+  const { ratio, knee_tokens: tokens } = fill ?? {};
+  const knee = `the knee${known(tokens) ? ` of ${compactly(tokens, "token")}` : ""}`;
+  if (!known(ratio)) return known(tokens) && knee;
+  return ratio < 1 ? `${share(ratio)} of ${knee}` : `full: ${rate(ratio)} times ${knee}`;
+}
+
+/** A number without its unit, where the other has the same. @param {string} text @param {string} other */
+function without(text, other) {
+  const unit = text.slice(text.lastIndexOf(" "));
+  return other.endsWith(unit) ? text.slice(0, -unit.length) : text;
+}
 
 /** @param {Now} now @param {"texts" | "tokens"} what */
 function sumOf({ queue }, what) {
@@ -163,7 +177,7 @@ class Chart {
     const ranges = lines.map((line, index) => {
       const values = (series[index] ?? []).filter(known);
       const [least, most] = [Math.min(...values), Math.max(...values)].map(show);
-      const range = values.length === 0 ? "not known" : least === most ? most : `${least} to ${most}`;
+      const range = values.length === 0 ? "not known" : least === most ? most : `${without(least ?? "", most ?? "")} to ${most}`;
       return lines.length > 1 ? `${line.label} ${range}` : range;
     });
     this.#range = ranges.join(", ");
@@ -232,8 +246,9 @@ class Chart {
   }
 
   #tick(/** @type {number} */ value) {
-    if (this.card.show === milliseconds && value >= 1000) return `${count(value / 1000)} s`;
-    return compact(value);
+    if (this.card.show === milliseconds) return milliseconds(value);
+    if (this.card.least === 100) return `${count(value)} %`;
+    return value < 100 ? rate(value) : compact(value); // beside 1, a half is not 1 too
   }
 }
 

@@ -29,6 +29,7 @@ const STATES = /** @type {Record<string, string>} */ ({
 /** @type {Snapshot | null} */
 let latest = null;
 let receivedAt = 0;
+let askedSince = 0; // a tab that becomes visible has asked for nothing before
 
 // Tabs: links, so that each has an address of its own and the browser's way back.
 
@@ -107,8 +108,9 @@ function showSnapshot(snapshot) {
 /** How old what is shown is, once nothing newer comes. */
 function showAge() {
   const old = Date.now() - receivedAt;
-  if (latest === null || document.hidden || old < STALE_MS || !byId("key-form").hidden) return;
-  setOrHide(byId("stale"), `${age(old / 1000)} old: the server does not answer.`);
+  const isWaitedFor = Math.min(old, Date.now() - askedSince) < STALE_MS;
+  if (latest === null || document.hidden || isWaitedFor || !byId("key-form").hidden) return;
+  setOrHide(byId("stale"), `What is shown is ${age(old / 1000)} old: the server does not answer.`);
   if (document.body.dataset.state !== "unreachable") showState("unreachable", "");
 }
 
@@ -153,6 +155,7 @@ const feed = new Feed(
         showKeyForm(reason);
       } else {
         showState(state, reason);
+        askedSince = 0;
         showAge();
       }
     },
@@ -181,6 +184,7 @@ addEventListener("hashchange", () => {
   showTab();
   scrollTo(0, 0);
 });
+document.addEventListener("visibilitychange", () => (askedSince = Date.now()));
 setInterval(showAge, LOOK_MS);
 watchJobs(again);
 watchBatches(again);

@@ -46,6 +46,9 @@ export const share = (ratio) => percent(known(ratio) ? 100 * ratio : null);
 /** @param {unknown} value @param {string} noun */
 export const plural = (value, noun) => `${count(value)} ${noun}${value === 1 ? "" : "s"}`;
 
+/** The same in short. @param {unknown} value @param {string} noun */
+export const compactly = (value, noun) => unit(compact(value), value === 1 ? noun : `${noun}s`);
+
 /** @param {unknown} value */
 export function milliseconds(value) {
   if (!known(value)) return UNKNOWN;

@@ -20,7 +20,7 @@ function progressOf(job) {
     const start = known(job.estimated_wait) && `starts in about ${duration(job.estimated_wait)}`;
     return join([known(job.position) && `position ${count(job.position)}`, plural(job.total_chunks, "chunk"), start]);
   }
-  const took = known(job.duration_seconds) && `took ${duration(job.duration_seconds)}`;
+  const took = known(job.duration_seconds) && `${known(job.started_at) ? "took" : "waited"} ${duration(job.duration_seconds)}`;
   return join([`${count(job.current)} of ${plural(job.total_chunks, "chunk")}`, known(job.percent) && percent(job.percent), took]);
 }
 
@@ -83,8 +83,8 @@ const table = new WorkTable({
   factsOf,
   extra: "td.quiet.wide.roomy",
   fillExtra: (cell, job) => {
-    const began = job.started_at ?? job.created_at;
-    refill(cell, `${began}`, () => time(began));
+    const waits = job.status === "queued" && `waiting for ${duration(job.waiting_seconds)}`;
+    refill(cell, waits || `${job.started_at}`, () => waits || time(job.started_at));
   },
   empty,
   isChosen: () => Boolean(search.value || state.value),

@@ -92,9 +92,11 @@ function fillCard(card, model) {
   const [load, unload] = card.querySelectorAll("button");
   load.hidden = !mayChange || !["unloaded", "failed"].includes(model.state);
   unload.hidden = !mayChange || model.state !== "loaded";
-  load.onclick = () => change("load", named(model), `${model.id} is being loaded.`);
+  const isNotHere = model.task === null; // its pull has failed: there is nothing to load
+  setText(load, isNotHere ? "Pull again" : "Load");
+  load.onclick = () => (isNotHere ? pull(model.id, model.revision) : change("load", named(model), `${model.id} is being loaded.`));
   unload.onclick = () => unloadModel(model);
-  load.setAttribute("aria-label", `Load ${model.id}`);
+  load.setAttribute("aria-label", `${load.textContent} ${model.id}`);
   unload.setAttribute("aria-label", `Unload ${model.id}`);
 }
 
@@ -118,6 +120,9 @@ async function change(action, body, done) {
   return answer !== undefined;
 }
 
+/** @param {string} model @param {string | null | undefined} revision */
+const pull = (model, revision) => change("pull", { model, ...(revision && { revision }) }, `${model} is being pulled.`);
+
 /** @param {() => void} then called when something was done */
 export function watchModels(then) {
   askAgain = then;
@@ -126,6 +131,6 @@ export function watchModels(then) {
     event.preventDefault();
     const model = form.elements.model.value.trim();
     const revision = form.elements.revision.value.trim();
-    if (await change("pull", { model, ...(revision && { revision }) }, `${model} is being pulled.`)) form.reset();
+    if (await pull(model, revision)) form.reset();
   });
 }

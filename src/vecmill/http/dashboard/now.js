@@ -3,7 +3,7 @@
 /** @import { Maybe, Refusal, Snapshot, User } from "./types" */
 
 import { byId, h, named, put, refill, setText, showRows, time } from "./elements.js";
-import { compact, count, join, known, plural, rate, words } from "./format.js";
+import { UNKNOWN, compact, count, join, known, plural, rate, words } from "./format.js";
 
 /** @param {Maybe<User[]>} users */
 export function showWho(users) {
@@ -15,14 +15,14 @@ export function showWho(users) {
 
 const newUser = () =>
   h("tr", h("td.name", h("bdi"), h("bdi.quiet.line")), h("td", h("bdi")), h("td.number"),
-    h("td.number"), h("td.number.wide"), h("td.quiet"));
+    h("td.number.wide"), h("td.number.wide"), h("td.quiet"));
 
 /** @param {any} row @param {User} user */
 function fillUser(row, user) {
   const [who, job, texts, tokens, requests, seen] = row.cells;
   setText(who.children[0], user.key ?? user.client ?? "unknown");
   setText(who.children[1], user.key === null || user.key === undefined ? "" : (user.client ?? ""));
-  setText(job.firstChild, user.job ? named(user.job_name) : "–");
+  setText(job.firstChild, user.job ? named(user.job_name ?? user.job) : UNKNOWN);
   setText(texts, rate(user.texts_per_second));
   setText(tokens, compact(user.tokens_per_second));
   setText(requests, count(user.requests));
@@ -37,7 +37,9 @@ export function showRefusals({ refusals, now }) {
   const none = "Nothing has been refused and nothing has failed since the start.";
   show(table, "refusals-empty", items.length, refusals ? none : null);
   const failed = known(now?.errors) && `${plural(now?.errors, "error")} of the server's own`;
-  put(document, "refusals-summary", join([failed, known(now?.refused) && `${count(now?.refused)} refused`]));
+  const refused = known(now?.refused) && `${count(now?.refused)} refused for the load`;
+  const since = (failed || refused) && "since the start";
+  put(document, "refusals-summary", join([failed, refused, since]));
 }
 
 const newRefusal = () =>

@@ -37,14 +37,20 @@ HEADERS = {
 
 MEDIA_TYPES = {".css": "text/css", ".js": "text/javascript"}
 
-# Comments, with the types in them, and indentation, which are a third of our own files: a browser needs neither.
-NEEDLESS = re.compile(rb"^[ \t]*//[^\n]*\n|/\*.*?\*/|^[ \t]+", re.MULTILINE | re.DOTALL)
+# Comments, with the types in them, and blanks, which are a third of our own files: a browser needs neither.
+COMMENTS = re.compile(rb"(?<!\S)//[^\n]*|/\*.*?\*/|<!--.*?-->", re.DOTALL)
+BLANKS = re.compile(rb"^\s+|[ \t]+$", re.MULTILINE)
+
+
+def _short(file: bytes) -> bytes:
+    return BLANKS.sub(b"", COMMENTS.sub(b"", file))
+
 
 _HERE = files(__package__)
-_PAGE = NEEDLESS.sub(b"", _HERE.joinpath("index.html").read_bytes())
+_PAGE = _short(_HERE.joinpath("index.html").read_bytes())
 # Read once: a request can only ever choose among these.
 _STATIC = {
-    file.name: NEEDLESS.sub(b"", file.read_bytes()) if folder is _HERE else file.read_bytes()
+    file.name: _short(file.read_bytes()) if folder is _HERE else file.read_bytes()
     for folder in (_HERE, _HERE.joinpath("vendor"))
     for file in folder.iterdir()
     if PurePath(file.name).suffix in MEDIA_TYPES

@@ -49,7 +49,9 @@ async function listModels() {
 
 /** @param {HTMLSelectElement} select @param {string[]} values @param {(value: string) => string} [label] */
 function options(select, values, label = (value) => value) {
+  const chosen = select.value;
   refill(select, JSON.stringify(values), () => values.map((value) => h("option", { value }, label(value))));
+  if (values.includes(chosen)) select.value = chosen; // a model that comes or goes does not take away what is chosen
 }
 
 /** Prompts and dimensions of the model that is chosen. */
@@ -138,8 +140,10 @@ function showMatrix(answer, body, took) {
   );
   const facts = [plural(vectors.length, "text"), plural(answer.usage?.prompt_tokens, "token"), plural(vectors[0]?.length, "dimension"), took];
   return [
+    // Above the table, not in it: a table that is scrolled would take half of it along.
+    h("p.quiet", "Cosine similarity of each text to each other: 1 is the same direction, 0 nothing in common."),
     h("div.scroll", { tabindex: "0", role: "region", "aria-label": "Similarity of the texts" },
-      h("table.matrix", h("caption", "Cosine similarity of each text to each other: 1 is the same direction, 0 nothing in common."),
+      h("table.matrix", { "aria-label": "Cosine similarity" },
         h("thead", head), h("tbody", rows))),
     h("p.quiet", join(facts)),
   ];
@@ -186,7 +190,7 @@ function showRanking(answer, body, took) {
   const isReranker = models.find((model) => model.id === answer.model)?.task === "rerank";
   const how = isReranker
     ? `Scored by the reranker ${answer.model}.`
-    : `No reranker has scored this: the score is the ${method || "cosine"} of the embeddings of ${answer.model}.`;
+    : `No reranker has scored this: the score is the ${method || "cosine"} of the embeddings of ${answer.model}, brought to 0 to 1${method === "cosine" ? " (0.5: nothing in common)" : ""}.`;
   return [
     h("div.scroll", { tabindex: "0", role: "region", "aria-label": "Ranking" },
       h("table", h("caption", how), h("thead", h("tr", h("th.number", { scope: "col" }, "Place"),

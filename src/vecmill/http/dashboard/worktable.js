@@ -4,7 +4,7 @@
 /** @import { Page } from "./types" */
 
 import { around, ask, attempt, byId, h, field, named, put, refill, setBar, setName, setOrHide, setText, showRows, tell } from "./elements.js";
-import { count, join, known, words } from "./format.js";
+import { UNKNOWN, count, join, known, words } from "./format.js";
 import { call } from "./server.js";
 
 const ROWS = 25; // on a page
@@ -123,7 +123,7 @@ export class WorkTable {
     setText(field(row, "progress"), facts.progress);
     setOrHide(field(row, "warning"), facts.warning);
     setOrHide(field(row, "problem"), facts.problem);
-    setText(field(row, "pace"), facts.left && join([facts.rate, `${facts.left} left`]));
+    setText(field(row, "pace"), facts.left && join([facts.rate, facts.left !== UNKNOWN && `${facts.left} left`]));
     setText(field(row, "rate"), facts.rate);
     setText(field(row, "left"), facts.left);
     setBar(row.querySelector("progress"), facts.done, facts.total, `Progress of ${name}`);
