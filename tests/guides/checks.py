@@ -18,7 +18,8 @@ from pathlib import Path
 import typer
 from deployment.layout import EMBED_UNIT, VLLM_UNIT
 from fastapi import FastAPI
-from opentelemetry.sdk import environment_variables
+from opentelemetry import environment_variables as variables_of_api
+from opentelemetry.sdk import environment_variables as variables_of_sdk
 from starlette.routing import Match
 
 from deployment import cli as deploy_cli
@@ -118,7 +119,8 @@ def _variables(assignments: Mapping[str, str]) -> Iterator[str]:
 
 def is_variable(name: str) -> bool:
     """Whether it is a setting, or another program's variable that is known."""
-    return name in SETTINGS or name in VARIABLES or name in _of_neighbours() or hasattr(environment_variables, name)
+    traces = hasattr(variables_of_api, name) or hasattr(variables_of_sdk, name)
+    return traces or name in SETTINGS or name in VARIABLES or name in _of_neighbours()
 
 
 @cache
