@@ -188,7 +188,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
 
 def test_the_bound_is_set_anew_before_each_warm_up(card: Card, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The longest text and the largest batch are tried within what others have left meanwhile."""
-    models = [SimpleNamespace(card=SimpleNamespace(id=key), key=key) for key in ("one", "other")]
+    models = [SimpleNamespace(card=SimpleNamespace(id=key, key=key), key=key) for key in ("one", "other")]
     tried: list[float] = []
 
     def load_all(*_: object, **__: object) -> list[Any]:
