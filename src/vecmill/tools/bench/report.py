@@ -92,7 +92,8 @@ def show_remarks(outcomes_by_name: Mapping[str, Outcomes], loads: Sequence[BulkL
     if remarks:
         results.print()
     for kind, text, colour in remarks:
-        results.print(f"{kind:<9} {printable(text).replace('\n', '\\n')}", style=f"bold {colour}", soft_wrap=True)
+        line = printable(text).replace("\n", "\\n")  # a server's error stays one line
+        results.print(f"{kind:<9} {line}", style=f"bold {colour}", soft_wrap=True)
 
 
 def warnings(loads: Sequence[BulkLoad]) -> list[str]:
