@@ -15,12 +15,11 @@ import pytest
 
 from tests import kinds
 from tests.in_process import InProcess
-from tests.preloaded import WARMUP_ROUNDS
+from tests.preloaded import SHORT_WARM_UP
 from tests.servers import RunningServer, free_port, running, vecmill_command
 from vecmill.app import create_app
 from vecmill.config import load_settings
 from vecmill.config.settings import GROUPS
-from vecmill.engine import forward, warmup
 from vecmill.models.source import find
 
 # How long one example takes is no property of the code: a machine may be busy.
@@ -55,8 +54,8 @@ def hermetic(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
             for name in group.model_fields:
                 patch.delenv(name.upper(), raising=False)
             patch.setitem(group.model_config, "env_file", None)
-        patch.setattr(warmup, "ROUNDS", WARMUP_ROUNDS)
-        patch.setattr(forward, "SINGLE_THREAD_RUNS", WARMUP_ROUNDS)
+        for constant, value in SHORT_WARM_UP.items():
+            patch.setattr(constant, value)
         patch.setenv("TORCH_COMPILE", "false")
         patch.setenv("CACHE_MAX_BYTES", "0")
         patch.setenv("STATE_DIR", str(tmp_path_factory.mktemp("state")))

@@ -32,7 +32,7 @@ READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", 
 LARGEST = 1_000_000  # bytes of a command and its environment
 # How often warm-up times each shape in servers and applications of the tests, and each number of threads: once. More
 # rounds make its figures steadier, on which no test depends, and were two thirds of what a start costs.
-WARMUP_ROUNDS = 1
+SHORT_WARM_UP = {"vecmill.engine.warmup.ROUNDS": 1, "vecmill.engine.forward.SINGLE_THREAD_RUNS": 1}
 
 
 def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:
@@ -139,8 +139,9 @@ def main() -> None:
     import_module("vecmill.app")._set_thread_defaults()
     for module in MODULES:
         import_module(module)
-    import_module("vecmill.engine.warmup").ROUNDS = WARMUP_ROUNDS  # type: ignore[attr-defined]
-    import_module("vecmill.engine.forward").SINGLE_THREAD_RUNS = WARMUP_ROUNDS  # type: ignore[attr-defined]
+    for constant, value in SHORT_WARM_UP.items():
+        module, _, name = constant.rpartition(".")
+        setattr(import_module(module), name, value)
     # Exempt all objects from later collections, which would copy every page of them in each forked process.
     gc.collect()
     gc.freeze()

@@ -295,13 +295,17 @@ def blamed(error: Exception, status: int) -> Blame:
     """Whose fault an error is."""
     if isinstance(error, OF_LOAD) and not isinstance(error, GenerationTimeout):
         return Blame.LOAD
-    return Blame.CLIENT if status < HTTPStatus.INTERNAL_SERVER_ERROR else Blame.SERVER
+    return _blamed_by_status(status)
 
 
 def blamed_for_another(status: int) -> Blame:
     """Whose fault it is that a server behind this one answered with an error."""
     if status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
         return Blame.LOAD
+    return _blamed_by_status(status)
+
+
+def _blamed_by_status(status: int) -> Blame:
     return Blame.CLIENT if status < HTTPStatus.INTERNAL_SERVER_ERROR else Blame.SERVER
 
 

@@ -35,13 +35,13 @@ def cache_facts(services: Services) -> dict[str, Any] | None:
     cache = services.cache()
     if cache is None:
         return None
-    rolling = services.telemetry.rolling
+    work = services.telemetry.rates.all_work
     return {
         "entries": cache.size.entries,
         "bytes": cache.size.bytes,
         "max_bytes": services.settings.cache.cache_max_bytes if services.settings.state.redis_url is None else None,
-        "hits": rolling.cached_texts,
-        "hit_tokens": rolling.cached_tokens,
+        "hits": work.cached_texts,
+        "hit_tokens": work.cached_tokens,
         "written": cache.stats.written,
         "dropped": cache.stats.dropped,
         "lost": cache.stats.lost,
@@ -93,17 +93,18 @@ async def stats(request: Request, services: ServicesOf) -> dict[str, Any]:
 
 def _stats(services: Services) -> dict[str, Any]:
     rolling, rates = services.telemetry.rolling, services.telemetry.rates
+    work = rates.all_work
     latency = rolling.latency_ms("total")
     warmup = rolling.warmup_seconds
     scheduled = services.inference.stats
     gpu, host = services.gpu().memory, host_memory()
     return {
         "version": __version__,
-        "requests": rolling.requests,
-        "texts_embedded": rolling.texts,
-        "tokens_embedded": rolling.tokens,
-        "texts_cached": rolling.cached_texts,
-        "tokens_cached": rolling.cached_tokens,
+        "requests": work.requests,
+        "texts_embedded": work.texts,
+        "tokens_embedded": work.tokens,
+        "texts_cached": work.cached_texts,
+        "tokens_cached": work.cached_tokens,
         "texts_computed": scheduled.sequences,
         "cache": cache_facts(services),
         "errors": rolling.errors,
@@ -142,6 +143,7 @@ def _stats(services: Services) -> dict[str, Any]:
 async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
     """Where the time of the last 1,000 requests went, and how full the forward passes were."""
     rolling, rates = services.telemetry.rolling, services.telemetry.rates
+    work = rates.all_work
     shown = shows_work_of_all(request)
     stages: Mapping[str, Callable[[], Mapping[str, float | None]]] = {
         "gpu": lambda: rolling.latency_ms("forward"),
@@ -163,9 +165,9 @@ async def detailed(request: Request, services: ServicesOf) -> dict[str, Any]:
         "throughput": {
             "texts_per_second": round(rates.per_second(rates.minute.texts), 2),
             "tokens_per_second": round(rates.per_second(rates.minute.tokens), 1),
-            "requests": rolling.requests,
-            "texts": rolling.texts,
-            "tokens": rolling.tokens,
+            "requests": work.requests,
+            "texts": work.texts,
+            "tokens": work.tokens,
         },
     }
 

@@ -71,6 +71,21 @@ class Count(NamedTuple):
 Counts = TypeVar("Counts", Work, Passes, Count)
 
 
+def plus(some: Counts, more: Counts) -> Counts:
+    """The sum of each field."""
+    return _each(operator.add, some, more)
+
+
+def minus(some: Counts, less: Counts) -> Counts:
+    """The difference of each field."""
+    return _each(operator.sub, some, less)
+
+
+def _each(operation: Callable[[Any, Any], Any], some: Counts, other: Counts) -> Counts:
+    make: Any = type(some)
+    return cast(Counts, make(*map(operation, some, other)))
+
+
 class RateWindow(Generic[Counts]):
     """Sums over the last `seconds`. Memory is bounded: what came within one of SLOTS parts of it is added up."""
 
@@ -87,10 +102,10 @@ class RateWindow(Generic[Counts]):
         now = self._clock()
         slot, began = int(now // self._slot_seconds), now - took
         self._expire(slot)
-        self._sums = self._each(operator.add, self._sums, counts)
+        self._sums = plus(self._sums, counts)
         if self._slots and self._slots[-1][0] == slot:
             _, so_far, earlier = self._slots.pop()
-            counts, began = self._each(operator.add, so_far, counts), min(began, earlier)
+            counts, began = plus(so_far, counts), min(began, earlier)
         self._slots.append((slot, counts, began))
 
     def span(self) -> float:
@@ -109,13 +124,9 @@ class RateWindow(Generic[Counts]):
 
     def _expire(self, slot: int) -> None:
         while self._slots and self._slots[0][0] <= slot - SLOTS:
-            self._sums = self._each(operator.sub, self._sums, self._slots.popleft()[1])
+            self._sums = minus(self._sums, self._slots.popleft()[1])
         if not self._slots:
             self._sums = self._nothing  # without what floating point leaves of differences
-
-    def _each(self, operation: Callable[[Any, Any], Any], some: Counts, more: Counts) -> Counts:
-        make: Any = type(some)
-        return cast(Counts, make(*map(operation, some, more)))
 
 
 class CountsById:
@@ -168,7 +179,7 @@ class Rates:
         self._all = RateWindow(Work(), clock=clock)
         self._span = (-SAME_MOMENT, 1.0)
         self._passes = RateWindow(Passes(), clock=clock)
-        self.all_passes = Passes()
+        self.all_work, self.all_passes = Work(), Passes()
         """Since the start."""
         self._users: dict[UserId, User] = {}
         self._texts_of_jobs = CountsById(clock=clock)
@@ -176,6 +187,7 @@ class Rates:
 
     def answered(self, work: Work, user: UserId, took: float = 0.0) -> None:
         """A request was answered with a result, after so many seconds."""
+        self.all_work = plus(self.all_work, work)
         self._all.add(work, took)
         if user.job is not None:
             self._texts_of_jobs.add(user.job, work.texts)
@@ -205,7 +217,7 @@ class Rates:
         """A forward pass ended; `knee_tokens` of its model."""
         ended = Passes(1, tokens, seconds, knee_tokens)
         self._passes.add(ended)
-        self.all_passes = Passes(*map(operator.add, self.all_passes, ended))
+        self.all_passes = plus(self.all_passes, ended)
 
     def lines_done(self, batch_id: str, lines: int) -> None:
         """Lines of a batch were answered, and are on disk."""

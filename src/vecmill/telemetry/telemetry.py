@@ -126,12 +126,6 @@ class Rolling:
 
     def __init__(self) -> None:
         self.started = monotonic()
-        self.requests = 0
-        self.texts = 0
-        self.tokens = 0
-        self.cached_texts = 0
-        self.cached_tokens = 0
-        self.searches = 0
         self.errors = 0
         """Answers with an error that is the server's own."""
         self.refused = 0
@@ -146,14 +140,8 @@ class Rolling:
         self._batch_rows: deque[int] = deque(maxlen=SAMPLES)
 
     def add_request(self, request: RequestRecord) -> None:
-        """Count an answered request."""
-        self.requests += 1
-        self.texts += request.texts
-        self.tokens += request.tokens
-        self.cached_texts += request.cached
-        self.cached_tokens += request.cached_tokens
+        """Take an answered request among the samples."""
         self.queue_waits += request.waited
-        self.searches += request.lane is Lane.INTERACTIVE
         self._samples.append(request)
         self._totals[request.lane].append((request.at, 1000 * request.total))
 

@@ -26,8 +26,8 @@ from vecmill.jobs.views import FOLLOWERS_MAX
 from vecmill.telemetry.history import OF_WORK
 
 TICK_SECONDS = 2.0
-SPREAD, SPREAD_SECONDS = 16, 0.02  # readers wake one after another, that they do not hold up the event loop together
-LONGEST_REST = 0.25  # seconds, between two snapshots of which each has something else
+SPREAD, SPREAD_SECONDS = 16, 0.02  # readers wake one after another, so that they do not hold up the event loop together
+LONGEST_REST = 0.25  # seconds between the snapshots of two views
 SPANS = {"15m": 900.0, "24h": 86_400.0}
 HIGHEST_PAGE = 1_000_000
 
@@ -41,8 +41,8 @@ class Live:
         self._snapshots = snapshots
         self.sampler = sampler
         self._latest: dict[SnapshotView, tuple[int, asyncio.Task[bytes]]] = {}
-        """The last tick in which somebody looked, and its snapshot."""
-        self._turn, self._rest = asyncio.Lock(), 0.0
+        """Of each view that somebody looks at: the tick of its last snapshot, and the task that makes it."""
+        self._one_at_a_time, self._rest = asyncio.Lock(), 0.0
         self._readers = 0
         self._ended = asyncio.Event()
 
@@ -64,7 +64,7 @@ class Live:
         if self._readers >= FOLLOWERS_MAX:  # others came between the look and the first step
             return
         self._readers += 1
-        turn = self._readers % SPREAD * SPREAD_SECONDS
+        delay = self._readers % SPREAD * SPREAD_SECONDS
         try:
             while not self._ended.is_set():
                 snapshot = await self._of_this_tick(view)
@@ -72,7 +72,7 @@ class Live:
                     return
                 yield snapshot
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(TICK_SECONDS - monotonic() % TICK_SECONDS + turn):
+                    async with asyncio.timeout(TICK_SECONDS - monotonic() % TICK_SECONDS + delay):
                         await self._ended.wait()
         finally:
             self._readers -= 1
@@ -86,13 +86,13 @@ class Live:
             self._latest = {
                 key: entry for key, entry in self._latest.items() if entry[0] == tick or not entry[1].done()
             }
-            latest = tick, asyncio.create_task(self._snapshot_in_turn(view), name="snapshot")
+            latest = tick, asyncio.create_task(self._snapshot_after_rest(view), name="snapshot")
             self._latest[view] = latest
         return await asyncio.shield(latest[1])  # a reader that leaves must not end it for the others
 
-    async def _snapshot_in_turn(self, view: SnapshotView) -> bytes:
-        """After each snapshot the event loop has as long for all else, however many readers look at something else."""
-        async with self._turn:
+    async def _snapshot_after_rest(self, view: SnapshotView) -> bytes:
+        """Make a snapshot after a pause as long as the last one took: many views do not fill up the event loop."""
+        async with self._one_at_a_time:
             await asyncio.sleep(self._rest)
             if self._ended.is_set():
                 return b""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import operator
 import re
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from vecmill.http.services import Services
 from vecmill.inference.facade import Inference
 from vecmill.storage.files import write_atomically
 from vecmill.telemetry.history import STEP_SECONDS, History, UnreadableHistory
-from vecmill.telemetry.rates import Passes
+from vecmill.telemetry.rates import Passes, Work, minus
 
 logger = logging.getLogger(__name__)
 
@@ -33,15 +32,10 @@ class _Counted:
     """Totals since the server's start, and when they were read."""
 
     at: float
-    texts: int
-    tokens: int
-    requests: int
-    searches: int
-    cached_texts: int
-    cached_tokens: int
+    work: Work
+    passes: Passes
     errors: int
     refused: int
-    passes: Passes
 
 
 def waiting_tokens(inference: Inference, lane: Lane) -> int:
@@ -103,31 +97,20 @@ class Sampler:
         self.history.add(at, values)
 
     def _counted(self) -> _Counted:
-        rolling = self._services.telemetry.rolling
-        return _Counted(
-            at=monotonic(),
-            texts=rolling.texts,
-            tokens=rolling.tokens,
-            requests=rolling.requests,
-            searches=rolling.searches,
-            cached_texts=rolling.cached_texts,
-            cached_tokens=rolling.cached_tokens,
-            errors=rolling.errors,
-            refused=rolling.refused,
-            passes=self._services.telemetry.rates.all_passes,
-        )
+        rolling, rates = self._services.telemetry.rolling, self._services.telemetry.rates
+        return _Counted(monotonic(), rates.all_work, rates.all_passes, rolling.errors, rolling.refused)
 
     def _rates(self, before: _Counted, now: _Counted) -> dict[str, float | None]:
         seconds = max(now.at - before.at, 1e-3)
-        texts, cached = now.texts - before.texts, self._services.cache() is not None
-        passes = Passes(*map(operator.sub, now.passes, before.passes))
+        work, passes = minus(now.work, before.work), minus(now.passes, before.passes)
+        caches = self._services.cache() is not None
         return {
-            "texts_per_second": texts / seconds,
-            "tokens_per_second": (now.tokens - before.tokens) / seconds,
-            "requests_per_second": (now.requests - before.requests) / seconds,
-            "searches_per_second": (now.searches - before.searches) / seconds,
-            "cache_hit_ratio": (now.cached_texts - before.cached_texts) / texts if texts and cached else None,
-            "tokens_saved_per_second": (now.cached_tokens - before.cached_tokens) / seconds if cached else None,
+            "texts_per_second": work.texts / seconds,
+            "tokens_per_second": work.tokens / seconds,
+            "requests_per_second": work.requests / seconds,
+            "searches_per_second": work.searches / seconds,
+            "cache_hit_ratio": work.cached_texts / work.texts if work.texts and caches else None,
+            "tokens_saved_per_second": work.cached_tokens / seconds if caches else None,
             "tokens_per_pass": passes.tokens_per_pass,
             "batch_fill_ratio": passes.fill_ratio,
             "device_busy_ratio": min(1.0, passes.seconds / seconds),
