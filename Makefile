@@ -20,9 +20,9 @@ TORCH = index='$(TORCH_INDEX)'; test -z "$$index" || \
 	$(PIP) --no-deps --retries 1 --timeout 20 --index-url "$$index" torch || \
 	echo "$$index does not give torch: the public index's is installed, which has CUDA (3 GB)."
 CODE := src tests benchmarks examples deploy.py deployment
-# Three processes for two cores, each with whole files: many tests wait for a server to start. In the files' order, for those
+# Four processes for two cores, each with whole files: many tests wait for a server to start. In the files' order, for those
 # with the fewest tests, otherwise last, take the longest: they kill servers.
-BESIDE := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+BESIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Published clients cannot all be installed beside each other, nor beside vecmill: each set has an environment here.
 CLIENTS := .clients

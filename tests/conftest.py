@@ -15,7 +15,7 @@ import pytest
 
 from tests import kinds
 from tests.in_process import InProcess
-from tests.preloaded import SHORT_WARM_UP
+from tests.preloaded import SHORT_WARM_UP, share_between_workers
 from tests.servers import RunningServer, free_port, running, vecmill_command
 from vecmill.app import create_app
 from vecmill.config import load_settings
@@ -31,6 +31,17 @@ if hasattr(signal, "SIGHUP"):
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where pytest-xdist starts workers, have them fork their servers from one process."""
+    if config.getoption("numprocesses", None) and not hasattr(config, "workerinput"):
+        share_between_workers()
+
+
+def pytest_collection() -> None:
+    """Collect no garbage meanwhile: there is none, and what is imported is looked through again and again."""
+    gc.disable()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts a process, a browser, an application or a reference library."""
     kinds.mark(items)
@@ -40,6 +51,7 @@ def pytest_collection_finish() -> None:
     """Spare every later garbage collection the millions of objects of modules and tests."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)

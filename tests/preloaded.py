@@ -8,18 +8,22 @@ shape fewer times. A command that wants another environment at the time of these
 from __future__ import annotations
 
 import atexit
+import fcntl
 import gc
 import json
 import os
 import runpy
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -29,6 +33,7 @@ MODULES = ("vecmill.app", "vecmill.engine.engine", "vecmill.serve.process", "vec
 PYTHON = [sys.executable, "-m"]
 # What libraries read while they are imported.
 READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTHON", "LD_")
+SHARED = "VECMILL_TESTS_PRELOADED"  # the folder of the socket of the process that several fork from
 LARGEST = 1_000_000  # bytes of a command and its environment
 # How often warm-up times each shape in servers and applications of the tests, and each number of threads: once. More
 # rounds make its figures steadier, on which no test depends, and were two thirds of what a start costs.
@@ -98,21 +103,46 @@ class Forked:
         self.send_signal(signal.SIGKILL)
 
 
+def share_between_workers() -> None:
+    """Let all processes of this run that are started from here on fork from one process, which the first of them that
+    forks anything starts. Left out, each has its own, and pays for the imports.
+    """
+    folder = tempfile.mkdtemp(prefix="preloaded-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[SHARED] = folder
+
+
 class _Parent:
-    """The process that has imported everything, and forks. One for each process of the tests."""
+    """A connection to the process that has imported everything, and forks. Whatever was forked for this connection ends
+    with it, and the process ends with its last connection."""
 
     def __init__(self) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process: subprocess.Popen[bytes] | None = None  # where it is this connection's to start and to wait for
+        with ExitStack() as stack:
+            folder = Path(os.environ.get(SHARED) or stack.enter_context(tempfile.TemporaryDirectory()))
+            lock = stack.enter_context((folder / "lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._control = _connected(folder)
+            except OSError:
+                self._process = self._started(folder)
+                self._control = _connected(folder)
         self._control.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LARGEST)
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.preloaded", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+        atexit.register(self.close)
+
+    @staticmethod
+    def _started(folder: Path) -> subprocess.Popen[bytes]:
+        (folder / "socket").unlink(missing_ok=True)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(str(folder / "socket"))
+            listener.listen()
+            return subprocess.Popen(
+                [sys.executable, "-m", "tests.preloaded", str(listener.fileno())],
+                pass_fds=[listener.fileno()],
                 cwd=Path(__file__).parents[1],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
             )
-        atexit.register(self.close)
 
     def fork(self, command: Sequence[str], stdout: IO[bytes], env: Mapping[str, str], cwd: Path) -> Forked:
         """A new process."""
@@ -123,9 +153,10 @@ class _Parent:
         return Forked(command, reader)
 
     def close(self) -> None:
-        """End it, and with it whatever still runs."""
+        """End whatever still runs of what was forked, and the process if nobody else forks from it."""
         self._control.close()
-        self._process.wait()
+        if self._process is not None:
+            self._process.wait()
 
 
 @cache
@@ -133,9 +164,18 @@ def _parent() -> _Parent:
     return _Parent()
 
 
-def main() -> None:
-    """Import everything, then fork for every message until the other end of the socket is closed."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+def _connected(folder: Path) -> socket.socket:
+    """Raises OSError where no process listens yet, or none any more."""
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        control.connect(str(folder / "socket"))
+    except OSError:
+        control.close()
+        raise
+    return control
+
+
+def _import_everything() -> None:
     import_module("vecmill.app")._set_thread_defaults()
     for module in MODULES:
         import_module(module)
@@ -145,25 +185,43 @@ def main() -> None:
     # Exempt all objects from later collections, which would copy every page of them in each forked process.
     gc.collect()
     gc.freeze()
+
+
+def main() -> None:
+    """Import everything, then fork for every message, until the last connection is closed."""
+    listener = socket.socket(fileno=int(sys.argv[1]))
+    _import_everything()
     ends, wakes = socket.socketpair()
     wakes.setblocking(False)
     signal.signal(signal.SIGCHLD, _nothing)
     signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _nothing)  # Ctrl-C is for the tests
-    running: dict[int, socket.socket] = {}
-    while True:
-        ready, _, _ = select.select([control, ends], [], [])
+    running: dict[int, _Running] = {}
+    controls = [listener.accept()[0]]
+    while controls:
+        ready, _, _ = select.select([listener, ends, *controls], [], [])
         if ends in ready:
             ends.recv(4096)
             _tell_ends(running)
-        if control in ready and not _fork(control, [ends, wakes], running):
-            break
-    for pid in running:
-        os.kill(pid, signal.SIGKILL)
+        if listener in ready:
+            controls.append(listener.accept()[0])
+        for control in [control for control in controls if control in ready]:
+            if not _fork(control, [listener, ends, wakes, *controls], running):
+                controls.remove(control)
+                _kill_all_of(control, running)
+                control.close()
 
 
-def _fork(control: socket.socket, others: Sequence[socket.socket], running: dict[int, socket.socket]) -> bool:
+@dataclass(frozen=True)
+class _Running:
+    """A forked process: the connection that it was forked for, and the socket that tells of its end."""
+
+    control: socket.socket
+    tells: socket.socket
+
+
+def _fork(control: socket.socket, others: Sequence[socket.socket], running: dict[int, _Running]) -> bool:
     """Fork a process for the next message; False if there will be no more. Does not return in the new process."""
     message, files, *_ = socket.recv_fds(control, LARGEST, 2)
     if not message:
@@ -171,23 +229,29 @@ def _fork(control: socket.socket, others: Sequence[socket.socket], running: dict
     stdout, tells = files
     pid = os.fork()
     if not pid:
-        _become(json.loads(message), stdout, [control, *others, *running.values()], tells)
+        _become(json.loads(message), stdout, [*others, *(each.tells for each in running.values())], tells)
         sys.exit()
     os.close(stdout)
-    running[pid] = socket.socket(fileno=tells)
-    running[pid].sendall(f"{pid}\n".encode())
+    running[pid] = _Running(control, socket.socket(fileno=tells))
+    running[pid].tells.sendall(f"{pid}\n".encode())
     return True
+
+
+def _kill_all_of(control: socket.socket, running: Mapping[int, _Running]) -> None:
+    for pid, process in running.items():
+        if process.control is control:
+            os.kill(pid, signal.SIGKILL)
 
 
 def _nothing(number: int, frame: object) -> None:
     """Only wakes `select`."""
 
 
-def _tell_ends(running: dict[int, socket.socket]) -> None:
+def _tell_ends(running: dict[int, _Running]) -> None:
     for pid in list(running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
-            with running.pop(pid) as tells, suppress(OSError):  # nobody waits for it
+            with running.pop(pid).tells as tells, suppress(OSError):  # nobody waits for it
                 tells.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 

@@ -141,6 +141,7 @@ def test_a_pass_leaves_no_prefix_behind(tmp_path: Path, minilm_folder: Path) -> 
     assert len(memory) == 0
 
 
+@pytest.mark.nightly
 def test_several_models_of_one_class_are_each_compiled_once(tmp_path: Path, minilm_folder: Path) -> None:
     models = [
         bert(tmp_path / "embed", minilm_folder),

@@ -241,6 +241,7 @@ async def test_an_interactive_batch_overtakes_bulk_that_has_not_begun(
     assert order == [1, 3, 2]
 
 
+@pytest.mark.nightly
 def test_a_budget_that_does_not_fit_into_memory_is_lowered_at_warm_up(tmp_path: Path, minilm_folder: Path) -> None:
     """In a process whose address space ends before the largest forward pass: torch itself runs out of memory."""
     folder = tiny_bert(tmp_path / "tiny", minilm_folder)

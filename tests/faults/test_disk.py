@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.faults.batch_lines import assert_whole, batch_input, create, done, ended, upload
 from tests.faults.conftest import NewService
@@ -81,6 +82,7 @@ def send(service: Service, content: bytes) -> httpx.Response:
     return service.http.post("/v1/files", data={"purpose": "batch"}, files={"file": ("input.jsonl", content)})
 
 
+@pytest.mark.nightly
 def test_a_disk_that_cannot_be_written_keeps_nothing_from_being_served(new_service: NewService, tmp_path: Path) -> None:
     service = new_service(CACHE, within=small_disk(tmp_path / "state", "1m", read_only=True))
     service.start()

@@ -186,7 +186,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", BODIES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 async def test_no_json_whatever_in_any_field_gives_a_500(
     client: httpx.AsyncClient, name: str, data: st.DataObject

@@ -91,6 +91,7 @@ def test_every_dialect_of_a_shared_path_can_be_chosen(quiet_page: Page) -> None:
         assert key in (body[0] if isinstance(body, list) else body)
 
 
+@pytest.mark.nightly
 def test_the_key_is_sent_once_it_is_given(browser: Browser, locked: RunningServer) -> None:
     with browser.new_context(base_url=locked.url) as context:
         page = context.new_page()

@@ -99,9 +99,9 @@ async def test_normalize_false_keeps_the_pooled_vector(client: httpx.AsyncClient
 
 
 async def test_more_texts_than_a_forward_holds_are_split_and_stay_in_order(client: httpx.AsyncClient) -> None:
-    texts = [f"text number {index} " + "x " * (index % 90) for index in range(300)]
+    texts = [f"text number {index} " + "x " * (index % 45) for index in range(150)]
     together = np.array((await client.post("/embed", json={"inputs": texts})).json())
-    for index in (0, 63, 64, 150, 299):
+    for index in (0, 63, 64, 149):
         alone = np.array((await client.post("/embed", json={"inputs": texts[index]})).json()[0])
         np.testing.assert_allclose(together[index], alone, atol=1e-5)
 

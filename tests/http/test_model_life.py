@@ -389,7 +389,8 @@ async def test_a_stop_does_not_wait_for_a_download(tmp_path: Path, monkeypatch: 
         goes_on.set()
 
 
-@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [1, 2])
 async def test_requests_while_models_come_and_go_at_random(tiny: Path, seed: int) -> None:
     """200 requests for two models that an admin loads and unloads meanwhile: each is right, or says what to do."""
     choose = random.Random(seed)

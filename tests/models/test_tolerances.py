@@ -97,6 +97,7 @@ async def test_cosines_in_bfloat16(tmp_path: Path, minilm_folder: Path) -> None:
             assert (await embed(client, folder) * wanted).sum(axis=1).min() >= COSINE_IN_BFLOAT16, folder
 
 
+@pytest.mark.nightly
 async def test_cosines_of_real_weights_in_bfloat16(minilm_folder: Path) -> None:
     texts = [f"def function_{index}(x):\n    return x + {'x * ' * (index % 60)}{index}" for index in range(60)]
     async with serving(dtype="bfloat16") as client:

@@ -294,6 +294,7 @@ def test_pickles_are_converted_once_where_that_is_asked_for(fake: FakeHub, tmp_p
     assert "this was done before" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_pickles_in_parts_are_converted_part_by_part(fake: FakeHub, tmp_path: Path, capsys: Captured) -> None:
     parts = {f"pytorch_model-0000{number}-of-00002.bin": {f"w{number}": torch.ones(number)} for number in (1, 2)}
     index = {name: part for part, weights in parts.items() for name in weights}
@@ -322,6 +323,7 @@ def test_a_folder_s_pickles_are_converted_too(fake: FakeHub, tmp_path: Path, cap
     assert sorted(os.listdir(folder)) == ["config.json", "pytorch_model.bin", "tokenizer.json"]
 
 
+@pytest.mark.nightly
 def test_a_folder_s_changed_pickles_are_converted_anew(fake: FakeHub, tmp_path: Path, capsys: Captured) -> None:
     """Of the same size and time; its other files count too."""
     folder, now = tmp_path / "mine", 1_700_000_000

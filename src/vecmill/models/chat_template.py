@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 from types import FrameType
 from typing import Any
 
@@ -110,12 +111,24 @@ def read_template(
         UnfitTemplateError: see `ChatTemplate`; or it takes too much memory or time.
     """
     given = {"source": source, "special_tokens": special_tokens, "options": options, "structured": structured}
+    result = _rendered_apart(json.dumps(given))
+    if "unfit" in result:
+        raise UnfitTemplateError(result["unfit"])
+    plain, instructed = (
+        tuple(Slot(text) if is_slot else text for is_slot, text in result[key]) for key in ("plain", "instructed")
+    )
+    return ReadTemplate(plain, instructed, result["names_its_roles"], frozenset(result["special_tokens"]))
+
+
+@lru_cache(maxsize=16)  # a start reads a model's template several times
+def _rendered_apart(given: str) -> Mapping[str, Any]:
+    """What `main` writes for this input. Raises UnfitTemplateError where it does not come to its end."""
     result: Mapping[str, Any] = {}
     with suppress(subprocess.TimeoutExpired, ValueError):
         done = subprocess.run(  # noqa: S603  # our own interpreter
             [sys.executable, "-s", "-m", __name__],
             env=inherited_environment(),
-            input=json.dumps(given),
+            input=given,
             capture_output=True,
             text=True,
             timeout=PATIENCE * MOST_SECONDS,
@@ -125,12 +138,7 @@ def read_template(
         result = json.loads(done.stdout)
     if not result:
         raise UnfitTemplateError(f"takes more than {MOST_SECONDS} s or {MOST_BYTES:,} bytes to render")
-    if "unfit" in result:
-        raise UnfitTemplateError(result["unfit"])
-    plain, instructed = (
-        tuple(Slot(text) if is_slot else text for is_slot, text in result[key]) for key in ("plain", "instructed")
-    )
-    return ReadTemplate(plain, instructed, result["names_its_roles"], frozenset(result["special_tokens"]))
+    return result
 
 
 def main() -> None:

@@ -164,10 +164,11 @@ def text_chunks(path: Path, longest: int) -> Iterator[str]:
 
 def python_files() -> list[Path]:
     """The modules of the standard library, without its tests, sorted."""
-    folder = Path(sysconfig.get_paths()["stdlib"])
-    return sorted(
-        path for path in folder.rglob("*.py") if NOT_THE_LIBRARY.isdisjoint(path.relative_to(folder).parts[:-1])
-    )
+    files: list[Path] = []
+    for where, folders, names in os.walk(sysconfig.get_paths()["stdlib"]):
+        folders[:] = [name for name in folders if name not in NOT_THE_LIBRARY]
+        files.extend(Path(where, name) for name in names if name.endswith(".py"))
+    return sorted(files)
 
 
 def python_chunks(path: Path, longest: int) -> Iterator[str]:
