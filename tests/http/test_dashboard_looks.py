@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.http.conftest import Server, field, row, show, snapshot_of
+from tests.http.conftest import Server, field, replicas_of, row, show, snapshot_of
 
 AXE = Path(__file__).parent / "page" / "node_modules" / "axe-core" / "axe.min.js"
 TABS = ("now", "playground", "models", "machine")
@@ -66,6 +66,7 @@ def busy(server: Server) -> dict[str, Any]:
         model | loading,
         model | loading | {"id": "third", "state": "unloaded"},
     ]
+    snapshot["replicas"] = replicas_of(snapshot)
     snapshot["warnings"] = [{"name": "memory", "text": "Little memory is left: stop what else holds it."}]
     return snapshot
 
