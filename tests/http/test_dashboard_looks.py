@@ -111,7 +111,7 @@ def test_nothing_jumps_when_it_loads_and_while_work_comes_and_goes(
 ) -> None:
     page.add_init_script(SHIFTS)
     page.set_viewport_size({"width": 1280, "height": 900})
-    show(page, busy | {"warnings": []})
+    show(page, busy | {"warnings": [], "replicas": snapshot_of(server)["replicas"]})
     page.goto("/")
     expect(row(page, "Jobs", "project 0")).to_be_visible()
     expect(page.locator(".u-over").first).to_be_visible()

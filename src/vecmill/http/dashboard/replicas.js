@@ -51,7 +51,7 @@ function fillRow(row, item, version) {
     [rate(item.texts_per_second)],
     [milliseconds(item.searches_p95_ms)],
     [bytes(memory.ours_bytes), `of ${bytes(memory.total_bytes)}`],
-    [item.version ?? "unknown", isOther ? "not the version of this one" : ""],
+    [item.version ?? "unknown", isOther ? "another version" : ""],
   ];
   numbers.forEach(([main = "", beside = ""], index) => {
     setText(others[index].children[0], main);

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import inf
 from time import monotonic, time
 from typing import Any, cast
 
@@ -54,7 +55,7 @@ class _Seen:
     """Those that are records of other servers, with `age_seconds`."""
     unreadable: int = 0
     problem: str | None = None
-    at: float = 0.0
+    at: float = -inf
     """By `monotonic`."""
 
 
@@ -73,7 +74,7 @@ class Replicas:
         """Of this process: two servers may have been given one name."""
         self._named = orjson.dumps({"replica": name})[:-1]
         self._own = orjson.dumps({"replica": name, "id": self._id})[:-1]
-        self._seen = _Seen(problem=PROBLEM, at=-FRESH_SECONDS)
+        self._seen = _Seen()
         self._told: str | None = None
         self._again = asyncio.Event()
         self._beating: asyncio.Task[None] | None = None
@@ -102,6 +103,8 @@ class Replicas:
         while True:
             self._again.clear()
             await self._beat()
+            if self._seen.at == -inf:  # so that whoever looks first need not wait, nor see a list that grows
+                await self._read()
             with suppress(TimeoutError):
                 async with asyncio.timeout(BEAT_SECONDS):
                     await self._again.wait()
@@ -212,6 +215,9 @@ class Replicas:
             if store is not None:
                 self._seen = self._of(await store.read())
         except StoreFailed:
+            self._seen = _Seen(problem=PROBLEM, at=monotonic())
+        except Exception:  # whatever somebody has written there
+            logger.exception("the replicas in Redis were not read")
             self._seen = _Seen(problem=PROBLEM, at=monotonic())
         finally:
             self._reading = None
