@@ -183,7 +183,8 @@ async def test_what_is_no_record_is_counted_and_left_out(
     both: tuple[httpx.AsyncClient, httpx.AsyncClient], store: redis.Redis
 ) -> None:
     good = {"replica": "good", "id": "d"}
-    for place, record in enumerate([[], "text", 1, None, {}, {"replica": 1, "id": "e"}, {"replica": "x"}], 100):
+    no_records: list[object] = [[], "text", 1, None, {}, {"replica": 1, "id": "e"}, {"replica": "x"}]
+    for place, record in enumerate(no_records, 100):
         leave(store, record, place=place)
     for place, content in enumerate([b"not JSON", b"\xff", b"[" * 8000, b'{"replica": "big"}' + b" " * 1_000_000], 110):
         store.set(PLACES[place], content, ex=900)

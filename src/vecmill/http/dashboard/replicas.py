@@ -202,7 +202,7 @@ class Replicas:
             return ReplicasView(own, _Seen())
         if self._reading is None and monotonic() - self._seen.at > FRESH_SECONDS:
             self._reading = asyncio.create_task(self._read(), name="other replicas")
-        if self._reading is not None:
+        if self._reading is not None and self._seen.problem is None:  # else everybody would wait for a Redis that hangs
             with suppress(TimeoutError):
                 async with asyncio.timeout(PATIENCE):
                     await asyncio.shield(self._reading)
