@@ -38,10 +38,11 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module", autouse=True)
 def hurried() -> Iterator[None]:
-    """They write and look often."""
+    """They write and look often, and wait for what Redis says."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(replicas, "BEAT_SECONDS", 0.2)
         patch.setattr(replicas, "FRESH_SECONDS", 0.0)
+        patch.setattr(replicas, "PATIENCE", 10.0)
         yield
 
 
