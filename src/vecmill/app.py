@@ -29,10 +29,11 @@ from vecmill.http import api_document, batches, capabilities, errors, files, hea
 from vecmill.http.access import HOST_NAME, Access, ApiKeys, in_both_families
 from vecmill.http.batch_lines import batch_endpoints
 from vecmill.http.body_limit import Bodies, BodyLimit
-from vecmill.http.dashboard import doctor, live, page
+from vecmill.http.dashboard import doctor, live, page, replicas
 from vecmill.http.dashboard.doctor import Doctor
 from vecmill.http.dashboard.live import Live
 from vecmill.http.dashboard.machine import Machine
+from vecmill.http.dashboard.replicas import Replicas
 from vecmill.http.dashboard.sampling import Sampler
 from vecmill.http.dashboard.snapshot import Snapshots
 from vecmill.http.dialects import registry
@@ -89,7 +90,8 @@ class Server:
         self.bodies = Bodies(settings.http.max_body_bytes, settings.http.body_timeout)
         self.keys = ApiKeys(settings.access)
         """Exchanged where API_KEY changes."""
-        self.telemetry = Telemetry()
+        self.replica = settings.http.replica or f"{HOST_NAME}:{settings.http.port}"
+        self.telemetry = Telemetry(self.replica, everywhere=settings.http.replica is not None)
         self._memory = MemoryGuard(settings.engine.memory_floor_gb, settings.engine.memory_fraction)
         self.inference = Inference(
             settings.inference,
@@ -117,6 +119,7 @@ class Server:
             inference=self.inference,
             jobs=self.state.jobs,
             batches=self.state.batches,
+            replica=self.replica,
             cache=lambda: self.state.cache,
             state=lambda: self.state.folder,
             kept=self.state.problems,
@@ -135,7 +138,7 @@ class Server:
         )
         self.telemetry.knee_of = self._knee_of
         self.machine = Machine(self.services)
-        self.replica = f"{HOST_NAME}:{settings.http.port}"
+        self.replicas = Replicas(self.services, self.machine, self.replica, lambda: self.state.replicas)
         self.sampler = Sampler(self.services, self.machine, self.replica)
         self.live: Live | None = None
         self.doctor = Doctor(settings)
@@ -150,6 +153,7 @@ class Server:
             # Importing OpenTelemetry takes a while.
             self.tracing = await asyncio.to_thread(open_tracing, self._settings.log.otlp_endpoint, os.environ)
             await self.state.open()
+            self.replicas.start()
             await self.sampler.start()
 
     async def load(self) -> None:
@@ -327,6 +331,7 @@ class Server:
         self.health.update(Phase.DRAINING, 100, "stopping: requests in progress are answered")
         self.requests.stop()
         self.bodies.stop()
+        self.replicas.tell_now()
         self.state.jobs.end_following()
         self.doctor.refuse()
         if self.live is not None:
@@ -346,6 +351,7 @@ class Server:
             self._engine.close()
         self._threads.shutdown()
         await self.sampler.close()
+        await self.replicas.close()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
         if self.tracing is not None:
@@ -387,12 +393,14 @@ def create_app(
     app.state.server, app.state.services = server, server.services
     app.state.progress = {}
     app.state.doctor = server.doctor
-    server.live = app.state.live = Live(Snapshots(app, server.services, server.machine, server.replica), server.sampler)
+    server.live = app.state.live = Live(
+        Snapshots(app, server.services, server.machine, server.replicas), server.sampler
+    )
     first, *others = (dialect.router for dialect in registry.DIALECTS)
     routers = [first, registry.shared, *others]  # the API's document has them in this order
     routers += [files.router, batches.router, jobs.router, jobs.deprecated]
     routers += [capabilities.router, models.router, health.router, stats.router]
-    routers += [live.router, doctor.router, page.router]
+    routers += [live.router, replicas.router, doctor.router, page.router]
     for router in routers:
         app.include_router(router)
     errors.install(app, registry.shape_for, registry.dialect_name)
@@ -415,7 +423,12 @@ def create_app(
     )
     app.add_middleware(Cors, origins=Origins(settings.access.cors_origins))
     app.add_middleware(RequestLine)
-    app.add_middleware(RequestLog, log_requests=settings.log.log_requests, tracing=lambda: server.tracing)
+    app.add_middleware(
+        RequestLog,
+        log_requests=settings.log.log_requests,
+        tracing=lambda: server.tracing,
+        replica=settings.http.replica,
+    )
     if proxies := settings.access.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=in_both_families(proxies))
     return app

@@ -11,7 +11,7 @@ from vecmill.batches.service import BatchService
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
-from vecmill.core.protocols import VectorStore
+from vecmill.core.protocols import ReplicaStore, VectorStore
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.local import LocalJobs
 from vecmill.jobs.queue import JobQueue, JobStore
@@ -33,6 +33,8 @@ class State:
         """Held from `open` to `close`; None also where another server holds it."""
         self.cache: EmbeddingCache | None = None
         """None where nothing is cached."""
+        self.replicas: ReplicaStore | None = None
+        """None without Redis."""
         self.jobs = JobQueue(settings.jobs, telemetry.rates)
         self.batches = BatchService(settings.batches, settings.http.max_body_bytes, telemetry)
         self._looking: asyncio.Task[None] | None = None
@@ -58,6 +60,8 @@ class State:
         folder = StateFolder.open(settings.state_dir, shared=settings.redis_url is not None)
         self.folder = folder
         self.cache = self._open_cache(folder)
+        if (url := self._redis_url()) is not None:
+            self.replicas = _redis_store("RedisReplicas", url)
         self.batches.open(folder.path, folder.problem)
         await self.jobs.open(self._job_store(folder))
         self.jobs.start()
@@ -109,6 +113,8 @@ class State:
             self._looking.cancel()
             await asyncio.gather(self._looking, return_exceptions=True)
         await self.jobs.close()
+        if self.replicas is not None:
+            await self.replicas.close()
         if self.cache is not None:
             await asyncio.to_thread(self.cache.close)
         if self.folder is not None:

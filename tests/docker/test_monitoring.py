@@ -98,7 +98,7 @@ def declared() -> dict[str, list[str]]:
 @pytest.fixture(scope="module")
 async def seen() -> Seen:
     """The samples of a server that has done some work: of each name the labels, and of each label the values."""
-    async with serving() as client:
+    async with serving(replica="one") as client:
         await _work(client)
         # What Prometheus shows where nobody set a key; a server without keys does not mind.
         key = (MONITORING / "no-key").read_text("utf-8").strip()

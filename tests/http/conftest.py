@@ -84,3 +84,13 @@ def snapshot_of(server: Server) -> dict[str, Any]:
     """What the server tells the dashboard now."""
     answer: dict[str, Any] = httpx.get(f"{server.url}/dashboard/snapshot").raise_for_status().json()
     return answer
+
+
+def replicas_of(snapshot: dict[str, Any]) -> dict[str, Any]:
+    """The replicas of a snapshot as if there were others: one of another version, one that was killed."""
+    (own,) = snapshot["replicas"]["items"]
+    other = {"this": False, "url": "http://two.example:8080", "version": "99.0", "texts_per_second": 1234.5}
+    gone = {"this": False, "status": "gone", "gone_since": 1_790_000_000, "queue": {"texts": None, "tokens": None}}
+    items = [own, own | other | {"replica": "two", "id": "2"}, own | gone | {"replica": "x" * 128, "id": "3"}]
+    totals = {"ready": 2, "texts_per_second": 1234.5, "requests_per_second": 3, "queue": {"texts": 70, "tokens": 9000}}
+    return {"count": 3, "unreadable": 2, "problem": None, "totals": totals, "items": items}

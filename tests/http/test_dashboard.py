@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
 
-from tests.http.conftest import Server, field, row, show, snapshot_of
+from tests.http.conftest import Server, field, replicas_of, row, show, snapshot_of
+from tests.redis_server import redis_server
+from tests.servers import free_port, running, vecmill_command
 from vecmill.http import dashboard
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
@@ -287,6 +290,60 @@ def test_zero_is_zero(page: Page, server: Server) -> None:
     expect(field(page, "refusals-summary")).to_have_text(
         "0 errors of the server's own · 0 refused for the load · since the start"
     )
+
+
+def test_replicas_are_shown_where_there_are_several(quiet_page: Page, server: Server) -> None:
+    snapshot = snapshot_of(server)
+    several = replicas_of(snapshot)
+    several["items"][2] |= {"replica": HOSTILE, "models": [{"id": TURNED}]}
+    show(quiet_page, snapshot | {"replicas": several})
+    quiet_page.goto("/")
+    expect(field(quiet_page, "replicas-summary")).to_have_text(
+        "together: 2 of 3 ready · 1,235 texts/s · 70 texts waiting"
+    )
+    expect(quiet_page.get_by_text("2 records in Redis cannot be read.")).to_be_visible()
+    own, other, gone = (row(quiet_page, "Replicas", text) for text in ("this one", "1,235", HOSTILE))
+    expect(own).to_contain_text("ready")
+    expect(own.get_by_role("link")).to_have_count(0)
+    expect(other.get_by_role("link", name="two")).to_have_attribute("href", "http://two.example:8080")
+    expect(other).to_contain_text("99.0another version")
+    expect(gone).to_contain_text("gone")
+    expect(gone.locator("time")).to_have_attribute("datetime", "2026-09-21T14:13:20.000Z")
+    expect(quiet_page.locator("img")).to_have_count(0)
+    for name in ("Load", "Who uses it", "Refused and failed"):
+        expect(quiet_page.get_by_role("heading", name=f"{name}, this replica", exact=True)).to_be_visible()
+    expect(quiet_page.get_by_role("heading", name="Jobs", exact=True)).to_be_visible()  # they are everybody's
+
+
+def test_one_server_alone_is_no_list_of_replicas(page: Page, server: Server) -> None:
+    page.goto("/")
+    expect(page.get_by_role("heading", name="Load", exact=True)).to_be_visible()
+    expect(page.get_by_role("heading", name="Replicas")).to_have_count(0)
+
+
+def test_replicas_that_are_not_known_are_no_empty_list(page: Page, server: Server) -> None:
+    snapshot = snapshot_of(server)
+    snapshot["replicas"] |= {"problem": "Redis cannot be used."}
+    show(page, snapshot)
+    page.goto("/")
+    expect(page.get_by_text("Redis cannot be used.")).to_be_visible()
+    expect(row(page, "Replicas", "this one")).to_be_visible()
+
+
+def test_two_servers_at_one_redis_show_each_other(browser: Browser, tmp_path: Path) -> None:
+    with redis_server(tmp_path) as url, ExitStack() as stack:
+        shared = {"REDIS_URL": url, "STATE_DIR": str(tmp_path)}
+        one, two = (
+            stack.enter_context(running(vecmill_command(port, "--replica", name), port, "/", shared))
+            for name, port in (("one", free_port()), ("two", free_port()))
+        )
+        with browser.new_context(base_url=one.url) as context:
+            page = context.new_page()
+            page.goto("/")
+            expect(row(page, "Replicas", "this one")).to_contain_text("one", timeout=20_000)
+            expect(row(page, "Replicas", "two")).to_contain_text("ready", timeout=20_000)
+            two.process.terminate()
+            expect(page.get_by_role("heading", name="Replicas")).to_have_count(0, timeout=20_000)
 
 
 def test_each_number_says_what_it_is_of(page: Page, api: httpx.Client, server: Server) -> None:

@@ -392,7 +392,8 @@ class Laborious(Snapshots):
 async def test_readers_who_each_look_at_something_else_leave_time_for_others(client: httpx.AsyncClient) -> None:
     app = cast(InProcess, client._transport).app
     state = app.state  # type: ignore[attr-defined]
-    live = Live(Laborious(app, state.services, state.live._snapshots._machine, "replica"), state.live.sampler)  # type: ignore[arg-type]
+    server = state.server
+    live = Live(Laborious(app, state.services, server.machine, server.replicas), state.live.sampler)  # type: ignore[arg-type]
     queries = [SnapshotQuery(str(number)) for number in range(40)]
     views = [SnapshotView(None, everything=True, shows_work=True, query=query) for query in queries]
     readers = [live.follow(view) for view in [*views, *views]]

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from tests.http.conftest import Server, field, row, show, snapshot_of
+from tests.http.conftest import Server, field, replicas_of, row, show, snapshot_of
 
 AXE = Path(__file__).parent / "page" / "node_modules" / "axe-core" / "axe.min.js"
 TABS = ("now", "playground", "models", "machine")
@@ -66,6 +66,7 @@ def busy(server: Server) -> dict[str, Any]:
         model | loading,
         model | loading | {"id": "third", "state": "unloaded"},
     ]
+    snapshot["replicas"] = replicas_of(snapshot)
     snapshot["warnings"] = [{"name": "memory", "text": "Little memory is left: stop what else holds it."}]
     return snapshot
 
@@ -110,7 +111,7 @@ def test_nothing_jumps_when_it_loads_and_while_work_comes_and_goes(
 ) -> None:
     page.add_init_script(SHIFTS)
     page.set_viewport_size({"width": 1280, "height": 900})
-    show(page, busy | {"warnings": []})
+    show(page, busy | {"warnings": [], "replicas": snapshot_of(server)["replicas"]})
     page.goto("/")
     expect(row(page, "Jobs", "project 0")).to_be_visible()
     expect(page.locator(".u-over").first).to_be_visible()

@@ -15,7 +15,7 @@ import httpx
 import pytest
 
 from tests.conftest import Sharing, serving
-from vecmill.telemetry.logs import JsonFormatter, TextFormatter
+from vecmill.telemetry.logs import JsonFormatter, TextFormatter, configure_logging
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 TEXT = "a text that nobody may see"
@@ -102,6 +102,21 @@ async def test_reads_are_told_of_at_debug_and_refusals_once(client: httpx.AsyncC
     with log(JsonFormatter(), logging.DEBUG) as stream:
         await ask()
     assert [line["path"] for line in lines(stream)] == ["/health", "/v1/embeddings", "/nothing", "/embed"]
+
+
+def test_each_line_says_which_replica_wrote_it_where_it_has_a_name(capfd: pytest.CaptureFixture[str]) -> None:
+    handlers, level = logging.root.handlers, logging.root.level
+    try:
+        for replica, written in (("one two", ' replica="one two"'), (None, "")):
+            configure_logging("text", "info", replica)
+            logging.getLogger("vecmill").warning("a line")
+            assert capfd.readouterr().err.endswith(f"a line{written}\n")
+        configure_logging("json", "info", "one")
+        logging.getLogger("uvicorn.error").warning("of another's")
+        assert json.loads(capfd.readouterr().err)["replica"] == "one"
+    finally:
+        logging.root.handlers = handlers
+        logging.root.setLevel(level)
 
 
 async def test_without_log_requests_only_refusals_have_a_line(shared: Sharing) -> None:

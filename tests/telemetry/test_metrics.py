@@ -179,7 +179,7 @@ async def test_what_only_grows_is_a_counter(worked: httpx.AsyncClient) -> None:
 async def test_the_process_and_the_build_are_told_of(worked: httpx.AsyncClient) -> None:
     families = await _families(worked)
     [build] = families["vecmill_build_info"].samples
-    assert (build.value, set(build.labels)) == (1, {"version", "python_version", "torch_version"})
+    assert (build.value, set(build.labels)) == (1, {"version", "python_version", "torch_version", "replica"})
     process = "cpu_seconds resident_memory_bytes virtual_memory_bytes start_time_seconds open_fds max_fds"
     assert {f"process_{name}" for name in process.split()} <= set(families)
 

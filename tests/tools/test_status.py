@@ -106,6 +106,32 @@ def test_what_is_not_known_is_not_zero() -> None:
     assert gpu == "GPU          NVIDIA GB10, ? busy, 2,400 MHz (ok), ? W, ? °C"
 
 
+REPLICAS = {
+    "count": 3,
+    "problem": None,
+    "totals": {"ready": 2, "texts_per_second": 300.0, "queue": {"texts": 7, "tokens": 70}},
+    "items": [
+        {"replica": "one", "this": True, "status": "ok", "version": "1.0", "texts_per_second": 100.0},
+        {"replica": "two", "status": "ok", "version": "2.0", "memory": {"ours_bytes": 1024}, "queue": {"texts": 7}},
+        {"replica": HOSTILE, "status": "gone", "gone_since": 0, "version": "1.0", "searches_p95_ms": None},
+    ],
+}
+
+
+def test_replicas_are_shown_where_there_are_several() -> None:
+    lines = screen({"version": "1.0", "replicas": REPLICAS})
+    assert "replicas: 2 of 3 ready, together 300 texts/s, 7 texts waiting" in lines
+    one, two, gone = lines[lines.index("replicas: 2 of 3 ready, together 300 texts/s, 7 texts waiting") + 2 :][:3]
+    assert re.fullmatch(r"  one \(asked\) +ready +100 texts/s +\? +\? texts +\? +1.0", one)
+    assert re.fullmatch(r"  two +ready +\? texts/s +\? +7 texts +1 KiB +2.0 \(differs\)", two)
+    assert re.search(r"code +gone for \d+ d \d+ h +\? texts/s", gone)
+    assert all(line.isprintable() for line in lines)
+    alone = REPLICAS | {"count": 1, "items": REPLICAS["items"][:1]}  # type: ignore[index]
+    assert not [line for line in screen({"replicas": alone}) if "replica" in line]
+    problem = alone | {"problem": "Redis cannot be used."}
+    assert "warning: Redis cannot be used." in screen({"replicas": problem})
+
+
 OTHERS: tuple[object, ...] = (
     *(None, True, 5, 10**400, math.nan, math.inf),
     *("\x1b[2J", "\ud800", [], [[3]], {}, {"\x1b": {}}),
@@ -130,6 +156,7 @@ def test_a_snapshot_of_another_form_is_shown_as_far_as_it_goes() -> None:
         "status": "ok",
         "uptime_seconds": 1,
         "warnings": [{"text": "hot"}],
+        "replicas": REPLICAS | {"items": [REPLICAS["items"][1], REPLICAS["items"][2]]},  # type: ignore[index]
         "now": {
             "texts_per_second": 1,
             "latency_ms": {"bulk": {"p50": 1}},

@@ -23,6 +23,7 @@ Pairs = tuple[tuple[str, str], ...]
 ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://(\*|(\*\.)?[a-z0-9._~!$&'()=;%-]+|\[[0-9a-f:.]+\])(:([0-9]{1,5}|\*))?", re.ASCII
 )
+REPLICA_NAME = re.compile(r"[!-~]([ -~]{0,126}[!-~])?", re.ASCII)
 PRINTABLE = KEY  # ASCII without spaces, as an address or a header takes it
 
 
@@ -59,8 +60,8 @@ def _absolute_path(value: Path) -> Path:
         raise ValueError("`~` stands for the home of a user that this machine does not know") from None
 
 
-def _base_url(value: str) -> str:
-    """An http(s) address without the `/v1` that OpenAI's clients end it with."""
+def _base_url(value: str, cure: str = "") -> str:
+    """An http(s) address without the `/v1` that OpenAI's clients end it with. `cure`: where a password belongs."""
     try:
         parts = urlsplit(value)
         usable = parts.scheme in ("http", "https") and parts.hostname is not None and parts.port != 0
@@ -69,7 +70,7 @@ def _base_url(value: str) -> str:
     if not usable or not PRINTABLE.fullmatch(value):
         raise ValueError("must be an address of the form http://host:port")
     if "@" in value:
-        raise ValueError("must hold no user name and no password; the key goes into GENERATION_API_KEY")
+        raise ValueError(f"must hold no user name and no password{cure}")
     if "?" in value or "#" in value:
         raise ValueError("must end with the path: no `?`, no `#`")
     return value.rstrip("/").removesuffix("/v1").rstrip("/")
@@ -429,6 +430,17 @@ class HttpSettings(SettingsGroup):
 
     host: str = Field("127.0.0.1", description="Address to bind. 0.0.0.0 opens the server to the network.")
     port: int = Field(8080, ge=0, le=65535, description="TCP port; 0 takes a free one.")
+    replica: str | None = Field(
+        None,
+        description="Name of this server among its replicas, of 1 to 128 printable ASCII characters: on the dashboard, "
+        "in `/health`, `/capabilities` and `vecmill_build_info`. Where it is set, also on every metric, on each line "
+        "of the log and on each answer, as `X-Replica`. Default: `hostname:port`.",
+    )
+    replica_url: str | None = Field(
+        None,
+        description="Address at which others reach this server, `http://host:port`: the dashboards of its replicas, "
+        "which REDIS_URL brings together, have it as a link. Default: none.",
+    )
     max_body_bytes: int = Field(
         33_554_432,
         ge=1024,
@@ -463,6 +475,20 @@ class HttpSettings(SettingsGroup):
         description="End the process with 1 when the device fails for good, so that a supervisor restarts it; false: "
         "stay, answering 503.",
     )
+
+    @field_validator("replica")
+    @classmethod
+    def _name(cls, value: str | None) -> str | None:
+        if value is not None and not REPLICA_NAME.fullmatch(value):
+            raise ValueError(
+                "must be 1 to 128 printable characters of ASCII without a space at an end, as it goes into a header"
+            )
+        return value
+
+    @field_validator("replica_url")
+    @classmethod
+    def _base(cls, value: str | None) -> str | None:
+        return None if value is None else _base_url(value)
 
 
 class AccessSettings(SettingsGroup):
@@ -585,7 +611,7 @@ class GenerationSettings(SettingsGroup):
     @field_validator("generation_url")
     @classmethod
     def _base(cls, value: str | None) -> str | None:
-        return None if value is None else _base_url(value)
+        return None if value is None else _base_url(value, "; the key goes into GENERATION_API_KEY")
 
     @field_validator("generation_api_key")
     @classmethod

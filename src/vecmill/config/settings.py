@@ -30,8 +30,10 @@ from vecmill.config.groups import (
 from vecmill.config.key_file import with_key_file
 from vecmill.core.errors import StartupError
 
-# Values that no sentence repeats. A wrong GENERATION_URL or REDIS_URL may hold a password.
-SECRETS = frozenset({"hf_token", "generation_url", "generation_api_key", "api_key", "admin_api_key", "redis_url"})
+# Values that no sentence repeats. A wrong address may hold a password.
+SECRETS = frozenset(
+    {"hf_token", "generation_url", "generation_api_key", "api_key", "admin_api_key", "redis_url", "replica_url"}
+)
 
 CLOSE = 0.85  # of difflib's ratio: an environment has many names that are nobody's mistake
 ASSIGNED = re.compile(r"^\s*(?:export\s+)?([A-Za-z_]\w*)\s*=", re.MULTILINE | re.ASCII)  # in a `.env`

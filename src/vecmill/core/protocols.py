@@ -1,6 +1,7 @@
 """What a room needs of the room below it, where an import contract keeps it from naming the class itself.
 
 `ForwardRunner`: the scheduler may not import the engine, which knows torch. `VectorStore`: SQLite's or Redis'.
+`ReplicaStore`: importing Redis' needs an extra.
 """
 
 from __future__ import annotations
@@ -103,5 +104,38 @@ class VectorStore(Protocol):
         ...
 
     def close(self) -> None:
+        """Close. Never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredReplica:
+    """What a server, or whoever else may write there, has left of itself."""
+
+    record: bytes | None
+    """None where it is too long, or no record at all."""
+    age_seconds: float
+    """Since it was written, by the store's own clock."""
+
+
+class ReplicaStore(Protocol):
+    """Where servers say of themselves that they are there. Every call but `close` may raise StoreFailed."""
+
+    async def write(self, record: bytes, *, name: bytes, own: bytes) -> bool:
+        """Put this server's record in the place of its last one; false where no place is free.
+
+        Records of servers with the same name begin with `name`, records of this server alone with `own`.
+        """
+        ...
+
+    async def read(self) -> Sequence[StoredReplica]:
+        """Everybody's."""
+        ...
+
+    async def remove(self, *, own: bytes) -> None:
+        """Remove this server's record."""
+        ...
+
+    async def close(self) -> None:
         """Close. Never raises."""
         ...

@@ -107,6 +107,7 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
     limits = services.settings.inference
     return {
         "version": __version__,
+        "replica": services.replica,
         "gpu_total_mb": memory and memory.total_mb,
         "gpu_allocated_mb": memory and memory.allocated_mb,
         "gpu_reserved_mb": memory and memory.reserved_mb,

@@ -34,6 +34,8 @@ async def health(request: Request, services: ServicesOf, response: Response) -> 
         "percent": round(percent),
         "message": message if told or phase is not Phase.FAILED else "failed; the log says why",
         "version": __version__,
+        # The default is the machine's name, which is not for strangers.
+        "replica": services.replica if told or services.settings.http.replica is not None else None,
         **_models(services),
         **_gpu(services),
         **_state(services, told=told),

@@ -26,14 +26,18 @@ REFUSED_FROM, FAULT_FROM = 400, 429  # a refusal that may be the server's own, o
 
 class RequestLog:
     """ASGI middleware, around all others: it answers with the client's `X-Request-ID` or one of its own, and writes a
-    line when the request is over.
+    line when the request is over. Where REPLICA is set, `X-Replica` says who answered.
 
     What was refused has a line at `info` or `warning`; so has, with LOG_REQUESTS, everything but successful reads.
     Those are at `debug`: health checks, Prometheus and the dashboard repeat them all day.
     """
 
-    def __init__(self, app: ASGIApp, log_requests: bool, tracing: Callable[[], Tracing | None]) -> None:
+    def __init__(
+        self, app: ASGIApp, log_requests: bool, tracing: Callable[[], Tracing | None], replica: str | None = None
+    ) -> None:
+        """`replica` is told to everyone, so it must be a name that was chosen for that: not the machine's own."""
         self._app = app
+        self._replica = replica
         self._usual_level = logging.INFO if log_requests else logging.DEBUG
         self._tracing = tracing
 
@@ -58,6 +62,8 @@ class RequestLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["X-Request-ID"] = request_id
+                if self._replica is not None:
+                    headers["X-Replica"] = self._replica
                 # Answers repeat what clients say; no browser may take one for a page.
                 headers.setdefault("X-Content-Type-Options", "nosniff")
             await send(message)

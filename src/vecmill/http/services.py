@@ -34,6 +34,8 @@ class Services:
     inference: Inference
     jobs: JobQueue
     batches: BatchService
+    replica: str
+    """The name of this server among its replicas."""
     cache: Callable[[], EmbeddingCache | None]
     """None where nothing is cached."""
     state: Callable[[], StateFolder | None]

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vecmill.app import Server, create_app
@@ -40,7 +41,7 @@ def run_server(settings: Settings, reread: Callable[[], Settings] = load_setting
 
     `reread` gives the settings as they are when SIGHUP comes. `remarks`: warnings for the log.
     """
-    configure_logging(settings.log.log_format, settings.log.log_level)
+    configure_logging(settings.log.log_format, settings.log.log_level, settings.http.replica)
     for remark in remarks:
         logger.warning(remark)
     notifier = Notifier(os.environ)
@@ -81,7 +82,7 @@ class _Process:
     async def run(self) -> None:
         """Serve until stopped."""
         address = address_of(self._listener)
-        app = create_app(self._settings, self._on_failure, _freeze)
+        app = create_app(_with_port(self._settings, self._listener), self._on_failure, _freeze)
         server: Server = app.state.server
         self._server = server
         server.health.listen(SystemdStatus(self._notifier, address).changed)
@@ -124,6 +125,11 @@ class _Process:
             self._stopping.tell()
         for reason in self._failures:
             logger.error(reason)
+
+
+def _with_port(settings: Settings, listener: socket.socket) -> Settings:
+    """With the port that is bound where PORT=0 left it open: replicas of one machine are told apart by it."""
+    return replace(settings, http=settings.http.model_copy(update={"port": listener.getsockname()[1]}))
 
 
 def _code_of(*, misconfigured: bool) -> int:

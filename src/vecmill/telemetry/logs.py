@@ -53,7 +53,7 @@ class TextFormatter(logging.Formatter):
 
 
 def extras(record: logging.LogRecord) -> dict[str, object]:
-    """The fields that the caller put into `extra`, as they may be written."""
+    """The fields that the caller put into `extra`, and the replica's name, as they may be written."""
     return {key: _bounded(value) for key, value in vars(record).items() if key not in STANDARD}
 
 
@@ -99,11 +99,21 @@ def _traceback(text: str) -> list[str]:
     return lines
 
 
-def configure_logging(log_format: str, level: str) -> None:
-    """Send vecmill's and uvicorn's log to stderr in one format; everything else from `warning` on."""
+def configure_logging(log_format: str, level: str, replica: str | None = None) -> None:
+    """Send vecmill's and uvicorn's log to stderr in one format; everything else from `warning` on.
+
+    `replica`: a field of each line, where it is given.
+    """
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if log_format == "json" else TextFormatter())
+    if replica is not None:
+        handler.addFilter(lambda record: _with_replica(record, replica))
     logging.root.handlers = [handler]
     logging.root.setLevel(logging.WARNING)
     logging.getLogger("vecmill").setLevel(level.upper())
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def _with_replica(record: logging.LogRecord, replica: str) -> bool:
+    record.replica = replica
+    return True

@@ -72,9 +72,14 @@ class Metrics:
     Counters and histograms are told of what happens; a `Measured` family is read when the metrics are asked for.
     Families made with `work=True` tell how much had to be computed, and so what was in the cache: with several keys and
     a common cache they are shown to those alone who may know everything.
+
+    `vecmill_build_info` has the replica's name, to be joined on Prometheus' own `instance`. With `everywhere` each
+    sample has it too: then series stay apart also where several servers are scraped at one address.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str = "", *, everywhere: bool = False) -> None:
+        self._replica = replica
+        self._labels = {"replica": replica} if everywhere else {}
         self._registry = CollectorRegistry()
         self._work: set[str] = set()
         self.described: list[MetricDescription] = []
@@ -93,8 +98,9 @@ class Metrics:
             "version": __version__,
             "python_version": platform.python_version(),
             "torch_version": version("torch"),
+            "replica": self._replica,
         }
-        build = "Versions of the server and of what it runs on"
+        build = "Versions of the server and of what it runs on, and its name among its replicas"
         Info("vecmill_build", build, registry=self._registry).info(versions)
         self._note("vecmill_build_info", "info", build, tuple(versions), work=False)
         # process_cpu_seconds_total and its like, by the names of every client library; empty but on Linux.
@@ -255,7 +261,7 @@ class Metrics:
 
         Without `work`, less the families that tell what had to be computed.
         """
-        shown = _Shown(self._registry, frozenset() if work else frozenset(self._work))
+        shown = _Shown(self._registry, frozenset() if work else frozenset(self._work), self._labels)
         if prefers_openmetrics(accept):
             return openmetrics.generate_latest(shown), OPENMETRICS  # type: ignore[no-untyped-call]
         return generate_latest(shown), TEXT_FORMAT
@@ -338,13 +344,20 @@ class Measured(Collector):
 
 
 class _Shown(Collector):
-    """A registry without some of its families."""
+    """A registry without some of its families, and with labels that all samples have."""
 
-    def __init__(self, registry: CollectorRegistry, hidden: frozenset[str]) -> None:
-        self._registry, self._hidden = registry, hidden
+    def __init__(self, registry: CollectorRegistry, hidden: frozenset[str], labels: Mapping[str, str]) -> None:
+        self._registry, self._hidden, self._labels = registry, hidden, labels
 
     def collect(self) -> Iterator[Metric]:
-        return (family for family in self._registry.collect() if family.name not in self._hidden)
+        for family in self._registry.collect():
+            if family.name in self._hidden:
+                continue
+            if self._labels:  # a family is made anew for each scrape
+                family.samples = [
+                    sample._replace(labels={**sample.labels, **self._labels}) for sample in family.samples
+                ]
+            yield family
 
 
 def prefers_openmetrics(accept: str) -> bool:

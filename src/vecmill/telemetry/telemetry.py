@@ -69,8 +69,9 @@ class Recording:
 class Telemetry:
     """Where the rooms above report. Belongs to the event loop's thread."""
 
-    def __init__(self) -> None:
-        self.metrics = Metrics()
+    def __init__(self, replica: str = "", *, everywhere: bool = False) -> None:
+        """`replica`: the server's name, a label of every metric if `everywhere`."""
+        self.metrics = Metrics(replica, everywhere=everywhere)
         self.rolling = Rolling()
         self.rates = Rates()
         self.refusals = Refusals()

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import floor
-from time import sleep
+from time import sleep, time
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +18,7 @@ from vecmill.tools.http_client import HttpClient, NotThere, ServerAddress
 
 SNAPSHOT = "/dashboard/snapshot"
 ANSWER_SECONDS = 10.0
-JOBS_SHOWN, BATCHES_SHOWN, USERS_SHOWN, MODELS_SHOWN = 10, 5, 8, 20
+JOBS_SHOWN, BATCHES_SHOWN, USERS_SHOWN, MODELS_SHOWN, REPLICAS_SHOWN = 10, 5, 8, 20, 16
 WARNINGS_SHOWN = 10
 LONGEST_TEXT = 500  # characters
 NAME_CHARACTERS = 28
@@ -127,6 +127,7 @@ def screen(snapshot: Item) -> list[str]:
     """A snapshot as lines. What is not known is `?`, or left out; so is what is of another form than it should be."""
     return [
         *_head(snapshot),
+        *_replicas(_object(snapshot.get("replicas")), snapshot.get("version")),
         *_now(_object(snapshot.get("now"))),
         *_machine(_object(snapshot.get("machine"))),
         *_models(_objects(snapshot.get("models"))),
@@ -146,6 +147,43 @@ def _head(snapshot: Item) -> list[str]:
     ]
     warnings = _objects(snapshot.get("warnings"))[:WARNINGS_SHOWN]
     return lines + [f"warning: {_plain(warning.get('text'))}" for warning in warnings]
+
+
+def _replicas(replicas: Item, version: Any) -> list[str]:
+    """Where there are several, or it is not known. What follows them is of the server that is asked alone."""
+    items, problem = _objects(replicas.get("items")), replicas.get("problem")
+    if len(items) < 2 and problem is None:
+        return []
+    totals = _object(replicas.get("totals"))
+    lines = [
+        "",
+        f"replicas: {_count(totals.get('ready'))} of {_count(replicas.get('count'))} ready, together "
+        f"{_rate(totals.get('texts_per_second'))} texts/s, "
+        f"{_count(_object(totals.get('queue')).get('texts'))} texts waiting",
+    ]
+    if problem is not None:
+        lines.append(f"warning: {_plain(problem)}")
+    rows = [
+        (
+            _name(item.get("replica")) + (" (asked)" if item.get("this") else ""),
+            _state_of_replica(item),
+            f"{_rate(item.get('texts_per_second'))} texts/s",
+            _ms(item.get("searches_p95_ms")),
+            f"{_count(_object(item.get('queue')).get('texts'))} texts",
+            _bytes(_object(item.get("memory")).get("ours_bytes")),
+            _name(item.get("version")) + ("" if item.get("version") == version else " (differs)"),
+        )
+        for item in items[:REPLICAS_SHOWN]
+    ]
+    return [*lines, *_table(("name", "state", "rate", "search p95", "waiting", "memory", "version"), rows)]
+
+
+def _state_of_replica(item: Item) -> str:
+    state = _name(item.get("status"))
+    since: Any = item.get("gone_since")
+    if _is_number(since):
+        return f"{state} for {_duration(max(0.0, time() - since))}"
+    return "ready" if state == "ok" else state
 
 
 def _now(now: Item) -> list[str]:

@@ -74,6 +74,8 @@ const table = new WorkTable({
   list: "batches",
   noun: "batch",
   factsOf,
+  first: "Name",
+  extraHead: "Files",
   extra: "td.files",
   fillExtra: fillFiles,
   empty: () => [h("p", "No batches."), h("p", "Upload a JSONL file of requests: the server works through it while nobody waits for answers.")],

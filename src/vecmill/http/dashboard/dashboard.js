@@ -11,6 +11,7 @@ import { openMachine, showMachine, watchMachine } from "./machine.js";
 import { showModels, watchModels } from "./models.js";
 import { showRefusals, showWho } from "./now.js";
 import { showPlayground, watchPlayground } from "./playground.js";
+import { showReplicas } from "./replicas.js";
 import { Feed, dropKey, hasKey, keepKey } from "./server.js";
 
 const LOOK_MS = 1000;
@@ -30,6 +31,8 @@ const STATES = /** @type {Record<string, string>} */ ({
 let latest = null;
 let receivedAt = 0;
 let askedSince = 0; // a tab that becomes visible has asked for nothing before
+
+for (const heading of document.querySelectorAll("section h2")) heading.closest("section")?.setAttribute("aria-labelledby", heading.id);
 
 // Tabs: links, so that each has an address of its own and the browser's way back.
 
@@ -95,6 +98,7 @@ function showSnapshot(snapshot) {
   receivedAt = Date.now();
   showState(snapshot.status, snapshot.status === "ok" ? "" : (snapshot.status_text ?? ""));
   showHead(snapshot);
+  showReplicas(snapshot);
   put(document, "version", snapshot.version);
   put(document, "uptime", known(snapshot.uptime_seconds) ? `up ${duration(snapshot.uptime_seconds)}` : "");
   byId("stale").hidden = true;

@@ -28,6 +28,12 @@ export function h(name, ...rest) {
   return element;
 }
 
+/** The head of a table, a column's words and classes as `Rate.number.wide`. @param {...string} columns */
+export const heads = (...columns) => h("thead", h("tr", columns.map((column) => {
+  const [words = "", ...classes] = column.split(".");
+  return h(["th", ...classes].join("."), { scope: "col" }, words);
+})));
+
 /** @param {Content[]} content */
 const nodes = (content) => /** @type {(string | Node)[]} */ (content.flat(2).filter((part) => typeof part === "object" ? part !== null : part));
 
@@ -106,9 +112,15 @@ export function showRows(list, items, keyOf, make, fill) {
 
 /** Whoever was at a row that goes must not be thrown back to the top of the page. @param {Element} list @param {Element} row */
 function leave(list, row) {
-  const heading = list.closest("section")?.querySelector("h2");
-  if (row.contains(document.activeElement)) heading?.focus();
+  if (row.contains(document.activeElement)) goTo(list);
   row.remove();
+}
+
+/** Keep the place of whoever was in a section: at its heading. @param {Element} inside */
+export function goTo(inside) {
+  const heading = inside.closest("section")?.querySelector("h2");
+  if (heading) heading.tabIndex = -1;
+  heading?.focus();
 }
 
 /**

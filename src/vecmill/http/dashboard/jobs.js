@@ -2,7 +2,7 @@
 
 /** @import { Job, Page, Query } from "./types" */
 
-import { ask, attempt, byId, h, refill, setText, time } from "./elements.js";
+import { ask, attempt, byId, goTo, h, refill, setText, time } from "./elements.js";
 import { count, duration, join, known, percent, plural, rate, unit, words } from "./format.js";
 import { call } from "./server.js";
 import { WorkTable, showDetail } from "./worktable.js";
@@ -53,6 +53,7 @@ function detailsOf(job) {
     ["Error", job.error],
     ["Client", job.instance_id],
     ["Key", job.key],
+    ["Last seen at", job.replica],
     ["Progress", progressOf(job)],
     ["Silence", warning],
     ["Rate", rate],
@@ -81,6 +82,8 @@ const table = new WorkTable({
   list: "jobs",
   noun: "job",
   factsOf,
+  first: "Project",
+  extraHead: "Began.wide.roomy",
   extra: "td.quiet.wide.roomy",
   fillExtra: (cell, job) => {
     const waits = job.status === "queued" && `waiting for ${duration(job.waiting_seconds)}`;
@@ -121,7 +124,7 @@ export const jobsQuery = () => ({ jobs_q: search.value.trim(), jobs_state: state
 async function clearEnded() {
   if (!(await ask("Forget the ended jobs?", "Completed and failed jobs leave the list for good.", "Forget them"))) return;
   await attempt("The ended jobs were not forgotten", () => call("DELETE", "jobs/recent"));
-  byId("jobs-heading").focus();
+  goTo(state);
   table.turnTo(1);
 }
 

@@ -2,7 +2,7 @@
 
 /** @import { Doctor, Machine, Maybe, Share } from "./types" */
 
-import { attempt, byId, field, h, refill, setText, time } from "./elements.js";
+import { attempt, byId, field, h, heads, refill, setText, time } from "./elements.js";
 import { UNKNOWN, bytes, count, join, known, share, unit } from "./format.js";
 import { call } from "./server.js";
 import { choice, codeBlock } from "./snippets.js";
@@ -113,7 +113,7 @@ function shownChecks(doctor) {
   if (checks.length === 0) return h("p.empty", doctor.running ? "It is looking. That may take some minutes; searches go first." : "It has not been run since the start: Run has it look at the machine.");
   const order = ["fail", "warn", "ok"];
   const sorted = [...checks].sort((one, other) => order.indexOf(one.status) - order.indexOf(other.status));
-  return h("table.checks", h("thead", h("tr", ["Check", "Verdict", "Seen", "Cure"].map((name) => h("th", { scope: "col" }, name)))),
+  return h("table.checks", heads("Check", "Verdict", "Seen", "Cure"),
     h("tbody", sorted.map((check) =>
       h("tr", { "data-status": check.status }, h("th", { scope: "row" }, check.name), h("td", h("span.badge", check.status)),
         h("td", check.seen), h("td", check.cure ? h("code", check.cure) : "")))));

@@ -35,12 +35,13 @@ class Machine:
     def view(self) -> dict[str, Any]:
         """All of it, as JSON."""
         return {
-            "memory": self._memory(),
+            "memory": self.memory_view(),
             "gpu": self._gpu(),
             "cpu": {"cores": os.cpu_count(), "process_ratio": self._cpu.ratio()},
         }
 
-    def _memory(self) -> dict[str, Any]:
+    def memory_view(self) -> dict[str, Any]:
+        """Its parts, as JSON; those of a GPU's own memory in `gpu`."""
         of_gpu = memory_of_gpu(self._services)
         has_own = self._services.gpu().gpu is not None or self._services.gpu_in_use()
         parts = {f"{name}_bytes": value for name, value in asdict(self.memory()).items()}

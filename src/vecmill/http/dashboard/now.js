@@ -2,8 +2,11 @@
 
 /** @import { Maybe, Refusal, Snapshot, User } from "./types" */
 
-import { byId, h, named, put, refill, setText, showRows, time } from "./elements.js";
+import { byId, h, heads, named, put, refill, setText, showRows, time } from "./elements.js";
 import { UNKNOWN, compact, count, join, known, plural, rate, words } from "./format.js";
+
+byId("who-table").prepend(heads("Client", "Job", "Texts/s.number", "Tokens/s.number.wide", "Requests.number.wide", "Last seen"));
+byId("refusals-table").prepend(heads("When", "Why", "Who.wide"));
 
 /** @param {Maybe<User[]>} users */
 export function showWho(users) {
@@ -20,8 +23,7 @@ const newUser = () =>
 /** @param {any} row @param {User} user */
 function fillUser(row, user) {
   const [who, job, texts, tokens, requests, seen] = row.cells;
-  setText(who.children[0], user.key ?? user.client ?? "unknown");
-  setText(who.children[1], user.key === null || user.key === undefined ? "" : (user.client ?? ""));
+  fillName(who, user);
   setText(job.firstChild, user.job ? named(user.job_name ?? user.job) : UNKNOWN);
   setText(texts, rate(user.texts_per_second));
   setText(tokens, compact(user.tokens_per_second));
@@ -56,8 +58,13 @@ function fillRefusal(row, refusal) {
   const [path, id] = why.querySelectorAll("code");
   setText(path, refusal.path ?? "no route");
   setText(id, refusal.request_id);
-  setText(who.children[0], refusal.key ?? refusal.client ?? "unknown");
-  setText(who.children[1], refusal.key === null || refusal.key === undefined ? "" : (refusal.client ?? ""));
+  fillName(who, refusal);
+}
+
+/** @param {any} cell @param {User | Refusal} who */
+function fillName(cell, { key, client }) {
+  setText(cell.children[0], key ?? client ?? "unknown");
+  setText(cell.children[1], (key ?? null) === null ? "" : (client ?? ""));
 }
 
 /** @param {HTMLElement} table @param {string} id @param {number} rows @param {string | null} none if it is known that there is none */

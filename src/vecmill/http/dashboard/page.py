@@ -42,15 +42,20 @@ COMMENTS = re.compile(rb"(?<!\S)//[^\n]*|/\*.*?\*/|<!--.*?-->", re.DOTALL)
 BLANKS = re.compile(rb"^\s+|[ \t]+$", re.MULTILINE)
 
 
-def _short(file: bytes) -> bytes:
-    return BLANKS.sub(b"", COMMENTS.sub(b"", file))
+# In a style sheet also those around punctuation; not the one before a colon, which selects what is below an element.
+AROUND = re.compile(rb"\s*([{};,])\s*|(?<=:)[ ]")
+
+
+def _short(file: bytes, name: str = "") -> bytes:
+    short = BLANKS.sub(b"", COMMENTS.sub(b"", file))
+    return AROUND.sub(rb"\1", short).replace(b";}", b"}") if name.endswith(".css") else short
 
 
 _HERE = files(__package__)
 _PAGE = _short(_HERE.joinpath("index.html").read_bytes())
 # Read once: a request can only ever choose among these.
 _STATIC = {
-    file.name: _short(file.read_bytes()) if folder is _HERE else file.read_bytes()
+    file.name: _short(file.read_bytes(), file.name) if folder is _HERE else file.read_bytes()
     for folder in (_HERE, _HERE.joinpath("vendor"))
     for file in folder.iterdir()
     if PurePath(file.name).suffix in MEDIA_TYPES

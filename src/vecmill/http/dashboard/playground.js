@@ -2,7 +2,7 @@
 
 /** @import { ListedModel, Snapshot } from "./types" */
 
-import { byId, h, put, refill } from "./elements.js";
+import { byId, h, heads, put, refill } from "./elements.js";
 import { count, join, known, milliseconds, plural } from "./format.js";
 import { call, CallFailed } from "./server.js";
 import { address, choice, clientsOf, codeBlock, programsOf } from "./snippets.js";
@@ -133,7 +133,6 @@ function compareBody() {
 /** @param {{ data: { embedding: number[] }[], usage?: { prompt_tokens?: number } }} answer @param {{ input: string[], model: string }} body @param {string} took */
 function showMatrix(answer, body, took) {
   const vectors = answer.data.map((entry) => entry.embedding);
-  const head = h("tr", h("td"), vectors.map((_, index) => h("th.number", { scope: "col" }, count(index + 1))));
   const rows = vectors.map((row, index) =>
     h("tr", h("th.text", { scope: "row", title: body.input[index] }, `${index + 1} `, h("bdi", body.input[index])),
       vectors.map((column) => cell(cosine(row, column)))),
@@ -144,7 +143,7 @@ function showMatrix(answer, body, took) {
     h("p.quiet", "Cosine similarity of each text to each other: 1 is the same direction, 0 nothing in common."),
     h("div.scroll", { tabindex: "0", role: "region", "aria-label": "Similarity of the texts" },
       h("table.matrix", { "aria-label": "Cosine similarity" },
-        h("thead", head), h("tbody", rows))),
+        heads("Text", ...vectors.map((_, index) => `${index + 1}.number`)), h("tbody", rows))),
     h("p.quiet", join(facts)),
   ];
 }
@@ -193,8 +192,7 @@ function showRanking(answer, body, took) {
     : `No reranker has scored this: the score is the ${method || "cosine"} of the embeddings of ${answer.model}, brought to 0 to 1${method === "cosine" ? " (0.5: nothing in common)" : ""}.`;
   return [
     h("div.scroll", { tabindex: "0", role: "region", "aria-label": "Ranking" },
-      h("table", h("caption", how), h("thead", h("tr", h("th.number", { scope: "col" }, "Place"),
-        h("th.number", { scope: "col" }, "Score, 0 to 1"), h("th", { scope: "col" }, "Document"))), h("tbody", rows))),
+      h("table", h("caption", how), heads("Place.number", "Score, 0 to 1.number", "Document"), h("tbody", rows))),
     h("p.quiet", join([plural(body.documents.length, "document"), plural(answer.meta?.tokens?.input_tokens, "token"), took])),
   ];
 }

@@ -146,7 +146,7 @@ class Sampler:
         if folder is None or folder.problem is not None:
             return None
         shared = self._services.settings.state.redis_url is not None
-        return folder.path / (f"{FILE}-{re.sub('[^A-Za-z0-9.-]', '-', self._replica)}" if shared else FILE)
+        return folder.path / (f"{FILE}-{_file_name(self._replica)}" if shared else FILE)
 
     async def _write(self) -> None:
         self._written_at = monotonic()
@@ -160,6 +160,11 @@ class Sampler:
             if not self._failing:
                 logger.warning("the history cannot be written to %s (%s)", path, error.strerror)
             self._failing = True
+
+
+def _file_name(replica: str) -> str:
+    """A name as a part of a file's; different ones stay different, but for `:` and `-`."""
+    return re.sub("[^A-Za-z0-9.-]", lambda one: "-" if one[0] == ":" else f"_{ord(one[0]):x}_", replica)
 
 
 def _read(path: Path) -> History | None:

@@ -20,6 +20,7 @@ from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.core.types import Lane, Viewer
 from vecmill.http.batches import batch_object
 from vecmill.http.dashboard.machine import Machine
+from vecmill.http.dashboard.replicas import Replicas, ReplicasView
 from vecmill.http.dashboard.sampling import waiting_tokens
 from vecmill.http.health import status_of
 from vecmill.http.models import models_snapshot
@@ -64,8 +65,8 @@ class SnapshotView:
 class Snapshots:
     """Makes them. Belongs to the event loop's thread."""
 
-    def __init__(self, app: FastAPI, services: Services, machine: Machine, replica: str) -> None:
-        self._services, self._machine, self._replica = services, machine, replica
+    def __init__(self, app: FastAPI, services: Services, machine: Machine, replicas: Replicas) -> None:
+        self._services, self._machine, self._replicas = services, machine, replicas
         self._words = ClientWords(app)
 
     async def of(self, view: SnapshotView) -> dict[str, Any]:
@@ -74,24 +75,26 @@ class Snapshots:
         batches = services.batches.seen(view.viewer)
         if refusals:
             await self._words.learn()
+        replicas = await self._replicas.look()
         status, text = status_of(services)
         _, percent, _ = services.health.snapshot()
         return {
             "at": round(time(), 3),
             "version": __version__,
             "uptime_seconds": round(services.telemetry.rolling.uptime, 1),
-            "replica": self._replica,
+            "replica": self._replicas.name,
             "status": status,
             "status_text": text,
             "percent": round(percent),
             "ready": status == "ok",
             "is_admin": view.everything,
             "keys_in_use": services.keys_in_use(),
-            "warnings": self._machine.warnings(),
+            "warnings": [*self._machine.warnings(), *replicas.warnings()],
+            "replicas": replicas.as_json(everything=view.everything),
             "now": self._now(view),
             "who": self._who(view, batches),
             "refusals": [self._refusal(refusal) for refusal in refusals],
-            "jobs": self._jobs(view),
+            "jobs": self._jobs(view, replicas),
             "batches": await self._batches(view, batches),
             "models": models_snapshot(services, view.viewer),
             "machine": self._machine.view(),
@@ -188,14 +191,18 @@ class Snapshots:
             "key": refusal.key,
         }
 
-    def _jobs(self, view: SnapshotView) -> dict[str, Any]:
+    def _jobs(self, view: SnapshotView, replicas: ReplicasView) -> dict[str, Any]:
         query, jobs = view.query, self._services.jobs
         wanted = JobQuery(query.jobs_text, query.jobs_status, (query.jobs_page - 1) * PAGE_SIZE, PAGE_SIZE)
         page, views = jobs.page(wanted, view.viewer)
         number, pages = paged(query.jobs_page, page.total)
         if number != query.jobs_page:  # there are fewer than there were
             page, views = jobs.page(replace(wanted, first=(number - 1) * PAGE_SIZE), view.viewer)
-        items = [views.detailed(job) | {"key": self._services.key_name(job.owner)} for job in page.jobs]
+        items = [
+            views.detailed(job)
+            | {"key": self._services.key_name(job.owner), "replica": replicas.replica_of_job(job.id)}
+            for job in page.jobs
+        ]
         return {"counts": page.counts, "total": page.total, "page": number, "pages": pages, "items": items}
 
     async def _batches(self, view: SnapshotView, batches: Sequence[BatchRecord]) -> dict[str, Any]:

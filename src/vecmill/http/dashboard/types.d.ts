@@ -23,6 +23,7 @@ export interface Snapshot {
   is_admin: boolean;
   keys_in_use: boolean;
   warnings: Warning[];
+  replicas?: Maybe<Replicas>;
   now: Maybe<Now>;
   who: Maybe<User[]>;
   refusals: Maybe<Refusal[]>;
@@ -35,6 +36,33 @@ export interface Snapshot {
 export interface Warning {
   name: string;
   text: string;
+}
+
+/** The servers that share Redis; who they are is for administrators. */
+export interface Replicas {
+  count: number;
+  /** Records in Redis that are none. */
+  unreadable: number;
+  problem: Maybe<string>;
+  totals: Maybe<{ ready: number; texts_per_second: Maybe<number>; requests_per_second: Maybe<number>; queue: Queue }>;
+  items: Maybe<Replica[]>;
+}
+
+/** What a server says of itself, of another version perhaps. */
+export interface Replica {
+  replica: string;
+  id: string;
+  this: boolean;
+  url: Maybe<string>;
+  version: Maybe<string>;
+  status: Maybe<string>;
+  gone_since: Maybe<number>;
+  uptime_seconds: Maybe<number>;
+  texts_per_second: Maybe<number>;
+  searches_p95_ms: Maybe<number>;
+  queue: Queue;
+  memory: { ours_bytes: Maybe<number>; total_bytes: Maybe<number> };
+  models: { id: Maybe<string> }[];
 }
 
 export interface Latency {
@@ -123,6 +151,7 @@ export interface Job {
   given_up_in_seconds?: Maybe<number>;
   waiting_seconds?: Maybe<number>;
   key?: Maybe<string>;
+  replica?: Maybe<string>;
 }
 
 export interface Batch {

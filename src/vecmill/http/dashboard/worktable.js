@@ -3,7 +3,7 @@
 
 /** @import { Page } from "./types" */
 
-import { around, ask, attempt, byId, h, field, named, put, refill, setBar, setName, setOrHide, setText, showRows, tell } from "./elements.js";
+import { around, ask, attempt, byId, field, goTo, h, heads, named, put, refill, setBar, setName, setOrHide, setText, showRows, tell } from "./elements.js";
 import { UNKNOWN, count, join, known, words } from "./format.js";
 import { call } from "./server.js";
 
@@ -28,8 +28,10 @@ const ROWS = 25; // on a page
  * @typedef {object} Kind
  * @property {string} list its name, as in the ids of index.html
  * @property {string} noun
+ * @property {string} first the head of the first column
  * @property {(item: T) => Facts} factsOf
  * @property {string} extra the element of the last column but one
+ * @property {string} extraHead
  * @property {(cell: any, item: T, name: string) => void} fillExtra
  * @property {(kind: string) => any} empty what is shown in place of no rows: `unknown`, `none` or `none found`
  * @property {() => boolean} [isChosen] whether only some are asked for
@@ -49,8 +51,11 @@ export class WorkTable {
   /** @param {Kind<T>} kind */
   constructor(kind) {
     this.kind = kind;
-    const { list } = kind;
+    const { list, first, extraHead } = kind;
     this.table = byId(`${list}-table`);
+    const head = heads(first, "State", "Progress", "Rate.number.wide", "Time left.number.wide", extraHead, "");
+    head.rows[0].lastChild.append(h("span.unseen", "Cancel"));
+    this.table.prepend(head);
     this.table.addEventListener("click", (/** @type {Event} */ event) => {
       const button = around(event, "[data-action]");
       const item = this.shown.get(button?.closest("tr").dataset.key);
@@ -129,7 +134,7 @@ export class WorkTable {
     setBar(row.querySelector("progress"), facts.done, facts.total, `Progress of ${name}`);
     this.kind.fillExtra(row.cells[5], item, name);
     const cancel = row.querySelector("[data-action=cancel]");
-    if (!facts.isOpen && cancel === document.activeElement) byId(`${this.kind.list}-heading`).focus();
+    if (!facts.isOpen && cancel === document.activeElement) goTo(row);
     cancel.hidden = !facts.isOpen;
     cancel.setAttribute("aria-label", `Cancel ${name}`);
   }
