@@ -21,8 +21,9 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields
 from math import ceil
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -82,7 +83,7 @@ class Reaction:
     @property
     def total(self) -> float:
         """From the rush until requests come."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        return sum(astuple(self))
 
 
 def simulate(assumed: Assumptions, draw: random.Random) -> Reaction:
@@ -157,13 +158,13 @@ def markdown() -> list[str]:
 
 def shortest_and_longest(assumed: Assumptions) -> tuple[float, float]:
     """The bounds that no draw can pass."""
-    low, high = (replace(assumed, **_ends(assumed, end)) for end in (0, 1))
+    low, high = (Assumptions(**_ends(assumed, end)) for end in (0, 1))
     return _bound(low, phases=0), _bound(high, phases=1)
 
 
-def _ends(assumed: Assumptions, end: int) -> dict[str, tuple[float, float]]:
-    pairs = {name: value for name, value in asdict(assumed).items() if isinstance(value, tuple)}
-    return {name: (value[end], value[end]) for name, value in pairs.items()}
+def _ends(assumed: Assumptions, end: int) -> dict[str, Any]:
+    """All of it, with one end of each range for the whole."""
+    return {name: (value[end],) * 2 if isinstance(value, tuple) else value for name, value in asdict(assumed).items()}
 
 
 def _bound(assumed: Assumptions, phases: int) -> float:

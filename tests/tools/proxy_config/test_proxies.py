@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 
 import httpx
 import pytest
@@ -44,7 +45,9 @@ def counts(replicas: Sequence[Service]) -> Counts:
     return Counts(replicas)
 
 
-def ask(running: Proxy, number: int, size: int = 0, **headers: str) -> httpx.Response:
+def ask(
+    running: Proxy, number: int, headers: Mapping[str, str] = MappingProxyType({}), size: int = 0
+) -> httpx.Response:
     body = {"input": [f"text {number}", *texts(size)][: None if size else 1]}
     answer = running.http.post("/v1/embeddings", json=body, headers={"Cache-Control": "no-store", **headers})
     assert answer.status_code == 200, answer.text
@@ -61,7 +64,7 @@ def test_a_jobs_texts_stay_on_one_replica(behind: Proxy, counts: Counts) -> None
     owners = []
     for job in range(8):
         with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda number: ask(behind, number, **{"X-Job-ID": f"job-{job}"}), range(4)))  # noqa: B023
+            list(pool.map(lambda number: ask(behind, number, {"X-Job-ID": f"job-{job}"}), range(4)))  # noqa: B023
         new = counts.new()
         assert sorted(new) == [0, 4]
         owners.append(new.index(4))
@@ -71,18 +74,19 @@ def test_a_jobs_texts_stay_on_one_replica(behind: Proxy, counts: Counts) -> None
 @pytest.mark.parametrize("headers", [{"X-Priority": "bulk"}, {"X-Priority": "5"}, {}])
 def test_other_bulk_stays_with_its_client(behind: Proxy, counts: Counts, headers: dict[str, str]) -> None:
     for number in range(6):
-        ask(behind, number, 0 if headers else BIG, **headers)
+        ask(behind, number, headers, 0 if headers else BIG)
     assert sorted(counts.new()) == [0, 6]
 
 
 def test_what_says_that_it_is_a_search_is_one(behind: Proxy, counts: Counts) -> None:
+    headers = {"X-Priority": "interactive", "X-Job-ID": "j"}
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda n: ask(behind, n, BIG, **{"X-Priority": "interactive", "X-Job-ID": "j"}), range(16)))
+        list(pool.map(lambda n: ask(behind, n, headers, BIG), range(16)))
     assert min(counts.new()) >= 3
 
 
 def test_jobs_files_and_batches_are_found_again_without_redis(behind: Proxy) -> None:
-    for key in ("", "Bearer one", "Bearer two", "Bearer three"):
+    for key in ("", "Bearer one"):
         headers = {"Authorization": key} if key else {}
         http = httpx.Client(base_url=behind.http.base_url, headers=headers)
         with http:
@@ -129,14 +133,14 @@ def test_bodies_have_the_servers_limits(behind: Proxy, counts: Counts) -> None:
     assert answer.headers["X-Request-ID"]
     assert behind.http.post("/v1/files", content=b" " * 1_100_000).status_code == 413
     assert counts.new() == [0, 0]
-    ask(behind, 1, 150_000)
+    ask(behind, 1, size=150_000)
 
 
 def test_a_request_has_one_id_in_all_logs(behind: Proxy, replicas: Sequence[Service]) -> None:
     name = f"mine-{behind.kind}"
-    answer = ask(behind, 1, **{"X-Request-ID": name})
+    answer = ask(behind, 1, {"X-Request-ID": name})
     assert answer.headers["X-Request-ID"] == name
-    made = ask(behind, 2, **{"X-Request-ID": "no good"}).headers["X-Request-ID"]
+    made = ask(behind, 2, {"X-Request-ID": "no good"}).headers["X-Request-ID"]
     assert made != "no good"
     for request_id in (name, made):
         until(lambda: any(f'"request_id":"{request_id}"' in each.log() for each in replicas))  # noqa: B023
@@ -144,7 +148,7 @@ def test_a_request_has_one_id_in_all_logs(behind: Proxy, replicas: Sequence[Serv
 
 def test_the_servers_learn_who_asks(behind: Proxy, replicas: Sequence[Service]) -> None:
     """The client's own address is 127.0.0.1, whose word the servers take here: so they look at the one before it."""
-    ask(behind, 1, **{"X-Forwarded-For": "203.0.113.9"})
+    ask(behind, 1, {"X-Forwarded-For": "203.0.113.9"})
     assert any("203.0.113.9" in json.dumps(each.get("/dashboard/snapshot")["who"]) for each in replicas)
 
 

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -110,11 +111,12 @@ def judge_docker(info: dict[str, Any], *, has_gpu: bool) -> Finding:
 # What the configurations of `vecmill proxy-config` need, and where Debian reads them.
 LEAST = {"haproxy": (2, 6), "nginx": (1, 18)}
 PLACES = {"haproxy": "/etc/haproxy/haproxy.cfg", "nginx": "/etc/nginx/nginx.conf"}
-CHECKS_OWN = {"haproxy": ("-c", "-q", "-f"), "nginx": ("-t", "-q", "-c")}
+CHECKS_OWN = {"haproxy": ("-c", "-f"), "nginx": ("-t", "-q", "-c")}
 OURS = "# Written by `vecmill proxy-config`"
 SERVER = re.compile(r"^ *server (?:\S+:\d+ )?([\w.:\[\]-]+:\d+)(?: id | max_fails)(?!.* ssl )", re.MULTILINE)
 MOST_ASKED, ASK_SECONDS = 32, 2.0
 BESIDE_PATH = "/usr/sbin"
+FIRST_ERROR = '"$0" "$@" 2>&1 | grep -E -m 1 "ALERT|emerg"'
 
 
 def check_proxies(context: DoctorContext) -> Finding:
@@ -144,18 +146,19 @@ def _proxy(name: str, path: str, place: Path, *, trusted: bool) -> Finding:
     if not text.startswith(OURS):
         return ok(f"{seen}; {place} is not one of `vecmill proxy-config`", **{name: seen})
     if os.access(place, os.W_OK):  # to check it, both open what only root may
-        problem = ended(path, *CHECKS_OWN[name], str(place)).problem
-        if problem:
-            return warn(
-                f"{seen} refuses {place}: {problem}", f"{path} {CHECKS_OWN[name][0]} {CHECKS_OWN[name][2]} {place}"
-            )
+        command = (path, *CHECKS_OWN[name], str(place))
+        if problem := ended(*command).problem:
+            # Both begin with what is no error.
+            problem = ended("sh", "-c", FIRST_ERROR, *command).stdout.strip() or problem
+            return warn(f"{seen} refuses {place}: {problem}", " ".join(word for word in command if word != "-q"))
     return judge_replicas(seen, replicas_of(text), trusted=trusted)
 
 
 def judge_replicas(seen: str, replicas: Sequence[str], *, trusted: bool) -> Finding:
     """By the servers that the configuration names: whether they are ready, and whether they are told who asks."""
     asked = replicas[:MOST_ASKED]
-    unready = [replica for replica in asked if not _ready(replica)]
+    with ThreadPoolExecutor(MOST_ASKED) as pool:
+        unready = [replica for replica, ready in zip(asked, pool.map(_ready, asked), strict=True) if not ready]
     seen += f" before {len(replicas)} servers, {len(asked) - len(unready)} of {len(asked)} ready"
     if unready:
         return warn(f"{seen}; not: {', '.join(unready)}", f"curl http://{unready[0]}/ready", unready=unready)
