@@ -21,7 +21,7 @@ import json
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import ceil
 from typing import Any
 
@@ -83,7 +83,7 @@ class Reaction:
     @property
     def total(self) -> float:
         """From the rush until requests come."""
-        return sum(astuple(self))
+        return self.seen + self.decided + self.placed + self.loaded + self.reached
 
 
 def simulate(assumed: Assumptions, draw: random.Random) -> Reaction:
