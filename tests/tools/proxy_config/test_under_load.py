@@ -192,6 +192,7 @@ def test_what_may_change_something_is_sent_once(kind: str, tmp_path: Path) -> No
 
 
 @pytest.mark.nightly
+@pytest.mark.timeout(900)
 @each_kind
 def test_restarts_and_kills_for_long(kind: str, new_services: NewServices, tmp_path: Path) -> None:
     """Three servers; again and again one, by a seeded choice, is killed or drained, and started again."""
