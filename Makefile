@@ -37,7 +37,7 @@ PAGE := tests/http/page
 PAGE_TOOLS := $(PAGE)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix reference chromium redis systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix reference chromium redis proxies systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -45,7 +45,7 @@ help:  ## Show this list.
 serve: $(VENV)/.serve  ## Run the server on the bundled model. Options: ARGS="--port 9000", TORCH_INDEX=https://... (where torch is from).
 	@$(BIN)/vecmill serve $(ARGS)
 
-test: $(VENV)/.dev $(PAGE_TOOLS) chromium redis systemd java  ## Run the tests but for those of the night. Options: ARGS="-k jobs".
+test: $(VENV)/.dev $(PAGE_TOOLS) chromium redis proxies systemd java  ## Run the tests but for those of the night. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest $(BESIDE) -m 'not benchmark and not nightly' $(ARGS)
 
 # Nothing is started, and rooms in which nearly everything is are not even looked at.
@@ -54,7 +54,7 @@ STARTING := checkpoints clients deployment docker faults serve tools
 quick: $(VENV)/.dev  ## Run the tests that start nothing, in less than a minute. Options: ARGS="-k jobs".
 	$(BIN)/python -m pytest --numprocesses 2 -m 'not ($(STARTS))' tests $(STARTING:%=--ignore tests/%) $(ARGS)
 
-test-all: $(VENV)/.dev $(PAGE_TOOLS) chromium redis systemd java  ## Run every test, with repetitions and tiny runs of the benchmarks.
+test-all: $(VENV)/.dev $(PAGE_TOOLS) chromium redis proxies systemd java  ## Run every test, with repetitions and tiny runs of the benchmarks.
 	$(BIN)/python -m pytest $(BESIDE) $(ARGS)
 
 test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Python's and JavaScript's, against real servers.
@@ -72,7 +72,7 @@ test-lowest: $(LOWEST)/.installed  ## Run the tests of the models, the engine an
 
 check: lint test  ## Run everything: format, lint, types, import contracts, tests.
 
-coverage: $(VENV)/.dev $(PAGE_TOOLS) chromium redis systemd java  ## Run every test and say which lines none of them reaches.
+coverage: $(VENV)/.dev $(PAGE_TOOLS) chromium redis proxies systemd java  ## Run every test and say which lines none of them reaches.
 	$(BIN)/python -m pytest $(BESIDE) --cov --cov-report=term $(ARGS)
 
 lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
@@ -154,6 +154,12 @@ chromium:
 # What several servers share their state by is tested with a real one.
 redis:
 	$(call program,redis-server,redis-server,The tests of REDIS_URL need redis-server)
+
+# What stands before several servers is tested with real ones. Debian puts them where not every user's PATH is.
+proxies: export PATH := $(PATH):/usr/sbin
+proxies:
+	$(call program,haproxy,haproxy,The tests of proxy-config need HAProxy)
+	$(call program,nginx,nginx,The tests of proxy-config need nginx)
 
 # The services that deploy.py writes are checked by systemd's own tool; it need not run.
 systemd:

@@ -326,6 +326,10 @@ class Server:
         loading = self._loaded is None and self.health.snapshot()[0] is not Phase.FAILED
         return loading or (self._engine is not None and self._engine.alive)
 
+    def begin_to_drain(self) -> None:
+        """Be unready, so that what balances the load sends its requests elsewhere; those that come are still taken."""
+        self.health.update(Phase.DRAINING, 100, "stopping: requests are still taken for a moment (DRAIN_SECONDS)")
+
     def begin_to_stop(self) -> None:
         """Refuse new work; end whoever follows the jobs, which have no end of their own."""
         self.health.update(Phase.DRAINING, 100, "stopping: requests in progress are answered")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import redis
@@ -17,14 +19,21 @@ from tests.api_document import DOCUMENT
 from tests.docker.parts import DEFAULTS, DOCKER, K8S, OTHERS, SETTINGS, dockerfile, manifests, of_kind, selected
 from tests.redis_server import redis_server
 from vecmill.config import load_settings
+from vecmill.models.source import GPU_DEFAULTS
 from vecmill.serve.stopping import CLOSING_SECONDS
 
 VERSION = "1.37"
 FOLDERS = ("base", "overlays/single-node", "overlays/replicas", "overlays/replicas-keda")
+RAY = "overlays/ray"
+EVERY = (*FOLDERS, RAY)
 OPERATOR = {"ServiceMonitor", "PrometheusRule"}
+# Of KubeRay 1.7, https://github.com/ray-project/kuberay/blob/v1.7.0/ray-operator/config/crd/bases/ray.io_rayservices.yaml:
+# version v1 without descriptions; what the API itself defines, as the templates of pods, is left open.
+RAY_SERVICE = Path(__file__).with_name("rayservice.schema.json")
 CLUSTER_WIDE = {"Namespace"}
 
 each_folder = pytest.mark.parametrize("folder", FOLDERS)
+every_folder = pytest.mark.parametrize("folder", EVERY)
 
 
 def _server(folder: str) -> dict[str, Any]:
@@ -58,18 +67,57 @@ def _workloads(folder: str) -> list[dict[str, Any]]:
     return [one for one in manifests(folder) if one["kind"] in ("StatefulSet", "Deployment")]
 
 
-@each_folder
+@every_folder
 def test_every_object_is_what_the_api_takes(folder: str) -> None:
     from cloudcoil.models.keda import v1alpha1 as keda  # seconds to import, for this test alone
     from cloudcoil.models.prometheus_operator import v1 as operator
 
     for one in manifests(folder):
-        if one["kind"] in OPERATOR or one["kind"] == "ScaledObject":
+        if one["kind"] == "RayService":
+            check_ray_service(one)
+        elif one["kind"] in OPERATOR or one["kind"] == "ScaledObject":
             # These types drop fields that they do not know: none may be lost.
             parsed = getattr(operator if one["kind"] in OPERATOR else keda, one["kind"]).model_validate(one)
             assert json.loads(parsed.model_dump_json(by_alias=True, exclude_unset=True)) == one
         else:
             kubernetes_validate.validate(one, VERSION, strict=True)
+
+
+def check_ray_service(one: dict[str, Any]) -> None:
+    """By KubeRay's own schema, and each template of pods by the API's."""
+    jsonschema.validate(one, json.loads(RAY_SERVICE.read_text("utf-8")))
+    for template in _ray_templates(one):
+        pod = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "x"}, "template": template}
+        kubernetes_validate.validate(pod, VERSION, strict=True)
+
+
+def _ray_templates(one: dict[str, Any]) -> list[dict[str, Any]]:
+    cluster = one["spec"]["rayClusterConfig"]
+    return [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+
+
+def _ray_service() -> dict[str, Any]:
+    return of_kind(manifests(RAY), "RayService")["vecmill"]
+
+
+@pytest.mark.parametrize(
+    "path", [("spec",), ("spec", "rayClusterConfig"), ("spec", "rayClusterConfig", "headGroupSpec")]
+)
+def test_a_field_that_kuberay_does_not_know_is_refused(path: tuple[str, ...]) -> None:
+    wrong = deepcopy(_ray_service())
+    part = wrong
+    for name in path:
+        part = part[name]
+    part["replica"] = 1
+    with pytest.raises(jsonschema.ValidationError, match="replica"):
+        check_ray_service(wrong)
+
+
+def test_a_field_of_its_pods_that_the_api_does_not_know_is_refused() -> None:
+    wrong = deepcopy(_ray_service())
+    _ray_templates(wrong)[1]["spec"]["container"] = []
+    with pytest.raises(kubernetes_validate.ValidationError, match="container"):
+        check_ray_service(wrong)
 
 
 def test_a_field_that_the_api_does_not_know_is_refused() -> None:
@@ -78,7 +126,7 @@ def test_a_field_that_the_api_does_not_know_is_refused() -> None:
         kubernetes_validate.validate(wrong, VERSION, strict=True)
 
 
-@each_folder
+@every_folder
 def test_all_is_in_one_namespace(folder: str) -> None:
     objects = manifests(folder)
     assert set(of_kind(objects, "Namespace")) == {"vecmill"}
@@ -265,8 +313,70 @@ def test_keda_scales_the_servers_in_place_of_the_other_autoscaler() -> None:
     other = of_kind(manifests("overlays/replicas"), "HorizontalPodAutoscaler")["vecmill"]["spec"]
     assert (spec["minReplicaCount"], spec["maxReplicaCount"]) == (other["minReplicas"], other["maxReplicas"])
     assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"] == other["behavior"]
-    (trigger,) = spec["triggers"]
-    assert trigger["metadata"]["threshold"] == other["metrics"][0]["pods"]["target"]["averageValue"]
+    assert spec["triggers"][0]["metadata"]["threshold"] == other["metrics"][0]["pods"]["target"]["averageValue"]
+
+
+def test_keda_has_a_trigger_for_each_model() -> None:
+    """For those that `auto` gives on a GPU."""
+    folder = "overlays/replicas-keda"
+    assert {_settings(folder)[name] for name in ("EMBED_MODEL", "RERANK_MODEL")} == {"auto"}
+    triggers = of_kind(manifests(folder), "ScaledObject")["vecmill"]["spec"]["triggers"]
+    assert len({trigger["name"] for trigger in triggers}) == len(triggers)
+    for trigger, model in zip(triggers, GPU_DEFAULTS.values(), strict=True):
+        query = trigger["metadata"]["query"]
+        assert query == (
+            f'sum(vecmill_queued_tokens{{namespace="vecmill",model="{model}"}}) '
+            f'or 0 * sum(vecmill_ready{{namespace="vecmill"}})'
+        )
+        assert trigger["metadata"]["ignoreNullValues"] == "false"
+        assert int(trigger["metadata"]["threshold"]) > 0
+
+
+def test_rays_replicas_have_a_gpu_each_and_share_redis() -> None:
+    spec = _ray_service()["spec"]
+    (application,) = yaml.safe_load(spec["serveConfigV2"])["applications"]
+    assert application["import_path"] == "vecmill.cluster:build"
+    arguments = application["args"]
+    cluster = spec["rayClusterConfig"]
+    (group,) = cluster["workerGroupSpecs"]
+    assert (group["minReplicas"], group["maxReplicas"]) == (arguments["min_replicas"], arguments["max_replicas"])
+    head, worker = _ray_templates(_ray_service())
+    assert worker["spec"]["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == arguments["num_gpus"] == 1
+    assert "nvidia.com/gpu" not in head["spec"]["containers"][0]["resources"]["limits"]
+    assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+
+    objects = manifests(RAY)
+    host, _, port = cluster["gcsFaultToleranceOptions"]["redisAddress"].partition(":")
+    assert int(port) in [each["port"] for each in of_kind(objects, "Service")[host]["spec"]["ports"]]
+    policy = of_kind(objects, "NetworkPolicy")["redis"]["spec"]
+    (source,) = policy["ingress"][0]["from"]
+    assert all(selected(source["podSelector"]["matchLabels"], each["metadata"]["labels"]) for each in (head, worker))
+
+
+def test_rays_pods_are_as_the_servers() -> None:
+    objects = manifests(RAY)
+    (settings,) = of_kind(objects, "ConfigMap").values()
+    load_settings({name.lower(): value for name, value in settings["data"].items()})
+    assert urlsplit(settings["data"]["REDIS_URL"]).hostname in of_kind(objects, "Service")
+    claims = of_kind(objects, "PersistentVolumeClaim")
+    shutdown = int(settings["data"].get("SHUTDOWN_SECONDS", DEFAULTS["SHUTDOWN_SECONDS"]))
+    for template in _ray_templates(_ray_service()):
+        pod, (container,) = template["spec"], template["spec"]["containers"]
+        assert pod["securityContext"] == _pod("base")["securityContext"]
+        assert container["securityContext"].items() <= _container("base")["securityContext"].items()
+        assert container["image"] == f"vecmill-ray:{vecmill.__version__}"
+        assert {"configMapRef": {"name": settings["metadata"]["name"]}} in container["envFrom"]
+        assert {"secretRef": {"name": "vecmill", "optional": True}} in container["envFrom"]
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        assert set(volumes) == {mount["name"] for mount in container["volumeMounts"]}
+        assert {one["persistentVolumeClaim"]["claimName"] for one in volumes.values() if "emptyDir" not in one} <= {
+            *claims
+        }
+    worker = _ray_templates(_ray_service())[1]["spec"]
+    assert worker["terminationGracePeriodSeconds"] >= shutdown + 10
+    assert _ray_service()["spec"]["rayClusterDeletionDelaySeconds"] >= shutdown
+    mounts = {mount["mountPath"] for mount in worker["containers"][0]["volumeMounts"]}
+    assert mounts == {*json.loads(dockerfile("Dockerfile").one("VOLUME")), "/tmp"}
 
 
 def test_the_monitor_reads_each_pod_once() -> None:
@@ -282,12 +392,13 @@ def test_the_monitor_reads_each_pod_once() -> None:
 
 
 def test_the_operators_kinds_are_left_out_where_it_may_be_missing() -> None:
-    for folder in ("base", "overlays/single-node"):
+    for folder in ("base", "overlays/single-node", RAY):
         assert not {one["kind"] for one in manifests(folder)} & OPERATOR
 
 
 def test_every_file_is_part_of_something() -> None:
     lists = [yaml.safe_load(path.read_text("utf-8")) for path in K8S.rglob("kustomization.yaml")]
     named = {Path(entry).name for one in lists for entry in one["resources"]}
+    named |= {name for one in lists for name in one.get("configurations", ())}
     files = {path.name for path in K8S.rglob("*.yaml")} - {"kustomization.yaml", "prometheus-adapter-values.yaml"}
     assert files <= named

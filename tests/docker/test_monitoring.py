@@ -57,8 +57,8 @@ def _of_adapter() -> dict[str, str]:
 
 
 def _of_keda() -> dict[str, str]:
-    (trigger,) = of_kind(manifests("overlays/replicas-keda"), "ScaledObject")["vecmill"]["spec"]["triggers"]
-    return {"KEDA": trigger["metadata"]["query"]}
+    triggers = of_kind(manifests("overlays/replicas-keda"), "ScaledObject")["vecmill"]["spec"]["triggers"]
+    return {f"KEDA {trigger['name']}": trigger["metadata"]["query"] for trigger in triggers}
 
 
 QUERIES = {**_of_dashboard(), **_of_alerts(), **_of_adapter(), **_of_keda()}

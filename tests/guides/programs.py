@@ -88,6 +88,7 @@ PROGRAMS: Mapping[str, Program] = {
     ),
     "echo": program(source="bash"),
     "free": program("-h", source=MAN),
+    "haproxy": program("-c -f=", source=MAN),
     "git": program(source=MAN, clone=program(), pull=program(), checkout=program(), log=program("--oneline -1 -5")),
     "kubectl": program(
         "-n= --namespace=",
@@ -116,6 +117,8 @@ PROGRAMS: Mapping[str, Program] = {
     ),
     "mkdir": program("-p", source=MAN),
     "nginx": program("-t -s= -c=", source=MAN),
+    "netplan": program(source=MAN, apply=program()),
+    "ping": program("-c=", source=MAN),
     "nvidia-smi": program(
         "-q -L -l= -d= -rgc --query-gpu= --query-compute-apps= --format=",
         source="https://docs.nvidia.com/deploy/nvidia-smi/",

@@ -355,3 +355,30 @@ async def test_every_route_refuses_work_or_is_known_to_bring_none() -> None:
             answer = await client.post(path.replace("{hosted_model}", "m"), json={})
             assert answer.status_code == 503, path
             assert "shutting down" in answer.text
+
+
+def test_new_work_is_taken_until_the_drain_is_over(stopped: Service) -> None:
+    stopped.set(SHUTDOWN_SECONDS="60", DRAIN_SECONDS="2")
+    stopped.start()
+    began = time.monotonic()
+    stop(stopped)
+    until(lambda: stopped.http.get("/ready").status_code == 503)
+    assert stopped.http.get("/health").json()["status"] == "draining"
+    for path, body, _ in work("drained"):
+        assert stopped.http.post(path, json=body).status_code == 200
+    assert stopped.http.get("/ready").headers.get("Connection") != "close"  # whoever balances keeps its connection
+    assert stopped.ended_with() == 0
+    assert 2 <= time.monotonic() - began < 20
+    assert "all answered" in stopped.log()
+
+
+def test_the_second_signal_ends_the_drain_too(stopped: Service) -> None:
+    stopped.set(SHUTDOWN_SECONDS="60", DRAIN_SECONDS="50")
+    stopped.start()
+    began = time.monotonic()
+    stop(stopped)
+    until(lambda: stopped.http.get("/ready").status_code == 503)
+    stopped.signal(signal.SIGTERM)
+    assert stopped.ended_with() == 0
+    assert time.monotonic() - began < 20
+    stopped.set(DRAIN_SECONDS="0")

@@ -470,6 +470,12 @@ class HttpSettings(SettingsGroup):
         description="Seconds that requests in progress get to finish after SIGTERM; what is not done by then is "
         "answered with 503, and the process ends at most 5 seconds later.",
     )
+    drain_seconds: float = Field(
+        0,
+        ge=0,
+        description="Seconds after SIGTERM, part of SHUTDOWN_SECONDS, in which /ready is 503 and new work is still "
+        "taken: so long what balances the load may need to see it. 0: new work is refused at once.",
+    )
     exit_on_failure: bool = Field(
         True,
         description="End the process with 1 when the device fails for good, so that a supervisor restarts it; false: "

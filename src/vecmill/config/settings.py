@@ -174,10 +174,21 @@ def _revision_of_several_models(settings: Settings) -> str | None:
     )
 
 
+def _drain_longer_than_stop(settings: Settings) -> str | None:
+    drain, stop = settings.http.drain_seconds, settings.http.shutdown_seconds
+    if drain < stop:
+        return None
+    return (
+        f"DRAIN_SECONDS={drain:g} leaves nothing of SHUTDOWN_SECONDS={stop} to answer requests in progress: "
+        f"raise SHUTDOWN_SECONDS or lower DRAIN_SECONDS."
+    )
+
+
 CONTRADICTIONS: tuple[Callable[[Settings], str | None], ...] = (
     _client_batch_never_admitted,
     _more_rows_than_tokens,
     _input_longer_than_batch,
     _half_precision_on_cpu,
     _revision_of_several_models,
+    _drain_longer_than_stop,
 )

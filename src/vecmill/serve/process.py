@@ -87,8 +87,7 @@ class _Process:
         self._server = server
         server.health.listen(SystemdStatus(self._notifier, address).changed)
         http = HttpServer(app, self._settings.http, server.requests.end)
-        seconds = self._settings.http.shutdown_seconds
-        stopping = self._stopping = Stopping(server, http, seconds, self._notifier, self._last_resort)
+        stopping = self._stopping = Stopping(server, http, self._settings.http, self._notifier, self._last_resort)
         reloading = Reloading(server, self._settings, self._reread, self._notifier)
         for number in STOP:
             on_signal(number, stopping.signalled)

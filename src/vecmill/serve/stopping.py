@@ -10,9 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 
 from vecmill.app import Server
+from vecmill.config import HttpSettings
 from vecmill.serve.http_server import LAST_ANSWERS, HttpServer
 from vecmill.serve.systemd import MICROSECONDS, Notifier
 
@@ -27,11 +29,12 @@ class Stopping:
     """One stop, from the signal to the end of the last answer. Belongs to the event loop's thread."""
 
     def __init__(
-        self, server: Server, http: HttpServer, seconds: float, notifier: Notifier, last_resort: LastResort
+        self, server: Server, http: HttpServer, settings: HttpSettings, notifier: Notifier, last_resort: LastResort
     ) -> None:
         self._server = server
         self._http = http
-        self._seconds = seconds
+        self._seconds: float = settings.shutdown_seconds
+        self._drain_seconds = settings.drain_seconds
         self._notifier = notifier
         self._last_resort = last_resort
         self._hurry = asyncio.Event()
@@ -65,10 +68,12 @@ class Stopping:
             STATUS=f"stopping: {count} requests in progress",
             EXTEND_TIMEOUT_USEC=int((self._seconds + CLOSING_SECONDS) * MICROSECONDS),
         )
+        await self._drain()
         self._server.begin_to_stop()
         settled = asyncio.create_task(self._settled())
         hurry = asyncio.create_task(self._hurry.wait())
-        await asyncio.wait({settled, hurry}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
+        left = self._began + self._seconds - monotonic()
+        await asyncio.wait({settled, hurry}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
         if not settled.done():
             requests.end()
             await asyncio.wait({settled}, timeout=LAST_ANSWERS)
@@ -76,6 +81,14 @@ class Stopping:
             task.cancel()
         await asyncio.gather(settled, hurry, return_exceptions=True)
         self._http.close_within(0 if self._hurry.is_set() else self._began + self._seconds - monotonic())
+
+    async def _drain(self) -> None:
+        """Take new work for DRAIN_SECONDS more, unready; not where there is no device to do it, nor after a second
+        signal."""
+        if self._drain_seconds and self._server.trouble is None:
+            self._server.begin_to_drain()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), self._drain_seconds)
 
     async def _settled(self) -> None:
         """Whoever came before the stop is answered, and the batches are where they can be taken up."""

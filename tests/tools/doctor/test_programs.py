@@ -1,4 +1,4 @@
-"""Other programs: the compiler, Tailscale, Docker. Executables in their place answer as the real ones do."""
+"""Other programs: the compiler, Tailscale, Docker, proxies. Executables in their place answer as the real ones do."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.servers import RunningServer, free_port
 from tests.tools.doctor.command_line import check, checks
+from tests.tools.proxy_config.proxies import program, written
 from vecmill.tools.doctor import context
 from vecmill.tools.doctor.checks import programs
 from vecmill.tools.doctor.findings import FindingStatus
@@ -107,3 +109,70 @@ def test_a_program_that_cannot_be_run(path: Path) -> None:
     (path / "docker").write_bytes(b"\x7fELF of another machine")
     (path / "docker").chmod(0o755)
     assert "cannot be run (Exec format error)" in check("docker")["seen"]
+
+
+@pytest.fixture
+def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Where the configurations of both proxies are."""
+    found = {name: tmp_path / f"{name}.conf" for name in programs.PLACES}
+    monkeypatch.setattr(programs, "PLACES", {name: str(place) for name, place in found.items()})
+    return found
+
+
+def test_no_proxy_is_needed_for_one_server(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(programs, "BESIDE_PATH", str(path))
+    found = check("proxies")
+    assert (found["status"], "neither HAProxy nor nginx" in found["seen"]) == ("ok", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "script", "seen"),
+    [
+        ("haproxy", "echo 'HAProxy version 2.4.22-0ubuntu0.22.04.3 2023/12/04'", "haproxy 2.4 is too old"),
+        ("nginx", "echo 'nginx version: nginx/1.14.2' >&2", "nginx 1.14 is too old"),
+        ("nginx", "echo 'no such library' >&2; exit 127", "no such library"),
+    ],
+)
+def test_proxies_that_are_of_no_use(
+    path: Path, monkeypatch: pytest.MonkeyPatch, name: str, script: str, seen: str
+) -> None:
+    monkeypatch.setattr(programs, "BESIDE_PATH", str(path))
+    monkeypatch.setenv("PATH", f"{path}:/bin")
+    put(path, name, script)
+    (path / ({"haproxy", "nginx"} - {name}).pop()).unlink(missing_ok=True)
+    found = check("proxies")
+    assert (found["status"], seen in found["seen"]) == ("warn", True), found
+
+
+def test_another_configuration_is_none_of_ours(places: dict[str, Path]) -> None:
+    program("haproxy")
+    places["haproxy"].write_text("global\n")
+    found = check("proxies")
+    assert found["status"] == "ok"
+    assert "is not one of `vecmill proxy-config`" in found["seen"]
+
+
+def test_a_proxy_before_servers(places: dict[str, Path], server: RunningServer) -> None:
+    nobody = f"http://127.0.0.1:{free_port()}"
+    program("haproxy")
+    places["haproxy"].write_text(written("haproxy", [server.url]))
+    well = check("proxies", TRUSTED_PROXIES="127.0.0.1")
+    assert (well["status"], "before 1 servers, 1 of 1 ready" in well["seen"]) == ("ok", True), well
+    one_client = check("proxies")
+    assert (one_client["status"], "TRUSTED_PROXIES" in one_client["cure"]) == ("warn", True)
+    places["haproxy"].write_text(written("haproxy", [server.url, nobody]))
+    unready = check("proxies", TRUSTED_PROXIES="127.0.0.1")
+    assert (unready["status"], unready["details"]["unready"]) == ("warn", [nobody.removeprefix("http://")])
+    places["haproxy"].write_text(written("haproxy", [server.url]).replace("balance leastconn", "balance wrongly"))
+    wrong = check("proxies", TRUSTED_PROXIES="127.0.0.1")
+    assert (
+        wrong["status"],
+        "balance only supports" in wrong["seen"],
+        "haproxy -c -f" in wrong["cure"],
+    ) == ("warn", True, True), wrong
+
+
+@pytest.mark.parametrize("kind", ["haproxy", "nginx"])
+def test_the_servers_of_a_configuration_are_found_in_it(kind: str) -> None:
+    urls = ["http://10.0.0.1:8001", "http://spark-b:8001", "http://[fd7a::1]:8001"]
+    assert programs.replicas_of(written(kind, urls)) == [url.removeprefix("http://") for url in urls]

@@ -1,4 +1,4 @@
-"""Other programs, where they are installed: Tailscale and Docker.
+"""Other programs, where they are installed: Tailscale, Docker, and HAProxy and nginx before several servers.
 
 Sources: https://tailscale.com/docs/reference/tailscale-cli (`status --json`, `serve status --json`);
 https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install-guide.html
@@ -7,12 +7,17 @@ https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
-from vecmill.tools.doctor.context import DoctorContext, ended
-from vecmill.tools.doctor.findings import Finding, ok, warn
+from vecmill.tools.doctor.context import DoctorContext, ended, within
+from vecmill.tools.doctor.findings import Finding, ok, together, warn
+from vecmill.tools.http_client import get_here
 
 
 def check_tailscale(context: DoctorContext) -> Finding:
@@ -101,3 +106,87 @@ def judge_docker(info: dict[str, Any], *, has_gpu: bool) -> Finding:
     if nvidia:
         return ok(f"{seen}, with NVIDIA's runtime", version=info["ServerVersion"])
     return warn(f"{seen}, without NVIDIA's runtime: containers see no GPU", RUNTIME, version=info["ServerVersion"])
+
+
+# What the configurations of `vecmill proxy-config` need, and where Debian reads them.
+LEAST = {"haproxy": (2, 6), "nginx": (1, 18)}
+PLACES = {"haproxy": "/etc/haproxy/haproxy.cfg", "nginx": "/etc/nginx/nginx.conf"}
+CHECKS_OWN = {"haproxy": ("-c", "-f"), "nginx": ("-t", "-q", "-c")}
+OURS = "# Written by `vecmill proxy-config`"
+SERVER = re.compile(r"^ *server (?:\S+:\d+ )?([\w.:\[\]-]+:\d+)(?: id | max_fails)(?!.* ssl )", re.MULTILINE)
+MOST_ASKED, ASK_SECONDS = 32, 2.0
+BESIDE_PATH = "/usr/sbin"
+FIRST_ERROR = '"$0" "$@" 2>&1 | grep -E -m 1 "ALERT|emerg"'
+
+
+def check_proxies(context: DoctorContext) -> Finding:
+    """Ask each for its version, and for its opinion of a configuration that this project wrote."""
+    found = {name: path for name in LEAST if (path := _program(name)) is not None}
+    if not found:
+        return ok("neither HAProxy nor nginx is installed; several servers need one of them, or Ray")
+    trusted = bool(context.settings.access.trusted_proxies)
+    return together(_proxy(name, path, Path(PLACES[name]), trusted=trusted) for name, path in found.items())
+
+
+def _program(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path=BESIDE_PATH)
+
+
+def _proxy(name: str, path: str, place: Path, *, trusted: bool) -> Finding:
+    answer = ended(path, "-v")
+    # nginx writes it to stderr, of which the first line is kept only where it failed.
+    version = _version(answer.stdout) or _version(ended("sh", "-c", '"$0" -v 2>&1', path).stdout)
+    if version is None:
+        return warn(f"{name} is installed, and does not say its version: {answer.problem or answer.stdout[:100]}")
+    seen = f"{name} {'.'.join(map(str, version))}"
+    if version < LEAST[name]:
+        least = ".".join(map(str, LEAST[name]))
+        return warn(f"{seen} is too old for `vecmill proxy-config`, which needs {least}", f"Install {name} {least}")
+    text = _text(place)
+    if not text.startswith(OURS):
+        return ok(f"{seen}; {place} is not one of `vecmill proxy-config`", **{name: seen})
+    if os.access(place, os.W_OK):  # to check it, both open what only root may
+        command = (path, *CHECKS_OWN[name], str(place))
+        if problem := ended(*command).problem:
+            # Both begin with what is no error.
+            problem = ended("sh", "-c", FIRST_ERROR, *command).stdout.strip() or problem
+            return warn(f"{seen} refuses {place}: {problem}", " ".join(word for word in command if word != "-q"))
+    return judge_replicas(seen, replicas_of(text), trusted=trusted)
+
+
+def judge_replicas(seen: str, replicas: Sequence[str], *, trusted: bool) -> Finding:
+    """By the servers that the configuration names: whether they are ready, and whether they are told who asks."""
+    asked = replicas[:MOST_ASKED]
+    with ThreadPoolExecutor(MOST_ASKED) as pool:
+        unready = [replica for replica, ready in zip(asked, pool.map(_ready, asked), strict=True) if not ready]
+    seen += f" before {len(replicas)} servers, {len(asked) - len(unready)} of {len(asked)} ready"
+    if unready:
+        return warn(f"{seen}; not: {', '.join(unready)}", f"curl http://{unready[0]}/ready", unready=unready)
+    if not trusted:
+        return warn(
+            f"{seen}; TRUSTED_PROXIES is not set here, so that all its clients are one address to a server",
+            "Set TRUSTED_PROXIES to the proxy's address on every server, so that clients take turns",
+        )
+    return ok(seen, replicas=list(replicas))
+
+
+def replicas_of(text: str) -> list[str]:
+    """The addresses of the servers in a configuration, each once, but for those over TLS."""
+    return list(dict.fromkeys(SERVER.findall(text)))
+
+
+def _ready(replica: str) -> bool:
+    answer = within(ASK_SECONDS, lambda: get_here(f"http://{replica}/ready", ASK_SECONDS))
+    return answer is not None and answer.is_success
+
+
+def _version(text: str) -> tuple[int, int] | None:
+    found = re.search(r"(?:version|nginx/)\s*(\d+)\.(\d+)", text)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _text(place: Path) -> str:
+    try:
+        return place.read_text("utf-8", errors="replace")
+    except OSError:
+        return ""
