@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +29,18 @@ class Longest:
 
 
 @asynccontextmanager
-async def longest_stall() -> AsyncIterator[Longest]:
-    """Of this event loop, while the block runs."""
+async def longest_stall(clock: Callable[[], float] = perf_counter) -> AsyncIterator[Longest]:
+    """Of this event loop, while the block runs.
+
+    `clock`: `thread_time` counts what the loop's own thread does, however busy the machine is.
+    """
     longest = Longest()
 
     async def turn() -> None:
-        last = perf_counter()
+        last = clock()
         while True:
             await asyncio.sleep(TURN_SECONDS)
-            now = perf_counter()
+            now = clock()
             longest.saw(now - last)
             last = now
 

@@ -397,7 +397,7 @@ async def test_readers_who_each_look_at_something_else_leave_time_for_others(cli
     queries = [SnapshotQuery(str(number)) for number in range(40)]
     views = [SnapshotView(None, everything=True, shows_work=True, query=query) for query in queries]
     readers = [live.follow(view) for view in [*views, *views]]
-    async with longest_stall() as stall:
+    async with longest_stall(thread_time) as stall:
         seen = await asyncio.gather(*(anext(snapshots) for snapshots in readers))
     assert [orjson.loads(snapshot)["looked_for"] for snapshot in seen] == [str(number) for number in range(40)] * 2
     assert stall.seconds < 0.4  # of 0.8 that all of them take
