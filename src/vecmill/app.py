@@ -150,6 +150,8 @@ class Server:
             # Importing OpenTelemetry takes a while.
             self.tracing = await asyncio.to_thread(open_tracing, self._settings.log.otlp_endpoint, os.environ)
             await self.state.open()
+            if self.state.key_use is not None:
+                self.inference.admission.share(self.state.key_use)
             await self.sampler.start()
 
     async def load(self) -> None:
@@ -346,6 +348,7 @@ class Server:
             self._engine.close()
         self._threads.shutdown()
         await self.sampler.close()
+        await self.inference.admission.close()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
         if self.tracing is not None:

@@ -11,7 +11,7 @@ from vecmill.batches.service import BatchService
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
-from vecmill.core.protocols import VectorStore
+from vecmill.core.protocols import SharedUse, VectorStore
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.local import LocalJobs
 from vecmill.jobs.queue import JobQueue, JobStore
@@ -33,6 +33,8 @@ class State:
         """Held from `open` to `close`; None also where another server holds it."""
         self.cache: EmbeddingCache | None = None
         """None where nothing is cached."""
+        self.key_use: SharedUse | None = None
+        """What keys have in progress at all servers; None where no others share this server's limits."""
         self.jobs = JobQueue(settings.jobs, telemetry.rates)
         self.batches = BatchService(settings.batches, settings.http.max_body_bytes, telemetry)
         self._looking: asyncio.Task[None] | None = None
@@ -52,11 +54,15 @@ class State:
         """Go on with what was kept. Where it cannot be read now, the server serves all the same.
 
         Raises:
-            StartupError: another server holds the folder, or the extra `redis` is missing.
+            StartupError: another server holds the folder, the extra `redis` is missing, or Redis cannot be used as it
+                is configured.
         """
         settings = self._settings.state
         folder = StateFolder.open(settings.state_dir, shared=settings.redis_url is not None)
         self.folder = folder
+        if (url := self._redis_url()) is not None:
+            self.key_use = _redis_store("redis_limits", "RedisUse", url)
+            await import_module("vecmill.storage.redis_connection").check_usable(url)
         self.cache = self._open_cache(folder)
         self.batches.open(folder.path, folder.problem)
         await self.jobs.open(self._job_store(folder))
@@ -88,7 +94,7 @@ class State:
             return None
         store: VectorStore
         if url is not None:
-            store = _redis_store("RedisVectors", url)
+            store = _redis_store("redis", "RedisVectors", url, settings.cache_max_bytes)
         else:
             store = SqliteVectors(folder.path / "cache.db", settings.cache_max_bytes)
         return EmbeddingCache(store, settings.cache_dtype)
@@ -96,7 +102,7 @@ class State:
     def _job_store(self, folder: StateFolder) -> JobStore:
         settings, url = self._settings.jobs, self._redis_url()
         if url is not None:
-            return SharedJobs(settings, _redis_store("RedisJobs", url))
+            return SharedJobs(settings, _redis_store("redis", "RedisJobs", url))
         return LocalJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
 
     def _redis_url(self) -> str | None:
@@ -115,13 +121,17 @@ class State:
             self.folder.close()
 
 
-def _redis_store(name: str, url: str) -> Any:
-    """A class of `storage.redis`, connected to `url`. Raises StartupError without the extra or for a bad address."""
+def _redis_store(module: str, name: str, url: str, *arguments: object) -> Any:
+    """A class of a module of `storage`, connected to `url`.
+
+    Raises:
+        StartupError: the extra is missing, or the address is bad.
+    """
     try:
-        store = getattr(import_module("vecmill.storage.redis"), name)
+        store = getattr(import_module(f"vecmill.storage.{module}"), name)
     except ModuleNotFoundError:
         raise StartupError("REDIS_URL needs the extra `redis`: pip install 'vecmill[redis]'.") from None
     try:
-        return store(url)
+        return store(url, *arguments)
     except (ValueError, TypeError):  # the message may repeat the address, which may have a password
         raise StartupError("REDIS_URL has an option or a part that Redis' client does not know.") from None

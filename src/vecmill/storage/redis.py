@@ -1,10 +1,9 @@
 """What several servers keep together in Redis, or Valkey: their jobs and their vectors. Needs the extra `redis`.
 
 Redis keeps to its own limit: `maxmemory` with the policy `volatile-lru` drops the least recently used vectors and never
-a job, which has no expiry.
+a job, which has no expiry. Where Redis would not drop vectors by itself, none are added before the jobs lack room.
 
-Sources: https://redis.readthedocs.io/en/stable/connections.html and
-https://redis.io/docs/latest/develop/using-commands/transactions/ (optimistic locking)
+Source: https://redis.io/docs/latest/develop/using-commands/transactions/ (optimistic locking)
 """
 
 from __future__ import annotations
@@ -13,23 +12,22 @@ import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from math import inf
+from time import monotonic
 from typing import cast
 
 from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, WatchError
 from redis.retry import Retry
 
 from vecmill.core.errors import JobsUnavailable
 from vecmill.core.protocols import JobChanges, StoredJobs, StoreFailed, StoreSize
+from vecmill.storage.redis_connection import JOBS_TIMEOUT_SECONDS, MemoryFacts, connect
 
 logger = logging.getLogger(__name__)
 
-JOBS_TIMEOUT_SECONDS = 1.0  # a client of the jobs waits meanwhile
 VECTORS_TIMEOUT_SECONDS = 0.25  # a search waits: computing a vector again is better than waiting long for it
-MAX_CONNECTIONS = 32
 
 JOBS = "vecmill:jobs"
 OPEN = f"{JOBS}:open"
@@ -41,25 +39,9 @@ META = f"{JOBS}:meta"
 
 VECTOR = b"vecmill:vector:"
 UNUSED_SECONDS = 30 * 86_400
+MAX_BYTES = 10_737_418_240  # as the default of CACHE_MAX_BYTES
+ROOM_EVERY_SECONDS = 5.0  # how old the account of Redis' memory may be
 SCANNED_AT_A_TIME = 1000
-
-
-def connect(url: str) -> AsyncRedis:
-    """A client that connects when it is first used, and reconnects after Redis was away. Answers are bytes.
-
-    Raises:
-        ValueError, TypeError: the client library does not know an option or a part of the address.
-    """
-    client = AsyncRedis.from_url(
-        url,
-        socket_timeout=JOBS_TIMEOUT_SECONDS,
-        socket_connect_timeout=JOBS_TIMEOUT_SECONDS,
-        retry=AsyncRetry(NoBackoff(), 1),  # once, for a connection that Redis has closed meanwhile
-        max_connections=MAX_CONNECTIONS,
-    )
-    # Does not connect yet. It raises here for an unknown option, which would otherwise raise at each use.
-    client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-    return client
 
 
 class RedisJobs:
@@ -128,8 +110,9 @@ def _unavailable(error: Exception) -> JobsUnavailable:
 class RedisVectors:
     """Bytes by key, shared."""
 
-    def __init__(self, url: str) -> None:
-        """Connects when it is first used, and reconnects after Redis was away.
+    def __init__(self, url: str, max_bytes: int = MAX_BYTES) -> None:
+        """Connects when it is first used, and reconnects after Redis was away. `max_bytes` counts where Redis has no
+        `maxmemory`.
 
         Raises:
             ValueError, TypeError: the client library does not know an option or a part of the address.
@@ -141,7 +124,9 @@ class RedisVectors:
             retry=Retry(NoBackoff(), 1),
         )
         self._redis.connection_pool.make_connection()  # not connected yet; it would raise at each use otherwise
-        self._checked = False
+        self._max_bytes = max_bytes
+        self._has_room, self._looked_at = True, -inf
+        self._told = ""
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -157,31 +142,33 @@ class RedisVectors:
         return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
 
     def put(self, entries: Mapping[bytes, bytes], used: Iterable[bytes]) -> int:
-        """Add entries, and keep those that were used for longer. Raises StoreFailed."""
+        """Add entries while there is room, and keep those that were used for longer; how many there was no room for.
+
+        Raises:
+            StoreFailed: Redis does not answer, or takes nothing.
+        """
         with self._failing():
-            self._check_policy()
+            if monotonic() - self._looked_at >= ROOM_EVERY_SECONDS:
+                self._look()
             pipeline = self._redis.pipeline(transaction=False)
-            for key, value in entries.items():
+            for key, value in entries.items() if self._has_room else ():
                 pipeline.set(VECTOR + key, value, ex=UNUSED_SECONDS)
             for key in used:
                 pipeline.expire(VECTOR + key, UNUSED_SECONDS)
             pipeline.execute()
-        return 0
+        return 0 if self._has_room else len(entries)
 
-    def _check_policy(self) -> None:
-        """Say once where Redis would refuse work, or drop jobs, in place of old vectors."""
-        if self._checked:
-            return
-        self._checked = True
-        info = cast(dict[str, object], self._redis.info("memory"))
-        policy = info.get("maxmemory_policy")
-        if not info.get("maxmemory") or policy != "volatile-lru":
-            logger.warning(
-                "Redis has maxmemory %s and the policy %s: set a limit, and maxmemory-policy volatile-lru, so that it "
-                "drops old vectors before anything else",
-                info.get("maxmemory_human"),
-                policy,
-            )
+    def _look(self) -> None:
+        """Find out whether there is room for vectors; say once where Redis' settings are not the right ones."""
+        facts = MemoryFacts.of(cast(dict[str, object], self._redis.info("memory")))
+        most = facts.max_vectors(self._max_bytes)
+        self._has_room, self._looked_at = most is None or facts.used < most, monotonic()
+        told = facts.problem() or ""
+        if not self._has_room:
+            told = f"Redis is full, so that no vectors are added: {told}"
+        if told and told != self._told:
+            logger.warning(told)
+        self._told = told
 
     def clear(self) -> int:
         """Drop every vector. Raises StoreFailed."""
@@ -206,20 +193,3 @@ class RedisVectors:
     def close(self) -> None:
         """Close the connections."""
         self._redis.close()
-
-
-def ping(url: str) -> str:
-    """Its version.
-
-    Raises:
-        StoreFailed: it does not answer, or not this user. The message has nothing of the address.
-    """
-    return asyncio.run(_version(url))
-
-
-async def _version(url: str) -> str:
-    try:
-        async with connect(url) as client:
-            return str((await client.info("server"))["redis_version"])
-    except (RedisError, OSError, ValueError, KeyError) as error:
-        raise StoreFailed(type(error).__name__) from None
