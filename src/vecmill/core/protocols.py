@@ -48,6 +48,8 @@ class StoredJobs:
     """What concerns all of them; None where nothing was ever written."""
     time: float = 0.0
     """Unix time by the store's own clock, where it has one."""
+    turn: bytes | None = None
+    """Of a server that the others let write first; None: everybody may."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 Redis keeps to its own limit: `maxmemory` with the policy `volatile-lru` drops the least recently used vectors and never
 a job, which has no expiry. Where Redis would not drop vectors by itself, none are added before the jobs lack room.
 
-Source: https://redis.io/docs/latest/develop/using-commands/transactions/ (optimistic locking)
+Source: https://redis.io/docs/latest/develop/programmability/eval-intro/ (scripts are atomic)
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from math import inf
 from time import monotonic
 from typing import cast
 
 from redis import Redis
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, WatchError
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from vecmill.core.errors import JobsUnavailable
@@ -37,6 +37,33 @@ ENDED = f"{JOBS}:ended"
 META = f"{JOBS}:meta"
 """Changes with every commit."""
 
+TURN = f"{JOBS}:turn"
+"""Of a server that lost too often; expires."""
+TURN_MS = 500
+
+# KEYS: OPEN, ENDED, META. ARGV: META as it was seen, as it is to be, whether this is all there is, the number up to
+# which ended jobs are forgotten; then three lists, each after its length: ids that are open no more, open jobs as id and
+# record, ended ones as number and record. Nothing is written if META is not what was seen.
+COMMIT = """
+if (redis.call('GET', KEYS[3]) or '') ~= ARGV[1] then return 0 end
+if ARGV[3] == '1' then redis.call('DEL', KEYS[1], KEYS[2]) end
+local at = 5
+local function each(parts, write)
+  local count = tonumber(ARGV[at])
+  at = at + 1
+  for _ = 1, count do
+    write(ARGV[at], ARGV[at + 1])
+    at = at + parts
+  end
+end
+each(1, function(id) redis.call('HDEL', KEYS[1], id) end)
+each(2, function(id, record) redis.call('HSET', KEYS[1], id, record) end)
+each(2, function(number, record) redis.call('ZADD', KEYS[2], number, record) end)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[4])
+redis.call('SET', KEYS[3], ARGV[2])
+return 1
+"""
+
 VECTOR = b"vecmill:vector:"
 UNUSED_SECONDS = 30 * 86_400
 MAX_BYTES = 10_737_418_240  # as the default of CACHE_MAX_BYTES
@@ -49,6 +76,7 @@ class RedisJobs:
 
     def __init__(self, url: str) -> None:
         self._redis = connect(url)
+        self._commit = self._redis.register_script(COMMIT)
 
     async def read(self, after: int) -> StoredJobs:
         """All at one moment, in one round trip; of the ended jobs those with a number above `after`.
@@ -62,11 +90,12 @@ class RedisJobs:
                 pipeline.get(META)
                 pipeline.hgetall(OPEN)
                 pipeline.zrange(ENDED, f"({after}", "+inf", byscore=True)
-                (seconds, microseconds), meta, opened, ended = await pipeline.execute()
+                pipeline.get(TURN)
+                (seconds, microseconds), meta, opened, ended, turn = await pipeline.execute()
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
-        records = {job_id.decode(): record for job_id, record in opened.items()}
-        return StoredJobs(records, ended, meta, seconds + microseconds / 1e6)
+        records = {job_id.decode(errors="replace"): record for job_id, record in opened.items()}
+        return StoredJobs(records, ended, meta, seconds + microseconds / 1e6, turn)
 
     async def commit(self, seen: bytes | None, changes: JobChanges) -> bool:
         """Write all of it if `meta` is still what was `seen`, else nothing; whether it was.
@@ -74,28 +103,37 @@ class RedisJobs:
         Raises:
             JobsUnavailable: Redis does not answer, or has no room.
         """
+        written: list[bytes | str | int] = [seen or b"", changes.meta, int(changes.whole), changes.forgotten]
+        for entries in (
+            [(job_id,) for job_id in changes.closed],
+            [*changes.open.items()],
+            changes.ended,
+        ):
+            written += [len(entries), *(part for entry in entries for part in entry)]
         try:
-            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS), self._redis.pipeline(transaction=True) as pipeline:
-                await pipeline.watch(META)
-                if await pipeline.get(META) != seen:
-                    return False
-                pipeline.multi()  # type: ignore[no-untyped-call]
-                if changes.whole:
-                    pipeline.delete(OPEN, ENDED)
-                if changes.closed:
-                    pipeline.hdel(OPEN, *changes.closed)
-                if changes.open:
-                    pipeline.hset(OPEN, items=[part for pair in changes.open.items() for part in pair])
-                if changes.ended:
-                    pipeline.zadd(ENDED, {record: number for number, record in changes.ended})
-                pipeline.zremrangebyscore(ENDED, "-inf", changes.forgotten)
-                pipeline.set(META, changes.meta)
-                await pipeline.execute()
-        except WatchError:
-            return False
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
+                return bool(await self._commit(keys=[OPEN, ENDED, META], args=written))
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
-        return True
+
+    async def take_turn(self, turn: bytes) -> bool:
+        """Ask the other servers to let this one write first, for a moment; whether nobody else has asked before.
+
+        Raises:
+            JobsUnavailable: Redis does not answer.
+        """
+        try:
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
+                return bool(await self._redis.set(TURN, turn, nx=True, px=TURN_MS))
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from None
+
+    async def end_turn(self, turn: bytes) -> None:
+        """Let the others go on. Where that fails, or this server was too slow, the turn expires by itself."""
+        with suppress(RedisError, OSError):
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
+                if await self._redis.get(TURN) == turn:
+                    await self._redis.delete(TURN)
 
     async def close(self) -> None:
         """Close the connections. Raises nothing."""
