@@ -31,6 +31,8 @@ class State:
         self._settings = settings
         self.folder: StateFolder | None = None
         """Held from `open` to `close`; None also where another server holds it."""
+        self._batch_folder: StateFolder | None = None
+        """The same where batches have a folder of their own."""
         self.cache: EmbeddingCache | None = None
         """None where nothing is cached."""
         self.key_use: SharedUse | None = None
@@ -64,7 +66,10 @@ class State:
             self.key_use = _redis_store("redis_limits", "RedisUse", url)
             await import_module("vecmill.storage.redis_connection").check_usable(url)
         self.cache = self._open_cache(folder)
-        self.batches.open(folder.path, folder.problem)
+        if (shared := self._settings.batches.batch_dir) is not None:
+            self._batch_folder = StateFolder.open(shared, shared=True, setting="BATCH_DIR")
+        files = self._batch_folder or folder
+        self.batches.open(files.path, files.problem, files.setting)
         await self.jobs.open(self._job_store(folder))
         self.jobs.start()
         self._looking = asyncio.create_task(self._look_again_and_again(), name="state folder")
@@ -72,6 +77,8 @@ class State:
     async def _look_again_and_again(self) -> None:
         while self.folder is not None:
             await asyncio.to_thread(self.folder.look)
+            if self._batch_folder is not None:
+                await asyncio.to_thread(self._batch_folder.look)
             await asyncio.sleep(LOOK_SECONDS)
 
     def problems(self) -> dict[str, str | None]:
@@ -81,7 +88,8 @@ class State:
         if self.cache is not None:
             cache = "The cache's store cannot be used." if self.cache.failing else local
         # Batches are in the folder whatever is in Redis.
-        batches = self.batches.problem or (self.folder.problem if self.folder else None)
+        files = self._batch_folder or self.folder
+        batches = self.batches.problem or (files.problem if files else None)
         return {"jobs": self.jobs.problem or local, "cache": cache, "batches": batches}
 
     def _folder_problem(self) -> str | None:
@@ -117,8 +125,9 @@ class State:
         await self.jobs.close()
         if self.cache is not None:
             await asyncio.to_thread(self.cache.close)
-        if self.folder is not None:
-            self.folder.close()
+        for folder in (self.folder, self._batch_folder):
+            if folder is not None:
+                folder.close()
 
 
 def _redis_store(module: str, name: str, url: str, *arguments: object) -> Any:

@@ -42,8 +42,8 @@ TURN = f"{JOBS}:turn"
 TURN_MS = 500
 
 # KEYS: OPEN, ENDED, META. ARGV: META as it was seen, as it is to be, whether this is all there is, the number up to
-# which ended jobs are forgotten; then three lists, each after its length: ids that are open no more, open jobs as id and
-# record, ended ones as number and record. Nothing is written if META is not what was seen.
+# which ended jobs are forgotten; then three lists, each after its length: ids open no more, open jobs as id and record,
+# ended ones as number and record. Nothing is written if META is not what was seen.
 COMMIT = """
 if (redis.call('GET', KEYS[3]) or '') ~= ARGV[1] then return 0 end
 if ARGV[3] == '1' then redis.call('DEL', KEYS[1], KEYS[2]) end

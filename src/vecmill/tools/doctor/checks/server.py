@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from vecmill import __version__
 from vecmill.core.errors import StartupError
 from vecmill.core.protocols import StoreFailed
-from vecmill.storage.files import FileLock, sync_folder, write_atomically
+from vecmill.storage.files import FileLock, sync_folder, unshared_locks, write_atomically
 from vecmill.tools.doctor.checks.models import existing
 from vecmill.tools.doctor.context import DoctorContext, RunningServer
 from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
@@ -82,6 +82,8 @@ def check_state(context: DoctorContext) -> Finding:
     """Write into it as the server does, and leave nothing behind."""
     redis = context.settings.state.redis_url
     parts = [_folder(context)]
+    if (shared := context.settings.batches.batch_dir) is not None:
+        parts.append(_batch_folder(shared))
     if redis is not None:
         parts.append(_redis(redis.get_secret_value()))
     return together(parts)
@@ -99,6 +101,22 @@ def _folder(context: DoctorContext) -> Finding:
     if _held(folder / "lock", shared=shared):
         return _judge_held(context, folder)
     return ok(f"STATE_DIR={folder} can be written{'' if folder.exists() else ', and is made at the start'}")
+
+
+def _batch_folder(folder: Path) -> Finding:
+    """Servers share it, so each must see the others' locks."""
+    named = f"BATCH_DIR={folder}"
+    if (trouble := unshared_locks(folder)) is not None:
+        return fail(f"{named} {trouble}", "sudo mount -o remount,local_lock=none, or name another folder.")
+    try:
+        _write(existing(folder))
+    except OSError as error:
+        return fail(
+            f"{named} cannot be written ({error.strerror})", "Set BATCH_DIR to a folder that this user may write."
+        )
+    if _held(folder / "lock", shared=True):
+        return fail(f"{named} is the STATE_DIR of a server", "Give batches that servers share a folder of their own.")
+    return ok(f"{named} can be written")
 
 
 def _write(folder: Path) -> None:
