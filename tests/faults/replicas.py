@@ -20,7 +20,7 @@ import httpx
 from tests.faults.service import Service, service, until
 
 LOADING = ("-m", "tests.slow_loading_server", "returns")
-POLL_SECONDS = 0.15
+POLLS_PER_SECOND = 80.0  # of all clients together
 ABANDONED = "abandoned"
 PATIENCE = 60.0  # seconds without any answer
 REFUSED = httpx.codes.SERVICE_UNAVAILABLE
@@ -89,7 +89,8 @@ class Seen:
 class Crowd:
     """Clients that index, each call at whichever server."""
 
-    def __init__(self, servers: Sequence[Service], seen: Seen, seed: int) -> None:
+    def __init__(self, servers: Sequence[Service], seen: Seen, seed: int, clients: int) -> None:
+        self._poll_seconds = clients / POLLS_PER_SECOND
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._servers = [httpx.AsyncClient(base_url=server.url, timeout=20, limits=limits) for server in servers]
         self._choose = random.Random(seed)
@@ -109,7 +110,7 @@ class Crowd:
         while (view := await self._call("GET", f"/jobs/{job}"))["status"] == "queued":
             assert position is None or view["position"] <= position, "a job was overtaken"
             position = view["position"]
-            await asyncio.sleep(POLL_SECONDS * (0.5 + self._choose.random()))
+            await asyncio.sleep(self._poll_seconds * (0.5 + self._choose.random()))
         assert view["status"] == "active", view
         self.seen.begin(job)
         if silent:

@@ -36,10 +36,12 @@ class StateFolder:
         hold it too, if they also open it as shared.
 
         Raises:
-            StartupObstacle: another server holds it. StartupError: it is to be shared and cannot be.
+            StartupObstacle: another server holds it. StartupError: it is BATCH_DIR, and other machines do not see locks.
         """
         if shared and (trouble := unshared_locks(path)) is not None:
-            raise StartupError(f"{setting}={path} {trouble}")
+            if setting == "BATCH_DIR":
+                raise StartupError(f"{setting}={path} {trouble}")
+            logger.warning("%s=%s %s Or let no other machine use it.", setting, path, trouble)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=path):
