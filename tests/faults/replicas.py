@@ -185,7 +185,8 @@ async def kill_at_random(servers: Sequence[Service], seed: int, pause: float, st
 
 def assert_first_come_first_served(jobs: Sequence[dict[str, Any]], places: int) -> None:
     """From the times of all jobs: they began in the order in which they came, and never more at one time."""
-    began = [job for job in sorted(jobs, key=lambda job: job["created_at"]) if "started_at" in job]
+    began = [job for job in jobs if "started_at" in job]
+    began.sort(key=lambda job: (job["created_at"], job["started_at"]))  # those of one commit came at one moment
     starts = [job["started_at"] for job in began]
     assert starts == sorted(starts)
     # Where one ends and another begins at one moment, the end is first.

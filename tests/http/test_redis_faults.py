@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from tests.conftest import serving
 from tests.hostile.keys import ANN, BEN, ask
@@ -100,8 +102,8 @@ async def test_jobs_are_503_and_embedding_goes_on(
 
 
 async def test_redis_that_still_loads_its_data(server: httpx.AsyncClient, port: int, tmp_path: Path) -> None:
-    slowly = ("--key-load-delay", "100000", "--loading-process-events-interval-bytes", "1024", "--rdbcompression", "no")
-    with redis_server(tmp_path, port=port) as url, redis.Redis.from_url(url) as client:
+    slowly = ("--key-load-delay", "100000", "--loading-process-events-interval-bytes", "1024")
+    with redis_server(tmp_path, "--rdbcompression", "no", port=port) as url, redis.Redis.from_url(url) as client:
         job = (await recovered(server, "POST", "/jobs", json=REGISTRATION))["job_id"]
         for number in range(30):
             client.set(f"of-another-program:{number}", "x" * 1500)
@@ -111,7 +113,7 @@ async def test_redis_that_still_loads_its_data(server: httpx.AsyncClient, port: 
         stdout=asyncio.subprocess.DEVNULL,
     )
     try:
-        with redis.Redis(port=port) as client:
+        with redis.Redis(port=port, retry=Retry(NoBackoff(), 0)) as client:
             while (said := await asyncio.to_thread(answer_of, client)) == "ConnectionError":
                 await asyncio.sleep(0.02)
             assert said == "BusyLoadingError"
@@ -191,7 +193,10 @@ async def test_what_only_another_setting_helps_stops_the_start(tmp_path: Path) -
 
 
 async def test_a_cluster_and_what_is_no_redis_stop_the_start(tmp_path: Path) -> None:
-    with redis_server(tmp_path, "--cluster-enabled", "yes") as url, pytest.raises(StartupError, match="cluster"):
+    with (
+        redis_server(tmp_path, "--cluster-enabled", "yes", "--cluster-port", str(free_port())) as url,
+        pytest.raises(StartupError, match="cluster"),
+    ):
         await check_usable(url)
 
     async def web(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

@@ -20,8 +20,10 @@ from vecmill.core.types import KeyLimits
 logger = logging.getLogger(__name__)
 
 MOST_WAITING = 4096  # of one key
-AGAIN_SECONDS = 0.1  # until a request that was refused by the limit is tried again: another server may be done
-RETRY_SECONDS = 1.0  # without the store after it has failed
+# Until a request that was refused by the limit is tried again, as another server may be done: longer each time.
+AGAIN_SECONDS, LONGEST_AGAIN_SECONDS = 0.01, 0.2
+RETRY_SECONDS = 5.0  # without the store after it has failed
+CLOSE_SECONDS = 2.0
 RENEW_SECONDS = 4.0  # a report expires after almost four times this
 
 
@@ -49,6 +51,7 @@ class SharedLimits:
         self._failed_at = -inf
         self._failing = False
         self._wake = asyncio.Event()
+        self._closing = False
         self._renewal = asyncio.create_task(self._report_again_and_again(), name="limits of keys")
 
     async def take(self, owner: str | None, tokens: int, limits: KeyLimits, wait_seconds: float) -> str | None:
@@ -61,14 +64,16 @@ class SharedLimits:
         try:
             # Without time to wait each still has one exchange, in turn.
             async with asyncio.timeout(wait_seconds or None), key.turn:
+                pause = AGAIN_SECONDS
                 while (refused := await self._exchange(owner, key, tokens, limits)) is not None:
                     refusal = refused
                     if wait_seconds <= 0:
                         return refusal
                     key.freed.clear()
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(AGAIN_SECONDS):
+                        async with asyncio.timeout(pause):
                             await key.freed.wait()
+                    pause = min(2 * pause, LONGEST_AGAIN_SECONDS)
         except TimeoutError:
             return refusal
         finally:
@@ -86,7 +91,10 @@ class SharedLimits:
         self._wake.set()
 
     async def close(self) -> None:
-        """End the reports; the last ones expire by themselves."""
+        """Report for the last time, that nothing is in progress; a report that cannot be made expires by itself."""
+        self._closing = True
+        self._wake.set()
+        await asyncio.wait({self._renewal}, timeout=CLOSE_SECONDS)
         self._renewal.cancel()
         await asyncio.gather(self._renewal, return_exceptions=True)
         await self._store.close()
@@ -135,8 +143,10 @@ class SharedLimits:
                 renewed_at = monotonic()
             for owner, key in list(self._keys.items()):
                 await self._report(owner, key, due=due)
+            if self._closing:
+                return
             if self._left_alone():
-                await asyncio.sleep(RETRY_SECONDS)
+                await asyncio.sleep(self._failed_at + RETRY_SECONDS - monotonic())
                 self._wake.set()
 
     async def _report(self, owner: str | None, key: _Key, *, due: bool) -> None:

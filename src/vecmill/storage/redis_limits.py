@@ -19,7 +19,7 @@ from vecmill.core.types import KeyLimits
 from vecmill.storage.redis_connection import connect
 
 IN_USE = "vecmill:use:"
-TIMEOUT_SECONDS = 0.25  # a request waits: where it takes longer, the limit holds for this server alone
+TIMEOUT_SECONDS = 1.0  # a request waits: where it takes longer, the limit holds for this server alone
 EXPIRES_MS = 15_000  # of a server that does not report any more
 
 # KEYS[1]: the hash. ARGV: server, its requests, its tokens, tokens of the request that it asks for (-1: of none), the
