@@ -15,23 +15,22 @@ SERVERS = 4
 
 
 @pytest.mark.parametrize(
-    ("seed", "clients", "places", "silent", "pause"),
+    ("seed", "clients", "places", "silent", "pause", "lease"),
     [
-        pytest.param(1, 24, 2, 1, 0.5, id="quick"),
+        pytest.param(1, 24, 2, 1, 0.5, 6.0, id="quick"),
         *(
-            pytest.param(seed, 200, places, 8, 2.0, id=f"seed {seed}", marks=pytest.mark.nightly)
+            pytest.param(seed, 200, places, 8, 2.0, 15.0, id=f"seed {seed}", marks=pytest.mark.nightly)
             for seed, places in ((11, 1), (12, 2), (13, 4))
         ),
     ],
 )
 async def test_order_and_leases_hold_while_servers_are_killed(
-    tiny_model: Path, tmp_path: Path, seed: int, clients: int, places: int, silent: int, pause: float
+    tiny_model: Path, tmp_path: Path, seed: int, clients: int, places: int, silent: int, pause: float, lease: float
 ) -> None:
     """No job is lost or overtaken, no more are active than there are places, every answer is right or a 503."""
     redis = tmp_path / "redis"
     redis.mkdir()
     seen, stop = Seen(places), asyncio.Event()
-    lease = 15.0
     with redis_server(redis) as url:
         settings = {"REDIS_URL": url, "JOBS_MAX_ACTIVE": str(places), "JOB_LEASE_SECONDS": str(lease)}
         with replicas(SERVERS, tiny_model, tmp_path, **settings, JOBS_MAX_WAIT_SECONDS="100000") as servers:

@@ -36,7 +36,7 @@ class StateFolder:
         hold it too, if they also open it as shared.
 
         Raises:
-            StartupObstacle: another server holds it. StartupError: it is BATCH_DIR, and locks are of this machine alone.
+            StartupObstacle: another server holds it. StartupError: it is BATCH_DIR, where locks are not shared.
         """
         if shared and (trouble := unshared_locks(path)) is not None:
             if setting == "BATCH_DIR":
