@@ -62,9 +62,9 @@ def full(client: Client, folder: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(client: Client, folder: Path) -> Iterator[None]:
-    client.execute_command("REPLICAOF", "127.0.0.1", "1")
+    client.slaveof("127.0.0.1", 1)
     yield
-    client.execute_command("REPLICAOF", "NO", "ONE")
+    client.slaveof()
 
 
 @contextmanager
