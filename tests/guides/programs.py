@@ -115,6 +115,7 @@ PROGRAMS: Mapping[str, Program] = {
         wait=program("-n= --namespace= --for= --timeout="),
     ),
     "mkdir": program("-p", source=MAN),
+    "mount": program("-t= -o=", source=MAN),
     "nginx": program("-t -s= -c=", source=MAN),
     "nvidia-smi": program(
         "-q -L -l= -d= -rgc --query-gpu= --query-compute-apps= --format=",
