@@ -154,6 +154,8 @@ class Server:
             self.tracing = await asyncio.to_thread(open_tracing, self._settings.log.otlp_endpoint, os.environ)
             await self.state.open()
             self.replicas.start()
+            if self.state.key_use is not None:
+                self.inference.admission.share(self.state.key_use)
             await self.sampler.start()
 
     async def load(self) -> None:
@@ -356,6 +358,7 @@ class Server:
         self._threads.shutdown()
         await self.sampler.close()
         await self.replicas.close()
+        await self.inference.admission.close()
         await self.state.close()
         await asyncio.to_thread(self.monitor.close)
         if self.tracing is not None:

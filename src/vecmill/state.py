@@ -11,7 +11,7 @@ from vecmill.batches.service import BatchService
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import Settings
 from vecmill.core.errors import StartupError
-from vecmill.core.protocols import ReplicaStore, VectorStore
+from vecmill.core.protocols import ReplicaStore, SharedUse, VectorStore
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.local import LocalJobs
 from vecmill.jobs.queue import JobQueue, JobStore
@@ -31,10 +31,14 @@ class State:
         self._settings = settings
         self.folder: StateFolder | None = None
         """Held from `open` to `close`; None also where another server holds it."""
+        self._batch_folder: StateFolder | None = None
+        """The same where batches have a folder of their own."""
         self.cache: EmbeddingCache | None = None
         """None where nothing is cached."""
         self.replicas: ReplicaStore | None = None
         """None without Redis."""
+        self.key_use: SharedUse | None = None
+        """What keys have in progress at all servers; None where no others share this server's limits."""
         self.jobs = JobQueue(settings.jobs, telemetry.rates)
         self.batches = BatchService(settings.batches, settings.http.max_body_bytes, telemetry)
         self._looking: asyncio.Task[None] | None = None
@@ -54,15 +58,22 @@ class State:
         """Go on with what was kept. Where it cannot be read now, the server serves all the same.
 
         Raises:
-            StartupError: another server holds the folder, or the extra `redis` is missing.
+            StartupError: another server holds the folder, the extra `redis` is missing, or Redis cannot be used as it
+                is configured.
         """
         settings = self._settings.state
         folder = StateFolder.open(settings.state_dir, shared=settings.redis_url is not None)
         self.folder = folder
-        self.cache = self._open_cache(folder)
         if (url := self._redis_url()) is not None:
-            self.replicas = _redis_store("RedisReplicas", url)
-        self.batches.open(folder.path, folder.problem)
+            self.key_use = _redis_store("redis_limits", "RedisUse", url)
+            await import_module("vecmill.storage.redis_connection").check_usable(url)
+        self.cache = self._open_cache(folder)
+        if url is not None:
+            self.replicas = _redis_store("redis_replicas", "RedisReplicas", url)
+        if (shared := self._settings.batches.batch_dir) is not None:
+            self._batch_folder = StateFolder.open(shared, shared=True, setting="BATCH_DIR")
+        files = self._batch_folder or folder
+        self.batches.open(files.path, files.problem, files.setting)
         await self.jobs.open(self._job_store(folder))
         self.jobs.start()
         self._looking = asyncio.create_task(self._look_again_and_again(), name="state folder")
@@ -70,6 +81,8 @@ class State:
     async def _look_again_and_again(self) -> None:
         while self.folder is not None:
             await asyncio.to_thread(self.folder.look)
+            if self._batch_folder is not None:
+                await asyncio.to_thread(self._batch_folder.look)
             await asyncio.sleep(LOOK_SECONDS)
 
     def problems(self) -> dict[str, str | None]:
@@ -79,7 +92,8 @@ class State:
         if self.cache is not None:
             cache = "The cache's store cannot be used." if self.cache.failing else local
         # Batches are in the folder whatever is in Redis.
-        batches = self.batches.problem or (self.folder.problem if self.folder else None)
+        files = self._batch_folder or self.folder
+        batches = self.batches.problem or (files.problem if files else None)
         return {"jobs": self.jobs.problem or local, "cache": cache, "batches": batches}
 
     def _folder_problem(self) -> str | None:
@@ -92,7 +106,7 @@ class State:
             return None
         store: VectorStore
         if url is not None:
-            store = _redis_store("RedisVectors", url)
+            store = _redis_store("redis", "RedisVectors", url, settings.cache_max_bytes)
         else:
             store = SqliteVectors(folder.path / "cache.db", settings.cache_max_bytes)
         return EmbeddingCache(store, settings.cache_dtype)
@@ -100,7 +114,7 @@ class State:
     def _job_store(self, folder: StateFolder) -> JobStore:
         settings, url = self._settings.jobs, self._redis_url()
         if url is not None:
-            return SharedJobs(settings, _redis_store("RedisJobs", url))
+            return SharedJobs(settings, _redis_store("redis", "RedisJobs", url))
         return LocalJobs(settings, SqliteJobs(folder.path / "jobs.db") if folder.problem is None else None)
 
     def _redis_url(self) -> str | None:
@@ -117,17 +131,22 @@ class State:
             await self.replicas.close()
         if self.cache is not None:
             await asyncio.to_thread(self.cache.close)
-        if self.folder is not None:
-            self.folder.close()
+        for folder in (self.folder, self._batch_folder):
+            if folder is not None:
+                folder.close()
 
 
-def _redis_store(name: str, url: str) -> Any:
-    """A class of `storage.redis`, connected to `url`. Raises StartupError without the extra or for a bad address."""
+def _redis_store(module: str, name: str, url: str, *arguments: object) -> Any:
+    """A class of a module of `storage`, connected to `url`.
+
+    Raises:
+        StartupError: the extra is missing, or the address is bad.
+    """
     try:
-        store = getattr(import_module("vecmill.storage.redis"), name)
+        store = getattr(import_module(f"vecmill.storage.{module}"), name)
     except ModuleNotFoundError:
         raise StartupError("REDIS_URL needs the extra `redis`: pip install 'vecmill[redis]'.") from None
     try:
-        return store(url)
+        return store(url, *arguments)
     except (ValueError, TypeError):  # the message may repeat the address, which may have a password
         raise StartupError("REDIS_URL has an option or a part that Redis' client does not know.") from None

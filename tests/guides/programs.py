@@ -116,6 +116,7 @@ PROGRAMS: Mapping[str, Program] = {
         wait=program("-n= --namespace= --for= --timeout="),
     ),
     "mkdir": program("-p", source=MAN),
+    "mount": program("-t= -o=", source=MAN),
     "nginx": program("-t -s= -c=", source=MAN),
     "netplan": program(source=MAN, apply=program()),
     "ping": program("-c=", source=MAN),

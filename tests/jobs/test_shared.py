@@ -180,3 +180,26 @@ async def test_nonsense_in_redis_harms_only_itself(redis_url: str, hand: Hand) -
         client.set(META, "nonsense")
         assert (await jobs.get(job["id"]))["status"] == "active"
     await jobs.close()
+
+
+async def test_a_server_that_starts_again_and_again_keeps_no_silent_job_alive(redis_url: str, hand: Hand) -> None:
+    jobs = await opened(on_redis(redis_url, hand))
+    await jobs.register("a", 10, "i")
+    for _ in range(11):
+        await later(jobs, hand, 10)
+        await (await opened(on_redis(redis_url, hand))).close()
+    assert (await ids(jobs))["active"] == []
+    await jobs.close()
+
+
+async def test_calls_that_come_together_are_written_together(redis_url: str) -> None:
+    jobs = await opened(SharedJobs(SETTINGS, RedisJobs(redis_url)))
+    with redis_client.Redis.from_url(redis_url) as client:
+        client.config_resetstat()
+        views = await asyncio.gather(*(jobs.register("p", 10, f"{number}") for number in range(50)))
+        commits = client.info("commandstats")["cmdstat_evalsha"]["calls"]
+    assert commits < 10
+    assert [view["position"] for view in views] == list(range(50))
+    with pytest.raises(VecmillError, match="no job"):
+        await asyncio.gather(jobs.get("nobody"), jobs.get(views[0]["id"]))
+    await jobs.close()

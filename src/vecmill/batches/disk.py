@@ -50,8 +50,8 @@ async def on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
             raise InsufficientStorage from error
         reason = error.strerror or type(error).__name__
         raise StateUnavailable(
-            f"503: STATE_DIR cannot be used ({reason}), so files and batches are temporarily unavailable; embedding is "
-            f"not."
+            f"503: STATE_DIR or BATCH_DIR cannot be used ({reason}), so files and batches are temporarily unavailable; "
+            f"embedding is not."
         ) from error
 
 

@@ -27,7 +27,9 @@ from vecmill.batches.store import (
     ERRORS,
     OUTPUT,
     AnswerFiles,
+    BatchLock,
     BatchStore,
+    LockLost,
     answered_lines,
     expired_lines,
     process_died_lines,
@@ -64,8 +66,10 @@ class Suspended(Exception):
 class BatchRun:
     """A batch being run. Belongs to the event loop's thread."""
 
-    def __init__(self, context: BatchContext, endpoint: Endpoint, record: BatchRecord) -> None:
+    def __init__(self, context: BatchContext, endpoint: Endpoint, record: BatchRecord, lock: BatchLock) -> None:
+        """`lock` is held until `run` has ended."""
         self._context = context
+        self._lock = lock
         self._endpoint = endpoint
         self._interrupted = asyncio.Event()
         self._stopped = self._suspending = False
@@ -95,7 +99,7 @@ class BatchRun:
         """Run the batch to its end. If it is cancelled, any server can continue it later.
 
         Raises:
-            Suspended: it was asked for.
+            Suspended: it was asked for. LockLost: another server runs it by now; nothing is written any more.
         """
         if self.record.ends_as is None:
             await self._record_outcome(await self._answer())
@@ -177,8 +181,12 @@ class BatchRun:
             return ends_as
         finally:
             if not self._context.device_failed():
-                with suppress(OSError):  # the next to run it is careful then
-                    await in_thread(store.end_work, batch_id)
+                with suppress(OSError, LockLost):  # the next to run it is careful then
+                    await in_thread(self._end_work)
+
+    def _end_work(self) -> None:
+        self._lock.check()
+        self._context.store.end_work(self.record.id)
 
     async def _recover(self, answers: AnswerFiles, noted: WorkNote) -> BatchStatus | None:
         """Repeat the lines that a process died on, one at a time; the final status if the batch ends meanwhile."""
@@ -248,7 +256,11 @@ class BatchRun:
 
     async def _note(self, lines: int, *, alone: bool) -> None:
         note = WorkNote(first=self.record.progress.lines + 1, lines=lines, alone=alone)
-        write = partial(self._context.store.note_work, self.record.id, note)
+
+        def write() -> None:
+            self._lock.check()
+            self._context.store.note_work(self.record.id, note)
+
         await self._disk.until_done(write, self._over)
 
     async def _reader(self) -> LineReader:
@@ -319,6 +331,7 @@ class BatchRun:
 
     def _write(self, answers: AnswerFiles, output: bytes, errors: bytes, **changes: Any) -> BatchRecord:
         self._context.files.quota.take(len(output) + len(errors))
+        self._lock.check()
         answers.append(self.record.progress, output, errors)
         return self._write_record(**changes)
 
@@ -346,6 +359,7 @@ class BatchRun:
         await self._save(status=record.ends_as, **{f"{record.ends_as.value}_at": self._context.clock()})
 
     def _place_files(self) -> None:
+        self._lock.check()
         record, progress = self.record, self.record.progress
         for file_id, name, size in (
             (record.output_file_id, OUTPUT, progress.output_bytes),
@@ -374,6 +388,7 @@ class BatchRun:
         self.record = record
 
     def _write_record(self, **changes: Any) -> BatchRecord:
+        self._lock.check()
         record = self.record.model_copy(update={**changes, "updated_at": self._context.clock()})
         self._context.store.save(record)
         return record

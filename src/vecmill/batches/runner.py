@@ -13,7 +13,7 @@ from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.files import DAY
 from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.batches.run import BatchContext, BatchRun, Suspended
-from vecmill.storage.files import FileLock
+from vecmill.batches.store import BatchLock, LockLost
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +132,11 @@ class BatchRunner:
         if locked is None:
             return
         lock, record = locked
-        run = BatchRun(self._context, self._endpoints[record.endpoint], record)
+        run = BatchRun(self._context, self._endpoints[record.endpoint], record, lock)
         task = asyncio.create_task(self._run(run, lock), name=batch_id)
         self._active[batch_id] = (run, task)
 
-    def _locked(self, batch_id: str) -> tuple[FileLock, BatchRecord] | None:
+    def _locked(self, batch_id: str) -> tuple[BatchLock, BatchRecord] | None:
         """The lock of a batch that nobody else runs, and its record, read after the lock was taken."""
         lock = self._context.store.lock(batch_id)
         if lock is None:
@@ -147,13 +147,17 @@ class BatchRunner:
             return None
         return lock, record
 
-    async def _run(self, run: BatchRun, lock: FileLock) -> None:
+    async def _run(self, run: BatchRun, lock: BatchLock) -> None:
         batch_id, started = run.record.id, perf_counter()
         try:
             logger.info("batch begins", extra=_facts(run.record))
             await run.run()
         except Suspended:
             logger.info("batch goes on after the restart", extra=_facts(run.record))
+        except LockLost:
+            logger.error(
+                "a batch is run by another server: this one was cut off from its files", extra=_facts(run.record)
+            )
         except Exception:
             logger.exception("a batch stopped for a fault; it is taken up again", extra={"batch": batch_id})
             self._not_before[batch_id] = self._context.clock() + AFTER_A_FAULT_SECONDS

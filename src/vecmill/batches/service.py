@@ -35,21 +35,23 @@ class BatchService:
         self._clock = clock or Clock()
         self._context: BatchContext | None = None
         self._runner: BatchRunner | None = None
+        self._setting = "STATE_DIR"
         self._problem = "503: the server is starting and temporarily has no files and batches; try again."
 
-    def open(self, folder: Path, problem: str | None) -> None:
-        """Use this folder. `problem`: why nothing can be stored there.
+    def open(self, folder: Path, problem: str | None, setting: str = "STATE_DIR") -> None:
+        """Use this folder, which `setting` names. `problem`: why nothing can be stored there.
 
         Every call repeats it then, without the folder's path, which is for the operator.
         """
+        self._setting = setting
         try:
             if problem is None:
                 self._context = self._opened(folder)
         except OSError as error:
-            logger.error("STATE_DIR=%s cannot be used (%s): no files and batches", folder, error)
-            problem = f"STATE_DIR cannot be used ({error.strerror})."
+            logger.error("%s=%s cannot be used (%s): no files and batches", setting, folder, error)
+            problem = f"{setting} cannot be used ({error.strerror})."
         if problem is not None:
-            reason = problem.replace(f"STATE_DIR={folder}", "STATE_DIR")
+            reason = problem.replace(f"{setting}={folder}", setting)
             self._problem = f"503: there are no files and batches: {reason}"
 
     def _opened(self, folder: Path) -> BatchContext:
@@ -78,7 +80,7 @@ class BatchService:
         if self._context is None:
             return self._problem
         waiting = self._runner is not None and self._runner.waiting
-        return "STATE_DIR cannot be read; batches wait until it can." if waiting else None
+        return f"{self._setting} cannot be read; batches wait until it can." if waiting else None
 
     def start(self, endpoints: Mapping[str, Endpoint], device_failed: Callable[[], bool] = lambda: False) -> None:
         """Start to run batches. `device_failed`: the lines being run may be the cause, as if the process had died."""

@@ -82,9 +82,11 @@ class BatchStore:
         records = [record for name in names if (record := self._read(name)) is not None]
         return sorted(records, key=lambda record: (record.created_at, record.id))
 
-    def lock(self, batch_id: str) -> FileLock | None:
+    def lock(self, batch_id: str) -> BatchLock | None:
         """The lock of whoever runs a batch; None if it is taken."""
-        return FileLock.take(self.folder(batch_id) / LOCK)
+        path = self.folder(batch_id) / LOCK
+        lock = FileLock.take(path)
+        return None if lock is None else BatchLock(path, lock)
 
     def cancel(self, batch_id: str, now: float) -> None:
         """Request that whoever runs the batch cancels it.
@@ -152,6 +154,44 @@ class BatchStore:
         if record.ended:
             self._ended[batch_id] = record
         return record
+
+
+class LockLost(Exception):
+    """Another server runs the batch by now."""
+
+
+class BatchLock:
+    """Held by whoever runs a batch. A machine that was cut off from a network's files may have lost it unnoticed.
+
+    Whoever takes it writes a name into the file, and whoever wants to write for the batch looks for the own name first.
+    Opening the file asks the server of a network's files for what is in it now.
+    """
+
+    def __init__(self, path: Path, lock: FileLock) -> None:
+        """Raises OSError."""
+        self._path, self._lock = path, lock
+        self._name = secrets.token_hex(8).encode()
+        try:
+            lock.sign(self._name)
+        except OSError:
+            lock.release()
+            raise
+
+    def check(self) -> None:
+        """
+        Raises:
+            LockLost: another server has it, or the batch was deleted. OSError: it cannot be looked at.
+        """
+        try:
+            held = self._path.read_bytes() == self._name
+        except FileNotFoundError:
+            held = False
+        if not held:
+            raise LockLost
+
+    def release(self) -> None:
+        """Let others have it."""
+        self._lock.release()
 
 
 def _none_of(batch_id: str) -> NoSuchBatch:

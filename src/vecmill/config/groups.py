@@ -409,6 +409,11 @@ class BatchSettings(SettingsGroup):
 
     title: ClassVar[str] = "Batches"
 
+    batch_dir: Path | None = Field(
+        None,
+        description="Folder for the files of batches that several servers share, as on NFS: each batch is run by one "
+        "of them, and by another when that one dies. Needs no Redis. Default: STATE_DIR.",
+    )
     batches_max_active: int = Field(4, ge=1, le=64, description="Batches in progress at a time; later ones wait.")
     batch_chunk_size: int = Field(
         512, ge=1, le=65_536, description="Lines of a batch in progress at a time: what a crash makes it do again."
@@ -421,6 +426,11 @@ class BatchSettings(SettingsGroup):
         "deleted.",
     )
     file_expires_days: float = Field(30, gt=0, le=3650, description="Days until a file is deleted.")
+
+    @field_validator("batch_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return None if value is None else _absolute_path(value)
 
 
 class HttpSettings(SettingsGroup):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from vecmill.core.types import Lane, Row, Vector
+from vecmill.core.types import KeyLimits, Lane, Row, Vector
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,8 @@ class StoredJobs:
     """What concerns all of them; None where nothing was ever written."""
     time: float = 0.0
     """Unix time by the store's own clock, where it has one."""
+    turn: bytes | None = None
+    """Of a server that the others let write first; None: everybody may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,32 @@ class ReplicaStore(Protocol):
 
     async def remove(self, *, own: bytes) -> None:
         """Remove this server's record."""
+        ...
+
+    async def close(self) -> None:
+        """Close. Never raises."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class UseSeen:
+    """What a key has in progress at all servers together, after an exchange."""
+
+    granted: bool
+    """Whether what was asked for is counted."""
+    requests: int
+    tokens: int
+
+
+class SharedUse(Protocol):
+    """What each API key has in progress at servers that share their limits."""
+
+    async def exchange(self, owner: str, requests: int, tokens: int, more: int | None, limits: KeyLimits) -> UseSeen:
+        """Report what this server has in progress of a key; with `more`, ask for a request of so many tokens beside it.
+
+        Raises:
+            StoreFailed: the store does not answer; whether it has counted is not known.
+        """
         ...
 
     async def close(self) -> None:

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from math import exp
 from time import monotonic
 from typing import TypeVar
 
 from vecmill.core.errors import Overloaded
+from vecmill.core.protocols import SharedUse
 from vecmill.core.types import NO_LIMITS, Caller, KeyLimits, Lane
+from vecmill.inference.shared_limits import SharedLimits
 
 K = TypeVar("K", str, str | None)
 
@@ -105,8 +107,18 @@ class Admission:
         self._owners: dict[str | None, Held] = {}
         self._permits: dict[int, Permit] = {}
         self._admissions = 0
+        self._shared: SharedLimits | None = None
         self.requests = 0
         self.tokens = 0
+
+    def share(self, use: SharedUse) -> None:
+        """Have the limits of keys hold over all servers that report to this store. Call once, in the event loop."""
+        self._shared = SharedLimits(use)
+
+    async def close(self) -> None:
+        """End what `share` began."""
+        if self._shared is not None:
+            await self._shared.close()
 
     @property
     def _busy(self) -> bool:
@@ -127,19 +139,24 @@ class Admission:
             Overloaded: there was no room in time. MemoryLow: the machine has too little memory left.
         """
         self._check_memory(result_bytes)
-        await self._admitted(caller, lane, estimated_tokens)
-        permit = Permit(estimated_tokens, settle=lambda counted: self._settle(caller, lane, permit, counted))
-        self._permits[id(permit)] = permit
+        began, shared = self._clock(), await self._take_share(caller.owner, estimated_tokens)
+        permit = Permit(estimated_tokens, settle=lambda counted: self._settle(caller, lane, permit, counted, shared))
         try:
-            yield permit
+            await self._admitted(caller, lane, estimated_tokens, self._wait_seconds - (self._clock() - began))
+            self._permits[id(permit)] = permit
+            try:
+                yield permit
+            finally:
+                del self._permits[id(permit)]
+                self._pace.done(permit.tokens if permit.settled else 0)
+                self._hold(caller, lane, -1, -permit.tokens)
+                self._admit_waiting()
         finally:
-            del self._permits[id(permit)]
-            self._pace.done(permit.tokens if permit.settled else 0)
-            self._hold(caller, lane, -1, -permit.tokens)
-            self._admit_waiting()
+            if shared is not None:
+                shared.change(caller.owner, -1, -permit.tokens)
 
-    @contextmanager
-    def counted_for_key(self, owner: str | None) -> Iterator[None]:
+    @asynccontextmanager
+    async def counted_for_key(self, owner: str | None) -> AsyncIterator[None]:
         """Count a request that takes nothing of the room here, passed on to another server, among its key's.
 
         Raises:
@@ -147,31 +164,51 @@ class Admission:
         """
         if (refusal := self._key_limit(Caller(owner=owner), 0)) is not None:
             raise self._overloaded(refusal)
+        shared = await self._take_share(owner, 0, wait=False)
         _count(self._owners, owner, 1, 0)
         try:
             yield
         finally:
             _count(self._owners, owner, -1, 0)
+            if shared is not None:
+                shared.change(owner, -1, 0)
             self._admit_waiting()
 
-    async def _admitted(self, caller: Caller, lane: Lane, tokens: int) -> None:
+    async def _take_share(self, owner: str | None, tokens: int, *, wait: bool = True) -> SharedLimits | None:
+        """Count a request among its key's at all servers; what it is to be given back to, None where nothing is shared.
+
+        Raises:
+            Overloaded: as many of this key's are in progress as may be.
+        """
+        limits = self._limits_of(owner)
+        if self._shared is None or (limits.requests is None and limits.tokens is None):
+            return None
+        refusal = await self._shared.take(owner, tokens, limits, self._wait_seconds if wait else 0.0)
+        if refusal is not None:
+            raise self._overloaded(self._too_late(refusal) if wait and self._wait_seconds > 0 else refusal)
+        return self._shared
+
+    def _too_late(self, refusal: str) -> str:
+        return f"timeout, there was no room within {self._wait_seconds:g} s (QUEUE_TIMEOUT): {refusal}"
+
+    async def _admitted(self, caller: Caller, lane: Lane, tokens: int, wait_seconds: float) -> None:
         room = self._rooms[lane]
         refusal = self._refusal(caller, lane, tokens)
         if refusal is None and not room.waiting:
             self._hold(caller, lane, 1, tokens)
             return
-        if self._wait_seconds <= 0 or not self._may_wait(room, caller.client):
+        if wait_seconds <= 0 or not self._may_wait(room, caller.client):
             raise self._overloaded(refusal or "others wait already")
         waiter = _Waiter(caller, lane, tokens, self._clock(), asyncio.get_running_loop().create_future())
         room.waiting.setdefault(caller.client, deque()).append(waiter)
         self._admit_waiting()
-        await self._wait(waiter)
+        await self._wait(waiter, wait_seconds)
 
-    async def _wait(self, waiter: _Waiter) -> None:
+    async def _wait(self, waiter: _Waiter, wait_seconds: float) -> None:
         """Return once the waiter is admitted. A waiter that is cancelled frees its place."""
         try:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._wait_seconds):
+                async with asyncio.timeout(wait_seconds):
                     await waiter.room
         except BaseException:
             self._leave(waiter)
@@ -181,9 +218,7 @@ class Admission:
             raise
         if not waiter.admitted:
             refusal = self._refusal(waiter.caller, waiter.lane, waiter.tokens) or "others were before this request"
-            error = self._overloaded(
-                f"timeout, there was no room within {self._wait_seconds:g} s (QUEUE_TIMEOUT): {refusal}"
-            )
+            error = self._overloaded(self._too_late(refusal))
             self._leave(waiter)
             self._admit_waiting()
             raise error
@@ -280,8 +315,10 @@ class Admission:
             _forget_turn(room, caller.client)
         _count(self._owners, caller.owner, requests, tokens)
 
-    def _settle(self, caller: Caller, lane: Lane, permit: Permit, counted: int) -> None:
+    def _settle(self, caller: Caller, lane: Lane, permit: Permit, counted: int, shared: SharedLimits | None) -> None:
         assert not permit.settled
+        if shared is not None:
+            shared.change(caller.owner, 0, counted - permit.tokens)
         self._pace.counted(permit.tokens, counted)
         self._hold(caller, lane, 0, counted - permit.tokens)
         permit.tokens, permit.settled = counted, True

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Generic
 
 from vecmill.config import JobSettings
 from vecmill.core.errors import JobsUnavailable
@@ -77,15 +77,44 @@ class SharedTime:
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 30
+PATIENCE_SECONDS = 5.0  # with other servers that change the jobs at the same time
 PAUSE_SECONDS = 0.02  # between attempts, at the most
+TURN_AFTER = 4  # attempts: then the others are asked to wait
+MOST_TOGETHER = 64  # transactions of this server in one commit
 RETRY_SECONDS = 1.0
 # If no server has written the time for this long, no client could report: every lease is renewed.
 GAP_SECONDS = 15.0
 
 
+class _Crowded(Exception):
+    """Other servers wrote before this one again and again."""
+
+
+class _Waiting(Generic[T]):
+    """A transaction that waits to be part of a commit."""
+
+    def __init__(self, change: Callable[[Book], T]) -> None:
+        self.change = change
+        self.outcome: TransactionResult[T] | None = None
+        self.unavailable: JobsUnavailable | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.outcome is not None or self.unavailable is not None
+
+    def result(self) -> TransactionResult[T]:
+        if self.unavailable is not None:
+            raise self.unavailable.again()
+        assert self.outcome is not None
+        return self.outcome
+
+
 class SharedJobs:
-    """The store has the truth; memory holds what was last read."""
+    """The store has the truth; memory holds what was last read.
+
+    Transactions that come while another is on its way are committed together: however many clients a server has, it
+    competes with the other servers by one commit at a time.
+    """
 
     def __init__(self, settings: JobSettings, records: RedisJobs, monotonic: Callable[[], float] = monotonic) -> None:
         self.ledger = Ledger()
@@ -94,7 +123,7 @@ class SharedJobs:
         self._monotonic = monotonic
         self._time = SharedTime(monotonic)
         self._decoded: dict[str, tuple[bytes, Job]] = {}  # an unchanged record stays the same job
-        self._fresh = True
+        self._waiting: list[_Waiting[Any]] = []
         self._failed_at: float | None = None
         self._lock = asyncio.Lock()
 
@@ -116,48 +145,98 @@ class SharedJobs:
 
     async def transact(self, change: Callable[[Book], T]) -> TransactionResult[T]:
         """Change the jobs. Raises JobsUnavailable at once while the store fails."""
+        waiting = _Waiting(change)
+        self._waiting.append(waiting)
         async with self._lock:
-            if self._failed_at is not None and self._monotonic() < self._failed_at + RETRY_SECONDS:
-                raise JobsUnavailable
-            try:
-                outcome = await self._transact(change)
-            except JobsUnavailable as error:
-                if self._failed_at is None:
-                    logger.error("%s /jobs answers 503 until it can be used.", error.message)
-                self._failed_at = self._monotonic()
-                raise JobsUnavailable from None
-            if self._failed_at is not None:
-                logger.warning("the store of jobs can be used again")
-                self._failed_at = None
-        return outcome
+            if not waiting.ended:
+                together, self._waiting = self._waiting[:MOST_TOGETHER], self._waiting[MOST_TOGETHER:]
+                await self._run(together)
+        return waiting.result()
+
+    async def _run(self, together: Sequence[_Waiting[Any]]) -> None:
+        """End each of the transactions, in order, in one commit."""
+        unavailable = JobsUnavailable()
+        try:
+            if self._failed_at is None or self._monotonic() >= self._failed_at + RETRY_SECONDS:
+                outcomes = await self._transact([waiting.change for waiting in together])
+                for waiting, outcome in zip(together, outcomes, strict=True):
+                    waiting.outcome = outcome
+                self._worked()
+        except _Crowded:
+            unavailable = JobsUnavailable("503: too many servers change the jobs at one time; try again.")
+        except JobsUnavailable as error:
+            self._failed(error)
+        finally:
+            for waiting in together:
+                waiting.unavailable = None if waiting.outcome is not None else unavailable
+
+    def _worked(self) -> None:
+        if self._failed_at is not None:
+            logger.warning("the store of jobs can be used again")
+        self._failed_at = None
+
+    def _failed(self, error: JobsUnavailable) -> None:
+        if self._failed_at is None:
+            logger.error("%s /jobs answers 503 until it can be used.", error.message)
+        self._failed_at = self._monotonic()
 
     async def close(self) -> None:
         """Close the store."""
         await self._records.close()
 
-    async def _transact(self, change: Callable[[Book], T]) -> TransactionResult[T]:
-        tried: bytes | None = None
-        outcome: TransactionResult[T] | None = None
-        for number in range(ATTEMPTS):
-            stored = await self._records.read(self.ledger.totals.sequence)
-            if outcome is not None and stored.meta == tried:  # the confirmation was lost on the way, not the commit
-                return outcome
-            before, known = self._before(stored)
-            now = self._time.after(before.totals, stored.time)
-            outcome = attempt(self._book(before, now), change)
-            totals = replace(outcome.ledger.totals, server_time=stored.time, token=secrets.token_hex(8))
-            ledger = replace(outcome.ledger, totals=totals)
-            late = self._time.is_late(before.totals, now, stored.time)
-            changed = changes(before if known else None, ledger, leases=True, always=late)
-            if changed is None:
-                ledger = replace(ledger, totals=before.totals)
-            if changed is None or await self._records.commit(stored.meta, changed):
-                self._seen(ledger, now)
-                return outcome
-            tried = changed.meta
-            # Servers that collide wait for different times before they try again.
-            await asyncio.sleep(PAUSE_SECONDS * min(1.0, number / 4) * secrets.randbelow(1000) / 1000)
-        raise JobsUnavailable("Too many servers change the jobs at one time.")
+    async def _transact(self, wanted: Sequence[Callable[[Book], Any]]) -> Sequence[TransactionResult[Any]]:
+        """Read, change, and write if nobody else wrote meanwhile; again until that is so.
+
+        Raises:
+            _Crowded: it was never so. JobsUnavailable: the store does not answer.
+        """
+        turn, has_turn, number = secrets.token_hex(8).encode(), False, 0
+        tried: tuple[bytes, Sequence[TransactionResult[Any]]] | None = None
+        deadline = monotonic() + PATIENCE_SECONDS
+        try:
+            while monotonic() < deadline:
+                stored = await self._records.read(self.ledger.totals.sequence)
+                if tried is not None and stored.meta == tried[0]:
+                    return tried[1]  # the confirmation was lost on the way, not the commit
+                if stored.turn is None or stored.turn == turn:
+                    tried, committed = await self._attempt(stored, wanted)
+                    if committed:
+                        return tried[1]
+                    number += 1
+                    if number >= TURN_AFTER and not has_turn:
+                        has_turn = await self._records.take_turn(turn)
+                # Servers that collide wait for different times before they try again.
+                await asyncio.sleep(PAUSE_SECONDS * min(1.0, number / 4) * secrets.randbelow(1000) / 1000)
+            raise _Crowded
+        finally:
+            if has_turn:
+                await self._records.end_turn(turn)
+
+    async def _attempt(
+        self, stored: StoredJobs, wanted: Sequence[Callable[[Book], Any]]
+    ) -> tuple[tuple[bytes, Sequence[TransactionResult[Any]]], bool]:
+        """One attempt: what it would have written and what it gave, and whether it was written."""
+        before, known = self._before(stored)
+        now = self._time.after(before.totals, stored.time)
+        outcomes: list[TransactionResult[Any]] = []
+        ledger = before
+        for change in wanted:
+            book = Book(ledger, self._settings, now)
+            if not outcomes and now - before.totals.time > GAP_SECONDS:
+                book.resume()
+            outcomes.append(attempt(book, change))
+            ledger = outcomes[-1].ledger
+        totals = replace(ledger.totals, server_time=stored.time, token=secrets.token_hex(8))
+        ledger = replace(ledger, totals=totals)
+        late = self._time.is_late(before.totals, now, stored.time)
+        changed = changes(before if known else None, ledger, leases=True, always=late)
+        if changed is None:
+            ledger = replace(ledger, totals=before.totals)
+        committed = changed is None or await self._records.commit(stored.meta, changed)
+        if committed:
+            self.ledger = ledger
+            self._time.seen(now)
+        return (b"" if changed is None else changed.meta, outcomes), committed
 
     def _before(self, stored: StoredJobs) -> tuple[Ledger, bool]:
         """The jobs as they are, and whether the store holds them: what a store has lost, this server still knows."""
@@ -177,14 +256,3 @@ class SharedJobs:
         if (job := decode_job(record)) is not None:
             self._decoded[job_id] = (record, job)
         return job
-
-    def _book(self, before: Ledger, now: float) -> Book:
-        book = Book(before, self._settings, now)
-        if self._fresh or now - before.totals.time > GAP_SECONDS:
-            book.resume()
-        return book
-
-    def _seen(self, ledger: Ledger, now: float) -> None:
-        self._fresh = False
-        self.ledger = ledger
-        self._time.seen(now)

@@ -1,11 +1,13 @@
 """Small files that are read either as they were or as they are to be, whenever the writer dies; and locks on files.
 
-Source: https://man7.org/linux/man-pages/man2/flock.2.html"""
+Sources: https://man7.org/linux/man-pages/man2/flock.2.html, https://man7.org/linux/man-pages/man5/nfs.5.html
+(`local_lock`) and https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html"""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
@@ -62,6 +64,39 @@ def sync_folder(path: Path) -> None:
         os.close(folder)
 
 
+NETWORK_TYPES = ("nfs", "nfs4")
+LOCAL_LOCKS = {"local_lock=all", "local_lock=flock", "nolock"}
+
+
+def unshared_locks(path: Path, mounts: Path = Path("/proc/self/mountinfo")) -> str | None:
+    """Why locks on files below a path are not seen by other machines that have the same files; None if they are.
+
+    It ends a sentence that begins with the path's name. What cannot be found out is taken to be right.
+    """
+    try:
+        lines = mounts.read_text("utf-8", "replace").splitlines()
+    except OSError:  # not Linux
+        return None
+    best: tuple[int, str, set[str]] = (-1, "", set())
+    for line in lines:
+        before, _, after = line.partition(" - ")
+        point, (kind, _, options) = Path(_unescaped(before.split()[4])), (*after.split(), "", "", "")[:3]
+        if (path == point or point in path.parents) and len(point.parts) >= best[0]:
+            best = len(point.parts), kind, {*options.split(",")}
+    _, kind, found = best
+    if kind not in NETWORK_TYPES or not (local := found & LOCAL_LOCKS):
+        return None
+    return (
+        f"is on NFS mounted with `{min(local)}`, so that two servers would run the same batch: mount it with "
+        f"`local_lock=none` (NFS 4 locks by itself)."
+    )
+
+
+def _unescaped(point: str) -> str:
+    """A mount point as mountinfo writes it: spaces, tabs, newlines and backslashes are octal."""
+    return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), point)
+
+
 class FileLock:
     """A held lock."""
 
@@ -90,6 +125,16 @@ class FileLock:
             os.close(descriptor)
             raise
         return cls(descriptor)
+
+    def sign(self, name: bytes) -> None:
+        """Write who holds it into the file.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, name, 0)
+        os.fsync(self._descriptor)
 
     def release(self) -> None:
         """Let others have it."""

@@ -2,10 +2,9 @@
 `redis`.
 
 Redis keeps to its own limit: `maxmemory` with the policy `volatile-lru` drops the least recently used vectors and never
-a job, which has no expiry.
+a job, which has no expiry. Where Redis would not drop vectors by itself, none are added before the jobs lack room.
 
-Sources: https://redis.readthedocs.io/en/stable/connections.html and
-https://redis.io/docs/latest/develop/using-commands/transactions/ (optimistic locking)
+Source: https://redis.io/docs/latest/develop/programmability/eval-intro/ (scripts are atomic)
 """
 
 from __future__ import annotations
@@ -13,24 +12,23 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from math import inf
+from time import monotonic
 from typing import cast
 
 from redis import Redis
-from redis.asyncio import Redis as AsyncRedis
-from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError, ResponseError, WatchError
+from redis.exceptions import RedisError
 from redis.retry import Retry
 
 from vecmill.core.errors import JobsUnavailable
-from vecmill.core.protocols import JobChanges, StoredJobs, StoredReplica, StoreFailed, StoreSize
+from vecmill.core.protocols import JobChanges, StoredJobs, StoreFailed, StoreSize
+from vecmill.storage.redis_connection import JOBS_TIMEOUT_SECONDS, MemoryFacts, connect
 
 logger = logging.getLogger(__name__)
 
-JOBS_TIMEOUT_SECONDS = 1.0  # a client of the jobs waits meanwhile
 VECTORS_TIMEOUT_SECONDS = 0.25  # a search waits: computing a vector again is better than waiting long for it
-MAX_CONNECTIONS = 32
 
 JOBS = "vecmill:jobs"
 OPEN = f"{JOBS}:open"
@@ -40,35 +38,38 @@ ENDED = f"{JOBS}:ended"
 META = f"{JOBS}:meta"
 """Changes with every commit."""
 
+TURN = f"{JOBS}:turn"
+"""Of a server that lost too often; expires."""
+TURN_MS = 500
+
+# KEYS: OPEN, ENDED, META. ARGV: META as it was seen, as it is to be, whether this is all there is, the number up to
+# which ended jobs are forgotten; then three lists, each after its length: ids open no more, open jobs as id and record,
+# ended ones as number and record. Nothing is written if META is not what was seen.
+COMMIT = """
+if (redis.call('GET', KEYS[3]) or '') ~= ARGV[1] then return 0 end
+if ARGV[3] == '1' then redis.call('DEL', KEYS[1], KEYS[2]) end
+local at = 5
+local function each(parts, write)
+  local count = tonumber(ARGV[at])
+  at = at + 1
+  for _ = 1, count do
+    write(ARGV[at], ARGV[at + 1])
+    at = at + parts
+  end
+end
+each(1, function(id) redis.call('HDEL', KEYS[1], id) end)
+each(2, function(id, record) redis.call('HSET', KEYS[1], id, record) end)
+each(2, function(number, record) redis.call('ZADD', KEYS[2], number, record) end)
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', ARGV[4])
+redis.call('SET', KEYS[3], ARGV[2])
+return 1
+"""
+
 VECTOR = b"vecmill:vector:"
 UNUSED_SECONDS = 30 * 86_400
+MAX_BYTES = 10_737_418_240  # as the default of CACHE_MAX_BYTES
+ROOM_EVERY_SECONDS = 5.0  # how old the account of Redis' memory may be
 SCANNED_AT_A_TIME = 1000
-
-REPLICA = "vecmill:replica:"
-REPLICAS_MAX = 128
-REPLICA_BYTES = 8192
-REPLICA_KEPT_SECONDS = 900
-"""For how long a server that was killed is still known. Another value needs other keys: ages are counted by it."""
-REPLICA_STALE_SECONDS = 10.0
-"""After which a record's place may be taken: its server would have written again twice."""
-
-
-def connect(url: str) -> AsyncRedis:
-    """A client that connects when it is first used, and reconnects after Redis was away. Answers are bytes.
-
-    Raises:
-        ValueError, TypeError: the client library does not know an option or a part of the address.
-    """
-    client = AsyncRedis.from_url(
-        url,
-        socket_timeout=JOBS_TIMEOUT_SECONDS,
-        socket_connect_timeout=JOBS_TIMEOUT_SECONDS,
-        retry=AsyncRetry(NoBackoff(), 1),  # once, for a connection that Redis has closed meanwhile
-        max_connections=MAX_CONNECTIONS,
-    )
-    # Does not connect yet. It raises here for an unknown option, which would otherwise raise at each use.
-    client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
-    return client
 
 
 class RedisJobs:
@@ -76,6 +77,7 @@ class RedisJobs:
 
     def __init__(self, url: str) -> None:
         self._redis = connect(url)
+        self._commit = self._redis.register_script(COMMIT)
 
     async def read(self, after: int) -> StoredJobs:
         """All at one moment, in one round trip; of the ended jobs those with a number above `after`.
@@ -89,11 +91,12 @@ class RedisJobs:
                 pipeline.get(META)
                 pipeline.hgetall(OPEN)
                 pipeline.zrange(ENDED, f"({after}", "+inf", byscore=True)
-                (seconds, microseconds), meta, opened, ended = await pipeline.execute()
+                pipeline.get(TURN)
+                (seconds, microseconds), meta, opened, ended, turn = await pipeline.execute()
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
-        records = {job_id.decode(): record for job_id, record in opened.items()}
-        return StoredJobs(records, ended, meta, seconds + microseconds / 1e6)
+        records = {job_id.decode(errors="replace"): record for job_id, record in opened.items()}
+        return StoredJobs(records, ended, meta, seconds + microseconds / 1e6, turn)
 
     async def commit(self, seen: bytes | None, changes: JobChanges) -> bool:
         """Write all of it if `meta` is still what was `seen`, else nothing; whether it was.
@@ -101,28 +104,37 @@ class RedisJobs:
         Raises:
             JobsUnavailable: Redis does not answer, or has no room.
         """
+        written: list[bytes | str | int] = [seen or b"", changes.meta, int(changes.whole), changes.forgotten]
+        for entries in (
+            [(job_id,) for job_id in changes.closed],
+            [*changes.open.items()],
+            changes.ended,
+        ):
+            written += [len(entries), *(part for entry in entries for part in entry)]
         try:
-            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS), self._redis.pipeline(transaction=True) as pipeline:
-                await pipeline.watch(META)
-                if await pipeline.get(META) != seen:
-                    return False
-                pipeline.multi()  # type: ignore[no-untyped-call]
-                if changes.whole:
-                    pipeline.delete(OPEN, ENDED)
-                if changes.closed:
-                    pipeline.hdel(OPEN, *changes.closed)
-                if changes.open:
-                    pipeline.hset(OPEN, items=[part for pair in changes.open.items() for part in pair])
-                if changes.ended:
-                    pipeline.zadd(ENDED, {record: number for number, record in changes.ended})
-                pipeline.zremrangebyscore(ENDED, "-inf", changes.forgotten)
-                pipeline.set(META, changes.meta)
-                await pipeline.execute()
-        except WatchError:
-            return False
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
+                return bool(await self._commit(keys=[OPEN, ENDED, META], args=written))
         except (RedisError, OSError) as error:
             raise _unavailable(error) from None
-        return True
+
+    async def take_turn(self, turn: bytes) -> bool:
+        """Ask the other servers to let this one write first, for a moment; whether nobody else has asked before.
+
+        Raises:
+            JobsUnavailable: Redis does not answer.
+        """
+        try:
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
+                return bool(await self._redis.set(TURN, turn, nx=True, px=TURN_MS))
+        except (RedisError, OSError) as error:
+            raise _unavailable(error) from None
+
+    async def end_turn(self, turn: bytes) -> None:
+        """Let the others go on. Where that fails, or this server was too slow, the turn expires by itself."""
+        with suppress(RedisError, OSError):
+            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
+                if await self._redis.get(TURN) == turn:
+                    await self._redis.delete(TURN)
 
     async def close(self) -> None:
         """Close the connections. Raises nothing."""
@@ -137,8 +149,9 @@ def _unavailable(error: Exception) -> JobsUnavailable:
 class RedisVectors:
     """Bytes by key, shared."""
 
-    def __init__(self, url: str) -> None:
-        """Connects when it is first used, and reconnects after Redis was away.
+    def __init__(self, url: str, max_bytes: int = MAX_BYTES) -> None:
+        """Connects when it is first used, and reconnects after Redis was away. `max_bytes` counts where Redis has no
+        `maxmemory`.
 
         Raises:
             ValueError, TypeError: the client library does not know an option or a part of the address.
@@ -150,7 +163,9 @@ class RedisVectors:
             retry=Retry(NoBackoff(), 1),
         )
         self._redis.connection_pool.make_connection()  # not connected yet; it would raise at each use otherwise
-        self._checked = False
+        self._max_bytes = max_bytes
+        self._has_room, self._looked_at = True, -inf
+        self._told = ""
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
@@ -166,31 +181,33 @@ class RedisVectors:
         return {key: value for key, value in zip(keys, values, strict=True) if value is not None}
 
     def put(self, entries: Mapping[bytes, bytes], used: Iterable[bytes]) -> int:
-        """Add entries, and keep those that were used for longer. Raises StoreFailed."""
+        """Add entries while there is room, and keep those that were used for longer; how many there was no room for.
+
+        Raises:
+            StoreFailed: Redis does not answer, or takes nothing.
+        """
         with self._failing():
-            self._check_policy()
+            if monotonic() - self._looked_at >= ROOM_EVERY_SECONDS:
+                self._look()
             pipeline = self._redis.pipeline(transaction=False)
-            for key, value in entries.items():
+            for key, value in entries.items() if self._has_room else ():
                 pipeline.set(VECTOR + key, value, ex=UNUSED_SECONDS)
             for key in used:
                 pipeline.expire(VECTOR + key, UNUSED_SECONDS)
             pipeline.execute()
-        return 0
+        return 0 if self._has_room else len(entries)
 
-    def _check_policy(self) -> None:
-        """Say once where Redis would refuse work, or drop jobs, in place of old vectors."""
-        if self._checked:
-            return
-        self._checked = True
-        info = cast(dict[str, object], self._redis.info("memory"))
-        policy = info.get("maxmemory_policy")
-        if not info.get("maxmemory") or policy != "volatile-lru":
-            logger.warning(
-                "Redis has maxmemory %s and the policy %s: set a limit, and maxmemory-policy volatile-lru, so that it "
-                "drops old vectors before anything else",
-                info.get("maxmemory_human"),
-                policy,
-            )
+    def _look(self) -> None:
+        """Find out whether there is room for vectors; say once where Redis' settings are not the right ones."""
+        facts = MemoryFacts.of(cast(dict[str, object], self._redis.info("memory")))
+        most = facts.max_vectors(self._max_bytes)
+        self._has_room, self._looked_at = most is None or facts.used < most, monotonic()
+        told = facts.problem() or ""
+        if not self._has_room:
+            told = f"Redis is full, so that no vectors are added: {told}"
+        if told and told != self._told:
+            logger.warning(told)
+        self._told = told
 
     def clear(self) -> int:
         """Drop every vector. Raises StoreFailed."""
@@ -215,121 +232,3 @@ class RedisVectors:
     def close(self) -> None:
         """Close the connections."""
         self._redis.close()
-
-
-class RedisReplicas:
-    """Who is there: a record of each server, under one of REPLICAS_MAX numbered keys.
-
-    Numbered keys in place of an index: a look at them is bounded, whatever else somebody writes there. Ages are what
-    has passed of a key's expiry, so that only Redis' clock counts.
-    """
-
-    def __init__(self, url: str) -> None:
-        self._redis = connect(url)
-        self._key: str | None = None
-
-    async def write(self, record: bytes, *, name: bytes, own: bytes) -> bool:
-        """As `ReplicaStore` says."""
-        with _failing_replicas():
-            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
-                if self._key is None or not await self._holds(self._key, own):
-                    self._key = await self._take(name)
-                    return self._key is not None and bool(await self._put(self._key, record))
-                return bool(await self._put(self._key, record))
-
-    async def _put(self, key: str, record: bytes) -> bool:
-        return bool(await self._redis.set(key, record, ex=REPLICA_KEPT_SECONDS))
-
-    async def _holds(self, key: str, own: bytes) -> bool:
-        """Another server may have taken the key while this one could not write."""
-        try:
-            return bool(await self._redis.getrange(key, 0, len(own) - 1) == own)
-        except ResponseError as error:
-            if _is_wrong_type(error):
-                return False
-            raise
-
-    async def _take(self, name: bytes) -> str | None:
-        """A key for this server: that of its predecessor, else a free one, else the one unused for longest.
-
-        Two servers that choose the same one at the same time find out when they write again.
-        """
-        found = await self._read()
-        stale = {place: each for place, each in found.items() if each.age_seconds >= REPLICA_STALE_SECONDS}
-        for place, each in stale.items():
-            if each.record is not None and each.record.startswith(name):
-                return f"{REPLICA}{place}"
-        for place in range(REPLICAS_MAX):
-            key = f"{REPLICA}{place}"
-            if place not in found and await self._redis.set(key, b"", ex=REPLICA_KEPT_SECONDS, nx=True):
-                return key
-        longest = max(stale, key=lambda place: stale[place].age_seconds, default=None)
-        return None if longest is None else f"{REPLICA}{longest}"
-
-    async def read(self) -> Sequence[StoredReplica]:
-        """As `ReplicaStore` says."""
-        with _failing_replicas():
-            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
-                return list((await self._read()).values())
-
-    async def _read(self) -> Mapping[int, StoredReplica]:
-        async with self._redis.pipeline(transaction=False) as pipeline:
-            for place in range(REPLICAS_MAX):
-                pipeline.getrange(f"{REPLICA}{place}", 0, REPLICA_BYTES)
-                pipeline.pttl(f"{REPLICA}{place}")
-            answers = await pipeline.execute(raise_on_error=False)
-        found: dict[int, StoredReplica] = {}
-        for place, (record, left) in enumerate(zip(answers[::2], answers[1::2], strict=True)):
-            for answer in (record, left):
-                if isinstance(answer, Exception) and not _is_wrong_type(answer):
-                    raise answer
-            if record != b"":  # what no key has
-                found[place] = _stored_replica(record, left)
-        return found
-
-    async def remove(self, *, own: bytes) -> None:
-        """As `ReplicaStore` says."""
-        with _failing_replicas():
-            async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
-                if self._key is not None and await self._holds(self._key, own):
-                    await self._redis.delete(self._key)
-
-    async def close(self) -> None:
-        """Close the connections. Raises nothing."""
-        await self._redis.aclose()
-
-
-@contextmanager
-def _failing_replicas() -> Iterator[None]:
-    try:
-        yield
-    except (RedisError, OSError) as error:
-        raise StoreFailed(type(error).__name__) from None  # its text may repeat the address
-
-
-def _is_wrong_type(error: Exception) -> bool:
-    return isinstance(error, ResponseError) and str(error).startswith("WRONGTYPE")
-
-
-def _stored_replica(record: bytes | Exception, left: int) -> StoredReplica:
-    """`left`: milliseconds until the key expires; negative where it never does, as no server's does."""
-    age = REPLICA_KEPT_SECONDS - left / 1000
-    usable = isinstance(record, bytes) and len(record) <= REPLICA_BYTES and 0 <= age <= REPLICA_KEPT_SECONDS
-    return StoredReplica(record if usable and isinstance(record, bytes) else None, age)
-
-
-def ping(url: str) -> str:
-    """Its version.
-
-    Raises:
-        StoreFailed: it does not answer, or not this user. The message has nothing of the address.
-    """
-    return asyncio.run(_version(url))
-
-
-async def _version(url: str) -> str:
-    try:
-        async with connect(url) as client:
-            return str((await client.info("server"))["redis_version"])
-    except (RedisError, OSError, ValueError, KeyError) as error:
-        raise StoreFailed(type(error).__name__) from None

@@ -1,4 +1,4 @@
-"""The folder of one server's state, and the lock that keeps a second server out of it."""
+"""The folder of one server's state, and the lock that keeps a second server out of it; or one that servers share."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from vecmill.core.errors import StartupObstacle
-from vecmill.storage.files import FileLock
+from vecmill.core.errors import StartupError, StartupObstacle
+from vecmill.storage.files import FileLock, unshared_locks
 
 logger = logging.getLogger(__name__)
 
@@ -19,49 +19,56 @@ LEAST_FREE_BYTES = 65_536  # with less, neither jobs nor vectors can be written
 class StateFolder:
     """An open folder. The lock goes with the process, however that ends."""
 
-    def __init__(self, path: Path, lock: FileLock | None, problem: str | None) -> None:
+    def __init__(self, path: Path, lock: FileLock | None, problem: str | None, setting: str = "STATE_DIR") -> None:
         self.path = path
+        self.setting = setting
+        """The setting that names it."""
         self.problem = problem
         """Why nothing can be kept in it, as a sentence, as last looked at; None where everything can."""
         self._lock = lock
         self._opened = None if lock is None else path.stat()
 
     @classmethod
-    def open(cls, path: Path, *, shared: bool = False) -> Self:
+    def open(cls, path: Path, *, shared: bool = False, setting: str = "STATE_DIR") -> Self:
         """Make the folder if need be, readable by its owner alone, and hold it until `close`.
 
         A folder that cannot be written does not stop the server: `problem` then says why. `shared`: other servers may
         hold it too, if they also open it as shared.
 
         Raises:
-            StartupObstacle: another server holds it.
+            StartupObstacle: another server holds it. StartupError: it is BATCH_DIR, where locks are not shared.
         """
+        if shared and (trouble := unshared_locks(path)) is not None:
+            if setting == "BATCH_DIR":
+                raise StartupError(f"{setting}={path} {trouble}")
+            logger.warning("%s=%s %s Or let no other machine use it.", setting, path, trouble)
         try:
             path.mkdir(parents=True, exist_ok=True, mode=0o700)
             with tempfile.TemporaryFile(dir=path):
                 pass
             lock = FileLock.take(path / "lock", create=True, shared=shared)
         except OSError as error:
-            problem = f"STATE_DIR={path} cannot be written ({error.strerror}): nothing outlives this process."
+            lost = "nothing outlives this process" if setting == "STATE_DIR" else "it keeps nothing"
+            problem = f"{setting}={path} cannot be written ({error.strerror}): {lost}."
             logger.error(problem)
-            return cls(path, None, problem)
+            return cls(path, None, problem, setting)
         if lock is None:
             raise StartupObstacle(
-                f"STATE_DIR={path} is in use by another vecmill server: stop it, give this one a STATE_DIR of its own, "
+                f"{setting}={path} is in use by another vecmill server: stop it, give this one a {setting} of its own, "
                 f"or set REDIS_URL for both so that they share their state."
             )
-        return cls(path, lock, None)
+        return cls(path, lock, None, setting)
 
     def look(self) -> None:
         """Find out what has become of the folder since; writes nothing. It may wait for the disk."""
         if self._opened is None:
             return
         trouble = self._found(self._opened)
-        problem = None if trouble is None else f"STATE_DIR={self.path} {trouble}."
+        problem = None if trouble is None else f"{self.setting}={self.path} {trouble}."
         if problem is not None and self.problem is None:
             logger.error(problem)
         elif problem is None and self.problem is not None:
-            logger.warning("STATE_DIR=%s can be used again", self.path)
+            logger.warning("%s=%s can be used again", self.setting, self.path)
         self.problem = problem
 
     def _found(self, opened: os.stat_result) -> str | None:

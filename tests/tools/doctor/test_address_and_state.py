@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import redis
 
 from tests.faults.service import Service, service, small_disk
 from tests.redis_server import redis_server
@@ -109,9 +110,44 @@ def test_servers_with_redis_share_a_folder(tmp_path: Path) -> None:
     assert there["status"] == "ok"
     assert "REDIS_URL (127.0.0.1) answers, version" in there["seen"]
     assert (refused["status"], away["status"], alone["status"]) == ("fail", "fail", "fail")
-    assert "REDIS_URL (127.0.0.1) does not answer (AuthenticationError)" in refused["seen"]
+    assert "REDIS_URL (127.0.0.1) answers and cannot be used" in refused["seen"]
+    assert "correct the user and the password" in refused["cure"]
     assert "REDIS_URL (127.0.0.1) does not answer (ConnectionError)" in away["seen"]
-    assert "password" not in str((refused, away))
+    assert "a-redis-password" not in str((refused, away))
+
+
+def test_what_is_seen_of_redis(tmp_path: Path) -> None:
+    assert check("redis")["seen"].startswith("REDIS_URL is not set")
+    with redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        bare = check("redis", REDIS_URL=url)
+        client.config_set("maxmemory", "256mb")
+        client.config_set("maxmemory-policy", "volatile-lru")
+        client.config_set("appendonly", "yes")
+        for name in ("a", "b"):
+            client.set(f"vecmill:replica:{name}", "{}", ex=60)
+        good = check("redis", REDIS_URL=url, PORT=str(free_port()))
+        client.slaveof("127.0.0.1", 1)
+        follower = check("redis", REDIS_URL=url)
+    away = check("redis", REDIS_URL=url)
+    assert (bare["status"], good["status"], follower["status"], away["status"]) == ("warn", "ok", "fail", "fail")
+    assert "no maxmemory" in bare["cure"]
+    assert "appendonly yes" in bare["cure"]
+    assert "volatile-lru, appendonly on disk, 2 other servers of vecmill" in good["seen"]
+    assert (good["details"]["maxmemory_bytes"], good["details"]["other_servers"]) == (256 * 2**20, 2)
+    assert "name that one in REDIS_URL" in follower["cure"]
+    assert "does not answer (ConnectionError)" in away["seen"]
+
+
+def test_batches_have_a_folder_that_servers_share(tmp_path: Path) -> None:
+    state = {"STATE_DIR": str(tmp_path / "state"), "BATCH_DIR": str(tmp_path / "common")}
+    assert check("state", **state)["status"] == "ok"
+    held = StateFolder.open(tmp_path / "common", shared=True, setting="BATCH_DIR")
+    assert check("state", **state)["status"] == "ok"
+    held.close()
+    alone = StateFolder.open(tmp_path / "common")
+    refused = check("state", **state)
+    alone.close()
+    assert (refused["status"], "is the STATE_DIR of a server" in refused["seen"]) == ("fail", True)
 
 
 def test_a_file_in_the_folder_s_place(tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ class Machine:
         cures = {
             "jobs": "They are kept in memory until then. Look at the log and at STATE_DIR, or at REDIS_URL.",
             "cache": "Texts are computed again until then. Look at the log and at STATE_DIR, or at REDIS_URL.",
-            "batches": "Look at the log and at STATE_DIR.",
+            "batches": "Look at the log and at STATE_DIR, or at BATCH_DIR.",
         }
         if folder is None or folder.problem is None:
             named += [(name, f"{text} {cures[name]}") for name, text in services.kept().items() if text]

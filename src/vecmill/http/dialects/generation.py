@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from http import HTTPStatus
 from typing import Any
 
@@ -158,7 +158,7 @@ class PassThrough(Response):
     """One exchange with the generation server. It ends when either side leaves."""
 
     def __init__(
-        self, generation: Generation, path: str, headers: dict[str, str], counted: AbstractContextManager[None]
+        self, generation: Generation, path: str, headers: dict[str, str], counted: AbstractAsyncContextManager[None]
     ) -> None:
         """`counted` is entered for as long as it lasts."""
         super().__init__()
@@ -169,7 +169,7 @@ class PassThrough(Response):
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._counted:
+        async with self._counted:
             await self._passed(scope, receive, send)
 
     async def _passed(self, scope: Scope, receive: Receive, send: Send) -> None:

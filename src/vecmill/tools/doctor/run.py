@@ -16,7 +16,7 @@ from vecmill.tools.doctor.checks.installation import check_python, check_torch
 from vecmill.tools.doctor.checks.memory import check_memory
 from vecmill.tools.doctor.checks.models import check_disk, check_models
 from vecmill.tools.doctor.checks.programs import check_docker, check_proxies, check_tailscale
-from vecmill.tools.doctor.checks.server import check_port, check_state
+from vecmill.tools.doctor.checks.server import check_port, check_redis, check_state
 from vecmill.tools.doctor.context import DoctorContext, NoTorch
 from vecmill.tools.doctor.findings import CheckResult, Finding, fail, warn
 from vecmill.tools.doctor.probing import Prober
@@ -39,6 +39,7 @@ CHECKS: Mapping[str, Check] = {
     "disk": check_disk,
     "port": check_port,
     "state": check_state,
+    "redis": check_redis,
     "tailscale": check_tailscale,
     "docker": check_docker,
     "proxies": check_proxies,

@@ -9,14 +9,19 @@ import socket
 import tempfile
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from vecmill import __version__
+from vecmill.core.errors import StartupError
 from vecmill.core.protocols import StoreFailed
-from vecmill.storage.files import FileLock, sync_folder, write_atomically
+from vecmill.storage.files import FileLock, sync_folder, unshared_locks, write_atomically
 from vecmill.tools.doctor.checks.models import existing
 from vecmill.tools.doctor.context import DoctorContext, RunningServer
 from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
+
+if TYPE_CHECKING:  # importing it needs the extra `redis`
+    from vecmill.storage.redis_connection import RedisFacts
 
 
 def check_port(context: DoctorContext) -> Finding:
@@ -77,6 +82,8 @@ def check_state(context: DoctorContext) -> Finding:
     """Write into it as the server does, and leave nothing behind."""
     redis = context.settings.state.redis_url
     parts = [_folder(context)]
+    if (shared := context.settings.batches.batch_dir) is not None:
+        parts.append(_batch_folder(shared))
     if redis is not None:
         parts.append(_redis(redis.get_secret_value()))
     return together(parts)
@@ -94,6 +101,22 @@ def _folder(context: DoctorContext) -> Finding:
     if _held(folder / "lock", shared=shared):
         return _judge_held(context, folder)
     return ok(f"STATE_DIR={folder} can be written{'' if folder.exists() else ', and is made at the start'}")
+
+
+def _batch_folder(folder: Path) -> Finding:
+    """Servers share it, so each must see the others' locks."""
+    named = f"BATCH_DIR={folder}"
+    if (trouble := unshared_locks(folder)) is not None:
+        return fail(f"{named} {trouble}", "sudo mount -o remount,local_lock=none, or name another folder.")
+    try:
+        _write(existing(folder))
+    except OSError as error:
+        return fail(
+            f"{named} cannot be written ({error.strerror})", "Set BATCH_DIR to a folder that this user may write."
+        )
+    if _held(folder / "lock", shared=True):
+        return fail(f"{named} is the STATE_DIR of a server", "Give batches that servers share a folder of their own.")
+    return ok(f"{named} can be written")
 
 
 def _write(folder: Path) -> None:
@@ -126,16 +149,70 @@ def _judge_held(context: DoctorContext, folder: Path) -> Finding:
 
 
 def _redis(url: str) -> Finding:
+    """Whether it can be used; the check `redis` has the rest."""
+    facts = _facts(url)
+    return facts if isinstance(facts, Finding) else ok(f"{_where(url)} answers, version {facts.version}")
+
+
+SLOW_MS = 5.0  # a round trip, of which a call of /jobs takes three
+
+
+def check_redis(context: DoctorContext) -> Finding:
+    """How fast it answers, what it does when it is full, whether jobs outlive it, who else is there."""
+    given = context.settings.state.redis_url
+    if given is None:
+        return ok("REDIS_URL is not set: the cache and the jobs are in STATE_DIR")
+    facts = _facts(url := given.get_secret_value())
+    if isinstance(facts, Finding):
+        return facts
+    others = facts.servers - (1 if facts.servers and context.server is not None and context.server.is_vecmill else 0)
+    seen = (
+        f"{_where(url)} answers in {facts.latency_ms:.2f} ms: version {facts.version}, {facts.role}, "
+        f"{facts.memory.shown()}, {facts.keeps or 'nothing'} on disk, {others} other servers of vecmill"
+    )
+    return judge_redis(seen, facts, others)
+
+
+def judge_redis(seen: str, facts: RedisFacts, others: int) -> Finding:
+    """Judge a Redis by its facts; `others`: servers of vecmill beside this one."""
+    details = {
+        "version": facts.version,
+        "role": facts.role,
+        "latency_ms": round(facts.latency_ms, 3),
+        "used_bytes": facts.memory.used,
+        "maxmemory_bytes": facts.memory.most,
+        "maxmemory_policy": facts.memory.policy,
+        "persistence": facts.keeps,
+        "other_servers": others,
+    }
+    if facts.role != "master":
+        return fail(seen, "It only follows another Redis and takes no changes: name that one in REDIS_URL.", **details)
+    cures = [] if (problem := facts.memory.problem()) is None else [problem]
+    if facts.keeps is None:
+        cures.append("Redis keeps nothing on disk: set `appendonly yes`, so that jobs outlive it and all servers.")
+    if facts.latency_ms > SLOW_MS:
+        cures.append(
+            f"A round trip takes more than {SLOW_MS:g} ms: have Redis nearer, every poll of a job takes three."
+        )
+    return warn(seen, "\n".join(cures), **details) if cures else ok(seen, **details)
+
+
+def _where(url: str) -> str:
     parts = urlsplit(url)
-    where = f"REDIS_URL ({parts.hostname or parts.path})"  # never the password
+    return f"REDIS_URL ({parts.hostname or parts.path})"  # never the password
+
+
+def _facts(url: str) -> RedisFacts | Finding:
+    """What Redis says of itself, or why that is nothing."""
     try:
-        ping = import_module("vecmill.storage.redis").ping
+        facts: RedisFacts = import_module("vecmill.storage.redis_connection").redis_facts(url)
     except ModuleNotFoundError:
-        return fail(f"{where} needs the extra `redis`", install("vecmill[redis]"))
-    try:
-        version = ping(url)
+        return fail(f"{_where(url)} needs the extra `redis`", install("vecmill[redis]"))
+    except StartupError as error:
+        return fail(f"{_where(url)} answers and cannot be used", error.message)
     except StoreFailed as error:
         return fail(
-            f"{where} does not answer ({error})", "Start Redis, or correct REDIS_URL; without it the state is in files."
+            f"{_where(url)} does not answer ({error})",
+            "Start Redis, or correct REDIS_URL; without it the state is in files.",
         )
-    return ok(f"{where} answers, version {version}")
+    return facts
