@@ -1,0 +1,192 @@
+"""Ray's request router by `core.routing`: what is known of each replica, and what was sent to it since."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from threading import Lock
+from typing import Any
+from uuid import uuid4
+
+from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
+from ray.serve.experimental.round_robin_router import RoundRobinRouter
+from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
+
+from vecmill.core.routing import Policy, Replica, Work, choose, expected_wait
+from vecmill.core.types import Lane, Task
+
+ROUTE = "route"
+"""The keyword argument of every call to a replica that is a `Route`."""
+
+# Until a replica has said what it can do; all are then thought equal.
+UNKNOWN_FIT = (0.01, 1e-4, 4096)
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """What decides a request's way."""
+
+    work: Work
+    task: Task = Task.EMBED
+    replica: str | None = None
+    """The only one that may have it: the rest of the request is there already, or the client names it."""
+    home: bool = False
+    """It is about state that one replica keeps: the key's first choice, however busy that is."""
+    upload: str | None = None
+    """The identifier of the request that this is a part of."""
+    identifier: str = field(default_factory=lambda: uuid4().hex)
+
+
+class Sent:
+    """The tokens that this process has sent to each replica and that are not answered. May be used from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._all: dict[str, tuple[str | None, Lane, int]] = {}
+        self._tokens: Counter[tuple[str | None, Lane]] = Counter()
+
+    @contextmanager
+    def counted(self, route: Route) -> Iterator[None]:
+        """Count a request for as long as the context lasts, from when it has a replica."""
+        work = route.work
+        with self._lock:
+            self._all[route.identifier] = (None, work.lane, work.tokens)
+            self._tokens[None, work.lane] += work.tokens
+        try:
+            yield
+        finally:
+            with self._lock:
+                name, lane, tokens = self._all.pop(route.identifier)
+                self._tokens[name, lane] -= tokens
+                if not self._tokens[name, lane]:
+                    del self._tokens[name, lane]
+
+    def went(self, route: Route, name: str) -> None:
+        """The request has a replica, or another one than before. Nothing happens where it has ended."""
+        with self._lock:
+            if (known := self._all.get(route.identifier)) is not None:
+                before, lane, tokens = known
+                self._all[route.identifier] = (name, lane, tokens)
+                self._tokens[before, lane] -= tokens
+                self._tokens[name, lane] += tokens
+
+    def replica_of(self, route: Route) -> str | None:
+        """The replica that was chosen for a request; None as long as it waits for one."""
+        known = self._all.get(route.identifier)
+        return None if known is None else known[0]
+
+    def tokens(self, name: str, lane: Lane) -> int:
+        """What is with a replica now."""
+        return self._tokens[name, lane]
+
+
+SENT: defaultdict[str, Sent] = defaultdict(Sent)
+"""Of this process, by deployment."""
+ROUTERS: dict[str, KnownToFront] = {}
+"""The same: what `Front` asks which replicas there are."""
+
+
+@dataclass(slots=True)
+class Known:
+    """What one replica has said of itself, see `replica.Server.record_routing_stats`."""
+
+    stats: Mapping[str, Any] = field(default_factory=dict)
+    sent_then: Mapping[Lane, int] = field(default_factory=dict)
+    """Tokens that were with it when that came."""
+
+
+class KnownToFront:
+    """A router that `Front` can ask, and that says which replica has taken a request."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        deployment: str = self._deployment_id.name  # type: ignore[attr-defined]  # Ray's
+        self._sent = SENT[deployment]
+        ROUTERS[deployment] = self
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all replicas that take requests. May be asked from any thread."""
+        return tuple(identifier.unique_id for identifier in list(self._replicas))  # type: ignore[attr-defined]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
+        """Called by Ray once a replica has accepted a request."""
+        if (route := pending_request.kwargs.get(ROUTE)) is not None:
+            self._sent.went(route, replica_id.unique_id)
+
+
+class PowerOfTwo(KnownToFront, PowerOfTwoChoicesRequestRouter):  # type: ignore[misc]
+    """Ray's own: the one with fewer requests of two replicas at random."""
+
+
+class RoundRobin(KnownToFront, RoundRobinRouter):  # type: ignore[misc]
+    """Ray's own: each in turn."""
+
+
+class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has no types
+    """Searches to the shortest expected wait, bulk to the keeper of its cache: `core.routing.choose`.
+
+    Belongs to the event loop in which Ray runs it.
+    """
+
+    policy: Policy = staticmethod(choose)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._known: dict[str, Known] = {}
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Called by Ray whenever a replica comes, goes or says something new of itself."""
+        self._known = {each.replica_id.unique_id: self._heard(each) for each in replicas}
+        super().update_replicas(replicas)
+
+    def _heard(self, running: RunningReplica) -> Known:
+        name, stats = running.replica_id.unique_id, running.routing_stats
+        before = self._known.get(name, Known())
+        if not stats or stats.get("at") == before.stats.get("at"):
+            return before
+        return Known(stats, {lane: self._sent.tokens(name, lane) for lane in Lane})
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """The policy's choice, and after it, for when that is full or gone, the others by their expected wait."""
+        if pending_request is None:
+            return [candidate_replicas]
+        pending_request.routing_context.should_backoff = True  # sleeps between two rounds of all replicas
+        route = pending_request.kwargs.get(ROUTE) or Route(Work(Lane.INTERACTIVE, 1, 0))
+        by_name = {each.replica_id.unique_id: each for each in candidate_replicas}
+        if route.replica is not None:
+            names = [route.replica] if route.replica in by_name else []
+        else:
+            names = self._ranked(by_name, route)
+        if names:  # before anybody else chooses
+            self._sent.went(route, names[0])
+        return [[by_name[name]] for name in names]
+
+    def _ranked(self, running: Mapping[str, RunningReplica], route: Route) -> list[str]:
+        replicas, work = [self._replica(name, route.task) for name in running], route.work
+        if route.home:
+            replicas = [replace(each, queued_interactive=0, queued_bulk=0) for each in replicas]
+            work = replace(work, lane=Lane.BULK)
+        first = self.policy(replicas, work)
+        rest = sorted(replicas, key=lambda each: (each.draining, expected_wait(each, work)))
+        return [each.name for each in ([] if first is None else [first]) + [each for each in rest if each is not first]]
+
+    def _replica(self, name: str, task: Task) -> Replica:
+        """As the policy sees it, for a model of a task. What waits for other models counts by the time it takes."""
+        known = self._known.get(name, Known())
+        fixed, per_token, batch_tokens = known.stats.get("fits", {}).get(task.value, UNKNOWN_FIT)
+        queued = {lane: self._queued(name, known, lane, per_token) for lane in Lane}
+        draining = bool(known.stats.get("draining"))
+        return Replica(
+            name, fixed, per_token, queued[Lane.INTERACTIVE], queued[Lane.BULK], batch_tokens, draining=draining
+        )
+
+    def _queued(self, name: str, known: Known, lane: Lane, per_token: float) -> int:
+        """Tokens: what it said and was sent since; never less than what is sent and not answered."""
+        said = known.stats.get("queued_seconds", {}).get(lane.value, 0.0) / per_token
+        sent = self._sent.tokens(name, lane)
+        return int(max(sent, said + sent - known.sent_then.get(lane, 0)))

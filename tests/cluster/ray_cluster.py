@@ -1,0 +1,151 @@
+"""A Ray cluster of one machine with vecmill on it, for a test: started as a process, and ended with all that it started.
+
+Run as a program, it is that process: `python -m tests.cluster.ray_cluster PORT FOLDER ARGUMENTS`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import httpx
+
+from tests.servers import free_port
+
+MARK = "VECMILL_TEST_CLUSTER"
+START_WITHIN_S = 400
+ATTEMPTS = 5
+OBJECT_STORE_BYTES = 200_000_000
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+# Ray takes its own processes for dead where they are slow to start, as on a machine that has much else to do.
+PATIENT = {
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_worker_register_timeout_seconds": "120",
+    "RAY_health_check_timeout_ms": "60000",
+}
+
+
+@dataclass(frozen=True)
+class RunningCluster:
+    """Where it answers, and which processes it has."""
+
+    url: str
+    mark: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def replicas(self, deployment: str = "models") -> list[int]:
+        """The processes of a deployment's replicas."""
+        return [pid for pid, title in self._processes() if title.startswith(f"ray::ServeReplica:default:{deployment}")]
+
+    def _processes(self) -> Iterator[tuple[int, str]]:
+        for folder in Path("/proc").iterdir():
+            with suppress(OSError):
+                if folder.name.isdecimal() and f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
+                    yield int(folder.name), (folder / "cmdline").read_text("utf-8", "replace").replace("\0", " ")
+
+    def end(self) -> None:
+        """End all processes."""
+        self.process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(30)
+        for pid, _ in list(self._processes()):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+        for folder in Path("/tmp").glob(f"r{self.mark[:6]}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def ray_cluster(
+    folder: Path, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}, ready_path: str = "/ready"
+) -> Iterator[RunningCluster]:
+    """A cluster while the block runs; `arguments` are those of `vecmill.cluster.application.Cluster`."""
+    port, mark, log = free_port(), uuid4().hex, folder / "cluster.log"
+    settings = {"DEVICE": "cpu", "RERANK_MODEL": "none", "STATE_DIR": str(folder / "state"), **environment}
+    command = [sys.executable, "-m", "tests.cluster.ray_cluster", str(port), str(folder), json.dumps(dict(arguments))]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **QUIET, **PATIENT, **settings, MARK: mark}, stdout=output, stderr=output
+        )
+        cluster = RunningCluster(f"http://127.0.0.1:{port}", mark, process, log)
+        try:
+            _wait(cluster, ready_path)
+            yield cluster
+        finally:
+            cluster.end()
+
+
+def _wait(cluster: RunningCluster, path: str) -> None:
+    until = time.monotonic() + START_WITHIN_S
+    while time.monotonic() < until:
+        assert cluster.process.poll() is None, cluster.log.read_text("utf-8", "replace")[-4000:]
+        with suppress(httpx.HTTPError):
+            if httpx.get(cluster.url + path, timeout=5).status_code in (200, 503) and b"up" in cluster.log.read_bytes():
+                return
+        time.sleep(0.2)
+    raise AssertionError(cluster.log.read_text("utf-8", "replace")[-4000:])
+
+
+def _start_ray() -> None:
+    """Ray gives its own processes 30 seconds, which are over soon on a machine that has much else to do."""
+    import ray
+
+    for attempt in range(ATTEMPTS):
+        try:
+            ray.init(
+                num_cpus=16,  # more than there are: replicas that wait for requests need none
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                namespace="serve",
+                _temp_dir=f"/tmp/r{os.environ[MARK][:6]}{attempt}",  # sockets lie in it, whose paths may have 107 characters
+            )
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt + 1 == ATTEMPTS:
+                raise
+
+
+def main(port: str, folder: str, arguments: str, started: Sequence[str] = ()) -> None:
+    """Run the cluster until SIGTERM."""
+    import ray
+    from ray import serve
+
+    from vecmill.cluster import build
+
+    _start_ray()
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
+    wait = json.loads(arguments).pop("wait", True)
+    given = {name: value for name, value in json.loads(arguments).items() if name != "wait"}
+    application = build(given)
+    if wait:
+        serve.run(application)
+    else:
+        serve._run(application, _blocking=False)
+    sys.stdout.write("up\n")
+    sys.stdout.flush()
+    while not stopped:
+        time.sleep(0.1)
+    with suppress(Exception):
+        serve.shutdown()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
