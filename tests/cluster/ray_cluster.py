@@ -1,4 +1,4 @@
-"""A Ray cluster of one machine with vecmill on it, for a test: started as a process, and ended with all that it started.
+"""A Ray cluster of one machine with vecmill on it, for a test: a process, ended with all that it started.
 
 Run as a program, it is that process: `python -m tests.cluster.ray_cluster PORT FOLDER ARGUMENTS`.
 """
@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ import httpx
 
 from tests.servers import free_port
 
+ARGUMENTS = "arguments.json"
 MARK = "VECMILL_TEST_CLUSTER"
 START_WITHIN_S = 400
 ATTEMPTS = 5
@@ -50,6 +51,11 @@ class RunningCluster:
         """The processes of a deployment's replicas."""
         return [pid for pid, title in self._processes() if title.startswith(f"ray::ServeReplica:default:{deployment}")]
 
+    def redeploy(self, arguments: Mapping[str, Any]) -> None:
+        """Deploy with other arguments, which replaces the replicas one after another."""
+        (self.log.parent / ARGUMENTS).write_text(json.dumps(dict(arguments)))
+        self.process.send_signal(signal.SIGUSR1)
+
     def _processes(self) -> Iterator[tuple[int, str]]:
         for folder in Path("/proc").iterdir():
             with suppress(OSError):
@@ -75,7 +81,13 @@ def ray_cluster(
 ) -> Iterator[RunningCluster]:
     """A cluster while the block runs; `arguments` are those of `vecmill.cluster.application.Cluster`."""
     port, mark, log = free_port(), uuid4().hex, folder / "cluster.log"
-    settings = {"DEVICE": "cpu", "RERANK_MODEL": "none", "STATE_DIR": str(folder / "state"), **environment}
+    settings = {
+        "DEVICE": "cpu",
+        "RERANK_MODEL": "none",
+        "MAX_BATCH_TOKENS": "256",  # warm-up runs the largest
+        "STATE_DIR": str(folder / "state"),
+        **environment,
+    }
     command = [sys.executable, "-m", "tests.cluster.ray_cluster", str(port), str(folder), json.dumps(dict(arguments))]
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -111,7 +123,7 @@ def _start_ray() -> None:
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 namespace="serve",
-                _temp_dir=f"/tmp/r{os.environ[MARK][:6]}{attempt}",  # sockets lie in it, whose paths may have 107 characters
+                _temp_dir=f"/tmp/r{os.environ[MARK][:6]}{attempt}",  # its sockets' paths may have 107 characters
             )
             return
         except Exception:
@@ -120,7 +132,7 @@ def _start_ray() -> None:
                 raise
 
 
-def main(port: str, folder: str, arguments: str, started: Sequence[str] = ()) -> None:
+def main(port: str, folder: str, arguments: str) -> None:
     """Run the cluster until SIGTERM."""
     import ray
     from ray import serve
@@ -131,17 +143,17 @@ def main(port: str, folder: str, arguments: str, started: Sequence[str] = ()) ->
     stopped: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
-    wait = json.loads(arguments).pop("wait", True)
-    given = {name: value for name, value in json.loads(arguments).items() if name != "wait"}
-    application = build(given)
-    if wait:
-        serve.run(application)
-    else:
-        serve._run(application, _blocking=False)
+    given = json.loads(arguments)
+    serve.run(build(given))
     sys.stdout.write("up\n")
     sys.stdout.flush()
+    again: list[int] = []
+    signal.signal(signal.SIGUSR1, lambda number, _: again.append(number))
     while not stopped:
         time.sleep(0.1)
+        if again:
+            again.clear()
+            serve.run(build(json.loads((Path(folder) / ARGUMENTS).read_text())))
     with suppress(Exception):
         serve.shutdown()
     ray.shutdown()

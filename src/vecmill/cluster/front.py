@@ -291,7 +291,7 @@ class _Passage:
                 while (together := await self._next(answer, deployment, route, others)) is not None:
                     if not together:
                         self._accepted.set_result(SENT[deployment].replica_of(route) or "")
-                    head += together
+                    head += [self._named(message, deployment, route) for message in together]
                     if len(head) > 1 or self._started or _open_ended(head):
                         for message in head:
                             yield message
@@ -303,6 +303,14 @@ class _Passage:
                 for other in others:
                     other.cancel()
                 await asyncio.gather(*others, return_exceptions=True)
+
+    @staticmethod
+    def _named(message: Message, deployment: str, route: Route) -> Message:
+        """The message; an answer's head says which replica it is from, by the name that `X-Replica` may ask for."""
+        if message["type"] != "http.response.start" or (name := SENT[deployment].replica_of(route)) is None:
+            return message
+        others = [(key, value) for key, value in message["headers"] if key.lower() != b"x-replica"]
+        return {**message, "headers": [*others, (b"x-replica", name.encode())]}
 
     async def _next(
         self, answer: Any, deployment: str, route: Route, others: Sequence[asyncio.Task[None]]

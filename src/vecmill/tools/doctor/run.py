@@ -15,7 +15,7 @@ from vecmill.tools.doctor.checks.gpu import check_clock, check_driver, check_gpu
 from vecmill.tools.doctor.checks.installation import check_python, check_torch
 from vecmill.tools.doctor.checks.memory import check_memory
 from vecmill.tools.doctor.checks.models import check_disk, check_models
-from vecmill.tools.doctor.checks.programs import check_docker, check_tailscale
+from vecmill.tools.doctor.checks.programs import check_docker, check_ray, check_tailscale
 from vecmill.tools.doctor.checks.server import check_port, check_state
 from vecmill.tools.doctor.context import DoctorContext, NoTorch
 from vecmill.tools.doctor.findings import CheckResult, Finding, fail, warn
@@ -41,6 +41,7 @@ CHECKS: Mapping[str, Check] = {
     "state": check_state,
     "tailscale": check_tailscale,
     "docker": check_docker,
+    "ray": check_ray,
 }
 
 

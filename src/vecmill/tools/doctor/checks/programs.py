@@ -1,4 +1,4 @@
-"""Other programs, where they are installed: Tailscale and Docker.
+"""Other programs, where they are installed: Tailscale, Docker and Ray.
 
 Sources: https://tailscale.com/docs/reference/tailscale-cli (`status --json`, `serve status --json`);
 https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install-guide.html
@@ -7,12 +7,18 @@ https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
-from collections.abc import Iterator
+import socket
+import sys
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from vecmill.tools.doctor.context import DoctorContext, ended
-from vecmill.tools.doctor.findings import Finding, ok, warn
+from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
 
 
 def check_tailscale(context: DoctorContext) -> Finding:
@@ -101,3 +107,47 @@ def judge_docker(info: dict[str, Any], *, has_gpu: bool) -> Finding:
     if nvidia:
         return ok(f"{seen}, with NVIDIA's runtime", version=info["ServerVersion"])
     return warn(f"{seen}, without NVIDIA's runtime: containers see no GPU", RUNTIME, version=info["ServerVersion"])
+
+
+OLDEST_RAY = (2, 60)
+GPUS_OF_RAY = re.compile(r"^\s*([\d.]+)/([\d.]+) GPU", re.MULTILINE)
+REDIS_SECONDS = 1.0
+
+
+def check_ray(context: DoctorContext) -> Finding:
+    """Ask the installation for its version, and the cluster for its GPUs."""
+    try:
+        installed = version("ray")
+    except PackageNotFoundError:
+        return ok("not installed, and not needed")
+    command = Path(sys.executable).with_name("ray")
+    answer = ended(str(command) if command.exists() else "ray", "status")
+    running = answer.stdout if "Resources" in answer.stdout else None
+    return together([judge_ray(installed, running, has_gpu=context.has_gpu), *judge_redis_of_ray(os.environ)])
+
+
+def judge_ray(installed: str, status: str | None, *, has_gpu: bool) -> Finding:
+    """By the version of the installation and what `ray status` says; None where no cluster is reached from here."""
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST_RAY:
+        return warn(f"Ray {installed} is older than 2.60", install("--upgrade", "ray[serve]>=2.60"), version=installed)
+    if status is None:
+        return ok(f"Ray {installed}; no cluster runs here (`ray start --head`, or `serve run`)", version=installed)
+    found = GPUS_OF_RAY.search(status)
+    used, gpus = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
+    seen = f"Ray {installed}; a cluster answers, with {gpus:g} GPUs, {used:g} in use"
+    if has_gpu and not gpus:
+        return warn(f"{seen}, though this machine has one", "Start Ray with --num-gpus=1 on this machine", gpus=gpus)
+    return ok(seen, version=installed, gpus=gpus, gpus_in_use=used)
+
+
+def judge_redis_of_ray(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the Redis by which a cluster outlives its head node is reached; nothing where none is named."""
+    address = environ.get("RAY_REDIS_ADDRESS")
+    if address is None:
+        return
+    host, _, port = address.rpartition("//")[2].partition(",")[0].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), REDIS_SECONDS).close()
+        yield ok("RAY_REDIS_ADDRESS is reached")
+    except (OSError, ValueError, OverflowError):
+        yield fail("RAY_REDIS_ADDRESS is not reached", "Set it to host:port of a Redis that runs, before `ray start`")
