@@ -23,7 +23,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
-from vecmill.cluster.router import ROUTE, ROUTERS, SENT, Route
+from vecmill.cluster.routes import ROUTE, ROUTERS, SENT, Route
 from vecmill.config import Settings
 from vecmill.core.errors import (
     ModelLoading,
@@ -335,6 +335,7 @@ class _Passage:
         except DeploymentUnavailableError:
             raise Unavailable("503: the models cannot be served now; `serve status` says why.") from None
         finally:
+            coming.add_done_callback(_heard)
             coming.cancel()
 
     def _check_wait(self, deployment: str, route: Route, until: float) -> None:
@@ -401,6 +402,12 @@ class _Passage:
         own = Route(route.work, route.task)
         start, *bodies = [message async for message in self._messages(deployment, own)]
         return start, b"".join(message.get("body", b"") for message in bodies)
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """Nobody asks any more what became of it."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _open_ended(head: Sequence[Message]) -> bool:

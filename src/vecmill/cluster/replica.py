@@ -19,7 +19,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Scope
 
 from vecmill.app import Server, create_app
-from vecmill.cluster.router import Route
+from vecmill.cluster.routes import Route
 from vecmill.cluster.scaling import BUSY, QUEUED_SECONDS
 from vecmill.config import Settings
 from vecmill.core.health import Phase
