@@ -77,9 +77,16 @@ class RunningCluster:
 
 @contextmanager
 def ray_cluster(
-    folder: Path, arguments: Mapping[str, Any], environment: Mapping[str, str] = {}, ready_path: str = "/ready"
+    folder: Path,
+    arguments: Mapping[str, Any],
+    environment: Mapping[str, str] = {},
+    ready_path: str = "/ready",
+    answering: int | None = None,
 ) -> Iterator[RunningCluster]:
-    """A cluster while the block runs; `arguments` are those of `vecmill.cluster.application.Cluster`."""
+    """A cluster while the block runs; `arguments` are those of `vecmill.cluster.application.Cluster`.
+
+    `answering`: the port where it answers, if not that of Ray's proxy.
+    """
     port, mark, log = free_port(), uuid4().hex, folder / "cluster.log"
     settings = {
         "DEVICE": "cpu",
@@ -93,7 +100,7 @@ def ray_cluster(
         process = subprocess.Popen(
             command, env={**os.environ, **QUIET, **PATIENT, **settings, MARK: mark}, stdout=output, stderr=output
         )
-        cluster = RunningCluster(f"http://127.0.0.1:{port}", mark, process, log)
+        cluster = RunningCluster(f"http://127.0.0.1:{answering or port}", mark, process, log)
         try:
             _wait(cluster, ready_path)
             yield cluster

@@ -213,11 +213,13 @@ class _Exchange:
 def with_folder(settings: Settings) -> tuple[Settings, FileLock | None]:
     """The settings with a state folder of this replica's own, the first in STATE_DIR that is free; and what holds it.
 
-    So a replica that takes another's place finds its cache, jobs and files.
+    So a replica that takes another's place finds its cache, jobs and files. Servers with REDIS_URL share STATE_DIR.
 
     Raises:
         RuntimeError: none is free.
     """
+    if settings.state.redis_url is not None:
+        return settings, None
     top = Path(settings.state.state_dir)
     for number in range(MOST_ON_A_MACHINE):
         path = top / f"replica-{number}"
