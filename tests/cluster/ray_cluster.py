@@ -24,6 +24,7 @@ import httpx
 from tests.servers import free_port
 
 ARGUMENTS = "arguments.json"
+UP = "the cluster is up"
 MARK = "VECMILL_TEST_CLUSTER"
 START_WITHIN_S = 400
 ATTEMPTS = 5
@@ -72,6 +73,8 @@ class RunningCluster:
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
         for folder in Path("/tmp").glob(f"r{self.mark[:6]}*"):
+            with suppress(OSError, shutil.Error):
+                shutil.copytree(folder / "session_latest/logs/serve", self.log.parent / f"serve-{folder.name}")
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -113,7 +116,10 @@ def _wait(cluster: RunningCluster, path: str) -> None:
     while time.monotonic() < until:
         assert cluster.process.poll() is None, cluster.log.read_text("utf-8", "replace")[-4000:]
         with suppress(httpx.HTTPError):
-            if httpx.get(cluster.url + path, timeout=5).status_code in (200, 503) and b"up" in cluster.log.read_bytes():
+            if (
+                httpx.get(cluster.url + path, timeout=5).status_code in (200, 503)
+                and UP.encode() in cluster.log.read_bytes()
+            ):
                 return
         time.sleep(0.2)
     raise AssertionError(cluster.log.read_text("utf-8", "replace")[-4000:])
@@ -152,7 +158,7 @@ def main(port: str, folder: str, arguments: str) -> None:
     serve.start(http_options={"host": "127.0.0.1", "port": int(port)})
     given = json.loads(arguments)
     serve.run(build(given))
-    sys.stdout.write("up\n")
+    sys.stdout.write(f"{UP}\n")
     sys.stdout.flush()
     again: list[int] = []
     signal.signal(signal.SIGUSR1, lambda number, _: again.append(number))
