@@ -29,7 +29,7 @@ MARK = "VECMILL_TEST_CLUSTER"
 START_WITHIN_S = 400
 ATTEMPTS = 5
 OBJECT_STORE_BYTES = 200_000_000
-QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0"}
+QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_SERVE_LOG_TO_STDERR": "0", "RAY_worker_niceness": "0"}
 # Ray takes its own processes for dead where they are slow to start, as on a machine that has much else to do.
 PATIENT = {
     "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "120",

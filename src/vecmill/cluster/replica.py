@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, suppress
 from dataclasses import replace
@@ -71,15 +72,12 @@ class ReplicaServer:
 
     async def record_routing_stats(self) -> dict[str, Any]:
         """What `WaitRouter` knows of this replica: fits, what waits, and whether it takes work."""
-        inference = self._server.inference
         return {
             "at": time_ns(),
             "draining": status_of(self._server.services)[0] != "ok",
+            "kind": self._kind(),
             "fits": self._fits(),
-            "queued_seconds": {lane.value: self._queued_seconds(lane) for lane in Lane},
-            "queued_tokens": {
-                f"{model} {lane.value}": tokens for (model, lane), (_, tokens) in inference.queued.items()
-            },
+            "queued": {lane.value: self._queued(lane) for lane in Lane},
         }
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -98,6 +96,22 @@ class ReplicaServer:
             for (model, its_lane), (_, tokens) in self._server.inference.queued.items()
             if its_lane is lane and model in warmed
         )
+
+    def _queued(self, lane: Lane) -> dict[str, int]:
+        """Tokens that wait in a lane, by task."""
+        queued: dict[str, int] = {}
+        for (model, its_lane), (_, tokens) in self._server.inference.queued.items():
+            if its_lane is lane:
+                task = model.partition(":")[0]
+                queued[task] = queued.get(task, 0) + tokens
+        return queued
+
+    def _kind(self) -> str:
+        """What takes as long for the same work: the card's name, or how many cores there are."""
+        look = self._server.services.gpu()
+        if self._server.services.gpu_in_use() and look.gpu is not None:
+            return str(look.gpu.name)
+        return f"{os.cpu_count()} cores"
 
     def _fits(self) -> dict[str, tuple[float, float, int]]:
         """By task, of its first model: seconds of a pass, seconds per token, tokens of a bulk pass."""

@@ -16,6 +16,7 @@ from vecmill.core.types import Lane, Task
 
 # Until a replica has said what it can do; all are then thought equal.
 UNKNOWN_FIT = (0.01, 1e-4, 4096)
+COMPARED_TOKENS = 512  # of a pass by which fits are compared
 
 
 @dataclass(slots=True)
@@ -108,15 +109,23 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
     def _replica(self, name: str, task: Task) -> Replica:
         """As the policy sees it, for a model of a task. What waits for other models counts by the time it takes."""
         known = self._known.get(name, Known())
-        fixed, per_token, batch_tokens = known.stats.get("fits", {}).get(task.value, UNKNOWN_FIT)
+        fixed, per_token, batch_tokens = self._fit(known, task)
         queued = {lane: self._queued(name, known, lane, per_token) for lane in Lane}
         draining = bool(known.stats.get("draining"))
         return Replica(
             name, fixed, per_token, queued[Lane.INTERACTIVE], queued[Lane.BULK], batch_tokens, draining=draining
         )
 
+    def _fit(self, known: Known, task: Task) -> tuple[float, float, int]:
+        """The best that a replica of the same kind has measured. Other work on the machine makes warm-up slower, never
+        faster, and what it has measured then would keep requests away for as long as the replica lives."""
+        alike = (each.stats for each in self._known.values() if each.stats.get("kind") == known.stats.get("kind"))
+        fits = [stats["fits"][task.value] for stats in alike if task.value in stats.get("fits", {})]
+        return min(fits, key=lambda fit: fit[0] + fit[1] * COMPARED_TOKENS, default=UNKNOWN_FIT)
+
     def _queued(self, name: str, known: Known, lane: Lane, per_token: float) -> int:
         """Tokens: what it said and was sent since; never less than what is sent and not answered."""
-        said = known.stats.get("queued_seconds", {}).get(lane.value, 0.0) / per_token
+        waiting = known.stats.get("queued", {}).get(lane.value, {})
+        said = sum(tokens * self._fit(known, Task(task))[1] / per_token for task, tokens in waiting.items())
         sent = self._sent.tokens(name, lane)
         return int(max(sent, said + sent - known.sent_then.get(lane, 0)))
