@@ -13,12 +13,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapp
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf
 from time import monotonic
 from typing import Any
 
 import orjson
 from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RequestCancelledError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
@@ -36,6 +37,7 @@ from vecmill.core.errors import (
 from vecmill.core.json_body import JsonLimits, parse
 from vecmill.core.routing import Work, affinity_key
 from vecmill.core.types import Caller, Lane, Task
+from vecmill.http.access import ApiKeys, presented_key
 from vecmill.http.dialects.bodies import CHOICES
 from vecmill.http.dialects.registry import RERANK, rerank_spoken, shape_for
 from vecmill.http.errors import ErrorShape, error_response
@@ -54,6 +56,8 @@ PARSED_HERE_BYTES = 65_536  # larger bodies are parsed in a thread
 
 # State that one replica keeps unless it is shared. What is sent there may not be done twice.
 KEPT = ("/jobs", "/v1/jobs", "/v1/files", "/v1/batches", "/models/load", "/models/unload", "/cache", "/dashboard")
+# Of an ASGI scope; the rest is the connection's own.
+PASSED = ("type", "asgi", "http_version", "scheme", "method", "path", "raw_path", "query_string", "root_path")
 # Where several placements have a part of the answer each: a list under one of these names.
 LISTS = {"/v1/models": "data", "/api/tags": "models"}
 SCORING = ("rerank", "reranking", "ranking", "score", "classify")
@@ -94,6 +98,7 @@ class Front:
         self._names: dict[tuple[Task, str], str] = {
             (task, name): each.deployment for each in reversed(placements) for task in each.tasks for name in each.names
         }
+        self._keys = ApiKeys(settings.access)
         self._asked = float("-inf")
         self._buffered = 0
 
@@ -130,6 +135,10 @@ class Front:
             return False
         self._buffered += count
         return True
+
+    def knows(self, headers: Headers) -> bool:
+        """Whether a replica will let the request in, as far as it can be told: others are not looked at."""
+        return self._keys.holder_of(presented_key(headers)) is not None
 
     def having(self, replica: str) -> str | None:
         """The deployment that has a replica of that name."""
@@ -168,21 +177,7 @@ class _Passage:
 
     def __init__(self, front: Front, scope: Scope, receive: Receive, send: Send) -> None:
         self._front, self._receive, self._send = front, receive, send
-        self._scope = {
-            name: scope[name]
-            for name in (
-                "type",
-                "asgi",
-                "http_version",
-                "scheme",
-                "method",
-                "path",
-                "raw_path",
-                "query_string",
-                "root_path",
-            )
-            if name in scope
-        }
+        self._scope = {name: scope[name] for name in PASSED if name in scope}
         for address in ("client", "server"):
             self._scope[address] = tuple(scope[address]) if scope.get(address) else None
         self._scope["headers"] = list(scope["headers"])
@@ -191,7 +186,8 @@ class _Passage:
         self._began = monotonic()
         self._held = 0
         self._body: bytes | None = None
-        self._begun: list[bytes] = []
+        self._begun = bytearray()
+        self._more = True
         self._started = False
         self._accepted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The replica that has the request, where its body follows in parts."""
@@ -213,26 +209,29 @@ class _Passage:
 
     async def _read(self) -> None:
         """The body, as long as it is no larger than a request's may be: what is larger is passed on in parts."""
-        more = True
         most = self._front.settings.http.max_body_bytes
-        while more:
-            part, more = await self._part()
-            self._begun.append(part)
-            room = self._held + len(part) <= most and self._front.take(len(part))
-            self._held += len(part) * room
-            if not room:
+        if self._method == "POST" and not self._front.knows(self._headers):
+            return
+        until = self._began + self._front.settings.scheduler.request_timeout
+        while self._more:
+            part = await self._part(until)
+            self._begun += part
+            if self._held + len(part) > most or not self._front.take(len(part)):
                 return
-        self._body = b"".join(self._begun)
+            self._held += len(part)
+        self._body = bytes(self._begun)
+        self._begun.clear()
 
-    async def _part(self) -> tuple[bytes, bool]:
-        pause = self._front.settings.http.body_timeout
+    async def _part(self, until: float = inf) -> bytes:
+        pause = min(self._front.settings.http.body_timeout, until - monotonic())
         try:
             message = await asyncio.wait_for(self._receive(), pause)
         except TimeoutError:
-            raise RequestTimedOut(f"408: nothing of the request's body came for {pause:g} s (BODY_TIMEOUT).") from None
+            raise RequestTimedOut("408: the rest of the request's body did not come in time (BODY_TIMEOUT).") from None
         if message["type"] == "http.disconnect":
             raise asyncio.CancelledError
-        return message.get("body", b""), message.get("more_body", False)
+        self._more = message.get("more_body", False)
+        return bytes(message.get("body", b""))
 
     async def _answer(self) -> None:
         look = await self._look()
@@ -266,8 +265,8 @@ class _Passage:
                 async for message in self._messages(deployment, route):
                     self._started = True
                     await self._send(message)
-            except RayError as error:
-                if self._started or isinstance(error, DeploymentUnavailableError):
+            except (RayError, RequestCancelledError):
+                if self._started:
                     raise
                 if repeatable and route.replica is None and attempt + 1 < ATTEMPTS:
                     route = Route(route.work, route.task, home=route.home)
@@ -322,12 +321,11 @@ class _Passage:
             while True:
                 timeout = None if self._started or self._path in ENDLESS else LOOK_SECONDS
                 await asyncio.wait({coming, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                if coming.cancelled():  # not by the client
+                    raise RequestCancelledError(route.identifier)
                 if coming.done():
                     return coming.result()
-                for other in others:
-                    if other.done():
-                        other.result()
-                self._check_wait(deployment, route, until)
+                self._check_wait(deployment, route, until, others)
         except StopAsyncIteration:
             return None
         except BackPressureError:
@@ -338,12 +336,15 @@ class _Passage:
             coming.add_done_callback(_heard)
             coming.cancel()
 
-    def _check_wait(self, deployment: str, route: Route, until: float) -> None:
+    def _check_wait(self, deployment: str, route: Route, until: float, others: Sequence[asyncio.Task[None]]) -> None:
         """Whether there is still something to wait for.
 
         Raises:
-            ModelLoading, Unavailable.
+            ModelLoading, Unavailable. asyncio.CancelledError: the client has left. RequestTimedOut: its body stays out.
         """
+        for other in others:
+            if other.done():
+                other.result()
         if monotonic() > until and SENT[deployment].replica_of(route) is None and not running(deployment):
             error = ModelLoading("503: no replica with this model runs yet; one is being started, try again.")
             error.retry_after = START_SECONDS
@@ -366,16 +367,13 @@ class _Passage:
         name = await self._accepted
         call = self._front.handle(deployment, stream=False).feed
         pinned = Route(Work(Lane.INTERACTIVE, 0, 0), replica=name, upload=route.identifier)
-        parts, more = self._begun, True
-        while more:
-            size = sum(map(len, parts))
-            while more and size < PART_BYTES:
-                part, more = await self._part()
-                parts.append(part)
-                size += len(part)
-            if not await call.remote((b"".join(parts), more), **{ROUTE: pinned}):
-                break
-            parts = []
+        going = True
+        while going:
+            while self._more and len(self._begun) < PART_BYTES:
+                self._begun += await self._part()
+            part = bytes(self._begun), self._more
+            self._begun.clear()
+            going = await call.remote(part, **{ROUTE: pinned}) and self._more
         await self._gone()
 
     async def _merge(self, name: str, route: Route) -> None:
