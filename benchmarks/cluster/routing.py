@@ -29,7 +29,7 @@ from rich.table import Table
 from vecmill.core.routing import (
     Policy,
     Replica,
-    Work,
+    RoutedRequest,
     affinity_key,
     choose,
     expected_wait,
@@ -53,7 +53,7 @@ INSERTED = 3  # chunks at the front of the second
 class Request:
     """One that waits, runs or is done."""
 
-    work: Work
+    work: RoutedRequest
     texts: Sequence[str]
     sent: float
     left: int = 0
@@ -136,7 +136,7 @@ class SimulatedReplica:
 class Simulation:
     """One way of choosing, from the first request to the last answer."""
 
-    def __init__(self, replicas: list[SimulatedReplica], pick: Callable[["Simulation", Work], int]) -> None:
+    def __init__(self, replicas: list[SimulatedReplica], pick: Callable[["Simulation", RoutedRequest], int]) -> None:
         self.replicas, self._pick = replicas, pick
         self._events: list[tuple[float, int, Callable[[float], None]]] = []
         self._order = count()
@@ -183,10 +183,10 @@ class Simulation:
         return now
 
 
-def by(policy: Policy) -> Callable[[Simulation, Work], int]:
+def by(policy: Policy) -> Callable[[Simulation, RoutedRequest], int]:
     """The pick of a policy of `vecmill.core.routing`."""
 
-    def pick(simulation: Simulation, work: Work) -> int:
+    def pick(simulation: Simulation, work: RoutedRequest) -> int:
         replicas = [each.as_known() for each in simulation.replicas]
         chosen = policy(replicas, work)
         assert chosen is not None
@@ -195,28 +195,28 @@ def by(policy: Policy) -> Callable[[Simulation, Work], int]:
     return pick
 
 
-def power_of_two(random: Random) -> Callable[[Simulation, Work], int]:
+def power_of_two(random: Random) -> Callable[[Simulation, RoutedRequest], int]:
     """As Ray's: the one with fewer requests, of two at random."""
 
-    def pick(simulation: Simulation, work: Work) -> int:
+    def pick(simulation: Simulation, work: RoutedRequest) -> int:
         two = random.sample(range(len(simulation.replicas)), min(2, len(simulation.replicas)))
         return min(two, key=lambda number: simulation.replicas[number].requests)
 
     return pick
 
 
-def round_robin() -> Callable[[Simulation, Work], int]:
+def round_robin() -> Callable[[Simulation, RoutedRequest], int]:
     """Each in turn."""
     turns = count()
     return lambda simulation, work: next(turns) % len(simulation.replicas)
 
 
-def two_by_wait(random: Random) -> Callable[[Simulation, Work], int]:
+def two_by_wait(random: Random) -> Callable[[Simulation, RoutedRequest], int]:
     """The shorter expected wait of two at random."""
     return by(lambda replicas, work: min(sampled(replicas, random), key=lambda each: expected_wait(each, work)))
 
 
-def ways(seed: int) -> dict[str, Callable[[Simulation, Work], int]]:
+def ways(seed: int) -> dict[str, Callable[[Simulation, RoutedRequest], int]]:
     """All that are compared."""
     return {
         "ours": by(choose),
@@ -248,7 +248,7 @@ def indexer(simulation: Simulation, name: str, chunks: int, ended: list[float]) 
                 ended.append(now)
             return
         simulation.texts += len(part)
-        work = Work(Lane.BULK, len(part) * TEXT_TOKENS, affinity_key(part))
+        work = RoutedRequest(Lane.BULK, len(part) * TEXT_TOKENS, affinity_key(part))
         simulation.send(Request(work, part, now, done=send_next))
 
     left[0] = AHEAD
@@ -263,14 +263,14 @@ def people(simulation: Simulation, random: Random, per_second: float, ended: lis
         if len(ended) >= indexers:
             return
         text = f"question {random.randrange(10_000)}"
-        simulation.send(Request(Work(Lane.INTERACTIVE, SEARCH_TOKENS, affinity_key([text])), [text], now))
+        simulation.send(Request(RoutedRequest(Lane.INTERACTIVE, SEARCH_TOKENS, affinity_key([text])), [text], now))
         simulation.at(now + random.expovariate(per_second), search)
 
     simulation.at(0.0, search)
 
 
 def measure(
-    options: argparse.Namespace, count: int, slow: int, indexers: int, pick: Callable[[Simulation, Work], int]
+    options: argparse.Namespace, count: int, slow: int, indexers: int, pick: Callable[[Simulation, RoutedRequest], int]
 ) -> dict[str, Any]:
     """One way's figures."""
     replicas = [

@@ -20,7 +20,7 @@ from vecmill.cluster.front import look_at
 from vecmill.cluster.routes import Route, Sent
 from vecmill.cluster.scaling import QueuedTokens
 from vecmill.config import load_settings
-from vecmill.core.routing import Work
+from vecmill.core.routing import RoutedRequest
 from vecmill.core.types import Lane, Task
 
 
@@ -143,7 +143,7 @@ def test_the_job_is_not_in_the_key_so_that_a_second_run_finds_its_cache() -> Non
 
 
 def test_what_is_on_its_way_is_counted_until_it_is_answered_wherever_it_goes() -> None:
-    sent, route = Sent(), Route(Work(Lane.BULK, 100, 0))
+    sent, route = Sent(), Route(RoutedRequest(Lane.BULK, 100, 0))
     with sent.counted(route):
         assert sent.replica_of(route) is None
         sent.went(route, "a")

@@ -14,7 +14,7 @@ from vecmill.core.routing import (
     ABOUT_EQUAL,
     BALANCE,
     Replica,
-    Work,
+    RoutedRequest,
     affinity_key,
     cap,
     choose,
@@ -37,8 +37,8 @@ def idle(count: int) -> list[Replica]:
     return [replica(f"replica-{number}") for number in range(count)]
 
 
-def bulk(key: int, tokens: int = 1000) -> Work:
-    return Work(Lane.BULK, tokens, key)
+def bulk(key: int, tokens: int = 1000) -> RoutedRequest:
+    return RoutedRequest(Lane.BULK, tokens, key)
 
 
 def owners(replicas: list[Replica]) -> list[str]:
@@ -62,12 +62,12 @@ replicas = st.lists(
     max_size=12,
     unique_by=lambda each: each.name,
 )
-works = st.builds(Work, st.sampled_from(Lane), st.integers(1, 200_000), st.integers(0, 2**64 - 1))
+works = st.builds(RoutedRequest, st.sampled_from(Lane), st.integers(1, 200_000), st.integers(0, 2**64 - 1))
 
 
 @given(replicas, works)
 def test_one_that_drains_gets_nothing_and_there_is_a_choice_as_long_as_one_does_not(
-    candidates: list[Replica], work: Work
+    candidates: list[Replica], work: RoutedRequest
 ) -> None:
     chosen = choose(candidates, work)
 
@@ -76,7 +76,7 @@ def test_one_that_drains_gets_nothing_and_there_is_a_choice_as_long_as_one_does_
 
 
 @given(replicas, works)
-def test_a_search_waits_hardly_longer_than_it_had_to(candidates: list[Replica], work: Work) -> None:
+def test_a_search_waits_hardly_longer_than_it_had_to(candidates: list[Replica], work: RoutedRequest) -> None:
     search = replace(work, lane=Lane.INTERACTIVE)
     chosen = choose(candidates, search)
 
@@ -86,7 +86,7 @@ def test_a_search_waits_hardly_longer_than_it_had_to(candidates: list[Replica], 
 
 
 @given(replicas, works)
-def test_bulk_is_not_added_to_a_replica_above_its_cap(candidates: list[Replica], work: Work) -> None:
+def test_bulk_is_not_added_to_a_replica_above_its_cap(candidates: list[Replica], work: RoutedRequest) -> None:
     chosen = choose(candidates, replace(work, lane=Lane.BULK))
 
     if chosen is not None:
@@ -118,7 +118,7 @@ def test_the_order_in_which_replicas_are_known_changes_nothing(
 
 
 @given(replicas, works)
-def test_only_the_keys_of_a_replica_that_left_move(candidates: list[Replica], work: Work) -> None:
+def test_only_the_keys_of_a_replica_that_left_move(candidates: list[Replica], work: RoutedRequest) -> None:
     quiet = [replace(each, queued_interactive=0, queued_bulk=0) for each in candidates]
     before = owner(quiet, replace(work, tokens=1))
 
@@ -159,7 +159,7 @@ def test_a_text_is_found_where_it_went_the_last_time_though_its_replica_has_more
 def test_a_search_does_not_count_bulk_that_it_overtakes() -> None:
     deep_in_bulk = replica("bulk", queued_bulk=1_000_000, max_batch_tokens=2000)
     searched = replica("searched", queued_interactive=3000)
-    search = Work(Lane.INTERACTIVE, 10, key=0)
+    search = RoutedRequest(Lane.INTERACTIVE, 10, key=0)
 
     assert shortest_wait([deep_in_bulk, searched], search) is deep_in_bulk
     assert expected_wait(deep_in_bulk, search) == pytest.approx(0.01 + 1e-4 * 2010)
@@ -167,7 +167,7 @@ def test_a_search_does_not_count_bulk_that_it_overtakes() -> None:
 
 
 def test_a_slower_card_gets_the_search_only_when_the_faster_one_has_more_before_it() -> None:
-    search = Work(Lane.INTERACTIVE, 100, key=0)
+    search = RoutedRequest(Lane.INTERACTIVE, 100, key=0)
     slow = replica("slow", seconds_per_token=1e-3)
 
     assert shortest_wait([slow, replica("fast")], search) is not slow
@@ -176,7 +176,7 @@ def test_a_slower_card_gets_the_search_only_when_the_faster_one_has_more_before_
 
 def test_idle_replicas_share_searches_and_equal_ones_meet() -> None:
     candidates = idle(4)
-    searches = [Work(Lane.INTERACTIVE, 10, affinity_key([f"question {number}"])) for number in range(KEYS)]
+    searches = [RoutedRequest(Lane.INTERACTIVE, 10, affinity_key([f"question {number}"])) for number in range(KEYS)]
 
     chosen = [choose(candidates, search) for search in searches]
 

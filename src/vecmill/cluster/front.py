@@ -35,7 +35,7 @@ from vecmill.core.errors import (
     VecmillError,
 )
 from vecmill.core.json_body import JsonLimits, parse
-from vecmill.core.routing import Work, affinity_key
+from vecmill.core.routing import RoutedRequest, affinity_key
 from vecmill.core.types import Caller, Lane, Task
 from vecmill.http.access import ApiKeys, presented_key
 from vecmill.http.dialects.bodies import CHOICES
@@ -74,12 +74,12 @@ class PlacementNames:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class Destination:
     """What a request is for, as far as it can be seen without understanding it."""
 
     task: Task
     model: str | None
-    work: Work
+    work: RoutedRequest
     body: object = None
     """Parsed, where it is JSON."""
 
@@ -161,7 +161,7 @@ class Front:
         """Have the replicas say which models they have."""
         for deployment in filter(running, self.deployments):
             with suppress(RayError, TimeoutError, BackPressureError, DeploymentUnavailableError):
-                call = self._calls[deployment].names.remote(**{ROUTE: Route(Work(Lane.INTERACTIVE, 1, 0))})
+                call = self._calls[deployment].names.remote(**{ROUTE: Route(RoutedRequest(Lane.INTERACTIVE, 1, 0))})
                 for task, name in await asyncio.wait_for(call, PATIENCE):
                     self._names.setdefault((Task(task), name.lower()), deployment)
 
@@ -249,7 +249,7 @@ class _Passage:
                 deployment = await self._front.placement_of(look.task, look.model)
             await self._pass_on(deployment, route)
 
-    async def _look(self) -> Look:
+    async def _look(self) -> Destination:
         body = self._body or b""
         look = partial(look_at, self._path, self._headers, body, self._front.settings)
         found = look() if len(body) <= PARSED_HERE_BYTES else await asyncio.to_thread(look)
@@ -366,7 +366,7 @@ class _Passage:
         """Send the body in parts to the replica that has the request, as fast as that reads them."""
         name = await self._accepted
         call = self._front.handle(deployment, stream=False).feed
-        pinned = Route(Work(Lane.INTERACTIVE, 0, 0), replica=name, upload=route.identifier)
+        pinned = Route(RoutedRequest(Lane.INTERACTIVE, 0, 0), replica=name, upload=route.identifier)
         going = True
         while going:
             while self._more and len(self._begun) < PART_BYTES:
@@ -413,7 +413,7 @@ def _open_ended(head: Sequence[Message]) -> bool:
     return any(all(name.lower() != b"content-length" for name, _ in message["headers"]) for message in head)
 
 
-def look_at(path: str, headers: Headers, body: bytes, settings: Settings) -> Look:
+def look_at(path: str, headers: Headers, body: bytes, settings: Settings) -> Destination:
     """What a request is for. A body that cannot be read says nothing: the replica says what is wrong with it."""
     parsed = _parsed(body, headers.get("content-encoding"), settings)
     fields = parsed if isinstance(parsed, dict) else {}
@@ -423,7 +423,7 @@ def look_at(path: str, headers: Headers, body: bytes, settings: Settings) -> Loo
         texts = _texts(parsed)
     characters = sum(map(len, texts)) or len(body)
     job = headers.get("x-job-id") or fields.get("job_id")
-    work = Work(
+    work = RoutedRequest(
         lane=_lane(headers, fields, task, job, len(texts), characters),
         tokens=max(1, characters // CHARACTERS_PER_TOKEN),
         # Not the job's id: that is new at each run of an index, and the second run would find nothing warm.
@@ -432,7 +432,7 @@ def look_at(path: str, headers: Headers, body: bytes, settings: Settings) -> Loo
     model = fields.get("model")
     if model is None and path.startswith("/v1/models/"):
         model = path.removeprefix("/v1/models/")
-    return Look(task, model if isinstance(model, str) else None, work, parsed)
+    return Destination(task, model if isinstance(model, str) else None, work, parsed)
 
 
 def _lane(headers: Headers, fields: Mapping[str, Any], task: Task, job: object, texts: int, characters: int) -> Lane:

@@ -53,7 +53,7 @@ class ReplicaServer:
         own, self._lock = with_folder(settings)
         self._app: FastAPI = create_app(own)
         self._server: Server = self._app.state.server
-        self._uploads: dict[str, _Exchange] = {}
+        self._uploads: dict[str, _Answer] = {}
         self._running: set[asyncio.Task[None]] = set()
         self._life = AsyncExitStack()
         await self._life.enter_async_context(self._app.router.lifespan_context(self._app))
@@ -136,7 +136,7 @@ class ReplicaServer:
 
         `body`: None where it follows in parts. `waited`: seconds that the request has taken so far.
         """
-        exchange = _Exchange()
+        exchange = _Answer()
         if body is None:
             self._uploads[route.identifier] = exchange
         else:
@@ -169,7 +169,7 @@ class ReplicaServer:
             await life.aclose()
 
 
-class _Exchange:
+class _Answer:
     """One request, and its answer as far as it is not sent on."""
 
     def __init__(self) -> None:

@@ -11,7 +11,7 @@ from ray.serve.experimental.round_robin_router import RoundRobinRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
 from vecmill.cluster.routes import ROUTE, ROUTERS, SENT, Route
-from vecmill.core.routing import Policy, Replica, Work, choose, expected_wait
+from vecmill.core.routing import Policy, Replica, RoutedRequest, choose, expected_wait
 from vecmill.core.types import Lane, Task
 
 # Until a replica has said what it can do; all are then thought equal.
@@ -20,7 +20,7 @@ COMPARED_TOKENS = 512  # of a pass by which fits are compared
 
 
 @dataclass(slots=True)
-class Known:
+class Reported:
     """What one replica has said of itself, see `replica.Server.record_routing_stats`."""
 
     stats: Mapping[str, Any] = field(default_factory=dict)
@@ -66,19 +66,19 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._known: dict[str, Known] = {}
+        self._known: dict[str, Reported] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray whenever a replica comes, goes or says something new of itself."""
         self._known = {each.replica_id.unique_id: self._heard(each) for each in replicas}
         super().update_replicas(replicas)
 
-    def _heard(self, running: RunningReplica) -> Known:
+    def _heard(self, running: RunningReplica) -> Reported:
         name, stats = running.replica_id.unique_id, running.routing_stats
-        before = self._known.get(name, Known())
+        before = self._known.get(name, Reported())
         if not stats or stats.get("at") == before.stats.get("at"):
             return before
-        return Known(stats, {lane: self._sent.tokens(name, lane) for lane in Lane})
+        return Reported(stats, {lane: self._sent.tokens(name, lane) for lane in Lane})
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -87,7 +87,7 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # sleeps between two rounds of all replicas
-        route = pending_request.kwargs.get(ROUTE) or Route(Work(Lane.INTERACTIVE, 1, 0))
+        route = pending_request.kwargs.get(ROUTE) or Route(RoutedRequest(Lane.INTERACTIVE, 1, 0))
         by_name = {each.replica_id.unique_id: each for each in candidate_replicas}
         if route.replica is not None:
             names = [route.replica] if route.replica in by_name else []
@@ -108,7 +108,7 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
 
     def _replica(self, name: str, task: Task) -> Replica:
         """As the policy sees it, for a model of a task. What waits for other models counts by the time it takes."""
-        known = self._known.get(name, Known())
+        known = self._known.get(name, Reported())
         fixed, per_token, batch_tokens = self._fit(known, task)
         queued = {lane: self._queued(name, known, lane, per_token) for lane in Lane}
         draining = bool(known.stats.get("draining"))
@@ -116,14 +116,14 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
             name, fixed, per_token, queued[Lane.INTERACTIVE], queued[Lane.BULK], batch_tokens, draining=draining
         )
 
-    def _fit(self, known: Known, task: Task) -> tuple[float, float, int]:
+    def _fit(self, known: Reported, task: Task) -> tuple[float, float, int]:
         """The best that a replica of the same kind has measured. Other work on the machine makes warm-up slower, never
         faster, and what it has measured then would keep requests away for as long as the replica lives."""
         alike = (each.stats for each in self._known.values() if each.stats.get("kind") == known.stats.get("kind"))
         fits = [stats["fits"][task.value] for stats in alike if task.value in stats.get("fits", {})]
         return min(fits, key=lambda fit: fit[0] + fit[1] * COMPARED_TOKENS, default=UNKNOWN_FIT)
 
-    def _queued(self, name: str, known: Known, lane: Lane, per_token: float) -> int:
+    def _queued(self, name: str, known: Reported, lane: Lane, per_token: float) -> int:
         """Tokens: what it said and was sent since; never less than what is sent and not answered."""
         waiting = known.stats.get("queued", {}).get(lane.value, {})
         said = sum(tokens * self._fit(known, Task(task))[1] / per_token for task, tokens in waiting.items())

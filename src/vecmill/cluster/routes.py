@@ -13,7 +13,7 @@ from threading import Lock
 from typing import Protocol
 from uuid import uuid4
 
-from vecmill.core.routing import Work
+from vecmill.core.routing import RoutedRequest
 from vecmill.core.types import Lane, Task
 
 ROUTE = "route"
@@ -24,7 +24,7 @@ ROUTE = "route"
 class Route:
     """What decides a request's way."""
 
-    work: Work
+    work: RoutedRequest
     task: Task = Task.EMBED
     replica: str | None = None
     """The only one that may have it: the rest of the request is there already, or the client names it."""

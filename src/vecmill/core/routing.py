@@ -71,7 +71,7 @@ class Replica:
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RoutedRequest:
     """One request, as far as its way depends on it."""
 
     lane: Lane
@@ -81,16 +81,16 @@ class Work:
     """64 bits of `affinity_key`."""
 
 
-Policy = Callable[[Sequence[Replica], Work], Replica | None]
+Policy = Callable[[Sequence[Replica], RoutedRequest], Replica | None]
 """Gives the replica for a request; None where all are draining, or there are none."""
 
 
-def choose(replicas: Sequence[Replica], work: Work) -> Replica | None:
+def choose(replicas: Sequence[Replica], work: RoutedRequest) -> Replica | None:
     """The replica for a request: `shortest_wait` for a search, `owner` for bulk. None where all are draining."""
     return shortest_wait(replicas, work) if work.lane is Lane.INTERACTIVE else owner(replicas, work)
 
 
-def expected_wait(replica: Replica, work: Work) -> float:
+def expected_wait(replica: Replica, work: RoutedRequest) -> float:
     """Seconds until the replica has the answer: `fixed_seconds + seconds_per_token * (tokens ahead + own tokens)`.
 
     Searches are ahead of a search, and of bulk what is in the forward pass that runs; everything is ahead of bulk.
@@ -101,7 +101,7 @@ def expected_wait(replica: Replica, work: Work) -> float:
     return replica.fixed_seconds + replica.seconds_per_token * (ahead + work.tokens)
 
 
-def shortest_wait(replicas: Iterable[Replica], work: Work) -> Replica | None:
+def shortest_wait(replicas: Iterable[Replica], work: RoutedRequest) -> Replica | None:
     """The replica with the shortest expected wait; of those about equal, the one that the key prefers.
 
     Given two at random (`sampled`), this is the power of two choices.
@@ -117,7 +117,7 @@ def sampled(replicas: Sequence[Replica], random: Random, count: int = 2) -> list
     return random.sample(available, min(count, len(available)))
 
 
-def owner(replicas: Iterable[Replica], work: Work, balance: float = BALANCE) -> Replica | None:
+def owner(replicas: Iterable[Replica], work: RoutedRequest, balance: float = BALANCE) -> Replica | None:
     """The replica that the key prefers among those below their cap, by rendezvous hashing with bounded loads.
 
     Another replica that comes or goes moves only the keys that it takes or leaves, about one of n.
