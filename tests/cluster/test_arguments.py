@@ -13,9 +13,9 @@ from starlette.datastructures import Headers
 
 pytest.importorskip("ray", reason="needs the extra `ray`; `make test-ray` installs it")
 
-from ray.serve.config import AutoscalingContext
+from ray.serve.config import AutoscalingContext, RequestRouterConfig
 
-from vecmill.cluster import application, build
+from vecmill.cluster import application, build, routes
 from vecmill.cluster.front import look_at
 from vecmill.cluster.routes import Route, Sent
 from vecmill.cluster.scaling import QueuedTokens
@@ -173,3 +173,11 @@ def test_replicas_are_wanted_by_what_waits_and_by_how_busy_they_are(
     )
 
     assert QueuedTokens(seconds=5)(context) == (replicas, {})
+
+
+@pytest.mark.parametrize("path", application.ROUTING.values())
+def test_a_router_that_ray_has_sent_shares_what_is_on_its_way_with_the_front(path: str) -> None:
+    """Ray sends the class by value, and what it names with it."""
+    sent = RequestRouterConfig(request_router_class=path).get_request_router_class()
+
+    assert sent.on_request_routed.__globals__["routes"] is routes

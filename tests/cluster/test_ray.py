@@ -137,7 +137,9 @@ def test_bodies_and_answers_stream(cluster: RunningCluster) -> None:
 
 
 def test_jobs_are_found_again_by_whoever_asks(cluster: RunningCluster) -> None:
-    registered = [httpx.post(f"{cluster.url}/jobs", json={"total": 5}, timeout=TIMEOUT) for _ in range(4)]
+    registered = [
+        httpx.post(f"{cluster.url}/jobs", json={"project": "p", "total_chunks": 5}, timeout=TIMEOUT) for _ in range(4)
+    ]
 
     for answer in registered:
         assert answer.is_success, answer.text

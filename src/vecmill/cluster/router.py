@@ -1,4 +1,8 @@
-"""Ray's request router by `core.routing`: what is known of each replica, and what was sent to it since."""
+"""Ray's request router by `core.routing`: what is known of each replica, and what was sent to it since.
+
+Ray sends this module's classes to the front by value, globals included. So what they share with the front is in
+`routes`, and is looked up there: a name imported from it would be a copy.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
 from ray.serve.experimental.round_robin_router import RoundRobinRouter
 from ray.serve.request_router import PendingRequest, ReplicaID, ReplicaResult, RequestRouter, RunningReplica
 
-from vecmill.cluster.routes import ROUTE, ROUTERS, SENT, Route
+from vecmill.cluster import routes
+from vecmill.cluster.routes import Route
 from vecmill.core.routing import Policy, Replica, RoutedRequest, choose, expected_wait
 from vecmill.core.types import Lane, Task
 
@@ -34,8 +39,8 @@ class KnownToFront:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         deployment: str = self._deployment_id.name  # type: ignore[attr-defined]  # Ray's
-        self._sent = SENT[deployment]
-        ROUTERS[deployment] = self
+        self._sent = routes.SENT[deployment]
+        routes.ROUTERS[deployment] = self
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -44,7 +49,7 @@ class KnownToFront:
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """Called by Ray once a replica has accepted a request."""
-        if (route := pending_request.kwargs.get(ROUTE)) is not None:
+        if (route := pending_request.kwargs.get(routes.ROUTE)) is not None:
             self._sent.went(route, replica_id.unique_id)
 
 
@@ -87,7 +92,7 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
         if pending_request is None:
             return [candidate_replicas]
         pending_request.routing_context.should_backoff = True  # sleeps between two rounds of all replicas
-        route = pending_request.kwargs.get(ROUTE) or Route(RoutedRequest(Lane.INTERACTIVE, 1, 0))
+        route = pending_request.kwargs.get(routes.ROUTE) or Route(RoutedRequest(Lane.INTERACTIVE, 1, 0))
         by_name = {each.replica_id.unique_id: each for each in candidate_replicas}
         if route.replica is not None:
             names = [route.replica] if route.replica in by_name else []

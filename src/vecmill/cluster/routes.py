@@ -1,6 +1,6 @@
 """What the front and the routers of one process share: where each request goes, and what is on its way.
 
-Apart from `router`, which Ray sends to the front by value: what that module had for global, the front would not see.
+Apart from `router`, which Ray sends to the front by value, with all its globals.
 """
 
 from __future__ import annotations
