@@ -166,7 +166,9 @@ def main(port: str, folder: str, arguments: str) -> None:
         time.sleep(0.1)
         if again:
             again.clear()
-            serve.run(build(json.loads((Path(folder) / ARGUMENTS).read_text())))
+            application = build(json.loads((Path(folder) / ARGUMENTS).read_text()))
+            with suppress(RuntimeError):  # it ends so where a replica dies meanwhile, which Ray replaces
+                serve.run(application)
     with suppress(Exception):
         serve.shutdown()
     ray.shutdown()

@@ -149,6 +149,8 @@ def test_jobs_are_found_again_by_whoever_asks(cluster: RunningCluster) -> None:
 
 def test_equal_bulk_meets_its_cache_and_different_bulk_is_divided(cluster: RunningCluster) -> None:
     requests = [[f"chunk {number} part {part} of an index" for part in range(16)] for number in range(24)]
+    # The one that took the place of the killed one may still be loading.
+    wait_for(lambda: len({embed(cluster.url, texts).headers["x-replica"] for texts in requests}) == 3)
     first = [embed(cluster.url, texts).headers["x-replica"] for texts in requests]
 
     again = [embed(cluster.url, texts).headers["x-replica"] for texts in requests]
@@ -205,10 +207,16 @@ def placed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]
     """Two placements, the second of which starts when it is asked for."""
     arguments = {
         "placements": [
-            {"name": "first", "settings": {"MODEL_ALIASES": "one=all-MiniLM-L6-v2", "MAX_CONCURRENT_REQUESTS": 1}},
+            {
+                "name": "first",
+                "settings": {
+                    "MODEL_ALIASES": "one=sentence-transformers/all-MiniLM-L6-v2",
+                    "MAX_CONCURRENT_REQUESTS": 1,
+                },
+            },
             {
                 "name": "second",
-                "settings": {"MODEL_ALIASES": "two=all-MiniLM-L6-v2"},
+                "settings": {"MODEL_ALIASES": "two=sentence-transformers/all-MiniLM-L6-v2"},
                 "min_replicas": 0,
                 "max_replicas": 1,
             },
@@ -235,7 +243,7 @@ def test_from_zero_it_is_503_with_retry_after_until_the_model_is_there(placed: R
     wait_for(lambda: ask().status_code == 200)
     assert len(placed.replicas("second")) == 1
     listed = httpx.get(f"{placed.url}/v1/models", timeout=TIMEOUT).json()["data"]
-    assert [model["id"] for model in listed] == ["all-MiniLM-L6-v2"]
+    assert [model["id"] for model in listed] == ["sentence-transformers/all-MiniLM-L6-v2"]
 
 
 def test_a_full_server_is_429_with_retry_after_in_the_shape_of_the_dialect(placed: RunningCluster) -> None:

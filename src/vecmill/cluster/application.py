@@ -35,6 +35,7 @@ SMALL = "all-MiniLM-L6-v2"  # of the extra `bundled`
 STATS_SECONDS = 1.0  # between two looks at what waits at a replica
 HEALTH_SECONDS = 5.0  # between two looks at its health
 HEALTH_PATIENCE = 30.0
+LEAST_LOOK_BACK_S = 11.0  # Ray takes no less than its 10 seconds between two figures
 STOP_SECONDS = 10.0  # for a replica to close, after those that its requests have
 NVIDIA = ("/dev/nvidiactl", "/dev/nvgpu", "/dev/nvhost-gpu")
 ADDRESS = re.compile(r"((redis|rediss)://)?[^\s:/@]+:\d{1,5}(,[^\s:/@]+:\d{1,5})*")
@@ -260,7 +261,7 @@ def _numbers(cluster: Cluster, placement: Placement) -> dict[str, Any]:
         max_replicas=placement.max_replicas,
         upscale_delay_s=cluster.upscale_delay_s,
         downscale_delay_s=cluster.downscale_delay_s,
-        look_back_period_s=max(2.0, min(30.0, cluster.upscale_delay_s)),
+        look_back_period_s=max(LEAST_LOOK_BACK_S, min(30.0, cluster.upscale_delay_s)),
         policy=policy,
     )
     return {"autoscaling_config": scaling}
