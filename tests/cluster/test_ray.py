@@ -250,8 +250,7 @@ def test_a_full_server_is_429_with_retry_after_in_the_shape_of_the_dialect(place
     texts = [f"much to do {number} " * 60 for number in range(64)]
 
     def send(number: int) -> httpx.Response:
-        body = {"inputs": [f"{number} {text}" for text in texts]}
-        return httpx.post(f"{placed.url}/embed", json=body, timeout=TIMEOUT)
+        return embed(placed.url, [f"{number} {text}" for text in texts])
 
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(send, range(8)))
