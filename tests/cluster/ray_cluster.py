@@ -60,8 +60,14 @@ class RunningCluster:
     def _processes(self) -> Iterator[tuple[int, str]]:
         for folder in Path("/proc").iterdir():
             with suppress(OSError):
-                if folder.name.isdecimal() and f"{MARK}={self.mark}".encode() in (folder / "environ").read_bytes():
+                if folder.name.isdecimal() and self._has(folder):
                     yield int(folder.name), (folder / "cmdline").read_text("utf-8", "replace").replace("\0", " ")
+
+    def _has(self, process: Path) -> bool:
+        """Whether a process is of this cluster. Some of Ray's write their title over their environment."""
+        if f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes():
+            return True
+        return any(str(file.readlink()).startswith(f"/tmp/r{self.mark[:6]}") for file in (process / "fd").iterdir())
 
     def end(self) -> None:
         """End all processes."""
