@@ -69,6 +69,8 @@ def test_devices(device: str) -> None:
         ({"port": 99999}, ["PORT=99999", "65535"]),
         ({"port": "http"}, ["PORT='http'", "integer"]),
         ({"device": "gpu"}, ["DEVICE='gpu'", "cuda:N"]),
+        ({"device": "cuda:0,cuda:1"}, ["DEVICE='cuda:0,cuda:1'", "one device", "serve run vecmill.cluster:build"]),
+        ({"device": "cpu,cpu"}, ["DEVICE='cpu,cpu'", "one device"]),
         ({"dtype": "int8"}, ["DTYPE='int8'", "bfloat16"]),
         ({"model_aliases": "small"}, ["MODEL_ALIASES='small'", "alias=model"]),
         ({"rerank_model": "none,BAAI/bge-reranker-base"}, ["RERANK_MODEL", "stands alone"]),

@@ -201,6 +201,7 @@ class EngineSettings(SettingsGroup):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="`auto` (CUDA, else MPS, else CPU), `cuda`, `cuda:N`, `mps` or `cpu`.",
     )
+
     max_batch_size: int | None = Field(
         None,
         ge=1,
@@ -250,6 +251,16 @@ class EngineSettings(SettingsGroup):
         description="Variable-length flash attention (part of torch) on CUDA, from compute capability 8.0 on; false: "
         "SDPA, one call for each length.",
     )
+
+    @field_validator("device", mode="before")
+    @classmethod
+    def _one(cls, value: object) -> object:
+        if isinstance(value, str) and "," in value:
+            raise ValueError(
+                "a server has one device; `serve run vecmill.cluster:build replicas=N` (the extra `ray`, docs/ray.md) "
+                "runs one server on each of N cards behind one port"
+            )
+        return value
 
 
 class SchedulerSettings(SettingsGroup):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -176,3 +177,45 @@ def test_a_proxy_before_servers(places: dict[str, Path], server: RunningServer) 
 def test_the_servers_of_a_configuration_are_found_in_it(kind: str) -> None:
     urls = ["http://10.0.0.1:8001", "http://spark-b:8001", "http://[fd7a::1]:8001"]
     assert programs.replicas_of(written(kind, urls)) == [url.removeprefix("http://") for url in urls]
+
+
+STATUS_OF_RAY = """
+======== Autoscaler status: 2026-11-26 19:00:00 ========
+Total Usage:
+ 1.5/16.0 CPU
+ 0.5/2.0 GPU
+ 0B/9.31GiB memory
+Resources
+"""
+
+
+@pytest.mark.parametrize(
+    ("installed", "status", "has_gpu", "found", "seen"),
+    [
+        ("2.60.0", None, True, "ok", "no cluster runs here"),
+        ("2.60.0", STATUS_OF_RAY, True, "ok", "a cluster answers, with 2 GPUs, 0.5 in use"),
+        ("2.61.1", STATUS_OF_RAY.replace("0.5/2.0 GPU", ""), False, "ok", "with 0 GPUs"),
+        ("2.61.1", STATUS_OF_RAY.replace("0.5/2.0 GPU", ""), True, "warn", "though this machine has one"),
+        ("2.9.3", STATUS_OF_RAY, True, "warn", "older than 2.60"),
+    ],
+)
+def test_ray_by_its_version_and_its_status(
+    installed: str, status: str | None, has_gpu: bool, found: str, seen: str
+) -> None:
+    finding = programs.judge_ray(installed, status, has_gpu=has_gpu)
+
+    assert (finding.status.value, seen in finding.seen) == (found, True), finding
+
+
+def test_the_redis_of_the_head_node_is_reached_or_not(unused_tcp_port: int) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        reached = list(programs.judge_redis_of_ray({"RAY_REDIS_ADDRESS": f"127.0.0.1:{listener.getsockname()[1]}"}))
+    gone = [
+        *programs.judge_redis_of_ray({"RAY_REDIS_ADDRESS": f"redis://127.0.0.1:{unused_tcp_port}"}),
+        *programs.judge_redis_of_ray({"RAY_REDIS_ADDRESS": "no address"}),
+    ]
+
+    assert [finding.status for finding in reached] == [FindingStatus.OK]
+    assert [finding.status for finding in gone] == [FindingStatus.FAIL] * 2
+    assert all(finding.cure for finding in gone)
+    assert list(programs.judge_redis_of_ray({})) == []

@@ -15,7 +15,7 @@ from vecmill.tools.doctor.checks.gpu import check_clock, check_driver, check_gpu
 from vecmill.tools.doctor.checks.installation import check_python, check_torch
 from vecmill.tools.doctor.checks.memory import check_memory
 from vecmill.tools.doctor.checks.models import check_disk, check_models
-from vecmill.tools.doctor.checks.programs import check_docker, check_proxies, check_tailscale
+from vecmill.tools.doctor.checks.programs import check_docker, check_proxies, check_ray, check_tailscale
 from vecmill.tools.doctor.checks.server import check_port, check_redis, check_state
 from vecmill.tools.doctor.context import DoctorContext, NoTorch
 from vecmill.tools.doctor.findings import CheckResult, Finding, fail, warn
@@ -43,6 +43,7 @@ CHECKS: Mapping[str, Check] = {
     "tailscale": check_tailscale,
     "docker": check_docker,
     "proxies": check_proxies,
+    "ray": check_ray,
 }
 
 

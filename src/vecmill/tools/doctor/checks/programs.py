@@ -1,4 +1,4 @@
-"""Other programs, where they are installed: Tailscale, Docker, and HAProxy and nginx before several servers.
+"""Other programs, where they are installed: Tailscale, Docker, Ray, and HAProxy and nginx before several servers.
 
 Sources: https://tailscale.com/docs/reference/tailscale-cli (`status --json`, `serve status --json`);
 https://docs.nvidia.com/datacenter/cloud-native/container-toolkit/latest/install-guide.html
@@ -10,13 +10,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from vecmill.tools.doctor.context import DoctorContext, ended, within
-from vecmill.tools.doctor.findings import Finding, ok, together, warn
+from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
 from vecmill.tools.http_client import get_here
 
 
@@ -135,11 +138,11 @@ def _program(name: str) -> str | None:
 def _proxy(name: str, path: str, place: Path, *, trusted: bool) -> Finding:
     answer = ended(path, "-v")
     # nginx writes it to stderr, of which the first line is kept only where it failed.
-    version = _version(answer.stdout) or _version(ended("sh", "-c", '"$0" -v 2>&1', path).stdout)
-    if version is None:
+    release = _version_in(answer.stdout) or _version_in(ended("sh", "-c", '"$0" -v 2>&1', path).stdout)
+    if release is None:
         return warn(f"{name} is installed, and does not say its version: {answer.problem or answer.stdout[:100]}")
-    seen = f"{name} {'.'.join(map(str, version))}"
-    if version < LEAST[name]:
+    seen = f"{name} {'.'.join(map(str, release))}"
+    if release < LEAST[name]:
         least = ".".join(map(str, LEAST[name]))
         return warn(f"{seen} is too old for `vecmill proxy-config`, which needs {least}", f"Install {name} {least}")
     text = _text(place)
@@ -180,7 +183,7 @@ def _ready(replica: str) -> bool:
     return answer is not None and answer.is_success
 
 
-def _version(text: str) -> tuple[int, int] | None:
+def _version_in(text: str) -> tuple[int, int] | None:
     found = re.search(r"(?:version|nginx/)\s*(\d+)\.(\d+)", text)
     return (int(found[1]), int(found[2])) if found else None
 
@@ -190,3 +193,47 @@ def _text(place: Path) -> str:
         return place.read_text("utf-8", errors="replace")
     except OSError:
         return ""
+
+
+OLDEST_RAY = (2, 60)
+GPUS_OF_RAY = re.compile(r"^\s*([\d.]+)/([\d.]+) GPU", re.MULTILINE)
+REDIS_SECONDS = 1.0
+
+
+def check_ray(context: DoctorContext) -> Finding:
+    """Ask the installation for its version, and the cluster for its GPUs."""
+    try:
+        installed = version("ray")
+    except PackageNotFoundError:
+        return ok("not installed, and not needed")
+    command = Path(sys.executable).with_name("ray")
+    answer = ended(str(command) if command.exists() else "ray", "status")
+    running = answer.stdout if "Resources" in answer.stdout else None
+    return together([judge_ray(installed, running, has_gpu=context.has_gpu), *judge_redis_of_ray(os.environ)])
+
+
+def judge_ray(installed: str, status: str | None, *, has_gpu: bool) -> Finding:
+    """By the version of the installation and what `ray status` says; None where no cluster is reached from here."""
+    if tuple(map(int, installed.split(".")[:2])) < OLDEST_RAY:
+        return warn(f"Ray {installed} is older than 2.60", install("--upgrade", "ray[serve]>=2.60"), version=installed)
+    if status is None:
+        return ok(f"Ray {installed}; no cluster runs here (`ray start --head`, or `serve run`)", version=installed)
+    found = GPUS_OF_RAY.search(status)
+    used, gpus = (float(found[1]), float(found[2])) if found else (0.0, 0.0)
+    seen = f"Ray {installed}; a cluster answers, with {gpus:g} GPUs, {used:g} in use"
+    if has_gpu and not gpus:
+        return warn(f"{seen}, though this machine has one", "Start Ray with --num-gpus=1 on this machine", gpus=gpus)
+    return ok(seen, version=installed, gpus=gpus, gpus_in_use=used)
+
+
+def judge_redis_of_ray(environ: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether the Redis by which a cluster outlives its head node is reached; nothing where none is named."""
+    address = environ.get("RAY_REDIS_ADDRESS")
+    if address is None:
+        return
+    host, _, port = address.rpartition("//")[2].partition(",")[0].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), REDIS_SECONDS).close()
+        yield ok("RAY_REDIS_ADDRESS is reached")
+    except (OSError, ValueError, OverflowError):
+        yield fail("RAY_REDIS_ADDRESS is not reached", "Set it to host:port of a Redis that runs, before `ray start`")
