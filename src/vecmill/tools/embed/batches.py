@@ -239,15 +239,18 @@ def result_of(line: bytes) -> tuple[int, TextVector | Failure]:
 
 def _result(entry: dict[str, Any]) -> TextVector | Failure:
     response, error = entry.get("response"), entry.get("error")
-    if response is not None and response["status_code"] == OK:
-        return vector_of(response["body"])
     if response is not None:
-        body = response.get("body") or {}
-        reason = body.get("error") or body.get("message") or body.get("detail") or body
-        message = reason.get("message", reason) if isinstance(reason, dict) else reason
-        return Failure(int(response["status_code"]), str(message))
+        return answer_of(int(response["status_code"]), response.get("body") or {})
     error = error or {}
     return Failure(None, str(error.get("message") or error.get("code") or "no answer"))
+
+
+def answer_of(status: int, body: dict[str, Any]) -> TextVector | Failure:
+    """What an answer of /v1/embeddings to one text says. KeyError, TypeError, ValueError: it says neither."""
+    if status == OK:
+        return vector_of(body)
+    reason = body.get("error") or body.get("message") or body.get("detail") or body
+    return Failure(status, str(reason.get("message", reason) if isinstance(reason, dict) else reason))
 
 
 def vector_of(body: dict[str, Any]) -> TextVector:

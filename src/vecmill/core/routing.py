@@ -1,0 +1,185 @@
+"""Which replica a request goes to, where several servers answer together. Pure: no clock, no network, no state.
+
+Each lane has a winner:
+
+- **Searches: load wins.** Somebody waits, so a search goes where it is expected to be answered first. Affinity only
+  breaks ties: among replicas that would answer about equally soon, equal texts meet again.
+- **Bulk: affinity wins, up to a cap.** A text goes where it went the last time, so that each replica's cache stays warm
+  and replicas do not all keep the same vectors. Only a replica that has more than `BALANCE` times its share of all the
+  work gives up its turn, to the next one in the key's own order. So a hot text or job cannot bury one replica, and no
+  keys move but those of the replica that is full.
+
+Sources: rendezvous hashing, https://doi.org/10.1109/90.663936; bounded loads, https://arxiv.org/abs/1608.01350; the
+power of two choices, https://doi.org/10.1109/71.963420; min-wise hashes, https://doi.org/10.1006/jcss.1999.1690.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from hashlib import blake2b
+from math import inf, log
+from random import Random
+
+from vecmill.core.types import Lane
+
+ABOUT_EQUAL = 1.1
+"""Times the shortest expected wait: replicas within it are about as good, and the key decides between them."""
+BALANCE = 1.25
+"""Times its share that a replica may have queued before bulk goes elsewhere; of 1, affinity would be worth nothing."""
+HASHED_CHARACTERS = 4096
+"""Of each text: chunks that are longer and equal up to there go the same way, which is no harm."""
+
+_MASK = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Replica:
+    """What is known of one server, for one model.
+
+    Queued tokens are those that wait or run. What it said last is out of date as soon as something was sent to it: the
+    caller adds what it has sent since then.
+    """
+
+    name: str
+    """Its own among all, and the same for as long as it lives: keys are hashed with it."""
+    fixed_seconds: float
+    """Of a forward pass, whatever is in it. As `seconds_per_token` from the line that warm-up measured."""
+    seconds_per_token: float
+    """Above 0."""
+    queued_interactive: int = 0
+    queued_bulk: int = 0
+    max_batch_tokens: int = 4096
+    """Tokens of a bulk forward pass: the most bulk that a search finds before it."""
+    draining: bool = False
+    """It gets nothing any more."""
+    weight: float = 1.0
+    """Its share of all keys, relative to the others'; above 0. A change moves keys: take a number for the kind of card
+    rather than a measured speed."""
+
+    @property
+    def queued(self) -> int:
+        """Tokens of both lanes."""
+        return self.queued_interactive + self.queued_bulk
+
+    @property
+    def queued_seconds(self) -> float:
+        """How long it will work on what it has."""
+        return self.seconds_per_token * self.queued
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request, as far as its way depends on it."""
+
+    lane: Lane
+    tokens: int
+    """By estimate."""
+    key: int
+    """64 bits of `affinity_key`."""
+
+
+Policy = Callable[[Sequence[Replica], Work], Replica | None]
+"""Gives the replica for a request; None where all are draining, or there are none."""
+
+
+def choose(replicas: Sequence[Replica], work: Work) -> Replica | None:
+    """The replica for a request: `shortest_wait` for a search, `owner` for bulk. None where all are draining."""
+    return shortest_wait(replicas, work) if work.lane is Lane.INTERACTIVE else owner(replicas, work)
+
+
+def expected_wait(replica: Replica, work: Work) -> float:
+    """Seconds until the replica has the answer: `fixed_seconds + seconds_per_token * (tokens ahead + own tokens)`.
+
+    Searches are ahead of a search, and of bulk what is in the forward pass that runs; everything is ahead of bulk.
+    """
+    ahead = replica.queued
+    if work.lane is Lane.INTERACTIVE:
+        ahead = replica.queued_interactive + min(replica.queued_bulk, replica.max_batch_tokens)
+    return replica.fixed_seconds + replica.seconds_per_token * (ahead + work.tokens)
+
+
+def shortest_wait(replicas: Iterable[Replica], work: Work) -> Replica | None:
+    """The replica with the shortest expected wait; of those about equal, the one that the key prefers.
+
+    Given two at random (`sampled`), this is the power of two choices.
+    """
+    waits = [(expected_wait(replica, work), replica) for replica in replicas if not replica.draining]
+    shortest = min((wait for wait, _ in waits), default=inf)
+    return _preferred([replica for wait, replica in waits if wait <= ABOUT_EQUAL * shortest], work.key)
+
+
+def sampled(replicas: Sequence[Replica], random: Random, count: int = 2) -> list[Replica]:
+    """`count` of those that are not draining, at random; all of them where there are no more."""
+    available = [replica for replica in replicas if not replica.draining]
+    return random.sample(available, min(count, len(available)))
+
+
+def owner(replicas: Iterable[Replica], work: Work, balance: float = BALANCE) -> Replica | None:
+    """The replica that the key prefers among those below their cap, by rendezvous hashing with bounded loads.
+
+    Another replica that comes or goes moves only the keys that it takes or leaves, about one of n.
+    """
+    available = [replica for replica in replicas if not replica.draining]
+    if not available:
+        return None
+    most = cap(available, work.tokens, balance)
+    return _preferred([each for each in available if each.queued_seconds <= max(most, one_pass(each))], work.key)
+
+
+def cap(replicas: Sequence[Replica], tokens: int, balance: float = BALANCE) -> float:
+    """The most seconds of work that a replica may have queued for bulk to be added, if that is more than `one_pass`.
+
+    It is `balance` times what each had if all the work, `tokens` more included, were divided by speed. At least one
+    replica is always below it.
+    """
+    speed = sum(1 / replica.seconds_per_token for replica in replicas)
+    return balance * (sum(replica.queued for replica in replicas) + tokens) / speed
+
+
+def one_pass(replica: Replica) -> float:
+    """Seconds of queued work that make no replica busy: a bulk forward pass, which it needs in order not to idle."""
+    return replica.seconds_per_token * replica.max_batch_tokens
+
+
+def affinity_key(texts: Iterable[str], job: str = "") -> int:
+    """64 bits, equal for equal work: the smallest hash of any of the texts; of `job` alone where there are none.
+
+    Two requests with most texts in common mostly have the same key (the probability is their common share of all their
+    texts): a chunk that is inserted moves the borders of all later requests of an index, but hardly their keys.
+
+    `job`: a name that stays the same from one run of an index to the next. The id of a job is new at each run: with it
+    in the key, the second run would find nothing warm.
+    """
+    salt = blake2b(job.encode("utf-8", "replace"), digest_size=16).digest()
+    smallest = min((_digest(text[:HASHED_CHARACTERS], salt) for text in texts), default=None)
+    return int.from_bytes(salt[:8]) if smallest is None else int.from_bytes(smallest)
+
+
+def _digest(text: str, salt: bytes = b"") -> bytes:
+    return blake2b(text.encode("utf-8", "replace"), digest_size=8, salt=salt).digest()
+
+
+def _preferred(replicas: Sequence[Replica], key: int) -> Replica | None:
+    """The replica with the highest score for the key; equal scores do not happen with 64 bits."""
+    return max(replicas, key=lambda replica: _score(replica, key), default=None)
+
+
+def _score(replica: Replica, key: int) -> float:
+    """`-weight / ln(u)`, u in (0, 1) from a hash of name and key: the highest score in proportion to the weight."""
+    mixed = _mixed(key ^ _hash_of_name(replica.name))
+    return -replica.weight / log(((mixed >> 12) + 0.5) / 2**52)
+
+
+@lru_cache(maxsize=4096)
+def _hash_of_name(name: str) -> int:
+    return int.from_bytes(_digest(name))
+
+
+def _mixed(value: int) -> int:
+    """A hash of 64 bits. Source: splitmix64, https://prng.di.unimi.it/splitmix64.c"""
+    value = (value + 0x9E3779B97F4A7C15) & _MASK
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    return value ^ (value >> 31)
