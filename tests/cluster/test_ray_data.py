@@ -132,6 +132,7 @@ def test_a_run_that_is_killed_twice_ends_with_what_vecmill_embed_writes(tmp_path
     assert pq.read_schema(parts(output)[0]).names == pq.read_schema(tmp_path / "expected.parquet").names
 
 
+@pytest.mark.filterwarnings("ignore")  # Ray's own deprecations, and what it leaves open when it ends
 def test_the_class_adds_vectors_to_a_dataset(checkpoint: Path) -> None:
     from vecmill.cluster.data import LOCAL_STORE_BYTES, TextEmbedder
 
