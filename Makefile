@@ -29,6 +29,9 @@ CLIENTS := .clients
 CLIENT_SETS := langchain haystack_litellm llama_index
 CLIENT_FILES := tests/clients/environments
 
+# Ray brings 35 packages and 400 MB, which no other test needs.
+RAY := .ray
+
 # The lowest versions that pyproject.toml allows; the oldest torch is a CUDA build of several gigabytes.
 LOWEST := .lowest
 
@@ -37,7 +40,7 @@ PAGE := tests/http/page
 PAGE_TOOLS := $(PAGE)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick test-all test-clients test-python-clients test-lowest fuzz check coverage lint site fix reference chromium redis systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-ray test-lowest fuzz check coverage lint site fix reference chromium redis systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -62,6 +65,9 @@ test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Py
 
 test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## Only Python's. Options: ARGS="-k langchain".
 	$(BIN)/python -m pytest tests/clients/test_environments.py -k python $(ARGS)
+
+test-ray: $(RAY)/.installed redis  ## Run the tests of Ray Serve and Ray Data, in an environment with Ray. Fifteen minutes.
+	$(RAY)/bin/python -m pytest tests/cluster $(ARGS)
 
 # Not among the development tools: it would be a plugin of every run of pytest.
 fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
@@ -116,6 +122,14 @@ $(CLIENTS)/%/.installed: $(CLIENT_FILES)/%/requirements.txt | $(BIN)/python
 	@echo "Installing the clients of $< into $(@D)."
 	@$(BIN)/python -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+$(RAY)/.installed: pyproject.toml constraints.txt requirements-bundled.txt | $(BIN)/python
+	@echo "Installing vecmill with Ray into $(RAY)."
+	@$(BIN)/python -m venv --clear $(RAY)
+	@$(MAKE) --no-print-directory VENV=$(RAY) $(RAY)/.serve
+	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
+		--editable '.[parquet,ray,ray-data,redis,token-ids]' httpx hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(BIN)/python

@@ -36,7 +36,7 @@ def simulate(fixed_seconds: float, seconds_per_token: float) -> None:
         return answers
 
     tables: dict[int, Tensor] = {}
-    LoadedModel.forward = forward  # type: ignore[method-assign]
+    LoadedModel.forward = forward  # type: ignore[method-assign, assignment]
 
 
 if __name__ == "__main__":

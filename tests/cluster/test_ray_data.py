@@ -23,8 +23,8 @@ from tests.servers import free_port, running, vecmill_command
 from tests.tiny_checkpoints import tiny_bert
 from tests.tools.embed.command_line import embedded
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(590)]
-ray = pytest.importorskip("ray")
+ray = pytest.importorskip("ray", reason="needs the extra `ray-data`; `make test-ray` installs it")
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(590)]
 
 ROWS = 2000
 WITHIN_S = 400.0

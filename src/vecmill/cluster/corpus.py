@@ -74,7 +74,7 @@ class Place:
 
     def is_folder(self) -> bool:
         """Whether it is a folder."""
-        return self.info().type.name == "Directory"
+        return str(self.info().type.name) == "Directory"
 
     def names(self, *, below: bool = False) -> list[str]:
         """The files in the folder, sorted, relative to it; none where it is not there. `below`: in its folders too."""
@@ -503,8 +503,8 @@ def _put_manifest(folder: Place, corpus: Corpus, complete: Mapping[str, Any] | N
 
 
 def _taken_up(folder: Place, options: CorpusOptions, names: Sequence[str]) -> tuple[Corpus, list[ShardDone]]:
-    with (folder / MANIFEST).open() as file:
-        content = orjson.loads(file.read())
+    with (folder / MANIFEST).open() as manifest:
+        content = orjson.loads(manifest.read())
     if content.get("format") != FORMAT:
         raise UsageError(f"{folder.uri}/{MANIFEST} is of another version of vecmill: give another folder.")
     corpus = corpus_of(content)

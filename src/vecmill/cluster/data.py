@@ -27,6 +27,7 @@ import orjson
 import typer
 from numpy.typing import NDArray
 
+from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.input import InputLine
 from vecmill.cluster import corpus as corpora
 from vecmill.cluster.corpus import Answer, Corpus, CorpusOptions, ShardDone
@@ -36,13 +37,15 @@ from vecmill.core.errors import StartupError
 from vecmill.core.health import Phase
 from vecmill.core.types import Caller, Lane
 from vecmill.tools.console import INTERRUPTED, CommandError, UsageError, messages, print_error, results
-from vecmill.tools.embed.batches import Failure, TextVector, answer_of
+from vecmill.tools.embed.batches import Failure, TextVector, answer_of, vectors_of
 from vecmill.tools.embed.command import request_fields
 from vecmill.tools.embed.requests import ENDPOINT
 from vecmill.tools.embed.rows import TextRow
-from vecmill.tools.embed.run import PROBE, SHOWN_REASONS, RunProgress
+from vecmill.tools.embed.run import PROBE, RunProgress
+from vecmill.tools.embed.work import SHOWN_REASONS
 
 TOGETHER = 256  # texts handed to the models at once
+A_LINE = 64  # of them in a request; a request with a text that is refused is made again, text by text
 AHEAD = 4  # such groups: the device has the next to do while one is written
 LOCAL_STORE_BYTES = 200_000_000  # of Ray's object store where this starts Ray: no text or vector goes through it
 WAITING_SHARDS = 2  # handed to a worker: the one that it does and the next
@@ -91,7 +94,7 @@ class LocalServer:
         endpoints = lines.batch_endpoints(
             self._server.inference, self._server.services.threads, self._settings.inference
         )
-        self._endpoint = endpoints[ENDPOINT]
+        self._endpoint: Endpoint = endpoints[ENDPOINT]
 
     def _break(self, reason: str) -> None:
         if not self._broken.done():
@@ -105,16 +108,34 @@ class LocalServer:
         return self._run(self._embed(texts, fields))
 
     async def _embed(self, texts: Sequence[str], fields: Mapping[str, Any]) -> list[Answer]:
+        groups = [texts[start : start + A_LINE] for start in range(0, len(texts), A_LINE)]
+        answers: list[Answer] = []
+        for group, line in zip(groups, await self._answered(groups, fields), strict=True):
+            body = orjson.loads(line.body)
+            if line.ok:
+                answers += vectors_of(body)
+            elif len(group) == 1:
+                answers.append(answer_of(line.status, body))
+            else:  # one of them is to blame
+                answers += [
+                    answer_of(each.status, orjson.loads(each.body))
+                    for each in await self._answered([[text] for text in group], fields)
+                ]
+        return answers
+
+    async def _answered(self, groups: Sequence[Sequence[str]], fields: Mapping[str, Any]) -> Sequence[LineResult]:
+        """What /v1/embeddings answers to each group."""
         lines = [
-            InputLine(number, str(number), {"input": text, "encoding_format": "base64", **fields})
-            for number, text in enumerate(texts, 1)
+            InputLine(number, str(number), {"input": list(group), "encoding_format": "base64", **fields})
+            for number, group in enumerate(groups, 1)
         ]
         work = asyncio.ensure_future(self._endpoint.run(self._caller, lines))
-        await asyncio.wait({work, self._broken}, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {work, self._broken}
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             work.cancel()
             raise CommandError(f"The device has failed: {self._broken.result()}")
-        return [answer_of(line.status, orjson.loads(line.body)) for line in work.result()]
+        return work.result()
 
     def close(self) -> None:
         """End it. What is in progress is answered first."""
@@ -188,8 +209,7 @@ class TextEmbedder:
         """
         self._column, self._output, self._errors = column, output, errors
         self._fields = dict(fields or {})
-        self._server = LocalServer(settings)
-        self.probe = probe(self._server, self._fields)
+        self._server, self.probe = started(settings, self._fields)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The batch with the column `output`, and `errors` where it was asked for.
@@ -217,16 +237,18 @@ class TextEmbedder:
         self._server.close()
 
 
-def probe(server: LocalServer, fields: Mapping[str, Any]) -> TextVector:
-    """Embed one text, to learn model and dimensions, and to fail at once where the fields are wrong.
+def started(settings: Mapping[str, object] | None, fields: Mapping[str, Any]) -> tuple[LocalServer, TextVector]:
+    """A server, and the vector of one text, from which model and dimensions are known.
 
     Raises:
-        CommandError: they are.
+        CommandError: the settings or the fields are wrong, or the models cannot be loaded.
     """
+    server = LocalServer(settings)
     (answer,) = server.embed([PROBE], fields).result()
     if isinstance(answer, Failure):
+        server.close()
         raise CommandError(answer.message)
-    return answer
+    return server, answer
 
 
 class ShardEmbedder:
@@ -238,8 +260,7 @@ class ShardEmbedder:
         self._fields = self._corpus.options.fields
         self._problem = ""
         try:
-            self._server = LocalServer(settings)
-            self._probe = probe(self._server, self._fields)
+            self._server, self._probe = started(settings, self._fields)
         except CommandError as error:  # Ray would wrap it in pages, and start the worker again
             self._problem = str(error)
 

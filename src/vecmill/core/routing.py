@@ -26,8 +26,9 @@ from vecmill.core.types import Lane
 
 ABOUT_EQUAL = 1.1
 """Times the shortest expected wait: replicas within it are about as good, and the key decides between them."""
-BALANCE = 1.25
-"""Times its share that a replica may have queued before bulk goes elsewhere; of 1, affinity would be worth nothing."""
+BALANCE = 2.0
+"""Times its share that a replica may have queued before bulk goes elsewhere. 1.25 loses a third of the cache's hits, as
+requests are few and large; without a bound a slow card holds everything up (`benchmarks/cluster/routing.py`)."""
 HASHED_CHARACTERS = 4096
 """Of each text: chunks that are longer and equal up to there go the same way, which is no harm."""
 

@@ -10,7 +10,7 @@ from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -255,9 +255,25 @@ def answer_of(status: int, body: dict[str, Any]) -> TextVector | Failure:
 
 def vector_of(body: dict[str, Any]) -> TextVector:
     """The one vector of an answer to /v1/embeddings. KeyError, TypeError, ValueError: it is none."""
-    embedding = body["data"][0]["embedding"]
-    # Some servers take no notice of `encoding_format`.
-    values = b64decode(embedding) if isinstance(embedding, str) else np.asarray(embedding, "<f4").tobytes()
+    return vectors_of(body)[0]
+
+
+def vectors_of(body: dict[str, Any]) -> list[TextVector]:
+    """The vectors of an answer to /v1/embeddings, in its order; all the tokens are the first one's.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
     usage = body.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    return TextVector(values, str(body.get("model")), int(usage.get("prompt_tokens") or 0), cached)
+    none_cached = None if cached is None else 0
+    vectors = [
+        TextVector(_values(entry["embedding"]), str(body.get("model")), 0, none_cached) for entry in body["data"]
+    ]
+    vectors[0] = replace(vectors[0], tokens=int(usage.get("prompt_tokens") or 0), cached_tokens=cached)
+    return vectors
+
+
+def _values(embedding: Any) -> bytes:
+    # Some servers take no notice of `encoding_format`.
+    return b64decode(embedding) if isinstance(embedding, str) else np.asarray(embedding, "<f4").tobytes()
