@@ -23,7 +23,7 @@ from typing import Any
 import httpx
 from benchmarks.lib.figures import in_turns, print_disturbance, shown, spread
 from benchmarks.lib.host import describe_host, watched
-from benchmarks.lib.results import publish
+from benchmarks.lib.results import keep_so_far, publish
 from benchmarks.lib.servers import free_port, running, vecmill_command
 from rich.console import Console
 from rich.table import Table
@@ -310,6 +310,7 @@ def main() -> int:
             sides = measure_rounds(urls, plan, kinds, options.replicas)
             tokens = sides["policy"][1]["tokens_per_text"]["median"]
             found[model] = {"forward_pass": forward_of(urls[0]), "tokens_per_text": tokens, "routings": sides}
+            keep_so_far("replicas", found)
     print_summary(found)
     settings = {key: value for key, value in vars(options).items() if key != "no_store"}
     publish("replicas", {"host": describe_host(), "settings": settings, **found}, store=not options.no_store)

@@ -394,10 +394,10 @@ class Simulation:
             self._send_bulk()
 
 
-def seconds_for(server: Server, load: Load, replicas: int, requests: int = 40_000) -> float:
-    """So long that about so many requests of bulk are sent in all, at least 30 for each replica, at most 20 seconds."""
+def seconds_for(server: Server, load: Load, replicas: int, requests: int = 20_000) -> float:
+    """So long that about so many requests of bulk are sent in all, at least 20 for each replica, at most 20 seconds."""
     each = server.seconds_per_token * load.batch * load.tokens_per_text
-    return min(20.0, max(30 * each, requests / replicas * each))
+    return min(20.0, max(20 * each, requests / replicas * each))
 
 
 # What all replicas share, or what each needs beside its card
@@ -660,7 +660,7 @@ def print_summary(
 def main() -> int:
     """Simulate, print, draw, store; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--replicas", default="2,3,5,10,30,100,300,1000", help="default: %(default)s")
+    parser.add_argument("--replicas", default="2,3,10,30,100,300,1000", help="default: %(default)s")
     parser.add_argument("--gpu-price", type=float, default=2.5, help="dollars an hour of one (default: %(default)s)")
     parser.add_argument("--searches", type=float, default=20.0, help="a second for each GPU (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, help="of a text (default: %(default)s)")
