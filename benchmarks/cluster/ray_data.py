@@ -40,10 +40,10 @@ WORDS = ("index", "parse", "a", "the", "return", "value", "of", "list", "and", "
 class SimulatedShardEmbedder(ShardEmbedder):
     """A worker whose forward passes sleep."""
 
-    def __init__(self, output: str, corpus: Mapping[str, Any], settings: Mapping[str, object]) -> None:
+    def __init__(self, output: str, settings: Mapping[str, object]) -> None:
         fixed, per_token = map(float, os.environ["SIMULATED_PASS"].split(","))
         simulate(fixed / 1e3, per_token / 1e6)
-        super().__init__(output, corpus, settings)
+        super().__init__(output, settings)
 
 
 def write_rows(path: Path, rows: int, words: int) -> None:

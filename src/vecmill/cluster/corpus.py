@@ -502,12 +502,29 @@ def _put_manifest(folder: Place, corpus: Corpus, complete: Mapping[str, Any] | N
         (folder / MANIFEST).put(path)
 
 
-def _taken_up(folder: Place, options: CorpusOptions, names: Sequence[str]) -> tuple[Corpus, list[ShardDone]]:
-    with (folder / MANIFEST).open() as manifest:
+def read_manifest(output: str) -> Corpus:
+    """The corpus of an output that was begun.
+
+    Raises:
+        UsageError: it cannot be read, or another version of vecmill wrote it.
+    """
+    with (Place(output) / MANIFEST).open() as manifest:
         content = orjson.loads(manifest.read())
     if content.get("format") != FORMAT:
-        raise UsageError(f"{folder.uri}/{MANIFEST} is of another version of vecmill: give another folder.")
-    corpus = corpus_of(content)
+        raise UsageError(f"{output}/{MANIFEST} is of another version of vecmill: give another folder.")
+    options = {**content["options"], "inputs": tuple(content["options"]["inputs"])}
+    return Corpus(
+        CorpusOptions(**options),
+        [CorpusFile(**file) for file in content["files"]],
+        [Shard(**shard) for shard in content["shards"]],
+        content["text_field"],
+        content["id_field"],
+        content["integer_ids"],
+    )
+
+
+def _taken_up(folder: Place, options: CorpusOptions, names: Sequence[str]) -> tuple[Corpus, list[ShardDone]]:
+    corpus = read_manifest(folder.uri)
     if corpus.options != options:
         before, now = asdict(corpus.options), asdict(options)
         changed = ", ".join(f"`{name}`" for name in now if now[name] != before[name])
@@ -521,19 +538,6 @@ def _taken_up(folder: Place, options: CorpusOptions, names: Sequence[str]) -> tu
     numbers = [number for number in range(len(corpus.shards)) if part_name(number) in set(names)]
     with ThreadPoolExecutor(FOOTERS_AT_A_TIME) as pool:
         return corpus, list(pool.map(lambda number: _done(folder / part_name(number)), numbers))
-
-
-def corpus_of(content: Mapping[str, Any]) -> Corpus:
-    """The corpus that `asdict` made an object of."""
-    options = {**content["options"], "inputs": tuple(content["options"]["inputs"])}
-    return Corpus(
-        CorpusOptions(**options),
-        [CorpusFile(**file) for file in content["files"]],
-        [Shard(**shard) for shard in content["shards"]],
-        content["text_field"],
-        content["id_field"],
-        content["integer_ids"],
-    )
 
 
 def _done(part: Place) -> ShardDone:

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.input import InputLine
 from vecmill.cluster import corpus as corpora
-from vecmill.cluster.corpus import Answer, Corpus, CorpusOptions, ShardDone
+from vecmill.cluster.corpus import Answer, CorpusOptions, ShardDone
 from vecmill.config import Settings, load_settings
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
@@ -254,9 +254,9 @@ def started(settings: Mapping[str, object] | None, fields: Mapping[str, Any]) ->
 class ShardEmbedder:
     """A worker of `run_corpus`: reads a shard, embeds it and writes it."""
 
-    def __init__(self, output: str, corpus: Mapping[str, Any], settings: Mapping[str, object]) -> None:
-        """`corpus`: as the manifest has it."""
-        self._output, self._corpus = output, corpora.corpus_of(corpus)
+    def __init__(self, output: str, settings: Mapping[str, object]) -> None:
+        """The corpus is read from the output's manifest: Ray could lose what it was handed, and it may be large."""
+        self._output, self._corpus = output, corpora.read_manifest(output)
         self._fields = self._corpus.options.fields
         self._problem = ""
         try:
@@ -319,7 +319,7 @@ def run_corpus(
         show.doing("starting")
         if missing:
             with _ray(address) as ray:
-                for each in _results(ray, output, corpus, missing, workers):
+                for each in _results(ray, output, missing, workers):
                     done.append(each)
                     rows += corpus.shards[each.shard].rows
                     show.doing("embedding")
@@ -359,7 +359,7 @@ def _ray(address: str | None) -> Iterator[Any]:
         ray.shutdown()
 
 
-def _results(ray: Any, output: str, corpus: Corpus, missing: Sequence[int], workers: Workers) -> Iterator[ShardDone]:
+def _results(ray: Any, output: str, missing: Sequence[int], workers: Workers) -> Iterator[ShardDone]:
     """The shards, as they end."""
     data = ray.data
     context = data.DataContext.get_current()
@@ -374,7 +374,7 @@ def _results(ray: Any, output: str, corpus: Corpus, missing: Sequence[int], work
     )
     embedded = shards.map(
         workers.worker,
-        fn_constructor_args=(output, orjson.loads(orjson.dumps(asdict(corpus))), dict(workers.settings)),
+        fn_constructor_args=(output, dict(workers.settings)),
         compute=data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=WAITING_SHARDS),
         num_cpus=workers.cpus,
         num_gpus=gpus or None,
