@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import orjson
+import pyarrow.parquet as pq
 import pytest
 
+from tests.cluster.test_corpus import jsonl
 from tests.conftest import serving
 from tests.tiny_checkpoints import tiny_bert
-from vecmill.cluster.data import TextEmbedder, worker_settings
+from vecmill.cluster.corpus import CorpusOptions, take_up
+from vecmill.cluster.data import ShardEmbedder, TextEmbedder, worker_settings
 from vecmill.core.errors import StartupError
 from vecmill.tools.console import CommandError
 
@@ -58,6 +62,25 @@ def test_a_text_that_is_refused_has_a_reason_in_place_of_its_vector(embedder: Te
     assert np.isnan(batch["vector"]).all(axis=1).tolist() == [False, True, False]
     assert batch["why"][0] == batch["why"][2] == ""
     assert batch["why"][1]
+
+
+def test_a_worker_writes_its_shards_and_says_what_became_of_them(tmp_path: Path, settings: dict[str, object]) -> None:
+    rows = [{"id": number, "text": f"text {number}"} for number in range(5)]
+    options = CorpusOptions((str(jsonl(tmp_path / "a.jsonl", rows)),), shard_rows=3)
+    output = str(tmp_path / "out")
+    take_up(output, options)
+
+    worker = ShardEmbedder(output, settings)
+    done = [worker({"shard": number}) for number in range(2)]
+    worker.close()
+    broken = ShardEmbedder(output, {"embed_model": str(tmp_path / "nowhere")})
+
+    assert [each["problem"] for each in done] == ["", ""]
+    assert [orjson.loads(each["done"])["rows"] for each in done] == [3, 2]
+    table = pq.read_table(output)
+    assert table.column("id").to_pylist() == list(range(5))
+    assert table.column("embedding").null_count == 0
+    assert "nowhere" in broken({"shard": 0})["problem"]
 
 
 def test_fields_that_the_models_do_not_know_end_it_at_once(settings: dict[str, object]) -> None:

@@ -69,12 +69,17 @@ class LocalServer:
         try:
             self._settings = worker_settings(settings or {}, self._folder.name)
         except StartupError as error:
+            self._folder.cleanup()
             raise CommandError(error.message) from None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vecmill", daemon=True)
         self._thread.start()
         self._caller = Caller(client="ray", lane=Lane.BULK, dialect="batch")
-        self._run(self._open()).result()
+        try:
+            self._run(self._open()).result()
+        except BaseException:
+            self._end()
+            raise
 
     def _run(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         return asyncio.run_coroutine_threadsafe(work, self._loop)
@@ -140,6 +145,9 @@ class LocalServer:
     def close(self) -> None:
         """End it. What is in progress is answered first."""
         self._run(self._server.close()).result()
+        self._end()
+
+    def _end(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -275,6 +283,10 @@ class ShardEmbedder:
         except CommandError as error:
             return {"done": "", "problem": str(error)}
         return {"done": orjson.dumps(asdict(done)).decode(), "problem": ""}
+
+    def close(self) -> None:
+        """End the server. Ray ends the process and need not call it."""
+        self._server.close()
 
     @property
     def _dimensions(self) -> int:
