@@ -585,6 +585,7 @@ def validate(result: Mapping[str, Any], seed: int = 0) -> list[dict[str, Any]]:
                     "measured_texts_per_s": measured,
                     "simulated_texts_per_s": round(alone.texts_per_second, 1),
                     "off_percent": round(100 * (alone.texts_per_second / measured - 1), 1),
+                    "off_the_rounds_percent": round(_off(alone.texts_per_second, side["texts_per_s"]), 1),
                     "measured_person_ms": [
                         side["person_beside_bulk_ms"][each]["median"] for each in ("p50", "p95", "p99")
                     ],
@@ -592,6 +593,12 @@ def validate(result: Mapping[str, Any], seed: int = 0) -> list[dict[str, Any]]:
                 }
             )
     return rows
+
+
+def _off(simulated: float, measured: Mapping[str, Any]) -> float:
+    """Percent from the nearest of the measured rounds' range; 0 within it."""
+    nearest = min(max(simulated, measured["min"]), measured["max"])
+    return 100 * (simulated / nearest - 1)
 
 
 def newest(name: str) -> dict[str, Any] | None:
