@@ -66,7 +66,7 @@ test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Py
 test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## Only Python's. Options: ARGS="-k langchain".
 	$(BIN)/python -m pytest tests/clients/test_environments.py -k python $(ARGS)
 
-test-ray: $(RAY)/.installed redis  ## Run the tests of servers behind Ray Serve, in an environment with Ray. Ten minutes.
+test-ray: $(RAY)/.installed redis  ## Run the tests of Ray Serve and Ray Data, in an environment with Ray. Fifteen minutes.
 	$(RAY)/bin/python -m pytest tests/cluster $(ARGS)
 
 # Not among the development tools: it would be a plugin of every run of pytest.
@@ -129,7 +129,7 @@ $(RAY)/.installed: pyproject.toml constraints.txt requirements-bundled.txt | $(B
 	@$(BIN)/python -m venv --clear $(RAY)
 	@$(MAKE) --no-print-directory VENV=$(RAY) $(RAY)/.serve
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[ray,redis,token-ids]' httpx hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
+		--editable '.[parquet,ray,ray-data,redis,token-ids]' httpx hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(BIN)/python

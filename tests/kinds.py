@@ -21,6 +21,7 @@ BY_MODULE: Mapping[str, str] = {
 }
 BY_FUNCTION: Mapping[str, str] = {
     "vecmill.app.create_app": "app",
+    "vecmill.cluster.data.LocalServer": "app",
     "vecmill.engine.engine.Engine": "app",
     "vecmill.tools.pull.run_pull": "process",
     "vecmill.tools.verify.run_verify": "app",

@@ -10,7 +10,7 @@ from base64 import b64decode
 from binascii import Error as Base64Error
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -239,22 +239,41 @@ def result_of(line: bytes) -> tuple[int, TextVector | Failure]:
 
 def _result(entry: dict[str, Any]) -> TextVector | Failure:
     response, error = entry.get("response"), entry.get("error")
-    if response is not None and response["status_code"] == OK:
-        return vector_of(response["body"])
     if response is not None:
-        body = response.get("body") or {}
-        reason = body.get("error") or body.get("message") or body.get("detail") or body
-        message = reason.get("message", reason) if isinstance(reason, dict) else reason
-        return Failure(int(response["status_code"]), str(message))
+        return answer_of(int(response["status_code"]), response.get("body") or {})
     error = error or {}
     return Failure(None, str(error.get("message") or error.get("code") or "no answer"))
 
 
+def answer_of(status: int, body: dict[str, Any]) -> TextVector | Failure:
+    """What an answer of /v1/embeddings to one text says. KeyError, TypeError, ValueError: it says neither."""
+    if status == OK:
+        return vector_of(body)
+    reason = body.get("error") or body.get("message") or body.get("detail") or body
+    return Failure(status, str(reason.get("message", reason) if isinstance(reason, dict) else reason))
+
+
 def vector_of(body: dict[str, Any]) -> TextVector:
     """The one vector of an answer to /v1/embeddings. KeyError, TypeError, ValueError: it is none."""
-    embedding = body["data"][0]["embedding"]
-    # Some servers take no notice of `encoding_format`.
-    values = b64decode(embedding) if isinstance(embedding, str) else np.asarray(embedding, "<f4").tobytes()
+    return vectors_of(body)[0]
+
+
+def vectors_of(body: dict[str, Any]) -> list[TextVector]:
+    """The vectors of an answer to /v1/embeddings, in its order; all the tokens are the first one's.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is none.
+    """
     usage = body.get("usage") or {}
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-    return TextVector(values, str(body.get("model")), int(usage.get("prompt_tokens") or 0), cached)
+    none_cached = None if cached is None else 0
+    vectors = [
+        TextVector(_values(entry["embedding"]), str(body.get("model")), 0, none_cached) for entry in body["data"]
+    ]
+    vectors[0] = replace(vectors[0], tokens=int(usage.get("prompt_tokens") or 0), cached_tokens=cached)
+    return vectors
+
+
+def _values(embedding: Any) -> bytes:
+    # Some servers take no notice of `encoding_format`.
+    return b64decode(embedding) if isinstance(embedding, str) else np.asarray(embedding, "<f4").tobytes()

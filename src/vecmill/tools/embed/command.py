@@ -81,7 +81,7 @@ def embed(
             server=ServerAddress(url, api_key, timeout, patience),
             source=TextSource(source, field, id_field, _patterns(glob), skip_bad),
             output=OutputFile(output, overwrite, text),
-            fields=_fields(model, dimensions, "query" if query else None, input_type, prompt_name),
+            fields=request_fields(model, dimensions, "query" if query else None, input_type, prompt_name),
             batch_file_bytes=batch_file_bytes,
             keep=keep,
         )
@@ -95,7 +95,7 @@ def _patterns(glob: str | None) -> tuple[str, ...]:
     return tuple(pattern.strip() for pattern in (glob or "").split(",") if pattern.strip())
 
 
-def _fields(
+def request_fields(
     model: str | None, dimensions: int | None, query: str | None, input_type: str | None, prompt_name: str | None
 ) -> dict[str, Any]:
     """What every request carries beside its text."""

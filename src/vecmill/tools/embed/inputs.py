@@ -9,7 +9,7 @@ import os
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, cast
@@ -54,7 +54,7 @@ def _table(source: TextSource) -> Iterator[InputTable]:
     elif path.is_dir():
         yield _folder_table(path, source.patterns)
     else:
-        kind = _kind(path)
+        kind = kind_of(path)
         with _open(path) as file:
             if kind == parquet.SUFFIX:
                 yield parquet.parquet_table(file, source)
@@ -64,7 +64,7 @@ def _table(source: TextSource) -> Iterator[InputTable]:
                 yield _delimited_table(file, DELIMITERS[kind], source.name)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
     """The suffix that names the format, without .gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [GZIP]
@@ -89,11 +89,12 @@ def _open(path: Path) -> Iterator[IO[bytes]]:
 
 def _jsonl_table(file: IO[bytes]) -> InputTable:
     """A row for each line that is not blank, numbered as its line. Source: https://jsonlines.org/"""
-    return InputTable(_jsonl_records(file))
+    return InputTable(jsonl_records(file))
 
 
-def _jsonl_records(file: IO[bytes]) -> Iterator[tuple[int, Record]]:
-    for number, line in enumerate(file, 1):
+def jsonl_records(lines: Iterable[bytes], first: int = 1) -> Iterator[tuple[int, Record]]:
+    """The records of lines that follow each other; the first is line `first` of its file."""
+    for number, line in enumerate(lines, first):
         content = (line.removeprefix(BOM) if number == 1 else line).strip()
         if content:
             yield number, _jsonl_record(content)

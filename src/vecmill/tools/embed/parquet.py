@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -35,20 +36,34 @@ def _arrow(module: str = "pyarrow") -> Any:
         raise UsageError("Parquet files need pyarrow: pip install 'vecmill[parquet]'.") from error
 
 
-def parquet_table(content: IO[bytes], source: TextSource) -> InputTable:
-    """The file's rows; only the columns that are used are read.
+def parquet_file(content: IO[bytes], source: TextSource) -> Any:
+    """The `pyarrow.parquet.ParquetFile`, of which only the footer is read.
 
     Raises:
         UsageError: it is no Parquet file, or pyarrow is not installed.
     """
     arrow = _arrow()
     try:
-        file = _arrow("pyarrow.parquet").ParquetFile(content)
+        return _arrow("pyarrow.parquet").ParquetFile(content)
     except (arrow.ArrowException, OSError) as error:
         raise UsageError(f"{source.name} cannot be read as Parquet: {str(error).rstrip('.')}.") from error
-    columns: Columns = {column.name: _holds_strings(column.type) for column in file.schema_arrow}
+
+
+def parquet_table(content: IO[bytes], source: TextSource, rows: range | None = None) -> InputTable:
+    """The file's rows, or those of a range (from 0); only the columns and row groups that are used are read.
+
+    Raises:
+        UsageError: as `parquet_file`; or which column is which is not clear.
+    """
+    file = parquet_file(content, source)
+    columns = columns_of(file)
     used = {text_field_of(columns, source), id_field_of(columns, source)} - {None}
-    return InputTable(_records(file, sorted(map(str, used)), source.name), columns)
+    return InputTable(_records(file, sorted(map(str, used)), source.name, rows), columns)
+
+
+def columns_of(file: Any) -> Columns:
+    """The columns of a `parquet_file`."""
+    return {column.name: _holds_strings(column.type) for column in file.schema_arrow}
 
 
 def _holds_strings(kind: Any) -> bool:
@@ -58,15 +73,30 @@ def _holds_strings(kind: Any) -> bool:
     return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
-def _records(file: Any, used: Sequence[str], name: str) -> Iterator[tuple[int, Record]]:
-    number = 0
+def _records(file: Any, used: Sequence[str], name: str, rows: range | None) -> Iterator[tuple[int, Record]]:
+    number, groups = _groups(file, rows)
     try:
-        for batch in file.iter_batches(ROWS_AT_A_TIME, columns=used):
-            for record in batch.to_pylist():
-                number += 1
-                yield number, record
+        for batch in file.iter_batches(ROWS_AT_A_TIME, row_groups=groups, columns=used):
+            before, number = number, number + len(batch)
+            start, stop = (before, number) if rows is None else (max(before, rows.start), min(number, rows.stop))
+            if start < stop:
+                yield from enumerate(batch.slice(start - before, stop - start).to_pylist(), start + 1)
     except (_arrow().ArrowException, OSError) as error:
         raise UsageError(f"{name} is broken behind row {number}: {str(error).rstrip('.')}.") from error
+
+
+def _groups(file: Any, rows: range | None) -> tuple[int, list[int]]:
+    """The row groups that hold a range of rows, and how many rows are before them."""
+    sizes = [file.metadata.row_group(index).num_rows for index in range(file.num_row_groups)]
+    if rows is None:
+        return 0, list(range(len(sizes)))
+    ends = list(accumulate(sizes))
+    groups = [
+        index
+        for index, (size, end) in enumerate(zip(sizes, ends, strict=True))
+        if end - size < rows.stop and end > rows.start
+    ]
+    return (ends[groups[0]] - sizes[groups[0]] if groups else 0), groups
 
 
 class ParquetWriter:
@@ -110,6 +140,11 @@ class ParquetWriter:
             self._bytes += 4 * len(text)
         if self._bytes >= ROW_GROUP_BYTES:
             self._flush()
+
+    def note(self, metadata: Mapping[str, str]) -> None:
+        """Add to what the file says of itself."""
+        self._flush()
+        self._writer.add_key_value_metadata(dict(metadata))
 
     def _flush(self) -> None:
         if not self._ids:
