@@ -87,7 +87,7 @@ def kill_one_under_load(cluster: RunningCluster, alone: str, name: str) -> None:
     answers = in_parallel(cluster.url, requests, done)
     killer.join()
 
-    assert [answer.status_code for answer in answers] == [200] * 160
+    assert [answer.text for answer in answers if answer.status_code != 200] == []
     assert np.allclose(np.array([vectors(answer) for answer in answers]), expected, atol=1e-5)
     assert before[0] not in cluster.replicas()
     wait_for(lambda: len(cluster.replicas()) == len(before))
@@ -250,12 +250,13 @@ def test_a_full_server_is_429_with_retry_after_in_the_shape_of_the_dialect(place
     texts = [f"much to do {number} " * 60 for number in range(64)]
 
     def send(number: int) -> httpx.Response:
-        return embed(placed.url, [f"{number} {text}" for text in texts])
+        # What the OpenAI SDK sends: it tries again after a 429, others after a 503.
+        return embed(placed.url, [f"{number} {text}" for text in texts], **{"user-agent": "OpenAI/Python 2.9"})
 
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(send, range(8)))
 
     refused = [answer for answer in answers if answer.status_code != 200]
-    assert {answer.status_code for answer in refused} == {429}
+    assert {answer.status_code for answer in refused} == {429}, {answer.text for answer in refused}
     assert all(int(answer.headers["retry-after"]) >= 1 and answer.json()["error"] for answer in refused)
     assert any(answer.status_code == 200 for answer in answers)

@@ -42,6 +42,15 @@ VARIABLES = {
     "HF_XET_HIGH_PERFORMANCE": "hf_xet",
     "HF_HUB_ENABLE_HF_TRANSFER": "huggingface_hub before 1.0; named to say that it does nothing",
     "TRITON_PTXAS_PATH": "triton before 3.6; named to say that it is not needed",
+    "CUDA_VISIBLE_DEVICES": "CUDA",
+    "SO_REUSEPORT": "Linux",
+    "RAY_ADDRESS": "Ray",
+    "RAY_REDIS_ADDRESS": "Ray",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "Ray",
+    "RAY_SERVE_ENABLE_HA_PROXY": "Ray",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "Ray",
+    "RAY_USE_TLS": "Ray",
+    "RAY_external_storage_namespace": "Ray",
     "OLLAMA_KEEP_ALIVE": "Ollama",
     "OLLAMA_MAX_LOADED_MODELS": "Ollama",
 }
@@ -59,7 +68,8 @@ UNITLESS = {"daemon-reload"}
 JOURNALCTL = {"-u": True, "-n": True, "-f": False, "--since": True, "--user": False, "-o": True}
 OUR_PORTS = {8001, 8080}
 VLLM_PORT = 8000
-VLLM_PATHS = {"/v1/models", "/health", "/v1/completions", "/v1/chat/completions"}
+# Ray Serve has vLLM's port, and our routes.
+VLLM_PATHS = {"/v1/models", "/health", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"}
 PIP_FLAGS = {
     "-c",
     "-e",

@@ -36,6 +36,7 @@ def program(flags: str = "", source: str = "", arguments: str | None = None, **s
 MAN = "its manual page on Ubuntu 24.04"
 TAILSCALE = "https://tailscale.com/kb/1080/cli and /kb/1242/tailscale-serve"
 DOCKER = "https://docs.docker.com/reference/cli/docker/"
+RAY = "https://docs.ray.io/en/latest/cluster/cli.html and /serve/api/"
 KUBECTL = "https://kubernetes.io/docs/reference/kubectl/generated/"
 
 PROGRAMS: Mapping[str, Program] = {
@@ -46,6 +47,19 @@ PROGRAMS: Mapping[str, Program] = {
             "--num-dataset-entries= --prompt-batch-size= --synthetic-input-tokens-mean= --ui= --artifact-dir= "
             "--rankings-passages-mean= --rankings-passages-prompt-token-mean= --rankings-query-prompt-token-mean="
         ),
+    ),
+    "ray": program(
+        source=RAY,
+        start=program("--head --address= --port= --num-gpus= --redis-password="),
+        stop=program("--force"),
+        status=program(),
+    ),
+    "serve": program(
+        source=RAY,
+        run=program("--app-dir= --blocking --non-blocking"),
+        build=program("-o= --output-path="),
+        deploy=program(),
+        status=program(),
     ),
     "apt": program(source=MAN, install=program("-y")),
     "cat": program(source=MAN),

@@ -189,7 +189,7 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Replica(Address):
+class ProxiedReplica(Address):
     """One server."""
 
     number: int = 0
@@ -201,7 +201,7 @@ class Options:
     """What a configuration is made of, each part valid by itself."""
 
     kind: str
-    replicas: Sequence[Replica]
+    replicas: Sequence[ProxiedReplica]
     listen: Address
     certificate: str | None
     certificate_key: str | None
@@ -291,7 +291,7 @@ def _kind(kind: str) -> str:
     return kind
 
 
-def _replicas(kind: str, urls: Sequence[str]) -> list[Replica]:
+def _replicas(kind: str, urls: Sequence[str]) -> list[ProxiedReplica]:
     if not urls:
         raise UsageError(
             f"no --replica: name each server, as in `vecmill proxy-config {kind} --replica http://a:8080`."
@@ -311,7 +311,7 @@ def _replicas(kind: str, urls: Sequence[str]) -> list[Replica]:
         while number in taken:
             number = number % NUMBERS + 1
         taken.add(number)
-        replicas.append(Replica(address.host, address.port, address.tls, number))
+        replicas.append(ProxiedReplica(address.host, address.port, address.tls, number))
     return replicas
 
 
