@@ -135,7 +135,7 @@ def test_the_simulation_is_within_a_tenth_of_what_was_measured() -> None:
     rows = validate(measured)
 
     assert {row["replicas"] for row in rows} == {1, 2, 3}
-    assert max(abs(row["off_the_rounds_percent"]) for row in rows) < 10
+    assert max(abs(row["off_percent"]) for row in rows) < 10
 
 
 @pytest.mark.benchmark

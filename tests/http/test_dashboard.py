@@ -630,3 +630,11 @@ def test_doctor_is_run_and_run_again(quiet_page: Page) -> None:
     rows = quiet_page.locator("#doctor tbody tr")
     expect(rows.first).to_contain_text("systemctl stop ollama")
     expect(quiet_page.get_by_role("button", name="Run again")).to_be_enabled()
+
+
+def test_a_server_that_refuses_the_page_is_not_called_unreachable(page: Page) -> None:
+    for path in ("**/dashboard/events?*", "**/dashboard/snapshot?*"):
+        page.route(path, lambda route: route.fulfill(status=403, json={"error": {"message": "403: not from here"}}))
+    page.goto("/")
+    expect(field(page, "state")).to_have_text("Refused, retrying")
+    expect(field(page, "message")).to_have_text("403: not from here")

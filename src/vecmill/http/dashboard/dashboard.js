@@ -24,6 +24,7 @@ const STATES = /** @type {Record<string, string>} */ ({
   hung: "Hung",
   failed: "Failed",
   unreachable: "Not reachable, retrying",
+  refused: "Refused, retrying",
   "signed-out": "Signed out",
 });
 
@@ -114,8 +115,9 @@ function showAge() {
   const old = Date.now() - receivedAt;
   const isWaitedFor = Math.min(old, Date.now() - askedSince) < STALE_MS;
   if (latest === null || document.hidden || isWaitedFor || !byId("key-form").hidden) return;
-  setOrHide(byId("stale"), `What is shown is ${age(old / 1000)} old: the server does not answer.`);
-  if (document.body.dataset.state !== "unreachable") showState("unreachable", "");
+  const isRefused = document.body.dataset.state === "refused";
+  setOrHide(byId("stale"), `What is shown is ${age(old / 1000)} old: the server ${isRefused ? "refuses" : "does not answer"}.`);
+  if (!isRefused && document.body.dataset.state !== "unreachable") showState("unreachable", "");
 }
 
 // The key

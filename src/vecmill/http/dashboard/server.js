@@ -79,7 +79,7 @@ async function reasonOf(answer) {
  * What the page is told while it watches. `signed-out`: a key is missing or wrong.
  * @typedef {object} Watcher
  * @property {(snapshot: Snapshot) => void} snapshot
- * @property {(state: "unreachable" | "signed-out", reason: string) => void} lost
+ * @property {(state: "unreachable" | "refused" | "signed-out", reason: string) => void} lost
  * @property {(health: any) => void} health while signed out
  */
 
@@ -135,7 +135,7 @@ export class Feed {
       this.watcher.lost("signed-out", wrong ? "The server does not know this key." : "");
       await this.#untilRestarted(stopped);
     } else {
-      this.watcher.lost("unreachable", error instanceof CallFailed ? error.message : "");
+      this.watcher.lost(error instanceof CallFailed && error.status < 500 ? "refused" : "unreachable", error instanceof CallFailed ? error.message : "");
     }
   }
 
