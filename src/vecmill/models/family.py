@@ -62,6 +62,11 @@ class Network:
     """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
     token_types: bool = False
     """Whether the model class takes `token_type_ids`."""
+    head: tuple[str, ...] = ("classifier",)
+    """Of a cross-encoder: paths of the head's modules from the model class, in the order they run on the hidden state
+    of the first token. A name of an activation stands for it."""
+    head_pooling: Callable[[ConfigJson], Pooling] = lambda config: "cls"
+    """Of a cross-encoder: what its head gets of the hidden states."""
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None

@@ -117,17 +117,18 @@ class CrossEncoder(Model):
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config = make_config(checkpoint)
         model = load_weights(checkpoint, config, target)
-        encoder, head = model.base_model, model.classifier
+        encoder, parts = model.base_model, [attrgetter(part)(model) for part in checkpoint.network.head]
         if getattr(encoder, "pooler", None) is not None:  # BERT's tanh layer is its pooler, XLM-R's is in its head
-            head = nn.Sequential(encoder.pooler, head)
+            parts = [encoder.pooler, *parts]
             encoder.pooler = None
-        self._head: nn.Module = head.float()  # scores are float32 whatever the weights' type
+        self._head: nn.Module = nn.Sequential(*parts).float()  # scores are float32 whatever the weights' type
+        self._pooling = checkpoint.network.head_pooling(checkpoint.config)
         super().__init__(Backbone(checkpoint, config, encoder), self._head)
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, 1) float32 logits, in packed order."""
-        # The head takes the first token of (N, 1, width) by itself.
-        logits: Tensor = self._head(self._backbone.hidden_states(packed)[packed.first].float()[:, None])
+        pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
+        logits: Tensor = self._head(pooled[:, None])  # some heads take the first token of (N, 1, width) by themselves
         return logits.view(-1, 1)
 
 

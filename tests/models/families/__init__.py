@@ -30,6 +30,8 @@ class TinyModel:
     """Whether rows are pairs with token types."""
     prefixes: bool = False
     """Whether rows share prefixes."""
+    layer_kinds: int = 1
+    """Kinds of layers: each is compiled by itself."""
     layout: str = ""
     """What tells it from others of its family and task."""
 
