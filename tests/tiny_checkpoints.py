@@ -210,6 +210,29 @@ def tiny_modernbert(
     return folder if reranker else _as_sentence_transformer(folder, ["Transformer", "Pooling"], pooling, None, 128)
 
 
+def tiny_static(
+    folder: Path, tokenizer_from: Path, *, within: str = "", normalize: bool = False, seed: int = 0
+) -> Path:
+    """A StaticEmbedding of 16 dimensions with the bundled model's tokenizer.json, as sentence-transformers saves it.
+
+    `within`: the folder that releases before 5 gave it.
+    """
+    (folder / within).mkdir(parents=True, exist_ok=True)
+    table = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(seed))
+    save_file({"embedding.weight": table}, folder / within / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(tokenizer_from / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.save(str(folder / within / "tokenizer.json"))
+    entries = [("StaticEmbedding", within), *([("Normalize", "1_Normalize")] if normalize else [])]
+    types = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(entries)
+    ]
+    (folder / "1_Normalize").mkdir(exist_ok=True)
+    write(folder / "modules.json", types)
+    return folder
+
+
 def add_heads(folder: Path, *heads: dict[str, Any]) -> Path:
     """Write modules.json: the transformer, then these with their folders, the pooling first unless it is among them."""
     pooling = [] if any(head["kind"] == "Pooling" for head in heads) else [{"kind": "Pooling"}]

@@ -85,11 +85,6 @@ def move_into_a_folder(folder: Path) -> None:
     listed((f"{OLD}Transformer", "0_Transformer"), POOLING)(folder)
 
 
-def static(folder: Path) -> None:
-    write(folder / "modules.json", [{"idx": 0, "name": "0", "path": "", "type": f"{OLD}StaticEmbedding"}])
-    (folder / "config.json").unlink()
-
-
 def bare(folder: Path) -> None:
     """As transformers alone saves it."""
     for name in ("modules.json", "sentence_bert_config.json"):
@@ -159,7 +154,7 @@ VARIANTS = [
         row(f"has-{kind}", listed(TRANSFORMER, POOLING, (f"{OLD}{kind}", f"2_{kind}")), f"has {OLD}{kind}, {what}")
         for kind, what in modules.NOT_SERVED.items()
     ),
-    row("static", static, "a table of token vectors without a transformer"),
+    row("static-and-pooling", listed((f"{OLD}StaticEmbedding", ""), POOLING), "StaticEmbedding, Pooling; supported"),
     row("splade", listed(
         (f"{ST}sparse_encoder.models.MLMTransformer", ""), (f"{ST}sparse_encoder.models.SpladePooling", "1_Pooling")
     ), "a sparse encoder (SPLADE)"),

@@ -98,6 +98,19 @@ def test_the_weights_of_the_modules_are_fetched(fake: FakeHub) -> None:
     assert hub.cached(NAME) is not None
 
 
+def test_a_table_of_token_vectors_may_have_a_folder_of_its_own(fake: FakeHub) -> None:
+    entry = {"path": "0_StaticEmbedding", "type": "sentence_transformers.models.StaticEmbedding"}
+    own = {f"0_StaticEmbedding/{name}": FILES[name] for name in ("model.safetensors", "tokenizer.json")}
+    fake.files = {"modules.json": json.dumps([entry]).encode(), **own}
+    wanted = {"modules.json", *own}
+    assert set(hub.plan(NAME, hf_token=None).sizes) == wanted
+    seen: list[set[str]] = []
+    folder = hub.download(NAME, hf_token=None, check=lambda folder: seen.append(files_in(folder)))
+    assert seen == [wanted - {"0_StaticEmbedding/model.safetensors"}]
+    assert files_in(folder) == wanted
+    assert hub.cached(NAME) == folder
+
+
 def test_a_module_with_a_pickle_alone_is_refused_before_any_weights_are_fetched(fake: FakeHub) -> None:
     with_heads(fake, "pytorch_model.bin")
     with pytest.raises(StartupError, match="2_Dense/ has only a pickle"):

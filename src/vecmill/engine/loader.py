@@ -32,14 +32,14 @@ from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
-from vecmill.models.networks import Model, load_model
+from vecmill.models.networks import Model, load_model, sizes
 from vecmill.models.packing import Attention
 from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import GPU_DEFAULTS, find
 from vecmill.models.tokenizer_files import ReadTokenizer
 from vecmill.models.tokenizer_loading import load_tokenizer
 from vecmill.models.weight_files import parameters
-from vecmill.models.weights import Target, make_config
+from vecmill.models.weights import Target
 
 logger = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def expected_card(
     Raises:
         StartupError: it has no weights that can be read.
     """
-    config, chosen = make_config(checkpoint), chosen or expected_dtype(models.dtype, device)
+    config, chosen = sizes(checkpoint), chosen or expected_dtype(models.dtype, device)
     try:
         weight_bytes = _bytes_in_memory(checkpoint, chosen.dtype)
     except (OSError, ValueError) as error:

@@ -15,12 +15,14 @@ from vecmill.core.types import Task
 from vecmill.models import weight_files
 from vecmill.models.config_keys import rope_type
 from vecmill.models.families import family_of, published_model
+from vecmill.models.families.static_embedding import STATIC_EMBEDDING
 from vecmill.models.family import Family, Network, Pooling, Positions, PublishedModel, TextFormat
 from vecmill.models.fingerprint import Fingerprint, commit_of
 from vecmill.models.keys import read_any_json, read_json
 from vecmill.models.modules import (
     LIBRARY_TYPES,
     NO_MODULES,
+    STATIC,
     Head,
     Modules,
     check_sentence_transformers,
@@ -28,7 +30,7 @@ from vecmill.models.modules import (
     read_modules,
     width_after,
 )
-from vecmill.models.tokenizer_files import TokenizerSettings, tokenizer_settings
+from vecmill.models.tokenizer_files import TokenizerSettings, as_it_stands, tokenizer_settings
 
 LIBRARY_CONFIG = "config_sentence_transformers.json"
 ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
@@ -70,6 +72,8 @@ class Checkpoint:
     """Whether the tokens of a prompt are pooled."""
     logit_score: Mapping[str, Any]
     """A reranker's `LogitScore` module; empty where there is none."""
+    within: str = ""
+    """The folder in its folder that has weights and tokenizer."""
     of_tokens: tuple[Head, ...] = ()
     """What each token's vector goes through before the pooling."""
     of_vectors: tuple[Head, ...] = ()
@@ -135,7 +139,7 @@ class Checkpoint:
 
     @property
     def tokenizer_file(self) -> Path:
-        return self.folder / "tokenizer.json"
+        return self.folder / self.within / "tokenizer.json"
 
     @property
     def weight_files(self) -> list[Path]:
@@ -145,13 +149,14 @@ class Checkpoint:
             StartupError: there are none; the sentence says what there is instead, and what to do.
         """
         model = self.id if self.commit else str(self.folder)
-        listing = weight_files.list_folder(self.named, self.folder, model)
+        folder = self.folder / self.within
+        listing = weight_files.list_folder(self.named, folder, model)
         names = listing.chosen(self.weight_index)
-        return [self.folder / name for name in names]
+        return [folder / name for name in names]
 
     def weight_index(self) -> Any:
         """What the index of the weights says; it is not looked at where there is `model.safetensors`."""
-        return read_any_json(self.folder / weight_files.INDEX)
+        return read_any_json(self.folder / self.within / weight_files.INDEX)
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -202,13 +207,19 @@ def read(source: Source) -> Checkpoint:
     weight_files.refuse_adapter(named, folder)
     config = read_json(named, folder / "config.json")
     modules = _modules(folder, named, task, config)
-    weight_files.refuse_other_formats(named, folder)
-    if not (folder / "config.json").is_file():
-        raise StartupError(f"{named}: {folder} has no config.json, so it is not a model folder.")
+    if STATIC in modules.folders:
+        config = {**config, "model_type": STATIC_EMBEDDING.model_type}  # whatever it says: the reference reads none
+    else:
+        _check_is_model(folder, named, config)
     family = family_of(named, folder / "config.json", config, task)
     library = _library_config(folder, named, task, modules)
     positions = _positions(folder, family, config)
-    tokenizer = tokenizer_settings(named, folder, task)
+    within = modules.folders.get(STATIC, "")
+    tokenizer = (
+        as_it_stands(named, folder / within / "tokenizer.json")
+        if STATIC in modules.folders
+        else tokenizer_settings(named, folder, task)
+    )
     max_model_len = positions if tokenizer.max_length is None else int(min(tokenizer.max_length, positions))
     _check_longrope(folder, named, config, max_model_len)
     logit_score = _module_config(folder, named, modules, "LogitScore")
@@ -226,6 +237,7 @@ def read(source: Source) -> Checkpoint:
         family=family,
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
+        within=within,
         of_tokens=modules.of_tokens,
         of_vectors=of_vectors,
         normalizes=normalizes,
@@ -239,6 +251,18 @@ def read(source: Source) -> Checkpoint:
         commit=commit_of(folder),
         fingerprint=fingerprint,
     )
+
+
+def _check_is_model(folder: Path, named: str, config: Mapping[str, Any]) -> None:
+    """Raise StartupError for a folder without what makes a transformer."""
+    weight_files.refuse_other_formats(named, folder)
+    if not (folder / "config.json").is_file():
+        raise StartupError(f"{named}: {folder} has no config.json, so it is not a model folder.")
+    if config.get("model_type") == "model2vec":
+        raise StartupError(
+            f"{named}: {folder} has no modules.json with a StaticEmbedding: model2vec writes it from its release 0.4 "
+            f"on, with `StaticModel.from_pretrained(folder).save_pretrained(folder)`."
+        )
 
 
 def _less_last_normalize(heads: tuple[Head, ...]) -> tuple[tuple[Head, ...], bool]:
@@ -314,6 +338,8 @@ def _positions(folder: Path, family: Family, config: Mapping[str, Any]) -> int:
 
 
 def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Modules) -> Pooling:
+    if STATIC in modules.folders:
+        return "mean"
     if not modules.folders:  # what sentence-transformers adds to a bare decoder or encoder
         names = config.get("architectures") or [""]
         return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"

@@ -56,6 +56,8 @@ class Network:
     """Keyword arguments of the config class, made of the honoured keys of config.json and the number of positions."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the model class."""
+    token_table: bool = False
+    """Whether it is no network at all, but a table of token vectors whose mean is a text's: no class is made."""
     blocks: str = "layers"
     """Path of the repeated transformer blocks, from the base model."""
     merged: tuple[str, ...] = ()

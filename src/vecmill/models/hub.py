@@ -38,7 +38,7 @@ from huggingface_hub.utils.tqdm import tqdm
 from rich.filesize import decimal
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.models.modules import MODULES, trained_folders
+from vecmill.models.modules import MODULES, static_folder, trained_folders
 from vecmill.models.weight_files import (
     INDEX,
     PICKLE,
@@ -181,6 +181,8 @@ def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: li
 
 def _weights_of(name: str, snapshot: Path) -> list[str]:
     """The weight files of the commit whose small files are in the snapshot."""
+    if folder := static_folder(read_index(snapshot / MODULES)):
+        return [f"{folder}/{SINGLE}"]
     return _listing(name, snapshot).chosen(lambda: read_index(snapshot / INDEX))
 
 
@@ -268,9 +270,11 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None, pickle
         api = HfApi(token=hf_token)
         info = api.model_info(name, revision=revision, files_metadata=True, timeout=INFO_TIMEOUT)
         commit = str(info.sha)
-        weights = _weights_on_hub(api, name, info, pickles=pickles)
         present = {file.rfilename for file in info.siblings or []}
-        weights += _heads_on_hub(api, name, info, present, pickles=pickles)
+        modules = _modules_on_hub(api, name, info, present)
+        static = static_folder(modules)
+        weights = [f"{static}/{SINGLE}"] if static else _weights_on_hub(api, name, info, pickles=pickles)
+        weights += _heads_on_hub(modules, present, pickles=pickles)
         needed = [*_beside_weights(has_tokenizer=TOKENIZER in present), *weights]
         # The commit, not the branch: a dry run must not move the cache's idea of where the branch is.
         files = snapshot_download(
@@ -316,14 +320,18 @@ def _weights_on_hub(api: HfApi, name: str, info: ModelInfo, *, pickles: bool) ->
     return listing.chosen(lambda: index(INDEX))
 
 
-def _heads_on_hub(api: HfApi, name: str, info: ModelInfo, present: Collection[str], *, pickles: bool) -> list[str]:
-    """The weights of its modules, as far as it has them; that one is missing is said when the folder is read."""
+def _modules_on_hub(api: HfApi, name: str, info: ModelInfo, present: Collection[str]) -> Any:
+    """What modules.json holds, where a module may have weights of its own; else None."""
     if MODULES not in present or not any(path.endswith((f"/{SINGLE}", f"/{PICKLE}")) for path in present):
-        return []
-    modules = Path(hf_hub_download(name, MODULES, revision=str(info.sha), token=api.token))
+        return None
+    return read_index(Path(hf_hub_download(name, MODULES, revision=str(info.sha), token=api.token)))
+
+
+def _heads_on_hub(modules: Any, present: Collection[str], *, pickles: bool) -> list[str]:
+    """The weights of the modules, as far as they are there; that one is missing is said when the folder is read."""
     files = []
-    for file in _head_files(modules):
-        pickle = f"{file.removesuffix(SINGLE)}{PICKLE}"
+    for folder in trained_folders(modules):
+        file, pickle = f"{folder}/{SINGLE}", f"{folder}/{PICKLE}"
         files.append(pickle if pickles and file not in present else file)
     return [file for file in files if file in present]
 

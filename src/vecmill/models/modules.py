@@ -23,6 +23,10 @@ PATHS: Mapping[str, tuple[str, ...]] = {
         *("models", "models.Transformer", "base.modules", "base.modules.transformer"),
         *("sentence_transformer.modules", "cross_encoder.modules"),
     ),
+    "StaticEmbedding": (
+        *("models", "models.StaticEmbedding", "sentence_transformer.modules"),
+        "sentence_transformer.modules.static_embedding",
+    ),
     "Pooling": ("models", "models.Pooling", "sentence_transformer.modules", "sentence_transformer.modules.pooling"),
     "Dense": (
         *("models", "models.Dense", "base.modules", "base.modules.dense"),
@@ -59,7 +63,6 @@ NOT_SERVED: Mapping[str, str] = {
     "SparseAutoEncoder": SPARSE,
     "SparseStaticEmbedding": SPARSE,
     "SpladePooling": SPARSE,
-    "StaticEmbedding": "a table of token vectors without a transformer (model2vec)",
     "WeightedLayerPooling": "a weighted mean of several layers",
     "WordEmbeddings": WORDS,
     "WordWeights": WORDS,
@@ -67,7 +70,8 @@ NOT_SERVED: Mapping[str, str] = {
 INSTEAD = "Serve it with sentence-transformers, or name a model without it"
 HEADS = ("Dense", "LayerNorm", "Normalize")
 """What a vector, or each token's, may go through, in any number and order."""
-ORDER = "Transformer, Pooling, and any of Dense, LayerNorm and Normalize"
+ORDER = "Transformer and Pooling, or StaticEmbedding, and any of Dense, LayerNorm and Normalize"
+STATIC = "StaticEmbedding"
 RERANK_ORDERS = (("Transformer",), ("Transformer", "LogitScore"))
 
 ENTRY: Mapping[str, Rule] = {
@@ -189,7 +193,7 @@ class Modules:
     """The modules of a checkpoint, checked."""
 
     folders: Mapping[str, str]
-    """Of the Transformer, Pooling and LogitScore, by class."""
+    """Of the Transformer or StaticEmbedding, the Pooling and the LogitScore, by class."""
     of_tokens: tuple[Head, ...] = ()
     """What each token's vector goes through before the pooling."""
     of_vectors: tuple[Head, ...] = ()
@@ -223,7 +227,7 @@ def read_modules(folder: Path, named: str, task: Task, listed: Any) -> Modules:
     _check_order(named, task, kinds, [entry.get("name") for entry in listed])
     modules = [(kind, _path(named, file, entry)) for kind, entry in zip(kinds, listed, strict=True) if kind != IGNORED]
     folders = {kind: path for kind, path in modules if kind not in HEADS}
-    if folders["Transformer"] != "":
+    if folders.get("Transformer"):
         raise StartupError(
             f"{named}: its transformer is in the folder {folders['Transformer']}/, as sentence-transformers wrote it "
             f'before 2021: move the files of that folder up into {folder}, and set its `path` in modules.json to "".'
@@ -298,6 +302,15 @@ def width_after(named: str, heads: Sequence[Head], width: int) -> int:
     return width
 
 
+def static_folder(listed: Any) -> str | None:
+    """The folder of the StaticEmbedding, by what modules.json holds; None where there is none. Nothing is checked."""
+    first = listed[0] if isinstance(listed, list) and listed else None
+    if not isinstance(first, dict) or SERVED.get(str(first.get("type"))) != STATIC:
+        return None
+    path = first.get("path", "")
+    return path.rstrip("/") if isinstance(path, str) and path != "." and _inside(path) else ""
+
+
 def trained_folders(listed: Any) -> list[str]:
     """The folders of the modules with weights of their own beside the transformer's, by what modules.json holds.
 
@@ -330,9 +343,9 @@ def _check_order(named: str, task: Task, kinds: Sequence[str], names: Sequence[A
     order = tuple(kind for kind in kinds if kind != IGNORED)
     if task is Task.EMBED and "LogitScore" in order:
         raise StartupError(f"{named}: this is {KINDS[Task.RERANK]}.")
-    if task is Task.RERANK and "Pooling" in order:
+    if task is Task.RERANK and {"Pooling", STATIC} & set(order):
         raise StartupError(f"{named}: this is {KINDS[Task.EMBED]}.")
-    if task is Task.EMBED and "Pooling" not in order:
+    if task is Task.EMBED and not {"Pooling", STATIC} & set(order):
         raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
     early = IGNORED in kinds and "Pooling" in kinds[kinds.index(IGNORED) :]
     if early or not _in_order(task, order):
@@ -346,14 +359,14 @@ def _in_order(task: Task, order: tuple[str, ...]) -> bool:
     if task is Task.RERANK:
         return order in RERANK_ORDERS
     once = tuple(kind for kind in order if kind not in HEADS)
-    return once == ("Transformer", "Pooling") and order[0] == "Transformer"
+    return once in (("Transformer", "Pooling"), (STATIC,)) and order[0] == once[0]
 
 
 def _path(named: str, file: Path, entry: Mapping[str, Any]) -> str:
     path = entry.get("path", "")
     if not isinstance(path, str) or not _inside(path):
         raise StartupError(f"{named}: {file.name} has the path {shown(path)}, which is no folder of the model.")
-    return path
+    return "" if path == "." else path
 
 
 def _inside(path: str) -> bool:

@@ -21,6 +21,7 @@ from vecmill.models.heads import load_heads
 from vecmill.models.latent_attention import LatentAttention
 from vecmill.models.packing import PackedBatch
 from vecmill.models.rerank_prompt import Answers, rerank_form
+from vecmill.models.token_table import TableConfig, TokenTable
 from vecmill.models.weights import Target, WeightFiles, load_weights, make_config
 
 HEAD, SCORE = "lm_head.weight", "score.weight"
@@ -50,38 +51,73 @@ class Backbone:
         return hidden
 
 
+def sizes(checkpoint: Checkpoint) -> Any:
+    """An object with `vocab_size` and `hidden_size`, from config.json or, where there is none, from the weights.
+
+    Raises:
+        StartupError: they cannot be right.
+    """
+    return TableConfig.of(checkpoint) if checkpoint.network.token_table else make_config(checkpoint)
+
+
 def load_model(checkpoint: Checkpoint, target: Target) -> Model:
     """The model of a checkpoint, its weights on the target's device.
 
     Raises:
         StartupError: a weight is missing, unknown or of the wrong shape, or transformers refuses config.json.
     """
+    if checkpoint.network.token_table:
+        return StaticModel(checkpoint, target)
     if checkpoint.task is Task.EMBED:
         return EmbeddingModel(checkpoint, target)
     return DecoderReranker(checkpoint, target) if checkpoint.family.is_decoder else CrossEncoder(checkpoint, target)
 
 
 class Model(ABC):
-    """A loaded model: a backbone, and what makes vectors or logits of its hidden states."""
+    """A loaded model: packed token ids in, vectors or logits out."""
 
     width: int
     """Values per row: the dimensions of a vector, or 1 for a reranker's logit."""
 
-    def __init__(self, backbone: Backbone, *others: nn.Module) -> None:
-        """`others`: all else that holds weights."""
-        self._backbone = backbone
-        self.vocab_size = backbone.vocab_size
-        self.layers: Sequence[nn.Module] = backbone.layers
-        """The repeated transformer blocks, in the order they run, all of one class."""
-        self.modules: Sequence[nn.Module] = (backbone.module, *others)
-        """All that holds weights."""
+    layers: Sequence[nn.Module]
+    """The repeated transformer blocks, in the order they run, all of one class; none where there is no transformer."""
+    modules: Sequence[nn.Module]
+    """All that holds weights."""
+    vocab_size: int
 
     @abstractmethod
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order."""
 
 
-class EmbeddingModel(Model):
+class TransformerModel(Model):
+    """One with a transformer."""
+
+    def __init__(self, backbone: Backbone, *others: nn.Module) -> None:
+        """`others`: all else that holds weights."""
+        self._backbone = backbone
+        self.vocab_size = backbone.vocab_size
+        self.layers = backbone.layers
+        self.modules = (backbone.module, *others)
+
+
+class StaticModel(Model):
+    """One vector per text: the mean of its tokens', which are in a table."""
+
+    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
+        self._table = TokenTable.load(checkpoint, target)
+        self._heads = load_heads(checkpoint, checkpoint.of_vectors, target)
+        self.width = checkpoint.width_after_heads(self._table.weight.shape[1])
+        self.vocab_size, self.layers = self._table.vocab_size, self._table.layers
+        self.modules = (self._table, self._heads)
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """(N, width) float32, not normalised, in packed order."""
+        vectors: Tensor = self._heads(self._table(packed))
+        return vectors
+
+
+class EmbeddingModel(TransformerModel):
     """One vector per text."""
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
@@ -109,7 +145,7 @@ class EmbeddingModel(Model):
         return vectors
 
 
-class CrossEncoder(Model):
+class CrossEncoder(TransformerModel):
     """An encoder and its classification head: one logit per pair of query and document."""
 
     width = 1
@@ -132,7 +168,7 @@ class CrossEncoder(Model):
         return logits.view(-1, 1)
 
 
-class DecoderReranker(Model):
+class DecoderReranker(TransformerModel):
     """A causal language model; of its head the one row, or the difference of two, that makes the score."""
 
     width = 1

@@ -155,6 +155,10 @@ class WeightFiles:
         values = tensor.reshape(-1).view(torch.uint8).numpy().data
         self._checkpoint.fingerprint.add(f"{self._within}{name} {tensor.dtype} {tuple(tensor.shape)}", values)
 
+    def note(self, name: str, tensor: Tensor) -> None:
+        """Count a tensor that was read in another way into the checkpoint's fingerprint."""
+        self._hash(name, tensor)
+
     def _opened(self, path: Path) -> FileIO:
         try:
             return FileIO(path)

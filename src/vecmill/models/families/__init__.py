@@ -13,6 +13,7 @@ from vecmill.models.families.modernbert import MODERNBERT
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.families.qwen3 import QWEN3
+from vecmill.models.families.static_embedding import STATIC_EMBEDDING
 from vecmill.models.family import Family, PublishedModel
 
 FAMILIES: Mapping[str, Family] = {
@@ -24,6 +25,7 @@ FAMILIES: Mapping[str, Family] = {
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,
+        STATIC_EMBEDDING,
     )
 }
 """By `model_type` in config.json."""
