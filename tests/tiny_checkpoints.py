@@ -7,6 +7,7 @@ import math
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
+    ModernBertModel,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
     XLMRobertaModel,
@@ -162,6 +166,106 @@ def tiny_nomic(folder: Path, tokenizer_from: Path, *, seed: int = 0, prompts: Ma
     _copy_tokenizer(tokenizer_from, folder)
     edit_json(folder / "tokenizer_config.json", model_max_length=positions)
     return _as_sentence_transformer(folder, ["Transformer", "Pooling"], "mean_tokens", prompts, positions)
+
+
+def tiny_modernbert(
+    folder: Path,
+    tokenizer_from: Path,
+    *,
+    reranker: bool = False,
+    pooling: str = "cls_token",
+    seed: int = 0,
+    **keys: Any,
+) -> Path:
+    """A five-layer ModernBERT of 32 dimensions with the bundled model's tokenizer and the hub's config keys.
+
+    Its windows are short, so that texts of some tokens are longer. `keys` change config.json.
+    """
+    torch.manual_seed(seed)
+    config = {
+        **{"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 5},
+        **{"num_attention_heads": 4, "max_position_embeddings": 128, "local_attention": 8, "norm_eps": 1e-5},
+        **{"global_attn_every_n_layers": 3, "global_rope_theta": 160000.0, "local_rope_theta": 10000.0},
+        **{"norm_bias": False, "mlp_bias": False, "attention_bias": False, "classifier_bias": False},
+        **{"hidden_activation": "gelu", "classifier_activation": "gelu", "classifier_pooling": "mean"},
+        **{"pad_token_id": 0, "bos_token_id": 101, "cls_token_id": 101, "eos_token_id": 102, "sep_token_id": 102},
+        **keys,
+    }
+    own = {"initializer_range": 0.3, **({"num_labels": 1} if reranker else {})}
+    model_class: Any = ModernBertForSequenceClassification if reranker else ModernBertModel
+    model = model_class(ModernBertConfig(**deepcopy(config), **own))
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    unread = {
+        **{"layer_norm_eps": 1e-5, "position_embedding_type": "absolute", "decoder_bias": True, "mlp_dropout": 0.0},
+        **{"initializer_cutoff_factor": 2.0, "embedding_dropout": 0.0, "deterministic_flash_attn": False},
+        **{"sparse_prediction": False, "sparse_pred_ignore_index": -100, "reference_compile": None},
+        **{"architectures": [model_class.__name__], "model_type": "modernbert", "torch_dtype": "float32"},
+        **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if reranker else {}),
+    }
+    write(folder / "config.json", {**config, **unread})
+    _copy_tokenizer(tokenizer_from, folder)
+    names = ["input_ids", "attention_mask"]
+    edit_json(folder / "tokenizer_config.json", model_max_length=128, model_input_names=names)
+    return folder if reranker else _as_sentence_transformer(folder, ["Transformer", "Pooling"], pooling, None, 128)
+
+
+def tiny_static(
+    folder: Path, tokenizer_from: Path, *, within: str = "", normalize: bool = False, seed: int = 0
+) -> Path:
+    """A StaticEmbedding of 16 dimensions with the bundled model's tokenizer.json, as sentence-transformers saves it.
+
+    `within`: the folder that releases before 5 gave it.
+    """
+    (folder / within).mkdir(parents=True, exist_ok=True)
+    table = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(seed))
+    save_file({"embedding.weight": table}, folder / within / "model.safetensors")
+    tokenizer = Tokenizer.from_file(str(tokenizer_from / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.save(str(folder / within / "tokenizer.json"))
+    entries = [("StaticEmbedding", within), *([("Normalize", "1_Normalize")] if normalize else [])]
+    types = [
+        {"idx": number, "name": str(number), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for number, (kind, path) in enumerate(entries)
+    ]
+    (folder / "1_Normalize").mkdir(exist_ok=True)
+    write(folder / "modules.json", types)
+    return folder
+
+
+def add_heads(folder: Path, *heads: dict[str, Any]) -> Path:
+    """Write modules.json: the transformer, then these with their folders, the pooling first unless it is among them."""
+    pooling = [] if any(head["kind"] == "Pooling" for head in heads) else [{"kind": "Pooling"}]
+    entries = []
+    for number, head in enumerate([{"kind": "Transformer"}, *pooling, *heads]):
+        path = {"Transformer": "", "Pooling": "1_Pooling"}.get(head["kind"], f"{number}_{head['kind']}")
+        kind = f"sentence_transformers.models.{head['kind']}"
+        entries.append({"idx": number, "name": str(number), "path": path, "type": kind})
+        if head["kind"] not in ("Transformer", "Pooling"):
+            tiny_head(folder / path, **head, seed=number)
+    write(folder / "modules.json", entries)
+    return folder
+
+
+def tiny_head(folder: Path, *, kind: str, seed: int = 0, **config: Any) -> None:
+    """The folder of a Dense, LayerNorm or Normalize of sentence-transformers, with random weights."""
+    write(folder / "config.json", config)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "LayerNorm":
+        width = config["dimension"]
+        weights = {f"norm.{leaf}": torch.randn(width, generator=generator) for leaf in ("weight", "bias")}
+    elif kind == "Dense":
+        shape = config["out_features"], config["in_features"]
+        weights = {"linear.weight": torch.randn(shape, generator=generator) / shape[1] ** 0.5}
+        if config.get("bias", True):
+            weights["linear.bias"] = torch.randn(shape[0], generator=generator)
+        if config.get("use_residual") and shape[0] != shape[1]:
+            weights["residual.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        if config.get("activation_function", "").endswith(".PReLU"):
+            weights["activation_function.weight"] = torch.tensor([0.3])
+    else:
+        return
+    save_file(weights, folder / "model.safetensors")
 
 
 def write(path: Path, content: object) -> None:

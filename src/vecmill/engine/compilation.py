@@ -58,6 +58,8 @@ def choose(
     """
     if wanted == "false":
         return CompileChoice(False, "eager: TORCH_COMPILE=false")
+    if not model.layers:
+        return CompileChoice(False, "eager: it has no layers")
     try:
         compile_layers(model.layers, run, backend)
         speedup = None if wanted == "true" else _speedup(model.layers, prepare or (lambda: run))
@@ -81,6 +83,8 @@ def compile_layers(layers: Sequence[nn.Module], run: Run, backend: str = "induct
     Raises:
         Exception: they cannot be compiled; they are to be made eager again.
     """
+    if not layers:
+        return
     # torch's own modules, as inductor imports them.
     warnings.filterwarnings("ignore", r"`torch\.jit\.script_method` is deprecated", DeprecationWarning)
     compiled = _Compiled(layers[0], backend)

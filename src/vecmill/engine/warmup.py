@@ -40,7 +40,12 @@ ROUNDS, ENOUGH_SECONDS = 6, 1.5
 
 
 Choices = dict[nn.Module, CompileChoice]
-"""By the first layer of a model."""
+"""By the first layer of a model, see `_shared`."""
+
+
+def _shared(model: LoadedModel) -> nn.Module:
+    """What two models that are one network have in common."""
+    return model.model.layers[0] if model.model.layers else model.model.modules[0]
 
 
 def largest_batch(engine: EngineSettings, device: torch.device) -> int:
@@ -110,7 +115,7 @@ def warm_up_beside_others(
         StartupObstacle: not one token fits into memory.
     """
     stopwatch = _Stopwatch(model, engine, device, serve_others)
-    shared = model.model.layers[0]
+    shared = _shared(model)
     if shared not in choices and before is not None and before.choice is not None and not before.choice.compiled:
         choices[shared] = before.choice
     elif shared not in choices and engine.torch_compile == "auto" and (before is None or before.choice is None):
@@ -224,7 +229,7 @@ def _choose(
     largest: int,
     capture: Capture | None,
 ) -> CompileChoice:
-    shared = model.model.layers[0]
+    shared = _shared(model)
     if shared not in choices:
 
         def run(tokens: int) -> float:

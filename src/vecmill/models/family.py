@@ -56,12 +56,19 @@ class Network:
     """Keyword arguments of the config class, made of the honoured keys of config.json and the number of positions."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of the model class."""
+    token_table: bool = False
+    """Whether it is no network at all, but a table of token vectors whose mean is a text's: no class is made."""
     blocks: str = "layers"
     """Path of the repeated transformer blocks, from the base model."""
     merged: tuple[str, ...] = ()
     """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
     token_types: bool = False
     """Whether the model class takes `token_type_ids`."""
+    head: tuple[str, ...] = ("classifier",)
+    """Of a cross-encoder: paths of the head's modules from the model class, in the order they run on the hidden state
+    of the first token. A name of an activation stands for it."""
+    head_pooling: Callable[[ConfigJson], Pooling] = lambda config: "cls"
+    """Of a cross-encoder: what its head gets of the hidden states."""
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None

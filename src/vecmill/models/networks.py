@@ -17,9 +17,11 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.family import Pooling, Positions
+from vecmill.models.heads import load_heads
 from vecmill.models.latent_attention import LatentAttention
 from vecmill.models.packing import PackedBatch
 from vecmill.models.rerank_prompt import Answers, rerank_form
+from vecmill.models.token_table import TableConfig, TokenTable
 from vecmill.models.weights import Target, WeightFiles, load_weights, make_config
 
 HEAD, SCORE = "lm_head.weight", "score.weight"
@@ -49,60 +51,101 @@ class Backbone:
         return hidden
 
 
+def sizes(checkpoint: Checkpoint) -> Any:
+    """An object with `vocab_size` and `hidden_size`, from config.json or, where there is none, from the weights.
+
+    Raises:
+        StartupError: they cannot be right.
+    """
+    return TableConfig.of(checkpoint) if checkpoint.network.token_table else make_config(checkpoint)
+
+
 def load_model(checkpoint: Checkpoint, target: Target) -> Model:
     """The model of a checkpoint, its weights on the target's device.
 
     Raises:
         StartupError: a weight is missing, unknown or of the wrong shape, or transformers refuses config.json.
     """
+    if checkpoint.network.token_table:
+        return StaticModel(checkpoint, target)
     if checkpoint.task is Task.EMBED:
         return EmbeddingModel(checkpoint, target)
     return DecoderReranker(checkpoint, target) if checkpoint.family.is_decoder else CrossEncoder(checkpoint, target)
 
 
 class Model(ABC):
-    """A loaded model: a backbone, and what makes vectors or logits of its hidden states."""
+    """A loaded model: packed token ids in, vectors or logits out."""
 
     width: int
     """Values per row: the dimensions of a vector, or 1 for a reranker's logit."""
 
-    def __init__(self, backbone: Backbone, *others: nn.Module) -> None:
-        """`others`: all else that holds weights."""
-        self._backbone = backbone
-        self.vocab_size = backbone.vocab_size
-        self.layers: Sequence[nn.Module] = backbone.layers
-        """The repeated transformer blocks, in the order they run, all of one class."""
-        self.modules: Sequence[nn.Module] = (backbone.module, *others)
-        """All that holds weights."""
+    layers: Sequence[nn.Module]
+    """The repeated transformer blocks, in the order they run, all of one class; none where there is no transformer."""
+    modules: Sequence[nn.Module]
+    """All that holds weights."""
+    vocab_size: int
 
     @abstractmethod
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order."""
 
 
-class EmbeddingModel(Model):
+class TransformerModel(Model):
+    """One with a transformer."""
+
+    def __init__(self, backbone: Backbone, *others: nn.Module) -> None:
+        """`others`: all else that holds weights."""
+        self._backbone = backbone
+        self.vocab_size = backbone.vocab_size
+        self.layers = backbone.layers
+        self.modules = (backbone.module, *others)
+
+
+class StaticModel(Model):
+    """One vector per text: the mean of its tokens', which are in a table."""
+
+    def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
+        self._table = TokenTable.load(checkpoint, target)
+        self._heads = load_heads(checkpoint, checkpoint.of_vectors, target)
+        self.width = checkpoint.width_after_heads(self._table.weight.shape[1])
+        self.vocab_size, self.layers = self._table.vocab_size, self._table.layers
+        self.modules = (self._table, self._heads)
+
+    def forward(self, packed: PackedBatch) -> Tensor:
+        """(N, width) float32, not normalised, in packed order."""
+        vectors: Tensor = self._heads(self._table(packed))
+        return vectors
+
+
+class EmbeddingModel(TransformerModel):
     """One vector per text."""
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config, network = make_config(checkpoint), checkpoint.network
-        self.width: int = config.hidden_size
+        self.width = checkpoint.width_after_heads(config.hidden_size)
         backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
         self._pooling = network.pooling or checkpoint.require_pooling()
         self._latent_attention: LatentAttention | None = None
         if network.latent_attention is not None:
             sizes = checkpoint.config.get(network.latent_attention) or {}
             self._latent_attention = LatentAttention.fold(WeightFiles(checkpoint), sizes, target)
-        super().__init__(backbone, *filter(None, [self._latent_attention]))
+        self._of_tokens = load_heads(checkpoint, checkpoint.of_tokens, target)
+        self._of_vectors = load_heads(checkpoint, checkpoint.of_vectors, target)
+        others = [self._latent_attention, self._of_tokens, self._of_vectors]
+        super().__init__(backbone, *(module for module in others if module is not None))
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""
         hidden = self._backbone.hidden_states(packed)
         if self._latent_attention is not None:
             hidden = self._latent_attention(hidden)
-        return pool(hidden, packed, self._pooling)
+        if len(self._of_tokens):
+            hidden = self._of_tokens(hidden.float())
+        vectors: Tensor = self._of_vectors(pool(hidden, packed, self._pooling))
+        return vectors
 
 
-class CrossEncoder(Model):
+class CrossEncoder(TransformerModel):
     """An encoder and its classification head: one logit per pair of query and document."""
 
     width = 1
@@ -110,21 +153,22 @@ class CrossEncoder(Model):
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config = make_config(checkpoint)
         model = load_weights(checkpoint, config, target)
-        encoder, head = model.base_model, model.classifier
+        encoder, parts = model.base_model, [attrgetter(part)(model) for part in checkpoint.network.head]
         if getattr(encoder, "pooler", None) is not None:  # BERT's tanh layer is its pooler, XLM-R's is in its head
-            head = nn.Sequential(encoder.pooler, head)
+            parts = [encoder.pooler, *parts]
             encoder.pooler = None
-        self._head: nn.Module = head.float()  # scores are float32 whatever the weights' type
+        self._head: nn.Module = nn.Sequential(*parts).float()  # scores are float32 whatever the weights' type
+        self._pooling = checkpoint.network.head_pooling(checkpoint.config)
         super().__init__(Backbone(checkpoint, config, encoder), self._head)
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, 1) float32 logits, in packed order."""
-        # The head takes the first token of (N, 1, width) by itself.
-        logits: Tensor = self._head(self._backbone.hidden_states(packed)[packed.first].float()[:, None])
+        pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
+        logits: Tensor = self._head(pooled[:, None])  # some heads take the first token of (N, 1, width) by themselves
         return logits.view(-1, 1)
 
 
-class DecoderReranker(Model):
+class DecoderReranker(TransformerModel):
     """A causal language model; of its head the one row, or the difference of two, that makes the score."""
 
     width = 1

@@ -268,6 +268,27 @@ def tokenizer_settings(named: str, folder: Path, task: Task) -> TokenizerSetting
     )
 
 
+def as_it_stands(named: str, file: Path) -> TokenizerSettings:
+    """What a tokenizer.json says by itself: its truncation counts, where nothing else is read.
+
+    Raises:
+        StartupError: there is none, or its truncation is not known here.
+    """
+    content = read_json(named, file)
+    if not content:
+        raise StartupError(f"{named}: {file} is missing; fetch the model again.")
+    cut = content.get("truncation") or {}
+    check_keys(named, file, cut, TRUNCATION, within="truncation")
+    return TokenizerSettings(cut.get("max_length"), False)
+
+
+TRUNCATION: Mapping[str, Rule] = {
+    "max_length": LENGTH,
+    "direction": only("Right", "Left"),
+    **rules(HARMLESS, ("strategy", "stride")),
+}
+
+
 def _max_length(config: Mapping[str, Any], module: Mapping[str, Any], arguments: Mapping[str, Any]) -> float | None:
     """sentence-transformers' order: the module's arguments, its own key, the tokenizer's file."""
     if "model_max_length" not in arguments and (tokens := module.get("max_seq_length")) is not None:

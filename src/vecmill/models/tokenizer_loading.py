@@ -7,10 +7,11 @@ the `tokenizers` library's own JSON. Nothing is downloaded, and no code of the c
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from vecmill.core.errors import StartupError, first_line
@@ -35,6 +36,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
         StartupError: transformers makes none of the files, or one that cannot be run here.
     """
     file = checkpoint.tokenizer_file
+    if checkpoint.network.token_table:
+        return _bare(checkpoint)
     if checkpoint.family.tokenizer_as_it_stands:
         return read_file(file)
     tokenizer = _from_files(checkpoint)
@@ -62,6 +65,15 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     else:
         _check_template(checkpoint, read.around_pair or read.around)
     return read
+
+
+def _bare(checkpoint: Checkpoint) -> ReadTokenizer:
+    """tokenizer.json without the special tokens that it would put around a text."""
+    read = read_file(checkpoint.tokenizer_file)
+    backend = Tokenizer.from_str(read.definition)
+    _check_model(checkpoint, backend)
+    side = Side((backend.truncation or {}).get("direction", "right"))
+    return replace(read, around=Template([], [], []), truncation_side=side)
 
 
 def _from_files(checkpoint: Checkpoint) -> Any:

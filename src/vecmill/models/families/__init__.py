@@ -9,9 +9,11 @@ from typing import Any
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.families.bert import BERT, XLM_ROBERTA
+from vecmill.models.families.modernbert import MODERNBERT
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.families.qwen3 import QWEN3
+from vecmill.models.families.static_embedding import STATIC_EMBEDDING
 from vecmill.models.family import Family, PublishedModel
 
 FAMILIES: Mapping[str, Family] = {
@@ -19,9 +21,11 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         BERT,
         XLM_ROBERTA,
+        MODERNBERT,
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,
+        STATIC_EMBEDDING,
     )
 }
 """By `model_type` in config.json."""

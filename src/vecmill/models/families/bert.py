@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 
 from vecmill.core.types import Task
-from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ConfigFile
+from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD
+from vecmill.models.encoders import check_one_label
 from vecmill.models.family import DEFAULT_INSTRUCTION, Family, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
 
@@ -29,23 +30,6 @@ BERT_KEYS: Mapping[str, Rule] = {
     "type_vocab_size": whole(),
 }
 XLM_ROBERTA_KEYS: Mapping[str, Rule] = {**BERT_KEYS, "pad_token_id": whole(0)}  # positions are counted from it
-
-
-def _check_one_label(config: ConfigFile) -> None:
-    """A relevance score is one number, and a head gives it: transformers would make up one that is missing."""
-    names = config.content.get("architectures") or []
-    if names and not any(name.endswith("ForSequenceClassification") for name in names):
-        raise config.unsupported(
-            "architectures", "a ...ForSequenceClassification", "Others have no head that scores a pair."
-        )
-    labels = config.content.get("id2label")
-    if isinstance(labels, Mapping):
-        if len(labels) != 1:
-            raise config.unsupported("id2label", "one label", "A reranker gives one number, the relevance score.")
-    elif config.content.get("num_labels") != 1:  # transformers makes a head of two where neither key is there
-        raise config.unsupported(
-            "num_labels", "1", "A reranker gives one number, the relevance score; without it there are 2."
-        )
 
 
 # What checkpoints carry of pre-training; an encoder's own pooler is trained for next-sentence prediction.
@@ -96,7 +80,7 @@ BERT = Family(
         Task.RERANK: TaskSpec(
             {**BERT_KEYS, **HEAD, "type_vocab_size": whole(2)},
             _cross_encoder("BertConfig", "BertForSequenceClassification"),
-            (_check_one_label,),
+            (check_one_label,),
         ),
     },
     positions=Positions.FROM_ZERO,
@@ -120,7 +104,7 @@ XLM_ROBERTA = Family(
         Task.RERANK: TaskSpec(
             {**XLM_ROBERTA_KEYS, **HEAD},
             _cross_encoder("XLMRobertaConfig", "XLMRobertaForSequenceClassification"),
-            (_check_one_label,),
+            (check_one_label,),
         ),
     },
     positions=Positions.AFTER_PADDING,
