@@ -62,6 +62,9 @@ class Network:
     """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
     token_types: bool = False
     """Whether the model class takes `token_type_ids`."""
+    position_bias: bool = False
+    """Whether attention adds a bias for each distance of two tokens. Flash kernels take none: it is SDPA always, and a
+    pass is not captured as a CUDA graph."""
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None
