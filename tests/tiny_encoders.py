@@ -91,6 +91,16 @@ HUB_KEYS: Mapping[str, Mapping[str, Any]] = {
         "gradient_checkpointing": False,
         "transformers_version": "4.8.2",
     },
+    "deberta-v2": {  # mxbai-rerank-base-v1
+        "_name_or_path": "microsoft/deberta-v3-base",
+        "architectures": ["DebertaV2ForSequenceClassification"],
+        "legacy": True,
+        "pooler_dropout": 0,
+        "pooler_hidden_act": "gelu",
+        "pooler_hidden_size": 32,
+        "torch_dtype": "float16",
+        "transformers_version": "4.37.2",
+    },
 }
 SIZES: Mapping[str, Mapping[str, Any]] = {
     "roberta": {"max_position_embeddings": 130, "type_vocab_size": 1, "layer_norm_eps": 1e-5},
@@ -105,6 +115,17 @@ SIZES: Mapping[str, Mapping[str, Any]] = {
     "electra": {"embedding_size": 16},
     "albert": {"embedding_size": 16, "num_hidden_layers": 3, "hidden_act": "gelu_new"},
     "mpnet": {"max_position_embeddings": 130, "layer_norm_eps": 1e-5},
+    "deberta-v2": {
+        "layer_norm_eps": 1e-7,
+        "max_relative_positions": -1,
+        "norm_rel_ebd": "layer_norm",
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "position_buckets": 16,
+        "relative_attention": True,
+        "share_att_key": True,
+        "type_vocab_size": 0,
+    },
 }
 USUAL_SIZES = {
     "hidden_size": 32,
@@ -257,7 +278,7 @@ def _unigram(kind: str, specials: tuple[str, ...], names: Mapping[str, str], pai
 
     def put(folder: Path, max_length: int) -> int:
         vocab = [*((special, 0.0) for special in specials), *_unigram_pieces(), (names["mask_token"], 0.0)]
-        tokenizer = Tokenizer(models.Unigram(vocab, unk_id=specials.index("<unk>"), byte_fallback=False))
+        tokenizer = Tokenizer(models.Unigram(vocab, unk_id=specials.index(names["unk_token"]), byte_fallback=False))
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         begin, end = names["cls_token"], names["sep_token"]
@@ -300,4 +321,14 @@ TOKENIZERS: Mapping[str, Callable[[Path, int], int]] = {
         "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
     ),
     "mpnet": _mpnet,
+    "deberta-v2": _unigram(
+        "DebertaV2Tokenizer",
+        ("[PAD]", "[CLS]", "[SEP]", "[UNK]"),
+        {
+            **dict.fromkeys(("bos_token", "cls_token"), "[CLS]"),
+            **dict.fromkeys(("eos_token", "sep_token"), "[SEP]"),
+            **{"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"},
+        },
+        "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+    ),
 }

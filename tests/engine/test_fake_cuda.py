@@ -30,6 +30,7 @@ from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, shape_of
 from vecmill.engine.forward import Device, Launched, LoadedModel, Streams, launch
+from vecmill.engine.loader import attention_of
 from vecmill.models import packed_attention
 from vecmill.models.packing import Attention, PrefixMemory, pack
 
@@ -315,8 +316,7 @@ class OnCuda:
 
     def attention(self, *, flash: bool) -> Attention:
         """As the loader chooses it."""
-        biased = self.model.checkpoint.network.position_bias is not None
-        return Attention.on(CUDA, self.dtype, flash=flash and not biased)
+        return attention_of(self.model.checkpoint, CUDA, self.dtype, flash=flash)
 
     def compile(self, graphs: int = 1) -> None:
         """The layers, traced as on a GPU; what inductor makes of the trace needs one."""

@@ -75,19 +75,20 @@ def cross_encoder(
     *,
     head: tuple[str, ...] = ("classifier",),
     types: bool = False,
+    unused: Sequence[str] = (),
     **network: Any,
 ) -> TaskSpec:
     """An encoder and the head that scores a pair, under the class's own names of weights.
 
     Args:
-        name: as of an embedder; `prefix`, `keys` and `network` too.
+        name: as of an embedder; `prefix`, `keys`, `unused` and `network` too.
         head: as Network has it.
         types: whether its pairs have two token types, as its tokenizer makes them.
     """
     fields: dict[str, Any] = {"blocks": "encoder.layer", "token_types": True, **network}
-    unused = tuple(f"{prefix}{each}" for each in OWN_UNUSED if f"{prefix}{each}".rstrip(".") not in head)
+    own_unused = (f"{prefix}{each}" for each in OWN_UNUSED if f"{prefix}{each}".rstrip(".") not in head)
     keys = {**keys, **HEAD, **({"type_vocab_size": whole(2)} if types else {})}
-    rename = partial(_rename, "", unused)
+    rename = partial(_rename, "", (*own_unused, *unused))
     model = f"{name}ForSequenceClassification"
     return TaskSpec(keys, Network(f"{name}Config", model, rename, head=head, **fields), (check_one_label,))
 

@@ -20,8 +20,8 @@ from vecmill.models.keys import Rule, check_keys, honoured
 ConfigJson = Mapping[str, Any]
 """The object in a config.json, checked."""
 Pooling = Literal["mean", "cls", "lasttoken"]
-PositionBias = Literal["buckets"]
-"""Learned, by buckets of distances, the same in all layers (T5, MPNet)."""
+PositionBias = Literal["buckets", "disentangled"]
+"""Learned, by buckets of distances: a number, the same in all layers (MPNet), or a key and a query (DeBERTa)."""
 Rename = Callable[[str], Sequence[str]]
 """A weight's name in the files to its names in the class: none leaves it out, several share its rows equally."""
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"

@@ -9,7 +9,7 @@ have to be compiled again for the next batch. The batch reaches the operation th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -76,6 +76,7 @@ def packed_attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
+    position_scores: tuple[Tensor, Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed row and the prefix it follows. Returns (1, T, heads, head_dim), and no weights.
@@ -86,12 +87,15 @@ def packed_attention(
         sliding_window: as transformers' layers say it, so many keys up to the query's own, and as many from there on
             where attention is not causal; None: all.
         position_bias: added to the scores, a table as `bias_table` makes it. Not with a prefix or a window.
+        position_scores: (1, heads, T, buckets) of the queries and of the keys. `position_bias` is then (1, rows, C) and
+            names the bucket of each distance; the query's and the key's own scores of it are added.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    position = [] if position_bias is None else [position_bias, *(position_scores or ())]
     if torch.compiler.is_compiling():
-        return _operation(query, key, value, scaling, causal, sliding_window, position_bias), None
+        return _operation(query, key, value, scaling, causal, sliding_window, position), None
     call = LayerCall(getattr(module, "layer_idx", None), packed_batch)
-    return _attend(query, key, value, call, scaling, causal, sliding_window, position_bias), None
+    return _attend(query, key, value, call, scaling, causal, sliding_window, position), None
 
 
 @torch.library.custom_op("vecmill::packed_attention", mutates_args=())
@@ -102,10 +106,10 @@ def _operation(
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
-    position_bias: Tensor | None,
+    position: Sequence[Tensor],
 ) -> Tensor:
     call = compiled_call.get()
-    return _attend(query, key, value, call, scaling, causal, sliding_window, position_bias).contiguous()
+    return _attend(query, key, value, call, scaling, causal, sliding_window, position).contiguous()
 
 
 @_operation.register_fake
@@ -116,7 +120,7 @@ def _(
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
-    position_bias: Tensor | None,
+    position: Sequence[Tensor],
 ) -> Tensor:
     _, heads, tokens, head_dim = query.shape
     return query.new_empty(1, tokens, heads, head_dim)
@@ -130,16 +134,16 @@ def _attend(
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
-    position_bias: Tensor | None,
+    position: Sequence[Tensor],
 ) -> Tensor:
     """(1, T, heads, head_dim)"""
     packed = call.packed_batch
-    if position_bias is not None:
+    if position:
         # A captured pass would go on with the lengths that it was captured with.
         assert packed.shape is None
         assert packed.keys is None
         assert sliding_window is None
-        return _one_row(_biased(query, key, value, group, scaling, position_bias) for group in packed.groups)
+        return _one_row(_biased(query, key, value, group, scaling, position) for group in packed.groups)
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
     key, value = _with_prefixes(call.layer, key, value, packed)
@@ -233,18 +237,34 @@ def _sdpa(
 
 
 def _biased(
-    query: Tensor, key: Tensor, value: Tensor, group: EqualLengths, scaling: float | None, table: Tensor
+    query: Tensor, key: Tensor, value: Tensor, group: EqualLengths, scaling: float | None, position: Sequence[Tensor]
 ) -> Tensor:
     """(rows, heads, length, head_dim)"""
     q, k, v = _rows(query, group), _rows(key, group), _rows(value, group)
+    table, *scores = position
+    of_rows = [_rows(each, group) for each in scores]
     _, step, columns = table.shape
     parts = []
     for start in range(0, group.length, step):
-        stop = min(start + step, group.length)
+        queries = slice(start, min(start + step, group.length))
         first = columns // 2 - start
-        bias = table[:, : stop - start, first : first + group.length]
-        parts.append(F.scaled_dot_product_attention(q[:, :, start:stop], k, v, attn_mask=bias, scale=scaling))
+        bias = table[:, : queries.stop - start, first : first + group.length]
+        if of_rows:
+            bias = _of_buckets(bias, of_rows, queries)
+        parts.append(F.scaled_dot_product_attention(q[:, :, queries], k, v, attn_mask=bias, scale=scaling))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _of_buckets(buckets: Tensor, scores: Sequence[Tensor], queries: slice) -> Tensor:
+    """Each pair's bucket (1, queries, keys) to what query and key score for it: (rows, heads, queries, keys).
+
+    `scores`: (rows, heads, length, buckets) of the queries and of the keys.
+    """
+    of_queries, of_keys = scores
+    rows, heads = of_keys.shape[:2]
+    by_query = buckets[None].expand(rows, heads, -1, -1)
+    by_key = buckets.mT[None].expand(rows, heads, -1, -1)
+    return of_queries[:, :, queries].gather(-1, by_query) + of_keys.gather(-1, by_key).mT
 
 
 def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device: torch.device) -> Tensor:
@@ -255,7 +275,7 @@ def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device:
     is computed or copied in a forward pass.
 
     Args:
-        of_distances: (D,) int64 distances, key less query, to (heads, D) values.
+        of_distances: (D,) int64 distances, key less query, to (heads, D) values, or (1, D) buckets.
         positions: tokens of the longest row.
 
     Returns:

@@ -10,6 +10,7 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.families.albert import ALBERT
 from vecmill.models.families.bert import BERT
+from vecmill.models.families.deberta import DEBERTA_V2
 from vecmill.models.families.distilbert import DISTILBERT
 from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.mpnet import MPNET
@@ -30,6 +31,7 @@ FAMILIES: Mapping[str, Family] = {
         ELECTRA,
         ALBERT,
         MPNET,
+        DEBERTA_V2,
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,
