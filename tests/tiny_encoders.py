@@ -273,7 +273,9 @@ def _mpnet(folder: Path, max_length: int) -> int:
     return len(words)
 
 
-def _unigram(kind: str, specials: tuple[str, ...], names: Mapping[str, str], pair: str) -> Callable[[Path, int], int]:
+def _unigram(
+    kind: str, specials: tuple[str, ...], names: Mapping[str, str], pair: str, **settings: Any
+) -> Callable[[Path, int], int]:
     """Unigram pieces after the special tokens, and the mask last, as sentencepiece's files become a tokenizer.json."""
 
     def put(folder: Path, max_length: int) -> int:
@@ -289,7 +291,10 @@ def _unigram(kind: str, specials: tuple[str, ...], names: Mapping[str, str], pai
         )
         tokenizer.add_special_tokens([*specials, AddedToken(names["mask_token"], lstrip=True)])
         tokenizer.save(str(folder / "tokenizer.json"))
-        write(folder / "tokenizer_config.json", {**names, "tokenizer_class": kind, "model_max_length": max_length})
+        write(
+            folder / "tokenizer_config.json",
+            {**settings, **names, "tokenizer_class": kind, "model_max_length": max_length},
+        )
         write(folder / "special_tokens_map.json", names)
         return tokenizer.get_vocab_size()
 
@@ -319,6 +324,9 @@ TOKENIZERS: Mapping[str, Callable[[Path, int], int]] = {
             **{"unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "[MASK]"},
         },
         "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        do_lower_case=True,
+        keep_accents=False,
+        remove_space=True,
     ),
     "mpnet": _mpnet,
     "deberta-v2": _unigram(
@@ -330,5 +338,9 @@ TOKENIZERS: Mapping[str, Callable[[Path, int], int]] = {
             **{"unk_token": "[UNK]", "pad_token": "[PAD]", "mask_token": "[MASK]"},
         },
         "[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        do_lower_case=False,
+        sp_model_kwargs={},
+        split_by_punct=False,
+        vocab_type="spm",
     ),
 }

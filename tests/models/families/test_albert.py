@@ -15,6 +15,7 @@ from tests.models.encoders import (
     refusal,
 )
 from tests.models.families import TinyModel
+from tests.tiny_checkpoints import edit_json
 from tests.tiny_encoders import tiny_encoder
 from vecmill.core.types import Task
 
@@ -31,6 +32,9 @@ async def test_vectors_and_scores_equal_sentence_transformers(tmp_path: Path) ->
         embedder(tmp_path / "paraphrase-albert"),
         embedder(tmp_path / "groups", num_hidden_layers=4, num_hidden_groups=2, inner_group_num=2),
     ]
+    accents = embedder(tmp_path / "accents")
+    edit_json(accents / "tokenizer_config.json", keep_accents=True, do_lower_case=False)
+    embedders.append(accents)
     rerankers = [reranker(tmp_path / "pairs"), reranker(tmp_path / "pairs-of-groups", num_hidden_groups=3)]
     await assert_equal_to_sentence_transformers(embedders, rerankers)
 

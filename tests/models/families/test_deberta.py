@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.encoders import assert_equal_to_sentence_transformers, assert_near_in_bfloat16, refusal
 from tests.models.families import TinyModel
 from tests.models.loaded import ids, load_model, run
+from tests.tiny_checkpoints import edit_json
 from tests.tiny_encoders import tiny_encoder
 from vecmill.core.types import Row, Task
 from vecmill.engine.compilation import compile_layers
@@ -30,6 +31,7 @@ async def test_scores_equal_sentence_transformers(tmp_path: Path) -> None:
         reranker(tmp_path / "nearer", position_buckets=-1, max_relative_positions=20, num_attention_heads=8),
         reranker(tmp_path / "narrow", embedding_size=16, position_buckets=8, max_relative_positions=64),
     ]
+    edit_json(rerankers[1] / "tokenizer_config.json", split_by_punct=True)
     await assert_equal_to_sentence_transformers([], rerankers)
 
 
