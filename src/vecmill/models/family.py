@@ -20,6 +20,8 @@ from vecmill.models.keys import Rule, check_keys, honoured
 ConfigJson = Mapping[str, Any]
 """The object in a config.json, checked."""
 Pooling = Literal["mean", "cls", "lasttoken"]
+PositionBias = Literal["buckets", "disentangled"]
+"""Learned, by buckets of distances: a number, the same in all layers (MPNet), or a key and a query (DeBERTa)."""
 Rename = Callable[[str], Sequence[str]]
 """A weight's name in the files to its names in the class: none leaves it out, several share its rows equally."""
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -69,6 +71,9 @@ class Network:
     of the first token. A name of an activation stands for it."""
     head_pooling: Callable[[ConfigJson], Pooling] = lambda config: "cls"
     """Of a cross-encoder: what its head gets of the hidden states."""
+    position_bias: PositionBias | None = None
+    """How attention gets a bias for each distance of two tokens. Flash kernels take none: it is SDPA always, and a pass
+    is not captured as a CUDA graph."""
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
@@ -153,12 +154,11 @@ class CrossEncoder(TransformerModel):
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config = make_config(checkpoint)
         model = load_weights(checkpoint, config, target)
-        encoder, parts = model.base_model, [attrgetter(part)(model) for part in checkpoint.network.head]
-        if getattr(encoder, "pooler", None) is not None:  # BERT's tanh layer is its pooler, XLM-R's is in its head
-            parts = [encoder.pooler, *parts]
-            encoder.pooler = None
-        self._head: nn.Module = nn.Sequential(*parts).float()  # scores are float32 whatever the weights' type
+        if not hasattr(model, "pair_head"):  # a model that is shared has one already
+            model.pair_head = _head(model, checkpoint.network.head)
+        self._head: nn.Module = model.pair_head
         self._pooling = checkpoint.network.head_pooling(checkpoint.config)
+        encoder = model.base_model
         super().__init__(Backbone(checkpoint, config, encoder), self._head)
 
     def forward(self, packed: PackedBatch) -> Tensor:
@@ -166,6 +166,14 @@ class CrossEncoder(TransformerModel):
         pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
         logits: Tensor = self._head(pooled[:, None])  # some heads take the first token of (N, 1, width) by themselves
         return logits.view(-1, 1)
+
+
+def _head(model: Any, parts: Sequence[str]) -> nn.Module:
+    """The modules of a classification head, in float32 whatever the weights' type; the encoder goes without them."""
+    head = nn.Sequential(*(ACT2FN[part] if part in ACT2FN else attrgetter(part)(model) for part in parts)).float()
+    if getattr(model.base_model, "pooler", None) is not None:
+        model.base_model.pooler = None
+    return head
 
 
 class DecoderReranker(TransformerModel):

@@ -51,6 +51,8 @@ TOKENIZER_CONFIG: Mapping[str, Rule] = {
     "padding_side": only("right", "left"),
     "model_input_names": Rule(_names_inputs, "a list with input_ids and attention_mask"),
     "split_special_tokens": FLAG,
+    "keep_accents": FLAG,  # ALBERT's
+    "split_by_punct": FLAG,  # DeBERTa's
     **rules(HONOURED, SPECIAL_TOKENS),
     **rules(
         HONOURED,
@@ -89,6 +91,7 @@ TOKENIZER_CONFIG: Mapping[str, Rule] = {
             "never_split",
             "pad_to_multiple_of",
             "pad_token_type_id",
+            "remove_space",  # ALBERT's: its class takes spaces as they are
             "sp_model_kwargs",
             "spaces_between_special_tokens",
             "special_tokens_map_file",
@@ -99,6 +102,7 @@ TOKENIZER_CONFIG: Mapping[str, Rule] = {
             "use_default_system_prompt",
             "use_fast",
             "verbose",
+            "vocab_type",  # DeBERTa's, of its files
         ),
     ),
 }

@@ -34,9 +34,12 @@ class TinyModel:
     """Kinds of layers: each is compiled by itself."""
     layout: str = ""
     """What tells it from others of its family and task."""
+    flash: bool = True
+    """Whether it runs through flash kernels on a card that has them."""
+    layer_runs: int = 1
+    """How often each layer runs in one pass."""
 
-    @property
-    def id(self) -> str:
+    def __str__(self) -> str:
         """Of a test's parameter, and a name for its folder."""
         return "-".join(filter(None, (self.task.value, self.model_type, self.layout)))
 
@@ -60,7 +63,11 @@ def tiny_model(task: Task, model_type: str) -> TinyModel:
     return next(tiny for tiny in tiny_models() if (tiny.task, tiny.model_type) == (task, model_type))
 
 
-def every_family(*, prefixes: bool | None = None) -> list[Any]:
-    """A parameter for each tiny model; with `prefixes` only those that share prefixes or do not."""
-    chosen = (tiny for tiny in tiny_models() if prefixes is None or tiny.prefixes is prefixes)
-    return [pytest.param(tiny, id=tiny.id) for tiny in chosen]
+def every_family(*, prefixes: bool | None = None, flash: bool | None = None) -> list[Any]:
+    """A parameter for each tiny model; with `prefixes` only those that share prefixes or do not, so with `flash`."""
+    chosen = (
+        tiny
+        for tiny in tiny_models()
+        if (prefixes is None or tiny.prefixes is prefixes) and (flash is None or tiny.flash is flash)
+    )
+    return [pytest.param(tiny, id=str(tiny)) for tiny in chosen]
