@@ -18,6 +18,9 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GemmaTokenizer,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
     XLMRobertaModel,
@@ -162,6 +165,64 @@ def tiny_nomic(folder: Path, tokenizer_from: Path, *, seed: int = 0, prompts: Ma
     _copy_tokenizer(tokenizer_from, folder)
     edit_json(folder / "tokenizer_config.json", model_max_length=positions)
     return _as_sentence_transformer(folder, ["Transformer", "Pooling"], "mean_tokens", prompts, positions)
+
+
+WINDOW = 16
+GEMMA_MERGES = (("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("i", "n"), ("in", "g"), ("e", "r"), ("o", "n"))
+
+
+def tiny_gemma3(
+    folder: Path, *, both_ways: bool = True, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any
+) -> Path:
+    """A three-layer Gemma 3 of 32 dimensions, the last layer with full attention: EmbeddingGemma-300M without its dense
+    layers, or harrier-oss-v1-270m (not `both_ways`).
+
+    Texts begin with <bos>, and end with <eos> in the former.
+    """
+    torch.manual_seed(seed)
+    write_gemma_tokenizer(folder, ends=both_ways)
+    settings = {
+        "vocab_size": len(gemma_vocabulary()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "max_position_embeddings": 256,
+        "use_bidirectional_attention": both_ways,
+        "initializer_range": 0.3,
+    }
+    model = Gemma3TextModel(Gemma3TextConfig(**{**settings, **config}))
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    return _as_sentence_transformer(folder, kinds, "mean_tokens" if both_ways else "lasttoken", prompts, 200)
+
+
+def write_gemma_tokenizer(folder: Path, *, ends: bool) -> None:
+    """Gemma's own class, with bytes for what the corpus has no characters for.
+
+    Args:
+        ends: whether texts end with <eos>, as EmbeddingGemma's do.
+    """
+    merges: Any = list(GEMMA_MERGES)
+    tokenizer = GemmaTokenizer(
+        vocab=gemma_vocabulary(), merges=merges, add_bos_token=True, add_eos_token=ends, model_max_length=2048
+    )
+    tokenizer.save_pretrained(folder)
+
+
+@lru_cache(maxsize=1)
+def gemma_vocabulary() -> dict[str, int]:
+    """Gemma's special tokens first, then bytes, characters and what its merges make."""
+    characters = sorted({character for line in CORPUS for character in line} - {" "} | {"▁"})
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    pieces += [first + second for first, second in GEMMA_MERGES]
+    return {piece: index for index, piece in enumerate(pieces)}
 
 
 def write(path: Path, content: object) -> None:

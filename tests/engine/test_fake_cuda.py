@@ -358,7 +358,7 @@ def test_a_batch_is_launched_without_waiting(
 ) -> None:
     with on_cuda(folder_of(tiny), tiny, dtype, driver) as on:
         if compiled:
-            on.compile()
+            on.compile(tiny.layer_kinds)
         prefixed = any(row.prefix is not None for row in on.rows)
         traced = compilations()
         for flash in (True, False):
@@ -392,7 +392,7 @@ def test_a_captured_pass_reads_and_writes_on_the_device_alone(
 ) -> None:
     with on_cuda(folder_of(tiny), tiny, torch.bfloat16, driver) as on:
         if compiled:
-            on.compile()
+            on.compile(tiny.layer_kinds)
         model = on.model.model
         capture = CudaCapture(model, CUDA, on.streams.run)
         shapes = [shape_of(tokens, 64) for tokens in (64, 2048)]

@@ -133,7 +133,7 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     for checkpoint in named:
         card = cards.get(checkpoint)
         if card is None:
-            chosen = choose_dtype(models.dtype, device, _width(checkpoint))
+            chosen = _dtype(checkpoint, models, device)
             card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
         known[card.key] = Known(checkpoint.source, card)
     return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, common, flash)
@@ -211,8 +211,9 @@ def check_room(
     Raises:
         StartupError: they do not.
     """
+    needed = weights_in_memory(checkpoints, models, device)  # of which each refuses a type that it cannot have
     room = limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-    if room is not None and (shortage := room.shortage(weights_in_memory(checkpoints, models, device))) is not None:
+    if room is not None and (shortage := room.shortage(needed)) is not None:
         names = ", ".join(checkpoint.id for checkpoint in checkpoints)
         raise StartupError(f"The weights of {names} do not fit: {shortage}")
 
@@ -225,7 +226,7 @@ def weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, 
             count = parameters(checkpoint.weight_files)
         except (OSError, ValueError):  # the error is better when they are read
             continue
-        dtype = choose_dtype(models.dtype, device, _width(checkpoint)).dtype
+        dtype = _dtype(checkpoint, models, device).dtype
         sizes[checkpoint.folder.resolve()] = count * dtype.itemsize
     return sum(sizes.values())
 
@@ -294,7 +295,7 @@ def load_all(
     for checkpoint, tokenizer in checkpoints:
         name = checkpoint.id
         progress(0)
-        chosen = choose_dtype(settings.dtype, device, _width(checkpoint))
+        chosen = _dtype(checkpoint, settings, device)
         model = load_model(checkpoint, Target(chosen.dtype, device, progress, common.shared, common.parts))
         on_device = OnDevice(
             width=model.width,
@@ -313,6 +314,17 @@ def load_all(
 
 def _width(checkpoint: Checkpoint) -> int:
     return checkpoint.family.width(checkpoint.config) or USUAL_WIDTH
+
+
+def _dtype(checkpoint: Checkpoint, models: ModelSettings, device: torch.device) -> ChosenDtype:
+    """The type that its weights get. Raises StartupError for float16 where the family's hidden states overflow."""
+    chosen = choose_dtype(models.dtype, device, _width(checkpoint))
+    if chosen.dtype is torch.float16 and not checkpoint.family.float16:
+        raise StartupError(
+            f"{checkpoint.named}: the hidden states of {checkpoint.family.model_type} go beyond the range of float16: "
+            f"set DTYPE to auto, bfloat16 or float32."
+        )
+    return chosen
 
 
 def uncounted_bytes(model: Model, counted: set[int]) -> int:

@@ -238,3 +238,34 @@ def rope_type(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """The kind of rotary positions and its parameters, as transformers reads them from a config.json."""
     parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
     return str(parameters.get("rope_type", parameters.get("type", "default"))), parameters
+
+
+SLIDING = "sliding_attention"
+LAYER_TYPES = ("full_attention", SLIDING)
+# What takes turns at a length is not among them: see `check_rope_by_layer`.
+LAYER_ROPE: Mapping[str, Rule] = {
+    **ROPE,
+    "rope_type": only("default", "linear", "yarn", "llama3"),
+    "type": only("default", "linear", "yarn", "llama3"),
+}
+
+
+def check_layer_types(config: ConfigFile) -> None:
+    """Layers are of the two kinds that packed attention has. Raises StartupError where they are not."""
+    layers = config.content.get("layer_types")
+    if layers is not None and not (isinstance(layers, list) and set(map(str, layers)) <= set(LAYER_TYPES)):
+        raise config.unsupported("layer_types", f"lists of {' and '.join(LAYER_TYPES)}")
+
+
+def check_rope_by_layer(config: ConfigFile) -> None:
+    """The parameters of rotary positions that each kind of layer has for itself; `rope_scaling`, of older files, has
+    those of layers with full attention. Raises StartupError where they are not so.
+    """
+    kinds = config.content.get("rope_parameters")
+    if kinds is not None:
+        check_keys(config.named, config.path, kinds, rules(HONOURED, LAYER_TYPES), within="rope_parameters")
+    parts = {f"rope_parameters.{kind}": parameters for kind, parameters in (kinds or {}).items()}
+    parts["rope_scaling"] = config.content.get("rope_scaling")
+    for name, parameters in parts.items():
+        if parameters is not None:
+            check_keys(config.named, config.path, parameters, LAYER_ROPE, within=name)

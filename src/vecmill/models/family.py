@@ -141,6 +141,8 @@ class Family:
     is_decoder: bool = False
     """Whether it is a causal language model: as a reranker it reads a pair as one text and answers with a token, or has
     a classification head on the last token."""
+    float16: bool = True
+    """Whether hidden states stay within float16's range; where they do not, DTYPE=float16 is refused."""
     pair_prompt: PairPrompt | None = None
     """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`."""
     pair_prompt_flag: str | None = None

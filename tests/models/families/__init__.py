@@ -30,6 +30,8 @@ class TinyModel:
     """Whether rows are pairs with token types."""
     prefixes: bool = False
     """Whether rows share prefixes."""
+    layer_kinds: int = 1
+    """Kinds of layers: each is compiled by itself."""
 
     def row(self, length: int, vocab_size: int, random: np.random.Generator) -> Row:
         """Random token ids, and a random place where the unpooled tokens end or the second text begins."""

@@ -9,6 +9,7 @@ from typing import Any
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.families.bert import BERT, XLM_ROBERTA
+from vecmill.models.families.gemma3 import GEMMA3
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.families.qwen3 import QWEN3
@@ -19,6 +20,7 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         BERT,
         XLM_ROBERTA,
+        GEMMA3,
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,
