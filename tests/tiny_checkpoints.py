@@ -21,6 +21,8 @@ from transformers import (
     Gemma3TextConfig,
     Gemma3TextModel,
     GemmaTokenizer,
+    Ministral3Config,
+    Ministral3Model,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
     XLMRobertaModel,
@@ -201,6 +203,48 @@ def tiny_gemma3(
     model.save_pretrained(folder)
     kinds = ["Transformer", "Pooling", "Normalize"]
     return _as_sentence_transformer(folder, kinds, "mean_tokens" if both_ways else "lasttoken", prompts, 200)
+
+
+SCALES_FROM = 64
+MINISTRAL3 = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "sliding_window": None,
+    "is_causal": False,
+    "initializer_range": 0.3,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": SCALES_FROM,
+        "max_position_embeddings": 256,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+"""Nemotron-3-Embed's text model in small; queries are scaled from position SCALES_FROM on."""
+
+
+def tiny_ministral3(folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any) -> Path:
+    """A two-layer Nemotron-3-Embed of 32 dimensions: looks both ways, mean. Its tokenizer is XLM-RoBERTa's."""
+    torch.manual_seed(seed)
+    vocabulary = Tokenizer.from_str(_unigram_tokenizer()).get_vocab_size()
+    model = Ministral3Model(Ministral3Config(**{**MINISTRAL3, "vocab_size": vocabulary, "pad_token_id": 1, **config}))
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    edit_json(folder / "config.json", pooling="avg")
+    _write_xlm_roberta_tokenizer(folder, max_length=256)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    return _as_sentence_transformer(folder, kinds, "mean_tokens", prompts, 200)
 
 
 def write_gemma_tokenizer(folder: Path, *, ends: bool) -> None:

@@ -10,6 +10,7 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.families.bert import BERT, XLM_ROBERTA
 from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.ministral3 import MINISTRAL3
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.families.qwen3 import QWEN3
@@ -21,6 +22,7 @@ FAMILIES: Mapping[str, Family] = {
         BERT,
         XLM_ROBERTA,
         GEMMA3,
+        MINISTRAL3,
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,
