@@ -21,6 +21,9 @@ from transformers import (
     Gemma3TextConfig,
     Gemma3TextModel,
     GemmaTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
     Ministral3Config,
     Ministral3Model,
     XLMRobertaConfig,
@@ -245,6 +248,82 @@ def tiny_ministral3(folder: Path, *, prompts: Mapping[str, str] | None = None, s
     _write_xlm_roberta_tokenizer(folder, max_length=256)
     kinds = ["Transformer", "Pooling", "Normalize"]
     return _as_sentence_transformer(folder, kinds, "mean_tokens", prompts, 200)
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tiny_llama_bidirec(
+    folder: Path,
+    tokenizer_from: Path,
+    *,
+    reranker: bool = False,
+    prompts: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> Path:
+    """A two-layer llama-nemotron-embed-1b-v2 of 32 dimensions, or llama-nemotron-rerank-1b-v2: the hub's config keys
+    and weight names, no remote code.
+
+    Args:
+        tokenizer_from: a folder with a byte-level BPE; <|begin_of_text|> is added to it.
+    """
+    torch.manual_seed(seed)
+    _write_llama3_tokenizer(folder, tokenizer_from)
+    tokens = plain_tokenizer(folder).get_vocab_size()
+    config = LlamaConfig(
+        vocab_size=tokens,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        rope_parameters={**LLAMA3_ROPE, "rope_theta": 500_000.0},
+        num_labels=1,
+    )
+    model: Any = LlamaForSequenceClassification(config) if reranker else LlamaModel(config)
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    kind = "LlamaBidirectional" + ("ForSequenceClassification" if reranker else "Model")
+    code = "llama_bidirectional_model."
+    auto = {"AutoConfig": f"{code}LlamaBidirectionalConfig", f"AutoModel{kind[18:].removesuffix('Model')}": code + kind}
+    edit_json(
+        folder / "config.json",
+        model_type="llama_bidirec",
+        architectures=[kind],
+        auto_map=auto,
+        pooling="avg",
+        temperature=0.5 if reranker else 0.02,
+        rope_parameters=None,
+        rope_scaling=LLAMA3_ROPE,
+        rope_theta=500_000.0,
+    )
+    if reranker:
+        return folder
+    return _as_sentence_transformer(folder, ["Transformer", "Pooling", "Normalize"], "mean_tokens", prompts, 200)
+
+
+def _write_llama3_tokenizer(folder: Path, tokenizer_from: Path) -> None:
+    begin = "<|begin_of_text|>"
+    tokenizer = plain_tokenizer(tokenizer_from)
+    tokenizer.add_special_tokens([begin])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A",
+        pair=f"{begin} $A {begin} $B",
+        special_tokens=[(begin, tokenizer.token_to_id(begin))],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": begin, "eos_token": begin, "pad_token": begin, "padding_side": "left"}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    write(folder / "tokenizer_config.json", {**named, **kind, "model_max_length": 256})
 
 
 def write_gemma_tokenizer(folder: Path, *, ends: bool) -> None:

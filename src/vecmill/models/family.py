@@ -65,7 +65,12 @@ class Network:
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None
-    """Fixed by the architecture, whatever a checkpoint's files say; None: the files say how to pool."""
+    """Fixed by the architecture, whatever a checkpoint's files say; None: the files say how to pool. Of a reranker with
+    a classification head, which hidden states it is given; None: the last token's."""
+    both_ways: bool = False
+    """Of a reranker on a decoder: whether tokens look at those after them too, so that rows can share no prefix."""
+    score_divisor: str | None = None
+    """Key of config.json with a number that scores of a classification head are divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +149,8 @@ class Family:
     float16: bool = True
     """Whether hidden states stay within float16's range; where they do not, DTYPE=float16 is refused."""
     pair_prompt: PairPrompt | None = None
-    """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`."""
+    """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`; where there is no such key, around
+    every pair for which the files have no chat template."""
     pair_prompt_flag: str | None = None
     """A key of config.json that says, if true, that the checkpoint is a reranker with `pair_prompt`."""
 

@@ -22,7 +22,8 @@ from vecmill.models.packing import PackedBatch
 from vecmill.models.rerank_prompt import Answers, rerank_form
 from vecmill.models.weights import Target, WeightFiles, load_weights, make_config
 
-HEAD, SCORE = "lm_head.weight", "score.weight"
+HEAD = "lm_head.weight"
+SCORES = ("score.weight", "language_model.score.weight")
 EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -125,7 +126,7 @@ class CrossEncoder(Model):
 
 
 class DecoderReranker(Model):
-    """A causal language model; of its head the one row, or the difference of two, that makes the score."""
+    """A language model; of its head the one row, or the difference of two, that makes the score of what is pooled."""
 
     width = 1
 
@@ -136,12 +137,13 @@ class DecoderReranker(Model):
         weights = WeightFiles(checkpoint)
         row = _score(checkpoint, weights, config) if answers is None else _logit(checkpoint, weights, config, answers)
         self._row = row.to(target.device)
+        self._pooling: Pooling = checkpoint.network.pooling or "lasttoken"
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, 1) float32 logits, in packed order."""
-        last = self._backbone.hidden_states(packed)[packed.last].float()
+        pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
         # Row by row, so that a score does not depend on how many others there are.
-        return torch.sum(last * self._row, dim=1, keepdim=True)
+        return torch.sum(pooled * self._row, dim=1, keepdim=True)
 
 
 def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: Answers) -> Tensor:
@@ -159,14 +161,15 @@ def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: A
 
 def _score(checkpoint: Checkpoint, weights: WeightFiles, config: Any) -> Tensor:
     """(hidden,) of a classification head."""
-    labels = config.num_labels
-    stored = weights.shape(SCORE)[0] if SCORE in weights.files else labels
+    labels, name = config.num_labels, next((name for name in SCORES if name in weights.files), SCORES[0])
+    stored = weights.shape(name)[0] if name in weights.files else labels
     if (labels, stored) != (1, 1):
         raise StartupError(
             f"{checkpoint.named}: its head has {stored} labels, and config.json has {labels} (`id2label`, else 2); a "
             f'reranker has one (a relevance score). Where the head has one, set `id2label` to {{"0": "LABEL_0"}}.'
         )
-    return weights.part(SCORE)[0]
+    divisor = checkpoint.network.score_divisor
+    return weights.part(name)[0] / float(checkpoint.config.get(divisor) or 1.0 if divisor else 1.0)
 
 
 def positions(packed: PackedBatch, padding: int) -> Tensor:

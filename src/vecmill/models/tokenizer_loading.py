@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import Side, Task
@@ -70,7 +76,11 @@ def _from_files(checkpoint: Checkpoint) -> Any:
         raise StartupError(f"{checkpoint.named}: {folder} has no tokenizer.json. {_cure(folder)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **checkpoint.tokenizer.arguments
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            **_bare(checkpoint),
+            **checkpoint.tokenizer.arguments,
         )
     except Exception as error:  # whatever a file makes of transformers
         if has_file:
@@ -90,6 +100,11 @@ def _from_files(checkpoint: Checkpoint) -> Any:
             f"{type(tokenizer).__name__} is made of. {_cure(folder)}"
         )
     return tokenizer
+
+
+def _bare(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where transformers has no class of its `model_type`: instead of what it would make of config.json."""
+    return {} if checkpoint.family.model_type in CONFIG_MAPPING else {"config": PreTrainedConfig()}
 
 
 def _cure(folder: Path) -> str:

@@ -10,6 +10,7 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.families.bert import BERT, XLM_ROBERTA
 from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
 from vecmill.models.families.ministral3 import MINISTRAL3
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
@@ -22,6 +23,7 @@ FAMILIES: Mapping[str, Family] = {
         BERT,
         XLM_ROBERTA,
         GEMMA3,
+        LLAMA_BIDIREC,
         MINISTRAL3,
         NOMIC_BERT,
         NV_EMBED,
