@@ -348,6 +348,41 @@ def gemma_vocabulary() -> dict[str, int]:
     return {piece: index for index, piece in enumerate(pieces)}
 
 
+def add_heads(folder: Path, *heads: dict[str, Any]) -> Path:
+    """Write modules.json: the transformer, then these with their folders, the pooling first unless it is among them."""
+    pooling = [] if any(head["kind"] == "Pooling" for head in heads) else [{"kind": "Pooling"}]
+    entries = []
+    for number, head in enumerate([{"kind": "Transformer"}, *pooling, *heads]):
+        path = {"Transformer": "", "Pooling": "1_Pooling"}.get(head["kind"], f"{number}_{head['kind']}")
+        kind = f"sentence_transformers.models.{head['kind']}"
+        entries.append({"idx": number, "name": str(number), "path": path, "type": kind})
+        if head["kind"] not in ("Transformer", "Pooling"):
+            tiny_head(folder / path, **head, seed=number)
+    write(folder / "modules.json", entries)
+    return folder
+
+
+def tiny_head(folder: Path, *, kind: str, seed: int = 0, **config: Any) -> None:
+    """The folder of a Dense, LayerNorm or Normalize of sentence-transformers, with random weights."""
+    write(folder / "config.json", config)
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "LayerNorm":
+        width = config["dimension"]
+        weights = {f"norm.{leaf}": torch.randn(width, generator=generator) for leaf in ("weight", "bias")}
+    elif kind == "Dense":
+        shape = config["out_features"], config["in_features"]
+        weights = {"linear.weight": torch.randn(shape, generator=generator) / shape[1] ** 0.5}
+        if config.get("bias", True):
+            weights["linear.bias"] = torch.randn(shape[0], generator=generator)
+        if config.get("use_residual") and shape[0] != shape[1]:
+            weights["residual.weight"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        if config.get("activation_function", "").endswith(".PReLU"):
+            weights["activation_function.weight"] = torch.tensor([0.3])
+    else:
+        return
+    save_file(weights, folder / "model.safetensors")
+
+
 def write(path: Path, content: object) -> None:
     """JSON into a file whose folder may not be there yet."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -159,17 +159,15 @@ VARIANTS = [
         row(f"has-{kind}", listed(TRANSFORMER, POOLING, (f"{OLD}{kind}", f"2_{kind}")), f"has {OLD}{kind}, {what}")
         for kind, what in modules.NOT_SERVED.items()
     ),
-    row("dense-of-5", listed(TRANSFORMER, POOLING, (f"{ST}base.modules.dense.Dense", "2_Dense")), "a trained layer"),
     row("static", static, "a table of token vectors without a transformer"),
     row("splade", listed(
         (f"{ST}sparse_encoder.models.MLMTransformer", ""), (f"{ST}sparse_encoder.models.SpladePooling", "1_Pooling")
     ), "a sparse encoder (SPLADE)"),
     row("in-a-folder", move_into_a_folder, "move the files of that folder up into"),
-    row("normalize-first", listed(TRANSFORMER, NORMALIZE, POOLING), "has Transformer, Normalize, Pooling; supported"),
+    row("normalize-before-transformer", listed(NORMALIZE, TRANSFORMER, POOLING), "has Normalize, Transformer, Pooling"),
     row("dropout-first", listed(TRANSFORMER, DROPOUT, POOLING), "has Transformer, Dropout, Pooling; supported"),
     row("pooling-first", listed(POOLING, TRANSFORMER), "has Pooling, Transformer; supported, in this order"),
     row("pooling-twice", listed(TRANSFORMER, POOLING, POOLING), "has Transformer, Pooling, Pooling"),
-    row("normalize-twice", listed(TRANSFORMER, POOLING, NORMALIZE, NORMALIZE), "Normalize, Normalize; supported"),
     row("two-transformers", listed(TRANSFORMER, TRANSFORMER, POOLING), "Transformer, Transformer, Pooling"),
     row("transformer-alone", listed(TRANSFORMER), "has no Pooling"),
     row("one-name", listed(TRANSFORMER, POOLING, name="0"), "the same `name`"),
@@ -190,8 +188,11 @@ VARIANTS = [
     row("pooling-key", pooling(embedding_dimension=32, temperature=2), "the key `temperature`"),
     row("pooling-without-file", lambda folder: (folder / "1_Pooling" / "config.json").unlink(), "has no config.json"),
     row("normalizes-another", lambda folder: write(
-        folder / "2_Normalize" / "config.json", {"module_input_name": "token_embeddings"}
-    ), '`module_input_name`: "token_embeddings"'),
+        folder / "2_Normalize" / "config.json", {"module_input_name": "all_layer_embeddings"}
+    ), '`module_input_name`: "all_layer_embeddings"'),
+    row("normalizes-into-another", lambda folder: write(
+        folder / "2_Normalize" / "config.json", {"module_output_name": "token_embeddings"}
+    ), '`module_output_name`: "token_embeddings"; supported: "sentence_embedding", null'),
     row("cut", library(truncate_dim=16), "`truncate_dim`: 16; supported: null. Remove it, list the size"),
     row("maxsim", library(similarity_fn_name="maxsim"), '`similarity_fn_name`: "maxsim"; supported: "cosine", "dot"'),
     row("sparse", library(model_type="SparseEncoder"), '`model_type`: "SparseEncoder"'),

@@ -45,7 +45,7 @@ COMPUTING |= {"aten::scaled_dot_product_attention"}
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], Path]:
     root = tmp_path_factory.mktemp("families")
-    return cache(lambda tiny: tiny.write(root / f"{tiny.task}-{tiny.model_type}"))
+    return cache(lambda tiny: tiny.write(root / tiny.id))
 
 
 @dataclass

@@ -79,6 +79,32 @@ def test_only_needed_files_are_fetched(fake: FakeHub) -> None:
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def with_heads(fake: FakeHub, file: str) -> None:
+    """A Dense, and the folder of another that modules.json does not list, as Stella has them."""
+    entries = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense"), ("Normalize", "3_Normalize")]
+    types = [{"path": path, "type": f"sentence_transformers.models.{kind}"} for kind, path in entries]
+    fake.files["modules.json"] = json.dumps(types).encode()
+    for folder in ("2_Dense", "2_Dense_1024"):
+        fake.files |= {f"{folder}/config.json": b"{}", f"{folder}/{file}": b"weights"}
+
+
+def test_the_weights_of_the_modules_are_fetched(fake: FakeHub) -> None:
+    with_heads(fake, "model.safetensors")
+    own = {"modules.json", "2_Dense/config.json", "2_Dense_1024/config.json", "2_Dense/model.safetensors"}
+    plan = hub.plan(NAME, hf_token=None)
+    assert set(plan.sizes) == NEEDED | own
+    assert hub.cached(NAME) is None
+    assert files_in(hub.download(NAME, hf_token=None)) == NEEDED | own
+    assert hub.cached(NAME) is not None
+
+
+def test_a_module_with_a_pickle_alone_is_refused_before_any_weights_are_fetched(fake: FakeHub) -> None:
+    with_heads(fake, "pytorch_model.bin")
+    with pytest.raises(StartupError, match="2_Dense/ has only a pickle"):
+        hub.download(NAME, hf_token=None)
+    assert "model.safetensors" not in fake.fetched()
+
+
 def test_chat_templates_are_fetched_before_the_weights(fake: FakeHub) -> None:
     fake.files["chat_template.jinja"] = fake.files["additional_chat_templates/score.jinja"] = b"{{ messages }}"
     seen: list[set[str]] = []

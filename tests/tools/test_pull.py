@@ -25,6 +25,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from tests.hub_server import COMMIT, FILES, NAME, WEIGHTS, FakeHub, hub_here, served_hub
+from vecmill.models import hub
 from vecmill.models.checkpoint import read
 from vecmill.models.source import find
 from vecmill.tools import pull
@@ -324,6 +325,19 @@ def test_a_folder_s_pickles_are_converted_too(fake: FakeHub, tmp_path: Path, cap
 
 
 @pytest.mark.nightly
+def test_the_pickles_of_modules_are_converted_with_the_others(fake: FakeHub, capsys: Captured) -> None:
+    dense = {"linear.weight": torch.ones(2, 8)}
+    only_pickles(fake, pickled({"w": torch.ones(8)}))
+    module = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    fake.files |= {"modules.json": json.dumps([module]).encode(), "2_Dense/config.json": b"{}"}
+    fake.files["2_Dense/pytorch_model.bin"] = pickled(dense)
+    assert run_pull(NAME, convert_pickle=True) == 0
+    assert "converting 2_Dense/pytorch_model.bin" in capsys.readouterr().err
+    folder = hub.cached(NAME)
+    assert folder is not None
+    torch.testing.assert_close(load_file(folder / "2_Dense" / "model.safetensors"), dense)
+
+
 def test_a_folder_s_changed_pickles_are_converted_anew(fake: FakeHub, tmp_path: Path, capsys: Captured) -> None:
     """Of the same size and time; its other files count too."""
     folder, now = tmp_path / "mine", 1_700_000_000

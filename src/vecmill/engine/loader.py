@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -179,11 +180,11 @@ def expected_card(
     """
     config, chosen = make_config(checkpoint), chosen or expected_dtype(models.dtype, device)
     try:
-        weight_bytes = parameters(checkpoint.weight_files) * chosen.dtype.itemsize
+        weight_bytes = _bytes_in_memory(checkpoint, chosen.dtype)
     except (OSError, ValueError) as error:
         raise StartupError(f"{checkpoint.named}: its weights cannot be read ({first_line(error)}).") from None
     on_device = OnDevice(
-        width=config.hidden_size if checkpoint.task is Task.EMBED else 1,
+        width=checkpoint.width_after_heads(config.hidden_size) if checkpoint.task is Task.EMBED else 1,
         vocab_size=config.vocab_size,
         dtype=dtype_name(chosen.dtype),
         dtype_reason=chosen.reason,
@@ -222,13 +223,16 @@ def weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, 
     """Bytes of all weights in the types that they get; a folder that is named twice counts once."""
     sizes: dict[Path, int] = {}
     for checkpoint in checkpoints:
-        try:
-            count = parameters(checkpoint.weight_files)
-        except (OSError, ValueError):  # the error is better when they are read
-            continue
         dtype = _dtype(checkpoint, models, device).dtype
-        sizes[checkpoint.folder.resolve()] = count * dtype.itemsize
+        with suppress(OSError, ValueError):  # the error is better when they are read
+            sizes[checkpoint.folder.resolve()] = _bytes_in_memory(checkpoint, dtype)
     return sum(sizes.values())
+
+
+def _bytes_in_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Of a checkpoint's weights in a type; its heads are float32. Raises OSError or ValueError as `parameters`."""
+    heads = parameters(checkpoint.head_files) * torch.float32.itemsize
+    return parameters(checkpoint.weight_files) * dtype.itemsize + heads
 
 
 def _all_capped(checkpoints: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:

@@ -72,7 +72,7 @@ def make_card(
         weight_bytes=loaded.weight_bytes,
         similarity=checkpoint.similarity,
         unit_vectors=checkpoint.normalizes,
-        layer_norm_before_slice=checkpoint.family.layer_norm_before_slice,
+        layer_norm_before_slice=checkpoint.family.layer_norm_before_slice and not _has_trained_heads(checkpoint),
         prompts=prompts.by_name,
         default_prompt_name=prompts.default_name,
         prompts_from=prompts.source,
@@ -145,7 +145,12 @@ def supported_dimensions(checkpoint: Checkpoint, width: int) -> Sequence[int]:
         return range(1, width + 1)
     if checkpoint.published is not None and checkpoint.published.dimensions:
         return (*(size for size in checkpoint.published.dimensions if size < width), width)
-    return checkpoint.family.dimensions(width)
+    # What a family was trained for is said of its own vectors, not of those that another layer makes of them.
+    return (width,) if _has_trained_heads(checkpoint) else checkpoint.family.dimensions(width)
+
+
+def _has_trained_heads(checkpoint: Checkpoint) -> bool:
+    return any(head.trained for head in checkpoint.heads)
 
 
 def with_aliases(named: Mapping[str, str], model_aliases: Iterable[tuple[str, str]]) -> dict[str, str]:

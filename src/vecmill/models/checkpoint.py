@@ -18,7 +18,16 @@ from vecmill.models.families import family_of, published_model
 from vecmill.models.family import Family, Network, Pooling, Positions, PublishedModel, TextFormat
 from vecmill.models.fingerprint import Fingerprint, commit_of
 from vecmill.models.keys import read_any_json, read_json
-from vecmill.models.modules import LIBRARY_TYPES, check_sentence_transformers, pooling_modes, read_modules
+from vecmill.models.modules import (
+    LIBRARY_TYPES,
+    NO_MODULES,
+    Head,
+    Modules,
+    check_sentence_transformers,
+    pooling_modes,
+    read_modules,
+    width_after,
+)
 from vecmill.models.tokenizer_files import TokenizerSettings, tokenizer_settings
 
 LIBRARY_CONFIG = "config_sentence_transformers.json"
@@ -61,6 +70,10 @@ class Checkpoint:
     """Whether the tokens of a prompt are pooled."""
     logit_score: Mapping[str, Any]
     """A reranker's `LogitScore` module; empty where there is none."""
+    of_tokens: tuple[Head, ...] = ()
+    """What each token's vector goes through before the pooling."""
+    of_vectors: tuple[Head, ...] = ()
+    """What a pooled vector goes through, less a last Normalize."""
     normalizes: bool = False
     """Whether its own files make unit vectors."""
     similarity: str = "cosine"
@@ -141,9 +154,32 @@ class Checkpoint:
         return read_any_json(self.folder / weight_files.INDEX)
 
     @property
+    def heads(self) -> tuple[Head, ...]:
+        """The modules that its hidden states and vectors go through, in order."""
+        return (*self.of_tokens, *self.of_vectors)
+
+    @property
+    def head_files(self) -> list[Path]:
+        """The safetensors of the heads. Raises StartupError where one is missing."""
+        return [self.head_file(head) for head in self.heads if head.trained]
+
+    def head_file(self, head: Head) -> Path:
+        """The safetensors of a head. Raises StartupError where it is missing."""
+        file = self.folder / head.path / weight_files.SINGLE
+        if not file.is_file():
+            pickled = file.with_name(weight_files.PICKLE).is_file()
+            name = file.relative_to(self.folder).as_posix()
+            raise weight_files.no_head_file(self.named, name, self.id, pickled=pickled)
+        return file
+
+    def width_after_heads(self, width: int) -> int:
+        """Values of a vector, from those of a hidden state. Raises StartupError where a head takes another width."""
+        return width_after(self.named, self.heads, width)
+
+    @property
     def weight_bytes(self) -> int:
         """Of the files that are read. Raises StartupError as `weight_files`."""
-        return sum(path.stat().st_size for path in self.weight_files)
+        return sum(path.stat().st_size for path in (*self.weight_files, *self.head_files))
 
     @property
     def revision(self) -> str:
@@ -176,16 +212,23 @@ def read(source: Source) -> Checkpoint:
     max_model_len = positions if tokenizer.max_length is None else int(min(tokenizer.max_length, positions))
     _check_longrope(folder, named, config, max_model_len)
     logit_score = _module_config(folder, named, modules, "LogitScore")
-    if "LogitScore" in modules and not logit_score:
-        raise StartupError(f"{named}: {folder / modules['LogitScore']} has no config.json that names its tokens.")
+    if "LogitScore" in modules.folders and not logit_score:
+        raise StartupError(
+            f"{named}: {folder / modules.folders['LogitScore']} has no config.json that names its tokens."
+        )
+    if (width := family.width(config)) is not None:
+        width_after(named, (*modules.of_tokens, *modules.of_vectors), width)
     fingerprint = Fingerprint()
-    fingerprint.add_files(folder, modules.values())
+    fingerprint.add_files(folder, modules.paths)
+    of_vectors, normalizes = _less_last_normalize(modules.of_vectors)
     return Checkpoint(
         source=source,
         family=family,
         config=config,
         pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
-        normalizes="Normalize" in modules,
+        of_tokens=modules.of_tokens,
+        of_vectors=of_vectors,
+        normalizes=normalizes,
         similarity=library.get("similarity_fn_name") or "cosine",
         positions=positions,
         max_model_len=max_model_len,
@@ -198,12 +241,19 @@ def read(source: Source) -> Checkpoint:
     )
 
 
-def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> dict[str, str]:
-    """The modules by class, with their folders; empty where there is no modules.json."""
+def _less_last_normalize(heads: tuple[Head, ...]) -> tuple[tuple[Head, ...], bool]:
+    """The heads without the Normalizes at the end, and whether there are such: unit vectors are made after cutting."""
+    trained = [place for place, head in enumerate(heads, 1) if head.trained]
+    kept = heads[: max(trained, default=0)]
+    return kept, len(kept) < len(heads)
+
+
+def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> Modules:
+    """The modules; none where there is no modules.json."""
     if task is Task.EMBED and _is_a(config, "ForSequenceClassification"):
         raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
     path = folder / "modules.json"
-    return read_modules(folder, named, task, read_any_json(path)) if path.is_file() else {}
+    return read_modules(folder, named, task, read_any_json(path)) if path.is_file() else NO_MODULES
 
 
 def _is_a(config: Mapping[str, Any], ending: str) -> bool:
@@ -223,15 +273,16 @@ def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_mod
         )
 
 
-def _module_config(folder: Path, named: str, modules: Mapping[str, str], kind: str) -> dict[str, Any]:
-    return read_json(named, folder / modules[kind] / "config.json") if kind in modules else {}
+def _module_config(folder: Path, named: str, modules: Modules, kind: str) -> dict[str, Any]:
+    known = kind in modules.folders
+    return read_json(named, folder / modules.folders[kind] / "config.json") if known else {}
 
 
-def _library_config(folder: Path, named: str, task: Task, modules: Mapping[str, str]) -> dict[str, Any]:
+def _library_config(folder: Path, named: str, task: Task, modules: Modules) -> dict[str, Any]:
     """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
-    library = read_json(named, folder / LIBRARY_CONFIG) if modules else {}
+    library = read_json(named, folder / LIBRARY_CONFIG) if modules.folders else {}
     kind = library.get("model_type", LIBRARY_TYPES[Task.EMBED])
-    if task is Task.RERANK and "LogitScore" not in modules and kind != LIBRARY_TYPES[task]:
+    if task is Task.RERANK and "LogitScore" not in modules.folders and kind != LIBRARY_TYPES[task]:
         return {}  # what another kind of model says of itself is not a reranker's
     check_sentence_transformers(named, folder / LIBRARY_CONFIG, library, task)
     if library and kind != LIBRARY_TYPES[task]:
@@ -262,13 +313,13 @@ def _positions(folder: Path, family: Family, config: Mapping[str, Any]) -> int:
     return int(positions) - before_first
 
 
-def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Mapping[str, str]) -> Pooling:
-    if not modules:  # what sentence-transformers adds to a bare decoder or encoder
+def _pooling(folder: Path, named: str, config: Mapping[str, Any], modules: Modules) -> Pooling:
+    if not modules.folders:  # what sentence-transformers adds to a bare decoder or encoder
         names = config.get("architectures") or [""]
         return "lasttoken" if str(names[0]).endswith("ForCausalLM") else "mean"
     module = _module_config(folder, named, modules, "Pooling")
     if not module:
-        raise StartupError(f"{named}: {folder / modules['Pooling']} has no config.json that says how to pool.")
+        raise StartupError(f"{named}: {folder / modules.folders['Pooling']} has no config.json that says how to pool.")
     modes = pooling_modes(module)
     if len(modes) != 1 or modes[0] not in POOLING_MODES:
         raise StartupError(

@@ -6,7 +6,7 @@ import logging
 import re
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from hashlib import sha256
 from itertools import islice
@@ -38,7 +38,17 @@ from huggingface_hub.utils.tqdm import tqdm
 from rich.filesize import decimal
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.models.weight_files import INDEX, PICKLE_INDEX, Listing, list_folder, read_index
+from vecmill.models.modules import MODULES, trained_folders
+from vecmill.models.weight_files import (
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    SINGLE,
+    Listing,
+    list_folder,
+    no_head_file,
+    read_index,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +145,8 @@ def download(
         if needed != SMALL_FILES:
             small = _fetched(name, revision, hf_token, needed, report)
         check(small)
-        return _fetched(name, revision, hf_token, [*needed, *_weights_of(name, small)], report)
+        weights = [*_weights_of(name, small), *_heads_of(name, small)]
+        return _fetched(name, revision, hf_token, [*needed, *weights], report)
     except HUB_ERRORS as error:
         logger.debug("hub: %s", error)
         raise (StartupError if _is_final(error) else StartupObstacle)(
@@ -170,12 +181,30 @@ def _fetched(name: str, revision: str | None, hf_token: str | None, patterns: li
 
 def _weights_of(name: str, snapshot: Path) -> list[str]:
     """The weight files of the commit whose small files are in the snapshot."""
+    return _listing(name, snapshot).chosen(lambda: read_index(snapshot / INDEX))
+
+
+def _heads_of(name: str, snapshot: Path) -> list[str]:
+    """The weight files of its modules. Raises StartupError where there is one that has none."""
+    files, present = _head_files(snapshot / MODULES), _listing(name, snapshot).present
+    for file in files:
+        if file not in present:
+            pickled = f"{file.removesuffix(SINGLE)}{PICKLE}" in present
+            raise no_head_file(name, file, name, pickled=pickled)
+    return files
+
+
+def _listing(name: str, snapshot: Path) -> Listing:
     try:
         present = [file.path for file in get_cached_repo_tree(name, revision=snapshot.name)]
-        listing = Listing(name, REPOSITORY, name, present)
+        return Listing(name, REPOSITORY, name, present)
     except CachedRepoTreeNotFoundError:  # another program's folder, and the hub cannot be asked: what is there counts
-        listing = list_folder(name, snapshot, name)
-    return listing.chosen(lambda: read_index(snapshot / INDEX))
+        return list_folder(name, snapshot, name)
+
+
+def _head_files(modules: Path) -> list[str]:
+    """The weights of the modules in a modules.json, which need not be there."""
+    return [f"{folder}/{SINGLE}" for folder in trained_folders(read_index(modules))]
 
 
 def cached(name: str, revision: str | None = None) -> Path | None:
@@ -193,7 +222,7 @@ def cached(name: str, revision: str | None = None) -> Path | None:
         except StartupError:  # reported when the folder is read
             made = converted(name, small.name)
             return made if list_folder(name, made, name).readable else small
-        return _here(name, revision, [*needed, *weights])
+        return _here(name, revision, [*needed, *weights, *_head_files(small / MODULES)])
     except (CachedRepoTreeNotFoundError, LocalEntryNotFoundError, HFValidationError):
         return None
 
@@ -240,8 +269,9 @@ def plan(name: str, *, hf_token: str | None, revision: str | None = None, pickle
         info = api.model_info(name, revision=revision, files_metadata=True, timeout=INFO_TIMEOUT)
         commit = str(info.sha)
         weights = _weights_on_hub(api, name, info, pickles=pickles)
-        has_tokenizer = any(file.rfilename == TOKENIZER for file in info.siblings or [])
-        needed = [*_beside_weights(has_tokenizer=has_tokenizer), *weights]
+        present = {file.rfilename for file in info.siblings or []}
+        weights += _heads_on_hub(api, name, info, present, pickles=pickles)
+        needed = [*_beside_weights(has_tokenizer=TOKENIZER in present), *weights]
         # The commit, not the branch: a dry run must not move the cache's idea of where the branch is.
         files = snapshot_download(
             name,
@@ -284,6 +314,18 @@ def _weights_on_hub(api: HfApi, name: str, info: ModelInfo, *, pickles: bool) ->
     if listing.pickled:
         raise listing.refusal(f"no branch and no pull request has it; {convert}")
     return listing.chosen(lambda: index(INDEX))
+
+
+def _heads_on_hub(api: HfApi, name: str, info: ModelInfo, present: Collection[str], *, pickles: bool) -> list[str]:
+    """The weights of its modules, as far as it has them; that one is missing is said when the folder is read."""
+    if MODULES not in present or not any(path.endswith((f"/{SINGLE}", f"/{PICKLE}")) for path in present):
+        return []
+    modules = Path(hf_hub_download(name, MODULES, revision=str(info.sha), token=api.token))
+    files = []
+    for file in _head_files(modules):
+        pickle = f"{file.removesuffix(SINGLE)}{PICKLE}"
+        files.append(pickle if pickles and file not in present else file)
+    return [file for file in files if file in present]
 
 
 def _other_revisions(api: HfApi, name: str) -> list[str]:

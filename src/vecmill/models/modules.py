@@ -7,13 +7,15 @@ https://sbert.net/docs/package_reference/sentence_transformer/modules.html
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, read_json, rules, shown, whole
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, read_json, rules, shown, unsupported, whole
 
+MODULES = "modules.json"
 PACKAGE = "sentence_transformers."
 # The module paths under which the package has a class, its older ones included.
 PATHS: Mapping[str, tuple[str, ...]] = {
@@ -22,6 +24,14 @@ PATHS: Mapping[str, tuple[str, ...]] = {
         *("sentence_transformer.modules", "cross_encoder.modules"),
     ),
     "Pooling": ("models", "models.Pooling", "sentence_transformer.modules", "sentence_transformer.modules.pooling"),
+    "Dense": (
+        *("models", "models.Dense", "base.modules", "base.modules.dense"),
+        "sentence_transformer.modules",
+    ),
+    "LayerNorm": (
+        *("models", "models.LayerNorm", "sentence_transformer.modules"),
+        "sentence_transformer.modules.layer_norm",
+    ),
     "Normalize": (
         *("models", "models.Normalize", "base.modules", "base.modules.normalize"),
         *("sentence_transformer.modules", "sentence_transformer.modules.normalize"),
@@ -40,11 +50,9 @@ NOT_SERVED: Mapping[str, str] = {
     "BoW": WORDS,
     "CLIPModel": "which also takes pictures",
     "CNN": "a convolution over the tokens",
-    "Dense": "a trained layer after the pooling",
     "HierarchicalTokenPooling": SEVERAL,
     "LSTM": "a recurrent layer over the tokens",
     "LambdaTokenPooling": SEVERAL,
-    "LayerNorm": "a trained norm after the pooling",
     "MLMTransformer": SPARSE,
     "MultiVectorMask": SEVERAL,
     "Router": "which sends queries and documents through different models",
@@ -57,10 +65,10 @@ NOT_SERVED: Mapping[str, str] = {
     "WordWeights": WORDS,
 }
 INSTEAD = "Serve it with sentence-transformers, or name a model without it"
-ORDERS: Mapping[Task, tuple[tuple[str, ...], ...]] = {
-    Task.EMBED: (("Transformer", "Pooling"), ("Transformer", "Pooling", "Normalize")),
-    Task.RERANK: (("Transformer",), ("Transformer", "LogitScore")),
-}
+HEADS = ("Dense", "LayerNorm", "Normalize")
+"""What a vector, or each token's, may go through, in any number and order."""
+ORDER = "Transformer, Pooling, and any of Dense, LayerNorm and Normalize"
+RERANK_ORDERS = (("Transformer",), ("Transformer", "LogitScore"))
 
 ENTRY: Mapping[str, Rule] = {
     **rules(HONOURED, ("name", "path", "type")),
@@ -75,10 +83,36 @@ POOLING: Mapping[str, Rule] = {
     **rules(only(False, True, None), (f"{POOLING_MODE}{name}" for name in ("cls_token", "lasttoken"))),
     f"{POOLING_MODE}mean_sqrt_len_tokens": only(False, True, None),
 }
+SENTENCE, TOKENS = "sentence_embedding", "token_embeddings"
 NORMALIZE: Mapping[str, Rule] = {
-    "module_input_name": only("sentence_embedding"),
-    "module_output_name": only("sentence_embedding", None),
+    "module_input_name": only(SENTENCE, TOKENS),
+    "module_output_name": only(SENTENCE, TOKENS, None),
 }
+# The classes of torch.nn that can be made without arguments and take a vector; sentence-transformers imports no others.
+ACTIVATIONS = (
+    *("CELU", "ELU", "GELU", "GLU", "Hardshrink", "Hardsigmoid", "Hardswish", "Hardtanh", "LeakyReLU", "LogSigmoid"),
+    *("LogSoftmax", "Mish", "PReLU", "RReLU", "ReLU", "ReLU6", "SELU", "SiLU", "Sigmoid", "Softmax", "Softmin"),
+    *("Softplus", "Softshrink", "Softsign", "Tanh", "Tanhshrink"),
+)
+IDENTITY, HALVING = "Identity", "GLU"
+ACTIVATION_PATHS: Mapping[str, str] = {
+    **{f"torch.nn.{part}{name}": name for name in ACTIVATIONS for part in ("", "modules.", "modules.activation.")},
+    **{f"torch.nn.{part}{IDENTITY}": IDENTITY for part in ("", "modules.", "modules.linear.")},
+}
+"""The names that a Dense's `activation_function` may have, to the class in torch.nn."""
+DEFAULT_ACTIVATION = "torch.nn.modules.activation.Tanh"
+DENSE: Mapping[str, Rule] = {
+    **NORMALIZE,
+    **rules(whole(), ("in_features", "out_features")),
+    **rules(only(False, True), ("bias", "use_residual")),
+    "activation_function": Rule(
+        lambda value: isinstance(value, str) and value in ACTIVATION_PATHS,
+        f"a class of torch.nn by its path ({', '.join((*ACTIVATIONS, IDENTITY))})",
+        "Functions and classes of others would be code of the checkpoint, in whose place sentence-transformers takes "
+        "Tanh.",
+    ),
+}
+LAYER_NORM: Mapping[str, Rule] = {"dimension": whole()}
 LOGIT_SCORE: Mapping[str, Rule] = {
     "true_token_id": whole(0),
     "false_token_id": whole(0, null=True),
@@ -87,6 +121,8 @@ LOGIT_SCORE: Mapping[str, Rule] = {
 MODULE_KEYS: Mapping[str, Mapping[str, Rule]] = {
     "Pooling": POOLING,
     "Normalize": NORMALIZE,
+    "Dense": DENSE,
+    "LayerNorm": LAYER_NORM,
     "LogitScore": LOGIT_SCORE,
 }
 
@@ -111,8 +147,65 @@ KINDS = {
 }
 
 
-def read_modules(folder: Path, named: str, task: Task, listed: Any) -> dict[str, str]:
-    """The modules by class, with their folders.
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A Dense, LayerNorm or Normalize."""
+
+    kind: str
+    path: str
+    """Its folder, relative to the checkpoint's."""
+    config: Mapping[str, Any]
+
+    @property
+    def input_name(self) -> str:
+        """What it changes: each token's vector, or the pooled one."""
+        return str(self.config.get("module_input_name", SENTENCE))
+
+    @property
+    def trained(self) -> bool:
+        """Whether it has weights."""
+        return self.kind != "Normalize"
+
+    @property
+    def activation(self) -> str:
+        """Of a Dense: the name of a class in torch.nn."""
+        return ACTIVATION_PATHS[self.config.get("activation_function", DEFAULT_ACTIVATION)]
+
+    @property
+    def takes(self) -> int | None:
+        """The width of its input; None: any."""
+        return self.config.get("in_features" if self.kind == "Dense" else "dimension")
+
+    def width(self, width: int) -> int:
+        """The width of what it gives for an input of this width."""
+        if self.kind != "Dense":
+            return width
+        out_features = int(self.config["out_features"])
+        return out_features // 2 if self.activation == HALVING else out_features
+
+
+@dataclass(frozen=True, slots=True)
+class Modules:
+    """The modules of a checkpoint, checked."""
+
+    folders: Mapping[str, str]
+    """Of the Transformer, Pooling and LogitScore, by class."""
+    of_tokens: tuple[Head, ...] = ()
+    """What each token's vector goes through before the pooling."""
+    of_vectors: tuple[Head, ...] = ()
+    """What the pooled vector goes through."""
+
+    @property
+    def paths(self) -> list[str]:
+        """The folders of all of them."""
+        return [*self.folders.values(), *(head.path for head in (*self.of_tokens, *self.of_vectors))]
+
+
+NO_MODULES = Modules({})
+
+
+def read_modules(folder: Path, named: str, task: Task, listed: Any) -> Modules:
+    """The modules and their folders.
 
     Args:
         named: the setting that names the model, for errors.
@@ -128,17 +221,91 @@ def read_modules(folder: Path, named: str, task: Task, listed: Any) -> dict[str,
         check_keys(named, file, entry, ENTRY)
     kinds = [_kind(named, entry) for entry in listed]
     _check_order(named, task, kinds, [entry.get("name") for entry in listed])
-    modules = {kind: _path(named, file, entry) for kind, entry in zip(kinds, listed, strict=True) if kind != IGNORED}
-    if modules["Transformer"] != "":
+    modules = [(kind, _path(named, file, entry)) for kind, entry in zip(kinds, listed, strict=True) if kind != IGNORED]
+    folders = {kind: path for kind, path in modules if kind not in HEADS}
+    if folders["Transformer"] != "":
         raise StartupError(
-            f"{named}: its transformer is in the folder {modules['Transformer']}/, as sentence-transformers wrote it "
+            f"{named}: its transformer is in the folder {folders['Transformer']}/, as sentence-transformers wrote it "
             f'before 2021: move the files of that folder up into {folder}, and set its `path` in modules.json to "".'
         )
-    for kind, path in modules.items():
-        if kind in MODULE_KEYS:
-            own = folder / path / "config.json"
-            check_keys(named, own, read_json(named, own), MODULE_KEYS[kind])
-    return modules
+    configs = [_checked_config(named, folder, kind, path) for kind, path in modules]
+    heads = [
+        (place, _head(named, folder, kind, path, config))
+        for place, ((kind, path), config) in enumerate(zip(modules, configs, strict=True))
+        if kind in HEADS
+    ]
+    pooling = [kind for kind, _ in modules].index("Pooling") if "Pooling" in folders else 0
+    return Modules(
+        folders,
+        # As in the reference: before the pooling there is no vector of the text, and after it tokens do not matter.
+        tuple(head for place, head in heads if place < pooling and _changes(named, folder, head, TOKENS)),
+        tuple(head for place, head in heads if place > pooling and _changes(named, folder, head, SENTENCE)),
+    )
+
+
+def _checked_config(named: str, folder: Path, kind: str, path: str) -> dict[str, Any]:
+    """What a module's config.json says; the transformer's is checked by its family."""
+    if kind not in MODULE_KEYS:
+        return {}
+    own = folder / path / "config.json"
+    config = read_json(named, own)
+    check_keys(named, own, config, MODULE_KEYS[kind])
+    return config
+
+
+def _head(named: str, folder: Path, kind: str, path: str, config: Mapping[str, Any]) -> Head:
+    """One that says all that it must."""
+    head, own = Head(kind, path, config), folder / path / "config.json"
+    needed = {"Dense": ("in_features", "out_features"), "LayerNorm": ("dimension",)}.get(kind, ())
+    if missing := [key for key in needed if key not in config]:
+        raise StartupError(f"{named}: {own} leaves out `{missing[0]}`: fetch the model again.")
+    if config.get("module_output_name") not in (None, head.input_name):
+        raise unsupported(named, own, "module_output_name", config["module_output_name"], f'"{head.input_name}", null')
+    halves = kind == "Dense" and head.activation == HALVING
+    if halves and (config["out_features"] % 2 or config.get("use_residual")):
+        raise StartupError(f"{named}: {own} has {HALVING}, which halves an even width and goes with no residual.")
+    return head
+
+
+def _changes(named: str, folder: Path, head: Head, name: str) -> bool:
+    """Whether a head changes what it gets at its place, `name`; a Normalize of something else does nothing."""
+    if head.input_name == name:
+        return True
+    if head.kind == "Normalize":
+        return False
+    raise unsupported(
+        named, folder / head.path / "config.json", "module_input_name", head.input_name, f'"{name}" at its place'
+    )
+
+
+def width_after(named: str, heads: Sequence[Head], width: int) -> int:
+    """The width of a vector that goes through heads.
+
+    Args:
+        named: the setting that names the model, for the error.
+        width: of what the first one gets.
+
+    Raises:
+        StartupError: one of them takes another width than it is given.
+    """
+    for head in heads:
+        if head.takes is not None and head.takes != width:
+            raise StartupError(
+                f"{named}: {head.path}/config.json says that its {head.kind} takes {head.takes} values, and it gets "
+                f"{width}: it is not this model's."
+            )
+        width = head.width(width)
+    return width
+
+
+def trained_folders(listed: Any) -> list[str]:
+    """The folders of the modules with weights of their own beside the transformer's, by what modules.json holds.
+
+    Nothing is checked: what is wrong is said when the folder is read.
+    """
+    entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
+    paths = [entry.get("path") for entry in entries if SERVED.get(str(entry.get("type"))) in ("Dense", "LayerNorm")]
+    return [path.rstrip("/") for path in paths if isinstance(path, str) and path and _inside(path)]
 
 
 def _kind(named: str, entry: Mapping[str, Any]) -> str:
@@ -168,18 +335,29 @@ def _check_order(named: str, task: Task, kinds: Sequence[str], names: Sequence[A
     if task is Task.EMBED and "Pooling" not in order:
         raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
     early = IGNORED in kinds and "Pooling" in kinds[kinds.index(IGNORED) :]
-    if order not in ORDERS[task] or early:
-        possible = " or ".join(", ".join(order) for order in ORDERS[task])
+    if early or not _in_order(task, order):
+        possible = ORDER if task is Task.EMBED else " or ".join(", ".join(order) for order in RERANK_ORDERS)
         raise StartupError(f"{named}: modules.json has {', '.join(kinds)}; supported, in this order: {possible}.")
     if len(set(map(str, names))) < len(names):  # a later module would take the place of one before it
         raise StartupError(f"{named}: two modules in modules.json have the same `name`: number them.")
 
 
+def _in_order(task: Task, order: tuple[str, ...]) -> bool:
+    if task is Task.RERANK:
+        return order in RERANK_ORDERS
+    once = tuple(kind for kind in order if kind not in HEADS)
+    return once == ("Transformer", "Pooling") and order[0] == "Transformer"
+
+
 def _path(named: str, file: Path, entry: Mapping[str, Any]) -> str:
     path = entry.get("path", "")
-    if not isinstance(path, str) or Path(path).is_absolute() or ".." in Path(path).parts:
+    if not isinstance(path, str) or not _inside(path):
         raise StartupError(f"{named}: {file.name} has the path {shown(path)}, which is no folder of the model.")
     return path
+
+
+def _inside(path: str) -> bool:
+    return not Path(path).is_absolute() and ".." not in Path(path).parts
 
 
 def pooling_modes(config: Mapping[str, Any]) -> list[str]:

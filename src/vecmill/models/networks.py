@@ -17,6 +17,7 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.family import Pooling, Positions
+from vecmill.models.heads import load_heads
 from vecmill.models.latent_attention import LatentAttention
 from vecmill.models.packing import PackedBatch
 from vecmill.models.rerank_prompt import Answers, rerank_form
@@ -86,21 +87,27 @@ class EmbeddingModel(Model):
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config, network = make_config(checkpoint), checkpoint.network
-        self.width: int = config.hidden_size
+        self.width = checkpoint.width_after_heads(config.hidden_size)
         backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
         self._pooling = network.pooling or checkpoint.require_pooling()
         self._latent_attention: LatentAttention | None = None
         if network.latent_attention is not None:
             sizes = checkpoint.config.get(network.latent_attention) or {}
             self._latent_attention = LatentAttention.fold(WeightFiles(checkpoint), sizes, target)
-        super().__init__(backbone, *filter(None, [self._latent_attention]))
+        self._of_tokens = load_heads(checkpoint, checkpoint.of_tokens, target)
+        self._of_vectors = load_heads(checkpoint, checkpoint.of_vectors, target)
+        others = [self._latent_attention, self._of_tokens, self._of_vectors]
+        super().__init__(backbone, *(module for module in others if module is not None))
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, pooled and not normalised, in packed order."""
         hidden = self._backbone.hidden_states(packed)
         if self._latent_attention is not None:
             hidden = self._latent_attention(hidden)
-        return pool(hidden, packed, self._pooling)
+        if len(self._of_tokens):
+            hidden = self._of_tokens(hidden.float())
+        vectors: Tensor = self._of_vectors(pool(hidden, packed, self._pooling))
+        return vectors
 
 
 class CrossEncoder(Model):

@@ -25,7 +25,17 @@ import xxhash
 from vecmill.core.errors import StartupError
 from vecmill.models.child_process import inherited_environment, limit_this_process
 from vecmill.models.fingerprint import READ
-from vecmill.models.weight_files import INDEX, PICKLE_INDEX, SINGLE, Listing, list_folder, read_header, read_index
+from vecmill.models.modules import MODULES, trained_folders
+from vecmill.models.weight_files import (
+    INDEX,
+    PICKLE,
+    PICKLE_INDEX,
+    SINGLE,
+    Listing,
+    list_folder,
+    read_header,
+    read_index,
+)
 
 CLONE_NEWUSER, CLONE_NEWNET, PR_SET_NO_NEW_PRIVS = 0x10000000, 0x40000000, 38
 # Tied weights are written once for each name, so that the result may be larger than the file.
@@ -52,8 +62,9 @@ def convert(named: str, folder: Path, target: Path, report: Callable[[str], None
     """
     listing = list_folder(named, folder, named)
     names = listing.pickles(lambda: read_index(folder / PICKLE_INDEX))
+    heads = _heads(folder)
     try:
-        made_of = _hash(folder, [*_small(folder), *(folder / name for name in names)])
+        made_of = _hash(folder, [*_small(folder), *(folder / name for name in names), *heads])
         if _is_made_of(target, made_of):
             return False
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,6 +73,8 @@ def convert(named: str, folder: Path, target: Path, report: Callable[[str], None
             result.mkdir()
             _copy_small(folder, result)
             _convert_all(listing, folder, names, result, report)
+            for head in heads:
+                _convert_head(named, head, result / head.parent.relative_to(folder) / SINGLE, report)
             (result / MADE_OF).write_text(made_of, "utf-8")
             if target.exists():
                 target.rename(Path(temporary, "before"))
@@ -71,6 +84,24 @@ def convert(named: str, folder: Path, target: Path, report: Callable[[str], None
             f"{named}: {error.filename or target} cannot be written ({error.strerror}): make room or set HF_HOME."
         ) from None
     return True
+
+
+def _heads(folder: Path) -> list[Path]:
+    """The weights of sentence-transformers' modules: pickles too, where there is nothing else."""
+    files = []
+    for path in trained_folders(read_index(folder / MODULES)):
+        kinds = (folder / path / name for name in (SINGLE, PICKLE))
+        files += [file for file in kinds if file.is_file()][:1]
+    return files
+
+
+def _convert_head(named: str, head: Path, made: Path, report: Callable[[str], None]) -> None:
+    made.parent.mkdir(parents=True, exist_ok=True)
+    if head.name == SINGLE:
+        shutil.copyfile(head, made)
+        return
+    report(f"converting {head.parent.name}/{head.name} to {SINGLE}")
+    _in_child(named, head, made)
 
 
 def _hash(folder: Path, files: Iterable[Path]) -> str:

@@ -205,6 +205,16 @@ def _adapter(named: str, file: str, base: str | None) -> StartupError:
     )
 
 
+def no_head_file(named: str, file: str, model: str, *, pickled: bool) -> StartupError:
+    """The error for a module of sentence-transformers without its `file`, whose weights may be pickled instead."""
+    if not pickled:
+        return StartupError(f"{named}: {file} is missing, the weights of a module: fetch the model again.")
+    return StartupError(
+        f"{named}: {PurePosixPath(file).parent}/ has only a pickle ({PICKLE}), not {SINGLE}: write it once, in Python "
+        f'with sentence-transformers: `SentenceTransformer("{model}").save_pretrained(folder)`, and serve that folder.'
+    )
+
+
 def refuse_misplaced(named: str, index: Mapping[str, str], files: Mapping[str, Path]) -> None:
     """Raise StartupError where a tensor is in another file than its index says: one of the two is of another save.
 

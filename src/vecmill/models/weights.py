@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from vecmill.core.errors import StartupError
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.merged_projections import Rows, merge_projections
+from vecmill.models.modules import Head
 from vecmill.models.packed_attention import ATTENTION
 from vecmill.models.weight_files import (
     SINGLE,
@@ -78,18 +79,19 @@ class _Place:
 
 
 class WeightFiles:
-    """The safetensors of a checkpoint."""
+    """The safetensors of a checkpoint, or of one of its heads."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, head: Head | None = None) -> None:
         """Open the files' headers.
 
         Raises:
             StartupError: there is no such file, or one is damaged.
         """
         self._checkpoint = checkpoint
+        self._within = "" if head is None else f"{head.path}/"
         self.files: dict[str, Path] = {}
         self._places: dict[str, _Place] = {}
-        paths = checkpoint.weight_files
+        paths = checkpoint.weight_files if head is None else [checkpoint.head_file(head)]
         for path in paths:
             self._add(path)
         if paths[0].name != SINGLE:
@@ -151,7 +153,7 @@ class WeightFiles:
 
     def _hash(self, name: str, tensor: Tensor) -> None:
         values = tensor.reshape(-1).view(torch.uint8).numpy().data
-        self._checkpoint.fingerprint.add(f"{name} {tensor.dtype} {tuple(tensor.shape)}", values)
+        self._checkpoint.fingerprint.add(f"{self._within}{name} {tensor.dtype} {tuple(tensor.shape)}", values)
 
     def _opened(self, path: Path) -> FileIO:
         try:
@@ -205,7 +207,10 @@ class WeightFiles:
     def refuse_unknown(self, prefix: str, known: Collection[str]) -> None:
         """Raise StartupError where a name with the prefix is not known."""
         if unknown := sorted(name for name in self.files if name.startswith(prefix) and name not in known):
-            raise StartupError(f"{self._checkpoint.named}: {len(unknown)} unknown weights {unknown[:3]}.")
+            raise StartupError(f"{self._checkpoint.named}: {len(unknown)} unknown weights {self._shown(unknown)}.")
+
+    def _shown(self, names: Sequence[str]) -> list[str]:
+        return [f"{self._within}{name}" for name in names[:3]]
 
     def unfit(self, problem: str) -> StartupError:
         """The error for weights that are others than config.json says."""
@@ -213,7 +218,8 @@ class WeightFiles:
 
     def _file(self, name: str) -> Path:
         if name not in self.files:
-            raise StartupError(f"{self._checkpoint.named}: 1 weight is missing: {name}; fetch the model again.")
+            missing = f"{self._within}{name}"
+            raise StartupError(f"{self._checkpoint.named}: 1 weight is missing: {missing}; fetch the model again.")
         return self.files[name]
 
     def _finite(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

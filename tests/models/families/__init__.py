@@ -32,6 +32,13 @@ class TinyModel:
     """Whether rows share prefixes."""
     layer_kinds: int = 1
     """Kinds of layers: each is compiled by itself."""
+    layout: str = ""
+    """What tells it from others of its family and task."""
+
+    @property
+    def id(self) -> str:
+        """Of a test's parameter, and a name for its folder."""
+        return "-".join(filter(None, (self.task.value, self.model_type, self.layout)))
 
     def row(self, length: int, vocab_size: int, random: np.random.Generator) -> Row:
         """Random token ids, and a random place where the unpooled tokens end or the second text begins."""
@@ -56,4 +63,4 @@ def tiny_model(task: Task, model_type: str) -> TinyModel:
 def every_family(*, prefixes: bool | None = None) -> list[Any]:
     """A parameter for each tiny model; with `prefixes` only those that share prefixes or do not."""
     chosen = (tiny for tiny in tiny_models() if prefixes is None or tiny.prefixes is prefixes)
-    return [pytest.param(tiny, id=f"{tiny.task}-{tiny.model_type}") for tiny in chosen]
+    return [pytest.param(tiny, id=tiny.id) for tiny in chosen]

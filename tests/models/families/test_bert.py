@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tests.conftest import serving
 from tests.models.families import TinyModel
 from tests.oracle import cross_encoder_scores, st_encode
-from tests.tiny_checkpoints import tiny_bert, tiny_cross_encoder, tiny_xlm_roberta
+from tests.tiny_checkpoints import add_heads, tiny_bert, tiny_cross_encoder, tiny_xlm_roberta
 from vecmill.core.types import Task
 from vecmill.models.source import find
 
@@ -21,8 +21,15 @@ def cross_encoder(folder: Path) -> Path:
     return tiny_cross_encoder(folder, kind="bert", tokenizer_from=find("auto").folder)
 
 
+def with_heads(folder: Path) -> Path:
+    """As LaBSE, with more modules than it has."""
+    dense = {"kind": "Dense", "in_features": 32, "out_features": 16}
+    return add_heads(tiny_bert(folder, find("auto").folder), dense, {"kind": "LayerNorm", "dimension": 16})
+
+
 TINY = (
     TinyModel(Task.EMBED, "bert", lambda folder: tiny_bert(folder, find("auto").folder)),
+    TinyModel(Task.EMBED, "bert", with_heads, layout="heads"),
     TinyModel(Task.EMBED, "xlm-roberta", tiny_xlm_roberta),
     TinyModel(Task.RERANK, "bert", cross_encoder, second_text=True),
     TinyModel(Task.RERANK, "xlm-roberta", lambda folder: tiny_cross_encoder(folder, kind="xlm-roberta")),
