@@ -18,6 +18,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    EmbeddingGemma2Config,
+    EmbeddingGemma2Model,
     Gemma3TextConfig,
     Gemma3TextModel,
     GemmaTokenizer,
@@ -26,6 +28,8 @@ from transformers import (
     LlamaModel,
     Ministral3Config,
     Ministral3Model,
+    Mistral3Config,
+    Mistral3Model,
     XLMRobertaConfig,
     XLMRobertaForSequenceClassification,
     XLMRobertaModel,
@@ -248,6 +252,81 @@ def tiny_ministral3(folder: Path, *, prompts: Mapping[str, str] | None = None, s
     _write_xlm_roberta_tokenizer(folder, max_length=256)
     kinds = ["Transformer", "Pooling", "Normalize"]
     return _as_sentence_transformer(folder, kinds, "mean_tokens", prompts, 200)
+
+
+MARKING_TEMPLATE = """\
+{%- macro own(text) -%}
+{{- text | replace("[INST]", "[\u200cINST]") | replace("[IMG]", "[\u200cIMG]") -}}{%- endmacro -%}
+{%- macro content(message) -%}{%- for part in message["content"] -%}
+{%- if part["type"] == "image" -%}{{- "[IMG]" -}}{%- elif message["role"] == "user" -%}{{- own(part["text"]) -}}
+{%- else -%}{{- part["text"] -}}{%- endif -%}{%- endfor -%}{%- endmacro -%}
+{%- for each in messages -%}{%- if not loop.first -%}{{- " " -}}{%- endif -%}{{- content(each) -}}{%- endfor -%}"""
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+def tiny_mistral3(
+    folder: Path, *, prompts: Mapping[str, str] | None = None, template: str = MARKING_TEMPLATE, seed: int = 0
+) -> Path:
+    """A Nemotron-3.5-Embed in small: with weights for pictures, and a chat template that joins prompt and text."""
+    tiny_ministral3(folder, prompts=prompts)
+    torch.manual_seed(seed)
+    vocabulary = plain_tokenizer(folder).get_vocab_size()
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "ministral3", **MINISTRAL3, "vocab_size": vocabulary, "pad_token_id": 1},
+        vision_config={"model_type": "pixtral", **vision, "image_size": 16, "patch_size": 4},
+        image_token_index=3,
+    )
+    model = Mistral3Model(config)
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    edit_json(folder / "config.json", pooling="avg")
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    write(folder / "processor_config.json", {"processor_class": "PixtralProcessor", "patch_size": 4})
+    modality_config = {"text": FORWARD, "image": FORWARD, "message": {**FORWARD, "format": "structured"}}
+    edit_json(
+        folder / "sentence_bert_config.json", modality_config=modality_config, module_output_name="token_embeddings"
+    )
+    return folder
+
+
+def tiny_embedding_gemma2(folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0) -> Path:
+    """A three-layer EmbeddingGemma 2 of 32 dimensions within and 24 without, its last layer wider and with full
+    attention; its files say that it reads pictures, of which it has no weights."""
+    torch.manual_seed(seed)
+    write_gemma_tokenizer(folder, ends=True)
+    text = {
+        "vocab_size": len(gemma_vocabulary()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 7,
+        "sliding_window_pattern": 3,
+        "hidden_size_per_layer_input": 16,
+        "embedding_dim": 24,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+    }
+    model = EmbeddingGemma2Model(EmbeddingGemma2Config(text_config=text))
+    _randomize_vectors(model)
+    for layer in model.language_model.layers:
+        layer.layer_scalar.fill_(0.8)
+    model.save_pretrained(folder)
+    write(folder / "processor_config.json", {"processor_class": "EmbeddingGemma2Processor"})
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    _as_sentence_transformer(folder, kinds, "mean_tokens", prompts, 200)
+    edit_json(folder / "1_Pooling" / "config.json", word_embedding_dimension=24)
+    edit_json(
+        folder / "sentence_bert_config.json",
+        modality_config={"text": FORWARD, "image": FORWARD},
+        module_output_name="token_embeddings",
+    )
+    return folder
 
 
 LLAMA3_ROPE = {

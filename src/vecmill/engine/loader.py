@@ -184,7 +184,11 @@ def expected_card(
     except (OSError, ValueError) as error:
         raise StartupError(f"{checkpoint.named}: its weights cannot be read ({first_line(error)}).") from None
     on_device = OnDevice(
-        width=checkpoint.width_after_heads(config.hidden_size) if checkpoint.task is Task.EMBED else 1,
+        width=(
+            checkpoint.width_after_heads(getattr(config, checkpoint.family.width_key))
+            if checkpoint.task is Task.EMBED
+            else 1
+        ),
         vocab_size=config.vocab_size,
         dtype=dtype_name(chosen.dtype),
         dtype_reason=chosen.reason,

@@ -146,6 +146,10 @@ class Family:
     is_decoder: bool = False
     """Whether it is a causal language model: as a reranker it reads a pair as one text and answers with a token, or has
     a classification head on the last token."""
+    text_half: bool = False
+    """Whether its checkpoints read pictures or sound too: their text is served, by `text_config` in config.json."""
+    width_key: str = "hidden_size"
+    """Attribute of transformers' config class with the width of the last hidden states."""
     float16: bool = True
     """Whether hidden states stay within float16's range; where they do not, DTYPE=float16 is refused."""
     pair_prompt: PairPrompt | None = None
@@ -174,6 +178,7 @@ class Family:
 
     def width(self, config: ConfigJson) -> int | None:
         """Values of a hidden state; None where config.json leaves it to the class's default."""
-        native = {self.native_keys.get(key, key): value for key, value in config.items()}
-        width: int | None = native.get("hidden_size")
+        of_text = config.get("text_config") or {} if self.text_half else config
+        native = {self.native_keys.get(key, key): value for key, value in of_text.items()}
+        width: int | None = native.get(self.width_key)
         return width

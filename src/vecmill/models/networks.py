@@ -87,7 +87,7 @@ class EmbeddingModel(Model):
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config, network = make_config(checkpoint), checkpoint.network
-        self.width = checkpoint.width_after_heads(config.hidden_size)
+        self.width = checkpoint.width_after_heads(getattr(config, checkpoint.family.width_key))
         backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
         self._pooling = network.pooling or checkpoint.require_pooling()
         self._latent_attention: LatentAttention | None = None

@@ -59,7 +59,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
         template(file, backend, pair=False, token_types=types),
         around_pair,
         Side(tokenizer.truncation_side),
-        bool(tokenizer.split_special_tokens),
+        bool(tokenizer.split_special_tokens) or checkpoint.messages.splits_special_tokens,
     )
     _check_sides(checkpoint, tokenizer)
     if _has_prompt(checkpoint):

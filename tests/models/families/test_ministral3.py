@@ -13,11 +13,11 @@ from tests.conftest import serving
 from tests.models.families import TinyModel
 from tests.models.loaded import bfloat16_cosines
 from tests.models.test_tolerances import COSINE_IN_BFLOAT16
-from tests.oracle import st_encode
-from tests.tiny_checkpoints import MINISTRAL3, SCALES_FROM, edit_json, tiny_ministral3
+from tests.oracle import mean_encode, st_encode
+from tests.tiny_checkpoints import MINISTRAL3, SCALES_FROM, edit_json, tiny_ministral3, tiny_mistral3
 from vecmill.core.types import Task
 
-TINY = (TinyModel(Task.EMBED, "ministral3", tiny_ministral3),)
+TINY = (TinyModel(Task.EMBED, "ministral3", tiny_ministral3), TinyModel(Task.EMBED, "mistral3", tiny_mistral3))
 PROMPTS = {"query": "query: ", "document": "passage: "}
 TEXTS = ["one", "def add(a, b):\n    return a + b", "", "the fox " * SCALES_FROM, "one", "naïve 你好 дела"]
 
@@ -91,3 +91,32 @@ async def test_the_card_gives_prompts_where_the_files_have_none(tmp_path: Path) 
 
 def test_in_bfloat16_vectors_point_the_same_way(tmp_path: Path) -> None:
     assert bfloat16_cosines(tiny_ministral3(tmp_path / "tiny")).min() >= COSINE_IN_BFLOAT16
+
+
+async def test_the_text_half_of_nemotron_3_5_equals_transformers(tmp_path: Path) -> None:
+    """Its template puts a space between prompt and text, and special tokens of a text are none."""
+    folder = tiny_mistral3(tmp_path / "tiny", prompts={"query": "query:", "document": "passage:"})
+    async with serving(embed_model=str(folder)) as client:
+        for is_query, prompt in ((None, ""), (True, "query: "), (False, "passage: ")):
+            vectors = (await client.post("/embed", json={"inputs": TEXTS, "is_query": is_query})).json()
+            wanted = mean_encode(folder, [prompt + text for text in TEXTS], 200, split_special_tokens=True)
+            np.testing.assert_allclose(np.array(vectors), wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("template", "sentence"),
+    [
+        ("{% for m in messages %}{{ m['content'][0]['text'] | trim }}{% endfor %}", "more than to put a prompt"),
+        ("[INST]{{ messages[0]['content'][0]['text'] }}", "more than to put a prompt"),
+        ("{{ bos_token }}", "uses bos_token"),
+        ("{% for", "cannot be read"),
+    ],
+)
+def test_a_template_that_does_more_to_texts_is_refused(tmp_path: Path, template: str, sentence: str) -> None:
+    assert sentence in refusal(tiny_mistral3(tmp_path / "tiny", template=template))
+
+
+def test_of_a_text_half_other_models_are_refused(tmp_path: Path) -> None:
+    folder = tiny_mistral3(tmp_path / "tiny")
+    edit_json(folder / "config.json", text_config={"model_type": "mistral", "hidden_size": 32})
+    assert "`text_config.model_type`" in refusal(folder)

@@ -9,9 +9,10 @@ from typing import Any
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.families.bert import BERT, XLM_ROBERTA
+from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
 from vecmill.models.families.gemma3 import GEMMA3
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
-from vecmill.models.families.ministral3 import MINISTRAL3
+from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.families.qwen3 import QWEN3
@@ -22,9 +23,11 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         BERT,
         XLM_ROBERTA,
+        EMBEDDING_GEMMA2,
         GEMMA3,
         LLAMA_BIDIREC,
         MINISTRAL3,
+        MISTRAL3,
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,

@@ -1,6 +1,8 @@
-"""Ministral 3 as an embedder: Nemotron-3-Embed 1B and 8B look both ways and take the mean.
+"""Ministral 3 as an embedder: Nemotron-3-Embed 1B and 8B look both ways and take the mean. Nemotron-3.5-Embed 1B and 8B
+read pages as pictures too; their text goes through such a model, the text half of a Mistral 3.
 
-Sources: https://huggingface.co/nvidia/Nemotron-3-Embed-1B-BF16 and -8B-BF16;
+Sources: https://huggingface.co/nvidia/Nemotron-3-Embed-1B-BF16 and -8B-BF16, nvidia/Nemotron-3.5-Embed-1B-BF16;
+https://github.com/NVIDIA-NeMo/Automodel (components/models/ministral_bidirectional);
 https://docs.nvidia.com/nemo/automodel/model-coverage/embedding-models/mistralai/ministral3-bidirectional;
 Ministral3Model of transformers 5, with `is_causal`.
 """
@@ -8,12 +10,13 @@ Ministral3Model of transformers 5, with `is_causal`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON, NO_HEAD, ROPE, ROTARY, ConfigFile
 from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
-from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, positive, whole
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
 KEYS: Mapping[str, Rule] = {
     **COMMON,
@@ -83,5 +86,63 @@ MINISTRAL3 = Family(
     tasks={Task.EMBED: TaskSpec({**KEYS, **NO_HEAD}, NETWORK, (_check_rope, _check_window))},
     positions=Positions.ROTARY,
     published=(PublishedModel("nvidia", r"Nemotron-3-Embed-[18]B-BF16", PROMPTS),),
+    is_decoder=True,
+)
+
+
+MISTRAL3_KEYS: Mapping[str, Rule] = {
+    **{key: rule for key, rule in COMMON.items() if rule is HARMLESS},
+    **rules(HONOURED, ("_name_or_path", "architectures", "model_type", "text_config")),
+    **{key: COMMON[key] for key in ("auto_map", "is_matryoshka", "matryoshka_dimensions", "quantization_config")},
+    # Of pictures.
+    **rules(HARMLESS, ("image_token_id", "image_token_index", "multimodal_projector_bias", "projector_hidden_act")),
+    **rules(HARMLESS, ("spatial_merge_size", "vision_config", "vision_feature_layer")),
+    "pooling": KEYS["pooling"],
+    "temperature": HARMLESS,
+    **NO_HEAD,
+}
+
+
+def _check_text_config(config: ConfigFile) -> None:
+    """What the text half has, by the keys of a Ministral 3."""
+    text = config.content.get("text_config")
+    known = {**KEYS, **NO_HEAD, "model_type": only("ministral3")}
+    check_keys(config.named, config.path, text, known, within="text_config")
+    own = ConfigFile(config.named, config.path, text or {})
+    _check_rope(own)
+    _check_window(own)
+
+
+def _text_arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
+    text = honoured(config["text_config"], {**KEYS, **NO_HEAD})
+    return {**text, "use_cache": False}
+
+
+def _rename_text(name: str) -> Sequence[str]:
+    """transformers has stored the text half under several names."""
+    for prefix in ("model.", "language_model.", "model."):
+        name = name.removeprefix(prefix)
+    return () if name.startswith(("vision_tower.", "multi_modal_projector.", "lm_head.")) else (name,)
+
+
+def _text_positions(config: ConfigJson) -> int | None:
+    positions: int | None = config["text_config"].get("max_position_embeddings")
+    return positions
+
+
+MISTRAL3 = Family(
+    model_type="mistral3",
+    architectures=r"Mistral3Model",
+    tasks={
+        Task.EMBED: TaskSpec(
+            MISTRAL3_KEYS,
+            replace(NETWORK, arguments=_text_arguments, rename=_rename_text),
+            (_check_text_config,),
+        )
+    },
+    positions=Positions.ROTARY,
+    published=(PublishedModel("nvidia", r"Nemotron-3\.5-Embed-[18]B-BF16", PROMPTS),),
+    max_positions=_text_positions,
+    text_half=True,
     is_decoder=True,
 )
