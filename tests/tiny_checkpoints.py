@@ -290,7 +290,9 @@ def tiny_mistral3(
     return folder
 
 
-def tiny_embedding_gemma2(folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0) -> Path:
+def tiny_embedding_gemma2(
+    folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any
+) -> Path:
     """A three-layer EmbeddingGemma 2 of 32 dimensions within and 24 without, its last layer wider and with full
     attention; its files say that it reads pictures, of which it has no weights."""
     torch.manual_seed(seed)
@@ -312,7 +314,7 @@ def tiny_embedding_gemma2(folder: Path, *, prompts: Mapping[str, str] | None = N
         "max_position_embeddings": 256,
         "initializer_range": 0.3,
     }
-    model = EmbeddingGemma2Model(EmbeddingGemma2Config(text_config=text))
+    model = EmbeddingGemma2Model(EmbeddingGemma2Config(text_config={**text, **config}))
     _randomize_vectors(model)
     for layer in model.language_model.layers:
         layer.layer_scalar.fill_(0.8)

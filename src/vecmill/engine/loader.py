@@ -314,7 +314,7 @@ def load_all(
             weight_bytes=uncounted_bytes(model, counted),
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
-        attention = Attention.on(device, chosen.dtype, flash=flash)
+        attention = Attention.on(device, chosen.dtype, flash=flash, largest_head=model.largest_head)
         threads = CpuThreads(common.threads)
         loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads))
     return loaded

@@ -29,7 +29,13 @@ from vecmill.models.modules import (
     read_modules,
     width_after,
 )
-from vecmill.models.tokenizer_files import DEFAULT_TEMPLATE, TokenizerSettings, chat_templates, tokenizer_settings
+from vecmill.models.tokenizer_files import (
+    DEFAULT_TEMPLATE,
+    PROCESSOR_FILES,
+    TokenizerSettings,
+    chat_templates,
+    tokenizer_settings,
+)
 
 LIBRARY_CONFIG = "config_sentence_transformers.json"
 ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
@@ -282,6 +288,12 @@ def _messages(named: str, folder: Path, tokenizer: TokenizerSettings) -> Message
     """What the chat template does to a text and its prompt, where sentence-transformers gives them to it."""
     if not tokenizer.messages:
         return Messages()
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise StartupError(
+            f"{named}: sentence-transformers gives its texts to a chat template (`message` in `modality_config`), and "
+            f"{folder} has no {PROCESSOR_FILES[0]}: without one no special tokens are put around them, which is not "
+            f"supported. Fetch the model again."
+        )
     source = chat_templates(named, folder, tokenizer.arguments).get(DEFAULT_TEMPLATE, "")
     try:
         return read_messages(source, structured=tokenizer.messages == "structured")

@@ -77,6 +77,12 @@ class Model(ABC):
         self.modules: Sequence[nn.Module] = (backbone.module, *others)
         """All that holds weights."""
 
+    @property
+    def largest_head(self) -> int:
+        """Values of a head of attention at most; 0 where the layers do not say."""
+        modules = (module for layer in self.layers for module in layer.modules())
+        return max((int(getattr(module, "head_dim", None) or 0) for module in modules), default=0)
+
     @abstractmethod
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order."""

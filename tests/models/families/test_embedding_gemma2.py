@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from tests.checkpoints.variants import refusal
 from tests.conftest import serving
 from tests.models.families import TinyModel
-from tests.models.loaded import bfloat16_cosines
+from tests.models.loaded import bfloat16_cosines, load_model
 from tests.models.test_tolerances import COSINE_IN_BFLOAT16
 from tests.oracle import mean_encode
 from tests.tiny_checkpoints import edit_json, tiny_embedding_gemma2
 from vecmill.core.types import Task
+from vecmill.models.packing import Attention
 
 TINY = (TinyModel(Task.EMBED, "embedding_gemma2", tiny_embedding_gemma2, layer_kinds=2),)
 PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
@@ -49,6 +51,14 @@ def test_what_is_not_implemented_is_refused(tmp_path: Path, changes: dict[str, A
     text = json.loads((folder / "config.json").read_text("utf-8"))["text_config"]
     edit_json(folder / "config.json", text_config={**text, **changes})
     assert sentence in refusal(folder)
+
+
+def test_its_large_heads_are_not_given_to_flash_attention(tmp_path: Path) -> None:
+    """As those of the hub's layers with full attention, which its kernels do not have."""
+    model = load_model(tiny_embedding_gemma2(tmp_path / "tiny", global_head_dim=512))[1]
+    assert model.largest_head == 512
+    for heads, attention in ((512, Attention.SDPA), (256, Attention.FLASH)):
+        assert Attention.on(torch.device("cuda"), torch.bfloat16, largest_head=heads) is attention
 
 
 def test_in_bfloat16_vectors_point_the_same_way(tmp_path: Path) -> None:

@@ -116,6 +116,13 @@ def test_a_template_that_does_more_to_texts_is_refused(tmp_path: Path, template:
     assert sentence in refusal(tiny_mistral3(tmp_path / "tiny", template=template))
 
 
+def test_messages_without_a_processor_are_refused(tmp_path: Path) -> None:
+    """Then sentence-transformers would put no special tokens around them."""
+    folder = tiny_mistral3(tmp_path / "tiny")
+    (folder / "processor_config.json").unlink()
+    assert "has no processor_config.json" in refusal(folder)
+
+
 def test_of_a_text_half_other_models_are_refused(tmp_path: Path) -> None:
     folder = tiny_mistral3(tmp_path / "tiny")
     edit_json(folder / "config.json", text_config={"model_type": "mistral", "hidden_size": 32})
