@@ -10,7 +10,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
 from transformers import (
     CONFIG_MAPPING,
     AutoTokenizer,
@@ -189,7 +189,15 @@ def _check_template(checkpoint: Checkpoint, around: Template) -> None:
 
 
 def _check_prompt(checkpoint: Checkpoint, read: ReadTokenizer) -> None:
-    """A reranker's prompt must stay whole."""
+    """A reranker's prompt must stay whole, and that of its family must begin as its tokenizer begins a text."""
+    prompt, before = rerank_form(checkpoint).prompt, read.around.before
+    if prompt is not None and prompt is checkpoint.family.pair_prompt:
+        first = Tokenizer.from_str(read.definition).encode(str(prompt.plain[0]), add_special_tokens=False)
+        if first.ids[: len(before)] != before:
+            raise StartupError(
+                f"{checkpoint.named}: its tokenizer does not begin texts as the prompt of "
+                f"{checkpoint.family.model_type} does ({str(prompt.plain[0])!r}): save a chat template with it."
+            )
     if read.truncation_side is Side.LEFT:
         raise StartupError(
             f"{checkpoint.named}: `truncation_side` in tokenizer_config.json would cut the beginning of its prompt; "

@@ -115,6 +115,14 @@ def test_what_is_not_implemented_is_refused(tmp_path: Path, changes: dict[str, A
     assert sentence in refusal(folder)
 
 
+def test_a_reranker_whose_texts_begin_otherwise_is_refused(tmp_path: Path) -> None:
+    folder = reranker(tmp_path / "tiny")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (folder / name).read_text("utf-8").replace("<|begin_of_text|>", "<|startoftext|>")
+        (folder / name).write_text(text, "utf-8")
+    assert "does not begin texts as the prompt of llama_bidirec" in refusal(folder, rerank=True)
+
+
 def test_a_reranker_with_two_labels_is_refused(tmp_path: Path) -> None:
     folder = reranker(tmp_path / "tiny")
     edit_json(folder / "config.json", id2label={"0": "no", "1": "yes"})
