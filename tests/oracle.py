@@ -45,6 +45,22 @@ def cross_encoder_scores(
     return scores
 
 
+@torch.inference_mode()
+def mean_encode(folder: Path, texts: Sequence[str], max_length: int, **tokenizing: Any) -> NDArray[np.float32]:
+    """Unit vectors in float32, (n, dimensions): the mean of what transformers' own model makes of each text alone."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    vectors = []
+    for text in texts:
+        tokens = tokenizer(text, truncation=True, max_length=max_length, return_tensors="pt", **tokenizing)
+        pooled = model(input_ids=tokens["input_ids"]).last_hidden_state[0].mean(dim=0)
+        vectors.append(functional.normalize(pooled, dim=0))
+    encoded: NDArray[np.float32] = torch.stack(vectors).numpy()
+    return encoded
+
+
 @lru_cache(maxsize=4)
 def _nomic(folder: Path) -> tuple[Any, Any]:
     """The native model in float32, and its tokenizer.

@@ -19,6 +19,18 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    EmbeddingGemma2Config,
+    EmbeddingGemma2Model,
+    Gemma3TextConfig,
+    Gemma3TextModel,
+    GemmaTokenizer,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaModel,
+    Ministral3Config,
+    Ministral3Model,
+    Mistral3Config,
+    Mistral3Model,
     ModernBertConfig,
     ModernBertForSequenceClassification,
     ModernBertModel,
@@ -166,6 +178,259 @@ def tiny_nomic(folder: Path, tokenizer_from: Path, *, seed: int = 0, prompts: Ma
     _copy_tokenizer(tokenizer_from, folder)
     edit_json(folder / "tokenizer_config.json", model_max_length=positions)
     return _as_sentence_transformer(folder, ["Transformer", "Pooling"], "mean_tokens", prompts, positions)
+
+
+WINDOW = 16
+GEMMA_MERGES = (("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("i", "n"), ("in", "g"), ("e", "r"), ("o", "n"))
+
+
+def tiny_gemma3(
+    folder: Path, *, both_ways: bool = True, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any
+) -> Path:
+    """A three-layer Gemma 3 of 32 dimensions, the last layer with full attention: EmbeddingGemma-300M without its dense
+    layers, or harrier-oss-v1-270m (not `both_ways`).
+
+    Texts begin with <bos>, and end with <eos> in the former.
+    """
+    torch.manual_seed(seed)
+    write_gemma_tokenizer(folder, ends=both_ways)
+    settings = {
+        "vocab_size": len(gemma_vocabulary()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "query_pre_attn_scalar": 24,
+        "sliding_window": WINDOW,
+        "sliding_window_pattern": 3,
+        "max_position_embeddings": 256,
+        "use_bidirectional_attention": both_ways,
+        "initializer_range": 0.3,
+    }
+    model = Gemma3TextModel(Gemma3TextConfig(**{**settings, **config}))
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    return _as_sentence_transformer(folder, kinds, "mean_tokens" if both_ways else "lasttoken", prompts, 200)
+
+
+SCALES_FROM = 64
+MINISTRAL3 = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "sliding_window": None,
+    "is_causal": False,
+    "initializer_range": 0.3,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "type": "yarn",
+        "rope_theta": 1_000_000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": SCALES_FROM,
+        "max_position_embeddings": 256,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+"""Nemotron-3-Embed's text model in small; queries are scaled from position SCALES_FROM on."""
+
+
+def tiny_ministral3(folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any) -> Path:
+    """A two-layer Nemotron-3-Embed of 32 dimensions: looks both ways, mean. Its tokenizer is XLM-RoBERTa's."""
+    torch.manual_seed(seed)
+    vocabulary = Tokenizer.from_str(_unigram_tokenizer()).get_vocab_size()
+    model = Ministral3Model(Ministral3Config(**{**MINISTRAL3, "vocab_size": vocabulary, "pad_token_id": 1, **config}))
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    edit_json(folder / "config.json", pooling="avg")
+    _write_xlm_roberta_tokenizer(folder, max_length=256)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    return _as_sentence_transformer(folder, kinds, "mean_tokens", prompts, 200)
+
+
+MARKING_TEMPLATE = """\
+{%- macro own(text) -%}
+{{- text | replace("[INST]", "[\u200cINST]") | replace("[IMG]", "[\u200cIMG]") -}}{%- endmacro -%}
+{%- macro content(message) -%}{%- for part in message["content"] -%}
+{%- if part["type"] == "image" -%}{{- "[IMG]" -}}{%- elif message["role"] == "user" -%}{{- own(part["text"]) -}}
+{%- else -%}{{- part["text"] -}}{%- endif -%}{%- endfor -%}{%- endmacro -%}
+{%- for each in messages -%}{%- if not loop.first -%}{{- " " -}}{%- endif -%}{{- content(each) -}}{%- endfor -%}"""
+FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+
+
+def tiny_mistral3(
+    folder: Path, *, prompts: Mapping[str, str] | None = None, template: str = MARKING_TEMPLATE, seed: int = 0
+) -> Path:
+    """A Nemotron-3.5-Embed in small: with weights for pictures, and a chat template that joins prompt and text."""
+    tiny_ministral3(folder, prompts=prompts)
+    torch.manual_seed(seed)
+    vocabulary = plain_tokenizer(folder).get_vocab_size()
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Mistral3Config(
+        text_config={"model_type": "ministral3", **MINISTRAL3, "vocab_size": vocabulary, "pad_token_id": 1},
+        vision_config={"model_type": "pixtral", **vision, "image_size": 16, "patch_size": 4},
+        image_token_index=3,
+    )
+    model = Mistral3Model(config)
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    edit_json(folder / "config.json", pooling="avg")
+    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    write(folder / "processor_config.json", {"processor_class": "PixtralProcessor", "patch_size": 4})
+    modality_config = {"text": FORWARD, "image": FORWARD, "message": {**FORWARD, "format": "structured"}}
+    edit_json(
+        folder / "sentence_bert_config.json", modality_config=modality_config, module_output_name="token_embeddings"
+    )
+    return folder
+
+
+def tiny_embedding_gemma2(
+    folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any
+) -> Path:
+    """A three-layer EmbeddingGemma 2 of 32 dimensions within and 24 without, its last layer wider and with full
+    attention; its files say that it reads pictures, of which it has no weights."""
+    torch.manual_seed(seed)
+    write_gemma_tokenizer(folder, ends=True)
+    text = {
+        "vocab_size": len(gemma_vocabulary()),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "sliding_window": 7,
+        "sliding_window_pattern": 3,
+        "hidden_size_per_layer_input": 16,
+        "embedding_dim": 24,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+    }
+    model = EmbeddingGemma2Model(EmbeddingGemma2Config(text_config={**text, **config}))
+    _randomize_vectors(model)
+    for layer in model.language_model.layers:
+        layer.layer_scalar.fill_(0.8)
+    model.save_pretrained(folder)
+    write(folder / "processor_config.json", {"processor_class": "EmbeddingGemma2Processor"})
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    _as_sentence_transformer(folder, kinds, "mean_tokens", prompts, 200)
+    edit_json(folder / "1_Pooling" / "config.json", word_embedding_dimension=24)
+    edit_json(
+        folder / "sentence_bert_config.json",
+        modality_config={"text": FORWARD, "image": FORWARD},
+        module_output_name="token_embeddings",
+    )
+    return folder
+
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+def tiny_llama_bidirec(
+    folder: Path,
+    tokenizer_from: Path,
+    *,
+    reranker: bool = False,
+    prompts: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> Path:
+    """A two-layer llama-nemotron-embed-1b-v2 of 32 dimensions, or llama-nemotron-rerank-1b-v2: the hub's config keys
+    and weight names, no remote code.
+
+    Args:
+        tokenizer_from: a folder with a byte-level BPE; <|begin_of_text|> is added to it.
+    """
+    torch.manual_seed(seed)
+    _write_llama3_tokenizer(folder, tokenizer_from)
+    tokens = plain_tokenizer(folder).get_vocab_size()
+    config = LlamaConfig(
+        vocab_size=tokens,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        rope_parameters={**LLAMA3_ROPE, "rope_theta": 500_000.0},
+        num_labels=1,
+    )
+    model: Any = LlamaForSequenceClassification(config) if reranker else LlamaModel(config)
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    kind = "LlamaBidirectional" + ("ForSequenceClassification" if reranker else "Model")
+    code = "llama_bidirectional_model."
+    auto = {"AutoConfig": f"{code}LlamaBidirectionalConfig", f"AutoModel{kind[18:].removesuffix('Model')}": code + kind}
+    edit_json(
+        folder / "config.json",
+        model_type="llama_bidirec",
+        architectures=[kind],
+        auto_map=auto,
+        pooling="avg",
+        temperature=0.5 if reranker else 0.02,
+        rope_parameters=None,
+        rope_scaling=LLAMA3_ROPE,
+        rope_theta=500_000.0,
+    )
+    if reranker:
+        return folder
+    return _as_sentence_transformer(folder, ["Transformer", "Pooling", "Normalize"], "mean_tokens", prompts, 200)
+
+
+def _write_llama3_tokenizer(folder: Path, tokenizer_from: Path) -> None:
+    begin = "<|begin_of_text|>"
+    tokenizer = plain_tokenizer(tokenizer_from)
+    tokenizer.add_special_tokens([begin])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A",
+        pair=f"{begin} $A {begin} $B",
+        special_tokens=[(begin, tokenizer.token_to_id(begin))],
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    named = {"bos_token": begin, "eos_token": begin, "pad_token": begin, "padding_side": "left"}
+    kind = {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    write(folder / "tokenizer_config.json", {**named, **kind, "model_max_length": 256})
+
+
+def write_gemma_tokenizer(folder: Path, *, ends: bool) -> None:
+    """Gemma's own class, with bytes for what the corpus has no characters for.
+
+    Args:
+        ends: whether texts end with <eos>, as EmbeddingGemma's do.
+    """
+    merges: Any = list(GEMMA_MERGES)
+    tokenizer = GemmaTokenizer(
+        vocab=gemma_vocabulary(), merges=merges, add_bos_token=True, add_eos_token=ends, model_max_length=2048
+    )
+    tokenizer.save_pretrained(folder)
+
+
+@lru_cache(maxsize=1)
+def gemma_vocabulary() -> dict[str, int]:
+    """Gemma's special tokens first, then bytes, characters and what its merges make."""
+    characters = sorted({character for line in CORPUS for character in line} - {" "} | {"▁"})
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
+    pieces += [first + second for first, second in GEMMA_MERGES]
+    return {piece: index for index, piece in enumerate(pieces)}
 
 
 def tiny_modernbert(

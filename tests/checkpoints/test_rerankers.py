@@ -449,7 +449,7 @@ REFUSED = [
             edit("tokenizer_config.json", truncation_side="left"),
             "`truncation_side` in tokenizer_config.json would cut the beginning",
         ),
-        ("pooled", qwen3, pooled, "a trained layer after the pooling"),
+        ("pooled", qwen3, pooled, "name it in EMBED_MODEL instead"),
         ("no-tokens", qwen3, logit_score(), "has no config.json that names its tokens"),
         ("no-true-token", qwen3, logit_score(false_token_id=267), "the first must be a token's id"),
         ("a-word-for-a-token", qwen3, logit_score(true_token_id="yes"), NO_TOKEN),
@@ -509,7 +509,7 @@ REFUSED = [
             "bert-messages",
             bert,
             several(as_cross_encoder(), messages, template(ZERANK)),
-            "supported for decoders only: qwen3",
+            "supported for decoders only: llama_bidirec, qwen3",
         ),
     ]
 ]

@@ -48,6 +48,15 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     return normalized
 
 
+def bfloat16_cosines(folder: Path) -> NDArray[np.float32]:
+    """Cosines of rows of random tokens between an embedder in bfloat16 and in float32, 1 to 100 tokens long."""
+    exact, rounded = (load_model(folder, dtype=dtype)[1] for dtype in (torch.float32, torch.bfloat16))
+    random = np.random.default_rng(0)
+    rows = [Row(random.integers(0, exact.vocab_size, length).astype(np.int32)) for length in range(1, 101, 9)]
+    cosines: NDArray[np.float32] = np.sum(unit(run(exact, rows)) * unit(run(rounded, rows)), axis=1)
+    return cosines
+
+
 def ids(*values: int) -> TokenIds:
     """Token ids as a row holds them."""
     return np.array(values, dtype=np.int32)

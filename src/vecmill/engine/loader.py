@@ -134,7 +134,7 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     for checkpoint in named:
         card = cards.get(checkpoint)
         if card is None:
-            chosen = choose_dtype(models.dtype, device, _width(checkpoint))
+            chosen = _dtype(checkpoint, models, device)
             card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
         known[card.key] = Known(checkpoint.source, card)
     return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, common, flash)
@@ -184,7 +184,11 @@ def expected_card(
     except (OSError, ValueError) as error:
         raise StartupError(f"{checkpoint.named}: its weights cannot be read ({first_line(error)}).") from None
     on_device = OnDevice(
-        width=checkpoint.width_after_heads(config.hidden_size) if checkpoint.task is Task.EMBED else 1,
+        width=(
+            checkpoint.width_after_heads(getattr(config, checkpoint.family.width_key))
+            if checkpoint.task is Task.EMBED
+            else 1
+        ),
         vocab_size=config.vocab_size,
         dtype=dtype_name(chosen.dtype),
         dtype_reason=chosen.reason,
@@ -212,8 +216,9 @@ def check_room(
     Raises:
         StartupError: they do not.
     """
+    needed = weights_in_memory(checkpoints, models, device)  # of which each refuses a type that it cannot have
     room = limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-    if room is not None and (shortage := room.shortage(weights_in_memory(checkpoints, models, device))) is not None:
+    if room is not None and (shortage := room.shortage(needed)) is not None:
         names = ", ".join(checkpoint.id for checkpoint in checkpoints)
         raise StartupError(f"The weights of {names} do not fit: {shortage}")
 
@@ -222,7 +227,7 @@ def weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, 
     """Bytes of all weights in the types that they get; a folder that is named twice counts once."""
     sizes: dict[Path, int] = {}
     for checkpoint in checkpoints:
-        dtype = choose_dtype(models.dtype, device, _width(checkpoint)).dtype
+        dtype = _dtype(checkpoint, models, device).dtype
         with suppress(OSError, ValueError):  # the error is better when they are read
             sizes[checkpoint.folder.resolve()] = _bytes_in_memory(checkpoint, dtype)
     return sum(sizes.values())
@@ -298,7 +303,7 @@ def load_all(
     for checkpoint, tokenizer in checkpoints:
         name = checkpoint.id
         progress(0)
-        chosen = choose_dtype(settings.dtype, device, _width(checkpoint))
+        chosen = _dtype(checkpoint, settings, device)
         model = load_model(checkpoint, Target(chosen.dtype, device, progress, common.shared, common.parts))
         on_device = OnDevice(
             width=model.width,
@@ -309,19 +314,38 @@ def load_all(
             weight_bytes=uncounted_bytes(model, counted),
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
-        attention = attention_of(checkpoint, device, chosen.dtype, flash=flash)
+        attention = attention_of(checkpoint, device, chosen.dtype, flash=flash, largest_head=model.largest_head)
         threads = CpuThreads(common.threads)
         loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads))
     return loaded
 
 
-def attention_of(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, flash: bool) -> Attention:
-    """What computes attention; `flash`: whether its kernels are wanted, and the device has them."""
-    return Attention.on(device, dtype, flash=flash and checkpoint.network.position_bias is None)
+def attention_of(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, flash: bool, largest_head: int = 0
+) -> Attention:
+    """What computes attention.
+
+    Args:
+        flash: whether its kernels are wanted, and the device has them.
+        largest_head: values of a head at most.
+    """
+    flash = flash and checkpoint.network.position_bias is None
+    return Attention.on(device, dtype, flash=flash, largest_head=largest_head)
 
 
 def _width(checkpoint: Checkpoint) -> int:
     return checkpoint.family.width(checkpoint.config) or USUAL_WIDTH
+
+
+def _dtype(checkpoint: Checkpoint, models: ModelSettings, device: torch.device) -> ChosenDtype:
+    """The type that its weights get. Raises StartupError for float16 where the family's hidden states overflow."""
+    chosen = choose_dtype(models.dtype, device, _width(checkpoint))
+    if chosen.dtype is torch.float16 and not checkpoint.family.float16:
+        raise StartupError(
+            f"{checkpoint.named}: the hidden states of {checkpoint.family.model_type} go beyond the range of float16: "
+            f"set DTYPE to auto, bfloat16 or float32."
+        )
+    return chosen
 
 
 def uncounted_bytes(model: Model, counted: set[int]) -> int:

@@ -532,6 +532,14 @@ def _pair_tokenizer(
         return CrossEncoderTokenizer(pool, card.max_model_len, default or "", padding)
     control = pool if settings.allow_control_tokens else make()
     try:
-        return InstructTokenizer(pool, control, card.max_model_len, form.prompt, default, padding)
+        return InstructTokenizer(
+            pool,
+            control,
+            card.max_model_len,
+            form.prompt,
+            default,
+            padding,
+            shares_prefix=not checkpoint.network.both_ways,
+        )
     except UnfitTemplateError as error:
         raise StartupError(f"{checkpoint.named}: its chat template {error}.") from None

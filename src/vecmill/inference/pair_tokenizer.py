@@ -160,7 +160,8 @@ def longest_first(first: int, second: int, room: int) -> tuple[int, int]:
 
 
 class InstructTokenizer:
-    """A decoder's prompt around a pair. All before the documents is their rows' prefix, tokenized and computed once."""
+    """A decoder's prompt around a pair. All before the documents is tokenized once, and in a causal model computed once
+    too, as their rows' prefix."""
 
     def __init__(
         self,
@@ -170,8 +171,13 @@ class InstructTokenizer:
         prompt: PairPrompt,
         default_instruction: str | None = None,
         padding: int | None = None,
+        *,
+        shares_prefix: bool = True,
     ) -> None:
         """`pool` tokenizes what users send, `control` the words around it. `padding` as in `CrossEncoderTokenizer`.
+
+        Args:
+            shares_prefix: whether no token looks at those after it.
 
         Raises:
             StartupError: the prompt leaves no room.
@@ -181,6 +187,7 @@ class InstructTokenizer:
         self._control = control
         self._max_model_len = max_model_len
         self._padding = padding
+        self._shares_prefix = shares_prefix
         self._takes_instruction = prompt.takes_instruction
         self._default_instruction = default_instruction
         self._plain, self._instructed = (lay_out(pieces, pool, control) for pieces in (prompt.plain, prompt.instructed))
@@ -265,6 +272,8 @@ class InstructTokenizer:
 
     def _behind(self, prefix: Prefix | None, ids: TokenIds) -> Row:
         """The row of the shared tokens and `ids`; without a shared prefix if `ids` has nothing but padding tokens."""
+        if prefix is not None and not self._shares_prefix:
+            return Row(np.concatenate((prefix.token_ids, ids)))
         own = without_padding(ids, self._padding)
         if prefix is None or (len(own) and own[-1] != self._padding):
             return Row(own, prefix=prefix)

@@ -54,6 +54,7 @@ PROBES = (
     ("é 你好", "ÉCOLE 你好?", "naïve <b>\"&'</b> {{ x }} {% y %} \\n"),
     ("a" * 5_000, "query " * 2_000, "document\n" * 2_000),
 )
+UNJOINED = "\u200c"  # with which templates of NVIDIA's mark special tokens that a text has
 MARK = re.compile("\ue000(instruction|query|document)\ue001")
 
 
@@ -120,6 +121,29 @@ def read_template(
     return ReadTemplate(plain, instructed, result["names_its_roles"], frozenset(result["special_tokens"]))
 
 
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """What a chat template makes of a text, a message of the role `user`, after one of `system` with its prompt."""
+
+    separator: str = ""
+    """Between prompt and text. There is nothing else around them."""
+    splits_special_tokens: bool = False
+    """Whether the template keeps special tokens that a text has from being read as such."""
+
+
+def read_messages(source: str, *, structured: bool) -> Messages:
+    """Render an embedder's template in a process of its own.
+
+    Raises:
+        UnfitTemplateError: it does more to a text than to put a prompt and a separator before it.
+    """
+    given = {"source": source, "special_tokens": {}, "options": {}, "structured": structured, "texts": True}
+    result = _rendered_apart(json.dumps(given))
+    if "unfit" in result:
+        raise UnfitTemplateError(result["unfit"])
+    return Messages(result["separator"], result["splits_special_tokens"])
+
+
 @lru_cache(maxsize=16)  # a start reads a model's template several times
 def _rendered_apart(given: str) -> Mapping[str, Any]:
     """What `main` writes for this input. Raises UnfitTemplateError where it does not come to its end."""
@@ -149,11 +173,7 @@ def main() -> None:
         template = ChatTemplate(
             given["source"], given["special_tokens"], given["options"], structured=given["structured"]
         )
-        result: dict[str, Any] = {
-            name: [(isinstance(piece, Slot), str(piece)) for piece in template.pieces(instructed=instructed)]
-            for name, instructed in (("plain", False), ("instructed", True))
-        }
-        result |= {"names_its_roles": template.names_its_roles(), "special_tokens": sorted(template.variables)}
+        result = _of_a_text(template) if given.get("texts") else _of_a_pair(template)
     except UnfitTemplateError as error:
         result = {"unfit": str(error)}
     except MemoryError:
@@ -161,6 +181,18 @@ def main() -> None:
     except Exception as error:  # nested too deep, for example
         result = {"unfit": f"cannot be read ({type(error).__name__})"}
     sys.stdout.write(json.dumps(result))
+
+
+def _of_a_pair(template: ChatTemplate) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        name: [(isinstance(piece, Slot), str(piece)) for piece in template.pieces(instructed=instructed)]
+        for name, instructed in (("plain", False), ("instructed", True))
+    }
+    return result | {"names_its_roles": template.names_its_roles(), "special_tokens": sorted(template.variables)}
+
+
+def _of_a_text(template: ChatTemplate) -> dict[str, Any]:
+    return {"separator": template.separator(), "splits_special_tokens": template.splits_special_tokens()}
 
 
 class ChatTemplate:
@@ -208,6 +240,33 @@ class ChatTemplate:
             if self._render(*probe, instructed=instructed) != filled(pieces, *probe):
                 raise UnfitTemplateError("changes the texts that it is given, which is not supported")
         return pieces
+
+    def separator(self) -> str:
+        """What stands between a prompt and a text.
+
+        Raises:
+            UnfitTemplateError: it does more than to put them one after the other.
+        """
+        prompt, text = "\ue000prompt\ue001", "\ue000text\ue001"
+        whole = self._render_text(prompt, text)
+        separator = whole.removeprefix(prompt).removesuffix(text)
+        for prompt, text, _ in (("\ue000prompt\ue001", "\ue000text\ue001", ""), *PROBES):
+            alone, prompted = self._render_text("", text), self._render_text(prompt, text)
+            if (alone, prompted) != (text, f"{prompt}{separator}{text}"):
+                raise UnfitTemplateError("does more than to put a prompt before a text, which is not supported")
+        return separator
+
+    def splits_special_tokens(self) -> bool:
+        """Whether it marks special tokens that stand in a text as no such tokens."""
+        text = "[INST] and [IMG]"
+        rendered = self._render_text("", text)
+        if rendered.replace(UNJOINED, "") != text:
+            raise UnfitTemplateError("changes the texts that it is given, which is not supported")
+        return rendered != text
+
+    def _render_text(self, prompt: str, text: str) -> str:
+        message = self._message("user", text)
+        return self._run([self._message("system", prompt), message] if prompt else [message])
 
     def names_its_roles(self) -> bool:
         """Whether it is made for pairs: it has a place for `query` and `document`, not for any role at all."""

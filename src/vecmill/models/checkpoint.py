@@ -13,6 +13,7 @@ from typing import Any
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models import weight_files
+from vecmill.models.chat_template import Messages, UnfitTemplateError, read_messages
 from vecmill.models.config_keys import rope_type
 from vecmill.models.families import family_of, published_model
 from vecmill.models.families.static_embedding import STATIC_EMBEDDING
@@ -30,7 +31,14 @@ from vecmill.models.modules import (
     read_modules,
     width_after,
 )
-from vecmill.models.tokenizer_files import TokenizerSettings, as_it_stands, tokenizer_settings
+from vecmill.models.tokenizer_files import (
+    DEFAULT_TEMPLATE,
+    PROCESSOR_FILES,
+    TokenizerSettings,
+    as_it_stands,
+    chat_templates,
+    tokenizer_settings,
+)
 
 LIBRARY_CONFIG = "config_sentence_transformers.json"
 ALWAYS_NAMED = ("query", "document")  # prompts that every SentenceTransformer has, empty where the files have none
@@ -84,6 +92,8 @@ class Checkpoint:
     """How its vectors are compared: the name of sentence-transformers' function."""
     commit: str | None = None
     """The hub's, for a folder of its cache. Only shown: whether the files are still that commit's is not known."""
+    messages: Messages = field(default_factory=Messages)
+    """How an embedder's texts become messages of a chat template; by itself: they do not."""
     fingerprint: Fingerprint = field(default_factory=Fingerprint)
     """Of what has been read; whole when the model is loaded."""
 
@@ -128,8 +138,9 @@ class Checkpoint:
 
     @property
     def prompts(self) -> Mapping[str, str]:
-        """Those of the files, by name."""
-        return {name: text or "" for name, text in (self.library_config.get("prompts") or {}).items()}
+        """Those of the files, by name; each with what a chat template puts between it and a text."""
+        prompts = {name: text or "" for name, text in (self.library_config.get("prompts") or {}).items()}
+        return {name: text + self.messages.separator if text else "" for name, text in prompts.items()}
 
     @property
     def default_prompt_name(self) -> str | None:
@@ -218,7 +229,7 @@ def read(source: Source) -> Checkpoint:
     tokenizer = (
         as_it_stands(named, folder / within / "tokenizer.json")
         if STATIC in modules.folders
-        else tokenizer_settings(named, folder, task)
+        else tokenizer_settings(named, folder, task, text_half=family.text_half)
     )
     max_model_len = positions if tokenizer.max_length is None else int(min(tokenizer.max_length, positions))
     _check_longrope(folder, named, config, max_model_len)
@@ -248,6 +259,7 @@ def read(source: Source) -> Checkpoint:
         library_config=library,
         include_prompt=bool(_module_config(folder, named, modules, "Pooling").get("include_prompt", True)),
         logit_score=logit_score,
+        messages=_messages(named, folder, tokenizer),
         commit=commit_of(folder),
         fingerprint=fingerprint,
     )
@@ -295,6 +307,23 @@ def _check_longrope(folder: Path, named: str, config: Mapping[str, Any], max_mod
             f"{named}: config.json has longrope, whose short and long factors take turns at {short} tokens, so that a "
             f"vector would depend on its batch: set `max_seq_length` in {folder}/sentence_bert_config.json to {short}."
         )
+
+
+def _messages(named: str, folder: Path, tokenizer: TokenizerSettings) -> Messages:
+    """What the chat template does to a text and its prompt, where sentence-transformers gives them to it."""
+    if not tokenizer.messages:
+        return Messages()
+    if not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        raise StartupError(
+            f"{named}: sentence-transformers gives its texts to a chat template (`message` in `modality_config`), and "
+            f"{folder} has no {PROCESSOR_FILES[0]}: without one no special tokens are put around them, which is not "
+            f"supported. Fetch the model again."
+        )
+    source = chat_templates(named, folder, tokenizer.arguments).get(DEFAULT_TEMPLATE, "")
+    try:
+        return read_messages(source, structured=tokenizer.messages == "structured")
+    except UnfitTemplateError as error:
+        raise StartupError(f"{named}: its chat template, which texts are given to, {error}.") from None
 
 
 def _module_config(folder: Path, named: str, modules: Modules, kind: str) -> dict[str, Any]:

@@ -77,7 +77,12 @@ class Network:
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None
-    """Fixed by the architecture, whatever a checkpoint's files say; None: the files say how to pool."""
+    """Fixed by the architecture, whatever a checkpoint's files say; None: the files say how to pool. Of a reranker with
+    a classification head, which hidden states it is given; None: the last token's."""
+    both_ways: bool = False
+    """Of a reranker on a decoder: whether tokens look at those after them too, so that rows can share no prefix."""
+    score_divisor: str | None = None
+    """Key of config.json with a number that scores of a classification head are divided by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +158,15 @@ class Family:
     is_decoder: bool = False
     """Whether it is a causal language model: as a reranker it reads a pair as one text and answers with a token, or has
     a classification head on the last token."""
+    text_half: bool = False
+    """Whether its checkpoints read pictures or sound too: their text is served, by `text_config` in config.json."""
+    width_key: str = "hidden_size"
+    """Attribute of transformers' config class with the width of the last hidden states."""
+    float16: bool = True
+    """Whether hidden states stay within float16's range; where they do not, DTYPE=float16 is refused."""
     pair_prompt: PairPrompt | None = None
-    """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`."""
+    """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`; where there is no such key, around
+    every pair for which the files have no chat template."""
     pair_prompt_flag: str | None = None
     """A key of config.json that says, if true, that the checkpoint is a reranker with `pair_prompt`."""
 
@@ -178,6 +190,7 @@ class Family:
 
     def width(self, config: ConfigJson) -> int | None:
         """Values of a hidden state; None where config.json leaves it to the class's default."""
-        native = {self.native_keys.get(key, key): value for key, value in config.items()}
-        width: int | None = native.get("hidden_size")
+        of_text = config.get("text_config") or {} if self.text_half else config
+        native = {self.native_keys.get(key, key): value for key, value in of_text.items()}
+        width: int | None = native.get(self.width_key)
         return width

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 from vecmill.models.packed_attention import packed_attention
 
@@ -39,6 +40,10 @@ class MergedAttention(nn.Module):
         # Qwen3 norms each head of its queries and keys.
         self.q_norm: nn.Module = getattr(attention, "q_norm", nn.Identity())
         self.k_norm: nn.Module = getattr(attention, "k_norm", nn.Identity())
+        rope = getattr(attention.config, "rope_parameters", None) or {}
+        self.query_scale: tuple[float, int] | None = None
+        if "llama_4_scaling_beta" in rope:  # Ministral 3's queries grow with their distance from the beginning
+            self.query_scale = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
 
     def forward(
         self,
@@ -53,6 +58,8 @@ class MergedAttention(nn.Module):
         )
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if self.query_scale is not None:
+            query = query * get_llama_4_attn_scale(kwargs["position_ids"], *self.query_scale).to(query.dtype)
         attended, _ = packed_attention(
             self,
             query,

@@ -25,7 +25,8 @@ from vecmill.models.rerank_prompt import Answers, rerank_form
 from vecmill.models.token_table import TableConfig, TokenTable
 from vecmill.models.weights import Target, WeightFiles, load_weights, make_config
 
-HEAD, SCORE = "lm_head.weight", "score.weight"
+HEAD = "lm_head.weight"
+SCORES = ("score.weight", "language_model.score.weight")
 EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -86,6 +87,12 @@ class Model(ABC):
     """All that holds weights."""
     vocab_size: int
 
+    @property
+    def largest_head(self) -> int:
+        """Values of a head of attention at most; 0 where the layers do not say."""
+        modules = (module for layer in self.layers for module in layer.modules())
+        return max((int(getattr(module, "head_dim", None) or 0) for module in modules), default=0)
+
     @abstractmethod
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order."""
@@ -123,7 +130,7 @@ class EmbeddingModel(TransformerModel):
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config, network = make_config(checkpoint), checkpoint.network
-        self.width = checkpoint.width_after_heads(config.hidden_size)
+        self.width = checkpoint.width_after_heads(getattr(config, checkpoint.family.width_key))
         backbone = Backbone(checkpoint, config, load_weights(checkpoint, config, target))
         self._pooling = network.pooling or checkpoint.require_pooling()
         self._latent_attention: LatentAttention | None = None
@@ -177,7 +184,7 @@ def _head(model: Any, parts: Sequence[str]) -> nn.Module:
 
 
 class DecoderReranker(TransformerModel):
-    """A causal language model; of its head the one row, or the difference of two, that makes the score."""
+    """A language model; of its head the one row, or the difference of two, that makes the score of what is pooled."""
 
     width = 1
 
@@ -188,12 +195,13 @@ class DecoderReranker(TransformerModel):
         weights = WeightFiles(checkpoint)
         row = _score(checkpoint, weights, config) if answers is None else _logit(checkpoint, weights, config, answers)
         self._row = row.to(target.device)
+        self._pooling: Pooling = checkpoint.network.pooling or "lasttoken"
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, 1) float32 logits, in packed order."""
-        last = self._backbone.hidden_states(packed)[packed.last].float()
+        pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
         # Row by row, so that a score does not depend on how many others there are.
-        return torch.sum(last * self._row, dim=1, keepdim=True)
+        return torch.sum(pooled * self._row, dim=1, keepdim=True)
 
 
 def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: Answers) -> Tensor:
@@ -211,14 +219,15 @@ def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: A
 
 def _score(checkpoint: Checkpoint, weights: WeightFiles, config: Any) -> Tensor:
     """(hidden,) of a classification head."""
-    labels = config.num_labels
-    stored = weights.shape(SCORE)[0] if SCORE in weights.files else labels
+    labels, name = config.num_labels, next((name for name in SCORES if name in weights.files), SCORES[0])
+    stored = weights.shape(name)[0] if name in weights.files else labels
     if (labels, stored) != (1, 1):
         raise StartupError(
             f"{checkpoint.named}: its head has {stored} labels, and config.json has {labels} (`id2label`, else 2); a "
             f'reranker has one (a relevance score). Where the head has one, set `id2label` to {{"0": "LABEL_0"}}.'
         )
-    return weights.part(SCORE)[0]
+    divisor = checkpoint.network.score_divisor
+    return weights.part(name)[0] / float(checkpoint.config.get(divisor) or 1.0 if divisor else 1.0)
 
 
 def positions(packed: PackedBatch, padding: int) -> Tensor:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from vecmill.core.types import Prefix, Row, TokenIds
 
+LARGEST_FLASH_HEAD = 256  # of flash attention's kernels
+
 
 class Attention(StrEnum):
     """What computes attention. Chosen when a model is loaded; `packed_attention` runs it."""
@@ -27,9 +29,15 @@ class Attention(StrEnum):
     """One call for each length that rows have, of any type on any device."""
 
     @classmethod
-    def on(cls, device: torch.device, dtype: torch.dtype, *, flash: bool = True) -> Attention:
-        """For weights of a type on a device; `flash`: whether the kernel is wanted, and the device has it."""
-        return cls.FLASH if flash and device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else cls.SDPA
+    def on(cls, device: torch.device, dtype: torch.dtype, *, flash: bool = True, largest_head: int = 0) -> Attention:
+        """For weights of a type on a device.
+
+        Args:
+            flash: whether the kernel is wanted, and the device has it.
+            largest_head: values of a head at most.
+        """
+        fits = dtype in (torch.float16, torch.bfloat16) and largest_head <= LARGEST_FLASH_HEAD
+        return cls.FLASH if flash and device.type == "cuda" and fits else cls.SDPA
 
 
 @dataclass(slots=True)

@@ -88,16 +88,18 @@ def check_form(checkpoint: Checkpoint) -> None:
 
 
 def padding_token(checkpoint: Checkpoint) -> int | None:
-    """The padding token of a decoder with a classification head, which skips it at the end of a row; else None."""
-    if not checkpoint.family.is_decoder or rerank_form(checkpoint).answers is not None:
+    """The padding token of a decoder with a head on the last token, which skips it at the end of a row; else None."""
+    if not checkpoint.family.is_decoder or checkpoint.network.pooling or rerank_form(checkpoint).answers is not None:
         return None
     token = checkpoint.config.get("pad_token_id")
     return token if isinstance(token, int) and _is_id(token) else None
 
 
 def _published_prompt(checkpoint: Checkpoint) -> PairPrompt | None:
-    """How a reranker of this name reads pairs; None: its files have to say."""
-    return checkpoint.published.pair_prompt if checkpoint.published is not None else None
+    """How a reranker of this name, or of this family, reads pairs; None: its files have to say."""
+    if checkpoint.published is not None and checkpoint.published.pair_prompt is not None:
+        return checkpoint.published.pair_prompt
+    return checkpoint.family.pair_prompt if checkpoint.family.pair_prompt_flag is None else None
 
 
 def _causal(checkpoint: Checkpoint) -> RerankForm:

@@ -159,6 +159,8 @@ class TokenizerSettings:
     """Texts are put in lower case before the tokenizer's own normalisation."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """What the module's file adds to tokenizer_config.json."""
+    messages: str = ""
+    """Of an embedder whose texts are messages of a chat template: `flat` or `structured`; empty: they are not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,25 +252,27 @@ def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool 
     return Template(ids[: first[0]], between, ids[end + 1 :], token_types and kinds[1] == {1})
 
 
-def tokenizer_settings(named: str, folder: Path, task: Task) -> TokenizerSettings:
+def tokenizer_settings(named: str, folder: Path, task: Task, *, text_half: bool = False) -> TokenizerSettings:
     """Check every key of the tokenizer's files, and read those that are not the tokenizer's own.
 
     Args:
         named: the setting that names the model, for errors.
+        text_half: whether the model reads pictures or sound too, and its files say how.
 
     Raises:
         StartupError: a file or a key is not supported.
     """
-    _check_files(named, folder)
+    _check_files(named, folder, text_half=text_half)
     config = _checked(named, folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
-    module = _module(named, folder, task)
+    module = _module(named, folder, task, text_half=text_half)
     _check_chat_template(named, folder, task)
     arguments = module.get("tokenizer_args", module.get("processor_kwargs")) or {}
     return TokenizerSettings(
         max_length=_max_length(config, module, arguments),
         lower_case=bool(module.get("do_lower_case", False)),
         arguments={key: value for key, value in arguments.items() if key != "trust_remote_code"},
+        messages=_message_format(module) if task is Task.EMBED else "",
     )
 
 
@@ -302,8 +306,16 @@ def _max_length(config: Mapping[str, Any], module: Mapping[str, Any], arguments:
     return None if length is None else float(length)
 
 
-def _check_files(named: str, folder: Path) -> None:
-    if processor := next((name for name in PROCESSOR_FILES if (folder / name).is_file()), None):
+def _message_format(module: Mapping[str, Any]) -> str:
+    message = (module.get("modality_config") or {}).get("message")
+    if message is None:
+        return ""
+    return "flat" if message.get("format") == "flat" else "structured"
+
+
+def _check_files(named: str, folder: Path, *, text_half: bool) -> None:
+    processor = next((name for name in PROCESSOR_FILES if (folder / name).is_file()), None)
+    if processor and not text_half:
         raise StartupError(
             f"{named}: {folder} has a {processor}, so its reference is a processor of images or sound; models of text "
             f"alone are served. If the model reads text alone, remove the file."
@@ -324,7 +336,7 @@ def _checked(named: str, file: Path, known: Mapping[str, Rule]) -> dict[str, Any
     return content
 
 
-def _module(named: str, folder: Path, task: Task) -> dict[str, Any]:
+def _module(named: str, folder: Path, task: Task, *, text_half: bool) -> dict[str, Any]:
     """What the transformer module's file says; sentence-transformers reads it only where modules.json lists modules."""
     if not (folder / "modules.json").is_file():
         return {}
@@ -332,7 +344,8 @@ def _module(named: str, folder: Path, task: Task) -> dict[str, Any]:
         ((folder / name, content) for name in MODULE_FILES if (content := read_json(named, folder / name))),
         (folder / MODULE_FILES[0], {}),
     )
-    check_keys(named, file, module, _module_keys(task, str(module.get("transformer_task", "feature-extraction"))))
+    transformer_task = str(module.get("transformer_task", "feature-extraction"))
+    check_keys(named, file, module, _module_keys(task, transformer_task, text_half=text_half))
     for key, known in ARGUMENTS.items():
         arguments = module.get(key) or {}
         if not isinstance(arguments, dict):
@@ -341,12 +354,16 @@ def _module(named: str, folder: Path, task: Task) -> dict[str, Any]:
     return module
 
 
-def _module_keys(task: Task, transformer_task: str) -> Mapping[str, Rule]:
+def _module_keys(task: Task, transformer_task: str, *, text_half: bool) -> Mapping[str, Rule]:
     outputs = OUTPUTS[task]
     output, module_output = outputs.get(transformer_task, next(iter(outputs.values())))
     text = {"method": "forward", "method_output_name": output}
 
     def reads_text(value: Any) -> bool:
+        if task is Task.EMBED and text_half and isinstance(value, dict):
+            message = value.get("message") or {}
+            of_text = message | {"format": None} == {**text, "format": None} or not message
+            return value.get("text") == text and of_text and message.get("format") in (None, "flat", "structured")
         if task is Task.EMBED:
             return bool(value == {"text": text})
         # A pair may be messages, which a chat template puts together: `rerank_prompt` reads how.

@@ -12,7 +12,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    CONFIG_MAPPING,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import Side, Task
@@ -56,7 +62,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
         template(file, backend, pair=False, token_types=types),
         around_pair,
         Side(tokenizer.truncation_side),
-        bool(tokenizer.split_special_tokens),
+        bool(tokenizer.split_special_tokens) or checkpoint.messages.splits_special_tokens,
     )
     _check_sides(checkpoint, tokenizer)
     if _has_prompt(checkpoint):
@@ -82,7 +88,11 @@ def _from_files(checkpoint: Checkpoint) -> Any:
         raise StartupError(f"{checkpoint.named}: {folder} has no tokenizer.json. {_cure(folder)}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **checkpoint.tokenizer.arguments
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            **_config_argument(checkpoint),
+            **checkpoint.tokenizer.arguments,
         )
     except Exception as error:  # whatever a file makes of transformers
         if has_file:
@@ -102,6 +112,11 @@ def _from_files(checkpoint: Checkpoint) -> Any:
             f"{type(tokenizer).__name__} is made of. {_cure(folder)}"
         )
     return tokenizer
+
+
+def _config_argument(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where transformers has no class of its `model_type`: instead of what it would make of config.json."""
+    return {} if checkpoint.family.model_type in CONFIG_MAPPING else {"config": PreTrainedConfig()}
 
 
 def _cure(folder: Path) -> str:
@@ -187,7 +202,15 @@ def _check_template(checkpoint: Checkpoint, around: Template) -> None:
 
 
 def _check_prompt(checkpoint: Checkpoint, read: ReadTokenizer) -> None:
-    """A reranker's prompt must stay whole."""
+    """A reranker's prompt must stay whole, and that of its family must begin as its tokenizer begins a text."""
+    prompt, before = rerank_form(checkpoint).prompt, read.around.before
+    if prompt is not None and prompt is checkpoint.family.pair_prompt:
+        first = Tokenizer.from_str(read.definition).encode(str(prompt.plain[0]), add_special_tokens=False)
+        if first.ids[: len(before)] != before:
+            raise StartupError(
+                f"{checkpoint.named}: its tokenizer does not begin texts as the prompt of "
+                f"{checkpoint.family.model_type} does ({str(prompt.plain[0])!r}): save a chat template with it."
+            )
     if read.truncation_side is Side.LEFT:
         raise StartupError(
             f"{checkpoint.named}: `truncation_side` in tokenizer_config.json would cut the beginning of its prompt; "

@@ -301,7 +301,7 @@ def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
 def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
     weights = WeightFiles(checkpoint)
     places = {name: checkpoint.network.rename(name) for name in weights.files}
-    wanted = {name: parameter.shape for name, parameter in model.named_parameters()}
+    wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}  # buffers that are stored, too
     stored = {place for several in places.values() for place in several}
     _refuse_twice(checkpoint, places)
     if missing := sorted(wanted.keys() - stored):
@@ -342,7 +342,10 @@ def _set(model: nn.Module, place: str | Rows, part: Tensor, target: Target) -> N
     module = model.get_submodule(module_name)
     parameter: Tensor = getattr(module, leaf)
     if rows is None:
-        setattr(module, leaf, nn.Parameter(part.to(target.device, target.dtype), requires_grad=False))
+        placed = part.to(target.device, target.dtype)
+        setattr(
+            module, leaf, placed if leaf in dict(module.named_buffers(recurse=False)) else nn.Parameter(placed, False)
+        )
         return
     if parameter.device != target.device or parameter.dtype != target.dtype:  # the first of its parts
         parameter = nn.Parameter(

@@ -13,6 +13,10 @@ from vecmill.models.families.bert import BERT
 from vecmill.models.families.deberta import DEBERTA_V2
 from vecmill.models.families.distilbert import DISTILBERT
 from vecmill.models.families.electra import ELECTRA
+from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
+from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
+from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
 from vecmill.models.families.modernbert import MODERNBERT
 from vecmill.models.families.mpnet import MPNET
 from vecmill.models.families.nomic_bert import NOMIC_BERT
@@ -35,6 +39,11 @@ FAMILIES: Mapping[str, Family] = {
         ALBERT,
         MPNET,
         DEBERTA_V2,
+        EMBEDDING_GEMMA2,
+        GEMMA3,
+        LLAMA_BIDIREC,
+        MINISTRAL3,
+        MISTRAL3,
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,

@@ -12,7 +12,16 @@ from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.chat_template import PairPrompt, Slot
-from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, ConfigFile, check_rope
+from vecmill.models.config_keys import (
+    COMMON,
+    HEAD,
+    NO_HEAD,
+    ROTARY,
+    SLIDING,
+    ConfigFile,
+    check_layer_types,
+    check_rope,
+)
 from vecmill.models.family import (
     DEFAULT_INSTRUCTION,
     ConfigJson,
@@ -39,18 +48,12 @@ KEYS: Mapping[str, Rule] = {
 }
 FLAG = "is_original_qwen3_reranker"
 OF_RERANKERS = ("classifier_from_token", FLAG)  # vLLM's, of language models that score
-SLIDING = "sliding_attention"
-LAYER_TYPES = ("full_attention", SLIDING)
 
 
 def _check_sliding_window(config: ConfigFile) -> None:
     """Layers are of the two kinds that packed attention has, and one with a sliding window has a width."""
-    layers = config.content.get("layer_types")
-    if layers is None:
-        return
-    if not isinstance(layers, list) or not set(map(str, layers)) <= set(LAYER_TYPES):
-        raise config.unsupported("layer_types", f"lists of {' and '.join(LAYER_TYPES)}")
-    if SLIDING not in layers:
+    check_layer_types(config)
+    if SLIDING not in (config.content.get("layer_types") or ()):
         return
     if not config.content.get("use_sliding_window", False):
         raise config.unsupported("use_sliding_window", "true, where `layer_types` has a sliding window")

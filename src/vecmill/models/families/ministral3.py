@@ -1,0 +1,148 @@
+"""Ministral 3 as an embedder: Nemotron-3-Embed 1B and 8B look both ways and take the mean. Nemotron-3.5-Embed 1B and 8B
+read pages as pictures too; their text goes through such a model, the text half of a Mistral 3.
+
+Sources: https://huggingface.co/nvidia/Nemotron-3-Embed-1B-BF16 and -8B-BF16, nvidia/Nemotron-3.5-Embed-1B-BF16;
+https://github.com/NVIDIA-NeMo/Automodel (components/models/ministral_bidirectional);
+https://docs.nvidia.com/nemo/automodel/model-coverage/embedding-models/mistralai/ministral3-bidirectional;
+Ministral3Model of transformers 5, with `is_causal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from vecmill.core.types import Task
+from vecmill.models.config_keys import COMMON, NO_HEAD, ROPE, ROTARY, ConfigFile
+from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
+
+KEYS: Mapping[str, Rule] = {
+    **COMMON,
+    **ROTARY,
+    "is_causal": only(False, True),
+    "layer_types": HARMLESS,  # the class gives every layer the same window, and says so
+    "num_key_value_heads": whole(null=True),
+    "pooling": only("avg", None, cure="The files of sentence-transformers beside the weights say how to pool."),
+    "rms_norm_eps": positive(),
+    "rope_parameters": HONOURED,  # see `_check_rope`
+    "rope_scaling": only(None),
+    "rope_theta": only(None, cure="Put it into `rope_parameters`."),
+    "sliding_window": whole(null=True),
+    "temperature": HARMLESS,  # of training
+}
+MINISTRAL_ROPE: Mapping[str, Rule] = {
+    **ROPE,
+    "rope_type": only("default", "linear", "yarn", "llama3"),
+    "type": only("default", "linear", "yarn", "llama3"),
+    "llama_4_scaling_beta": Rule(
+        lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
+        "a number from 0 to 1",
+    ),
+    "max_position_embeddings": HARMLESS,  # stated once more
+    "original_max_position_embeddings": whole(),
+}
+NEEDED = ("llama_4_scaling_beta", "original_max_position_embeddings")
+
+
+def _check_rope(config: ConfigFile) -> None:
+    """Queries are scaled by their position with two parameters, which transformers' class cannot do without."""
+    rope = config.content.get("rope_parameters")
+    if rope is None:  # the class's own
+        return
+    check_keys(config.named, config.path, rope, MINISTRAL_ROPE, within="rope_parameters")
+    if missing := [key for key in NEEDED if key not in rope]:
+        raise config.unsupported("rope_parameters", f"with {' and '.join(missing)}")
+
+
+def _check_window(config: ConfigFile) -> None:
+    """Looking both ways transformers' implementations of attention have windows of different widths."""
+    if config.content.get("is_causal") is False and config.content.get("sliding_window") is not None:
+        raise config.unsupported("sliding_window", "null, where `is_causal` is false")
+
+
+def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
+    return {**config, "use_cache": False}
+
+
+def _rename(name: str) -> Sequence[str]:
+    """Embedders are stored under the base model's names, language models under a prefix and with a head."""
+    return () if name.startswith("lm_head.") else (name.removeprefix("model."),)
+
+
+NETWORK = Network(
+    config_class="Ministral3Config",
+    model_class="Ministral3Model",
+    rename=_rename,
+    arguments=_arguments,
+    merged=("Ministral3Attention", "Ministral3MLP"),
+)
+PROMPTS = {"query": "query: ", "document": "passage: "}
+
+MINISTRAL3 = Family(
+    model_type="ministral3",
+    architectures=r"Ministral3(Model|ForCausalLM)",
+    tasks={Task.EMBED: TaskSpec({**KEYS, **NO_HEAD}, NETWORK, (_check_rope, _check_window))},
+    positions=Positions.ROTARY,
+    published=(PublishedModel("nvidia", r"Nemotron-3-Embed-[18]B-BF16", PROMPTS),),
+    is_decoder=True,
+)
+
+
+MISTRAL3_KEYS: Mapping[str, Rule] = {
+    **{key: rule for key, rule in COMMON.items() if rule is HARMLESS},
+    **rules(HONOURED, ("_name_or_path", "architectures", "model_type", "text_config")),
+    **{key: COMMON[key] for key in ("auto_map", "is_matryoshka", "matryoshka_dimensions", "quantization_config")},
+    # Of pictures.
+    **rules(HARMLESS, ("image_token_id", "image_token_index", "multimodal_projector_bias", "projector_hidden_act")),
+    **rules(HARMLESS, ("spatial_merge_size", "vision_config", "vision_feature_layer")),
+    "pooling": KEYS["pooling"],
+    "temperature": HARMLESS,
+    **NO_HEAD,
+}
+
+
+def _check_text_config(config: ConfigFile) -> None:
+    """What the text half has, by the keys of a Ministral 3."""
+    text = config.content.get("text_config")
+    known = {**KEYS, **NO_HEAD, "model_type": only("ministral3")}
+    check_keys(config.named, config.path, text, known, within="text_config")
+    own = ConfigFile(config.named, config.path, text or {})
+    _check_rope(own)
+    _check_window(own)
+
+
+def _text_arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
+    text = honoured(config["text_config"], {**KEYS, **NO_HEAD})
+    return {**text, "use_cache": False}
+
+
+def _rename_text(name: str) -> Sequence[str]:
+    """transformers has stored the text half under several names."""
+    for prefix in ("model.", "language_model.", "model."):
+        name = name.removeprefix(prefix)
+    return () if name.startswith(("vision_tower.", "multi_modal_projector.", "lm_head.")) else (name,)
+
+
+def _text_positions(config: ConfigJson) -> int | None:
+    positions: int | None = config["text_config"].get("max_position_embeddings")
+    return positions
+
+
+MISTRAL3 = Family(
+    model_type="mistral3",
+    architectures=r"Mistral3Model",
+    tasks={
+        Task.EMBED: TaskSpec(
+            MISTRAL3_KEYS,
+            replace(NETWORK, arguments=_text_arguments, rename=_rename_text),
+            (_check_text_config,),
+        )
+    },
+    positions=Positions.ROTARY,
+    published=(PublishedModel("nvidia", r"Nemotron-3\.5-Embed-[18]B-BF16", PROMPTS),),
+    max_positions=_text_positions,
+    text_half=True,
+    is_decoder=True,
+)
