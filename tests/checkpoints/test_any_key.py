@@ -7,6 +7,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from tests.checkpoints.test_config import bert, native_nomic, qwen3, xlm_roberta
 from tests.checkpoints.variants import TOLERANCE, Variant, reference_vectors, served
 from tests.models.loaded import load_model
+from tests.tiny_encoders import tiny_encoder
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.config_keys import ACTIVATIONS, ROPE
@@ -31,6 +33,7 @@ BASES: Mapping[str, Callable[[Path], Any]] = {
     "xlm-roberta": xlm_roberta,
     "qwen3": qwen3,
     "nomic_bert": native_nomic,
+    **{kind: partial(tiny_encoder, kind=kind) for kind in ("roberta", "distilbert", "electra", "albert", "mpnet")},
 }
 # Files with the keys that are known of them.
 KEYS: Mapping[str, set[str]] = {

@@ -30,6 +30,7 @@ from vecmill.core.types import Lane, Prefix, Row, Task
 from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, shape_of
 from vecmill.engine.forward import Device, Launched, LoadedModel, Streams, launch
+from vecmill.engine.loader import attention_of
 from vecmill.models import packed_attention
 from vecmill.models.packing import Attention, PrefixMemory, pack
 
@@ -309,14 +310,18 @@ class OnCuda:
     def launch(self, rows: Sequence[Row], lane: Lane, *, flash: bool = True) -> Launched:
         """Launch one batch as the engine does. Afterwards the driver's notes are those of this batch alone."""
         self.driver.forget()
-        self.model.attention = Attention.on(CUDA, self.dtype, flash=flash)
+        self.model.attention = self.attention(flash=flash)
         with self.driver:
             return launch(self.model, rows, Device(CUDA, self.streams), lane)
+
+    def attention(self, *, flash: bool) -> Attention:
+        """As the loader chooses it."""
+        return attention_of(self.model.checkpoint, CUDA, self.dtype, flash=flash)
 
     def compile(self, graphs: int = 1) -> None:
         """The layers, traced as on a GPU; what inductor makes of the trace needs one."""
         before = compilations()
-        packed = pack([*self.rows, *self.rows], CUDA, attention=Attention.on(CUDA, self.dtype))
+        packed = pack([*self.rows, *self.rows], CUDA, attention=self.attention(flash=True))
 
         def run(tokens: int) -> float:
             self.model.model.forward(packed)
@@ -373,7 +378,8 @@ def test_a_batch_is_launched_without_waiting(
                     "its keys may not be there yet"
                 )
                 calls = driver.count("torch_attn::_varlen_attn")
-                assert calls == (len(on.model.model.layers) if flash and dtype is torch.bfloat16 else 0)
+                layers = len(on.model.model.layers) * tiny.layer_runs
+                assert calls == (layers if flash and tiny.flash and dtype is torch.bfloat16 else 0)
             assert bool(len(on.model.prefixes)) is prefixed
         assert compilations() == traced
 
@@ -381,7 +387,7 @@ def test_a_batch_is_launched_without_waiting(
 @pytest.mark.parametrize(
     ("tiny", "compiled"),
     [
-        *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in every_family()),
+        *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in every_family(flash=True)),
         # Two are enough: what is around the layers does not depend on how they run.
         pytest.param(tiny_model(Task.EMBED, "qwen3"), True, id="embed-qwen3-compiled"),
         pytest.param(tiny_model(Task.RERANK, "bert"), True, id="rerank-bert-compiled"),
@@ -406,7 +412,7 @@ def test_a_captured_pass_reads_and_writes_on_the_device_alone(
             began, ended = names.index("capture"), names.index("captured")
             assert driver.steps[began].stream is on.streams.run[Lane.INTERACTIVE if shape.tokens <= 1024 else Lane.BULK]
             assert {id(step.stream) for step in driver.steps[began:ended]} == {id(driver.steps[began].stream)}
-            assert names[began:ended].count("torch_attn::_varlen_attn") == len(model.layers)
+            assert names[began:ended].count("torch_attn::_varlen_attn") == len(model.layers) * tiny.layer_runs
             assert len(driver.from_host) == 1, "the batch that it is captured with"
             assert driver.to_host == []
         on.model.graphs = Graphs(passes)

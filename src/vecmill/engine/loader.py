@@ -305,10 +305,15 @@ def load_all(
             weight_bytes=uncounted_bytes(model, counted),
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
-        attention = Attention.on(device, chosen.dtype, flash=flash)
+        attention = attention_of(checkpoint, device, chosen.dtype, flash=flash)
         threads = CpuThreads(common.threads)
         loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads))
     return loaded
+
+
+def attention_of(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, flash: bool) -> Attention:
+    """What computes attention; `flash`: whether its kernels are wanted, and the device has them."""
+    return Attention.on(device, dtype, flash=flash and checkpoint.network.position_bias is None)
 
 
 def _width(checkpoint: Checkpoint) -> int:

@@ -20,6 +20,8 @@ from vecmill.models.keys import Rule, check_keys, honoured
 ConfigJson = Mapping[str, Any]
 """The object in a config.json, checked."""
 Pooling = Literal["mean", "cls", "lasttoken"]
+PositionBias = Literal["buckets", "disentangled"]
+"""Learned, by buckets of distances: a number, the same in all layers (MPNet), or a key and a query (DeBERTa)."""
 Rename = Callable[[str], Sequence[str]]
 """A weight's name in the files to its names in the class: none leaves it out, several share its rows equally."""
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -62,6 +64,12 @@ class Network:
     """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
     token_types: bool = False
     """Whether the model class takes `token_type_ids`."""
+    head: tuple[str, ...] = ("classifier",)
+    """Of a cross-encoder: paths of the head's modules from the model class, in the order they run on the hidden state
+    of the first token. A name of an activation stands for it."""
+    position_bias: PositionBias | None = None
+    """How attention gets a bias for each distance of two tokens. Flash kernels take none: it is SDPA always, and a pass
+    is not captured as a CUDA graph."""
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
@@ -110,11 +111,10 @@ class CrossEncoder(Model):
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config = make_config(checkpoint)
         model = load_weights(checkpoint, config, target)
-        encoder, head = model.base_model, model.classifier
-        if getattr(encoder, "pooler", None) is not None:  # BERT's tanh layer is its pooler, XLM-R's is in its head
-            head = nn.Sequential(encoder.pooler, head)
-            encoder.pooler = None
-        self._head: nn.Module = head.float()  # scores are float32 whatever the weights' type
+        if not hasattr(model, "pair_head"):  # a model that is shared has one already
+            model.pair_head = _head(model, checkpoint.network.head)
+        self._head: nn.Module = model.pair_head
+        encoder = model.base_model
         super().__init__(Backbone(checkpoint, config, encoder), self._head)
 
     def forward(self, packed: PackedBatch) -> Tensor:
@@ -122,6 +122,14 @@ class CrossEncoder(Model):
         # The head takes the first token of (N, 1, width) by itself.
         logits: Tensor = self._head(self._backbone.hidden_states(packed)[packed.first].float()[:, None])
         return logits.view(-1, 1)
+
+
+def _head(model: Any, parts: Sequence[str]) -> nn.Module:
+    """The modules of a classification head, in float32 whatever the weights' type; the encoder goes without them."""
+    head = nn.Sequential(*(ACT2FN[part] if part in ACT2FN else attrgetter(part)(model) for part in parts)).float()
+    if getattr(model.base_model, "pooler", None) is not None:
+        model.base_model.pooler = None
+    return head
 
 
 class DecoderReranker(Model):

@@ -9,7 +9,7 @@ have to be compiled again for the next batch. The batch reaches the operation th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -43,6 +43,10 @@ VARLEN_OPTIONS = varlen_options(varlen_attn)
 # more: the mask of a block does not grow with the row.
 BLOCK_QUERIES = 512
 
+# Of a table of position biases: 12 heads in float32 have 512 rows for 4096 positions.
+BIAS_BYTES = 268_435_456
+LONGEST_FILLER = 64  # tokens
+
 Window = tuple[int, int]
 """How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
 
@@ -71,33 +75,52 @@ def packed_attention(
     scaling: float | None = None,
     is_causal: bool | None = None,
     sliding_window: int | None = None,
+    position_bias: Tensor | None = None,
+    position_scores: tuple[Tensor, Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed row and the prefix it follows. Returns (1, T, heads, head_dim), and no weights.
 
-    `packed_batch.attention` says what computes it.
+    `packed_batch.attention` says what computes it; with a bias it is SDPA always, since flash kernels take none.
 
     Args:
         sliding_window: as transformers' layers say it, so many keys up to the query's own, and as many from there on
             where attention is not causal; None: all.
+        position_bias: added to the scores, a table as `bias_table` makes it. Not with a prefix or a window.
+        position_scores: (1, heads, T, buckets) of the queries and of the keys. `position_bias` is then (1, rows, C) and
+            names the bucket of each distance; the query's and the key's own scores of it are added.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
+    position = [] if position_bias is None else [position_bias, *(position_scores or ())]
     if torch.compiler.is_compiling():
-        return _operation(query, key, value, scaling, causal, sliding_window), None
+        return _operation(query, key, value, scaling, causal, sliding_window, position), None
     call = LayerCall(getattr(module, "layer_idx", None), packed_batch)
-    return _attend(query, key, value, call, scaling, causal, sliding_window), None
+    return _attend(query, key, value, call, scaling, causal, sliding_window, position), None
 
 
 @torch.library.custom_op("vecmill::packed_attention", mutates_args=())
 def _operation(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool, sliding_window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    causal: bool,
+    sliding_window: int | None,
+    position: Sequence[Tensor],
 ) -> Tensor:
-    return _attend(query, key, value, compiled_call.get(), scaling, causal, sliding_window).contiguous()
+    call = compiled_call.get()
+    return _attend(query, key, value, call, scaling, causal, sliding_window, position).contiguous()
 
 
 @_operation.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, causal: bool, sliding_window: int | None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float | None,
+    causal: bool,
+    sliding_window: int | None,
+    position: Sequence[Tensor],
 ) -> Tensor:
     _, heads, tokens, head_dim = query.shape
     return query.new_empty(1, tokens, heads, head_dim)
@@ -111,15 +134,26 @@ def _attend(
     scaling: float | None,
     causal: bool,
     sliding_window: int | None,
+    position: Sequence[Tensor],
 ) -> Tensor:
     """(1, T, heads, head_dim)"""
     packed = call.packed_batch
+    if position:
+        # A captured pass would go on with the lengths that it was captured with.
+        assert packed.shape is None
+        assert packed.keys is None
+        assert sliding_window is None
+        return _one_row(_biased(query, key, value, group, scaling, position) for group in packed.groups)
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
     key, value = _with_prefixes(call.layer, key, value, packed)
     if packed.attention is Attention.FLASH:
         return _flash(query, key, value, packed, scaling, window)
-    parts = [_sdpa(query, key, value, packed, group, scaling, window) for group in packed.groups]
+    return _one_row(_sdpa(query, key, value, packed, group, scaling, window) for group in packed.groups)
+
+
+def _one_row(parts: Iterable[Tensor]) -> Tensor:
+    """Groups of (rows, heads, length, head_dim) -> (1, T, heads, head_dim)."""
     return torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])[None]
 
 
@@ -200,6 +234,62 @@ def _sdpa(
         mask = _mask(packed, (stop - start, last - first), before + start - first, window, q.device)
         parts.append(attend(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], attn_mask=mask))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _biased(
+    query: Tensor, key: Tensor, value: Tensor, group: EqualLengths, scaling: float | None, position: Sequence[Tensor]
+) -> Tensor:
+    """(rows, heads, length, head_dim)"""
+    q, k, v = _rows(query, group), _rows(key, group), _rows(value, group)
+    table, *scores = position
+    of_rows = [_rows(each, group) for each in scores]
+    _, step, columns = table.shape
+    parts = []
+    for start in range(0, group.length, step):
+        queries = slice(start, min(start + step, group.length))
+        first = columns // 2 - start
+        bias = table[:, : queries.stop - start, first : first + group.length]
+        if of_rows:
+            bias = _of_buckets(bias, of_rows, queries)
+        parts.append(F.scaled_dot_product_attention(q[:, :, queries], k, v, attn_mask=bias, scale=scaling))
+    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _of_buckets(buckets: Tensor, scores: Sequence[Tensor], queries: slice) -> Tensor:
+    """Each pair's bucket (1, queries, keys) to what query and key score for it: (rows, heads, queries, keys).
+
+    `scores`: (rows, heads, length, buckets) of the queries and of the keys.
+    """
+    of_queries, of_keys = scores
+    rows, heads = of_keys.shape[:2]
+    by_query = buckets[None].expand(rows, heads, -1, -1)
+    by_key = buckets.mT[None].expand(rows, heads, -1, -1)
+    return of_queries[:, :, queries].gather(-1, by_query) + of_keys.gather(-1, by_key).mT
+
+
+def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device: torch.device) -> Tensor:
+    """What attention adds for each distance of a key from its query, laid out so that any row's bias is a part of it.
+
+    Row r and column c hold the bias of the key that is c - C / 2 - r tokens after its query. So the bias of a row of T
+    tokens is the first T rows from column C / 2 on, and that of its queries from q on begins q columns earlier. Nothing
+    is computed or copied in a forward pass.
+
+    Args:
+        of_distances: (D,) int64 distances, key less query, to (heads, D) values, or (1, D) buckets.
+        positions: tokens of the longest row.
+
+    Returns:
+        (heads, rows, C) of the type that `of_distances` gives. At most BLOCK_QUERIES rows, and fewer where so many
+        would take more than BIAS_BYTES.
+    """
+    # Steps of 16 keep every part aligned as the memory-efficient kernel wants it. A pack's filler is a row too.
+    reach = -(-max(positions, LONGEST_FILLER) // 16) * 16
+    least = of_distances(torch.zeros(1, dtype=torch.int64, device=device))
+    rows = min(BLOCK_QUERIES, reach)
+    while rows > 16 and rows * 2 * reach * len(least) * least.element_size() > BIAS_BYTES:
+        rows = -(-rows // 32) * 16
+    values = of_distances(torch.arange(1 - rows - reach, reach, device=device))
+    return values.unfold(1, 2 * reach, 1).flip(1).contiguous()
 
 
 def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Window, device: torch.device) -> Tensor:

@@ -166,7 +166,8 @@ def _check_template(checkpoint: Checkpoint, around: Template) -> None:
             f"{checkpoint.named}: a maximum length of {checkpoint.max_model_len} tokens leaves no room for a text "
             f"beside the {len(around)} special tokens; raise it (MAX_MODEL_LEN, `max_seq_length`, `model_max_length`)."
         )
-    if around.second_type and int(checkpoint.config.get("type_vocab_size", 2)) < 2:
+    types = int(checkpoint.config.get("type_vocab_size", 2))
+    if around.second_type and checkpoint.network.token_types and types < 2:
         raise StartupError(
             f"{checkpoint.named}: the tokenizer gives the second text of a pair a token type of its own, and the model "
             f"has one type; take `token_type_ids` out of `model_input_names`."

@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from vecmill.core.errors import StartupError
+from vecmill.models.biased_layers import with_bias
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.packed_attention import ATTENTION
@@ -279,6 +280,8 @@ def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
             raise _unaccepted(checkpoint, error) from None
         model.set_attn_implementation(ATTENTION)
         _fill(model, checkpoint, target)
+        if checkpoint.network.position_bias is not None:
+            model = with_bias(model, checkpoint.network.position_bias)
         target.shared[key] = model.to(target.device).eval()  # the buffers
         target.read[key] = dict(checkpoint.fingerprint.parts)
     checkpoint.fingerprint.include(target.read.get(key, {}))

@@ -30,6 +30,13 @@ class TinyModel:
     """Whether rows are pairs with token types."""
     prefixes: bool = False
     """Whether rows share prefixes."""
+    flash: bool = True
+    """Whether it runs through flash kernels on a card that has them."""
+    layer_runs: int = 1
+    """How often each layer runs in one pass."""
+
+    def __str__(self) -> str:
+        return f"{self.task}-{self.model_type}"
 
     def row(self, length: int, vocab_size: int, random: np.random.Generator) -> Row:
         """Random token ids, and a random place where the unpooled tokens end or the second text begins."""
@@ -51,7 +58,11 @@ def tiny_model(task: Task, model_type: str) -> TinyModel:
     return next(tiny for tiny in tiny_models() if (tiny.task, tiny.model_type) == (task, model_type))
 
 
-def every_family(*, prefixes: bool | None = None) -> list[Any]:
-    """A parameter for each tiny model; with `prefixes` only those that share prefixes or do not."""
-    chosen = (tiny for tiny in tiny_models() if prefixes is None or tiny.prefixes is prefixes)
-    return [pytest.param(tiny, id=f"{tiny.task}-{tiny.model_type}") for tiny in chosen]
+def every_family(*, prefixes: bool | None = None, flash: bool | None = None) -> list[Any]:
+    """A parameter for each tiny model; with `prefixes` only those that share prefixes or do not, so with `flash`."""
+    chosen = (
+        tiny
+        for tiny in tiny_models()
+        if (prefixes is None or tiny.prefixes is prefixes) and (flash is None or tiny.flash is flash)
+    )
+    return [pytest.param(tiny, id=str(tiny)) for tiny in chosen]

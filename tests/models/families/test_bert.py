@@ -23,9 +23,7 @@ def cross_encoder(folder: Path) -> Path:
 
 TINY = (
     TinyModel(Task.EMBED, "bert", lambda folder: tiny_bert(folder, find("auto").folder)),
-    TinyModel(Task.EMBED, "xlm-roberta", tiny_xlm_roberta),
     TinyModel(Task.RERANK, "bert", cross_encoder, second_text=True),
-    TinyModel(Task.RERANK, "xlm-roberta", lambda folder: tiny_cross_encoder(folder, kind="xlm-roberta")),
 )
 TEXTS = ["one", "def add(a, b):\n    return a + b", "", "a longer text " * 40, "one", "naïve 你好"]
 

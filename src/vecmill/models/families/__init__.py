@@ -8,17 +8,30 @@ from typing import Any
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models.families.bert import BERT, XLM_ROBERTA
+from vecmill.models.families.albert import ALBERT
+from vecmill.models.families.bert import BERT
+from vecmill.models.families.deberta import DEBERTA_V2
+from vecmill.models.families.distilbert import DISTILBERT
+from vecmill.models.families.electra import ELECTRA
+from vecmill.models.families.mpnet import MPNET
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.families.qwen3 import QWEN3
+from vecmill.models.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from vecmill.models.family import Family, PublishedModel
 
 FAMILIES: Mapping[str, Family] = {
     family.model_type: family
     for family in (
         BERT,
+        ROBERTA,
         XLM_ROBERTA,
+        CAMEMBERT,
+        DISTILBERT,
+        ELECTRA,
+        ALBERT,
+        MPNET,
+        DEBERTA_V2,
         NOMIC_BERT,
         NV_EMBED,
         QWEN3,
