@@ -19,11 +19,12 @@ from tests.hardware.fake_nvml import GB10, H100
 from tests.hub_server import NAME, FakeHub, hub_here
 from tests.servers import RunningServer, free_port
 from vecmill.__main__ import cli
+from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.hardware.gpu import GpuMemory
 from vecmill.hardware.memory_room import Fit, MemoryRoom, memory_room
 from vecmill.models.card_examples import examples
-from vecmill.models.families import FAMILIES
+from vecmill.models.families import FAMILIES, family_of
 from vecmill.models.family import Family, HubModel
 from vecmill.tools import models as listed
 from vecmill.tools.pull import run_pull
@@ -180,6 +181,12 @@ def test_a_server_that_is_not_there() -> None:
 def test_a_setting_that_is_wrong() -> None:
     result = run(DTYPE="int3")
     assert (result.exit_code, "DTYPE" in result.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("task", Task)
+def test_the_start_with_a_model_that_is_not_supported_points_to_the_list(task: Task, tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"model_type 'gpt2' is not supported; .*`vecmill models` lists them"):
+        family_of("EMBED_MODEL=x", tmp_path / "config.json", {"model_type": "gpt2"}, task)
 
 
 def test_torch_is_not_imported() -> None:
