@@ -16,6 +16,8 @@ from transformers import (
     BertModel,
     MistralConfig,
     MistralModel,
+    MPNetConfig,
+    MPNetModel,
     NomicBertConfig,
     NomicBertModel,
     Qwen3Config,
@@ -37,7 +39,9 @@ from vecmill.models.weights import Target, WeightFiles
 SEED = 26
 BLOCK = 2**22 - 3  # a prime, so that no two rows of a matrix get the same values
 RERANKER = "qwen3-reranker"
-POOLINGS: Mapping[str, Pooling] = {"bert": "mean", "qwen3": "lasttoken", "nvembed": "mean"}
+OF_OTHER_FORM = frozenset({"mpnet"})
+"""The kinds for `build_beside_plain`."""
+POOLINGS: Mapping[str, Pooling] = {"bert": "mean", "mpnet": "mean", "qwen3": "lasttoken", "nvembed": "mean"}
 ANSWERS = {"true_token_id": 0, "false_token_id": 1}
 
 
@@ -82,6 +86,23 @@ def build(kind: str, shape: Shape, target: Target, folder: Path) -> Model:
     if kind == "nvembed":
         write_latents(folder, shape["hidden_size"], shape["latent_attention_config"], target.dtype)
     return load_model(checkpoint, target)
+
+
+def build_beside_plain(kind: str, shape: Shape, target: Target, folder: Path) -> tuple[Model, nn.Module]:
+    """A model as vecmill loads it from files, and transformers' own class with the same weights.
+
+    For families whose layers vecmill has in another form, so that no module can be on both sides.
+    """
+    plain: nn.Module = {"mpnet": _mpnet}[kind](shape)
+    _filled(plain, target)
+    save_file({name: value.contiguous() for name, value in plain.named_parameters()}, folder / "model.safetensors")
+    return load_model(_checkpoint(kind, shape, folder), target), plain
+
+
+def _mpnet(shape: Shape) -> nn.Module:
+    with no_init_weights():
+        model: nn.Module = MPNetModel(MPNetConfig(**shape), add_pooling_layer=False)
+    return model
 
 
 def build_latents(width: int, latent_config: Shape, target: Target, folder: Path) -> LatentAttention:

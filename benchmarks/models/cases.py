@@ -15,7 +15,15 @@ import torch
 from benchmarks.lib.figures import significant
 from benchmarks.lib.results import progress
 from benchmarks.lib.timing import LIMITS, Machine, TimedSide, alternate, report
-from benchmarks.models.builds import RandomValues, build, build_latents, matmul_parameters, merged_and_separate
+from benchmarks.models.builds import (
+    OF_OTHER_FORM,
+    RandomValues,
+    build,
+    build_beside_plain,
+    build_latents,
+    matmul_parameters,
+    merged_and_separate,
+)
 from benchmarks.models.plain import PlainLatentAttention, by_length, padded, with_sdpa
 from benchmarks.models.shapes import Shape, Sizes
 from benchmarks.models.workloads import (
@@ -196,13 +204,16 @@ def packed_rows(given: Given) -> Iterator[ModelCase]:
 
 def _packed(name: str, kind: str, shape: Shape, given: Given) -> ModelCase:
     target = given.target(shape["hidden_size"])
-    model = _built(kind, shape, target)
+    if kind in OF_OTHER_FORM:
+        with TemporaryDirectory() as folder:
+            model, plain = build_beside_plain(kind, shape, target, Path(folder))
+    else:
+        model = _built(kind, shape, target)
+        plain = with_sdpa(model.modules[0])
     rows = ragged_rows(given.sizes.texts, shape["vocab_size"])
     packs = batches([Row(row) for row in rows], given.batch_tokens)
     packed = _model_side(kind, model, shape, packs, target)
-    pad = partial(
-        padded, with_sdpa(model.modules[0]), device=target.device, pooling="lasttoken" if kind in CAUSAL else "mean"
-    )
+    pad = partial(padded, plain, device=target.device, pooling="lasttoken" if kind in CAUSAL else "mean")
     sides = {
         "packed": packed,
         # The same useful work on both sides: computing padding does not count.

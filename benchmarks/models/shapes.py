@@ -23,6 +23,7 @@ BERT_BASE: Shape = {
     "num_hidden_layers": 12,
     "intermediate_size": 3072,
 }
+MPNET_BASE: Shape = {**BERT_BASE, "vocab_size": 30527, "max_position_embeddings": 514, "layer_norm_eps": 1e-5}
 NOMIC: Shape = {
     "vocab_size": 30528,
     "hidden_size": 768,
@@ -106,7 +107,11 @@ CUDA = Sizes(
     reranker=QWEN3_4B,
     documents=32,
     document_tokens=200,
-    encoders={"BERT-base": ("bert", BERT_BASE), "Qwen3-0.6B": ("qwen3", QWEN3_0_6B)},
+    encoders={
+        "BERT-base": ("bert", BERT_BASE),
+        "MPNet-base": ("mpnet", MPNET_BASE),
+        "Qwen3-0.6B": ("qwen3", QWEN3_0_6B),
+    },
     texts=2048,
     whole={"Qwen3-Embedding-4B": ("qwen3", QWEN3_4B), "NV-Embed-v2": ("nvembed", NV_EMBED_V2)},
     whole_tokens=(64, 512, 4096, 16384),
@@ -128,7 +133,10 @@ CPU = Sizes(
     reranker={**QWEN3_0_6B, "num_hidden_layers": 4},
     documents=32,
     document_tokens=200,
-    encoders={"MiniLM-L6": ("bert", MINILM)},
+    encoders={
+        "MiniLM-L6": ("bert", MINILM),
+        "MPNet-base, 6 layers": ("mpnet", {**MPNET_BASE, "num_hidden_layers": 6}),
+    },
     texts=256,
     whole={},
     whole_tokens=(),
@@ -145,6 +153,7 @@ CPU = Sizes(
 )
 _TINY = {"vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128}
 _TINY_BERT: Shape = {**MINILM, **_TINY, "num_attention_heads": 4}
+_TINY_MPNET: Shape = {**MPNET_BASE, **_TINY, "num_attention_heads": 4}
 _TINY_QWEN3: Shape = {**QWEN3_0_6B, **_TINY, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 _TINY_NV_EMBED: Shape = {
     "hidden_size": 64,
@@ -158,7 +167,11 @@ QUICK = Sizes(
     reranker=_TINY_QWEN3,
     documents=5,
     document_tokens=20,
-    encoders={"tiny BERT": ("bert", _TINY_BERT), "tiny Qwen3": ("qwen3", _TINY_QWEN3)},
+    encoders={
+        "tiny BERT": ("bert", _TINY_BERT),
+        "tiny MPNet": ("mpnet", _TINY_MPNET),
+        "tiny Qwen3": ("qwen3", _TINY_QWEN3),
+    },
     texts=40,
     whole={"tiny Qwen3": ("qwen3", _TINY_QWEN3), "tiny NV-Embed": ("nvembed", _TINY_NV_EMBED)},
     whole_tokens=(64, 600),

@@ -1,5 +1,5 @@
-"""The command line: `vecmill serve`, `pull`, `verify`, `bench`, `embed`, `doctor`, `status`, `top`, `proxy-config` and
-`keys new`.
+"""The command line: `vecmill serve`, `models`, `pull`, `verify`, `bench`, `embed`, `doctor`, `status`, `top`,
+`proxy-config` and `keys new`.
 
 What needs torch is imported when it runs: no other command waits for it, nor fails where torch is broken.
 """
@@ -26,6 +26,7 @@ from vecmill.tools.bench.command import bench
 from vecmill.tools.console import UsageError, print_error
 from vecmill.tools.doctor.command import doctor
 from vecmill.tools.embed.command import embed
+from vecmill.tools.models import models
 from vecmill.tools.proxy_config.command import proxy_config
 from vecmill.tools.pull import run_pull, run_pull_as_json
 from vecmill.tools.status import status, top
@@ -177,6 +178,7 @@ def _with_flags() -> Any:
 
 
 cli.command()(_with_flags())
+cli.command()(models)
 cli.command()(bench)
 cli.command()(embed)
 cli.command()(doctor)

@@ -12,7 +12,21 @@ from typer.testing import CliRunner
 from vecmill import __version__
 from vecmill.__main__ import cli
 
-COMMANDS = ["", "serve", "pull", "verify", "bench", "embed", "doctor", "status", "top", "keys", "keys new", "version"]
+COMMANDS = [
+    "",
+    "serve",
+    "models",
+    "pull",
+    "verify",
+    "bench",
+    "embed",
+    "doctor",
+    "status",
+    "top",
+    "keys",
+    "keys new",
+    "version",
+]
 
 
 @pytest.mark.parametrize("arguments", [["--version"], ["version"]])

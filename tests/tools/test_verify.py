@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def test_a_stop_is_no_failure_of_the_numbers(monkeypatch: pytest.MonkeyPatch, ca
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.model)
 def test_examples_are_well_formed(example: Example) -> None:
     assert find_example([example.model.lower()]) is example
-    assert (example.task is Task.RERANK) == ("rerank" in example.model.lower())
+    assert (example.task is Task.RERANK) == bool(re.search("rerank|^cross-encoder/", example.model.lower()))
     for check in example.checks:
         tolerances = [getattr(check.tolerance, dtype) for dtype in DTYPES]
         assert 0 < tolerances[0] <= tolerances[1] <= tolerances[2]

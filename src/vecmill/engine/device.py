@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.hardware.gpu import gpu_index, nvidia_gpu_present
+from vecmill.hardware.gpu import AMPERE, gpu_index, nvidia_gpu_present
 from vecmill.hardware.memory import (
     MEGABYTE,
     DeviceMemory,
@@ -25,9 +25,6 @@ from vecmill.hardware.memory import (
     memory_floor,
     unified_available,
 )
-
-# Compute capability from which tensor cores take bfloat16 and torch has flash kernels: Ampere's. Turing has neither.
-AMPERE = (8, 0)
 
 
 def choose_device(wanted: str) -> torch.device:

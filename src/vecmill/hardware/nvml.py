@@ -163,3 +163,17 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pynvml.NVMLError_NoPermission):
         return "this user may not ask for it"
     return str(error)
+
+
+def reading(uuid: str | None) -> GpuReading | NvmlUnavailable:
+    """One look at a GPU, or why there is none. May hang in the driver."""
+    try:
+        nvml = Nvml()
+    except NvmlUnavailable as error:
+        return error
+    try:
+        return nvml.read(uuid)
+    except NvmlUnavailable as error:
+        return error
+    finally:
+        nvml.close()

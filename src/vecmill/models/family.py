@@ -117,6 +117,35 @@ class PublishedModel:
         return by_owner and re.fullmatch(self.name, last, re.IGNORECASE) is not None
 
 
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model at https://huggingface.co that people name, for `vecmill models`. What is served does not depend on it.
+
+    Sources: the files and cards on the hub as the registry of MTEB has them, https://github.com/embeddings-benchmark/mteb
+    at a905523 (2026-08-22), with the number of parameters counted on transformers' class where it is rounded there.
+    """
+
+    id: str
+    """Owner and name."""
+    task: Task
+    parameters: int
+    licence: str
+    """As the hub names it."""
+    max_tokens: int
+    """Of the longest text, or of the longest pair with its prompt."""
+    width: int | None = None
+    """Values of an embedder's vector; None: a reranker."""
+    stored: Literal["float32", "bfloat16", "float16"] = "float32"
+    """The type of the weights in its files, and so the size of the download."""
+    note: str = ""
+    """What one has to know before fetching it."""
+
+    @property
+    def download_bytes(self) -> int:
+        """Of its weights."""
+        return self.parameters * (4 if self.stored == "float32" else 2)
+
+
 Unpooled = Literal["nothing", "instruction", "prompt"]
 
 
@@ -143,6 +172,8 @@ class Family:
     tasks: Mapping[Task, TaskSpec]
     positions: Positions
     published: tuple[PublishedModel, ...] = ()
+    examples: tuple[HubModel, ...] = ()
+    """Models of each task that people name; a test asks for them."""
     native_keys: Mapping[str, str] = field(default_factory=dict)
     """Keys of config.json that transformers' class has under another name, with that name."""
     max_positions: Callable[[ConfigJson], int | None] = lambda config: config.get("max_position_embeddings")

@@ -17,6 +17,7 @@ from vecmill.engine.probes.results import (
     TorchBuild,
 )
 from vecmill.hardware.gpu import GpuReading
+from vecmill.hardware.memory_room import MemoryRoom
 from vecmill.tools.doctor.checks import computing, gpu, installation, memory
 from vecmill.tools.doctor.findings import Finding, FindingStatus
 
@@ -207,10 +208,8 @@ def test_compiling() -> None:
     assert computing.judge_compile(CompileTry(2.0, None), "gcc").status is FindingStatus.FAIL
 
 
-def spark_room(available: float) -> memory.MemoryRoom:
-    return memory.MemoryRoom(
-        int(121.6 * GB), int(available * GB), int(4.9 * GB), int(109 * GB), unified=True, of_gpu=True
-    )
+def spark_room(available: float) -> MemoryRoom:
+    return MemoryRoom(int(121.6 * GB), int(available * GB), int(4.9 * GB), int(109 * GB), unified=True, of_gpu=True)
 
 
 def test_two_models_of_4b_on_a_spark_beside_vllm() -> None:

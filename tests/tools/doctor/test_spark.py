@@ -14,8 +14,8 @@ import pytest
 from tests.hardware import fake_nvml
 from tests.hardware.fake_nvml import GB10
 from tests.tools.doctor.command_line import Check, checks
+from vecmill.hardware.nvml import reading
 from vecmill.tools.doctor.checks import gpu
-from vecmill.tools.doctor.context import reading
 
 GB = 1 << 30
 NAMES = ("torch", "driver", "gpu", "matmul", "clock", "memory", "allocation", "attention", "compile")

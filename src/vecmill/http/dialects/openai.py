@@ -163,7 +163,10 @@ ModelName = Annotated[
 
 @router.get("/v1/models", summary="List models")
 async def list_models(services: ServicesOf) -> dict[str, Any]:
-    """The models that requests can name, the default first; after them those of GENERATION_URL."""
+    """The models that requests can name, the default first; after them those of GENERATION_URL.
+
+    `vecmill models` lists what could be served besides.
+    """
     own = [_model(card) for card in services.inference.cards]
     taken = {model["id"] for model in own}
     return {

@@ -67,7 +67,8 @@ def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> 
     model_type = str(config.get("model_type", "missing"))
     if model_type not in served:
         raise StartupError(
-            f"{named}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(served))}."
+            f"{named}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(served))}. "
+            f"`vecmill models` lists them with models that fit this machine."
         )
     served[model_type].check_config(named, file, config, task)
     return served[model_type]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from vecmill.core.types import Task
 from vecmill.models.config_keys import MOST_LAYERS
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import Family, Positions
+from vecmill.models.family import Family, HubModel, Positions
 from vecmill.models.keys import HARMLESS, Rule, rules, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -36,4 +36,7 @@ ALBERT = Family(
         Task.RERANK: cross_encoder("Albert", "albert.", KEYS, head=HEAD, types=True, blocks=BLOCKS),
     },
     positions=Positions.FROM_ZERO,
+    examples=(
+        HubModel("sentence-transformers/paraphrase-albert-small-v2", Task.EMBED, 11_683_584, "apache-2.0", 256, 768),
+    ),
 )

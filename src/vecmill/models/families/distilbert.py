@@ -12,7 +12,7 @@ from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.config_keys import ACTIVATIONS, MOST_LAYERS, ConfigFile
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import Family, Positions, TaskSpec
+from vecmill.models.family import Family, HubModel, Positions, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, rules, whole
 
 # transformers' class takes either name.
@@ -62,5 +62,8 @@ DISTILBERT = Family(
         ),
     },
     positions=Positions.FROM_ZERO,
+    examples=(
+        HubModel("sentence-transformers/multi-qa-distilbert-cos-v1", Task.EMBED, 66_362_880, "see its card", 512, 768),
+    ),
     native_keys=NATIVE_KEYS,
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import Family, Positions
+from vecmill.models.family import Family, HubModel, Positions
 from vecmill.models.keys import HARMLESS, Rule, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -27,4 +27,5 @@ ELECTRA = Family(
         Task.RERANK: cross_encoder("Electra", "electra.", KEYS, types=True),
     },
     positions=Positions.FROM_ZERO,
+    examples=(HubModel("cross-encoder/ms-marco-electra-base", Task.RERANK, 109_483_009, "see its card", 512),),
 )

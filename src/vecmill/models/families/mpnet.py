@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import Family, Positions
+from vecmill.models.family import Family, HubModel, Positions
 from vecmill.models.keys import Rule, only
 
 KEYS: Mapping[str, Rule] = {
@@ -36,4 +36,8 @@ MPNET = Family(
         ),
     },
     positions=Positions.AFTER_PADDING,
+    examples=(
+        HubModel("sentence-transformers/all-mpnet-base-v2", Task.EMBED, 109_486_464, "apache-2.0", 384, 768),
+        HubModel("sentence-transformers/multi-qa-mpnet-base-dot-v1", Task.EMBED, 109_486_978, "see its card", 512, 768),
+    ),
 )

@@ -22,7 +22,7 @@ from vecmill.models.config_keys import (
     own_code,
     rope_type,
 )
-from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, rules, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -189,6 +189,10 @@ NOMIC_BERT = Family(
         )
     },
     positions=Positions.ROTARY,
+    examples=(
+        HubModel("nomic-ai/nomic-embed-text-v1.5", Task.EMBED, 136_731_648, "apache-2.0", 2048, 768),
+        HubModel("nomic-ai/nomic-embed-text-v1", Task.EMBED, 136_731_648, "apache-2.0", 2048, 768),
+    ),
     published=(
         PublishedModel("nomic-ai", r"nomic-embed-text-v1", PROMPTS),
         PublishedModel("nomic-ai", r"nomic-embed-text-v1\.5", PROMPTS, dimensions=(64, 128, 256, 512, 768)),

@@ -10,7 +10,17 @@ from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import BOOKKEEPING, COMMON, GENERATION, LABELS, NO_HEAD, ROTARY, ConfigFile, own_code
-from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec, TextFormat, Unpooled
+from vecmill.models.family import (
+    ConfigJson,
+    Family,
+    HubModel,
+    Network,
+    Positions,
+    PublishedModel,
+    TaskSpec,
+    TextFormat,
+    Unpooled,
+)
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -96,6 +106,18 @@ NV_EMBED = Family(
         )
     },
     positions=Positions.ROTARY,
+    examples=(
+        HubModel(
+            "nvidia/NV-Embed-v2",
+            Task.EMBED,
+            7_851_016_192,
+            "cc-by-nc-4.0",
+            32_768,
+            4096,
+            stored="float16",
+            note="gated: accept its terms on the hub and set HF_TOKEN",
+        ),
+    ),
     published=(
         PublishedModel(
             "nvidia",

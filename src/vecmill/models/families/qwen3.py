@@ -26,6 +26,7 @@ from vecmill.models.family import (
     DEFAULT_INSTRUCTION,
     ConfigJson,
     Family,
+    HubModel,
     Network,
     Positions,
     PublishedModel,
@@ -114,6 +115,14 @@ QWEN3 = Family(
         ),
     },
     positions=Positions.ROTARY,
+    examples=(
+        HubModel("Qwen/Qwen3-Embedding-0.6B", Task.EMBED, 595_776_512, "apache-2.0", 32_768, 1024, stored="bfloat16"),
+        HubModel("Qwen/Qwen3-Embedding-4B", Task.EMBED, 4_021_774_336, "apache-2.0", 40_960, 2560, stored="bfloat16"),
+        HubModel("Qwen/Qwen3-Embedding-8B", Task.EMBED, 7_567_295_488, "apache-2.0", 40_960, 4096, stored="bfloat16"),
+        HubModel("Qwen/Qwen3-Reranker-0.6B", Task.RERANK, 595_776_512, "apache-2.0", 40_960, stored="bfloat16"),
+        HubModel("Qwen/Qwen3-Reranker-4B", Task.RERANK, 4_021_784_576, "apache-2.0", 40_960, stored="bfloat16"),
+        HubModel("Qwen/Qwen3-Reranker-8B", Task.RERANK, 8_188_548_096, "apache-2.0", 40_960, stored="bfloat16"),
+    ),
     published=(
         PublishedModel(
             "Qwen",

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import DEFAULT_INSTRUCTION, Family, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import DEFAULT_INSTRUCTION, Family, HubModel, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import Rule, whole
 
 KEYS: Mapping[str, Rule] = {**ENCODER_KEYS, "pad_token_id": whole(0)}  # positions are counted from it
@@ -33,12 +33,44 @@ ROBERTA = Family(
     model_type="roberta",
     architectures=r"Roberta\w+",
     tasks=_tasks("Roberta"),
+    examples=(
+        HubModel("sentence-transformers/all-distilroberta-v1", Task.EMBED, 82_118_400, "apache-2.0", 512, 768),
+        HubModel(
+            "ibm-granite/granite-embedding-125m-english",
+            Task.EMBED,
+            124_645_632,
+            "apache-2.0",
+            512,
+            768,
+            stored="bfloat16",
+        ),
+    ),
     positions=Positions.AFTER_PADDING,
 )
 XLM_ROBERTA = Family(
     model_type="xlm-roberta",
     architectures=r"(XLM)?Roberta\w+",
     tasks=_tasks("XLMRoberta"),
+    examples=(
+        HubModel(
+            "BAAI/bge-m3",
+            Task.EMBED,
+            567_754_752,
+            "mit",
+            8192,
+            1024,
+            note="its weights are pickles: vecmill pull --convert-pickle",
+        ),
+        HubModel("intfloat/multilingual-e5-base", Task.EMBED, 278_043_648, "mit", 512, 768),
+        HubModel("intfloat/multilingual-e5-large", Task.EMBED, 559_890_432, "mit", 512, 1024),
+        HubModel(
+            "intfloat/multilingual-e5-large-instruct", Task.EMBED, 559_890_432, "mit", 512, 1024, stored="float16"
+        ),
+        HubModel("Snowflake/snowflake-arctic-embed-l-v2.0", Task.EMBED, 567_754_752, "apache-2.0", 8192, 1024),
+        HubModel("BAAI/bge-reranker-base", Task.RERANK, 278_044_417, "mit", 512),
+        HubModel("BAAI/bge-reranker-large", Task.RERANK, 559_891_457, "mit", 512),
+        HubModel("BAAI/bge-reranker-v2-m3", Task.RERANK, 567_755_777, "apache-2.0", 8192),
+    ),
     positions=Positions.AFTER_PADDING,
     published=(PublishedModel("intfloat", r"multilingual-e5-large-instruct", {"query": E5_INSTRUCT, "document": ""}),),
 )
@@ -46,5 +78,6 @@ CAMEMBERT = Family(
     model_type="camembert",
     architectures=r"(Camembert|Roberta)\w+",
     tasks=_tasks("Camembert"),
+    examples=(HubModel("antoinelouis/crossencoder-camembert-base-mmarcoFR", Task.RERANK, 110_622_721, "mit", 512),),
     positions=Positions.AFTER_PADDING,
 )

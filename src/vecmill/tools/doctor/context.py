@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import subprocess
-import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from vecmill.config import Settings
 from vecmill.core.address import url_here
 from vecmill.core.errors import StartupError
+from vecmill.core.threads import within
 from vecmill.engine.probes.results import TorchBuild
 from vecmill.hardware.gpu import GpuMemory, GpuReading, gpu_index, gpu_memory, nvidia_gpu_present
 from vecmill.hardware.memory import meminfo
-from vecmill.hardware.nvml import Nvml, NvmlUnavailable
+from vecmill.hardware.nvml import NvmlUnavailable, reading
 from vecmill.models import hub
 from vecmill.tools.doctor.probing import ProbeFailed, Prober
 from vecmill.tools.http_client import get_here
@@ -28,8 +27,6 @@ BUILD_SECONDS = 120.0  # importing torch from a cold disk takes its time
 NVML_SECONDS = 10.0
 TORCH_CHECKS = frozenset({"torch", "driver", "matmul", "clock", "allocation", "attention", "compile"})
 NVIDIA, DISPLAY = "0x10de", "0x03"  # a PCI device's vendor; the first byte of its class
-
-T = TypeVar("T")
 
 
 class NoTorch(Exception):
@@ -136,48 +133,11 @@ class DoctorContext:
         return self._plans.get(name, silence)
 
 
-def reading(uuid: str | None) -> GpuReading | NvmlUnavailable:
-    """One look at a GPU, or why there is none. May hang in the driver."""
-    try:
-        nvml = Nvml()
-    except NvmlUnavailable as error:
-        return error
-    try:
-        return nvml.read(uuid)
-    except NvmlUnavailable as error:
-        return error
-    finally:
-        nvml.close()
-
-
 def _plan(name: str, hf_token: str | None, revision: str | None) -> hub.Plan | StartupError:
     try:
         return hub.plan(name, hf_token=hf_token, revision=revision)
     except StartupError as error:
         return error
-
-
-def within(seconds: float, function: Callable[[], T]) -> T | None:
-    """Call a function; None where it takes longer than `seconds`, and goes on in its thread.
-
-    Raises:
-        Exception: what the function raised.
-    """
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(function())
-        except Exception as error:  # raised again in the thread that asked
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    return results[0] if results else None
 
 
 @dataclass(frozen=True, slots=True)

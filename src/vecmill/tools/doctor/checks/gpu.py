@@ -14,9 +14,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 
+from vecmill.core.threads import within
 from vecmill.engine.probes.results import Load, MatmulSpeed
 from vecmill.hardware.gpu import LOADED_PERCENT, GpuReading, clock_verdict, gpu_index
-from vecmill.tools.doctor.context import DoctorContext, NoTorch, reading, within
+from vecmill.hardware.nvml import reading
+from vecmill.tools.doctor.context import DoctorContext, NoTorch
 from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, ok, warn
 
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from vecmill.core.errors import MemoryLow, StartupError
 from vecmill.engine.probes.results import ClaimedMemory
-from vecmill.hardware.memory import GIGABYTE, MEGABYTE, MemoryGuard, host_memory, meminfo, memory_floor
+from vecmill.hardware.memory import GIGABYTE, MemoryGuard, meminfo
+from vecmill.hardware.memory_room import MemoryRoom, allowance, memory_room
 from vecmill.tools.doctor.checks.models import bytes_per_parameter, configured
 from vecmill.tools.doctor.context import DoctorContext
 from vecmill.tools.doctor.findings import Finding, fail, ok, together, warn
@@ -14,22 +15,8 @@ from vecmill.tools.doctor.probing import ProbeFailed
 
 HUB_SECONDS = 2.0  # a server that is to start waits for this
 PROBE_SECONDS = 30.0
-# Beside the weights: libraries and CUDA's context, the largest forward pass, tokenizers, answers.
-GPU_ALLOWANCE, CPU_ALLOWANCE = 4 * GIGABYTE, 1 * GIGABYTE
 # Who holds it.
 OF_GPU, OF_MACHINE = "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv", "ps aux --sort=-rss"
-
-
-@dataclass(frozen=True, slots=True)
-class MemoryRoom:
-    """Bytes. `floor` stays free; `most` is what the process may take."""
-
-    total: int
-    available: int
-    floor: int
-    most: int
-    unified: bool
-    of_gpu: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,16 +43,9 @@ def check_memory(context: DoctorContext) -> Finding:
 
 
 def _room(context: DoctorContext) -> MemoryRoom:
-    machine, engine, gpu = host_memory(), context.settings.engine, context.gpu_memory
-    of_gpu = context.wants_gpu and gpu.total_mb is not None and gpu.available_mb is not None
-    total = (gpu.total_mb or 0 if of_gpu else machine.total_mb) * MEGABYTE
-    available = (gpu.available_mb or 0 if of_gpu else machine.available_mb) * MEGABYTE
-    unified = of_gpu and gpu.unified is True
-    kept = int(memory_floor(total, engine.memory_floor_gb))
-    # A card's own memory has no floor: nothing else lives from it.
-    return MemoryRoom(
-        total, available, 0 if of_gpu and not unified else kept, int(engine.memory_fraction * total), unified, of_gpu
-    )
+    engine = context.settings.engine
+    gpu = context.gpu_memory if context.wants_gpu else None
+    return memory_room(gpu, engine.memory_floor_gb, engine.memory_fraction)
 
 
 def need_of(context: DoctorContext) -> MemoryNeed:
@@ -83,7 +63,7 @@ def need_of(context: DoctorContext) -> MemoryNeed:
             unknown.append(model.name)
         else:
             weights[str(model.checkpoint.folder.resolve()) if model.checkpoint else model.name] = count * width
-    return MemoryNeed(weights, tuple(unknown), GPU_ALLOWANCE if context.wants_gpu else CPU_ALLOWANCE)
+    return MemoryNeed(weights, tuple(unknown), allowance(on_gpu=context.wants_gpu))
 
 
 def _judge_room(context: DoctorContext, room: MemoryRoom) -> Finding:

@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from vecmill.tools.doctor.context import DoctorContext, ended, within
+from vecmill.core.threads import within
+from vecmill.tools.doctor.context import DoctorContext, ended
 from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
 from vecmill.tools.http_client import get_here
 
