@@ -19,7 +19,7 @@ from vecmill.models.config_keys import (
     check_layer_types,
     check_rope_by_layer,
 )
-from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
 TEXT: Mapping[str, Rule] = {
@@ -105,4 +105,7 @@ EMBEDDING_GEMMA2 = Family(
     text_half=True,
     width_key="embedding_dim",
     float16=False,
+    examples=(
+        HubModel("google/embeddinggemma-2", Task.EMBED, 270_000_000, "apache-2.0", 8192, 768, note="its text half"),
+    ),
 )

@@ -19,7 +19,7 @@ from vecmill.models.config_keys import (
     check_layer_types,
     check_rope_by_layer,
 )
-from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, only, positive, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -82,4 +82,5 @@ GEMMA3 = Family(
     ),
     is_decoder=True,
     float16=False,
+    examples=(HubModel("google/embeddinggemma-300m", Task.EMBED, 307_581_696, "gemma", 2048, 768),),
 )

@@ -15,7 +15,7 @@ from typing import Any
 from vecmill.core.types import Task
 from vecmill.models.chat_template import PairPrompt, Slot
 from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, check_rope, own_code
-from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -81,4 +81,18 @@ LLAMA_BIDIREC = Family(
     ),
     is_decoder=True,
     pair_prompt=PAIR_PROMPT,
+    examples=(
+        HubModel(
+            "nvidia/llama-nemotron-embed-1b-v2",
+            Task.EMBED,
+            1_235_814_400,
+            "see its card",
+            8192,
+            2048,
+            stored="bfloat16",
+        ),
+        HubModel(
+            "nvidia/llama-nemotron-rerank-1b-v2", Task.RERANK, 1_235_816_448, "see its card", 8192, stored="bfloat16"
+        ),
+    ),
 )

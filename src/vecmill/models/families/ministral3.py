@@ -15,7 +15,7 @@ from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON, NO_HEAD, ROPE, ROTARY, ConfigFile
-from vecmill.models.family import ConfigJson, Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -87,6 +87,14 @@ MINISTRAL3 = Family(
     positions=Positions.ROTARY,
     published=(PublishedModel("nvidia", r"Nemotron-3-Embed-[18]B-BF16", PROMPTS),),
     is_decoder=True,
+    examples=(
+        HubModel(
+            "nvidia/Nemotron-3-Embed-1B-BF16", Task.EMBED, 1_140_000_000, "openmdw-1.1", 32_768, 2048, stored="bfloat16"
+        ),
+        HubModel(
+            "nvidia/Nemotron-3-Embed-8B-BF16", Task.EMBED, 7_950_000_000, "openmdw-1.1", 32_768, 4096, stored="bfloat16"
+        ),
+    ),
 )
 
 
@@ -145,4 +153,16 @@ MISTRAL3 = Family(
     max_positions=_text_positions,
     text_half=True,
     is_decoder=True,
+    examples=(
+        HubModel(
+            "nvidia/Nemotron-3.5-Embed-1B-BF16",
+            Task.EMBED,
+            1_141_000_000,
+            "see its card",
+            32_768,
+            2048,
+            stored="bfloat16",
+            note="its text half",
+        ),
+    ),
 )

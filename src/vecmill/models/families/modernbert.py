@@ -22,7 +22,7 @@ from vecmill.models.config_keys import (
     check_rope_by_layer,
 )
 from vecmill.models.encoders import check_one_label
-from vecmill.models.family import ConfigJson, Family, Network, Pooling, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import ConfigJson, Family, HubModel, Network, Pooling, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, only, positive, rules, whole
 
 # Of training, of masked language modelling, of other ways to compute the same, and what the class reads in no case.
@@ -117,4 +117,9 @@ MODERNBERT = Family(
     },
     positions=Positions.ROTARY,
     published=(PublishedModel("nomic-ai", r"modernbert-embed-(base|large)", NOMIC_PROMPTS, dimensions=(256,)),),
+    examples=(
+        HubModel("Alibaba-NLP/gte-modernbert-base", Task.EMBED, 149_014_272, "apache-2.0", 8192, 768),
+        HubModel("nomic-ai/modernbert-embed-base", Task.EMBED, 149_014_272, "apache-2.0", 8192, 768),
+        HubModel("Alibaba-NLP/gte-reranker-modernbert-base", Task.RERANK, 149_605_633, "apache-2.0", 8192),
+    ),
 )

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON
-from vecmill.models.family import Family, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, rules
 
 # What model2vec notes of how a table was made; `normalize` and `seq_length` are its own class's, and a Normalize module
@@ -47,4 +47,10 @@ STATIC_EMBEDDING = Family(
     ),
     max_positions=lambda config: MOST_TOKENS,
     tokenizer_as_it_stands=True,
+    examples=(
+        HubModel("minishlab/potion-base-8M", Task.EMBED, 7_559_168, "mit", 1_000_000, 256),
+        HubModel(
+            "sentence-transformers/static-retrieval-mrl-en-v1", Task.EMBED, 31_254_528, "apache-2.0", 1_000_000, 1024
+        ),
+    ),
 )
