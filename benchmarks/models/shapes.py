@@ -135,7 +135,7 @@ CPU = Sizes(
     document_tokens=200,
     encoders={
         "MiniLM-L6": ("bert", MINILM),
-        "MPNet-base, 6 layers": ("mpnet", {**MPNET_BASE, "num_hidden_layers": 6}),
+        "MPNet-base, 2 layers": ("mpnet", {**MPNET_BASE, "num_hidden_layers": 2}),
     },
     texts=256,
     whole={},
