@@ -9,8 +9,11 @@ from typing import Any
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.families.bert import BERT, XLM_ROBERTA
+from vecmill.models.families.llama import LLAMA
+from vecmill.models.families.mistral import MISTRAL
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
+from vecmill.models.families.qwen2 import QWEN2
 from vecmill.models.families.qwen3 import QWEN3
 from vecmill.models.family import Family, PublishedModel
 
@@ -19,8 +22,11 @@ FAMILIES: Mapping[str, Family] = {
     for family in (
         BERT,
         XLM_ROBERTA,
+        LLAMA,
+        MISTRAL,
         NOMIC_BERT,
         NV_EMBED,
+        QWEN2,
         QWEN3,
     )
 }

@@ -30,7 +30,7 @@ KEYS: Mapping[str, Rule] = {
     "attention_bias": only(False, True),
     "head_dim": whole(),
     "is_causal": only(True, cure="A Qwen3 that looks both ways, as null makes it too, is not implemented."),
-    "layer_types": HONOURED,  # with the next three, see `_check_sliding_window`
+    "layer_types": HONOURED,  # with the next three, see `check_sliding_window`
     "max_window_layers": whole(0),
     "sliding_window": whole(null=True),
     "use_sliding_window": only(False, True),
@@ -43,7 +43,7 @@ SLIDING = "sliding_attention"
 LAYER_TYPES = ("full_attention", SLIDING)
 
 
-def _check_sliding_window(config: ConfigFile) -> None:
+def check_sliding_window(config: ConfigFile) -> None:
     """Layers are of the two kinds that packed attention has, and one with a sliding window has a width."""
     layers = config.content.get("layer_types")
     if layers is None:
@@ -65,7 +65,7 @@ def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
 HEADS = ("lm_head.", "score.")
 
 
-def _rename(name: str) -> Sequence[str]:
+def without_head(name: str) -> Sequence[str]:
     """Embedders are stored under the base model's names, rerankers under the causal model's; the head is not used."""
     return () if name.startswith(HEADS) else (name.removeprefix("model."),)
 
@@ -73,7 +73,7 @@ def _rename(name: str) -> Sequence[str]:
 NETWORK = Network(
     config_class="Qwen3Config",
     model_class="Qwen3Model",
-    rename=_rename,
+    rename=without_head,
     arguments=_arguments,
     merged=("Qwen3Attention", "Qwen3MLP"),
 )
@@ -99,7 +99,7 @@ PAIR = (
     SUFFIX,
 )
 PAIR_PROMPT = PairPrompt(PAIR, PAIR, DEFAULT_INSTRUCTION)
-CHECKS = (check_rope, _check_sliding_window)
+CHECKS = (check_rope, check_sliding_window)
 
 QWEN3 = Family(
     model_type="qwen3",

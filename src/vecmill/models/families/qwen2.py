@@ -1,0 +1,83 @@
+"""Qwen2 and Qwen2.5 as embedders of the last token or of the mean, as their files say: gte-Qwen2, which looks both
+ways, and jina-code-embeddings, which does not.
+
+The hub's gte-Qwen2 names code of its own, which is Qwen2Model with another mask and Qwen2Tokenizer with an end token.
+It is not run: transformers has both.
+
+Sources: https://huggingface.co/Alibaba-NLP/gte-Qwen2-1.5B-instruct; Qwen2Model of transformers 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vecmill.core.types import Task
+from vecmill.models.config_keys import COMMON, NO_HEAD, ROTARY, ConfigFile, check_rope, own_code
+from vecmill.models.families.qwen3 import SLIDING, check_sliding_window, without_head
+from vecmill.models.family import (
+    DEFAULT_INSTRUCTION,
+    ConfigJson,
+    Family,
+    Network,
+    Positions,
+    PublishedModel,
+    TaskSpec,
+)
+from vecmill.models.keys import HONOURED, Rule, only, positive, whole
+
+KEYS: Mapping[str, Rule] = {
+    **COMMON,
+    **ROTARY,
+    "auto_map": own_code(r"(Alibaba-NLP/[\w.-]+--)?modeling_qwen\.Qwen2\w+", "gte-Qwen2"),
+    "is_causal": only(True, False),
+    "layer_types": HONOURED,  # with the next three, see `check_sliding_window`
+    "max_window_layers": whole(0),
+    "sliding_window": whole(null=True),
+    "use_sliding_window": only(False, True),
+    "num_key_value_heads": whole(null=True),
+    "rms_norm_eps": positive(),
+}
+
+
+def _check_ways(config: ConfigFile) -> None:
+    """Both ways only where it is said, and not in a window, whose width transformers' implementations differ on."""
+    content = config.content
+    if content.get("auto_map") is not None and "is_causal" not in content:
+        raise config.unsupported("is_causal", "false with this `auto_map`", "Its own code looks both ways: state it.")
+    if content.get("is_causal", True):
+        return
+    layers = content.get("layer_types")
+    windowed = SLIDING in layers if isinstance(layers, list) else content.get("use_sliding_window", False)
+    if windowed:
+        raise config.unsupported("use_sliding_window", "false, where `is_causal` is false")
+
+
+def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
+    return {**{key: value for key, value in config.items() if key != "auto_map"}, "use_cache": False}
+
+
+NETWORK = Network(
+    config_class="Qwen2Config",
+    model_class="Qwen2Model",
+    rename=without_head,
+    arguments=_arguments,
+    merged=("Qwen2Attention", "Qwen2MLP"),
+)
+CHECKS = (check_rope, check_sliding_window, _check_ways)
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architectures=r"Qwen2(Model|ForCausalLM)",
+    tasks={Task.EMBED: TaskSpec({**KEYS, **NO_HEAD}, NETWORK, CHECKS)},
+    positions=Positions.ROTARY,
+    published=(
+        PublishedModel(
+            "Alibaba-NLP",
+            r"gte-Qwen2-[\d.]+B-instruct",
+            {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""},
+        ),
+    ),
+    is_decoder=True,
+    add_eos_token=True,
+)
