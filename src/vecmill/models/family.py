@@ -80,6 +80,17 @@ class TaskSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerWords:
+    """What a reranker on a language model is asked for: its score is the logit of one token, less that of another."""
+
+    true: str = "yes"
+    false: str | None = "no"
+    """None: there is no other."""
+    scale: float = 1.0
+    """Logits are multiplied by it before the sigmoid."""
+
+
+@dataclass(frozen=True, slots=True)
 class PublishedModel:
     """What the card of a model at https://huggingface.co prescribes and its files leave out."""
 
@@ -95,6 +106,8 @@ class PublishedModel:
     """Sizes that vectors may be cut to; empty: as the family has it."""
     pair_prompt: PairPrompt | None = None
     """Of a reranker: the text around a pair, where its files have no template for pairs."""
+    answers: AnswerWords = AnswerWords()
+    """Of a reranker: the words, where its files name no tokens, and the scale."""
 
     def is_called(self, model_id: str) -> bool:
         """Whether this is the model of an id, or of a folder's name."""

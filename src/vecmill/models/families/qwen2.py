@@ -4,7 +4,11 @@ ways, and jina-code-embeddings, which does not.
 The hub's gte-Qwen2 names code of its own, which is Qwen2Model with another mask and Qwen2Tokenizer with an end token.
 It is not run: transformers has both.
 
-Sources: https://huggingface.co/Alibaba-NLP/gte-Qwen2-1.5B-instruct; Qwen2Model of transformers 5.
+mxbai-rerank-v2 answers with a digit.
+
+Sources: https://huggingface.co/Alibaba-NLP/gte-Qwen2-1.5B-instruct; https://github.com/mixedbread-ai/mxbai-rerank
+(mxbai_rerank_v2.py; it tokenizes query and document apart, here the text is tokenized whole); Qwen2Model of
+transformers 5.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from vecmill.core.types import Task
-from vecmill.models.config_keys import COMMON, NO_HEAD, ROTARY, ConfigFile, check_rope, own_code
+from vecmill.models.chat_template import PairPrompt, Slot
+from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, ConfigFile, check_rope, own_code
 from vecmill.models.families.qwen3 import SLIDING, check_sliding_window, without_head
 from vecmill.models.family import (
     DEFAULT_INSTRUCTION,
+    AnswerWords,
     ConfigJson,
     Family,
     Network,
@@ -64,18 +70,46 @@ NETWORK = Network(
     arguments=_arguments,
     merged=("Qwen2Attention", "Qwen2MLP"),
 )
+RELEVANCE = (
+    "\nYou are a search relevance expert who evaluates how well documents match search queries. For each "
+    "query-document pair, carefully analyze the semantic relationship between them, then provide your binary relevance "
+    "judgment (0 for not relevant, 1 for relevant).\nRelevance:<|im_end|>\n<|im_start|>assistant\n"
+)
+SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+BEGIN = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+PAIR = ("query: ", Slot.QUERY, "\ndocument: ", Slot.DOCUMENT, RELEVANCE)
+MXBAI = PairPrompt(
+    (f"{BEGIN}{PAIR[0]}", *PAIR[1:]),
+    (f"{BEGIN}instruction: ", Slot.INSTRUCTION, f"\n{PAIR[0]}", *PAIR[1:]),
+)
 CHECKS = (check_rope, check_sliding_window, _check_ways)
 
 QWEN2 = Family(
     model_type="qwen2",
-    architectures=r"Qwen2(Model|ForCausalLM)",
-    tasks={Task.EMBED: TaskSpec({**KEYS, **NO_HEAD}, NETWORK, CHECKS)},
+    architectures=r"Qwen2(Model|ForCausalLM|ForSequenceClassification)",
+    tasks={
+        Task.EMBED: TaskSpec({**KEYS, **NO_HEAD}, NETWORK, CHECKS),
+        Task.RERANK: TaskSpec(
+            {
+                **KEYS,
+                **HEAD,
+                "classifier_from_token": HONOURED,  # vLLM's
+                "is_causal": only(True, cure="A reranker that looks both ways is not implemented."),
+                "tie_word_embeddings": only(False, True),
+            },
+            NETWORK,
+            CHECKS,
+        ),
+    },
     positions=Positions.ROTARY,
     published=(
         PublishedModel(
             "Alibaba-NLP",
             r"gte-Qwen2-[\d.]+B-instruct",
             {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""},
+        ),
+        PublishedModel(
+            "mixedbread-ai", r"mxbai-rerank-(base|large)-v2", pair_prompt=MXBAI, answers=AnswerWords("1", "0")
         ),
     ),
     is_decoder=True,

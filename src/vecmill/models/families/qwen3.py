@@ -2,7 +2,8 @@
 likely one token is than another after the prompt (Qwen3-Reranker 0.6B, 4B and 8B), or a classification head.
 
 Sources: Zhang et al. 2025 (https://arxiv.org/abs/2506.05176); https://huggingface.co/Qwen/Qwen3-Embedding-0.6B;
-https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks).
+https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks);
+https://huggingface.co/zeroentropy/zerank-2 (the query as the system's message; sigmoid of a fifth of the logit).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from vecmill.models.chat_template import PairPrompt, Slot
 from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, ConfigFile, check_rope
 from vecmill.models.family import (
     DEFAULT_INSTRUCTION,
+    AnswerWords,
     ConfigJson,
     Family,
     Network,
@@ -89,6 +91,7 @@ PREFIX = (
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 PAIR = (
     f"{PREFIX}<Instruct>: ",
     Slot.INSTRUCTION,
@@ -99,6 +102,7 @@ PAIR = (
     SUFFIX,
 )
 PAIR_PROMPT = PairPrompt(PAIR, PAIR, DEFAULT_INSTRUCTION)
+ZERANK = ("<|im_start|>system\n", Slot.QUERY, "<|im_end|>\n<|im_start|>user\n", Slot.DOCUMENT, ASSISTANT)
 CHECKS = (check_rope, check_sliding_window)
 
 QWEN3 = Family(
@@ -118,6 +122,12 @@ QWEN3 = Family(
             {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery:", "document": ""},
         ),
         PublishedModel("Qwen", r"Qwen3-Reranker-[\d.]+B", pair_prompt=PAIR_PROMPT),
+        PublishedModel(
+            "zeroentropy",
+            r"zerank-(1|1-small|2)(-reranker)?",
+            pair_prompt=PairPrompt(ZERANK, ZERANK),
+            answers=AnswerWords("Yes", None, scale=1 / 5),
+        ),
         PublishedModel("tomaarsen", r"Qwen3-Reranker-[\d.]+B-seq-cls", pair_prompt=PAIR_PROMPT),
     ),
     dimensions=_dimensions,
