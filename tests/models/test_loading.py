@@ -99,7 +99,8 @@ def test_a_truncated_weight_file_is_refused(folder: Path) -> None:
 def test_an_unknown_family_is_refused_with_the_list(folder: Path) -> None:
     write(folder / "config.json", {**json.loads((folder / "config.json").read_text()), "model_type": "mamba"})
     with pytest.raises(
-        StartupError, match="'mamba' is not supported; supported: bert, nomic_bert, nvembed, qwen3, xlm-roberta"
+        StartupError,
+        match="'mamba' is not supported; supported: bert, llama, mistral, nomic_bert, nvembed, qwen2, qwen3, xlm-roberta",
     ):
         read(find(str(folder)))
 
