@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AutoModel,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -694,6 +695,46 @@ def _as_sentence_transformer(
     if max_seq_length is not None:
         write(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
     return folder
+
+
+def tiny_decoder(
+    folder: Path,
+    config: Any,
+    tokenizer_from: Path,
+    *,
+    pooling: str = "lasttoken",
+    prompts: Mapping[str, str] | None = None,
+    seed: int = 0,
+    **tokenizer: Any,
+) -> Path:
+    """A causal language model as an embedder, with the tokenizer of another folder.
+
+    Args:
+        config: of transformers: Qwen2Config, MistralConfig, LlamaConfig. It gets the vocabulary's size.
+        tokenizer: further keys of tokenizer_config.json.
+    """
+    torch.manual_seed(seed)
+    config.vocab_size = Tokenizer.from_file(str(tokenizer_from / "tokenizer.json")).get_vocab_size()
+    config.update({"initializer_range": 0.3})
+    model = AutoModel.from_config(config)
+    _randomize_vectors(model)
+    model.save_pretrained(folder)
+    _copy_tokenizer(tokenizer_from, folder)
+    edit_json(folder / "tokenizer_config.json", **tokenizer)
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    return _as_sentence_transformer(folder, kinds, pooling, prompts, config.max_position_embeddings)
+
+
+def around_texts(folder: Path, *, first: str | None = None, last: str) -> None:
+    """The template of tokenizer.json puts these special tokens around every text."""
+    file = folder / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(file))
+    tokens = [token for token in (first, last) if token is not None]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first}:0 $A:0 {last}:0" if first else f"$A:0 {last}:0",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in tokens],
+    )
+    tokenizer.save(str(file))
 
 
 def plain_tokenizer(folder: Path) -> Tokenizer:

@@ -369,9 +369,9 @@ def test_a_model_that_cannot_be_had_is_refused_with_everything_that_would_help(f
 
 
 def test_what_cannot_be_run_is_refused_before_its_weights_are_fetched(fake: FakeHub) -> None:
-    fake.files["config.json"] = b'{"model_type": "llama", "max_position_embeddings": 4096}'
+    fake.files["config.json"] = b'{"model_type": "mamba", "max_position_embeddings": 4096}'
     settings = load_settings({"embed_model": NAME}).model
-    with pytest.raises(StartupError, match=r"EMBED_MODEL=owner/tiny: model_type 'llama' is not supported; supported: "):
+    with pytest.raises(StartupError, match=r"EMBED_MODEL=owner/tiny: model_type 'mamba' is not supported; supported: "):
         chosen_sources(settings, torch.device("cpu"))
     assert "model.safetensors" not in fake.fetched()
     assert "config.json" in fake.fetched()

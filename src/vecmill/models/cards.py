@@ -123,13 +123,14 @@ def _instructed(checkpoint: Checkpoint, prompts: Prompts, instruction: str) -> P
 
 
 def _prescribed(checkpoint: Checkpoint) -> Prompts:
+    published = checkpoint.published
     if checkpoint.prompts or checkpoint.default_prompt_name:
-        return Prompts(checkpoint.prompts, checkpoint.default_prompt_name, "files")
+        added = published.prompts if published is not None and published.completes_files else {}
+        return Prompts({**added, **checkpoint.prompts}, checkpoint.default_prompt_name, "files")
     if checkpoint.task is Task.RERANK:
         pair_prompt = rerank_form(checkpoint).prompt
         instruction = pair_prompt.default_instruction if pair_prompt is not None else None
         return Prompts({"query": instruction}, "query", "card") if instruction is not None else Prompts({})
-    published = checkpoint.published
     return Prompts(published.prompts, source="card") if published is not None and published.prompts else Prompts({})
 
 

@@ -134,7 +134,8 @@ class Checkpoint:
         """What its tokens need beyond the tokenizer's own template; of an embedder."""
         if self.family.text_format is not None:
             return self.family.text_format(self.config)
-        return TextFormat(unpooled="nothing" if self.include_prompt else "prompt")
+        end = self.tokenizer.end_token if self.family.add_eos_token else None
+        return TextFormat(end, unpooled="nothing" if self.include_prompt else "prompt")
 
     @property
     def prompts(self) -> Mapping[str, str]:

@@ -97,6 +97,17 @@ class TaskSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class AnswerWords:
+    """What a reranker on a language model is asked for: its score is the logit of one token, less that of another."""
+
+    true: str = "yes"
+    false: str | None = "no"
+    """None: there is no other."""
+    scale: float = 1.0
+    """Logits are multiplied by it before the sigmoid."""
+
+
+@dataclass(frozen=True, slots=True)
 class PublishedModel:
     """What the card of a model at https://huggingface.co prescribes and its files leave out."""
 
@@ -105,10 +116,15 @@ class PublishedModel:
     """A regular expression that matches the whole name."""
     prompts: Mapping[str, str] = field(default_factory=dict)
     """Of an embedder, by name: what goes before a text."""
+    completes_files: bool = False
+    """Whether `prompts` are added to those of files that have others: the files name prompts of tasks, and none of the
+    roles `query` and `document`."""
     dimensions: tuple[int, ...] = ()
     """Sizes that vectors may be cut to; empty: as the family has it."""
     pair_prompt: PairPrompt | None = None
     """Of a reranker: the text around a pair, where its files have no template for pairs."""
+    answers: AnswerWords = AnswerWords()
+    """Of a reranker: the words, where its files name no tokens, and the scale."""
 
     def is_called(self, model_id: str) -> bool:
         """Whether this is the model of an id, or of a folder's name."""
@@ -186,6 +202,10 @@ class Family:
     """None: the tokenizer's own template, and pooling as sentence-transformers does it."""
     tokenizer_as_it_stands: bool = False
     """Whether tokenizer.json alone counts: the reference is code of its own that reads no other file."""
+    add_eos_token: bool = False
+    """Whether an embedder's texts end with `eos_token` where tokenizer_config.json has `add_eos_token: true`, whatever
+    the template says. Models of such families were trained and published with releases before transformers 5, which did
+    so; 5 reads the template of tokenizer.json alone, and so pools another token (e5-mistral, gte-Qwen2)."""
     is_decoder: bool = False
     """Whether it is a causal language model: as a reranker it reads a pair as one text and answers with a token, or has
     a classification head on the last token."""

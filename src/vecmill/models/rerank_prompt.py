@@ -22,6 +22,7 @@ from vecmill.core.types import Task
 from vecmill.models.chat_template import SPECIAL_TOKENS, PairPrompt, ReadTemplate, UnfitTemplateError, read_template
 from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint
 from vecmill.models.families import decoders
+from vecmill.models.family import AnswerWords
 from vecmill.models.keys import read_json
 from vecmill.models.tokenizer_files import DEFAULT_TEMPLATE, TEMPLATE_FILE, chat_templates
 
@@ -108,11 +109,10 @@ def _causal(checkpoint: Checkpoint) -> RerankForm:
     if prompt is None and family.pair_prompt_flag and checkpoint.config.get(family.pair_prompt_flag) is True:
         prompt = family.pair_prompt
     if prompt is not None:
-        no, yes = _words(checkpoint)
-        return RerankForm(prompt, Answers(yes, no))
+        return RerankForm(prompt, _words(checkpoint))
     with suppress(UnfitTemplateError):
         if (template := _template(checkpoint)).names_its_roles:
-            return RerankForm(_pair_prompt(template), Answers(*answer_tokens(checkpoint)))
+            return RerankForm(_pair_prompt(template), Answers(*answer_tokens(checkpoint, "yes", "no")))
     raise StartupError(
         f"{checkpoint.named}: this is a causal language model, and nothing in its files says that it is a reranker: no "
         f"LogitScore in modules.json, no chat template with the roles `query` and `document`. Name a "
@@ -120,27 +120,39 @@ def _causal(checkpoint: Checkpoint) -> RerankForm:
     )
 
 
-def _words(checkpoint: Checkpoint) -> tuple[int, int]:
-    """The tokens of no and yes; vLLM's `classifier_from_token` may name others."""
-    words = checkpoint.config.get("classifier_from_token") or ["no", "yes"]
-    if not isinstance(words, list) or len(words) != 2:
-        raise StartupError(f"{checkpoint.named}: `classifier_from_token` in config.json must name two tokens.")
-    no, yes = (str(word) for word in words)
-    true, false = answer_tokens(checkpoint, yes, no)
-    return false, true
+def _words(checkpoint: Checkpoint) -> Answers:
+    """The tokens of the card's words; vLLM's `classifier_from_token` may name others."""
+    card = _answer_words(checkpoint)
+    words = checkpoint.config.get("classifier_from_token")
+    if not words:
+        return Answers(*answer_tokens(checkpoint, card.true, card.false), card.scale)
+    if not isinstance(words, list) or len(words) > 2:
+        raise StartupError(
+            f"{checkpoint.named}: `classifier_from_token` in config.json must name one token, or those of no and yes."
+        )
+    *no, yes = map(str, words)
+    return Answers(*answer_tokens(checkpoint, yes, no[0] if no else None), card.scale)
 
 
-def answer_tokens(checkpoint: Checkpoint, yes: str = "yes", no: str = "no") -> tuple[int, int]:
-    """The ids of two words.
+def _answer_words(checkpoint: Checkpoint) -> AnswerWords:
+    return checkpoint.published.answers if checkpoint.published is not None else AnswerWords()
+
+
+def answer_tokens(checkpoint: Checkpoint, yes: str = "yes", no: str | None = "no") -> tuple[int, int | None]:
+    """The ids of two words, or of one.
 
     Raises:
         StartupError: the tokenizer has no such tokens, so it is another model's.
     """
     tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
-    true, false = tokenizer.token_to_id(yes), tokenizer.token_to_id(no)
-    if true is None or false is None:
-        raise StartupError(f"{checkpoint.named}: {checkpoint.tokenizer_file} has no tokens `{yes}` and `{no}`.")
-    return true, false
+    words = [yes] if no is None else [yes, no]
+    tokens = [token for word in words if (token := tokenizer.token_to_id(word)) is not None]
+    if len(tokens) < len(words):
+        raise StartupError(
+            f"{checkpoint.named}: {checkpoint.tokenizer_file} does not have all of the tokens "
+            f"{' and '.join(f'`{word}`' for word in words)}."
+        )
+    return tokens[0], None if no is None else tokens[1]
 
 
 def _answers(checkpoint: Checkpoint) -> Answers:
@@ -151,7 +163,7 @@ def _answers(checkpoint: Checkpoint) -> Answers:
             f"{checkpoint.named}: the LogitScore module has true_token_id={true!r} and false_token_id={false!r}; the "
             f"first must be a token's id, the second may be left out."
         )
-    return Answers(int(true or 0), None if false is None else int(false))
+    return Answers(int(true or 0), None if false is None else int(false), _answer_words(checkpoint).scale)
 
 
 def _is_id(value: object) -> bool:

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Side, Task
 from vecmill.models.chat_template import SPECIAL_TOKENS
+from vecmill.models.config_keys import own_code
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, only, read_json, rules
 
 # The first of these that says anything is read, as sentence-transformers does.
@@ -71,7 +72,9 @@ TOKENIZER_CONFIG: Mapping[str, Rule] = {
         ),
     ),
     # Code of the checkpoint's own, and processors of images and sound.
-    "auto_map": only(None),
+    "auto_map": own_code(  # transformers' class of that name, which honours `add_eos_token` too
+        r"(Alibaba-NLP/[\w.-]+--)?tokenization_qwen\.Qwen2Tokenizer(Fast)?", "gte-Qwen2"
+    ),
     "init_inputs": only(None, []),
     "processor_class": only(None),
     **rules(
@@ -161,6 +164,8 @@ class TokenizerSettings:
     """What the module's file adds to tokenizer_config.json."""
     messages: str = ""
     """Of an embedder whose texts are messages of a chat template: `flat` or `structured`; empty: they are not."""
+    end_token: str | None = None
+    """What `add_eos_token` puts behind a text; None: nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +278,16 @@ def tokenizer_settings(named: str, folder: Path, task: Task, *, text_half: bool 
         lower_case=bool(module.get("do_lower_case", False)),
         arguments={key: value for key, value in arguments.items() if key != "trust_remote_code"},
         messages=_message_format(module) if task is Task.EMBED else "",
+        end_token=_end_token(named, folder, {**config, **arguments}),
     )
+
+
+def _end_token(named: str, folder: Path, config: Mapping[str, Any]) -> str | None:
+    if config.get("add_eos_token") is not True:
+        return None
+    token = config.get("eos_token") or read_json(named, folder / "special_tokens_map.json").get("eos_token")
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def as_it_stands(named: str, file: Path) -> TokenizerSettings:

@@ -15,12 +15,15 @@ from vecmill.models.families.distilbert import DISTILBERT
 from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
 from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.llama import LLAMA
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
 from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
+from vecmill.models.families.mistral import MISTRAL
 from vecmill.models.families.modernbert import MODERNBERT
 from vecmill.models.families.mpnet import MPNET
 from vecmill.models.families.nomic_bert import NOMIC_BERT
 from vecmill.models.families.nv_embed import NV_EMBED
+from vecmill.models.families.qwen2 import QWEN2
 from vecmill.models.families.qwen3 import QWEN3
 from vecmill.models.families.roberta import CAMEMBERT, ROBERTA, XLM_ROBERTA
 from vecmill.models.families.static_embedding import STATIC_EMBEDDING
@@ -44,8 +47,11 @@ FAMILIES: Mapping[str, Family] = {
         LLAMA_BIDIREC,
         MINISTRAL3,
         MISTRAL3,
+        LLAMA,
+        MISTRAL,
         NOMIC_BERT,
         NV_EMBED,
+        QWEN2,
         QWEN3,
         STATIC_EMBEDDING,
     )

@@ -2,7 +2,8 @@
 likely one token is than another after the prompt (Qwen3-Reranker 0.6B, 4B and 8B), or a classification head.
 
 Sources: Zhang et al. 2025 (https://arxiv.org/abs/2506.05176); https://huggingface.co/Qwen/Qwen3-Embedding-0.6B;
-https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks).
+https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks);
+https://huggingface.co/zeroentropy/zerank-2 (the query as the system's message; sigmoid of a fifth of the logit).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from vecmill.models.config_keys import (
 )
 from vecmill.models.family import (
     DEFAULT_INSTRUCTION,
+    AnswerWords,
     ConfigJson,
     Family,
     HubModel,
@@ -40,7 +42,7 @@ KEYS: Mapping[str, Rule] = {
     "attention_bias": only(False, True),
     "head_dim": whole(),
     "is_causal": only(True, cure="A Qwen3 that looks both ways, as null makes it too, is not implemented."),
-    "layer_types": HONOURED,  # with the next three, see `_check_sliding_window`
+    "layer_types": HONOURED,  # with the next three, see `check_sliding_window`
     "max_window_layers": whole(0),
     "sliding_window": whole(null=True),
     "use_sliding_window": only(False, True),
@@ -51,7 +53,7 @@ FLAG = "is_original_qwen3_reranker"
 OF_RERANKERS = ("classifier_from_token", FLAG)  # vLLM's, of language models that score
 
 
-def _check_sliding_window(config: ConfigFile) -> None:
+def check_sliding_window(config: ConfigFile) -> None:
     """Layers are of the two kinds that packed attention has, and one with a sliding window has a width."""
     check_layer_types(config)
     if SLIDING not in (config.content.get("layer_types") or ()):
@@ -69,7 +71,7 @@ def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
 HEADS = ("lm_head.", "score.")
 
 
-def _rename(name: str) -> Sequence[str]:
+def without_head(name: str) -> Sequence[str]:
     """Embedders are stored under the base model's names, rerankers under the causal model's; the head is not used."""
     return () if name.startswith(HEADS) else (name.removeprefix("model."),)
 
@@ -77,7 +79,7 @@ def _rename(name: str) -> Sequence[str]:
 NETWORK = Network(
     config_class="Qwen3Config",
     model_class="Qwen3Model",
-    rename=_rename,
+    rename=without_head,
     arguments=_arguments,
     merged=("Qwen3Attention", "Qwen3MLP"),
 )
@@ -93,6 +95,7 @@ PREFIX = (
     'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
 )
 SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+ASSISTANT = "<|im_end|>\n<|im_start|>assistant\n"
 PAIR = (
     f"{PREFIX}<Instruct>: ",
     Slot.INSTRUCTION,
@@ -103,7 +106,8 @@ PAIR = (
     SUFFIX,
 )
 PAIR_PROMPT = PairPrompt(PAIR, PAIR, DEFAULT_INSTRUCTION)
-CHECKS = (check_rope, _check_sliding_window)
+ZERANK = ("<|im_start|>system\n", Slot.QUERY, "<|im_end|>\n<|im_start|>user\n", Slot.DOCUMENT, ASSISTANT)
+CHECKS = (check_rope, check_sliding_window)
 
 QWEN3 = Family(
     model_type="qwen3",
@@ -130,6 +134,12 @@ QWEN3 = Family(
             {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery:", "document": ""},
         ),
         PublishedModel("Qwen", r"Qwen3-Reranker-[\d.]+B", pair_prompt=PAIR_PROMPT),
+        PublishedModel(
+            "zeroentropy",
+            r"zerank-(1|1-small|2)(-reranker)?",
+            pair_prompt=PairPrompt(ZERANK, ZERANK),
+            answers=AnswerWords("Yes", None, scale=1 / 5),
+        ),
         PublishedModel("tomaarsen", r"Qwen3-Reranker-[\d.]+B-seq-cls", pair_prompt=PAIR_PROMPT),
     ),
     dimensions=_dimensions,
