@@ -221,7 +221,9 @@ def test_flash_attention_is_chosen_once_by_what_the_card_can(
 ) -> None:
     card.capability = capability
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: built)
-    monkeypatch.setattr(loader, "load_model", lambda *_: SimpleNamespace(width=1, vocab_size=1, modules=()))
+    monkeypatch.setattr(
+        loader, "load_model", lambda *_: SimpleNamespace(width=1, vocab_size=1, modules=(), largest_head=1)
+    )
     warmed: list[Attention] = []
     monkeypatch.setattr(loader, "warm_up", lambda model, *_: warmed.append(model.attention))
     load(folder, dtype="float16")

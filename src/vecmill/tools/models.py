@@ -37,7 +37,7 @@ NUMBERS = frozenset({"parameters", "download", "tokens", "memory"})
 UNKNOWN = "?"
 
 
-class State(StrEnum):
+class Whereabouts(StrEnum):
     """Where a model is."""
 
     SERVED = "served"
@@ -52,7 +52,7 @@ class State(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class ThisMachine:
     """What would serve a model, as far as can be told without torch.
 
     `dtypes` are the types that the weights may get: several on a CPU, where they are measured when a model is loaded.
@@ -77,7 +77,7 @@ class Listed:
     family: Family
     fit: Fit
     memory: tuple[int, int]
-    state: State
+    state: Whereabouts
 
     @property
     def dimensions(self) -> Sequence[int]:
@@ -131,7 +131,7 @@ def models(
         results.print("\n".join(_lines(machine, listed, tasks)), soft_wrap=True)
 
 
-def this_machine(settings: Settings) -> Machine:
+def this_machine(settings: Settings) -> ThisMachine:
     """The device that DEVICE names or `auto` would choose, and its memory."""
     engine = settings.engine
     gpu = _gpu() if engine.device == "auto" or engine.device.startswith("cuda") else None
@@ -143,7 +143,7 @@ def this_machine(settings: Settings) -> Machine:
     elif engine.device == "mps" or (engine.device == "auto" and _is_apple()):
         device = "mps"
     name = {"cuda": (gpu and gpu.name) or "a GPU", "mps": "Apple's GPU", "cpu": "a CPU"}[device]
-    return Machine(device, name, _dtypes(settings.model.dtype, device, gpu), room)
+    return ThisMachine(device, name, _dtypes(settings.model.dtype, device, gpu), room)
 
 
 def _gpu() -> GpuReading | None:
@@ -179,7 +179,7 @@ def _served(url: str, api_key: str | None) -> frozenset[str]:
     return frozenset(str(entry["id"]).casefold() for entry in entries if isinstance(entry, Mapping) and "id" in entry)
 
 
-def _listed(machine: Machine, served: frozenset[str]) -> Iterator[Listed]:
+def _listed(machine: ThisMachine, served: frozenset[str]) -> Iterator[Listed]:
     here = frozenset(hub.listed_in_cache())
     for family in FAMILIES.values():
         for model in family.examples:
@@ -187,20 +187,20 @@ def _listed(machine: Machine, served: frozenset[str]) -> Iterator[Listed]:
             yield Listed(model, family, machine.room.fit(*memory), memory, _state(model, served, here))
 
 
-def _state(model: HubModel, served: frozenset[str], here: frozenset[str]) -> State:
+def _state(model: HubModel, served: frozenset[str], here: frozenset[str]) -> Whereabouts:
     if model.id.casefold() in served:
-        return State.SERVED
+        return Whereabouts.SERVED
     if model.id in here:
-        return State.CACHED if hub.cached(model.id) is not None else State.PARTLY
+        return Whereabouts.CACHED if hub.cached(model.id) is not None else Whereabouts.PARTLY
     bundled = model.id == BUNDLED_ID and bundled_instead(model.id, model.task, None) is not None
-    return State.BUNDLED if bundled else State.ON_HUB
+    return Whereabouts.BUNDLED if bundled else Whereabouts.ON_HUB
 
 
 def _families(task: Task) -> list[str]:
     return [family.model_type for family in FAMILIES.values() if task in family.tasks]
 
 
-def _as_json(machine: Machine, listed: Sequence[Listed], tasks: Sequence[Task]) -> dict[str, Any]:
+def _as_json(machine: ThisMachine, listed: Sequence[Listed], tasks: Sequence[Task]) -> dict[str, Any]:
     room = machine.room
     return {
         "machine": {
@@ -237,7 +237,7 @@ def _object(listed: Listed) -> dict[str, Any]:
     }
 
 
-def _lines(machine: Machine, listed: Sequence[Listed], tasks: Sequence[Task]) -> list[str]:
+def _lines(machine: ThisMachine, listed: Sequence[Listed], tasks: Sequence[Task]) -> list[str]:
     lines = [_about(machine)]
     for task in tasks:
         rows = [_row(each) for each in listed if each.model.task is task]
@@ -254,7 +254,7 @@ HELP = (
 )
 
 
-def _about(machine: Machine) -> str:
+def _about(machine: ThisMachine) -> str:
     room = machine.room
     owner = "shared with the machine" if room.unified else "the GPU's own" if room.of_gpu else "the machine's"
     kept = f", {room.floor / GIGABYTE:.1f} of which stay free (MEMORY_FLOOR_GB)" if room.floor else ""
