@@ -140,7 +140,8 @@ async def test_it_may_die_while_a_file_comes_in(tmp_path: Path, snapshots: Snaps
         await again.close()
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.nightly) for seed in (1, 2))])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seed", [0, 1, 2])
 async def test_it_may_be_killed_again_and_again(tmp_path: Path, seed: int) -> None:
     """Ten kills at random moments, some of them while the process starts; more if work begins slowly.
 

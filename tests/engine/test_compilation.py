@@ -232,7 +232,7 @@ def test_false_compiles_nothing(tmp_path: Path, minilm_folder: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.nightly), torch.bfloat16])
 def test_inductors_vectors_are_those_of_eager(tmp_path: Path, minilm_folder: Path, dtype: torch.dtype) -> None:
     model = load_model(tiny_bert(tmp_path / "tiny", minilm_folder), dtype=dtype)[1]
     before = compilations()

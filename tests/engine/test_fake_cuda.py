@@ -355,8 +355,16 @@ def check_launched(on: OnCuda, launched: Launched, stream: Stream, width: int) -
     assert (part.answers.shape, part.answers.dtype) == ((len(part.indexes), width), torch.float32)
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize(
+    ("dtype", "compiled"),
+    [
+        pytest.param(torch.bfloat16, False, id="bf16-eager"),
+        # The same again: what is around the layers does not depend on how they run, nor on their type.
+        pytest.param(torch.bfloat16, True, id="bf16-compiled", marks=pytest.mark.nightly),
+        pytest.param(torch.float32, False, id="fp32-eager", marks=pytest.mark.nightly),
+        pytest.param(torch.float32, True, id="fp32-compiled", marks=pytest.mark.nightly),
+    ],
+)
 @pytest.mark.parametrize("tiny", every_family())
 def test_a_batch_is_launched_without_waiting(
     folder_of: Callable[[TinyModel], Path], driver: CudaDriver, tiny: TinyModel, dtype: torch.dtype, compiled: bool

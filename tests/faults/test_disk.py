@@ -40,6 +40,7 @@ def embed(service: Service, text: str) -> Any:
     return service.post("/v1/embeddings", {"model": "m", "input": text})["data"][0]["embedding"]
 
 
+@pytest.mark.nightly
 def test_a_full_disk_stops_what_needs_it_and_nothing_else(new_service: NewService, tmp_path: Path) -> None:
     state = tmp_path / "state"
     service = new_service(CACHE, within=small_disk(state, "6m"))

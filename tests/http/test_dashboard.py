@@ -330,6 +330,7 @@ def test_replicas_that_are_not_known_are_no_empty_list(page: Page, server: Serve
     expect(row(page, "Replicas", "this one")).to_be_visible()
 
 
+@pytest.mark.nightly
 def test_two_servers_at_one_redis_show_each_other(browser: Browser, tmp_path: Path) -> None:
     with redis_server(tmp_path) as url, ExitStack() as stack:
         shared = {"REDIS_URL": url, "STATE_DIR": str(tmp_path)}

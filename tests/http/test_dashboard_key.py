@@ -158,6 +158,7 @@ def test_nothing_is_refused_again_and_again_while_no_key_is_typed_in(page: Page)
     assert len(refused) == 1
 
 
+@pytest.mark.nightly
 def test_a_restart_is_seen_and_without_keys_takes_the_form_away(browser: Browser) -> None:
     port = free_port()
     command = vecmill_command(port)

@@ -78,7 +78,7 @@ def serious(page: Page) -> list[str]:
     return [f"{one['id']}: {json.dumps([node['target'] for node in one['nodes'][:5]])}" for one in bad]
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("scheme", ["light", pytest.param("dark", marks=pytest.mark.nightly)])
 def test_axe_finds_nothing(
     browser: Browser, server: Server, busy: dict[str, Any], scheme: Literal["light", "dark"]
 ) -> None:

@@ -71,6 +71,7 @@ def expect_status(call: Locator, status: str) -> None:
     expect(call.locator(".live-responses-table tbody td.response-col_status")).to_have_text(re.compile(rf"^{status}\b"))
 
 
+@pytest.mark.nightly
 def test_calls_are_answered_with_what_is_filled_in(quiet_page: Page) -> None:
     quiet_page.goto("/docs")
     expect(quiet_page.locator("[data-tag]")).to_have_text(TAGS)

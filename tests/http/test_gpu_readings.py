@@ -96,6 +96,7 @@ def test_prometheus_gets_what_is_known(server: Spark) -> None:
     assert set(found["vecmill_memory_bytes"]) == {"total", "available", "swap_used"}
 
 
+@pytest.mark.nightly
 def test_the_dashboard_shows_the_gpu_and_warns(server: Spark, quiet_page: Page) -> None:
     quiet_page.goto("/#machine")
     tiles = quiet_page.locator("#device > div")

@@ -113,7 +113,7 @@ def no_example(folder: Path) -> tuple[dict[str, object], str]:
 
 
 def unknown_folder(folder: Path) -> tuple[dict[str, object], str]:
-    return {"model": str(folder)}, f"{MINILM}. For a folder with another name, `vecmill verify FOLDER --example NAME`"
+    return {"model": str(folder)}, "For a folder with another name, `vecmill verify FOLDER --example NAME` picks"
 
 
 def unknown_example(folder: Path) -> tuple[dict[str, object], str]:
