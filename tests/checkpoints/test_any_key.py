@@ -87,7 +87,7 @@ def changes(draw: st.DrawFn) -> tuple[str, list[tuple[str, str, Any]]]:
         ],
     )
 )
-@settings(max_examples=25, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 def test_any_key_is_honoured_or_refused(changed: tuple[str, list[tuple[str, str, Any]]]) -> None:
     check(*changed)
 

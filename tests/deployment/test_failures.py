@@ -31,6 +31,11 @@ def half_written(world: World) -> list[str]:
     return [str(path) for path in (*unfinished, *hidden)]
 
 
+AT_NIGHT = [
+    pytest.param(at, marks=pytest.mark.nightly) for at in ("pip install", "systemctl restart --no-block qmd-embed")
+]
+
+
 @pytest.mark.parametrize(("at", "title"), STEPS)
 def test_a_step_that_fails_says_which_and_leaves_nothing_half_done(world: World, at: str, title: str) -> None:
     world.fail(at, code=7, stderr="the disk ate it\n")
@@ -46,7 +51,7 @@ def test_a_step_that_fails_says_which_and_leaves_nothing_half_done(world: World,
     assert half_written(world) == []
 
 
-@pytest.mark.parametrize("at", ["pip install", "systemctl restart --no-block qmd-embed", "--service=svc:qmd-vllm"])
+@pytest.mark.parametrize("at", [*AT_NIGHT, "--service=svc:qmd-vllm"])
 def test_the_next_run_goes_on_from_there(world: World, at: str) -> None:
     world.fail(at)
     assert world.deploy("--wait", "0").returncode == 1
@@ -121,7 +126,7 @@ def lasting(world: World) -> dict[str, tuple[int, int, str]]:
     }
 
 
-@pytest.mark.parametrize("at", ["pip install", "systemctl restart --no-block qmd-embed", "not ready"])
+@pytest.mark.parametrize("at", [*AT_NIGHT, "not ready"])
 def test_an_upgrade_that_fails_leaves_what_ran_running(embedder: World, at: str) -> None:
     before = upgrade(embedder)
     if at == "not ready":

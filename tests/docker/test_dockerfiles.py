@@ -104,7 +104,8 @@ def test_a_change_of_the_source_installs_no_dependency_again(name: str) -> None:
             assert (number > installs) == (text.split()[0] not in DEPENDENCIES), text
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", pytest.param("Dockerfile.ngc", marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@each_dockerfile
 def test_its_lines_install_the_package(name: str, tmp_path: Path) -> None:
     build, site = tmp_path / "build", tmp_path / "site"
     build.mkdir()

@@ -303,6 +303,7 @@ def test_each_step_of_the_history_is_looked_at_once_though_timers_are_early(earl
     assert seen == list(range(seen[0], seen[0] + 100))
 
 
+@pytest.mark.nightly
 async def test_doctor_runs_once_at_a_time(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "COMMAND", (*doctor.COMMAND, "--only", "python,state"))
     before = (await client.get("/dashboard/doctor")).json()

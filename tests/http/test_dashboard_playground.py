@@ -191,6 +191,7 @@ def several() -> Iterator[RunningServer]:
         yield server
 
 
+@pytest.mark.nightly
 def test_with_a_key_a_prompt_dimensions_and_a_reranker(
     browser: Browser, several: RunningServer, tmp_path: Path
 ) -> None:

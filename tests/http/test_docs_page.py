@@ -79,6 +79,7 @@ def test_calls_are_answered_with_what_is_filled_in(quiet_page: Page) -> None:
         expect_status(tried_out(quiet_page, tag, method, path), "200")
 
 
+@pytest.mark.nightly
 def test_every_dialect_of_a_shared_path_can_be_chosen(quiet_page: Page) -> None:
     quiet_page.goto("/docs")
     call = tried_out(quiet_page, "Rerank", "POST", "/rerank")

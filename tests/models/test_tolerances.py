@@ -105,6 +105,7 @@ async def test_cosines_of_real_weights_in_bfloat16(minilm_folder: Path) -> None:
     assert (vectors * st_encode(minilm_folder, texts)).sum(axis=1).min() >= COSINE_OF_MINILM
 
 
+@pytest.mark.nightly
 async def test_scores_of_rerankers(tmp_path: Path, minilm_folder: Path) -> None:
     folders = [
         *(
