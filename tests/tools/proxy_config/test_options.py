@@ -218,3 +218,10 @@ def test_every_call_that_changes_something_is_state(kind: str) -> None:
     }[kind]
     assert not [path for path in changing if not re.match(pattern, path)]
     assert not [path for path in pure if re.match(pattern, path)]
+
+
+def test_a_dash_is_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(cli, ["proxy-config", "--replica", "http://10.0.0.1:8001", "-o", "-"])
+    assert (done.exit_code, list(tmp_path.iterdir())) == (0, [])
+    assert done.stdout.startswith("# Written by")

@@ -137,7 +137,7 @@ def proxy_config(
         ),
     ] = None,
     output: Annotated[
-        str | None, typer.Option("--output", "-o", help="File to write. Default: stdout.", show_default=False)
+        str | None, typer.Option("--output", "-o", help="File to write. Default, and -: stdout.", show_default=False)
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite a file that this command has not written.")] = False,
 ) -> None:
@@ -436,7 +436,7 @@ def _shown(text: str) -> str:
 
 
 def _write(text: str, output: str | None, *, force: bool) -> None:
-    if output is None:
+    if output is None or output == "-":
         sys.stdout.write(text)
         return
     path = Path(output).expanduser()
