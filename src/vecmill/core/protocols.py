@@ -120,6 +120,10 @@ class StoredReplica:
     """Since it was written, by the store's own clock."""
 
 
+REPLICA_BYTES = 8192
+"""The longest record of a replica."""
+
+
 class ReplicaStore(Protocol):
     """Where servers say of themselves that they are there. Every call but `close` may raise StoreFailed."""
 

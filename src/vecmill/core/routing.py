@@ -140,7 +140,7 @@ def cap(replicas: Sequence[Replica], tokens: int, balance: float = BALANCE) -> f
 
 
 def one_pass(replica: Replica) -> float:
-    """Seconds of queued work that make no replica busy: a bulk forward pass, which it needs in order not to idle."""
+    """Seconds of a full bulk pass: so much queued work never counts against a replica, as without it it would idle."""
     return replica.seconds_per_token * replica.max_batch_tokens
 
 

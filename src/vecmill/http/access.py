@@ -10,7 +10,6 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from hashlib import sha256
 from hmac import compare_digest
 from ipaddress import ip_address, ip_network
@@ -22,6 +21,7 @@ from starlette.types import Scope as AsgiScope
 
 from vecmill.config import AccessSettings
 from vecmill.config.key_file import KeyEntry
+from vecmill.core.address import is_address
 from vecmill.core.errors import InvalidApiKey, NotAllowed, VecmillError
 from vecmill.core.types import NO_LIMITS, KeyLimits, Scope, Viewer
 from vecmill.http.errors import refused
@@ -98,7 +98,7 @@ class Access:
     def _host_error(self, path: str, headers: Headers) -> VecmillError | None:
         host = _without_port(headers.get("host", ""))
         # Who probes a pod or a container calls it by its address, which ALLOWED_HOSTS cannot know.
-        if (path in PROBES and _is_address(host)) or self._answers_to(host):
+        if (path in PROBES and is_address(host)) or self._answers_to(host):
             return None
         cure = "use localhost" if self._is_loopback else "set API_KEY, or use its address"
         return NotAllowed(
@@ -156,16 +156,7 @@ def _is_local(host: str) -> bool:
     A name of one label is no web page's: it is looked up in this network, as `vecmill` in a compose file or a cluster.
     """
     name = host.removesuffix(".")
-    return _is_address(host) or "." not in name or name == HOST_NAME or name.endswith(LOCAL_SUFFIXES)
-
-
-@lru_cache(maxsize=128)  # of names that clients choose, so few: each may be as long as a request's head
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
+    return is_address(host) or "." not in name or name == HOST_NAME or name.endswith(LOCAL_SUFFIXES)
 
 
 ALL_SCOPES = frozenset(Scope)

@@ -113,8 +113,6 @@ def read_template(
     """
     given = {"source": source, "special_tokens": special_tokens, "options": options, "structured": structured}
     result = _rendered_apart(json.dumps(given))
-    if "unfit" in result:
-        raise UnfitTemplateError(result["unfit"])
     plain, instructed = (
         tuple(Slot(text) if is_slot else text for is_slot, text in result[key]) for key in ("plain", "instructed")
     )
@@ -139,14 +137,12 @@ def read_messages(source: str, *, structured: bool) -> Messages:
     """
     given = {"source": source, "special_tokens": {}, "options": {}, "structured": structured, "texts": True}
     result = _rendered_apart(json.dumps(given))
-    if "unfit" in result:
-        raise UnfitTemplateError(result["unfit"])
     return Messages(result["separator"], result["splits_special_tokens"])
 
 
 @lru_cache(maxsize=16)  # a start reads a model's template several times
 def _rendered_apart(given: str) -> Mapping[str, Any]:
-    """What `main` writes for this input. Raises UnfitTemplateError where it does not come to its end."""
+    """What `main` writes for this input. Raises UnfitTemplateError, also where it does not come to its end."""
     result: Mapping[str, Any] = {}
     with suppress(subprocess.TimeoutExpired, ValueError):
         done = subprocess.run(  # noqa: S603  # our own interpreter
@@ -162,6 +158,8 @@ def _rendered_apart(given: str) -> Mapping[str, Any]:
         result = json.loads(done.stdout)
     if not result:
         raise UnfitTemplateError(f"takes more than {MOST_SECONDS} s or {MOST_BYTES:,} bytes to render")
+    if "unfit" in result:
+        raise UnfitTemplateError(result["unfit"])
     return result
 
 

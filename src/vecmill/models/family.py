@@ -25,6 +25,8 @@ PositionBias = Literal["buckets", "disentangled"]
 Rename = Callable[[str], Sequence[str]]
 """A weight's name in the files to its names in the class: none leaves it out, several share its rows equally."""
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+INSTRUCT_PROMPTS = {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""}
+"""Of the cards of several models after E5."""
 
 
 class Positions(Enum):

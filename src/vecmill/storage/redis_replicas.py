@@ -11,11 +11,10 @@ from contextlib import contextmanager
 
 from redis.exceptions import RedisError, ResponseError
 
-from vecmill.core.protocols import StoredReplica, StoreFailed
+from vecmill.core.protocols import REPLICA_BYTES, StoredReplica, StoreFailed
 from vecmill.storage.redis_connection import JOBS_TIMEOUT_SECONDS, REPLICA, connect
 
 REPLICAS_MAX = 128
-REPLICA_BYTES = 8192
 REPLICA_KEPT_SECONDS = 900
 """For how long a server that was killed is still known. Another value needs other keys: ages are counted by it."""
 REPLICA_STALE_SECONDS = 10.0

@@ -21,7 +21,7 @@ from fastapi import APIRouter, Request
 
 from vecmill import __version__
 from vecmill.core.errors import NotAllowed
-from vecmill.core.protocols import ReplicaStore, StoredReplica, StoreFailed
+from vecmill.core.protocols import REPLICA_BYTES, ReplicaStore, StoredReplica, StoreFailed
 from vecmill.core.types import Lane, Viewer
 from vecmill.http.dashboard.machine import Machine
 from vecmill.http.dashboard.sampling import waiting_tokens
@@ -37,7 +37,6 @@ GONE_SECONDS = 15.0
 """After which a server that has not written again is taken for gone."""
 FRESH_SECONDS = 1.5
 PATIENCE = 0.25  # seconds that a snapshot waits for Redis
-LARGEST = 8192  # bytes of a record
 MOST_MODELS, MOST_JOBS = 16, 32
 LONGEST_NAME, LONGEST_WORD, LONGEST_URL = 200, 40, 500
 LARGEST_NUMBER = 1e18
@@ -134,7 +133,7 @@ class Replicas:
     def _bounded(self) -> bytes:
         """This server's record, without some of its jobs and models where it would be too large."""
         record = self._record()
-        while len(encoded := orjson.dumps(record)) > LARGEST:
+        while len(encoded := orjson.dumps(record)) > REPLICA_BYTES:
             parts = record["jobs"] or record["models"]
             parts.pop(next(reversed(parts)) if isinstance(parts, dict) else -1)
         return encoded

@@ -19,6 +19,8 @@ from vecmill.models.config_keys import (
     check_layer_types,
     check_rope_by_layer,
 )
+from vecmill.models.decoders import TEXT_HALF_KEYS, text_positions
+from vecmill.models.families.gemma3 import GEMMA_PROMPTS, MATRYOSHKA
 from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
@@ -44,15 +46,11 @@ TEXT: Mapping[str, Rule] = {
 }
 OF_A_LAYER: Mapping[str, Rule] = {"head_dim": whole(), "num_key_value_heads": whole()}
 KEYS: Mapping[str, Rule] = {
-    **{key: rule for key, rule in COMMON.items() if rule is HARMLESS},
-    **rules(HONOURED, ("_name_or_path", "architectures", "model_type", "text_config")),
-    **{key: COMMON[key] for key in ("auto_map", "is_matryoshka", "matryoshka_dimensions", "quantization_config")},
+    **TEXT_HALF_KEYS,
     # Of pictures and sound.
     **rules(HARMLESS, ("audio_config", "audio_token_id", "boa_token_id", "boi_token_id", "eoa_token_index")),
-    **rules(HARMLESS, ("eoi_token_id", "image_token_id", "video_token_id", "vision_config")),
-    **NO_HEAD,
+    **rules(HARMLESS, ("eoi_token_id", "video_token_id")),
 }
-PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
 
 
 def _check_text_config(config: ConfigFile) -> None:
@@ -78,11 +76,6 @@ def _rename(name: str) -> Sequence[str]:
     return () if name.startswith(other) else (name.removeprefix("language_model."),)
 
 
-def _max_positions(config: ConfigJson) -> int | None:
-    positions: int | None = config["text_config"].get("max_position_embeddings")
-    return positions
-
-
 EMBEDDING_GEMMA2 = Family(
     model_type="embedding_gemma2",
     architectures=r"EmbeddingGemma2Model",
@@ -100,8 +93,8 @@ EMBEDDING_GEMMA2 = Family(
         )
     },
     positions=Positions.ROTARY,
-    published=(PublishedModel("google", r"embeddinggemma-2", PROMPTS, dimensions=(128, 256, 512, 768)),),
-    max_positions=_max_positions,
+    published=(PublishedModel("google", r"embeddinggemma-2", GEMMA_PROMPTS, dimensions=MATRYOSHKA),),
+    max_positions=text_positions,
     text_half=True,
     width_key="embedding_dim",
     float16=False,

@@ -7,8 +7,7 @@ https://huggingface.co/microsoft/harrier-oss-v1-270m; Gemma3TextModel of transfo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import (
@@ -19,7 +18,8 @@ from vecmill.models.config_keys import (
     check_layer_types,
     check_rope_by_layer,
 )
-from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.decoders import without_cache, without_lm_head
+from vecmill.models.family import Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, only, positive, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -43,15 +43,7 @@ KEYS: Mapping[str, Rule] = {
     "use_bidirectional_attention": only(False, True, None),
 }
 MATRYOSHKA = (128, 256, 512, 768)
-
-
-def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
-    return {**config, "use_cache": False}
-
-
-def _rename(name: str) -> Sequence[str]:
-    """Embedders are stored under the base model's names, language models under a prefix and with a head."""
-    return () if name.startswith("lm_head.") else (name.removeprefix("model."),)
+GEMMA_PROMPTS = {"query": "task: search result | query: ", "document": "title: none | text: "}
 
 
 GEMMA3 = Family(
@@ -63,8 +55,8 @@ GEMMA3 = Family(
             Network(
                 config_class="Gemma3TextConfig",
                 model_class="Gemma3TextModel",
-                rename=_rename,
-                arguments=_arguments,
+                rename=without_lm_head,
+                arguments=without_cache,
                 merged=("Gemma3Attention", "Gemma3MLP"),
             ),
             (check_layer_types, check_rope_by_layer),
@@ -75,7 +67,7 @@ GEMMA3 = Family(
         PublishedModel(
             owner,
             r"embeddinggemma-300m(-qat-q[48]_0-unquantized)?",
-            {"query": "task: search result | query: ", "document": "title: none | text: "},
+            GEMMA_PROMPTS,
             dimensions=MATRYOSHKA,
         )
         for owner in ("google", "unsloth")

@@ -6,12 +6,11 @@ Source: LlamaModel of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON, NO_HEAD, ROTARY, check_rope
-from vecmill.models.families.qwen3 import without_head
-from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, TaskSpec
+from vecmill.models.decoders import without_cache, without_head
+from vecmill.models.family import Family, HubModel, Network, Positions, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -26,10 +25,6 @@ KEYS: Mapping[str, Rule] = {
 }
 
 
-def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
-    return {**config, "use_cache": False}
-
-
 LLAMA = Family(
     model_type="llama",
     examples=(HubModel("keeeeenw/MicroLlama-text-embedding", Task.EMBED, 271_869_952, "apache-2.0", 2048, 1024),),
@@ -41,7 +36,7 @@ LLAMA = Family(
                 config_class="LlamaConfig",
                 model_class="LlamaModel",
                 rename=without_head,
-                arguments=_arguments,
+                arguments=without_cache,
                 merged=("LlamaAttention", "LlamaMLP"),
             ),
             (check_rope,),

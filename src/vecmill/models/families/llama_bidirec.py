@@ -9,12 +9,13 @@ https://github.com/NVIDIA-NeMo/Automodel (components/models/llama_bidirectional)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.chat_template import PairPrompt, Slot
 from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, check_rope, own_code
+from vecmill.models.decoders import without_head
 from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, positive, whole
 
@@ -40,16 +41,11 @@ def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
     return {**llama, "use_cache": False, "is_causal": False}
 
 
-def _rename(name: str) -> Sequence[str]:
-    """Embedders are stored under the base model's names, rerankers under a prefix and with a head of their own."""
-    return () if name.startswith(("lm_head.", "score.")) else (name.removeprefix("model."),)
-
-
 def _network(**others: Any) -> Network:
     return Network(
         config_class="LlamaConfig",
         model_class="LlamaModel",
-        rename=_rename,
+        rename=without_head,
         arguments=_arguments,
         merged=("LlamaAttention", "LlamaMLP"),
         **others,

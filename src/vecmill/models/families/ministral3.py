@@ -15,6 +15,7 @@ from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON, NO_HEAD, ROPE, ROTARY, ConfigFile
+from vecmill.models.decoders import TEXT_HALF_KEYS, text_positions, without_cache, without_lm_head
 from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
@@ -62,20 +63,11 @@ def _check_window(config: ConfigFile) -> None:
         raise config.unsupported("sliding_window", "null, where `is_causal` is false")
 
 
-def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
-    return {**config, "use_cache": False}
-
-
-def _rename(name: str) -> Sequence[str]:
-    """Embedders are stored under the base model's names, language models under a prefix and with a head."""
-    return () if name.startswith("lm_head.") else (name.removeprefix("model."),)
-
-
 NETWORK = Network(
     config_class="Ministral3Config",
     model_class="Ministral3Model",
-    rename=_rename,
-    arguments=_arguments,
+    rename=without_lm_head,
+    arguments=without_cache,
     merged=("Ministral3Attention", "Ministral3MLP"),
 )
 PROMPTS = {"query": "query: ", "document": "passage: "}
@@ -99,15 +91,12 @@ MINISTRAL3 = Family(
 
 
 MISTRAL3_KEYS: Mapping[str, Rule] = {
-    **{key: rule for key, rule in COMMON.items() if rule is HARMLESS},
-    **rules(HONOURED, ("_name_or_path", "architectures", "model_type", "text_config")),
-    **{key: COMMON[key] for key in ("auto_map", "is_matryoshka", "matryoshka_dimensions", "quantization_config")},
+    **TEXT_HALF_KEYS,
     # Of pictures.
-    **rules(HARMLESS, ("image_token_id", "image_token_index", "multimodal_projector_bias", "projector_hidden_act")),
-    **rules(HARMLESS, ("spatial_merge_size", "vision_config", "vision_feature_layer")),
+    **rules(HARMLESS, ("image_token_index", "multimodal_projector_bias", "projector_hidden_act")),
+    **rules(HARMLESS, ("spatial_merge_size", "vision_feature_layer")),
     "pooling": KEYS["pooling"],
     "temperature": HARMLESS,
-    **NO_HEAD,
 }
 
 
@@ -122,8 +111,7 @@ def _check_text_config(config: ConfigFile) -> None:
 
 
 def _text_arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
-    text = honoured(config["text_config"], {**KEYS, **NO_HEAD})
-    return {**text, "use_cache": False}
+    return without_cache(honoured(config["text_config"], {**KEYS, **NO_HEAD}), positions)
 
 
 def _rename_text(name: str) -> Sequence[str]:
@@ -131,11 +119,6 @@ def _rename_text(name: str) -> Sequence[str]:
     for prefix in ("model.", "language_model.", "model."):
         name = name.removeprefix(prefix)
     return () if name.startswith(("vision_tower.", "multi_modal_projector.", "lm_head.")) else (name,)
-
-
-def _text_positions(config: ConfigJson) -> int | None:
-    positions: int | None = config["text_config"].get("max_position_embeddings")
-    return positions
 
 
 MISTRAL3 = Family(
@@ -150,7 +133,7 @@ MISTRAL3 = Family(
     },
     positions=Positions.ROTARY,
     published=(PublishedModel("nvidia", r"Nemotron-3\.5-Embed-[18]B-BF16", PROMPTS),),
-    max_positions=_text_positions,
+    max_positions=text_positions,
     text_half=True,
     is_decoder=True,
     examples=(

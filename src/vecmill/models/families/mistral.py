@@ -10,14 +10,12 @@ MistralModel of transformers 5.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON, NO_HEAD, ROTARY, check_rope
-from vecmill.models.families.qwen3 import without_head
+from vecmill.models.decoders import without_cache, without_head
 from vecmill.models.family import (
-    DEFAULT_INSTRUCTION,
-    ConfigJson,
+    INSTRUCT_PROMPTS,
     Family,
     HubModel,
     Network,
@@ -37,11 +35,6 @@ KEYS: Mapping[str, Rule] = {
 }
 
 
-def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
-    return {**config, "use_cache": False}
-
-
-PROMPTS = {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""}
 LINQ = "Given a question, retrieve Wikipedia passages that answer the question"
 
 MISTRAL = Family(
@@ -69,7 +62,7 @@ MISTRAL = Family(
                 config_class="MistralConfig",
                 model_class="MistralModel",
                 rename=without_head,
-                arguments=_arguments,
+                arguments=without_cache,
                 merged=("MistralAttention", "MistralMLP"),
             ),
             (check_rope,),
@@ -78,8 +71,8 @@ MISTRAL = Family(
     positions=Positions.ROTARY,
     published=(
         # Its files name prompts of tasks (`web_search_query`), and none for queries.
-        PublishedModel("intfloat", r"e5-mistral-7b-instruct", PROMPTS, completes_files=True),
-        PublishedModel("Salesforce", r"SFR-Embedding-(Mistral|2_R)", PROMPTS, completes_files=True),
+        PublishedModel("intfloat", r"e5-mistral-7b-instruct", INSTRUCT_PROMPTS, completes_files=True),
+        PublishedModel("Salesforce", r"SFR-Embedding-(Mistral|2_R)", INSTRUCT_PROMPTS, completes_files=True),
         PublishedModel(
             "Linq-AI-Research",
             r"Linq-Embed-Mistral",

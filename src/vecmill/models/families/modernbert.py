@@ -22,6 +22,7 @@ from vecmill.models.config_keys import (
     check_rope_by_layer,
 )
 from vecmill.models.encoders import check_one_label
+from vecmill.models.families.nomic_bert import NOMIC_PROMPTS
 from vecmill.models.family import ConfigJson, Family, HubModel, Network, Pooling, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, only, positive, rules, whole
 
@@ -86,12 +87,6 @@ def _head_pooling(config: ConfigJson) -> Pooling:
 
 
 CHECKS = (_check_layers, check_rope_by_layer)
-NOMIC_PROMPTS = {
-    "query": "search_query: ",
-    "document": "search_document: ",
-    "clustering": "clustering: ",
-    "classification": "classification: ",
-}
 
 MODERNBERT = Family(
     model_type="modernbert",

@@ -163,7 +163,7 @@ def _rename(name: str) -> Sequence[str]:
     return (name,)
 
 
-PROMPTS = {
+NOMIC_PROMPTS = {
     "query": "search_query: ",
     "document": "search_document: ",
     "clustering": "clustering: ",
@@ -194,8 +194,8 @@ NOMIC_BERT = Family(
         HubModel("nomic-ai/nomic-embed-text-v1", Task.EMBED, 136_731_648, "apache-2.0", 2048, 768),
     ),
     published=(
-        PublishedModel("nomic-ai", r"nomic-embed-text-v1", PROMPTS),
-        PublishedModel("nomic-ai", r"nomic-embed-text-v1\.5", PROMPTS, dimensions=(64, 128, 256, 512, 768)),
+        PublishedModel("nomic-ai", r"nomic-embed-text-v1", NOMIC_PROMPTS),
+        PublishedModel("nomic-ai", r"nomic-embed-text-v1\.5", NOMIC_PROMPTS, dimensions=(64, 128, 256, 512, 768)),
     ),
     native_keys=NATIVE_KEYS,
     max_positions=_max_positions,

@@ -10,6 +10,7 @@ from typing import Any
 
 from vecmill.core.types import Task
 from vecmill.models.config_keys import BOOKKEEPING, COMMON, GENERATION, LABELS, NO_HEAD, ROTARY, ConfigFile, own_code
+from vecmill.models.decoders import text_positions
 from vecmill.models.family import (
     ConfigJson,
     Family,
@@ -71,11 +72,6 @@ def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
     return {**backbone, "sliding_window": None, "use_cache": False, "is_causal": False}
 
 
-def _max_positions(config: ConfigJson) -> int | None:
-    positions: int | None = config["text_config"].get("max_position_embeddings")
-    return positions
-
-
 def _rename(name: str) -> Sequence[str]:
     """The backbone's weights; those of the latent attention have a file of their own, `latent_attention`."""
     return () if name.startswith("latent_attention_model.") else (name.removeprefix("embedding_model."),)
@@ -128,7 +124,7 @@ NV_EMBED = Family(
             },
         ),
     ),
-    max_positions=_max_positions,
+    max_positions=text_positions,
     text_format=_text_format,
     tokenizer_as_it_stands=True,
 )

@@ -19,9 +19,9 @@ from typing import Any
 from vecmill.core.types import Task
 from vecmill.models.chat_template import PairPrompt, Slot
 from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, SLIDING, ConfigFile, check_rope, own_code
-from vecmill.models.families.qwen3 import check_sliding_window, without_head
+from vecmill.models.decoders import SLIDING_KEYS, check_sliding_window, without_cache, without_head
 from vecmill.models.family import (
-    DEFAULT_INSTRUCTION,
+    INSTRUCT_PROMPTS,
     AnswerWords,
     ConfigJson,
     Family,
@@ -38,10 +38,7 @@ KEYS: Mapping[str, Rule] = {
     **ROTARY,
     "auto_map": own_code(r"(Alibaba-NLP/[\w.-]+--)?modeling_qwen\.Qwen2\w+", "gte-Qwen2"),
     "is_causal": only(True, False),
-    "layer_types": HONOURED,  # with the next three, see `check_sliding_window`
-    "max_window_layers": whole(0),
-    "sliding_window": whole(null=True),
-    "use_sliding_window": only(False, True),
+    **SLIDING_KEYS,
     "num_key_value_heads": whole(null=True),
     "rms_norm_eps": positive(),
 }
@@ -61,7 +58,7 @@ def _check_ways(config: ConfigFile) -> None:
 
 
 def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
-    return {**{key: value for key, value in config.items() if key != "auto_map"}, "use_cache": False}
+    return without_cache({key: value for key, value in config.items() if key != "auto_map"}, positions)
 
 
 NETWORK = Network(
@@ -121,7 +118,7 @@ QWEN2 = Family(
         PublishedModel(
             "Alibaba-NLP",
             r"gte-Qwen2-[\d.]+B-instruct",
-            {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""},
+            INSTRUCT_PROMPTS,
         ),
         PublishedModel(
             "mixedbread-ai", r"mxbai-rerank-(base|large)-v2", pair_prompt=MXBAI, answers=AnswerWords("1", "0")

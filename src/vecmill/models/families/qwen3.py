@@ -8,8 +8,7 @@ https://huggingface.co/zeroentropy/zerank-2 (the query as the system's message; 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.chat_template import PairPrompt, Slot
@@ -18,15 +17,12 @@ from vecmill.models.config_keys import (
     HEAD,
     NO_HEAD,
     ROTARY,
-    SLIDING,
-    ConfigFile,
-    check_layer_types,
     check_rope,
 )
+from vecmill.models.decoders import SLIDING_KEYS, check_sliding_window, without_cache, without_head
 from vecmill.models.family import (
     DEFAULT_INSTRUCTION,
     AnswerWords,
-    ConfigJson,
     Family,
     HubModel,
     Network,
@@ -42,45 +38,17 @@ KEYS: Mapping[str, Rule] = {
     "attention_bias": only(False, True),
     "head_dim": whole(),
     "is_causal": only(True, cure="A Qwen3 that looks both ways, as null makes it too, is not implemented."),
-    "layer_types": HONOURED,  # with the next three, see `check_sliding_window`
-    "max_window_layers": whole(0),
-    "sliding_window": whole(null=True),
-    "use_sliding_window": only(False, True),
+    **SLIDING_KEYS,
     "num_key_value_heads": whole(null=True),
     "rms_norm_eps": positive(),
 }
 FLAG = "is_original_qwen3_reranker"
 OF_RERANKERS = ("classifier_from_token", FLAG)  # vLLM's, of language models that score
-
-
-def check_sliding_window(config: ConfigFile) -> None:
-    """Layers are of the two kinds that packed attention has, and one with a sliding window has a width."""
-    check_layer_types(config)
-    if SLIDING not in (config.content.get("layer_types") or ()):
-        return
-    if not config.content.get("use_sliding_window", False):
-        raise config.unsupported("use_sliding_window", "true, where `layer_types` has a sliding window")
-    if config.content.get("sliding_window", 4096) is None:  # as Qwen3Config
-        raise config.unsupported("sliding_window", "a whole number from 1 on, where `layer_types` has a sliding window")
-
-
-def _arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
-    return {**config, "use_cache": False}
-
-
-HEADS = ("lm_head.", "score.")
-
-
-def without_head(name: str) -> Sequence[str]:
-    """Embedders are stored under the base model's names, rerankers under the causal model's; the head is not used."""
-    return () if name.startswith(HEADS) else (name.removeprefix("model."),)
-
-
 NETWORK = Network(
     config_class="Qwen3Config",
     model_class="Qwen3Model",
     rename=without_head,
-    arguments=_arguments,
+    arguments=without_cache,
     merged=("Qwen3Attention", "Qwen3MLP"),
 )
 SMALLEST_VECTOR = 32

@@ -14,11 +14,10 @@ from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import DEFAULT_INSTRUCTION, Family, HubModel, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import INSTRUCT_PROMPTS, Family, HubModel, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import Rule, whole
 
 KEYS: Mapping[str, Rule] = {**ENCODER_KEYS, "pad_token_id": whole(0)}  # positions are counted from it
-E5_INSTRUCT = f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: "
 
 
 def _tasks(name: str) -> Mapping[Task, TaskSpec]:
@@ -72,7 +71,7 @@ XLM_ROBERTA = Family(
         HubModel("BAAI/bge-reranker-v2-m3", Task.RERANK, 567_755_777, "apache-2.0", 8192),
     ),
     positions=Positions.AFTER_PADDING,
-    published=(PublishedModel("intfloat", r"multilingual-e5-large-instruct", {"query": E5_INSTRUCT, "document": ""}),),
+    published=(PublishedModel("intfloat", r"multilingual-e5-large-instruct", INSTRUCT_PROMPTS),),
 )
 CAMEMBERT = Family(
     model_type="camembert",

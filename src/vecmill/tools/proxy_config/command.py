@@ -23,6 +23,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from vecmill import __version__
 from vecmill.config.groups import BatchSettings, HttpSettings, SchedulerSettings
+from vecmill.core.address import is_address
 from vecmill.storage.files import write_atomically
 from vecmill.tools.console import UsageError, messages, print_error
 
@@ -392,18 +393,10 @@ def _listen(text: str) -> Address:
 
 def _reaches(host: str, listen: str) -> bool:
     """Whether a host is the address that the proxy binds, as far as can be told without asking a name server."""
-    loopback = host == "localhost" or (_is_address(host) and ip_address(host).is_loopback)
+    loopback = host == "localhost" or (is_address(host) and ip_address(host).is_loopback)
     if listen in ("*", "0.0.0.0", "::"):  # noqa: S104
         return loopback
     return host == listen or (host == "localhost" and ip_address(listen).is_loopback)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _file(option: str, path: str | None) -> str | None:
