@@ -22,16 +22,7 @@ def set_back(number: int, frame: object) -> None:
     ahead = 0.0
 
 
-def move() -> None:
-    """Exchange the clock, also where a module has it under a name of its own: a forked process has many modules."""
-    time.time = moved_time
-    for module in list(sys.modules.values()):
-        for name in [name for name, value in vars(module).items() if value is real_time]:
-            if module is not sys.modules[__name__]:
-                setattr(module, name, moved_time)
-
-
 if __name__ == "__main__":
-    move()
+    time.time = moved_time  # before modules take it for a name or a default of their own
     signal.signal(signal.SIGUSR1, set_back)
     import_module("vecmill.__main__").main()
