@@ -75,6 +75,20 @@ def test_it_is_kept_as_it_was() -> None:
     assert History.from_bytes(History().to_bytes()).span(100, now).series["errors"] == [None] * 10
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+def test_the_parts_of_a_step_are_put_together_by_their_seconds(restarted: bool) -> None:
+    """A server that is started again within ten seconds neither hides what the one before did nor counts it twice."""
+    history = History()
+    history.add(START, {"texts_per_second": 9.0, "bulk_p95_ms": 50.0, "errors": 2}, seconds=2.0)
+    if restarted:
+        history = History.from_bytes(history.to_bytes())
+    history.add(START + 4, {"texts_per_second": 0.0, "bulk_p95_ms": None, "errors": 0, "bulk_p50_ms": 7.0}, seconds=4.0)
+    history.add(START + 9, {"texts_per_second": 3.0, "bulk_p95_ms": 20.0, "errors": 1}, seconds=3.0)
+    series = history.span(10, START + 10).series
+    assert (series["texts_per_second"], series["errors"]) == ([3.0], [3])
+    assert (series["bulk_p95_ms"], series["bulk_p50_ms"], series["cache_hit_ratio"]) == ([50.0], [7.0], [None])
+
+
 def test_series_of_another_release_are_left_out_and_missing_ones_unknown() -> None:
     head, _, body = filled(50).to_bytes().removeprefix(MAGIC).partition(b"\n")
     facts = json.loads(head)

@@ -93,21 +93,34 @@ class History:
         self._values: StepValues = np.full((len(SERIES), STEPS), np.nan, np.float32)
         self._latest: int | None = None
         """The number of the newest step, since 1970."""
+        self._seen_seconds = 0.0
+        """How much of the newest step its values were measured in."""
 
-    def add(self, at: float, values: Mapping[str, float | None]) -> None:
-        """Record the step in which the Unix time `at` is. What came before it is left as it was."""
-        step = int(at // STEP_SECONDS)
+    def add(self, at: float, values: Mapping[str, float | None], seconds: float = STEP_SECONDS) -> None:
+        """Record what was measured in `seconds` of the step in which the Unix time `at` is.
+
+        A step may have several parts, as when the server is started again within it: the newest step's are put
+        together, means by their seconds. Older steps are left as they were.
+        """
+        step, seconds = int(at // STEP_SECONDS), min(max(seconds, 1e-3), STEP_SECONDS)
         if self._latest is not None and step <= self._latest - STEPS:
             self._latest = None  # the machine's clock was wrong by more than a day
         if self._latest is None or step > self._latest:
             self._forget_until(step)
-        self._values[:, step % STEPS] = [_number(values.get(name)) for name in SERIES]
+        measured = np.array([_number(values.get(name)) for name in SERIES], np.float32)
+        if step == self._latest and self._seen_seconds:
+            parts = np.stack([self._values[:, step % STEPS], measured], axis=1)
+            weights = np.array([self._seen_seconds, seconds])
+            measured = np.array([_joined(parts[[row]], kind, weights)[0] for row, kind in enumerate(SERIES.values())])
+        self._values[:, step % STEPS] = measured
+        if step == self._latest:
+            self._seen_seconds = min(self._seen_seconds + seconds, STEP_SECONDS)
 
     def _forget_until(self, step: int) -> None:
         """Steps that were left out are unknown: the server did not run, or could not look."""
         first = step - STEPS + 1 if self._latest is None else max(self._latest + 1, step - STEPS + 1)
         self._values[:, np.arange(first, step + 1) % STEPS] = np.nan
-        self._latest = step
+        self._latest, self._seen_seconds = step, 0.0
 
     def span(self, seconds: float, now: float) -> Span:
         """The steps of the last `seconds` that have ended, put together to MOST_POINTS points at the most."""
@@ -125,7 +138,7 @@ class History:
     def copy(self) -> History:
         """The same, to be read by another thread."""
         copy = History()
-        copy._values, copy._latest = self._values.copy(), self._latest
+        copy._values, copy._latest, copy._seen_seconds = self._values.copy(), self._latest, self._seen_seconds
         return copy
 
     @staticmethod
@@ -134,9 +147,17 @@ class History:
 
     def to_bytes(self) -> bytes:
         """All of it, to be kept in a file."""
-        head = {"latest": self._latest, "series": list(SERIES), "steps": STEPS, "step_seconds": STEP_SECONDS}
         body = zlib.compress(self._values.tobytes(), 1)
-        return MAGIC + json.dumps(head | {"bytes": len(body), "crc": zlib.crc32(body)}).encode() + b"\n" + body
+        head = {
+            "latest": self._latest,
+            "latest_seconds": self._seen_seconds,
+            "series": list(SERIES),
+            "steps": STEPS,
+            "step_seconds": STEP_SECONDS,
+            "bytes": len(body),
+            "crc": zlib.crc32(body),
+        }
+        return MAGIC + json.dumps(head).encode() + b"\n" + body
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Self:
@@ -151,6 +172,7 @@ class History:
         try:
             facts = json.loads(head)
             names, latest = facts["series"], facts["latest"]
+            seen_seconds = min(max(float(facts.get("latest_seconds", 0.0)), 0.0), STEP_SECONDS)
             fits = (facts["steps"], facts["step_seconds"]) == (STEPS, STEP_SECONDS)
             whole = len(body) == facts["bytes"] and zlib.crc32(body) == facts["crc"]
         except (ValueError, TypeError, LookupError, RecursionError):
@@ -165,7 +187,7 @@ class History:
         for row, name in enumerate(SERIES):
             if name in names:
                 history._values[row] = kept[names.index(name)]
-        history._latest = latest
+        history._latest, history._seen_seconds = latest, seen_seconds
         return history
 
 
@@ -183,17 +205,17 @@ def _number(value: float | None) -> float:
     return np.nan if value is None else float(value)
 
 
-def _joined(values: StepValues, kind: Kind) -> NDArray[np.float64]:
-    """One value for each row, of those of its values that are known."""
+def _joined(values: StepValues, kind: Kind, weights: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
+    """One value for each row, of those of its values that are known; a mean by the columns' weights."""
     known = ~np.isnan(values)
-    count = known.sum(axis=1)
     if kind is Kind.HIGHEST:
         joined = np.where(known, values, -np.inf).max(axis=1).astype(np.float64)
-    else:
+    elif kind is Kind.SUM:
         joined = np.where(known, values, 0.0).sum(axis=1, dtype=np.float64)
-        if kind is Kind.MEAN:
-            joined = joined / np.maximum(count, 1)
-    return np.where(count > 0, joined, np.nan)
+    else:
+        shares = known * (np.ones(values.shape[1]) if weights is None else weights)
+        joined = (np.where(known, values, 0.0) * shares).sum(axis=1) / np.maximum(shares.sum(axis=1), 1e-9)
+    return np.where(known.any(axis=1), joined, np.nan)
 
 
 def _listed(values: NDArray[np.float64]) -> list[float | None]:

@@ -93,8 +93,9 @@ class Sampler:
     def _record(self, at: float) -> None:
         """The step in which `at` is."""
         before, self._before = self._before, self._counted()
-        values = self._rates(before, self._before) | self._latencies(self._before.at - before.at) | self._now()
-        self.history.add(at, values)
+        seconds = self._before.at - before.at
+        values = self._rates(before, self._before) | self._latencies(seconds) | self._now()
+        self.history.add(at, values, seconds)
 
     def _counted(self) -> _Counted:
         rolling, rates = self._services.telemetry.rolling, self._services.telemetry.rates
