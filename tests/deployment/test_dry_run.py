@@ -25,7 +25,14 @@ def written(text: str) -> dict[str, str]:
     return {path: re.sub(r"^ +\| ?", "", content, flags=re.M) for path, content in blocks}
 
 
-@pytest.mark.parametrize("options", [(), ("--user",), ("--no-tailscale", "--no-vllm")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        pytest.param(("--user",), marks=pytest.mark.nightly),
+        pytest.param(("--no-tailscale", "--no-vllm"), marks=pytest.mark.nightly),
+    ],
+)
 def test_it_touches_nothing_and_says_what_a_run_does(world: World, options: tuple[str, ...]) -> None:
     world.set(operator=world.account)
     before = world.snapshot()
@@ -51,6 +58,7 @@ def test_a_deployment_that_is_there_has_an_empty_plan(deployed: World) -> None:
     assert written(dry_run.stdout) == {}
 
 
+@pytest.mark.nightly
 def test_uninstall_restart_and_stop_can_be_tried_too(deployed: World) -> None:
     for options in (("--restart",), ("--stop",), ("--uninstall", "--purge")):
         before = deployed.snapshot()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.deployment.world import World
 
 
@@ -38,6 +40,7 @@ def test_code_and_configuration_go_state_and_models_stay(deployed: World) -> Non
     assert deployed.state["accounts"] == []
 
 
+@pytest.mark.nightly
 def test_one_service(deployed: World) -> None:
     assert deployed.run("vllm", "--uninstall").returncode == 0
     assert not (deployed.root / "etc/vecmill/vllm.env").exists()
@@ -54,6 +57,7 @@ def test_what_fails_does_not_keep_the_rest_from_going(deployed: World) -> None:
     assert files(deployed) == []
 
 
+@pytest.mark.nightly
 def test_with_half_of_it_missing(deployed: World) -> None:
     (deployed.root / "etc/systemd/system/qmd-embed.service").unlink()
     (deployed.root / "opt/vecmill/venv").unlink()

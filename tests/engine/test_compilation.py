@@ -94,7 +94,10 @@ def assert_equal_to_eager(model: Model, rows: Sequence[Row], actual: torch.Tenso
     torch.testing.assert_close(actual, forward(model, rows), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("build", [bert, cross_encoder, nomic, qwen3, nv_embed])
+AT_NIGHT = [pytest.param(build, marks=pytest.mark.nightly) for build in (cross_encoder, nomic)]
+
+
+@pytest.mark.parametrize("build", [bert, qwen3, nv_embed, *AT_NIGHT])
 def test_one_graph_serves_all_layers_and_all_batches(
     tmp_path: Path, minilm_folder: Path, build: Callable[[Path, Path], Model]
 ) -> None:
@@ -160,7 +163,7 @@ def test_several_models_of_one_class_are_each_compiled_once(tmp_path: Path, mini
     assert compilations() == compiled
 
 
-@pytest.mark.parametrize("single_up_to", [0, 16, 64])
+@pytest.mark.parametrize("single_up_to", [16, *(pytest.param(tokens, marks=pytest.mark.nightly) for tokens in (0, 64))])
 async def test_nothing_is_compiled_once_the_engine_is_ready(
     tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch, single_up_to: int
 ) -> None:
@@ -248,7 +251,7 @@ def test_inductors_vectors_are_those_of_eager(tmp_path: Path, minilm_folder: Pat
     assert torch.cosine_similarity(actual, wanted).min() >= least
 
 
-@pytest.mark.parametrize("wanted", ["auto", "true"])
+@pytest.mark.parametrize("wanted", ["auto", pytest.param("true", marks=pytest.mark.nightly)])
 def test_without_a_compiler_it_is_eager_and_says_so(
     tmp_path: Path,
     minilm_folder: Path,

@@ -41,6 +41,8 @@ CUDA = torch.device("cuda", 1)
 COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy"}
 COMPUTING = {"aten::embedding", "aten::linear", "aten::segment_reduce", "torch_attn::_varlen_attn"}
 COMPUTING |= {"aten::scaled_dot_product_attention"}
+LAYERS_OF_OTHERS = ("camembert", "xlm-roberta", "roberta", "distilbert", "electra", "qwen2", "mistral", "ministral3")
+"""Families whose layers are, but for names and numbers, those of bert or llama."""
 
 
 @pytest.fixture(scope="module")
@@ -395,7 +397,16 @@ def test_a_batch_is_launched_without_waiting(
 @pytest.mark.parametrize(
     ("tiny", "compiled"),
     [
-        *(pytest.param(*each.values, False, id=f"{each.id}-eager") for each in every_family(flash=True)),
+        # Families whose layers are another's, but for names and prompts, run at night.
+        *(
+            pytest.param(
+                *each.values,
+                False,
+                id=f"{each.id}-eager",
+                marks=pytest.mark.nightly if each.values[0].model_type in LAYERS_OF_OTHERS else (),
+            )
+            for each in every_family(flash=True)
+        ),
         # Two are enough: what is around the layers does not depend on how they run.
         pytest.param(tiny_model(Task.EMBED, "qwen3"), True, id="embed-qwen3-compiled"),
         pytest.param(tiny_model(Task.RERANK, "bert"), True, id="rerank-bert-compiled"),
@@ -432,7 +443,7 @@ def test_a_captured_pass_reads_and_writes_on_the_device_alone(
             assert not {step.name for step in driver.steps} & COMPUTING
 
 
-@pytest.mark.parametrize("flash", [True, False], ids=["flash", "sdpa"])
+@pytest.mark.parametrize("flash", [True, pytest.param(False, marks=pytest.mark.nightly)], ids=["flash", "sdpa"])
 def test_layers_with_a_sliding_window_never_wait(tmp_path: Path, driver: CudaDriver, flash: bool) -> None:
     """One layer with a window and one without, compiled; rows longer and shorter than it."""
     folder = shutil.copytree(GOLDEN / "qwen3" / "embedding", tmp_path / "model")

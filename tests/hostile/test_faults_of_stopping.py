@@ -69,7 +69,14 @@ def hammered(service: Service, client: Callable[[Counter[str]], Client]) -> Coun
     return outcomes
 
 
-@pytest.mark.parametrize(("keeps", "pause"), [(False, 0.0), (True, 0.0), (True, 0.3)])
+@pytest.mark.parametrize(
+    ("keeps", "pause"),
+    [
+        pytest.param(False, 0.0, marks=pytest.mark.nightly),
+        (True, 0.0),
+        pytest.param(True, 0.3, marks=pytest.mark.nightly),
+    ],
+)
 def test_nobody_is_reset(new_service: NewService, keeps: bool, pause: float) -> None:  # noqa: F811
     service = new_service()
     service.start()

@@ -32,7 +32,8 @@ class Server(Protocol):
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One per module, not per session: Playwright's event loop would be in the way of async tests."""
-    candidates = (shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome"))
+    names = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
+    candidates = (shutil.which(name) for name in names)
     executable = next(filter(None, candidates), None)
     assert executable, "needs Chromium on the PATH; `make test` installs it where it can"
     with sync_playwright() as playwright:

@@ -126,7 +126,7 @@ def test_nothing_jumps_when_it_loads_and_while_work_comes_and_goes(
     assert sum(shifts) < 0.05
 
 
-@pytest.mark.parametrize("width", [360, 800, 1920])
+@pytest.mark.parametrize("width", [360, pytest.param(800, marks=pytest.mark.nightly), 1920])
 def test_nothing_is_cut_off(page: Page, busy: dict[str, Any], width: int) -> None:
     page.set_viewport_size({"width": width, "height": 800})
     show(page, busy)

@@ -89,7 +89,10 @@ def of_another_type(client: Client, folder: Path) -> Iterator[None]:
 Fault = Callable[[Client, Path], AbstractContextManager[None]]
 
 
-@pytest.mark.parametrize("fault", [frozen, full, read_only, locked, of_another_type])
+@pytest.mark.parametrize(
+    "fault",
+    [frozen, full, of_another_type, *(pytest.param(fault, marks=pytest.mark.nightly) for fault in (read_only, locked))],
+)
 async def test_jobs_are_503_and_embedding_goes_on(
     server: httpx.AsyncClient, port: int, tmp_path: Path, fault: Fault
 ) -> None:

@@ -108,7 +108,7 @@ async def test_without_a_place_to_keep_them_jobs_are_in_memory(hand: Hand) -> No
     await jobs.close()
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.nightly) for seed in range(4, 12))])
 async def test_what_a_client_was_told_survives_sigkill(tmp_path: Path, seed: int) -> None:
     acknowledged = killed_after(random.Random(seed).randint(1, 150), tmp_path, seed)
     settings = JobSettings(jobs_max_active=2)

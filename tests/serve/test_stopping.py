@@ -300,7 +300,7 @@ def test_the_second_signal_ends_it_at_once(stopped: Service, gate: Path) -> None
     assert stopped.ended_with() == 0
 
 
-@pytest.mark.parametrize("how", ["returns", "raises"])
+@pytest.mark.parametrize("how", ["returns", pytest.param("raises", marks=pytest.mark.nightly)])
 def test_a_stop_while_the_models_load_is_a_clean_end(tmp_path: Path, minilm_folder: Path, how: str) -> None:
     """Whatever becomes of the loading, once nobody waits for it any more."""
     tiny = tiny_bert(tmp_path / "tiny", minilm_folder)
@@ -372,6 +372,7 @@ def test_new_work_is_taken_until_the_drain_is_over(stopped: Service) -> None:
     assert "all answered" in stopped.log()
 
 
+@pytest.mark.nightly
 def test_the_second_signal_ends_the_drain_too(stopped: Service) -> None:
     stopped.set(SHUTDOWN_SECONDS="60", DRAIN_SECONDS="50")
     stopped.start()

@@ -380,17 +380,26 @@ def test_safetensors_are_pulled_though_a_conversion_is_asked_for(fake: FakeHub, 
     ("content", "reason"),
     [
         (lambda ran: pickled({"a": torch.ones(3), "b": Hostile(f"touch {ran}")}), "asks for `posix.system` when it is"),
-        (
+        pytest.param(
             lambda ran: pickled({"b": Hostile(f"touch {ran}")}, zipped=False),
             "asks for `posix.system` when it is loaded",
+            marks=pytest.mark.nightly,
         ),
         (lambda ran: pickle.dumps(Hostile(f"touch {ran}")), "is damaged or no pickle of weights"),
         (lambda ran: pickled({"a": torch.zeros(1).expand(10**13)}), "says that it has more values than are in it"),
-        (lambda ran: pickled({"a": torch.zeros(1000, 1000)})[:2_000_000], "is damaged or no pickle of weights"),
-        (lambda ran: b"", "is damaged or no pickle of weights"),
-        (lambda ran: b"weights", "is damaged or no pickle of weights"),
+        pytest.param(
+            lambda ran: pickled({"a": torch.zeros(1000, 1000)})[:2_000_000],
+            "is damaged or no pickle of weights",
+            marks=pytest.mark.nightly,
+        ),
+        pytest.param(lambda ran: b"", "is damaged or no pickle of weights", marks=pytest.mark.nightly),
+        pytest.param(lambda ran: b"weights", "is damaged or no pickle of weights", marks=pytest.mark.nightly),
         (lambda ran: pickled([torch.ones(3)]), "is not a table of weights by name"),
-        (lambda ran: pickled({"model": {"a": torch.ones(3)}}), "has something else in it than weights by name"),
+        pytest.param(
+            lambda ran: pickled({"model": {"a": torch.ones(3)}}),
+            "has something else in it than weights by name",
+            marks=pytest.mark.nightly,
+        ),
         (lambda ran: pickled({"a": torch.ones(3).to_sparse()}), "has something else in it than weights by name"),
     ],
 )

@@ -40,7 +40,7 @@ def disturbed(minilm_folder: Path, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.nightly)])
 def test_the_bundled_weights_give_the_expected_numbers(dtype: str, capsys: Captured) -> None:
     assert run_verify("auto", dtype=dtype, device="cpu") == 0
     out, err = capsys.readouterr()
@@ -56,7 +56,7 @@ def test_the_bundled_weights_give_the_expected_numbers(dtype: str, capsys: Captu
     assert lines[-1] == f"ok: all 4 numbers of {MINILM} are within the tolerance of {dtype}."
 
 
-@pytest.mark.parametrize("name", [MINILM, "all-MiniLM-L6-v2"])
+@pytest.mark.parametrize("name", [MINILM, pytest.param("all-MiniLM-L6-v2", marks=pytest.mark.nightly)])
 def test_the_bundled_models_id_is_verified_without_network(name: str, capsys: Captured) -> None:
     assert run_verify(name, dtype="float32", device="cpu") == 0
     assert capsys.readouterr().out.startswith(f"model     {MINILM} (embedding model)")

@@ -82,7 +82,7 @@ async def test_ids_equal_the_card(loaded: dict[str, Any], name: str, case: dict[
     assert any(pair.truncated for pair in tokenized) == (case["max_length"] < 512)
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", ["reranker", pytest.param("reranker_untied", marks=pytest.mark.nightly)])
 async def test_over_http_scores_equal_the_card(name: str) -> None:
     for length in (512, 106):
         folder = str(GOLDEN / "qwen3" / name)

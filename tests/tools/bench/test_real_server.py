@@ -113,7 +113,7 @@ def caching(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]
         yield server
 
 
-@pytest.mark.parametrize("dialect", ["openai", "tei"])
+@pytest.mark.parametrize("dialect", ["openai", pytest.param("tei", marks=pytest.mark.nightly)])
 def test_a_server_with_a_cache_computes_every_text(caching: RunningServer, dialect: str) -> None:
     run = (caching.url, *SMALL, "--dialect", dialect, "--connections", "1,2", "--texts", 12)
     for _ in range(2):
@@ -131,7 +131,7 @@ def test_mixed_computes_every_query(caching: RunningServer) -> None:
     assert found["bulk_beside_person"]["outcomes"]["cached_share"] == 0.0
 
 
-@pytest.mark.parametrize("option", ["--json", "--mixed"])
+@pytest.mark.parametrize("option", ["--json", pytest.param("--mixed", marks=pytest.mark.nightly)])
 def test_a_reader_that_has_left(server: RunningServer, option: str) -> None:
     command = [sys.executable, "-m", "vecmill", "bench", server.url, *map(str, SMALL), "--warm-up", "0", option]
     ends = ("--seconds", "0.1", "--connections", "1")
@@ -148,7 +148,7 @@ def test_a_reader_that_has_left(server: RunningServer, option: str) -> None:
     "environment",
     [
         {"COLUMNS": "20", "TERM": "dumb", "NO_COLOR": "1"},
-        {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "FORCE_COLOR": ""},
+        pytest.param({"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "FORCE_COLOR": ""}, marks=pytest.mark.nightly),
     ],
 )
 def test_any_terminal_gets_every_figure(server: RunningServer, environment: dict[str, str]) -> None:
