@@ -67,7 +67,7 @@ def test_products_are_of_the_cards_size_and_waited_for_on_it(
     [
         ((12, 1), "bfloat16", True),
         pytest.param((9, 0), "bfloat16", True, marks=pytest.mark.nightly),
-        ((7, 5), "float32", False),
+        pytest.param((7, 5), "float32", False, marks=pytest.mark.nightly),
     ],
 )
 def test_attention_is_compared_in_what_the_card_has(

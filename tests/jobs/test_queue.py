@@ -7,9 +7,10 @@ import pytest
 from tests.jobs.queues import SETTINGS, Hand, in_memory, later, opened
 from vecmill.config import JobSettings
 from vecmill.core.errors import InvalidInput, JobConflict, JobNotFound, JobsUnavailable, Overloaded
+from vecmill.jobs import state
 from vecmill.jobs.job import JobStatus
 from vecmill.jobs.queue import JobQueue
-from vecmill.jobs.state import ENDED_KEPT, OPEN_JOBS_MAX
+from vecmill.jobs.state import OPEN_JOBS_MAX
 
 
 async def test_first_come_first_served(jobs: JobQueue) -> None:
@@ -176,18 +177,20 @@ async def test_the_estimated_wait_is_no_more_than_what_anybody_waits(hand: Hand)
 
 
 @pytest.mark.slow
-async def test_the_history_is_bounded_and_can_be_cleared(jobs: JobQueue) -> None:
+async def test_the_history_is_bounded_and_can_be_cleared(jobs: JobQueue, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = 40
+    monkeypatch.setattr(state, "ENDED_KEPT", kept)
     first = last = ""
-    for index in range(ENDED_KEPT + 5):
+    for index in range(kept + 5):
         last = (await jobs.register(str(index), 1, "i"))["id"]
         first = first or last
         await jobs.complete(last)
     recent = (await jobs.overview())["recent"]
     assert (len(recent), recent[0]["id"]) == (10, last)
-    assert len((await jobs.overview(limit=1000))["recent"]) == jobs.count(JobStatus.COMPLETED) == ENDED_KEPT
+    assert len((await jobs.overview(limit=1000))["recent"]) == jobs.count(JobStatus.COMPLETED) == kept
     with pytest.raises(JobNotFound):
         await jobs.get(first)
-    assert await jobs.clear_ended() == ENDED_KEPT
+    assert await jobs.clear_ended() == kept
     with pytest.raises(JobNotFound):
         await jobs.get(last)
 

@@ -173,7 +173,7 @@ def test_interactive_goes_first_unless_bulk_is_owed_or_has_aged(queue: Queue) ->
 
 
 @pytest.mark.slow
-@settings(deadline=None, max_examples=25)  # each example makes thousands of cuts
+@settings(deadline=None, max_examples=8)  # each example makes thousands of cuts
 @given(
     st.lists(st.integers(1, 300), min_size=20, max_size=20),
     st.integers(1, 100),

@@ -45,7 +45,11 @@ def test_help_is_short_and_long(command: str) -> None:
 
 @pytest.mark.parametrize(
     ("words", "completed"),
-    [("vecmill ben", "bench"), ("vecmill keys n", "new"), ("vecmill serve --embed-m", "--embed-model")],
+    [
+        pytest.param("vecmill ben", "bench", marks=pytest.mark.nightly),
+        pytest.param("vecmill keys n", "new", marks=pytest.mark.nightly),
+        ("vecmill serve --embed-m", "--embed-model"),
+    ],
 )
 def test_the_shell_completes(words: str, completed: str) -> None:
     """As `vecmill --install-completion` has bash ask, without a word on stderr."""

@@ -338,6 +338,7 @@ def test_the_pickles_of_modules_are_converted_with_the_others(fake: FakeHub, cap
     torch.testing.assert_close(load_file(folder / "2_Dense" / "model.safetensors"), dense)
 
 
+@pytest.mark.nightly
 def test_a_folder_s_changed_pickles_are_converted_anew(fake: FakeHub, tmp_path: Path, capsys: Captured) -> None:
     """Of the same size and time; its other files count too."""
     folder, now = tmp_path / "mine", 1_700_000_000

@@ -52,6 +52,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.nightly
 def test_the_object_has_every_check_in_order(whole: dict[str, Any]) -> None:
     assert set(whole) == {"version", "ok", "checks"}
     assert (whole["version"], whole["ok"]) == (__version__, True)
@@ -63,10 +64,12 @@ def test_the_object_has_every_check_in_order(whole: dict[str, Any]) -> None:
         assert (entry["cure"] is not None) >= (entry["status"] == "warn"), entry
 
 
+@pytest.mark.nightly
 def test_nothing_takes_long(whole: dict[str, Any]) -> None:
     assert sum(entry["seconds"] for entry in whole["checks"]) < 60
 
 
+@pytest.mark.nightly
 def test_what_the_probes_measure_here(whole: dict[str, Any]) -> None:
     results = {entry["name"]: entry for entry in whole["checks"]}
     assert results["matmul"]["details"]["tflops"] > 0
