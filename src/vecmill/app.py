@@ -17,11 +17,11 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from vecmill import __version__
 from vecmill.config import Settings
-from vecmill.core.calibration import Warmed
+from vecmill.core.calibration import RunningFit, Warmed
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
-from vecmill.core.types import ModelCard, Task
+from vecmill.core.types import ModelCard, PassRecord, Task
 from vecmill.hardware.gpu import ClockVerdict
 from vecmill.hardware.memory import MemoryGuard
 from vecmill.hardware.monitor import Monitor, Watched
@@ -61,6 +61,7 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Embeddings and reranking from one device, for every client that asks."
 LARGEST_POOL = 8
+MEASUREMENTS = "measurements.json"  # in STATE_DIR
 T = TypeVar("T")
 
 
@@ -78,6 +79,8 @@ class Server:
         self._threads = WorkerThreads(workers)
         self._engine: Engine | None = None
         self._loaded: Loaded | None = None
+        self._fits: dict[str, RunningFit] = {}
+        """What forward passes take, by key of each model that has been loaded."""
         self._scheduler: Scheduler | None = None
         self._residency: Residency | None = None
         self._catalogue: Catalogue | None = None
@@ -192,7 +195,9 @@ class Server:
         self.health.update(Phase.LOADING, 0, "importing torch")
         # torch takes seconds to import: the port answers meanwhile.
         module = await asyncio.to_thread(import_module, "vecmill.engine.engine")
-        engine: Engine = module.Engine(self._settings.model, self._settings.engine, self._report)
+        folder = self.state.folder
+        kept = None if folder is None or folder.problem is not None else folder.path / MEASUREMENTS
+        engine: Engine = module.Engine(self._settings.model, self._settings.engine, self._report, kept)
         self._engine = engine
         engine.start()
         loaded = await _result(engine.loaded)
@@ -204,15 +209,13 @@ class Server:
         budgets = {key: _budget(warmed) for key, warmed in loaded.warmed.items()}
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
-        self._scheduler = Scheduler(engine, budgets, rules, on_batch=self.telemetry.batch, on_failure=self._fail)
+        self._scheduler = Scheduler(engine, budgets, rules, on_batch=self._pass_ended, on_failure=self._fail)
         endpoints = batch_endpoints(self.inference, self._threads, self._settings.inference)
-        rates = [warmed.calibration.best_rate for warmed in loaded.warmed.values()]
         self._loaded = loaded
+        self._fits = {key: RunningFit(warmed.calibration) for key, warmed in loaded.warmed.items()}
         self._residency = residency = self._make_residency(loaded)
         self._catalogue = self._make_catalogue(residency)
-        self.inference.attach(
-            models, self._scheduler, residency, self.state.cache, expected_rate=min(rates, default=0.0)
-        )
+        self.inference.attach(models, self._scheduler, residency, self.state.cache, expected_rate=_lowest_rate(loaded))
         self.state.batches.start(endpoints, lambda: self.trouble is not None)
         if self._uses_gpu():
             await asyncio.to_thread(self.monitor.watch, Watched(engine.gpu_uuid, engine.memory))
@@ -258,8 +261,30 @@ class Server:
             await _result(engine.unload(key))
             raise
         warmed = loaded.warmed[key]
+        self._fits[key] = RunningFit(warmed.calibration)
         card = self.inference.exchange(served, _budget(warmed))
         return card, _bytes_of(model.card, warmed)
+
+    def _pass_ended(self, batch: PassRecord) -> None:
+        """Count a forward pass, and let the fit of its model, and so its budget, follow what it took."""
+        self.telemetry.batch(batch)
+        fit, loaded = self._fits.get(batch.model), self._loaded
+        if fit is None or loaded is None or batch.failed or batch.splits:
+            return
+        if fit.add(batch.tokens, batch.seconds):
+            before = loaded.warmed[batch.model]
+            now = before.refitted(fit.calibration, self._settings.engine.max_batch_ms / 1000)
+            loaded.warmed[batch.model] = now
+            self.inference.change_budget(batch.model, _budget(now), _lowest_rate(loaded))
+            if now.max_batch_tokens != before.max_batch_tokens:
+                logger.info(
+                    "%s: a forward pass takes %.1f ms + %.1f µs a token by now; up to %d tokens at a time, not %d",
+                    loaded.known[batch.model].card.id,
+                    1000 * now.calibration.fixed_seconds,
+                    1e6 * now.calibration.seconds_per_token,
+                    now.max_batch_tokens,
+                    before.max_batch_tokens,
+                )
 
     async def _unload_model(self, key: str) -> None:
         assert self._engine is not None
@@ -443,6 +468,11 @@ def create_app(
 
 def _budget(warmed: Warmed) -> Budget:
     return Budget(warmed.max_batch_tokens, warmed.max_batch_size, warmed.free_tokens)
+
+
+def _lowest_rate(loaded: Loaded) -> float:
+    """Tokens a second of the slowest model; 0 where none has been loaded."""
+    return min((warmed.calibration.best_rate for warmed in loaded.warmed.values()), default=0.0)
 
 
 def _bytes_of(card: ModelCard, warmed: Warmed) -> int:

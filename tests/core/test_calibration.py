@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vecmill.core.calibration import fit
+from vecmill.core.calibration import LARGEST_CHANGE, REFIT_SECONDS, Calibration, RunningFit, Warmed, fit
 
 SHAPES = (2048, 1024, 512, 256, 128, 64, 32, 16)
 
@@ -75,3 +77,84 @@ def test_one_shape_is_enough() -> None:
 )
 def test_bulk_rides_to_the_knee_or_to_an_eighth_of_the_time(fixed: float, per_token: float, free: int) -> None:
     assert fit(line(fixed, per_token)).free_tokens(max_seconds=0.1) == pytest.approx(free, abs=1)
+
+
+class Passes:
+    """Forward passes on a device whose line may change, and a fit that follows them."""
+
+    def __init__(self, line: Calibration, seed: int = 0) -> None:
+        self.now = 0.0
+        self.random = Random(seed)
+        self.fit = RunningFit(line, lambda: self.now)
+        self.changes: list[tuple[Calibration, Calibration]] = []
+
+    def run(self, true: Calibration, sizes: list[int], seconds: float, outliers: float = 0.0) -> None:
+        """Run passes of these sizes for so long; a share of them is disturbed."""
+        end = self.now + seconds
+        while self.now < end:
+            tokens = self.random.choice(sizes)
+            taken = true.seconds(tokens) * (1 + abs(self.random.gauss(0, 0.03)))
+            if self.random.random() < outliers:
+                taken *= self.random.uniform(2, 50)
+            self.now += 0.1
+            before = self.fit.calibration
+            if self.fit.add(tokens, taken):
+                self.changes.append((before, self.fit.calibration))
+
+
+def of(fixed: float, per_token: float) -> Calibration:
+    return fit(line(fixed, per_token))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.floats(0.0005, 0.05),
+    st.floats(1e-5, 1e-3),
+    st.floats(0.1, 10),
+    st.floats(0.1, 10),
+    st.integers(0, 1000),
+    st.sampled_from([0.0, 0.1, 0.4]),
+)
+def test_a_fit_follows_the_device(
+    fixed: float, per_token: float, slower: float, longer: float, seed: int, outliers: float
+) -> None:
+    """Whatever warm-up measured, also where every third pass is disturbed; and never in a leap."""
+    passes, true = Passes(of(fixed, per_token), seed), of(fixed * slower, per_token * longer)
+    passes.run(true, list(SHAPES), 200, outliers)
+    for tokens in SHAPES:
+        assert passes.fit.calibration.seconds(tokens) == pytest.approx(true.seconds(tokens), rel=0.25)
+        for before, after in passes.changes:
+            change = after.seconds(tokens) / before.seconds(tokens)
+            assert 0.99 / LARGEST_CHANGE <= change <= 1.01 * LARGEST_CHANGE
+
+
+def test_passes_of_one_size_speak_for_the_others() -> None:
+    """As on a card that has left its slow power state, which is only asked for queries."""
+    passes = Passes(of(0.010, 0.0010))
+    passes.run(of(0.001, 0.0001), [16], 100)
+    assert passes.fit.calibration.seconds(2048) == pytest.approx(of(0.001, 0.0001).seconds(2048), rel=0.2)
+
+
+def test_a_fit_that_is_right_stays() -> None:
+    passes = Passes(of(0.010, 0.0001))
+    passes.run(of(0.010, 0.0001), list(SHAPES), 300, outliers=0.3)
+    assert passes.changes == []
+
+
+@given(st.lists(st.tuples(st.integers(-5, 10**6), st.floats(allow_nan=True, allow_infinity=True)), max_size=200))
+def test_any_passes_leave_a_fit_that_can_be_used(passes: list[tuple[int, float]]) -> None:
+    clock = iter(range(10**6))
+    running = RunningFit(of(0.010, 0.0001), lambda: REFIT_SECONDS * next(clock))
+    for tokens, seconds in passes:
+        running.add(tokens, seconds)
+    assert 0 <= running.calibration.fixed_seconds < float("inf")
+    assert 0 < running.calibration.seconds_per_token < float("inf")
+
+
+def test_budgets_follow_the_fit_within_what_was_tried() -> None:
+    warmed = Warmed(of(0.010, 0.0001), 2048, 0, 64, 0, False, "eager", 0, 0, 0, ()).refitted(of(0.010, 0.0001), 0.1)
+    assert (warmed.max_batch_tokens, warmed.free_tokens) == (896, 100)
+    slower = warmed.refitted(of(0.020, 0.0004), 0.1)
+    assert (slower.max_batch_tokens, slower.max_batch_size, slower.largest_tokens) == (192, 64, 2048)
+    assert warmed.refitted(of(0.001, 0.0000001), 0.1).max_batch_tokens == 2048
+    assert slower.changed_at >= warmed.changed_at

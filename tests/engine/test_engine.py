@@ -8,7 +8,9 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,12 +19,14 @@ from torch import Tensor
 
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
+from vecmill.core.calibration import Warmed, fit
 from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, StartupError
 from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.device import choose_device
 from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
 from vecmill.engine.forward import LoadedModel
+from vecmill.engine.live_models import LiveModels
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
 
@@ -111,6 +115,49 @@ def test_a_model_that_cannot_be_loaded_is_the_answer_of_loaded(tmp_path: Path) -
     engine.start()
     with pytest.raises(StartupError, match=r"config\.json"):
         engine.loaded.result(60)
+
+
+async def test_what_was_measured_holds_for_the_next_start(
+    tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same model and settings; a file that is damaged, or of another release, is as good as none."""
+    folder, kept = tiny_bert(tmp_path / "tiny", minilm_folder), tmp_path / "measurements.json"
+
+    async def started(**flags: object) -> tuple[Warmed, list[Any]]:
+        settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32", **flags})
+        engine = Engine(settings.model, settings.engine, lambda percent, message: None, kept)
+        engine.start()
+        warmed = engine.loaded.result(60).warmed
+        vectors = (await engine.run(KEY, ROWS)).rows
+        # As passes since then have found it.
+        warmed[KEY] = replace(warmed[KEY].refitted(fit([(64, 0.5), (128, 0.75)]), 0.1), changed_at=1000.0)
+        engine.close()
+        engine._thread.join(10)
+        return loaded_as.pop(), vectors
+
+    loaded_as: list[Warmed] = []
+    remember = LiveModels._remember
+
+    def remembering(self: LiveModels, key: str, model: LoadedModel, warmed: Warmed) -> None:
+        loaded_as.append(warmed)
+        remember(self, key, model, warmed)
+
+    monkeypatch.setattr(LiveModels, "_remember", remembering)
+    first, vectors = await started()
+    again, same = await started()
+    assert first.changed_at > again.changed_at == 1000.0
+    assert again.calibration == fit([(64, 0.5), (128, 0.75)])
+    assert again.max_batch_tokens == again.calibration.bulk_tokens(0.1, first.largest_tokens)
+    for vector, other in zip(vectors, same, strict=True):
+        np.testing.assert_array_equal(vector, other)
+    assert (await started(max_batch_tokens=256))[0].changed_at > 1000
+    content = kept.read_text()
+    assert (await started())[0].changed_at == 1000
+    for damaged in ("", "[" * 100_000, content.replace("measurements 1", "measurements 9"), content[:200], "{}"):
+        kept.write_text(damaged)
+        assert (await started())[0].changed_at > 1000
+    kept.write_text(content.replace('"fixed_seconds": ', '"fixed_seconds": -'))
+    assert (await started())[0].changed_at > 1000
 
 
 def test_the_faster_dtype_is_measured_and_the_reason_told(tmp_path: Path, minilm_folder: Path) -> None:

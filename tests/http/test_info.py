@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import httpx
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import serving
 from tests.tiny_checkpoints import tiny_bert
+from vecmill.core import calibration
+from vecmill.engine import warmup
 
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 
@@ -37,6 +40,33 @@ async def test_capabilities(client: httpx.AsyncClient) -> None:
     assert found["max_batch_tokens"] == costs["max_batch_tokens"]
     assert (costs["compiled"], costs["compile_reason"]) == (False, "eager: TORCH_COMPILE=false")
     assert costs["cuda_graphs"] == {"count": 0, "max_tokens": 0, "memory_mb": 0}
+
+
+async def test_the_fit_follows_what_passes_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warm-up that ran beside other work is not what budgets go by for ever."""
+    monkeypatch.setattr(calibration, "REFIT_SECONDS", 0.0)
+    right = calibration.fit
+    monkeypatch.setattr(warmup, "fit", lambda measured: right([(tokens, 50 * taken) for tokens, taken in measured]))
+    async with serving(max_batch_tokens=2048) as client:
+
+        async def fit() -> tuple[float, int, float, int]:
+            found = (await client.get("/capabilities")).json()
+            costs = found["forward_passes"][MINILM]
+            [shown] = (await client.get("/dashboard/models")).json()["models"]
+            assert shown["fit"]["changed_at"] == pytest.approx(costs["changed_at"], abs=0.01)
+            assert found["max_batch_tokens"] == costs["max_batch_tokens"] == shown["budget"]["tokens"]
+            expected = costs["fixed_ms"] + costs["us_per_token"] * 64 / 1000
+            return expected, costs["max_batch_tokens"], costs["changed_at"], found["recommended_batch_size"]
+
+        slow, few, since, small = await fit()
+        for turn in range(60):
+            texts = [f"{turn} {number} is what these few words are about" for number in range(8)]
+            assert (await client.post("/embed", json={"inputs": texts})).status_code == 200
+        fast, many, changed, large = await fit()
+        assert fast < slow / 5
+        assert many > few
+        assert changed > since
+        assert large >= small
 
 
 async def test_health_has_the_fields_of_the_servers_before(client: httpx.AsyncClient) -> None:

@@ -337,6 +337,12 @@ async def test_a_batch_that_had_to_be_halved_lowers_the_budget(caplog: pytest.Lo
     assert scheduler.budgets["a"].max_batch_tokens == 400
     assert scheduler.stats.splits == 2
     assert "out of memory" in caplog.text
+    scheduler.change_budget("m", Budget(max_batch_tokens=800, max_batch_size=64, free_tokens=500))
+    assert scheduler.budgets["m"] == Budget(100, 64, 100), "what did not fit still does not"
+    scheduler.change_budget("m", Budget(max_batch_tokens=80, max_batch_size=64, free_tokens=50))
+    assert scheduler.budgets["m"] == Budget(80, 64, 50)
+    scheduler.set_budget("m", Budget(800, 64, 500))  # it was loaded anew
+    assert scheduler.budgets["m"] == Budget(800, 64, 500)
     await scheduler.close()
 
 

@@ -225,7 +225,7 @@ class EngineSettings(SettingsGroup):
     torch_compile: Literal["auto", "true", "false"] = Field(
         "auto",
         description="torch.compile of the models' layers. `auto`: measured against eager at warm-up, the faster is "
-        "kept; where it cannot be compiled, eager with a warning.",
+        "kept; where it cannot be compiled, eager with a warning. On a CPU eager: compiled layers are no faster there.",
     )
     cuda_graphs: bool = Field(
         True,

@@ -6,8 +6,12 @@ and more tokens ride along for next to nothing; with many, `b` decides and more 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import median
+from time import monotonic, time
+from typing import Self
 
 import numpy as np
 
@@ -16,7 +20,13 @@ FEWEST_TOKENS = 128
 BULK_RATE_FRACTION = 0.95  # of the best tokens per second, which a bulk forward reaches
 FREE_RIDE_TIME_FRACTION = 1 / 8  # of MAX_BATCH_MS, which bulk may add to an interactive forward
 # Packs are rounded up to a multiple of 64, the smallest to 16: a budget in between gains nothing.
-STEP, SMALLEST_PACK = 64, 16
+STEP, SMALLEST_PACK, LONGEST_PACK = 64, 16, 1 << 20
+# Passes of one size (tokens to the next power of two) that are remembered, for how long, and how many are enough.
+REMEMBERED, REMEMBERED_SECONDS, ENOUGH = 32, 600.0, 8
+# What disturbs a pass makes it longer, never shorter: of the remembered ones this quantile counts.
+UNDISTURBED = 0.25
+# A fit changes this often at most, by no more than this factor at any size, and not for less than this share.
+REFIT_SECONDS, LARGEST_CHANGE, LEAST_CHANGE = 5.0, 1.5, 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +82,8 @@ class Warmed:
     """What warm-up found out about a model."""
 
     calibration: Calibration
+    largest_tokens: int
+    """Of the largest forward pass that was tried: no budget is larger."""
     max_batch_tokens: int
     """Tokens of a bulk forward."""
     max_batch_size: int
@@ -87,6 +99,20 @@ class Warmed:
     graph_memory_bytes: int
     seconds: tuple[float, ...]
     """Of each forward pass that was run."""
+    changed_at: float = field(default_factory=time)
+    """Unix time at which the fit, and with it the budgets, became what they are."""
+
+    def refitted(self, calibration: Calibration, max_seconds: float) -> Self:
+        """The same with another fit, and the budgets that follow from it where a pass may take `max_seconds`."""
+        max_batch_tokens = calibration.bulk_tokens(max_seconds, self.largest_tokens)
+        free_tokens = min(calibration.free_tokens(max_seconds), max_batch_tokens)
+        return replace(
+            self,
+            calibration=calibration,
+            max_batch_tokens=max_batch_tokens,
+            free_tokens=free_tokens,
+            changed_at=time(),
+        )
 
 
 def fit(measured: Sequence[tuple[int, float]]) -> Calibration:
@@ -100,3 +126,67 @@ def fit(measured: Sequence[tuple[int, float]]) -> Calibration:
         largest = int(tokens.argmax())
         fixed, per_token = 0.0, seconds[largest] / tokens[largest]
     return Calibration(tuple(measured), float(fixed), float(per_token))
+
+
+class RunningFit:
+    """A calibration that follows what forward passes take while a model is served.
+
+    Warm-up may have run beside other work, and clocks change. Passes of a size that none are seen of are taken to have
+    become faster or slower as those that are seen have.
+    """
+
+    def __init__(self, calibration: Calibration, clock: Callable[[], float] = monotonic) -> None:
+        self.calibration = calibration
+        self._clock = clock
+        self._looked_at = clock()
+        self._recent: dict[int, deque[tuple[float, int, float]]] = {}
+        """By size: when a pass ended, its tokens, its seconds."""
+
+    def add(self, tokens: int, seconds: float) -> bool:
+        """Take note of a forward pass; True where `calibration` has changed by it."""
+        if tokens < 1 or not 0 < seconds < float("inf"):
+            return False
+        now = self._clock()
+        size = max(tokens, SMALLEST_PACK).bit_length()
+        self._recent.setdefault(size, deque(maxlen=REMEMBERED)).append((now, tokens, seconds))
+        if now - self._looked_at < REFIT_SECONDS:
+            return False
+        self._looked_at = now
+        return self._refit(now)
+
+    def _refit(self, now: float) -> bool:
+        ratios = self._ratios(now)
+        if not ratios:
+            return False
+        line, common = self.calibration, median(ratios.values())
+        shapes = {tokens.bit_length(): tokens for tokens, _ in line.measured}
+        shapes |= {size: 3 << (size - 2) for size in ratios}
+        seen = fit([(tokens, line.seconds(tokens) * ratios.get(size, common)) for size, tokens in shapes.items()])
+        changes = [seen.seconds(tokens) / line.seconds(tokens) - 1 for tokens in shapes.values()]
+        if max(map(abs, changes)) < LEAST_CHANGE:
+            return False
+        # As far towards what is seen as the size that changes most may go: the smallest or the largest.
+        ends = (seen.seconds(tokens) / line.seconds(tokens) - 1 for tokens in (SMALLEST_PACK, LONGEST_PACK))
+        share = min(1.0, *(_most(change) / abs(change) for change in (*changes, *ends) if change))
+        self.calibration = Calibration(
+            seen.measured,
+            line.fixed_seconds + share * (seen.fixed_seconds - line.fixed_seconds),
+            line.seconds_per_token + share * (seen.seconds_per_token - line.seconds_per_token),
+        )
+        return True
+
+    def _ratios(self, now: float) -> dict[int, float]:
+        """How many times as long as expected undisturbed passes take, by size."""
+        ratios = {}
+        for size, passes in self._recent.items():
+            while passes and now - passes[0][0] > REMEMBERED_SECONDS:
+                passes.popleft()
+            if len(passes) >= ENOUGH:
+                taken = [seconds / self.calibration.seconds(tokens) for _, tokens, seconds in passes]
+                ratios[size] = float(np.quantile(taken, UNDISTURBED))
+        return ratios
+
+
+def _most(change: float) -> float:
+    """How much of its time a pass may gain or lose in one step."""
+    return LARGEST_CHANGE - 1 if change > 0 else 1 - 1 / LARGEST_CHANGE

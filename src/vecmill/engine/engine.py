@@ -33,6 +33,7 @@ from vecmill.engine.device import device_memory, gpu_uuid, limit_memory
 from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launch, pack_on
 from vecmill.engine.live_models import READING_SHARE, LiveModels, give_back_memory
 from vecmill.engine.loader import Known, Loaded, Report, load
+from vecmill.engine.measurements import Measurements
 from vecmill.hardware.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -200,8 +201,12 @@ class QueuedBatch:
 class Engine:
     """A `ForwardRunner` on a device. `loaded` resolves once the models are warm, or with what went wrong."""
 
-    def __init__(self, models: ModelSettings, engine: EngineSettings, report: Report) -> None:
+    def __init__(
+        self, models: ModelSettings, engine: EngineSettings, report: Report, measurements: Path | None = None
+    ) -> None:
+        """`measurements`: the file that keeps what warm-up finds out, for the next start; None: it is not kept."""
         self.loaded: Future[Loaded] = Future()
+        self._measurements = measurements
         self._model_settings = models
         self._settings = engine
         self._report = report
@@ -400,7 +405,8 @@ class Engine:
 
     def _own_device(self) -> None:
         try:
-            loaded = load(self._model_settings, self._settings, self._report)
+            kept = None if self._measurements is None else Measurements(self._measurements)
+            loaded = load(self._model_settings, self._settings, self._report, kept)
         except BaseException as error:
             self._die("503: the model could not be loaded.")
             self.loaded.set_exception(error)
@@ -412,6 +418,7 @@ class Engine:
                 self._do(loaded, self._inbox.take())
         except Closed:
             self._end()
+            self._live.keep_measured()
         except BaseException as error:
             logger.critical("the device's thread ended", exc_info=error)
             reason = f"503: the device has failed ({type(error).__name__}) and the server must be restarted."

@@ -26,7 +26,8 @@ from vecmill.engine.cuda_graphs import Graphs
 from vecmill.engine.device import describe, is_out_of_memory, limit_memory
 from vecmill.engine.forward import LoadedModel
 from vecmill.engine.loader import Known, Loaded, Report
-from vecmill.engine.warmup import Before, warm_up_beside_others
+from vecmill.engine.measurements import Before
+from vecmill.engine.warmup import warm_up_beside_others
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.packing import PrefixMemory
 from vecmill.models.rerank_prompt import check_form
@@ -149,6 +150,11 @@ class LiveModels:
 
     def _remember(self, key: str, model: LoadedModel, warmed: Warmed) -> None:
         self._measured[key] = _Measured(model.card, Before(warmed, model.threads.single_up_to, model.choice))
+
+    def keep_measured(self) -> None:
+        """Remember for the next start what is known by now of the models that are loaded. It writes a file."""
+        for key, model in self._loaded.models.items():
+            loader.keep_measured(model, self._loaded.warmed[key], self._engine, self._loaded.common)
 
     def release(self, model: LoadedModel) -> None:
         """Take a model out and give back its memory on the device, also where somebody still holds the model.

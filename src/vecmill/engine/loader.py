@@ -29,6 +29,7 @@ from vecmill.engine.device import (
     limit_memory,
 )
 from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams
+from vecmill.engine.measurements import Before, Measurements, identity
 from vecmill.engine.warmup import Choices, warm_up
 from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
@@ -70,6 +71,8 @@ class Common:
     choices: Choices = field(default_factory=dict)
     threads: int = field(default_factory=torch.get_num_threads)
     """All that a forward pass may have on a CPU."""
+    measurements: Measurements | None = None
+    """Of this start and of those before; None: they are not kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,8 +97,10 @@ class Loaded:
         return self.runs_on.device
 
 
-def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loaded:
-    """Find, load and warm up every model.
+def load(
+    models: ModelSettings, engine: EngineSettings, report: Report, measurements: Measurements | None = None
+) -> Loaded:
+    """Find, load and warm up every model. `measurements`: of earlier starts; what is measured now is kept there too.
 
     Raises:
         StartupError: the device, a folder or a weight is not as it must be.
@@ -112,7 +117,7 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     distinct = _within_room(named, models, device)
     tokenizers = [load_tokenizer(checkpoint) for checkpoint in distinct]
     check_room(distinct, models, engine, device)
-    common = Common()
+    common = Common(measurements=measurements)
     try:
         loaded = load_all(
             list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report, flash=flash, common=common
@@ -128,7 +133,10 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
         limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-        warmed[model.key] = warm_up(model, engine, runs_on, common.choices)
+        before = _measured_before(model, engine, common)
+        warmed[model.key] = warm_up(model, engine, runs_on, common.choices, before)
+        if before is None:
+            keep_measured(model, warmed[model.key], engine, common)
     cards = {checkpoint: model.card for checkpoint, model in zip(distinct, loaded, strict=False)}
     known = {}
     for checkpoint in named:
@@ -138,6 +146,20 @@ def load(models: ModelSettings, engine: EngineSettings, report: Report) -> Loade
             card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
         known[card.key] = Known(checkpoint.source, card)
     return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, common, flash)
+
+
+def _measured_before(model: LoadedModel, engine: EngineSettings, common: Common) -> Before | None:
+    if common.measurements is None:
+        return None
+    return common.measurements.of(identity(model.card, engine, model.attention, common.threads))
+
+
+def keep_measured(model: LoadedModel, warmed: Warmed, engine: EngineSettings, common: Common) -> None:
+    """Remember what is known of a loaded model, for later starts."""
+    if common.measurements is None:
+        return
+    key = identity(model.card, engine, model.attention, common.threads)
+    common.measurements.keep(key, Before(warmed, model.threads.single_up_to, model.choice))
 
 
 def _within_room(named: Sequence[Checkpoint], models: ModelSettings, device: torch.device) -> list[Checkpoint]:

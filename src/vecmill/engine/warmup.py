@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import perf_counter
 
@@ -21,6 +21,7 @@ from vecmill.engine.compilation import CompileChoice, Run
 from vecmill.engine.cuda_graphs import Capture, CudaCapture, Pass, capture_graphs, lane_of, shape_of
 from vecmill.engine.device import unless_out_of_memory
 from vecmill.engine.forward import Device, Launched, LoadedModel, collect, pack_on, run_part
+from vecmill.engine.measurements import Before
 from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,8 @@ SHORT_TEXT = 16
 SMALLEST_SHAPE = 16  # tokens: a search query
 TYPICAL_TEXT = 128  # tokens: a chunk of code
 # Rounds over all shapes, until one of these is reached. Of each shape the fastest run counts: others were disturbed,
-# and what disturbs rarely lasts for all rounds.
-ROUNDS, ENOUGH_SECONDS = 6, 1.5
+# and what disturbs rarely lasts for all rounds. What requests' own passes take tells the rest (`RunningFit`).
+ROUNDS, ENOUGH_SECONDS = 6, 0.5
 
 
 Choices = dict[nn.Module, CompileChoice]
@@ -61,10 +62,13 @@ def largest_size(engine: EngineSettings, device: torch.device) -> int:
     return min(tokens, CPU_BATCH_ROWS if device.type == "cpu" else max(CPU_BATCH_ROWS, tokens // SHORT_TEXT))
 
 
-def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices: Choices) -> Warmed:
+def warm_up(
+    model: LoadedModel, engine: EngineSettings, device: Device, choices: Choices, before: Before | None = None
+) -> Warmed:
     """Run every shape; choose between eager and compiled layers; capture graphs; fit the cost and set the budgets.
 
-    `choices` are kept from model to model: where two share their layers, the first decides for both.
+    `choices` are kept from model to model: where two share their layers, the first decides for both. What was measured
+    at an earlier start is not measured again.
 
     Raises:
         StartupObstacle: not one token fits into memory.
@@ -72,6 +76,10 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices:
     stopwatch = _Stopwatch(model, engine, device)
     tokens = largest_batch(engine, device.device)
     stopwatch.try_longest_text(tokens)
+    if before is not None and before.warmed.largest_tokens <= tokens:
+        largest = before.warmed.largest_tokens if device.device.type == "cuda" else before.warmed.max_batch_tokens
+        if unless_out_of_memory(partial(stopwatch.run, largest)) is not None:
+            return _warm_up_as_before(stopwatch, model, engine, device, choices, before, before.warmed.largest_tokens)
     while tokens:
         warmed = unless_out_of_memory(partial(_warm_up, stopwatch, model, engine, device, tokens, choices))
         if warmed is not None:
@@ -81,16 +89,7 @@ def warm_up(model: LoadedModel, engine: EngineSettings, device: Device, choices:
     raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
 
 
-@dataclass(frozen=True, slots=True)
-class Before:
-    """What was measured of a model when it was loaded for the first time."""
-
-    warmed: Warmed
-    single_up_to: int
-    """Tokens of the largest pass that gets one thread (`CpuThreads`)."""
-    choice: CompileChoice | None
-
-
+NOT_ON_CPU = CompileChoice(False, "eager: compiled layers are no faster on a CPU (TORCH_COMPILE=true compiles them)")
 NOT_MEASURED = CompileChoice(
     False, "eager: loaded while others are served, and TORCH_COMPILE=auto measures at the start"
 )
@@ -125,9 +124,26 @@ def warm_up_beside_others(
         raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
     if before is None:
         return _warm_up(stopwatch, model, engine, device, largest, choices)
+    return _warm_up_as_before(stopwatch, model, engine, device, choices, before, largest)
+
+
+def _warm_up_as_before(
+    stopwatch: _Stopwatch,
+    model: LoadedModel,
+    engine: EngineSettings,
+    device: Device,
+    choices: Choices,
+    before: Before,
+    largest: int,
+) -> Warmed:
+    """Run what is to be run once, in passes of up to `largest` tokens, and take over what was measured."""
+    shared = _shared(model)
     model.threads.single_up_to = before.single_up_to
-    if shared not in choices:
-        choices[shared] = compilation.choose(model.model, "true", lambda tokens: stopwatch.run(min(tokens, largest)))
+    if shared not in choices and before.choice is not None and not before.choice.compiled:
+        choices[shared] = before.choice
+    elif shared not in choices:
+        choice = compilation.choose(model.model, "true", lambda tokens: stopwatch.run(min(tokens, largest)))
+        choices[shared] = before.choice if choice.compiled and before.choice is not None else choice
     model.choice = choices[shared]
     for tokens in _shapes(min(largest, before.warmed.max_batch_tokens)):
         stopwatch.run(tokens)
@@ -173,26 +189,26 @@ def _warm_up(
     if device.device.type == "cpu":
         model.threads.measure(stopwatch.run, largest)
     capture = _capture(model, engine, device)
-    choice = model.choice = _choose(model, engine, choices, stopwatch, largest, capture)
+    choice = model.choice = _choose(model, engine, choices, stopwatch, largest, capture, device.device)
     if capture is not None:
         model.graphs = capture_graphs(
             stopwatch.with_others(capture), stopwatch.run_directly, device.device, largest, stopwatch.max_rows
         )
     calibration = fit(stopwatch.fastest(list(_shapes(largest))))
     model.threads.restore()
-    max_batch_tokens = calibration.bulk_tokens(engine.max_batch_ms / 1000, largest)
     warmed = Warmed(
         calibration=calibration,
-        max_batch_tokens=max_batch_tokens,
+        largest_tokens=largest,
+        max_batch_tokens=largest,
         max_batch_size=stopwatch.max_rows,
-        free_tokens=min(calibration.free_tokens(engine.max_batch_ms / 1000), max_batch_tokens),
+        free_tokens=0,
         compiled=choice.compiled,
         compile_reason=choice.reason,
         graphs=len(model.graphs.passes),
         graph_tokens=max((shape.tokens for shape in model.graphs.passes), default=0),
         graph_memory_bytes=model.graphs.memory_bytes,
         seconds=tuple(stopwatch.seconds),
-    )
+    ).refitted(calibration, engine.max_batch_ms / 1000)
     logger.info(
         "%s: a forward pass takes %.1f ms + %.1f µs a token, knee at %d tokens; up to %d tokens at a time; %s",
         model.card.id,
@@ -228,9 +244,12 @@ def _choose(
     stopwatch: _Stopwatch,
     largest: int,
     capture: Capture | None,
+    device: torch.device,
 ) -> CompileChoice:
     shared = _shared(model)
-    if shared not in choices:
+    if shared not in choices and engine.torch_compile == "auto" and device.type == "cpu":
+        choices[shared] = NOT_ON_CPU
+    elif shared not in choices:
 
         def run(tokens: int) -> float:
             return stopwatch.run(min(tokens, largest))

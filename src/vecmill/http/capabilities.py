@@ -148,7 +148,8 @@ def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
 
 
 def forward_pass(services: Services, key: str) -> dict[str, Any]:
-    """What a forward pass of a model takes, by the line through the shapes measured at warm-up, and its budgets.
+    """What a forward pass of a model takes, by the line through what was measured, at warm-up and since (`changed_at`,
+    a Unix time), and its budgets.
 
     Of a model that has been loaded, whether it is now or not.
     """
@@ -158,6 +159,7 @@ def forward_pass(services: Services, key: str) -> dict[str, Any]:
         "fixed_ms": round(1000 * calibration.fixed_seconds, 3),
         "us_per_token": round(1e6 * calibration.seconds_per_token, 2),
         "best_tokens_per_second": round(calibration.best_rate, 1),
+        "changed_at": round(warmed.changed_at, 3),
         "knee_tokens": calibration.knee_tokens,
         "max_batch_tokens": budget.max_batch_tokens,
         "max_batch_tokens_ms": round(1000 * calibration.seconds(budget.max_batch_tokens), 1),

@@ -39,7 +39,6 @@ def _model(services: Services, resident: Resident, viewer: Viewer) -> dict[str, 
     card, state = resident.card, resident.state
     shown = ModelState.UNLOADED if state is ModelState.UNLOADING else state
     warmed, budget = services.warmed().get(resident.key), services.inference.budgets.get(resident.key)
-    calibration = warmed.calibration if warmed is not None else None
     return {
         "id": card.id,
         "aliases": list(card.aliases),
@@ -62,11 +61,11 @@ def _model(services: Services, resident: Resident, viewer: Viewer) -> dict[str, 
         "loaded_at": resident.loaded_at,
         "pinned": resident.is_pinned,
         "budget": budget and {"tokens": budget.max_batch_tokens, "rows": budget.max_batch_size},
-        "fit": calibration
+        "fit": warmed
         and {
-            "a_ms": round(1000 * calibration.fixed_seconds, 3),
-            "b_us_per_token": round(1e6 * calibration.seconds_per_token, 2),
-            "changed_at": resident.loaded_at,
+            "a_ms": round(1000 * warmed.calibration.fixed_seconds, 3),
+            "b_us_per_token": round(1e6 * warmed.calibration.seconds_per_token, 2),
+            "changed_at": warmed.changed_at,
         },
     }
 

@@ -139,6 +139,12 @@ class Inference:
             self._scheduler.set_budget(model.card.key, budget)
         return self._models.by_key(model.card.key).card
 
+    def change_budget(self, key: str, budget: Budget, expected_rate: float) -> None:
+        """What a loaded model's forward passes hold from now on, and the tokens a second that the device does."""
+        self._expected_rate = expected_rate
+        if self._scheduler is not None:
+            self._scheduler.change_budget(key, budget)
+
     def forget_tokenizer(self, key: str) -> None:
         """Let go of what a model needs to be asked, but for its card."""
         models = self._models_or_raise()

@@ -95,6 +95,8 @@ class Scheduler:
         self._runner = runner
         self._rules = rules or Rules()
         self._on_batch, self._on_failure, self._clock = on_batch, on_failure, clock
+        self._fitting: dict[str, int] = {}
+        """Tokens of a model's largest pass, where larger ones did not fit into the memory."""
         self._lines = WaitingLines()
         self._owed = 0.0
         self._unanswered: dict[Hashable, tuple[Sequence, Lane]] = {}
@@ -279,13 +281,24 @@ class Scheduler:
     def set_budget(self, model: str, budget: Budget) -> None:
         """What a forward pass of a model may hold from now on; the model may be new."""
         self.stats.begin(model)
+        self._fitting.pop(model, None)
         self.budgets[model] = budget
+
+    def change_budget(self, model: str, budget: Budget) -> None:
+        """As `set_budget`, of a model that is served: what did not fit into the memory still does not."""
+        most = self._fitting.get(model, budget.max_batch_tokens)
+        self.budgets[model] = replace(
+            budget,
+            max_batch_tokens=min(budget.max_batch_tokens, most),
+            free_tokens=min(budget.free_tokens, most),
+        )
 
     def _lower_budget(self, model: str, fitting_tokens: int) -> None:
         budget = self.budgets[model]
         tokens = min(budget.max_batch_tokens, max(FEWEST_TOKENS, fitting_tokens))
         if tokens < budget.max_batch_tokens:
             logger.warning("out of memory: forward passes of %s hold %d tokens at most from now on", model, tokens)
+            self._fitting[model] = tokens
             self.budgets[model] = replace(budget, max_batch_tokens=tokens, free_tokens=min(budget.free_tokens, tokens))
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:

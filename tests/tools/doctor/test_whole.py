@@ -75,7 +75,7 @@ def test_what_the_probes_measure_here(whole: dict[str, Any]) -> None:
     assert results["matmul"]["details"]["tflops"] > 0
     assert results["attention"]["details"]["largest_difference"] < 0.0001
     assert results["attention"]["details"]["speedup"] > 0
-    assert "compiled in" in results["compile"]["seen"]
+    assert results["compile"]["seen"].startswith("TORCH_COMPILE=auto: not needed on a CPU")
     assert results["memory"]["details"]["weights_bytes"] == 22_713_728 * 2
     assert "all-MiniLM-L6-v2: 90.9 MB in" in results["models"]["seen"]
     assert results["models"]["details"]["token"] == "HF_TOKEN"

@@ -107,6 +107,8 @@ def check_compile(context: DoctorContext) -> Finding:
     if wanted == "false":
         return ok("TORCH_COMPILE=false: not needed")
     on_gpu = context.device.startswith("cuda")
+    if wanted == "auto" and context.device == "cpu":
+        return ok("TORCH_COMPILE=auto: not needed on a CPU, where compiled layers are no faster")
     required = on_gpu or wanted == "true"
     compiler, headers = _compiler(on_gpu=on_gpu), _headers()
     if compiler is None or not headers.is_file():
