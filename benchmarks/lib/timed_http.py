@@ -12,6 +12,8 @@ from http.client import HTTPConnection
 from threading import Event, Thread
 from urllib.parse import urlsplit
 
+import zstandard
+
 TIMEOUT_S = 300.0
 POLL_EVERY_S = 0.003
 
@@ -28,7 +30,10 @@ class Timed:
 
     def body(self) -> bytes:
         """The content, decompressed."""
-        return gzip.decompress(self.content) if self.headers.get("content-encoding") == "gzip" else self.content
+        coding = self.headers.get("content-encoding")
+        if coding == "zstd":  # of a stream, whose head does not say how long it is
+            return zstandard.ZstdDecompressor().decompressobj().decompress(self.content)
+        return gzip.decompress(self.content) if coding == "gzip" else self.content
 
 
 class TimedConnection:

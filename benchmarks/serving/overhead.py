@@ -1,10 +1,10 @@
 """The time that a request spends outside the model: HTTP, tokenization, queue, encoding.
 
 A client sends one request at a time to POST /v1/embeddings: 1, 64 and 2,048 short texts, vectors of the bundled MiniLM
-(384 dimensions) and of a random BERT with 4,096, as floats and as base64, with and without gzip. Outside the model is
-what the client waited less the answer's `x-inference-time`. During the largest requests a second connection asks GET
-/ready every few milliseconds: the longest of these waits is how long the event loop was held, plus what the cores
-were taken by the model.
+(384 dimensions) and of a random BERT with 4,096: as floats in JSON, plain, with gzip and with zstd; as base64; as raw
+float32 and float16. Outside the model is what the client waited less the answer's `x-inference-time`. During the
+largest requests a second connection asks GET /ready every few milliseconds: the longest of these waits is how long the
+event loop was held, plus what the cores were taken by the model.
 
     python -m benchmarks.serving.overhead
     python -m benchmarks.serving.overhead --rounds 3 --wide 1024
@@ -38,7 +38,14 @@ from rich.console import Console
 from rich.table import Table
 
 PATH = "/v1/embeddings"
-ENCODINGS = ("float", "base64")
+IDENTITY = "identity"
+BYTES = "application/octet-stream; dtype="
+# How vectors are written, and how the answer is compressed.
+WAYS = (
+    *(("float", coding) for coding in (IDENTITY, "gzip", "zstd")),
+    *(("base64", coding) for coding in (IDENTITY, "gzip")),
+    *((dtype, IDENTITY) for dtype in ("float32", "float16")),
+)
 FLOAT32_IN_BASE64 = 4 / 3 * 4  # characters
 QUIET_SECONDS = 1.0
 PARTS = {"x-inference-time": "inference", "x-queue-time": "queue", "x-tokenization-time": "tokenization"}
@@ -46,7 +53,7 @@ MOST_OUTSIDE_MS = 5.0
 TARGET_TEXTS, TARGET_DIMENSIONS = 64, 384  # of the request that MOST_OUTSIDE_MS is for
 # The layers are not what is measured here: warm-up need not try to compile them.
 SERVE = ("--rerank-model", "none", "--torch-compile", "false")
-CASES_PER_SIZE = 8  # two models, two encodings, with and without gzip
+CASES_PER_SIZE = 2 * len(WAYS)  # two models
 
 
 @dataclass(frozen=True)
@@ -57,22 +64,30 @@ class OverheadCase:
     dimensions: int
     texts: int
     encoding: str
-    gzip: bool
-    """Whether the client takes compressed answers."""
+    """`float` and `base64` in JSON; `float32` and `float16` are raw rows."""
+    coding: str
+    """The Accept-Encoding."""
 
     def __str__(self) -> str:
-        return f"{self.texts} x {self.dimensions} {self.encoding}{' gzip' if self.gzip else ''}"
+        return f"{self.texts} x {self.dimensions} {self.encoding}{'' if self.coding == IDENTITY else f' {self.coding}'}"
+
+    @property
+    def is_raw(self) -> bool:
+        """Whether rows come without JSON around them."""
+        return self.encoding in ("float32", "float16")
 
     def body(self) -> bytes:
         """Short texts, all different: equal ones are computed once."""
         texts = [f"text {number}" for number in range(self.texts)]
-        return json.dumps({"model": self.model, "input": texts, "encoding_format": self.encoding}).encode()
+        form = "float" if self.is_raw else self.encoding
+        return json.dumps({"model": self.model, "input": texts, "encoding_format": form}).encode()
 
     def headers(self) -> dict[str, str]:
         """Of the request."""
         return {
             "Content-Type": "application/json",
-            "Accept-Encoding": "gzip" if self.gzip else "identity",
+            "Accept-Encoding": self.coding,
+            "Accept": f"{BYTES}{self.encoding}" if self.is_raw else "*/*",
         }
 
 
@@ -111,8 +126,8 @@ class OverheadResults:
 def cases(models: dict[int, str], sizes: Sequence[int]) -> list[OverheadCase]:
     """All cases; `models` maps the dimensions of vectors to the model."""
     return [
-        OverheadCase(models[dimensions], dimensions, texts, encoding, gzip)
-        for dimensions, texts, encoding, gzip in product(sorted(models), sizes, ENCODINGS, (False, True))
+        OverheadCase(models[dimensions], dimensions, texts, encoding, coding)
+        for dimensions, texts, (encoding, coding) in product(sorted(models), sizes, WAYS)
     ]
 
 
@@ -137,6 +152,12 @@ def measure_rounds(
 
 def _checked(case: OverheadCase, answer: Timed) -> int:
     """The size of the answer, which must hold what was asked for."""
+    if case.is_raw:
+        rows_and_values = f"{case.texts},{case.dimensions}"
+        size = case.texts * case.dimensions * np.dtype(case.encoding).itemsize
+        if (answer.headers["x-embedding-shape"], len(answer.content)) != (rows_and_values, size):
+            raise RuntimeError(f"{case}: the answer has {len(answer.content)} bytes")
+        return len(answer.content)
     rows = orjson.loads(answer.body())["data"]
     expected = case.dimensions if case.encoding == "float" else round(case.dimensions * FLOAT32_IN_BASE64)
     if len(rows) != case.texts or abs(len(rows[0]["embedding"]) - expected) > 3:
@@ -198,16 +219,16 @@ def summarise(results: OverheadResults) -> dict[str, Any]:
     """The results as they are stored."""
     sides = {str(case): _case(case, measured) for case, measured in results.cases.items()}
     ratios = {
-        str(case): spread([with_gzip / without for with_gzip, without in _pairs(results, case)])
+        str(case): spread([this / plain for this, plain in _pairs(results, case)])
         for case in results.cases
-        if case.gzip
+        if (case.encoding, case.coding) != ("float", IDENTITY)
     }
     quiet = {"p99": spread(results.quiet_p99), "longest": spread(results.quiet_longest)}
-    return {"cases": sides, "gzip_over_identity": ratios, "others_waited_quiet_ms": quiet}
+    return {"cases": sides, "over_plain_floats": ratios, "others_waited_quiet_ms": quiet}
 
 
 def _pairs(results: OverheadResults, case: OverheadCase) -> list[tuple[float, float]]:
-    plain = OverheadCase(case.model, case.dimensions, case.texts, case.encoding, gzip=False)
+    plain = OverheadCase(case.model, case.dimensions, case.texts, "float", IDENTITY)
     return list(zip(results.cases[case].parts["outside"], results.cases[plain].parts["outside"], strict=True))
 
 
@@ -219,7 +240,7 @@ def _case(case: OverheadCase, measured: Measured) -> dict[str, Any]:
         "texts": case.texts,
         "dimensions": case.dimensions,
         "encoding": case.encoding,
-        "gzip": case.gzip,
+        "coding": case.coding,
         "answer_bytes": measured.answer_bytes,
         "ms": milliseconds,
     }
@@ -235,7 +256,7 @@ def print_summary(summary: Mapping[str, Any], other_cores: float) -> None:
     table.add_column("texts x dimensions", no_wrap=True)
     for heading in ("outside", "queue", "tokenization", "rest", "model", "answer MB"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("gzip / identity", justify="right")
+    table.add_column("/ plain floats", justify="right")
     table.add_column("others waited: p99, longest", justify="right")
     for name, case in summary["cases"].items():
         times, waited = case["ms"], case.get("others_waited_ms")
@@ -244,7 +265,7 @@ def print_summary(summary: Mapping[str, Any], other_cores: float) -> None:
             shown({key: times["outside"][key] for key in ("median", "min", "max")}),
             *(rounded(times[part]["median"]) for part in ("queue", "tokenization", "rest", "inference")),
             f"{case['answer_bytes'] / 1e6:.3g}",
-            shown(summary["gzip_over_identity"][name]) if case["gzip"] else "",
+            shown(summary["over_plain_floats"][name]) if name in summary["over_plain_floats"] else "",
             f"{rounded(waited['p99']['median'])}, {rounded(waited['longest']['max'])}" if waited else "",
         )
     console.print(table)

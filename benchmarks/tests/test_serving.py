@@ -44,7 +44,7 @@ def test_isolation_sets_a_person_beside_bulk_against_alone() -> None:
 def test_overhead_is_what_the_client_waited_less_the_models_time() -> None:
     result, printed = run("overhead", "--texts", "1,64", "--wide", "128", "--repeats", "2", "--large-repeats", "1")
 
-    assert len(result["cases"]) == 2 * 2 * 2 * 2  # widths, sizes, encodings, with and without gzip
+    assert len(result["cases"]) == 2 * 2 * 7  # widths, sizes, ways to write a vector
     for case in result["cases"].values():
         times = {name: each["median"] for name, each in case["ms"].items()}
         assert times.keys() == {"whole", "outside", "rest", "inference", "queue", "tokenization"}
@@ -52,7 +52,8 @@ def test_overhead_is_what_the_client_waited_less_the_models_time() -> None:
         assert case["texts"] == 64 or "others_waited_ms" not in case  # the small ones are over before anybody asks
     assert result["cases"]["64 x 384 base64"]["ms"]["outside"].keys() == JUDGED
     assert result["cases"]["64 x 384 float gzip"]["answer_bytes"] < result["cases"]["64 x 384 float"]["answer_bytes"]
-    assert result["gzip_over_identity"]["64 x 384 float gzip"].keys() == SPREAD
+    assert result["cases"]["64 x 384 float32"]["answer_bytes"] == 64 * 384 * 4
+    assert result["over_plain_floats"]["64 x 384 float zstd"].keys() == SPREAD
     assert "longest that others waited" in printed
 
 

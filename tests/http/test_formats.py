@@ -5,14 +5,21 @@ from __future__ import annotations
 import asyncio
 import base64
 import gzip
+import importlib
+import sys
+import zlib
+from collections.abc import Callable
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import zstandard
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from tests.servers import RunningServer
+from vecmill.http import compression
 from vecmill.http.encoding import STREAM_FROM_BYTES
 
 TEXTS = ["def add(a, b): return a + b", "Berlin has 3.5 million inhabitants.", "", "naïve café"]
@@ -89,12 +96,102 @@ async def test_a_large_answer_is_streamed_and_the_same(client: httpx.AsyncClient
     assert streamed.json()["usage"] == whole.json()["usage"]
 
 
-async def test_a_streamed_answer_is_compressed_where_the_client_takes_it(client: httpx.AsyncClient) -> None:
-    async with client.stream("POST", "/embed", json={"inputs": MANY}, headers={"accept-encoding": "gzip"}) as answer:
-        assert answer.headers["content-encoding"] == "gzip"
+DECODED: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.decompress,
+    "zstd": lambda raw: zstandard.ZstdDecompressor().decompressobj().decompress(raw),
+    "": bytes,
+}
+
+
+@pytest.mark.parametrize(
+    ("accepted", "coding"),
+    [
+        ("gzip", "gzip"),
+        ("gzip, deflate, br, zstd", "zstd"),
+        ("zstd;q=0.5, gzip;q=0.8", "gzip"),
+        ("zstd;q=0, *", "gzip"),
+        ("gzip;q=0", ""),
+        ("br, identity", ""),
+        ("ZSTD;q=nonsense", "zstd"),
+        ("", ""),
+    ],
+)
+@pytest.mark.parametrize("texts", [TEXTS, MANY], ids=["whole", "streamed"])
+async def test_an_answer_is_compressed_as_the_client_likes_it_best(
+    client: httpx.AsyncClient, accepted: str, coding: str, texts: list[str]
+) -> None:
+    plain = await client.post("/embed", json={"inputs": texts}, headers={"accept-encoding": "identity"})
+    async with client.stream("POST", "/embed", json={"inputs": texts}, headers={"accept-encoding": accepted}) as answer:
+        assert answer.headers.get("content-encoding", "") == coding
+        assert (answer.headers.get("vary") == "Accept-Encoding") is bool(coding)
         raw = b"".join([chunk async for chunk in answer.aiter_raw()])
-    plain = await client.post("/embed", json={"inputs": MANY}, headers={"accept-encoding": "identity"})
-    assert gzip.decompress(raw) == plain.content
+    assert DECODED[coding](raw) == plain.content
+
+
+async def test_scores_are_compressed_too(client: httpx.AsyncClient) -> None:
+    body = {"query": "q", "documents": MANY}
+    answers = [await client.post("/v1/rerank", json=body, headers={"accept-encoding": way}) for way in DECODED]
+    assert [answer.headers.get("content-encoding", "") for answer in answers] == list(DECODED)
+    assert len({str(answer.json()["results"]) for answer in answers}) == 1
+
+
+def test_gzip_is_zlibs_where_isa_l_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "isal", None)
+    try:
+        importlib.reload(compression)
+        assert compression.gzip_maker is zlib
+        assert gzip.decompress(compression.Coding.GZIP.compress(b"abc" * 1000)) == b"abc" * 1000
+        compressor = compression.Coding.GZIP.compressor()
+        assert gzip.decompress(compressor.compress(b"abc" * 1000) + compressor.flush()) == b"abc" * 1000
+    finally:
+        monkeypatch.undo()
+        importlib.reload(compression)
+    assert compression.gzip_maker is isal_zlib
+
+
+ROUTES: dict[str, dict[str, Any]] = {
+    "/embed": {"inputs": TEXTS},
+    "/v1/embeddings": {"input": TEXTS},
+    "/api/embed": {"model": "all-MiniLM-L6-v2", "input": TEXTS},
+    "/v2/embed": {"texts": TEXTS, "input_type": "search_document", "embedding_types": ["float"]},
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_raw_rows_where_the_client_accepts_bytes(client: httpx.AsyncClient, path: str) -> None:
+    wanted = await floats(client)
+    for accept, dtype in (
+        ("application/octet-stream", "<f4"),
+        ("application/octet-stream; dtype=float32, */*;q=0.1", "<f4"),
+        ("application/json;q=0.5, Application/Octet-Stream;dtype=float16", "<f2"),
+    ):
+        answer = await client.post(path, json=ROUTES[path], headers={"accept": accept})
+        assert (answer.status_code, answer.headers["x-embedding-shape"]) == (200, "4,384"), answer.text
+        name = {"<f4": "float32", "<f2": "float16"}[dtype]
+        assert answer.headers["content-type"] == f"application/octet-stream; dtype={name}"
+        assert int(answer.headers["x-compute-tokens"]) > 0
+        rows = np.frombuffer(answer.content, dtype).reshape(4, 384)
+        np.testing.assert_array_equal(rows, wanted.astype(dtype))
+    for accept in ("application/json, application/octet-stream", "*/*", "application/octet-stream;q=0", "text/html"):
+        answer = await client.post(path, json=ROUTES[path], headers={"accept": accept})
+        assert answer.headers["content-type"] == "application/json"
+
+
+@pytest.mark.parametrize("path", ROUTES)
+async def test_bytes_that_cannot_be_had_are_a_400_that_says_so(client: httpx.AsyncClient, path: str) -> None:
+    bad = {"accept": "application/octet-stream; dtype=float8"}
+    answer = await client.post(path, json=ROUTES[path], headers=bad)
+    assert answer.status_code in (400, 422)
+    assert "dtype=float8 is not served: float32 or float16" in answer.text
+    fields: dict[str, dict[str, Any]] = {
+        "/v1/embeddings": {"output_dtype": "int8"},
+        "/v2/embed": {"embedding_types": ["float", "int8"]},
+    }
+    if path in fields:
+        body = ROUTES[path] | fields[path]
+        answer = await client.post(path, json=body, headers={"accept": "application/octet-stream"})
+        assert answer.status_code == 400
+        assert "gives floats" in answer.text
 
 
 async def test_several_types_are_streamed_in_their_order(client: httpx.AsyncClient) -> None:

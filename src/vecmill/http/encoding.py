@@ -19,12 +19,12 @@ import numpy as np
 import orjson
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
-from isal import isal_zlib
 from numpy.typing import NDArray
 
+from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import EmbedResult, Matrix, ScoreResult, Vector
-from vecmill.http.middleware import GZIP_FROM_BYTES, GZIP_LEVEL, accepts_gzip
+from vecmill.http.compression import COMPRESS_FROM_BYTES, Coding, Compressor, accepted_coding, quality
 from vecmill.http.services import services_of, shows_work_of_all
 
 Dtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
@@ -79,7 +79,6 @@ def quantize(vector: Vector, dtype: Dtype) -> Quantized:
 
 STREAM_FROM_BYTES = 1_048_576
 PIECE_BYTES = 262_144
-GZIP_WINDOW = 31  # zlib's largest window, with gzip's header and trailer around
 
 
 async def vectors_response(
@@ -87,23 +86,79 @@ async def vectors_response(
     result: EmbedResult,
     build: Callable[..., object],
     formats: Sequence[EmbeddingFormat] = (FLOAT,),
+    *,
+    binary: BinaryDtype | None = None,
 ) -> Response:
-    """`build` is given the rows in each format, as JSON values, and puts them into the dialect's body."""
+    """`build` is given the rows in each format, as JSON values, and puts them into the dialect's body.
+
+    Args:
+        binary: raw rows of this type instead, see `binary_dtype`.
+
+    Raises:
+        InvalidInput: a value is beyond float16's range, where that is asked for.
+    """
     embeddings = result.embeddings
-    size = round(embeddings.size * sum(form.characters for form in formats))
-    # base64 of floats hardly compresses: a quarter less for several milliseconds more.
-    compressible = not all(form.base64 for form in formats)
-    compress = compressible and accepts_gzip(request.headers.get("accept-encoding", ""))
-    headers = result_headers(request, result) | (COMPRESSED if compress and size >= GZIP_FROM_BYTES else {})
     threads = services_of(request).threads
+    if binary is not None:
+        return await _binary_response(request, result, binary)
+    size = round(embeddings.size * sum(form.characters for form in formats))
+    coding = accepted_coding(request.headers.get("accept-encoding", ""))
+    # base64 of floats hardly compresses: a quarter less for several milliseconds more.
+    if size < COMPRESS_FROM_BYTES or all(form.base64 for form in formats):
+        coding = None
+    headers = result_headers(request, result) | (coding.headers if coding else {})
     if size <= STREAM_FROM_BYTES:
-        whole = partial(_whole, build, embeddings, formats, compress and size >= GZIP_FROM_BYTES)
+        whole = partial(_whole, build, embeddings, formats, coding)
         return Response(await threads.run(whole, size=size), media_type="application/json", headers=headers)
     body = await threads.run(lambda: _StreamedBody.of(build, embeddings, formats), size=size)
-    return StreamingResponse(_stream(threads, body, compress), media_type="application/json", headers=headers)
+    return StreamingResponse(_stream(threads, body, coding), media_type="application/json", headers=headers)
 
 
-COMPRESSED = {"Content-Encoding": "gzip", "Vary": "Accept-Encoding"}
+BINARY = "application/octet-stream"
+BinaryDtype = Literal["float32", "float16"]
+BINARY_DTYPES: Mapping[str, BinaryDtype] = {"float32": "float32", "float16": "float16"}
+
+
+def binary_dtype(request: Request, formats: Sequence[EmbeddingFormat]) -> BinaryDtype | None:
+    """The type of raw rows that `Accept` asks for; None where it does not ask for `application/octet-stream`.
+
+    Raises:
+        InvalidInput: it names another type, or the body asks for vectors in another format.
+    """
+    offers = []
+    for place, offer in enumerate(request.headers.get("accept", "").lower().split(",")):
+        media, *parts = (part.strip() for part in offer.split(";"))
+        given = dict(part.partition("=")[::2] for part in parts)
+        if media in (BINARY, "application/json"):
+            offers.append((quality(given.get("q", "1")), -place, media, given.get("dtype", "float32").strip('"')))
+    liked, _, media, dtype = max(offers, default=(0.0, 0, "", ""))
+    if media != BINARY or liked == 0:
+        return None
+    if any(form.dtype != "float" for form in formats):
+        raise InvalidInput(f"Accept: {BINARY} gives floats: leave the format of vectors out of the body.")
+    if dtype in BINARY_DTYPES:
+        return BINARY_DTYPES[dtype]
+    raise InvalidInput(f"Accept: {BINARY}; dtype={dtype[:20]} is not served: float32 or float16.")
+
+
+async def _binary_response(request: Request, result: EmbedResult, dtype: BinaryDtype) -> Response:
+    """The vectors one after another as little-endian numbers, without anything around: (n, d) -> n * d of them."""
+    rows = result.embeddings
+
+    def numbers() -> bytes:
+        if dtype == "float32":
+            return rows.astype("<f4", copy=False).tobytes()
+        if rows.size and float(np.abs(rows).max()) > HALF_MAX:
+            raise InvalidInput(f"A value is beyond the range of float16: send Accept: {BINARY}; dtype=float32.")
+        return rows.astype("<f2").tobytes()
+
+    body = await services_of(request).threads.run(numbers, size=rows.nbytes)
+    shape = {"X-Embedding-Shape": f"{len(rows)},{rows.shape[1]}", "Vary": "Accept"}
+    headers = result_headers(request, result) | shape
+    return Response(body, media_type=f"{BINARY}; dtype={dtype}", headers=headers)
+
+
+HALF_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +199,14 @@ def whole_body(
 
 
 def _whole(
-    build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat], compress: bool
+    build: Callable[..., object], embeddings: Matrix, formats: Sequence[EmbeddingFormat], coding: Coding | None
 ) -> bytes:
     body = whole_body(build, embeddings, formats)
-    return isal_zlib.compress(body, GZIP_LEVEL, GZIP_WINDOW) if compress else body
+    return coding.compress(body) if coding else body
 
 
-async def _stream(threads: WorkerThreads, body: _StreamedBody, compress: bool) -> AsyncIterator[bytes]:
-    compressor = isal_zlib.compressobj(GZIP_LEVEL, wbits=GZIP_WINDOW) if compress else None
+async def _stream(threads: WorkerThreads, body: _StreamedBody, coding: Coding | None) -> AsyncIterator[bytes]:
+    compressor = coding.compressor() if coding else None
     count = len(body.vectors)
     largest = body.embeddings.shape[1] * max(form.characters for form in body.formats)
     step = max(1, round(PIECE_BYTES / largest))
@@ -160,7 +215,7 @@ async def _stream(threads: WorkerThreads, body: _StreamedBody, compress: bool) -
     yield compressor.compress(body.between[-1]) + compressor.flush() if compressor else body.between[-1]
 
 
-def _piece(body: _StreamedBody, start: int, stop: int, compressor: isal_zlib.Compress | None) -> bytes:
+def _piece(body: _StreamedBody, start: int, stop: int, compressor: Compressor | None) -> bytes:
     piece = b"".join(body.encode(start, stop))
     return compressor.compress(piece) if compressor else piece
 
@@ -169,17 +224,17 @@ async def json_response(
     request: Request, build: Callable[[], object], headers: Mapping[str, str], *, size: int
 ) -> Response:
     """Build, serialise and compress in a thread. `size` is about that of the body, in bytes."""
-    compress = accepts_gzip(request.headers.get("accept-encoding", ""))
-    serialise = partial(_serialise, build, compress)
-    body, compressed = await services_of(request).threads.run(serialise, size=size)
-    return Response(body, media_type="application/json", headers={**headers, **(COMPRESSED if compressed else {})})
+    coding = accepted_coding(request.headers.get("accept-encoding", ""))
+    serialise = partial(_serialise, build, coding)
+    body, used = await services_of(request).threads.run(serialise, size=size)
+    return Response(body, media_type="application/json", headers={**headers, **(used.headers if used else {})})
 
 
-def _serialise(build: Callable[[], object], compress: bool) -> tuple[bytes, bool]:
+def _serialise(build: Callable[[], object], coding: Coding | None) -> tuple[bytes, Coding | None]:
     body = orjson.dumps(build())
-    if compress and len(body) >= GZIP_FROM_BYTES:
-        return isal_zlib.compress(body, GZIP_LEVEL, GZIP_WINDOW), True
-    return body, False
+    if coding and len(body) >= COMPRESS_FROM_BYTES:
+        return coding.compress(body), coding
+    return body, None
 
 
 def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[str, str]:

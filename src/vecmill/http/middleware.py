@@ -19,6 +19,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vecmill.core.errors import ShuttingDown
+from vecmill.http.compression import COMPRESS_FROM_BYTES, LEVEL, accepts_gzip
 from vecmill.http.errors import refused
 
 SLASHES = re.compile("/{2,}")
@@ -72,9 +73,6 @@ def _head_only(send: Send) -> Send:
     return send_head
 
 
-GZIP_FROM_BYTES = 1024
-# Digits compress about as well at 1 as at the highest level, in a fraction of the time.
-GZIP_LEVEL = 1
 FILES = "/v1/files/"
 
 
@@ -82,7 +80,7 @@ class AcceptedGZip(GZipMiddleware):
     """Starlette's GZipMiddleware, used only where Accept-Encoding allows gzip: Starlette's own check ignores `q=0`."""
 
     def __init__(self, app: ASGIApp) -> None:
-        super().__init__(app, minimum_size=GZIP_FROM_BYTES, compresslevel=GZIP_LEVEL)
+        super().__init__(app, minimum_size=COMPRESS_FROM_BYTES, compresslevel=LEVEL)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Files of batches may be gigabytes, and compressing happens in the event loop.
@@ -91,16 +89,6 @@ class AcceptedGZip(GZipMiddleware):
             await super().__call__(scope, receive, send)
         else:
             await self.app(scope, receive, send)
-
-
-def accepts_gzip(accept_encoding: str) -> bool:
-    """Whether an Accept-Encoding header allows gzip (RFC 9110, section 12.5.3)."""
-    for offer in accept_encoding.lower().split(","):
-        coding, _, parameters = offer.partition(";")
-        if coding.strip() in ("gzip", "*"):
-            quality = parameters.strip().removeprefix("q=") or "1"
-            return quality.strip("0.") != ""
-    return False
 
 
 REST_SECONDS = 1.0  # for the rest of a body that nobody wants any more

@@ -27,7 +27,14 @@ from vecmill.core.types import (
 )
 from vecmill.http.bounds import Word
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, NotServedHere
-from vecmill.http.encoding import FLOAT, EmbeddingFormat, json_response, result_headers, vectors_response
+from vecmill.http.encoding import (
+    FLOAT,
+    EmbeddingFormat,
+    binary_dtype,
+    json_response,
+    result_headers,
+    vectors_response,
+)
 from vecmill.http.errors import ErrorShape
 from vecmill.http.route import Priority
 from vecmill.http.services import services_of
@@ -289,9 +296,11 @@ def with_body(caller: Caller, body: InferenceBody) -> Caller:
 
 async def embed(body: EmbedBody, request: Request, caller: Caller) -> Response:
     """Answer a request for vectors."""
+    formats = body.formats()
+    binary = binary_dtype(request, formats)
     embed_request = body.embed_request(with_body(caller, body))
     result = await services_of(request).inference.embed(embed_request)
-    return await vectors_response(request, result, lambda *rows: body.answer(result, *rows), body.formats())
+    return await vectors_response(request, result, lambda *rows: body.answer(result, *rows), formats, binary=binary)
 
 
 async def score(body: ScoreBody, request: Request, caller: Caller) -> Response:
