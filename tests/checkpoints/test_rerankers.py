@@ -509,7 +509,7 @@ REFUSED = [
             "bert-messages",
             bert,
             several(as_cross_encoder(), messages, template(ZERANK)),
-            "supported for decoders only: llama_bidirec, qwen2, qwen3",
+            "supported for decoders only: gemma, llama_bidirec, mistral3, qwen2, qwen3",
         ),
     ]
 ]
