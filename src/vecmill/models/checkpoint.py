@@ -21,6 +21,7 @@ from vecmill.models.family import Family, Network, Pooling, Positions, Published
 from vecmill.models.fingerprint import Fingerprint, commit_of
 from vecmill.models.keys import read_any_json, read_json
 from vecmill.models.modules import (
+    KINDS,
     LIBRARY_TYPES,
     NO_MODULES,
     STATIC,
@@ -237,6 +238,8 @@ def read(source: Source) -> Checkpoint:
     else:
         _check_is_model(folder, named, config)
     family = family_of(named, folder / "config.json", config, _spec_of(task, modules.score))
+    if task is Task.EMBED and family.has_two_label_head(config):
+        raise StartupError(f"{named}: this is {KINDS[Task.RERANK]}.")
     library = _library_config(folder, named, task, modules)
     positions = _positions(folder, family, config)
     within = modules.folders.get(STATIC, "")
@@ -320,7 +323,7 @@ def _less_last_normalize(heads: tuple[Head, ...]) -> tuple[tuple[Head, ...], boo
 def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> Modules:
     """The modules; none where there is no modules.json."""
     if task is Task.EMBED and _is_a(config, "ForSequenceClassification"):
-        raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
+        raise StartupError(f"{named}: this is {KINDS[Task.RERANK]}.")
     path = folder / "modules.json"
     return read_modules(folder, named, task, read_any_json(path)) if path.is_file() else NO_MODULES
 

@@ -170,6 +170,7 @@ async def test_querits_score_is_the_log_odds_of_the_second_label(tmp_path: Path)
 
 def test_querit_is_known_by_its_name_and_its_head(tmp_path: Path) -> None:
     folder = tiny_querit(tmp_path)
+    assert "this is a reranker; name it in RERANK_MODEL" in refusal(folder)
     weights = load_file(folder / "model.safetensors")
     save_file({**weights, "head.weight": torch.ones(1, 32)}, folder / "model.safetensors", metadata={"format": "pt"})
     assert "head.weight has the shape (1, 32) instead of (2, 32)" in refusal(folder, rerank=True)
