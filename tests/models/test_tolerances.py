@@ -110,7 +110,7 @@ async def test_cosines_of_real_weights_in_bfloat16(minilm_folder: Path) -> None:
 
 # Of decoders and of rerankers, those that no file of a family holds against these bounds by itself.
 EMBEDDERS = {"qwen2": COSINE_IN_BFLOAT16, "mistral": COSINE_IN_BFLOAT16, "llama": COSINE_OF_LLAMA}
-RERANKERS = ("qwen2", "qwen3", "modernbert")
+RERANKERS = ("gemma", "mistral3", "modernbert", "qwen2", "qwen3")
 
 
 @pytest.mark.parametrize("model_type", EMBEDDERS)
