@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoModel,
@@ -295,6 +295,35 @@ def tiny_mistral3(
     return folder
 
 
+PAIR_TEMPLATE = (
+    "{% for m in messages if m.role == 'query' %}question: {{ m.content[0].text }}{% endfor %}\n \n"
+    "{% for m in messages if m.role == 'document' %}passage: {{ m.content[0].text }}{% endfor %}"
+)
+
+
+def tiny_nemotron_rerank(folder: Path, *, temperature: float = 0.5, seed: int = 0) -> Path:
+    """A Nemotron-3.5-Rerank in small, as its exporter writes it: a Mistral 3 with a head, and a Dense that is that head
+    divided by the temperature."""
+    tiny_mistral3(folder, template=PAIR_TEMPLATE, seed=seed)
+    score_vectors(folder, scores(bias=False))
+    modality_config = {"text": FORWARD, "message": {**FORWARD, "format": "structured"}}
+    edit_json(folder / "sentence_bert_config.json", modality_config=modality_config)
+    edit_json(
+        folder / "config.json",
+        architectures=["Mistral3ForSequenceClassification"],
+        auto_map={"AutoModelForSequenceClassification": "model.Mistral3ForSequenceClassification"},
+        id2label={"0": "LABEL_0"},
+        label2id={"LABEL_0": 0},
+        score_temperature=temperature,
+        is_causal=False,
+    )
+    weights = load_file(folder / "model.safetensors")
+    head = load_file(folder / "2_Dense" / "model.safetensors")["linear.weight"]
+    weights["language_model.score.weight"] = head * temperature
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
 def tiny_embedding_gemma2(
     folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any
 ) -> Path:
@@ -510,6 +539,31 @@ def add_heads(folder: Path, *heads: dict[str, Any]) -> Path:
         if head["kind"] not in ("Transformer", "Pooling"):
             tiny_head(folder / path, **head, seed=number)
     write(folder / "modules.json", entries)
+    return folder
+
+
+def dense(in_features: int, out_features: int, **config: Any) -> dict[str, Any]:
+    """A Dense for `add_heads`."""
+    return {"kind": "Dense", "in_features": in_features, "out_features": out_features, **config}
+
+
+def scores(in_features: int = 32, out_features: int = 1, **config: Any) -> dict[str, Any]:
+    """The Dense that ends a cross-encoder of several modules."""
+    identity = "torch.nn.modules.linear.Identity"
+    names = {"module_input_name": "sentence_embedding", "module_output_name": "scores"}
+    return dense(in_features, out_features, **{"activation_function": identity, **names, **config})
+
+
+def score_vectors(folder: Path, *heads: dict[str, Any], **library: Any) -> Path:
+    """Make an embedder's folder one of a cross-encoder that scores its vectors with these heads.
+
+    `library` changes config_sentence_transformers.json.
+    """
+    add_heads(folder, *heads)
+    own = {"model_type": "CrossEncoder", "activation_fn": "torch.nn.modules.linear.Identity"}
+    write(folder / "config_sentence_transformers.json", {**own, **library})
+    module = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings"}
+    edit_json(folder / "sentence_bert_config.json", **module, modality_config={"text": FORWARD})
     return folder
 
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.checkpoints.variants import DOCUMENTS, Served, Variant, served
+from tests.checkpoints.variants import DOCUMENTS, Served, Variant, refusal, served
 from tests.conftest import serving
+from tests.models.families import TinyModel, tiny_models
 from tests.models.loaded import GOLDEN
 from tests.tiny_checkpoints import edit_json, tiny_cross_encoder, write
+from vecmill.core.types import Task
 from vecmill.models.family import DEFAULT_INSTRUCTION
 from vecmill.models.source import find
 
@@ -509,7 +511,7 @@ REFUSED = [
             "bert-messages",
             bert,
             several(as_cross_encoder(), messages, template(ZERANK)),
-            "supported for decoders only: llama_bidirec, qwen2, qwen3",
+            "supported for decoders only: gemma, llama_bidirec, mistral3, qwen2, qwen3",
         ),
     ]
 ]
@@ -615,3 +617,20 @@ async def test_an_empty_pair_without_any_token_is_a_400(server: Served) -> None:
     texts = {"model": "classifier", "query": "", "texts": ["a text", ""]}
     answer = await server.client.post("/rerank", json=texts)
     assert (answer.status_code, answer.json()["error"].split(":")[0]) == (422, "`texts[1]`")
+
+
+HEADS_OF_THEIR_OWN = [
+    tiny
+    for tiny in tiny_models()
+    if tiny.task is Task.RERANK and not tiny.layout and tiny.model_type not in ("gemma", "qwen2", "qwen3")
+]
+
+
+@pytest.mark.parametrize("tiny", HEADS_OF_THEIR_OWN, ids=str)
+def test_several_labels_are_refused_in_every_family(tmp_path: Path, tiny: TinyModel) -> None:
+    """Those of natural language inference, for example."""
+    folder = tiny.write(tmp_path / "tiny")
+    edit_json(folder / "config.json", id2label={"0": "contradiction", "1": "entailment", "2": "neutral"})
+    sentence = refusal(folder, rerank=True)
+    assert "`id2label`" in sentence
+    assert "relevance score" in sentence

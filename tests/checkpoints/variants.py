@@ -165,7 +165,7 @@ def reference_vectors(folder: Path, texts: Sequence[str]) -> NDArray[np.float32]
     return encoded
 
 
-def reference_logits(folder: Path, documents: Sequence[str] = DOCUMENTS) -> NDArray[np.float32]:
+def reference_logits(folder: Path, documents: Sequence[str] = DOCUMENTS, query: str = QUERY) -> NDArray[np.float32]:
     """What sentence-transformers' `predict` gives before any activation."""
     import torch
     from sentence_transformers import CrossEncoder
@@ -173,7 +173,7 @@ def reference_logits(folder: Path, documents: Sequence[str] = DOCUMENTS) -> NDAr
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = CrossEncoder(str(folder), device="cpu", model_kwargs={"dtype": "float32"})
-        pairs = [(QUERY, document) for document in documents]
+        pairs = [(query, document) for document in documents]
         scores: NDArray[np.float32] = model.predict(
             pairs, activation_fn=torch.nn.Identity(), show_progress_bar=False, batch_size=1
         )

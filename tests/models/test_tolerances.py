@@ -9,19 +9,22 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import serving
-from tests.models.loaded import GOLDEN
+from tests.models import families
+from tests.models.loaded import GOLDEN, bfloat16_cosines, load_model, run
 from tests.oracle import cross_encoder_scores, nomic_encode, st_encode
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
+from vecmill.core.types import Task
 
 Vectors = NDArray[np.float32]
 
 # As docs/models.md has them.
 OF_A_VALUE, OF_A_VALUE_CUT = 1e-5, 3e-5
-COSINE_IN_BFLOAT16, COSINE_OF_MINILM = 0.999, 0.9995
+COSINE_IN_BFLOAT16, COSINE_OF_MINILM, COSINE_OF_LLAMA = 0.999, 0.9995, 0.997
 OF_A_LOGIT, OF_A_RELEVANCE = 1e-4, 1e-5
 RELEVANCE_IN_BFLOAT16 = 0.03
 
@@ -105,6 +108,30 @@ async def test_cosines_of_real_weights_in_bfloat16(minilm_folder: Path) -> None:
     assert (vectors * st_encode(minilm_folder, texts)).sum(axis=1).min() >= COSINE_OF_MINILM
 
 
+# Of decoders and of rerankers, those that no file of a family holds against these bounds by itself.
+EMBEDDERS = {"qwen2": COSINE_IN_BFLOAT16, "mistral": COSINE_IN_BFLOAT16, "llama": COSINE_OF_LLAMA}
+RERANKERS = ("gemma", "mistral3", "modernbert", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("model_type", EMBEDDERS)
+def test_cosines_of_decoders_in_bfloat16(tmp_path: Path, model_type: str) -> None:
+    folder = families.tiny_model(Task.EMBED, model_type).write(tmp_path / "tiny")
+    assert bfloat16_cosines(folder).min() >= EMBEDDERS[model_type]
+
+
+@pytest.mark.parametrize("model_type", RERANKERS)
+def test_relevance_in_bfloat16(tmp_path: Path, model_type: str) -> None:
+    """By every layout of the family."""
+    of_family = [tiny for tiny in families.tiny_models() if (tiny.task, tiny.model_type) == (Task.RERANK, model_type)]
+    for number, tiny in enumerate(of_family):
+        folder = tiny.write(tmp_path / str(number))
+        exact, rounded = (load_model(folder, Task.RERANK, dtype)[1] for dtype in (torch.float32, torch.bfloat16))
+        random = np.random.default_rng(0)
+        rows = [tiny.row(length, exact.vocab_size, random) for length in range(2, 101, 9)]
+        wanted, given = (1 / (1 + np.exp(-run(model, rows))) for model in (exact, rounded))
+        np.testing.assert_allclose(given, wanted, atol=RELEVANCE_IN_BFLOAT16, rtol=0, err_msg=str(tiny))
+
+
 @pytest.mark.nightly
 async def test_scores_of_rerankers(tmp_path: Path, minilm_folder: Path) -> None:
     folders = [
@@ -132,6 +159,7 @@ async def test_scores_of_rerankers(tmp_path: Path, minilm_folder: Path) -> None:
 def test_the_document_states_what_is_tested() -> None:
     text = (GOLDEN.parents[1] / "docs" / "models.md").read_text("utf-8")
     stated = text.split("## Tolerances")[1].split("\n## ")[0]
-    for number in (OF_A_VALUE, OF_A_VALUE_CUT, OF_A_LOGIT, COSINE_IN_BFLOAT16, COSINE_OF_MINILM, RELEVANCE_IN_BFLOAT16):
+    in_bfloat16 = (COSINE_IN_BFLOAT16, COSINE_OF_MINILM, COSINE_OF_LLAMA, RELEVANCE_IN_BFLOAT16)
+    for number in (OF_A_VALUE, OF_A_VALUE_CUT, OF_A_LOGIT, *in_bfloat16):
         shown = f"{number:.0e}".replace("e-0", "e-") if number < 1e-3 else str(number)
         assert shown in stated, shown

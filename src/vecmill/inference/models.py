@@ -539,7 +539,8 @@ def _pair_tokenizer(
             form.prompt,
             default,
             padding,
-            shares_prefix=not checkpoint.network.both_ways,
+            # What is pooled is of all tokens, the prefix's too.
+            shares_prefix=not (checkpoint.network.both_ways or checkpoint.scores_vectors),
         )
     except UnfitTemplateError as error:
         raise StartupError(f"{checkpoint.named}: its chat template {error}.") from None

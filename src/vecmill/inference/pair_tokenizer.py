@@ -20,7 +20,7 @@ from vecmill.core.errors import InputTooLong, InvalidInput, StartupError
 from vecmill.core.types import Prefix, Row, Side, TokenIds
 from vecmill.inference.text_tokenizer import Tokenized
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models.chat_template import PairPrompt, Pieces, Slot, UnfitTemplateError, filled
+from vecmill.models.chat_template import PairPrompt, Pieces, Slot, UnfitTemplateError, filled, sections
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,13 +353,14 @@ def lay_out(pieces: Pieces, pool: TokenizerPool, control: TokenizerPool) -> Pair
     Raises:
         UnfitTemplateError: the tokenizer gives the whole other tokens than the parts.
     """
-    stretches = list(_stretches(pieces, control))
+    separators = _separators(control)
+    stretches = [stretch for part in sections(pieces) for stretch in _stretches(part, separators)]
     at = next(index for index, (users, part) in enumerate(stretches) if users and Slot.DOCUMENT in part)
     run = stretches[at][1]
     document = run.index(Slot.DOCUMENT)
     before = "".join(map(str, run[document - 1 : document])) if document else ""
     behind = "".join(map(str, run[document + 1 :]))
-    shared, own = _cut(run[: max(0, document - 1)], before, behind, pool)
+    shared, own = _cut(run[: max(0, document - 1)], before, behind, Boundaries(pool))
     head = [PromptPart(pieces=part) if users else PromptPart(_fixed(part, control)) for users, part in stretches[:at]]
     tail = tuple(token for _, part in stretches[at + 1 :] for token in _fixed(part, control))
     layout = PairLayout(
@@ -373,11 +374,20 @@ def lay_out(pieces: Pieces, pool: TokenizerPool, control: TokenizerPool) -> Pair
     return layout
 
 
-def _stretches(pieces: Pieces, control: TokenizerPool) -> Iterator[tuple[bool, Pieces]]:
-    """The prompt cut at added tokens, where every tokenizer splits; whether users' text is in each part."""
-    contents = [token.content for token in control.copy().get_added_tokens_decoder().values()]
-    longest_first = sorted(filter(None, contents), key=len, reverse=True)
-    added = re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+def _separators(control: TokenizerPool) -> re.Pattern[str] | None:
+    """The added tokens, at which every tokenizer splits; None: there are none.
+
+    One that is a part of another is not among them: Gemma has one for each number of line breaks, and a query may end
+    with some.
+    """
+    contents = {token.content for token in control.copy().get_added_tokens_decoder().values()} - {""}
+    parts = {part for part in contents if part.isspace() and any(part in other for other in contents - {part})}
+    longest_first = sorted(contents - parts, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
+
+
+def _stretches(pieces: Pieces, added: re.Pattern[str] | None) -> Iterator[tuple[bool, Pieces]]:
+    """A part of the prompt cut at added tokens; whether users' text is in each stretch."""
     runs: list[list[str | Slot]] = [[]]
     for piece in pieces:
         if isinstance(piece, Slot) or added is None:
@@ -397,7 +407,7 @@ def _fixed(part: Pieces, control: TokenizerPool) -> tuple[int, ...]:
     return tuple(control.encode("".join(map(str, part))))
 
 
-def _cut(rest: Pieces, before: str, behind: str, pool: TokenizerPool) -> tuple[Pieces, str]:
+def _cut(rest: Pieces, before: str, behind: str, boundaries: Boundaries) -> tuple[Pieces, str]:
     """Divide the text before the document into a shared part and the text that is tokenized with the document.
 
     The cut is the last place at which the tokenizer splits whatever the document begins with.
@@ -406,31 +416,52 @@ def _cut(rest: Pieces, before: str, behind: str, pool: TokenizerPool) -> tuple[P
         left, right = before[:cut], before[cut:]
         if not left and rest:
             break
-        if all(_splits(rest, left, f"{right}{probe}{behind}", probe, pool) for probe in PROBES):
+        if all(boundaries.split(rest, left, f"{right}{probe}{behind}", probe) for probe in PROBES):
             return ((*rest, left) if left else ()), right
     raise UnfitTemplateError("is not split between the query and the document by its tokenizer")
 
 
-def _splits(rest: Pieces, left: str, second: str, probe: str, pool: TokenizerPool) -> bool:
-    """Whether the tokenizer splits between the left and the right text, so that no token spans both.
+class Boundaries:
+    """Where a tokenizer splits a text whatever stands on either side."""
 
-    Two checks: the two tokenized apart give the tokens of the whole, and a word boundary lies between them.
-    """
-    first = filled(rest, PROBE_INSTRUCTION, probe, "") + left
-    if [*pool.encode(first), *pool.encode(second)] != pool.encode(first + second):
-        return False
-    tokenizer = pool.copy()
-    if tokenizer.normalizer is not None:
-        first, second = map(tokenizer.normalizer.normalize_str, (first, second))
-    if tokenizer.pre_tokenizer is None:
-        return True
-    words = tokenizer.pre_tokenizer.pre_tokenize_str(first + second)
-    return not any(start < len(first) < stop for _, (start, stop) in words)
+    def __init__(self, pool: TokenizerPool) -> None:
+        self._pool = pool
+        self._crossed: dict[str, bool] = {}
+
+    def split(self, rest: Pieces, left: str, second: str, probe: str) -> bool:
+        """Whether the tokenizer splits between the left and the right text, so that no token spans both.
+
+        Two checks: the two tokenized apart give the tokens of the whole, and a word boundary lies between them; or,
+        where the tokenizer has no words (Gemma), no token of the vocabulary has the two characters beside each other.
+        """
+        pool = self._pool
+        first = filled(rest, PROBE_INSTRUCTION, probe, "") + left
+        if [*pool.encode(first), *pool.encode(second)] != pool.encode(first + second):
+            return False
+        tokenizer = pool.copy()
+        if tokenizer.normalizer is not None:
+            first, second = map(tokenizer.normalizer.normalize_str, (first, second))
+        if not first or not second:
+            return True
+        words = [(first + second, (0, len(first + second)))]
+        if tokenizer.pre_tokenizer is not None:
+            words = tokenizer.pre_tokenizer.pre_tokenize_str(first + second)
+        if not any(start < len(first) < stop for _, (start, stop) in words):
+            return True
+        as_written = "".join(word for word, _ in words) == first + second
+        return as_written and not self._is_crossed(first[-1] + second[0])
+
+    def _is_crossed(self, characters: str) -> bool:
+        """Whether a token has two characters beside each other."""
+        if characters not in self._crossed:
+            vocabulary = self._pool.copy().get_vocab(with_added_tokens=True)
+            self._crossed[characters] = any(characters in piece for piece in vocabulary)
+        return self._crossed[characters]
 
 
 def _restored(pieces: Pieces, control: TokenizerPool) -> tuple[int, ...]:
     """The tokens that two pairs of different texts end with (sentence-transformers' rule and texts)."""
-    first, second = (control.encode(filled(pieces, PROBE_INSTRUCTION, text, text)) for text in ("0", "1 2 3 4"))
+    first, second = (_whole(pieces, text, control) for text in ("0", "1 2 3 4"))
     most = min(len(first), len(second))
     same = next((index for index in range(most) if first[-1 - index] != second[-1 - index]), most)
     return tuple(first[len(first) - same :]) if 0 < same < most else ()
@@ -443,5 +474,11 @@ def _check(pieces: Pieces, layout: PairLayout, control: TokenizerPool) -> None:
             token for part in layout.head for token in (control.encode(next(texts)) if part.pieces else part.tokens)
         ]
         joined += [*control.encode(f"{layout.before}{probe}{layout.behind}"), *layout.tail]
-        if joined != control.encode(filled(pieces, PROBE_INSTRUCTION, probe, probe)):
+        if joined != _whole(pieces, probe, control):
             raise UnfitTemplateError("is not split at its control tokens by its tokenizer")
+
+
+def _whole(pieces: Pieces, text: str, control: TokenizerPool) -> list[int]:
+    """The tokens of a pair of which both are this text."""
+    parts = (filled(part, PROBE_INSTRUCTION, text, text) for part in sections(pieces))
+    return [token for part in parts for token in control.encode(part)]

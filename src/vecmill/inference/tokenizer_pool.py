@@ -83,7 +83,7 @@ class TokenizerPool:
         self._secret = secrets.token_hex(16)
         self._hidden = frozenset[int]()
         if not control_tokens:
-            control = [token for token in known if token.get("special") or token["content"] in prompt]
+            control = [token for token in known if token.get("special") or _is_written(token["content"], prompt)]
             self._hidden = frozenset(token["id"] for token in control if token.get("special"))
             _hide(definition, {token["content"] for token in control}, self._secret)
         self._definition = json.dumps(definition)
@@ -338,6 +338,11 @@ def _vocabulary(definition: dict[str, Any]) -> dict[str, int]:
     if isinstance(vocabulary, dict):  # BPE, WordPiece
         return vocabulary
     return {piece: index for index, (piece, _) in enumerate(vocabulary)}  # Unigram
+
+
+def _is_written(token: str, prompt: str) -> bool:
+    """Whether a prompt is written with a token. White space is no control token: Gemma has line breaks as tokens."""
+    return token in prompt and not token.isspace()
 
 
 def _hide(definition: dict[str, Any], control: set[str], secret: str) -> None:

@@ -65,7 +65,7 @@ def make_card(
         supported_dimensions=supported_dimensions(checkpoint, loaded.width) if embeds else (),
         max_model_len=checkpoint.max_model_len,
         vocab_size=loaded.vocab_size,
-        pooling=checkpoint.pooling,
+        pooling=checkpoint.pooling if embeds else None,
         dtype=loaded.dtype,
         dtype_reason=loaded.dtype_reason,
         device=loaded.device,

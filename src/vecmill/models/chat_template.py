@@ -45,6 +45,8 @@ class Slot(StrEnum):
 
 Pieces = tuple[str | Slot, ...]
 """A rendered template: fixed texts, and what stands between them."""
+APART = ""
+"""The piece at which a prompt is divided before it is tokenized: no token has something of both sides."""
 
 # Texts that a template must leave as they are. Jinja, HTML, white space and nothing at all have filters of their own.
 PROBES = (
@@ -81,6 +83,17 @@ class PairPrompt:
 
 class UnfitTemplateError(Exception):
     """Why a template cannot be used; continues the sentence "its chat template ..."."""
+
+
+def sections(pieces: Pieces) -> list[Pieces]:
+    """The parts of a prompt that are tokenized apart; of a chat template there is one."""
+    parts: list[list[str | Slot]] = [[]]
+    for piece in pieces:
+        if piece == APART:
+            parts.append([])
+        else:
+            parts[-1].append(piece)
+    return [tuple(part) for part in parts if part]
 
 
 def filled(pieces: Pieces, instruction: str, query: str, document: str) -> str:

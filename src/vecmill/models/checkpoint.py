@@ -21,6 +21,7 @@ from vecmill.models.family import Family, Network, Pooling, Positions, Published
 from vecmill.models.fingerprint import Fingerprint, commit_of
 from vecmill.models.keys import read_any_json, read_json
 from vecmill.models.modules import (
+    KINDS,
     LIBRARY_TYPES,
     NO_MODULES,
     STATIC,
@@ -69,7 +70,7 @@ class Checkpoint:
     config: Mapping[str, Any]
     """`config.json`."""
     pooling: Pooling | None
-    """None for a reranker."""
+    """None for a reranker with a head of its transformer's own, or of a language model."""
     positions: int
     """Tokens that the weights have positions for or were trained on."""
     max_model_len: int
@@ -88,6 +89,9 @@ class Checkpoint:
     """What a pooled vector goes through, less a last Normalize."""
     normalizes: bool = False
     """Whether its own files make unit vectors."""
+    scores_vectors: bool = False
+    """Of a reranker: whether it pools hidden states as an embedder does, and the last of `of_vectors` gives the
+    score."""
     similarity: str = "cosine"
     """How its vectors are compared: the name of sentence-transformers' function."""
     commit: str | None = None
@@ -115,14 +119,19 @@ class Checkpoint:
         return self.source.named
 
     @property
+    def pools(self) -> bool:
+        """Whether it is an embedder's network that it runs through."""
+        return self.task is Task.EMBED or self.scores_vectors
+
+    @property
     def network(self) -> Network:
         """The classes of transformers that it runs through."""
-        return self.family.tasks[self.task].network
+        return self.family.tasks[_spec_of(self.task, self.scores_vectors)].network
 
     @property
     def arguments(self) -> dict[str, Any]:
         """What the network's config class is made with: the keys of `config.json` that make the model."""
-        return self.family.arguments(self.config, self.task, self.positions)
+        return self.family.arguments(self.config, _spec_of(self.task, self.scores_vectors), self.positions)
 
     @property
     def published(self) -> PublishedModel | None:
@@ -204,9 +213,14 @@ class Checkpoint:
         return self.commit or self.fingerprint.shown
 
     def require_pooling(self) -> Pooling:
-        """How an embedder makes one vector of many."""
-        assert self.pooling is not None  # `read` refuses an embedder without
+        """How one vector is made of many; of what `pools`."""
+        assert self.pooling is not None  # `read` refuses it without
         return self.pooling
+
+
+def _spec_of(task: Task, scores_vectors: bool) -> Task:
+    """The task whose keys of config.json and whose classes a checkpoint has."""
+    return Task.EMBED if scores_vectors else task
 
 
 def read(source: Source) -> Checkpoint:
@@ -223,14 +237,16 @@ def read(source: Source) -> Checkpoint:
         config = {**config, "model_type": STATIC_EMBEDDING.model_type}  # whatever it says: the reference reads none
     else:
         _check_is_model(folder, named, config)
-    family = family_of(named, folder / "config.json", config, task)
+    family = family_of(named, folder / "config.json", config, _spec_of(task, modules.score))
+    if task is Task.EMBED and family.has_two_label_head(config):
+        raise StartupError(f"{named}: this is {KINDS[Task.RERANK]}.")
     library = _library_config(folder, named, task, modules)
     positions = _positions(folder, family, config)
     within = modules.folders.get(STATIC, "")
     tokenizer = (
         as_it_stands(named, folder / within / "tokenizer.json")
         if STATIC in modules.folders
-        else tokenizer_settings(named, folder, task, text_half=family.text_half)
+        else tokenizer_settings(named, folder, task, text_half=family.text_half, pools=modules.score)
     )
     max_model_len = positions if tokenizer.max_length is None else int(min(tokenizer.max_length, positions))
     _check_longrope(folder, named, config, max_model_len)
@@ -241,6 +257,9 @@ def read(source: Source) -> Checkpoint:
         )
     if (width := family.width(config)) is not None:
         width_after(named, (*modules.of_tokens, *modules.of_vectors), width)
+    include_prompt = bool(_module_config(folder, named, modules, "Pooling").get("include_prompt", True))
+    if modules.score:
+        _check_scored(folder, named, family, library, include_prompt)
     fingerprint = Fingerprint()
     fingerprint.add_files(folder, modules.paths)
     of_vectors, normalizes = _less_last_normalize(modules.of_vectors)
@@ -248,22 +267,38 @@ def read(source: Source) -> Checkpoint:
         source=source,
         family=family,
         config=config,
-        pooling=_pooling(folder, named, config, modules) if task is Task.EMBED else None,
+        pooling=_pooling(folder, named, config, modules) if task is Task.EMBED or modules.score else None,
         within=within,
         of_tokens=modules.of_tokens,
         of_vectors=of_vectors,
         normalizes=normalizes,
+        scores_vectors=modules.score,
         similarity=library.get("similarity_fn_name") or "cosine",
         positions=positions,
         max_model_len=max_model_len,
         tokenizer=tokenizer,
         library_config=library,
-        include_prompt=bool(_module_config(folder, named, modules, "Pooling").get("include_prompt", True)),
+        include_prompt=include_prompt,
         logit_score=logit_score,
         messages=_messages(named, folder, tokenizer),
         commit=commit_of(folder),
         fingerprint=fingerprint,
     )
+
+
+def _check_scored(folder: Path, named: str, family: Family, library: Mapping[str, Any], include_prompt: bool) -> None:
+    """What a reranker that scores pooled vectors needs beside its modules."""
+    if not library:
+        raise StartupError(
+            f"{named}: modules.json has a Dense that gives scores, and {folder / LIBRARY_CONFIG} does not say "
+            f"`model_type`: {LIBRARY_TYPES[Task.RERANK]!r}: without it sentence-transformers does not read the modules."
+        )
+    if not include_prompt:
+        raise StartupError(
+            f"{named}: the Pooling's config.json has `include_prompt`: false; supported for a reranker is true."
+        )
+    if family.text_format is not None:
+        raise StartupError(f"{named}: {family.model_type} is not served as a reranker.")
 
 
 def _check_is_model(folder: Path, named: str, config: Mapping[str, Any]) -> None:
@@ -288,7 +323,7 @@ def _less_last_normalize(heads: tuple[Head, ...]) -> tuple[tuple[Head, ...], boo
 def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) -> Modules:
     """The modules; none where there is no modules.json."""
     if task is Task.EMBED and _is_a(config, "ForSequenceClassification"):
-        raise StartupError(f"{named}: this is a reranker; name it in RERANK_MODEL instead.")
+        raise StartupError(f"{named}: this is {KINDS[Task.RERANK]}.")
     path = folder / "modules.json"
     return read_modules(folder, named, task, read_any_json(path)) if path.is_file() else NO_MODULES
 
@@ -336,7 +371,8 @@ def _library_config(folder: Path, named: str, task: Task, modules: Modules) -> d
     """`config_sentence_transformers.json`; empty where sentence-transformers does not read it, without modules.json."""
     library = read_json(named, folder / LIBRARY_CONFIG) if modules.folders else {}
     kind = library.get("model_type", LIBRARY_TYPES[Task.EMBED])
-    if task is Task.RERANK and "LogitScore" not in modules.folders and kind != LIBRARY_TYPES[task]:
+    scores = modules.score or "LogitScore" in modules.folders
+    if task is Task.RERANK and not scores and kind != LIBRARY_TYPES[task]:
         return {}  # what another kind of model says of itself is not a reranker's
     check_sentence_transformers(named, folder / LIBRARY_CONFIG, library, task)
     if library and kind != LIBRARY_TYPES[task]:

@@ -59,5 +59,5 @@ def _base_name(heads: tuple[str, ...], name: str) -> Sequence[str]:
 
 without_lm_head = partial(_base_name, ("lm_head.",))
 """A weight's name in the base model: a language model has it under a prefix, and its head is not used."""
-without_head = partial(_base_name, ("lm_head.", "score."))
+without_head = partial(_base_name, ("lm_head.", "score.", "head."))
 """The same where a classifier's head is possible too."""

@@ -217,11 +217,19 @@ class Family:
     """Attribute of transformers' config class with the width of the last hidden states."""
     float16: bool = True
     """Whether hidden states stay within float16's range; where they do not, DTYPE=float16 is refused."""
+    two_label_head: str = ""
+    """Of rerankers: a regular expression of the `architectures` whose head, `head.weight` and `head.bias`, gives two
+    logits of the last token; the score is the second less the first."""
     pair_prompt: PairPrompt | None = None
     """Of rerankers: the text around a pair where config.json has `pair_prompt_flag`; where there is no such key, around
     every pair for which the files have no chat template."""
     pair_prompt_flag: str | None = None
     """A key of config.json that says, if true, that the checkpoint is a reranker with `pair_prompt`."""
+
+    def has_two_label_head(self, config: ConfigJson) -> bool:
+        """Whether a config.json is that of a reranker with such a head."""
+        names = config.get("architectures") or ()
+        return bool(self.two_label_head) and any(re.fullmatch(self.two_label_head, name) for name in names)
 
     def check_config(self, named: str, path: Path, config: Mapping[str, Any], task: Task) -> None:
         """Raise StartupError unless every key of a config.json is known and says what is implemented.

@@ -30,7 +30,7 @@ PATHS: Mapping[str, tuple[str, ...]] = {
     "Pooling": ("models", "models.Pooling", "sentence_transformer.modules", "sentence_transformer.modules.pooling"),
     "Dense": (
         *("models", "models.Dense", "base.modules", "base.modules.dense"),
-        "sentence_transformer.modules",
+        *("sentence_transformer.modules", "cross_encoder.modules"),
     ),
     "LayerNorm": (
         *("models", "models.LayerNorm", "sentence_transformer.modules"),
@@ -73,6 +73,10 @@ HEADS = ("Dense", "LayerNorm", "Normalize")
 ORDER = "Transformer and Pooling, or StaticEmbedding, and any of Dense, LayerNorm and Normalize"
 STATIC = "StaticEmbedding"
 RERANK_ORDERS = (("Transformer",), ("Transformer", "LogitScore"))
+RERANK_ORDER = (
+    "Transformer; or Transformer, LogitScore; or Transformer and Pooling, and any of Dense, LayerNorm and Normalize, "
+    'the last of all a Dense with `module_output_name`: "scores"'
+)
 
 ENTRY: Mapping[str, Rule] = {
     **rules(HONOURED, ("name", "path", "type")),
@@ -87,7 +91,7 @@ POOLING: Mapping[str, Rule] = {
     **rules(only(False, True, None), (f"{POOLING_MODE}{name}" for name in ("cls_token", "lasttoken"))),
     f"{POOLING_MODE}mean_sqrt_len_tokens": only(False, True, None),
 }
-SENTENCE, TOKENS = "sentence_embedding", "token_embeddings"
+SENTENCE, TOKENS, SCORES = "sentence_embedding", "token_embeddings", "scores"
 NORMALIZE: Mapping[str, Rule] = {
     "module_input_name": only(SENTENCE, TOKENS),
     "module_output_name": only(SENTENCE, TOKENS, None),
@@ -107,6 +111,7 @@ ACTIVATION_PATHS: Mapping[str, str] = {
 DEFAULT_ACTIVATION = "torch.nn.modules.activation.Tanh"
 DENSE: Mapping[str, Rule] = {
     **NORMALIZE,
+    "module_output_name": only(SENTENCE, TOKENS, SCORES, None),
     **rules(whole(), ("in_features", "out_features")),
     **rules(only(False, True), ("bias", "use_residual")),
     "activation_function": Rule(
@@ -166,6 +171,11 @@ class Head:
         return str(self.config.get("module_input_name", SENTENCE))
 
     @property
+    def gives_scores(self) -> bool:
+        """Whether it ends a reranker: what it gives are its scores."""
+        return self.config.get("module_output_name") == SCORES
+
+    @property
     def trained(self) -> bool:
         """Whether it has weights."""
         return self.kind != "Normalize"
@@ -200,6 +210,11 @@ class Modules:
     """What the pooled vector goes through."""
 
     @property
+    def score(self) -> bool:
+        """Whether they make the score of a pair of a pooled vector, and no head of the transformer's own does."""
+        return bool(self.of_vectors) and self.of_vectors[-1].gives_scores
+
+    @property
     def paths(self) -> list[str]:
         """The folders of all of them."""
         return [*self.folders.values(), *(head.path for head in (*self.of_tokens, *self.of_vectors))]
@@ -224,8 +239,10 @@ def read_modules(folder: Path, named: str, task: Task, listed: Any) -> Modules:
     for entry in listed:
         check_keys(named, file, entry, ENTRY)
     kinds = [_kind(named, entry) for entry in listed]
-    _check_order(named, task, kinds, [entry.get("name") for entry in listed])
-    modules = [(kind, _path(named, file, entry)) for kind, entry in zip(kinds, listed, strict=True) if kind != IGNORED]
+    paths = [_path(named, file, entry) for entry in listed]
+    modules = [(kind, path) for kind, path in zip(kinds, paths, strict=True) if kind != IGNORED]
+    scoring = [_gives_scores(named, folder, kind, path) for kind, path in modules]
+    _check_order(named, task, kinds, [entry.get("name") for entry in listed], scoring)
     folders = {kind: path for kind, path in modules if kind not in HEADS}
     if folders.get("Transformer"):
         raise StartupError(
@@ -257,18 +274,35 @@ def _checked_config(named: str, folder: Path, kind: str, path: str) -> dict[str,
     return config
 
 
+def _gives_scores(named: str, folder: Path, kind: str, path: str) -> bool:
+    """Whether a module's file says so, before the file is checked."""
+    return kind == "Dense" and Head(kind, path, read_json(named, folder / path / "config.json")).gives_scores
+
+
 def _head(named: str, folder: Path, kind: str, path: str, config: Mapping[str, Any]) -> Head:
     """One that says all that it must."""
     head, own = Head(kind, path, config), folder / path / "config.json"
     needed = {"Dense": ("in_features", "out_features"), "LayerNorm": ("dimension",)}.get(kind, ())
     if missing := [key for key in needed if key not in config]:
         raise StartupError(f"{named}: {own} leaves out `{missing[0]}`: fetch the model again.")
-    if config.get("module_output_name") not in (None, head.input_name):
+    if head.gives_scores:
+        _check_scores(named, own, head)
+    elif config.get("module_output_name") not in (None, head.input_name):
         raise unsupported(named, own, "module_output_name", config["module_output_name"], f'"{head.input_name}", null')
     halves = kind == "Dense" and head.activation == HALVING
     if halves and (config["out_features"] % 2 or config.get("use_residual")):
         raise StartupError(f"{named}: {own} has {HALVING}, which halves an even width and goes with no residual.")
     return head
+
+
+def _check_scores(named: str, file: Path, head: Head) -> None:
+    """The Dense that ends a reranker gives one number of the pooled vector."""
+    if head.input_name != SENTENCE:
+        raise unsupported(named, file, "module_input_name", head.input_name, f'"{SENTENCE}" where it gives scores')
+    if head.width(0) != 1:
+        raise unsupported(
+            named, file, "out_features", head.config["out_features"], "1", "A reranker gives one number for a pair."
+        )
 
 
 def _changes(named: str, folder: Path, head: Head, name: str) -> bool:
@@ -339,27 +373,30 @@ def _kind(named: str, entry: Mapping[str, Any]) -> str:
     raise StartupError(f"{named}: modules.json has {full}{what}; served are {served}. {INSTEAD}.")
 
 
-def _check_order(named: str, task: Task, kinds: Sequence[str], names: Sequence[Any]) -> None:
+def _check_order(named: str, task: Task, kinds: Sequence[str], names: Sequence[Any], scoring: Sequence[bool]) -> None:
+    """`scoring`: which of those that are not ignored gives scores."""
     order = tuple(kind for kind in kinds if kind != IGNORED)
-    if task is Task.EMBED and "LogitScore" in order:
+    if task is Task.EMBED and ("LogitScore" in order or any(scoring)):
         raise StartupError(f"{named}: this is {KINDS[Task.RERANK]}.")
-    if task is Task.RERANK and {"Pooling", STATIC} & set(order):
+    if task is Task.RERANK and {"Pooling", STATIC} & set(order) and not any(scoring):
         raise StartupError(f"{named}: this is {KINDS[Task.EMBED]}.")
     if task is Task.EMBED and not {"Pooling", STATIC} & set(order):
         raise StartupError(f"{named}: modules.json has no Pooling, so it gives no one vector per text.")
     early = IGNORED in kinds and "Pooling" in kinds[kinds.index(IGNORED) :]
-    if early or not _in_order(task, order):
-        possible = ORDER if task is Task.EMBED else " or ".join(", ".join(order) for order in RERANK_ORDERS)
+    if early or not _in_order(task, order, scoring):
+        possible = ORDER if task is Task.EMBED else RERANK_ORDER
         raise StartupError(f"{named}: modules.json has {', '.join(kinds)}; supported, in this order: {possible}.")
     if len(set(map(str, names))) < len(names):  # a later module would take the place of one before it
         raise StartupError(f"{named}: two modules in modules.json have the same `name`: number them.")
 
 
-def _in_order(task: Task, order: tuple[str, ...]) -> bool:
-    if task is Task.RERANK:
+def _in_order(task: Task, order: tuple[str, ...], scoring: Sequence[bool]) -> bool:
+    if task is Task.RERANK and not any(scoring):
         return order in RERANK_ORDERS
     once = tuple(kind for kind in order if kind not in HEADS)
-    return once in (("Transformer", "Pooling"), (STATIC,)) and order[0] == once[0]
+    pooled = (("Transformer", "Pooling"), (STATIC,)) if task is Task.EMBED else (("Transformer", "Pooling"),)
+    last = task is Task.EMBED or (scoring[-1] and sum(scoring) == 1)
+    return once in pooled and order[0] == once[0] and last
 
 
 def _path(named: str, file: Path, entry: Mapping[str, Any]) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from vecmill.core.errors import StartupError
-from vecmill.core.types import Task
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.family import Pooling, Positions
 from vecmill.models.heads import load_heads
@@ -27,6 +26,7 @@ from vecmill.models.weights import Target, WeightFiles, load_weights, make_confi
 
 HEAD = "lm_head.weight"
 SCORES = ("score.weight", "language_model.score.weight")
+TWO_LABELS = ("head.weight", "head.bias")
 EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
@@ -70,7 +70,7 @@ def load_model(checkpoint: Checkpoint, target: Target) -> Model:
     """
     if checkpoint.network.token_table:
         return StaticModel(checkpoint, target)
-    if checkpoint.task is Task.EMBED:
+    if checkpoint.pools:
         return EmbeddingModel(checkpoint, target)
     return DecoderReranker(checkpoint, target) if checkpoint.family.is_decoder else CrossEncoder(checkpoint, target)
 
@@ -126,7 +126,7 @@ class StaticModel(Model):
 
 
 class EmbeddingModel(TransformerModel):
-    """One vector per text."""
+    """One vector per text, or of a vector per pair the one number that its last head makes of it."""
 
     def __init__(self, checkpoint: Checkpoint, target: Target) -> None:
         config, network = make_config(checkpoint), checkpoint.network
@@ -192,16 +192,21 @@ class DecoderReranker(TransformerModel):
         config = make_config(checkpoint)
         super().__init__(Backbone(checkpoint, config, load_weights(checkpoint, config, target)))
         answers = rerank_form(checkpoint).answers
-        weights = WeightFiles(checkpoint)
-        row = _score(checkpoint, weights, config) if answers is None else _logit(checkpoint, weights, config, answers)
-        self._row = row.to(target.device)
+        weights, bias = WeightFiles(checkpoint), torch.zeros(1)
+        if answers is not None:
+            row = _logit(checkpoint, weights, config, answers)
+        elif checkpoint.family.has_two_label_head(checkpoint.config):
+            row, bias = _two_labels(checkpoint, weights, config)
+        else:
+            row = _score(checkpoint, weights, config)
+        self._row, self._bias = row.to(target.device), bias.to(target.device)
         self._pooling: Pooling = checkpoint.network.pooling or "lasttoken"
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, 1) float32 logits, in packed order."""
         pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
         # Row by row, so that a score does not depend on how many others there are.
-        return torch.sum(pooled * self._row, dim=1, keepdim=True)
+        return torch.sum(pooled * self._row, dim=1, keepdim=True) + self._bias
 
 
 def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: Answers) -> Tensor:
@@ -215,6 +220,14 @@ def _logit(checkpoint: Checkpoint, weights: WeightFiles, config: Any, answers: A
         head = next((name for name in EMBEDDINGS if name in weights.files), EMBEDDINGS[0])
     true, *false = (weights.part(head, slice(token, token + 1))[0] for token in tokens)
     return answers.scale * (true - false[0] if false else true)
+
+
+def _two_labels(checkpoint: Checkpoint, weights: WeightFiles, config: Any) -> tuple[Tensor, Tensor]:
+    """(hidden,) and (1,) of a head of two labels: the second's logit less the first's."""
+    if tuple(shape := weights.shape(TWO_LABELS[0])) != (2, config.hidden_size):
+        raise weights.unfit(f"{TWO_LABELS[0]} has the shape {tuple(shape)} instead of {(2, config.hidden_size)}")
+    weight, bias = (weights.part(name) for name in TWO_LABELS)
+    return weight[1] - weight[0], (bias[1] - bias[0])[None]
 
 
 def _score(checkpoint: Checkpoint, weights: WeightFiles, config: Any) -> Tensor:

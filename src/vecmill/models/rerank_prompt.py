@@ -66,10 +66,14 @@ def rerank_form(checkpoint: Checkpoint) -> RerankForm:
     """
     _check_activation(checkpoint)
     architecture = str(next(iter(checkpoint.config.get("architectures") or ()), "missing"))
+    if checkpoint.scores_vectors:
+        return RerankForm(_template_prompt(checkpoint, None) if _are_messages(checkpoint) else None, None)
     if checkpoint.logit_score:
         return RerankForm(_prompt(checkpoint), _answers(checkpoint))
     if architecture.endswith("ForCausalLM"):
         return _causal(checkpoint)
+    if checkpoint.family.has_two_label_head(checkpoint.config):
+        return RerankForm(_two_label_prompt(checkpoint), None)
     if checkpoint.family.is_decoder and not architecture.endswith("ForSequenceClassification"):
         raise StartupError(
             f"{checkpoint.named}: `architectures` in config.json is {architecture}, which has no head that scores; a "
@@ -90,7 +94,10 @@ def check_form(checkpoint: Checkpoint) -> None:
 
 def padding_token(checkpoint: Checkpoint) -> int | None:
     """The padding token of a decoder with a head on the last token, which skips it at the end of a row; else None."""
-    if not checkpoint.family.is_decoder or checkpoint.network.pooling or rerank_form(checkpoint).answers is not None:
+    family = checkpoint.family
+    if not family.is_decoder or checkpoint.network.pooling or checkpoint.scores_vectors:
+        return None
+    if family.has_two_label_head(checkpoint.config) or rerank_form(checkpoint).answers is not None:
         return None
     token = checkpoint.config.get("pad_token_id")
     return token if isinstance(token, int) and _is_id(token) else None
@@ -118,6 +125,16 @@ def _causal(checkpoint: Checkpoint) -> RerankForm:
         f"LogitScore in modules.json, no chat template with the roles `query` and `document`. Name a "
         f"Qwen/Qwen3-Reranker, or save the model with sentence-transformers' CrossEncoder."
     )
+
+
+def _two_label_prompt(checkpoint: Checkpoint) -> PairPrompt:
+    """Of a reranker whose files have no template for pairs: its name says which one it is."""
+    if checkpoint.published is None or checkpoint.published.pair_prompt is None:
+        raise StartupError(
+            f"{checkpoint.named}: nothing in its files says how it reads a pair, and its name is not that of a model "
+            f"whose prompt is known: keep the name of the model on the hub (Querit-4B) as the folder's."
+        )
+    return checkpoint.published.pair_prompt
 
 
 def _words(checkpoint: Checkpoint) -> Answers:
@@ -199,6 +216,11 @@ def _prompt(checkpoint: Checkpoint) -> PairPrompt | None:
                 f"supported."
             )
         return published
+    return _template_prompt(checkpoint, published)
+
+
+def _template_prompt(checkpoint: Checkpoint, published: PairPrompt | None) -> PairPrompt:
+    """The chat template, or `published` where it is not made for pairs."""
     try:
         prompt = _pair_prompt(_template(checkpoint))
     except UnfitTemplateError as error:
@@ -224,7 +246,7 @@ def _are_messages(checkpoint: Checkpoint) -> bool:
     module = _module_file(checkpoint)
     task = module.get("transformer_task", "feature-extraction")
     wanted = "text-generation" if checkpoint.logit_score else "sequence-classification"
-    if task != wanted:
+    if task != wanted and not checkpoint.scores_vectors:
         raise StartupError(
             f"{checkpoint.named}: {MODULE_CONFIG} has `transformer_task`: {task!r}; for these modules it must be "
             f"{wanted!r}."

@@ -150,6 +150,7 @@ OUTPUTS: Mapping[Task, Mapping[str, tuple[str, str]]] = {
         "text-generation": ("logits", "causal_logits"),
     },
 }
+OF_POOLED = OUTPUTS[Task.EMBED]  # of a reranker that scores pooled vectors too
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,12 +258,15 @@ def template(file: Path, tokenizer: Tokenizer, *, pair: bool, token_types: bool 
     return Template(ids[: first[0]], between, ids[end + 1 :], token_types and kinds[1] == {1})
 
 
-def tokenizer_settings(named: str, folder: Path, task: Task, *, text_half: bool = False) -> TokenizerSettings:
+def tokenizer_settings(
+    named: str, folder: Path, task: Task, *, text_half: bool = False, pools: bool = False
+) -> TokenizerSettings:
     """Check every key of the tokenizer's files, and read those that are not the tokenizer's own.
 
     Args:
         named: the setting that names the model, for errors.
         text_half: whether the model reads pictures or sound too, and its files say how.
+        pools: of a reranker, whether its modules pool hidden states.
 
     Raises:
         StartupError: a file or a key is not supported.
@@ -270,7 +274,8 @@ def tokenizer_settings(named: str, folder: Path, task: Task, *, text_half: bool 
     _check_files(named, folder, text_half=text_half)
     config = _checked(named, folder / "tokenizer_config.json", TOKENIZER_CONFIG)
     _checked(named, folder / "special_tokens_map.json", SPECIAL_TOKENS_MAP)
-    module = _module(named, folder, task, text_half=text_half)
+    outputs = OF_POOLED if pools else OUTPUTS[task]
+    module = _module(named, folder, task, outputs, text_half=text_half)
     _check_chat_template(named, folder, task)
     arguments = module.get("tokenizer_args", module.get("processor_kwargs")) or {}
     return TokenizerSettings(
@@ -350,7 +355,9 @@ def _checked(named: str, file: Path, known: Mapping[str, Rule]) -> dict[str, Any
     return content
 
 
-def _module(named: str, folder: Path, task: Task, *, text_half: bool) -> dict[str, Any]:
+def _module(
+    named: str, folder: Path, task: Task, outputs: Mapping[str, tuple[str, str]], *, text_half: bool
+) -> dict[str, Any]:
     """What the transformer module's file says; sentence-transformers reads it only where modules.json lists modules."""
     if not (folder / "modules.json").is_file():
         return {}
@@ -359,7 +366,7 @@ def _module(named: str, folder: Path, task: Task, *, text_half: bool) -> dict[st
         (folder / MODULE_FILES[0], {}),
     )
     transformer_task = str(module.get("transformer_task", "feature-extraction"))
-    check_keys(named, file, module, _module_keys(task, transformer_task, text_half=text_half))
+    check_keys(named, file, module, _module_keys(task, outputs, transformer_task, text_half=text_half))
     for key, known in ARGUMENTS.items():
         arguments = module.get(key) or {}
         if not isinstance(arguments, dict):
@@ -368,8 +375,9 @@ def _module(named: str, folder: Path, task: Task, *, text_half: bool) -> dict[st
     return module
 
 
-def _module_keys(task: Task, transformer_task: str, *, text_half: bool) -> Mapping[str, Rule]:
-    outputs = OUTPUTS[task]
+def _module_keys(
+    task: Task, outputs: Mapping[str, tuple[str, str]], transformer_task: str, *, text_half: bool
+) -> Mapping[str, Rule]:
     output, module_output = outputs.get(transformer_task, next(iter(outputs.values())))
     text = {"method": "forward", "method_output_name": output}
 
@@ -383,7 +391,7 @@ def _module_keys(task: Task, transformer_task: str, *, text_half: bool) -> Mappi
         # A pair may be messages, which a chat template puts together: `rerank_prompt` reads how.
         plain = dict(value.get("text") or text) if isinstance(value, dict) else {}
         plain.pop("format", None)
-        return plain == text and set(value) <= {"text", "message"}
+        return plain == text and set(value) - ({"image"} if text_half else set()) <= {"text", "message"}
 
     return {
         "transformer_task": only(*outputs),

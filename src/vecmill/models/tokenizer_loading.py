@@ -211,6 +211,13 @@ def _check_prompt(checkpoint: Checkpoint, read: ReadTokenizer) -> None:
                 f"{checkpoint.named}: its tokenizer does not begin texts as the prompt of "
                 f"{checkpoint.family.model_type} does ({str(prompt.plain[0])!r}): save a chat template with it."
             )
+    if prompt is not None and checkpoint.family.has_two_label_head(checkpoint.config):
+        last = str(prompt.plain[-1])  # whose hidden state is scored
+        if Tokenizer.from_str(read.definition).token_to_id(last) is None:
+            raise StartupError(
+                f"{checkpoint.named}: its tokenizer does not have the token {last!r}, which ends its prompt: fetch the "
+                f"model again."
+            )
     if read.truncation_side is Side.LEFT:
         raise StartupError(
             f"{checkpoint.named}: `truncation_side` in tokenizer_config.json would cut the beginning of its prompt; "

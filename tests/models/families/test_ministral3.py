@@ -1,4 +1,7 @@
-"""Nemotron-3-Embed, a Ministral 3 that looks both ways: vectors equal those of sentence-transformers."""
+"""Nemotron-3-Embed, a Ministral 3 that looks both ways: vectors equal those of sentence-transformers.
+
+Nemotron-3.5-Rerank: scores equal those of transformers.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,41 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
 
 from tests.checkpoints.variants import Variant, refusal, served
 from tests.conftest import serving
 from tests.models.families import TinyModel
 from tests.models.loaded import bfloat16_cosines
-from tests.models.test_tolerances import COSINE_IN_BFLOAT16
+from tests.models.test_tolerances import COSINE_IN_BFLOAT16, OF_A_LOGIT
 from tests.oracle import mean_encode, st_encode
-from tests.tiny_checkpoints import MINISTRAL3, SCALES_FROM, edit_json, tiny_ministral3, tiny_mistral3
+from tests.tiny_checkpoints import (
+    MINISTRAL3,
+    SCALES_FROM,
+    edit_json,
+    tiny_ministral3,
+    tiny_mistral3,
+    tiny_nemotron_rerank,
+)
 from vecmill.core.types import Task
 
-TINY = (TinyModel(Task.EMBED, "ministral3", tiny_ministral3), TinyModel(Task.EMBED, "mistral3", tiny_mistral3))
+
+def without_modules(folder: Path) -> Path:
+    """As the code of its own reads it: with the head beside the transformer's weights."""
+    tiny_nemotron_rerank(folder)
+    for name in ("modules.json", "config_sentence_transformers.json", "sentence_bert_config.json"):
+        (folder / name).unlink()
+    return folder
+
+
+TINY = (
+    TinyModel(Task.EMBED, "ministral3", tiny_ministral3),
+    TinyModel(Task.EMBED, "mistral3", tiny_mistral3),
+    TinyModel(Task.RERANK, "mistral3", without_modules),
+    TinyModel(Task.RERANK, "mistral3", tiny_nemotron_rerank, layout="modules"),
+)
 PROMPTS = {"query": "query: ", "document": "passage: "}
 TEXTS = ["one", "def add(a, b):\n    return a + b", "", "the fox " * SCALES_FROM, "one", "naïve 你好 дела"]
 
@@ -127,3 +154,62 @@ def test_of_a_text_half_other_models_are_refused(tmp_path: Path) -> None:
     folder = tiny_mistral3(tmp_path / "tiny")
     edit_json(folder / "config.json", text_config={"model_type": "mistral", "hidden_size": 32})
     assert "`text_config.model_type`" in refusal(folder)
+
+
+QUERY = "How do I add?"
+DOCUMENTS = ["one", "def add(a, b):\n    return a + b", "", "the fox " * SCALES_FROM, "naïve 你好 дела"]
+
+
+@torch.inference_mode()
+def rerank_logits(folder: Path, query: str) -> NDArray[np.float32]:
+    """The published code's arithmetic: the mean of a pair's hidden states, the linear layer, the temperature."""
+    from transformers import AutoModel, AutoTokenizer
+
+    model: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    head = load_file(folder / "model.safetensors")["language_model.score.weight"][0]
+    logits = []
+    for document in DOCUMENTS:
+        text = f"question: {query}\n \npassage: {document}"
+        tokens = tokenizer(text, add_special_tokens=False, truncation=True, max_length=200, return_tensors="pt")
+        hidden = model(input_ids=tokens["input_ids"]).last_hidden_state[0]
+        logits.append(float(hidden.mean(dim=0) @ head) / 0.5)
+    return np.array(logits, dtype=np.float32)
+
+
+async def rerank_scores(folders: list[Path], query: str) -> list[NDArray[np.float32]]:
+    scores = []
+    names = ",".join(map(str, folders))
+    async with serving(rerank_model=names, max_model_len=200, max_batch_tokens=256) as client:
+        for folder in folders:
+            body = {"model": folder.name, "query": query, "texts": DOCUMENTS, "raw_scores": True}
+            answer = await client.post("/rerank", json=body)
+            assert answer.is_success, answer.text
+            in_order = sorted(answer.json(), key=lambda result: int(result["index"]))
+            scores.append(np.array([result["score"] for result in in_order], dtype=np.float32))
+    return scores
+
+
+async def test_nemotron_3_5_rerank_scores_the_mean_in_both_of_its_layouts(tmp_path: Path) -> None:
+    folders = [tiny_nemotron_rerank(tmp_path / "modules"), without_modules(tmp_path / "head")]
+    wanted = rerank_logits(folders[0], QUERY)
+    assert wanted.std() > 0.1
+    for scores in await rerank_scores(folders, QUERY):
+        np.testing.assert_allclose(scores, wanted, atol=OF_A_LOGIT, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"auto_map": {"AutoModel": "model.Other"}}, "`auto_map`"),
+        ({"is_causal": True}, "as `text_config` has it"),
+        ({"id2label": {"0": "no", "1": "yes"}}, "a reranker has one"),
+        ({"score_temperature": 0}, "`score_temperature`: 0"),
+        ({"pooling": None}, "`pooling`: null"),
+    ],
+)
+def test_of_a_nemotron_reranker_others_are_refused(tmp_path: Path, changes: dict[str, Any], sentence: str) -> None:
+    folder = without_modules(tmp_path / "tiny")
+    edit_json(folder / "config.json", **changes)
+    assert sentence in refusal(folder, rerank=True)
+    assert "this is a reranker" in refusal(folder)

@@ -15,7 +15,7 @@ import torch
 from tests.checkpoints.variants import Served, Variant, served
 from tests.models.families import TinyModel
 from tests.models.loaded import load_model, run, unit
-from tests.tiny_checkpoints import edit_json, tiny_modernbert
+from tests.tiny_checkpoints import edit_json, score_vectors, scores, tiny_modernbert
 from vecmill.core.types import Row, Task
 from vecmill.models.families import published_model
 from vecmill.models.source import find
@@ -32,9 +32,15 @@ def reranker(**options: Any) -> Callable[[Path], Path]:
     return lambda folder: tiny_modernbert(folder, BUNDLED, reranker=True, **options)
 
 
+def ettin(folder: Path) -> Path:
+    """An ettin-reranker: its head is sentence-transformers' modules."""
+    return score_vectors(tiny_modernbert(folder, BUNDLED), scores(bias=True))
+
+
 TINY = (
     TinyModel(Task.EMBED, "modernbert", embedder(), layer_kinds=3),  # the first layer has no norm
     TinyModel(Task.RERANK, "modernbert", reranker(), layer_kinds=3),
+    TinyModel(Task.RERANK, "modernbert", ettin, layer_kinds=3, layout="modules"),
 )
 
 

@@ -14,6 +14,7 @@ from vecmill.models.families.deberta import DEBERTA_V2
 from vecmill.models.families.distilbert import DISTILBERT
 from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
+from vecmill.models.families.gemma import GEMMA
 from vecmill.models.families.gemma3 import GEMMA3
 from vecmill.models.families.llama import LLAMA
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         MPNET,
         DEBERTA_V2,
         EMBEDDING_GEMMA2,
+        GEMMA,
         GEMMA3,
         LLAMA_BIDIREC,
         MINISTRAL3,

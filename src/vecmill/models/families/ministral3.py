@@ -1,8 +1,13 @@
 """Ministral 3 as an embedder: Nemotron-3-Embed 1B and 8B look both ways and take the mean. Nemotron-3.5-Embed 1B and 8B
-read pages as pictures too; their text goes through such a model, the text half of a Mistral 3.
+read pages as pictures too; their text goes through such a model, the text half of a Mistral 3. Nemotron-3.5-Rerank 8B
+scores the mean of a pair's hidden states with a linear layer.
 
-Sources: https://huggingface.co/nvidia/Nemotron-3-Embed-1B-BF16 and -8B-BF16, nvidia/Nemotron-3.5-Embed-1B-BF16;
-https://github.com/NVIDIA-NeMo/Automodel (components/models/ministral_bidirectional);
+The reranker is stored twice: as sentence-transformers' modules, whose dense layer has its temperature in it, and with a
+head beside the transformer's weights, for code of its own that is not run. Where there are modules they are read.
+
+Sources: https://huggingface.co/nvidia/Nemotron-3-Embed-1B-BF16 and -8B-BF16, nvidia/Nemotron-3.5-Embed-1B-BF16 and
+Nemotron-3.5-Rerank-8B-BF16; https://github.com/NVIDIA-NeMo/Automodel (components/models/ministral_bidirectional:
+reranker_model.py and reranker_export.py say what the reranker's files have);
 https://docs.nvidia.com/nemo/automodel/model-coverage/embedding-models/mistralai/ministral3-bidirectional;
 Ministral3Model of transformers 5, with `is_causal`.
 """
@@ -14,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 from vecmill.core.types import Task
-from vecmill.models.config_keys import COMMON, NO_HEAD, ROPE, ROTARY, ConfigFile
+from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROPE, ROTARY, ConfigFile, own_code
 from vecmill.models.decoders import TEXT_HALF_KEYS, text_positions, without_cache, without_lm_head
 from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
@@ -92,6 +97,9 @@ MINISTRAL3 = Family(
 
 MISTRAL3_KEYS: Mapping[str, Rule] = {
     **TEXT_HALF_KEYS,
+    "auto_map": own_code(r"(nvidia/[\w.-]+--)?model\.Mistral3ForSequenceClassification", "NVIDIA"),
+    "is_causal": HONOURED,  # see `_check_text_config`
+    "score_temperature": HARMLESS,  # it is in the dense layer of a reranker that is stored as modules
     # Of pictures.
     **rules(HARMLESS, ("image_token_index", "multimodal_projector_bias", "projector_hidden_act")),
     **rules(HARMLESS, ("spatial_merge_size", "vision_feature_layer")),
@@ -108,28 +116,48 @@ def _check_text_config(config: ConfigFile) -> None:
     own = ConfigFile(config.named, config.path, text or {})
     _check_rope(own)
     _check_window(own)
+    if "is_causal" in config.content and config.content["is_causal"] is not own.content.get("is_causal", True):
+        raise config.unsupported("is_causal", "as `text_config` has it, which alone is read")
 
 
 def _text_arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
     return without_cache(honoured(config["text_config"], {**KEYS, **NO_HEAD}), positions)
 
 
+def _score_arguments(config: ConfigJson, positions: int) -> dict[str, Any]:
+    """The labels of a head are stated beside `text_config`."""
+    labels = {key: config[key] for key in ("id2label", "label2id", "num_labels") if key in config}
+    return {**_text_arguments(config, positions), **labels}
+
+
 def _rename_text(name: str) -> Sequence[str]:
     """transformers has stored the text half under several names."""
     for prefix in ("model.", "language_model.", "model."):
         name = name.removeprefix(prefix)
-    return () if name.startswith(("vision_tower.", "multi_modal_projector.", "lm_head.")) else (name,)
+    return () if name.startswith(("vision_tower.", "multi_modal_projector.", "lm_head.", "score.")) else (name,)
 
 
 MISTRAL3 = Family(
     model_type="mistral3",
-    architectures=r"Mistral3Model",
+    architectures=r"Mistral3(Model|ForSequenceClassification)",
     tasks={
         Task.EMBED: TaskSpec(
             MISTRAL3_KEYS,
             replace(NETWORK, arguments=_text_arguments, rename=_rename_text),
             (_check_text_config,),
-        )
+        ),
+        Task.RERANK: TaskSpec(
+            {**MISTRAL3_KEYS, **HEAD, "pooling": only("avg"), "score_temperature": positive()},
+            replace(
+                NETWORK,
+                arguments=_score_arguments,
+                rename=_rename_text,
+                pooling="mean",
+                both_ways=True,
+                score_divisor="score_temperature",
+            ),
+            (_check_text_config,),
+        ),
     },
     positions=Positions.ROTARY,
     published=(PublishedModel("nvidia", r"Nemotron-3\.5-Embed-[18]B-BF16", PROMPTS),),
@@ -144,6 +172,15 @@ MISTRAL3 = Family(
             "see its card",
             32_768,
             2048,
+            stored="bfloat16",
+            note="its text half",
+        ),
+        HubModel(
+            "nvidia/Nemotron-3.5-Rerank-8B-BF16",
+            Task.RERANK,
+            8_380_000_000,
+            "see its card",
+            32_768,
             stored="bfloat16",
             note="its text half",
         ),

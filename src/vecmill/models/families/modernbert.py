@@ -116,5 +116,11 @@ MODERNBERT = Family(
         HubModel("Alibaba-NLP/gte-modernbert-base", Task.EMBED, 149_014_272, "apache-2.0", 8192, 768),
         HubModel("nomic-ai/modernbert-embed-base", Task.EMBED, 149_014_272, "apache-2.0", 8192, 768),
         HubModel("Alibaba-NLP/gte-reranker-modernbert-base", Task.RERANK, 149_605_633, "apache-2.0", 8192),
+        HubModel("cross-encoder/ettin-reranker-17m-v1", Task.RERANK, 17_600_000, "apache-2.0", 7999),
+        HubModel("cross-encoder/ettin-reranker-32m-v1", Task.RERANK, 32_800_000, "apache-2.0", 7999),
+        HubModel("cross-encoder/ettin-reranker-68m-v1", Task.RERANK, 68_600_000, "apache-2.0", 7999),
+        HubModel("cross-encoder/ettin-reranker-150m-v1", Task.RERANK, 150_900_000, "apache-2.0", 7999),
+        HubModel("cross-encoder/ettin-reranker-400m-v1", Task.RERANK, 401_600_000, "apache-2.0", 7999),
+        HubModel("cross-encoder/ettin-reranker-1b-v1", Task.RERANK, 1_000_000_000, "apache-2.0", 7999),
     ),
 )

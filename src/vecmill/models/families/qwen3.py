@@ -1,9 +1,15 @@
 """Qwen3-Embedding 0.6B, 4B and 8B: the hidden state of the last token. Rerankers on a Qwen3 decoder: how much more
 likely one token is than another after the prompt (Qwen3-Reranker 0.6B, 4B and 8B), or a classification head.
 
+Querit-4B has a head of two labels on [CLS], which ends its prompt; its own score is the probability of the second less
+that of the first, and ours are the logit and the probability of the second. Its card prints no prompt: this is the one
+that its authors registered at MTEB.
+
 Sources: Zhang et al. 2025 (https://arxiv.org/abs/2506.05176); https://huggingface.co/Qwen/Qwen3-Embedding-0.6B;
 https://huggingface.co/Qwen/Qwen3-Reranker-0.6B (the transformers recipe; single line breaks);
-https://huggingface.co/zeroentropy/zerank-2 (the query as the system's message; sigmoid of a fifth of the logit).
+https://huggingface.co/zeroentropy/zerank-2 (the query as the system's message; sigmoid of a fifth of the logit);
+https://huggingface.co/Querit/Querit-4B; its paper, https://arxiv.org/abs/2606.19037 (the head and what it reads);
+https://github.com/embeddings-benchmark/mteb at 462e9ae (models/model_implementations/querit_models.py: the prompt).
 """
 
 from __future__ import annotations
@@ -75,11 +81,16 @@ PAIR = (
 )
 PAIR_PROMPT = PairPrompt(PAIR, PAIR, DEFAULT_INSTRUCTION)
 ZERANK = ("<|im_start|>system\n", Slot.QUERY, "<|im_end|>\n<|im_start|>user\n", Slot.DOCUMENT, ASSISTANT)
+QUERIT_CLASSES = "MLQwen3Model|QueritModel"  # its config.json names the first, its code the second
+JUDGE = "Judge whether the Content meets the requirements based on the Query."
+QUERIT_PAIR = (" Query: ", Slot.QUERY, "; Content: ", Slot.DOCUMENT, "[CLS]")
+QUERIT = PairPrompt((f"{JUDGE}{QUERIT_PAIR[0]}", *QUERIT_PAIR[1:]), (Slot.INSTRUCTION, *QUERIT_PAIR))
 CHECKS = (check_rope, check_sliding_window)
 
 QWEN3 = Family(
     model_type="qwen3",
-    architectures=r"Qwen3\w+",
+    architectures=rf"Qwen3\w+|{QUERIT_CLASSES}",
+    two_label_head=QUERIT_CLASSES,
     tasks={
         Task.EMBED: TaskSpec({**KEYS, **NO_HEAD, **rules(HARMLESS, OF_RERANKERS)}, NETWORK, CHECKS),
         Task.RERANK: TaskSpec(
@@ -94,6 +105,7 @@ QWEN3 = Family(
         HubModel("Qwen/Qwen3-Reranker-0.6B", Task.RERANK, 595_776_512, "apache-2.0", 40_960, stored="bfloat16"),
         HubModel("Qwen/Qwen3-Reranker-4B", Task.RERANK, 4_021_784_576, "apache-2.0", 40_960, stored="bfloat16"),
         HubModel("Qwen/Qwen3-Reranker-8B", Task.RERANK, 8_188_548_096, "apache-2.0", 40_960, stored="bfloat16"),
+        HubModel("Querit/Querit-4B", Task.RERANK, 4_021_779_456, "apache-2.0", 40_960, stored="bfloat16"),
     ),
     published=(
         PublishedModel(
@@ -108,6 +120,7 @@ QWEN3 = Family(
             pair_prompt=PairPrompt(ZERANK, ZERANK),
             answers=AnswerWords("Yes", None, scale=1 / 5),
         ),
+        PublishedModel("Querit", r"Querit-4B", pair_prompt=QUERIT),
         PublishedModel("tomaarsen", r"Qwen3-Reranker-[\d.]+B-seq-cls", pair_prompt=PAIR_PROMPT),
     ),
     dimensions=_dimensions,
