@@ -467,7 +467,7 @@ VARIANTS = [
     *(
         embeds(f"nomic-{key}", nomic, config(**{key: value}), f"config.json has `{key}`")
         for key, value in {
-            "activation_function": "gelu",
+            "activation_function": "gelu_new",
             "causal": True,
             "num_experts": 8,
             "parallel_block": True,

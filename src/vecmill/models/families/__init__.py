@@ -15,6 +15,7 @@ from vecmill.models.families.distilbert import DISTILBERT
 from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
 from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.jina_bert import JINA_BERT
 from vecmill.models.families.llama import LLAMA
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
 from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
@@ -42,6 +43,7 @@ FAMILIES: Mapping[str, Family] = {
         ALBERT,
         MPNET,
         DEBERTA_V2,
+        JINA_BERT,
         EMBEDDING_GEMMA2,
         GEMMA3,
         LLAMA_BIDIREC,
@@ -70,7 +72,7 @@ def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> 
         StartupError: the family is not served for the task, a key is not known, or its value is not supported.
     """
     served = {model_type: family for model_type, family in FAMILIES.items() if task in family.tasks}
-    model_type = str(config.get("model_type", "missing"))
+    model_type = _model_type(config)
     if model_type not in served:
         raise StartupError(
             f"{named}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(served))}. "
@@ -78,6 +80,12 @@ def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> 
         )
     served[model_type].check_config(named, file, config, task)
     return served[model_type]
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    """Of the family that a config.json is of, whichever `model_type` it has."""
+    claiming = (family.model_type for family in FAMILIES.values() if family.claims(config))
+    return next(claiming, None) or str(config.get("model_type", "missing"))
 
 
 def published_model(model_id: str) -> PublishedModel | None:
