@@ -20,10 +20,11 @@ from vecmill.models.encoders import ENCODER_KEYS, UNUSED, check_one_label
 from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, whole
 
+REPOSITORIES = r"jinaai/jina-(bert-(implementation|v2-qk-post-norm)|embeddings-v2-[\w-]+|reranker-v1-[\w-]+)"
 ORIGINAL = "original"  # a feed-forward layer without a gate
 KEYS: Mapping[str, Rule] = {
     **ENCODER_KEYS,
-    "auto_map": own_code(r"(jinaai/[\w.-]+--)?(configuration|modeling)_bert\.JinaBert\w+", "jina-bert-implementation"),
+    "auto_map": own_code(rf"({REPOSITORIES}--)?(configuration|modeling)_bert\.JinaBert\w+", "jina-bert-implementation"),
     "emb_pooler": only("mean", None, cure="sentence-transformers' files say how to pool."),
     "feed_forward_type": only(ORIGINAL, "geglu", "reglu"),
     "model_max_length": HARMLESS,  # the tokenizer's own counts
@@ -86,11 +87,11 @@ def _check_one_label(config: ConfigFile) -> None:
 
 
 def _claims(config: ConfigJson) -> bool:
-    """A BERT with ALiBi, or one that names JinaBERT's classes."""
+    """A BERT that names JinaBERT's classes, or has ALiBi and a key of its feed-forward layers."""
     if config.get("model_type") not in ("bert", "jina_bert"):
         return False
     named = f"{config.get('auto_map')} {config.get('architectures')}"
-    return config.get("position_embedding_type") == "alibi" or "JinaBert" in named
+    return "JinaBert" in named or (config.get("position_embedding_type") == "alibi" and "feed_forward_type" in config)
 
 
 NETWORK = Network(

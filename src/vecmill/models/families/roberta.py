@@ -59,7 +59,7 @@ def _with_flash_names(spec: TaskSpec) -> TaskSpec:
         return tuple(f"roberta.encoder.layer.{number}.{each}.{leaf}" for each in FLASH_PARTS.get(module, (module,)))
 
     code = own_code(
-        r"(jinaai/[\w.-]+--)?((configuration|modeling)_xlm_roberta\.XLMRoberta\w+)",
+        r"(jinaai/jina-reranker-v2-[\w-]+--)?(configuration|modeling)_xlm_roberta\.XLMRoberta\w+",
         "jina-reranker-v2-base-multilingual",
     )
     keys = {**spec.keys, "auto_map": code, **rules(HARMLESS, ("emb_pooler", "use_flash_attn"))}
