@@ -166,8 +166,8 @@ def test_long_rows_run_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(functional, "scaled_dot_product_attention", counted)
     token_ids = np.random.default_rng(0).integers(0, model.vocab_size, 1000)
     vector = run(model, [Row(token_ids.astype(np.int32)), Row(ids(5, 6, 7))])[0]
-    assert max(queries for _, queries, _ in asked) == 64
-    assert sum(keys == 1000 for _, _, keys in asked) == 2 * -(-1000 // 64)
+    assert max(queries for _, _, queries, _ in asked) == 64
+    assert sum(keys == 1000 for *_, keys in asked) == 2 * -(-1000 // 64)
     wanted = WrittenOut(folder).hidden_states(token_ids.tolist()).mean(0).numpy()
     np.testing.assert_allclose(vector, wanted, atol=1e-5, rtol=1e-5)
 
