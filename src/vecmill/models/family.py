@@ -70,9 +70,9 @@ class Network:
     """Path of the repeated transformer blocks, from the base model."""
     merged: tuple[str, ...] = ()
     """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
-    layout: Callable[[Collection[str]], Mapping[str, Any]] = lambda names: {}
+    layout: Callable[[Collection[str]], Mapping[str, Any]] | None = None
     """From the names of the weights in the files to further keys of the config class, where the class can have several
-    layouts and config.json does not say which."""
+    layouts and config.json does not say which; None: it has one."""
     in_float32: tuple[str, ...] = ()
     """How names of weights in the class end that are kept in float32, whatever the others' type."""
     token_types: bool = False

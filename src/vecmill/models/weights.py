@@ -291,7 +291,8 @@ def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
     model_class = _class(checkpoint.network.model_class)
     key = (checkpoint.folder.resolve(), model_class)
     if key not in target.shared:
-        config.update(checkpoint.network.layout(WeightFiles(checkpoint).files))
+        if checkpoint.network.layout is not None:
+            config.update(checkpoint.network.layout(WeightFiles(checkpoint).files))
         try:
             with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
                 model = model_class(config, **checkpoint.network.options)

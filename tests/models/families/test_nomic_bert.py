@@ -16,14 +16,13 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
 
 from tests.conftest import serving
 from tests.models.encoders import assert_near_in_bfloat16, refusal
 from tests.models.families import TinyModel
 from tests.models.loaded import ids, load_model, run, unit
 from tests.oracle import nomic_encode
-from tests.tiny_checkpoints import edit_json, plain_tokenizer, tiny_nomic, tiny_nomic_mixture
+from tests.tiny_checkpoints import edit_json, plain_tokenizer, tiny_nomic, tiny_nomic_mixture, write
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Row, Task
 from vecmill.models.nomic_layers import ALL_EXPERTS_TOKENS, through_all_experts, through_own_experts
@@ -104,6 +103,16 @@ class WrittenOut:
             sums.append(sum(share[each] / whole * (gelu(up[each] @ token) @ down[each]) for each in best))
         return torch.stack(sums) + self.weights[f"{name}.experts.bias"]
 
+    def feed_forward(self, number: int, name: str, value: Tensor) -> Tensor:
+        every = self.config.get("moe_every_n_layers", 0)
+        gates: dict[str, Callable[[Tensor], Tensor]] = {"geglu": gelu, "glu": torch.sigmoid}
+        if every and number % every == 1:
+            return self.mixture(name, value)
+        if self.config["activation_function"] == "gelu":
+            return self.linear(f"{name}.fc2", gelu(self.linear(f"{name}.fc1", value)))
+        gate = gates[self.config["activation_function"]](self.linear(f"{name}.fc12", value))
+        return self.linear(f"{name}.fc2", self.linear(f"{name}.fc11", value) * gate)
+
     @torch.inference_mode()
     def hidden_states(self, token_ids: list[int]) -> Tensor:
         """(T, width)"""
@@ -112,10 +121,7 @@ class WrittenOut:
         for number in range(self.config["n_layer"]):
             layer = f"encoder.layers.{number}"
             hidden = self.norm(f"{layer}.norm1", hidden + self.attention(f"{layer}.attn", hidden))
-            if number % self.config["moe_every_n_layers"] == 1:
-                out = self.mixture(f"{layer}.mlp", hidden)
-            else:
-                out = self.linear(f"{layer}.mlp.fc2", gelu(self.linear(f"{layer}.mlp.fc1", hidden)))
+            out = self.feed_forward(number, f"{layer}.mlp", hidden)
             hidden = self.norm(f"{layer}.norm2", hidden + out)
         return hidden
 
@@ -189,16 +195,23 @@ def test_a_mixtures_layouts(tmp_path: Path, change: Callable[[Path], Path]) -> N
     np.testing.assert_allclose(run(model, [Row(ids(*token_ids))])[0], wanted, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(("function", "gate"), [("geglu", functional.gelu), ("glu", torch.sigmoid)])
-def test_other_gates(tmp_path: Path, minilm_folder: Path, function: str, gate: Callable[[Tensor], Tensor]) -> None:
-    """The same weights with another activation, in the hub's layout with biases of its linear layers."""
+@pytest.mark.parametrize("function", ["geglu", "glu"])
+def test_other_gates_and_biases(tmp_path: Path, minilm_folder: Path, function: str) -> None:
+    """Of v1.5's layout; a key of biases that is left out says that they are there."""
     folder = tiny_nomic(tmp_path / "tiny", minilm_folder)
-    edit_json(folder / "config.json", activation_function=function)
-    model: Any = load_model(folder)[1]
-    mlp, hidden = model.layers[0].mlp, torch.randn(1, 3, 32, generator=torch.Generator().manual_seed(0))
-    weights = load_file(folder / "model.safetensors")
-    first, gated, last = (weights[f"encoder.layers.0.mlp.{name}.weight"] for name in ("fc11", "fc12", "fc2"))
-    torch.testing.assert_close(mlp(hidden), ((hidden @ first.T) * gate(hidden @ gated.T)) @ last.T)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    del config["mlp_fc2_bias"]
+    write(
+        folder / "config.json", {**config, "activation_function": function, "mlp_fc1_bias": True, "qkv_proj_bias": True}
+    )
+    weights, random = load_file(folder / "model.safetensors"), torch.Generator().manual_seed(0)
+    for name in [each for each in weights if ".mlp." in each or ".attn." in each]:
+        weights[name.replace(".weight", ".bias")] = torch.randn(len(weights[name]), generator=random)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    token_ids = [5, 6, 7, 200, 9]
+    wanted = WrittenOut(folder).hidden_states(token_ids).mean(0).numpy()
+    vector = run(load_model(folder)[1], [Row(ids(*token_ids))])[0]
+    np.testing.assert_allclose(vector, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
