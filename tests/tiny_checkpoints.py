@@ -181,6 +181,91 @@ def tiny_nomic(folder: Path, tokenizer_from: Path, *, seed: int = 0, prompts: Ma
     return _as_sentence_transformer(folder, ["Transformer", "Pooling"], "mean_tokens", prompts, positions)
 
 
+def tiny_nomic_mixture(folder: Path, *, prompts: Mapping[str, str] | None = None, seed: int = 0, **config: Any) -> Path:
+    """A four-layer nomic-embed-text-v2-moe of 32 dimensions, with four experts in layers 1 and 3: the hub's config keys
+    and weight names, no remote code.
+
+    Which experts a token gets hangs on the first dimensions of its embedding, where no two values are near each other:
+    rounding never decides.
+    """
+    width, inner, layers, experts, positions = 32, 64, 4, 4, 128
+    vocab = -(-Tokenizer.from_str(_unigram_tokenizer()).get_vocab_size() // 64) * 64
+    remote = "nomic-ai/nomic-bert-2048--"
+    content = {
+        "_name_or_path": "nomic-ai/nomic-xlm-2048",
+        "activation_function": "gelu",
+        "add_pooling_layer": False,
+        "architectures": ["NomicBertModel"],
+        "attn_pdrop": 0.0,
+        "auto_map": {
+            "AutoConfig": f"{remote}configuration_hf_nomic_bert.NomicBertConfig",
+            "AutoModel": f"{remote}modeling_hf_nomic_bert.NomicBertModel",
+            "AutoModelForMaskedLM": f"{remote}modeling_hf_nomic_bert.NomicBertForPreTraining",
+        },
+        "bos_token_id": None,
+        "causal": False,
+        "dense_seq_output": True,
+        "embd_pdrop": 0.1,
+        "eos_token_id": None,
+        "expert_choice_router": False,
+        "ffn_div": 1,
+        "fused_bias_fc": True,
+        "fused_dropout_add_ln": True,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "max_trained_positions": positions,
+        "mlp_fc1_bias": True,
+        "mlp_fc2_bias": True,
+        "model_type": "nomic_bert",
+        "moe_every_n_layers": 2,
+        "moe_impl": "megablocks",
+        "moe_normalize_expert_weights": False,
+        "moe_resid_pdrop": 0.0,
+        "moe_top_k": 2,
+        "n_embd": width,
+        "n_head": 4,
+        "n_inner": inner,
+        "n_layer": layers,
+        "n_positions": positions,
+        "num_experts": experts,
+        "num_shared_experts": 0,
+        "pad_token_id": 1,
+        "pad_vocab_size_multiple": 64,
+        "parallel_block": False,
+        "parallel_block_tied_norm": False,
+        "prenorm": False,
+        "qkv_proj_bias": True,
+        "reorder_and_upcast_attn": False,
+        "resid_pdrop": 0.0,
+        "rotary_emb_base": 10000,
+        "rotary_emb_fraction": 1.0,
+        "rotary_emb_interleaved": False,
+        "rotary_emb_scale_base": None,
+        "rotary_scaling_factor": None,
+        "router_aux_loss_coef": 0.1,
+        "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "torch_dtype": "float32",
+        "transformers_version": "4.44.2",
+        "type_vocab_size": 1,
+        "use_cache": True,
+        "use_flash_attn": True,
+        "use_rms_norm": None,
+        "use_xentropy": True,
+        "vocab_size": vocab,
+    }
+    write(folder / "config.json", {**content, **config})
+    weights = _nomic_mixture_weights(width, inner, layers, experts, vocab, seed)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_xlm_roberta_tokenizer(folder, max_length=positions)
+    return _as_sentence_transformer(folder, ["Transformer", "Pooling", "Normalize"], "mean_tokens", prompts, positions)
+
+
 WINDOW = 16
 GEMMA_MERGES = (("t", "h"), ("th", "e"), ("▁", "the"), ("▁", "a"), ("i", "n"), ("in", "g"), ("e", "r"), ("o", "n"))
 
@@ -657,6 +742,47 @@ def _nomic_weights(width: int, inner: int, layers: int, vocab: int, seed: int) -
     for norm in norms:
         weights[f"{norm}.weight"] = 1 + 0.1 * torch.randn(width, generator=generator)
         weights[f"{norm}.bias"] = 0.1 * torch.randn(width, generator=generator)
+    return weights
+
+
+def _nomic_mixture_weights(
+    width: int, inner: int, layers: int, experts: int, vocab: int, seed: int
+) -> dict[str, torch.Tensor]:
+    """Random weights under the names of the hub's file. The first dimensions, of which there are as many as experts,
+    hardly change from the embedding to the last router, which reads them."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (vocab, width),
+        "embeddings.token_type_embeddings.weight": (1, width),
+    }
+    norms, written = ["emb_ln"], []
+    for number in range(layers):
+        layer = f"encoder.layers.{number}"
+        linear = {"attn.Wqkv": (3 * width, width), "attn.out_proj": (width, width)}
+        if number % 2:
+            shapes |= {f"{layer}.mlp.experts.mlp.{name}": (experts * inner, width) for name in ("w1", "w2")}
+            shapes |= {f"{layer}.mlp.router.layer.weight": (experts, width), f"{layer}.mlp.experts.bias": (width,)}
+        else:
+            linear |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+        shapes |= {f"{layer}.{name}.weight": shape for name, shape in linear.items()}
+        shapes |= {f"{layer}.{name}.bias": shape[:1] for name, shape in linear.items()}
+        norms += [f"{layer}.norm1", f"{layer}.norm2"]
+        written += [f"{layer}.{name}" for name in ("attn.out_proj.weight", "attn.out_proj.bias", "mlp.fc2.weight")]
+        written += [f"{layer}.{name}" for name in ("mlp.fc2.bias", "mlp.experts.bias")]
+    weights = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weights |= {f"{norm}.weight": 1 + 0.1 * torch.randn(width, generator=generator) for norm in norms}
+    weights |= {f"{norm}.bias": 0.1 * torch.randn(width, generator=generator) for norm in norms}
+    steady = {name: (weights[name][:experts], 0.0) for name in written if name in weights}
+    steady |= {f"{norm}.weight": (weights[f"{norm}.weight"][:experts], 1.0) for norm in norms}
+    steady |= {f"{norm}.bias": (weights[f"{norm}.bias"][:experts], 0.0) for norm in norms}
+    steady |= {name: (each[:, :experts], 0.0) for name, each in weights.items() if name.endswith(".w2")}
+    for part, value in steady.values():
+        part.mul_(0.01).add_(0.99 * value)
+    for router in (each for name, each in weights.items() if name.endswith("router.layer.weight")):
+        router.mul_(0.01).add_(torch.eye(experts, width))
+    orders = torch.rand(vocab, experts, generator=generator).argsort(dim=1)
+    weights["embeddings.word_embeddings.weight"][:, :experts] = orders.float() - 1.5
+    weights["embeddings.token_type_embeddings.weight"].mul_(0.1)
     return weights
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -302,6 +303,7 @@ def _unigram(
 
 
 TOKENIZERS: Mapping[str, Callable[[Path, int], int]] = {
+    "bert": _word_piece("BertTokenizer"),
     "roberta": _byte_level,
     "camembert": _unigram(
         "CamembertTokenizer",
@@ -344,3 +346,98 @@ TOKENIZERS: Mapping[str, Callable[[Path, int], int]] = {
         vocab_type="spm",
     ),
 }
+
+
+JINA_CODE = "jinaai/jina-bert-implementation--"
+OF_CODE_MODEL = "jinaai/jina-bert-v2-qk-post-norm--"
+
+
+def tiny_jina(
+    folder: Path, task: Task = Task.EMBED, *, code: bool = False, max_length: int = 100, seed: int = 0, **keys: Any
+) -> Path:
+    """A two-layer JinaBERT of 32 dimensions: the hub's config keys and weight names, no remote code.
+
+    jina-embeddings-v2-base-en, with `code` jina-embeddings-v2-base-code, or jina-reranker-v1-tiny-en.
+    """
+    vocab_size = _write_tokenizer(folder, "roberta" if code else "bert", max_length)
+    remote = OF_CODE_MODEL if code else JINA_CODE
+    content: dict[str, Any] = {
+        "_name_or_path": remote.removesuffix("--"),
+        "architectures": ["JinaBertForMaskedLM"],
+        "attention_probs_dropout_prob": 0.0,
+        "attn_implementation": None,
+        "auto_map": {
+            "AutoConfig": f"{remote}configuration_bert.JinaBertConfig",
+            "AutoModel": f"{remote}modeling_bert.JinaBertModel",
+            "AutoModelForMaskedLM": f"{remote}modeling_bert.JinaBertForMaskedLM",
+            "AutoModelForSequenceClassification": f"{remote}modeling_bert.JinaBertForSequenceClassification",
+        },
+        "classifier_dropout": None,
+        "emb_pooler": "mean",
+        "feed_forward_type": "geglu",
+        "gradient_checkpointing": False,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 32,
+        "initializer_range": 0.02,
+        "intermediate_size": 64,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 128,
+        "model_max_length": 8192,
+        "model_type": "bert",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "pad_token_id": 0,
+        "position_embedding_type": "alibi",
+        "torch_dtype": "float32",
+        "transformers_version": "4.26.0",
+        "type_vocab_size": 2,
+        "use_cache": True,
+        "vocab_size": vocab_size,
+        **keys,
+    }
+    write(folder / "config.json", content)
+    shapes = _jina_shapes(content, code=code)
+    if task is Task.RERANK:
+        width = content["hidden_size"]
+        shapes |= {"pooler.dense.weight": (width, width), "pooler.dense.bias": (width,)}
+        shapes = {f"bert.{name}": shape for name, shape in shapes.items()}
+        shapes |= {"classifier.weight": (1, width), "classifier.bias": (1,)}
+    generator = torch.Generator().manual_seed(seed)
+    weights = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    for name, weight in weights.items():
+        if "norm" in name.lower():
+            weight.mul_(0.3).add_(1.0 if name.endswith("weight") else 0.0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    if task is Task.RERANK:
+        return folder
+    return _as_sentence_transformer(folder, ["Transformer", "Pooling"], "mean_tokens", None, max_length)
+
+
+def _jina_shapes(config: Mapping[str, Any], *, code: bool) -> dict[str, tuple[int, ...]]:
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (config["vocab_size"], width),
+        "embeddings.token_type_embeddings.weight": (config["type_vocab_size"], width),
+    }
+    norms = ["embeddings.LayerNorm"]
+    linear: dict[str, tuple[int, ...]] = {}
+    for layer in (f"encoder.layer.{number}" for number in range(config["num_hidden_layers"])):
+        of_attention = ("self.query", "self.key", "self.value", "output.dense")
+        linear |= {f"{layer}.attention.{part}": (width, width) for part in of_attention}
+        norms += [f"{layer}.attention.output.LayerNorm"]
+        if code:
+            norms += [f"{layer}.attention.self.layer_norm_{part}" for part in "qk"]
+            norms += [f"{layer}.layer_norm_{number}" for number in (1, 2)]
+            shapes[f"{layer}.mlp.up_gated_layer.weight"] = (2 * inner, width)
+            linear[f"{layer}.mlp.down_layer"] = (width, inner)
+        elif config["feed_forward_type"] == "original":
+            linear |= {f"{layer}.intermediate.dense": (inner, width), f"{layer}.output.dense": (width, inner)}
+            norms += [f"{layer}.output.LayerNorm"]
+        else:
+            shapes[f"{layer}.mlp.gated_layers.weight"] = (2 * inner, width)
+            linear[f"{layer}.mlp.wo"] = (width, inner)
+            norms += [f"{layer}.mlp.layernorm"]
+    shapes |= {f"{norm}.{leaf}": (width,) for norm in norms for leaf in ("weight", "bias")}
+    shapes |= {f"{name}.weight": shape for name, shape in linear.items()}
+    return shapes | {f"{name}.bias": shape[:1] for name, shape in linear.items()}

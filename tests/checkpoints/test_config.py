@@ -394,7 +394,7 @@ VARIANTS = [
     reranks("qwen3-reranker-window", qwen3_reranker, config(**SLIDING, max_window_layers=1)),
     reranks("qwen3-reranker-yarn", qwen3_reranker, config(rope_scaling=YARN, hidden_act="gelu")),
     # Refused.
-    embeds("jina-v2", bert, config(**JINA_V2), REMOTE),
+    embeds("jina-v2-with-berts-weights", bert, config(**JINA_V2), "the weights do not fit JinaBert: "),
     embeds("jina-v3", xlm_roberta, config(**JINA_V3), REMOTE),
     embeds("alibi", bert, config(position_embedding_type="alibi"), NO_ALIBI),
     embeds("relative", xlm_roberta, config(position_embedding_type="relative_key"), "`position_embedding_type`"),
@@ -467,7 +467,7 @@ VARIANTS = [
     *(
         embeds(f"nomic-{key}", nomic, config(**{key: value}), f"config.json has `{key}`")
         for key, value in {
-            "activation_function": "gelu",
+            "activation_function": "gelu_new",
             "causal": True,
             "num_experts": 8,
             "parallel_block": True,

@@ -122,7 +122,7 @@ def test_a_classifier_of_several_labels_is_no_reranker(tmp_path: Path, minilm_fo
 @pytest.mark.parametrize("key", ["activation_function", "prenorm", "qkv_proj_bias", "num_experts"])
 def test_a_nomic_that_asks_for_something_else_is_refused(tmp_path: Path, minilm_folder: Path, key: str) -> None:
     nomic = tiny_nomic(tmp_path / "nomic", minilm_folder)
-    edit_json(nomic / "config.json", **{key: "geglu" if key == "activation_function" else 1})
+    edit_json(nomic / "config.json", **{key: "gelu_new" if key == "activation_function" else 1})
     with pytest.raises(StartupError, match=f"config.json has `{key}`: .*; supported: "):
         start(nomic)
 

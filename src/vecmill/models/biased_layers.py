@@ -1,14 +1,15 @@
-"""Layers whose attention depends on the distance of two tokens, on packed rows: MPNet's and DeBERTa's.
+"""Layers whose attention depends on the distance of two tokens, on packed rows: MPNet's, DeBERTa's and JinaBERT's.
 
 transformers' own classes compute the bias for all pairs of tokens that they are given, which would be a whole pack, and
 do not run through its attention interface. So their weights run here.
 
 MPNet adds a number for each distance, the same in all layers; distances are put into buckets as T5 does it. DeBERTa
 adds two products for each pair: of the query with a key of their distance, and of the key with a query of their
-distance. What these are made of does not depend on a text and is computed at load.
+distance. What these are made of does not depend on a text and is computed at load. JinaBERT has ALiBi, which falls with
+the distance, both ways.
 
 Sources: Song et al. 2020 (https://arxiv.org/abs/2004.09297); Raffel et al. 2019 (https://arxiv.org/abs/1910.10683);
-He et al. 2020 (https://arxiv.org/abs/2006.03654).
+He et al. 2020 (https://arxiv.org/abs/2006.03654); Press et al. 2021 (https://arxiv.org/abs/2108.12409).
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class BiasedLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = _merged(projections)
+        # JinaBERT's second layout norms queries and keys, and adds what went into attention again.
+        self.query_norm: nn.Module = getattr(layer, "query_norm", nn.Identity())
+        self.key_norm: nn.Module = getattr(layer, "key_norm", nn.Identity())
+        self.again_norm: nn.Module | None = getattr(layer, "again_norm", None)
         self.scaling = (self.qkv.out_features / 3 / heads) ** -0.5
         self.dense: nn.Module = dense
         self.norm: nn.Module = norm
@@ -54,8 +59,10 @@ class BiasedLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor, packed_batch: PackedBatch | None) -> Tensor:
         """(1, T, width) -> (1, T, width)"""
+        query, key, value = self.qkv(hidden_states).chunk(3, dim=-1)
         query, key, value = (
-            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(hidden_states).chunk(3, dim=-1)
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in (self.query_norm(query), self.key_norm(key), value)
         )
         attended, _ = packed_attention(
             self,
@@ -69,6 +76,8 @@ class BiasedLayer(nn.Module):
             position_scores=self.position_scores(query, key),
         )
         hidden = self.norm(self.dense(attended.flatten(2)) + hidden_states)
+        if self.again_norm is not None:
+            hidden = self.again_norm(hidden + hidden_states)
         out: Tensor = self.output(self.intermediate(hidden), hidden)
         return out
 
@@ -103,14 +112,18 @@ class DisentangledLayer(BiasedLayer):
 class BiasedEncoder(nn.Module):
     """An encoder of transformers, run on packed rows."""
 
-    def __init__(self, embeddings: nn.Module, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, embeddings: nn.Module, layers: Iterable[nn.Module], pooler: nn.Module | None = None) -> None:
+        """`pooler`: of a model with a head, for which it is kept."""
         super().__init__()
         self.embeddings = embeddings
         self.layers = nn.ModuleList(layers)
+        self.pooler = pooler
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, packed_batch: PackedBatch) -> BaseModelOutput:
-        """(1, T) token ids and positions to (1, T, width)."""
-        hidden: Tensor = self.embeddings(input_ids=input_ids, position_ids=position_ids)
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, packed_batch: PackedBatch, **embedded: Tensor
+    ) -> BaseModelOutput:
+        """(1, T) token ids, positions and what else the embeddings take, to (1, T, width)."""
+        hidden: Tensor = self.embeddings(input_ids=input_ids, position_ids=position_ids, **embedded)
         for layer in self.layers:
             hidden = layer(hidden, packed_batch=packed_batch)
         return BaseModelOutput(last_hidden_state=hidden)
@@ -159,7 +172,38 @@ def _deberta(model: Any) -> BiasedEncoder:
     )
 
 
-ENCODERS: Mapping[PositionBias, Callable[[Any], BiasedEncoder]] = {"buckets": _mpnet, "disentangled": _deberta}
+def _jina(model: Any) -> BiasedEncoder:
+    heads, like = model.config.num_attention_heads, model.encoder.layer[0].attention.self.query.weight
+    slopes = torch.tensor(alibi_slopes(heads), device=like.device)[:, None]
+
+    def of_distances(distances: Tensor) -> Tensor:
+        return (-slopes * distances.abs()).to(like.dtype)
+
+    table = Distances(of_distances, model.config.max_position_embeddings, like.device)
+    layers = []
+    for layer in model.encoder.layer:
+        own, output = layer.attention.self, layer.attention.output
+        projections = [own.query, own.key, own.value]
+        layers.append(BiasedLayer(layer, projections, output.dense, output.LayerNorm, heads, table))
+    return BiasedEncoder(model.embeddings, layers, model.pooler)
+
+
+def alibi_slopes(heads: int) -> list[float]:
+    """By how much attention of each head falls with each token: a geometric series from 2 ** (-8 / heads) on.
+
+    Of a number of heads that is no power of two the first ones have the series of the power below it, and the others
+    every second slope of the series of twice as many, as the authors' code has it.
+    """
+    power = 1 << (heads.bit_length() - 1)
+    series = [2 ** (-8 * (head + 1) / power) for head in range(power)]
+    return series + [2 ** (-4 * (2 * head + 1) / power) for head in range(heads - power)]
+
+
+ENCODERS: Mapping[PositionBias, Callable[[Any], BiasedEncoder]] = {
+    "buckets": _mpnet,
+    "disentangled": _deberta,
+    "alibi": _jina,
+}
 
 
 def with_bias(model: Any, kind: PositionBias) -> Any:

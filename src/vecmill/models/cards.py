@@ -72,7 +72,7 @@ def make_card(
         weight_bytes=loaded.weight_bytes,
         similarity=checkpoint.similarity,
         unit_vectors=checkpoint.normalizes,
-        layer_norm_before_slice=checkpoint.family.layer_norm_before_slice and not _has_trained_heads(checkpoint),
+        layer_norm_before_slice=_has_layer_norm(checkpoint),
         prompts=prompts.by_name,
         default_prompt_name=prompts.default_name,
         prompts_from=prompts.source,
@@ -148,6 +148,11 @@ def supported_dimensions(checkpoint: Checkpoint, width: int) -> Sequence[int]:
         return (*(size for size in checkpoint.published.dimensions if size < width), width)
     # What a family was trained for is said of its own vectors, not of those that another layer makes of them.
     return (width,) if _has_trained_heads(checkpoint) else checkpoint.family.dimensions(width)
+
+
+def _has_layer_norm(checkpoint: Checkpoint) -> bool:
+    """Whether its vectors are layer-normed before they are cut."""
+    return checkpoint.family.layer_norm_before_slice(checkpoint.config) and not _has_trained_heads(checkpoint)
 
 
 def _has_trained_heads(checkpoint: Checkpoint) -> bool:

@@ -6,7 +6,7 @@ All that depends on a family is a field or a method here; no other file compares
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -20,8 +20,9 @@ from vecmill.models.keys import Rule, check_keys, honoured
 ConfigJson = Mapping[str, Any]
 """The object in a config.json, checked."""
 Pooling = Literal["mean", "cls", "lasttoken"]
-PositionBias = Literal["buckets", "disentangled"]
-"""Learned, by buckets of distances: a number, the same in all layers (MPNet), or a key and a query (DeBERTa)."""
+PositionBias = Literal["buckets", "disentangled", "alibi"]
+"""Learned, by buckets of distances: a number, the same in all layers (MPNet), or a key and a query (DeBERTa). Or not
+learned: it falls with the distance, by a slope of each head's own (ALiBi)."""
 Rename = Callable[[str], Sequence[str]]
 """A weight's name in the files to its names in the class: none leaves it out, several share its rows equally."""
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -37,6 +38,8 @@ class Positions(Enum):
     AFTER_PADDING = "after padding"
     """From such a table; the first token has the position after the padding token's id, and padding tokens are not
     counted (fairseq's convention)."""
+    ALIBI = "alibi"
+    """Attention falls with the distance between two tokens, which alone matters."""
     ROTARY = "rotary"
     """Queries and keys are rotated: only the distance between two tokens matters."""
 
@@ -51,10 +54,11 @@ class Positions(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """How a family is built: transformers' classes by name (a spec imports no torch), and what goes into them."""
+    """How a family is built: classes by name (a spec imports no torch), and what goes into them."""
 
     config_class: str
     model_class: str
+    """Of transformers, or one of those in `weights.OWN_CLASSES`."""
     rename: Rename
     arguments: Callable[[ConfigJson, int], dict[str, Any]] = lambda config, positions: dict(config)
     """Keyword arguments of the config class, made of the honoured keys of config.json and the number of positions."""
@@ -66,6 +70,11 @@ class Network:
     """Path of the repeated transformer blocks, from the base model."""
     merged: tuple[str, ...] = ()
     """Names of the classes whose projections of the same input are merged, see `merge_projections`."""
+    layout: Callable[[Collection[str]], Mapping[str, Any]] | None = None
+    """From the names of the weights in the files to further keys of the config class, where the class can have several
+    layouts and config.json does not say which; None: it has one."""
+    in_float32: tuple[str, ...] = ()
+    """How names of weights in the class end that are kept in float32, whatever the others' type."""
     token_types: bool = False
     """Whether the model class takes `token_type_ids`."""
     head: tuple[str, ...] = ("classifier",)
@@ -192,13 +201,15 @@ class Family:
     published: tuple[PublishedModel, ...] = ()
     examples: tuple[HubModel, ...] = ()
     """Models of each task that people name; a test asks for them."""
+    claims: Callable[[Mapping[str, Any]], bool] = lambda config: False
+    """Whether a config.json, not checked yet, is of this family though it has another's `model_type`, or none."""
     native_keys: Mapping[str, str] = field(default_factory=dict)
     """Keys of config.json that transformers' class has under another name, with that name."""
     max_positions: Callable[[ConfigJson], int | None] = lambda config: config.get("max_position_embeddings")
     """The number of positions that the weights have or were trained on; None: config.json does not say."""
     dimensions: Callable[[int], Sequence[int]] = lambda width: (width,)
     """From the width of a vector to the sizes that it may be cut to (Matryoshka representation learning)."""
-    layer_norm_before_slice: bool = False
+    layer_norm_before_slice: Callable[[ConfigJson], bool] = lambda config: False
     """Whether a vector is layer-normed, without weights, before it is cut."""
     text_format: Callable[[ConfigJson], TextFormat] | None = None
     """None: the tokenizer's own template, and pooling as sentence-transformers does it."""

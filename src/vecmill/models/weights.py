@@ -24,8 +24,10 @@ from transformers.utils import logging as transformers_logging
 from vecmill.core.errors import StartupError
 from vecmill.models.biased_layers import with_bias
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.jina_bert import JinaBert, JinaBertForPairs
 from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.modules import Head
+from vecmill.models.nomic_layers import NomicBert
 from vecmill.models.packed_attention import ATTENTION
 from vecmill.models.weight_files import (
     SINGLE,
@@ -40,6 +42,8 @@ from vecmill.models.weight_files import (
 transformers_logging.set_verbosity_error()
 
 FORGET_EVERY = 268_435_456  # bytes
+# Networks that transformers has no class for.
+OWN_CLASSES: Mapping[str, type[nn.Module]] = {each.__name__: each for each in (NomicBert, JinaBert, JinaBertForPairs)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +275,10 @@ def _unaccepted(checkpoint: Checkpoint, error: Exception) -> StartupError:
     return StartupError(f"{checkpoint.named}: {checkpoint.folder}/config.json cannot be right ({reason[:300]}).")
 
 
+def _class(name: str) -> Any:
+    return OWN_CLASSES[name] if name in OWN_CLASSES else getattr(transformers, name)
+
+
 def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
     """The checkpoint's network on the target's device, with its weights.
 
@@ -280,9 +288,11 @@ def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
     Raises:
         StartupError: a weight is missing, unknown or of the wrong shape, or a value is not finite.
     """
-    model_class = getattr(transformers, checkpoint.network.model_class)
+    model_class = _class(checkpoint.network.model_class)
     key = (checkpoint.folder.resolve(), model_class)
     if key not in target.shared:
+        if checkpoint.network.layout is not None:
+            config.update(checkpoint.network.layout(WeightFiles(checkpoint).files))
         try:
             with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
                 model = model_class(config, **checkpoint.network.options)
@@ -307,10 +317,10 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
     if missing := sorted(wanted.keys() - stored):
         raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
     if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
-        read = (
-            f"`{type(model).__name__}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
-        )
-        raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", f"fetch the model again, or {read}")
+        name = type(model).__name__
+        saved = f"`{name}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
+        cure = "fetch the model again" if name in OWN_CLASSES else f"fetch the model again, or {saved}"
+        raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", cure)
     merged = merge_projections(model, checkpoint.network.merged)
     for name, tensor in weights.tensors([name for name, several in places.items() if several], target.dtype):
         # A single number, or fewer rows than places: no parts of it have the shape.
@@ -319,7 +329,8 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
             if part.shape != wanted[place]:
                 shapes = f"{tuple(part.shape)} instead of {tuple(wanted[place])}"
                 raise _unfit(model, checkpoint, f"{place} has the shape {shapes}")
-            _set(model, merged.get(place, place), part, target)
+            dtype = torch.float32 if place.endswith(checkpoint.network.in_float32) else target.dtype
+            _set(model, merged.get(place, place), part, target.device, dtype)
         target.progress(tensor.numel() * tensor.element_size())
 
 
@@ -335,22 +346,20 @@ def _refuse_twice(checkpoint: Checkpoint, places: Mapping[str, Sequence[str]]) -
                 )
 
 
-def _set(model: nn.Module, place: str | Rows, part: Tensor, target: Target) -> None:
+def _set(model: nn.Module, place: str | Rows, part: Tensor, device: torch.device, dtype: torch.dtype) -> None:
     """Put a tensor where a parameter is, or into some rows of one."""
     rows = place if isinstance(place, Rows) else None
     module_name, _, leaf = (rows.parameter if rows else str(place)).rpartition(".")
     module = model.get_submodule(module_name)
     parameter: Tensor = getattr(module, leaf)
     if rows is None:
-        placed = part.to(target.device, target.dtype)
+        placed = part.to(device, dtype)
         setattr(
             module, leaf, placed if leaf in dict(module.named_buffers(recurse=False)) else nn.Parameter(placed, False)
         )
         return
-    if parameter.device != target.device or parameter.dtype != target.dtype:  # the first of its parts
-        parameter = nn.Parameter(
-            torch.empty(parameter.shape, device=target.device, dtype=target.dtype), requires_grad=False
-        )
+    if parameter.device != device or parameter.dtype != dtype:  # the first of its parts
+        parameter = nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype), requires_grad=False)
         setattr(module, leaf, parameter)
     parameter.data[rows.start : rows.stop].copy_(part)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models.encoders import (
     assert_equal_to_sentence_transformers,
@@ -18,7 +21,7 @@ from tests.models.encoders import (
 )
 from tests.models.families import TinyModel
 from tests.models.loaded import CPU, ids, load_model, run
-from tests.tiny_checkpoints import edit_json, tiny_cross_encoder, tiny_xlm_roberta
+from tests.tiny_checkpoints import edit_json, tiny_cross_encoder, tiny_xlm_roberta, write
 from tests.tiny_encoders import tiny_encoder
 from vecmill.core.types import Row, Task
 from vecmill.models import networks
@@ -51,6 +54,67 @@ async def test_vectors_and_scores_equal_sentence_transformers(tmp_path: Path) ->
 @pytest.mark.parametrize("tiny", [tiny for tiny in TINY if tiny.model_type != "xlm-roberta"], ids=str)
 def test_bfloat16_is_near(tmp_path: Path, tiny: TinyModel) -> None:
     assert_near_in_bfloat16(tiny, tiny.write(tmp_path / "tiny"))
+
+
+def as_jina_reranker_v2(source: Path, folder: Path, **keys: Any) -> Path:
+    """An XLM-R with a head under the keys and names of weights of jina-reranker-v2-base-multilingual."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    del config["model_type"]
+    code = "xlm_roberta.XLMRoberta"
+    of_code = {
+        "auto_map": {
+            "AutoConfig": f"configuration_{code}FlashConfig",
+            "AutoModel": f"modeling_{code}Model",
+            "AutoModelForSequenceClassification": f"modeling_{code}ForSequenceClassification",
+        },
+        "emb_pooler": None,
+        "num_labels": 1,
+        "position_embedding_type": "absolute",
+        "use_flash_attn": True,
+    }
+    write(folder / "config.json", {**config, **of_code, **keys})
+    weights = load_file(folder / "model.safetensors")
+    layers = {name.split(".")[3] for name in weights if name.startswith("roberta.encoder.layer.")}
+    for layer, leaf in ((f"roberta.encoder.layer.{number}.", leaf) for number in layers for leaf in ("weight", "bias")):
+        parts = [weights.pop(f"{layer}attention.self.{part}.{leaf}") for part in ("query", "key", "value")]
+        weights[f"{layer}mixer.Wqkv.{leaf}"] = torch.cat(parts)
+    names = {
+        "encoder.layer.": "encoder.layers.",
+        "embeddings.LayerNorm.": "emb_ln.",
+        "attention.output.dense.": "mixer.out_proj.",
+        "attention.output.LayerNorm.": "norm1.",
+        "intermediate.dense.": "mlp.fc1.",
+        "output.dense.": "mlp.fc2.",
+        "output.LayerNorm.": "norm2.",
+    }
+    for old, new in names.items():
+        weights = {name.replace(old, new): weight for name, weight in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def test_jina_reranker_v2_gives_what_its_weights_give_under_transformers_names(tmp_path: Path) -> None:
+    source = tiny_cross_encoder(tmp_path / "native", kind="xlm-roberta")
+    folder = as_jina_reranker_v2(source, tmp_path / "jina-reranker-v2")
+    rows = [Row(ids(*range(10, 10 + length))) for length in (3, 40)]
+    wanted, scores = (run(load_model(each, Task.RERANK)[1], rows) for each in (source, folder))
+    np.testing.assert_array_equal(scores, wanted)
+    assert read(Source("x", folder, Task.RERANK)).family.model_type == "xlm-roberta"
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"position_embedding_type": "rotary"}, '`position_embedding_type`: "rotary"'),
+        ({"lora_adaptations": ["x"]}, "the key `lora_adaptations`"),
+        ({"auto_map": {"AutoConfig": "someone/else--configuration_xlm_roberta.XLMRobertaFlashConfig"}}, "`auto_map`"),
+    ],
+    ids=str,
+)
+def test_of_jina_reranker_v2_is_refused(tmp_path: Path, keys: dict[str, Any], expected: str) -> None:
+    source = tiny_cross_encoder(tmp_path / "native", kind="xlm-roberta")
+    assert expected in refusal(lambda: as_jina_reranker_v2(source, tmp_path / "tiny"), Task.RERANK, **keys)
 
 
 def test_positions_begin_after_the_padding(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
 from vecmill.models.families.gemma import GEMMA
 from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.jina_bert import JINA_BERT
 from vecmill.models.families.llama import LLAMA
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
 from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
@@ -43,6 +44,7 @@ FAMILIES: Mapping[str, Family] = {
         ALBERT,
         MPNET,
         DEBERTA_V2,
+        JINA_BERT,
         EMBEDDING_GEMMA2,
         GEMMA,
         GEMMA3,
@@ -72,7 +74,7 @@ def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> 
         StartupError: the family is not served for the task, a key is not known, or its value is not supported.
     """
     served = {model_type: family for model_type, family in FAMILIES.items() if task in family.tasks}
-    model_type = str(config.get("model_type", "missing"))
+    model_type = _model_type(config)
     if model_type not in served:
         raise StartupError(
             f"{named}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(served))}. "
@@ -80,6 +82,12 @@ def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> 
         )
     served[model_type].check_config(named, file, config, task)
     return served[model_type]
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    """Of the family that a config.json is of, whichever `model_type` it has."""
+    claiming = (family.model_type for family in FAMILIES.values() if family.claims(config))
+    return next(claiming, None) or str(config.get("model_type", "missing"))
 
 
 def published_model(model_id: str) -> PublishedModel | None:
