@@ -379,6 +379,7 @@ class Server:
         if self._scheduler is not None:
             await self._scheduler.close()
         if self._engine is not None:
+            await asyncio.to_thread(self._engine.keep_measured)
             self._engine.close()
         self._threads.shutdown()
         await self.sampler.close()

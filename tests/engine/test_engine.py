@@ -131,8 +131,8 @@ async def test_what_was_measured_holds_for_the_next_start(
         vectors = (await engine.run(KEY, ROWS)).rows
         # As passes since then have found it.
         warmed[KEY] = replace(warmed[KEY].refitted(fit([(64, 0.5), (128, 0.75)]), 0.1), changed_at=1000.0)
+        engine.keep_measured()
         engine.close()
-        engine._thread.join(10)
         return loaded_as.pop(), vectors
 
     loaded_as: list[Warmed] = []

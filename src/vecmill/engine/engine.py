@@ -259,6 +259,11 @@ class Engine:
         assert self._live is not None  # once `loaded` has resolved
         return self._live.add_cached(folder, model_id, task)
 
+    def keep_measured(self) -> None:
+        """Keep for the next start what is known by now of the models. It writes a file: not for the event loop."""
+        if self._live is not None:
+            self._live.keep_measured()
+
     def shortage(self, weight_bytes: int) -> str | None:
         """Why so many bytes of weights do not fit into the GPU's memory now; None on a CPU. Asks the driver."""
         room = limit_memory(self.loaded.result().device, self._settings.memory_fraction, self._settings.memory_floor_gb)
@@ -418,7 +423,6 @@ class Engine:
                 self._do(loaded, self._inbox.take())
         except Closed:
             self._end()
-            self._live.keep_measured()
         except BaseException as error:
             logger.critical("the device's thread ended", exc_info=error)
             reason = f"503: the device has failed ({type(error).__name__}) and the server must be restarted."

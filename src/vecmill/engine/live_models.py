@@ -153,7 +153,7 @@ class LiveModels:
 
     def keep_measured(self) -> None:
         """Remember for the next start what is known by now of the models that are loaded. It writes a file."""
-        for key, model in self._loaded.models.items():
+        for key, model in list(self._loaded.models.items()):
             loader.keep_measured(model, self._loaded.warmed[key], self._engine, self._loaded.common)
 
     def release(self, model: LoadedModel) -> None:
