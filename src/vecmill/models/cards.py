@@ -144,8 +144,10 @@ def supported_dimensions(checkpoint: Checkpoint, width: int) -> Sequence[int]:
         return tuple(sorted({width, *(int(size) for size in sizes if 0 < int(size) <= width)}))
     if checkpoint.config.get("is_matryoshka"):
         return range(1, width + 1)
-    if checkpoint.published is not None and checkpoint.published.dimensions:
-        return (*(size for size in checkpoint.published.dimensions if size < width), width)
+    if checkpoint.published is not None and (published := checkpoint.published.dimensions):
+        if isinstance(published, range):
+            return range(min(published.start, width), width + 1)
+        return (*(size for size in published if size < width), width)
     # What a family was trained for is said of its own vectors, not of those that another layer makes of them.
     return (width,) if _has_trained_heads(checkpoint) else checkpoint.family.dimensions(width)
 

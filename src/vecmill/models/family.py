@@ -121,8 +121,8 @@ class PublishedModel:
     completes_files: bool = False
     """Whether `prompts` are added to those of files that have others: the files name prompts of tasks, and none of the
     roles `query` and `document`."""
-    dimensions: tuple[int, ...] = ()
-    """Sizes that vectors may be cut to; empty: as the family has it."""
+    dimensions: Sequence[int] = ()
+    """Sizes that vectors may be cut to, a range where every size in it is one; empty: as the family has it."""
     pair_prompt: PairPrompt | None = None
     """Of a reranker: the text around a pair, where its files have no template for pairs."""
     answers: AnswerWords = AnswerWords()

@@ -15,6 +15,7 @@ from vecmill.models.families.distilbert import DISTILBERT
 from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
 from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.gte import GTE, NEW
 from vecmill.models.families.llama import LLAMA
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
 from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
@@ -44,6 +45,8 @@ FAMILIES: Mapping[str, Family] = {
         DEBERTA_V2,
         EMBEDDING_GEMMA2,
         GEMMA3,
+        GTE,
+        NEW,
         LLAMA_BIDIREC,
         MINISTRAL3,
         MISTRAL3,
