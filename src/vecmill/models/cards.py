@@ -74,6 +74,7 @@ def make_card(
         unit_vectors=checkpoint.normalizes,
         layer_norm_before_slice=checkpoint.family.layer_norm_before_slice and not _has_trained_heads(checkpoint),
         prompts=prompts.by_name,
+        adapters=checkpoint.adapters.names if checkpoint.adapters is not None else (),
         default_prompt_name=prompts.default_name,
         prompts_from=prompts.source,
         instruction_template=prompts.instruction_template,

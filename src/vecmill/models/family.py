@@ -50,6 +50,17 @@ class Positions(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Adapters:
+    """Low-rank weights that are added to those of every layer, one set for each task (LoRA)."""
+
+    names: tuple[str, ...]
+    """The tasks."""
+    rank: int
+    scaling: float
+    """What the product of an adapter's two weights is multiplied by."""
+
+
+@dataclass(frozen=True, slots=True)
 class Network:
     """How a family is built: transformers' classes by name (a spec imports no torch), and what goes into them."""
 
@@ -76,6 +87,8 @@ class Network:
     position_bias: PositionBias | None = None
     """How attention gets a bias for each distance of two tokens. Flash kernels take none: it is SDPA always, and a pass
     is not captured as a CUDA graph."""
+    adapters: Callable[[ConfigJson], Adapters] | None = None
+    """Of a network whose files have adapters, `models/adapters.py` runs it; None: they have none."""
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None
@@ -192,6 +205,12 @@ class Family:
     published: tuple[PublishedModel, ...] = ()
     examples: tuple[HubModel, ...] = ()
     """Models of each task that people name; a test asks for them."""
+    claims: Callable[[ConfigJson], bool] = lambda config: False
+    """Whether a config.json is this family's although its `model_type` is another's: made with code of its own."""
+    own_modules: Mapping[str, str] = field(default_factory=dict)
+    """Classes of that code in modules.json, to those of sentence-transformers that they stand for."""
+    prompts: Callable[[ConfigJson], Mapping[str, str]] = lambda config: {}
+    """Those that config.json holds, by name."""
     native_keys: Mapping[str, str] = field(default_factory=dict)
     """Keys of config.json that transformers' class has under another name, with that name."""
     max_positions: Callable[[ConfigJson], int | None] = lambda config: config.get("max_position_embeddings")

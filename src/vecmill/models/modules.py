@@ -77,7 +77,7 @@ RERANK_ORDERS = (("Transformer",), ("Transformer", "LogitScore"))
 ENTRY: Mapping[str, Rule] = {
     **rules(HONOURED, ("name", "path", "type")),
     "idx": HARMLESS,  # the list's order counts
-    "kwargs": only([], None),
+    "kwargs": only([], ["task"], None),  # what `encode` hands on: of jina-embeddings-v3
 }
 POOLING_MODE = "pooling_mode_"
 POOLING: Mapping[str, Rule] = {
@@ -206,14 +206,16 @@ class Modules:
 
 
 NO_MODULES = Modules({})
+NO_CLASSES: Mapping[str, str] = {}
 
 
-def read_modules(folder: Path, named: str, task: Task, listed: Any) -> Modules:
+def read_modules(folder: Path, named: str, task: Task, listed: Any, own: Mapping[str, str] = NO_CLASSES) -> Modules:
     """The modules and their folders.
 
     Args:
         named: the setting that names the model, for errors.
         listed: what modules.json holds.
+        own: classes of the checkpoint's own that are implemented here, to those of the package that they stand for.
 
     Raises:
         StartupError: a module is not served, or not in this order, or says what is not implemented.
@@ -223,7 +225,7 @@ def read_modules(folder: Path, named: str, task: Task, listed: Any) -> Modules:
         raise StartupError(f"{named}: {file} is no list of modules.")
     for entry in listed:
         check_keys(named, file, entry, ENTRY)
-    kinds = [_kind(named, entry) for entry in listed]
+    kinds = [_kind(named, entry, own) for entry in listed]
     _check_order(named, task, kinds, [entry.get("name") for entry in listed])
     modules = [(kind, _path(named, file, entry)) for kind, entry in zip(kinds, listed, strict=True) if kind != IGNORED]
     folders = {kind: path for kind, path in modules if kind not in HEADS}
@@ -321,13 +323,13 @@ def trained_folders(listed: Any) -> list[str]:
     return [path.rstrip("/") for path in paths if isinstance(path, str) and path and _inside(path)]
 
 
-def _kind(named: str, entry: Mapping[str, Any]) -> str:
+def _kind(named: str, entry: Mapping[str, Any], own: Mapping[str, str]) -> str:
     """The class of a module; its whole path counts, since anybody's class may have the same last name."""
     full = entry.get("type")
     if not isinstance(full, str):
         raise StartupError(f"{named}: modules.json has a module without a `type`.")
-    if full in SERVED:
-        return SERVED[full]
+    if (served := SERVED.get(full) or own.get(full)) is not None:
+        return served
     last = full.rsplit(".", 1)[-1]
     if not full.startswith(PACKAGE):
         raise StartupError(

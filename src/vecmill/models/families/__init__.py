@@ -16,6 +16,7 @@ from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
 from vecmill.models.families.gemma3 import GEMMA3
 from vecmill.models.families.gte import GTE, NEW
+from vecmill.models.families.jina_embeddings_v3 import JINA_EMBEDDINGS_V3
 from vecmill.models.families.llama import LLAMA
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
 from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
@@ -47,6 +48,7 @@ FAMILIES: Mapping[str, Family] = {
         GEMMA3,
         GTE,
         NEW,
+        JINA_EMBEDDINGS_V3,
         LLAMA_BIDIREC,
         MINISTRAL3,
         MISTRAL3,
@@ -73,7 +75,10 @@ def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> 
         StartupError: the family is not served for the task, a key is not known, or its value is not supported.
     """
     served = {model_type: family for model_type, family in FAMILIES.items() if task in family.tasks}
-    model_type = str(config.get("model_type", "missing"))
+    model_type = next(
+        (family.model_type for family in served.values() if family.claims(config)),
+        str(config.get("model_type", "missing")),
+    )
     if model_type not in served:
         raise StartupError(
             f"{named}: model_type {model_type!r} is not supported; supported: {', '.join(sorted(served))}. "
@@ -81,6 +86,11 @@ def family_of(named: str, file: Path, config: Mapping[str, Any], task: Task) -> 
         )
     served[model_type].check_config(named, file, config, task)
     return served[model_type]
+
+
+def own_modules(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Classes in the modules.json beside a config.json that are a checkpoint's own code, implemented here."""
+    return next((family.own_modules for family in FAMILIES.values() if family.claims(config)), {})
 
 
 def published_model(model_id: str) -> PublishedModel | None:
