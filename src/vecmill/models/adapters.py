@@ -33,6 +33,12 @@ def _joined(parameter: Tensor) -> nn.Parameter:
     return nn.Parameter(parameter.contiguous(), requires_grad=False)
 
 
+def _add_product(out: Tensor, low: Tensor, weight: Tensor) -> Tensor:
+    """(1, T, outputs) plus (1, T, tasks * rank) times a weight, in place: another tensor of that size takes longer."""
+    out[0].addmm_(low[0], weight.T)
+    return out
+
+
 class AdaptedLinear(nn.Module):
     """A linear layer and its adapters. Until they are joined, their weights have the shapes of the hub's files."""
 
@@ -50,7 +56,7 @@ class AdaptedLinear(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(1, T, inputs) and (1, T, tasks * rank) -> (1, T, outputs)"""
         low = F.linear(hidden, self.lora_A) * mask
-        return F.linear(hidden, self.weight, self.bias) + F.linear(low, self.lora_B)
+        return _add_product(F.linear(hidden, self.weight, self.bias), low, self.lora_B)
 
 
 class AdaptedEmbedding(nn.Module):
@@ -70,7 +76,7 @@ class AdaptedEmbedding(nn.Module):
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """(1, T) and (1, T, tasks * rank) -> (1, T, width)"""
         low = F.embedding(ids, self.lora_A) * mask
-        return F.embedding(ids, self.weight) + F.linear(low, self.lora_B)
+        return _add_product(F.embedding(ids, self.weight), low, self.lora_B)
 
 
 class AdaptedEmbeddings(nn.Module):

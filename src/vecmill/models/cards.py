@@ -111,7 +111,9 @@ def choose_prompts(checkpoint: Checkpoint, query_instruction: str | None = None)
         return prompts
     template = prompts.instruction_template or INSTRUCTION_PLACE
     query = template.replace(INSTRUCTION_PLACE, query_instruction)
-    return replace(prompts, by_name={**prompts.by_name, "query": query})
+    # A model with adapters has it under the task's name, too.
+    same = [name for name, text in prompts.by_name.items() if checkpoint.adapters and text == prompts.by_name["query"]]
+    return replace(prompts, by_name={**prompts.by_name, **dict.fromkeys(("query", *same), query)})
 
 
 def _instructed(checkpoint: Checkpoint, prompts: Prompts, instruction: str) -> Prompts:

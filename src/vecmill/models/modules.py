@@ -77,8 +77,10 @@ RERANK_ORDERS = (("Transformer",), ("Transformer", "LogitScore"))
 ENTRY: Mapping[str, Rule] = {
     **rules(HONOURED, ("name", "path", "type")),
     "idx": HARMLESS,  # the list's order counts
-    "kwargs": only([], ["task"], None),  # what `encode` hands on: of jina-embeddings-v3
+    "kwargs": only([], None),
 }
+OWN_ENTRY: Mapping[str, Rule] = {**ENTRY, "kwargs": only([], ["task"], None)}
+"""Of a class of the checkpoint's own, which may be told a text's task."""
 POOLING_MODE = "pooling_mode_"
 POOLING: Mapping[str, Rule] = {
     **rules(whole(), ("word_embedding_dimension", "embedding_dimension")),  # stated, and read by nothing that follows
@@ -224,7 +226,8 @@ def read_modules(folder: Path, named: str, task: Task, listed: Any, own: Mapping
     if not isinstance(listed, list) or not listed:
         raise StartupError(f"{named}: {file} is no list of modules.")
     for entry in listed:
-        check_keys(named, file, entry, ENTRY)
+        is_own = isinstance(entry, Mapping) and str(entry.get("type")) in own
+        check_keys(named, file, entry, OWN_ENTRY if is_own else ENTRY)
     kinds = [_kind(named, entry, own) for entry in listed]
     _check_order(named, task, kinds, [entry.get("name") for entry in listed])
     modules = [(kind, _path(named, file, entry)) for kind, entry in zip(kinds, listed, strict=True) if kind != IGNORED]

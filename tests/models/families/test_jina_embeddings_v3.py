@@ -34,6 +34,7 @@ from tests.tiny_checkpoints import (
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Row, Task
 from vecmill.engine.compilation import compile_layers
+from vecmill.models.cards import choose_prompts
 
 WIDTH, HEADS, INNER, LAYERS, RANK, LENGTH = 32, 4, 64, 2, 4, 100
 INSTRUCTIONS = {
@@ -243,6 +244,13 @@ async def test_the_card(client: httpx.AsyncClient) -> None:
     assert card["supported_dimensions"] == [8, 16, 32]
     eight = await embed(client, TEXTS[:1], dimensions=8, task="separation")
     assert eight.shape == (1, 8)
+
+
+def test_an_instruction_of_the_settings_is_the_query_tasks_too(folder: Path) -> None:
+    prompts = choose_prompts(load_model(folder)[0], "Find it: ").by_name
+    assert prompts["query"] == prompts["retrieval.query"] == "Find it: "
+    assert prompts["document"] == prompts["retrieval.passage"] == INSTRUCTIONS["retrieval.passage"]
+    assert prompts["separation"] == ""
 
 
 @torch.inference_mode()
