@@ -4,6 +4,7 @@ adapter added to its weights.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator
@@ -208,6 +209,17 @@ async def test_other_words_for_the_tasks(
     body = (await client.post(path, json={named: TEXTS, **fields})).json()
     vectors = np.array(body if path == "/embed" else [entry["embedding"] for entry in body["data"]])
     np.testing.assert_allclose(vectors, wanted[task], atol=1e-3)  # some of them from the cache
+
+
+async def test_equal_texts_in_flight_are_told_apart_by_their_task(client: httpx.AsyncClient, wanted: Wanted) -> None:
+    """Three of the tasks and none put nothing before a text, so that all of them run the same token ids."""
+    tasks = [task for task, instruction in INSTRUCTIONS.items() if not instruction]
+    headers = {"Cache-Control": "no-store"}
+    bodies = [{"input": TEXTS, "task": task} for task in tasks] + [{"input": TEXTS}]
+    answers = await asyncio.gather(*(client.post("/v1/embeddings", json=body, headers=headers) for body in bodies))
+    for task, answer in zip([*tasks, None], answers, strict=True):
+        vectors = np.array([entry["embedding"] for entry in answer.json()["data"]])
+        np.testing.assert_allclose(vectors, wanted[task], atol=1e-5, err_msg=str(task))
 
 
 async def test_token_ids_and_instructions_have_the_tasks_adapter(

@@ -178,7 +178,10 @@ NEW = Family(
     tasks={Task.EMBED: EMBEDDER, Task.RERANK: RERANKER},
     positions=Positions.ROTARY,
     max_positions=_max_positions,
-    published=(PublishedModel("Alibaba-NLP", r"gte-multilingual-base", dimensions=range(128, 769)),),
+    published=tuple(
+        PublishedModel(owner, r"gte-multilingual-base", dimensions=range(128, 769))
+        for owner in ("Alibaba-NLP", "alibaba-nlp-community")
+    ),
     examples=(
         HubModel(
             "Alibaba-NLP/gte-multilingual-base",
