@@ -299,12 +299,12 @@ JINA_V2 = {
     "feed_forward_type": "geglu",
     "position_embedding_type": "alibi",
 }
-JINA_V3 = {
-    "auto_map": {"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling_lora.XLMRobertaLoRA"},
+JINA_WITHOUT_TASKS = {
+    "auto_map": {"AutoModel": "jinaai/xlm-roberta-flash-implementation--modeling_xlm_roberta.XLMRobertaModel"},
     "architectures": ["XLMRobertaModel"],
-    "lora_adaptations": ["retrieval.query"],
     "position_embedding_type": "rotary",
 }
+JINA_V3 = {**JINA_WITHOUT_TASKS, "lora_adaptations": ["retrieval.query"]}
 
 
 # How control tokens in texts are read is no matter of config.json.
@@ -395,7 +395,8 @@ VARIANTS = [
     reranks("qwen3-reranker-yarn", qwen3_reranker, config(rope_scaling=YARN, hidden_act="gelu")),
     # Refused.
     embeds("jina-v2-with-berts-weights", bert, config(**JINA_V2), "the weights do not fit JinaBert: "),
-    embeds("jina-v3", xlm_roberta, config(**JINA_V3), REMOTE),
+    embeds("jina-without-tasks", xlm_roberta, config(**JINA_WITHOUT_TASKS), REMOTE),
+    embeds("jina-v3-in-part", xlm_roberta, config(**JINA_V3), "leaves out `load_trained_adapters`"),
     embeds("alibi", bert, config(position_embedding_type="alibi"), NO_ALIBI),
     embeds("relative", xlm_roberta, config(position_embedding_type="relative_key"), "`position_embedding_type`"),
     embeds("unknown", bert, config(surprise=1), "the key `surprise` (1), which is not known here"),

@@ -248,7 +248,10 @@ def owner_fingerprint(fingerprint: bytes, owner: str) -> bytes:
 
 
 def vector_key(fingerprint: bytes, row: Row) -> bytes:
-    """What the vector of one input is kept under: the token ids that run, and which of them the pooling leaves out."""
+    """What the vector of one input is kept under: the token ids that run, which of them the pooling leaves out, and the
+    adapter that they are run with."""
     digest = blake2b(row.token_ids.tobytes(), digest_size=KEY_BYTES, key=fingerprint)
     digest.update(b"%d,%d" % (row.unpooled, -1 if row.second_text is None else row.second_text))
+    if row.adapter is not None:
+        digest.update(b",%d" % row.adapter)
     return digest.digest()

@@ -39,6 +39,8 @@ class Row:
     """Leading tokens that are attended to but not pooled: those of a prompt that the pooling leaves out."""
     second_text: int | None = None
     """Where the second text of a pair begins, for models with token types (BERT)."""
+    adapter: int | None = None
+    """Which of the model's adapters it is run with; None: none of them."""
 
     def __len__(self) -> int:
         """Tokens, those of the prefix included."""
@@ -88,6 +90,9 @@ class ModelCard:
     weight_bytes: int
     """Not counting weights that another model had loaded already."""
     prompts: Mapping[str, str] = field(default_factory=dict)
+    adapters: Sequence[str] = ()
+    """Tasks for which the model has weights of their own, by the names in its files (jina-embeddings-v3); a row's
+    `adapter` is an index in it."""
     default_prompt_name: str | None = None
     """Name of the prompt for texts whose request names neither prompt nor role; None: such texts get no prompt."""
     prompts_from: PromptSource | None = None
@@ -324,6 +329,8 @@ class PromptChoice:
     """As `prompt_name`, but no prompt where the model has none of that name."""
     instruction: str | None = None
     """The task in the client's own words, in place of the model's default."""
+    use: str | None = field(default=None, compare=False)
+    """The request's own word for what its texts are for, where it has one: what a model with adapters goes by."""
 
 
 class Side(StrEnum):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -142,7 +142,7 @@ def _whole(row: Row) -> Row:
     if row.prefix is None:
         return row
     token_ids = np.concatenate((row.prefix.token_ids, row.token_ids))
-    return Row(token_ids, unpooled=row.unpooled, second_text=row.second_text)
+    return replace(row, token_ids=token_ids, prefix=None)
 
 
 def lane_of(shape: PackShape | None, lane: Lane) -> Lane:

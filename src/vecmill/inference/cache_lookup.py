@@ -115,10 +115,14 @@ class CacheLookup:
     """Whether vectors that are not written yet are rounded as if they were read back."""
 
     def cached_encoder(
-        self, encode: Callable[[Sequence[str]], list[Tokenized]], prompt: str, truncation: Truncation
+        self,
+        encode: Callable[[Sequence[str]], list[Tokenized]],
+        prompt: str,
+        truncation: Truncation,
+        adapter: int | None = None,
     ) -> Callable[[Sequence[str]], list[Tokenized | CachedRow]]:
         """Wrap `encode` so that texts seen before skip tokenization."""
-        how = f"{truncation.side} {truncation.max_tokens} {prompt}".encode("utf-8", "surrogatepass")
+        how = f"{truncation.side} {truncation.max_tokens} {adapter} {prompt}".encode("utf-8", "surrogatepass")
         context = blake2b(how, digest_size=32, key=self.fingerprint).digest()
 
         def encode_or_look_up(texts: Sequence[str]) -> list[Tokenized | CachedRow]:

@@ -30,7 +30,13 @@ from vecmill.core.types import (
 from vecmill.inference.cache_lookup import CachedRow, CacheLookup, CachePolicy
 from vecmill.inference.pair_tokenizer import CrossEncoderTokenizer, InstructTokenizer, PairLimits, PairTokenizer
 from vecmill.inference.schedule import RequestRows, RowResults, RunOptions
-from vecmill.inference.text_tokenizer import TextTokenizer, Tokenized, asks_for_query, choose_prompt
+from vecmill.inference.text_tokenizer import (
+    TextTokenizer,
+    Tokenized,
+    asks_for_query,
+    choose_adapter,
+    choose_prompt,
+)
 from vecmill.inference.token_ids import cl100k, texts_of_ids
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.inference.vectors import finish_vectors, logit_to_relevance, similarities, similarity_to_relevance
@@ -72,7 +78,7 @@ class Answering(ABC, Generic[Request, Result]):
         """Estimate the request.
 
         Raises:
-            InvalidInput: the model has no prompt of the name that is asked for.
+            InvalidInput: the model has no prompt of the name that is asked for, or no weights for that task.
         """
 
     @abstractmethod
@@ -134,7 +140,8 @@ class Embedder(Answering[EmbedRequest, EmbedResult]):
         lookup = self.lookup(options, cache, is_query=asks_for_query(request.prompt))
         if isinstance(request.inputs[0], str):
             texts = cast(Sequence[str], request.inputs)
-            inputs = await self.tokenize_texts(texts, prompt, request.truncation, lookup)
+            adapter = choose_adapter(self.card, request.prompt)
+            inputs = await self.tokenize_texts(texts, prompt, request.truncation, lookup, adapter)
         else:
             inputs = await self._tokenize_ids(request, prompt, options, lookup)
         return RequestRows(inputs, entries(request.param))
@@ -144,23 +151,29 @@ class Embedder(Answering[EmbedRequest, EmbedResult]):
         return cache.lookup(self.card, self.fingerprint, options.caller, is_query=is_query, truncate=options.truncate)
 
     async def tokenize_texts(
-        self, texts: Sequence[str], prompt: str, truncation: Truncation, lookup: CacheLookup | None
+        self,
+        texts: Sequence[str],
+        prompt: str,
+        truncation: Truncation,
+        lookup: CacheLookup | None,
+        adapter: int | None = None,
     ) -> list[Tokenized | CachedRow]:
         """A row for each text, or its vector from the cache.
 
         Raises:
             InvalidInput: the request's limit leaves no room for any text.
         """
-        encode = await self.tokenizer.encoder(prompt, truncation)
+        encode = await self.tokenizer.encoder(prompt, truncation, adapter)
         if lookup is None:
             return [*await self.tokenizer.pool.map(encode, texts)]
-        return await self.tokenizer.pool.map(lookup.cached_encoder(encode, prompt, truncation), texts)
+        return await self.tokenizer.pool.map(lookup.cached_encoder(encode, prompt, truncation, adapter), texts)
 
     async def _tokenize_ids(
         self, request: EmbedRequest, prompt: str, options: RunOptions, lookup: CacheLookup | None
     ) -> list[Tokenized | CachedRow]:
         """Ids of another vocabulary are read as the texts they stand for; the model's own are run as they are."""
         ids = cast(Sequence[Sequence[int]], request.inputs)
+        adapter = choose_adapter(self.card, request.prompt)
         whose = request.token_vocabulary or self.token_ids
         side = self.tokenizer.side(request.truncation)
         truncation = replace(request.truncation, allowed=options.truncate, side=side)
@@ -168,9 +181,9 @@ class Embedder(Answering[EmbedRequest, EmbedResult]):
         read = partial(texts_of_ids, whose, ids, self.tokenizer.pool, request.param, truncation)
         decoded = await self.threads.run_if_large(read, size=size)
         if decoded is not None:
-            inputs = await self.tokenize_texts(decoded.texts, prompt, request.truncation, lookup)
+            inputs = await self.tokenize_texts(decoded.texts, prompt, request.truncation, lookup, adapter)
             return [row.marked_as_cut() if index in decoded.cut else row for index, row in enumerate(inputs)]
-        check = partial(self.tokenizer.check, ids, request.param, request.truncation)
+        check = partial(self.tokenizer.check, ids, request.param, request.truncation, adapter)
         rows = await self.threads.run_if_large(check, size=size)
         if lookup is None:
             return [*rows]
@@ -280,11 +293,16 @@ class VectorScorer(Answering[ScoreRequest, ScoreResult]):
         own_side = replace(request.truncation, side=None)
         query_limit = await self._limited(own_side, request.max_tokens_per_query, query_prompt)
         document_limit = await self._limited(request.truncation, request.max_tokens_per_document, document_prompt)
+        query_adapter, document_adapter = (
+            choose_adapter(self.card, PromptChoice(is_query=is_query)) for is_query in (True, False)
+        )
         query_lookup = model.lookup(options, cache, is_query=True)
         document_lookup = model.lookup(options, cache, is_query=False)
         inputs = [
-            *await model.tokenize_texts(request.queries, query_prompt, query_limit, query_lookup),
-            *await model.tokenize_texts(request.documents, document_prompt, document_limit, document_lookup),
+            *await model.tokenize_texts(request.queries, query_prompt, query_limit, query_lookup, query_adapter),
+            *await model.tokenize_texts(
+                request.documents, document_prompt, document_limit, document_lookup, document_adapter
+            ),
         ]
         queries = len(request.queries)
         query = entries(request.query_param) if queries > 1 else lambda index: request.query_param

@@ -95,9 +95,12 @@ class TextTokenizer:
         return await self.pool.map(await self.encoder(prompt, truncation), texts)
 
     async def encoder(
-        self, prompt: str = "", truncation: Truncation = NO_LIMIT
+        self, prompt: str = "", truncation: Truncation = NO_LIMIT, adapter: int | None = None
     ) -> Callable[[Sequence[str]], list[Tokenized]]:
         """A function that tokenizes part of the texts; to be called in a worker thread.
+
+        Args:
+            adapter: which of the model's adapters they are to be run with.
 
         Raises:
             InvalidInput: the request's limit leaves no room for any text.
@@ -107,7 +110,7 @@ class TextTokenizer:
         if prompt and (self._format.unpooled != "nothing" or limited):
             [instruction] = await self.pool.encode_batch([prompt])
         self._check_room(truncation, len(instruction))
-        return partial(self._encode_part, prompt, instruction, truncation)
+        return partial(self._encode_part, prompt, instruction, truncation, adapter)
 
     def _check_room(self, truncation: Truncation, prompt: int) -> None:
         """Refuse a limit that the special tokens and the prompt's take up alone."""
@@ -121,7 +124,12 @@ class TextTokenizer:
         )
 
     def _encode_part(
-        self, prompt: str, instruction: list[int], truncation: Truncation, texts: Sequence[str]
+        self,
+        prompt: str,
+        instruction: list[int],
+        truncation: Truncation,
+        adapter: int | None,
+        texts: Sequence[str],
     ) -> list[Tokenized]:
         unpooled = self._unpooled(instruction) if prompt else 0
         if self.side(truncation) is Side.LEFT:
@@ -130,7 +138,7 @@ class TextTokenizer:
             encoded = self.pool.encode_part_from_end(texts, partial(missing_prompt, prompt), head)
         else:
             encoded = self.pool.encode_part(texts, partial(missing_prompt, prompt))
-        return [self._finish(ids, truncation, unpooled, instruction) for ids in encoded]
+        return [self._finish(ids, truncation, unpooled, instruction, adapter=adapter) for ids in encoded]
 
     def _unpooled(self, prompt: Sequence[int]) -> int:
         """How many leading tokens of a row are left out of the pooling, of a prompt with these tokens by itself.
@@ -151,6 +159,7 @@ class TextTokenizer:
         unpooled: int = 0,
         instruction: Sequence[int] = (),
         left_out: int = 0,
+        adapter: int | None = None,
     ) -> Tokenized:
         """Cut, and put the special tokens around. The instruction's tokens stay when the left side is cut.
 
@@ -167,18 +176,28 @@ class TextTokenizer:
         # If the request set this limit and allows truncation, the row counts as shortened, not as too long.
         own = truncation.max_tokens is not None and truncation.max_tokens <= self._max_model_len
         shortened = own and truncation.allowed is not False and total > limit
-        return Tokenized(Row(whole, unpooled=unpooled), len(whole) if shortened else total, shortened)
+        row = Row(whole, unpooled=unpooled, adapter=adapter)
+        return Tokenized(row, len(whole) if shortened else total, shortened)
 
-    def check(self, inputs: Sequence[Sequence[int]], param: str, truncation: Truncation = NO_LIMIT) -> list[Tokenized]:
+    def check(
+        self,
+        inputs: Sequence[Sequence[int]],
+        param: str,
+        truncation: Truncation = NO_LIMIT,
+        adapter: int | None = None,
+    ) -> list[Tokenized]:
         """Take token ids of this model's vocabulary as they are; special tokens are added where they are missing.
+
+        Args:
+            adapter: as of `encoder`.
 
         Raises:
             InvalidInput: an id is outside the vocabulary, a list is empty, or the request's limit leaves no room.
         """
         self._check_room(truncation, 0)
-        return [self._check_one(ids, truncation, f"{param}[{index}]") for index, ids in enumerate(inputs)]
+        return [self._check_one(ids, truncation, f"{param}[{index}]", adapter) for index, ids in enumerate(inputs)]
 
-    def _check_one(self, ids: Sequence[int], truncation: Truncation, param: str) -> Tokenized:
+    def _check_one(self, ids: Sequence[int], truncation: Truncation, param: str, adapter: int | None) -> Tokenized:
         advice = (
             ": ids must come from this model's own tokenizer. Send text instead (with LangChain: "
             "check_embedding_ctx_length=False)."
@@ -194,7 +213,7 @@ class TextTokenizer:
             kept = ids[max(start, stop - self._max_model_len) : stop]
         else:
             kept = ids[start : min(stop, start + self._max_model_len)]
-        return self._finish(kept, truncation, left_out=stop - start - len(kept))
+        return self._finish(kept, truncation, left_out=stop - start - len(kept), adapter=adapter)
 
 
 def common_start(ids: Sequence[int], instruction: Sequence[int]) -> int:
@@ -224,12 +243,14 @@ def choose_prompt(card: ModelCard, choice: PromptChoice) -> str:
     As sentence-transformers has it: a role without a prompt is no prompt, and not the default one.
 
     Raises:
-        InvalidInput: the model has no prompt of that name.
+        InvalidInput: the model has no prompt of that name, or no adapter for the task.
     """
     if choice.instruction is not None:
         return _instructed(card, choice.instruction)
     if choice.prompt_name is not None:
         return _named(card, choice.prompt_name)
+    if (task := _task(card, choice)) is not None:
+        return card.prompts.get(task, "")
     if choice.task is not None:
         return card.prompts.get(choice.task, "")
     if choice.is_query is None:
@@ -272,6 +293,43 @@ def _default(card: ModelCard) -> str:
 
 def _first(card: ModelCard, names: tuple[str, ...]) -> str:
     return next((card.prompts[name] for name in names if name in card.prompts), "")
+
+
+# What other dialects, and roles, call the tasks of jina-embeddings-v3.
+TASKS = {
+    **dict.fromkeys((*QUERY_NAMES, "search_query"), "retrieval.query"),
+    **dict.fromkeys((*DOCUMENT_NAMES, "search_document"), "retrieval.passage"),
+    "clustering": "separation",
+}
+
+
+def choose_adapter(card: ModelCard, choice: PromptChoice) -> int | None:
+    """The adapter of the task that the texts are for, as an index in the card's; None: the weights without any.
+
+    A prompt by its name has the adapter of the task of that name. Where nothing is said, there is none, whatever the
+    default prompt is: so the reference has it.
+
+    Raises:
+        InvalidInput: the model has adapters, and none for that task.
+    """
+    task = _task(card, choice)
+    return None if task is None else card.adapters.index(task)
+
+
+def _task(card: ModelCard, choice: PromptChoice) -> str | None:
+    """The name of one of the model's adapters. Raises InvalidInput as `choose_adapter`."""
+    if not card.adapters:
+        return None
+    role = {True: QUERY_NAMES[0], False: DOCUMENT_NAMES[0], None: ""}[choice.is_query]
+    word = choice.prompt_name or choice.use or choice.task or role
+    task = TASKS.get(word, word)
+    if task in card.adapters:
+        return task
+    if choice.use is not None and choice.prompt_name is None:
+        raise InvalidInput(
+            f"`task` {word!r} is not a task of {card.id}; these are: {', '.join(card.adapters)}.", param="task"
+        )
+    return None
 
 
 def asks_for_query(choice: PromptChoice) -> bool:

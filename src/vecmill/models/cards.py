@@ -74,6 +74,7 @@ def make_card(
         unit_vectors=checkpoint.normalizes,
         layer_norm_before_slice=_has_layer_norm(checkpoint),
         prompts=prompts.by_name,
+        adapters=checkpoint.adapters.names if checkpoint.adapters is not None else (),
         default_prompt_name=prompts.default_name,
         prompts_from=prompts.source,
         instruction_template=prompts.instruction_template,
@@ -110,7 +111,9 @@ def choose_prompts(checkpoint: Checkpoint, query_instruction: str | None = None)
         return prompts
     template = prompts.instruction_template or INSTRUCTION_PLACE
     query = template.replace(INSTRUCTION_PLACE, query_instruction)
-    return replace(prompts, by_name={**prompts.by_name, "query": query})
+    # A model with adapters has it under the task's name, too.
+    same = [name for name, text in prompts.by_name.items() if checkpoint.adapters and text == prompts.by_name["query"]]
+    return replace(prompts, by_name={**prompts.by_name, **dict.fromkeys(("query", *same), query)})
 
 
 def _instructed(checkpoint: Checkpoint, prompts: Prompts, instruction: str) -> Prompts:
@@ -144,8 +147,10 @@ def supported_dimensions(checkpoint: Checkpoint, width: int) -> Sequence[int]:
         return tuple(sorted({width, *(int(size) for size in sizes if 0 < int(size) <= width)}))
     if checkpoint.config.get("is_matryoshka"):
         return range(1, width + 1)
-    if checkpoint.published is not None and checkpoint.published.dimensions:
-        return (*(size for size in checkpoint.published.dimensions if size < width), width)
+    if checkpoint.published is not None and (published := checkpoint.published.dimensions):
+        if isinstance(published, range):
+            return range(min(published.start, width), width + 1)
+        return (*(size for size in published if size < width), width)
     # What a family was trained for is said of its own vectors, not of those that another layer makes of them.
     return (width,) if _has_trained_heads(checkpoint) else checkpoint.family.dimensions(width)
 

@@ -15,9 +15,9 @@ from vecmill.core.types import Task
 from vecmill.models import weight_files
 from vecmill.models.chat_template import Messages, UnfitTemplateError, read_messages
 from vecmill.models.config_keys import rope_type
-from vecmill.models.families import family_of, published_model
+from vecmill.models.families import family_of, own_modules, published_model
 from vecmill.models.families.static_embedding import STATIC_EMBEDDING
-from vecmill.models.family import Family, Network, Pooling, Positions, PublishedModel, TextFormat
+from vecmill.models.family import Adapters, Family, Network, Pooling, Positions, PublishedModel, TextFormat
 from vecmill.models.fingerprint import Fingerprint, commit_of
 from vecmill.models.keys import read_any_json, read_json
 from vecmill.models.modules import (
@@ -134,6 +134,11 @@ class Checkpoint:
         return self.family.arguments(self.config, _spec_of(self.task, self.scores_vectors), self.positions)
 
     @property
+    def adapters(self) -> Adapters | None:
+        """Its weights for tasks; None: it has none."""
+        return self.network.adapters(self.config) if self.network.adapters is not None else None
+
+    @property
     def published(self) -> PublishedModel | None:
         """What the card says of the model of its id, or of its folder's name."""
         return published_model(self.id)
@@ -149,7 +154,8 @@ class Checkpoint:
     @property
     def prompts(self) -> Mapping[str, str]:
         """Those of the files, by name; each with what a chat template puts between it and a text."""
-        prompts = {name: text or "" for name, text in (self.library_config.get("prompts") or {}).items()}
+        of_library = {name: text or "" for name, text in (self.library_config.get("prompts") or {}).items()}
+        prompts = {**self.family.prompts(self.config), **of_library}
         return {name: text + self.messages.separator if text else "" for name, text in prompts.items()}
 
     @property
@@ -325,7 +331,7 @@ def _modules(folder: Path, named: str, task: Task, config: Mapping[str, Any]) ->
     if task is Task.EMBED and _is_a(config, "ForSequenceClassification"):
         raise StartupError(f"{named}: this is {KINDS[Task.RERANK]}.")
     path = folder / "modules.json"
-    return read_modules(folder, named, task, read_any_json(path)) if path.is_file() else NO_MODULES
+    return read_modules(folder, named, task, read_any_json(path), own_modules(config)) if path.is_file() else NO_MODULES
 
 
 def _is_a(config: Mapping[str, Any], ending: str) -> bool:

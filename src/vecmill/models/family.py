@@ -53,6 +53,17 @@ class Positions(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Adapters:
+    """Low-rank weights that are added to those of every layer, one set for each task (LoRA)."""
+
+    names: tuple[str, ...]
+    """The tasks."""
+    rank: int
+    scaling: float
+    """What the product of an adapter's two weights is multiplied by."""
+
+
+@dataclass(frozen=True, slots=True)
 class Network:
     """How a family is built: classes by name (a spec imports no torch), and what goes into them."""
 
@@ -85,6 +96,8 @@ class Network:
     position_bias: PositionBias | None = None
     """How attention gets a bias for each distance of two tokens. Flash kernels take none: it is SDPA always, and a pass
     is not captured as a CUDA graph."""
+    adapters: Callable[[ConfigJson], Adapters] | None = None
+    """Of a network whose files have adapters, `models/adapters.py` runs it; None: they have none."""
     latent_attention: str | None = None
     """Key of config.json with the sizes of NV-Embed's block after the layers; None: the model has no such block."""
     pooling: Pooling | None = None
@@ -130,8 +143,8 @@ class PublishedModel:
     completes_files: bool = False
     """Whether `prompts` are added to those of files that have others: the files name prompts of tasks, and none of the
     roles `query` and `document`."""
-    dimensions: tuple[int, ...] = ()
-    """Sizes that vectors may be cut to; empty: as the family has it."""
+    dimensions: Sequence[int] = ()
+    """Sizes that vectors may be cut to, a range where every size in it is one; empty: as the family has it."""
     pair_prompt: PairPrompt | None = None
     """Of a reranker: the text around a pair, where its files have no template for pairs."""
     answers: AnswerWords = AnswerWords()
@@ -202,7 +215,12 @@ class Family:
     examples: tuple[HubModel, ...] = ()
     """Models of each task that people name; a test asks for them."""
     claims: Callable[[Mapping[str, Any]], bool] = lambda config: False
-    """Whether a config.json, not checked yet, is of this family though it has another's `model_type`, or none."""
+    """Whether a config.json, not checked yet, is of this family though it has another's `model_type`, or none: it was
+    made with code of its own."""
+    own_modules: Mapping[str, str] = field(default_factory=dict)
+    """Classes of that code in modules.json, to those of sentence-transformers that they stand for."""
+    prompts: Callable[[ConfigJson], Mapping[str, str]] = lambda config: {}
+    """Those that config.json holds, by name."""
     native_keys: Mapping[str, str] = field(default_factory=dict)
     """Keys of config.json that transformers' class has under another name, with that name."""
     max_positions: Callable[[ConfigJson], int | None] = lambda config: config.get("max_position_embeddings")

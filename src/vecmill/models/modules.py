@@ -83,6 +83,8 @@ ENTRY: Mapping[str, Rule] = {
     "idx": HARMLESS,  # the list's order counts
     "kwargs": only([], None),
 }
+OWN_ENTRY: Mapping[str, Rule] = {**ENTRY, "kwargs": only([], ["task"], None)}
+"""Of a class of the checkpoint's own, which may be told a text's task."""
 POOLING_MODE = "pooling_mode_"
 POOLING: Mapping[str, Rule] = {
     **rules(whole(), ("word_embedding_dimension", "embedding_dimension")),  # stated, and read by nothing that follows
@@ -221,14 +223,16 @@ class Modules:
 
 
 NO_MODULES = Modules({})
+NO_CLASSES: Mapping[str, str] = {}
 
 
-def read_modules(folder: Path, named: str, task: Task, listed: Any) -> Modules:
+def read_modules(folder: Path, named: str, task: Task, listed: Any, own: Mapping[str, str] = NO_CLASSES) -> Modules:
     """The modules and their folders.
 
     Args:
         named: the setting that names the model, for errors.
         listed: what modules.json holds.
+        own: classes of the checkpoint's own that are implemented here, to those of the package that they stand for.
 
     Raises:
         StartupError: a module is not served, or not in this order, or says what is not implemented.
@@ -237,8 +241,9 @@ def read_modules(folder: Path, named: str, task: Task, listed: Any) -> Modules:
     if not isinstance(listed, list) or not listed:
         raise StartupError(f"{named}: {file} is no list of modules.")
     for entry in listed:
-        check_keys(named, file, entry, ENTRY)
-    kinds = [_kind(named, entry) for entry in listed]
+        is_own = isinstance(entry, Mapping) and str(entry.get("type")) in own
+        check_keys(named, file, entry, OWN_ENTRY if is_own else ENTRY)
+    kinds = [_kind(named, entry, own) for entry in listed]
     paths = [_path(named, file, entry) for entry in listed]
     modules = [(kind, path) for kind, path in zip(kinds, paths, strict=True) if kind != IGNORED]
     scoring = [_gives_scores(named, folder, kind, path) for kind, path in modules]
@@ -355,13 +360,13 @@ def trained_folders(listed: Any) -> list[str]:
     return [path.rstrip("/") for path in paths if isinstance(path, str) and path and _inside(path)]
 
 
-def _kind(named: str, entry: Mapping[str, Any]) -> str:
+def _kind(named: str, entry: Mapping[str, Any], own: Mapping[str, str]) -> str:
     """The class of a module; its whole path counts, since anybody's class may have the same last name."""
     full = entry.get("type")
     if not isinstance(full, str):
         raise StartupError(f"{named}: modules.json has a module without a `type`.")
-    if full in SERVED:
-        return SERVED[full]
+    if (served := SERVED.get(full) or own.get(full)) is not None:
+        return served
     last = full.rsplit(".", 1)[-1]
     if not full.startswith(PACKAGE):
         raise StartupError(

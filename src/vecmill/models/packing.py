@@ -140,6 +140,7 @@ class PackedBatch:
     input_ids: Tensor  # (1, T) int64
     position_ids: Tensor  # (1, T) int64, restarting at 0 with each row
     token_type_ids: Tensor  # (1, T) int64
+    adapters: Tensor  # (T,) int32: the adapter of each token's row, by its index; -1: none
     pooled: Tensor | None  # (T, 1) float32: 0 where a token is left out of pooling; None: all are in
     cu_seqlens: Tensor  # (S + 1,) int32: where each segment starts, and T
     max_length: int
@@ -173,6 +174,7 @@ class _Segment:
     """The caller's index of the row; None for a prefix and the filler."""
     unpooled: int = 0
     second_text: int | None = None
+    adapter: int | None = None
     shared: Prefix | None = None
     """The prefix that this segment holds; None for a row and the filler."""
 
@@ -207,6 +209,7 @@ def pack(
         "input_ids": np.concatenate([segment.token_ids for segment in segments]).astype(np.int64)[None],
         "position_ids": np.concatenate([np.arange(len(each)) + each.position for each in segments])[None],
         "token_type_ids": np.concatenate([_token_types(segment) for segment in segments])[None],
+        "adapters": np.repeat(np.array([_adapter(segment) for segment in segments], dtype=np.int32), lengths),
         "cu_seqlens": cu_seqlens,
         "lengths": lengths,
         "segments": np.array([number for number, _ in of_rows], dtype=np.int64),
@@ -225,6 +228,7 @@ def pack(
         input_ids=tensors["input_ids"],
         position_ids=tensors["position_ids"],
         token_type_ids=tensors["token_type_ids"],
+        adapters=tensors["adapters"],
         pooled=tensors.get("pooled"),
         cu_seqlens=tensors["cu_seqlens"],
         max_length=shape.max_length if shape is not None else int(lengths.max()),
@@ -310,7 +314,8 @@ def _segments(rows: Sequence[Row], recalled: Collection[Prefix], shape: PackShap
         for index in sorted(families[prefix], key=lambda index: len(rows[index].token_ids)):
             row = rows[index]
             position = len(prefix) if prefix else 0
-            segments.append(_Segment(row.token_ids, start, position, span, index, row.unpooled, row.second_text))
+            of_row = (row.unpooled, row.second_text, row.adapter)
+            segments.append(_Segment(row.token_ids, start, position, span, index, *of_row))
             start += len(row.token_ids)
     if filler := (_filler(start) if shape is None else shape.tokens - start):
         segments.append(_Segment(np.zeros(filler, dtype=np.int32), start))
@@ -349,6 +354,10 @@ def _token_types(segment: _Segment) -> np.typing.NDArray[np.int64]:
     if segment.second_text is not None:
         types[segment.second_text :] = 1
     return types
+
+
+def _adapter(segment: _Segment) -> int:
+    return -1 if segment.adapter is None else segment.adapter
 
 
 def _pooled(segments: Sequence[_Segment], tokens: int) -> np.typing.NDArray[np.float32]:

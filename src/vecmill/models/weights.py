@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from vecmill.core.errors import StartupError
+from vecmill.models.adapters import AdaptedEncoder
 from vecmill.models.biased_layers import with_bias
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.jina_bert import JinaBert, JinaBertForPairs
@@ -299,7 +300,11 @@ def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
         except Exception as error:
             raise _unaccepted(checkpoint, error) from None
         model.set_attn_implementation(ATTENTION)
+        if checkpoint.adapters is not None:
+            model = AdaptedEncoder(model, checkpoint.adapters)
         _fill(model, checkpoint, target)
+        if isinstance(model, AdaptedEncoder):
+            model.join_adapters()
         if checkpoint.network.position_bias is not None:
             model = with_bias(model, checkpoint.network.position_bias)
         target.shared[key] = model.to(target.device).eval()  # the buffers

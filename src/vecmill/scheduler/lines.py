@@ -202,4 +202,4 @@ class Sequence:
 def duplicate_key(model: str, row: Row) -> Hashable:
     """Equal for rows that give the same vector: of those in flight only one is run."""
     prefix = row.prefix.token_ids.tobytes() if row.prefix is not None else b""
-    return model, row.token_ids.tobytes(), prefix, row.unpooled, row.second_text
+    return model, row.token_ids.tobytes(), prefix, row.unpooled, row.second_text, row.adapter

@@ -30,6 +30,8 @@ class TinyModel:
     """Whether rows are pairs with token types."""
     prefixes: bool = False
     """Whether rows share prefixes."""
+    adapters: int = 0
+    """Tasks with weights of their own."""
     layer_kinds: int = 1
     """Kinds of layers: each is compiled by itself."""
     layout: str = ""
@@ -44,11 +46,12 @@ class TinyModel:
         return "-".join(filter(None, (self.task.value, self.model_type, self.layout)))
 
     def row(self, length: int, vocab_size: int, random: np.random.Generator) -> Row:
-        """Random token ids, and a random place where the unpooled tokens end or the second text begins."""
+        """Random token ids, and a random place where the unpooled tokens end or the second text begins, or task."""
         token_ids = random.integers(0, vocab_size, length).astype(np.int32)
         second = int(random.integers(0, length)) if self.second_text else None
         unpooled = int(random.integers(0, length)) if self.unpooled else 0
-        return Row(token_ids, unpooled=unpooled, second_text=second)
+        task = int(random.integers(-1, self.adapters)) if self.adapters else -1
+        return Row(token_ids, unpooled=unpooled, second_text=second, adapter=None if task < 0 else task)
 
 
 @cache

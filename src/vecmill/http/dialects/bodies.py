@@ -165,7 +165,7 @@ class PromptFields(BaseModel):
         An instruction replaces the prompt, not what kind of text it is for.
         """
         use = self.task or self.input_type
-        choice = CHOICES[use] if use else PromptChoice(self.is_query)
+        choice = replace(CHOICES[use], use=use) if use else PromptChoice(self.is_query)
         if self.prompt_name is not None:
             choice = PromptChoice(prompt_name=self.prompt_name)
         return choice if self.instruction is None else replace(choice, instruction=self.instruction)

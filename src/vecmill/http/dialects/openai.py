@@ -226,6 +226,7 @@ def _model(card: ModelCard) -> dict[str, Any]:
         "similarity": card.similarity if card.dimensions else None,
         "dtype": card.dtype,
         "prompts": named_prompts(card),
+        **({"adapters": list(card.adapters)} if card.adapters else {}),
         "prompts_from": card.prompts_from,
         "default_prompt_name": card.default_prompt_name,
         "aliases": list(card.aliases),

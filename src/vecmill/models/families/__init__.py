@@ -16,7 +16,9 @@ from vecmill.models.families.electra import ELECTRA
 from vecmill.models.families.embedding_gemma2 import EMBEDDING_GEMMA2
 from vecmill.models.families.gemma import GEMMA
 from vecmill.models.families.gemma3 import GEMMA3
+from vecmill.models.families.gte import GTE, NEW
 from vecmill.models.families.jina_bert import JINA_BERT
+from vecmill.models.families.jina_embeddings_v3 import JINA_EMBEDDINGS_V3
 from vecmill.models.families.llama import LLAMA
 from vecmill.models.families.llama_bidirec import LLAMA_BIDIREC
 from vecmill.models.families.ministral3 import MINISTRAL3, MISTRAL3
@@ -48,6 +50,9 @@ FAMILIES: Mapping[str, Family] = {
         EMBEDDING_GEMMA2,
         GEMMA,
         GEMMA3,
+        GTE,
+        NEW,
+        JINA_EMBEDDINGS_V3,
         LLAMA_BIDIREC,
         MINISTRAL3,
         MISTRAL3,
@@ -88,6 +93,11 @@ def _model_type(config: Mapping[str, Any]) -> str:
     """Of the family that a config.json is of, whichever `model_type` it has."""
     claiming = (family.model_type for family in FAMILIES.values() if family.claims(config))
     return next(claiming, None) or str(config.get("model_type", "missing"))
+
+
+def own_modules(config: Mapping[str, Any]) -> Mapping[str, str]:
+    """Classes in the modules.json beside a config.json that are a checkpoint's own code, implemented here."""
+    return next((family.own_modules for family in FAMILIES.values() if family.claims(config)), {})
 
 
 def published_model(model_id: str) -> PublishedModel | None:
