@@ -6,6 +6,8 @@ checkpoint is written to a temporary folder and loaded in processes of their own
 
     python -m benchmarks.models
     python -m benchmarks.models --quick    # tiny models: whether it works, not how fast
+    python -m benchmarks.models --only families --rounds 3 --seconds 0
+    python -m benchmarks.models --only ModernBERT-base
 """
 
 import argparse
@@ -20,7 +22,7 @@ from benchmarks.lib.figures import print_disturbance
 from benchmarks.lib.host import describe_host
 from benchmarks.lib.results import publish
 from benchmarks.lib.timing import Machine
-from benchmarks.models.cases import CASES, Given, cases, measure
+from benchmarks.models.cases import ONLY, Given, cases, measure
 from benchmarks.models.loading import loading
 from benchmarks.models.shapes import CPU, CUDA, QUICK, Sizes
 from rich.box import SIMPLE
@@ -38,7 +40,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), help="default: auto, float32 with --quick")
     parser.add_argument("--load-gb", type=float, help="size of the checkpoint (default: 4, or 8 with CUDA)")
     parser.add_argument("--quick", action="store_true", help="tiny models on the CPU")
-    parser.add_argument("--only", choices=CASES, help="only these comparisons, and no checkpoint is loaded")
+    parser.add_argument("--only", choices=ONLY, help="only these comparisons, and no checkpoint is loaded")
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
     return parser.parse_args(arguments)
 

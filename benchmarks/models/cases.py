@@ -24,6 +24,7 @@ from benchmarks.models.builds import (
     matmul_parameters,
     merged_and_separate,
 )
+from benchmarks.models.families import FAMILY_SHAPES, FamilyShape, both_sides, timed, tiny
 from benchmarks.models.plain import PlainLatentAttention, by_length, padded, with_sdpa
 from benchmarks.models.shapes import Shape, Sizes
 from benchmarks.models.workloads import (
@@ -41,7 +42,7 @@ from benchmarks.models.workloads import (
 )
 from torch import Tensor
 
-from vecmill.core.types import Row
+from vecmill.core.types import Row, Task
 from vecmill.engine.device import choose_dtype, dtype_name
 from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from vecmill.models.networks import Model
@@ -309,6 +310,38 @@ def _built(kind: str, shape: Shape, target: Target) -> Model:
         return build(kind, shape, target, Path(folder))
 
 
+def families(given: Given, only: str | None = None) -> Iterator[ModelCase]:
+    """Models of the hub's shapes, packed, against padded batches through sentence-transformers."""
+    for name, model in FAMILY_SHAPES.items():
+        if only in (None, name):
+            yield from _family(name, tiny(model) if given.sizes.tiny_families else model, given)
+
+
+def _family(name: str, model: FamilyShape, given: Given) -> Iterator[ModelCase]:
+    target = given.target(model.shape["hidden_size"])
+    for both in both_sides(model, target, given.sizes.family_texts, given.batch_tokens):
+        sides = timed(both, target.dtype)
+        answers = {side: timed_side.run() for side, timed_side in sides.items()}
+        reranks = model.task is Task.RERANK
+        yield ModelCase(
+            f"family, {name}",
+            target.dtype,
+            sides,
+            sum(both.tokens),
+            "tokens",
+            {side: _apart(answer) if reranks else answer for side, answer in answers.items()},
+            {
+                "hidden_size": model.shape["hidden_size"],
+                "layers": model.shape["num_hidden_layers"],
+                "texts": len(both.tokens),
+                "mean_tokens": float(np.mean(both.tokens)),
+                "median_tokens": float(np.median(both.tokens)),
+                "packs": both.packs,
+            },
+            SCORE_TOLERANCE if reranks else TOLERANCE,
+        )
+
+
 def _model_side(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]], target: Target) -> TimedSide:
     weights = matmul_parameters(model.modules) * len(packs)
     run = partial(run_model, model, packs, target.device)
@@ -320,12 +353,17 @@ def _side(run: Callable[[], Tensor], computed: float, parameters: int, target: T
 
 
 CASES: Mapping[str, Callable[[Given], Iterator[ModelCase]]] = {
-    make.__name__: make for make in (latent_attention, shared_prefix, packed_rows, merged_projections, whole_models)
+    make.__name__: make
+    for make in (latent_attention, shared_prefix, packed_rows, merged_projections, whole_models, families)
 }
+ONLY = (*CASES, *FAMILY_SHAPES)
+"""What can be measured alone."""
 
 
 def cases(given: Given, only: str | None = None) -> Iterator[ModelCase]:
-    """All of them, or those of one name in CASES."""
+    """All of them, or those of one name in ONLY."""
+    if only in FAMILY_SHAPES:
+        yield from families(given, only)
     for name, make in CASES.items():
         if only in (None, name):
             yield from make(given)

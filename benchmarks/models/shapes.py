@@ -89,6 +89,9 @@ class Sizes:
     merged: Mapping[str, tuple[str, Shape]]
     """As `encoders`, for merged projections against separate ones: their backbones alone."""
     merged_tokens: Sequence[int]
+    family_texts: int
+    """Of each of FAMILY_SHAPES."""
+    tiny_families: bool
     load_gb: float
     load_shape: Shape
     """Its layers are repeated until the checkpoint is large enough."""
@@ -121,6 +124,8 @@ CUDA = Sizes(
         "NV-Embed, 8 layers": ("nvembed", _few_layers(NV_EMBED_V2, 8)),
     },
     merged_tokens=(16, 512, 4096),
+    family_texts=512,
+    tiny_families=False,
     load_gb=8,
     load_shape=QWEN3_4B,
     matmul_size=8192,
@@ -146,6 +151,8 @@ CPU = Sizes(
         "NV-Embed, 1 layer": ("nvembed", _few_layers(NV_EMBED_V2, 1)),
     },
     merged_tokens=(16, 512),
+    family_texts=48,
+    tiny_families=False,
     load_gb=4,
     load_shape=QWEN3_4B,
     matmul_size=2048,
@@ -181,6 +188,8 @@ QUICK = Sizes(
         "tiny NV-Embed": ("nvembed", _TINY_NV_EMBED),
     },
     merged_tokens=(16, 64),
+    family_texts=12,
+    tiny_families=True,
     load_gb=0.064,
     load_shape={**_TINY_QWEN3, "hidden_size": 512, "intermediate_size": 2048},
     matmul_size=128,

@@ -56,7 +56,7 @@ class SimulatedQueue:
             lane = Lane.INTERACTIVE if client % 4 == 1 else Lane.BULK
             self.clients[number] = lane, f"client-{client}"
             row = rows[number * 7 % len(rows)]
-            sequence = Waiting(row, MODEL, number, submitted=float(number), deadline=float("inf"))
+            sequence = Waiting(row, MODEL, number, lane, len(row), None, float(number), float("inf"))
             sequence.futures.append(loop.create_future())
             self._join(sequence)
 

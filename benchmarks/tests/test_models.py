@@ -35,6 +35,7 @@ def test_every_comparison_gives_the_same_numbers_on_all_sides(result: dict[str, 
         "packed rows",
         "merged projections",
         "whole model",
+        "family",
     }
     assert all(check["error"] < 1e-5 for check in checks.values()), checks
 

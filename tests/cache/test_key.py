@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from vecmill.cache.embedding_cache import KEY_BYTES, model_fingerprint, vector_key
+from vecmill.cache.embedding_cache import KEY_BYTES, model_fingerprint, vector_keys
 from vecmill.core.types import ModelCard, Row, Task
 
 CARD = ModelCard(
@@ -39,7 +39,7 @@ def row(*ids: int, unpooled: int = 0) -> Row:
 )
 def test_another_model_content_dtype_or_pooling_is_another_key(change: dict[str, str]) -> None:
     before, after = model_fingerprint(CARD), model_fingerprint(replace(CARD, **change))  # type: ignore[arg-type]
-    assert vector_key(before, row(1, 2)) != vector_key(after, row(1, 2))
+    assert vector_keys(before, [row(1, 2)]) != vector_keys(after, [row(1, 2)])
 
 
 def test_what_does_not_change_the_numbers_does_not_change_the_key() -> None:
@@ -70,7 +70,7 @@ def test_other_tokens_or_other_unpooled_tokens_are_another_key() -> None:
         row(1, 2, unpooled=1),
         Row(np.array([1, 2], np.int32), None, 0, 1),
     ]
-    keys = {vector_key(model, other_row) for other_row in rows}
+    keys = set(vector_keys(model, rows))
     assert len(keys) == len(rows)
     assert {len(key) for key in keys} == {KEY_BYTES}
-    assert vector_key(model, row(1, 2)) in keys
+    assert vector_keys(model, [row(1, 2)])[0] in keys

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.tiny_checkpoints import tiny_bert
+from tests.tiny_checkpoints import tiny_bert, tiny_static
 from vecmill.config import load_settings
 from vecmill.core.calibration import Warmed, fit
 from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, StartupError
@@ -27,6 +27,7 @@ from vecmill.engine.device import choose_device
 from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
 from vecmill.engine.forward import LoadedModel
 from vecmill.engine.live_models import LiveModels
+from vecmill.engine.loader import load
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
 
@@ -43,6 +44,15 @@ def engine(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
     engine.loaded.result(60)
     yield engine
     engine.close()
+
+
+@pytest.mark.parametrize("limit", [None, 2048])
+def test_passes_that_take_no_time_are_made_longer(tmp_path: Path, minilm_folder: Path, limit: int | None) -> None:
+    flags = {"embed_model": str(tiny_static(tmp_path / "tiny", minilm_folder)), "device": "cpu"}
+    settings = load_settings({**flags, **({"max_batch_tokens": limit} if limit else {})})
+    warmed = load(settings.model, settings.engine, lambda percent, message: None).warmed[KEY]
+    assert warmed.max_batch_size == (256 if limit is None else 64)
+    assert limit is None or warmed.max_batch_tokens <= limit
 
 
 def model_of(engine: Engine) -> LoadedModel:

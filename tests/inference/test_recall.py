@@ -25,7 +25,7 @@ def known(number: int) -> KnownText:
 def test_the_memory_is_bounded_and_keeps_what_is_asked_for() -> None:
     memory = TextMemory(most=100)
     for number in range(1000):
-        memory.add(b"%d" % number, known(number))
+        memory.add({b"%d" % number: known(number)})
         assert memory.get(b"0") == known(0)
         assert len(memory) <= 101
     assert memory.get(b"999") == known(999)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, NonFiniteEmbedding, ShuttingDown
 from vecmill.core.protocols import BatchResult, ForwardRunner
-from vecmill.core.types import Lane, Prefix, Row
+from vecmill.core.types import Lane, Prefix, Row, Vector
 from vecmill.scheduler.lines import MOST_CLIENTS, SequenceResult, Sharing, WaitingLines
 from vecmill.scheduler.policy import Budget, Cut, TurnTaker
 from vecmill.scheduler.scheduler import Scheduler
@@ -525,3 +525,30 @@ async def test_long_texts_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) 
     assert await sums(scheduler.submit("m", [ids(1, 2, 3)] * 4)) == [6] * 4
     await scheduler.close()
     assert caplog.messages == []
+
+
+async def test_rows_that_end_with_an_error_leave_nothing_behind_that_is_never_run() -> None:
+    def rows() -> Iterator[Row]:
+        yield ids(1)
+        raise ValueError("no more")
+
+    scheduler = scheduler_of(SumRunner())
+    with pytest.raises(ValueError, match="no more"):
+        scheduler.submit("m", rows())
+    assert await sums(scheduler.submit("m", [ids(1), ids(2)])) == [1, 2]  # an equal row may have joined the first
+    assert scheduler.waiting[Lane.BULK] == 0
+    assert scheduler.queued["m", Lane.BULK] == (0, 0)
+    await scheduler.close()
+
+
+async def test_vectors_are_kept_under_their_keys_once_a_batch() -> None:
+    kept: list[list[tuple[bytes, float]]] = []
+    scheduler = scheduler_of(SumRunner())
+
+    def keep(vectors: list[tuple[bytes, Vector]]) -> None:
+        kept.append([(key, float(vector[0])) for key, vector in vectors])
+
+    rows, keys = [ids(value) for value in (1, 2, 3, 1)], [b"one", None, b"three", b"one again"]
+    await sums(scheduler.submit("m", rows, keep=keep, keys=keys))
+    assert kept == [[(b"one", 1.0), (b"three", 3.0)]]
+    await scheduler.close()

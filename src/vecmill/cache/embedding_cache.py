@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from math import inf
 from time import monotonic
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -41,8 +41,7 @@ class CacheStats:
     """Never written: the store failed, or could not keep up."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kept:
+class Kept(NamedTuple):
     """A vector on its way to the store."""
 
     vector: Vector
@@ -82,7 +81,8 @@ class EmbeddingCache:
 
         `as_read`: also those that are not written yet are rounded as they will be.
         """
-        kept = {key: waiting for key in keys if (waiting := self._on_the_way(key)) is not None}
+        pending, writing = self._pending, self._writing
+        kept = {key: waiting for key in keys if (waiting := pending.get(key) or writing.get(key)) is not None}
         vectors = {
             key: self.as_read([waiting.vector], waiting.smallest)[0] if as_read else waiting.vector
             for key, waiting in kept.items()
@@ -98,9 +98,6 @@ class EmbeddingCache:
         keys = [b"%d" % index for index in range(len(encoded))]
         read = decode_values(dict(zip(keys, encoded, strict=True)), len(vectors[0]))
         return [read.get(key, vector) for key, vector in zip(keys, vectors, strict=True)]
-
-    def _on_the_way(self, key: bytes) -> Kept | None:
-        return self._pending.get(key) or self._writing.get(key)
 
     def _left_alone(self) -> bool:
         return monotonic() - self._failed_at.get("read", -inf) < RETRY_SECONDS
@@ -125,13 +122,17 @@ class EmbeddingCache:
 
     def keep(self, key: bytes, vector: Vector, smallest: int) -> None:
         """Write a vector, soon. Returns at once."""
+        self.keep_all([(key, vector)], smallest)
+
+    def keep_all(self, vectors: Sequence[tuple[bytes, Vector]], smallest: int) -> None:
+        """Write vectors, each under its key, soon. Returns at once."""
         with self._lock:
-            if self._pending_bytes + vector.nbytes > PENDING_BYTES or self._closing.is_set():
-                self.stats.lost += 1
-                return
-            if key not in self._pending:
-                self._pending[key] = Kept(vector, smallest)
-                self._pending_bytes += vector.nbytes
+            for key, vector in vectors:
+                if self._pending_bytes + vector.nbytes > PENDING_BYTES or self._closing.is_set():
+                    self.stats.lost += 1
+                elif key not in self._pending:
+                    self._pending[key] = Kept(vector, smallest)
+                    self._pending_bytes += vector.nbytes
 
     def clear(self) -> int:
         """Forget everything; how many entries that were. It may take seconds.
@@ -247,11 +248,16 @@ def owner_fingerprint(fingerprint: bytes, owner: str) -> bytes:
     return blake2b(owner.encode(), digest_size=len(fingerprint), key=fingerprint).digest()
 
 
-def vector_key(fingerprint: bytes, row: Row) -> bytes:
-    """What the vector of one input is kept under: the token ids that run, which of them the pooling leaves out, and the
+def vector_keys(fingerprint: bytes, rows: Sequence[Row]) -> list[bytes]:
+    """What each input's vector is kept under: the token ids that run, which of them the pooling leaves out, and the
     adapter that they are run with."""
-    digest = blake2b(row.token_ids.tobytes(), digest_size=KEY_BYTES, key=fingerprint)
-    digest.update(b"%d,%d" % (row.unpooled, -1 if row.second_text is None else row.second_text))
-    if row.adapter is not None:
-        digest.update(b",%d" % row.adapter)
-    return digest.digest()
+    empty = blake2b(digest_size=KEY_BYTES, key=fingerprint)
+    keys = []
+    for row in rows:
+        digest = empty.copy()  # making one with a key hashes the key each time
+        digest.update(row.token_ids.tobytes())
+        digest.update(b"%d,%d" % (row.unpooled, -1 if row.second_text is None else row.second_text))
+        if row.adapter is not None:
+            digest.update(b",%d" % row.adapter)
+        keys.append(digest.digest())
+    return keys

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -276,7 +276,7 @@ def collect(launched: Launched) -> list[Vector | Exception]:
 
 def _place(part: LaunchedPart, results: list[Vector | Exception]) -> None:
     vectors = part.answers.numpy()
-    finite: Iterable[bool] = np.isfinite(vectors).all(axis=1)
+    finite: list[bool] = np.isfinite(vectors).all(axis=1).tolist()
     for position, vector, good in zip(part.packed.order, vectors, finite, strict=True):
         if good:
             results[part.indexes[position]] = vector

@@ -29,6 +29,11 @@ logger = logging.getLogger(__name__)
 CUDA_BATCH_TOKENS = 16_384
 CPU_BATCH_TOKENS = 2_048
 CPU_BATCH_ROWS = 64
+CPU_TOKENS_PER_ROW = CPU_BATCH_TOKENS // CPU_BATCH_ROWS
+# A pass of a table of token vectors is over in less time than handing it over takes. Where passes are so short they are
+# made longer, up to so many tokens: nobody waits noticeably for one, and it packs and hands over for more texts.
+SHORT_PASS_SECONDS = 0.005
+CPU_SHORT_PASS_TOKENS = 8_192
 # On a GPU texts of so few tokens on average still fill a forward pass. With 64 rows they did not: queries of 16 tokens
 # made passes of 1,024, which take an H100 as long as 4,096 where each kernel is launched, and 1.4 times as long a token
 # in graphs.
@@ -54,12 +59,13 @@ def largest_batch(engine: EngineSettings, device: torch.device) -> int:
     return engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
 
 
-def largest_size(engine: EngineSettings, device: torch.device) -> int:
-    """Rows of a forward pass, at most."""
+def largest_size(engine: EngineSettings, device: torch.device, tokens: int | None = None) -> int:
+    """Rows of a forward pass of so many tokens, at most; left out, of the largest that is tried."""
     if engine.max_batch_size is not None:
         return engine.max_batch_size
-    tokens = largest_batch(engine, device)
-    return min(tokens, CPU_BATCH_ROWS if device.type == "cpu" else max(CPU_BATCH_ROWS, tokens // SHORT_TEXT))
+    tokens = largest_batch(engine, device) if tokens is None else tokens
+    per_row = CPU_TOKENS_PER_ROW if device.type == "cpu" else SHORT_TEXT
+    return min(tokens, max(CPU_BATCH_ROWS, tokens // per_row))
 
 
 def warm_up(
@@ -76,10 +82,11 @@ def warm_up(
     stopwatch = _Stopwatch(model, engine, device)
     tokens = largest_batch(engine, device.device)
     stopwatch.try_longest_text(tokens)
-    if before is not None and before.warmed.largest_tokens <= tokens:
+    if before is not None:
         largest = before.warmed.largest_tokens if device.device.type == "cuda" else before.warmed.max_batch_tokens
         if unless_out_of_memory(partial(stopwatch.run, largest)) is not None:
             return _warm_up_as_before(stopwatch, model, engine, device, choices, before, before.warmed.largest_tokens)
+    tokens = stopwatch.lengthened(tokens)
     while tokens:
         warmed = unless_out_of_memory(partial(_warm_up, stopwatch, model, engine, device, tokens, choices))
         if warmed is not None:
@@ -123,6 +130,7 @@ def warm_up_beside_others(
     if not largest:
         raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
     if before is None:
+        largest = stopwatch.lengthened(largest)
         return _warm_up(stopwatch, model, engine, device, largest, choices)
     return _warm_up_as_before(stopwatch, model, engine, device, choices, before, largest)
 
@@ -288,7 +296,7 @@ class _Stopwatch:
         device: Device,
         serve_others: Callable[[], None] = lambda: None,
     ) -> None:
-        self._model, self._device, self._serve_others = model, device, serve_others
+        self._model, self._engine, self._device, self._serve_others = model, engine, device, serve_others
         self.max_rows = largest_size(engine, device.device)
         self._random = np.random.default_rng(0)
         self.seconds: list[float] = []
@@ -301,6 +309,17 @@ class _Stopwatch:
             return
         if unless_out_of_memory(lambda: self._forward([self._row(longest)])) is None:
             logger.warning("out of memory: a text of %d tokens does not fit, and will be refused", longest)
+
+    def lengthened(self, tokens: int) -> int:
+        """On a CPU and without MAX_BATCH_TOKENS: twice the tokens again and again, while a pass of them is short."""
+        if self._engine.max_batch_tokens is not None or self._device.device.type != "cpu":
+            return tokens
+        self.run(tokens)  # the first is slower
+        # The fastest of several: other programs disturb so short a time.
+        while tokens < CPU_SHORT_PASS_TOKENS and 2 * min(map(self.run, [tokens] * 3)) <= SHORT_PASS_SECONDS:
+            tokens *= 2
+            self.max_rows = largest_size(self._engine, self._device.device, tokens)
+        return tokens
 
     def fastest(self, shapes: Sequence[int]) -> list[tuple[int, float]]:
         """Each number of tokens with the seconds of its fastest run."""

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
+from typing import NamedTuple
 
-from vecmill.cache.embedding_cache import KEY_BYTES, EmbeddingCache, owner_fingerprint, vector_key
+from vecmill.cache.embedding_cache import KEY_BYTES, EmbeddingCache, owner_fingerprint, vector_keys
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import CacheControl, Caller, ModelCard, Truncation, Vector
 from vecmill.inference.text_tokenizer import Tokenized
+from vecmill.scheduler.lines import Keep
 
 # Tokenizing takes ten times as long as looking up a vector. Some 300 bytes each.
 TEXTS_REMEMBERED = 100_000
 DIGESTED_AT_ONCE = 262_144  # characters
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class CachedRow:
     """A text whose vector was in the cache: it is not run."""
 
@@ -32,8 +34,7 @@ class CachedRow:
         return replace(self, truncated=True)
 
 
-@dataclass(frozen=True, slots=True)
-class KnownText:
+class KnownText(NamedTuple):
     """What tokenizing a text gave, as far as a cache hit needs it."""
 
     key: bytes
@@ -58,15 +59,15 @@ class TextMemory:
         if (known := self._new.get(digest)) is not None:
             return known
         if (known := self._old.get(digest)) is not None:
-            self.add(digest, known)
+            self.add({digest: known})
         return known
 
-    def add(self, digest: bytes, known: KnownText) -> None:
-        """Remember a text."""
+    def add(self, texts: Mapping[bytes, KnownText]) -> None:
+        """Remember texts by their digests."""
         with self._lock:
             if len(self._new) >= self._most // 2:
                 self._old, self._new = self._new, {}
-            self._new[digest] = known
+            self._new.update(texts)
 
     def __len__(self) -> int:
         return len(self._new) + len(self._old)
@@ -123,17 +124,20 @@ class CacheLookup:
     ) -> Callable[[Sequence[str]], list[Tokenized | CachedRow]]:
         """Wrap `encode` so that texts seen before skip tokenization."""
         how = f"{truncation.side} {truncation.max_tokens} {adapter} {prompt}".encode("utf-8", "surrogatepass")
-        context = blake2b(how, digest_size=32, key=self.fingerprint).digest()
+        empty = blake2b(digest_size=KEY_BYTES, key=blake2b(how, digest_size=32, key=self.fingerprint).digest())
 
         def encode_or_look_up(texts: Sequence[str]) -> list[Tokenized | CachedRow]:
-            digests = [_digest(text, context) for text in texts]
+            digests = [_digest(text, empty) for text in texts]
             rows = self._look_up_known(digests)
             missing = [index for index, row in enumerate(rows) if row is None]
             encoded = self.look_up_rows(encode([texts[index] for index in missing])) if missing else []
+            new = {}
             for index, row in zip(missing, encoded, strict=True):
                 rows[index] = row
                 if row.key is not None:
-                    self.memory.add(digests[index], KnownText(row.key, row.tokens, row.truncated))
+                    new[digests[index]] = KnownText(row.key, row.tokens, row.truncated)
+            if new:
+                self.memory.add(new)
             return [row for row in rows if row is not None]
 
         return encode_or_look_up
@@ -151,14 +155,17 @@ class CacheLookup:
 
     def look_up_rows(self, rows: Sequence[Tokenized]) -> list[Tokenized | CachedRow]:
         """The kept vector of each row that has one; other rows get the key that theirs will be kept under."""
-        keys = [vector_key(self.fingerprint, row.row) for row in rows]
+        keys = vector_keys(self.fingerprint, [row.row for row in rows])
         vectors = self.cache.look_up(keys, self.dimensions, as_read=self.as_stored) if self.read else {}
-        return [
-            CachedRow(vectors[key], key, row.tokens, row.truncated)
-            if key in vectors and (self.truncate or not row.too_long)
-            else replace(row, key=key)
-            for key, row in zip(keys, rows, strict=True)
-        ]
+        found: list[Tokenized | CachedRow] = []
+        for key, row in zip(keys, rows, strict=True):
+            vector = vectors.get(key)
+            if vector is not None and (self.truncate or not row.too_long):
+                found.append(CachedRow(vector, key, row.tokens, row.truncated))
+            else:
+                row.key = key
+                found.append(row)
+        return found
 
 
 class CachePolicy:
@@ -201,11 +208,11 @@ class CachePolicy:
         """
         return "" if self._across_keys else caller.owner or ""
 
-    def keep(self, card: ModelCard) -> Callable[[bytes, Vector], None] | None:
-        """A function that hands a key and its vector to the cache; None without a cache, and for a reranker."""
+    def keep(self, card: ModelCard) -> Keep | None:
+        """A function that hands keys and their vectors to the cache; None without a cache, and for a reranker."""
         if self.cache is None or not card.supported_dimensions:
             return None
-        return partial(self.cache.keep, smallest=min(card.supported_dimensions))
+        return partial(self.cache.keep_all, smallest=min(card.supported_dimensions))
 
     @property
     def hides_hits(self) -> bool:
@@ -230,9 +237,12 @@ class CachePolicy:
         return disguised, self._sent.reported_hits(owner or "", rows)
 
 
-def _digest(text: str, context: bytes) -> bytes:
-    """Hash a text piece by piece, so that a long one is not copied whole and other threads can run in between."""
-    digest = blake2b(digest_size=KEY_BYTES, key=context)
+def _digest(text: str, empty: blake2b) -> bytes:
+    """Hash a text piece by piece, so that a long one is not copied whole and other threads can run in between.
+
+    `empty`: a hash of nothing, which is copied: making one with a key hashes the key each time.
+    """
+    digest = empty.copy()
     for start in range(0, len(text), DIGESTED_AT_ONCE):
         digest.update(text[start : start + DIGESTED_AT_ONCE].encode("utf-8", "surrogatepass"))
     return digest.digest()

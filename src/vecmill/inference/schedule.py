@@ -6,14 +6,13 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import partial
 from time import monotonic, perf_counter
 
 from vecmill.core.errors import DeadlineExceeded, DoesNotFit, InputTooLong, InvalidInput, NonFiniteEmbedding
 from vecmill.core.types import Caller, Lane, ModelCard, Timings, Vector
 from vecmill.inference.cache_lookup import CachedRow
 from vecmill.inference.text_tokenizer import Tokenized
-from vecmill.scheduler.lines import SequenceResult
+from vecmill.scheduler.lines import Keep, SequenceResult
 from vecmill.scheduler.scheduler import Scheduler
 
 LONGEST_TIMEOUT = 86_400.0  # seconds; what asyncio's clocks take without overflow, and nobody waits longer
@@ -136,7 +135,7 @@ async def run_rows(
     card: ModelCard,
     rows: RequestRows,
     options: RunOptions,
-    keep: Callable[[bytes, Vector], None] | None = None,
+    keep: Keep | None = None,
 ) -> RowResults:
     """Schedule the rows that are not cached, and wait until all of them are run or one fails.
 
@@ -147,37 +146,36 @@ async def run_rows(
     """
     new = rows.new
     _check_runnable(card, new, rows, options)
-    tokens = tuple(row.tokens for row in rows.inputs)
+    tokens = tuple([row.tokens for row in rows.inputs])
     hint = options.interactive_hint
     lane = choose_lane(options.caller, interactive_hint=hint, texts=len(tokens), tokens=sum(tokens))
     submitted = perf_counter()
     waited = bool(new) and scheduler.busy
-    results: Mapping[int, SequenceResult] = {}
+    results: list[SequenceResult] = []
     if new:
         caller = options.caller
         futures = scheduler.submit(
             card.key,
-            (row.row for row in new.values()),
+            [row.row for row in new.values()],
             lane=lane,
             client=caller.client,
             job=caller.job_id or "",
             partition=options.partition,
             deadline=options.deadline,
-            keep=(None if keep is None or row.key is None else partial(keep, row.key) for row in new.values()),
+            keep=keep,
+            keys=[row.key for row in new.values()],
         )
-        results = await _all_or_first_error(dict(zip(new, futures, strict=True)), rows.name)
+        results = await _all_or_first_error(futures, list(new), rows.name)
     # A row that joined an equal one may have been queued before this request came: only the time since then counts.
-    queue = min((result.queue_seconds for result in results.values()), default=0.0)
+    queue = min([result.queue_seconds for result in results], default=0.0)
     queue = min(queue, perf_counter() - submitted)
     forward = perf_counter() - submitted - queue
-    cached = tuple(index for index, row in enumerate(rows.inputs) if isinstance(row, CachedRow))
+    computed = iter(results)
     return RowResults(
-        vectors=[
-            row.vector if isinstance(row, CachedRow) else results[index].vector for index, row in enumerate(rows.inputs)
-        ],
+        vectors=[row.vector if isinstance(row, CachedRow) else next(computed).vector for row in rows.inputs],
         tokens=tokens,
-        cached=cached,
-        truncated=tuple(index for index, row in enumerate(rows.inputs) if row.truncated),
+        cached=(cached := tuple([index for index, row in enumerate(rows.inputs) if isinstance(row, CachedRow)])),
+        truncated=tuple([index for index, row in enumerate(rows.inputs) if row.truncated]),
         timings=Timings(submitted - options.admitted, queue + options.admitted - options.arrived, forward),
         lane=lane,
         waited=waited,
@@ -186,25 +184,25 @@ async def run_rows(
 
 
 async def _all_or_first_error(
-    futures: Mapping[int, asyncio.Future[SequenceResult]], name: Callable[[int], str]
-) -> dict[int, SequenceResult]:
-    """Wait for every future. On the first error, or when the caller is cancelled, the rest is abandoned.
+    futures: Sequence[asyncio.Future[SequenceResult]], indexes: Sequence[int], name: Callable[[int], str]
+) -> list[SequenceResult]:
+    """Wait for every future, in order: rows are run in it. On the first error, or when the caller is cancelled, the
+    rest is abandoned.
 
     Raises:
-        NonFiniteEmbedding, DoesNotFit: with the input's `name`. Any other error as it was set.
+        NonFiniteEmbedding, DoesNotFit: with the `name` of the input. Any other error as it was set.
     """
+    results: list[SequenceResult] = []
     try:
-        await asyncio.wait(futures.values(), return_when=asyncio.FIRST_EXCEPTION)
-        for index, future in futures.items():
-            error = future.exception() if future.done() else None
-            if isinstance(error, NonFiniteEmbedding | DoesNotFit):
-                raise type(error)(f"`{name(index)}`: {error.message}", param=name(index))
-        failed = next((future for future in futures.values() if future.done() and future.exception()), None)
-        if failed is not None:
-            failed.result()
-        return {index: future.result() for index, future in futures.items()}
+        # One after the other: what waits for all of them at once is called back for each.
+        for future in futures:
+            results.append(await future)
+        return results
+    except (NonFiniteEmbedding, DoesNotFit) as error:
+        failed = name(indexes[len(results)])
+        raise type(error)(f"`{failed}`: {error.message}", param=failed) from None
     finally:
-        for future in futures.values():
+        for future in futures[len(results) :]:
             if not future.cancel() and not future.cancelled():
                 future.exception()  # seen: asyncio would log an error that nobody looked at
 

@@ -17,7 +17,7 @@ from vecmill.models.family import TextFormat
 NO_LIMIT = Truncation()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, slots=True)
 class Tokenized:
     """A ready row."""
 
@@ -47,6 +47,21 @@ class Tokenized:
     def marked_as_cut(self) -> Tokenized:
         """The row of a text that had been cut before it was tokenized."""
         return replace(self, shortened=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What a request's truncation means for each of its texts."""
+
+    limit: int
+    """Tokens of a row, at most."""
+    room: int
+    """Of them for the text, without the special tokens."""
+    from_left: bool
+    keeps_prompt: bool
+    """Where the beginning is cut: whether the prompt's tokens stay."""
+    shortens: bool
+    """Whether the request itself set the limit and allows the cut: a longer row counts as shortened, not too long."""
 
 
 class TextTokenizer:
@@ -138,7 +153,8 @@ class TextTokenizer:
             encoded = self.pool.encode_part_from_end(texts, partial(missing_prompt, prompt), head)
         else:
             encoded = self.pool.encode_part(texts, partial(missing_prompt, prompt))
-        return [self._finish(ids, truncation, unpooled, instruction, adapter=adapter) for ids in encoded]
+        cut = self._cut(truncation)
+        return [self._finish(ids, cut, unpooled, instruction, adapter=adapter) for ids in encoded]
 
     def _unpooled(self, prompt: Sequence[int]) -> int:
         """How many leading tokens of a row are left out of the pooling, of a prompt with these tokens by itself.
@@ -149,13 +165,24 @@ class TextTokenizer:
             return 0
         if self._format.unpooled == "instruction":
             return len(prompt)
-        whole = self._finish(prompt, NO_LIMIT).row.token_ids
+        whole = self._finish(prompt, self._cut(NO_LIMIT)).row.token_ids
         return len(whole) - (len(whole) > 0 and int(whole[-1]) in self._special_ids)
+
+    def _cut(self, truncation: Truncation) -> _Cut:
+        limit = min(truncation.max_tokens or self._max_model_len, self._max_model_len)
+        own = truncation.max_tokens is not None and truncation.max_tokens <= self._max_model_len
+        return _Cut(
+            limit=limit,
+            room=limit - self.special_tokens,
+            from_left=self.side(truncation) is Side.LEFT,
+            keeps_prompt=truncation.side is not None,
+            shortens=own and truncation.allowed is not False,
+        )
 
     def _finish(
         self,
         ids: Sequence[int],
-        truncation: Truncation,
+        cut: _Cut,
         unpooled: int = 0,
         instruction: Sequence[int] = (),
         left_out: int = 0,
@@ -165,17 +192,14 @@ class TextTokenizer:
 
         `left_out`: tokens that there are beside the ids, and that do not fit.
         """
-        total = len(ids) + left_out + self.special_tokens
-        limit = min(truncation.max_tokens or self._max_model_len, self._max_model_len)
-        room = limit - self.special_tokens
-        if self.side(truncation) is Side.LEFT:
-            ids = cut_left(ids, room, common_start(ids, instruction) if truncation.side else 0)
-        else:
-            ids = ids[: room if self._format.end_survives_truncation else limit]
-        whole = np.array([*self._prefix, *ids, *self._suffix][:limit], dtype=np.int32)
-        # If the request set this limit and allows truncation, the row counts as shortened, not as too long.
-        own = truncation.max_tokens is not None and truncation.max_tokens <= self._max_model_len
-        shortened = own and truncation.allowed is not False and total > limit
+        total = len(ids) + left_out + cut.limit - cut.room
+        if total > cut.limit:
+            if cut.from_left:
+                ids = cut_left(ids, cut.room, common_start(ids, instruction) if cut.keeps_prompt else 0)
+            else:
+                ids = ids[: cut.room if self._format.end_survives_truncation else cut.limit]
+        whole = np.array([*self._prefix, *ids, *self._suffix][: cut.limit], dtype=np.int32)
+        shortened = cut.shortens and total > cut.limit
         row = Row(whole, unpooled=unpooled, adapter=adapter)
         return Tokenized(row, len(whole) if shortened else total, shortened)
 
@@ -195,9 +219,10 @@ class TextTokenizer:
             InvalidInput: an id is outside the vocabulary, a list is empty, or the request's limit leaves no room.
         """
         self._check_room(truncation, 0)
-        return [self._check_one(ids, truncation, f"{param}[{index}]", adapter) for index, ids in enumerate(inputs)]
+        cut = self._cut(truncation)
+        return [self._check_one(ids, cut, f"{param}[{index}]", adapter) for index, ids in enumerate(inputs)]
 
-    def _check_one(self, ids: Sequence[int], truncation: Truncation, param: str, adapter: int | None) -> Tokenized:
+    def _check_one(self, ids: Sequence[int], cut: _Cut, param: str, adapter: int | None) -> Tokenized:
         advice = (
             ": ids must come from this model's own tokenizer. Send text instead (with LangChain: "
             "check_embedding_ctx_length=False)."
@@ -209,11 +234,11 @@ class TextTokenizer:
         if self._suffix and list(ids[max(start, stop - len(self._suffix)) :]) == self._suffix:
             stop -= len(self._suffix)
         # No copy of what does not fit: there may be millions.
-        if self.side(truncation) is Side.LEFT:
+        if cut.from_left:
             kept = ids[max(start, stop - self._max_model_len) : stop]
         else:
             kept = ids[start : min(stop, start + self._max_model_len)]
-        return self._finish(kept, truncation, left_out=stop - start - len(kept), adapter=adapter)
+        return self._finish(kept, cut, left_out=stop - start - len(kept), adapter=adapter)
 
 
 def common_start(ids: Sequence[int], instruction: Sequence[int]) -> int:

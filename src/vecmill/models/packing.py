@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import groupby
+from itertools import groupby, pairwise
+from operator import attrgetter
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -164,7 +165,7 @@ class PackedBatch:
     """For SDPA: filled by the first layer that needs one, read by the others."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: that makes one take three times as long, and there is one for each row
 class _Segment:
     token_ids: TokenIds
     start: int
@@ -181,11 +182,6 @@ class _Segment:
     def __len__(self) -> int:
         return len(self.token_ids)
 
-    @property
-    def first_pooled(self) -> int:
-        """Index, within the segment, of its first token that is pooled; 0 if none is."""
-        return self.unpooled if self.unpooled < len(self) else 0
-
 
 def pack(
     rows: Sequence[Row],
@@ -201,23 +197,27 @@ def pack(
     """
     recalled = _recalled(rows, memory) if memory is not None else {}
     segments = _segments(rows, recalled, shape)
-    of_rows = [(number, segment) for number, segment in enumerate(segments) if segment.index is not None]
-    lengths = np.array([len(segment) for segment in segments], dtype=np.int64)
+    lengths = np.array([len(segment.token_ids) for segment in segments], dtype=np.int64)
     cu_seqlens = _cumulative(lengths)
+    starts, tokens = cu_seqlens[:-1].astype(np.int64), int(cu_seqlens[-1])
+    of_rows = np.array([number for number, segment in enumerate(segments) if segment.index is not None], dtype=np.int64)
+    unpooled = np.array([segment.unpooled for segment in segments], dtype=np.int64)
+    positions = np.array([segment.position for segment in segments], dtype=np.int64)
     keys = _keys(segments)
-    arrays = {
-        "input_ids": np.concatenate([segment.token_ids for segment in segments]).astype(np.int64)[None],
-        "position_ids": np.concatenate([np.arange(len(each)) + each.position for each in segments])[None],
-        "token_type_ids": np.concatenate([_token_types(segment) for segment in segments])[None],
+    arrays: dict[str, Array] = {
+        "input_ids": np.concatenate([segment.token_ids for segment in segments], dtype=np.int64)[None],
+        "position_ids": (np.arange(tokens) + np.repeat(positions - starts, lengths))[None],
+        "token_type_ids": _token_types(segments, tokens)[None],
         "adapters": np.repeat(np.array([_adapter(segment) for segment in segments], dtype=np.int32), lengths),
         "cu_seqlens": cu_seqlens,
         "lengths": lengths,
-        "segments": np.array([number for number, _ in of_rows], dtype=np.int64),
-        "first": np.array([segment.start + segment.first_pooled for _, segment in of_rows], dtype=np.int64),
-        "last": np.array([segment.start + len(segment) - 1 for _, segment in of_rows], dtype=np.int64),
+        "segments": of_rows,
+        # A row of which nothing is pooled begins with its first token.
+        "first": (starts + np.where(unpooled < lengths, unpooled, 0))[of_rows],
+        "last": (starts + lengths - 1)[of_rows],
     }
-    if shape is not None or any(segment.unpooled for segment in segments):
-        arrays["pooled"] = _pooled(segments, int(cu_seqlens[-1]))
+    if shape is not None or unpooled.any():
+        arrays["pooled"] = _pooled(segments, tokens)
     if keys is not None:
         arrays |= {"keys": keys[0], "keys_cu_seqlens": keys[1]}
     if shape is not None:
@@ -243,7 +243,7 @@ def pack(
             if segment.shared is not None and memory is not None
         ),
         recalled=tuple(recalled.values()),
-        groups=_groups(segments),
+        groups=_groups(segments, lengths),
         order=tuple(segment.index for segment in segments if segment.index is not None),
         shape=shape,
         attention=attention,
@@ -303,6 +303,7 @@ def _segments(rows: Sequence[Row], recalled: Collection[Prefix], shape: PackShap
     for index, row in enumerate(rows):
         families.setdefault(row.prefix, []).append(index)
     spans = _recalled_spans(rows, families, recalled)
+    lengths = [len(row.token_ids) for row in rows]
     segments: list[_Segment] = []
     start = 0
     for prefix in sorted(families, key=lambda prefix: prefix is not None):  # stable: in order of first appearance
@@ -311,7 +312,7 @@ def _segments(rows: Sequence[Row], recalled: Collection[Prefix], shape: PackShap
             segments.append(_Segment(prefix.token_ids, start, shared=prefix))
             start += len(prefix)
         span = spans[prefix] if prefix is not None else None
-        for index in sorted(families[prefix], key=lambda index: len(rows[index].token_ids)):
+        for index in sorted(families[prefix], key=lengths.__getitem__):
             row = rows[index]
             position = len(prefix) if prefix else 0
             of_row = (row.unpooled, row.second_text, row.adapter)
@@ -349,10 +350,11 @@ def _cumulative(lengths: Sequence[int] | np.typing.NDArray[np.int64]) -> np.typi
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
 
 
-def _token_types(segment: _Segment) -> np.typing.NDArray[np.int64]:
-    types = np.zeros(len(segment), dtype=np.int64)
-    if segment.second_text is not None:
-        types[segment.second_text :] = 1
+def _token_types(segments: Sequence[_Segment], tokens: int) -> np.typing.NDArray[np.int64]:
+    types = np.zeros(tokens, dtype=np.int64)
+    for segment in segments:
+        if segment.second_text is not None:
+            types[segment.start + segment.second_text : segment.start + len(segment)] = 1
     return types
 
 
@@ -379,9 +381,13 @@ def _keys(segments: Sequence[_Segment]) -> tuple[np.typing.NDArray[np.int64], np
     return np.concatenate(parts), _cumulative([len(part) for part in parts])
 
 
-def _groups(segments: Sequence[_Segment]) -> tuple[EqualLengths, ...]:
+def _groups(segments: Sequence[_Segment], lengths: np.typing.NDArray[np.int64]) -> tuple[EqualLengths, ...]:
+    """Neighbours of equal length and prefix."""
     groups = []
-    for (length, prefix), neighbours in groupby(segments, key=lambda segment: (len(segment), segment.prefix)):
-        members = list(neighbours)
-        groups.append(EqualLengths(members[0].start, len(members), length, prefix))
+    changes = (np.flatnonzero(np.diff(lengths)) + 1).tolist()
+    for first, stop in pairwise([0, *changes, len(segments)]):
+        neighbours = segments[first:stop]
+        for prefix, members in groupby(neighbours, key=attrgetter("prefix")):
+            same = list(members)
+            groups.append(EqualLengths(same[0].start, len(same), len(same[0]), prefix))
     return tuple(groups)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
+from typing import NamedTuple
 
 from vecmill.core.errors import VecmillError
 from vecmill.core.types import Lane, Prefix, Row, Vector
@@ -108,41 +109,44 @@ class Backlog:
         self.tokens: Counter[tuple[str, Lane]] = Counter()
         self._prefixes: Counter[int] = Counter()
 
-    def add(self, sequence: Sequence, lane: Lane) -> None:
-        """One more waits."""
-        self._count(sequence, lane, 1)
+    def add(self, model: str, lane: Lane, sequences: Collection[Sequence]) -> None:
+        """More wait."""
+        self._count(model, lane, sequences, 1)
 
-    def remove(self, sequence: Sequence, lane: Lane) -> None:
-        """It waits no longer."""
-        self._count(sequence, lane, -1)
+    def remove(self, model: str, lane: Lane, sequences: Collection[Sequence]) -> None:
+        """They wait no longer."""
+        self._count(model, lane, sequences, -1)
 
     def fills(self, model: str, budget: Budget) -> bool:
         """Whether a whole forward pass of a model waits."""
         rows, tokens = (sum(counts[model, lane] for lane in Lane) for counts in (self.rows, self.tokens))
         return tokens >= budget.max_batch_tokens or rows >= budget.max_batch_size
 
-    def _count(self, sequence: Sequence, lane: Lane, sign: int) -> None:
-        """A prefix that several share is computed once, so it counts once."""
-        tokens = len(sequence)
-        if (prefix := sequence.prefix) is not None:
-            tokens -= len(prefix)
-            self._prefixes[id(prefix)] += sign
-            shared = self._prefixes[id(prefix)]
-            if shared == (1 if sign > 0 else 0):
-                tokens += len(prefix)
-            if not shared:
-                del self._prefixes[id(prefix)]
-        self.rows[sequence.model, lane] += sign
-        self.tokens[sequence.model, lane] += sign * tokens
+    def _count(self, model: str, lane: Lane, sequences: Collection[Sequence], sign: int) -> None:
+        self.rows[model, lane] += sign * len(sequences)
+        tokens = sum([sequence.tokens for sequence in sequences])
+        tokens -= sum([self._repeated(each.prefix, sign) for each in sequences if each.prefix is not None])
+        self.tokens[model, lane] += sign * tokens
+
+    def _repeated(self, prefix: Prefix, sign: int) -> int:
+        """Tokens that do not count: a prefix that several share is computed once."""
+        self._prefixes[id(prefix)] += sign
+        shared = self._prefixes[id(prefix)]
+        if not shared:
+            del self._prefixes[id(prefix)]
+        return 0 if shared == (1 if sign > 0 else 0) else len(prefix)
 
 
-@dataclass(frozen=True, slots=True)
-class SequenceResult:
+class SequenceResult(NamedTuple):
     """What a sequence's future resolves to."""
 
     vector: Vector
     queue_seconds: float
     """From submission to the start of its batch."""
+
+
+Keep = Callable[[list[tuple[bytes, Vector]]], None]
+"""Given the vectors of a batch, each with the key that its sequence was submitted with."""
 
 
 @dataclass(eq=False, slots=True)
@@ -156,38 +160,42 @@ class Sequence:
     model: str
     key: Hashable
     """Equal for rows that give the same vector."""
+    lane: Lane
+    """Of the first of them."""
+    tokens: int
+    """Of the row."""
+    prefix: Prefix | None
+    """Leading tokens that other sequences of its request share."""
     submitted: float = field(default_factory=monotonic)
     deadline: float = float("-inf")
     """The latest of all who wait; by the monotonic clock."""
     futures: list[asyncio.Future[SequenceResult]] = field(default_factory=list)
-    keep: Callable[[Vector], None] | None = None
-    """Given the vector as well, even if nobody waits any more."""
+    keep: tuple[Keep, bytes] | None = None
+    """What is given the vector as well, even if nobody waits any more, and under which key."""
     stands_in: set[tuple[Lane, str, str]] = field(default_factory=set)
     """Lane, client and job of each line that it waits in: one for each who asked for it."""
     taken: bool = False
     """In a batch, or dropped, though it may still stand in other lines."""
 
     def __len__(self) -> int:
-        return len(self.row)
-
-    @property
-    def prefix(self) -> Prefix | None:
-        """Leading tokens that other sequences of its request share."""
-        return self.row.prefix
+        return self.tokens
 
     def join(self, future: asyncio.Future[SequenceResult], deadline: float) -> None:
         """Add one more who waits."""
         self.futures.append(future)
-        self.deadline = max(self.deadline, deadline)
+        if deadline > self.deadline:
+            self.deadline = deadline
 
     def unwanted(self, now: float) -> bool:
         """Not to be run: it has been taken, nobody waits any more, or every deadline has passed."""
-        return self.taken or now >= self.deadline or all(future.done() for future in self.futures)
+        if self.taken or now >= self.deadline:
+            return True
+        if len(self.futures) == 1:  # of nearly all: making a generator takes longer than asking
+            return self.futures[0].done()
+        return all(future.done() for future in self.futures)
 
     def resolve(self, result: SequenceResult | Exception) -> None:
         """Answer everyone who still waits."""
-        if self.keep is not None and isinstance(result, SequenceResult):
-            self.keep(result.vector)
         for future in self.futures:
             if future.done():
                 continue

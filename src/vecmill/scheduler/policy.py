@@ -204,10 +204,10 @@ class _Draft(Generic[S]):
             _, number, line = heap[0]
             if self._of_lane[line.lane] + len(self._heads[line]) > owed:
                 return
-            if self._take_if_fits(line, limit) and line in self._heads:
-                heapq.heapreplace(heap, (self._turn_key(line), number, line))
-            else:
+            if not self._take_if_fits(line, limit) or line not in self._heads:
                 heapq.heappop(heap)
+            elif len(heap) > 1:  # one line alone needs no order
+                heapq.heapreplace(heap, (self._turn_key(line), number, line))
 
     def _take_if_fits(self, line: WaitingLine[S], limit: int) -> bool:
         self._pass_chosen(line)

@@ -6,14 +6,14 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from time import monotonic
 
 from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
 from vecmill.core.protocols import BatchResult, ForwardRunner
 from vecmill.core.types import Lane, PassRecord, Row, Vector
-from vecmill.scheduler.lines import Backlog, Sequence, SequenceResult, WaitingLines, duplicate_key
+from vecmill.scheduler.lines import Backlog, Keep, Sequence, SequenceResult, WaitingLines, duplicate_key
 from vecmill.scheduler.policy import Budget, Cut, Rules, cut
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,6 @@ class SchedulerStats:
     splits = _sum("splits")
 
 
-Keep = Callable[[Vector], None]
 OnBatch = Callable[[PassRecord], None]
 """Called after every batch."""
 
@@ -99,7 +98,7 @@ class Scheduler:
         """Tokens of a model's largest pass, where larger ones did not fit into the memory."""
         self._lines = WaitingLines()
         self._owed = 0.0
-        self._unanswered: dict[Hashable, tuple[Sequence, Lane]] = {}
+        self._unanswered: dict[Hashable, Sequence] = {}
         self._in_flight = InFlight()
         self._running: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -120,7 +119,7 @@ class Scheduler:
 
     def has_rows(self, model: str) -> bool:
         """Whether rows of a model wait or run, also those that nobody waits for any more."""
-        return any(sequence.model == model for sequence, _ in self._unanswered.values())
+        return any(sequence.model == model for sequence in self._unanswered.values())
 
     def submit(
         self,
@@ -132,12 +131,13 @@ class Scheduler:
         job: str = "",
         partition: str = "",
         deadline: float = float("inf"),
-        keep: Iterable[Keep | None] = repeat(None),
+        keep: Keep | None = None,
+        keys: Iterable[bytes | None] = repeat(None),
     ) -> list[asyncio.Future[SequenceResult]]:
         """Queue rows and return one future for each, in order. Rows equal to one in flight wait for that one.
 
         Clients take turns, and the `job`s of one client share its turns. Equal rows of different `partition`s each run.
-        `keep` has a function for each row, which is given its vector even if nobody waits for it any more.
+        `keep` is given the vectors of the rows that have one of the `keys`, even if nobody waits for them any more.
 
         A row is not run if all its futures are cancelled, or its `deadline` (monotonic) has passed, before its batch.
 
@@ -146,33 +146,39 @@ class Scheduler:
         """
         if self._closed is not None:
             raise self._closed.again()
-        loop = asyncio.get_running_loop()
+        create_future = asyncio.get_running_loop().create_future
         futures = []
-        for row, kept_by in zip(rows, keep, strict=False):
-            future: asyncio.Future[SequenceResult] = loop.create_future()
-            sequence = self._queue((partition, duplicate_key(model, row)), model, row, lane, client, job)
-            sequence.join(future, deadline)
-            sequence.keep = sequence.keep or kept_by
-            futures.append(future)
+        queue = _Queue(self._clock(), model, lane, (lane, client, job))
+        try:
+            for row, kept_under in zip(rows, keys, strict=False):
+                future: asyncio.Future[SequenceResult] = create_future()
+                sequence = self._queue((partition, duplicate_key(model, row)), row, queue)
+                sequence.join(future, deadline)
+                if keep is not None and kept_under is not None and sequence.keep is None:
+                    sequence.keep = keep, kept_under
+                futures.append(future)
+        finally:  # also where the rows end with an error: what others may join must be run
+            self.waiting[lane] += len(queue.new)
+            self._backlog.add(model, lane, queue.new)
+            if queue.joining:
+                # In the line of each who asks for it: nobody waits for the turn of another client.
+                self._lines.join(model, lane, client, queue.now, job).waiting.extend(queue.joining)
         self._wake.set()
         return futures
 
-    def _queue(self, key: Hashable, model: str, row: Row, lane: Lane, client: str, job: str) -> Sequence:
-        now = self._clock()
-        if key in self._unanswered:
-            sequence, _ = self._unanswered[key]
-            self.stats.by_lane[model, lane].joined += 1
-            if sequence.taken or (lane, client, job) in sequence.stands_in:
-                return sequence
+    def _queue(self, key: Hashable, row: Row, queue: _Queue) -> Sequence:
+        waiting = self._unanswered.get(key)
+        if waiting is not None:
+            self.stats.by_lane[queue.model, queue.lane].joined += 1
+            if waiting.taken or queue.stand in waiting.stands_in:
+                return waiting
         else:
-            sequence = Sequence(row, model, key, submitted=now)
-            self._unanswered[key] = sequence, lane
-            self.waiting[lane] += 1
-            self._backlog.add(sequence, lane)
-        # In the line of each who asks for it: nobody waits for the turn of another client.
-        sequence.stands_in.add((lane, client, job))
-        self._lines.join(model, lane, client, now, job).waiting.append(sequence)
-        return sequence
+            waiting = Sequence(row, queue.model, key, queue.lane, len(row), row.prefix, submitted=queue.now)
+            self._unanswered[key] = waiting
+            queue.new.append(waiting)
+        waiting.stands_in.add(queue.stand)
+        queue.joining.append(waiting)
+        return waiting
 
     async def close(self) -> None:
         """Refuse new work, let running batches end if they soon do, fail whatever still waits."""
@@ -206,25 +212,26 @@ class Scheduler:
     def _apply(self, taken: Cut[Sequence], now: float) -> None:
         self._lines.leave(taken, now)
         self._owed = taken.owed
-        for sequence in taken.batch:
-            self._leave_queue(sequence)
-        for sequence in taken.unwanted:
-            if sequence.taken:
-                continue
-            self._leave_queue(sequence)
-            _, lane = self._unanswered.pop(sequence.key)
-            counters = self.stats.by_lane[sequence.model, lane]
+        self._leave_queue(taken.batch)
+        unwanted = [sequence for sequence in dict.fromkeys(taken.unwanted) if not sequence.taken]
+        self._leave_queue(unwanted)
+        for sequence in unwanted:
+            del self._unanswered[sequence.key]
+            counters = self.stats.by_lane[sequence.model, sequence.lane]
             if now >= sequence.deadline:
                 counters.expired += 1
             else:
                 counters.abandoned += 1
             sequence.resolve(DeadlineExceeded())
 
-    def _leave_queue(self, sequence: Sequence) -> None:
-        sequence.taken = True
-        _, lane = self._unanswered[sequence.key]
-        self._backlog.remove(sequence, lane)
-        self.waiting[lane] -= 1
+    def _leave_queue(self, sequences: Iterable[Sequence]) -> None:
+        leaving: dict[tuple[str, Lane], list[Sequence]] = {}
+        for sequence in sequences:
+            sequence.taken = True
+            leaving.setdefault((sequence.model, sequence.lane), []).append(sequence)
+        for (model, lane), left in leaving.items():
+            self._backlog.remove(model, lane, left)
+            self.waiting[lane] -= len(left)
 
     def _start(self, taken: Cut[Sequence]) -> None:
         self._in_flight.begin(taken.lane)
@@ -256,12 +263,18 @@ class Scheduler:
             self._report(taken, self._clock() - started, failed=True)
             raise
         self._count(taken, result)
+        kept: dict[Keep, list[tuple[bytes, Vector]]] = {}
         for sequence, row in zip(taken.batch, result.rows, strict=True):
             self._unanswered.pop(sequence.key, None)
             if isinstance(row, Exception):
                 sequence.resolve(row)
-            else:
-                sequence.resolve(SequenceResult(row, started - sequence.submitted))
+                continue
+            if sequence.keep is not None:
+                keep, key = sequence.keep
+                kept.setdefault(keep, []).append((key, row))
+            sequence.resolve(SequenceResult(row, started - sequence.submitted))
+        for keep, vectors in kept.items():
+            keep(vectors)
 
     def _count(self, taken: Cut[Sequence], result: BatchResult) -> None:
         counters = self.stats.by_lane[taken.model, taken.lane]
@@ -318,15 +331,28 @@ class Scheduler:
         self._fail_waiting(error)
 
     def _fail_waiting(self, error: VecmillError) -> None:
-        for sequence in self._lines.clear():
-            if not sequence.taken:
-                self._leave_queue(sequence)
-                self._resolve([sequence], error)
+        waiting = [sequence for sequence in dict.fromkeys(self._lines.clear()) if not sequence.taken]
+        self._leave_queue(waiting)
+        self._resolve(waiting, error)
 
     def _resolve(self, sequences: Iterable[Sequence], error: VecmillError) -> None:
         for sequence in sequences:
             self._unanswered.pop(sequence.key, None)
             sequence.resolve(error)
+
+
+@dataclass(slots=True)
+class _Queue:
+    """Rows that are submitted together."""
+
+    now: float
+    model: str
+    lane: Lane
+    stand: tuple[Lane, str, str]
+    """Lane, client and job."""
+    new: list[Sequence] = field(default_factory=list)
+    joining: list[Sequence] = field(default_factory=list)
+    """Those that get a place in the client's line: new ones, and ones that wait in others' lines alone."""
 
 
 class InFlight:
