@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="needs the extra `ray`; `make test-ray` instal
 from ray.serve.config import AutoscalingContext, RequestRouterConfig
 
 from vecmill.cluster import application, build, routes
-from vecmill.cluster.front import look_at
+from vecmill.cluster.front import Front, PlacementNames, look_at
 from vecmill.cluster.routes import Route, Sent
 from vecmill.cluster.scaling import QueuedTokens
 from vecmill.config import load_settings
@@ -81,6 +81,29 @@ def test_the_file_of_the_documentation_is_what_ray_and_vecmill_read(monkeypatch:
 
     assert one.import_path == "vecmill.cluster:build"
     assert build(one.args) is not None
+
+
+def test_what_there_always_is_is_waited_for_as_long_as_a_full_server() -> None:
+    """A request whose replica is not there for a moment is not refused; what is scaled to zero takes minutes."""
+    placements = [
+        PlacementNames(name, frozenset({Task.EMBED}), frozenset(), name == "kept") for name in ("kept", "zero")
+    ]
+    front = Front(load_settings({"queue_timeout": "45"}), placements, {})
+
+    assert front.patience("kept") == 45
+    assert front.patience("zero") < 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "surge"),
+    [({}, 25), ({"num_gpus": 1}, 0), ({"num_gpus": 1, "max_surge_percent": 50}, 50)],
+)
+def test_an_upgrade_starts_a_replica_before_it_ends_one_where_there_is_room(
+    arguments: dict[str, Any], surge: int
+) -> None:
+    models = build(arguments)._bound_deployment.init_args[2]["models"]._bound_deployment
+
+    assert models._deployment_config.max_surge_percent == surge
 
 
 def look(path: str, body: object = None, **headers: str) -> Any:

@@ -20,7 +20,8 @@ import httpx
 from tests.faults.service import Service, service, until
 
 LOADING = ("-m", "tests.slow_loading_server", "returns")
-POLLS_PER_SECOND = 80.0  # of all clients together
+POLLS_PER_SECOND = 40.0  # of all clients together
+SECONDS_PER_PLACE = 0.25  # between two polls, where fewer are before a client: it begins soon after its turn has come
 ABANDONED = "abandoned"
 PATIENCE = 60.0  # seconds without any answer
 REFUSED = httpx.codes.SERVICE_UNAVAILABLE
@@ -110,7 +111,8 @@ class Crowd:
         while (view := await self._call("GET", f"/jobs/{job}"))["status"] == "queued":
             assert position is None or view["position"] <= position, "a job was overtaken"
             position = view["position"]
-            await asyncio.sleep(self._poll_seconds * (0.5 + self._choose.random()))
+            pause = min(self._poll_seconds, SECONDS_PER_PLACE * position)
+            await asyncio.sleep(pause * (0.5 + self._choose.random()))
         assert view["status"] == "active", view
         self.seen.begin(job)
         if silent:
