@@ -76,13 +76,18 @@ def after(done: threading.Semaphore, count: int, act: Any) -> threading.Thread:
     return thread
 
 
+def kill(processes: Sequence[int]) -> None:
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+
+
 def kill_under_load(cluster: RunningCluster, alone: str, name: str, count: int = 1) -> None:
     """Every request is answered, and as a server alone answers it."""
     requests = [[f"text {number} of {name}", f"another, {number}"] for number in range(160)]
     expected = vectors(embed(alone, [text for texts in requests for text in texts])).reshape(160, 2, -1)
     before = cluster.replicas()
     killed, done = before[:count], threading.Semaphore(0)
-    killer = after(done, 40, lambda: [os.kill(pid, signal.SIGKILL) for pid in killed])
+    killer = after(done, 40, lambda: kill(killed))
 
     answers = in_parallel(cluster.url, requests, done)
     killer.join()

@@ -194,6 +194,10 @@ def running(deployment: str) -> Collection[str]:
     return () if router is None else router.names
 
 
+class _ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
+
+
 class _Passage:
     """One request on its way."""
 
@@ -210,7 +214,8 @@ class _Passage:
         self._body: bytes | None = None
         self._begun = bytearray()
         self._more = True
-        self._started = False
+        self._started = self._ended = False
+        """Whether the answer's first message was sent, and its last."""
         self._tried: frozenset[str] = frozenset()
         """The replicas that had the request and have not answered it."""
         self._accepted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -228,6 +233,8 @@ class _Passage:
                     raise
                 response = error_response(self._shape, error, self._headers)
                 await response({**self._scope}, self._receive, self._send)
+        except _ClientLeftError:
+            pass  # nobody waits for an answer
         finally:
             self._front.take(-self._held)
 
@@ -253,7 +260,7 @@ class _Passage:
         except TimeoutError:
             raise RequestTimedOut("408: the rest of the request's body did not come in time (BODY_TIMEOUT).") from None
         if message["type"] == "http.disconnect":
-            raise asyncio.CancelledError
+            raise _ClientLeftError
         self._more = message.get("more_body", False)
         return bytes(message.get("body", b""))
 
@@ -288,6 +295,7 @@ class _Passage:
             try:
                 async for message in self._messages(deployment, route):
                     self._started = True
+                    self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
                     await self._send(message)
             except (RayError, RequestCancelledError):
                 if self._started:
@@ -347,7 +355,9 @@ class _Passage:
         try:
             while True:
                 timeout = None if self._started or self._path in ENDLESS else LOOK_SECONDS
-                await asyncio.wait({coming, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                # Once all is sent the client's side says that it is gone, whether it is or not.
+                seen = {coming} if self._ended else {coming, *others}
+                await asyncio.wait(seen, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if coming.cancelled():  # not by the client
                     raise RequestCancelledError(route.identifier)
                 if coming.done():
@@ -367,7 +377,7 @@ class _Passage:
         """Whether there is still something to wait for.
 
         Raises:
-            ModelLoading, Unavailable. asyncio.CancelledError: the client has left. RequestTimedOut: its body stays out.
+            ModelLoading, Unavailable. _ClientLeftError. RequestTimedOut: the client's body stays out.
         """
         for other in others:
             if other.done():
@@ -383,11 +393,11 @@ class _Passage:
         """Return never; end once the client has left.
 
         Raises:
-            asyncio.CancelledError: it has.
+            _ClientLeftError: it has.
         """
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        raise asyncio.CancelledError
+        raise _ClientLeftError
 
     async def _feed(self, deployment: str, route: Route) -> None:
         """Send the body in parts to the replica that has the request, as fast as that reads them."""
