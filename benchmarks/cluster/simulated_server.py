@@ -44,7 +44,7 @@ PASS = "SIMULATED_PASS"  # the environment's variable for the hook: FIXED_MS,US_
 
 
 def in_workers_of_ray() -> None:
-    """Ray's `worker_process_setup_hook` for replicas whose passes sleep as those of a server alone."""
+    """In a process of Ray: passes sleep as those of a server alone. Also Ray's `worker_process_setup_hook`."""
     fixed_ms, us_per_token = map(float, os.environ[PASS].split(","))
     simulate(fixed_ms / 1e3, us_per_token / 1e6)
 
