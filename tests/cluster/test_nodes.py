@@ -80,7 +80,7 @@ def shipped(port: int, redis_url: str, reranker: Path, **settings: str) -> dict[
         "front_cpus": 1,
         "placements": [
             # Two CPUs of three, so that each node has one.
-            {"name": "embed", "replicas": 2, "num_cpus": 2, "max_surge_percent": 0, "settings": settings},
+            {"name": "embed", "replicas": 2, "num_cpus": 2, "settings": settings},
             {"name": "rerank", "num_cpus": 0, "settings": {"RERANK_MODEL": str(reranker)}},
         ],
     }

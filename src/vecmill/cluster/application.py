@@ -36,7 +36,6 @@ STATS_SECONDS = 1.0  # between two looks at what waits at a replica
 HEALTH_SECONDS = 5.0  # between two looks at its health
 HEALTH_PATIENCE = 30.0
 LEAST_LOOK_BACK_S = 11.0  # Ray takes no less than its 10 seconds between two figures
-SURGE_PERCENT = 25  # rounded up: one more where there are four or fewer
 STOP_SECONDS = 10.0  # for a replica to close, after those that its requests have
 ADDRESS = re.compile(r"((redis|rediss)://)?[^\s:/@]+:\d{1,5}(,[^\s:/@]+:\d{1,5})*")
 
@@ -59,12 +58,12 @@ class Placement(BaseModel):
     replicas: int = Field(1, ge=1, le=1000, description="How many there always are.")
     min_replicas: int | None = Field(None, ge=0, description="With `max_replicas`: scaled by the tokens that wait.")
     max_replicas: int | None = Field(None, ge=1, le=1000, description="The most there may be.")
-    max_surge_percent: int | None = Field(
-        None,
+    max_surge_percent: int = Field(
+        0,
         ge=0,
         le=100,
-        description="Upgrade: replicas beyond their number, so that an old one ends when a new one is ready; it takes "
-        "a free card for each. Default: 25 (at least one), on GPUs 0: an old one ends and makes room for a new one.",
+        description="Upgrade: replicas beyond their number, in percent of it and at least one, so that an old one ends "
+        "when a new one is ready. Each needs room of its own, or the upgrade waits for it for ever: a card, CPUs.",
     )
 
     @model_validator(mode="after")
@@ -164,12 +163,6 @@ def _gpus(placement: Placement, settings: Settings) -> float:
     return int(nvidia_gpu_present())
 
 
-def _surge(placement: Placement, settings: Settings) -> int:
-    if placement.max_surge_percent is not None:
-        return placement.max_surge_percent
-    return 0 if _gpus(placement, settings) else SURGE_PERCENT
-
-
 def _names_are_their_own(cluster: Cluster, placed: Placed) -> None:
     names = [placement.name for placement, _ in placed]
     if (twice := next((name for name in names if names.count(name) > 1), None)) is not None:
@@ -233,7 +226,6 @@ def _application(cluster: Cluster, placed: Placed) -> Application:
     front = serve.deployment(serve.ingress()(Front)).options(
         name="front",
         num_replicas=cluster.fronts,
-        max_surge_percent=SURGE_PERCENT,
         max_ongoing_requests=most,
         ray_actor_options={"num_cpus": cluster.front_cpus},
         graceful_shutdown_timeout_s=settings.http.shutdown_seconds + STOP_SECONDS,
@@ -248,7 +240,7 @@ def _deployment(cluster: Cluster, placement: Placement, settings: Settings) -> A
         .options(
             name=placement.name,
             **_numbers(cluster, placement),
-            max_surge_percent=_surge(placement, settings),
+            max_surge_percent=placement.max_surge_percent,
             # The server itself says when it is full, in the words of each dialect. Ray's limits are beyond that.
             max_ongoing_requests=_most_ongoing(settings),
             max_queued_requests=_most_ongoing(settings),
