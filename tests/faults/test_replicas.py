@@ -23,11 +23,11 @@ SERVERS = 4
                 seed,
                 200,
                 places,
-                4,
+                2,
                 2.0,
-                30.0,
+                60.0,
                 id=f"seed {seed}",
-                marks=[pytest.mark.nightly, pytest.mark.timeout(900)],
+                marks=[pytest.mark.nightly, pytest.mark.timeout(1200)],
             )
             for seed, places in ((11, 1), (12, 2), (13, 4))
         ),
