@@ -66,7 +66,7 @@ test-clients: test-python-clients $(CLIENTS)/.node  ## Run published clients, Py
 test-python-clients: $(VENV)/.dev $(CLIENT_SETS:%=$(CLIENTS)/%/.installed)  ## Only Python's. Options: ARGS="-k langchain".
 	$(BIN)/python -m pytest tests/clients/test_environments.py -k python $(ARGS)
 
-test-ray: $(RAY)/.installed redis  ## Run the tests of Ray Serve and Ray Data, in an environment with Ray. Fifteen minutes.
+test-ray: $(RAY)/.installed redis  ## Run the tests of Ray Serve and Ray Data, in an environment with Ray. Half an hour.
 	$(RAY)/bin/python -m pytest tests/cluster $(ARGS)
 
 # Not among the development tools: it would be a plugin of every run of pytest.

@@ -20,11 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 from benchmarks.lib.figures import in_turns, print_disturbance, rounded, spread
 from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.results import progress, publish
@@ -42,8 +43,8 @@ LARGEST = 64_000_000  # bytes of an answer in one read
 
 
 @contextmanager
-def running(kind: str, server: str) -> Iterator[str]:
-    """A proxy before the server; its address while the block runs."""
+def proxied(kind: str, servers: Sequence[str]) -> Iterator[str]:
+    """A proxy before the servers; its address while the block runs."""
     program = shutil.which(kind, path=os.environ["PATH"] + BESIDE_PATH)
     if program is None:
         raise SystemExit(f"{kind} is not installed: sudo apt install {kind}")
@@ -51,7 +52,8 @@ def running(kind: str, server: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         folder.chmod(0o755)
-        command = [sys.executable, "-m", "vecmill", "proxy-config", kind, "--replica", server, "--listen", address]
+        command = [sys.executable, "-m", "vecmill", "proxy-config", kind, "--listen", address]
+        command += [word for server in servers for word in ("--replica", server)]
         command += ["--max-body-bytes", str(LARGEST), "--run-as", "none"]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         (folder / kind).write_text(text)
@@ -62,23 +64,21 @@ def running(kind: str, server: str) -> Iterator[str]:
             words = [program, "-p", f"{folder}/", "-c", str(folder / kind), "-g", directives]
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
-            asyncio.run(_ready(address))
+            _wait_until_ready(f"http://{address}/ready")
             yield f"http://{address}"
         finally:
             process.terminate()
             process.wait()
 
 
-async def _ready(address: str) -> None:
+def _wait_until_ready(url: str) -> None:
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:
-        try:
-            await load(f"http://{address}", b"x", 1, 1)
-        except (OSError, RuntimeError, asyncio.IncompleteReadError):
-            await asyncio.sleep(0.1)
-        else:
-            return
-    raise SystemExit(f"{address} did not answer within {READY_SECONDS:.0f} s")
+        with suppress(httpx.TransportError):
+            if httpx.get(url, timeout=READY_SECONDS).is_success:
+                return
+        time.sleep(0.1)
+    raise SystemExit(f"{url} did not answer within {READY_SECONDS:.0f} s")
 
 
 async def load(url: str, body: bytes, connections: int, requests: int) -> list[float]:
@@ -118,7 +118,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, Any], float]:
             body = b"x" * size
             with ExitStack() as stack:
                 server = stack.enter_context(echo_server(body))
-                urls = {DIRECT: server, **{kind: stack.enter_context(running(kind, server)) for kind in KINDS}}
+                urls = {DIRECT: server, **{kind: stack.enter_context(proxied(kind, [server])) for kind in KINDS}}
                 for connections in options.connections:
                     requests = max(connections, round(options.requests * min(1, 100_000 / size)))
                     cases[f"{size} bytes, {connections} connections"] = _case(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import orjson
 import pyarrow.parquet as pq
-from benchmarks.cluster.simulated_server import simulate
+from benchmarks.cluster.simulated_server import PASS, in_workers_of_ray
 from benchmarks.lib.figures import print_disturbance
 from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.results import publish
@@ -41,8 +41,7 @@ class SimulatedShardEmbedder(ShardEmbedder):
     """A worker whose forward passes sleep."""
 
     def __init__(self, output: str, settings: Mapping[str, object]) -> None:
-        fixed, per_token = map(float, os.environ["SIMULATED_PASS"].split(","))
-        simulate(fixed / 1e3, per_token / 1e6)
+        in_workers_of_ray()
         super().__init__(output, settings)
 
 
@@ -86,7 +85,7 @@ def _flag(name: str, value: object) -> list[str]:
 
 def by_ray(source: Path, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """`vecmill.cluster.data` with one worker: the time of its shards, and that of Ray's and the model's start."""
-    os.environ["SIMULATED_PASS"] = f"{options.fixed_ms},{options.us_per_token}"
+    os.environ[PASS] = f"{options.fixed_ms},{options.us_per_token}"
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 - Ray's own spelling
     corpus = CorpusOptions((str(source),), shard_rows=options.shard_rows)
     output = folder / "ray"

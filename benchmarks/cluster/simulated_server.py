@@ -6,6 +6,7 @@ the pass that is stated, so routing and batches go by it. A pass takes no core, 
 
 from __future__ import annotations
 
+import os
 import sys
 from time import perf_counter, sleep
 
@@ -37,6 +38,15 @@ def simulate(fixed_seconds: float, seconds_per_token: float) -> None:
 
     tables: dict[int, Tensor] = {}
     LoadedModel.forward = forward  # type: ignore[method-assign, assignment]
+
+
+PASS = "SIMULATED_PASS"  # the environment's variable for the hook: FIXED_MS,US_PER_TOKEN
+
+
+def in_workers_of_ray() -> None:
+    """In a process of Ray: passes sleep as those of a server alone. Also Ray's `worker_process_setup_hook`."""
+    fixed_ms, us_per_token = map(float, os.environ[PASS].split(","))
+    simulate(fixed_ms / 1e3, us_per_token / 1e6)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,17 @@ def test_the_overhead_of_each_proxy_is_what_it_adds_to_the_direct_way() -> None:
             assert added["p50"]["median"] == pytest.approx(through, rel=1e-2, abs=1e-2)
 
 
+@pytest.mark.benchmark
+def test_one_port_is_compared_with_the_servers_own_addresses() -> None:
+    options = ("--ways", "direct,haproxy", "--rounds", "1", "--seconds", "1", "--texts", "64", "--batch", "8")
+    result = json_line(run_benchmark("cluster.one_port", *options))
+    assert result["ways"].keys() == {"direct", "haproxy"}
+    for way in result["ways"].values():
+        assert way["errors"] == 0
+        assert way["texts_per_s"]["min"] > 0
+    assert result["ways"]["direct"]["slower_percent"]["median"] == 0
+
+
 def test_what_is_assumed_of_the_manifests_is_in_them() -> None:
     assumed = Assumptions()
     scaled = yaml.safe_load((K8S / "components/keda/scaled-object.yaml").read_text("utf-8"))

@@ -26,6 +26,8 @@ from tests.servers import free_port
 ARGUMENTS = "arguments.json"
 UP = "the cluster is up"
 MARK = "VECMILL_TEST_CLUSTER"
+HOOK = "VECMILL_TEST_HOOK"
+"""A function that each of Ray's processes calls at its start, if any: `module.name`."""
 START_WITHIN_S = 400
 ATTEMPTS = 5
 OBJECT_STORE_BYTES = 200_000_000
@@ -39,6 +41,32 @@ PATIENT = {
 }
 
 
+def processes_of(mark: str) -> Iterator[tuple[int, str]]:
+    """All processes of a cluster, each with its title."""
+    for folder in Path("/proc").iterdir():
+        with suppress(OSError):
+            if folder.name.isdecimal() and _has(folder, mark):
+                yield int(folder.name), (folder / "cmdline").read_text("utf-8", "replace").replace("\0", " ")
+
+
+def _has(process: Path, mark: str) -> bool:
+    """Whether a process is of this cluster. Some of Ray's write their title over their environment."""
+    if f"{MARK}={mark}".encode() in (process / "environ").read_bytes():
+        return True
+    return any(str(file.readlink()).startswith(f"/tmp/r{mark[:6]}") for file in (process / "fd").iterdir())
+
+
+def end_all(mark: str, kept: Path) -> None:
+    """End all processes of a cluster, and keep its logs in a folder."""
+    for pid, _ in list(processes_of(mark)):
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    for folder in Path("/tmp").glob(f"r{mark[:6]}*"):
+        with suppress(OSError, shutil.Error):
+            shutil.copytree(folder / "session_latest/logs/serve", kept / f"serve-{folder.name}")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 @dataclass(frozen=True)
 class RunningCluster:
     """Where it answers, and which processes it has."""
@@ -50,38 +78,21 @@ class RunningCluster:
 
     def replicas(self, deployment: str = "models") -> list[int]:
         """The processes of a deployment's replicas."""
-        return [pid for pid, title in self._processes() if title.startswith(f"ray::ServeReplica:default:{deployment}")]
+        title = f"ray::ServeReplica:default:{deployment}"
+        return [pid for pid, its in processes_of(self.mark) if its.startswith(title)]
 
     def redeploy(self, arguments: Mapping[str, Any]) -> None:
         """Deploy with other arguments, which replaces the replicas one after another."""
         (self.log.parent / ARGUMENTS).write_text(json.dumps(dict(arguments)))
         self.process.send_signal(signal.SIGUSR1)
 
-    def _processes(self) -> Iterator[tuple[int, str]]:
-        for folder in Path("/proc").iterdir():
-            with suppress(OSError):
-                if folder.name.isdecimal() and self._has(folder):
-                    yield int(folder.name), (folder / "cmdline").read_text("utf-8", "replace").replace("\0", " ")
-
-    def _has(self, process: Path) -> bool:
-        """Whether a process is of this cluster. Some of Ray's write their title over their environment."""
-        if f"{MARK}={self.mark}".encode() in (process / "environ").read_bytes():
-            return True
-        return any(str(file.readlink()).startswith(f"/tmp/r{self.mark[:6]}") for file in (process / "fd").iterdir())
-
     def end(self) -> None:
         """End all processes."""
         self.process.terminate()
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(30)
-        for pid, _ in list(self._processes()):
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        end_all(self.mark, self.log.parent)
         self.process.wait()
-        for folder in Path("/tmp").glob(f"r{self.mark[:6]}*"):
-            with suppress(OSError, shutil.Error):
-                shutil.copytree(folder / "session_latest/logs/serve", self.log.parent / f"serve-{folder.name}")
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -135,6 +146,7 @@ def _start_ray() -> None:
     """Ray gives its own processes 30 seconds, which are over soon on a machine that has much else to do."""
     import ray
 
+    hook = os.environ.get(HOOK)
     for attempt in range(ATTEMPTS):
         try:
             ray.init(
@@ -142,6 +154,7 @@ def _start_ray() -> None:
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
                 namespace="serve",
+                runtime_env={"worker_process_setup_hook": hook} if hook else None,
                 _temp_dir=f"/tmp/r{os.environ[MARK][:6]}{attempt}",  # its sockets' paths may have 107 characters
             )
             return

@@ -16,7 +16,7 @@ pytest.importorskip("ray", reason="needs the extra `ray`; `make test-ray` instal
 from ray.serve.config import AutoscalingContext, RequestRouterConfig
 
 from vecmill.cluster import application, build, routes
-from vecmill.cluster.front import look_at
+from vecmill.cluster.front import Front, PlacementNames, look_at
 from vecmill.cluster.routes import Route, Sent
 from vecmill.cluster.scaling import QueuedTokens
 from vecmill.config import load_settings
@@ -81,6 +81,24 @@ def test_the_file_of_the_documentation_is_what_ray_and_vecmill_read(monkeypatch:
 
     assert one.import_path == "vecmill.cluster:build"
     assert build(one.args) is not None
+
+
+def test_what_there_always_is_is_waited_for_as_long_as_a_full_server() -> None:
+    """A request whose replica is not there for a moment is not refused; what is scaled to zero takes minutes."""
+    placements = [
+        PlacementNames(name, frozenset({Task.EMBED}), frozenset(), name == "kept") for name in ("kept", "zero")
+    ]
+    front = Front(load_settings({"queue_timeout": "45"}), placements, {})
+
+    assert front.patience("kept") == 45
+    assert front.patience("zero") < 5
+
+
+@pytest.mark.parametrize("percent", [0, 50])
+def test_an_upgrade_takes_room_for_more_replicas_only_where_it_is_said(percent: int) -> None:
+    models = build({"max_surge_percent": percent} if percent else {})._bound_deployment.init_args[2]["models"]
+
+    assert models._bound_deployment._deployment_config.max_surge_percent == percent
 
 
 def look(path: str, body: object = None, **headers: str) -> Any:

@@ -24,13 +24,13 @@ pytest.importorskip("ray", reason="needs the extra `ray`; `make test-ray` instal
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 CLIENTS = 12
-TIMEOUT = 120
+TIMEOUT = 240
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningCluster]:
     """Three replicas."""
-    with ray_cluster(tmp_path_factory.mktemp("cluster"), {"replicas": 3}) as running:
+    with ray_cluster(tmp_path_factory.mktemp("cluster"), {"replicas": 3}, {"QUEUE_TIMEOUT": "200"}) as running:
         yield running
 
 
@@ -76,25 +76,30 @@ def after(done: threading.Semaphore, count: int, act: Any) -> threading.Thread:
     return thread
 
 
-def kill_one_under_load(cluster: RunningCluster, alone: str, name: str) -> None:
+def kill(processes: Sequence[int]) -> None:
+    for process in processes:
+        os.kill(process, signal.SIGKILL)
+
+
+def kill_under_load(cluster: RunningCluster, alone: str, name: str, count: int = 1) -> None:
     """Every request is answered, and as a server alone answers it."""
     requests = [[f"text {number} of {name}", f"another, {number}"] for number in range(160)]
     expected = vectors(embed(alone, [text for texts in requests for text in texts])).reshape(160, 2, -1)
     before = cluster.replicas()
-    done = threading.Semaphore(0)
-    killer = after(done, 40, lambda: os.kill(before[0], signal.SIGKILL))
+    killed, done = before[:count], threading.Semaphore(0)
+    killer = after(done, 40, lambda: kill(killed))
 
     answers = in_parallel(cluster.url, requests, done)
     killer.join()
 
     assert [answer.text for answer in answers if answer.status_code != 200] == []
     assert np.allclose(np.array([vectors(answer) for answer in answers]), expected, atol=1e-5)
-    assert before[0] not in cluster.replicas()
+    assert not set(killed) & set(cluster.replicas())
     wait_for(lambda: len(cluster.replicas()) == len(before))
 
 
 def test_one_of_three_is_killed_under_load(cluster: RunningCluster, alone: str) -> None:
-    kill_one_under_load(cluster, alone, "three")
+    kill_under_load(cluster, alone, "three")
 
 
 def wait_for(condition: Any, seconds: float = 240) -> None:
@@ -199,7 +204,12 @@ def test_a_rolling_upgrade_fails_no_request(cluster: RunningCluster) -> None:
 
 def test_one_of_two_is_killed_under_load(cluster: RunningCluster, alone: str) -> None:
     """After the upgrade, which left two."""
-    kill_one_under_load(cluster, alone, "two")
+    kill_under_load(cluster, alone, "two")
+
+
+def test_all_are_killed_under_load(cluster: RunningCluster, alone: str) -> None:
+    """What comes meanwhile waits for those that take their place, as long as for room at a full server."""
+    kill_under_load(cluster, alone, "all", len(cluster.replicas()))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any, Self
 
 import httpx
@@ -20,7 +21,9 @@ import httpx
 from tests.faults.service import Service, service, until
 
 LOADING = ("-m", "tests.slow_loading_server", "returns")
-POLLS_PER_SECOND = 80.0  # of all clients together
+POLLS_PER_SECOND = 40.0  # of all clients together
+REST = 3.0  # of what a call took: a machine that is too busy for all polls gets fewer, and no lease runs out
+SECONDS_PER_PLACE = 0.25  # between two polls, where fewer are before a client: it begins soon after its turn has come
 ABANDONED = "abandoned"
 PATIENCE = 60.0  # seconds without any answer
 REFUSED = httpx.codes.SERVICE_UNAVAILABLE
@@ -94,6 +97,7 @@ class Crowd:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._servers = [httpx.AsyncClient(base_url=server.url, timeout=20, limits=limits) for server in servers]
         self._choose = random.Random(seed)
+        self._took = 0.0  # seconds, the latest call of any client
         self.seen = seen
 
     async def __aenter__(self) -> Self:
@@ -110,7 +114,8 @@ class Crowd:
         while (view := await self._call("GET", f"/jobs/{job}"))["status"] == "queued":
             assert position is None or view["position"] <= position, "a job was overtaken"
             position = view["position"]
-            await asyncio.sleep(self._poll_seconds * (0.5 + self._choose.random()))
+            pause = min(self._poll_seconds, SECONDS_PER_PLACE * position)
+            await asyncio.sleep(max(pause * (0.5 + self._choose.random()), REST * self._took))
         assert view["status"] == "active", view
         self.seen.begin(job)
         if silent:
@@ -139,10 +144,12 @@ class Crowd:
         raise AssertionError("no server took a job")
 
     async def _call(self, method: str, path: str, body: object = None, *, conflict_is_done: bool = False) -> Any:
+        began = monotonic()
         async with asyncio.timeout(PATIENCE):
             while True:
                 answer = await self._answer(method, path, body, conflict_is_done=conflict_is_done)
                 if answer is not None:
+                    self._took = monotonic() - began
                     return answer
                 await asyncio.sleep(0.05)
 

@@ -19,7 +19,16 @@ SERVERS = 4
     [
         pytest.param(1, 24, 2, 1, 0.5, 6.0, id="quick"),
         *(
-            pytest.param(seed, 200, places, 8, 2.0, 15.0, id=f"seed {seed}", marks=pytest.mark.nightly)
+            pytest.param(
+                seed,
+                200,
+                places,
+                2,
+                2.0,
+                60.0,
+                id=f"seed {seed}",
+                marks=[pytest.mark.nightly, pytest.mark.timeout(1200)],
+            )
             for seed, places in ((11, 1), (12, 2), (13, 4))
         ),
     ],

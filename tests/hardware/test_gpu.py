@@ -125,6 +125,13 @@ def test_a_gpu_is_noticed_without_any_library(tmp_path: Path) -> None:
     assert nvidia_gpu_present(tmp_path)
 
 
+@pytest.mark.parametrize("file", ["proc/driver/nvidia/gpus/0000:01:00.0", "dev/nvgpu/igpu0/ctrl", "dev/nvhost-gpu"])
+def test_every_driver_of_nvidia_shows_its_gpu(tmp_path: Path, file: str) -> None:
+    (tmp_path / file).parent.mkdir(parents=True)
+    (tmp_path / file).touch()
+    assert nvidia_gpu_present(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("source", "changes", "state", "message"),
     [

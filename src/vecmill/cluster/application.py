@@ -6,7 +6,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, Self
 
 import click
@@ -22,6 +21,7 @@ from vecmill.config import Settings, load_settings
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Lane, Task
+from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.inference.admission import MOST_WAITING
 
 logger = logging.getLogger(__name__)
@@ -37,7 +37,6 @@ HEALTH_SECONDS = 5.0  # between two looks at its health
 HEALTH_PATIENCE = 30.0
 LEAST_LOOK_BACK_S = 11.0  # Ray takes no less than its 10 seconds between two figures
 STOP_SECONDS = 10.0  # for a replica to close, after those that its requests have
-NVIDIA = ("/dev/nvidiactl", "/dev/nvgpu", "/dev/nvhost-gpu")
 ADDRESS = re.compile(r"((redis|rediss)://)?[^\s:/@]+:\d{1,5}(,[^\s:/@]+:\d{1,5})*")
 
 
@@ -59,6 +58,13 @@ class Placement(BaseModel):
     replicas: int = Field(1, ge=1, le=1000, description="How many there always are.")
     min_replicas: int | None = Field(None, ge=0, description="With `max_replicas`: scaled by the tokens that wait.")
     max_replicas: int | None = Field(None, ge=1, le=1000, description="The most there may be.")
+    max_surge_percent: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Upgrade: replicas beyond their number, in percent of it and at least one, so that an old one ends "
+        "when a new one is ready. Each needs room of its own, or the upgrade waits for it for ever: a card, CPUs.",
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> Self:
@@ -154,7 +160,7 @@ def _gpus(placement: Placement, settings: Settings) -> float:
         return 1
     if ray.is_initialized():
         return 1 if ray.cluster_resources().get("GPU") else 0
-    return 1 if any(Path(device).exists() for device in NVIDIA) else 0
+    return int(nvidia_gpu_present())
 
 
 def _names_are_their_own(cluster: Cluster, placed: Placed) -> None:
@@ -234,6 +240,7 @@ def _deployment(cluster: Cluster, placement: Placement, settings: Settings) -> A
         .options(
             name=placement.name,
             **_numbers(cluster, placement),
+            max_surge_percent=placement.max_surge_percent,
             # The server itself says when it is full, in the words of each dialect. Ray's limits are beyond that.
             max_ongoing_requests=_most_ongoing(settings),
             max_queued_requests=_most_ongoing(settings),
@@ -279,7 +286,7 @@ def _names_of(placement: Placement, settings: Settings) -> PlacementNames:
         tasks = {Task.RERANK}
     named = (*models.embed_model, *models.rerank_model, *(alias for alias, _ in models.model_aliases))
     names = frozenset(name.lower() for name in named if name not in ("auto", "none"))
-    return PlacementNames(placement.name, frozenset(tasks), names)
+    return PlacementNames(placement.name, frozenset(tasks), names, always=placement.min_replicas != 0)
 
 
 def _for_reranking(placement: Placement) -> bool:

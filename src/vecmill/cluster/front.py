@@ -37,7 +37,7 @@ from vecmill.core.errors import (
 from vecmill.core.json_body import JsonLimits, parse
 from vecmill.core.routing import RoutedRequest, affinity_key
 from vecmill.core.types import Caller, Lane, Task
-from vecmill.http.access import ApiKeys, presented_key
+from vecmill.http.access import PROBES, ApiKeys, presented_key
 from vecmill.http.dialects.bodies import CHOICES
 from vecmill.http.dialects.registry import RERANK, rerank_spoken, shape_for
 from vecmill.http.errors import ErrorShape, error_response
@@ -46,7 +46,8 @@ from vecmill.http.route import parse_priority
 from vecmill.inference.schedule import CHARACTERS_PER_TOKEN, expected_lane
 
 ATTEMPTS = 3  # of a request whose replica dies
-PATIENCE = 2.0  # seconds that a request waits for a first replica before it is refused
+PATIENCE = 2.0  # seconds that a request waits for a replica that nobody needed until now, before it is refused
+FIRST_LOOKS = 20  # that a front takes at its start, until Ray has said which replicas there are
 START_SECONDS = 10.0  # Retry-After while a replica starts
 LOOK_SECONDS = 0.25
 GRACE_SECONDS = 10.0  # that a replica has for its own answer to a request that is over its time
@@ -71,6 +72,8 @@ class PlacementNames:
     deployment: str
     tasks: frozenset[Task]
     names: frozenset[str]
+    always: bool = True
+    """Whether there always is a replica: where there is none for a moment, another one is on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +110,32 @@ class Front:
 
         async def application(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "lifespan":
-                for kind in ("startup", "shutdown"):
-                    await receive()
-                    await send({"type": f"lifespan.{kind}.complete"})
+                await receive()
+                await self._know_replicas()
+                await send({"type": "lifespan.startup.complete"})
+                await receive()
+                await send({"type": "lifespan.shutdown.complete"})
             elif scope["type"] == "http":
                 await _Passage(self, scope, receive, send).run()
 
         return application
+
+    async def _know_replicas(self) -> None:
+        """Wait, for a while, until Ray has said which replicas there are: a front that knows of none would refuse."""
+        expected = [each.deployment for each in self._placements if each.always]
+        for _ in range(FIRST_LOOKS):
+            if all(map(running, expected)):
+                break
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def patience(self, deployment: str) -> float:
+        """Seconds that a request waits while its deployment has no replica.
+
+        The only one may have died, or those of an upgrade may be loading: that is worth as long a wait as a full server
+        is. What is scaled to zero is not there for minutes.
+        """
+        always = any(each.always for each in self._placements if each.deployment == deployment)
+        return max(PATIENCE, self._settings.inference.queue_timeout) if always else PATIENCE
 
     @property
     def settings(self) -> Settings:
@@ -172,6 +194,10 @@ def running(deployment: str) -> Collection[str]:
     return () if router is None else router.names
 
 
+class _ClientLeftError(Exception):
+    """Nobody waits for the answer any more."""
+
+
 class _Passage:
     """One request on its way."""
 
@@ -188,7 +214,10 @@ class _Passage:
         self._body: bytes | None = None
         self._begun = bytearray()
         self._more = True
-        self._started = False
+        self._started = self._ended = False
+        """Whether the answer's first message was sent, and its last."""
+        self._tried: frozenset[str] = frozenset()
+        """The replicas that had the request and have not answered it."""
         self._accepted: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """The replica that has the request, where its body follows in parts."""
         self._shape: ErrorShape = shape_for(self._path, self._method)
@@ -204,6 +233,8 @@ class _Passage:
                     raise
                 response = error_response(self._shape, error, self._headers)
                 await response({**self._scope}, self._receive, self._send)
+        except _ClientLeftError:
+            pass  # nobody waits for an answer
         finally:
             self._front.take(-self._held)
 
@@ -229,7 +260,7 @@ class _Passage:
         except TimeoutError:
             raise RequestTimedOut("408: the rest of the request's body did not come in time (BODY_TIMEOUT).") from None
         if message["type"] == "http.disconnect":
-            raise asyncio.CancelledError
+            raise _ClientLeftError
         self._more = message.get("more_body", False)
         return bytes(message.get("body", b""))
 
@@ -264,12 +295,13 @@ class _Passage:
             try:
                 async for message in self._messages(deployment, route):
                     self._started = True
+                    self._ended = message["type"] == "http.response.body" and not message.get("more_body", False)
                     await self._send(message)
             except (RayError, RequestCancelledError):
                 if self._started:
                     raise
                 if repeatable and route.replica is None and attempt + 1 < ATTEMPTS:
-                    route = Route(route.work, route.task, home=route.home)
+                    route = Route(route.work, route.task, home=route.home, tried=self._tried)
                     continue
                 raise Unavailable("503: the replica that had this request has ended; try again.") from None
             return
@@ -297,6 +329,9 @@ class _Passage:
                         head = []
                 for message in head:
                     yield message
+            except (RayError, RequestCancelledError):
+                self._tried |= {SENT[deployment].replica_of(route) or ""}
+                raise
             finally:
                 answer.cancel()
                 for other in others:
@@ -316,11 +351,13 @@ class _Passage:
     ) -> list[Message] | None:
         """The next messages of an answer; None after the last."""
         coming: asyncio.Task[list[Message]] = asyncio.ensure_future(anext(answer))
-        until = monotonic() + PATIENCE
+        until = monotonic() + (PATIENCE if self._path in PROBES else self._front.patience(deployment))
         try:
             while True:
                 timeout = None if self._started or self._path in ENDLESS else LOOK_SECONDS
-                await asyncio.wait({coming, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                # Once all is sent the client's side says that it is gone, whether it is or not.
+                seen = {coming} if self._ended else {coming, *others}
+                await asyncio.wait(seen, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if coming.cancelled():  # not by the client
                     raise RequestCancelledError(route.identifier)
                 if coming.done():
@@ -340,7 +377,7 @@ class _Passage:
         """Whether there is still something to wait for.
 
         Raises:
-            ModelLoading, Unavailable. asyncio.CancelledError: the client has left. RequestTimedOut: its body stays out.
+            ModelLoading, Unavailable. _ClientLeftError. RequestTimedOut: the client's body stays out.
         """
         for other in others:
             if other.done():
@@ -356,11 +393,11 @@ class _Passage:
         """Return never; end once the client has left.
 
         Raises:
-            asyncio.CancelledError: it has.
+            _ClientLeftError: it has.
         """
         while (await self._receive())["type"] != "http.disconnect":
             pass
-        raise asyncio.CancelledError
+        raise _ClientLeftError
 
     async def _feed(self, deployment: str, route: Route) -> None:
         """Send the body in parts to the replica that has the request, as fast as that reads them."""

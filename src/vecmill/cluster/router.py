@@ -109,7 +109,8 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
             work = replace(work, lane=Lane.BULK)
         first = self.policy(replicas, work)
         rest = sorted(replicas, key=lambda each: (each.draining, expected_wait(each, work)))
-        return [each.name for each in ([] if first is None else [first]) + [each for each in rest if each is not first]]
+        ranked = ([] if first is None else [first]) + [each for each in rest if each is not first]
+        return sorted((each.name for each in ranked), key=lambda name: name in route.tried)
 
     def _replica(self, name: str, task: Task) -> Replica:
         """As the policy sees it, for a model of a task. What waits for other models counts by the time it takes."""

@@ -30,6 +30,8 @@ class Route:
     """The only one that may have it: the rest of the request is there already, or the client names it."""
     home: bool = False
     """It is about state that one replica keeps: the key's first choice, however busy that is."""
+    tried: frozenset[str] = frozenset()
+    """Replicas that had the request and have not answered it: any other is better."""
     upload: str | None = None
     """The identifier of the request that this is a part of."""
     identifier: str = field(default_factory=lambda: uuid4().hex)

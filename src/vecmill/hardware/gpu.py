@@ -83,12 +83,17 @@ def gpu_index(device: str) -> int:
     return int(device.partition(":")[2] or 0)
 
 
+# What the driver makes for each GPU: of a card or a GB10, and of a Jetson, whose driver is another. `nvidiactl` is no
+# sign: it is there without any GPU, too.
+GPU_FILES = ("proc/driver/nvidia/gpus/*", "dev/nvidia[0-9]*", "dev/nvgpu/igpu[0-9]*", "dev/nvhost-gpu")
+
+
 def nvidia_gpu_present(root: Path = Path("/")) -> bool:
     """True where the NVIDIA kernel driver has a GPU (Linux). `root` is the file system to look at.
 
     Found without torch: the point is to notice when torch cannot see it.
     """
-    return any((root / "proc/driver/nvidia/gpus").glob("*")) or any((root / "dev").glob("nvidia[0-9]*"))
+    return any(any(root.glob(pattern)) for pattern in GPU_FILES)
 
 
 GB10 = "GB10"
