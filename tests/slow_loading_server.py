@@ -22,7 +22,7 @@ def _slow(how: str) -> None:
     load, close = engine.load, Engine.close  # type: ignore[attr-defined]
     stopped = threading.Event()
 
-    def load_until_stopped(models: Any, settings: Any, report: Any) -> Any:
+    def load_until_stopped(models: Any, settings: Any, report: Any, measurements: Any) -> Any:
         report(10, LOADING)
         stopped.wait()
         if how == "raises":

@@ -39,7 +39,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Holds the load, in its thread, until it is set."""
     gate = threading.Event()
 
-    def held(models: Any, engine: Any, report: Any) -> Any:
+    def held(models: Any, engine: Any, report: Any, measurements: Any) -> Any:
         report(42, "loading something large")
         assert gate.wait(30)
         return load(models, engine, report)
