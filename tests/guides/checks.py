@@ -54,7 +54,6 @@ VARIABLES = {
     "RAY_SERVE_ENABLE_HA_PROXY": "Ray",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "Ray",
     "RAY_USE_TLS": "Ray",
-    "RAY_external_storage_namespace": "Ray",
     "OLLAMA_KEEP_ALIVE": "Ollama",
     "OLLAMA_MAX_LOADED_MODELS": "Ollama",
 }
