@@ -129,7 +129,8 @@ $(RAY)/.installed: pyproject.toml constraints.txt requirements-bundled.txt | $(B
 	@$(BIN)/python -m venv --clear $(RAY)
 	@$(MAKE) --no-print-directory VENV=$(RAY) $(RAY)/.serve
 	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[parquet,ray,ray-data,redis,token-ids]' httpx hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist
+		--editable '.[parquet,ray,ray-data,redis,token-ids]' httpx hypothesis 'moto[server]' pytest pytest-asyncio pytest-timeout \
+		pytest-xdist
 	@touch $@
 
 $(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(BIN)/python

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,8 +16,10 @@ from typing import Any
 import numpy as np
 import orjson
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
 
 from tests.cluster.test_corpus import jsonl
 from tests.servers import free_port, running, vecmill_command
@@ -36,13 +39,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) ->
 
 
 @contextmanager
-def started(source: Path, output: Path, checkpoint: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def started(
+    source: Path | str, output: Path | str, checkpoint: Path, *options: str, **environment: str
+) -> Iterator[subprocess.Popen[str]]:
     """The command as a process, in a session of its own, of which nothing is left when the block has ended."""
     settings = [f"embed_model={checkpoint}", "dtype=float32", "device=cpu", "max_batch_tokens=512"]
     pairs = [part for pair in settings for part in ("--set", pair)]
     command = [sys.executable, "-m", "vecmill.cluster.data", str(source), "-o", str(output), *pairs, *options]
     # Ray starts its workers at the lowest priority, where a busy machine leaves them hardly any time.
-    env = {**os.environ, "RAY_worker_niceness": "0"}
+    env = {**os.environ, "RAY_worker_niceness": "0", **environment}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process:
         family = Family(process.pid)
         try:
@@ -130,6 +135,59 @@ def test_a_run_that_is_killed_twice_ends_with_what_vecmill_embed_writes(tmp_path
     expected = rows_of(tmp_path / "expected.parquet")
     assert max(np.abs(found[number] - vector).max() for number, vector in expected.items()) < 1e-5
     assert pq.read_schema(parts(output)[0]).names == pq.read_schema(tmp_path / "expected.parquet").names
+
+
+@contextmanager
+def object_storage() -> Iterator[dict[str, str]]:
+    """A server of S3's protocol; the environment in which its clients find it."""
+    port = free_port()
+    with subprocess.Popen([sys.executable, "-m", "moto.server", "-p", str(port)], stderr=subprocess.DEVNULL) as process:
+        try:
+            until(lambda: answers(port))
+            yield {
+                "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+                "AWS_ACCESS_KEY_ID": "anybody",
+                "AWS_SECRET_ACCESS_KEY": "anything",
+                "AWS_DEFAULT_REGION": "us-east-1",
+            }
+        finally:
+            process.kill()
+
+
+def answers(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+def test_a_corpus_in_object_storage(checkpoint: Path) -> None:
+    """Read there and written there; a second call finds that all is done."""
+    with object_storage() as environment:
+        storage = fs.S3FileSystem(
+            endpoint_override=environment["AWS_ENDPOINT_URL"].removeprefix("http://"),
+            scheme="http",
+            access_key="anybody",
+            secret_key="anything",
+            allow_bucket_creation=True,
+        )
+        storage.create_dir("bucket/corpus")
+        for number in range(2):
+            ids = list(range(60 * number, 60 * number + 60))
+            table = pa.table({"id": ids, "text": [f"text number {each}" for each in ids]})
+            pq.write_table(table, f"bucket/corpus/{number}.parquet", filesystem=storage)
+        options = ("--workers", "1", "--num-cpus", "0.5", "--shard-rows", "50")
+        said = []
+        for _ in range(2):
+            with started("s3://bucket/corpus", "s3://bucket/vectors", checkpoint, *options, **environment) as process:
+                printed, _ = process.communicate(timeout=WITHIN_S)
+            assert process.returncode == 0, printed
+            said.append(printed)
+        assert "120 vectors" in said[0]
+        found = pq.read_table("bucket/vectors", filesystem=storage)
+        assert sorted(found.column("id").to_pylist()) == list(range(120))
+        names = {info.base_name for info in storage.get_file_info(fs.FileSelector("bucket/vectors"))}
+        assert "_manifest.json" in names
+        assert not any(name.endswith(".tmp") for name in names)
 
 
 @pytest.mark.filterwarnings("ignore")  # Ray's own deprecations, and what it leaves open when it ends
