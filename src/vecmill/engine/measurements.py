@@ -101,7 +101,7 @@ def _read(path: Path) -> dict[str, Before]:
             return {}
         with path.open("rb") as file:
             written = file.read(LARGEST_BYTES + 1)
-        content = json.loads(written) if len(written) <= LARGEST_BYTES else None
+        content: Any = json.loads(written) if len(written) <= LARGEST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return {}
     known = isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("models"), dict)
