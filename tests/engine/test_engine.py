@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import math
+import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,11 +27,13 @@ from vecmill.core.calibration import Warmed, fit
 from vecmill.core.errors import DoesNotFit, EngineFailed, NonFiniteEmbedding, StartupError
 from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
+from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import choose_device
 from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
 from vecmill.engine.forward import LoadedModel
 from vecmill.engine.live_models import LiveModels
 from vecmill.engine.loader import load
+from vecmill.engine.measurements import Before, Measurements
 from vecmill.hardware.gpu import nvidia_gpu_present
 from vecmill.models.packing import PackedBatch
 
@@ -166,8 +172,73 @@ async def test_what_was_measured_holds_for_the_next_start(
     for damaged in ("", "[" * 100_000, content.replace("measurements 1", "measurements 9"), content[:200], "{}"):
         kept.write_text(damaged)
         assert (await started())[0].changed_at > 1000
-    kept.write_text(content.replace('"fixed_seconds": ', '"fixed_seconds": -'))
-    assert (await started())[0].changed_at > 1000
+    for number in ("largest_tokens", "max_batch_size"):  # of a pass that would take all memory
+        kept.write_text(re.sub(rf'"{number}": \d+', f'"{number}": 1000000000', content))
+        assert (await started())[0].changed_at > 1000
+
+
+HOSTILE: dict[str, tuple[Any, ...]] = {
+    "fixed_seconds": (-1, math.nan, math.inf, 1e308, "1", None, [], {}),
+    "seconds_per_token": (0, -1.0, math.nan, 1e-320, 1e308, 10**400, "x", [1]),
+    "measured": (5, "x", [[1]], [["a", "b"]], [[1, math.nan]], [[math.inf, 1]], [[0, 1.0]], [[1, 1.0]] * 100_000),
+    "largest_tokens": (0, 2**40, 1.5, "x", None, True),
+    "max_batch_tokens": (0, 2**30, 64.0, "x", None),
+    "max_batch_size": (0, -1, 2**40, "x", math.nan),
+    "free_tokens": (-1, 2**30, "x", None, []),
+    "changed_at": (-1, math.nan, 1e300, "x"),
+    "single_up_to": (-1, "x", None, 10**30),
+    "choice": (5, "x", [], {}, {"compiled": True}),
+    "calibration": (None, "x", 5, []),
+    "warmed": (None, "x", 5, [], {}),
+}
+
+
+@pytest.mark.parametrize("key", HOSTILE)
+def test_what_is_no_measurement_is_measured(tmp_path: Path, key: str) -> None:
+    kept = tmp_path / "measurements.json"
+    line = fit([(64, 0.5), (128, 0.75)])
+    warmed = Warmed(line, 256, 128, 64, 16, False, "eager", 0, 0, 0, ())
+    Measurements(kept).keep("one", Before(warmed, 32, CompileChoice(False, "eager")))
+    content = json.loads(kept.read_text())
+    bounds = {"most_tokens": 256, "most_rows": 64}
+    assert (known := Measurements(kept).of("one", **bounds)) is not None
+    assert (known.warmed.calibration, known.warmed.max_batch_tokens, known.single_up_to) == (line, 128, 32)
+    assert Measurements(kept).of("one", most_tokens=255, most_rows=64) is None
+    assert Measurements(kept).of("one", most_tokens=256, most_rows=63) is None
+
+    def with_value(within: dict[str, Any], value: Any) -> dict[str, Any]:
+        changed = {name: with_value(part, value) if isinstance(part, dict) else part for name, part in within.items()}
+        return changed | {key: value} if key in within else changed
+
+    for value in HOSTILE[key]:
+        kept.write_text(json.dumps(with_value(content, value)))
+        found = Measurements(kept)
+        assert found.of("one", **bounds) is None, value
+        found.keep("two", Before(warmed, 32, None))
+        assert Measurements(kept).of("two", **bounds) is not None, value
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "endless", "large", "unreadable", "dangling", "deep"])
+def test_a_file_that_is_none_of_measurements_is_as_good_as_none(tmp_path: Path, kind: str) -> None:
+    """And costs neither memory nor time."""
+    kept = tmp_path / "measurements.json"
+    if kind == "pipe":
+        os.mkfifo(kept)
+    elif kind == "folder":
+        kept.mkdir()
+    elif kind == "deep":
+        kept.write_text('{"format": "vecmill-measurements 1", "models": {"one": %s}}' % ("[" * 900 + "]" * 900))
+    elif kind in ("large", "unreadable"):
+        kept.write_text("[" + "1," * 5_000_000 + "1]" if kind == "large" else "{}")
+        kept.chmod(0 if kind == "unreadable" else 0o600)
+    else:
+        kept.symlink_to("/dev/zero" if kind == "endless" else tmp_path / "nowhere")
+    measurements = Measurements(kept)
+    assert measurements.of("one", most_tokens=256, most_rows=64) is None
+    warmed = Warmed(fit([(64, 0.5)]), 256, 128, 64, 16, False, "eager", 0, 0, 0, ())
+    measurements.keep("one", Before(warmed, 0, None))
+    assert (Measurements(kept).of("one", most_tokens=256, most_rows=64) is None) is (kind == "folder")
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
 
 
 def test_the_faster_dtype_is_measured_and_the_reason_told(tmp_path: Path, minilm_folder: Path) -> None:
@@ -307,6 +378,8 @@ import logging, resource, sys
 import numpy
 from vecmill.config import load_settings
 from vecmill.engine.loader import load
+from vecmill.engine.measurements import Before, Measurements
+from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import choose_device
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 settings = load_settings({{"embed_model": {str(folder)!r}, "device": "cpu", "dtype": "float32",

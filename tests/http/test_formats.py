@@ -113,6 +113,8 @@ DECODED: dict[str, Callable[[bytes], bytes]] = {
         ("gzip;q=0", ""),
         ("br, identity", ""),
         ("ZSTD;q=nonsense", "zstd"),
+        ("zstd" + 20_000 * ",", "zstd"),
+        (20_000 * "," + "zstd", ""),
         ("", ""),
     ],
 )
@@ -164,6 +166,8 @@ async def test_raw_rows_where_the_client_accepts_bytes(client: httpx.AsyncClient
         ("application/octet-stream", "<f4"),
         ("application/octet-stream; dtype=float32, */*;q=0.1", "<f4"),
         ("application/json;q=0.5, Application/Octet-Stream;dtype=float16", "<f2"),
+        ("application/octet-stream ; dtype = float16", "<f2"),
+        ("application/octet-stream" + 20_000 * ",", "<f4"),
     ):
         answer = await client.post(path, json=ROUTES[path], headers={"accept": accept})
         assert (answer.status_code, answer.headers["x-embedding-shape"]) == (200, "4,384"), answer.text
@@ -175,6 +179,9 @@ async def test_raw_rows_where_the_client_accepts_bytes(client: httpx.AsyncClient
     for accept in ("application/json, application/octet-stream", "*/*", "application/octet-stream;q=0", "text/html"):
         answer = await client.post(path, json=ROUTES[path], headers={"accept": accept})
         assert answer.headers["content-type"] == "application/json"
+    several = [("accept", "text/plain"), ("accept", "application/octet-stream")]
+    answer = await client.post(path, json=ROUTES[path], headers=several)
+    assert answer.headers["content-type"] == "application/octet-stream; dtype=float32"
 
 
 @pytest.mark.parametrize("path", ROUTES)

@@ -30,7 +30,7 @@ from vecmill.engine.device import (
 )
 from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams
 from vecmill.engine.measurements import Before, Measurements, identity
-from vecmill.engine.warmup import Choices, warm_up
+from vecmill.engine.warmup import Choices, largest_size, most_tokens, warm_up
 from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.networks import Model, load_model, sizes
@@ -133,7 +133,7 @@ def load(
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
         limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-        before = _measured_before(model, engine, common)
+        before = _measured_before(model, engine, device, common)
         warmed[model.key] = warm_up(model, engine, runs_on, common.choices, before)
         if before is None:
             keep_measured(model, warmed[model.key], engine, common)
@@ -148,10 +148,12 @@ def load(
     return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, common, flash)
 
 
-def _measured_before(model: LoadedModel, engine: EngineSettings, common: Common) -> Before | None:
+def _measured_before(model: LoadedModel, engine: EngineSettings, device: torch.device, common: Common) -> Before | None:
     if common.measurements is None:
         return None
-    return common.measurements.of(identity(model.card, engine, model.attention, common.threads))
+    key = identity(model.card, engine, model.attention, common.threads)
+    most = most_tokens(engine, device)
+    return common.measurements.of(key, most_tokens=most, most_rows=largest_size(engine, device, most))
 
 
 def keep_measured(model: LoadedModel, warmed: Warmed, engine: EngineSettings, common: Common) -> None:

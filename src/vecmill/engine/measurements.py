@@ -10,8 +10,7 @@ import json
 import logging
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
@@ -32,6 +31,9 @@ logger = logging.getLogger(__name__)
 FORMAT = "vecmill-measurements 1"
 MOST = 64  # models; the oldest go
 LARGEST_BYTES = 2**20
+# What no measurement is beyond: of a forward pass or a token of it, the shapes of a model, a choice's reason.
+SHORTEST_SECONDS, LONGEST_SECONDS, MOST_SHAPES, LONGEST_REASON = 1e-12, 3600.0, 64, 1000
+LATEST = 1e11  # Unix time
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +54,27 @@ class Measurements:
         self._lock = Lock()
         self._kept = _read(path)
 
-    def of(self, identity: str) -> Before | None:
-        """What is known of a model; None where it has to be measured."""
+    def of(self, identity: str, *, most_tokens: int, most_rows: int) -> Before | None:
+        """What is known of a model; None where it has to be measured.
+
+        `most_tokens` and `most_rows`: of a forward pass, as warm-up would try them. More is not what it has found out.
+        """
         with self._lock:
             found = self._kept.get(identity)
-        try:
-            return None if found is None else _before(found)
-        except (TypeError, ValueError, LookupError):
+        if found is None or found.warmed.largest_tokens > most_tokens or found.warmed.max_batch_size > most_rows:
             return None
+        return found
 
     def keep(self, identity: str, before: Before) -> None:
         """Remember it, for later starts too. A file that cannot be written is left as it is."""
-        warmed = asdict(replace(before.warmed, seconds=()))
-        choice = None if before.choice is None else asdict(before.choice)
         with self._lock:
             self._kept.pop(identity, None)
-            self._kept[identity] = {"warmed": warmed, "single_up_to": before.single_up_to, "choice": choice}
+            self._kept[identity] = replace(before, warmed=replace(before.warmed, seconds=()))
             for oldest in list(self._kept)[:-MOST]:
                 del self._kept[oldest]
+            models = {key: asdict(kept) for key, kept in self._kept.items()}
             try:
-                write_atomically(self._path, json.dumps({"format": FORMAT, "models": self._kept}).encode())
+                write_atomically(self._path, json.dumps({"format": FORMAT, "models": models}).encode())
             except OSError as error:
                 logger.warning("what was measured cannot be written to %s (%s)", self._path, error.strerror)
 
@@ -91,36 +94,70 @@ def identity(card: ModelCard, engine: EngineSettings, attention: Attention, thre
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Before]:
+    """What `keep` has written, and of anything else as much as could be that."""
     try:
-        if path.stat().st_size > LARGEST_BYTES:
+        if not path.is_file():  # a pipe would be waited for
             return {}
-        content = json.loads(path.read_bytes())
+        with path.open("rb") as file:
+            written = file.read(LARGEST_BYTES + 1)
+        content: Any = json.loads(written) if len(written) <= LARGEST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return {}
     known = isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("models"), dict)
-    return dict(content["models"]) if known else {}
+    models = list(content["models"].items())[-MOST:] if known else []
+    return {key: before for key, kept in models if (before := _before_or_none(kept)) is not None}
 
 
-def _before(kept: Mapping[str, Any]) -> Before:
-    """Raises TypeError, ValueError or LookupError for what `keep` has not written."""
-    warmed = dict(kept["warmed"])
-    line = dict(warmed.pop("calibration"))
-    measured = tuple((int(tokens), float(seconds)) for tokens, seconds in line["measured"])
-    calibration = Calibration(measured, float(line["fixed_seconds"]), float(line["seconds_per_token"]))
-    numbers = {
-        field.name: warmed[field.name] for field in fields(Warmed) if field.name not in ("calibration", "seconds")
-    }
-    positive = ("largest_tokens", "max_batch_tokens", "max_batch_size")
-    if (
-        calibration.seconds_per_token <= 0
-        or calibration.fixed_seconds < 0
-        or any(numbers[name] < 1 for name in positive)
-    ):
+def _before_or_none(kept: Any) -> Before | None:
+    try:
+        return _before(kept)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        return None
+
+
+def _before(kept: Any) -> Before:
+    """Raises ArithmeticError, AttributeError, LookupError, TypeError or ValueError for what `keep` has not written."""
+    warmed, choice = kept["warmed"], kept["choice"]
+    line = warmed["calibration"]
+    if len(line["measured"]) > MOST_SHAPES:
         raise ValueError
-    choice = kept["choice"]
+    measured = tuple((_whole(tokens, 1), _seconds(seconds)) for tokens, seconds in line["measured"])
+    fixed = 0.0 if line["fixed_seconds"] == 0 else _seconds(line["fixed_seconds"])
+    largest = _whole(warmed["largest_tokens"], 1)
+    max_batch_tokens = _whole(warmed["max_batch_tokens"], 1, largest)
     return Before(
-        Warmed(calibration=calibration, seconds=(), **numbers),
-        int(kept["single_up_to"]),
-        None if choice is None else CompileChoice(bool(choice["compiled"]), str(choice["reason"])),
+        Warmed(
+            calibration=Calibration(measured, fixed, _seconds(line["seconds_per_token"])),
+            largest_tokens=largest,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_size=_whole(warmed["max_batch_size"], 1),
+            free_tokens=_whole(warmed["free_tokens"], 0, max_batch_tokens),
+            # Each start finds these out.
+            compiled=False,
+            compile_reason="",
+            graphs=0,
+            graph_tokens=0,
+            graph_memory_bytes=0,
+            seconds=(),
+            changed_at=_between(warmed["changed_at"], 0, LATEST),
+        ),
+        _whole(kept["single_up_to"], 0),
+        None if choice is None else CompileChoice(choice["compiled"] is True, str(choice["reason"])[:LONGEST_REASON]),
     )
+
+
+def _whole(value: Any, least: int, most: int = 2**31) -> int:
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError
+    return value
+
+
+def _seconds(value: Any) -> float:
+    return _between(value, SHORTEST_SECONDS, LONGEST_SECONDS)
+
+
+def _between(value: Any, least: float, most: float) -> float:
+    if not isinstance(value, int | float) or not least <= value <= most:  # as no NaN is
+        raise ValueError
+    return float(value)

@@ -59,6 +59,12 @@ def largest_batch(engine: EngineSettings, device: torch.device) -> int:
     return engine.max_batch_tokens or (CPU_BATCH_TOKENS if device.type == "cpu" else CUDA_BATCH_TOKENS)
 
 
+def most_tokens(engine: EngineSettings, device: torch.device) -> int:
+    """Tokens of a forward pass, at the most: of the largest that is tried, or to which short passes are lengthened."""
+    tokens = largest_batch(engine, device)
+    return max(tokens, CPU_SHORT_PASS_TOKENS) if engine.max_batch_tokens is None and device.type == "cpu" else tokens
+
+
 def largest_size(engine: EngineSettings, device: torch.device, tokens: int | None = None) -> int:
     """Rows of a forward pass of so many tokens, at most; left out, of the largest that is tried."""
     if engine.max_batch_size is not None:

@@ -23,6 +23,7 @@ else:
 COMPRESS_FROM_BYTES = 1024
 # Digits compress about as well at 1 as at the highest level, in a fraction of the time.
 LEVEL = 1
+MOST_OFFERS = 64  # of a header that are looked at: 60,000 commas would hold up the event loop
 GZIP_WINDOW = 31  # zlib's largest window, with gzip's header and trailer around
 
 
@@ -70,7 +71,7 @@ def accepted_coding(accept_encoding: str) -> Coding | None:
     `*` stands for gzip, which whoever writes that can read.
     """
     liked: dict[str, float] = {}
-    for offer in accept_encoding.lower().split(","):
+    for offer in offers(accept_encoding):
         coding, _, parameters = offer.partition(";")
         liked.setdefault(coding.strip(), quality(parameters.strip().removeprefix("q=") or "1"))
     if "*" in liked:
@@ -81,8 +82,13 @@ def accepted_coding(accept_encoding: str) -> Coding | None:
 
 def accepts_gzip(accept_encoding: str) -> bool:
     """Whether an Accept-Encoding header allows gzip, whatever else it does."""
-    offers = (offer for offer in accept_encoding.lower().split(",") if offer.partition(";")[0].strip() != "zstd")
-    return accepted_coding(",".join(offers)) is Coding.GZIP
+    others = (offer for offer in offers(accept_encoding) if offer.partition(";")[0].strip() != "zstd")
+    return accepted_coding(",".join(others)) is Coding.GZIP
+
+
+def offers(header: str) -> list[str]:
+    """What a header of the Accept kind lists, in lower case; of a list longer than any client's the beginning."""
+    return header.lower().split(",", MOST_OFFERS)[:MOST_OFFERS]
 
 
 def quality(value: str) -> float:

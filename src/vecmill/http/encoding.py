@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import EmbedResult, Matrix, ScoreResult, Vector
-from vecmill.http.compression import COMPRESS_FROM_BYTES, Coding, Compressor, accepted_coding, quality
+from vecmill.http.compression import COMPRESS_FROM_BYTES, Coding, Compressor, accepted_coding, offers, quality
 from vecmill.http.services import services_of, shows_work_of_all
 
 Dtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
@@ -125,13 +125,13 @@ def binary_dtype(request: Request, formats: Sequence[EmbeddingFormat]) -> Binary
     Raises:
         InvalidInput: it names another type, or the body asks for vectors in another format.
     """
-    offers = []
-    for place, offer in enumerate(request.headers.get("accept", "").lower().split(",")):
+    read = []
+    for place, offer in enumerate(offers(",".join(request.headers.getlist("accept")))):
         media, *parts = (part.strip() for part in offer.split(";"))
-        given = dict(part.partition("=")[::2] for part in parts)
+        given = {name.rstrip(): value.lstrip() for name, _, value in (part.partition("=") for part in parts)}
         if media in (BINARY, "application/json"):
-            offers.append((quality(given.get("q", "1")), -place, media, given.get("dtype", "float32").strip('"')))
-    liked, _, media, dtype = max(offers, default=(0.0, 0, "", ""))
+            read.append((quality(given.get("q", "1")), -place, media, given.get("dtype", "float32").strip('"')))
+    liked, _, media, dtype = max(read, default=(0.0, 0, "", ""))
     if media != BINARY or liked == 0:
         return None
     if any(form.dtype != "float" for form in formats):

@@ -235,8 +235,12 @@ def check_rope(config: ConfigFile) -> None:
 
 
 def rope_type(config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The kind of rotary positions and its parameters, as transformers reads them from a config.json."""
-    parameters = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    """The kind of rotary positions and its parameters, as transformers reads them from a config.json.
+
+    Parameters that are no object are none here: `check_rope` refuses them.
+    """
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    parameters = given if isinstance(given, Mapping) else {}
     return str(parameters.get("rope_type", parameters.get("type", "default"))), parameters
 
 

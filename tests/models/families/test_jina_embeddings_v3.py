@@ -306,6 +306,8 @@ def test_bfloat16_is_near(tmp_path: Path) -> None:
         ({"truncate_dim": 16}, "`truncate_dim`: 16"),
         ({"auto_map": {"AutoModel": "modeling_lora.Own"}}, "`auto_map`"),
         ({"lora_rank": 0}, "`lora_rank`: 0"),
+        ({"lora_rank": 10**9}, "`lora_rank`: 1000000000"),
+        ({"lora_adaptations": [str(task) for task in range(1001)]}, "up to 1000 different names"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "the key `rope_scaling`"),
         ({"model_type": "jina_embeddings_v3", "lora_adaptations": None}, "`lora_adaptations`: null"),
     ],

@@ -21,6 +21,8 @@ from vecmill.models.keys import HARMLESS, HONOURED, Rule, only, positive, rules,
 
 IN_FOLDERS = "Name jinaai/jina-embeddings-v3: files for transformers' own class have their adapters in folders of PEFT."
 RANK, ALPHA, ROTARY_BASE = 4, 1, 10_000.0  # of the hub's code, where config.json does not say
+# More are no model's, and would only take memory before the weights show that they do not fit.
+MOST_TASKS, MOST_RANK = 1000, 4096
 KEYS: Mapping[str, Rule] = {
     **COMMON,
     **NO_HEAD,
@@ -34,7 +36,7 @@ KEYS: Mapping[str, Rule] = {
     "load_trained_adapters": only(True, cure="Without adapters there is nothing that a task could choose."),
     "lora_adaptations": HONOURED,  # see `_check_tasks`
     "lora_alpha": positive(),
-    "lora_rank": whole(),
+    "lora_rank": whole(largest=MOST_RANK),
     "pad_token_id": whole(0, null=True),
     "position_embedding_type": only("rotary"),
     "rope_parameters": only(None, cure=IN_FOLDERS),
@@ -52,7 +54,7 @@ ROLES: Mapping[str, str] = {"query": "retrieval.query", "document": "retrieval.p
 
 def _are_names(value: Any) -> bool:
     named = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
-    return named and 0 < len(value) == len(set(value))
+    return named and 0 < len(value) == len(set(value)) <= MOST_TASKS
 
 
 def _check_tasks(config: ConfigFile) -> None:
@@ -63,7 +65,7 @@ def _check_tasks(config: ConfigFile) -> None:
         raise StartupError(f"{config.named}: {config.path.name} leaves out `{missing[0]}`. {IN_FOLDERS}")
     tasks, instructions = content["lora_adaptations"], content["task_instructions"]
     if not _are_names(tasks):
-        raise config.unsupported("lora_adaptations", "a list of different names")
+        raise config.unsupported("lora_adaptations", f"a list of up to {MOST_TASKS} different names")
     texts = isinstance(instructions, Mapping) and all(isinstance(text, str) for text in instructions.values())
     if not texts or set(instructions) != set(tasks):
         raise config.unsupported("task_instructions", "an object with a text for each of `lora_adaptations`")
