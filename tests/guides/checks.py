@@ -65,7 +65,15 @@ OURS = re.compile(
     r"(\./)?((docs|docker|examples|benchmarks|tests|src|deployment|\.ci)/[\w./-]*\w|\.env\.example|constraints\.txt|deploy\.py)"
 )
 ASSIGNMENT = re.compile(r"([A-Z][A-Z0-9_]*)=(.*)")
-UNITS = {EMBED_UNIT, VLLM_UNIT, "tailscaled.service", "docker.service", "haproxy.service", "nginx.service"}
+UNITS = {
+    EMBED_UNIT,
+    VLLM_UNIT,
+    "tailscaled.service",
+    "docker.service",
+    "haproxy.service",
+    "nginx.service",
+    "redis-server.service",
+}
 SYSTEMCTL = {"cat", "daemon-reload", "edit", "reload", "reset-failed", "restart", "start", "status", "stop"}
 UNITLESS = {"daemon-reload"}
 JOURNALCTL = {"-u": True, "-n": True, "-f": False, "--since": True, "--user": False, "-o": True}

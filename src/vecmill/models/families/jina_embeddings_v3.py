@@ -16,7 +16,7 @@ from typing import Any
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.config_keys import COMMON, NO_HEAD, ConfigFile, own_code
-from vecmill.models.family import Adapters, ConfigJson, Family, HubModel, Network, Positions, TaskSpec
+from vecmill.models.family import Adapters, ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, only, positive, rules, whole
 
 IN_FOLDERS = "Name jinaai/jina-embeddings-v3: files for transformers' own class have their adapters in folders of PEFT."
@@ -144,6 +144,7 @@ JINA_EMBEDDINGS_V3 = Family(
     claims=lambda config: config.get("model_type") in MODEL_TYPES and "lora_adaptations" in config,
     own_modules={"custom_st.Transformer": "Transformer"},
     prompts=_prompts,
+    published=(PublishedModel("jinaai", r"jina-embeddings-v3", dimensions=(32, 64, 128, 256, 512, 768)),),
     examples=(
         HubModel(
             "jinaai/jina-embeddings-v3",
