@@ -269,7 +269,7 @@ class Server:
         """Count a forward pass, and let the fit of its model, and so its budget, follow what it took."""
         self.telemetry.batch(batch)
         fit, loaded = self._fits.get(batch.model), self._loaded
-        if fit is None or loaded is None or batch.failed or batch.splits:
+        if fit is None or loaded is None or batch.failed or batch.splits or not batch.telling:
             return
         if fit.add(batch.tokens, batch.seconds):
             before = loaded.warmed[batch.model]

@@ -135,6 +135,15 @@ def test_passes_of_one_size_speak_for_the_others() -> None:
     assert passes.fit.calibration.seconds(2048) == pytest.approx(of(0.001, 0.0001).seconds(2048), rel=0.2)
 
 
+def test_no_passes_lead_a_fit_astray_for_ever() -> None:
+    """A clock that is wrong, or work that is not done, is not believed beyond a factor of 30."""
+    for wrong in (1e-9, 1e3):
+        passes = Passes(of(0.010, 0.0001))
+        passes.run(of(0.010 * wrong, 0.0001 * wrong), list(SHAPES), 600)
+        for tokens in SHAPES:
+            assert 1 / 31 < passes.fit.calibration.seconds(tokens) / of(0.010, 0.0001).seconds(tokens) < 31
+
+
 def test_a_fit_that_is_right_stays() -> None:
     passes = Passes(of(0.010, 0.0001))
     passes.run(of(0.010, 0.0001), list(SHAPES), 300, outliers=0.3)

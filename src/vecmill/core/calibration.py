@@ -27,6 +27,7 @@ REMEMBERED, REMEMBERED_SECONDS, ENOUGH = 32, 600.0, 8
 UNDISTURBED = 0.25
 # A fit changes this often at most, by no more than this factor at any size, and not for less than this share.
 REFIT_SECONDS, LARGEST_CHANGE, LEAST_CHANGE = 5.0, 1.5, 0.1
+FARTHEST = 30.0  # times, from what warm-up measured, whatever passes seem to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ class RunningFit:
     """
 
     def __init__(self, calibration: Calibration, clock: Callable[[], float] = monotonic) -> None:
-        self.calibration = calibration
+        self.calibration = self._first = calibration
         self._clock = clock
         self._looked_at = clock()
         self._recent: dict[int, deque[tuple[float, int, float]]] = {}
@@ -168,11 +169,15 @@ class RunningFit:
         # As far towards what is seen as the size that changes most may go: the smallest or the largest.
         ends = (seen.seconds(tokens) / line.seconds(tokens) - 1 for tokens in (SMALLEST_PACK, LONGEST_PACK))
         share = min(1.0, *(_most(change) / abs(change) for change in (*changes, *ends) if change))
-        self.calibration = Calibration(
+        moved = Calibration(
             seen.measured,
             line.fixed_seconds + share * (seen.fixed_seconds - line.fixed_seconds),
             line.seconds_per_token + share * (seen.seconds_per_token - line.seconds_per_token),
         )
+        away = [moved.seconds(tokens) / self._first.seconds(tokens) for tokens in (SMALLEST_PACK, LONGEST_PACK)]
+        if not all(1 / FARTHEST <= times <= FARTHEST for times in away):
+            return False
+        self.calibration = moved
         return True
 
     def _ratios(self, now: float) -> dict[int, float]:

@@ -24,6 +24,8 @@ class BatchResult:
     """How often the batch was halved because it did not fit into the device's memory."""
     fitting_tokens: int | None = None
     """Where it was: tokens of the largest part that did fit."""
+    overlapped: bool = False
+    """Whether a batch of the other lane ran on the device meanwhile, so that `seconds` is only its end."""
 
 
 class ForwardRunner(Protocol):

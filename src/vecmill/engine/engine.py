@@ -217,7 +217,7 @@ class Engine:
         self._live: LiveModels | None = None
         self._loading: threading.Thread | None = None
         self._progress = PendingPasses()
-        self._last_done = 0.0
+        self._last_done, self._last_lane = 0.0, Lane.BULK
         self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
         self._collecting = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"collect-{lane}") for lane in Lane}
         self._thread = threading.Thread(target=self._own_device, name="engine", daemon=True)
@@ -480,9 +480,10 @@ class Engine:
                 done = perf_counter()
                 # The device began with this batch when it was done with the one before.
                 seconds = done - max(started, self._last_done)
-                self._last_done = done
+                overlapped = self._last_lane is not lane and started < self._last_done
+                self._last_done, self._last_lane = done, lane
             fitting = launched.fitting_tokens if launched.splits else None
-            work.resolve(BatchResult(rows, seconds, launched.splits, fitting))
+            work.resolve(BatchResult(rows, seconds, launched.splits, fitting, overlapped))
         finally:
             self._inbox.ended(lane)
 
