@@ -287,7 +287,7 @@ REFUSED: list[tuple[Callable[[Path], Path], dict[str, Any], str]] = [
     (hub_new, {"layer_norm_type": "rms_norm"}, '`layer_norm_type`: "rms_norm"'),
     (hub_new, {"position_embedding_type": "absolute"}, '`position_embedding_type`: "absolute"'),
     (hub_new, {"rope_scaling": {**NTK, "mixed_b": 0.6}}, "`rope_scaling.mixed_b`: 0.6"),
-    (hub_new, {"rope_scaling": 8.0}, "`rope_scaling`"),
+    (hub_new, {"rope_scaling": 8.0}, "rope_scaling in "),
     (hub_new, {"rope_scaling": {"type": "ntk"}}, "leaves out `rope_scaling.factor`"),
     (hub_new, {"rope_scaling": {**NTK, "beta": 1}}, "the key `rope_scaling.beta`"),
     (hub_gte, {"rope_scaling": {"type": "dynamic-ntk", "factor": 2.0}}, "`rope_scaling.type`"),
