@@ -196,7 +196,7 @@ class Server:
         # torch takes seconds to import: the port answers meanwhile.
         module = await asyncio.to_thread(import_module, "vecmill.engine.engine")
         folder = self.state.folder
-        kept = None if folder is None or folder.problem is not None else folder.path / MEASUREMENTS
+        kept = None if folder is None else folder.file(MEASUREMENTS)
         engine: Engine = module.Engine(self._settings.model, self._settings.engine, self._report, kept)
         self._engine = engine
         engine.start()
@@ -269,7 +269,7 @@ class Server:
         """Count a forward pass, and let the fit of its model, and so its budget, follow what it took."""
         self.telemetry.batch(batch)
         fit, loaded = self._fits.get(batch.model), self._loaded
-        if fit is None or loaded is None or batch.failed or batch.splits or not batch.telling:
+        if fit is None or loaded is None or batch.failed or batch.splits or not batch.representative:
             return
         if fit.add(batch.tokens, batch.seconds):
             before = loaded.warmed[batch.model]

@@ -43,8 +43,8 @@ def run(model: Model, rows: Sequence[Row]) -> NDArray[np.float32]:
 
 
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Rows of length 1."""
-    normalized: NDArray[np.float32] = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    """Rows of length 1, but a row of zeros as it is: a padding token's embedding may be all there is of a text."""
+    normalized: NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     return normalized
 
 

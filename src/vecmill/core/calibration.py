@@ -25,9 +25,10 @@ STEP, SMALLEST_PACK, LONGEST_PACK = 64, 16, 1 << 20
 REMEMBERED, REMEMBERED_SECONDS, ENOUGH = 32, 600.0, 8
 # What disturbs a pass makes it longer, never shorter: of the remembered ones this quantile counts.
 UNDISTURBED = 0.25
-# A fit changes this often at most, by no more than this factor at any size, and not for less than this share.
+# Seconds between two changes of a fit; the largest change of what it expects at any size, as a factor; and the
+# smallest that it is changed for, as a share.
 REFIT_SECONDS, LARGEST_CHANGE, LEAST_CHANGE = 5.0, 1.5, 0.1
-FARTHEST = 30.0  # times, from what warm-up measured, whatever passes seem to take
+FARTHEST = 30.0  # as a factor: how far a fit may get from what warm-up measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,8 +133,8 @@ def fit(measured: Sequence[tuple[int, float]]) -> Calibration:
 class RunningFit:
     """A calibration that follows what forward passes take while a model is served.
 
-    Warm-up may have run beside other work, and clocks change. Passes of a size that none are seen of are taken to have
-    become faster or slower as those that are seen have.
+    Warm-up may have run beside other work, and clocks change. A size of which no passes are seen is taken to have
+    become faster or slower by the same factor as the others.
     """
 
     def __init__(self, calibration: Calibration, clock: Callable[[], float] = monotonic) -> None:
@@ -166,7 +167,7 @@ class RunningFit:
         changes = [seen.seconds(tokens) / line.seconds(tokens) - 1 for tokens in shapes.values()]
         if max(map(abs, changes)) < LEAST_CHANGE:
             return False
-        # As far towards what is seen as the size that changes most may go: the smallest or the largest.
+        # A part of the way, so that no size changes by more than LARGEST_CHANGE.
         ends = (seen.seconds(tokens) / line.seconds(tokens) - 1 for tokens in (SMALLEST_PACK, LONGEST_PACK))
         share = min(1.0, *(_most(change) / abs(change) for change in (*changes, *ends) if change))
         moved = Calibration(
@@ -193,5 +194,5 @@ class RunningFit:
 
 
 def _most(change: float) -> float:
-    """How much of its time a pass may gain or lose in one step."""
+    """The largest share of its expected time that a pass may gain, or lose, in one change."""
     return LARGEST_CHANGE - 1 if change > 0 else 1 - 1 / LARGEST_CHANGE

@@ -270,8 +270,8 @@ class PassRecord:
     splits: int = 0
     """How often it was halved for lack of memory."""
     failed: bool = False
-    telling: bool = True
-    """Whether its tokens and seconds tell what such a pass costs: not where rows shared a prefix, which may have been
+    representative: bool = True
+    """Whether its seconds are what a pass of so many tokens takes: not where rows shared a prefix, which may have been
     computed before, nor where passes of both lanes ran at once on the device."""
 
 

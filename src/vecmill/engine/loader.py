@@ -149,18 +149,22 @@ def load(
 
 
 def _measured_before(model: LoadedModel, engine: EngineSettings, device: torch.device, common: Common) -> Before | None:
+    """What an earlier start measured of a model; None: it has to be measured."""
     if common.measurements is None:
         return None
-    key = identity(model.card, engine, model.attention, common.threads)
-    most = most_tokens(engine, device)
+    key, most = _identity(model, engine, common), most_tokens(engine, device)
     return common.measurements.of(key, most_tokens=most, most_rows=largest_size(engine, device, most))
+
+
+def _identity(model: LoadedModel, engine: EngineSettings, common: Common) -> str:
+    return identity(model.card, engine, model.attention, common.threads)
 
 
 def keep_measured(model: LoadedModel, warmed: Warmed, engine: EngineSettings, common: Common) -> None:
     """Remember what is known of a loaded model, for later starts."""
     if common.measurements is None:
         return
-    key = identity(model.card, engine, model.attention, common.threads)
+    key = _identity(model, engine, common)
     common.measurements.keep(key, Before(warmed, model.threads.single_up_to, model.choice))
 
 
@@ -240,7 +244,7 @@ def check_room(
     Raises:
         StartupError: they do not.
     """
-    needed = weights_in_memory(checkpoints, models, device)  # of which each refuses a type that it cannot have
+    needed = weights_in_memory(checkpoints, models, device)  # raises, too, for a type that a family cannot be run in
     room = limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
     if room is not None and (shortage := room.shortage(needed)) is not None:
         names = ", ".join(checkpoint.id for checkpoint in checkpoints)

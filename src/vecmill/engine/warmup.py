@@ -127,11 +127,8 @@ def warm_up_beside_others(
         StartupObstacle: not one token fits into memory.
     """
     stopwatch = _Stopwatch(model, engine, device, serve_others)
-    shared = _shared(model)
-    if shared not in choices and before is not None and before.choice is not None and not before.choice.compiled:
-        choices[shared] = before.choice
-    elif shared not in choices and engine.torch_compile == "auto" and (before is None or before.choice is None):
-        choices[shared] = NOT_MEASURED
+    if engine.torch_compile == "auto" and (before is None or before.choice is None):
+        choices.setdefault(_shared(model), NOT_ON_CPU if device.device.type == "cpu" else NOT_MEASURED)
     largest = unless_out_of_memory(partial(_affordable, stopwatch, engine, largest_batch(engine, device.device)))
     if not largest:
         raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")

@@ -70,20 +70,25 @@ def accepted_coding(accept_encoding: str) -> Coding | None:
 
     `*` stands for gzip, which whoever writes that can read.
     """
+    qualities = _qualities(accept_encoding)
+    best = max(Coding, key=lambda coding: qualities.get(coding, 0.0))  # the first of equal ones
+    return best if qualities.get(best, 0.0) > 0 else None
+
+
+def accepts_gzip(accept_encoding: str) -> bool:
+    """Whether an Accept-Encoding header allows gzip, whatever else it does."""
+    return _qualities(accept_encoding).get(Coding.GZIP, 0.0) > 0
+
+
+def _qualities(accept_encoding: str) -> dict[str, float]:
+    """How much each coding is liked, from 0 to 1."""
     liked: dict[str, float] = {}
     for offer in offers(accept_encoding):
         coding, _, parameters = offer.partition(";")
         liked.setdefault(coding.strip(), quality(parameters.strip().removeprefix("q=") or "1"))
     if "*" in liked:
-        liked.setdefault("gzip", liked["*"])
-    best = max(Coding, key=lambda coding: liked.get(coding, 0.0))  # the first of equal ones
-    return best if liked.get(best, 0.0) > 0 else None
-
-
-def accepts_gzip(accept_encoding: str) -> bool:
-    """Whether an Accept-Encoding header allows gzip, whatever else it does."""
-    others = (offer for offer in offers(accept_encoding) if offer.partition(";")[0].strip() != "zstd")
-    return accepted_coding(",".join(others)) is Coding.GZIP
+        liked.setdefault(Coding.GZIP, liked["*"])
+    return liked
 
 
 def offers(header: str) -> list[str]:

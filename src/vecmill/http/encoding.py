@@ -116,6 +116,7 @@ async def vectors_response(
 
 BINARY = "application/octet-stream"
 BinaryDtype = Literal["float32", "float16"]
+HALF_MAX = float(np.finfo(np.float16).max)
 BINARY_DTYPES: Mapping[str, BinaryDtype] = {"float32": "float32", "float16": "float16"}
 
 
@@ -156,9 +157,6 @@ async def _binary_response(request: Request, result: EmbedResult, dtype: BinaryD
     shape = {"X-Embedding-Shape": f"{len(rows)},{rows.shape[1]}", "Vary": "Accept"}
     headers = result_headers(request, result) | shape
     return Response(body, media_type=f"{BINARY}; dtype={dtype}", headers=headers)
-
-
-HALF_MAX = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True, slots=True)

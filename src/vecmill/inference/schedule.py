@@ -171,10 +171,11 @@ async def run_rows(
     queue = min(queue, perf_counter() - submitted)
     forward = perf_counter() - submitted - queue
     computed = iter(results)
+    cached = tuple([index for index, row in enumerate(rows.inputs) if isinstance(row, CachedRow)])
     return RowResults(
         vectors=[row.vector if isinstance(row, CachedRow) else next(computed).vector for row in rows.inputs],
         tokens=tokens,
-        cached=(cached := tuple([index for index, row in enumerate(rows.inputs) if isinstance(row, CachedRow)])),
+        cached=cached,
         truncated=tuple([index for index, row in enumerate(rows.inputs) if row.truncated]),
         timings=Timings(submitted - options.admitted, queue + options.admitted - options.arrived, forward),
         lane=lane,

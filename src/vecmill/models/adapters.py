@@ -24,12 +24,12 @@ from vecmill.models.packing import PackedBatch
 
 
 def _empty(*shape: int) -> nn.Parameter:
-    """To be loaded: takes no memory before."""
+    """A parameter that takes no memory until its values are loaded."""
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
 
 
 def _joined(parameter: Tensor) -> nn.Parameter:
-    """The same memory order as its shape says."""
+    """A parameter with these values, laid out in memory as its shape says."""
     return nn.Parameter(parameter.contiguous(), requires_grad=False)
 
 
@@ -142,7 +142,7 @@ class AdaptedLayer(nn.Module):
 
 
 class AdaptedEncoder(nn.Module):
-    """jina-embeddings-v3's network of transformers with the adapters, which its own class has not."""
+    """transformers' network of jina-embeddings-v3 together with the adapters, which transformers' class lacks."""
 
     task_of_column: Tensor
     """(tasks * rank,) int32"""

@@ -202,6 +202,14 @@ class ConfigFile:
         """The error for a key whose value is not implemented."""
         return unsupported(self.named, self.path, key, self.content.get(key), supported, cure)
 
+    def check_agreement(self, key: str, value: Any, native: str, other: Any) -> None:
+        """Raise StartupError where two keys for the same thing have different values."""
+        if value != other:
+            raise StartupError(
+                f"{self.named}: {self.path.name} has `{key}` ({value}) and `{native}` ({other}), which do not agree: "
+                f"keep the one that the weights were trained with."
+            )
+
 
 def own_code(pattern: str, whose: str) -> Rule:
     """`auto_map`: absent, or classes that match `pattern`, which are implemented here."""

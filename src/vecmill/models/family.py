@@ -28,6 +28,8 @@ Rename = Callable[[str], Sequence[str]]
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 INSTRUCT_PROMPTS = {"query": f"Instruct: {DEFAULT_INSTRUCTION}\nQuery: ", "document": ""}
 """Of the cards of several models after E5."""
+PASSAGE_PROMPTS = {"query": "query: ", "document": "passage: "}
+"""Of E5's cards, and of NVIDIA's."""
 
 
 class Positions(Enum):

@@ -148,7 +148,7 @@ class WeightFiles:
             with self._opened(path) as opened, ThreadPoolExecutor(1, "weights-hash") as hasher:
                 for name in (name for name in names if self.files[name] == path):
                     tensor = self._read(name, opened)
-                    hashed = hasher.submit(self._hash, name, tensor)
+                    hashed = hasher.submit(self.note, name, tensor)
                     unforgotten += tensor.numel() * tensor.element_size()
                     if unforgotten > FORGET_EVERY:
                         _forget_pages(path)
@@ -157,13 +157,10 @@ class WeightFiles:
                     hashed.result()
             _forget_pages(path)
 
-    def _hash(self, name: str, tensor: Tensor) -> None:
+    def note(self, name: str, tensor: Tensor) -> None:
+        """Count a tensor's values into the checkpoint's fingerprint."""
         values = tensor.reshape(-1).view(torch.uint8).numpy().data
         self._checkpoint.fingerprint.add(f"{self._within}{name} {tensor.dtype} {tuple(tensor.shape)}", values)
-
-    def note(self, name: str, tensor: Tensor) -> None:
-        """Count a tensor that was read in another way into the checkpoint's fingerprint."""
-        self._hash(name, tensor)
 
     def _opened(self, path: Path) -> FileIO:
         try:
@@ -211,7 +208,7 @@ class WeightFiles:
         with self._open(self._file(name)) as opened:
             stored = opened.get_slice(name)
             part = self._typed(name, stored[rows] if columns is None else stored[rows, columns])
-            self._hash(f"{name}[{rows}, {columns}]", part)
+            self.note(f"{name}[{rows}, {columns}]", part)
             return self._finite(name, part, torch.float32).float()
 
     def refuse_unknown(self, prefix: str, known: Collection[str]) -> None:
@@ -359,9 +356,8 @@ def _set(model: nn.Module, place: str | Rows, part: Tensor, device: torch.device
     parameter: Tensor = getattr(module, leaf)
     if rows is None:
         placed = part.to(device, dtype)
-        setattr(
-            module, leaf, placed if leaf in dict(module.named_buffers(recurse=False)) else nn.Parameter(placed, False)
-        )
+        is_buffer = leaf in dict(module.named_buffers(recurse=False))
+        setattr(module, leaf, placed if is_buffer else nn.Parameter(placed, requires_grad=False))
         return
     if parameter.device != device or parameter.dtype != dtype:  # the first of its parts
         parameter = nn.Parameter(torch.empty(parameter.shape, device=device, dtype=dtype), requires_grad=False)

@@ -282,17 +282,25 @@ class Scheduler:
         counters.sequences += len(taken.batch)
         counters.tokens += taken.tokens
         counters.splits += result.splits
-        telling = not result.overlapped and all(sequence.row.prefix is None for sequence in taken.batch)
-        self._report(taken, result.seconds, splits=result.splits, telling=telling)
+        representative = not result.overlapped and all(sequence.row.prefix is None for sequence in taken.batch)
+        self._report(taken, result.seconds, splits=result.splits, representative=representative)
         if result.splits and result.fitting_tokens is not None:
             self._lower_budget(taken.model, result.fitting_tokens)
 
     def _report(
-        self, taken: Cut[Sequence], seconds: float, *, splits: int = 0, failed: bool = False, telling: bool = False
+        self,
+        taken: Cut[Sequence],
+        seconds: float,
+        *,
+        splits: int = 0,
+        failed: bool = False,
+        representative: bool = False,
     ) -> None:
         fill = taken.tokens / self.budgets[taken.model].max_batch_tokens
         rows = len(taken.batch)
-        self._on_batch(PassRecord(taken.model, taken.lane, rows, taken.tokens, fill, seconds, splits, failed, telling))
+        self._on_batch(
+            PassRecord(taken.model, taken.lane, rows, taken.tokens, fill, seconds, splits, failed, representative)
+        )
 
     def set_budget(self, model: str, budget: Budget) -> None:
         """What a forward pass of a model may hold from now on; the model may be new."""

@@ -59,6 +59,10 @@ class StateFolder:
             )
         return cls(path, lock, None, setting)
 
+    def file(self, name: str) -> Path | None:
+        """Where a file of this server is kept; None where nothing can be kept."""
+        return None if self.problem is not None else self.path / name
+
     def look(self) -> None:
         """Find out what has become of the folder since; writes nothing. It may wait for the disk."""
         if self._opened is None:

@@ -144,10 +144,10 @@ class Sampler:
     def _path(self) -> Path | None:
         """The file; None where nothing can be kept. Servers that share a folder have one each."""
         folder = self._services.state()
-        if folder is None or folder.problem is not None:
+        if folder is None:
             return None
         shared = self._services.settings.state.redis_url is not None
-        return folder.path / (f"{FILE}-{_file_name(self._replica)}" if shared else FILE)
+        return folder.file(f"{FILE}-{_file_name(self._replica)}" if shared else FILE)
 
     async def _write(self) -> None:
         self._written_at = monotonic()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from vecmill.core.types import Task
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import Family, HubModel, Positions, PublishedModel
+from vecmill.models.family import PASSAGE_PROMPTS, Family, HubModel, Positions, PublishedModel
 
 BGE_EN = "Represent this sentence for searching relevant passages: "
 BGE_ZH = "为这个句子生成表示以用于检索相关文章："  # noqa: RUF001  # as the card has it
@@ -42,7 +42,7 @@ BERT = Family(
         PublishedModel(
             "intfloat",
             r"(multilingual-)?e5-(small|base|large)(-v2)?",
-            {"query": "query: ", "document": "passage: "},
+            PASSAGE_PROMPTS,
         ),
     ),
 )

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.config_keys import ACTIVATIONS, MOST_LAYERS, ConfigFile
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
@@ -40,12 +39,8 @@ OF_PRETRAINING = ("vocab_layer_norm.", "vocab_projector.", "vocab_transform.")
 def _check_names(config: ConfigFile) -> None:
     """Where a file has both names of a size, they agree."""
     for key, native in NATIVE_KEYS.items():
-        values = [config.content[name] for name in (key, native) if name in config.content]
-        if len(set(values)) > 1:
-            raise StartupError(
-                f"{config.named}: {config.path.name} has `{key}` ({values[0]}) and `{native}` ({values[1]}), which do "
-                f"not agree: keep the one that the weights were trained with."
-            )
+        if {key, native} <= config.content.keys():
+            config.check_agreement(key, config.content[key], native, config.content[native])
 
 
 def _checked(spec: TaskSpec) -> TaskSpec:

@@ -12,6 +12,7 @@ Yu et al. 2024 (https://arxiv.org/abs/2412.04506); https://kexue.fm/archives/970
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from vecmill.core.errors import StartupError
@@ -33,7 +34,9 @@ KEYS: Mapping[str, Rule] = {
     "type_vocab_size": whole(0),
     "position_embedding_type": only("rope", None, cure="Learned positions are not implemented for this family."),
     "layer_norm_type": only("layer_norm", None, cure="RMS norms are not implemented for this family."),
-    "logn_attention_scale": only(False, None, cure="Scores that grow with the logarithm of a text are not."),
+    "logn_attention_scale": only(
+        False, None, cure="Scores that grow with the logarithm of a text's length are not implemented."
+    ),
     # Other ways to compute the same, and where the files of packed weights are split: their names say it.
     **rules(HARMLESS, ("logn_attention_clip1", "pack_qkv", "unpad_inputs", "use_memory_efficient_attention")),
 }
@@ -172,12 +175,9 @@ GTE = Family(
         ),
     ),
 )
-NEW = Family(
+NEW = replace(
+    GTE,
     model_type="new",
-    architectures=r"(Gte|New)(Model|For\w+)",
-    tasks={Task.EMBED: EMBEDDER, Task.RERANK: RERANKER},
-    positions=Positions.ROTARY,
-    max_positions=_max_positions,
     published=tuple(
         PublishedModel(owner, r"gte-multilingual-base", dimensions=range(128, 769))
         for owner in ("Alibaba-NLP", "alibaba-nlp-community")

@@ -16,7 +16,16 @@ from vecmill.core.types import Task
 from vecmill.models.chat_template import PairPrompt, Slot
 from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROTARY, check_rope, own_code
 from vecmill.models.decoders import without_head
-from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import (
+    PASSAGE_PROMPTS,
+    ConfigJson,
+    Family,
+    HubModel,
+    Network,
+    Positions,
+    PublishedModel,
+    TaskSpec,
+)
 from vecmill.models.keys import HARMLESS, Rule, only, positive, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -55,7 +64,6 @@ def _network(**others: Any) -> Network:
 BEGIN = "<|begin_of_text|>"  # Llama 3's tokenizer puts it before every text
 PAIR = (f"{BEGIN}question:", Slot.QUERY, " \n \n passage:", Slot.DOCUMENT)
 PAIR_PROMPT = PairPrompt(PAIR, PAIR)
-PROMPTS = {"query": "query: ", "document": "passage: "}
 
 LLAMA_BIDIREC = Family(
     model_type="llama_bidirec",
@@ -71,7 +79,7 @@ LLAMA_BIDIREC = Family(
         PublishedModel(
             "nvidia",
             r"llama-nemotron-embed-1b-v2|llama-3\.2-nv-embedqa-1b-v2",
-            PROMPTS,
+            PASSAGE_PROMPTS,
             dimensions=(384, 512, 768, 1024, 2048),
         ),
     ),

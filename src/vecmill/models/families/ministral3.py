@@ -19,9 +19,18 @@ from dataclasses import replace
 from typing import Any
 
 from vecmill.core.types import Task
-from vecmill.models.config_keys import COMMON, HEAD, NO_HEAD, ROPE, ROTARY, ConfigFile, own_code
+from vecmill.models.config_keys import COMMON, HEAD, LAYER_ROPE, NO_HEAD, ROTARY, ConfigFile, own_code
 from vecmill.models.decoders import TEXT_HALF_KEYS, text_positions, without_cache, without_lm_head
-from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, PublishedModel, TaskSpec
+from vecmill.models.family import (
+    PASSAGE_PROMPTS,
+    ConfigJson,
+    Family,
+    HubModel,
+    Network,
+    Positions,
+    PublishedModel,
+    TaskSpec,
+)
 from vecmill.models.keys import HARMLESS, HONOURED, Rule, check_keys, honoured, only, positive, rules, whole
 
 KEYS: Mapping[str, Rule] = {
@@ -39,9 +48,7 @@ KEYS: Mapping[str, Rule] = {
     "temperature": HARMLESS,  # of training
 }
 MINISTRAL_ROPE: Mapping[str, Rule] = {
-    **ROPE,
-    "rope_type": only("default", "linear", "yarn", "llama3"),
-    "type": only("default", "linear", "yarn", "llama3"),
+    **LAYER_ROPE,
     "llama_4_scaling_beta": Rule(
         lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1,
         "a number from 0 to 1",
@@ -75,14 +82,12 @@ NETWORK = Network(
     arguments=without_cache,
     merged=("Ministral3Attention", "Ministral3MLP"),
 )
-PROMPTS = {"query": "query: ", "document": "passage: "}
-
 MINISTRAL3 = Family(
     model_type="ministral3",
     architectures=r"Ministral3(Model|ForCausalLM)",
     tasks={Task.EMBED: TaskSpec({**KEYS, **NO_HEAD}, NETWORK, (_check_rope, _check_window))},
     positions=Positions.ROTARY,
-    published=(PublishedModel("nvidia", r"Nemotron-3-Embed-[18]B-BF16", PROMPTS),),
+    published=(PublishedModel("nvidia", r"Nemotron-3-Embed-[18]B-BF16", PASSAGE_PROMPTS),),
     is_decoder=True,
     examples=(
         HubModel(
@@ -160,7 +165,7 @@ MISTRAL3 = Family(
         ),
     },
     positions=Positions.ROTARY,
-    published=(PublishedModel("nvidia", r"Nemotron-3\.5-Embed-[18]B-BF16", PROMPTS),),
+    published=(PublishedModel("nvidia", r"Nemotron-3\.5-Embed-[18]B-BF16", PASSAGE_PROMPTS),),
     max_positions=text_positions,
     text_half=True,
     is_decoder=True,

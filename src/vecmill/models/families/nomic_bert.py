@@ -104,12 +104,8 @@ def _check_layout(config: ConfigFile) -> None:
     if "activation_function" in content and "hidden_act" in content:
         activation = GATED.get(content["activation_function"], PLAIN)
         same += [("activation_function", activation, "hidden_act", content["hidden_act"])]
-    for hub, value, native, other in same:
-        if value != other:
-            raise StartupError(
-                f"{config.named}: {config.path.name} has `{hub}` ({value}) and `{native}` ({other}), which do not "
-                f"agree: keep the one that the weights were trained with."
-            )
+    for pair in same:
+        config.check_agreement(*pair)
     if not _has_hub_layout(content):
         return
     missing = [key for key in REQUIRED if key not in content]
