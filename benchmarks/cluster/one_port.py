@@ -25,7 +25,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from benchmarks.cluster.proxy_overhead import proxied
-from benchmarks.cluster.replicas import FIXED_MS, US_PER_TOKEN, Measured, Plan, forward_of, measure, started
+from benchmarks.cluster.replicas import Measured, add_plan_arguments, forward_of, measure, plan_of, started
 from benchmarks.cluster.simulated_server import PASS
 from benchmarks.lib.figures import in_turns, print_disturbance, shown, spread
 from benchmarks.lib.host import describe_host
@@ -35,7 +35,7 @@ from rich.table import Table
 
 from vecmill.tools.bench.load_generator import run
 from vecmill.tools.bench.target import BenchTarget, TargetApi
-from vecmill.tools.bench.workload import Requests, read_workload
+from vecmill.tools.bench.workload import Requests
 
 DIRECT = "direct"
 WAYS = (DIRECT, "haproxy", "ray")
@@ -108,19 +108,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", default=",".join(WAYS), help="with `direct`, the default: %(default)s")
     parser.add_argument("--servers", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--texts", type=int, default=2048, help="different ones (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="texts per request (default: %(default)s)")
-    parser.add_argument("--connections", type=int, default=4, help="of bulk, per server (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=3, help="of each stretch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--interval", type=float, default=0.05, help="between searches (default: %(default)s)")
-    parser.add_argument("--fixed-ms", type=float, default=FIXED_MS, help="of a simulated pass (default: %(default)s)")
-    parser.add_argument("--us-per-token", type=float, default=US_PER_TOKEN, help="default: %(default)s")
+    add_plan_arguments(parser, seconds=3, rounds=3)
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
     options = parser.parse_args()
     fit = (options.fixed_ms, options.us_per_token)
-    texts = read_workload(None, options.texts).texts
-    plan = Plan(texts, options.batch, options.connections, options.seconds, options.rounds, options.interval)
+    plan = plan_of(options)
     wanted = [DIRECT, *(way for way in options.ways.split(",") if way != DIRECT)]
     found: dict[str, list[Measured]] = {way: [] for way in wanted}
     with ExitStack() as stack:

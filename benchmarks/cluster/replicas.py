@@ -283,25 +283,35 @@ def print_summary(found: Mapping[str, Any]) -> None:
         console.print(f"a person's p95 over one replica's: {slower:.2f}, target at most {MOST_SLOWER:g}: {met}")
 
 
+def add_plan_arguments(parser: argparse.ArgumentParser, *, seconds: float, rounds: int) -> None:
+    """What is sent, how often, and what a simulated pass takes; `seconds` and `rounds` are defaults."""
+    parser.add_argument("--texts", type=int, default=2048, help="different ones (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="texts per request (default: %(default)s)")
+    parser.add_argument("--connections", type=int, default=4, help="of bulk, per replica (default: %(default)s)")
+    parser.add_argument("--seconds", type=float, default=seconds, help="of each stretch (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=rounds, help="default: %(default)s")
+    parser.add_argument("--interval", type=float, default=0.05, help="between searches (default: %(default)s)")
+    parser.add_argument("--fixed-ms", type=float, default=FIXED_MS, help="of a simulated pass (default: %(default)s)")
+    parser.add_argument("--us-per-token", type=float, default=US_PER_TOKEN, help="default: %(default)s")
+
+
+def plan_of(options: argparse.Namespace) -> Plan:
+    """From parsed arguments."""
+    texts = read_workload(None, options.texts).texts
+    return Plan(texts, options.batch, options.connections, options.seconds, options.rounds, options.interval)
+
+
 def main() -> int:
     """Measure, print, store; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default=",".join(MODELS), help="of simulated,real (default: %(default)s)")
     parser.add_argument("--routings", default=",".join(ROUTINGS), help="default: %(default)s")
     parser.add_argument("--replicas", type=int, default=3, help="the most (default: %(default)s)")
-    parser.add_argument("--texts", type=int, default=2048, help="different ones (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=32, help="texts per request (default: %(default)s)")
-    parser.add_argument("--connections", type=int, default=4, help="of bulk, per replica (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4, help="of each stretch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=2, help="default: %(default)s")
-    parser.add_argument("--interval", type=float, default=0.05, help="between searches (default: %(default)s)")
-    parser.add_argument("--fixed-ms", type=float, default=FIXED_MS, help="of a simulated pass (default: %(default)s)")
-    parser.add_argument("--us-per-token", type=float, default=US_PER_TOKEN, help="default: %(default)s")
+    add_plan_arguments(parser, seconds=4, rounds=2)
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options for `vecmill serve`")
     options = parser.parse_args()
-    texts = read_workload(None, options.texts).texts
-    plan = Plan(texts, options.batch, options.connections, options.seconds, options.rounds, options.interval)
+    plan = plan_of(options)
     fit = (options.fixed_ms, options.us_per_token)
     found: dict[str, Any] = {}
     for model in options.models.split(","):
