@@ -69,10 +69,30 @@ class Endpoint:
     sent_bulk: int = 0
     sent_interactive: int = 0
     """Tokens in progress, by estimate."""
+    answered: float | None = None
+    """When an answer came last that took a forward pass, by `perf_counter`."""
+    overhead: float = 0.0
+    """Seconds of the last search outside the replica's queue and pass."""
 
     def now(self) -> routing.Replica:
         """With what is in progress."""
-        return replace(self.replica, queued_bulk=self.sent_bulk, queued_interactive=self.sent_interactive)
+        since = None if self.answered is None else perf_counter() - self.answered
+        return replace(
+            self.replica,
+            queued_bulk=self.sent_bulk,
+            queued_interactive=self.sent_interactive,
+            since_answer=since,
+            overhead_seconds=self.overhead,
+        )
+
+    def saw(self, answer: Answer, lane: Lane) -> Answer:
+        """Remember when it came, unless all of it was cached."""
+        took = float(answer.headers.get("x-total-time", 0.0)) / 1e3
+        if took >= routing.LEAST_ANSWER_SECONDS:
+            self.answered = perf_counter()
+            if lane is Lane.INTERACTIVE:
+                self.overhead = max(0.0, answer.ended - answer.started - took)
+        return answer
 
 
 class Router:
@@ -89,7 +109,7 @@ class Router:
         chosen = self._chosen(routing.RoutedRequest(Lane.BULK, tokens, key))
         chosen.sent_bulk += tokens
         try:
-            return await chosen.bulk.post(payload.body)
+            return chosen.saw(await chosen.bulk.post(payload.body), Lane.BULK)
         finally:
             chosen.sent_bulk -= tokens
 
@@ -98,7 +118,7 @@ class Router:
         chosen = self._chosen(routing.RoutedRequest(Lane.INTERACTIVE, 16, routing.affinity_key([body.decode()])))
         chosen.sent_interactive += 16
         try:
-            return await chosen.person.post(body, due)
+            return chosen.saw(await chosen.person.post(body, due), Lane.INTERACTIVE)
         finally:
             chosen.sent_interactive -= 16
 

@@ -74,8 +74,10 @@ class SimulatedReplica:
     in_flight: Counter[Lane] = field(default_factory=Counter)
     requests: int = 0
     hits: int = 0
+    answered: float | None = None
+    """When it did so last, after a forward pass."""
 
-    def as_known(self) -> Replica:
+    def as_known(self, now: float) -> Replica:
         """As the policy sees it."""
         known = self.known
         return Replica(
@@ -85,6 +87,7 @@ class SimulatedReplica:
             self.in_flight[Lane.INTERACTIVE],
             self.in_flight[Lane.BULK],
             known.max_batch_tokens,
+            since_answer=None if self.answered is None else now - self.answered,
         )
 
     def take(self, request: Request) -> None:
@@ -123,9 +126,11 @@ class SimulatedReplica:
         tokens = sum(tokens for _, tokens in self.running)
         return self.known.fixed_seconds + self.known.seconds_per_token * tokens if tokens else 0.0
 
-    def end_pass(self) -> list[Request]:
+    def end_pass(self, now: float) -> list[Request]:
         """The requests that are done with it."""
         done = [request for request, _ in self.running if not request.left]
+        if done and any(tokens for _, tokens in self.running):
+            self.answered = now
         for request in done:
             self.in_flight[request.work.lane] -= request.work.tokens
             self.requests -= 1
@@ -144,6 +149,7 @@ class Simulation:
         self.texts = 0
         self.choosing = 0.0
         self.choices = 0
+        self.now = 0.0
 
     def at(self, time: float, act: Callable[[float], None]) -> None:
         """Do something later."""
@@ -167,7 +173,7 @@ class Simulation:
             self.at(now + seconds, lambda then: self._end(replica, then))
 
     def _end(self, replica: SimulatedReplica, now: float) -> None:
-        for request in replica.end_pass():
+        for request in replica.end_pass(now):
             if request.work.lane is Lane.INTERACTIVE:
                 self.waits.append(now - request.sent)
             request.done(now)
@@ -176,18 +182,17 @@ class Simulation:
 
     def run(self) -> float:
         """To the end; the time then."""
-        now = 0.0
         while self._events:
-            now, _, act = heapq.heappop(self._events)
-            act(now)
-        return now
+            self.now, _, act = heapq.heappop(self._events)
+            act(self.now)
+        return self.now
 
 
 def by(policy: Policy) -> Callable[[Simulation, RoutedRequest], int]:
     """The pick of a policy of `vecmill.core.routing`."""
 
     def pick(simulation: Simulation, work: RoutedRequest) -> int:
-        replicas = [each.as_known() for each in simulation.replicas]
+        replicas = [each.as_known(simulation.now) for each in simulation.replicas]
         chosen = policy(replicas, work)
         assert chosen is not None
         return replicas.index(chosen)
@@ -224,7 +229,7 @@ def ways(seed: int) -> dict[str, Callable[[Simulation, RoutedRequest], int]]:
         "round robin": round_robin(),
         "shortest wait of two": two_by_wait(Random(seed)),
         "load alone": by(shortest_wait),
-        "affinity alone": by(lambda replicas, work: owner(replicas, work, balance=float("inf"))),
+        "affinity alone": by(lambda replicas, work: owner(replicas, work, balance=float("inf"), patience=float("inf"))),
     }
 
 

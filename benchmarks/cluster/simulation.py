@@ -132,13 +132,15 @@ class Chooser:
         self.interactive = np.zeros(replicas, np.int64)
         self.bulk = np.zeros(replicas, np.int64)
         """Tokens in progress."""
+        self.answered = np.full(replicas, -np.inf)
+        """When an answer came last that took a forward pass."""
         self._server, self._kind, self._random, self._replicas = server, kind, random, replicas
         self._turn = count()
         self._names = np.array([routing._hash_of_name(f"replica-{number}") for number in range(replicas)], np.uint64)
 
-    def replica(self, number: int) -> routing.Replica:
+    def replica(self, number: int, now: float) -> routing.Replica:
         """As `routing` knows it."""
-        server = self._server
+        server, since = self._server, now - float(self.answered[number])
         return routing.Replica(
             f"replica-{number}",
             server.fixed_seconds,
@@ -146,38 +148,57 @@ class Chooser:
             int(self.interactive[number]),
             int(self.bulk[number]),
             server.max_batch_tokens,
+            since_answer=since if np.isfinite(since) else None,
+            overhead_seconds=server.search_seconds,
         )
 
-    def choose(self, work: routing.RoutedRequest) -> int:
+    def choose(self, work: routing.RoutedRequest, now: float) -> int:
         """The number of the replica for a request."""
         if self._replicas == 1:
             return 0
         if self._kind == "round-robin":
             return next(self._turn) % self._replicas
         if self._kind == "power-of-two":
-            two = [self.replica(number) for number in self._random.sample(range(self._replicas), 2)]
+            two = [self.replica(number, now) for number in self._random.sample(range(self._replicas), 2)]
             chosen = routing.shortest_wait(two, work)
             assert chosen is not None
             return int(chosen.name.rpartition("-")[2])
         if self._kind == "consistent-hash" and work.lane is Lane.BULK:
             return self._owner(work)
-        return self._shortest(work)
+        return self._shortest(work, now)
 
-    def _shortest(self, work: routing.RoutedRequest) -> int:
-        server = self._server
-        if work.lane is Lane.INTERACTIVE:
-            ahead = self.interactive + np.minimum(self.bulk, server.max_batch_tokens)
-        else:
-            ahead = self.interactive + self.bulk
+    def _shortest(self, work: routing.RoutedRequest, now: float) -> int:
+        server, search = self._server, work.lane is Lane.INTERACTIVE
+        ahead = self.interactive if search else self.interactive + self.bulk
         waits = server.fixed_seconds + server.seconds_per_token * (ahead + work.tokens)
+        if search:
+            waits += self._rests_of_passes(now)
         return self._preferred(np.flatnonzero(waits <= routing.ABOUT_EQUAL * waits.min()), work.key)
+
+    def _rests_of_passes(self, now: float) -> NDArray[np.float64]:
+        """`routing.rest_of_pass` of each."""
+        server = self._server
+        tokens = np.minimum(self.bulk, server.max_batch_tokens)
+        seconds = server.fixed_seconds + server.seconds_per_token * tokens
+        known = np.isfinite(self.answered)
+        since = np.where(known, now - self.answered, 0.0) + server.search_seconds
+        ended, begun = np.divmod(since / seconds, 1)
+        uncertain_end = np.minimum(0.5, routing.DRIFT * (1 + ended))
+        uncertain_begin = np.minimum(0.5, routing.DRIFT * ended)
+        missed = np.maximum(0.0, 1 - (1 - begun) / uncertain_end) / 2
+        still_before = np.maximum(0.0, 1 - begun / np.maximum(uncertain_begin, 1e-300)) / 2 * (ended > 0)
+        rest = seconds * np.where(known, 1 - begun + missed - still_before, 0.5)
+        return np.where(tokens > 0, rest, 0.0)
 
     def _owner(self, work: routing.RoutedRequest) -> int:
         queued, per_token = self.interactive + self.bulk, self._server.seconds_per_token
         speed = self._replicas / per_token
         most = routing.BALANCE * (int(queued.sum()) + work.tokens) / speed
-        allowed = max(most, per_token * self._server.max_batch_tokens)
-        return self._preferred(np.flatnonzero(per_token * queued <= allowed), work.key)
+        one_pass = per_token * self._server.max_batch_tokens
+        chosen = self._preferred(np.flatnonzero(per_token * queued <= max(most, one_pass)), work.key)
+        if per_token * queued[chosen] > routing.PATIENCE * one_pass and len(idle := np.flatnonzero(queued == 0)):
+            return self._preferred(idle, work.key)
+        return chosen
 
     def _preferred(self, candidates: NDArray[np.intp], key: int) -> int:
         if len(candidates) == 1:
@@ -197,7 +218,7 @@ def _mixed(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
 class _Request:
     """A search, or a request of bulk."""
 
-    __slots__ = ("again", "arrived", "interactive", "key", "open", "texts", "tokens", "where")
+    __slots__ = ("again", "arrived", "interactive", "key", "open", "passed", "texts", "tokens", "where")
 
     def __init__(self, arrived: float, key: int, texts: int, tokens: int, *, interactive: bool, again: bool) -> None:
         self.arrived, self.key, self.texts, self.tokens = arrived, key, texts, tokens
@@ -205,6 +226,8 @@ class _Request:
         self.open = 0
         """Texts that have no vector yet."""
         self.where = 0
+        self.passed = False
+        """Whether a forward pass was needed."""
 
 
 class _Node:
@@ -311,7 +334,7 @@ class Simulation:
         key = request.key
         if request.again and self._random.random() >= self._load.same_key:
             key = self._random.getrandbits(64)
-        where = request.where = self._chooser.choose(routing.RoutedRequest(lane, request.tokens, key))
+        where = request.where = self._chooser.choose(routing.RoutedRequest(lane, request.tokens, key), self._now)
         (self._chooser.interactive if request.interactive else self._chooser.bulk)[where] += request.tokens
         self.found.sent += 1
         outside = self._server.search_seconds if request.interactive else self._server.request_seconds
@@ -320,6 +343,7 @@ class Simulation:
     def _enqueue(self, request: _Request) -> None:
         node = self._nodes[request.where]
         request.open = request.texts - self._found_in_cache(request)
+        request.passed = request.open > 0
         if not request.open:
             self._answer(request)
         elif request.interactive:
@@ -381,6 +405,8 @@ class Simulation:
 
     def _answered(self, request: _Request) -> None:
         (self._chooser.interactive if request.interactive else self._chooser.bulk)[request.where] -= request.tokens
+        if request.passed:
+            self._chooser.answered[request.where] = self._now
         self.found.answered += 1
         measured = self._measure_from <= request.arrived <= self._stop_at
         took = self._now - request.arrived

@@ -104,15 +104,16 @@ def test_the_choices_are_those_of_the_routing_policy(replicas: int) -> None:
             spread = random.choice([1, 500, 100_000])
             chooser.interactive[:] = [random.randrange(spread) for _ in range(replicas)]
             chooser.bulk[:] = [random.randrange(spread) for _ in range(replicas)]
+            chooser.answered[:] = [random.choice([-math.inf, 1 - 0.05 * random.random()]) for _ in range(replicas)]
             lane = random.choice(list(Lane))
             work = routing.RoutedRequest(lane, random.randrange(1, 10_000), random.getrandbits(64))
-            known = [chooser.replica(number) for number in range(replicas)]
+            known = [chooser.replica(number, 1.0) for number in range(replicas)]
             policy = routing.choose if kind == "consistent-hash" else routing.shortest_wait
 
             expected = policy(known, work)
 
             assert expected is not None
-            assert chooser.replica(chooser.choose(work)).name == expected.name
+            assert chooser.replica(chooser.choose(work, 1.0), 1.0).name == expected.name
 
 
 def test_what_is_full_first_comes_first() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+from math import isfinite
+from time import monotonic, sleep
 from typing import Any
 
 import click
@@ -169,6 +171,32 @@ def test_what_is_on_its_way_is_counted_until_it_is_answered_wherever_it_goes() -
         assert (sent.tokens("a", Lane.BULK), sent.tokens("b", Lane.BULK)) == (0, 100)
     sent.went(route, "a")  # Ray may say so later
     assert (sent.tokens("a", Lane.BULK), sent.tokens("b", Lane.BULK)) == (0, 0)
+
+
+def test_an_answer_that_took_a_forward_pass_tells_when_that_ended() -> None:
+    sent, search = Sent(), Route(RoutedRequest(Lane.INTERACTIVE, 16, 0))
+    assert not isfinite(sent.last_answer("a").at)
+    with sent.counted(search):
+        sent.answered(search, 1.0)  # nobody has it yet
+        sent.went(search, "a")
+        sent.answered(search, 0.0)
+        assert not isfinite(sent.last_answer("a").at)
+        sleep(0.05)
+        before = monotonic()
+        sent.answered(search, 0.01)
+    answer = sent.last_answer("a")
+    assert before <= answer.at <= monotonic()
+    assert 0.03 < answer.overhead_seconds < 1
+
+    with sent.counted(bulk := Route(RoutedRequest(Lane.BULK, 100, 0))):
+        sent.went(bulk, "a")
+        sent.answered(bulk, 0.5)
+    later = sent.last_answer("a")
+    assert later.at >= answer.at
+    assert later.overhead_seconds == answer.overhead_seconds
+
+    sent.keep_only({"b"})
+    assert not isfinite(sent.last_answer("a").at)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from vecmill.core.routing import (
     ABOUT_EQUAL,
     BALANCE,
+    PATIENCE,
     Replica,
     RoutedRequest,
     affinity_key,
@@ -162,8 +163,49 @@ def test_a_search_does_not_count_bulk_that_it_overtakes() -> None:
     search = RoutedRequest(Lane.INTERACTIVE, 10, key=0)
 
     assert shortest_wait([deep_in_bulk, searched], search) is deep_in_bulk
-    assert expected_wait(deep_in_bulk, search) == pytest.approx(0.01 + 1e-4 * 2010)
+    assert expected_wait(deep_in_bulk, search) == pytest.approx(0.01 + 1e-4 * 10 + (0.01 + 1e-4 * 2000) / 2)
     assert expected_wait(deep_in_bulk, bulk(0, 10)) == pytest.approx(0.01 + 1e-4 * 1_000_010)
+
+
+def test_a_search_goes_where_the_running_pass_ends_first() -> None:
+    """A pass of bulk takes 0.11 s here."""
+    search = RoutedRequest(Lane.INTERACTIVE, 10, key=0)
+
+    def wait(since: float | None, overhead: float = 0.0) -> float:
+        busy = replica("busy", queued_bulk=50_000, max_batch_tokens=1000)
+        return expected_wait(replace(busy, since_answer=since, overhead_seconds=overhead), search) - 0.011
+
+    just_begun, half, known_no_more = wait(0.0), wait(0.055), wait(0.11 * 20)
+
+    assert just_begun == pytest.approx(0.11)
+    assert half == pytest.approx(0.055)
+    assert wait(0.045, overhead=0.01) == pytest.approx(half)
+    assert wait(0.08) < half < wait(0.02) < just_begun
+    assert known_no_more == pytest.approx(wait(None)) == pytest.approx(0.055)
+    # What is about to end may have given way to the next pass before the search is there.
+    assert wait(0.1099) == pytest.approx(0.055, abs=0.001)
+    assert expected_wait(replica("idle", since_answer=0.01), search) == pytest.approx(0.011)
+
+
+def test_none_idles_while_a_text_would_wait_long_for_its_own_replica() -> None:
+    key = affinity_key(["a chunk of code"])
+    of_key = owner(idle(3), bulk(key))
+    assert of_key is not None
+    full, name = of_key.max_batch_tokens, of_key.name
+
+    def chosen(passes: float) -> Replica | None:
+        nothing, four_passes = [each for each in idle(3) if each.name != name]
+        queued = {name: int(passes * full), nothing.name: 0, four_passes.name: 4 * full}
+        # Of ten replicas that are as full, it is not above its share.
+        busy = [replica(f"busy-{number}", queued_bulk=7 * full) for number in range(9)]
+        return owner([*(replace(each, queued_bulk=queued[each.name]) for each in idle(3)), *busy], bulk(key, 1))
+
+    near, far = chosen(PATIENCE - 0.1), chosen(PATIENCE + 0.1)
+
+    assert near is not None
+    assert far is not None
+    assert far.queued == 0
+    assert near.queued > 0
 
 
 def test_a_slower_card_gets_the_search_only_when_the_faster_one_has_more_before_it() -> None:

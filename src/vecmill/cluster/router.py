@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
+from time import monotonic
 from typing import Any
 
 from ray.serve._private.request_router import PowerOfTwoChoicesRequestRouter
@@ -76,6 +78,7 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Called by Ray whenever a replica comes, goes or says something new of itself."""
         self._known = {each.replica_id.unique_id: self._heard(each) for each in replicas}
+        self._sent.keep_only(self._known)
         super().update_replicas(replicas)
 
     def _heard(self, running: RunningReplica) -> Reported:
@@ -117,9 +120,17 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
         known = self._known.get(name, Reported())
         fixed, per_token, batch_tokens = self._fit(known, task)
         queued = {lane: self._queued(name, known, lane, per_token) for lane in Lane}
-        draining = bool(known.stats.get("draining"))
+        answer = self._sent.last_answer(name)
         return Replica(
-            name, fixed, per_token, queued[Lane.INTERACTIVE], queued[Lane.BULK], batch_tokens, draining=draining
+            name,
+            fixed,
+            per_token,
+            queued[Lane.INTERACTIVE],
+            queued[Lane.BULK],
+            batch_tokens,
+            draining=bool(known.stats.get("draining")),
+            since_answer=monotonic() - answer.at if isfinite(answer.at) else None,
+            overhead_seconds=answer.overhead_seconds,
         )
 
     def _fit(self, known: Reported, task: Task) -> tuple[float, float, int]:

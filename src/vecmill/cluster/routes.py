@@ -6,14 +6,16 @@ Apart from `router`, which Ray sends to the front by value, with all its globals
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from math import inf
 from threading import Lock
+from time import monotonic
 from typing import Protocol
 from uuid import uuid4
 
-from vecmill.core.routing import RoutedRequest
+from vecmill.core.routing import LEAST_ANSWER_SECONDS, RoutedRequest
 from vecmill.core.types import Lane, Task
 
 ROUTE = "route"
@@ -37,43 +39,89 @@ class Route:
     identifier: str = field(default_factory=lambda: uuid4().hex)
 
 
+@dataclass(slots=True)
+class _OnItsWay:
+    """A request that is not answered."""
+
+    lane: Lane
+    tokens: int
+    replica: str | None = None
+    since: float = 0.0
+    """When it went to this replica, monotonic."""
+
+
+@dataclass(frozen=True, slots=True)
+class LastAnswer:
+    """Of a replica: the last one that took a forward pass."""
+
+    at: float = -inf
+    """When it came, monotonic."""
+    overhead_seconds: float = 0.0
+    """Of the last search: the time outside the replica's queue and pass."""
+
+
 class Sent:
-    """The tokens that this process has sent to each replica and that are not answered. May be used from any thread."""
+    """The tokens that this process has sent to each replica and that are not answered, and when it answered last.
+
+    May be used from any thread.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
-        self._all: dict[str, tuple[str | None, Lane, int]] = {}
+        self._all: dict[str, _OnItsWay] = {}
         self._tokens: Counter[tuple[str | None, Lane]] = Counter()
+        self._answers: dict[str, LastAnswer] = {}
 
     @contextmanager
     def counted(self, route: Route) -> Iterator[None]:
         """Count a request for as long as the context lasts, from when it has a replica."""
         work = route.work
         with self._lock:
-            self._all[route.identifier] = (None, work.lane, work.tokens)
+            self._all[route.identifier] = _OnItsWay(work.lane, work.tokens)
             self._tokens[None, work.lane] += work.tokens
         try:
             yield
         finally:
             with self._lock:
-                name, lane, tokens = self._all.pop(route.identifier)
-                self._tokens[name, lane] -= tokens
-                if not self._tokens[name, lane]:
-                    del self._tokens[name, lane]
+                ended = self._all.pop(route.identifier)
+                place = ended.replica, ended.lane
+                self._tokens[place] -= ended.tokens
+                if not self._tokens[place]:
+                    del self._tokens[place]
 
     def went(self, route: Route, name: str) -> None:
         """The request has a replica, or another one than before. Nothing happens where it has ended."""
         with self._lock:
-            if (known := self._all.get(route.identifier)) is not None:
-                before, lane, tokens = known
-                self._all[route.identifier] = (name, lane, tokens)
-                self._tokens[before, lane] -= tokens
-                self._tokens[name, lane] += tokens
+            if (sent := self._all.get(route.identifier)) is not None:
+                self._tokens[sent.replica, sent.lane] -= sent.tokens
+                self._tokens[name, sent.lane] += sent.tokens
+                sent.replica, sent.since = name, monotonic()
+
+    def answered(self, route: Route, took_seconds: float) -> None:
+        """An answer begins, which took its replica so long, or nothing to speak of where all was cached."""
+        with self._lock:
+            sent = self._all.get(route.identifier)
+            if sent is None or sent.replica is None or took_seconds < LEAST_ANSWER_SECONDS:
+                return
+            now = monotonic()
+            overhead = self.last_answer(sent.replica).overhead_seconds
+            if sent.lane is Lane.INTERACTIVE:
+                overhead = max(0.0, now - sent.since - took_seconds)
+            self._answers[sent.replica] = LastAnswer(now, overhead)
+
+    def last_answer(self, name: str) -> LastAnswer:
+        """Of a replica; of none as yet, `LastAnswer()`."""
+        return self._answers.get(name, LastAnswer())
+
+    def keep_only(self, names: Collection[str]) -> None:
+        """Forget the answers of replicas that are gone."""
+        with self._lock:
+            self._answers = {name: answer for name, answer in self._answers.items() if name in names}
 
     def replica_of(self, route: Route) -> str | None:
         """The replica that was chosen for a request; None as long as it waits for one."""
-        known = self._all.get(route.identifier)
-        return None if known is None else known[0]
+        sent = self._all.get(route.identifier)
+        return None if sent is None else sent.replica
 
     def tokens(self, name: str, lane: Lane) -> int:
         """What is with a replica now."""
