@@ -1,8 +1,10 @@
 """One, two and three replicas: texts a second of bulk, and a person's searches beside it, against one replica.
 
-Every replica is a server in a process of its own. Requests are sent by the client itself, each to the replica that
-`core.routing` chooses from what this client has in progress (`policy`), or in turn (`round-robin`). Forward passes
-sleep (`simulated`), so that the machine's cores are not the limit, or are the real model's (`real`), where they are.
+Every replica is a server in a process of its own. The client sends each request itself: to the replica that
+`core.routing` chooses from what this client has in progress (`policy`), in turn (`round-robin`), or by the policy but
+with all searches to the first (`searches-to-one`: what one replica takes while the others use the same cores). Forward
+passes sleep (`simulated`), so that the machine's cores are not the limit, or are the real model's (`real`), where they
+are.
 
     python -m benchmarks.cluster.replicas
     python -m benchmarks.cluster.replicas --models simulated --rounds 3
@@ -36,7 +38,9 @@ from vecmill.tools.bench.workload import Requests, read_workload
 from vecmill.tools.http_client import Answer
 
 MODELS = ("simulated", "real")
-ROUTINGS = ("policy", "round-robin")
+ONE_SEARCHED = "searches-to-one"
+"""One replica's latency, on a machine that is as busy as several make it."""
+ROUTINGS = ("policy", "round-robin", ONE_SEARCHED)
 FIXED_MS, US_PER_TOKEN = 4.0, 25.0  # of a simulated pass: 40,000 tokens a second at the most
 CHARACTERS_PER_TOKEN = 3.5
 WARM_UP_S = 1.0
@@ -123,6 +127,8 @@ class Router:
             chosen.sent_interactive -= 16
 
     def _chosen(self, work: routing.RoutedRequest) -> Endpoint:
+        if self._kind == ONE_SEARCHED and work.lane is Lane.INTERACTIVE:
+            return self._endpoints[0]
         if self._kind == "round-robin":
             return self._endpoints[next(self._turn) % len(self._endpoints)]
         replica = routing.choose([endpoint.now() for endpoint in self._endpoints], work)

@@ -161,7 +161,7 @@ def test_replicas_are_measured_against_one() -> None:
     result = json_line(done)
 
     sides = result["simulated"]["routings"]
-    assert sides.keys() == {"policy", "round-robin"}
+    assert sides.keys() == {"policy", "round-robin", "searches-to-one"}
     assert sides["policy"].keys() == {"1", "2"}
     for side in sides["policy"].values():
         assert side["errors"] == 0
