@@ -135,6 +135,7 @@ FAMILY_SHAPES: Mapping[str, FamilyShape] = {
     "DistilBERT": FamilyShape(
         "distilbert", {**_BASE, "num_hidden_layers": 6, "max_position_embeddings": 512}, renamed=OF_DISTILBERT
     ),
+    "GTE-multilingual-base": FamilyShape("gte", {**_BASE, "max_position_embeddings": 8192, "type_vocab_size": 1}),
     "DeBERTa-v3-base, reranker": FamilyShape("deberta-v2", _DEBERTA, Task.RERANK),
 }
 
