@@ -75,6 +75,8 @@ class Endpoint:
     """Tokens in progress, by estimate."""
     answered: float | None = None
     """When an answer came last that took a forward pass, by `perf_counter`."""
+    rest: float = 0.0
+    """Seconds of the pass that ran then."""
     overhead: float = 0.0
     """Seconds of the last search outside the replica's queue and pass."""
 
@@ -86,6 +88,7 @@ class Endpoint:
             queued_bulk=self.sent_bulk,
             queued_interactive=self.sent_interactive,
             since_answer=since,
+            rest_of_pass=self.rest,
             overhead_seconds=self.overhead,
         )
 
@@ -93,7 +96,7 @@ class Endpoint:
         """Remember when it came, unless all of it was cached."""
         took = float(answer.headers.get("x-total-time", 0.0)) / 1e3
         if took >= routing.LEAST_ANSWER_SECONDS:
-            self.answered = perf_counter()
+            self.answered, self.rest = perf_counter(), float(answer.headers["x-rest-of-pass"]) / 1e3
             if lane is Lane.INTERACTIVE:
                 self.overhead = max(0.0, answer.ended - answer.started - took)
         return answer

@@ -134,6 +134,8 @@ class Chooser:
         """Tokens in progress."""
         self.answered = np.full(replicas, -np.inf)
         """When an answer came last that took a forward pass."""
+        self.rest = np.zeros(replicas)
+        """Seconds of the pass that ran then."""
         self._server, self._kind, self._random, self._replicas = server, kind, random, replicas
         self._turn = count()
         self._names = np.array([routing._hash_of_name(f"replica-{number}") for number in range(replicas)], np.uint64)
@@ -149,6 +151,7 @@ class Chooser:
             int(self.bulk[number]),
             server.max_batch_tokens,
             since_answer=since if np.isfinite(since) else None,
+            rest_of_pass=float(self.rest[number]),
             overhead_seconds=server.search_seconds,
         )
 
@@ -182,7 +185,9 @@ class Chooser:
         seconds = server.fixed_seconds + server.seconds_per_token * tokens
         known = np.isfinite(self.answered)
         since = np.where(known, now - self.answered, 0.0) + server.search_seconds
-        ended, begun = np.divmod(since / seconds, 1)
+        over = (since - self.rest) / seconds
+        ended = np.maximum(0.0, np.floor(over) + 1)
+        begun = over + 1 - ended
         uncertain_end = np.minimum(0.5, routing.DRIFT * (1 + ended))
         uncertain_begin = np.minimum(0.5, routing.DRIFT * ended)
         missed = np.maximum(0.0, 1 - (1 - begun) / uncertain_end) / 2
@@ -233,7 +238,7 @@ class _Request:
 class _Node:
     """A server: what waits, and the pass that runs."""
 
-    __slots__ = ("bulk", "running", "searches")
+    __slots__ = ("bulk", "ends", "running", "searches")
 
     def __init__(self) -> None:
         self.searches: deque[_Request] = deque()
@@ -241,6 +246,8 @@ class _Node:
         """Each request with its texts that wait."""
         self.running: list[tuple[_Request, int]] = []
         """Each request with its texts in the pass."""
+        self.ends = 0.0
+        """When the pass will, or did."""
 
 
 class Simulation:
@@ -387,7 +394,8 @@ class Simulation:
         if taken:
             seconds = server.pass_seconds(tokens)
             self.found.busy_seconds += seconds
-            self._at(self._now + seconds, self._end_pass, where)
+            node.ends = self._now + seconds
+            self._at(node.ends, self._end_pass, where)
 
     def _end_pass(self, where: int) -> None:
         node = self._nodes[where]
@@ -407,6 +415,7 @@ class Simulation:
         (self._chooser.interactive if request.interactive else self._chooser.bulk)[request.where] -= request.tokens
         if request.passed:
             self._chooser.answered[request.where] = self._now
+            self._chooser.rest[request.where] = max(0.0, self._nodes[request.where].ends - self._now)
         self.found.answered += 1
         measured = self._measure_from <= request.arrived <= self._stop_at
         took = self._now - request.arrived

@@ -105,6 +105,7 @@ def test_the_choices_are_those_of_the_routing_policy(replicas: int) -> None:
             chooser.interactive[:] = [random.randrange(spread) for _ in range(replicas)]
             chooser.bulk[:] = [random.randrange(spread) for _ in range(replicas)]
             chooser.answered[:] = [random.choice([-math.inf, 1 - 0.05 * random.random()]) for _ in range(replicas)]
+            chooser.rest[:] = [0.02 * random.random() for _ in range(replicas)]
             lane = random.choice(list(Lane))
             work = routing.RoutedRequest(lane, random.randrange(1, 10_000), random.getrandbits(64))
             known = [chooser.replica(number, 1.0) for number in range(replicas)]

@@ -209,7 +209,14 @@ class Server:
         budgets = {key: _budget(warmed) for key, warmed in loaded.warmed.items()}
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
-        self._scheduler = Scheduler(engine, budgets, rules, on_batch=self._pass_ended, on_failure=self._fail)
+        self._scheduler = Scheduler(
+            engine,
+            budgets,
+            rules,
+            on_batch=self._pass_ended,
+            on_failure=self._fail,
+            expected_seconds=lambda model, tokens: self._fits[model].calibration.seconds(tokens),
+        )
         endpoints = batch_endpoints(self.inference, self._threads, self._settings.inference)
         self._loaded = loaded
         self._fits = {key: RunningFit(warmed.calibration) for key, warmed in loaded.warmed.items()}

@@ -177,20 +177,21 @@ def test_an_answer_that_took_a_forward_pass_tells_when_that_ended() -> None:
     sent, search = Sent(), Route(RoutedRequest(Lane.INTERACTIVE, 16, 0))
     assert not isfinite(sent.last_answer("a").at)
     with sent.counted(search):
-        sent.answered(search, 1.0)  # nobody has it yet
+        sent.answered(search, 1.0, 0.0)  # nobody has it yet
         sent.went(search, "a")
-        sent.answered(search, 0.0)
+        sent.answered(search, 0.0, 0.0)
         assert not isfinite(sent.last_answer("a").at)
         sleep(0.05)
         before = monotonic()
-        sent.answered(search, 0.01)
+        sent.answered(search, 0.01, 0.02)
     answer = sent.last_answer("a")
     assert before <= answer.at <= monotonic()
     assert 0.03 < answer.overhead_seconds < 1
+    assert answer.rest_of_pass == 0.02
 
     with sent.counted(bulk := Route(RoutedRequest(Lane.BULK, 100, 0))):
         sent.went(bulk, "a")
-        sent.answered(bulk, 0.5)
+        sent.answered(bulk, 0.5, 0.0)
     later = sent.last_answer("a")
     assert later.at >= answer.at
     assert later.overhead_seconds == answer.overhead_seconds

@@ -171,9 +171,10 @@ def test_a_search_goes_where_the_running_pass_ends_first() -> None:
     """A pass of bulk takes 0.11 s here."""
     search = RoutedRequest(Lane.INTERACTIVE, 10, key=0)
 
-    def wait(since: float | None, overhead: float = 0.0) -> float:
+    def wait(since: float | None, overhead: float = 0.0, rest: float | None = None) -> float:
         busy = replica("busy", queued_bulk=50_000, max_batch_tokens=1000)
-        return expected_wait(replace(busy, since_answer=since, overhead_seconds=overhead), search) - 0.011
+        known = replace(busy, since_answer=since, overhead_seconds=overhead, rest_of_pass=rest)
+        return expected_wait(known, search) - 0.011
 
     just_begun, half, known_no_more = wait(0.0), wait(0.055), wait(0.11 * 20)
 
@@ -181,6 +182,10 @@ def test_a_search_goes_where_the_running_pass_ends_first() -> None:
     assert half == pytest.approx(0.055)
     assert wait(0.045, overhead=0.01) == pytest.approx(half)
     assert wait(0.08) < half < wait(0.02) < just_begun
+    # The answer said that the pass that ran then would take 0.05 s more: half of a longer one's, or a search's.
+    assert wait(0.02, rest=0.05) == pytest.approx(0.03)
+    assert wait(0.08, rest=0.05) > 0.07
+    assert wait(0.0, rest=0.3) == pytest.approx(0.3)
     assert known_no_more == pytest.approx(wait(None)) == pytest.approx(0.055)
     # What is about to end may have given way to the next pass before the search is there.
     assert wait(0.1099) == pytest.approx(0.055, abs=0.001)

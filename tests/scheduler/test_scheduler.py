@@ -325,6 +325,35 @@ async def test_what_has_expired_is_never_run() -> None:
     await scheduler.close()
 
 
+async def test_it_says_when_the_batch_on_the_device_will_be_done() -> None:
+    """A search that arrives meanwhile goes next, as the runner takes it; then the bulk behind it."""
+    now = 0.0
+    runner = GatedRunner()
+    scheduler = Scheduler(
+        runner, {"m": ONE_BY_ONE}, expected_seconds=lambda model, tokens: float(tokens), clock=lambda: now
+    )
+    assert scheduler.rest_of_pass == 0.0
+    first, second = scheduler.submit("m", [ids(*range(5)), ids(*range(10))])
+    await runner.wait_until_begun(2)
+    search = scheduler.submit("m", [ids(1, 2)], lane=Lane.INTERACTIVE)
+    await runner.wait_until_begun(3)
+    now = 1.0
+    assert scheduler.rest_of_pass == 4.0
+
+    now = 7.0  # later than expected
+    assert scheduler.rest_of_pass == 0.0
+    runner.permits.release()
+    await first
+    await asyncio.sleep(0)
+    assert scheduler.rest_of_pass == 2.0
+    runner.permits.release()
+    runner.permits.release()
+    await asyncio.gather(second, *search)
+    await asyncio.sleep(0)
+    assert scheduler.rest_of_pass == 0.0
+    await scheduler.close()
+
+
 async def test_a_batch_that_had_to_be_halved_lowers_the_budget(caplog: pytest.LogCaptureFixture) -> None:
     class Small(SumRunner):
         async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
@@ -349,7 +378,7 @@ async def test_a_batch_that_had_to_be_halved_lowers_the_budget(caplog: pytest.Lo
 async def test_clients_come_and_go_and_only_so_many_are_remembered() -> None:
     def remembered() -> int:
         gc.collect()
-        return sum(isinstance(each, Sharing) for each in gc.get_objects())
+        return sum(type(each) is Sharing for each in gc.get_objects())
 
     before = remembered()
     scheduler = scheduler_of(SumRunner())

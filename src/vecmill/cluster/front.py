@@ -343,7 +343,9 @@ class _Passage:
         """The message; an answer's head says which replica it is from, by the name that `X-Replica` may ask for."""
         if message["type"] != "http.response.start" or (name := SENT[deployment].replica_of(route)) is None:
             return message
-        SENT[deployment].answered(route, float(dict(message["headers"]).get(b"x-total-time", 0)) / 1e3)
+        headers = dict(message["headers"])
+        if (took := headers.get(b"x-total-time")) is not None:
+            SENT[deployment].answered(route, float(took) / 1e3, float(headers[b"x-rest-of-pass"]) / 1e3)
         others = [(key, value) for key, value in message["headers"] if key.lower() != b"x-replica"]
         return {**message, "headers": [*others, (b"x-replica", name.encode())]}
 

@@ -130,6 +130,7 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
             batch_tokens,
             draining=bool(known.stats.get("draining")),
             since_answer=monotonic() - answer.at if isfinite(answer.at) else None,
+            rest_of_pass=answer.rest_of_pass,
             overhead_seconds=answer.overhead_seconds,
         )
 

@@ -56,6 +56,8 @@ class LastAnswer:
 
     at: float = -inf
     """When it came, monotonic."""
+    rest_of_pass: float = 0.0
+    """Seconds of the pass that ran then."""
     overhead_seconds: float = 0.0
     """Of the last search: the time outside the replica's queue and pass."""
 
@@ -97,7 +99,7 @@ class Sent:
                 self._tokens[name, sent.lane] += sent.tokens
                 sent.replica, sent.since = name, monotonic()
 
-    def answered(self, route: Route, took_seconds: float) -> None:
+    def answered(self, route: Route, took_seconds: float, rest_of_pass: float) -> None:
         """An answer begins, which took its replica so long, or nothing to speak of where all was cached."""
         with self._lock:
             sent = self._all.get(route.identifier)
@@ -107,7 +109,7 @@ class Sent:
             overhead = self.last_answer(sent.replica).overhead_seconds
             if sent.lane is Lane.INTERACTIVE:
                 overhead = max(0.0, now - sent.since - took_seconds)
-            self._answers[sent.replica] = LastAnswer(now, overhead)
+            self._answers[sent.replica] = LastAnswer(now, rest_of_pass, overhead)
 
     def last_answer(self, name: str) -> LastAnswer:
         """Of a replica; of none as yet, `LastAnswer()`."""

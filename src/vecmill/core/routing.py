@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from math import inf, log
+from math import floor, inf, log
 from random import Random
 
 from vecmill.core.types import Lane
@@ -65,6 +65,8 @@ class Replica:
     since_answer: float | None = None
     """Seconds since an answer of it that took `LEAST_ANSWER_SECONDS` or more: a pass ended then, and where bulk waited,
     another one began. None: unknown."""
+    rest_of_pass: float | None = None
+    """Seconds that the pass that ran when it answered still took then, by its answer; None: a pass of bulk began."""
     overhead_seconds: float = 0.0
     """Between here and its queue, both ways together: the pass ended earlier than its answer came, and what is sent now
     waits from later on."""
@@ -127,7 +129,10 @@ def rest_of_pass(replica: Replica) -> float:
     seconds = replica.fixed_seconds + replica.seconds_per_token * tokens
     if not tokens or replica.since_answer is None:
         return seconds / 2 if tokens else 0.0
-    ended, begun = divmod((replica.since_answer + replica.overhead_seconds) / seconds, 1)
+    rest = seconds if replica.rest_of_pass is None else replica.rest_of_pass
+    over = (replica.since_answer + replica.overhead_seconds - rest) / seconds  # negative: the same pass still runs
+    ended = max(0, floor(over) + 1)
+    begun = over + 1 - ended
     uncertain_end = min(0.5, DRIFT * (1 + ended))
     uncertain_begin = min(0.5, DRIFT * ended)  # that of the answer is certain
     missed = max(0.0, 1 - (1 - begun) / uncertain_end) / 2

@@ -236,8 +236,8 @@ def _serialise(build: Callable[[], object], coding: Coding | None) -> tuple[byte
 
 
 def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[str, str]:
-    """Times in milliseconds, TEI's and `Server-Timing`, and the note that goes with an answer some of whose inputs were
-    cut."""
+    """Times in milliseconds, TEI's and `Server-Timing`; the rest of the pass that runs, by which routers choose; and the
+    note that goes with an answer some of whose inputs were cut."""
     timings = result.timings
     computed = timings.tokenize + timings.forward
     seconds = {"x-total-time": computed + timings.queue}
@@ -251,6 +251,7 @@ def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[
             "x-queue-time": timings.queue,
             "x-inference-time": timings.forward,
         }
+    seconds["x-rest-of-pass"] = services_of(request).inference.rest_of_pass
     headers = {name: f"{1000 * value:.2f}" for name, value in seconds.items()}
     headers["Server-Timing"] = ", ".join(f"{name};dur={1000 * value:.2f}" for name, value in stages.items())
     headers["x-compute-tokens"] = str(result.prompt_tokens)

@@ -184,6 +184,11 @@ class Inference:
         return self._scheduler.queued if self._scheduler else {}
 
     @property
+    def rest_of_pass(self) -> float:
+        """Seconds until the forward pass on the device ends, as expected; 0.0 where none runs."""
+        return self._scheduler.rest_of_pass if self._scheduler else 0.0
+
+    @property
     def stats(self) -> SchedulerStats:
         """What the scheduler has counted since the start."""
         return self._scheduler.stats if self._scheduler else SchedulerStats()

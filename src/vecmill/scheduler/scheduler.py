@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import repeat
@@ -83,9 +83,13 @@ class Scheduler:
         *,
         on_batch: OnBatch = lambda batch: None,
         on_failure: Callable[[str], None] = lambda reason: None,
+        expected_seconds: Callable[[str, int], float] = lambda model, tokens: 0.0,
         clock: Callable[[], float] = monotonic,
     ) -> None:
-        """`budgets` by model; `on_failure` is called once, with why nothing can be run any more."""
+        """`budgets` by model; `on_failure` is called once, with why nothing can be run any more.
+
+        `expected_seconds`: of a forward pass of a model with so many tokens.
+        """
         self.stats = SchedulerStats(budgets)
         self.budgets = dict(budgets)
         self.waiting = dict.fromkeys(Lane, 0)
@@ -94,6 +98,7 @@ class Scheduler:
         self._runner = runner
         self._rules = rules or Rules()
         self._on_batch, self._on_failure, self._clock = on_batch, on_failure, clock
+        self._expected_seconds = expected_seconds
         self._fitting: dict[str, int] = {}
         """Tokens of a model's largest pass, where larger ones did not fit into the memory."""
         self._lines = WaitingLines()
@@ -111,6 +116,11 @@ class Scheduler:
         """Texts and tokens that wait for a batch, by model and lane."""
         rows, tokens = self._backlog.rows, self._backlog.tokens
         return {(model, lane): (rows[model, lane], tokens[model, lane]) for model in self.budgets for lane in Lane}
+
+    @property
+    def rest_of_pass(self) -> float:
+        """Seconds until the batch on the device is done, as expected; 0.0 where none is."""
+        return self._in_flight.rest(self._clock())
 
     @property
     def busy(self) -> bool:
@@ -234,7 +244,7 @@ class Scheduler:
             self.waiting[lane] -= len(left)
 
     def _start(self, taken: Cut[Sequence]) -> None:
-        self._in_flight.begin(taken.lane)
+        self._in_flight.begin(taken.lane, self._expected_seconds(taken.model, taken.tokens), self._clock())
         task = asyncio.create_task(self._run(taken), name="batch")
         self._running.add(task)
         task.add_done_callback(self._batch_ended)
@@ -327,7 +337,7 @@ class Scheduler:
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        self._in_flight.end()
+        self._in_flight.end(self._clock())
         self._wake.set()
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:
@@ -370,22 +380,26 @@ class InFlight:
     """One batch on the device and those behind it, of which the runner takes interactive ones first."""
 
     def __init__(self) -> None:
-        self._behind: Counter[Lane] = Counter()
-        self._busy = False
+        self._behind: dict[Lane, deque[float]] = {lane: deque() for lane in Lane}
+        """The expected seconds of each."""
+        self._ends: float | None = None
+        """When the one on the device will, as expected; None: it does nothing."""
 
-    def begin(self, lane: Lane) -> None:
+    def begin(self, lane: Lane, seconds: float, now: float) -> None:
         """A batch is given to the runner."""
-        if self._busy:
-            self._behind[lane] += 1
-        self._busy = True
-
-    def end(self) -> None:
-        """The batch on the device is answered; the next one takes its place."""
-        following = next((lane for lane in Lane if self._behind[lane]), None)
-        if following is None:
-            self._busy = False
+        if self._ends is None:
+            self._ends = now + seconds
         else:
-            self._behind[following] -= 1
+            self._behind[lane].append(seconds)
+
+    def end(self, now: float) -> None:
+        """The batch on the device is answered; the next one takes its place."""
+        following = next((behind for behind in self._behind.values() if behind), None)
+        self._ends = None if following is None else now + following.popleft()
+
+    def rest(self, now: float) -> float:
+        """Seconds until the one on the device ends; 0.0 where it does nothing."""
+        return 0.0 if self._ends is None else max(0.0, self._ends - now)
 
     def has_room(self, *, full: bool, interactive: bool) -> bool:
         """Whether to cut a batch now: as late as possible, for what arrives meanwhile still gets into it.
@@ -393,8 +407,8 @@ class InFlight:
         An idle device takes anything. Behind a busy one goes a batch that is `full`, which gains nothing by waiting;
         and behind bulk alone one with `interactive` texts, to overtake it.
         """
-        if not self._busy:
+        if self._ends is None:
             return True
-        if not self._behind.total():
+        if not any(self._behind.values()):
             return full
         return interactive and not self._behind[Lane.INTERACTIVE]
