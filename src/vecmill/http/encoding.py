@@ -236,8 +236,8 @@ def _serialise(build: Callable[[], object], coding: Coding | None) -> tuple[byte
 
 
 def result_headers(request: Request, result: EmbedResult | ScoreResult) -> dict[str, str]:
-    """Times in milliseconds, TEI's and `Server-Timing`; the rest of the pass that runs, by which routers choose; and the
-    note that goes with an answer some of whose inputs were cut."""
+    """Times in milliseconds: TEI's, `Server-Timing`, and the rest of the pass that runs, by which routers choose. Then
+    the note that goes with an answer some of whose inputs were cut."""
     timings = result.timings
     computed = timings.tokenize + timings.forward
     seconds = {"x-total-time": computed + timings.queue}
