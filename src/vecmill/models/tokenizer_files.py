@@ -382,11 +382,9 @@ def _module_keys(
     text = {"method": "forward", "method_output_name": output}
 
     def reads_text(value: Any) -> bool:
-        if not isinstance(value, dict):
+        if not isinstance(value, dict) or not all(isinstance(each, dict | None) for each in value.values()):
             return False
         said, message = (value.get(kind) or {} for kind in ("text", "message"))
-        if not isinstance(said, dict) or not isinstance(message, dict):
-            return False
         if task is Task.EMBED and text_half:
             of_text = message | {"format": None} == {**text, "format": None} or not message
             return value.get("text") == text and of_text and message.get("format") in (None, "flat", "structured")
