@@ -93,7 +93,7 @@ def verify(
     dtype: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
     device: Annotated[str | None, typer.Option(help="As for `serve`.")] = None,
 ) -> None:
-    """Run the model card's example on the loaded weights: expected and measured numbers side by side."""
+    """Compare the loaded weights with numbers published of the model, or with sentence-transformers."""
     run_verify = import_module("vecmill.tools.verify").run_verify
     raise typer.Exit(run_verify(model, rerank=rerank, example=example, dtype=dtype, device=device))
 

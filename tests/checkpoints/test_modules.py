@@ -169,6 +169,14 @@ VARIANTS = [
     row("module-arguments", listed(TRANSFORMER, POOLING, kwargs=["task"]), '`kwargs`: ["task"]; supported: []'),
     row("module-key", listed(TRANSFORMER, POOLING, revision="main"), "the key `revision`"),
     row("outside", listed(TRANSFORMER, (f"{OLD}Pooling", "../1_Pooling")), "which is no folder of the model"),
+    row("path-too-long", listed(TRANSFORMER, (f"{ST}models.Pooling", 256 * "a")), "which is no folder of the model"),
+    row("path-with-a-zero", listed(TRANSFORMER, (f"{ST}models.Pooling", "a\0b")), "which is no folder of the model"),
+    row("text-is-no-object", lambda folder: write(
+        folder / "sentence_bert_config.json", {"modality_config": {"text": True}}
+    ), "`modality_config`"),
+    Variant("text-of-pairs-is-no-object", reranker, lambda folder: edit_json(
+        folder / "sentence_bert_config.json", modality_config={"text": True}
+    ), "`modality_config`", rerank=True),
     row("no-type", lambda folder: write(folder / "modules.json", [{"idx": 0, "path": ""}]), "without a `type`"),
     row("no-list", lambda folder: write(folder / "modules.json", {}), "is no list of modules"),
     row("empty-list", lambda folder: write(folder / "modules.json", []), "is no list of modules"),

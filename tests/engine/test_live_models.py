@@ -230,7 +230,7 @@ async def test_a_model_of_the_hubs_cache_is_known_by_its_files(
     assert known.card.license == "apache-2.0"
     assert (known.card.id, known.card.task, known.card.dimensions) == ("owner/third", Task.EMBED, 32)
     model = engine.load(known.card.key, silent).result(60)
-    assert model.card.weight_bytes == known.card.weight_bytes
+    assert model.card.weight_bytes == pytest.approx(known.card.weight_bytes, rel=0.01)
     assert len(await vectors(engine, "embed:owner/third")) == 3
     for name, task in (("embedding", Task.EMBED), ("reranker", Task.RERANK)):
         assert engine.add_cached(GOLDEN / "qwen3" / name, f"owner/{name}", None).card.task is task

@@ -130,6 +130,8 @@ async def test_rerank_lines_too_in_each_dialect() -> None:
         {"query": "museums", "documents": documents, "top_k": 1},
         {"query": "museums", "documents": []},
         {"query": "museums"},
+        {"query": "museums", "documents": documents, "texts": documents},
+        {"query": "museums", "documents": documents, "top_n": 1, "top_k": 2},
     ]
     async with serving() as client:
         outcomes = await outcome(client, jsonl(bodies, RERANK), RERANK)
@@ -154,12 +156,15 @@ async def test_only_the_guilty_lines_fail_and_as_the_route_refuses_them() -> Non
         {"input": ["fine", "too"]},
         {"input": ["x"] * 5},
         {"input": "x", "model": "nobody"},
+        {"input": "x", "task": "retrieval.query", "input_type": "passage"},
+        {"input": "x", "encoding_format": "float", "embedding_type": "base64"},
+        {"input": "x", "normalize": True, "normalized": False},
         {"input": "fine"},
     ]
     async with serving(auto_truncate=False, strict_model=True, max_client_batch_size=4) as client:
         outcomes = await outcome(client, jsonl(bodies))
         statuses = [outcomes[f"line-{n}"]["response"]["status_code"] for n in range(len(bodies))]
-        assert statuses == [200, 400, 400, 400, 400, 200, 400, 404, 200]
+        assert statuses == [200, 400, 400, 400, 400, 200, 400, 404, 400, 400, 400, 200]
         for number, body in enumerate(bodies):
             expected = await client.post(EMBED, json=body)
             answer = outcomes[f"line-{number}"]["response"]

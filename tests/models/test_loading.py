@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.models.families import TinyModel, tiny_models
 from tests.models.loaded import GOLDEN, load_model
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta, write
 from vecmill.app import Server
@@ -20,7 +22,7 @@ from vecmill.cache.embedding_cache import model_fingerprint
 from vecmill.config import ModelSettings, load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.engine.loader import Loaded, load
+from vecmill.engine.loader import Loaded, expected_card, load, uncounted_bytes
 from vecmill.models import networks, source
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.families import FAMILIES
@@ -360,3 +362,34 @@ def test_weights_that_two_models_share_are_in_both_fingerprints(folder: Path) ->
         networks.load_model(checkpoint, target)
     assert len(target.shared) == 1
     assert first.fingerprint.hex == second.fingerprint.hex == content(folder)
+
+
+def new_storages(before: set[int]) -> dict[int, int]:
+    """Bytes of every memory that tensors hold now, by address, less those known before."""
+    gc.collect()
+    storages = (each.untyped_storage() for each in gc.get_objects() if type(each) in (torch.Tensor, torch.nn.Parameter))
+    return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in before}
+
+
+QUICK_TO_MEASURE = {"bert", "deberta-v2", "gemma3_text", "jina_bert", "modernbert", "mpnet", "nomic_bert"}
+MORE_IN_FILES = {"jina_embeddings_v3", "mistral3", "nvembed"}
+"""Files with more than is kept: pictures, adapters of which several share rows, and what is folded when it is read."""
+
+
+@pytest.mark.parametrize(
+    "tiny",
+    [
+        pytest.param(each, id=str(each), marks=() if each.model_type in QUICK_TO_MEASURE else pytest.mark.nightly)
+        for each in tiny_models()
+    ],
+)
+def test_memory_is_counted_whole(tiny: TinyModel, tmp_path: Path) -> None:
+    """Tables and buffers included, to 1 kB once it is loaded, and to 8 kB (a head's larger type) before."""
+    folder, before = tiny.write(tmp_path / str(tiny)), set(new_storages(set()))
+    checkpoint, model = load_model(folder, tiny.task, torch.bfloat16)
+    measured = sum(new_storages(before).values())
+    assert 0 <= measured - uncounted_bytes(model, set()) <= 1024
+    settings = load_settings({"dtype": "bfloat16", "device": "cpu"})
+    expected = expected_card(checkpoint, (), settings.model, torch.device("cpu")).weight_bytes
+    assert measured - 8192 <= expected
+    assert expected <= measured + 8192 or tiny.model_type in MORE_IN_FILES

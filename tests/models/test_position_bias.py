@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tests.models.loaded import CPU
 from vecmill.core.types import Row
-from vecmill.models import packed_attention as attention
+from vecmill.models import family
 from vecmill.models.packed_attention import bias_table, packed_attention
 from vecmill.models.packing import PackedBatch, pack
 
@@ -34,13 +34,13 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.softmax(query @ key.transpose(1, 2) / WIDTH**0.5 + bias, dim=-1) @ value
 
 
-@pytest.mark.parametrize("most_bytes", [attention.BIAS_BYTES, 1])
+@pytest.mark.parametrize("most_bytes", [family.TABLE_BYTES, 1])
 @pytest.mark.parametrize("lengths", [(1,), (2, 2, 5, 9), (70, 3, 70), (600, 33), (1300,)], ids=str)
 def test_packed_rows_equal_each_row_alone(
     lengths: tuple[int, ...], most_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of one block and of several; the table as large as it may be, and as small."""
-    monkeypatch.setattr(attention, "BIAS_BYTES", most_bytes)
+    monkeypatch.setattr(family, "TABLE_BYTES", most_bytes)
     table = bias_table(of_distances, max(lengths), CPU)
     packed = packed_rows(*lengths)
     generator = torch.Generator().manual_seed(0)
@@ -53,7 +53,7 @@ def test_packed_rows_equal_each_row_alone(
 
 
 def test_the_table_is_bounded() -> None:
-    """It grows with the positions, and its rows become fewer before it takes more than BIAS_BYTES."""
+    """It grows with the positions, and its rows become fewer before it takes more than TABLE_BYTES."""
 
     def of_twelve_heads(distances: Tensor) -> Tensor:
         return torch.zeros(12, 1, dtype=torch.bfloat16, device=distances.device) * distances.to(torch.bfloat16)
@@ -63,4 +63,4 @@ def test_the_table_is_bounded() -> None:
         for positions in (20, 512, 8192, 32_768)
     }
     assert shapes == {20: (12, 64, 128), 512: (12, 512, 1024), 8192: (12, 512, 16_384), 32_768: (12, 128, 65_536)}
-    assert all(2 * rows * columns * heads <= attention.BIAS_BYTES for heads, rows, columns in shapes.values())
+    assert all(2 * rows * columns * heads <= family.TABLE_BYTES for heads, rows, columns in shapes.values())

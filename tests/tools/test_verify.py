@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,10 @@ from pydantic import ValidationError
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tests.tiny_checkpoints import edit_json
+from tests.tiny_checkpoints import edit_json, tiny_cross_encoder
 from vecmill.core.types import Task
-from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example
+from vecmill.models.card_examples import ComponentCheck, Example, ScoreCheck, VectorCheck, examples, find_example
+from vecmill.models.families import FAMILIES
 from vecmill.tools import verify
 from vecmill.tools.verify import run_verify
 
@@ -25,6 +27,34 @@ Captured = pytest.CaptureFixture[str]
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+NOT_PUBLISHED = {
+    "Alibaba-NLP/gte-Qwen2-7B-instruct",
+    "BAAI/bge-reranker-v2-gemma",
+    "KaLM-Embedding/KaLM-embedding-multilingual-mini-instruct-v2.5",
+    "Querit/Querit-4B",
+    "Snowflake/snowflake-arctic-embed-m-v1.5",
+    "antoinelouis/crossencoder-camembert-base-mmarcoFR",
+    "cross-encoder/ettin-reranker-150m-v1",
+    "cross-encoder/ettin-reranker-17m-v1",
+    "cross-encoder/ettin-reranker-1b-v1",
+    "cross-encoder/ettin-reranker-400m-v1",
+    "google/embeddinggemma-2",
+    "ibm-granite/granite-embedding-125m-english",
+    "intfloat/e5-mistral-7b-instruct",
+    "jinaai/jina-embeddings-v3",
+    "keeeeenw/MicroLlama-text-embedding",
+    "mixedbread-ai/mxbai-rerank-base-v2",
+    "mixedbread-ai/mxbai-rerank-large-v2",
+    "nvidia/Nemotron-3-Embed-8B-BF16",
+    "nvidia/Nemotron-3.5-Embed-1B-BF16",
+    "nvidia/Nemotron-3.5-Rerank-8B-BF16",
+    "nvidia/llama-nemotron-embed-1b-v2",
+    "nvidia/llama-nemotron-rerank-1b-v2",
+    "sentence-transformers/all-distilroberta-v1",
+    "sentence-transformers/multi-qa-distilbert-cos-v1",
+    "sentence-transformers/paraphrase-albert-small-v2",
+}
+"""Listed models of which neither a card nor another project's tests have numbers."""
 DTYPES = ("float32", "float16", "bfloat16")
 
 
@@ -50,10 +80,10 @@ def test_the_bundled_weights_give_the_expected_numbers(dtype: str, capsys: Captu
     assert lines[1].startswith("revision  sha256:")
     assert lines[2] == f"dtype     {dtype}: DTYPE={dtype}"
     assert lines[3].startswith("device    cpu (")
-    assert out.count(" ok\n") == 4
+    assert out.count(" ok\n") == 8
     assert "OFF" not in out
     assert "…" not in next(line for line in lines if line.startswith("what"))
-    assert lines[-1] == f"ok: all 4 numbers of {MINILM} are within the tolerance of {dtype}."
+    assert lines[-1] == f"ok: all 8 numbers of {MINILM} are within the tolerance of {dtype}."
 
 
 @pytest.mark.parametrize("name", [MINILM, pytest.param("all-MiniLM-L6-v2", marks=pytest.mark.nightly)])
@@ -73,7 +103,7 @@ def test_a_disturbed_weight_is_off(disturbed: Path, capsys: Captured) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "rerank", "name", "count"),
-    [("embedding", False, "Qwen3-Embedding-0.6B", 6), ("reranker", True, "Qwen3-Reranker-0.6B", 2)],
+    [("embedding", False, "Qwen3-Embedding-0.6B", 10), ("reranker", True, "Qwen3-Reranker-0.6B", 2)],
 )
 def test_another_model_is_off(folder: str, rerank: bool, name: str, count: int, capsys: Captured) -> None:
     model = str(GOLDEN / "qwen3" / folder)
@@ -109,7 +139,7 @@ def test_settings_that_change_the_numbers_do_not_count(monkeypatch: pytest.Monke
 
 
 def no_example(folder: Path) -> tuple[dict[str, object], str]:
-    return {"model": "owner/unknown"}, "owner/unknown: no example of that name. There are: nvidia/NV-Embed-v2, "
+    return {"model": "owner/unknown"}, "no numbers are known that were published. Run `pip install sentence-tr"
 
 
 def unknown_folder(folder: Path) -> tuple[dict[str, object], str]:
@@ -117,7 +147,8 @@ def unknown_folder(folder: Path) -> tuple[dict[str, object], str]:
 
 
 def unknown_example(folder: Path) -> tuple[dict[str, object], str]:
-    return {"model": "auto", "example": "nothing"}, "--example nothing: no example of that name."
+    sentence = "--example nothing: no example of that name. There are: nvidia/NV-Embed-v2, "
+    return {"model": "auto", "example": "nothing"}, sentence
 
 
 def not_a_reranker(folder: Path) -> tuple[dict[str, object], str]:
@@ -154,7 +185,10 @@ def bad_config(folder: Path) -> tuple[dict[str, object], str]:
         bad_config,
     ],
 )
-def test_what_cannot_be_run_is_said_and_exits_2(case: object, tmp_path: Path, capsys: Captured) -> None:
+def test_what_cannot_be_run_is_said_and_exits_2(
+    case: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)  # as where it is not installed
     assert callable(case)
     flags, sentence = case(tmp_path)
     assert run_verify(**flags) == 2
@@ -162,6 +196,32 @@ def test_what_cannot_be_run_is_said_and_exits_2(case: object, tmp_path: Path, ca
     assert out == ""
     assert sentence in err
     assert err.startswith("vecmill: ")
+
+
+def test_without_published_numbers_the_library_computes_some(
+    minilm_folder: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    (tmp_path / "mine").symlink_to(minilm_folder)
+    assert run_verify(str(tmp_path / "mine"), dtype="float32", device="cpu") == 0
+    out, err = capsys.readouterr()
+    assert "no numbers are known that were published of mine: sentence-transformers computes some." in err
+    assert "computed now from the same files in float32" in out
+    assert out.splitlines()[-1] == "ok: all 9 numbers of mine are within the tolerance of float32."
+
+
+def test_a_reranker_without_published_numbers_too(tmp_path: Path, capsys: Captured) -> None:
+    folder = tiny_cross_encoder(tmp_path / "mine", kind="xlm-roberta")
+    assert run_verify(str(folder), rerank=True, dtype="float32", device="cpu") == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("ok: all 4 numbers of mine are within")
+
+
+@pytest.mark.parametrize("task", Task)
+def test_the_library_is_not_asked_to_guess(task: Task, tmp_path: Path, capsys: Captured) -> None:
+    folder = GOLDEN / "qwen3" / ("reranker_untied" if task is Task.RERANK else "embedding")
+    shutil.copytree(folder, tmp_path / "mine", ignore=shutil.ignore_patterns("modules.json"))
+    edit_json(tmp_path / "mine" / "config.json", _name_or_path="")
+    assert run_verify(str(tmp_path / "mine"), rerank=task is Task.RERANK, dtype="float32", device="cpu") == 2
+    assert "no numbers of it are published, and its files do not tell sentence-transformers" in capsys.readouterr().err
 
 
 def test_on_a_terminal_loading_has_a_bar(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
@@ -180,6 +240,11 @@ def test_a_stop_is_no_failure_of_the_numbers(monkeypatch: pytest.MonkeyPatch, ca
     assert capsys.readouterr().err == "vecmill: stopped.\n"
 
 
+def test_listed_models_have_numbers_where_any_are_published() -> None:
+    listed = {model.id for family in FAMILIES.values() for model in family.examples}
+    assert {model for model in listed if find_example([model]) is None} == NOT_PUBLISHED
+
+
 @pytest.mark.parametrize("example", examples(), ids=lambda example: example.model)
 def test_examples_are_well_formed(example: Example) -> None:
     assert find_example([example.model.lower()]) is example
@@ -191,6 +256,10 @@ def test_examples_are_well_formed(example: Example) -> None:
         if isinstance(check, VectorCheck):
             assert example.task is Task.EMBED
             assert np.linalg.norm(np.array(check.vectors), axis=1) == pytest.approx(1, abs=1e-3)
+        elif isinstance(check, ComponentCheck):
+            assert example.task is Task.EMBED
+            assert 0.03 < np.linalg.norm(np.array(check.components), axis=1).min() < 1
+            assert tolerances[2] < np.abs(np.array(check.components)).max() / 5
         else:
             assert all(math.isfinite(number) for row in check.expected for number in row)
             assert all(text == text.strip() for text in (*check.queries, *check.documents))

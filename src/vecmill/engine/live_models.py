@@ -102,7 +102,7 @@ class LiveModels:
             tensor.data_ptr()
             for model in self._loaded.models.values()
             for module in model.model.modules
-            for tensor in module.parameters()
+            for tensor in (*module.parameters(), *module.buffers())
         }
         aliases = {checkpoint.id: tuple(known.card.aliases)}
         try:

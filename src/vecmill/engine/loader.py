@@ -33,6 +33,7 @@ from vecmill.engine.measurements import Before, Measurements, identity
 from vecmill.engine.warmup import Choices, largest_size, most_tokens, warm_up
 from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
+from vecmill.models.family import BiasTable
 from vecmill.models.networks import Model, load_model, sizes
 from vecmill.models.packing import Attention
 from vecmill.models.rerank_prompt import check_form
@@ -262,9 +263,14 @@ def weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, 
 
 
 def _bytes_in_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Of a checkpoint's weights in a type; its heads are float32. Raises OSError or ValueError as `parameters`."""
+    """Of a checkpoint's weights in a type, and of its table of position biases; its heads are float32.
+
+    Raises OSError or ValueError as `parameters`.
+    """
     heads = parameters(checkpoint.head_files) * torch.float32.itemsize
-    return parameters(checkpoint.weight_files) * dtype.itemsize + heads
+    table = BiasTable.of(checkpoint.network.position_bias, checkpoint.config)
+    bias = table.size(dtype.itemsize) if table is not None else 0
+    return parameters(checkpoint.weight_files) * dtype.itemsize + heads + bias
 
 
 def _all_capped(checkpoints: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:
@@ -377,10 +383,13 @@ def _dtype(checkpoint: Checkpoint, models: ModelSettings, device: torch.device) 
 
 
 def uncounted_bytes(model: Model, counted: set[int]) -> int:
-    """Bytes of the weights that no earlier model shares. `counted`: addresses of all counted weights; added to."""
+    """Bytes of the weights, and of what was computed from them, that no earlier model shares.
+
+    `counted`: addresses of all that was counted; added to.
+    """
     size = 0
     for module in model.modules:
-        for tensor in module.parameters():
+        for tensor in (*module.parameters(), *module.buffers()):
             if tensor.data_ptr() not in counted:
                 counted.add(tensor.data_ptr())
                 size += tensor.numel() * tensor.element_size()

@@ -173,6 +173,7 @@ def _line_request(caller: Caller, place: int, line: InputLine) -> LineRequest | 
     try:
         body = EmbeddingsBody.model_validate(line.body)
         request = body.embed_request(caller)
+        body.formats()  # refused before anything is computed, as over HTTP
         return LineRequest(place, body, request, replace(request, inputs=()), hints)
     except ValidationError as error:
         return _Refused(place, refused_line(OPENAI, invalid_body(error), hints))

@@ -23,6 +23,13 @@ Pooling = Literal["mean", "cls", "lasttoken"]
 PositionBias = Literal["buckets", "disentangled", "alibi"]
 """Learned, by buckets of distances: a number, the same in all layers (MPNet), or a key and a query (DeBERTa). Or not
 learned: it falls with the distance, by a slope of each head's own (ALiBi)."""
+TABLE_ROWS = 512
+"""Of a table of position biases at most."""
+TABLE_BYTES = 268_435_456
+"""So many at most: 12 heads in float32 have 512 rows for 4096 positions."""
+LONGEST_FILLER = 64
+"""Tokens: of a row that fills a pack up to a captured shape."""
+INT64_BYTES = 8
 Rename = Callable[[str], Sequence[str]]
 """A weight's name in the files to its names in the class: none leaves it out, several share its rows equally."""
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
@@ -160,6 +167,46 @@ class PublishedModel:
 
 
 @dataclass(frozen=True, slots=True)
+class BiasTable:
+    """The size of what is computed for position biases when a model is loaded, and kept beside its weights."""
+
+    values: int
+    """Of each distance: one for each head, or one bucket."""
+    positions: int
+    """Tokens of the longest row."""
+    projected: int = 0
+    """Values of the keys and queries of all buckets and layers; without them the table is of the weights' type."""
+
+    @classmethod
+    def of(cls, kind: PositionBias | None, config: ConfigJson) -> BiasTable | None:
+        """Of a checkpoint; None: its network has no bias."""
+        if kind is None:
+            return None
+        positions = int(config["max_position_embeddings"])
+        if kind != "disentangled":
+            return cls(int(config["num_attention_heads"]), positions)
+        most = int(config.get("max_relative_positions") or -1)
+        span = int(config.get("position_buckets") or -1)
+        span = span if span > 0 else most if most > 0 else positions
+        return cls(1, positions, 2 * 2 * span * int(config["hidden_size"]) * int(config["num_hidden_layers"]))
+
+    def shape(self, element_size: int) -> tuple[int, int, int]:
+        """`values`, rows and columns of the table; fewer rows where so many would take more than TABLE_BYTES."""
+        # Steps of 16 keep every part aligned as the memory-efficient kernel wants it. A pack's filler is a row too.
+        reach = -(-max(self.positions, LONGEST_FILLER) // 16) * 16
+        rows = min(TABLE_ROWS, reach)
+        while rows > 16 and rows * 2 * reach * self.values * element_size > TABLE_BYTES:
+            rows = -(-rows // 32) * 16
+        return self.values, rows, 2 * reach
+
+    def size(self, element_size: int) -> int:
+        """Bytes, for weights of that size."""
+        values, rows, columns = self.shape(INT64_BYTES if self.projected else element_size)
+        table = values * rows * columns * (INT64_BYTES if self.projected else element_size)
+        return table + self.projected * element_size
+
+
+@dataclass(frozen=True, slots=True)
 class HubModel:
     """A model at https://huggingface.co that people name, for `vecmill models`. What is served does not depend on it.
 
@@ -181,6 +228,12 @@ class HubModel:
     """The type of the weights in its files, and so the size of the download."""
     note: str = ""
     """What one has to know before fetching it."""
+    bias: BiasTable | None = None
+    """What its network keeps beside the weights."""
+
+    def memory_bytes(self, element_size: int) -> int:
+        """Of its weights in a type, and of what is computed from them at the start."""
+        return self.parameters * element_size + (self.bias.size(element_size) if self.bias is not None else 0)
 
     @property
     def download_bytes(self) -> int:

@@ -81,8 +81,11 @@ def read_json(named: str, file: Path) -> dict[str, Any]:
     Raises:
         StartupError: it cannot be read, is no JSON, or no object.
     """
-    if not file.is_file():
-        return {}
+    try:
+        if not file.is_file():
+            return {}
+    except OSError as error:
+        raise StartupError(f"{named}: {file} cannot be read ({error.strerror}): give read access.") from None
     content = read_any_json(file)
     if not isinstance(content, dict):
         raise StartupError(f"{named}: {file} holds no JSON object; fetch the model again.")

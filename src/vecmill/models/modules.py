@@ -85,6 +85,8 @@ ENTRY: Mapping[str, Rule] = {
 }
 OWN_ENTRY: Mapping[str, Rule] = {**ENTRY, "kwargs": only([], ["task"], None)}
 """Of a class of the checkpoint's own, which may be told a text's task."""
+LONGEST_NAME = 255
+"""Bytes of a folder's name."""
 POOLING_MODE = "pooling_mode_"
 POOLING: Mapping[str, Rule] = {
     **rules(whole(), ("word_embedding_dimension", "embedding_dimension")),  # stated, and read by nothing that follows
@@ -412,7 +414,9 @@ def _path(named: str, file: Path, entry: Mapping[str, Any]) -> str:
 
 
 def _inside(path: str) -> bool:
-    return not Path(path).is_absolute() and ".." not in Path(path).parts
+    """Whether a path can be that of a folder in the model's; one that is longer than a name may be raises elsewhere."""
+    is_name = "\0" not in path and len(path.encode("utf-8", "surrogatepass")) <= LONGEST_NAME
+    return is_name and not Path(path).is_absolute() and ".." not in Path(path).parts
 
 
 def pooling_modes(config: Mapping[str, Any]) -> list[str]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from vecmill.models.family import BiasTable
 from vecmill.models.packing import Attention, EqualLengths, PackedBatch
 
 ATTENTION = "packed"
@@ -42,10 +43,6 @@ VARLEN_OPTIONS = varlen_options(varlen_attn)
 # In a sliding window the queries of a row are taken in blocks of so many, or of as many as the window has where that is
 # more: the mask of a block does not grow with the row.
 BLOCK_QUERIES = 512
-
-# Of a table of position biases: 12 heads in float32 have 512 rows for 4096 positions.
-BIAS_BYTES = 268_435_456
-LONGEST_FILLER = 64  # tokens
 
 Window = tuple[int, int]
 """How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
@@ -280,17 +277,13 @@ def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device:
         positions: tokens of the longest row.
 
     Returns:
-        (heads, rows, C) of the type that `of_distances` gives. At most BLOCK_QUERIES rows, and fewer where so many
-        would take more than BIAS_BYTES.
+        (heads, rows, C) of the type that `of_distances` gives, in the shape that `BiasTable` says.
     """
-    # Steps of 16 keep every part aligned as the memory-efficient kernel wants it. A pack's filler is a row too.
-    reach = -(-max(positions, LONGEST_FILLER) // 16) * 16
     least = of_distances(torch.zeros(1, dtype=torch.int64, device=device))
-    rows = min(BLOCK_QUERIES, reach)
-    while rows > 16 and rows * 2 * reach * len(least) * least.element_size() > BIAS_BYTES:
-        rows = -(-rows // 32) * 16
+    _, rows, columns = BiasTable(len(least), positions).shape(least.element_size())
+    reach = columns // 2
     values = of_distances(torch.arange(1 - rows - reach, reach, device=device))
-    return values.unfold(1, 2 * reach, 1).flip(1).contiguous()
+    return values.unfold(1, columns, 1).flip(1).contiguous()
 
 
 def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Window, device: torch.device) -> Tensor:

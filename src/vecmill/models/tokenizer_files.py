@@ -382,14 +382,16 @@ def _module_keys(
     text = {"method": "forward", "method_output_name": output}
 
     def reads_text(value: Any) -> bool:
-        if task is Task.EMBED and text_half and isinstance(value, dict):
-            message = value.get("message") or {}
+        if not isinstance(value, dict) or not all(isinstance(each, dict | None) for each in value.values()):
+            return False
+        said, message = (value.get(kind) or {} for kind in ("text", "message"))
+        if task is Task.EMBED and text_half:
             of_text = message | {"format": None} == {**text, "format": None} or not message
             return value.get("text") == text and of_text and message.get("format") in (None, "flat", "structured")
         if task is Task.EMBED:
             return bool(value == {"text": text})
         # A pair may be messages, which a chat template puts together: `rerank_prompt` reads how.
-        plain = dict(value.get("text") or text) if isinstance(value, dict) else {}
+        plain: dict[Any, Any] = {**(said or text)}
         plain.pop("format", None)
         return plain == text and set(value) - ({"image"} if text_half else set()) <= {"text", "message"}
 

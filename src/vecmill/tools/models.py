@@ -65,7 +65,7 @@ class ThisMachine:
 
     def memory(self, model: HubModel) -> tuple[int, int]:
         """Bytes that a model takes in the smallest and in the largest of the types, allowance included."""
-        sizes = [model.parameters * BYTES[dtype] + allowance(on_gpu=self.room.of_gpu) for dtype in self.dtypes]
+        sizes = [model.memory_bytes(BYTES[dtype]) + allowance(on_gpu=self.room.of_gpu) for dtype in self.dtypes]
         return min(sizes), max(sizes)
 
 

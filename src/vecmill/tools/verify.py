@@ -1,4 +1,4 @@
-"""`vecmill verify`: a model card's example on the loaded weights, expected and measured numbers side by side."""
+"""`vecmill verify`: numbers published of a model, or computed by sentence-transformers, and what the weights give."""
 
 from __future__ import annotations
 
@@ -22,9 +22,22 @@ from vecmill.core.errors import StartupError, VecmillError
 from vecmill.core.health import Health, Phase
 from vecmill.core.types import EmbedRequest, Matrix, ModelCard, PromptChoice, ScoreRequest, Task, Vector
 from vecmill.inference.facade import Inference
-from vecmill.inference.vectors import cosines
-from vecmill.models.card_examples import Example, ScoreCheck, VectorCheck, examples, find_example, names_of
+from vecmill.inference.vectors import cosines, similarities
+from vecmill.models.card_examples import (
+    Check,
+    ComponentCheck,
+    Example,
+    ScoreCheck,
+    VectorCheck,
+    compared_texts,
+    examples,
+    find_example,
+    names_of,
+)
+from vecmill.models.families import FAMILIES
+from vecmill.models.source import find
 from vecmill.tools.console import INTERRUPTED, messages, print_error, results
+from vecmill.tools.library_example import library, library_example
 
 if sys.platform == "win32":
     from asyncio import new_event_loop
@@ -82,10 +95,10 @@ def run_verify(
     """Run a model card's example; the process's exit code: 0, 1 a number is off, 2 it cannot be run, 130 ^C."""
     try:
         chosen = _choose(model, example, rerank)
-        task = chosen.task if chosen else Task.RERANK if rerank else Task.EMBED
+        task = chosen.task if chosen else Task.RERANK if rerank or _reranks(model) else Task.EMBED
         settings = _settings(model, task, dtype, device)
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
-            verified = runner.run(_verify(settings, chosen, task))
+            verified = runner.run(_verify(settings, chosen, task, model))
     except VecmillError as error:
         print_error(error.message)
         return 2
@@ -97,7 +110,8 @@ def run_verify(
 
 
 def _choose(model: str, named: str | None, rerank: bool) -> Example | None:
-    """The example by its own or by the model's name; None for `auto`, whose model is known only when loaded.
+    """The example by its own or by the model's name. None for `auto`, whose model is known only when loaded, and for a
+    model of which no numbers are published, where sentence-transformers can compute some.
 
     Raises:
         StartupError: there is none, or it is not a reranker's and --rerank is given.
@@ -106,17 +120,30 @@ def _choose(model: str, named: str | None, rerank: bool) -> Example | None:
         return None
     chosen = find_example([named] if named is not None else names_of(model))
     if chosen is None:
-        raise _no_example(model if named is None else f"--example {named}")
+        if named is None and library() is not None:
+            return None
+        raise _no_example(model) if named is None else _unknown_example(named)
     if rerank and chosen.task is not Task.RERANK:
         raise StartupError(f"{chosen.model} is an embedding model: leave --rerank out, or name a reranker's --example.")
     return chosen
 
 
-def _no_example(name: str) -> StartupError:
+def _reranks(model: str) -> bool:
+    """Whether a model without an example is a reranker that `vecmill models` lists."""
+    listed = (each for family in FAMILIES.values() for each in family.examples)
+    return any(each.id.casefold() == model.casefold() and each.task is Task.RERANK for each in listed)
+
+
+def _unknown_example(name: str) -> StartupError:
     known = ", ".join(example.model for example in examples())
+    return StartupError(f"--example {name}: no example of that name. There are: {known}.")
+
+
+def _no_example(name: str) -> StartupError:
     return StartupError(
-        f"{name}: no example of that name. There are: {known}. For a folder with another name, "
-        f"`vecmill verify FOLDER --example NAME` picks one of these."
+        f"{name}: no numbers are known that were published. Run `pip install sentence-transformers` and this again: "
+        f"then it is compared with what that library makes of the same files. For a folder with another name, `vecmill "
+        "verify FOLDER --example NAME` picks one of the models that `vecmill models --json` calls verifiable."
     )
 
 
@@ -131,7 +158,7 @@ def _settings(model: str, task: Task, dtype: str | None, device: str | None) -> 
     return replace(settings, model=settings.model.model_copy(update=changes))
 
 
-async def _verify(settings: Settings, chosen: Example | None, task: Task) -> Verified:
+async def _verify(settings: Settings, chosen: Example | None, task: Task, model: str) -> Verified:
     server = Server(settings, lambda reason: None)
     try:
         await asyncio.gather(server.load(), _follow(server.health))
@@ -141,12 +168,21 @@ async def _verify(settings: Settings, chosen: Example | None, task: Task) -> Ver
         card = next((card for card in server.inference.cards if card.task is task), None)
         if card is None:
             raise StartupError("RERANK_MODEL=auto is a reranker on a CUDA GPU only: name one to verify.")
-        example = chosen or find_example([card.id])
-        if example is None:
-            raise _no_example(card.id)
+        example = chosen or find_example([card.id]) or await _computed(card, settings, model)
         return Verified(example, card, [await _measure(check, server.inference, card) for check in example.checks])
     finally:
         await server.close()
+
+
+async def _computed(card: ModelCard, settings: Settings, model: str) -> Example:
+    """An example of what sentence-transformers makes of the files that were loaded."""
+    messages.print(
+        f"vecmill: no numbers are known that were published of {card.id}: sentence-transformers computes some."
+    )
+    token, revision = settings.model.hf_token, settings.model.revision_of(model)
+    secret = token.get_secret_value() if token is not None else None
+    folder = find(model, card.task, hf_token=secret, revision=revision).folder
+    return await asyncio.to_thread(library_example, card, folder, compared_texts())
 
 
 async def _follow(health: Health) -> None:
@@ -165,8 +201,19 @@ def _progress() -> Iterator[Progress]:
         yield progress
 
 
-async def _measure(check: ScoreCheck | VectorCheck, inference: Inference, card: ModelCard) -> list[Number]:
+async def _measure(check: Check, inference: Inference, card: ModelCard) -> list[Number]:
     tolerance = check.tolerance.of(card)
+    if isinstance(check, ComponentCheck):
+        vectors = await _embed(inference, check.texts, NO_PROMPT)
+        return [
+            Number(
+                f"{_short(text)}\n  largest difference of {len(some)} components",
+                0.0,
+                _difference(vector, some),
+                tolerance,
+            )
+            for text, vector, some in zip(check.texts, vectors, check.components, strict=True)
+        ]
     if isinstance(check, VectorCheck):
         vectors = await _embed(inference, check.texts, NO_PROMPT)
         stored = np.asarray(check.vectors, dtype=np.float32)
@@ -174,30 +221,43 @@ async def _measure(check: ScoreCheck | VectorCheck, inference: Inference, card: 
             Number(f"{_short(text)}\n  cosine of the reference vectors", 1.0, _cosine(vector, reference), tolerance)
             for text, vector, reference in zip(check.texts, vectors, stored, strict=True)
         ]
-    scores = await (_reranked if card.task is Task.RERANK else _embedded)(check, inference)
+    scores = await (_reranked if card.task is Task.RERANK else _embedded)(check, inference, card)
     pairs = [f"{_short(query)}\n  {_short(document)}" for query in check.queries for document in check.documents]
     expected = [number for row in check.expected for number in row]
     return [Number(*pair, tolerance) for pair in zip(pairs, expected, scores, strict=True)]
 
 
-async def _embedded(check: ScoreCheck, inference: Inference) -> list[float]:
-    as_query = PromptChoice(is_query=True, instruction=check.instruction) if check.prompted else NO_PROMPT
-    as_document = PromptChoice(is_query=False) if check.prompted else NO_PROMPT
-    queries = await _embed(inference, check.queries, as_query)
-    documents = await _embed(inference, check.documents, as_document)
-    return [float(score) * check.scale for query in queries for score in cosines(query[None], documents)]
+async def _embedded(check: ScoreCheck, inference: Inference, card: ModelCard) -> list[float]:
+    prompted = check.prompted is True or (check.prompted == "files" and card.prompts_from == "files")
+    as_query = PromptChoice(is_query=True, instruction=check.instruction) if prompted else NO_PROMPT
+    as_document = PromptChoice(is_query=False) if prompted else NO_PROMPT
+    own = check.measure == "similarity"
+    queries = await _embed(inference, check.queries, as_query, normalize=not own)
+    documents = await _embed(inference, check.documents, as_document, normalize=not own)
+    compared = [
+        similarities(card, query[None], documents) if own else cosines(query[None], documents) for query in queries
+    ]
+    return [float(score) * check.scale for scores in compared for score in scores]
 
 
-async def _reranked(check: ScoreCheck, inference: Inference) -> list[float]:
+async def _reranked(check: ScoreCheck, inference: Inference, card: ModelCard) -> list[float]:
+    raw, instruction = check.measure == "raw", check.instruction
     answers = [
-        await inference.score(ScoreRequest([query], check.documents, raw_scores=True, instruction=check.instruction))
+        await inference.score(ScoreRequest([query], check.documents, raw_scores=raw, instruction=instruction))
         for query in check.queries
     ]
     return [float(score) * check.scale for answer in answers for score in answer.scores]
 
 
-async def _embed(inference: Inference, texts: tuple[str, ...], prompt: PromptChoice) -> Matrix:
-    return (await inference.embed(EmbedRequest(texts, prompt=prompt))).embeddings
+async def _embed(
+    inference: Inference, texts: tuple[str, ...], prompt: PromptChoice, *, normalize: bool = True
+) -> Matrix:
+    return (await inference.embed(EmbedRequest(texts, prompt=prompt, normalize=normalize))).embeddings
+
+
+def _difference(vector: Vector, some: tuple[float, ...]) -> float:
+    """The largest of the first components; NaN where there are fewer."""
+    return float(np.abs(vector[: len(some)] - np.asarray(some)).max()) if len(some) <= len(vector) else math.nan
 
 
 def _cosine(left: Vector, right: Vector) -> float:

@@ -27,7 +27,7 @@ from tests.tiny_checkpoints import edit_json, plain_tokenizer
 from tests.tiny_encoders import tiny_jina
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Row, Task
-from vecmill.models import packed_attention
+from vecmill.models import family
 from vecmill.models.biased_layers import alibi_slopes
 from vecmill.models.checkpoint import Source, read
 
@@ -151,7 +151,7 @@ def test_bfloat16_is_near(tmp_path: Path, tiny: TinyModel) -> None:
 
 def test_long_rows_run_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No more of the bias is kept or made than the bound allows, and a longer row takes more blocks."""
-    monkeypatch.setattr(packed_attention, "BIAS_BYTES", 4 * 4 * 64 * 2 * 1024)
+    monkeypatch.setattr(family, "TABLE_BYTES", 4 * 4 * 64 * 2 * 1024)
     folder = tiny_jina(tmp_path / "tiny", max_position_embeddings=1024, max_length=1024)
     model = load_model(folder)[1]
     [table] = [buffer for name, buffer in model.modules[0].named_buffers() if name.endswith("table")]

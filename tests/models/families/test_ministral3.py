@@ -143,6 +143,14 @@ def test_a_template_that_does_more_to_texts_is_refused(tmp_path: Path, template:
     assert sentence in refusal(tiny_mistral3(tmp_path / "tiny", template=template))
 
 
+@pytest.mark.parametrize("message", [False, [], "flat"])
+def test_messages_that_are_no_object_are_refused(message: object, tmp_path: Path) -> None:
+    folder = tiny_mistral3(tmp_path / "tiny")
+    form = {"method": "forward", "method_output_name": "last_hidden_state"}
+    edit_json(folder / "sentence_bert_config.json", modality_config={"text": form, "message": message})
+    assert "`modality_config`" in refusal(folder)
+
+
 def test_messages_without_a_processor_are_refused(tmp_path: Path) -> None:
     """Then sentence-transformers would put no special tokens around them."""
     folder = tiny_mistral3(tmp_path / "tiny")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from vecmill.core.errors import InvalidInput
 from vecmill.core.types import (
@@ -39,11 +39,31 @@ from vecmill.http.errors import ErrorShape
 from vecmill.http.route import Priority
 from vecmill.http.services import services_of
 
+V = TypeVar("V")
+
 PIECE_CHARACTERS = 80  # of a token in JSON, about
 RESULT_CHARACTERS = 64  # of an index and its score in JSON
 
 # NIM's and Cohere's words.
 WORDS = {"END": (True, Side.RIGHT), "START": (True, Side.LEFT), "NONE": (False, None)}
+
+
+def agreed(**said: V | None) -> V | None:
+    """What fields of one request say that mean the same thing; None: none of them is given.
+
+    Raises:
+        InvalidInput: two say different things.
+    """
+    given = [(name, value) for name, value in said.items() if value is not None]
+    for name, value in given[1:]:
+        if value != given[0][1]:
+            raise contradiction(given[0][0], name)
+    return given[0][1] if given else None
+
+
+def contradiction(one: str, other: str) -> InvalidInput:
+    """Of two fields which of them counts is not guessed."""
+    return InvalidInput(f"`{one}` and `{other}` contradict each other: leave one of them out.", param=other)
 
 
 def parse_truncate(value: Any) -> Any:
@@ -70,8 +90,8 @@ OneSide = Annotated[Side | None, BeforeValidator(parse_side), Word]
 
 
 class TruncationFields(BaseModel):
-    """If a request sets several, the first in this order wins. If it sets none, AUTO_TRUNCATE decides whether a text
-    is cut, and the model's tokenizer which side: the right one, unless its files say the left."""
+    """Several that contradict each other are refused. If a request sets none, AUTO_TRUNCATE decides whether a text is
+    cut, and the model's tokenizer which side: the right one, unless its files say the left."""
 
     truncate: Annotated[
         str | bool | None,
@@ -93,22 +113,19 @@ class TruncationFields(BaseModel):
         """The truncation that the request chooses; `default` where it chooses none.
 
         Raises:
-            InvalidInput: `truncate_prompt_tokens` is 0.
+            InvalidInput: `truncate_prompt_tokens` is 0, or two fields contradict each other.
         """
         if self.truncate_prompt_tokens == 0:
             raise InvalidInput("`truncate_prompt_tokens` must be at least 1, or -1.", param="truncate_prompt_tokens")
-        allowed, side = default, self.truncation_side or self.truncation_direction
-        if isinstance(self.truncate, str):
-            allowed, side = WORDS[self.truncate]
-        elif self.truncate is not None:
-            allowed = self.truncate
-        elif self.truncation is not None:
-            allowed = self.truncation
-        elif self.truncate_prompt_tokens is not None:
-            allowed = True
-        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens > 0:
-            max_tokens = self.truncate_prompt_tokens
-        return Truncation(allowed, side, max_tokens)
+        word, side = WORDS[self.truncate] if isinstance(self.truncate, str) else (self.truncate, None)
+        allowed = agreed(truncate=word, truncation=self.truncation)
+        if allowed is None:
+            allowed = default if self.truncate_prompt_tokens is None else True
+        side = agreed(
+            truncate=side, truncation_side=self.truncation_side, truncation_direction=self.truncation_direction
+        )
+        tokens = self.truncate_prompt_tokens if (self.truncate_prompt_tokens or 0) > 0 else None
+        return Truncation(allowed, side, agreed(max_tokens=max_tokens, truncate_prompt_tokens=tokens))
 
 
 # NIM's, Cohere's and Voyage's `input_type`, Jina's `task`.
@@ -141,7 +158,7 @@ Use = Annotated[str | None, BeforeValidator(parse_use), Word]
 
 
 class PromptFields(BaseModel):
-    """Of several that are given, the first here wins. None: the model's default prompt, where its files name one."""
+    """Several that contradict each other are refused. None: the model's default prompt, where its files name one."""
 
     instruction: str | None = Field(
         None,
@@ -163,12 +180,31 @@ class PromptFields(BaseModel):
         """The prompt that the request chooses; the model's default prompt, if it has one, where it chooses none.
 
         An instruction replaces the prompt, not what kind of text it is for.
+
+        Raises:
+            InvalidInput: two fields contradict each other.
         """
         use = self.task or self.input_type
-        choice = replace(CHOICES[use], use=use) if use else PromptChoice(self.is_query)
+        role = None if self.is_query is None else PromptChoice(self.is_query)
+        uses = {name: CHOICES[value] for name in ("task", "input_type") if (value := getattr(self, name))}
+        choice = agreed(**uses, is_query=role) or PromptChoice()
+        if use is not None:
+            choice = replace(choice, use=use)
         if self.prompt_name is not None:
+            self._check_named(uses if role is None else {**uses, "is_query": role})
             choice = PromptChoice(prompt_name=self.prompt_name)
         return choice if self.instruction is None else replace(choice, instruction=self.instruction)
+
+    def _check_named(self, others: Mapping[str, PromptChoice]) -> None:
+        """A prompt's name goes with a role, or with a task, that is said by the same word.
+
+        Raises:
+            InvalidInput: another field says something else.
+        """
+        named = CHOICES.get((self.prompt_name or "").lower())
+        for name, choice in others.items():
+            if choice != named and str(getattr(self, name)) != self.prompt_name:
+                raise contradiction(name, "prompt_name")
 
 
 def name_of(module: str) -> str:
@@ -180,6 +216,21 @@ class SpokenBody(BaseModel):
     """A body that belongs to one dialect."""
 
     dialect: ClassVar[str] = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_name(cls, body: Any) -> Any:
+        """A field that goes by several names is said once.
+
+        Raises:
+            InvalidInput: it is said under two of them, and differently.
+        """
+        if isinstance(body, dict):
+            for field in cls.model_fields.values():
+                if isinstance(field.validation_alias, AliasChoices):
+                    names = [str(name) for name in field.validation_alias.choices]
+                    agreed(**{name: body.get(name) for name in names})
+        return body
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -240,6 +291,10 @@ class SharedBody(SpokenBody):
         return False
 
 
+def _is_list(body: Mapping[str, Any], name: str) -> bool:
+    return isinstance(body.get(name), list)
+
+
 class ScoreBody(SharedBody, InferenceBody):
     """Documents to scores."""
 
@@ -254,6 +309,19 @@ class ScoreBody(SharedBody, InferenceBody):
     def echoed_characters(self) -> int:
         """How much of the request the answer repeats."""
         return 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_list(cls, body: Any) -> Any:
+        """The names that dialects have for the documents: whose body it is, is known by them.
+
+        Raises:
+            InvalidInput: there are two lists.
+        """
+        lists = [name for name in ("documents", "texts", "passages") if isinstance(body, dict) and _is_list(body, name)]
+        if len(lists) > 1:
+            raise contradiction(*lists[:2])
+        return body
 
 
 class TokenizeBody(SharedBody):

@@ -16,7 +16,16 @@ from pydantic import BeforeValidator, Field, WithJsonSchema
 from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreRequest, ScoreResult
 from vecmill.http.bounds import Counted, InputList
-from vecmill.http.dialects.bodies import Dialect, EmbedBody, ScoreBody, best_first, embed, example
+from vecmill.http.dialects.bodies import (
+    Dialect,
+    EmbedBody,
+    ScoreBody,
+    agreed,
+    best_first,
+    contradiction,
+    embed,
+    example,
+)
 from vecmill.http.dialects.inputs import (
     LONGEST_INSTRUCTION,
     Count,
@@ -91,6 +100,8 @@ class CohereEmbedBody(EmbedBody):
 
     def embed_request(self, caller: Caller) -> EmbedRequest:
         """What is asked of the model; texts are cut at their end where `truncate` is left out."""
+        if self.texts is not None and self.inputs is not None:
+            raise contradiction("texts", "inputs")
         inputs, param = (self.inputs, "inputs") if self.texts is None else (self.texts, "texts")
         if inputs is None:
             raise InvalidInput("`texts`: Field required; the texts to embed.", param="texts")
@@ -174,6 +185,7 @@ class RerankBody(ScoreBody):
     query: str
     documents: Documents
     top_n: int | None = Field(None, ge=0, description="Only the best so many; 0 or left out: all.")
+    top_k: int | None = Field(None, ge=0, description="Voyage: the same, and beside `top_n` no other number.")
     return_documents: bool | None = Field(None, description="Give each document back, as an object, beside its score.")
     rank_fields: Annotated[list[str], Field(max_length=MOST_FIELDS, fail_fast=True)] | None = Field(
         None, description="Which fields of the documents are scored, in this order."
@@ -189,6 +201,7 @@ class RerankBody(ScoreBody):
 
     def score_request(self, caller: Caller) -> ScoreRequest:
         """What is asked of the model."""
+        agreed(top_n=self.top_n, top_k=self.top_k)
         return ScoreRequest(
             queries=[self.query],
             documents=[

@@ -19,7 +19,7 @@ from vecmill.core.clock import parse_duration
 from vecmill.core.errors import InputTooLong, ModelNotFound, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard, Task
 from vecmill.http.bounds import Counted
-from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
+from vecmill.http.dialects.bodies import Dialect, EmbedBody, agreed, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.errors import ErrorShape, nearest
 from vecmill.http.hints import refuse_misspelt
@@ -223,7 +223,7 @@ class ShowBody(BaseModel):
 @router.post("/api/show", summary="Show a model")
 async def show(body: ShowBody, services: ServicesOf) -> dict[str, Any]:
     """What a model is: sizes, family, capabilities."""
-    card = services.inference.card(body.model or body.name)
+    card = services.inference.card(agreed(model=body.model, name=body.name))
     return {
         "modelfile": "",
         "parameters": "",

@@ -27,9 +27,9 @@ from vecmill.core.errors import (
 )
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ModelCard
 from vecmill.http.capabilities import max_batch_size
-from vecmill.http.dialects.bodies import Dialect, EmbedBody, embed, example
+from vecmill.http.dialects.bodies import Dialect, EmbedBody, agreed, contradiction, embed, example
 from vecmill.http.dialects.inputs import Dimensions, EmbeddingInputs, usage
-from vecmill.http.encoding import EmbeddingFormat
+from vecmill.http.encoding import Dtype, EmbeddingFormat
 from vecmill.http.errors import ErrorShape, nearest
 from vecmill.http.route import CallerOf, InferenceRoute
 from vecmill.http.services import Services, ServicesOf
@@ -121,17 +121,25 @@ class EmbeddingsBody(EmbedBody):
             model=self.model,
             prompt=self.prompt_choice(),
             truncation=self.asked_truncation(),
-            dimensions=self.dimensions or self.output_dimension,
+            dimensions=agreed(dimensions=self.dimensions, output_dimension=self.output_dimension),
             normalize=self.normalize is not False,
             param="input",
             caller=caller,
         )
 
     def formats(self) -> Sequence[EmbeddingFormat]:
-        """The one that is asked for."""
-        kind = self.embedding_type or "float"
-        dtype = self.output_dtype or ("float" if kind == "base64" else kind)
-        return (EmbeddingFormat(dtype, base64=self.encoding_format == "base64" or kind == "base64"),)
+        """The one that is asked for: a type of the numbers, and whether they come as base64. An OpenAI SDK asks for
+        base64 whatever else is asked for, and reads it.
+
+        Raises:
+            InvalidInput: two fields contradict each other.
+        """
+        kind = self.embedding_type
+        if kind == "base64" and self.encoding_format == "float":
+            raise contradiction("encoding_format", "embedding_type")
+        of_type: Dtype | None = None if kind == "base64" else kind
+        dtype: Dtype | None = agreed(embedding_type=of_type, output_dtype=self.output_dtype)
+        return (EmbeddingFormat(dtype or "float", base64="base64" in (self.encoding_format, kind)),)
 
     def answer(self, result: EmbedResult, *rows: Sequence[object]) -> object:
         """OpenAI's list."""

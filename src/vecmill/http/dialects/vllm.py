@@ -17,7 +17,7 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, Field
 from vecmill.core.errors import EmptyInput, InvalidInput
 from vecmill.core.types import Caller, DetokenizeRequest, ScoreRequest, ScoreResult, TokenizeRequest, TokenizeResult
 from vecmill.http.bounds import InputList
-from vecmill.http.dialects.bodies import Dialect, ScoreBody, TokenizeBody, example, score
+from vecmill.http.dialects.bodies import Dialect, ScoreBody, TokenizeBody, agreed, example, score
 from vecmill.http.dialects.inputs import LONGEST_INSTRUCTION, Count, Ids, NotServedHere, usage
 from vecmill.http.dialects.openai import OPENAI
 from vecmill.http.encoding import json_response
@@ -62,6 +62,7 @@ class ScoreTextsBody(ScoreBody):
                 f"`text_1` has {len(self.text_1)} texts and `text_2` {len(self.text_2)}; send one, or as many.",
                 param="text_1",
             )
+        raw = None if self.use_activation is None else not self.use_activation
         return ScoreRequest(
             queries=self.text_1,
             documents=self.text_2,
@@ -70,7 +71,7 @@ class ScoreTextsBody(ScoreBody):
             max_tokens_per_query=self.max_tokens_per_query,
             max_tokens_per_document=self.max_tokens_per_doc,
             instruction=self.instruction,
-            raw_scores=bool(self.raw_scores) or self.use_activation is False,
+            raw_scores=bool(agreed(raw_scores=self.raw_scores, use_activation=raw)),
             param="text_2",
             query_param="text_1",
             caller=caller,

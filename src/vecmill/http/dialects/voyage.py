@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastapi import APIRouter
-from pydantic import Field
 
 from vecmill.core.types import ScoreResult
 from vecmill.http.dialects.bodies import Dialect, example
@@ -29,8 +28,6 @@ class VoyageRerankBody(RerankBody):
             "top_k": 1,
         }
     )
-
-    top_k: int | None = Field(None, ge=0, description="Only the best so many; 0 or left out: all.")
 
     @classmethod
     def speaks(cls, body: Mapping[str, Any]) -> bool:

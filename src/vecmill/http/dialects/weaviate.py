@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from vecmill.core.errors import InvalidInput, VecmillError
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, PromptChoice, ScoreRequest, ScoreResult
 from vecmill.http.bounds import InputList
-from vecmill.http.dialects.bodies import Dialect, EmbedBody, ScoreBody, embed, example
+from vecmill.http.dialects.bodies import Dialect, EmbedBody, PromptFields, ScoreBody, contradiction, embed, example
 from vecmill.http.dialects.inputs import Dimensions
 from vecmill.http.errors import ErrorShape, documented
 from vecmill.http.route import CallerOf, InferenceRoute
@@ -49,13 +49,19 @@ class VectorsBody(EmbedBody):
 
     def embed_request(self, caller: Caller) -> EmbedRequest:
         """What is asked of the model."""
+        if self.text is not None and self.texts is not None:
+            raise contradiction("text", "texts")
         texts, param = (self.texts, "texts") if self.text is None else ([self.text], "text")
         if texts is None:
             raise InvalidInput("`text`: Field required; the text to embed.", param="text")
         config = self.config or VectorsConfig()
         prompt = self.prompt_choice()
         if config.task_type in ("query", "passage"):
-            prompt = PromptChoice(is_query=config.task_type == "query")
+            of_type = PromptChoice(is_query=config.task_type == "query")
+            for name in self.model_fields_set & PromptFields.model_fields.keys():
+                if getattr(self, name) is not None and prompt.is_query is not of_type.is_query:
+                    raise contradiction("config.task_type", name)
+            prompt = of_type if prompt.instruction is None else prompt
         return EmbedRequest(
             inputs=texts,
             model=self.model,

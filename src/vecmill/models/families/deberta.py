@@ -12,7 +12,7 @@ from typing import Any
 from vecmill.core.types import Task
 from vecmill.models.config_keys import ACTIVATIONS, ConfigFile
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder
-from vecmill.models.family import Family, HubModel, Positions, TaskSpec
+from vecmill.models.family import BiasTable, Family, HubModel, Positions, TaskSpec
 from vecmill.models.keys import HARMLESS, LARGEST_NUMBER, Rule, only, rules, whole
 
 BOTH = {"c2p", "p2c"}
@@ -75,8 +75,32 @@ DEBERTA_V2 = Family(
     tasks={Task.RERANK: TaskSpec(SPEC.keys, SPEC.network, (_check_distances, *SPEC.checks))},
     positions=Positions.FROM_ZERO,
     examples=(
-        HubModel("mixedbread-ai/mxbai-rerank-xsmall-v1", Task.RERANK, 70_830_337, "apache-2.0", 512, stored="float16"),
-        HubModel("mixedbread-ai/mxbai-rerank-base-v1", Task.RERANK, 184_422_913, "apache-2.0", 512, stored="float16"),
-        HubModel("mixedbread-ai/mxbai-rerank-large-v1", Task.RERANK, 435_062_785, "apache-2.0", 512, stored="float16"),
+        HubModel(
+            "mixedbread-ai/mxbai-rerank-xsmall-v1",
+            Task.RERANK,
+            70_830_337,
+            "apache-2.0",
+            512,
+            stored="float16",
+            bias=BiasTable(1, 512, 12 * 384 * 1024),
+        ),
+        HubModel(
+            "mixedbread-ai/mxbai-rerank-base-v1",
+            Task.RERANK,
+            184_422_913,
+            "apache-2.0",
+            512,
+            stored="float16",
+            bias=BiasTable(1, 512, 12 * 768 * 1024),
+        ),
+        HubModel(
+            "mixedbread-ai/mxbai-rerank-large-v1",
+            Task.RERANK,
+            435_062_785,
+            "apache-2.0",
+            512,
+            stored="float16",
+            bias=BiasTable(1, 512, 24 * 1024 * 1024),
+        ),
     ),
 )

@@ -17,7 +17,7 @@ from typing import Any
 from vecmill.core.types import Task
 from vecmill.models.config_keys import HEAD, NO_HEAD, ConfigFile, own_code
 from vecmill.models.encoders import ENCODER_KEYS, UNUSED, check_one_label
-from vecmill.models.family import ConfigJson, Family, HubModel, Network, Positions, TaskSpec
+from vecmill.models.family import BiasTable, ConfigJson, Family, HubModel, Network, Positions, TaskSpec
 from vecmill.models.keys import HARMLESS, Rule, only, whole
 
 REPOSITORIES = r"jinaai/jina-(bert-(implementation|v2-qk-post-norm)|embeddings-v2-[\w-]+|reranker-v1-[\w-]+)"
@@ -127,21 +127,72 @@ JINA_BERT = Family(
     claims=_claims,
     examples=(
         HubModel(
-            "jinaai/jina-embeddings-v2-small-en", Task.EMBED, 32_428_032, "apache-2.0", 8192, 512, stored="float16"
+            "jinaai/jina-embeddings-v2-small-en",
+            Task.EMBED,
+            32_428_032,
+            "apache-2.0",
+            8192,
+            512,
+            stored="float16",
+            bias=BiasTable(8, 8192),
         ),
         HubModel(
-            "jinaai/jina-embeddings-v2-base-en", Task.EMBED, 136_777_728, "apache-2.0", 8192, 768, stored="float16"
+            "jinaai/jina-embeddings-v2-base-en",
+            Task.EMBED,
+            136_777_728,
+            "apache-2.0",
+            8192,
+            768,
+            stored="float16",
+            bias=BiasTable(12, 8192),
         ),
         HubModel(
-            "jinaai/jina-embeddings-v2-base-de", Task.EMBED, 160_223_232, "apache-2.0", 8192, 768, stored="float16"
+            "jinaai/jina-embeddings-v2-base-de",
+            Task.EMBED,
+            160_223_232,
+            "apache-2.0",
+            8192,
+            768,
+            stored="float16",
+            bias=BiasTable(12, 8192),
         ),
         HubModel(
-            "jinaai/jina-embeddings-v2-base-zh", Task.EMBED, 160_223_232, "apache-2.0", 8192, 768, stored="float16"
+            "jinaai/jina-embeddings-v2-base-zh",
+            Task.EMBED,
+            160_223_232,
+            "apache-2.0",
+            8192,
+            768,
+            stored="float16",
+            bias=BiasTable(12, 8192),
         ),
         HubModel(
-            "jinaai/jina-embeddings-v2-base-code", Task.EMBED, 160_278_528, "apache-2.0", 8192, 768, stored="float16"
+            "jinaai/jina-embeddings-v2-base-code",
+            Task.EMBED,
+            160_278_528,
+            "apache-2.0",
+            8192,
+            768,
+            stored="float16",
+            bias=BiasTable(12, 8192),
         ),
-        HubModel("jinaai/jina-reranker-v1-turbo-en", Task.RERANK, 37_771_777, "apache-2.0", 8192, stored="float16"),
-        HubModel("jinaai/jina-reranker-v1-tiny-en", Task.RERANK, 33_046_273, "apache-2.0", 8192, stored="float16"),
+        HubModel(
+            "jinaai/jina-reranker-v1-turbo-en",
+            Task.RERANK,
+            37_771_777,
+            "apache-2.0",
+            8192,
+            stored="float16",
+            bias=BiasTable(12, 8192),
+        ),
+        HubModel(
+            "jinaai/jina-reranker-v1-tiny-en",
+            Task.RERANK,
+            33_046_273,
+            "apache-2.0",
+            8192,
+            stored="float16",
+            bias=BiasTable(12, 8192),
+        ),
     ),
 )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 from vecmill.core.types import Task
 from vecmill.models.encoders import ENCODER_KEYS, cross_encoder, embedder
-from vecmill.models.family import Family, HubModel, Positions
+from vecmill.models.family import BiasTable, Family, HubModel, Positions
 from vecmill.models.keys import Rule, only
 
 KEYS: Mapping[str, Rule] = {
@@ -18,6 +18,7 @@ KEYS: Mapping[str, Rule] = {
     "relative_attention_num_buckets": only(32, cure="transformers' class computes 32, whatever it says."),
 }
 
+TABLE = BiasTable(12, 514)
 MPNET = Family(
     model_type="mpnet",
     architectures=r"MPNet\w+",
@@ -37,7 +38,17 @@ MPNET = Family(
     },
     positions=Positions.AFTER_PADDING,
     examples=(
-        HubModel("sentence-transformers/all-mpnet-base-v2", Task.EMBED, 109_486_464, "apache-2.0", 384, 768),
-        HubModel("sentence-transformers/multi-qa-mpnet-base-dot-v1", Task.EMBED, 109_486_978, "see its card", 512, 768),
+        HubModel(
+            "sentence-transformers/all-mpnet-base-v2", Task.EMBED, 109_486_464, "apache-2.0", 384, 768, bias=TABLE
+        ),
+        HubModel(
+            "sentence-transformers/multi-qa-mpnet-base-dot-v1",
+            Task.EMBED,
+            109_486_978,
+            "see its card",
+            512,
+            768,
+            bias=TABLE,
+        ),
     ),
 )
