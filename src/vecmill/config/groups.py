@@ -106,10 +106,12 @@ class ModelSettings(SettingsGroup):
         description="The task that queries are for, in place of the default one in each model's query prompt; for "
         "models whose query prompt has no place for a task, the whole prompt. A request's `instruction` wins.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         "auto",
         description="Type of the weights. `auto`: bfloat16 on a GPU; on a CPU the faster of bfloat16 and float32, "
-        "measured at warm-up. Pooling, scores and normalisation are always float32.",
+        "measured at warm-up. `fp8`: linear layers in float8, all else in bfloat16, on NVIDIA cards from compute "
+        "capability 8.9 on; a model whose answers it moves too far is refused. Pooling, scores and normalisation are "
+        "always float32.",
     )
     max_model_len: int | None = Field(
         None,

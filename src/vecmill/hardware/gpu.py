@@ -14,6 +14,7 @@ from vecmill.hardware.memory import MEGABYTE, DeviceMemory, unified_available
 
 # Compute capability from which tensor cores take bfloat16 and torch has flash kernels: Ampere's. Turing has neither.
 AMPERE = (8, 0)
+ADA = (8, 9)  # from here on they take float8
 # In the names of NVIDIA's chips that have no memory of their own.
 UNIFIED = ("GB10", "Thor", "Orin")
 
