@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.hardware.gpu import ADA, AMPERE, gpu_index, nvidia_gpu_present
+from vecmill.hardware.gpu import AMPERE, FLOAT8, gpu_index, no_float8, nvidia_gpu_present
 from vecmill.hardware.memory import (
     MEGABYTE,
     DeviceMemory,
@@ -117,25 +117,18 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
 
 
-def has_float8(device: torch.device) -> bool:
-    """Whether tensor cores of a device take float8."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= ADA
-
-
 def check_type(wanted: str, device: torch.device) -> None:
     """Refuse a DTYPE that the device does not have.
 
     Raises:
         StartupError: it does not.
     """
-    if wanted != FLOAT8 or has_float8(device):
+    if wanted != FLOAT8:
         return
-    is_cuda = device.type == "cuda" and torch.version.hip is None
-    what = "compute capability {}.{}".format(*torch.cuda.get_device_capability(device)) if is_cuda else "no such card"
-    raise StartupError(
-        f"DTYPE=fp8 needs an NVIDIA card of compute capability 8.9 or newer (Ada, Hopper, Blackwell), and "
-        f"{describe(device)} is {what}: set DTYPE to auto, bfloat16 or float32."
-    )
+    is_card = device.type == "cuda" and torch.version.hip is None
+    refusal = no_float8(describe(device), torch.cuda.get_device_capability(device) if is_card else None)
+    if refusal is not None:
+        raise StartupError(refusal)
 
 
 def has_flash_attention(device: torch.device) -> bool:
@@ -184,9 +177,6 @@ def gpu_uuid(device: torch.device) -> str | None:
 
 PROBE_ROWS, PROBE_RUNS = 512, 5
 PROBE_EXPANSION = 4  # of a transformer's feed-forward layer, where most of the time goes
-
-
-FLOAT8 = "fp8"
 
 
 @dataclass(frozen=True, slots=True)

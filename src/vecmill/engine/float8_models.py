@@ -47,7 +47,7 @@ def load_in_float8(
         StartupError: its answers move too far, or the weights in bfloat16 fit nowhere meanwhile.
     """
     device, known = target.device, set(target.shared)
-    model = load_model(checkpoint, target.on(_loads_on(checkpoint, device, room, bytes_in_bfloat16)))
+    model = load_model(checkpoint, target.on(loads_on(checkpoint, device, room, bytes_in_bfloat16)))
     try:
         if in_float8(model.layers):
             return model, f"DTYPE=fp8: its layers are those of another model{PRODUCTS[product_on(device)]}"
@@ -75,7 +75,7 @@ def _check(checkpoint: Checkpoint, comparison: Comparison) -> None:
         )
 
 
-def _loads_on(
+def loads_on(
     checkpoint: Checkpoint, device: torch.device, room: GpuRoom | None, bytes_in_bfloat16: int
 ) -> torch.device:
     """Where the weights are in bfloat16: on the device if they fit, else in the machine's memory.

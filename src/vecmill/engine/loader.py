@@ -273,7 +273,7 @@ def _bytes_in_memory(checkpoint: Checkpoint, chosen: ChosenDtype) -> int:
     size = parameters(checkpoint.weight_files) * chosen.dtype.itemsize + heads
     if not chosen.float8:
         return size
-    rounded, scales = linear_parameters(checkpoint.weight_files)
+    rounded, scales = linear_parameters(checkpoint.weight_files, checkpoint.network.rename)
     return size - rounded * (chosen.dtype.itemsize - 1) + scales * torch.float32.itemsize
 
 

@@ -98,7 +98,7 @@ def in_bfloat16(
 
 
 def _scaled(product: Tensor, value_scales: Tensor, weight_scales: Tensor, bias: Tensor | None) -> Tensor:
-    scaled = product.float() * value_scales * weight_scales
+    scaled = product.float() * weight_scales * value_scales  # a token's may be the larger by far
     return (scaled if bias is None else scaled + bias).bfloat16()
 
 

@@ -264,8 +264,11 @@ NUMBERED = re.compile(r"\.\d+\..*\.weight$", re.ASCII)  # a weight of one of the
 ALIGNED = 16  # both sizes of a weight are multiples of it, or the kernels for float8 do not take it
 
 
-def linear_parameters(files: Iterable[Path]) -> tuple[int, int]:
+def linear_parameters(files: Iterable[Path], used: Callable[[str], object] = bool) -> tuple[int, int]:
     """The elements of the weights that may be rounded to float8, as far as names and shapes tell, and their rows.
+
+    Args:
+        used: whether the network has a weight, by its name in the files.
 
     Raises:
         OSError, ValueError: as `parameters`.
@@ -274,7 +277,7 @@ def linear_parameters(files: Iterable[Path]) -> tuple[int, int]:
     for file in files:
         for name, tensor in read_header(file).items():
             shape = tensor["shape"]
-            if len(shape) == 2 and NUMBERED.search(name) and not any(size % ALIGNED for size in shape):
+            if len(shape) == 2 and NUMBERED.search(name) and used(name) and not any(each % ALIGNED for each in shape):
                 elements, rows = elements + math.prod(shape), rows + shape[0]
     return elements, rows
 
