@@ -65,7 +65,8 @@ def errors(hidden: Tensor, product: Product) -> Tensor:
     rough = WEIGHT.bfloat16().double().abs()
     bound = (size * 2**-4 + scale * 2**-10) @ rough.t() * 1.1
     bound += (size * 1.1) @ (rough * 2**-4 + rough.amax(1, keepdim=True) / LARGEST * 2**-10).t() + 2**-7 * exact.abs()
-    return ((out - exact).abs() / bound.clamp_min(1e-300)).amax(1)
+    worst: Tensor = ((out - exact).abs() / bound.clamp_min(1e-300)).amax(1)
+    return worst
 
 
 products = pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
@@ -127,7 +128,8 @@ def test_what_multiplies_is_found_out_by_trying(monkeypatch: pytest.MonkeyPatch)
     def without_rows(*arguments: object, **named: object) -> Tensor:
         if torch.nn.functional.ScalingType.RowWise in arguments:
             raise RuntimeError("CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`")
-        return given(*arguments, **named)  # type: ignore[arg-type]
+        result: Tensor = given(*arguments, **named)  # type: ignore[arg-type]
+        return result
 
     names = []
     for kernel in (without_rows, lambda *_, **__: given(*_, **__) * 1.1):
@@ -226,7 +228,7 @@ def test_weights_that_are_elsewhere_go_to_the_device_one_by_one(tmp_path: Path) 
         _, direct = load_model(folder, dtype=torch.bfloat16)
         rows = sample_rows(checkpoint, load_tokenizer(checkpoint))
         device = torch.device("cpu", 0)
-        assert CPU != device
+        assert device != CPU
         assert to_float8(model, rows, device, Attention.SDPA) == to_float8(direct, rows, CPU, Attention.SDPA)
         assert np.array_equal(run(model, rows), run(direct, rows))
 

@@ -137,6 +137,13 @@ class ModelSettings(SettingsGroup):
         description="Gigabytes of weights in memory, at most. What does not fit at the start is loaded when a request "
         "names it, and the least recently used model goes first. Default: all models are loaded.",
     )
+    sleep_gb: float = Field(
+        0,
+        ge=0,
+        description="Gigabytes of the machine's memory in which unloaded models sleep, at most: the next request that "
+        "names one waits for a copy to the card and not for its files. On a card with memory of its own alone; "
+        "whoever sleeps longest goes first. POST /models/unload ends a model's sleep. 0: models are unloaded.",
+    )
     load_timeout: float = Field(
         120,
         gt=0,

@@ -106,15 +106,19 @@ class Model(ABC):
         """What `forward` gives for what was pooled."""
 
 
+def tensors_of(model: Model) -> dict[int, Tensor]:
+    """All that a model holds, by `id`: parameters, buffers, and what is kept beside them."""
+    owners = [vars(model), *(place for module in model.modules for part in module.modules() for place in _places(part))]
+    return {id(value): value for owner in owners for value in owner.values() if isinstance(value, Tensor)}
+
+
 def move_tensors(model: Model, device: torch.device, but: Collection[int] = ()) -> None:
     """Put all that a model holds on a device, but tensors of these `id`s.
 
     In place: who shares a module with it has the moved one, too. All is copied before the first tensor is exchanged, so
     that a device without room leaves the model as it was.
     """
-    owners = [vars(model), *(place for module in model.modules for part in module.modules() for place in _places(part))]
-    held = {id(value): value for owner in owners for value in owner.values() if isinstance(value, Tensor)}
-    moving = [tensor for key, tensor in held.items() if key not in but and tensor.device != device]
+    moving = [tensor for key, tensor in tensors_of(model).items() if key not in but and tensor.device != device]
     copies = [tensor.data.to(device) for tensor in moving]
     for tensor, copy in zip(moving, copies, strict=True):
         tensor.data = copy

@@ -90,7 +90,7 @@ function fillCard(card, model) {
       .map(([name, value]) => h("div", h("dt", name), h("dd", value))),
   );
   const [load, unload] = card.querySelectorAll("button");
-  load.hidden = !mayChange || !["unloaded", "failed"].includes(model.state);
+  load.hidden = !mayChange || !["unloaded", "sleeping", "failed"].includes(model.state);
   unload.hidden = !mayChange || model.state !== "loaded";
   const isNotHere = model.task === null; // its pull has failed: there is nothing to load
   setText(load, isNotHere ? "Pull again" : "Load");
