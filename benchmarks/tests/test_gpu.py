@@ -66,8 +66,8 @@ def test_what_a_stream_for_each_lane_costs_bulk_is_measured(result: dict[str, An
 def test_fp8_is_measured_beside_bfloat16(result: dict[str, Any]) -> None:
     """On a CPU, whose kernels take as long as they will."""
     kernels, *models = result["proofs"]["fp8"].values()
-    assert kernels["chosen"] == "scaled_by_row"
-    assert all(off < 0.01 for off in kernels["off"].values())
+    assert kernels["off"][kernels["chosen"]] < 0.01
+    assert kernels["off"].keys() == {"scaled_by_row", "scaled_afterwards", "in_bfloat16"}
     for model in models:
         assert model["weights_gb"]["fp8"] < model["weights_gb"]["bfloat16"]
         assert 0.9 < model["least_cosine"] < 1

@@ -69,7 +69,17 @@ def errors(hidden: Tensor, product: Product) -> Tensor:
     return worst
 
 
-products = pytest.mark.parametrize("product", PRODUCTS, ids=lambda product: product.__name__)
+def runs(product: Product) -> bool:
+    """Whether this torch's CPU has its kernel: that of 2.11 has none."""
+    try:
+        layer(product)(random(1, WIDTH).bfloat16())
+    except NotImplementedError:
+        return False
+    return True
+
+
+HERE = [product for product in PRODUCTS if runs(product)]
+products = pytest.mark.parametrize("product", HERE, ids=lambda product: product.__name__)
 
 
 @products
@@ -120,6 +130,7 @@ def test_rounding_keeps_every_row_within_half_a_unit(values: list[float]) -> Non
     assert torch.equal(rounded(-row)[0].float(), -small.float())
 
 
+@pytest.mark.skipif(len(HERE) < len(PRODUCTS), reason="this torch has no kernel for CPUs")
 def test_what_multiplies_is_found_out_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:
     """A card whose kernel is not there, one whose kernel gives other numbers, one that has neither."""
     assert product_on(CPU) is next(iter(PRODUCTS))

@@ -56,17 +56,8 @@ def scaled_by_row(
     values: Tensor, weight: Tensor, value_scales: Tensor, weight_scales: Tensor, bias: Tensor | None
 ) -> Tensor:
     """One kernel that scales by token and by channel itself."""
-    return F.scaled_mm(
-        values,
-        weight.t(),
-        value_scales,
-        ScalingType.RowWise,
-        weight_scales,
-        ScalingType.RowWise,
-        bias=bias,
-        output_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    )
+    kernel = _kernel if torch.compiler.is_compiling() else _multiply
+    return kernel(values, weight, value_scales, weight_scales, bias, True)
 
 
 def scaled_afterwards(
@@ -77,17 +68,40 @@ def scaled_afterwards(
     For compute capability 12.x, whose kernels have no other. Sums are at most 448 * 448 * in: far within bfloat16.
     """
     one = torch.ones((), device=values.device)
-    product = F.scaled_mm(
+    kernel = _kernel if torch.compiler.is_compiling() else _multiply
+    return _scaled(kernel(values, weight, one, one, None, False), value_scales, weight_scales, bias)
+
+
+def _multiply(
+    values: Tensor, weight: Tensor, value_scales: Tensor, weight_scales: Tensor, bias: Tensor | None, by_row: bool
+) -> Tensor:
+    recipe = ScalingType.RowWise if by_row else ScalingType.TensorWise
+    return F.scaled_mm(
         values,
         weight.t(),
-        one,
-        ScalingType.TensorWise,
-        one,
-        ScalingType.TensorWise,
+        value_scales,
+        recipe,
+        weight_scales,
+        recipe,
+        bias=bias,
         output_dtype=torch.bfloat16,
         use_fast_accum=True,
     )
-    return _scaled(product, value_scales, weight_scales, bias)
+
+
+# For torch.compile, which in torch 2.11 cannot look into F.scaled_mm.
+@torch.library.custom_op("vecmill::float8_product", mutates_args=())
+def _kernel(
+    values: Tensor, weight: Tensor, value_scales: Tensor, weight_scales: Tensor, bias: Tensor | None, by_row: bool
+) -> Tensor:
+    return _multiply(values, weight, value_scales, weight_scales, bias, by_row)
+
+
+@_kernel.register_fake
+def _(
+    values: Tensor, weight: Tensor, value_scales: Tensor, weight_scales: Tensor, bias: Tensor | None, by_row: bool
+) -> Tensor:
+    return values.new_empty(values.shape[0], weight.shape[0], dtype=torch.bfloat16)
 
 
 def in_bfloat16(
@@ -144,11 +158,11 @@ class Float8Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.weight, self.scales = (nn.Parameter(each, requires_grad=False) for each in (weight, scales))
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-        self._product = product
+        self.product = product
 
     def forward(self, hidden: Tensor) -> Tensor:
         values, scales = rounded(hidden.reshape(-1, self.in_features))
-        out = self._product(values, self.weight, scales, self.scales, self.bias)
+        out = self.product(values, self.weight, scales, self.scales, self.bias)
         return out.view(*hidden.shape[:-1], self.out_features)
 
 
