@@ -4,7 +4,7 @@ It proves values, rotary angles, captured passes, the engine under overlap and r
 it measures Qwen3-Embedding-0.6B and -4B, BERT-base and NV-Embed-v2 with random weights drawn on the device: forward
 passes of 16 to 16,384 tokens, eager, compiled and in CUDA graphs, as a share of a large matmul timed beside them; one
 query against the time in which its weights are read; and the texts per second beside sentence-transformers on the same
-weights. Last, what it costs bulk that interactive work goes first. Nothing is downloaded.
+weights. Then fp8 beside bfloat16, and last, what it costs bulk that interactive work goes first. Nothing is downloaded.
 
 Every stage is a process of its own with a time limit, in the order of its value, and keeps what it finds as soon as it
 finds it, in the folder that OUT names (else a temporary one): a run that is cut off at any second loses nothing. What
@@ -35,6 +35,7 @@ import benchmarks.lib.threads  # noqa: F401  # before torch
 import psutil
 import torch
 from benchmarks.gpu.forward import Timing, measure_forwards, read_rate, timed
+from benchmarks.gpu.fp8 import fp8_beside_bfloat16, print_fp8
 from benchmarks.gpu.lanes import lane_cost
 from benchmarks.gpu.proofs import engine_overlap, person_beside_bulk, run_values
 from benchmarks.gpu.reference import compare
@@ -77,12 +78,13 @@ PROOFS = (
     Stage("http", 120, SERVER),
 )
 LANES = Stage("lanes", 150, ("pydantic", "pydantic_settings"))
+FP8 = Stage("fp8", 110)
 MODEL_SECONDS = 110.0
 
 
 def stages_of(sizes: GpuSizes) -> list[Stage]:
     """All stages, the most valuable first."""
-    return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models), LANES]
+    return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models), FP8, LANES]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -176,6 +178,8 @@ def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
             run_values(device, keep)
     elif name == "engine":
         engine_overlap(device, keep)
+    elif name == FP8.name:
+        fp8_beside_bfloat16(device, keep, tiny=options.tiny, rounds=options.rounds or (2 if options.tiny else 4))
     elif name == LANES.name:
         rounds = options.rounds or (2 if options.tiny else 4)
         lane_cost(device, keep, tiny=options.tiny, rounds=rounds, seconds=0.2 if options.tiny else 3)
@@ -273,6 +277,8 @@ def main(arguments: Sequence[str] | None = None, already: float = 0.0) -> int:
             records.append(run_stage(stage, passed_on, folder, left))
     summary = summary_of(records, sizes)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    if FP8.name in summary["proofs"]:
+        print_fp8(console, summary["proofs"][FP8.name])
     if "lanes" in summary["proofs"]:
         print_lanes(console, summary["proofs"]["lanes"]["lanes"])
     print_targets(console, summary["targets"])

@@ -48,7 +48,7 @@ def test_the_json_line_holds_the_machine_every_model_and_every_stage(result: dic
 
 
 def test_what_must_be_true_is_proven_first(result: dict[str, Any]) -> None:
-    assert list(result["proofs"]) == ["values", "engine", "http", "lanes"]
+    assert list(result["proofs"]) == ["values", "engine", "http", "fp8", "lanes"]
     assert all(proof["ok"] for stage in result["proofs"].values() for proof in stage.values())
     assert result["proofs"]["http"]["as it starts"]["person_beside_bulk"]["requests"] > 0
 
@@ -61,6 +61,17 @@ def test_what_a_stream_for_each_lane_costs_bulk_is_measured(result: dict[str, An
         assert way["bulk_beside_a_person_tokens_per_s"]["min"] > 0
         assert way["query_ms"]["p50"] > 0
     assert all(len(lanes[name]["rounds"]) == TINY.rounds for name in ("cost_alone", "cost_beside_a_person"))
+
+
+def test_fp8_is_measured_beside_bfloat16(result: dict[str, Any]) -> None:
+    """On a CPU, whose kernels take as long as they will."""
+    kernels, *models = result["proofs"]["fp8"].values()
+    assert kernels["off"][kernels["chosen"]] < 0.01
+    assert kernels["off"].keys() == {"scaled_by_row", "scaled_afterwards", "in_bfloat16"}
+    for model in models:
+        assert model["weights_gb"]["fp8"] < model["weights_gb"]["bfloat16"]
+        assert 0.9 < model["least_cosine"] < 1
+        assert all(side["tokens_per_s"]["fp8"] > 0 for side in model["forwards"])
 
 
 def test_what_lanes_cost_is_the_share_of_bulks_tokens() -> None:

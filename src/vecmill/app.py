@@ -8,6 +8,7 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, TypeVar
 
@@ -235,6 +236,8 @@ class Server:
             self._unload_model,
             has_rows=self.inference.has_rows,
             shortage=self._shortage,
+            put_to_sleep=partial(self._unload_model, sleep=True),
+            asleep=lambda: {} if self._engine is None else self._engine.asleep,
             most_waiting=self._settings.inference.max_concurrent_requests,
         )
         for key, known in loaded.known.items():
@@ -293,10 +296,10 @@ class Server:
                     before.max_batch_tokens,
                 )
 
-    async def _unload_model(self, key: str) -> None:
+    async def _unload_model(self, key: str, *, sleep: bool = False) -> None:
         assert self._engine is not None
         self.inference.forget_tokenizer(key)
-        await _result(self._engine.unload(key))
+        await _result(self._engine.unload(key, sleep=sleep))
 
     async def _close_models(self) -> None:
         if self._looking is not None:

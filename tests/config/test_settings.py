@@ -92,6 +92,8 @@ def test_devices(device: str) -> None:
         ({"max_batch_size": 64, "max_batch_tokens": 32}, ["MAX_BATCH_SIZE=64", "MAX_BATCH_TOKENS=32"]),
         ({"max_model_len": 512, "max_batch_tokens": 256}, ["MAX_MODEL_LEN=512", "MAX_BATCH_TOKENS=256"]),
         ({"drain_seconds": 30}, ["DRAIN_SECONDS=30", "SHUTDOWN_SECONDS=30"]),
+        ({"device": "cpu", "dtype": "fp8"}, ["DTYPE=fp8", "DEVICE=cpu", "8.9"]),
+        ({"device": "mps", "dtype": "fp8"}, ["DTYPE=fp8", "DEVICE=mps"]),
         ({"device": "cpu", "dtype": "float16"}, ["DTYPE=float16", "DEVICE=cpu"]),
     ],
 )

@@ -19,6 +19,16 @@ from vecmill.engine.engine import Engine
 from vecmill.hardware.gpu import gpu_memory
 from vecmill.hardware.memory import meminfo
 from vecmill.hardware.nvml import Nvml
+from vecmill.models.float8 import (
+    Product,
+    in_bfloat16,
+    product_on,
+    round_weight,
+    rounded,
+    scaled_afterwards,
+    scaled_by_row,
+)
+from vecmill.models.networks import tensors_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -129,3 +139,50 @@ def test_the_driver_knows_the_gpu_that_torch_uses() -> None:
     assert 0 < reading.available_mb < reading.total_mb
     assert reading.allocated_mb is not None
     assert 0 < reading.allocated_mb < reading.total_mb
+
+
+def has_float8() -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(0) >= (8, 9)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_float8(), reason="needs compute capability 8.9")
+@pytest.mark.parametrize("torch_compile", ["false", "true"])
+async def test_fp8_gives_the_vectors_of_bfloat16_nearly(
+    wanted: np.typing.NDArray[np.float32], torch_compile: str
+) -> None:
+    with engine_on("cuda", dtype="fp8", torch_compile=torch_compile) as engine:
+        card = engine.loaded.result().models[KEY].card
+        actual = await vectors(engine)
+    assert card.dtype == "fp8"
+    assert "no faster" not in card.dtype_reason, "the card has a kernel, and it is not used"
+    assert least_cosine(actual, wanted) > 0.95  # of a tiny model of random weights
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_float8(), reason="needs compute capability 8.9")
+@pytest.mark.parametrize("product", [scaled_by_row, scaled_afterwards])
+@pytest.mark.parametrize("shape", [(1, 64, 32), (17, 2560, 6144), (4096, 1024, 3072)])
+def test_a_kernel_for_float8_gives_the_numbers_of_bfloat16(product: Product, shape: tuple[int, int, int]) -> None:
+    tokens, inputs, outputs = shape
+    device = torch.device("cuda", 0)
+    if product is scaled_by_row and product_on(device) is not scaled_by_row:
+        pytest.skip("the card's kernels do not scale by row")
+    values, scales = rounded(torch.randn(tokens, inputs, device=device))
+    weight, weight_scales = round_weight(torch.randn(outputs, inputs, device=device))
+    bias = torch.randn(outputs, device=device).bfloat16()
+    given = (values, weight, scales, weight_scales, bias)
+    found, exact = product(*given).float(), in_bfloat16(*given).float()
+    assert (found - exact).norm() < 0.01 * exact.norm()
+
+
+async def test_a_model_wakes_with_the_same_vectors_and_sleeps_off_the_card() -> None:
+    if torch.cuda.get_device_properties(0).is_integrated:
+        pytest.skip("the card has no memory of its own")
+    with engine_on("cuda", torch_compile="false", sleep_gb=1) as engine:
+        before, model = await vectors(engine), engine.loaded.result().models[KEY].model
+        engine.unload(KEY, sleep=True).result(60)
+        assert {tensor.device.type for tensor in tensors_of(model).values()} == {"cpu"}
+        assert engine.asleep[KEY] > 0
+        engine.load(KEY, lambda percent, message: None).result(120)
+        assert {tensor.device.type for tensor in tensors_of(model).values()} == {"cuda"}
+        assert not engine.asleep
+        assert least_cosine(await vectors(engine), before) > 0.999999

@@ -238,6 +238,17 @@ def test_the_dtype_is_by_the_card_in_use(card: Card, capability: tuple[int, int]
     assert choose_dtype("auto", SECOND, 32).dtype is dtype
 
 
+@pytest.mark.parametrize(("capability", "has"), [((8, 6), False), ((8, 9), True), ((9, 0), True), ((12, 1), True)])
+def test_fp8_is_for_cards_that_multiply_in_it(card: Card, capability: tuple[int, int], has: bool, folder: Path) -> None:
+    card.capability = capability
+    if has:
+        chosen = choose_dtype("fp8", SECOND, 32)
+        assert (chosen.dtype, chosen.name) == (torch.bfloat16, "fp8")
+        return
+    with pytest.raises(StartupError, match=r"8\.9 or newer .*cuda:1 \(a card\) is of 8\.6: set DTYPE to auto"):
+        load(folder, dtype="fp8")
+
+
 def test_torchs_counters_are_read_after_its_allocator_has_answered(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
     """They wait for its lock with all of Python stopped; an allocation waits for it alone."""
     monkeypatch.setattr(torch, "empty", lambda size, device: card.ask("empty", lambda: None)(device))

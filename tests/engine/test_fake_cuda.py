@@ -31,7 +31,9 @@ from vecmill.engine.compilation import compilations, compile_layers
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, shape_of
 from vecmill.engine.forward import Device, Launched, LoadedModel, Streams, launch
 from vecmill.engine.loader import attention_of
-from vecmill.models import packed_attention
+from vecmill.models import float8, packed_attention
+from vecmill.models.float8 import Float8Linear, Product, to_float8
+from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, PrefixMemory, pack
 
 pytestmark = pytest.mark.slow
@@ -334,8 +336,16 @@ class OnCuda:
 
 
 @contextmanager
-def on_cuda(folder: Path, tiny: TinyModel, dtype: torch.dtype, driver: CudaDriver) -> Iterator[OnCuda]:
+def on_cuda(
+    folder: Path,
+    tiny: TinyModel,
+    dtype: torch.dtype,
+    driver: CudaDriver,
+    prepare: Callable[[Model], object] = lambda model: None,
+) -> Iterator[OnCuda]:
+    """`prepare` is given the model on the CPU."""
     checkpoint, model = load_model(folder, tiny.task, dtype)
+    prepare(model)
     loaded = LoadedModel(cast(Any, None), checkpoint, model, cast(Any, None))
     with fake_cuda(model):
         yield OnCuda(loaded, dtype, driver, Streams.on(CUDA), rows_of(tiny, model.vocab_size))
@@ -392,6 +402,47 @@ def test_a_batch_is_launched_without_waiting(
                 assert calls == (layers if flash and tiny.flash and dtype is torch.bfloat16 else 0)
             assert bool(len(on.model.prefixes)) is prefixed
         assert compilations() == traced
+
+
+@pytest.mark.parametrize(
+    ("product", "compiled"),
+    [
+        (float8.scaled_by_row, False),
+        (float8.scaled_afterwards, True),
+        pytest.param(float8.scaled_by_row, True, marks=pytest.mark.nightly),
+        pytest.param(float8.scaled_afterwards, False, marks=pytest.mark.nightly),
+        pytest.param(float8.in_bfloat16, True, marks=pytest.mark.nightly),
+    ],
+)
+def test_float8_is_launched_and_captured_without_waiting(
+    folder_of: Callable[[TinyModel], Path],
+    driver: CudaDriver,
+    product: Product,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiny = tiny_model(Task.EMBED, "qwen3") if compiled else tiny_model(Task.RERANK, "bert")
+    monkeypatch.setattr(float8, "product_on", lambda device: float8.in_bfloat16)  # not every torch's CPU has a kernel
+    rows = [Row(np.array([1, 2, 3], dtype=np.int32))]
+
+    def prepare(model: Model) -> None:
+        to_float8(model, rows, torch.device("cpu"), Attention.SDPA)
+        for layer in (each for module in model.modules for each in module.modules()):
+            if isinstance(layer, Float8Linear):
+                layer.product = product
+
+    with on_cuda(folder_of(tiny), tiny, torch.bfloat16, driver, prepare) as on:
+        if compiled:
+            on.compile()
+        check_launched(on, on.launch(on.rows, Lane.INTERACTIVE), on.streams.run[Lane.INTERACTIVE], on.model.model.width)
+        layers = [each for module in on.model.model.modules for each in module.modules()]
+        kernels = driver.count("vecmill::float8_product" if compiled else "aten::_scaled_mm_v2")
+        assert kernels == (0 if product is float8.in_bfloat16 else sum(type(each) is Float8Linear for each in layers))
+        with driver:
+            capture = CudaCapture(on.model.model, CUDA, on.streams.run)
+            driver.forget()
+            capture(shape_of(64, 16))
+        assert driver.to_host == []
 
 
 @pytest.mark.parametrize(

@@ -451,3 +451,63 @@ async def test_at_random_every_request_is_answered_and_no_model_in_use_is_taken(
         assert outcomes["answered"] > 20
         assert not any(resident.held or resident.waiters for resident in models.residents.values())
         assert device.most <= 2
+
+
+class SleepingDevice(Device):
+    """Whoever is unloaded sleeps, one model at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asleep: dict[str, int] = {}
+
+    async def load(self, key: str, progress: Progress) -> tuple[ModelCard, int]:
+        loaded = await super().load(key, progress)
+        self.asleep.pop(key, None)
+        return loaded
+
+    async def unload(self, key: str) -> None:
+        self.asleep.pop(key, None)
+        if key in self.loaded:
+            await super().unload(key)
+
+    async def put_to_sleep(self, key: str) -> None:
+        await super().unload(key)
+        self.asleep = {key: GIGABYTE}
+
+
+async def test_who_makes_room_sleeps_until_it_is_needed_or_another_sleeps() -> None:
+    device = SleepingDevice()
+    models = Residency(
+        load_settings({"max_loaded_gb": 1.2}).model,
+        device.load,
+        device.unload,
+        put_to_sleep=device.put_to_sleep,
+        asleep=lambda: device.asleep,
+    )
+    for name in NAMES:
+        models.add(card(name), GIGABYTE, is_loaded=name == "a")
+    device.loaded = {"embed:a"}
+
+    def states() -> list[str]:
+        return [resident.state.value for resident in models.residents.values()]
+
+    await use(models, device, "b")
+    assert states() == ["sleeping", "loaded", "unloaded"]
+    assert models.residents["embed:a"].sleeping_bytes == GIGABYTE
+    await use(models, device, "c")
+    assert states() == ["unloaded", "sleeping", "loaded"]
+    device.fails = lambda key: StartupError("no room") if key == "embed:b" else None
+    with pytest.raises(ModelNotLoaded):
+        await use(models, device, "b")
+    assert states()[1:] == ["failed", "sleeping"]
+    device.fails = lambda key: None
+    models.load("embed:b")
+    await until(lambda: states()[1] == "loaded")
+    models.unload("embed:b")  # an admin's: for good
+    await until(lambda: states()[1] == "unloaded")
+    await asyncio.gather(*(use(models, device, name) for name in NAMES * 3))
+    sleeping = next(resident for resident in models.residents.values() if resident.state is ModelState.SLEEPING)
+    models.unload(sleeping.key)
+    await until(lambda: sleeping.state is ModelState.UNLOADED)
+    assert not device.asleep
+    await models.close()

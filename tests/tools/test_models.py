@@ -127,6 +127,22 @@ def test_a_gpu_without_bfloat16(tmp_path: Path) -> None:
     assert whole["machine"]["dtypes"] == ["float32"]
 
 
+def test_in_fp8_linear_layers_take_one_byte(tmp_path: Path) -> None:
+    whole, models = listing(FAKE_NVML=str(H100), DTYPE="fp8")
+    memory, parameters = models["Qwen/Qwen3-Embedding-8B"]["memory_bytes"], 7_567_295_488
+    assert whole["machine"]["dtypes"] == ["fp8"]
+    assert memory["min"] == 4 * GB + parameters
+    assert memory["min"] + 151_665 * 4096 <= memory["max"] < 4 * GB + 1.2 * parameters  # the embedding stays
+    text = H100.read_text()
+    line = next(line for line in text.splitlines() if line.startswith("compute_capability"))
+    ampere = tmp_path / "ampere.txt"
+    ampere.write_text(text.replace(line, "compute_capability 8.6"))
+    for environment in ({"FAKE_NVML": str(ampere)}, {"DEVICE": "auto"}):
+        refused = run(DTYPE="fp8", **environment)
+        assert refused.exit_code == 2
+        assert "compute capability 8.9 or newer" in " ".join(refused.stderr.split())
+
+
 @pytest.mark.parametrize(
     ("smallest", "largest", "fit"),
     [

@@ -106,10 +106,12 @@ class ModelSettings(SettingsGroup):
         description="The task that queries are for, in place of the default one in each model's query prompt; for "
         "models whose query prompt has no place for a task, the whole prompt. A request's `instruction` wins.",
     )
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "fp8"] = Field(
         "auto",
         description="Type of the weights. `auto`: bfloat16 on a GPU; on a CPU the faster of bfloat16 and float32, "
-        "measured at warm-up. Pooling, scores and normalisation are always float32.",
+        "measured at warm-up. `fp8`: linear layers in float8, all else in bfloat16, on NVIDIA cards from compute "
+        "capability 8.9 on; a model whose answers it moves too far is refused. Pooling, scores and normalisation are "
+        "always float32.",
     )
     max_model_len: int | None = Field(
         None,
@@ -134,6 +136,13 @@ class ModelSettings(SettingsGroup):
         gt=0,
         description="Gigabytes of weights in memory, at most. What does not fit at the start is loaded when a request "
         "names it, and the least recently used model goes first. Default: all models are loaded.",
+    )
+    sleep_gb: float = Field(
+        0,
+        ge=0,
+        description="Gigabytes of the machine's memory in which unloaded models sleep, at most: the next request that "
+        "names one waits for a copy to the card and not for its files. On a card with memory of its own alone; "
+        "whoever sleeps longest goes first. POST /models/unload ends a model's sleep. 0: models are unloaded.",
     )
     load_timeout: float = Field(
         120,

@@ -162,6 +162,15 @@ def _half_precision_on_cpu(settings: Settings) -> str | None:
     )
 
 
+def _float8_without_a_card(settings: Settings) -> str | None:
+    if settings.model.dtype != "fp8" or settings.engine.device not in ("cpu", "mps"):
+        return None
+    return (
+        f"DTYPE=fp8 with DEVICE={settings.engine.device}: float8 needs an NVIDIA card of compute capability 8.9 or "
+        f"newer: set DTYPE to auto, bfloat16 or float32, or DEVICE to cuda."
+    )
+
+
 def _revision_of_several_models(settings: Settings) -> str | None:
     models = settings.model
     hub = [name for name in (*models.embed_model, *models.rerank_model) if "/" in name]
@@ -189,6 +198,7 @@ CONTRADICTIONS: tuple[Callable[[Settings], str | None], ...] = (
     _more_rows_than_tokens,
     _input_longer_than_batch,
     _half_precision_on_cpu,
+    _float8_without_a_card,
     _revision_of_several_models,
     _drain_longer_than_stop,
 )

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vecmill.core.errors import StartupError, StartupObstacle
-from vecmill.hardware.gpu import AMPERE, gpu_index, nvidia_gpu_present
+from vecmill.hardware.gpu import AMPERE, FLOAT8, gpu_index, no_float8, nvidia_gpu_present
 from vecmill.hardware.memory import (
     MEGABYTE,
     DeviceMemory,
@@ -117,6 +117,20 @@ def has_bfloat16(device: torch.device) -> bool:
     return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= AMPERE
 
 
+def check_type(wanted: str, device: torch.device) -> None:
+    """Refuse a DTYPE that the device does not have.
+
+    Raises:
+        StartupError: it does not.
+    """
+    if wanted != FLOAT8:
+        return
+    is_card = device.type == "cuda" and torch.version.hip is None
+    refusal = no_float8(describe(device), torch.cuda.get_device_capability(device) if is_card else None)
+    if refusal is not None:
+        raise StartupError(refusal)
+
+
 def has_flash_attention(device: torch.device) -> bool:
     """Whether torch's flash kernels run on a CUDA device."""
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= AMPERE
@@ -171,6 +185,13 @@ class ChosenDtype:
 
     dtype: torch.dtype
     reason: str
+    float8: bool = False
+    """Whether linear layers are rounded to float8; the rest is `dtype`."""
+
+    @property
+    def name(self) -> str:
+        """As clients are shown it."""
+        return FLOAT8 if self.float8 else dtype_name(self.dtype)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -179,6 +200,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def choose_dtype(wanted: str, device: torch.device, width: int) -> ChosenDtype:
     """The dtype by setting, by device or, on a CPU, by what is faster at a model's width."""
+    if wanted == FLOAT8:
+        check_type(wanted, device)
+        return ChosenDtype(torch.bfloat16, "DTYPE=fp8", float8=True)
     if wanted != "auto":
         return ChosenDtype(getattr(torch, wanted), f"DTYPE={wanted}")
     if device.type == "cuda":

@@ -277,9 +277,17 @@ class Engine:
         """
         return self._in_loading_thread(partial(self._load, key, report))
 
-    def unload(self, key: str) -> Future[None]:
-        """Take a model out and give its memory back; it must not be in use. Returns at once."""
-        return self._in_loading_thread(partial(self._unload, key))
+    def unload(self, key: str, *, sleep: bool = False) -> Future[None]:
+        """Take a model out and give its memory back; it must not be in use. Returns at once.
+
+        With `sleep` it waits in the machine's memory, where SLEEP_GB has room for it; else its sleep ends, too.
+        """
+        return self._in_loading_thread(partial(self._unload, key, sleep=sleep))
+
+    @property
+    def asleep(self) -> Mapping[str, int]:
+        """Bytes of the machine's memory that models sleep in, by key."""
+        return {} if self._live is None else self._live.asleep
 
     def _in_loading_thread(self, function: Callable[[], T]) -> Future[T]:
         """A daemon: reading weights must not hold up the end of the process."""
@@ -313,6 +321,7 @@ class Engine:
         except BaseException:
             give_back_memory()
             raise
+        give_back_memory()  # where it slept
         tell(100 * READING_SHARE, f"warming up {model.card.id}")
         try:
             self._on_device(partial(live.attach, model, self._serve_others))
@@ -324,12 +333,15 @@ class Engine:
             raise
         return model
 
-    def _unload(self, key: str) -> None:
+    def _unload(self, key: str, *, sleep: bool) -> None:
         live = self._live
         assert live is not None
+        if not sleep:
+            live.forget(key)
         if (model := self.loaded.result().models.get(key)) is not None:
-            self._on_device(partial(live.release, model))
-            del model
+            copies = live.copied(model) if sleep else None
+            self._on_device(partial(live.release, model, copies))
+            del model, copies
         give_back_memory()
 
     def _on_device(self, function: Callable[[], T]) -> T:

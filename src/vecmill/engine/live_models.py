@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from vecmill.engine.device import describe, is_out_of_memory, limit_memory
 from vecmill.engine.forward import LoadedModel
 from vecmill.engine.loader import Known, Loaded, Report
 from vecmill.engine.measurements import Before
+from vecmill.engine.sleepers import Copies, Sleepers
 from vecmill.engine.warmup import warm_up_beside_others
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.packing import PrefixMemory
@@ -54,6 +55,7 @@ class LiveModels:
         self._models, self._engine = models, engine
         self._measured: dict[str, _Measured] = {}
         self._of_settings = frozenset(loaded.known)
+        self._sleepers = Sleepers(loaded.device, models.sleep_gb, engine.memory_floor_gb)
         for key, model in loaded.models.items():
             self._remember(key, model, loaded.warmed[key])
 
@@ -77,8 +79,13 @@ class LiveModels:
         """The device as it was called at the start."""
         return next((known.card.device for known in list(self._loaded.known.values())), describe(self._loaded.device))
 
+    @property
+    def asleep(self) -> Mapping[str, int]:
+        """Bytes of the machine's memory by sleeping model. For any thread."""
+        return self._sleepers.sizes
+
     def read(self, key: str, report: Report) -> LoadedModel:
-        """Read a model's files and put its weights on the device; nobody else knows it yet.
+        """Put a model's weights on the device, from its files or, if it sleeps, from memory; nobody else knows it yet.
 
         Belongs to the loading thread.
 
@@ -93,17 +100,13 @@ class LiveModels:
         # As many as at the start: a new thread has what the device's own had last, and products of weights (NV-Embed's
         # are folded) differ in their last bits.
         torch.set_num_threads(common.threads)
+        if (awake := self._woken(key, known, report)) is not None:
+            return awake
         checkpoint = read(known.source)
         check_form(checkpoint)
         checkpoint = loader.capped(checkpoint, self._models.max_model_len)
         tokenizer = load_tokenizer(checkpoint)
         loader.check_room([checkpoint], self._models, self._engine, device)
-        counted = {
-            tensor.data_ptr()
-            for model in self._loaded.models.values()
-            for module in model.model.modules
-            for tensor in (*module.parameters(), *module.buffers())
-        }
         aliases = {checkpoint.id: tuple(known.card.aliases)}
         try:
             [model] = loader.load_all(
@@ -114,7 +117,7 @@ class LiveModels:
                 lambda percent, message: report(READING_SHARE * percent, message),
                 flash=self._loaded.flash,
                 common=common,
-                counted=counted,
+                counted=self._counted(),
             )
         except Exception as error:
             if not is_out_of_memory(error):
@@ -126,6 +129,49 @@ class LiveModels:
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()  # what runs them does so on other streams
         return model
+
+    def _counted(self) -> set[int]:
+        """Where the weights are that loaded models have."""
+        return {
+            tensor.data_ptr()
+            for model in self._loaded.models.values()
+            for module in model.model.modules
+            for tensor in (*module.parameters(), *module.buffers())
+        }
+
+    def _woken(self, key: str, known: Known, report: Report) -> LoadedModel | None:
+        """A model that slept; None: it did not. Raises StartupError where it has no room."""
+        common, device = self._loaded.common, self._loaded.device
+        model = self._sleepers.find(key, known.source.folder, common.shared)
+        if model is None:
+            return None
+        report(0, f"waking {known.card.id}")
+        room = limit_memory(device, self._engine.memory_fraction, self._engine.memory_floor_gb)
+        if room is not None and (shortage := room.shortage(self._sleepers.size(key))) is not None:
+            raise StartupError(f"The weights of {known.card.id} do not fit: {shortage}")
+        try:
+            self._sleepers.wake(key, common.shared)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise StartupObstacle(
+                f"The weights of {known.card.id} do not fit into the memory of {describe(device)}: {first_line(error)}"
+            ) from None
+        model.card = replace(model.card, weight_bytes=loader.uncounted_bytes(model.model, self._counted()))
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+        return model
+
+    def copied(self, model: LoadedModel) -> Copies | None:
+        """What the machine's memory is to keep of a model that is unloaded; None: nothing.
+
+        Belongs to the loading thread. It holds up nobody: weights are read, and not changed.
+        """
+        return self._sleepers.copied(model, [other for other in self._loaded.models.values() if other is not model])
+
+    def forget(self, key: str) -> None:
+        """End a model's sleep, if it sleeps. Belongs to the loading thread."""
+        self._sleepers.forget(key)
 
     def attach(self, model: LoadedModel, serve_others: Callable[[], None]) -> Warmed:
         """Warm a model up and let it be run. Belongs to the thread that owns the device.
@@ -156,10 +202,11 @@ class LiveModels:
         for key, model in list(self._loaded.models.items()):
             loader.keep_measured(model, self._loaded.warmed[key], self._engine, self._loaded.common)
 
-    def release(self, model: LoadedModel) -> None:
+    def release(self, model: LoadedModel, copies: Copies | None = None) -> None:
         """Take a model out and give back its memory on the device, also where somebody still holds the model.
 
-        Belongs to the thread that owns the device. What it shares with a loaded model stays.
+        Belongs to the thread that owns the device. What it shares with a loaded model stays. With `copies`, which
+        `copied` has made, it sleeps on them.
         """
         loaded, common = self._loaded, self._loaded.common
         loaded.models.pop(model.key, None)
@@ -169,14 +216,19 @@ class LiveModels:
         model.graphs, model.prefixes = Graphs(), PrefixMemory()
         if not any(id(layer) in used for layer in model.model.layers):
             make_eager(model.model.layers)  # a compiled layer holds itself
+        parts = {id(part) for module in model.model.modules for part in module.modules()}
+        shared = {key: module for key, module in common.shared.items() if _any_used(module, parts)}
         gone = {key: module for key, module in common.shared.items() if not _any_used(module, used)}
         for key in gone:
             del common.shared[key]
             common.parts.pop(key, None)
         for layer in [layer for layer in common.choices if id(layer) not in used]:
             del common.choices[layer]
-        for module in (*gone.values(), *(each for each in model.model.modules if not _any_used(each, used))):
-            _empty(module)
+        if copies is not None:
+            self._sleepers.keep(model, copies, shared)
+        else:
+            unused = (*gone.values(), *(each for each in model.model.modules if not _any_used(each, used)))
+            self._sleepers.emptied(_empty(unused))
         if loaded.device.type == "cuda":
             torch.cuda.empty_cache()
         elif loaded.device.type == "mps":
@@ -217,13 +269,15 @@ def _any_used(module: nn.Module, used: Iterable[int]) -> bool:
     return any(id(part) in used for part in module.modules())
 
 
-def _empty(module: nn.Module) -> None:
-    """Let go of a module's tensors.
+def _empty(modules: Iterable[nn.Module]) -> set[int]:
+    """Let go of modules' tensors; returns their ids.
 
     Not left to the garbage collector: objects of the start are out of its sight (`gc.freeze`).
     """
-    for tensor in (*module.parameters(), *module.buffers()):
+    tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    for tensor in tensors:
         tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return {id(tensor) for tensor in tensors}
 
 
 def give_back_memory() -> None:

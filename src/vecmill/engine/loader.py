@@ -18,19 +18,21 @@ from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import ModelCard, Task
 from vecmill.engine.device import (
     ChosenDtype,
+    check_type,
     choose_device,
     choose_dtype,
     configure_device,
     describe,
-    dtype_name,
     expected_dtype,
     has_flash_attention,
     is_out_of_memory,
     limit_memory,
 )
+from vecmill.engine.float8_models import NOT_ROUNDED, can_be_rounded, load_in_float8
 from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams
 from vecmill.engine.measurements import Before, Measurements, identity
 from vecmill.engine.warmup import Choices, largest_size, most_tokens, warm_up
+from vecmill.hardware.memory import GpuRoom
 from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.family import BiasTable
@@ -40,7 +42,7 @@ from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import GPU_DEFAULTS, find
 from vecmill.models.tokenizer_files import ReadTokenizer
 from vecmill.models.tokenizer_loading import load_tokenizer
-from vecmill.models.weight_files import parameters
+from vecmill.models.weight_files import linear_parameters, parameters
 from vecmill.models.weights import Target
 
 logger = logging.getLogger(__name__)
@@ -74,6 +76,8 @@ class Common:
     """All that a forward pass may have on a CPU."""
     measurements: Measurements | None = None
     """Of this start and of those before; None: they are not kept."""
+    room: Callable[[], GpuRoom | None] = lambda: None
+    """What there is of the GPU's memory now; None on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ def load(
     """
     report(5, "choosing the device")
     device = choose_device(engine.device)
+    check_type(models.dtype, device)
     configure_device(device, engine.memory_fraction, engine.memory_floor_gb)
     flash = _uses_flash_attention(device, wanted=engine.use_flash_attn)
     report(8, "finding the models")
@@ -118,7 +123,8 @@ def load(
     distinct = _within_room(named, models, device)
     tokenizers = [load_tokenizer(checkpoint) for checkpoint in distinct]
     check_room(distinct, models, engine, device)
-    common = Common(measurements=measurements)
+    room = partial(limit_memory, device, engine.memory_fraction, engine.memory_floor_gb)
+    common = Common(measurements=measurements, room=room)
     try:
         loaded = load_all(
             list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report, flash=flash, common=common
@@ -207,9 +213,9 @@ def expected_card(
     Raises:
         StartupError: it has no weights that can be read.
     """
-    config, chosen = sizes(checkpoint), chosen or expected_dtype(models.dtype, device)
+    config, chosen = sizes(checkpoint), chosen or _for(checkpoint, expected_dtype(models.dtype, device))
     try:
-        weight_bytes = _bytes_in_memory(checkpoint, chosen.dtype)
+        weight_bytes = _bytes_in_memory(checkpoint, chosen)
     except (OSError, ValueError) as error:
         raise StartupError(f"{checkpoint.named}: its weights cannot be read ({first_line(error)}).") from None
     on_device = OnDevice(
@@ -219,7 +225,7 @@ def expected_card(
             else 1
         ),
         vocab_size=config.vocab_size,
-        dtype=dtype_name(chosen.dtype),
+        dtype=chosen.name,
         dtype_reason=chosen.reason,
         device=describe(device),
         weight_bytes=weight_bytes,
@@ -256,21 +262,25 @@ def weights_in_memory(checkpoints: Sequence[Checkpoint], models: ModelSettings, 
     """Bytes of all weights in the types that they get; a folder that is named twice counts once."""
     sizes: dict[Path, int] = {}
     for checkpoint in checkpoints:
-        dtype = _dtype(checkpoint, models, device).dtype
+        chosen = _dtype(checkpoint, models, device)
         with suppress(OSError, ValueError):  # the error is better when they are read
-            sizes[checkpoint.folder.resolve()] = _bytes_in_memory(checkpoint, dtype)
+            sizes[checkpoint.folder.resolve()] = _bytes_in_memory(checkpoint, chosen)
     return sum(sizes.values())
 
 
-def _bytes_in_memory(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+def _bytes_in_memory(checkpoint: Checkpoint, chosen: ChosenDtype) -> int:
     """Of a checkpoint's weights in a type, and of its table of position biases; its heads are float32.
 
     Raises OSError or ValueError as `parameters`.
     """
     heads = parameters(checkpoint.head_files) * torch.float32.itemsize
     table = BiasTable.of(checkpoint.network.position_bias, checkpoint.config)
-    bias = table.size(dtype.itemsize) if table is not None else 0
-    return parameters(checkpoint.weight_files) * dtype.itemsize + heads + bias
+    bias = table.size(chosen.dtype.itemsize) if table is not None else 0
+    size = parameters(checkpoint.weight_files) * chosen.dtype.itemsize + heads + bias
+    if not chosen.float8:
+        return size
+    rounded, scales = linear_parameters(checkpoint.weight_files, checkpoint.network.rename)
+    return size - rounded * (chosen.dtype.itemsize - 1) + scales * torch.float32.itemsize
 
 
 def _all_capped(checkpoints: Sequence[Checkpoint], max_model_len: int | None) -> list[Checkpoint]:
@@ -338,20 +348,30 @@ def load_all(
         name = checkpoint.id
         progress(0)
         chosen = _dtype(checkpoint, settings, device)
-        model = load_model(checkpoint, Target(chosen.dtype, device, progress, common.shared, common.parts))
+        target = Target(chosen.dtype, device, progress, common.shared, common.parts)
+        how = partial(_attention, checkpoint, target, flash=flash)
+        if chosen.float8:
+            size = _bytes_in_memory(checkpoint, replace(chosen, float8=False))
+            model, reason = load_in_float8(checkpoint, tokenizer, target, how, common.room(), size)
+            chosen = replace(chosen, reason=reason)
+        else:
+            model = load_model(checkpoint, target)
         on_device = OnDevice(
             width=model.width,
             vocab_size=model.vocab_size,
-            dtype=dtype_name(chosen.dtype),
+            dtype=chosen.name,
             dtype_reason=chosen.reason,
             device=describe(device),
             weight_bytes=uncounted_bytes(model, counted),
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
-        attention = attention_of(checkpoint, device, chosen.dtype, flash=flash, largest_head=model.largest_head)
         threads = CpuThreads(common.threads)
-        loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads))
+        loaded.append(LoadedModel(card, checkpoint, model, tokenizer, how(model), threads=threads))
     return loaded
+
+
+def _attention(checkpoint: Checkpoint, target: Target, model: Model, *, flash: bool) -> Attention:
+    return attention_of(checkpoint, target.device, target.dtype, flash=flash, largest_head=model.largest_head)
 
 
 def attention_of(
@@ -379,7 +399,12 @@ def _dtype(checkpoint: Checkpoint, models: ModelSettings, device: torch.device) 
             f"{checkpoint.named}: the hidden states of {checkpoint.family.model_type} go beyond the range of float16: "
             f"set DTYPE to auto, bfloat16 or float32."
         )
-    return chosen
+    return _for(checkpoint, chosen)
+
+
+def _for(checkpoint: Checkpoint, chosen: ChosenDtype) -> ChosenDtype:
+    """What becomes of a type for a model that has nothing to be rounded."""
+    return chosen if not chosen.float8 or can_be_rounded(checkpoint) else ChosenDtype(chosen.dtype, NOT_ROUNDED)
 
 
 def uncounted_bytes(model: Model, counted: set[int]) -> int:

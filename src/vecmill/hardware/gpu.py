@@ -14,8 +14,29 @@ from vecmill.hardware.memory import MEGABYTE, DeviceMemory, unified_available
 
 # Compute capability from which tensor cores take bfloat16 and torch has flash kernels: Ampere's. Turing has neither.
 AMPERE = (8, 0)
+ADA = (8, 9)  # from here on they take float8
 # In the names of NVIDIA's chips that have no memory of their own.
 UNIFIED = ("GB10", "Thor", "Orin")
+
+
+FLOAT8 = "fp8"
+"""The value of DTYPE."""
+
+
+def no_float8(device: str, capability: tuple[int, ...] | None) -> str | None:
+    """Why DTYPE=fp8 is not for a device, with the cure; None where it is.
+
+    Args:
+        device: its name.
+        capability: an NVIDIA card's compute capability; None: it is no such card.
+    """
+    if capability is not None and capability >= ADA:
+        return None
+    what = "no such card" if capability is None else f"of {'.'.join(map(str, capability))}"
+    return (
+        f"DTYPE=fp8 needs an NVIDIA card of compute capability 8.9 or newer (Ada, Hopper, Blackwell), and {device} is "
+        f"{what}: set DTYPE to auto, bfloat16 or float32."
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +74,11 @@ class GpuReading:
     memory_free_mb: int | None = None
     processes: tuple[GpuProcess, ...] | None = None
     not_available: Mapping[str, str] | None = None
+
+    @property
+    def capability(self) -> tuple[int, ...] | None:
+        """`compute_capability` as numbers; None where it is not known."""
+        return None if self.compute_capability is None else tuple(map(int, self.compute_capability.split(".")))
 
     @property
     def utilization_ratio(self) -> float | None:

@@ -124,10 +124,11 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "memory_total_mb": host.total_mb,
         "memory_available_mb": host.available_mb,
         "models": [card.id for card in cards],
+        "dtypes": {name: card.dtype for name, card in _names(cards).items()},
         "forward_passes": {
             # A model's budget is the last that is known of it, once its first load is done.
             name: forward_pass(services, key)
-            for name, key in _names(cards).items()
+            for name, key in ((name, card.key) for name, card in _names(cards).items())
             if key in services.inference.budgets
         },
     }
@@ -139,11 +140,11 @@ def loaded_bytes(services: Services) -> int:
     return sum(each.memory_bytes for each in residency.residents.values()) if residency is not None else 0
 
 
-def _names(cards: Sequence[ModelCard]) -> dict[str, str]:
-    """Each model's key by its id, or by the key itself where a reranker has the id of an embedding model."""
-    names: dict[str, str] = {}
+def _names(cards: Sequence[ModelCard]) -> dict[str, ModelCard]:
+    """Each model by its id, or by its key where a reranker has the id of an embedding model."""
+    names: dict[str, ModelCard] = {}
     for card in cards:
-        names[card.key if card.id in names else card.id] = card.key
+        names[card.key if card.id in names else card.id] = card
     return names
 
 

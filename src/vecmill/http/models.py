@@ -57,6 +57,7 @@ def _model(services: Services, resident: Resident, viewer: Viewer) -> dict[str, 
         "revision": card.revision,
         "license": card.license,
         "memory_bytes": resident.memory_bytes if shown is ModelState.LOADED else None,
+        "sleeping_bytes": resident.sleeping_bytes or None,
         "last_used": resident.used_at,
         "loaded_at": resident.loaded_at,
         "pinned": resident.is_pinned,
@@ -84,7 +85,7 @@ def _fetched(pull: Pull, viewer: Viewer) -> dict[str, Any]:
     """A model that is not here yet: nothing but its name and how far it is are known."""
     unknown = (
         *("dimensions", "dtype", "dtype_reason", "device", "default_prompt", "max_tokens", "license", "memory_bytes"),
-        *("last_used", "loaded_at", "budget", "fit"),
+        *("sleeping_bytes", "last_used", "loaded_at", "budget", "fit"),
     )
     return {
         "id": pull.model,
@@ -103,7 +104,7 @@ def _fetched(pull: Pull, viewer: Viewer) -> dict[str, Any]:
 
 @router.get("/dashboard/models", summary="Models in memory and on disk")
 async def list_models(services: ServicesOf, viewer: ViewerOf) -> dict[str, Any]:
-    """Each with its state (`loaded`, `loading`, `unloaded`, `failed`, `pulling`), what it holds and what it can do."""
+    """Each with its state (`loaded`, `loading`, `sleeping`, `unloaded`, `failed`, `pulling`), its memory and type."""
     return {"models": models_snapshot(services, viewer)}
 
 
@@ -163,7 +164,8 @@ async def load_model(body: ModelBody, admin: AdminOf) -> dict[str, Any]:
 
 @router.post("/models/unload", summary="Unload a model", status_code=202, responses=documented(404, 409))
 async def unload_model(body: ModelBody, admin: AdminOf) -> dict[str, Any]:
-    """Have a model's memory given back. The next request that names it has it loaded again. 409 while it is in use."""
+    """Have a model's memory given back, also that in which it sleeps. The next request that names it has it loaded
+    again. 409 while it is in use."""
     return admin.shown(admin.catalogue.unload(body.model, body.task))
 
 

@@ -219,6 +219,7 @@ def _watch_models(services: Services) -> None:
             _task_and_model(key): value(resident) for key, resident in residents.items() if key in inference.budgets
         }
 
+    metrics.model_info.set_function(lambda: {(card.task.value, card.id, card.dtype): 1 for card in inference.cards})
     metrics.model_loaded.set_function(partial(of_residents, lambda resident: resident.state is ModelState.LOADED))
     metrics.model_memory.set_function(partial(of_residents, lambda resident: resident.memory_bytes))
 

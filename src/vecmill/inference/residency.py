@@ -36,8 +36,13 @@ class ModelState(StrEnum):
     LOADING = "loading"
     LOADED = "loaded"
     UNLOADING = "unloading"
+    SLEEPING = "sleeping"
+    """Unloaded, its weights in the machine's memory."""
     FAILED = "failed"
     PULLING = "pulling"
+
+
+AT_REST = (ModelState.UNLOADED, ModelState.SLEEPING)
 
 
 class ModelEvent(StrEnum):
@@ -50,12 +55,23 @@ class ModelEvent(StrEnum):
     """Nobody waits for it any more."""
     UNLOAD = "unload"
     UNLOADED = "unloaded"
+    SLEEP = "sleep"
     PULL = "pull"
     PULLED = "pulled"
 
 
 TRANSITIONS: Mapping[ModelState, Mapping[ModelEvent, ModelState]] = {
-    ModelState.UNLOADED: {ModelEvent.LOAD: ModelState.LOADING, ModelEvent.PULL: ModelState.PULLING},
+    ModelState.UNLOADED: {
+        ModelEvent.LOAD: ModelState.LOADING,
+        ModelEvent.SLEEP: ModelState.SLEEPING,
+        ModelEvent.PULL: ModelState.PULLING,
+    },
+    ModelState.SLEEPING: {
+        ModelEvent.LOAD: ModelState.LOADING,
+        ModelEvent.UNLOAD: ModelState.UNLOADING,
+        ModelEvent.UNLOADED: ModelState.UNLOADED,
+        ModelEvent.PULL: ModelState.PULLING,
+    },
     ModelState.LOADING: {
         ModelEvent.LOADED: ModelState.LOADED,
         ModelEvent.FAIL: ModelState.FAILED,
@@ -105,6 +121,8 @@ class Resident:
     percent: float | None = None
     message: str = ""
     memory_bytes: int = 0
+    sleeping_bytes: int = 0
+    """Of the machine's memory, while it sleeps."""
     keep_alive: float = inf
     """Seconds after its last request, as it was last asked for."""
     idle_since: float = 0.0
@@ -183,16 +201,23 @@ class Residency:
         *,
         has_rows: Callable[[str], bool] = lambda key: False,
         shortage: Callable[[int], Awaitable[str | None]] | None = None,
+        put_to_sleep: Callable[[str], Awaitable[None]] | None = None,
+        asleep: Callable[[], Mapping[str, int]] = dict,
         most_waiting: int = 512,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         """`has_rows`: whether rows of a model wait or run; `shortage`: why so many bytes of weights do not fit now;
         `most_waiting`: requests that may wait for models.
+
+        Args:
+            put_to_sleep: unloads a model for which nobody has asked to be unloaded; None: `unload` does.
+            asleep: the machine's memory that sleeping models take, by key.
         """
         self.residents: dict[str, Resident] = {}
         self._settings = settings
         self._load_model, self._unload_model = load, unload
         self._has_rows, self._shortage, self._most_waiting, self._clock = has_rows, shortage, most_waiting, clock
+        self._put_to_sleep, self._asleep = put_to_sleep or unload, asleep
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -254,7 +279,7 @@ class Residency:
         self._check_can_wait(resident)
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         resident.waiters.append(waiter)
-        if resident.state in (ModelState.UNLOADED, ModelState.FAILED):
+        if resident.state in (*AT_REST, ModelState.FAILED):
             self._begin(resident)
         try:
             async with asyncio.timeout(self._settings.load_timeout):
@@ -313,7 +338,7 @@ class Residency:
         return resident
 
     def unload(self, key: str) -> Resident:
-        """Have a model unloaded; returns at once.
+        """Have a model unloaded, and its sleep ended; returns at once.
 
         Raises:
             ModelNotFound: it is not listed. ModelConflict: it is pinned, in use, or not loaded.
@@ -330,14 +355,16 @@ class Residency:
         if resident.state is ModelState.FAILED:
             resident.move(ModelEvent.UNLOAD)
             resident.failed_at = -inf
-            return resident
+            self._note_who_sleeps()
+            if not resident.sleeping_bytes:
+                return resident
         if resident.state is ModelState.LOADED and self._is_in_use(resident):
             raise ModelConflict(
                 f"{name} is in use ({resident.held} requests): it is not unloaded; try again when they are answered, "
                 f"or set UNLOAD_AFTER.",
                 param="model",
             )
-        self._begin_to_unload(resident)
+        self._begin_to_unload(resident, for_good=True)
         return resident
 
     def _listed(self, key: str) -> Resident:
@@ -352,10 +379,10 @@ class Residency:
         resident.move(ModelEvent.LOAD, "waits for its turn")
         self._start(self._load(resident))
 
-    def _begin_to_unload(self, resident: Resident) -> None:
-        """From here on nobody can hold it."""
+    def _begin_to_unload(self, resident: Resident, *, for_good: bool = False) -> None:
+        """From here on nobody can hold it. `for_good`: it does not sleep."""
         resident.move(ModelEvent.UNLOAD, UNLOADING)
-        self._start(self._unload_in_turn(resident))
+        self._start(self._unload_in_turn(resident, for_good=for_good))
 
     async def _load(self, resident: Resident) -> None:
         loop, key = asyncio.get_running_loop(), resident.key
@@ -382,6 +409,18 @@ class Residency:
             self._fail(resident, f"it could not be loaded ({type(error).__name__}); the log says why.")
         else:
             self._loaded(resident, card, memory_bytes)
+        finally:
+            self._note_who_sleeps()
+
+    def _note_who_sleeps(self) -> None:
+        """Models fall asleep, wake up and are forgotten when others come and go."""
+        asleep = self._asleep()
+        for key, resident in self.residents.items():
+            resident.sleeping_bytes = asleep.get(key, 0)
+            if key in asleep and resident.state is ModelState.UNLOADED:
+                resident.move(ModelEvent.SLEEP)
+            elif key not in asleep and resident.state is ModelState.SLEEPING:
+                resident.move(ModelEvent.UNLOADED)
 
     def _progressed(self, resident: Resident, percent: float, message: str) -> None:
         if resident.state is ModelState.LOADING:
@@ -455,25 +494,26 @@ class Residency:
         """Serve whoever came meanwhile: by the model, if it stayed, else by loading it."""
         if resident.state is ModelState.LOADED:
             resident.serve_waiters()
-        elif resident.state is ModelState.UNLOADED and self._is_wanted(resident) and not self._is_closed:
+        elif resident.state in AT_REST and self._is_wanted(resident) and not self._is_closed:
             self._begin(resident)
 
-    async def _unload_in_turn(self, resident: Resident) -> None:
+    async def _unload_in_turn(self, resident: Resident, *, for_good: bool) -> None:
         try:
             async with self._turn:
-                await self._unload(resident)
+                await self._unload(resident, for_good=for_good)
         finally:
             self._grant_again(resident)
 
-    async def _unload(self, resident: Resident) -> None:
+    async def _unload(self, resident: Resident, *, for_good: bool = False) -> None:
         try:
-            await self._unload_model(resident.key)
+            await (self._unload_model if for_good else self._put_to_sleep)(resident.key)
         except VecmillError as error:
             logger.warning("%s could not be unloaded cleanly: %s", resident.card.id, error.message)
         finally:
             resident.move(ModelEvent.UNLOADED)
             resident.memory_bytes, resident.loaded_at = 0, None
-        logger.info("%s is unloaded", resident.card.id)
+            self._note_who_sleeps()
+        logger.info("%s %s", resident.card.id, "sleeps" if resident.sleeping_bytes else "is unloaded")
 
     async def _unload_idle(self) -> None:
         """Unload what nobody has used for long enough, until cancelled."""

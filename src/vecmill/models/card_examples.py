@@ -16,10 +16,14 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, TypeAdapter, model_validator
 
 from vecmill.core.types import ModelCard, Task
+from vecmill.hardware.gpu import FLOAT8
 from vecmill.models.keys import read_json
 
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 Numbers = tuple[tuple[float, ...], ...]
+
+
+FLOAT8_TIMES = 8  # as far off as bfloat16, of all-MiniLM-L6-v2's vectors
 
 
 class _Part(BaseModel):
@@ -35,7 +39,8 @@ class Tolerance(_Part):
 
     def of(self, card: ModelCard) -> float:
         """For a loaded model."""
-        return {"float32": self.float32, "float16": self.float16}.get(card.dtype, self.bfloat16)
+        of_type = {"float32": self.float32, "float16": self.float16, FLOAT8: FLOAT8_TIMES * self.bfloat16}
+        return of_type.get(card.dtype, self.bfloat16)
 
 
 class ScoreCheck(_Part):

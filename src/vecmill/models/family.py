@@ -232,8 +232,8 @@ class HubModel:
     """What its network keeps beside the weights."""
 
     def memory_bytes(self, element_size: int) -> int:
-        """Of its weights in a type, and of what is computed from them at the start."""
-        return self.parameters * element_size + (self.bias.size(element_size) if self.bias is not None else 0)
+        """Of its weights in a type, and of what is computed from them at the start, which is never float8."""
+        return self.parameters * element_size + (self.bias.size(max(2, element_size)) if self.bias is not None else 0)
 
     @property
     def download_bytes(self) -> int:

@@ -6,7 +6,7 @@ The families' specs name the classes of transformers; here they become models th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -93,9 +93,39 @@ class Model(ABC):
         modules = (module for layer in self.layers for module in layer.modules())
         return max((int(getattr(module, "head_dim", None) or 0) for module in modules), default=0)
 
-    @abstractmethod
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order."""
+        return self.finish(self.pooled(packed))
+
+    @abstractmethod
+    def pooled(self, packed: PackedBatch) -> Tensor:
+        """(N, hidden size) float32, in packed order: what the last heads are given of each row."""
+
+    @abstractmethod
+    def finish(self, pooled: Tensor) -> Tensor:
+        """What `forward` gives for what was pooled."""
+
+
+def tensors_of(model: Model) -> dict[int, Tensor]:
+    """All that a model holds, by `id`: parameters, buffers, and what is kept beside them."""
+    owners = [vars(model), *(place for module in model.modules for part in module.modules() for place in _places(part))]
+    return {id(value): value for owner in owners for value in owner.values() if isinstance(value, Tensor)}
+
+
+def move_tensors(model: Model, device: torch.device, but: Collection[int] = ()) -> None:
+    """Put all that a model holds on a device, but tensors of these `id`s.
+
+    In place: who shares a module with it has the moved one, too. All is copied before the first tensor is exchanged, so
+    that a device without room leaves the model as it was.
+    """
+    moving = [tensor for key, tensor in tensors_of(model).items() if key not in but and tensor.device != device]
+    copies = [tensor.data.to(device) for tensor in moving]
+    for tensor, copy in zip(moving, copies, strict=True):
+        tensor.data = copy
+
+
+def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, vars(module)
 
 
 class TransformerModel(Model):
@@ -119,9 +149,14 @@ class StaticModel(Model):
         self.vocab_size, self.layers = self._table.vocab_size, self._table.layers
         self.modules = (self._table, self._heads)
 
-    def forward(self, packed: PackedBatch) -> Tensor:
-        """(N, width) float32, not normalised, in packed order."""
-        vectors: Tensor = self._heads(self._table(packed))
+    def pooled(self, packed: PackedBatch) -> Tensor:
+        """(N, width of the table) float32, in packed order."""
+        means: Tensor = self._table(packed)
+        return means
+
+    def finish(self, pooled: Tensor) -> Tensor:
+        """(N, width) float32, not normalised."""
+        vectors: Tensor = self._heads(pooled)
         return vectors
 
 
@@ -142,14 +177,18 @@ class EmbeddingModel(TransformerModel):
         others = [self._latent_attention, self._of_tokens, self._of_vectors]
         super().__init__(backbone, *(module for module in others if module is not None))
 
-    def forward(self, packed: PackedBatch) -> Tensor:
-        """(N, width) float32, pooled and not normalised, in packed order."""
+    def pooled(self, packed: PackedBatch) -> Tensor:
+        """(N, hidden size) float32, in packed order."""
         hidden = self._backbone.hidden_states(packed)
         if self._latent_attention is not None:
             hidden = self._latent_attention(hidden)
         if len(self._of_tokens):
             hidden = self._of_tokens(hidden.float())
-        vectors: Tensor = self._of_vectors(pool(hidden, packed, self._pooling))
+        return pool(hidden, packed, self._pooling)
+
+    def finish(self, pooled: Tensor) -> Tensor:
+        """(N, width) float32, not normalised."""
+        vectors: Tensor = self._of_vectors(pooled)
         return vectors
 
 
@@ -168,9 +207,12 @@ class CrossEncoder(TransformerModel):
         encoder = model.base_model
         super().__init__(Backbone(checkpoint, config, encoder), self._head)
 
-    def forward(self, packed: PackedBatch) -> Tensor:
-        """(N, 1) float32 logits, in packed order."""
-        pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
+    def pooled(self, packed: PackedBatch) -> Tensor:
+        """(N, hidden size) float32, in packed order."""
+        return pool(self._backbone.hidden_states(packed), packed, self._pooling)
+
+    def finish(self, pooled: Tensor) -> Tensor:
+        """(N, 1) float32 logits."""
         logits: Tensor = self._head(pooled[:, None])  # some heads take the first token of (N, 1, width) by themselves
         return logits.view(-1, 1)
 
@@ -202,9 +244,12 @@ class DecoderReranker(TransformerModel):
         self._row, self._bias = row.to(target.device), bias.to(target.device)
         self._pooling: Pooling = checkpoint.network.pooling or "lasttoken"
 
-    def forward(self, packed: PackedBatch) -> Tensor:
-        """(N, 1) float32 logits, in packed order."""
-        pooled = pool(self._backbone.hidden_states(packed), packed, self._pooling)
+    def pooled(self, packed: PackedBatch) -> Tensor:
+        """(N, hidden size) float32, in packed order."""
+        return pool(self._backbone.hidden_states(packed), packed, self._pooling)
+
+    def finish(self, pooled: Tensor) -> Tensor:
+        """(N, 1) float32 logits."""
         # Row by row, so that a score does not depend on how many others there are.
         return torch.sum(pooled * self._row, dim=1, keepdim=True) + self._bias
 

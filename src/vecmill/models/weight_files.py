@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -257,6 +258,28 @@ def parameters(files: Iterable[Path]) -> int:
         ValueError: one is damaged.
     """
     return sum(math.prod(tensor["shape"]) for file in files for tensor in read_header(file).values())
+
+
+NUMBERED = re.compile(r"\.\d+\..*\.weight$", re.ASCII)  # a weight of one of the repeated blocks
+ALIGNED = 16  # both sizes of a weight are multiples of it, or the kernels for float8 do not take it
+
+
+def linear_parameters(files: Iterable[Path], used: Callable[[str], object] = bool) -> tuple[int, int]:
+    """The elements of the weights that may be rounded to float8, as far as names and shapes tell, and their rows.
+
+    Args:
+        used: whether the network has a weight, by its name in the files.
+
+    Raises:
+        OSError, ValueError: as `parameters`.
+    """
+    elements = rows = 0
+    for file in files:
+        for name, tensor in read_header(file).items():
+            shape = tensor["shape"]
+            if len(shape) == 2 and NUMBERED.search(name) and used(name) and not any(each % ALIGNED for each in shape):
+                elements, rows = elements + math.prod(shape), rows + shape[0]
+    return elements, rows
 
 
 def read_header(file: Path) -> Header:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,10 @@ class Target:
     """What was loaded before: a folder named twice is loaded once."""
     read: dict[tuple[Path, type], Mapping[str, str]] = field(default_factory=dict)
     """What was read for each of them, for the fingerprint of who shares it."""
+
+    def on(self, device: torch.device) -> Target:
+        """The same on another device."""
+        return replace(self, device=device)
 
 
 # refuse_type lets no others pass.

@@ -183,6 +183,9 @@ class Metrics:
             "vecmill_max_batch_tokens", "Tokens of a bulk forward pass, at most", ("task", "model")
         )
 
+        self.model_info = self._gauge(
+            "vecmill_model_info", "1 for each model, with the type of its weights", ("task", "model", "dtype")
+        )
         self.model_loaded = self._gauge("vecmill_model_loaded", "1 while the model is in memory", ("task", "model"))
         self.model_memory = self._gauge(
             "vecmill_model_memory_bytes",

@@ -18,7 +18,7 @@ from vecmill.config import Settings, load_settings
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import within
 from vecmill.core.types import Task
-from vecmill.hardware.gpu import AMPERE, GpuReading, gpu_memory, nvidia_gpu_present
+from vecmill.hardware.gpu import AMPERE, FLOAT8, GpuReading, gpu_memory, no_float8, nvidia_gpu_present
 from vecmill.hardware.memory import GIGABYTE, meminfo
 from vecmill.hardware.memory_room import Fit, MemoryRoom, allowance, memory_room
 from vecmill.hardware.nvml import reading
@@ -31,7 +31,9 @@ from vecmill.tools.console import CommandError, UsageError, print_error, printab
 from vecmill.tools.http_client import HttpClient, ServerAddress
 
 NVML_SECONDS, ANSWER_SECONDS = 10.0, 10.0
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, FLOAT8: 1}
+# In fp8 the token embedding stays in bfloat16; of rerankers the width is not in the list.
+LARGEST_VOCABULARY, USUAL_WIDTH = 262_144, 4096
 NUMBERS = frozenset({"parameters", "download", "tokens", "memory"})
 """The columns that are set to the right."""
 UNKNOWN = "?"
@@ -62,11 +64,14 @@ class ThisMachine:
     name: str
     dtypes: tuple[str, ...]
     room: MemoryRoom
+    no_float8: str | None = None
+    """Why it cannot have DTYPE=fp8; None where it can, and where its driver does not tell."""
 
     def memory(self, model: HubModel) -> tuple[int, int]:
         """Bytes that a model takes in the smallest and in the largest of the types, allowance included."""
         sizes = [model.memory_bytes(BYTES[dtype]) + allowance(on_gpu=self.room.of_gpu) for dtype in self.dtypes]
-        return min(sizes), max(sizes)
+        embedding = min(model.parameters, LARGEST_VOCABULARY * (model.width or USUAL_WIDTH))
+        return min(sizes), max(sizes) + (embedding if FLOAT8 in self.dtypes else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +128,9 @@ def models(
         print_error(error)
         raise typer.Exit(error.exit_code) from None
     machine = this_machine(settings)
+    if settings.model.dtype == FLOAT8 and machine.no_float8 is not None:
+        print_error(machine.no_float8)
+        raise typer.Exit(UsageError.exit_code)
     tasks = tuple(Task) if task is None else (task,)
     listed = [each for each in _listed(machine, served) if each.model.task in tasks]
     if as_json:
@@ -143,7 +151,9 @@ def this_machine(settings: Settings) -> ThisMachine:
     elif engine.device == "mps" or (engine.device == "auto" and _is_apple()):
         device = "mps"
     name = {"cuda": (gpu and gpu.name) or "a GPU", "mps": "Apple's GPU", "cpu": "a CPU"}[device]
-    return ThisMachine(device, name, _dtypes(settings.model.dtype, device, gpu), room)
+    unknown = device == "cuda" and (gpu is None or gpu.capability is None)
+    refusal = None if unknown else no_float8(name, gpu.capability if gpu is not None and device == "cuda" else None)
+    return ThisMachine(device, name, _dtypes(settings.model.dtype, device, gpu), room, refusal)
 
 
 def _gpu() -> GpuReading | None:
@@ -166,8 +176,8 @@ def _dtypes(wanted: str, device: str, gpu: GpuReading | None) -> tuple[str, ...]
         return ("bfloat16", "float32")
     if device == "mps":
         return ("float32",)
-    capability = (gpu.compute_capability if gpu is not None else None) or "8.0"  # unknown: most have it
-    return ("bfloat16",) if tuple(map(int, capability.split("."))) >= AMPERE else ("float32",)
+    capability = (gpu.capability if gpu is not None else None) or AMPERE  # unknown: most have it
+    return ("bfloat16",) if capability >= AMPERE else ("float32",)
 
 
 def _served(url: str, api_key: str | None) -> frozenset[str]:

@@ -74,6 +74,17 @@ def test_device_cpu_is_a_choice() -> None:
     assert "DEVICE=cpu leaves the GPU unused" in results["torch"]["seen"]
 
 
+def test_fp8_on_a_card_without_it(tmp_path: Path) -> None:
+    ampere = tmp_path / "ampere.txt"
+    ampere.write_text(re.sub(r"(?m)^compute_capability .*$", "compute_capability 8.6", H100.read_text()))
+    result = check("gpu", FAKE_NVML=str(ampere), DTYPE="fp8")
+    assert result["status"] == "fail"
+    assert result["seen"].endswith("is of 8.6")
+    assert result["cure"] == "Set DTYPE to auto, bfloat16 or float32."
+    assert check("gpu", FAKE_NVML=str(GB10), DTYPE="fp8")["status"] == "ok"
+    assert check("gpu", DTYPE="fp8", DEVICE="auto")["status"] == "fail"
+
+
 def test_people_see_every_field() -> None:
     printed = doctor("--only", "gpu", FAKE_NVML=str(GB10)).stdout
     assert "\n                  sm_clock_mhz: 2190\n" in printed

@@ -15,6 +15,7 @@ const FACTS = [
   ["Precision", (model) => join([model.dtype, model.dtype_reason])],
   ["Longest text", (model) => known(model.max_tokens) && plural(model.max_tokens, "token")],
   ["Memory held", (model) => (known(model.memory_bytes) ? bytes(model.memory_bytes) : null)],
+  ["Sleeps in", (model) => known(model.sleeping_bytes) && `${bytes(model.sleeping_bytes)} of the machine's memory`],
   ["Last used", (model) => (known(model.last_used) ? time(model.last_used) : model.state === "loaded" && "not yet")],
   ["Loaded", (model) => known(model.loaded_at) && time(model.loaded_at)],
   ["Budget", (model) => model.budget && `${count(model.budget.tokens)} tokens and ${count(model.budget.rows)} rows a pass`],
@@ -90,8 +91,8 @@ function fillCard(card, model) {
       .map(([name, value]) => h("div", h("dt", name), h("dd", value))),
   );
   const [load, unload] = card.querySelectorAll("button");
-  load.hidden = !mayChange || !["unloaded", "failed"].includes(model.state);
-  unload.hidden = !mayChange || model.state !== "loaded";
+  load.hidden = !mayChange || !["unloaded", "sleeping", "failed"].includes(model.state);
+  unload.hidden = !mayChange || !["loaded", "sleeping"].includes(model.state);
   const isNotHere = model.task === null; // its pull has failed: there is nothing to load
   setText(load, isNotHere ? "Pull again" : "Load");
   load.onclick = () => (isNotHere ? pull(model.id, model.revision) : change("load", named(model), `${model.id} is being loaded.`));

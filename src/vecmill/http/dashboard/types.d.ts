@@ -193,6 +193,7 @@ export interface Model {
   revision?: Maybe<string>;
   license?: Maybe<string>;
   memory_bytes?: Maybe<number>;
+  sleeping_bytes?: Maybe<number>;
   last_used?: Maybe<number>;
   loaded_at?: Maybe<number>;
   pinned?: Maybe<boolean>;

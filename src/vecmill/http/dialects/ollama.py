@@ -173,7 +173,8 @@ async def _keep_loaded(model: str | None, keep_alive: float | None, request: Req
 
 @router.get("/api/ps", summary="List loaded models")
 async def loaded(services: ServicesOf) -> dict[str, Any]:
-    """The models that are in memory, what they take of it, and until when they stay if nobody uses them."""
+    """The models that are in memory, what they take of it, and until when they stay if nobody uses them; and those that
+    sleep in the machine's memory."""
     residency = services.inference.residency
     residents = residency.residents.values() if residency is not None else ()
     in_gpu = services.gpu_in_use()
@@ -181,13 +182,14 @@ async def loaded(services: ServicesOf) -> dict[str, Any]:
         "models": [
             {
                 **_tag(resident.card, resident.card.id),
-                "size": resident.memory_bytes,
+                "size": resident.memory_bytes or resident.sleeping_bytes,
                 "size_vram": resident.memory_bytes if in_gpu else 0,
                 "expires_at": _expiry(resident),
                 "context_length": resident.card.max_model_len,
+                "state": resident.state.value,
             }
             for resident in residents
-            if resident.state is ModelState.LOADED
+            if resident.state in (ModelState.LOADED, ModelState.SLEEPING)
         ]
     }
 
@@ -195,6 +197,8 @@ async def loaded(services: ServicesOf) -> dict[str, Any]:
 def _expiry(resident: Resident) -> str:
     """As Ollama, which writes the end of its durations, 292 years from now, for what never expires."""
     now = monotonic()
+    if resident.state is ModelState.SLEEPING:  # as long as there is room
+        return (datetime.now(UTC) + timedelta(seconds=NEVER_SECONDS)).isoformat()
     return (datetime.now(UTC) + timedelta(seconds=min(resident.expires(now) - now, NEVER_SECONDS))).isoformat()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.machinery import PathFinder
@@ -86,3 +86,9 @@ def install(*arguments: str) -> str:
     else:
         words = [sys.executable, "-m", "pip", "install"]
     return shlex.join([*words, *arguments])
+
+
+def split(judge: Callable[..., Finding], sentence: str) -> Finding:
+    """A finding from an error's sentence of the form `what is wrong: what helps`."""
+    seen, colon, cure = sentence.rpartition(": ")
+    return judge(seen, cure[:1].upper() + cure[1:]) if colon else judge(sentence)

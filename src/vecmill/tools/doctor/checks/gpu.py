@@ -16,10 +16,10 @@ from dataclasses import fields
 
 from vecmill.core.threads import within
 from vecmill.engine.probes.results import Load, MatmulSpeed
-from vecmill.hardware.gpu import LOADED_PERCENT, GpuReading, clock_verdict, gpu_index
+from vecmill.hardware.gpu import FLOAT8, LOADED_PERCENT, GpuReading, clock_verdict, gpu_index, no_float8
 from vecmill.hardware.nvml import reading
 from vecmill.tools.doctor.context import DoctorContext, NoTorch
-from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, ok, warn
+from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, ok, split, warn
 
 OLDEST_DRIVER = {12: 525, 13: 580}  # by CUDA's major version
 NOT_THE_GPU = "or set DEVICE=cpu to serve from the CPU"
@@ -83,6 +83,8 @@ EXPECTED = (
 
 def check_gpu(context: DoctorContext) -> Finding:
     """Read every field once."""
+    if context.settings.model.dtype == FLOAT8 and (refusal := _no_float8(context)) is not None:
+        return split(fail, refusal)
     if context.gpu is not None:
         return judge_gpu(context.gpu)
     if context.has_gpu or context.cards:
@@ -92,6 +94,13 @@ def check_gpu(context: DoctorContext) -> Finding:
             "driver's libraries.",
         )
     return ok("no NVIDIA GPU here")
+
+
+def _no_float8(context: DoctorContext) -> str | None:
+    if not context.wants_gpu:
+        return no_float8("a CPU", None)
+    known = context.gpu is not None and context.gpu.capability is not None
+    return no_float8(context.gpu.name or "this card", context.gpu.capability) if known and context.gpu else None
 
 
 def judge_gpu(gpu: GpuReading) -> Finding:

@@ -50,19 +50,19 @@ def _room(context: DoctorContext) -> MemoryRoom:
 
 def need_of(context: DoctorContext) -> MemoryNeed:
     """What the configured models take. The hub is asked for what is not cached, and not waited for."""
-    width = bytes_per_parameter(context.settings.model.dtype)
+    dtype = context.settings.model.dtype
     weights: dict[str, int] = {}
     unknown: list[str] = []
     for model in configured(context):
-        count = model.weight_parameters
+        size = model.weight_bytes(dtype)
         if model.to_fetch:
             plan = context.plan(model.name, HUB_SECONDS)
             # Two bytes of each parameter, as the plan counts them.
-            count = None if isinstance(plan, StartupError) else plan.memory // 2
-        if count is None:
+            size = None if isinstance(plan, StartupError) else plan.memory // 2 * bytes_per_parameter(dtype)
+        if size is None:
             unknown.append(model.name)
         else:
-            weights[str(model.checkpoint.folder.resolve()) if model.checkpoint else model.name] = count * width
+            weights[str(model.checkpoint.folder.resolve()) if model.checkpoint else model.name] = size
     return MemoryNeed(weights, tuple(unknown), allowance(on_gpu=context.wants_gpu))
 
 

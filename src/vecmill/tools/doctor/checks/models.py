@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,16 +13,17 @@ from rich.filesize import decimal
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
+from vecmill.hardware.gpu import FLOAT8
 from vecmill.models import hub
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import BUNDLED_ID, GPU_DEFAULTS, bundled_instead, find, hub_id, is_hub_id
-from vecmill.models.weight_files import parameters
+from vecmill.models.weight_files import linear_parameters, parameters
 from vecmill.tools.doctor.context import DoctorContext
-from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, install, ok, together, warn
+from vecmill.tools.doctor.findings import Finding, FindingStatus, fail, install, ok, split, together, warn
 
 AUTO, NONE = "auto", "none"
-BYTES = {"float32": 4}  # of a parameter; all other types have 2
+BYTES = {"float32": 4}  # of a parameter; all other types have 2, and fp8 1 for those of linear layers
 OTHER_BYTES = 2
 
 
@@ -47,15 +48,17 @@ class Configured:
     def to_fetch(self) -> bool:
         return self.checkpoint is None and self.problem is None
 
-    @property
-    def weight_parameters(self) -> int | None:
-        """Parameters in the weight files; None where those are not here or cannot be read."""
+    def weight_bytes(self, dtype: str) -> int | None:
+        """Of the weights in memory, loaded as a type; None where the files are not here or cannot be read."""
         if self.checkpoint is None:
             return None
         try:
-            return parameters(self.checkpoint.weight_files)
+            files = self.checkpoint.weight_files
+            size = parameters(files) * bytes_per_parameter(dtype)
+            rounded, _ = linear_parameters(files, self.checkpoint.network.rename) if dtype == FLOAT8 else (0, 0)
         except (OSError, ValueError, LookupError, TypeError):
             return None
+        return size - rounded
 
 
 def configured(context: DoctorContext) -> list[Configured]:
@@ -169,12 +172,6 @@ def _token(context: DoctorContext) -> str:
     if context.settings.model.hf_token is not None:
         return "HF_TOKEN"
     return "hf auth login" if get_token() else "none"
-
-
-def split(judge: Callable[..., Finding], sentence: str) -> Finding:
-    """A finding from an error's sentence of the form `what is wrong: what helps`."""
-    seen, colon, cure = sentence.rpartition(": ")
-    return judge(seen, cure[:1].upper() + cure[1:]) if colon else judge(sentence)
 
 
 LEAST = 100_000_000  # bytes: below, little can be kept
