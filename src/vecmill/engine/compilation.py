@@ -6,18 +6,18 @@ Layers are compiled and not whole models: they are all alike, so that a model of
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from statistics import geometric_mean, median
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import mark_dynamic
-from torch._dynamo.utils import counters
 
 from vecmill.models.networks import Model
 from vecmill.models.packed_attention import LayerCall, compiled_call
@@ -34,6 +34,7 @@ MEASURE_ROUNDS = 40
 # Below this it is noise, and eager is simpler.
 LEAST_SPEEDUP = 1.03
 LONGEST_PHRASE = 160  # characters
+DYNAMO = "torch._dynamo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +102,8 @@ def make_eager(layers: Sequence[nn.Module]) -> None:
 
 def compilations() -> int:
     """Graphs compiled in this process so far: no more once the server says that it is ready."""
-    return int(counters["stats"]["unique_graphs"])
+    dynamo = sys.modules.get(DYNAMO)  # not imported for this: it takes longer than torch itself
+    return int(dynamo.utils.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 class _Compiled:
@@ -130,7 +132,7 @@ def _mark_tokens(values: Iterable[object]) -> None:
     """
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 1:
-            mark_dynamic(value, 1)
+            import_module(DYNAMO).mark_dynamic(value, 1)
         elif isinstance(value, tuple):
             _mark_tokens(value)
 

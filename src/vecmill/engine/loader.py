@@ -64,9 +64,9 @@ class Known:
 class Common:
     """What models have in common, or have again when they are loaded again."""
 
-    shared: dict[tuple[Path, type], nn.Module] = field(default_factory=dict)
+    shared: dict[tuple[Path, str], nn.Module] = field(default_factory=dict)
     """Networks by folder: one that is named twice is loaded once."""
-    parts: dict[tuple[Path, type], Mapping[str, str]] = field(default_factory=dict)
+    parts: dict[tuple[Path, str], Mapping[str, str]] = field(default_factory=dict)
     """What was read for each of them."""
     choices: Choices = field(default_factory=dict)
     threads: int = field(default_factory=torch.get_num_threads)
