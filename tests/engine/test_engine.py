@@ -381,6 +381,7 @@ from vecmill.engine.loader import load
 from vecmill.engine.measurements import Before, Measurements
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import choose_device
+import vecmill.models.transformers_tokenizers  # within the limit it would take room itself
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 settings = load_settings({{"embed_model": {str(folder)!r}, "device": "cpu", "dtype": "float32",
     "torch_compile": "false", "max_batch_tokens": 200_000, "max_batch_ms": 1e9}})
