@@ -381,14 +381,14 @@ from vecmill.engine.loader import load
 from vecmill.engine.measurements import Before, Measurements
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import choose_device
-import vecmill.models.transformers_tokenizers  # within the limit it would take room itself
 logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
 settings = load_settings({{"embed_model": {str(folder)!r}, "device": "cpu", "dtype": "float32",
     "torch_compile": "false", "max_batch_tokens": 200_000, "max_batch_ms": 1e9}})
 # OpenBLAS ends the process where it gets no buffers: it has them before the limit.
 numpy.linalg.lstsq(numpy.eye(512), numpy.ones(512), rcond=None)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, -1))
+# Of these, threads that read and compute take 64 MB of addresses each.
+resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000, -1))
 loaded = load(settings.model, settings.engine, lambda percent, message: None)
 print(*(tokens for tokens, _ in loaded.warmed[{KEY!r}].calibration.measured))
 """
