@@ -7,6 +7,7 @@ broken.
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 from functools import partial
@@ -159,6 +160,7 @@ def serve(*, env_file: str | None = None, **flags: object) -> None:
 
     SIGTERM: requests in progress are answered, new ones refused. SIGHUP: keys and aliases are read again.
     """
+    gc.disable()  # until the first model is loaded: next to nothing of what is imported is garbage
     reread = partial(load_settings, flags, env_file)
     try:
         settings = reread()

@@ -135,6 +135,11 @@ class ModelSettings(SettingsGroup):
         description="Gigabytes of weights in memory, at most. What does not fit at the start is loaded when a request "
         "names it, and the least recently used model goes first. Default: all models are loaded.",
     )
+    ready_when: Literal["all", "first"] = Field(
+        "all",
+        description="When a start with several models is over, for /ready, /health and systemd: once `all` are loaded, "
+        "or the `first` one. Either way each answers requests as soon as it is loaded.",
+    )
     load_timeout: float = Field(
         120,
         gt=0,

@@ -188,7 +188,10 @@ class LiveModels:
             Interrupted: nothing has changed.
         """
         loaded, model = self._loaded, self._loaded.models.get(key)
-        if model is None or loaded.device.type != "cpu":
+        if model is None:
+            return
+        if loaded.device.type != "cpu":
+            loaded.warmed[key] = replace(loaded.warmed[key], is_provisional=False)
             return
         warmed = measure_again(model, self._engine, loaded.runs_on, loaded.common.choices, check)
         warmed = replace(warmed, next_dtype=self._next_dtype(model, check))
