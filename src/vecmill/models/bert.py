@@ -68,9 +68,11 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        # Not from random values: to draw them for the device `meta`, torch imports its compiler.
+        self.word_embeddings, self.position_embeddings, self.token_type_embeddings = (
+            nn.Embedding.from_pretrained(torch.empty(rows, config.hidden_size))
+            for rows in (config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
+        )
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor) -> Tensor:
