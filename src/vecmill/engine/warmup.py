@@ -149,7 +149,7 @@ def _look_quickly(
             compile_reason=choice.reason,
             seconds=tuple(stopwatch.seconds),
         )
-    calibration = fit(measured)
+    calibration = fit(measured[::-1])  # the largest first, as everywhere
     if calibration.seconds(largest) <= SHORT_PASS_SECONDS:
         largest = stopwatch.lengthened(largest)
     return Warmed(

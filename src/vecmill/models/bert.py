@@ -70,7 +70,7 @@ class BertEmbeddings(nn.Module):
         super().__init__()
         # Not from random values: to draw them for the device `meta`, torch imports its compiler.
         self.word_embeddings, self.position_embeddings, self.token_type_embeddings = (
-            nn.Embedding.from_pretrained(torch.empty(rows, config.hidden_size))
+            nn.Embedding.from_pretrained(torch.empty(rows, config.hidden_size))  # type: ignore[no-untyped-call]
             for rows in (config.vocab_size, config.max_position_embeddings, config.type_vocab_size)
         )
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
