@@ -439,7 +439,7 @@ settings = load_settings({{"embed_model": {str(folder)!r}, "device": "cpu", "dty
 numpy.linalg.lstsq(numpy.eye(512), numpy.ones(512), rcond=None)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 # Of these, threads that read and compute take 64 MB of addresses each.
-resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000, -1))
+resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, -1))
 loaded = load(settings.model, settings.engine, lambda percent, message: None)
 print(*(tokens for tokens, _ in loaded.warmed[{KEY!r}].calibration.measured))
 """

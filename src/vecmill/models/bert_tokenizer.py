@@ -70,12 +70,12 @@ def _is_plain(config: Mapping[str, Any], special: Mapping[str, Any], content: Ma
 
 
 def _is_plain_config(config: Mapping[str, Any], special: Mapping[str, Any], vocabulary: Mapping[str, int]) -> bool:
-    named = {**SPECIAL, **{key: value for key, value in config.items() if key in SPECIAL}, **special}
+    named = [*((key, value) for key, value in config.items() if key in SPECIAL), *special.items()]
     decoder = config.get("added_tokens_decoder")
     return (
         config.keys() <= READ | IGNORED
         and config.get("tokenizer_class") in CLASSES
-        and named == SPECIAL
+        and all(SPECIAL.get(key) == value for key, value in named)
         and all(type(config.get(key, True)) is bool for key in ("do_lower_case", "tokenize_chinese_chars"))
         and config.get("strip_accents") in (None, False, True)
         and (decoder is None or decoder == {str(vocabulary[token]): _added(token) for token in SPECIAL.values()})
