@@ -40,7 +40,8 @@ CPU_SHORT_PASS_TOKENS = 8_192
 SHORT_TEXT = 16
 SMALLEST_SHAPE = 16  # tokens: a search query
 TYPICAL_TEXT = 128  # tokens: a chunk of code
-QUICK_LOOK = (SMALLEST_SHAPE, TYPICAL_TEXT)  # tokens of the passes of a first look
+# Tokens of the passes of a first look; the last where it takes no longer than a pass may.
+QUICK_LOOK = (SMALLEST_SHAPE, TYPICAL_TEXT, 4 * TYPICAL_TEXT)
 # Rounds over all shapes, until one of these is reached. Of each shape the fastest run counts: others were disturbed,
 # and what disturbs rarely lasts for all rounds. What requests' own passes take tells the rest (`RunningFit`).
 ROUNDS, ENOUGH_SECONDS = 6, 0.5
@@ -128,15 +129,15 @@ def _look_quickly(
 ) -> Warmed:
     """What a few short passes tell, or what an earlier start has measured."""
     largest = largest_batch(engine, device.device)
-    measured: list[tuple[int, float]] = []
+    longest, measured = engine.max_batch_ms / 1000, list[tuple[int, float]]()
     for tokens in sorted({min(tokens, largest) for tokens in QUICK_LOOK}):
+        if len(measured) > 1 and measured[-1][1] * tokens / measured[-1][0] > longest:
+            break
         first = unless_out_of_memory(partial(stopwatch.run, tokens))  # it is slower than those after it
         if first is None:
             break
-        others = [stopwatch.run(tokens) for _ in range(2 if before is None else 0)]
+        others = [stopwatch.run(tokens) for _ in range(2 if before is None and first <= longest else 0)]
         measured.append((tokens, min([first, *others])))
-        if first > engine.max_batch_ms / 1000:
-            break
     if not measured:
         raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
     choice = model.choice = _choose(model, engine, choices, stopwatch, largest, None, device.device)

@@ -129,7 +129,7 @@ class Resident:
     is_asked_for: bool = False
     """By an admin, or by the start: it is loaded though no request waits."""
     is_of_start: bool = False
-    """The start is over once it is loaded: no other model is unloaded for it."""
+    """The start waits for it; no other model is unloaded for it."""
     failure: VecmillError | None = None
     """Why it could not be loaded, as the log has it."""
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
@@ -456,15 +456,14 @@ class Residency:
         """Unload others until there is room for a model; False: nobody waits for it any more.
 
         Raises:
-            ModelNotLoaded: there is none, and nothing left to unload. StartupObstacle: there is none, for a model of
-                the start.
+            ModelNotLoaded: there is none, and nothing left to unload.
         """
+        if resident.is_of_start:  # its room was counted before anything was loaded
+            return True
         resident.message = "waits for room"
         while self._is_wanted(resident):
             if (reason := await self._no_room(resident.weight_bytes)) is None:
                 return True
-            if resident.is_of_start:
-                raise StartupObstacle(f"{resident.card.id} does not fit beside the models before it: {reason}.")
             victim = least_recently_used(self.residents.values())
             if victim is None:
                 raise ModelNotLoaded(
