@@ -79,6 +79,10 @@ def test_a_file_that_says_something_else_is_left_to_transformers(tmp_path: Path,
     for value in values:
         checkpoint.tokenizer_file.write_text(json.dumps({**whole, key: value}))
         assert plain_bert(checkpoint) is None, value
+    for side in ("truncation", "padding"):
+        left = {**whole, side: {**whole[side], "direction": "Left"}}
+        checkpoint.tokenizer_file.write_text(json.dumps(left))
+        assert plain_bert(checkpoint) is None
     for text in ("", "[]", "{", "5"):
         checkpoint.tokenizer_file.write_text(text)
         assert plain_bert(checkpoint) is None

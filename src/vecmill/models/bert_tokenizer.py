@@ -100,12 +100,18 @@ def _is_plain_file(config: Mapping[str, Any], content: Mapping[str, Any], vocabu
         "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
     }
     model = {key: value for key, value in content["model"].items() if key != "vocab"}
-    return {key: content.get(key) for key in made} == made and model == {
-        "type": "WordPiece",
-        "unk_token": "[UNK]",
-        "continuing_subword_prefix": "##",
-        "max_input_chars_per_word": 100,
-    }
+    sides = [(content.get(key) or {}).get("direction", "Right") for key in ("truncation", "padding")]
+    return (
+        {key: content.get(key) for key in made} == made
+        and sides == ["Right", "Right"]
+        and model
+        == {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+        }
+    )
 
 
 def _added(token: str) -> dict[str, Any]:
