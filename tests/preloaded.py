@@ -38,7 +38,12 @@ SHARED = "VECMILL_TESTS_PRELOADED"  # the folder of the socket of the process th
 LARGEST = 1_000_000  # bytes of a command and its environment
 # How often warm-up times each shape in servers and applications of the tests, and each number of threads: once. More
 # rounds make its figures steadier, on which no test depends, and were two thirds of what a start costs.
-SHORT_WARM_UP = {"vecmill.engine.warmup.ROUNDS": 1, "vecmill.engine.forward.SINGLE_THREAD_RUNS": 1}
+# What is measured when a server is idle would come in the midst of a test: it is left out.
+SHORT_WARM_UP = {
+    "vecmill.engine.warmup.ROUNDS": 1,
+    "vecmill.engine.forward.SINGLE_THREAD_RUNS": 1,
+    "vecmill.inference.measuring.QUIET_SECONDS": 86_400.0,
+}
 
 
 def forks(command: Sequence[str], env: Mapping[str, str]) -> bool:

@@ -22,12 +22,12 @@ def _slow(how: str) -> None:
     load, close = engine.load, Engine.close  # type: ignore[attr-defined]
     stopped = threading.Event()
 
-    def load_until_stopped(models: Any, settings: Any, report: Any, measurements: Any) -> Any:
+    def load_until_stopped(models: Any, settings: Any, report: Any, measurements: Any, **options: Any) -> Any:
         report(10, LOADING)
         stopped.wait()
         if how == "raises":
             raise RuntimeError("the card has fallen off the bus")
-        return load(models, settings, report)
+        return load(models, settings, report, **options)
 
     def close_and_see(self: Engine) -> None:
         close(self)

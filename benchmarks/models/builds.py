@@ -26,20 +26,21 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from vecmill.core.types import Task
+from vecmill.models import bert
 from vecmill.models.checkpoint import Checkpoint, Source
 from vecmill.models.families import FAMILIES
 from vecmill.models.family import Family, Pooling
 from vecmill.models.latent_attention import LatentAttention
 from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.networks import Model, load_model
-from vecmill.models.packed_attention import ATTENTION
 from vecmill.models.tokenizer_files import TokenizerSettings
+from vecmill.models.transformers_networks import ATTENTION
 from vecmill.models.weights import Target, WeightFiles
 
 SEED = 26
 BLOCK = 2**22 - 3  # a prime, so that no two rows of a matrix get the same values
 RERANKER = "qwen3-reranker"
-OF_OTHER_FORM = frozenset({"mpnet"})
+OF_OTHER_FORM = frozenset({"bert", "mpnet"})
 """The kinds for `build_beside_plain`."""
 POOLINGS: Mapping[str, Pooling] = {"bert": "mean", "mpnet": "mean", "qwen3": "lasttoken", "nvembed": "mean"}
 ANSWERS = {"true_token_id": 0, "false_token_id": 1}
@@ -79,7 +80,7 @@ def build(kind: str, shape: Shape, target: Target, folder: Path) -> Model:
     """
     checkpoint = _checkpoint(kind, shape, folder)
     backbone = _backbone(kind, shape, target)
-    target.shared[checkpoint.folder.resolve(), type(backbone)] = backbone
+    target.shared[checkpoint.folder.resolve(), checkpoint.network.model_class] = backbone
     if kind == RERANKER:
         head = RandomValues(torch.device("cpu"), target.dtype).tensor((2, shape["hidden_size"]))
         save_file({"lm_head.weight": head}, folder / "model.safetensors")
@@ -93,10 +94,16 @@ def build_beside_plain(kind: str, shape: Shape, target: Target, folder: Path) ->
 
     For families whose layers vecmill has in another form, so that no module can be on both sides.
     """
-    plain: nn.Module = {"mpnet": _mpnet}[kind](shape)
+    plain: nn.Module = {"bert": _bert, "mpnet": _mpnet}[kind](shape)
     _filled(plain, target)
     save_file({name: value.contiguous() for name, value in plain.named_parameters()}, folder / "model.safetensors")
     return load_model(_checkpoint(kind, shape, folder), target), plain
+
+
+def _bert(shape: Shape) -> nn.Module:
+    with no_init_weights():
+        model: nn.Module = BertModel(BertConfig(**shape), add_pooling_layer=False)
+    return model
 
 
 def _mpnet(shape: Shape) -> nn.Module:
@@ -160,8 +167,8 @@ def _unfilled(kind: str, shape: Shape) -> nn.Module:
     model: Any
     with no_init_weights():
         if kind == "bert":
-            model = BertModel(BertConfig(**shape), add_pooling_layer=False)
-        elif kind == "nvembed":
+            return bert.BertModel(bert.BertConfig.of(shape), add_pooling_layer=False)
+        if kind == "nvembed":
             config = MistralConfig(**shape["text_config"], sliding_window=None, use_cache=False)
             config.is_causal = False
             model = MistralModel(config)

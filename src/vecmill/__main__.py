@@ -1,11 +1,13 @@
 """The command line: `vecmill serve`, `models`, `pull`, `verify`, `bench`, `embed`, `doctor`, `status`, `top`,
 `proxy-config` and `keys new`.
 
-What needs torch is imported when it runs: no other command waits for it, nor fails where torch is broken.
+Each command's own module is imported when that command runs: none waits for what another needs, nor fails where that is
+broken.
 """
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 from functools import partial
@@ -14,6 +16,7 @@ from typing import Annotated, Any, get_args
 
 import typer
 from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
 
 from vecmill import __version__
 from vecmill.config import load_settings, misspelt
@@ -22,17 +25,42 @@ from vecmill.config.reference import default_text
 from vecmill.config.settings import GROUPS
 from vecmill.core.errors import StartupError
 from vecmill.core.types import KeyLimits
-from vecmill.tools.bench.command import bench
 from vecmill.tools.console import UsageError, print_error
-from vecmill.tools.doctor.command import doctor
-from vecmill.tools.embed.command import embed
-from vecmill.tools.models import models
-from vecmill.tools.proxy_config.command import proxy_config
-from vecmill.tools.pull import run_pull, run_pull_as_json
-from vecmill.tools.status import status, top
+
+TOOLS = {
+    "models": "models",
+    "bench": "bench.command",
+    "embed": "embed.command",
+    "doctor": "doctor.command",
+    "status": "status",
+    "top": "status",
+    "proxy-config": "proxy_config.command",
+}
+"""Commands beside the server, and the module of `tools` that has the function of that name."""
+
+
+class Commands(TyperGroup):
+    """The commands of this module, and the tools, whose modules are imported when they are asked for."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """All names, in the order of the help."""
+        own = super().list_commands(ctx)
+        groups = [name for name in own if isinstance(self.commands[name], TyperGroup)]
+        return [*(name for name in own if name not in groups), *TOOLS, *groups]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of a name; None where there is none."""
+        if cmd_name not in TOOLS:
+            return super().get_command(ctx, cmd_name)
+        function = getattr(import_module(f"vecmill.tools.{TOOLS[cmd_name]}"), cmd_name.replace("-", "_"))
+        tool = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+        tool.command(cmd_name)(function)
+        return typer.main.get_command(tool)
+
 
 keys = typer.Typer(no_args_is_help=True, help="The API keys of a server.")
 cli = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},  # of the commands below it too
@@ -78,9 +106,10 @@ def pull(
     ] = False,
 ) -> None:
     """Fetch a model from the hub: its size, memory and licence first, then the files, then a check of their sizes."""
+    module = import_module("vecmill.tools.pull")
     if as_json:
-        raise typer.Exit(run_pull_as_json(model, revision))
-    raise typer.Exit(run_pull(model, revision, convert_pickle=convert_pickle))
+        raise typer.Exit(module.run_pull_as_json(model, revision))
+    raise typer.Exit(module.run_pull(model, revision, convert_pickle=convert_pickle))
 
 
 @cli.command()
@@ -131,6 +160,7 @@ def serve(*, env_file: str | None = None, **flags: object) -> None:
 
     SIGTERM: requests in progress are answered, new ones refused. SIGHUP: keys and aliases are read again.
     """
+    gc.disable()  # until the first model is loaded: next to nothing of what is imported is garbage
     reread = partial(load_settings, flags, env_file)
     try:
         settings = reread()
@@ -178,13 +208,6 @@ def _with_flags() -> Any:
 
 
 cli.command()(_with_flags())
-cli.command()(models)
-cli.command()(bench)
-cli.command()(embed)
-cli.command()(doctor)
-cli.command()(status)
-cli.command()(top)
-cli.command()(proxy_config)
 cli.add_typer(keys, name="keys")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import partial
@@ -47,6 +47,7 @@ from vecmill.http.stats import watch_gauges
 from vecmill.http.tracing import Tracing, open_tracing
 from vecmill.inference.catalogue import Cached, Catalogue
 from vecmill.inference.facade import Inference
+from vecmill.inference.measuring import measure_when_quiet
 from vecmill.inference.models import assemble, assemble_one
 from vecmill.inference.residency import Progress, Residency
 from vecmill.scheduler.policy import Budget, Rules
@@ -63,6 +64,8 @@ logger = logging.getLogger(__name__)
 DESCRIPTION = "Embeddings and reranking from one device, for every client that asks."
 LARGEST_POOL = 8
 MEASUREMENTS = "measurements.json"  # in STATE_DIR
+HUB = "vecmill.models.hub"  # imported when the hub's cache is looked at: its client takes a while
+LOOK_AROUND_AFTER = 1.0  # seconds after the start, until the hub's cache is looked at: requests come first
 T = TypeVar("T")
 
 
@@ -85,7 +88,7 @@ class Server:
         self._scheduler: Scheduler | None = None
         self._residency: Residency | None = None
         self._catalogue: Catalogue | None = None
-        self._looking: asyncio.Task[None] | None = None
+        self._afterwards: asyncio.Task[None] | None = None
         self.health = Health()
         self.load_ended = asyncio.Event()
         self.misconfigured = False
@@ -170,13 +173,13 @@ class Server:
         try:
             with self._failing_start():
                 loaded = await self._load()
+                self._on_loaded()
+                await self._load_others(loaded)
                 self.telemetry.rolling.warmup_seconds = tuple(
                     seconds for warmed in loaded.warmed.values() for seconds in warmed.seconds
                 )
-                self._on_loaded()
                 self.health.update(Phase.READY, 100, "ready")
-                if self._catalogue is not None:
-                    self._looking = asyncio.create_task(self._catalogue.look_around(), name="cached models")
+                self._afterwards = asyncio.create_task(self._finish_start(loaded), name="after the start")
         finally:
             self.load_ended.set()
 
@@ -192,13 +195,73 @@ class Server:
             logger.exception("the start failed")
             self._fail(f"The start failed ({type(error).__name__}); the log says why.")
 
+    async def _load_others(self, loaded: Loaded) -> None:
+        """Load what belongs to the start beside the first model, which is served meanwhile.
+
+        Raises:
+            VecmillError: one cannot be loaded.
+        """
+        assert self._residency is not None
+        if not loaded.to_load:
+            return
+        if self._settings.model.ready_when == "first":
+            self.health.update(Phase.READY, 100, "ready")
+        loading = self._residency.complete_start(loaded.to_load)
+        first, others = next(iter(loaded.models.values())).card.id, ", ".join(map(self._name_of, loaded.to_load))
+        logger.info("%s answers requests now; still to be loaded: %s", first, others)
+        await loading
+        self._on_loaded()
+
+    def _name_of(self, key: str) -> str:
+        assert self._loaded is not None
+        return self._loaded.known[key].card.id
+
+    def _start_progress(self, key: str, progress: Progress) -> Progress:
+        """Progress of a model's load, told of the server too while the start goes on."""
+        assert self._loaded is not None
+        if self.load_ended.is_set() or key not in self._loaded.to_load:
+            return progress
+        done, all_of_them = len(self._loaded.models), len({*self._loaded.models, *self._loaded.to_load})
+
+        def tell(percent: float, message: str) -> None:
+            progress(percent, message)
+            self._report((100 * done + percent) / all_of_them, message)
+
+        return tell
+
+    async def _finish_start(self, loaded: Loaded) -> None:
+        """What can wait until the first requests are answered."""
+        assert self._catalogue is not None
+        await asyncio.sleep(LOOK_AROUND_AFTER)
+        await self._catalogue.look_around()
+        await measure_when_quiet(
+            lambda: [key for key in loaded.models if loaded.warmed[key].is_provisional],
+            lambda: self.inference.stats.batches,
+            lambda: self.services.device_busy() or any(self.inference.waiting.values()),
+            self._measure_again,
+        )
+
+    async def _measure_again(self, key: str) -> bool:
+        """Measure a model while nobody waits; False where somebody came in between."""
+        engine, loaded = self._engine, self._loaded
+        assert engine is not None
+        assert loaded is not None
+        assert self._residency is not None
+        async with self._residency.undisturbed():
+            if not await asyncio.to_thread(engine.measure_again, key):
+                return False
+            warmed = loaded.warmed[key]
+            self._fits[key] = RunningFit(warmed.calibration)
+            self.inference.change_budget(key, _budget(warmed), _lowest_rate(loaded))
+        return True
+
     async def _load(self) -> Loaded:
         self.health.update(Phase.LOADING, 0, "importing torch")
         # torch takes seconds to import: the port answers meanwhile.
         module = await asyncio.to_thread(import_module, "vecmill.engine.engine")
         folder = self.state.folder
         kept = None if folder is None else folder.file(MEASUREMENTS)
-        engine: Engine = module.Engine(self._settings.model, self._settings.engine, self._report, kept)
+        engine: Engine = module.Engine(self._settings.model, self._settings.engine, self._report, kept, at_once=True)
         self._engine = engine
         engine.start()
         loaded = await _result(engine.loaded)
@@ -248,13 +311,11 @@ class Server:
         return residency
 
     def _make_catalogue(self, residency: Residency) -> Catalogue:
-        from vecmill.models import hub  # as the engine has by now: it is imported after the port is open
-
         token = self._settings.model.hf_token
         return Catalogue(
             residency,
             self._find_cached,
-            lambda: asyncio.to_thread(hub.listed_in_cache),
+            lambda: asyncio.to_thread(_listed_in_cache),
             token.get_secret_value() if token is not None else None,
         )
 
@@ -263,7 +324,7 @@ class Server:
         engine, loaded = self._engine, self._loaded
         assert engine is not None
         assert loaded is not None
-        model = await _result(engine.load(key, progress))
+        model = await _result(engine.load(key, self._start_progress(key, progress)))
         files = model.checkpoint, model.tokenizer
         try:
             served = await asyncio.to_thread(assemble_one, model.card, files, self._settings.inference, self._threads)
@@ -302,9 +363,9 @@ class Server:
         await _result(self._engine.unload(key, sleep=sleep))
 
     async def _close_models(self) -> None:
-        if self._looking is not None:
-            self._looking.cancel()
-            await asyncio.gather(self._looking, return_exceptions=True)
+        if self._afterwards is not None:
+            self._afterwards.cancel()
+            await asyncio.gather(self._afterwards, return_exceptions=True)
         if self._catalogue is not None:
             await self._catalogue.close()
         if self._residency is not None:
@@ -318,13 +379,11 @@ class Server:
         return self._memory.shortage(weight_bytes)
 
     async def _find_cached(self, name: str, revision: str | None, task: Task | None) -> Cached | None:
-        from vecmill.models import hub
-
         engine = self._engine
         assert engine is not None
 
         def find() -> Cached | None:
-            folder = hub.cached(name, revision)
+            folder = import_module(HUB).cached(name, revision)
             if folder is None:
                 return None
             card = engine.add_cached(folder, name, task).card
@@ -489,6 +548,11 @@ def _lowest_rate(loaded: Loaded) -> float:
 def _bytes_of(card: ModelCard, warmed: Warmed) -> int:
     """What a loaded model takes."""
     return card.weight_bytes + warmed.graph_memory_bytes
+
+
+def _listed_in_cache() -> Sequence[str]:
+    names: Sequence[str] = import_module(HUB).listed_in_cache()
+    return names
 
 
 async def _result(future: Future[T]) -> T:

@@ -195,7 +195,7 @@ def test_the_bound_is_set_anew_before_each_warm_up(card: Card, folder: Path, mon
         card.reserved, card.available = 10 * GIGABYTE, 30 * GIGABYTE
         return models
 
-    def warm_up(*_: object) -> str:
+    def warm_up(*_: object, **__: object) -> str:
         tried.append(card.limits[-1])
         card.available = 12 * GIGABYTE  # vLLM starts
         return "warmed"
@@ -225,7 +225,7 @@ def test_flash_attention_is_chosen_once_by_what_the_card_can(
         loader, "load_model", lambda *_: SimpleNamespace(width=1, vocab_size=1, modules=(), largest_head=1)
     )
     warmed: list[Attention] = []
-    monkeypatch.setattr(loader, "warm_up", lambda model, *_: warmed.append(model.attention))
+    monkeypatch.setattr(loader, "warm_up", lambda model, *_, **__: warmed.append(model.attention))
     load(folder, dtype="float16")
     load(folder, dtype="float16", use_flash_attn=False)
     load(folder, dtype="float32")

@@ -562,6 +562,7 @@ def test_attention_runs_on_the_oldest_torch(monkeypatch: pytest.MonkeyPatch) -> 
 
     batch = pack([Row(np.zeros(5, dtype=np.int32))] * 2, torch.device("cpu"))
     query, key = torch.zeros(1, 4, 16, 8), torch.zeros(1, 2, 16, 8)
-    monkeypatch.setattr(packed_attention, "varlen_attn", of_2_11)
-    monkeypatch.setattr(packed_attention, "VARLEN_OPTIONS", packed_attention.varlen_options(of_2_11))
+    monkeypatch.setattr(
+        packed_attention, "_varlen", lambda: partial(of_2_11, **packed_attention.varlen_options(of_2_11))
+    )
     assert packed_attention._flash(query, key, key, batch, None, (-1, 0)).shape == (1, 16, 4, 8)

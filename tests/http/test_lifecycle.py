@@ -39,10 +39,10 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Holds the load, in its thread, until it is set."""
     gate = threading.Event()
 
-    def held(models: Any, engine: Any, report: Any, measurements: Any) -> Any:
+    def held(models: Any, engine: Any, report: Any, measurements: Any, **options: Any) -> Any:
         report(42, "loading something large")
         assert gate.wait(30)
-        return load(models, engine, report)
+        return load(models, engine, report, **options)
 
     monkeypatch.setattr(engine_module, "load", held)
     yield gate

@@ -26,6 +26,7 @@ from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.merged_projections import merge_projections
 from vecmill.models.networks import Model
 from vecmill.models.packing import PackedBatch, PrefixMemory, pack
+from vecmill.models.transformers_networks import ATTENTION
 
 WINDOW = 8
 SLIDES = "sliding_attention"
@@ -219,7 +220,7 @@ def test_mistrals_window_is_the_same_in_every_layer(merged: bool) -> None:
     texts = [ids(length, seed) for seed, length in enumerate(LENGTHS)]
     wanted = _each_alone(model, texts)
     weights = model.state_dict()
-    model.set_attn_implementation(packed_attention.ATTENTION)
+    model.set_attn_implementation(ATTENTION)
     places = merge_projections(model, NV_EMBED.tasks[Task.EMBED].network.merged) if merged else {}
     parameters = dict(model.named_parameters())
     for name, value in weights.items():
@@ -251,7 +252,7 @@ def test_modernberts_layers_look_both_ways() -> None:
     model: Any = ModernBertModel(config).eval()
     texts = [ids(length, seed) for seed, length in enumerate(LENGTHS)]
     wanted = _each_alone(model, texts)
-    model.set_attn_implementation(packed_attention.ATTENTION)
+    model.set_attn_implementation(ATTENTION)
 
     np.testing.assert_allclose(_packed(model, texts), wanted, atol=1e-4, rtol=1e-4)
 

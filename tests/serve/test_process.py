@@ -13,8 +13,10 @@ from time import sleep
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.servers import Ended, free_port, run, start, vecmill_command
+from tests.tiny_checkpoints import tiny_bert
 from vecmill.storage.state_folder import StateFolder
 
 
@@ -43,6 +45,17 @@ def test_a_wrong_start_ends_with_a_sentence(options: list[str], status: int, sai
     assert ended.returncode == status
     assert said in " ".join(ended.output.split())
     assert "Traceback" not in ended.output
+
+
+def test_a_model_that_cannot_be_loaded_ends_a_server_that_serves_another(tmp_path: Path, minilm_folder: Path) -> None:
+    """With the exit code that it would have had as the first model."""
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    weights = load_file(folder / "model.safetensors")
+    save_file({name: value * float("nan") for name, value in weights.items()}, folder / "model.safetensors")
+    ended = serve("--port", "0", "--embed-model", f"auto,{folder}", "--state-dir", str(tmp_path / "state"))
+    assert (ended.returncode, "Traceback" in ended.output) == (2, False)
+    assert "all-MiniLM-L6-v2 answers requests now; still to be loaded: tiny" in ended.output
+    assert "has values that are not finite" in ended.output.splitlines()[-1]
 
 
 def test_a_dotenv_that_is_no_text_ends_with_a_sentence(tmp_path: Path) -> None:

@@ -144,6 +144,11 @@ class ModelSettings(SettingsGroup):
         "names one waits for a copy to the card and not for its files. On a card with memory of its own alone; "
         "whoever sleeps longest goes first. POST /models/unload ends a model's sleep. 0: models are unloaded.",
     )
+    ready_when: Literal["all", "first"] = Field(
+        "all",
+        description="When a start with several models is over, for /ready, /health and systemd: once `all` are loaded, "
+        "or the `first` one. Either way each answers requests as soon as it is loaded.",
+    )
     load_timeout: float = Field(
         120,
         gt=0,

@@ -103,6 +103,10 @@ class Warmed:
     """Of each forward pass that was run."""
     changed_at: float = field(default_factory=time)
     """Unix time at which the fit, and with it the budgets, became what they are."""
+    is_provisional: bool = False
+    """Whether it is a first look, or of an earlier start: to be measured once nobody waits."""
+    next_dtype: str | None = None
+    """The type that the weights get at the next start, where another has turned out to be faster."""
 
     def refitted(self, calibration: Calibration, max_seconds: float) -> Self:
         """The same with another fit, and the budgets that follow from it where a pass may take `max_seconds`."""

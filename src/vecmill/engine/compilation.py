@@ -6,18 +6,18 @@ Layers are compiled and not whole models: they are all alike, so that a model of
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from statistics import geometric_mean, median
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import mark_dynamic
-from torch._dynamo.utils import counters
 
 from vecmill.models.networks import Model
 from vecmill.models.packed_attention import LayerCall, compiled_call
@@ -33,7 +33,10 @@ MEASURE_SECONDS = 3.0
 MEASURE_ROUNDS = 40
 # Below this it is noise, and eager is simpler.
 LEAST_SPEEDUP = 1.03
+# As a factor: how much longer than the fastest pass of its size the median one takes where other work disturbs.
+DISTURBED = 1.3
 LONGEST_PHRASE = 160  # characters
+DYNAMO = "torch._dynamo"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,8 @@ class CompileChoice:
     compiled: bool
     reason: str
     """One phrase for the log."""
+    is_disturbed: bool = False
+    """Whether other work disturbed the measurement: at the next start it is measured again."""
 
 
 def choose(
@@ -62,7 +67,7 @@ def choose(
         return CompileChoice(False, "eager: it has no layers")
     try:
         compile_layers(model.layers, run, backend)
-        speedup = None if wanted == "true" else _speedup(model.layers, prepare or (lambda: run))
+        speedup, spread = (None, 1.0) if wanted == "true" else _speedup(model.layers, prepare or (lambda: run))
     except Exception as error:  # compilers fail in every way there is
         make_eager(model.layers)
         reason = f"eager: could not be compiled ({_phrase(error)})"
@@ -70,11 +75,13 @@ def choose(
         return CompileChoice(False, reason)
     if speedup is None:
         return CompileChoice(True, "compiled: TORCH_COMPILE=true")
-    measured = f"{speedup:.2f} times as fast as eager, measured at warm-up"
+    measured, disturbed = f"{speedup:.2f} times as fast as eager, measured at warm-up", spread > DISTURBED
+    if disturbed:
+        measured += " beside other work: it is measured again at the next start"
     if speedup >= LEAST_SPEEDUP:
-        return CompileChoice(True, f"compiled: {measured}")
+        return CompileChoice(True, f"compiled: {measured}", disturbed)
     make_eager(model.layers)
-    return CompileChoice(False, f"eager: compiled is {measured}")
+    return CompileChoice(False, f"eager: compiled is {measured}", disturbed)
 
 
 def compile_layers(layers: Sequence[nn.Module], run: Run, backend: str = "inductor") -> None:
@@ -101,7 +108,8 @@ def make_eager(layers: Sequence[nn.Module]) -> None:
 
 def compilations() -> int:
     """Graphs compiled in this process so far: no more once the server says that it is ready."""
-    return int(counters["stats"]["unique_graphs"])
+    dynamo = sys.modules.get(DYNAMO)  # not imported for this: it takes longer than torch itself
+    return int(dynamo.utils.counters["stats"]["unique_graphs"]) if dynamo is not None else 0
 
 
 class _Compiled:
@@ -130,7 +138,7 @@ def _mark_tokens(values: Iterable[object]) -> None:
     """
     for value in values:
         if isinstance(value, Tensor) and value.dim() > 1:
-            mark_dynamic(value, 1)
+            import_module(DYNAMO).mark_dynamic(value, 1)
         elif isinstance(value, tuple):
             _mark_tokens(value)
 
@@ -140,8 +148,9 @@ def _set_calls(layers: Sequence[nn.Module], calls: Sequence[Callable[..., Any] |
         layer._compiled_call_impl = calls[number] if calls is not None else None  # what nn.Module.compile sets
 
 
-def _speedup(layers: Sequence[nn.Module], prepare: Callable[[], Run]) -> float:
-    """Times that compiled layers are as fast as eager ones: the mean over the measured sizes.
+def _speedup(layers: Sequence[nn.Module], prepare: Callable[[], Run]) -> tuple[float, float]:
+    """Times that compiled layers are as fast as eager ones: the mean over the measured sizes. And the spread: times
+    that the median eager run is as long as the fastest, of the size at which that is more.
 
     Of each size the median of pairs, one run right after the other and each first in turn: what slows a machine down
     for a while slows both.
@@ -152,6 +161,7 @@ def _speedup(layers: Sequence[nn.Module], prepare: Callable[[], Run]) -> float:
         _set_calls(layers, calls if compiled else None)
         runs[compiled] = prepare()
     ratios: dict[int, list[float]] = {tokens: [] for tokens in MEASURED_TOKENS}
+    eager: dict[int, list[float]] = {tokens: [] for tokens in MEASURED_TOKENS}
     started = perf_counter()
     for number in range(MEASURE_ROUNDS):
         for tokens in MEASURED_TOKENS:
@@ -160,10 +170,12 @@ def _speedup(layers: Sequence[nn.Module], prepare: Callable[[], Run]) -> float:
                 _set_calls(layers, calls if compiled else None)
                 seconds[compiled] = runs[compiled](tokens)
             ratios[tokens].append(seconds[False] / seconds[True])
+            eager[tokens].append(seconds[False])
         if perf_counter() - started > MEASURE_SECONDS:
             break
     _set_calls(layers, calls)
-    return geometric_mean(median(of_size) for of_size in ratios.values())
+    spread = max(median(taken) / min(taken) for taken in eager.values())
+    return geometric_mean(median(of_size) for of_size in ratios.values()), spread
 
 
 def _phrase(error: Exception) -> str:

@@ -5,9 +5,8 @@ The type is never float16 unless asked: models trained in bfloat16 overflow in i
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from time import perf_counter
 from typing import TypeVar
 
@@ -221,24 +220,46 @@ def expected_dtype(wanted: str, device: torch.device) -> ChosenDtype:
     return choose_dtype(wanted, device, 1)
 
 
-@lru_cache  # measured once for a width: models that share their weights must get the same type
-@torch.inference_mode()
+CPU_DTYPES = {dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16)}
+# Models that share their weights must get the same type, so it is chosen once for a width.
+_chosen_on_cpu: dict[int, ChosenDtype] = {}
+
+
+def remember_on_cpu(width: int, chosen: ChosenDtype) -> None:
+    """Have models of a width get the type that was chosen at an earlier start, unless this process has chosen."""
+    _chosen_on_cpu.setdefault(width, chosen)
+
+
 def _fastest_on_cpu(width: int) -> ChosenDtype:
-    """Compare the types on a feed-forward layer; in turns, so that other work on the machine slows both."""
-    layers = {dtype: _layer(width, dtype) for dtype in (torch.float32, torch.bfloat16)}
+    if width not in _chosen_on_cpu:
+        rates = cpu_rates(width)
+        fastest = max(rates, key=lambda dtype: rates[dtype])
+        _chosen_on_cpu[width] = ChosenDtype(fastest, rates_in_words(rates, fastest))
+    return _chosen_on_cpu[width]
+
+
+def rates_in_words(rates: Mapping[torch.dtype, float], chosen: torch.dtype) -> str:
+    """Why a type was chosen."""
+    [(other, rate)] = [(dtype, rate) for dtype, rate in rates.items() if dtype is not chosen]
+    return f"measured on this CPU: {rates[chosen]:,.0f} GFLOP/s, against {rate:,.0f} in {dtype_name(other)}"
+
+
+@torch.inference_mode()
+def cpu_rates(width: int, check: Callable[[], None] = lambda: None) -> dict[torch.dtype, float]:
+    """GFLOP/s of a feed-forward layer in each type; in turns, so that other work on the machine slows both.
+
+    `check` is called before each run; what it raises ends the measurement.
+    """
+    layers = {dtype: _layer(width, dtype) for dtype in CPU_DTYPES.values()}
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in layers}
     for _ in range(PROBE_RUNS):
         for dtype, (hidden, up, down) in layers.items():
+            check()
             started = perf_counter()
             F.linear(F.gelu(F.linear(hidden, up)), down)
             seconds[dtype].append(perf_counter() - started)
     operations = 2 * 2 * PROBE_ROWS * width * width * PROBE_EXPANSION
-    rates = {dtype: operations / min(taken) / 1e9 for dtype, taken in seconds.items()}
-    fastest, slowest = sorted(rates, key=lambda dtype: -rates[dtype])
-    reason = (
-        f"measured on this CPU: {rates[fastest]:,.0f} GFLOP/s, against {rates[slowest]:,.0f} in {dtype_name(slowest)}"
-    )
-    return ChosenDtype(fastest, reason)
+    return {dtype: operations / min(taken) / 1e9 for dtype, taken in seconds.items()}
 
 
 def _layer(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

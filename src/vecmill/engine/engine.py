@@ -34,6 +34,7 @@ from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launc
 from vecmill.engine.live_models import READING_SHARE, LiveModels, give_back_memory
 from vecmill.engine.loader import Known, Loaded, Report, load
 from vecmill.engine.measurements import Measurements
+from vecmill.engine.warmup import Interrupted
 from vecmill.hardware.memory import DeviceMemory
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,8 @@ class Call(Generic[T]):
         """Do it; whether that went well. What is no Exception is raised."""
         try:
             self.result.set_result(self._function())
+        except Interrupted as interrupted:
+            self.result.set_exception(interrupted)
         except Exception as error:
             self.result.set_exception(error)
             return False
@@ -154,6 +157,12 @@ class Inbox:
                 return lane, self._waiting[lane].popleft()
         return None
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether anybody waits for the device."""
+        with self._changed:
+            return self._closed or bool(self._probes or self._calls or any(self._waiting.values()))
+
     def clear_calls(self) -> list[Call[Any]]:
         """Take out the calls that wait."""
         with self._changed:
@@ -202,11 +211,21 @@ class Engine:
     """A `ForwardRunner` on a device. `loaded` resolves once the models are warm, or with what went wrong."""
 
     def __init__(
-        self, models: ModelSettings, engine: EngineSettings, report: Report, measurements: Path | None = None
+        self,
+        models: ModelSettings,
+        engine: EngineSettings,
+        report: Report,
+        measurements: Path | None = None,
+        *,
+        at_once: bool = False,
     ) -> None:
-        """`measurements`: the file that keeps what warm-up finds out, for the next start; None: it is not kept."""
+        """`measurements`: the file that keeps what warm-up finds out, for the next start; None: it is not kept.
+        `at_once`: `loaded` resolves as soon as the first model can be run; `load` is to be called for the others, which
+        it names, and `measure_again`.
+        """
         self.loaded: Future[Loaded] = Future()
         self._measurements = measurements
+        self._at_once = at_once
         self._model_settings = models
         self._settings = engine
         self._report = report
@@ -288,6 +307,27 @@ class Engine:
     def asleep(self) -> Mapping[str, int]:
         """Bytes of the machine's memory that models sleep in, by key."""
         return {} if self._live is None else self._live.asleep
+
+    def measure_again(self, key: str) -> bool:
+        """Measure a model anew, now that nobody waits for the device: what its passes take, and which type of weights
+        is the fastest. What was found is in `Loaded.warmed`. False: somebody waits by now, and nothing has changed.
+
+        Waits until it is done: not for the event loop. No call of `load` or `unload` may run meanwhile.
+
+        Raises:
+            EngineFailed: the thread has ended.
+        """
+        live = self._live
+        assert live is not None  # once `loaded` has resolved
+        try:
+            self._on_device(partial(live.measure_again, key, self._check_quiet))
+        except Interrupted:
+            return False
+        return True
+
+    def _check_quiet(self) -> None:
+        if self._failure is not None or self._inbox.is_wanted:
+            raise Interrupted
 
     def _in_loading_thread(self, function: Callable[[], T]) -> Future[T]:
         """A daemon: reading weights must not hold up the end of the process."""
@@ -423,7 +463,7 @@ class Engine:
     def _own_device(self) -> None:
         try:
             kept = None if self._measurements is None else Measurements(self._measurements)
-            loaded = load(self._model_settings, self._settings, self._report, kept)
+            loaded = load(self._model_settings, self._settings, self._report, kept, at_once=self._at_once)
         except BaseException as error:
             self._die("503: the model could not be loaded.")
             self.loaded.set_exception(error)

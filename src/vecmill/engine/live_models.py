@@ -23,12 +23,21 @@ from vecmill.core.types import ModelCard, Task
 from vecmill.engine import loader
 from vecmill.engine.compilation import make_eager
 from vecmill.engine.cuda_graphs import Graphs
-from vecmill.engine.device import describe, is_out_of_memory, limit_memory
+from vecmill.engine.device import (
+    CPU_DTYPES,
+    ChosenDtype,
+    cpu_rates,
+    describe,
+    dtype_name,
+    is_out_of_memory,
+    limit_memory,
+    rates_in_words,
+)
 from vecmill.engine.forward import LoadedModel
 from vecmill.engine.loader import Known, Loaded, Report
 from vecmill.engine.measurements import Before
 from vecmill.engine.sleepers import Copies, Sleepers
-from vecmill.engine.warmup import warm_up_beside_others
+from vecmill.engine.warmup import measure_again, warm_up, warm_up_beside_others
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.packing import PrefixMemory
 from vecmill.models.rerank_prompt import check_form
@@ -37,6 +46,7 @@ from vecmill.models.tokenizer_loading import load_tokenizer
 logger = logging.getLogger(__name__)
 
 READING_SHARE = 0.85  # of a load's percents; the rest is warm-up
+FASTER = 1.1  # times as fast: what another type of weights has to be, so that it is worth other vectors
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +66,7 @@ class LiveModels:
         self._measured: dict[str, _Measured] = {}
         self._of_settings = frozenset(loaded.known)
         self._sleepers = Sleepers(loaded.device, models.sleep_gb, engine.memory_floor_gb)
+        self._of_start = set(loaded.to_load)
         for key, model in loaded.models.items():
             self._remember(key, model, loaded.warmed[key])
 
@@ -106,6 +117,7 @@ class LiveModels:
         check_form(checkpoint)
         checkpoint = loader.capped(checkpoint, self._models.max_model_len)
         tokenizer = load_tokenizer(checkpoint)
+        loader.recall_dtypes([checkpoint], common, self._models, device)
         loader.check_room([checkpoint], self._models, self._engine, device)
         aliases = {checkpoint.id: tuple(known.card.aliases)}
         try:
@@ -185,17 +197,77 @@ class LiveModels:
         limit_memory(loaded.device, self._engine.memory_fraction, self._engine.memory_floor_gb)
         measured = self._measured.get(key)
         before = measured.before if measured is not None and _same(measured.card, model.card) else None
-        warmed = warm_up_beside_others(
-            model, self._engine, loaded.runs_on, loaded.common.choices, serve_others, before=before
-        )
         if before is None:
+            before = loader.measured_before(model, self._engine, loaded.device, loaded.common)
+        if key in self._of_start:
+            # As every model of the start: its layers are compiled where that pays, and others wait as long.
+            warmed = warm_up(
+                model, self._engine, loaded.runs_on, loaded.common.choices, before, serve_others, at_once=True
+            )
+        else:
+            warmed = warm_up_beside_others(
+                model, self._engine, loaded.runs_on, loaded.common.choices, serve_others, before=before
+            )
+        self._of_start.discard(key)
+        if measured is None or before is None:
             self._remember(key, model, warmed)
+            loader.keep_measured(model, warmed, self._engine, loaded.common)
         loaded.models[key], loaded.warmed[key] = model, warmed
         loaded.known[key] = Known(loaded.known[key].source, model.card)
         return warmed
 
     def _remember(self, key: str, model: LoadedModel, warmed: Warmed) -> None:
-        self._measured[key] = _Measured(model.card, Before(warmed, model.threads.single_up_to, model.choice))
+        # What is measured again at the next start is not in this one: a model is the same each time it is loaded.
+        choice = model.choice and replace(model.choice, is_disturbed=False)
+        self._measured[key] = _Measured(model.card, Before(warmed, model.threads.single_up_to, choice))
+
+    def measure_again(self, key: str, check: Callable[[], None]) -> None:
+        """Measure a model on a CPU as a quiet moment allows it. Does nothing where it is not loaded, or on a GPU.
+
+        Belongs to the thread that owns the device, and takes it until `check`, which is called before each forward
+        pass, raises Interrupted.
+
+        The type of its weights stays as it is: another would change the vectors in the middle of somebody's index, and
+        void those in the cache. The faster one is taken at the next start.
+
+        Raises:
+            Interrupted: nothing has changed.
+        """
+        loaded, model = self._loaded, self._loaded.models.get(key)
+        if model is None:
+            return
+        if loaded.device.type != "cpu":
+            loaded.warmed[key] = replace(loaded.warmed[key], is_provisional=False)
+            return
+        warmed = measure_again(model, self._engine, loaded.runs_on, loaded.common.choices, check)
+        warmed = replace(warmed, next_dtype=self._next_dtype(model, check))
+        loaded.warmed[key] = warmed
+        self._remember(key, model, warmed)
+        loader.keep_measured(model, warmed, self._engine, loaded.common)
+
+    def _next_dtype(self, model: LoadedModel, check: Callable[[], None]) -> str | None:
+        """The type of weights that is clearly faster than the present one, which the next start will take."""
+        measurements, threads = self._loaded.common.measurements, self._loaded.common.threads
+        if self._models.dtype != "auto" or measurements is None:
+            return None
+        width = loader.width_of(model.checkpoint)
+        rates = cpu_rates(width, check)
+        present = CPU_DTYPES.get(model.card.dtype)
+        fastest = max(rates, key=lambda dtype: rates[dtype])
+        if present is None or rates[fastest] < FASTER * rates[present]:
+            fastest = present or fastest
+        measurements.keep_dtype(width, threads, ChosenDtype(fastest, rates_in_words(rates, fastest)))
+        if fastest is present or present is None:
+            return None
+        name = dtype_name(fastest)
+        logger.info(
+            "%s: %s is faster than %s on this machine when it is quiet (%s): the next start takes it",
+            model.card.id,
+            name,
+            model.card.dtype,
+            rates_in_words(rates, fastest),
+        )
+        return name
 
     def keep_measured(self) -> None:
         """Remember for the next start what is known by now of the models that are loaded. It writes a file."""

@@ -27,6 +27,7 @@ from vecmill.engine.device import (
     has_flash_attention,
     is_out_of_memory,
     limit_memory,
+    remember_on_cpu,
 )
 from vecmill.engine.float8_models import NOT_ROUNDED, can_be_rounded, load_in_float8
 from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams
@@ -67,9 +68,9 @@ class Known:
 class Common:
     """What models have in common, or have again when they are loaded again."""
 
-    shared: dict[tuple[Path, type], nn.Module] = field(default_factory=dict)
+    shared: dict[tuple[Path, str], nn.Module] = field(default_factory=dict)
     """Networks by folder: one that is named twice is loaded once."""
-    parts: dict[tuple[Path, type], Mapping[str, str]] = field(default_factory=dict)
+    parts: dict[tuple[Path, str], Mapping[str, str]] = field(default_factory=dict)
     """What was read for each of them."""
     choices: Choices = field(default_factory=dict)
     threads: int = field(default_factory=torch.get_num_threads)
@@ -95,6 +96,8 @@ class Loaded:
     common: Common = field(default_factory=Common)
     flash: bool = False
     """Whether flash attention is used where a model can be run with it."""
+    to_load: tuple[str, ...] = ()
+    """Keys of the models that belong to the start and are not loaded yet, in the order of the settings."""
 
     @property
     def device(self) -> torch.device:
@@ -103,9 +106,16 @@ class Loaded:
 
 
 def load(
-    models: ModelSettings, engine: EngineSettings, report: Report, measurements: Measurements | None = None
+    models: ModelSettings,
+    engine: EngineSettings,
+    report: Report,
+    measurements: Measurements | None = None,
+    *,
+    at_once: bool = False,
 ) -> Loaded:
-    """Find, load and warm up every model. `measurements`: of earlier starts; what is measured now is kept there too.
+    """Find every model, load and warm them up. `measurements`: of earlier starts; what is measured now is kept there
+    too. `at_once`: only the first model is loaded, and on a CPU no more than a first look is taken at what its passes
+    cost; the others are checked, and named in `to_load`.
 
     Raises:
         StartupError: the device, a folder or a weight is not as it must be.
@@ -120,14 +130,17 @@ def load(
     for checkpoint in checkpoints:
         check_form(checkpoint)  # what cannot be run is refused before any weights are read
     named, aliases = _names(_all_capped(checkpoints, models.max_model_len), models.model_aliases)
-    distinct = _within_room(named, models, device)
-    tokenizers = [load_tokenizer(checkpoint) for checkpoint in distinct]
-    check_room(distinct, models, engine, device)
     room = partial(limit_memory, device, engine.memory_fraction, engine.memory_floor_gb)
     common = Common(measurements=measurements, room=room)
+    recall_dtypes(named, common, models, device)
+    distinct = _within_room(named, models, device)
+    now = distinct[:1] if at_once else distinct
+    tokenizers = [load_tokenizer(checkpoint) for checkpoint in now]
+    check_room(distinct, models, engine, device)
+    report = partial(_share, report, len(now) / len(distinct))
     try:
         loaded = load_all(
-            list(zip(distinct, tokenizers, strict=True)), aliases, models, device, report, flash=flash, common=common
+            list(zip(now, tokenizers, strict=True)), aliases, models, device, report, flash=flash, common=common
         )
     except Exception as error:
         if not is_out_of_memory(error):
@@ -140,22 +153,56 @@ def load(
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
         limit_memory(device, engine.memory_fraction, engine.memory_floor_gb)
-        before = _measured_before(model, engine, device, common)
-        warmed[model.key] = warm_up(model, engine, runs_on, common.choices, before)
+        before = measured_before(model, engine, device, common)
+        warmed[model.key] = warm_up(model, engine, runs_on, common.choices, before, at_once=at_once)
         if before is None:
             keep_measured(model, warmed[model.key], engine, common)
-    cards = {checkpoint: model.card for checkpoint, model in zip(distinct, loaded, strict=False)}
-    known = {}
-    for checkpoint in named:
-        card = cards.get(checkpoint)
-        if card is None:
-            chosen = _dtype(checkpoint, models, device)
-            card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
-        known[card.key] = Known(checkpoint.source, card)
-    return Loaded(runs_on, {model.key: model for model in loaded}, warmed, known, common, flash)
+    cards = {checkpoint: model.card for checkpoint, model in zip(now, loaded, strict=False)}
+    known = {checkpoint: _known(checkpoint, cards.get(checkpoint), aliases, models, device) for checkpoint in named}
+    return Loaded(
+        runs_on,
+        {model.key: model for model in loaded},
+        warmed,
+        {each.card.key: each for each in known.values()},
+        common,
+        flash,
+        tuple(known[checkpoint].card.key for checkpoint in distinct[len(now) :]),
+    )
 
 
-def _measured_before(model: LoadedModel, engine: EngineSettings, device: torch.device, common: Common) -> Before | None:
+def _known(
+    checkpoint: Checkpoint,
+    card: ModelCard | None,
+    aliases: Mapping[str, tuple[str, ...]],
+    models: ModelSettings,
+    device: torch.device,
+) -> Known:
+    """`card`: None where it is not loaded."""
+    if card is None:
+        chosen = _dtype(checkpoint, models, device)
+        card = expected_card(checkpoint, aliases[checkpoint.id], models, device, chosen)
+    return Known(checkpoint.source, card)
+
+
+def _share(report: Report, share: float, percent: float, message: str) -> None:
+    """Report progress of a part of the start."""
+    report(share * percent, message)
+
+
+def recall_dtypes(
+    checkpoints: Sequence[Checkpoint], common: Common, models: ModelSettings, device: torch.device
+) -> None:
+    """Have models on a CPU get the type that an earlier start has measured to be the fastest, and keep for the next one
+    what this start measures."""
+    if models.dtype != "auto" or device.type != "cpu" or common.measurements is None:
+        return
+    for width in {width_of(checkpoint) for checkpoint in checkpoints}:
+        if (kept := common.measurements.dtype_of(width, common.threads)) is not None:
+            remember_on_cpu(width, kept)
+        common.measurements.keep_dtype(width, common.threads, choose_dtype(models.dtype, device, width))
+
+
+def measured_before(model: LoadedModel, engine: EngineSettings, device: torch.device, common: Common) -> Before | None:
     """What an earlier start measured of a model; None: it has to be measured."""
     if common.measurements is None:
         return None
@@ -387,13 +434,14 @@ def attention_of(
     return Attention.on(device, dtype, flash=flash, largest_head=largest_head)
 
 
-def _width(checkpoint: Checkpoint) -> int:
+def width_of(checkpoint: Checkpoint) -> int:
+    """Of its hidden states."""
     return checkpoint.family.width(checkpoint.config) or USUAL_WIDTH
 
 
 def _dtype(checkpoint: Checkpoint, models: ModelSettings, device: torch.device) -> ChosenDtype:
     """The type that its weights get. Raises StartupError for float16 where the family's hidden states overflow."""
-    chosen = choose_dtype(models.dtype, device, _width(checkpoint))
+    chosen = choose_dtype(models.dtype, device, width_of(checkpoint))
     if chosen.dtype is torch.float16 and not checkpoint.family.float16:
         raise StartupError(
             f"{checkpoint.named}: the hidden states of {checkpoint.family.model_type} go beyond the range of float16: "

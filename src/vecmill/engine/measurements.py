@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -23,6 +24,7 @@ from vecmill.config import EngineSettings
 from vecmill.core.calibration import Calibration, Warmed
 from vecmill.core.types import ModelCard
 from vecmill.engine.compilation import CompileChoice
+from vecmill.engine.device import CPU_DTYPES, ChosenDtype, dtype_name
 from vecmill.models.packing import Attention
 from vecmill.storage.files import write_atomically
 
@@ -52,7 +54,9 @@ class Measurements:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._lock = Lock()
-        self._kept = _read(path)
+        content = _read(path)
+        self._kept = _models(content)
+        self._dtypes = _dtypes(content)
 
     def of(self, identity: str, *, most_tokens: int, most_rows: int) -> Before | None:
         """What is known of a model; None where it has to be measured.
@@ -63,7 +67,23 @@ class Measurements:
             found = self._kept.get(identity)
         if found is None or found.warmed.largest_tokens > most_tokens or found.warmed.max_batch_size > most_rows:
             return None
-        return found
+        return replace(found, warmed=replace(found.warmed, is_provisional=True))
+
+    def dtype_of(self, width: int, threads: int) -> ChosenDtype | None:
+        """The type that was found to be the fastest on this CPU for hidden states of so many values."""
+        with self._lock:
+            return self._dtypes.get(_of_machine(width, threads))
+
+    def keep_dtype(self, width: int, threads: int, chosen: ChosenDtype) -> None:
+        """Remember that type, for later starts."""
+        with self._lock:
+            if self._dtypes.get(machine := _of_machine(width, threads)) == chosen:
+                return
+            self._dtypes.pop(machine, None)
+            self._dtypes[machine] = chosen
+            for oldest in list(self._dtypes)[:-MOST]:
+                del self._dtypes[oldest]
+            self._write()
 
     def keep(self, identity: str, before: Before) -> None:
         """Remember it, for later starts too. A file that cannot be written is left as it is."""
@@ -72,11 +92,16 @@ class Measurements:
             self._kept[identity] = replace(before, warmed=replace(before.warmed, seconds=()))
             for oldest in list(self._kept)[:-MOST]:
                 del self._kept[oldest]
-            models = {key: asdict(kept) for key, kept in self._kept.items()}
-            try:
-                write_atomically(self._path, json.dumps({"format": FORMAT, "models": models}).encode())
-            except OSError as error:
-                logger.warning("what was measured cannot be written to %s (%s)", self._path, error.strerror)
+            self._write()
+
+    def _write(self) -> None:
+        models = {key: asdict(kept) for key, kept in self._kept.items()}
+        dtypes = {key: {"dtype": dtype_name(each.dtype), "reason": each.reason} for key, each in self._dtypes.items()}
+        content = {"format": FORMAT, "models": models, "dtypes": dtypes}
+        try:
+            write_atomically(self._path, json.dumps(content).encode())
+        except OSError as error:
+            logger.warning("what was measured cannot be written to %s (%s)", self._path, error.strerror)
 
 
 def identity(card: ModelCard, engine: EngineSettings, attention: Attention, threads: int) -> str:
@@ -94,8 +119,14 @@ def identity(card: ModelCard, engine: EngineSettings, attention: Attention, thre
     return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Before]:
-    """What `keep` has written, and of anything else as much as could be that."""
+def _of_machine(width: int, threads: int) -> str:
+    """All that the fastest type of a CPU depends on, in a few letters."""
+    parts = [width, threads, platform.machine(), platform.node(), os.cpu_count(), str(torch.__version__)]
+    return blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """What was written; empty where that cannot be what is in the file."""
     try:
         if not path.is_file():  # a pipe would be waited for
             return {}
@@ -104,9 +135,25 @@ def _read(path: Path) -> dict[str, Before]:
         content: Any = json.loads(written) if len(written) <= LARGEST_BYTES else None
     except (OSError, ValueError, RecursionError):
         return {}
-    known = isinstance(content, dict) and content.get("format") == FORMAT and isinstance(content.get("models"), dict)
-    models = list(content["models"].items())[-MOST:] if known else []
-    return {key: before for key, kept in models if (before := _before_or_none(kept)) is not None}
+    return content if isinstance(content, dict) and content.get("format") == FORMAT else {}
+
+
+def _models(content: Mapping[str, Any]) -> dict[str, Before]:
+    """What `keep` has written, and of anything else as much as could be that."""
+    models = content.get("models")
+    pairs = list(models.items())[-MOST:] if isinstance(models, dict) else []
+    return {key: before for key, kept in pairs if (before := _before_or_none(kept)) is not None}
+
+
+def _dtypes(content: Mapping[str, Any]) -> dict[str, ChosenDtype]:
+    """The same of `keep_dtype`."""
+    dtypes = content.get("dtypes")
+    pairs = list(dtypes.items())[-MOST:] if isinstance(dtypes, dict) else []
+    return {
+        key: ChosenDtype(CPU_DTYPES[kept["dtype"]], str(kept.get("reason"))[:LONGEST_REASON])
+        for key, kept in pairs
+        if isinstance(kept, dict) and isinstance(kept.get("dtype"), str) and kept["dtype"] in CPU_DTYPES
+    }
 
 
 def _before_or_none(kept: Any) -> Before | None:
@@ -143,8 +190,13 @@ def _before(kept: Any) -> Before:
             changed_at=_between(warmed["changed_at"], 0, LATEST),
         ),
         _whole(kept["single_up_to"], 0),
-        None if choice is None else CompileChoice(choice["compiled"] is True, str(choice["reason"])[:LONGEST_REASON]),
+        None if choice is None else _choice(choice),
     )
+
+
+def _choice(kept: Any) -> CompileChoice:
+    reason = str(kept["reason"])[:LONGEST_REASON]
+    return CompileChoice(kept["compiled"] is True, reason, kept.get("is_disturbed") is True)
 
 
 def _whole(value: Any, least: int, most: int = 2**31) -> int:

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 Copies = Mapping[int, Tensor]
 """What is to take the place of tensors on the device, by their `id`."""
-Shared = dict[tuple[Path, type], nn.Module]
+Shared = dict[tuple[Path, str], nn.Module]
 
 
 def has_own_memory(device: torch.device) -> bool:

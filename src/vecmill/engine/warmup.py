@@ -40,6 +40,8 @@ CPU_SHORT_PASS_TOKENS = 8_192
 SHORT_TEXT = 16
 SMALLEST_SHAPE = 16  # tokens: a search query
 TYPICAL_TEXT = 128  # tokens: a chunk of code
+# Tokens of the passes of a first look; the last where it takes no longer than a pass may.
+QUICK_LOOK = (SMALLEST_SHAPE, TYPICAL_TEXT, 4 * TYPICAL_TEXT)
 # Rounds over all shapes, until one of these is reached. Of each shape the fastest run counts: others were disturbed,
 # and what disturbs rarely lasts for all rounds. What requests' own passes take tells the rest (`RunningFit`).
 ROUNDS, ENOUGH_SECONDS = 6, 0.5
@@ -75,20 +77,35 @@ def largest_size(engine: EngineSettings, device: torch.device, tokens: int | Non
 
 
 def warm_up(
-    model: LoadedModel, engine: EngineSettings, device: Device, choices: Choices, before: Before | None = None
+    model: LoadedModel,
+    engine: EngineSettings,
+    device: Device,
+    choices: Choices,
+    before: Before | None = None,
+    serve_others: Callable[[], None] = lambda: None,
+    *,
+    at_once: bool = False,
 ) -> Warmed:
     """Run every shape; choose between eager and compiled layers; capture graphs; fit the cost and set the budgets.
 
+    With `at_once` a first look will do on a CPU, where no shape has to be run before it is served: `measure_again` does
+    the rest once nobody waits.
+
     `choices` are kept from model to model: where two share their layers, the first decides for both. What was measured
-    at an earlier start is not measured again.
+    at an earlier start is not measured again, but for a choice that other work disturbed. `serve_others` is called
+    before each forward pass.
 
     Raises:
         StartupObstacle: not one token fits into memory.
     """
-    stopwatch = _Stopwatch(model, engine, device)
+    stopwatch = _Stopwatch(model, engine, device, serve_others)
+    if at_once and device.device.type == "cpu" and engine.torch_compile != "true":
+        return _look_quickly(stopwatch, model, engine, device, choices, before)
     tokens = largest_batch(engine, device.device)
     stopwatch.try_longest_text(tokens)
     if before is not None:
+        if before.choice is not None and before.choice.is_disturbed and engine.torch_compile == "auto":
+            before = replace(before, choice=None)
         largest = before.warmed.largest_tokens if device.device.type == "cuda" else before.warmed.max_batch_tokens
         if unless_out_of_memory(partial(stopwatch.run, largest)) is not None:
             return _warm_up_as_before(stopwatch, model, engine, device, choices, before, before.warmed.largest_tokens)
@@ -100,6 +117,83 @@ def warm_up(
         logger.warning("out of memory: a forward pass of %d tokens does not fit, trying %d", tokens, tokens // 2)
         tokens //= 2
     raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
+
+
+def _look_quickly(
+    stopwatch: _Stopwatch,
+    model: LoadedModel,
+    engine: EngineSettings,
+    device: Device,
+    choices: Choices,
+    before: Before | None,
+) -> Warmed:
+    """What a few short passes tell, or what an earlier start has measured."""
+    largest = largest_batch(engine, device.device)
+    longest, measured = engine.max_batch_ms / 1000, list[tuple[int, float]]()
+    for tokens in sorted({min(tokens, largest) for tokens in QUICK_LOOK}):
+        if len(measured) > 1 and measured[-1][1] * tokens / measured[-1][0] > longest:
+            break
+        first = unless_out_of_memory(partial(stopwatch.run, tokens))  # it is slower than those after it
+        if first is None:
+            break
+        others = [stopwatch.run(tokens) for _ in range(2 if before is None and first <= longest else 0)]
+        measured.append((tokens, min([first, *others])))
+    if not measured:
+        raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
+    choice = model.choice = _choose(model, engine, choices, stopwatch, largest, None, device.device)
+    if before is not None:
+        model.threads.single_up_to = before.single_up_to
+        model.threads.restore()
+        return replace(
+            before.warmed,
+            compiled=choice.compiled,
+            compile_reason=choice.reason,
+            seconds=tuple(stopwatch.seconds),
+        )
+    calibration = fit(measured[::-1])  # the largest first, as everywhere
+    if calibration.seconds(largest) <= SHORT_PASS_SECONDS:
+        largest = stopwatch.lengthened(largest)
+    return Warmed(
+        calibration=calibration,
+        largest_tokens=largest,
+        max_batch_tokens=largest,
+        max_batch_size=stopwatch.max_rows,
+        free_tokens=0,
+        compiled=choice.compiled,
+        compile_reason=choice.reason,
+        graphs=0,
+        graph_tokens=0,
+        graph_memory_bytes=0,
+        seconds=tuple(stopwatch.seconds),
+        is_provisional=True,
+    ).refitted(calibration, engine.max_batch_ms / 1000)
+
+
+class Interrupted(Exception):
+    """Somebody waits for the device: a measurement ends without a result."""
+
+
+def measure_again(
+    model: LoadedModel, engine: EngineSettings, device: Device, choices: Choices, check: Callable[[], None]
+) -> Warmed:
+    """What `warm_up` left open on a CPU: which passes get one thread, and what each size takes.
+
+    `check` is called before each forward pass, and raises Interrupted where somebody waits.
+
+    Raises:
+        Interrupted: nothing has changed.
+    """
+    single_up_to = model.threads.single_up_to
+    stopwatch = _Stopwatch(model, engine, device, check)
+    try:
+        largest = unless_out_of_memory(partial(_affordable, stopwatch, engine, largest_batch(engine, device.device)))
+        if not largest:
+            raise Interrupted
+        return _warm_up(stopwatch, model, engine, device, stopwatch.lengthened(largest), choices)
+    except BaseException:
+        model.threads.single_up_to = single_up_to
+        model.threads.restore()
+        raise
 
 
 NOT_ON_CPU = CompileChoice(False, "eager: compiled layers are no faster on a CPU (TORCH_COMPILE=true compiles them)")
@@ -150,15 +244,18 @@ def _warm_up_as_before(
     """Run what is to be run once, in passes of up to `largest` tokens, and take over what was measured."""
     shared = _shared(model)
     model.threads.single_up_to = before.single_up_to
-    if shared not in choices and before.choice is not None and not before.choice.compiled:
+    capture = _capture(model, engine, device)
+    if before.choice is None:
+        _choose(model, engine, choices, stopwatch, largest, capture, device.device)
+    elif shared not in choices and not before.choice.compiled:
         choices[shared] = before.choice
     elif shared not in choices:
         choice = compilation.choose(model.model, "true", lambda tokens: stopwatch.run(min(tokens, largest)))
-        choices[shared] = before.choice if choice.compiled and before.choice is not None else choice
+        choices[shared] = before.choice if choice.compiled else choice
     model.choice = choices[shared]
     for tokens in _shapes(min(largest, before.warmed.max_batch_tokens)):
         stopwatch.run(tokens)
-    if (capture := _capture(model, engine, device)) is not None:
+    if capture is not None:
         model.graphs = capture_graphs(
             stopwatch.with_others(capture), stopwatch.run_directly, device.device, largest, stopwatch.max_rows
         )

@@ -150,7 +150,8 @@ def _names(cards: Sequence[ModelCard]) -> dict[str, ModelCard]:
 
 def forward_pass(services: Services, key: str) -> dict[str, Any]:
     """What a forward pass of a model takes, by the line through what was measured, at warm-up and since (`changed_at`,
-    a Unix time), and its budgets.
+    a Unix time), and its budgets. `provisional`: it is measured again once nobody waits. `next_dtype`: the type that
+    the weights get at the next start, where another has turned out to be faster; else null.
 
     Of a model that has been loaded, whether it is now or not.
     """
@@ -161,12 +162,14 @@ def forward_pass(services: Services, key: str) -> dict[str, Any]:
         "us_per_token": round(1e6 * calibration.seconds_per_token, 2),
         "best_tokens_per_second": round(calibration.best_rate, 1),
         "changed_at": round(warmed.changed_at, 3),
+        "provisional": warmed.is_provisional,
         "knee_tokens": calibration.knee_tokens,
         "max_batch_tokens": budget.max_batch_tokens,
         "max_batch_tokens_ms": round(1000 * calibration.seconds(budget.max_batch_tokens), 1),
         "free_tokens": budget.free_tokens,
         "compiled": warmed.compiled,
         "compile_reason": warmed.compile_reason,
+        "next_dtype": warmed.next_dtype,
         "cuda_graphs": {
             "count": warmed.graphs,
             "max_tokens": warmed.graph_tokens,

@@ -13,6 +13,7 @@ from vecmill.http.access import may_use
 from vecmill.http.capabilities import gpu_facts, max_batch_size, warnings
 from vecmill.http.errors import documented
 from vecmill.http.services import Services, ServicesOf
+from vecmill.inference.residency import ModelState
 
 router = APIRouter(tags=["Health"])
 
@@ -21,7 +22,9 @@ LOOK_PATIENCE = 0.25  # seconds that /health waits, at the most, for the server 
 
 @router.get("/health", summary="Health", responses=documented(503))
 async def health(request: Request, services: ServicesOf, response: Response) -> dict[str, Any]:
-    """200 when requests are served, else 503; either way with the state, the models and the device.
+    """200 when the server is ready, else 503; either way with the state, the models and the device.
+
+    It is ready once the models of the start are loaded (READY_WHEN). Each that is not in `loading` answers earlier.
 
     Where there are keys, addresses, paths and what exactly failed are for their holders alone.
     """
@@ -45,7 +48,7 @@ async def health(request: Request, services: ServicesOf, response: Response) -> 
 
 
 def status_of(services: Services) -> tuple[str, str]:
-    """The state in one word, `ok` when requests are served, and in one sentence."""
+    """The state in one word, `ok` when the server is ready, and in one sentence."""
     phase, _, message = services.health.snapshot()
     if phase is Phase.READY and (hung := services.hung()) is not None:
         return "hung", hung
@@ -54,7 +57,7 @@ def status_of(services: Services) -> tuple[str, str]:
 
 @router.get("/ready", summary="Readiness", responses=documented(503))
 async def ready(services: ServicesOf, response: Response) -> dict[str, Any]:
-    """200 when requests are served, else 503."""
+    """200 once the models of the start are loaded (READY_WHEN) and as long as requests are served, else 503."""
     is_ready = services.health.ready and services.hung() is None
     response.status_code = 200 if is_ready else 503
     return {"ready": is_ready}
@@ -76,7 +79,15 @@ def _models(services: Services) -> dict[str, Any]:
         "rerank_method": "cross_encoder" if rerankers else card.similarity if card else "cosine",
         "embedding_models": [card.id for card in cards if card.task is Task.EMBED],
         "rerank_models": rerankers,
+        "loading": _loading(services),
     }
+
+
+def _loading(services: Services) -> list[str]:
+    """Models that are being loaded, or wait for it: a request that names one waits until it is there."""
+    residency = services.inference.residency
+    residents = residency.residents.values() if residency is not None else ()
+    return [each.card.id for each in residents if each.state is ModelState.LOADING]
 
 
 async def _generation(services: Services, *, told: bool) -> dict[str, Any] | None:

@@ -16,7 +16,15 @@ from math import ceil, inf
 from time import monotonic, time
 
 from vecmill.config import ModelSettings
-from vecmill.core.errors import ModelConflict, ModelLoading, ModelNotFound, ModelNotLoaded, ShuttingDown, VecmillError
+from vecmill.core.errors import (
+    ModelConflict,
+    ModelLoading,
+    ModelNotFound,
+    ModelNotLoaded,
+    ShuttingDown,
+    StartupObstacle,
+    VecmillError,
+)
 from vecmill.core.types import Caller, ModelCard
 
 logger = logging.getLogger(__name__)
@@ -137,7 +145,11 @@ class Resident:
     is_wanted_away: bool = False
     """Nobody new may hold it: another model needs its room."""
     is_asked_for: bool = False
-    """By an admin: it is loaded though no request waits."""
+    """By an admin, or by the start: it is loaded though no request waits."""
+    is_of_start: bool = False
+    """The start waits for it; no other model is unloaded for it."""
+    failure: VecmillError | None = None
+    """Why it could not be loaded, as the log has it."""
     waiters: list[asyncio.Future[None]] = field(default_factory=list)
 
     @property
@@ -337,6 +349,37 @@ class Residency:
         resident.is_named = resident.is_asked_for = True
         return resident
 
+    async def complete_start(self, keys: Iterable[str]) -> None:
+        """Load the models that belong to the start, in their order, while others are served.
+
+        Raises:
+            VecmillError: one cannot be loaded; of the first such model.
+        """
+        residents = [self.load(key) for key in keys]
+        for resident in residents:
+            resident.is_of_start = True
+        for resident in residents:
+            await self._settled(resident)
+            if resident.failure is not None:
+                raise resident.failure
+
+    @staticmethod
+    async def _settled(resident: Resident) -> None:
+        """Until a model is not being loaded any more."""
+        if resident.state is not ModelState.LOADING:
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        resident.waiters.append(waiter)
+        with suppress(ModelNotLoaded, ShuttingDown):
+            await waiter
+            resident.held -= 1
+
+    @asynccontextmanager
+    async def undisturbed(self) -> AsyncIterator[None]:
+        """No model is loaded or unloaded as long as the block runs."""
+        async with self._turn:
+            yield
+
     def unload(self, key: str) -> Resident:
         """Have a model unloaded, and its sleep ended; returns at once.
 
@@ -398,15 +441,19 @@ class Residency:
                     return
                 card, memory_bytes = await self._load_model(key, progress)
         except ModelNotLoaded as error:
+            resident.failure = error
             self._fail(resident, error.message, public_reason=error.message)
         except VecmillError as error:
+            resident.failure = error
             self._fail(resident, error.message)
         except asyncio.CancelledError:
             self._fail(resident, "the server stopped")
             raise
         except Exception as error:
             logger.exception("%s could not be loaded", resident.card.id)
-            self._fail(resident, f"it could not be loaded ({type(error).__name__}); the log says why.")
+            reason = f"it could not be loaded ({type(error).__name__}); the log says why."
+            resident.failure = StartupObstacle(f"{resident.card.id}: {reason}")
+            self._fail(resident, reason)
         else:
             self._loaded(resident, card, memory_bytes)
         finally:
@@ -431,7 +478,8 @@ class Residency:
         resident.card, resident.memory_bytes, resident.loaded_at = card, memory_bytes, time()
         resident.weight_bytes = max(card.weight_bytes, resident.weight_bytes)
         resident.keep_alive, resident.idle_since = resident.unload_after, self._clock()
-        resident.is_asked_for = False
+        resident.is_asked_for = resident.is_of_start = False
+        resident.failure = None
         resident.serve_waiters()
         self._changed.set()
         logger.info("%s is loaded, %.2f GB", card.id, memory_bytes / GIGABYTE)
@@ -449,6 +497,8 @@ class Residency:
         Raises:
             ModelNotLoaded: there is none, and nothing left to unload.
         """
+        if resident.is_of_start:  # its room was counted before anything was loaded
+            return True
         resident.message = "waits for room"
         while self._is_wanted(resident):
             if (reason := await self._no_room(resident.weight_bytes)) is None:

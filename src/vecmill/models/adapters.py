@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from vecmill.models.family import Adapters
+from vecmill.models.merged_projections import rotated
 from vecmill.models.packed_attention import packed_attention
 from vecmill.models.packing import PackedBatch
 
@@ -125,7 +125,7 @@ class AdaptedLayer(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in self.qkv_proj(hidden, mask).chunk(3, dim=-1)
         )
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
         attended, _ = packed_attention(
             self,
             query,

@@ -78,7 +78,8 @@ class Network:
 
     config_class: str
     model_class: str
-    """Of transformers, or one of those in `weights.OWN_CLASSES`."""
+    """Of transformers, one of `transformers_networks.OWN_CLASSES`, or one of `bert.CLASSES`, which is transformers' own
+    written again."""
     rename: Rename
     arguments: Callable[[ConfigJson, int], dict[str, Any]] = lambda config, positions: dict(config)
     """Keyword arguments of the config class, made of the honoured keys of config.json and the number of positions."""

@@ -12,13 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
-from transformers.models.ministral3.modeling_ministral3 import get_llama_4_attn_scale
 
 from vecmill.models.packed_attention import packed_attention
 
 QUERY_KEY_VALUE: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 GATE_AND_UP: tuple[str, ...] = ("gate_proj", "up_proj")
+
+
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(1, heads, T, head_dim) rotated by (1, T, head_dim) each, as transformers' `apply_rotary_pos_emb` does it."""
+    first, second = heads.chunk(2, dim=-1)
+    return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+def _query_scale(positions: Tensor, beta: float, trained: int) -> Tensor:
+    """(1, T) to (1, 1, T, 1): Ministral 3's queries grow where positions go beyond those that it was trained on."""
+    return (1 + beta * torch.log(1 + torch.floor(positions / trained)))[:, None, :, None]
 
 
 class MergedAttention(nn.Module):
@@ -57,9 +66,9 @@ class MergedAttention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
         )
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
         if self.query_scale is not None:
-            query = query * get_llama_4_attn_scale(kwargs["position_ids"], *self.query_scale).to(query.dtype)
+            query = query * _query_scale(kwargs["position_ids"], *self.query_scale).to(query.dtype)
         attended, _ = packed_attention(
             self,
             query,

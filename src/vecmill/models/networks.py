@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
 from vecmill.core.errors import StartupError
+from vecmill.models.bert import activation
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.config_keys import ACTIVATIONS
 from vecmill.models.family import Pooling, Positions
 from vecmill.models.heads import load_heads
 from vecmill.models.latent_attention import LatentAttention
@@ -31,7 +32,7 @@ EMBEDDINGS = ("model.embed_tokens.weight", "embed_tokens.weight")
 
 
 class Backbone:
-    """A network of transformers without its head, run on packed rows."""
+    """A network without its head, run on packed rows."""
 
     def __init__(self, checkpoint: Checkpoint, config: Any, module: Any) -> None:
         """`module`: what `load_weights` gave, or the part of it that ends with the last hidden states."""
@@ -219,7 +220,9 @@ class CrossEncoder(TransformerModel):
 
 def _head(model: Any, parts: Sequence[str]) -> nn.Module:
     """The modules of a classification head, in float32 whatever the weights' type; the encoder goes without them."""
-    head = nn.Sequential(*(ACT2FN[part] if part in ACT2FN else attrgetter(part)(model) for part in parts)).float()
+    head = nn.Sequential(
+        *(activation(part) if part in ACTIVATIONS else attrgetter(part)(model) for part in parts)
+    ).float()
     if getattr(model.base_model, "pooler", None) is not None:
         model.base_model.pooler = None
     return head

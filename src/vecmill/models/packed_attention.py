@@ -1,7 +1,6 @@
 """The one attention function that every family runs through: sequences packed in one row never see each other.
 
-Registered with transformers under the name `packed`. transformers builds no mask for a name it has no mask
-function for, and hands extra forward arguments down to the attention function: `packed_batch` travels that way.
+`transformers_networks` has transformers' classes call it.
 
 For torch.compile attention is one opaque operation: what it does depends on the rows of a batch, so a graph of it would
 have to be compiled again for the next batch. The batch reaches the operation through `compiled_call`.
@@ -12,20 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from importlib import import_module
 from inspect import signature
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface
 
 from vecmill.models.family import BiasTable
 from vecmill.models.packing import Attention, EqualLengths, PackedBatch
-
-ATTENTION = "packed"
 
 
 # Arguments that not every torch has. torch 2.11 takes neither: its kernel accepts fewer key heads without being told.
@@ -37,7 +33,11 @@ def varlen_options(kernel: Callable[..., Any]) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in signature(kernel).parameters}
 
 
-VARLEN_OPTIONS = varlen_options(varlen_attn)
+@lru_cache
+def _varlen() -> Callable[..., Any]:
+    """torch's kernel for packed rows. A CPU has none, and the module that has it takes longer to import than torch."""
+    kernel: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
+    return partial(kernel, **varlen_options(kernel))
 
 
 # In a sliding window the queries of a row are taken in blocks of so many, or of as many as the window has where that is
@@ -177,7 +177,7 @@ def _flash(
         # window is aligned at the last key, so each query sees the prefix and its own row up to itself.
         k, v = k[packed.keys.index], v[packed.keys.index]
         cu_keys, max_keys = packed.keys.cu_seqlens, packed.keys.max_length
-    out = varlen_attn(
+    out = _varlen()(
         q,
         k,
         v,
@@ -187,7 +187,6 @@ def _flash(
         max_keys,
         scale=scaling,
         window_size=_narrowest(window, max_keys),
-        **VARLEN_OPTIONS,
     )
     assert isinstance(out, Tensor)  # a pair only where auxiliary outputs are asked for
     return out[None]
@@ -304,6 +303,3 @@ def _rows(tensor: Tensor, group: EqualLengths) -> Tensor:
     """(1, heads, T, head_dim) -> (rows, heads, length, head_dim), without a copy."""
     tokens = tensor[0, :, group.start : group.start + group.rows * group.length]
     return tokens.view(tensor.shape[1], group.rows, group.length, tensor.shape[3]).transpose(0, 1)
-
-
-AttentionInterface.register(ATTENTION, packed_attention)

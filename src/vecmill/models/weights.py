@@ -1,4 +1,4 @@
-"""Weights from safetensors into transformers' classes: read tensor by tensor, nothing missing, nothing left over.
+"""Weights from safetensors into a network: read tensor by tensor, nothing missing, nothing left over.
 
 transformers' own loading maps whole files into memory and copies from there, which doubles the memory taken where
 CPU and GPU share it, and it warns of what is refused here.
@@ -10,26 +10,20 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers.initialization import no_init_weights
-from transformers.utils import logging as transformers_logging
 
 from vecmill.core.errors import StartupError
-from vecmill.models.adapters import AdaptedEncoder
-from vecmill.models.biased_layers import with_bias
+from vecmill.models import bert
 from vecmill.models.checkpoint import Checkpoint
-from vecmill.models.jina_bert import JinaBert, JinaBertForPairs
 from vecmill.models.merged_projections import Rows, merge_projections
 from vecmill.models.modules import Head
-from vecmill.models.nomic_layers import NomicBert
-from vecmill.models.packed_attention import ATTENTION
 from vecmill.models.weight_files import (
     SINGLE,
     Header,
@@ -40,11 +34,7 @@ from vecmill.models.weight_files import (
     refuse_type,
 )
 
-transformers_logging.set_verbosity_error()
-
 FORGET_EVERY = 268_435_456  # bytes
-# Networks that transformers has no class for.
-OWN_CLASSES: Mapping[str, type[nn.Module]] = {each.__name__: each for each in (NomicBert, JinaBert, JinaBertForPairs)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +45,9 @@ class Target:
     device: torch.device
     progress: Callable[[int], None] = lambda read: None
     """Told how many bytes of the checkpoint have been read since the last call."""
-    shared: dict[tuple[Path, type], nn.Module] = field(default_factory=dict)
+    shared: dict[tuple[Path, str], nn.Module] = field(default_factory=dict)
     """What was loaded before: a folder named twice is loaded once."""
-    read: dict[tuple[Path, type], Mapping[str, str]] = field(default_factory=dict)
+    read: dict[tuple[Path, str], Mapping[str, str]] = field(default_factory=dict)
     """What was read for each of them, for the fingerprint of who shares it."""
 
     def on(self, device: torch.device) -> Target:
@@ -258,27 +248,30 @@ def _forget_pages(path: Path) -> None:
             os.close(descriptor)
 
 
+def _builder(checkpoint: Checkpoint) -> Any:
+    """The module that makes the checkpoint's network."""
+    own = checkpoint.network.model_class in bert.CLASSES
+    return bert if own else import_module("vecmill.models.transformers_networks")
+
+
 def make_config(checkpoint: Checkpoint) -> Any:
-    """transformers' configuration of a checkpoint's network.
+    """The configuration of a checkpoint's network: an object whose attributes are called as transformers has them.
 
     Raises:
         StartupError: the class does not accept what config.json says.
     """
+    builder = _builder(checkpoint)
     try:
-        config = getattr(transformers, checkpoint.network.config_class)(**checkpoint.arguments)
+        config = builder.make_config(checkpoint)
     except Exception as error:  # whatever the class raises, the file is at fault
         raise _unaccepted(checkpoint, error) from None
     return config
 
 
 def _unaccepted(checkpoint: Checkpoint, error: Exception) -> StartupError:
-    """For a config.json that transformers refuses, in one sentence."""
+    """For a config.json that a class refuses, in one sentence."""
     reason = " ".join((str(error) or type(error).__name__).split())
     return StartupError(f"{checkpoint.named}: {checkpoint.folder}/config.json cannot be right ({reason[:300]}).")
-
-
-def _class(name: str) -> Any:
-    return OWN_CLASSES[name] if name in OWN_CLASSES else getattr(transformers, name)
 
 
 def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
@@ -290,24 +283,17 @@ def load_weights(checkpoint: Checkpoint, config: Any, target: Target) -> Any:
     Raises:
         StartupError: a weight is missing, unknown or of the wrong shape, or a value is not finite.
     """
-    model_class = _class(checkpoint.network.model_class)
-    key = (checkpoint.folder.resolve(), model_class)
+    key = (checkpoint.folder.resolve(), checkpoint.network.model_class)
     if key not in target.shared:
+        builder = _builder(checkpoint)
         if checkpoint.network.layout is not None:
             config.update(checkpoint.network.layout(WeightFiles(checkpoint).files))
         try:
-            with no_init_weights():  # allocated and never written: takes no memory before the real weights replace it
-                model = model_class(config, **checkpoint.network.options)
+            model = builder.make_model(checkpoint, config)
         except Exception as error:
             raise _unaccepted(checkpoint, error) from None
-        model.set_attn_implementation(ATTENTION)
-        if checkpoint.adapters is not None:
-            model = AdaptedEncoder(model, checkpoint.adapters)
         _fill(model, checkpoint, target)
-        if isinstance(model, AdaptedEncoder):
-            model.join_adapters()
-        if checkpoint.network.position_bias is not None:
-            model = with_bias(model, checkpoint.network.position_bias)
+        model = builder.complete(model, checkpoint)
         target.shared[key] = model.to(target.device).eval()  # the buffers
         target.read[key] = dict(checkpoint.fingerprint.parts)
     checkpoint.fingerprint.include(target.read.get(key, {}))
@@ -323,9 +309,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
     if missing := sorted(wanted.keys() - stored):
         raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
     if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
-        name = type(model).__name__
-        saved = f"`{name}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
-        cure = "fetch the model again" if name in OWN_CLASSES else f"fetch the model again, or {saved}"
+        cure = "fetch the model again"
+        if _builder(checkpoint).is_of_transformers(name := type(model).__name__):
+            cure += f", or `{name}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
         raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", cure)
     merged = merge_projections(model, checkpoint.network.merged)
     for name, tensor in weights.tensors([name for name, several in places.items() if several], target.dtype):

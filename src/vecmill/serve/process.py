@@ -114,6 +114,7 @@ class _Process:
         warn_of_readable_keys(access)
 
     def _on_failure(self, reason: str) -> None:
+        gc.enable()
         self._failures.append(reason)
         # A supervisor can restart the process, not a thread in it. Whoever is just sending a request is told why first.
         if self._settings.http.exit_on_failure and self._stopping is not None:
@@ -148,9 +149,9 @@ async def _beside(main: Coroutine[Any, Any, None], *others: Coroutine[Any, Any, 
 
 
 def _freeze() -> None:
-    """Exclude all present objects, most of them modules, from further garbage collections.
+    """Exclude all present objects, most of them modules, from garbage collections, of which there were none so far.
 
     A collection that goes through them takes a quarter of a second, in which no request is answered.
     """
-    gc.collect()
     gc.freeze()
+    gc.enable()

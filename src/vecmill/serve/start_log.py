@@ -18,17 +18,29 @@ from vecmill.core.types import ModelCard, Task
 from vecmill.http.access import is_loopback
 from vecmill.http.capabilities import forward_pass
 from vecmill.http.services import Services
+from vecmill.inference.residency import ModelState
 from vecmill.inference.vectors import describe_dimensions
 from vecmill.scheduler.policy import Budget
 
 
 def served(services: Services) -> list[str]:
     """A sentence for each model: what it is and how it runs."""
-    return [_served(card, services.inference.budgets.get(card.key)) for card in services.inference.cards]
+    return [
+        _served(card, services.inference.budgets.get(card.key), is_loading=is_loading(services, card))
+        for card in services.inference.cards
+    ]
 
 
-def _served(card: ModelCard, budget: Budget | None) -> str:
+def is_loading(services: Services, card: ModelCard) -> bool:
+    """Whether a model is being loaded now, or waits for its turn."""
+    residency = services.inference.residency
+    return residency is not None and residency.residents[card.key].state is ModelState.LOADING
+
+
+def _served(card: ModelCard, budget: Budget | None, *, is_loading: bool) -> str:
     what = "embeds" if card.task is Task.EMBED else "reranks"
+    if is_loading:
+        return f"{card.id} (revision {card.revision}) {what} as soon as it is loaded"
     if budget is None:
         return f"{card.id} (revision {card.revision}) {what} once a request names it: it is loaded on demand"
     return (
@@ -46,6 +58,8 @@ def start_table(services: Services, address: str) -> Table:
     for card in cards:
         if (budget := services.inference.budgets.get(card.key)) is not None:
             _add_model(table, card, forward_pass(services, card.key), budget.max_batch_size)
+        elif is_loading(services, card):
+            table.add_row("loading", card.id)
         else:
             table.add_row("on demand", f"{card.id}, when a request names it (MAX_LOADED_GB)")
     table.add_row("device", cards[0].device)

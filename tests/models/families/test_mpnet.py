@@ -74,7 +74,7 @@ def test_compiled_layers_and_the_bias(tmp_path: Path) -> None:
 
 
 def test_flash_kernels_are_never_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed_attention, "varlen_attn", None)
+    monkeypatch.setattr(packed_attention, "_varlen", None)
     model = load_model(embedder(tmp_path / "tiny"))[1]
     packed = pack([Row(ids(5, 6, 7))], CPU, attention=Attention.FLASH)
     with torch.inference_mode():

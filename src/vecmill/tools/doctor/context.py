@@ -191,6 +191,8 @@ class RunningServer:
     """Its `Server` header."""
     version: str | None
     status: str | None
+    loading: tuple[str, ...] = ()
+    """Models that are not loaded yet."""
 
     @property
     def is_vecmill(self) -> bool:
@@ -216,4 +218,5 @@ def server_at(host: str, port: int) -> RunningServer | None:
         answer.headers.get("server"),
         str(health["version"]) if ours else None,
         str(health["status"]) if ours else None,
+        tuple(map(str, health.get("loading") or ())) if ours else (),
     )

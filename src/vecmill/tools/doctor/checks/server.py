@@ -57,6 +57,8 @@ def judge_taken(address: str, port: int, server: RunningServer | None) -> Findin
         )
     facts = {"version": server.version, "status": server.status}
     seen = f"{address}: vecmill {server.version} runs there, status {server.status}"
+    if server.loading:
+        seen += f", still loading {', '.join(server.loading)}"
     if server.status != "ok":
         return warn(seen, f"curl {server.url}/health says why; its log says more.", **facts)
     if server.version != __version__:
