@@ -8,6 +8,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP := $(INSTALL) --constraint constraints.txt
+# Every file that is installed is one whose hash is in locks/; nothing is left to resolve, and no package builds itself.
+LOCKED = $(INSTALL) --no-deps --require-hashes --only-binary :all: --requirement
+# This package, built with what locks/build.txt has.
+THIS = $(INSTALL) --no-deps --no-build-isolation --editable .
 
 # Where torch comes from. The public index's torch for Linux is a CUDA build, 3 GB with its libraries: where no NVIDIA GPU is
 # to be seen, PyTorch's own index has a build of 0.2 GB without it. TORCH_INDEX= takes the public index's all the same,
@@ -15,11 +19,13 @@ PIP := $(INSTALL) --constraint constraints.txt
 NVIDIA_GPU = $(shell { command -v nvidia-smi || ls /dev/nvidiactl /dev/nvgpu /dev/nvhost-gpu || \
 	grep -sl 0x10de /sys/bus/pci/devices/*/vendor; } 2>/dev/null | head -n 1)
 TORCH_INDEX ?= $(if $(filter Linux,$(shell uname -s)),$(if $(NVIDIA_GPU),,https://download.pytorch.org/whl/cpu))
-# Its dependencies come from the public index, with all else. An index that does not answer stops nothing.
-TORCH = index='$(TORCH_INDEX)'; test -z "$$index" || \
-	$(PIP) --no-deps --retries 1 --timeout 20 --index-url "$$index" torch || \
-	echo "$$index does not give torch: the public index's is installed, which has CUDA (3 GB)."
-CODE := src tests benchmarks examples deploy.py deployment
+# An index that does not answer stops nothing. Another index than PyTorch's for CPUs has files whose hashes nobody knows here.
+TORCH = index='$(TORCH_INDEX)'; case "$$index" in \
+	"") $(LOCKED) locks/torch.txt ;; \
+	*/whl/cpu) $(LOCKED) locks/torch-cpu.txt --retries 1 --timeout 20 --index-url "$$index" ;; \
+	*) $(PIP) --no-deps --retries 1 --timeout 20 --index-url "$$index" torch ;; esac || \
+	{ echo "$$index does not give torch: the public index's is installed, which has CUDA (3 GB)."; $(LOCKED) locks/torch.txt; }
+CODE := src tests benchmarks examples deploy.py deployment docker/pin.py locks
 # Four processes for two cores, each with whole files: many tests wait for a server to start. In the files' order, for those
 # with the fewest tests, otherwise last, take the longest: they kill servers.
 BESIDE := --numprocesses 4 --dist loadfile --no-loadscope-reorder
@@ -35,12 +41,15 @@ RAY := .ray
 # The lowest versions that pyproject.toml allows; the oldest torch is a CUDA build of several gigabytes.
 LOWEST := .lowest
 
+# What checks the dependencies; it needs none of them.
+AUDIT := .audit
+
 # What checks the dashboard's page, from npm by the Node.js of a wheel.
 PAGE := tests/http/page
 PAGE_TOOLS := $(PAGE)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick test-all test-clients test-python-clients test-ray test-lowest fuzz check coverage lint site fix reference chromium redis proxies systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-ray test-lowest fuzz check coverage lint locks locked audit wheel site fix reference chromium redis proxies systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -87,6 +96,16 @@ lint: $(VENV)/.dev  ## Check format, lint, types and import contracts.
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+locks: $(AUDIT)/.installed  ## Write locks/ from pyproject.toml and constraints.txt. Options: ARGS="--upgrade".
+	PATH="$(abspath $(AUDIT))/bin:$$PATH" $(AUDIT)/bin/python -W ignore locks/compile.py $(ARGS)
+
+audit: $(VENV)/.dev $(AUDIT)/.installed  ## Look for known vulnerabilities and for licences that are not on the list. Options: ARGS=--or-skip.
+	$(AUDIT)/bin/python locks/audit.py --pip-audit $(AUDIT)/bin/pip-audit $(ARGS)
+	$(BIN)/python locks/licences.py
+
+wheel: $(VENV)/.serve  ## Build the wheel and the source archive into dist/; the same commit gives the same bytes.
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m hatchling build
+
 site: $(VENV)/.dev  ## Build the documentation as a site, in site/.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
@@ -101,20 +120,20 @@ $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "vecmill needs Python 3.11 or newer with venv (Debian and Ubuntu: apt install python3-venv), or PYTHON=/path/to/python3."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.serve: pyproject.toml constraints.txt requirements-bundled.txt | $(BIN)/python
+$(VENV)/.serve: pyproject.toml locks/server.txt requirements-bundled.txt | $(BIN)/python
 	@echo "Installing vecmill into $(VENV); the first time this takes a few minutes."
 	@$(TORCH)
-	$(PIP) --editable '.[token-ids]'
-	$(INSTALL) --no-deps --require-hashes --requirement requirements-bundled.txt
+	$(LOCKED) locks/server.txt --requirement locks/build.txt
+	$(LOCKED) requirements-bundled.txt
+	$(THIS)
 	@touch $@
 
-# Dependency groups need pip 25.1; Python 3.11 and 3.12 bring an older one.
-$(VENV)/.dev: pyproject.toml constraints.txt requirements-bundled.txt | $(BIN)/python
+$(VENV)/.dev: pyproject.toml locks/dev.txt requirements-bundled.txt | $(BIN)/python
 	@echo "Installing vecmill and its development tools into $(VENV); the first time this takes a few minutes."
 	@$(TORCH)
-	$(PIP) --upgrade 'pip>=25.1'
-	$(PIP) --editable '.[otel,parquet,plot,redis,token-ids]' --group dev
-	$(INSTALL) --no-deps --require-hashes --requirement requirements-bundled.txt
+	$(LOCKED) locks/dev.txt
+	$(LOCKED) requirements-bundled.txt
+	$(THIS)
 	@touch $@ $(VENV)/.serve
 
 # Every version is pinned, also of what they need: nothing is left to resolve.
@@ -124,22 +143,30 @@ $(CLIENTS)/%/.installed: $(CLIENT_FILES)/%/requirements.txt | $(BIN)/python
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
 	@touch $@
 
-$(RAY)/.installed: pyproject.toml constraints.txt requirements-bundled.txt | $(BIN)/python
+$(RAY)/.installed: pyproject.toml locks/ray-tests.txt requirements-bundled.txt | $(BIN)/python
 	@echo "Installing vecmill with Ray into $(RAY)."
 	@$(BIN)/python -m venv --clear $(RAY)
 	@$(MAKE) --no-print-directory VENV=$(RAY) $(RAY)/.serve
-	@$(RAY)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt \
-		--editable '.[parquet,ray,ray-data,redis,token-ids]' httpx hypothesis 'moto[server]' pytest pytest-asyncio pytest-timeout \
-		pytest-xdist
+	@$(MAKE) --no-print-directory VENV=$(RAY) LOCK=locks/ray-tests.txt locked
 	@touch $@
 
-$(LOWEST)/.installed: pyproject.toml constraints-lowest.txt | $(BIN)/python
+$(LOWEST)/.installed: pyproject.toml locks/lowest.txt requirements-bundled.txt | $(BIN)/python
 	@echo "Installing vecmill with the lowest versions that it allows into $(LOWEST)."
 	@$(BIN)/python -m venv --clear $(LOWEST)
-	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-lowest.txt \
-		--editable '.[token-ids]' hypothesis pytest pytest-asyncio pytest-timeout pytest-xdist sentence-transformers
-	@$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes \
-		--requirement requirements-bundled.txt
+	@$(MAKE) --no-print-directory VENV=$(LOWEST) LOCK=locks/lowest.txt locked
+	@$(MAKE) --no-print-directory VENV=$(LOWEST) LOCK=requirements-bundled.txt locked
+	@touch $@
+
+# Not by name: for the environments above, and for this package in them.
+locked:
+	@$(LOCKED) $(LOCK)
+	@$(THIS)
+
+$(AUDIT)/.installed: locks/audit.txt | $(BIN)/python
+	@echo "Installing what checks the dependencies into $(AUDIT)."
+	@$(BIN)/python -m venv --clear $(AUDIT)
+	@$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
+		--requirement locks/audit.txt
 	@touch $@
 
 $(CLIENTS)/.node: $(CLIENT_FILES)/node/package-lock.json

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deployment import console, control, deploy
+from deployment import console, control, deploy, files
 from deployment.layout import IMAGE, MODEL, PORT, SERVICES, VLLM, VLLM_PORT, WAIT_S, Layout, Options
 
 ACTIONS = {
@@ -37,11 +37,27 @@ def main(argv: Sequence[str]) -> int:
         "restart": control.restart,
         "stop": control.stop,
     }
+    files.strict = os.geteuid() == 0 and not layout.staged
     try:
-        return actions[options.action](options, layout)
+        if not _locks(options, layout):
+            return actions[options.action](options, layout)
+        with files.only_one(layout.lock) as alone:
+            if not alone:
+                console.complain("Another deploy.py is at work on this machine: wait until it has ended.")
+                return 1
+            return actions[options.action](options, layout)
+    except OSError as error:
+        console.complain(f"{error.strerror or error}: {error.filename}" if error.filename else str(error))
+        return 1
     except KeyboardInterrupt:
         console.complain("Interrupted; nothing was changed by what was interrupted.")
         return 130
+
+
+def _locks(options: Options, layout: Layout) -> bool:
+    """Whether this run must be the only one: it changes this machine. Who may not is told so further on."""
+    changes = not options.dry_run and options.action not in ("status", "logs")
+    return changes and not layout.staged and (layout.user or os.geteuid() == 0)
 
 
 def parse(argv: Sequence[str]) -> Options:

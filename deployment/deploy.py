@@ -16,7 +16,7 @@ from time import monotonic
 
 from deployment import console, files, machine
 from deployment.console import ask, ask_json
-from deployment.layout import ACCOUNT, EMBED, VLLM, Layout, Options
+from deployment.layout import ACCOUNT, EMBED, EMBED_UNIT, VLLM, VLLM_UNIT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale
 from deployment.services import Embed, Release, Vllm, build, loopback
 from deployment.start import serve_in_tailnet
@@ -161,7 +161,19 @@ KEY_OPTION = re.compile(r"scopes=(use|admin)([+,](use|admin))*|(requests|tokens|
 
 def problems(situation: Situation) -> list[str]:
     """Problems that prevent the deployment, each with its cure."""
-    checks = (_rights, _systemd, _python, _compiler, _disk, _keys, _embed_port, _tailscale, _docker, _vllm_port)
+    checks = (
+        _rights,
+        _owners,
+        _systemd,
+        _python,
+        _compiler,
+        _disk,
+        _keys,
+        _embed_port,
+        _tailscale,
+        _docker,
+        _vllm_port,
+    )
     return [sentence for check in checks for sentence in check(situation)]
 
 
@@ -172,6 +184,15 @@ def _rights(situation: Situation) -> Iterator[str]:
         yield "--user is for an account without root: run it as that account, without sudo."
     if not situation.layout.user and os.geteuid() != 0:
         yield "It needs root: sudo python3 deploy.py (or --user, for services of your own)."
+
+
+def _owners(situation: Situation) -> Iterator[str]:
+    """Nobody but root decides what is written, and what the service reads."""
+    layout = situation.layout
+    units = (layout.units / EMBED_UNIT, layout.units / VLLM_UNIT)
+    for path in (layout.embed_env, layout.vllm_env, layout.api_keys, layout.releases / "any", *units):
+        if sentence := files.distrusted(layout.real(path)):
+            yield f"{sentence}."
 
 
 # Prints where it lies; a virtual environment's Python is only a link to that.

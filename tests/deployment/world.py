@@ -34,7 +34,9 @@ WITHIN_S = 60
 def _clone(folder: Path) -> Path:
     """As much of the repository as deploying needs; what tests change in it is theirs."""
     (folder / "src/vecmill").mkdir(parents=True)
-    declared = ("pyproject.toml", "constraints.txt", "requirements-bundled.txt")
+    (folder / "locks").mkdir()
+    locks = [f"locks/{name}.txt" for name in ("torch", "server", "build")]
+    declared = ("pyproject.toml", *locks, "requirements-bundled.txt")
     for name in ("deploy.py", *declared, "src/vecmill/__init__.py"):
         shutil.copy(REPOSITORY / name, folder / name)
     (folder / "deployment").symlink_to(REPOSITORY / "deployment")

@@ -6,11 +6,11 @@ What a build does is done here by its own lines, save that dependencies stay whe
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from fnmatch import fnmatch
-from importlib.metadata import version
 from pathlib import Path
 
 import httpx
@@ -24,7 +24,7 @@ IGNORED = [
     line for line in (ROOT / ".dockerignore").read_text("utf-8").splitlines() if line and not line.startswith("#")
 ]
 
-DEPENDENCIES = ("pyproject.toml", "constraints.txt", "requirements-bundled.txt")  # what changes seldom is copied first
+DEPENDENCIES = ("locks", "requirements-bundled.txt")  # what changes seldom is copied first
 
 each_dockerfile = pytest.mark.parametrize("name", DOCKERFILES)
 
@@ -84,7 +84,7 @@ def test_everything_copied_is_in_the_context(name: str) -> None:
 def test_nothing_else_is_in_the_context() -> None:
     assert {path.name for path in ROOT.iterdir() if _in_the_context(path.name)} == {
         "pyproject.toml",
-        "constraints.txt",
+        "locks",
         "requirements-bundled.txt",
         "README.md",
         "LICENSE",
@@ -98,7 +98,7 @@ def test_nothing_else_is_in_the_context() -> None:
 @each_dockerfile
 def test_a_change_of_the_source_installs_no_dependency_again(name: str) -> None:
     lines = dockerfile(name).stages[0]
-    installs = next(n for n, (kind, text) in enumerate(lines) if kind == "RUN" and "token-ids" in text)
+    installs = next(n for n, (kind, text) in enumerate(lines) if kind == "RUN" and "locks/server.txt" in text)
     for number, (kind, text) in enumerate(lines):
         if kind == "COPY":
             assert (number > installs) == (text.split()[0] not in DEPENDENCIES), text
@@ -116,19 +116,17 @@ def test_its_lines_install_the_package(name: str, tmp_path: Path) -> None:
         "PIP_TARGET": str(site),
         "PIP_UPGRADE": "1",
         "PIP_NO_DEPS": "1",
-        "PIP_NO_BUILD_ISOLATION": "0",  # pip reads it the other way round
         "PIP_NO_COMPILE": "1",
         "PIP_NO_INDEX": "1",
-        "BUNDLED": "0",
-        "TORCH_INDEX": "",
     }
     for kind, text in dockerfile(name).stages[0]:
         if kind == "COPY":
             *sources, target = text.split()
             _copy(sources, target, build)
-        elif kind == "RUN" and "-m venv" not in text and "torch.version.cuda" not in text:
-            words = [word for word in text.split(" ") if not word.startswith("--mount=")]
-            line = " ".join(words).replace("/opt/vecmill/bin/python", sys.executable)
+        elif kind == "RUN" and "hatchling" in text:
+            line = text.replace("/opt/build/bin/python", sys.executable).replace(
+                "/opt/vecmill/bin/python", sys.executable
+            )
             output(["/bin/sh", "-e", "-c", line], build, variables)
     here = {"PYTHONPATH": str(site), "PATH": variables["PATH"]}
     assert output([sys.executable, "-m", "vecmill", "version"], tmp_path, here).strip() == vecmill.__version__
@@ -146,13 +144,39 @@ def _same_files(installed: Path, source: Path) -> None:
     assert [path for path in files if not (installed / path).is_file()] == []
 
 
-def test_the_base_keeps_its_torch(tmp_path: Path) -> None:
-    shutil.copyfile(ROOT / "constraints.txt", tmp_path / "constraints.txt")
-    (line,) = [text for kind, text in dockerfile("Dockerfile.ngc").stages[0] if kind == "RUN" and "> held.txt" in text]
-    output(["/bin/sh", "-e", "-c", line], tmp_path, {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"})
-    held = (tmp_path / "held.txt").read_text("utf-8").splitlines()
-    assert [entry for entry in held if entry.startswith("torch==")] == [f"torch=={version('torch')}"]
-    assert "fastapi==" in "\n".join(held)
+@each_dockerfile
+def test_every_package_that_is_installed_has_a_hash(name: str) -> None:
+    """What the index is asked for is in a lock; only this package, built here, and a torch of another index are not."""
+    lines = [text for kind, text in dockerfile(name).stages[0] if kind == "RUN"]
+    installs = [part for text in lines for part in re.split(r"&&|;;|; then", text) if " install " in part]
+    unlocked = [part for part in installs if "--no-deps --require-hashes" not in part]
+    assert len(installs) - len(unlocked) >= 3
+    assert [
+        part for part in unlocked if "--no-index dist/*.whl" not in part and "*) pip install --no-deps" not in part
+    ] == []
+    for lock in re.findall(r"locks/[a-z-]+\.txt", "\n".join(lines)):
+        assert (ROOT / lock).is_file(), lock
+    assert "torch" not in re.findall(r"^([a-z0-9-]+)==", (ROOT / "locks/server.txt").read_text("utf-8"), re.M)
+
+
+@pytest.mark.parametrize(
+    ("index", "installed"),
+    [
+        ("", "--no-deps --require-hashes --requirement locks/torch.txt"),
+        (
+            "https://a/whl/cpu",
+            "--no-deps --require-hashes --requirement locks/torch-cpu.txt --index-url https://a/whl/cpu",
+        ),
+        ("https://a/whl/cu130", "--no-deps --index-url https://a/whl/cu130 torch==2.13.0"),
+    ],
+)
+def test_torch_comes_from_where_it_is_told(tmp_path: Path, index: str, installed: str) -> None:
+    (line,) = [text for kind, text in dockerfile("Dockerfile").stages[0] if kind == "RUN" and "TORCH_INDEX" in text]
+    shell = " ".join(word for word in line.split(" ") if not word.startswith("--mount="))
+    (tmp_path / "pip").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "pip").chmod(0o755)
+    told = output(["/bin/sh", "-e", "-c", shell], ROOT, {"PATH": f"{tmp_path}:/usr/bin:/bin", "TORCH_INDEX": index})
+    assert told.strip() == f"install {installed}"
 
 
 @each_dockerfile
@@ -234,6 +258,6 @@ def test_both_images_run_alike() -> None:
 def test_bases_are_pinned(name: str) -> None:
     defaults = dict(entry.split("=", 1) for entry in dockerfile(name).all("ARG"))
     for base in (entry.split()[0] for entry in dockerfile(name).all("FROM")):
-        tag = base.rpartition(":")[2]
+        tag = base.partition("@")[0].rpartition(":")[2]
         tag = defaults[tag.strip("${}")] if tag.startswith("$") else tag
         assert tag[0].isdigit(), base

@@ -23,6 +23,7 @@ from opentelemetry.sdk import environment_variables as variables_of_sdk
 from starlette.routing import Match
 
 from deployment import cli as deploy_cli
+from docker import pin
 from examples import codebase_search
 from tests.guides import curl, programs
 from tests.guides.shell import Command, NotShell, commands
@@ -88,6 +89,7 @@ PIP_FLAGS = {
     "--constraint",
     "--editable",
     "--force-reinstall",
+    "--no-build-isolation",
     "--group",
     "--index-url",
     "--no-deps",
@@ -208,6 +210,8 @@ def _python(command: Command) -> Iterator[str]:
             yield from _exits(deploy_cli.parse, arguments)
         case ["examples/codebase_search.py", *arguments]:
             yield from _exits(codebase_search.parse_arguments, arguments)
+        case ["docker/pin.py", *arguments]:
+            yield from _exits(pin.options, arguments)
         case ["--version"]:
             pass
         case words:

@@ -45,6 +45,8 @@ NAME = re.compile(r"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*)(?:=(\S*))?")
 # In capitals, and no settings.
 NO_SETTINGS = {
     "ARGS": "make's",
+    "SHA256SUMS": "a file of a release",
+    "NIGHTLY_AUDIT": ".ci/nightly's",
     "GET": "a method of HTTP",
     "TAILNET": "stands for the reader's",
     "START": "a value of TEI's truncation_direction",

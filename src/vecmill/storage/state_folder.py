@@ -10,6 +10,7 @@ from typing import Self
 
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.storage.files import FileLock, unshared_locks
+from vecmill.storage.formats import newer_state, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,8 @@ class StateFolder:
         hold it too, if they also open it as shared.
 
         Raises:
-            StartupObstacle: another server holds it. StartupError: it is BATCH_DIR, where locks are not shared.
+            StartupObstacle: another server holds it. StartupError: a newer version has written it, or it is BATCH_DIR,
+                where locks are not shared.
         """
         if shared and (trouble := unshared_locks(path)) is not None:
             if setting == "BATCH_DIR":
@@ -47,6 +49,8 @@ class StateFolder:
             with tempfile.TemporaryFile(dir=path):
                 pass
             lock = FileLock.take(path / "lock", create=True, shared=shared)
+            if lock is not None:
+                cls._check_format(path, lock, setting)
         except OSError as error:
             lost = "nothing outlives this process" if setting == "STATE_DIR" else "it keeps nothing"
             problem = f"{setting}={path} cannot be written ({error.strerror}): {lost}."
@@ -58,6 +62,18 @@ class StateFolder:
                 f"or set REDIS_URL for both so that they share their state."
             )
         return cls(path, lock, None, setting)
+
+    @staticmethod
+    def _check_format(path: Path, lock: FileLock, setting: str) -> None:
+        """Raises StartupError where a newer version has written it, and OSError."""
+        if (newer := newer_state(path, setting)) is not None:
+            lock.release()
+            raise StartupError(newer)
+        try:
+            stamp(path)
+        except OSError:
+            lock.release()
+            raise
 
     def file(self, name: str) -> Path | None:
         """Where a file of this server is kept; None where nothing can be kept."""

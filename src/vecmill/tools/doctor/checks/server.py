@@ -16,6 +16,7 @@ from vecmill import __version__
 from vecmill.core.errors import StartupError
 from vecmill.core.protocols import StoreFailed
 from vecmill.storage.files import FileLock, sync_folder, unshared_locks, write_atomically
+from vecmill.storage.formats import newer_state
 from vecmill.tools.doctor.checks.models import existing
 from vecmill.tools.doctor.context import DoctorContext, RunningServer
 from vecmill.tools.doctor.findings import Finding, fail, install, ok, together, warn
@@ -99,6 +100,8 @@ def _folder(context: DoctorContext) -> Finding:
         _write(existing(folder))
     except OSError as error:
         return fail(f"STATE_DIR={folder} cannot be written ({error.strerror})", ELSEWHERE)
+    if (newer := _newer(folder, "STATE_DIR")) is not None:
+        return newer
     shared = context.settings.state.redis_url is not None
     if _held(folder / "lock", shared=shared):
         return _judge_held(context, folder)
@@ -116,9 +119,19 @@ def _batch_folder(folder: Path) -> Finding:
         return fail(
             f"{named} cannot be written ({error.strerror})", "Set BATCH_DIR to a folder that this user may write."
         )
+    if (newer := _newer(folder, "BATCH_DIR")) is not None:
+        return newer
     if _held(folder / "lock", shared=True):
         return fail(f"{named} is the STATE_DIR of a server", "Give batches that servers share a folder of their own.")
     return ok(f"{named} can be written")
+
+
+def _newer(folder: Path, setting: str) -> Finding | None:
+    """What a newer version wrote is nothing for this one."""
+    if (newer := newer_state(folder, setting)) is None:
+        return None
+    problem, _, cure = newer.rpartition(". ")
+    return fail(problem, cure)
 
 
 def _write(folder: Path) -> None:
