@@ -247,8 +247,8 @@ def print_summary(result: Mapping[str, Any], other_cores: float) -> None:
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
     cores, late, checks = result["cores"], result["late_ms"], result["checks"]
     console.print(
-        f"{sum(result['statuses'].values()):,} answers in {result['seconds']:,.0f} s, {result['requests_per_second']} a "
-        f"second, {_times(result['latency_ms'])}; slowest {result['slowest_ms']}; statuses {result['statuses']}; "
+        f"{sum(result['statuses'].values()):,} answers in {result['seconds']:,.0f} s, {result['requests_per_second']} "
+        f"a second, {_times(result['latency_ms'])}; slowest {result['slowest_ms']}; statuses {result['statuses']}; "
         f"{sum(result['left'].values())} clients left; {result['ended']}",
         soft_wrap=True,
     )

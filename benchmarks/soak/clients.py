@@ -17,7 +17,7 @@ from benchmarks.soak.wire import Broken, Call, Connection, Leave, Reply
 
 ANSWER_S = 60.0  # longer is a hang: twice QUEUE_TIMEOUT
 WORK_S = 300.0  # the same for a job and a batch, which wait for their turns
-GAP_S = 15.0  # between two pieces of an event stream; jobs' is silent for 10 s where nothing changes
+GAP_S = 30.0  # between two pieces of an event stream; that of the jobs says every 15 s at least that it is there
 RAMP_S = 10.0
 LEAVES_ONE_IN = 25
 JOB_PAUSE_S, BATCH_PAUSE_S, LOOK_PAUSE_S, SCRAPE_PAUSE_S = 3.0, 5.0, 5.0, 15.0

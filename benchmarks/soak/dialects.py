@@ -1,4 +1,4 @@
-"""What the clients of a soak send, in the words of each dialect, and whether the answer is what the texts give alone."""
+"""What a soak's clients send, in the words of each dialect, and whether the answer is what its texts give alone."""
 
 from __future__ import annotations
 
