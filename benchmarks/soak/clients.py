@@ -19,6 +19,7 @@ ANSWER_S = 60.0  # longer is a hang: twice QUEUE_TIMEOUT
 WORK_S = 300.0  # the same for a job and a batch, which wait for their turns
 GAP_S = 30.0  # between two pieces of an event stream; that of the jobs says every 15 s at least that it is there
 RAMP_S = 10.0
+LONGEST_PAUSE_S = 60.0  # of a caller: the server closes a connection after IDLE_TIMEOUT without a request, 75 s
 LEAVES_ONE_IN = 25
 JOB_PAUSE_S, BATCH_PAUSE_S, LOOK_PAUSE_S, SCRAPE_PAUSE_S = 3.0, 5.0, 5.0, 15.0
 JOB_REQUESTS, JOB_TEXTS, BATCH_LINES = 6, 8, 40
@@ -114,7 +115,7 @@ class Load:
             going = await self._pause(first)
             with suppress(OSError):  # the first request tells what is wrong
                 await connection.open()
-            while going and await self._pause(self._random.expovariate(1 / pause)):
+            while going and await self._pause(min(LONGEST_PAUSE_S, self._random.expovariate(1 / pause))):
                 if self._random.random() < 1 / LEAVES_ONE_IN:
                     await self._leaver(connection)
                 else:
@@ -125,7 +126,8 @@ class Load:
         try:
             async with asyncio.timeout(ANSWER_S):
                 await connection.leave(self._corpus.large(), where, self._random.random() * 0.05)
-        except (TimeoutError, Broken) as error:
+                await connection.open()  # another client, in place of the one that left
+        except (TimeoutError, Broken, OSError) as error:
             self.tally.problem("hang" if isinstance(error, TimeoutError) else "broken", f"leaving {where.value}")
         self.tally.left[where.value] += 1
 
