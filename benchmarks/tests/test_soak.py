@@ -59,6 +59,13 @@ def test_a_vector_of_another_text_is_wrong(dtype: str) -> None:
     assert (comparison.vectors, comparison.scores, comparison.wrong) == (12, 6, 2 + 3 + 3 + 2 + 1)
 
 
+@pytest.fixture(scope="module")
+def corpus() -> Corpus:
+    corpus = Corpus(0)
+    corpus.vectors, corpus.scores = np.ones((TEXTS, 4), dtype=np.float32), [[0.5] * DOCUMENTS] * QUERIES
+    return corpus
+
+
 @asynccontextmanager
 async def answering(answer: bytes, times: int = 1) -> AsyncIterator[str]:
     """The address of a server that sends these bytes so many times to whoever asks, and ends the connection."""
@@ -83,10 +90,8 @@ async def answering(answer: bytes, times: int = 1) -> AsyncIterator[str]:
         (b"", "broken"),
     ],
 )
-async def test_whatever_a_server_does_wrong_is_counted(answer: bytes, problem: str) -> None:
+async def test_whatever_a_server_does_wrong_is_counted(corpus: Corpus, answer: bytes, problem: str) -> None:
     async with answering(answer) as url:
-        corpus = Corpus(0)
-        corpus.vectors, corpus.scores = np.ones((TEXTS, 4), dtype=np.float32), [[0.5] * DOCUMENTS] * QUERIES
         load = Load(url, ["a", "b"], "c", corpus, Comparison(Tolerance.of("float32")))
         await load.run(connections=1, per_second=50, seconds=0.3)
     assert load.tally.problems[problem] > 0

@@ -155,5 +155,5 @@ def exclude_from_collections() -> None:
     gc.collect()
     gc.freeze()
     # Python puts a full collection off until a quarter as many objects are new as the last one left: without this one,
-    # which finds nothing, that would be a quarter of those just excluded, some 50 MB of garbage.
+    # which finds nothing, that would be a quarter of those just excluded, tens of megabytes of garbage.
     gc.collect()
