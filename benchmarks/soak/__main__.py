@@ -60,6 +60,7 @@ MB = 1e6
 # What is called flat. Over a few minutes noise alone has a slope of many MB/h: then the MB over the whole time count.
 MOST_MB_PER_HOUR, MOST_MB = 20.0, 16.0
 MOST_DESCRIPTORS, MOST_THREADS = 16.0, 4.0
+MOST_RATE = 40.0  # where the machine is slower or busy: less, or all would only wait
 SLOWEST = 5  # dialects that are told with their times
 BLOCKS, T_975 = 20, 2.101  # Student's t of BLOCKS - 2 degrees of freedom
 
@@ -296,7 +297,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         comparison = Comparison(Tolerance.of(model["dtype"]))
 
         async def everything() -> dict[str, Any]:
-            await corpus.learn(Connection(server.url, keys[0]))
+            one_by_one = await corpus.learn(Connection(server.url, keys[0]))
+            options.rate = options.rate or significant(min(MOST_RATE, one_by_one / 3))
             load = Load(server.url, keys, admin, corpus, comparison)
             return await soak(options, load, corpus, server)
 
@@ -308,7 +310,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="of load (default: %(default)s; 480 are 8 hours)")
     parser.add_argument("--connections", type=int, default=1000, help="open at a time (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=40, help="callers' requests a second (default: %(default)s)")
+    parser.add_argument(
+        "--rate",
+        type=float,
+        help=f"callers' requests a second (default: a third of what is answered one by one, at most {MOST_RATE:g})",
+    )
     parser.add_argument("--warm-up", type=float, help="seconds before slopes count (default: a third, at most 120)")
     parser.add_argument("--most-health-ms", type=float, default=MOST_HEALTH_MS, help="(default: %(default)s)")
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
