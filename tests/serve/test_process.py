@@ -145,3 +145,28 @@ def test_the_json_log_is_one_object_a_line(tmp_path: Path) -> None:
         r"\(\d+ threads\) in (float32|bfloat16), in forward passes of up to \d+ tokens",
         messages[ready - 1],
     )
+
+
+def test_garbage_does_not_pile_up_to_the_size_of_what_was_there_at_the_start() -> None:
+    # Objects in circles, each of which outlives two younger collections, as those of a slow request do.
+    code = """if True:
+        import gc
+        from collections import deque
+        from vecmill.serve.process import exclude_from_collections
+
+        class Circle:
+            def __init__(self):
+                self.itself = self
+
+        there_at_the_start = [[] for _ in range(1_000_000)]
+        exclude_from_collections()
+        alive, most = deque(maxlen=3_000), 0
+        for number in range(400_000):
+            alive.append(Circle())
+            if number % 5_000 == 0:
+                most = max(most, len(gc.get_objects()))
+        print(most)
+    """
+    ended = run([sys.executable, "-c", code], env=os.environ)
+    assert ended.returncode == 0, ended.output
+    assert int(ended.output) < 100_000
