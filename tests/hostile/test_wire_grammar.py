@@ -295,3 +295,12 @@ async def test_much_that_is_sent_gets_an_answer_or_a_close(wired: Service) -> No
     while time.monotonic() < until:
         await check_many(wired.url, seed=first)
         first += 1
+
+
+@pytest.mark.parametrize("seconds", ["5e-324", "0.0001", "0", "-1", "nan", "1e309"])
+def test_a_time_out_that_is_none_is_the_clients_mistake_however_slow_the_body(wired: Service, seconds: str) -> None:
+    sent = request("/v1/embeddings", b'{"input":"x"}', f"X-Request-Timeout: {seconds}")
+    for pieces in ((sent,), (sent[:-4], sent[-4:])):
+        answer = answer_to(wired.url, *pieces)
+        assert answer.status == 400
+        assert "x-request-timeout" in answer.text.lower()
