@@ -68,7 +68,7 @@ def _other(value: Any, source: random.Random) -> Any:
         case 2:
             return _text(source)
         case 3 if isinstance(value, int | float):
-            return value + source.choice((-1, 1, 0.5))
+            return value + source.choice((-1, 1))
         case 3 if isinstance(value, str):
             return value[: source.randint(0, len(value))] + _text(source)
         case 4:
