@@ -38,6 +38,10 @@ CLIENT_FILES := tests/clients/environments
 # Ray brings 35 packages and 400 MB, which no other test needs.
 RAY := .ray
 
+# Searches guided by coverage, and what they found interesting.
+FUZZ := .fuzz
+ATHERIS := atheris==3.0.0
+
 # The lowest versions that pyproject.toml allows; the oldest torch is a CUDA build of several gigabytes.
 LOWEST := .lowest
 
@@ -49,7 +53,7 @@ PAGE := tests/http/page
 PAGE_TOOLS := $(PAGE)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick test-all test-clients test-python-clients test-ray test-lowest fuzz check coverage lint locks locked audit wheel site fix reference chromium redis proxies systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-ray test-lowest fuzz fuzz-coverage check coverage lint locks locked audit wheel site fix reference chromium redis proxies systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -81,6 +85,12 @@ test-ray: $(RAY)/.installed redis  ## Run the tests of Ray Serve and Ray Data, i
 # Not among the development tools: it would be a plugin of every run of pytest.
 fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its API's document allows and forbids. Five minutes.
 	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
+
+# Not among the development tools either: Atheris has no wheels for every platform.
+TARGETS := json_body batch_lines body_coding requests header_fields upload_form base64_vectors batch_results checkpoint_files
+SECONDS := 60
+fuzz-coverage: $(VENV)/.dev $(FUZZ)/.installed  ## Search for inputs that break readers, guided by coverage. Options: TARGETS=requests, SECONDS=3600.
+	for target in $(TARGETS); do PYTHONPATH=$(FUZZ):. $(BIN)/python -m tests.fuzz.coverage_guided $$target $(SECONDS) || exit 1; done
 
 test-lowest: $(LOWEST)/.installed  ## Run the tests of the models, the engine and the GPU benchmark on the lowest versions that are allowed.
 	$(LOWEST)/bin/python -m pytest $(BESIDE) tests/models tests/engine benchmarks/tests/test_gpu.py $(ARGS)
@@ -141,6 +151,10 @@ $(CLIENTS)/%/.installed: $(CLIENT_FILES)/%/requirements.txt | $(BIN)/python
 	@echo "Installing the clients of $< into $(@D)."
 	@$(BIN)/python -m venv --clear $(@D)
 	@$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement $<
+	@touch $@
+
+$(FUZZ)/.installed: | $(VENV)/.dev
+	$(INSTALL) --no-deps --target $(FUZZ) $(ATHERIS)
 	@touch $@
 
 $(RAY)/.installed: pyproject.toml locks/ray-tests.txt requirements-bundled.txt | $(BIN)/python

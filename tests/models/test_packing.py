@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,20 @@ from hypothesis import strategies as st
 
 from tests.models.families import TinyModel, every_family, tiny_model, tiny_models
 from tests.models.loaded import CPU, ids, load_model, run, unit
-from vecmill.core.errors import StartupError
+from tests.unicode_texts import texts
+from vecmill.config import InferenceSettings, ModelSettings
+from vecmill.core.errors import InputTooLong, StartupError
+from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Prefix, Row, Task, TokenIds
+from vecmill.engine.loader import expected_card
+from vecmill.inference.models import Embedder, Reranker, assemble_one
 from vecmill.models import networks
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.families import FAMILIES
 from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, PrefixMemory, pack
 from vecmill.models.source import find
+from vecmill.models.tokenizer_loading import load_tokenizer
 from vecmill.models.weights import Target
 
 LONGEST = 120
@@ -69,6 +76,62 @@ def test_a_row_packed_equals_the_row_alone(model_of: Callable[[TinyModel], Model
         same(run(model, rows), np.concatenate([run(model, [row]) for row in rows]), tiny.task)
 
     packed_equals_alone()
+
+
+Serve = Callable[[TinyModel], Embedder | Reranker]
+OF_EACH_TOKENIZER = ("embed-bert", "rerank-xlm-roberta", "embed-qwen3", "rerank-qwen3", "embed-gemma3_text")
+
+
+@pytest.fixture(scope="module")
+def served_of(folder_of: Callable[[TinyModel], Path], model_of: Callable[[TinyModel], Model]) -> Iterator[Serve]:
+    with WorkerThreads(1) as threads:
+
+        def serve(tiny: TinyModel) -> Embedder | Reranker:
+            checkpoint = read(Source("tiny", folder_of(tiny), tiny.task))
+            card = expected_card(checkpoint, (), ModelSettings(dtype="float32"), CPU)
+            return assemble_one(card, (checkpoint, load_tokenizer(checkpoint)), InferenceSettings(), threads)
+
+        yield cache(serve)
+
+
+async def rows_of(served: Embedder | Reranker, texts: list[str]) -> list[Row]:
+    """Of texts, or of the first with each of the others."""
+    if isinstance(served, Embedder):
+        return [each.row for each in await served.tokenizer.encode(texts)]
+    try:
+        return [each.row for each in await served.tokenizer.encode(texts[0], texts[1:], None)]
+    except InputTooLong:
+        return []
+
+
+def check_texts(tiny: TinyModel, model: Model, served: Embedder | Reranker, examples: int) -> None:
+    @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 20)
+    @given(some=st.lists(texts, min_size=2, max_size=6))
+    def packed_equals_alone(some: list[str]) -> None:
+        rows = asyncio.run(rows_of(served, some))
+        if rows:
+            assert all(0 < len(row) <= served.card.max_model_len for row in rows)
+            together = run(model, rows)
+            assert np.isfinite(together).all()
+            same(together, np.concatenate([run(model, [row]) for row in rows]), tiny.task)
+
+    packed_equals_alone()
+
+
+@pytest.mark.parametrize("tiny", [tiny for tiny in tiny_models() if str(tiny) in OF_EACH_TOKENIZER], ids=str)
+def test_any_text_packed_equals_the_text_alone(
+    model_of: Callable[[TinyModel], Model], served_of: Serve, tiny: TinyModel
+) -> None:
+    check_texts(tiny, model_of(tiny), served_of(tiny), 5)
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("tiny", every_family())
+def test_many_texts_packed_equal_the_texts_alone(
+    model_of: Callable[[TinyModel], Model], served_of: Serve, tiny: TinyModel
+) -> None:
+    check_texts(tiny, model_of(tiny), served_of(tiny), 300)
 
 
 @pytest.mark.parametrize("tiny", every_family(prefixes=True))

@@ -73,8 +73,19 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def printable(text: str) -> str:
+    """On one line, and without halves of surrogate pairs, which no log and no answer can be written with."""
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
 class StartupError(VecmillError):
     """The server cannot start with this configuration."""
+
+    def __init__(self, message: str | None = None, *, param: str | None = None) -> None:
+        """As of every error; what the message repeats of a file is made printable."""
+        super().__init__(message and printable(message), param=param)
 
 
 class StartupObstacle(StartupError):

@@ -327,4 +327,5 @@ def _path(body: bytes, structure: _Structure, place: int) -> str:
 
 def _key(body: bytes, start: int, stop: int) -> str:
     raw = body[start : min(stop, start + LONGEST_KEY_READ)].strip(SPACE + b'"')
-    return raw.decode("utf-8", "replace")[:LONGEST_KEY_NAMED]
+    shown = raw.decode("utf-8", "replace")[:LONGEST_KEY_NAMED]
+    return "".join(each if each.isprintable() else "\ufffd" for each in shown)  # control characters are for terminals

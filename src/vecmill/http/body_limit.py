@@ -30,7 +30,7 @@ from vecmill.core.errors import (
 from vecmill.core.threads import WorkerThreads
 from vecmill.http.dialects.registry import dialect_for
 from vecmill.http.errors import refused
-from vecmill.http.route import client_of
+from vecmill.http.route import SHORTEST_TIMEOUT, client_of
 
 BODIES_AT_A_TIME = 8  # of the largest size
 # What one client may take of that. The rest is there for the others, whatever it does.
@@ -389,9 +389,10 @@ class BodyLimit:
 
 
 def _request_timeout(headers: Headers) -> float:
-    """Seconds of X-Request-Timeout; infinite without one. `caller_of` refuses a value that is not a number."""
+    """Seconds of X-Request-Timeout; infinite without one, and for what `caller_of` refuses."""
     given = headers.get("x-request-timeout", "")
-    return float(given) if SECONDS.fullmatch(given) else inf
+    seconds = float(given) if SECONDS.fullmatch(given) else inf
+    return seconds if seconds >= SHORTEST_TIMEOUT else inf
 
 
 def _drop(scope: Scope, *names: bytes) -> None:

@@ -109,6 +109,7 @@ class UploadForm:
         self._disposition = b""
         self._field: bytearray | None = None
         self._name = ""
+        self._begun = False
         self._complete = False
         self.fields: dict[str, str] = {}
         self.filename: str | None = None
@@ -136,6 +137,9 @@ class UploadForm:
         Raises:
             MalformedBody, InvalidInput: this is no such form. Whatever `write` raises.
         """
+        if not self._begun:  # behind line ends the parser looks for a boundary, but no further than to the piece's end
+            data = data.lstrip(b"\r\n")
+            self._begun = bool(data)
         try:
             self._parser.write(data)
         except FormParserError as error:

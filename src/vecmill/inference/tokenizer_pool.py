@@ -23,7 +23,7 @@ from tokenizers import Encoding, Tokenizer
 from vecmill.core.errors import StartupError
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Side
-from vecmill.models.tokenizer_files import ReadTokenizer, Template
+from vecmill.models.tokenizer_files import ReadTokenizer, Template, panics_refused
 
 T = TypeVar("T")
 
@@ -92,7 +92,10 @@ class TokenizerPool:
         self._threads = threads
         self._local = threading.local()
         try:
-            tokenizer = self.copy()
+            with panics_refused(file):
+                tokenizer = self.copy()
+        except StartupError:
+            raise
         except Exception as error:  # the library raises nothing narrower
             raise StartupError(f"{file} is not a tokenizer ({error}); fetch the model again.") from None
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, printable
 
 LONGEST_VALUE = 80  # characters of a value that an error shows
 LARGEST_NUMBER = 2**31 - 1
@@ -121,7 +121,7 @@ def check_keys(named: str, file: Path, content: Any, known: Mapping[str, Rule], 
         rule = known.get(key)
         if rule is None:
             raise StartupError(
-                f"{named}: {file.name} has the key `{prefix}{_encodable(key)}` ({shown(value)}), which is not known "
+                f"{named}: {file.name} has the key `{prefix}{key}` ({shown(value)}), which is not known "
                 f"here: what it changes would be missing from the vectors. If it changes nothing, remove it from "
                 f"{file}."
             )
@@ -142,10 +142,5 @@ def honoured(content: Mapping[str, Any], known: Mapping[str, Rule]) -> dict[str,
 
 def shown(value: Any) -> str:
     """A value as JSON has it, cut to LONGEST_VALUE."""
-    text = _encodable(json.dumps(value, ensure_ascii=False))
+    text = printable(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}…"
-
-
-def _encodable(text: str) -> str:
-    """JSON may have halves of surrogate pairs, which no log and no answer can be written with."""
-    return text.encode("utf-8", "backslashreplace").decode()

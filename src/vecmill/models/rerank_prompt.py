@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from vecmill.core.errors import StartupError
 from vecmill.core.types import Task
 from vecmill.models.chat_template import SPECIAL_TOKENS, PairPrompt, ReadTemplate, UnfitTemplateError, read_template
@@ -24,7 +22,7 @@ from vecmill.models.checkpoint import LIBRARY_CONFIG, Checkpoint
 from vecmill.models.families import decoders
 from vecmill.models.family import AnswerWords
 from vecmill.models.keys import read_json
-from vecmill.models.tokenizer_files import DEFAULT_TEMPLATE, TEMPLATE_FILE, chat_templates
+from vecmill.models.tokenizer_files import DEFAULT_TEMPLATE, TEMPLATE_FILE, chat_templates, parsed
 
 ACTIVATIONS = ("Identity", "Sigmoid")  # neither changes the order; scores are the sigmoid, raw scores the logit
 MODULE_CONFIG = "sentence_bert_config.json"
@@ -161,7 +159,7 @@ def answer_tokens(checkpoint: Checkpoint, yes: str = "yes", no: str | None = "no
     Raises:
         StartupError: the tokenizer has no such tokens, so it is another model's.
     """
-    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_file))
+    _, tokenizer = parsed(checkpoint.tokenizer_file)
     words = [yes] if no is None else [yes, no]
     tokens = [token for word in words if (token := tokenizer.token_to_id(word)) is not None]
     if len(tokens) < len(words):

@@ -7,14 +7,15 @@ tokenizer itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import Side, Task
 from vecmill.models.chat_template import SPECIAL_TOKENS
 from vecmill.models.config_keys import own_code
@@ -200,21 +201,47 @@ class ReadTokenizer:
     """Special tokens written in a text are plain text."""
 
 
+@contextmanager
+def panics_refused(file: Path) -> Iterator[None]:
+    """The `tokenizers` library is Rust: where that panics, what it raises is no Exception. A StartupError instead."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # it cannot be imported
+            raise
+        raise StartupError(
+            f"{file}: the tokenizers library fails on it ({first_line(error)[:300]}); fetch the model again."
+        ) from None
+
+
+def parsed(file: Path) -> tuple[str, Tokenizer]:
+    """What a tokenizer.json says, and the tokenizer that the library makes of it.
+
+    Raises:
+        StartupError: it is not a tokenizer.
+    """
+    try:
+        with panics_refused(file):
+            definition = file.read_text("utf-8")
+            return definition, Tokenizer.from_str(definition)
+    except StartupError:
+        raise
+    except Exception as error:  # the library raises nothing narrower
+        raise StartupError(
+            f"{file} is not a tokenizer ({type(error).__name__}: {error}); fetch the model again."
+        ) from None
+
+
 def read_file(file: Path, *, pairs: bool = False) -> ReadTokenizer:
     """A tokenizer.json as it stands; with `pairs`, for a reranker of two texts.
 
     Raises:
         StartupError: it is not a tokenizer.
     """
-    try:
-        definition = file.read_text("utf-8")
-        tokenizer = Tokenizer.from_str(definition)
-    except Exception as error:  # the library raises nothing narrower
-        raise StartupError(
-            f"{file} is not a tokenizer ({type(error).__name__}: {error}); fetch the model again."
-        ) from None
-    around_pair = template(file, tokenizer, pair=True) if pairs else None
-    return ReadTokenizer(file, definition, template(file, tokenizer, pair=False), around_pair)
+    definition, tokenizer = parsed(file)
+    with panics_refused(file):
+        around_pair = template(file, tokenizer, pair=True) if pairs else None
+        return ReadTokenizer(file, definition, template(file, tokenizer, pair=False), around_pair)
 
 
 def _text_with_tokens(tokenizer: Tokenizer) -> str | None:

@@ -19,7 +19,7 @@ from vecmill.core.types import Side, Task
 from vecmill.models.bert_tokenizer import plain_bert
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.rerank_prompt import check_special_tokens, rerank_form
-from vecmill.models.tokenizer_files import ReadTokenizer, Template, read_file, template
+from vecmill.models.tokenizer_files import ReadTokenizer, Template, panics_refused, read_file, template
 
 # A character that no vocabulary has (of Unicode's private use), and a word that is too long for one.
 UNKNOWN_WORDS = ["\ue000", "x" * 1000]
@@ -31,6 +31,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     Raises:
         StartupError: transformers makes none of the files, or one that cannot be run here.
     """
+    with panics_refused(checkpoint.tokenizer_file):
+        return _load_tokenizer(checkpoint)
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> ReadTokenizer:
     file = checkpoint.tokenizer_file
     if checkpoint.network.token_table:
         return _bare(checkpoint)

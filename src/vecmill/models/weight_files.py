@@ -300,7 +300,22 @@ def read_header(file: Path) -> Header:
     if not isinstance(header, dict):
         raise ValueError(f"the header of {file.name} is no object")
     header.pop("__metadata__", None)
+    if damaged := next((name for name, tensor in header.items() if not _is_tensor(tensor)), None):
+        raise ValueError(f"the header of {file.name} has no type, shape and place of the tensor {damaged[:100]!r}")
     return header
+
+
+def _is_tensor(entry: Any) -> bool:
+    """Whether an entry of a header says what safetensors needs of a tensor."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        return False
+    shape, place = entry.get("shape"), entry.get("data_offsets")
+    return (
+        isinstance(shape, list)
+        and isinstance(place, list)
+        and len(place) == 2
+        and all(type(number) is int and number >= 0 for number in (*shape, *place))
+    )
 
 
 def data_start(file: Path) -> int:

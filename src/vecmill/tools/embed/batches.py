@@ -275,5 +275,12 @@ def vectors_of(body: dict[str, Any]) -> list[TextVector]:
 
 
 def _values(embedding: Any) -> bytes:
-    # Some servers take no notice of `encoding_format`.
-    return b64decode(embedding) if isinstance(embedding, str) else np.asarray(embedding, "<f4").tobytes()
+    """Little-endian float32. TypeError, ValueError: it is no vector of finite numbers."""
+    if isinstance(embedding, str):
+        values = np.frombuffer(b64decode(embedding, validate=True), "<f4")
+    else:  # some servers take no notice of `encoding_format`
+        with np.errstate(over="ignore"):  # a value beyond float32 is found below
+            values = np.asarray(embedding, "<f4")
+    if values.ndim != 1 or not values.size or not np.isfinite(values).all():
+        raise ValueError("it is no vector of finite numbers")
+    return values.tobytes()

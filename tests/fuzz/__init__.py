@@ -1,0 +1,1 @@
+"""What reads bytes that others write, given bytes that nobody would write."""
