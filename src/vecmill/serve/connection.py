@@ -17,6 +17,11 @@ from time import monotonic
 from typing import Any, cast
 from urllib.parse import unquote
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
 import httptools
 from uvicorn import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
@@ -24,7 +29,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from vecmill.core.errors import HeadTooLarge, MalformedRequest, RequestTimedOut, VecmillError
+from vecmill.core.errors import HeadTooLarge, MalformedRequest, Overloaded, RequestTimedOut, VecmillError
 from vecmill.http.dialects.registry import shape_for
 from vecmill.http.errors import error_response
 
@@ -46,6 +51,8 @@ WORTH_READING = 262_144
 # sends would lose the answer (RFC 9112, section 9.6).
 LINGER = 5.0
 SENT_TOGETHER = 65_536  # bytes of a body that are copied behind its head, rather than sent by themselves
+# Descriptors that connections leave to everything else: databases, files of batches, modules that are imported late.
+RESERVED_FILES = 64
 STOPPING = 1.0  # seconds for the rest of a head, and to linger, once the server stops
 
 
@@ -254,6 +261,14 @@ class Connection(asyncio.Protocol):
         self._server, self._client = get_local_addr(self.transport), get_remote_addr(self.transport)
         self._scheme = "https" if is_ssl(self.transport) else "http"
         self._wait(self._idle_seconds, self.close)
+        if no_room_for(transport.get_extra_info("socket")):
+            logger.warning("a connection is refused: this process has almost as many files open as it may")
+            self._refuse(
+                Overloaded(
+                    "The server has as many connections as it may open files (RLIMIT_NOFILE) and is temporarily "
+                    "overloaded; close idle connections, or try again later."
+                )
+            )
 
     def data_received(self, data: bytes) -> None:
         if self._closed:
@@ -543,6 +558,17 @@ class Connection(asyncio.Protocol):
             STATUS_LINE[response.status_code] + head + b"connection: close\r\n\r\n" + bytes(response.body)
         )
         self.close()
+
+
+def no_room_for(connection: Any) -> bool:
+    """Whether a new connection's descriptor is among the last that this process may have.
+
+    The kernel gives the lowest free number, so nearly all below it are in use. The limit may change at any time.
+    """
+    if connection is None or resource is None:
+        return False
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit != resource.RLIM_INFINITY and bool(connection.fileno() >= limit - RESERVED_FILES)
 
 
 def _not_http(start: bytearray, reason: str) -> str:

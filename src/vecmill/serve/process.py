@@ -16,7 +16,7 @@ from vecmill.app import Server, create_app
 from vecmill.config import Settings, load_settings
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.http.access import is_loopback
-from vecmill.serve.http_server import LAST_ANSWERS, HttpServer, address_of, listen
+from vecmill.serve.http_server import LAST_ANSWERS, HttpServer, address_of, allow_many_files, listen
 from vecmill.serve.reloading import Reloading, warn_of_readable_keys
 from vecmill.serve.start_log import announce
 from vecmill.serve.stopping import STOP, LastResort, Stopping, ignore_stops, leave, on_hangup, on_signal
@@ -44,6 +44,7 @@ def run_server(settings: Settings, reread: Callable[[], Settings] = load_setting
     configure_logging(settings.log.log_format, settings.log.log_level, settings.http.replica)
     for remark in remarks:
         logger.warning(remark)
+    allow_many_files()
     notifier = Notifier(os.environ)
     try:
         listener = listen(settings.http.host, settings.http.port)
