@@ -86,8 +86,12 @@ class LastingThreads(Executor):
                 raise RuntimeError("these threads are shut down")
             self._unfinished += 1
             call.result.add_done_callback(self._finished)
-            self._hire()
             self._queue.put(call)
+            try:
+                self._hire()
+            except WorkLost:
+                call.result.cancel()
+                raise
         return call.result
 
     def _finished(self, _: Future[Any]) -> None:

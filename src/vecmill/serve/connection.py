@@ -13,6 +13,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 from typing import Any, cast
 from urllib.parse import unquote
@@ -53,6 +54,7 @@ LINGER = 5.0
 SENT_TOGETHER = 65_536  # bytes of a body that are copied behind its head, rather than sent by themselves
 # Descriptors that connections leave to everything else: databases, files of batches, modules that are imported late.
 RESERVED_FILES = 64
+WARN_EVERY = 10.0  # seconds
 STOPPING = 1.0  # seconds for the rest of a head, and to linger, once the server stops
 
 
@@ -212,6 +214,7 @@ class Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
     _flow: FlowControl
+    _warned_at = -inf
 
     def __init__(
         self,
@@ -262,13 +265,20 @@ class Connection(asyncio.Protocol):
         self._scheme = "https" if is_ssl(self.transport) else "http"
         self._wait(self._idle_seconds, self.close)
         if no_room_for(transport.get_extra_info("socket")):
-            logger.warning("a connection is refused: this process has almost as many files open as it may")
+            self._warn_of_files()
             self._refuse(
                 Overloaded(
                     "The server has as many connections as it may open files (RLIMIT_NOFILE) and is temporarily "
                     "overloaded; close idle connections, or try again later."
                 )
             )
+
+    @classmethod
+    def _warn_of_files(cls) -> None:
+        """Now and then: there are many such connections at once."""
+        if monotonic() - cls._warned_at >= WARN_EVERY:
+            cls._warned_at = monotonic()
+            logger.warning("connections are refused: this process has almost as many files open as it may")
 
     def data_received(self, data: bytes) -> None:
         if self._closed:
