@@ -38,10 +38,11 @@ class Harm:
             if thread.name.startswith(names) and thread.ident is not None:
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
 
-    def launch(self, *args: Any, **flags: Any) -> Any:
-        if self._chance.random() < self._share:
+    def launch(self, model: Any, rows: Any, *args: Any, **flags: Any) -> Any:
+        probe = len(rows) == 1 and len(rows[0]) == 1  # a device that fails it is given up
+        if not probe and self._chance.random() < self._share:
             raise RuntimeError("harmed")
-        return self._launch(*args, **flags)
+        return self._launch(model, rows, *args, **flags)
 
     def encode(self, pool: TokenizerPool, texts: Any, *args: Any) -> Any:
         if any(POISON in text for text in texts):
