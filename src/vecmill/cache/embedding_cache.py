@@ -170,6 +170,8 @@ class EmbeddingCache:
         while not last:
             last = self._closing.wait(RETRY_SECONDS if "write" in self._failed_at else WRITE_EVERY)
             self._write()
+            if "read" in self._failed_at and not self._left_alone():  # nobody may look anything up for hours
+                self._read([bytes(KEY_BYTES)], 1)
             if monotonic() - measured >= SIZE_EVERY:
                 self._measure()
                 measured = monotonic()

@@ -13,6 +13,7 @@ from vecmill.storage.files import FileLock, unshared_locks
 
 logger = logging.getLogger(__name__)
 
+LOCK = "lock"
 LEAST_FREE_BYTES = 65_536  # with less, neither jobs nor vectors can be written
 
 
@@ -88,9 +89,9 @@ class StateFolder:
 
     def _found(self, opened: os.stat_result) -> str | None:
         try:
-            there = self.path.exists()
+            there = (self.path / LOCK).exists()  # it goes with all else where somebody empties the folder
             if not there or not os.path.samestat(opened, self.path.stat()):
-                what = "was replaced by another folder" if there else "was removed"
+                what = "was replaced by another folder" if there else "was removed or emptied"
                 if not self._begin_anew(what):
                     return f"{what}, which another vecmill server uses: stop that one, or restart this one"
             disk = os.statvfs(self.path)
@@ -126,7 +127,7 @@ def _made_and_locked(path: Path, *, shared: bool) -> FileLock | None:
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.TemporaryFile(dir=path):
         pass
-    return FileLock.take(path / "lock", create=True, shared=shared)
+    return FileLock.take(path / LOCK, create=True, shared=shared)
 
 
 def _is_full(disk: os.statvfs_result) -> bool:
