@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
 
 import pytest
 
-from vecmill.core.errors import ShuttingDown
+from vecmill.core.errors import ShuttingDown, WorkLost
 from vecmill.core.threads import SMALL, WorkerThreads
 
 
@@ -35,3 +36,15 @@ async def test_who_is_cancelled_is_not_told_anything_else() -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiting
         gate.set()
+
+
+async def test_a_thread_that_ends_is_replaced_and_who_waits_is_told() -> None:
+    with WorkerThreads(1) as threads:
+        await threads.run(lambda: None, size=1)
+        [thread] = [each for each in threading.enumerate() if each.name == "small-worker" and each.is_alive()][-1:]
+        assert thread.ident is not None
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        async with asyncio.timeout(10):
+            with pytest.raises(WorkLost):
+                await threads.run(lambda: None, size=1)
+            assert await threads.run(lambda: 1, size=1) == 1

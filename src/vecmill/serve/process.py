@@ -58,7 +58,7 @@ def run_server(settings: Settings, reread: Callable[[], Settings] = load_setting
     ignore_stops()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         if sys.platform != "win32":  # asyncio's own loop takes none but the standard library's
-            runner.get_loop().set_default_executor(LastingThreads(DISK_THREADS, "asyncio"))  # type: ignore[arg-type]
+            runner.get_loop().set_default_executor(LastingThreads(DISK_THREADS, "asyncio"))
         runner.run(process.run())
     ignore_stops()
     return process.exit_code()
