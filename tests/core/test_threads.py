@@ -40,10 +40,8 @@ async def test_who_is_cancelled_is_not_told_anything_else() -> None:
 
 async def test_a_thread_that_ends_is_replaced_and_who_waits_is_told() -> None:
     with WorkerThreads(1) as threads:
-        await threads.run(lambda: None, size=1)
-        [thread] = [each for each in threading.enumerate() if each.name == "small-worker" and each.is_alive()][-1:]
-        assert thread.ident is not None
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        thread = await threads.run(threading.get_ident, size=1)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
         async with asyncio.timeout(10):
             with pytest.raises(WorkLost):
                 await threads.run(lambda: None, size=1)
