@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from importlib import import_module
 from typing import Any
 
@@ -20,6 +21,8 @@ from vecmill.storage.sqlite_jobs import SqliteJobs
 from vecmill.storage.sqlite_vectors import SqliteVectors
 from vecmill.storage.state_folder import StateFolder
 from vecmill.telemetry.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 1.0
 
@@ -80,10 +83,16 @@ class State:
 
     async def _look_again_and_again(self) -> None:
         while self.folder is not None:
-            await asyncio.to_thread(self.folder.look)
-            if self._batch_folder is not None:
-                await asyncio.to_thread(self._batch_folder.look)
+            try:
+                await asyncio.to_thread(self._look)
+            except Exception:  # out of memory or of threads: /health must not go by this look for ever
+                logger.exception("the look at the state folder failed")
             await asyncio.sleep(LOOK_SECONDS)
+
+    def _look(self) -> None:
+        for folder in filter(None, (self.folder, self._batch_folder)):
+            if folder.look() and folder is (self._batch_folder or self.folder):
+                self.batches.begin_anew(folder.path)
 
     def problems(self) -> dict[str, str | None]:
         """Why the jobs, the cache and the batches are not kept now, each as a sentence; None where they are."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import threading
+from contextlib import suppress
 
 import pytest
 
-from vecmill.core.errors import ShuttingDown
+from vecmill.core.errors import ShuttingDown, WorkLost
 from vecmill.core.threads import SMALL, WorkerThreads
 
 
@@ -35,3 +37,13 @@ async def test_who_is_cancelled_is_not_told_anything_else() -> None:
         with pytest.raises(asyncio.CancelledError):
             await waiting
         gate.set()
+
+
+async def test_a_thread_that_ends_is_replaced_and_who_waits_is_told() -> None:
+    with WorkerThreads(1) as threads:
+        thread = await threads.run(threading.get_ident, size=1)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(SystemExit))
+        async with asyncio.timeout(10):
+            with suppress(WorkLost):  # it may end before it has taken this
+                await threads.run(lambda: None, size=1)
+            assert await threads.run(threading.get_ident, size=1) != thread

@@ -95,6 +95,10 @@ class Service:
         assert self._process is not None
         return self._process.wait(PATIENCE)
 
+    def runs(self) -> bool:
+        """Whether the present process has not ended."""
+        return self._process is not None and self._process.poll() is None
+
     def log(self) -> str:
         """The log of all processes so far."""
         return self._log.read_text()

@@ -14,7 +14,7 @@ from tests.faults.batch_lines import TOLERANCE, assert_whole, batch_input, creat
 from tests.faults.conftest import NewService
 from tests.faults.service import Service, until
 
-KILLS = 15
+KILLS = 30
 KILLS_WHILE_STARTING = 3
 CHUNK = 16
 # At one time, so that at each kill some of them are about to write something down.
@@ -71,7 +71,7 @@ class BatchLives:
         return any(batch["status"] in ("validating", "in_progress") for batch in batches)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.nightly
 def test_no_line_is_lost_or_there_twice(new_service: NewService) -> None:
     chance = random.Random(20)

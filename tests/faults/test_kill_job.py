@@ -15,7 +15,7 @@ from tests.faults.conftest import NewService
 from tests.faults.indexer import BATCH, Indexer
 from tests.faults.service import Service, until
 
-KILLS = 15
+KILLS = 30
 KILLS_WHILE_STARTING = 3
 PROJECTS = ("a", "b", "c")
 BATCHES = 100  # of each
@@ -119,7 +119,7 @@ class JobLives:
         self._service.assert_healthy()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.nightly
 def test_no_job_is_lost_and_none_is_stuck(new_service: NewService) -> None:
     chance = random.Random(21)

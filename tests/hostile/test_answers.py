@@ -172,6 +172,7 @@ async def test_health_tells_addresses_to_who_may_use_the_server(upstream: Genera
     flags = {"generation_url": upstream.url, "state_dir": str(state), "cache_max_bytes": 10_000_000}
     async with serving(api_key=KEY, **flags) as client:
         state.rename(tmp_path / "elsewhere")
+        state.touch()  # no folder can be made there
         while (await client.get("/health")).json()["state"]["ok"]:
             await asyncio.sleep(0.05)
         outside = await client.get("/health")
@@ -184,6 +185,7 @@ async def test_health_tells_addresses_to_who_may_use_the_server(upstream: Genera
             assert (answer.json()["jobs"]["ok"], answer.json()["cache"]["ok"]) == (False, False)
         assert inside.json()["generation"]["url"] == upstream.url
         assert "was removed" in inside.json()["state"]["message"]
+        state.unlink()
         (tmp_path / "elsewhere").rename(state)
         while not (await client.get("/health")).json()["jobs"]["ok"]:
             await asyncio.sleep(0.05)

@@ -44,20 +44,39 @@ def test_where_nothing_can_be_written_it_says_so_and_serves(tmp_path: Path) -> N
     folder.close()
 
 
-def test_what_becomes_of_the_folder_is_noticed(tmp_path: Path) -> None:
-    path = tmp_path / "state"
+def test_a_folder_that_was_removed_or_replaced_is_taken_as_at_the_start(tmp_path: Path) -> None:
+    path, elsewhere = tmp_path / "state", tmp_path / "elsewhere"
     folder = StateFolder.open(path)
-    folder.look()
+    assert not folder.look()
+    path.rename(elsewhere)
+    assert folder.look()
     assert folder.problem is None
-    path.rename(tmp_path / "elsewhere")
-    folder.look()
+    assert path.stat().st_mode & 0o077 == 0
+    with pytest.raises(StartupError):
+        StateFolder.open(path)
+    StateFolder.open(elsewhere).close()
+
+    path.rename(tmp_path / "second")
+    elsewhere.rename(path)
+    with_another = StateFolder.open(path)
+    assert not folder.look()
     assert folder.problem is not None
-    assert "was removed" in folder.problem
-    path.mkdir()
-    folder.look()
-    assert "replaced by another folder" in folder.problem
-    path.rmdir()
-    (tmp_path / "elsewhere").rename(path)
-    folder.look()
+    assert "replaced by another folder, which another vecmill server uses" in folder.problem
+    with_another.close()
+    assert folder.look()
+    assert folder.problem is None
+    folder.close()
+
+
+def test_a_folder_that_cannot_be_made_again_is_told(tmp_path: Path) -> None:
+    above = tmp_path / "above"
+    folder = StateFolder.open(above / "state")
+    above.rename(tmp_path / "elsewhere")
+    above.touch()
+    assert not folder.look()
+    assert folder.problem is not None
+    assert "what is kept now does not outlive this process" in folder.problem
+    above.unlink()
+    assert folder.look()
     assert folder.problem is None
     folder.close()

@@ -55,9 +55,7 @@ class BatchService:
             self._problem = f"503: there are no files and batches: {reason}"
 
     def _opened(self, folder: Path) -> BatchContext:
-        files_folder, batches_folder = folder / "files", folder / "batches"
-        for path in (files_folder, batches_folder):
-            path.mkdir(mode=0o700, exist_ok=True)
+        files_folder, batches_folder = _folders(folder)
         quota = FileQuota((files_folder, batches_folder), self._settings.max_files_bytes)
         files = FileStore(files_folder, self._clock, quota, self._settings.file_expires_days)
         store = BatchStore(batches_folder)
@@ -73,6 +71,16 @@ class BatchService:
             max_line_bytes=self._max_line_bytes,
             keep_days=self._settings.file_expires_days,
         )
+
+    def begin_anew(self, folder: Path) -> None:
+        """Another folder has taken the place of this one. For any thread.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        if self._context is not None:
+            _folders(folder)
+            self._context.files.quota.forget()
 
     @property
     def problem(self) -> str | None:
@@ -266,6 +274,14 @@ class BatchService:
         """Look for work now: there may be room again, or a new batch."""
         if self._runner is not None:
             self._runner.wake()
+
+
+def _folders(folder: Path) -> tuple[Path, Path]:
+    """Those of files and of batches, made if need be."""
+    paths = folder / "files", folder / "batches"
+    for path in paths:
+        path.mkdir(mode=0o700, exist_ok=True)
+    return paths
 
 
 def _with_cancellation(store: BatchStore, record: BatchRecord) -> BatchRecord:

@@ -68,13 +68,16 @@ class EmbeddingCache:
         self.stats = CacheStats()
         self.size = StoreSize(0, 0)
         """As last measured, every few seconds."""
+        self._start_writer()
+
+    def _start_writer(self) -> None:
         self._writer = threading.Thread(target=self._write_forever, name="cache-writer", daemon=True)
         self._writer.start()
 
     @property
     def failing(self) -> bool:
         """True from a failure of the store until it works again."""
-        return bool(self._failed_at)
+        return bool(self._failed_at) or not self._writer.is_alive()
 
     def look_up(self, keys: Sequence[bytes], dimensions: int, *, as_read: bool = False) -> dict[bytes, Vector]:
         """The vectors, (dimensions,) each, that are there. For worker threads: it reads from disk.
@@ -133,6 +136,10 @@ class EmbeddingCache:
                 elif key not in self._pending:
                     self._pending[key] = Kept(vector, smallest)
                     self._pending_bytes += vector.nbytes
+            if not (self._writer.is_alive() or self._closing.is_set()):
+                logger.error("the thread that writes the embedding cache has ended: another takes its place")
+                with suppress(RuntimeError):  # the system gives no thread: the next vector tries again
+                    self._start_writer()
 
     def clear(self) -> int:
         """Forget everything; how many entries that were. It may take seconds.
@@ -163,6 +170,8 @@ class EmbeddingCache:
         while not last:
             last = self._closing.wait(RETRY_SECONDS if "write" in self._failed_at else WRITE_EVERY)
             self._write()
+            if "read" in self._failed_at and not self._left_alone():  # nobody may look anything up for hours
+                self._read([bytes(KEY_BYTES)], 1)
             if monotonic() - measured >= SIZE_EVERY:
                 self._measure()
                 measured = monotonic()

@@ -37,6 +37,7 @@
         ├── ModelNotLoaded
         ├── ShuttingDown
         ├── BatchFailed
+        ├── WorkLost
         ├── EngineFailed
         ├── StateUnavailable
         ├── JobsUnavailable
@@ -236,6 +237,10 @@ class ShuttingDown(Unavailable):
 
 class BatchFailed(Unavailable):
     """503: the batch that held this input failed on the device; the failure is temporary, try again."""
+
+
+class WorkLost(Unavailable):
+    """503: the thread that worked on this request ended; others take its place, try again."""
 
 
 class EngineFailed(Unavailable):

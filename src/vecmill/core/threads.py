@@ -1,34 +1,171 @@
-"""Threads for what must not hold up the event loop: tokenizing, parsing, encoding."""
+"""Threads for what must not hold up the event loop: tokenizing, parsing, encoding, packing, the disk."""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
+import logging
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
+from contextlib import suppress
+from functools import partial
+from queue import Empty, SimpleQueue
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Generic, ParamSpec, Self, TypeVar
+from weakref import WeakSet
 
-from vecmill.core.errors import ShuttingDown
+from vecmill.core.errors import ShuttingDown, WorkLost
 
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 # Characters or bytes of work that a person may be waiting for; more takes its turn among the large.
 SMALL = 16_384
 
 
+class _Call(Generic[T]):
+    """One piece of work, and what comes of it."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        self._function = function
+        self.result: Future[T] = Future()
+
+    def __call__(self) -> None:
+        if not self.result.set_running_or_notify_cancel():
+            return
+        try:
+            value = self._function()
+        except Exception as error:
+            self.result.set_exception(error)
+        except (
+            BaseException
+        ) as error:  # a panic of a library in Rust is none, and would pass by every handler of errors
+            panic = RuntimeError(f"{type(error).__name__} in a worker thread")
+            panic.__cause__ = error
+            self.result.set_exception(panic)
+        else:
+            self.result.set_result(value)
+
+    def __del__(self) -> None:
+        """Its thread ended between taking it and running it, or in the midst of answering: nobody else has it."""
+        if not self.result.done():
+            with suppress(Exception):
+                self.result.set_exception(WorkLost())
+
+
+class LastingThreads(Executor):
+    """At most `count` threads, started as there is work. One that ends for any reason is replaced.
+
+    In the standard library's executors a thread that memory or an asynchronous exception has ended is missing for good,
+    and whoever waits for the work that it had taken waits for ever.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        """`name`: what the threads' names begin with."""
+        self._count = count
+        self._name = name
+        self._queue: SimpleQueue[_Call[Any] | None] = SimpleQueue()
+        self._lock = threading.RLock()
+        self._threads: set[threading.Thread] = set()
+        self._unfinished = 0
+        self._closed = False
+        _ALL.add(self)
+
+    def submit(self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Call the function in a thread, in the order of submission.
+
+        Raises:
+            RuntimeError: it is shut down. WorkLost: the system gives no thread.
+        """
+        call = _Call(partial(function, *args, **kwargs))
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("these threads are shut down")
+            self._unfinished += 1
+            call.result.add_done_callback(self._finished)
+            self._queue.put(call)
+            try:
+                self._hire()
+            except WorkLost:
+                call.result.cancel()
+                raise
+        return call.result
+
+    def _finished(self, _: Future[Any]) -> None:
+        with self._lock:
+            self._unfinished -= 1
+
+    def _hire(self) -> None:
+        """Start a thread if all have something to do. Under the lock."""
+        self._threads = {thread for thread in self._threads if thread.is_alive()}
+        if len(self._threads) >= min(self._count, self._unfinished):
+            return
+        thread = threading.Thread(target=self._work, name=self._name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            if not self._threads:
+                raise WorkLost from error
+        else:
+            self._threads.add(thread)
+
+    def _work(self) -> None:
+        try:
+            while (call := self._queue.get()) is not None:
+                call()
+                del call  # and what it holds, before the next comes
+        except BaseException as error:
+            logger.critical("a worker thread ended and is replaced", exc_info=error)
+        finally:
+            with self._lock:
+                self._threads.discard(threading.current_thread())
+                if not self._closed and not self._queue.empty():
+                    with suppress(WorkLost):  # the next submission tries again
+                        self._hire()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Take no more work; the threads end after what they were given, or with `cancel_futures` after what runs."""
+        with self._lock:
+            self._closed = True
+            threads = set(self._threads)
+        if cancel_futures:
+            with suppress(Empty):
+                while True:
+                    call = self._queue.get_nowait()
+                    if call is not None:
+                        call.result.cancel()
+        for _ in threads:
+            self._queue.put(None)
+        if wait:
+            for thread in threads - {threading.current_thread()}:
+                thread.join()
+
+
+_ALL: WeakSet[LastingThreads] = WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """A thread that runs a library's code while Python is taken down would crash the process."""
+    for threads in list(_ALL):
+        threads.shutdown()
+
+
 class WorkerThreads:
     """`workers` threads for large pieces of work, and one more for small ones, which never wait behind the large."""
 
     def __init__(self, workers: int) -> None:
-        self._large = ThreadPoolExecutor(workers, thread_name_prefix="worker")
-        self._small = ThreadPoolExecutor(1, thread_name_prefix="small-worker")
+        self._large = LastingThreads(workers, "worker")
+        self._small = LastingThreads(1, "small-worker")
 
     async def run(self, function: Callable[[], T], *, size: int) -> T:
         """Call the function in a thread. `size` is in characters or bytes.
 
         Raises:
-            ShuttingDown: there are no threads any more.
+            ShuttingDown: there are no threads any more. WorkLost: the thread ended.
         """
         threads = self._small if size <= SMALL else self._large
         try:

@@ -15,7 +15,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,8 +26,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from vecmill.config import EngineSettings, ModelSettings
-from vecmill.core.errors import EngineFailed
+from vecmill.core.errors import EngineFailed, WorkLost
 from vecmill.core.protocols import BatchResult
+from vecmill.core.threads import LastingThreads
 from vecmill.core.types import Lane, Row, Task
 from vecmill.engine.device import device_memory, gpu_uuid, limit_memory
 from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launch, pack_on
@@ -79,7 +80,8 @@ class Call(Generic[T]):
 
     def fail(self, error: Exception) -> None:
         """Have whoever waits for the result know that it will not come."""
-        self.result.set_exception(error)
+        if not self.result.done():
+            self.result.set_exception(error)
 
 
 class Inbox:
@@ -170,20 +172,18 @@ class Inbox:
             self._calls.clear()
             return left
 
-    def clear(self) -> list[QueuedBatch]:
-        """Take out all that waits."""
+    def clear(self) -> None:
+        """Take out all batches that wait."""
         with self._changed:
-            left = [work for waiting in self._waiting.values() for work in waiting]
             for waiting in self._waiting.values():
                 waiting.clear()
-            return left
 
 
 class Closed(Exception):
     """There is nothing left to take."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class QueuedBatch:
     """One batch, and who waits for it."""
 
@@ -197,6 +197,8 @@ class QueuedBatch:
         """Answer from another thread; the event loop may be gone by now."""
         with contextlib.suppress(RuntimeError):
             self.loop.call_soon_threadsafe(self._set, result)
+
+    fail = resolve
 
     def _set(self, result: BatchResult | Exception) -> None:
         if self.answer.done():
@@ -232,13 +234,14 @@ class Engine:
         self._inbox = Inbox()
         self._lock = threading.Lock()
         self._failure: str | None = None
-        self._current: QueuedBatch | None = None
         self._live: LiveModels | None = None
         self._loading: threading.Thread | None = None
         self._progress = PendingPasses()
         self._last_done, self._last_lane = 0.0, Lane.BULK
-        self._packing = ThreadPoolExecutor(1, thread_name_prefix="pack")
-        self._collecting = {lane: ThreadPoolExecutor(1, thread_name_prefix=f"collect-{lane}") for lane in Lane}
+        self._unanswered: set[QueuedBatch | Call[Any]] = set()
+        """All that somebody waits for, wherever it is: a thread that ends may take along what it had just taken."""
+        self._packing = LastingThreads(1, "pack")
+        self._collecting = {lane: LastingThreads(1, f"collect-{lane}") for lane in Lane}
         self._thread = threading.Thread(target=self._own_device, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -247,7 +250,7 @@ class Engine:
 
     def close(self) -> None:
         """End the thread after the batches that it has been given."""
-        self._after_packing(self._close)
+        self._after_packing(self._close, self._close)
 
     def _close(self) -> None:
         with self._lock:
@@ -391,11 +394,21 @@ class Engine:
             EngineFailed: the thread has ended. Exception: what the function raised.
         """
         call = Call(function)
-        with self._lock:
-            if self._failure is not None:
-                raise EngineFailed(self._failure)
-            self._inbox.call(call)
-        return call.result.result()
+        with self._waiting_for(call):
+            with self._lock:
+                if self._failure is not None:
+                    raise EngineFailed(self._failure)
+                self._inbox.call(call)
+            return call.result.result()
+
+    @contextmanager
+    def _waiting_for(self, work: QueuedBatch | Call[Any]) -> Iterator[None]:
+        """Should the device's thread end meanwhile, `work` fails."""
+        self._unanswered.add(work)
+        try:
+            yield
+        finally:
+            self._unanswered.discard(work)
 
     def _serve_others(self) -> None:
         """Run batches that wait, in the midst of a warm-up, which ends where the engine does."""
@@ -429,22 +442,25 @@ class Engine:
         loop = asyncio.get_running_loop()
         work = QueuedBatch(model, rows, loop, loop.create_future())
         # A shared prefix may be computed by the very batch that runs now: what has one is packed when its turn comes.
-        if self.busy and all(row.prefix is None for row in rows):
-            self._after_packing(partial(self._pack_and_queue, work, lane))
-        else:
-            self._queue(work, lane)
-        with self._progress.of(self._expected_seconds(model, rows)):
-            return await work.answer
+        with self._waiting_for(work):
+            if self.busy and all(row.prefix is None for row in rows):
+                self._after_packing(partial(self._pack_and_queue, work, lane), partial(self._queue, work, lane))
+            else:
+                self._queue(work, lane)
+            with self._progress.of(self._expected_seconds(model, rows)):
+                return await work.answer
 
     def _expected_seconds(self, model: str, rows: Sequence[Row]) -> float:
         return self.loaded.result().warmed[model].calibration.seconds(sum(map(len, rows)))
 
-    def _after_packing(self, function: Callable[[], None]) -> None:
-        """Call in the packing thread, in order; nothing is packed any more once the device's thread has ended."""
+    def _after_packing(self, function: Callable[[], None], otherwise: Callable[[], None]) -> None:
+        """Call in the packing thread, in order. `otherwise` is called where that has ended, or ends over it."""
         try:
-            self._packing.submit(function)
-        except RuntimeError:
-            function()
+            packing = self._packing.submit(function)
+        except (RuntimeError, WorkLost):
+            otherwise()
+        else:
+            packing.add_done_callback(lambda done: None if done.exception() is None else otherwise())
 
     def _pack_and_queue(self, work: QueuedBatch, lane: Lane) -> None:
         # What goes wrong here goes wrong again on the device's thread, which answers for it.
@@ -477,10 +493,7 @@ class Engine:
             self._end()
         except BaseException as error:
             logger.critical("the device's thread ended", exc_info=error)
-            reason = f"503: the device has failed ({type(error).__name__}) and the server must be restarted."
-            if self._current is not None:
-                self._current.resolve(EngineFailed(reason))
-            self._die(reason)
+            self._die(f"503: the device has failed ({type(error).__name__}) and the server must be restarted.")
 
     def _do(self, loaded: Loaded, taken: tuple[Lane, QueuedBatch] | Call[Any] | None) -> None:
         if isinstance(taken, tuple):
@@ -489,7 +502,6 @@ class Engine:
             self._probe(loaded)
 
     def _run(self, loaded: Loaded, lane: Lane, work: QueuedBatch) -> None:
-        self._current = work
         started = perf_counter()
         try:
             launched = launch(loaded.models[work.model], work.rows, loaded.runs_on, lane, work.packed)
@@ -500,17 +512,28 @@ class Engine:
             work.resolve(error)
             return
         if loaded.runs_on.streams is not None:
-            self._collecting[lane].submit(self._answer, lane, work, launched, started)
-        else:
+            collecting = self._collecting[lane].submit(self._answer, lane, work, launched, started)
+            collecting.add_done_callback(partial(self._collected, lane, work))
+            return
+        try:
             self._answer(lane, work, launched, started)
+        finally:
+            self._inbox.ended(lane)
+
+    def _collected(self, lane: Lane, work: QueuedBatch, collecting: Future[None]) -> None:
+        """Also where the collecting thread ended over it."""
+        if isinstance(error := collecting.exception(), Exception):
+            work.resolve(error)
+        self._inbox.ended(lane)
 
     def _die(self, reason: str) -> None:
-        """Refuse new work and answer all that is in the inbox."""
+        """Refuse new work and answer all that anybody waits for."""
         with self._lock:
             self._failure = reason
         self._end()
-        for work in self._inbox.clear():
-            work.resolve(EngineFailed(reason))
+        self._inbox.clear()
+        for work in list(self._unanswered):
+            work.fail(EngineFailed(reason))
 
     def _end(self) -> None:
         for call in self._inbox.clear_calls():
@@ -536,8 +559,6 @@ class Engine:
                 self._last_done, self._last_lane = done, lane
             fitting = launched.fitting_tokens if launched.splits else None
             work.resolve(BatchResult(rows, seconds, launched.splits, fitting, overlapped))
-        finally:
-            self._inbox.ended(lane)
 
     def _probe(self, loaded: Loaded) -> None:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""

@@ -53,6 +53,7 @@ from vecmill.core.errors import (
     Unavailable,
     UnsupportedEncoding,
     VecmillError,
+    WorkLost,
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
 from vecmill.http.hints import add_hints, explained, hints_of
@@ -100,7 +101,7 @@ STATUS: Mapping[type[VecmillError], int] = {
 # Refused for the load: there is room, or time, at another moment.
 OF_LOAD = (Overloaded, MemoryLow, ModelLoading, ShuttingDown, DeadlineExceeded)
 # Their messages are made of what the server knows; all others may repeat what the client sent.
-IN_OWN_WORDS = (*OF_LOAD, BatchFailed, EngineFailed, StateUnavailable, JobsUnavailable, RequestTimedOut)
+IN_OWN_WORDS = (*OF_LOAD, BatchFailed, EngineFailed, StateUnavailable, JobsUnavailable, RequestTimedOut, WorkLost)
 DASHBOARD = "/dashboard/"
 # Of pydantic's errors, those whose messages are made of the field's own bounds, never of what came in.
 SAY_NO_INPUT = frozenset(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from time import monotonic
 
 from vecmill.config import JobSettings
 from vecmill.core.clock import Clock
@@ -15,6 +16,9 @@ from vecmill.storage.sqlite_jobs import SqliteJobs
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 1.0
+# The queue looks every second. If nobody has for this long, the process was stopped (SIGSTOP, a frozen container) or
+# had no processor, and no client could report: every lease is renewed.
+GAP_SECONDS = 5.0
 
 
 class LocalJobs:
@@ -28,6 +32,7 @@ class LocalJobs:
         self._loaded = database is None
         self._saved: Ledger | None = None  # what the database holds, as far as known
         self._failed_at: float | None = None
+        self._transacted_at = monotonic()
         self._lock = asyncio.Lock()
 
     async def open(self) -> None:
@@ -51,7 +56,11 @@ class LocalJobs:
         async with self._lock:
             if not self._loaded:
                 await self._keep()
-            outcome = attempt(Book(self.ledger, self._settings, self._clock()), change)
+            book = Book(self.ledger, self._settings, self._clock())
+            before, self._transacted_at = self._transacted_at, monotonic()
+            if self._transacted_at - before > GAP_SECONDS:
+                book.resume()
+            outcome = attempt(book, change)
             self.ledger = outcome.ledger
             await self._keep()
         return outcome

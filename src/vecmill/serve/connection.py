@@ -13,9 +13,15 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from math import inf
 from time import monotonic
 from typing import Any, cast
 from urllib.parse import unquote
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 import httptools
 from uvicorn import Config
@@ -24,7 +30,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from vecmill.core.errors import HeadTooLarge, MalformedRequest, RequestTimedOut, VecmillError
+from vecmill.core.errors import HeadTooLarge, MalformedRequest, Overloaded, RequestTimedOut, VecmillError
 from vecmill.http.dialects.registry import shape_for
 from vecmill.http.errors import error_response
 
@@ -46,6 +52,9 @@ WORTH_READING = 262_144
 # sends would lose the answer (RFC 9112, section 9.6).
 LINGER = 5.0
 SENT_TOGETHER = 65_536  # bytes of a body that are copied behind its head, rather than sent by themselves
+# Descriptors that connections leave to everything else: databases, files of batches, modules that are imported late.
+RESERVED_FILES = 64
+WARN_EVERY = 10.0  # seconds
 STOPPING = 1.0  # seconds for the rest of a head, and to linger, once the server stops
 
 
@@ -205,6 +214,7 @@ class Connection(asyncio.Protocol):
 
     transport: asyncio.Transport
     _flow: FlowControl
+    _warned_at = -inf
 
     def __init__(
         self,
@@ -254,6 +264,21 @@ class Connection(asyncio.Protocol):
         self._server, self._client = get_local_addr(self.transport), get_remote_addr(self.transport)
         self._scheme = "https" if is_ssl(self.transport) else "http"
         self._wait(self._idle_seconds, self.close)
+        if no_room_for(transport.get_extra_info("socket")):
+            self._warn_of_files()
+            self._refuse(
+                Overloaded(
+                    "The server has as many connections as it may open files (RLIMIT_NOFILE) and is temporarily "
+                    "overloaded; close idle connections, or try again later."
+                )
+            )
+
+    @classmethod
+    def _warn_of_files(cls) -> None:
+        """Now and then: there are many such connections at once."""
+        if monotonic() - cls._warned_at >= WARN_EVERY:
+            cls._warned_at = monotonic()
+            logger.warning("connections are refused: this process has almost as many files open as it may")
 
     def data_received(self, data: bytes) -> None:
         if self._closed:
@@ -543,6 +568,17 @@ class Connection(asyncio.Protocol):
             STATUS_LINE[response.status_code] + head + b"connection: close\r\n\r\n" + bytes(response.body)
         )
         self.close()
+
+
+def no_room_for(connection: Any) -> bool:
+    """Whether a new connection's descriptor is among the last that this process may have.
+
+    The kernel gives the lowest free number, so nearly all below it are in use. The limit may change at any time.
+    """
+    if connection is None or resource is None:
+        return False
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return limit != resource.RLIM_INFINITY and bool(connection.fileno() >= limit - RESERVED_FILES)
 
 
 def _not_http(start: bytearray, reason: str) -> str:

@@ -15,8 +15,9 @@ from typing import Any
 from vecmill.app import Server, create_app
 from vecmill.config import Settings, load_settings
 from vecmill.core.errors import StartupError, StartupObstacle
+from vecmill.core.threads import LastingThreads
 from vecmill.http.access import is_loopback
-from vecmill.serve.http_server import LAST_ANSWERS, HttpServer, address_of, listen
+from vecmill.serve.http_server import LAST_ANSWERS, HttpServer, address_of, allow_many_files, listen
 from vecmill.serve.reloading import Reloading, warn_of_readable_keys
 from vecmill.serve.start_log import announce
 from vecmill.serve.stopping import STOP, LastResort, Stopping, ignore_stops, leave, on_hangup, on_signal
@@ -30,6 +31,8 @@ else:
 
 logger = logging.getLogger(__name__)
 
+DISK_THREADS = 16
+"""Of `asyncio.to_thread`, which wait for the disk and the driver."""
 WRONG_SETTINGS = 2
 """The exit code where no restart would help; as for an unknown option."""
 
@@ -44,6 +47,7 @@ def run_server(settings: Settings, reread: Callable[[], Settings] = load_setting
     configure_logging(settings.log.log_format, settings.log.log_level, settings.http.replica)
     for remark in remarks:
         logger.warning(remark)
+    allow_many_files()
     notifier = Notifier(os.environ)
     try:
         listener = listen(settings.http.host, settings.http.port)
@@ -53,6 +57,8 @@ def run_server(settings: Settings, reread: Callable[[], Settings] = load_setting
     process = _Process(settings, reread, listener, notifier)
     ignore_stops()
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        if sys.platform != "win32":  # asyncio's own loop takes none but the standard library's
+            runner.get_loop().set_default_executor(LastingThreads(DISK_THREADS, "asyncio"))
         runner.run(process.run())
     ignore_stops()
     return process.exit_code()

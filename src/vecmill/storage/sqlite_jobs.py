@@ -6,13 +6,13 @@ import asyncio
 import os
 import sqlite3
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from vecmill.core.errors import JobsUnavailable
+from vecmill.core.errors import JobsUnavailable, WorkLost
 from vecmill.core.protocols import JobChanges, StoredJobs
+from vecmill.core.threads import LastingThreads
 from vecmill.storage.sqlite import is_broken, open_database, set_aside, transaction
 
 VERSION = 1
@@ -37,7 +37,7 @@ class SqliteJobs:
         self._path = path
         self._connection: sqlite3.Connection | None = None
         self._file: int | None = None
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="jobs")
+        self._thread = LastingThreads(1, "jobs")
 
     async def load(self) -> StoredJobs:
         """All that is stored; nothing where the file was broken and had to be put aside.
@@ -64,7 +64,7 @@ class SqliteJobs:
     async def _run(self, work: Callable[[], T]) -> T:
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        except (sqlite3.Error, OSError, MemoryError) as error:
+        except (sqlite3.Error, OSError, MemoryError, WorkLost) as error:
             reason = str(error) or type(error).__name__
             raise JobsUnavailable(f"The jobs' database {self._path} cannot be used ({reason}).") from None
 

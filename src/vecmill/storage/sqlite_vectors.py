@@ -57,12 +57,23 @@ class SqliteVectors:
         self._local = threading.local()
         self._readers: list[_Reader] = []
         self._writer: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None
+        """Which file the writer's is."""
         self._entries = self._writes = self._generation = 0
 
     def _open(self) -> sqlite3.Connection:
         with self._lock:
+            if self._writer is not None and self._file != _identity(self._path):
+                # SQLite would go on with a file that nobody can find any more.
+                logger.error(
+                    "%s was removed or replaced: the cache goes on with the file that is there now", self._path
+                )
+                with suppress(sqlite3.Error):
+                    self._writer.close()
+                self._writer = None
             if self._writer is None:
                 self._writer = open_database(self._path, SCHEMA, VERSION, busy_seconds=BUSY_SECONDS)
+                self._file = _identity(self._path)
                 [(self._entries, last)] = self._writer.execute("SELECT count(*), max(used) FROM vectors")
                 self._writes = last or 0
                 self._generation += 1
@@ -189,6 +200,15 @@ class SqliteVectors:
             if self._writer is not None:
                 self._writer.close()
                 self._writer = None
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Of the file at a path; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 def _bytes(connection: sqlite3.Connection) -> int:

@@ -14,18 +14,28 @@ from vecmill.storage.formats import newer_state, stamp
 
 logger = logging.getLogger(__name__)
 
+LOCK = "lock"
 LEAST_FREE_BYTES = 65_536  # with less, neither jobs nor vectors can be written
 
 
 class StateFolder:
     """An open folder. The lock goes with the process, however that ends."""
 
-    def __init__(self, path: Path, lock: FileLock | None, problem: str | None, setting: str = "STATE_DIR") -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: FileLock | None,
+        problem: str | None,
+        setting: str = "STATE_DIR",
+        *,
+        shared: bool = False,
+    ) -> None:
         self.path = path
         self.setting = setting
         """The setting that names it."""
         self.problem = problem
         """Why nothing can be kept in it, as a sentence, as last looked at; None where everything can."""
+        self._shared = shared
         self._lock = lock
         self._opened = None if lock is None else path.stat()
 
@@ -45,23 +55,20 @@ class StateFolder:
                 raise StartupError(f"{setting}={path} {trouble}")
             logger.warning("%s=%s %s Or let no other machine use it.", setting, path, trouble)
         try:
-            path.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryFile(dir=path):
-                pass
-            lock = FileLock.take(path / "lock", create=True, shared=shared)
+            lock = _made_and_locked(path, shared=shared)
             if lock is not None:
                 cls._check_format(path, lock, setting)
         except OSError as error:
             lost = "nothing outlives this process" if setting == "STATE_DIR" else "it keeps nothing"
             problem = f"{setting}={path} cannot be written ({error.strerror}): {lost}."
             logger.error(problem)
-            return cls(path, None, problem, setting)
+            return cls(path, None, problem, setting, shared=shared)
         if lock is None:
             raise StartupObstacle(
                 f"{setting}={path} is in use by another vecmill server: stop it, give this one a {setting} of its own, "
                 f"or set REDIS_URL for both so that they share their state."
             )
-        return cls(path, lock, None, setting)
+        return cls(path, lock, None, setting, shared=shared)
 
     @staticmethod
     def _check_format(path: Path, lock: FileLock, setting: str) -> None:
@@ -79,35 +86,68 @@ class StateFolder:
         """Where a file of this server is kept; None where nothing can be kept."""
         return None if self.problem is not None else self.path / name
 
-    def look(self) -> None:
-        """Find out what has become of the folder since; writes nothing. It may wait for the disk."""
+    def look(self) -> bool:
+        """Find out what has become of the folder since; it may wait for the disk. True: it is another one now.
+
+        Where it was removed, or replaced by another, the one at its path is made and held as at the start; what was in
+        the old one is not in it.
+        """
         if self._opened is None:
-            return
-        trouble = self._found(self._opened)
+            return False
+        before, trouble = self._opened, self._found(self._opened)
         problem = None if trouble is None else f"{self.setting}={self.path} {trouble}."
         if problem is not None and self.problem is None:
             logger.error(problem)
         elif problem is None and self.problem is not None:
             logger.warning("%s=%s can be used again", self.setting, self.path)
         self.problem = problem
+        return self._opened is not before
 
     def _found(self, opened: os.stat_result) -> str | None:
         try:
-            now, disk = self.path.stat(), os.statvfs(self.path)
-        except FileNotFoundError:
-            return "was removed: what is kept now does not outlive this process"
+            there = (self.path / LOCK).exists()  # it goes with all else where somebody empties the folder
+            if not there or not os.path.samestat(opened, self.path.stat()):
+                what = "was replaced by another folder" if there else "was removed or emptied"
+                if (why_not := self._begin_anew(what)) is not None:
+                    return f"{what}, {why_not}"
+            disk = os.statvfs(self.path)
         except OSError as error:
-            return f"cannot be used ({error.strerror})"
-        if not os.path.samestat(opened, now):
-            return "was replaced by another folder: restart the server"
+            return f"was removed or cannot be used ({error.strerror}): what is kept now does not outlive this process"
         if disk.f_flag & os.ST_RDONLY:
             return "cannot be written (Read-only file system)"
         return "is on a disk that is full: make room there" if _is_full(disk) else None
+
+    def _begin_anew(self, what: str) -> str | None:
+        """Why the folder that is at the path now cannot be used; None where it is, from now on. Raises OSError."""
+        lock = _made_and_locked(self.path, shared=self._shared)
+        if lock is None:
+            return "which another vecmill server uses: stop that one, or restart this one"
+        try:
+            self._check_format(self.path, lock, self.setting)
+        except StartupError as error:
+            return f"which a newer version has written: {error}"
+        self._opened, old, self._lock = self.path.stat(), self._lock, lock
+        if old is not None:
+            old.release()
+        logger.error("%s=%s %s: the server goes on with the one that is there now", self.setting, self.path, what)
+        return None
 
     def close(self) -> None:
         """Let others in."""
         if self._lock is not None:
             self._lock.release()
+
+
+def _made_and_locked(path: Path, *, shared: bool) -> FileLock | None:
+    """The lock of a folder, which is made if need be; None where another server has it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryFile(dir=path):
+        pass
+    return FileLock.take(path / LOCK, create=True, shared=shared)
 
 
 def _is_full(disk: os.statvfs_result) -> bool:
