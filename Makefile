@@ -87,8 +87,8 @@ fuzz: $(VENV)/.dev $(CLIENTS)/schemathesis/.installed  ## Send a server what its
 	$(BIN)/python -m pytest tests/clients/test_fuzz.py $(ARGS)
 
 # Not among the development tools either: Atheris has no wheels for every platform.
-TARGETS := json_body batch_lines body_coding requests header_fields upload_form base64_vectors batch_results checkpoint_files
-SECONDS := 60
+TARGETS ?= json_body batch_lines body_coding requests header_fields upload_form base64_vectors batch_results checkpoint_files
+SECONDS ?= 60
 fuzz-coverage: $(VENV)/.dev $(FUZZ)/.installed  ## Search for inputs that break readers, guided by coverage. Options: TARGETS=requests, SECONDS=3600.
 	for target in $(TARGETS); do PYTHONPATH=$(FUZZ):. $(BIN)/python -m tests.fuzz.coverage_guided $$target $(SECONDS) || exit 1; done
 

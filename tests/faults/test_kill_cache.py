@@ -24,7 +24,9 @@ def embed(service: Service, texts: list[str]) -> np.ndarray:
     return np.array(service.post("/embed", {"inputs": texts}))
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(KILLS, marks=[pytest.mark.nightly, pytest.mark.timeout(600)])])
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kills", [KILLS])
 def test_every_vector_is_right_after_a_kill_in_a_write(new_service: NewService, kills: int) -> None:
     chance = random.Random(22)
     service = new_service(CACHE)

@@ -31,7 +31,7 @@ from vecmill.serve.connection import RESERVED_FILES
 
 BACK_WITHIN = 10.0  # seconds; a cache that has failed is tried again after 5
 CLIENTS = 8
-SETTINGS = {"CACHE_MAX_BYTES": "100000000", "JOB_LEASE_SECONDS": "4", "MAX_FILES_BYTES": "100000000"}
+SETTINGS = {"CACHE_MAX_BYTES": "100000000", "JOB_LEASE_SECONDS": "15", "MAX_FILES_BYTES": "100000000"}
 MANY = "lorem ipsum dolor sit amet " * 20
 
 
@@ -224,7 +224,8 @@ def test_clients_that_vanish_leave_nothing_behind(harmed: Harmed) -> None:
     until(lambda: len(os.listdir(f"/proc/{server.pid}/fd")) <= before + 4, BACK_WITHIN)
 
 
-@pytest.mark.parametrize("seconds", [5.5, pytest.param(70.0, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("seconds", [20.0, 70.0])
 def test_a_stopped_process_goes_on(harmed: Harmed, seconds: float) -> None:
     """As by SIGSTOP, a debugger or a frozen container: no job is lost whose client could not report."""
     server = harmed.server
@@ -260,6 +261,7 @@ def test_memory_that_ends_fails_what_needs_it(harmed: Harmed) -> None:
     harmed.whole()
 
 
+@pytest.mark.nightly
 def test_a_device_thread_that_ends_ends_the_process(harmed: Harmed) -> None:
     server = harmed.server
     harmed.whole()

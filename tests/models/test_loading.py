@@ -371,7 +371,7 @@ def new_storages(before: set[int]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in before}
 
 
-QUICK_TO_MEASURE = {"bert", "deberta-v2", "gemma3_text", "jina_bert", "modernbert", "mpnet", "nomic_bert"}
+QUICK_TO_MEASURE = {"bert", "jina_bert", "mpnet"}
 MORE_IN_FILES = {"jina_embeddings_v3", "mistral3", "nvembed"}
 """Files with more than is kept: pictures, adapters of which several share rows, and what is folded when it is read."""
 

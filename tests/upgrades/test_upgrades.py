@@ -33,7 +33,7 @@ from vecmill.storage.state_folder import StateFolder
 
 NAMES = sorted(path.name.removesuffix(".tar.xz") for path in RELEASED.glob("*.tar.xz"))
 # By day the oldest: what has changed most since.
-EACH = [pytest.param(name, marks=() if name == NAMES[0] else pytest.mark.nightly) for name in NAMES]
+EACH = [pytest.param(name, marks=pytest.mark.nightly) for name in NAMES]
 
 
 def unpacked(name: str, folder: Path) -> dict[str, Any]:

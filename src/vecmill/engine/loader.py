@@ -137,7 +137,7 @@ def load(
     now = distinct[:1] if at_once else distinct
     tokenizers = [load_tokenizer(checkpoint) for checkpoint in now]
     check_room(distinct, models, engine, device)
-    report = partial(_share, report, len(now) / len(distinct))
+    report = partial(_share, report, len(now) / max(1, len(distinct)))
     try:
         loaded = load_all(
             list(zip(now, tokenizers, strict=True)), aliases, models, device, report, flash=flash, common=common

@@ -61,7 +61,7 @@ async def test_the_models_own_prompts_are_applied_by_role_and_by_name(tmp_path: 
         cases: list[tuple[dict[str, Any], str]] = [
             ({"is_query": True}, "search_query: "),
             ({"is_query": False}, "search_document: "),
-            ({"prompt_name": "sts", "is_query": True}, "compare: "),
+            ({"prompt_name": "sts"}, "compare: "),
             ({}, ""),
         ]
         for fields, prompt in cases:
