@@ -122,7 +122,7 @@ def harmed(running: Harmed) -> Harmed:
 
 
 @pytest.mark.parametrize(
-    ("share", "requests"), [(0.2, 30), pytest.param(0.01, 3000, marks=[pytest.mark.nightly, pytest.mark.timeout(600)])]
+    ("share", "requests"), [(0.2, 100), pytest.param(0.01, 3000, marks=[pytest.mark.nightly, pytest.mark.timeout(600)])]
 )
 def test_passes_that_raise_fail_alone(harmed: Harmed, share: float, requests: int) -> None:
     harmed.harm(f"passes {share} 23")
