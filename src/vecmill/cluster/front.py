@@ -345,7 +345,7 @@ class _Passage:
             return message
         headers = dict(message["headers"])
         if (took := headers.get(b"x-total-time")) is not None:
-            SENT[deployment].answered(route, float(took) / 1e3, float(headers[b"x-rest-of-pass"]) / 1e3)
+            SENT[deployment].answered(route, float(took) / 1e3, float(headers.get(b"x-rest-of-pass", 0)) / 1e3)
         others = [(key, value) for key, value in message["headers"] if key.lower() != b"x-replica"]
         return {**message, "headers": [*others, (b"x-replica", name.encode())]}
 
