@@ -175,7 +175,10 @@ def forward_pass(services: Services, key: str) -> dict[str, Any]:
             "max_tokens": warmed.graph_tokens,
             "memory_mb": warmed.graph_memory_bytes // MEGABYTE,
         },
-        "measured": [{"tokens": tokens, "ms": round(1000 * taken, 3)} for tokens, taken in calibration.measured],
+        "measured": [
+            {"tokens": tokens, "ms": round(1000 * taken, 3)}
+            for tokens, taken in sorted(calibration.measured, reverse=True)
+        ],
     }
 
 
