@@ -17,7 +17,7 @@ import asyncio
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import count
 from time import perf_counter, process_time
 from typing import Any
@@ -73,32 +73,24 @@ class Endpoint:
     sent_bulk: int = 0
     sent_interactive: int = 0
     """Tokens in progress, by estimate."""
-    answered: float | None = None
-    """When an answer came last that took a forward pass, by `perf_counter`."""
-    rest: float = 0.0
-    """Seconds of the pass that ran then."""
-    overhead: float = 0.0
-    """Seconds of the last search outside the replica's queue and pass."""
+    answer: routing.LastAnswer = field(default_factory=routing.LastAnswer)
+    """By `perf_counter`."""
 
     def now(self) -> routing.Replica:
         """With what is in progress."""
-        since = None if self.answered is None else perf_counter() - self.answered
         return replace(
             self.replica,
             queued_bulk=self.sent_bulk,
             queued_interactive=self.sent_interactive,
-            since_answer=since,
-            rest_of_pass=self.rest,
-            overhead_seconds=self.overhead,
+            since_answer=self.answer.since(perf_counter()),
+            rest_of_pass=self.answer.rest_of_pass,
+            overhead_seconds=self.answer.overhead_seconds,
         )
 
     def saw(self, answer: Answer, lane: Lane) -> Answer:
-        """Remember when it came, unless all of it was cached."""
-        took = float(answer.headers.get("x-total-time", 0.0)) / 1e3
-        if took >= routing.LEAST_ANSWER_SECONDS:
-            self.answered, self.rest = perf_counter(), float(answer.headers["x-rest-of-pass"]) / 1e3
-            if lane is Lane.INTERACTIVE:
-                self.overhead = max(0.0, answer.ended - answer.started - took)
+        """Remember when it came."""
+        took, rest = (float(answer.headers.get(name, 0.0)) / 1e3 for name in ("x-total-time", "x-rest-of-pass"))
+        self.answer = self.answer.followed_by(lane, answer.started, perf_counter(), took, rest)
         return answer
 
 

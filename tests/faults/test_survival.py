@@ -27,7 +27,7 @@ import pytest
 from tests.faults.batch_lines import TOLERANCE
 from tests.faults.harmed_server import POISON
 from tests.faults.service import Service, service, until
-from vecmill.serve.connection import RESERVED_FILES
+from vecmill.serve.open_files import RESERVED_FILES
 
 BACK_WITHIN = 10.0  # seconds; a cache that has failed is tried again after 5
 CLIENTS = 8

@@ -175,4 +175,4 @@ async def test_answers_say_where_the_time_went(client: httpx.AsyncClient, path: 
     stages = [float(timing[name]) for name in ("tokenize", "queue", "forward")]
     assert abs(sum(stages) - float(timing["total"])) < 0.05
     assert timing["total"] == answer.headers["x-total-time"]
-    assert 0.0 <= float(answer.headers["x-rest-of-pass"]) < 1000.0
+    assert float(answer.headers["x-rest-of-pass"]) == 0.0  # nothing else runs

@@ -344,12 +344,10 @@ async def test_it_says_when_the_batch_on_the_device_will_be_done() -> None:
     assert scheduler.rest_of_pass == 0.0
     runner.permits.release()
     await first
-    await asyncio.sleep(0)
     assert scheduler.rest_of_pass == 2.0
     runner.permits.release()
     runner.permits.release()
     await asyncio.gather(second, *search)
-    await asyncio.sleep(0)
     assert scheduler.rest_of_pass == 0.0
     await scheduler.close()
 

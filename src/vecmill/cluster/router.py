@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from time import monotonic
 from typing import Any
 
@@ -129,7 +128,7 @@ class WaitRouter(KnownToFront, RequestRouter):  # type: ignore[misc]  # Ray has 
             queued[Lane.BULK],
             batch_tokens,
             draining=bool(known.stats.get("draining")),
-            since_answer=monotonic() - answer.at if isfinite(answer.at) else None,
+            since_answer=answer.since(monotonic()),
             rest_of_pass=answer.rest_of_pass,
             overhead_seconds=answer.overhead_seconds,
         )

@@ -9,13 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import inf
 from threading import Lock
 from time import monotonic
 from typing import Protocol
 from uuid import uuid4
 
-from vecmill.core.routing import LEAST_ANSWER_SECONDS, RoutedRequest
+from vecmill.core.routing import LastAnswer, RoutedRequest
 from vecmill.core.types import Lane, Task
 
 ROUTE = "route"
@@ -48,18 +47,6 @@ class _OnItsWay:
     replica: str | None = None
     since: float = 0.0
     """When it went to this replica, monotonic."""
-
-
-@dataclass(frozen=True, slots=True)
-class LastAnswer:
-    """Of a replica: the last one that took a forward pass."""
-
-    at: float = -inf
-    """When it came, monotonic."""
-    rest_of_pass: float = 0.0
-    """Seconds of the pass that ran then."""
-    overhead_seconds: float = 0.0
-    """Of the last search: the time outside the replica's queue and pass."""
 
 
 class Sent:
@@ -103,13 +90,10 @@ class Sent:
         """An answer begins, which took its replica so long, or nothing to speak of where all was cached."""
         with self._lock:
             sent = self._all.get(route.identifier)
-            if sent is None or sent.replica is None or took_seconds < LEAST_ANSWER_SECONDS:
-                return
-            now = monotonic()
-            overhead = self.last_answer(sent.replica).overhead_seconds
-            if sent.lane is Lane.INTERACTIVE:
-                overhead = max(0.0, now - sent.since - took_seconds)
-            self._answers[sent.replica] = LastAnswer(now, rest_of_pass, overhead)
+            if sent is not None and sent.replica is not None:
+                self._answers[sent.replica] = self.last_answer(sent.replica).followed_by(
+                    sent.lane, sent.since, monotonic(), took_seconds, rest_of_pass
+                )
 
     def last_answer(self, name: str) -> LastAnswer:
         """Of a replica; of none as yet, `LastAnswer()`."""

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from math import floor, inf, log
+from math import floor, inf, isfinite, log
 from random import Random
 
 from vecmill.core.types import Lane
@@ -63,8 +63,7 @@ class Replica:
     max_batch_tokens: int = 4096
     """Tokens of a bulk forward pass: the most bulk that a search finds before it."""
     since_answer: float | None = None
-    """Seconds since an answer of it that took `LEAST_ANSWER_SECONDS` or more: a pass ended then, and where bulk waited,
-    another one began. None: unknown."""
+    """Seconds since its `LastAnswer`: a pass ended then, and where bulk waited, another one began. None: unknown."""
     rest_of_pass: float | None = None
     """Seconds that the pass that ran when it answered still took then, by its answer; None: a pass of bulk began."""
     overhead_seconds: float = 0.0
@@ -85,6 +84,34 @@ class Replica:
     def queued_seconds(self) -> float:
         """How long it will work on what it has."""
         return self.seconds_per_token * self.queued
+
+
+@dataclass(frozen=True, slots=True)
+class LastAnswer:
+    """The last answer of a replica that took a forward pass, as whoever sends to it saw it come."""
+
+    at: float = -inf
+    """When it came, by the clock of who saw it; -inf: none has come."""
+    rest_of_pass: float = 0.0
+    """Seconds that the pass that ran then still took (`x-rest-of-pass`)."""
+    overhead_seconds: float = 0.0
+    """Of the last search: the time outside the replica's queue and pass."""
+
+    def followed_by(self, lane: Lane, sent: float, came: float, took: float, rest_of_pass: float) -> LastAnswer:
+        """After one more answer; the same where that came from the cache.
+
+        Args:
+            sent: when its request was sent, as `came` by the clock of `at`.
+            took: seconds that the replica says that it took (`x-total-time`).
+        """
+        if took < LEAST_ANSWER_SECONDS:
+            return self
+        overhead = max(0.0, came - sent - took) if lane is Lane.INTERACTIVE else self.overhead_seconds
+        return LastAnswer(came, rest_of_pass, overhead)
+
+    def since(self, now: float) -> float | None:
+        """Seconds; None where none has come."""
+        return now - self.at if isfinite(self.at) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,9 +40,7 @@ class _Call(Generic[T]):
             value = self._function()
         except Exception as error:
             self.result.set_exception(error)
-        except (
-            BaseException
-        ) as error:  # a panic of a library in Rust is none, and would pass by every handler of errors
+        except BaseException as error:  # also a panic of a library in Rust, which no handler of Exception would see
             panic = RuntimeError(f"{type(error).__name__} in a worker thread")
             panic.__cause__ = error
             self.result.set_exception(panic)

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,6 +29,8 @@ from vecmill.models.packing import Attention
 from vecmill.storage.files import write_atomically
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 FORMAT = "vecmill-measurements 1"
 MOST = 64  # models; the oldest go
@@ -79,19 +81,13 @@ class Measurements:
         with self._lock:
             if self._dtypes.get(machine := _of_machine(width, threads)) == chosen:
                 return
-            self._dtypes.pop(machine, None)
-            self._dtypes[machine] = chosen
-            for oldest in list(self._dtypes)[:-MOST]:
-                del self._dtypes[oldest]
+            _put_last(self._dtypes, machine, chosen)
             self._write()
 
     def keep(self, identity: str, before: Before) -> None:
         """Remember it, for later starts too. A file that cannot be written is left as it is."""
         with self._lock:
-            self._kept.pop(identity, None)
-            self._kept[identity] = replace(before, warmed=replace(before.warmed, seconds=()))
-            for oldest in list(self._kept)[:-MOST]:
-                del self._kept[oldest]
+            _put_last(self._kept, identity, replace(before, warmed=replace(before.warmed, seconds=())))
             self._write()
 
     def _write(self) -> None:
@@ -102,6 +98,14 @@ class Measurements:
             write_atomically(self._path, json.dumps(content).encode())
         except OSError as error:
             logger.warning("what was measured cannot be written to %s (%s)", self._path, error.strerror)
+
+
+def _put_last(kept: dict[str, T], key: str, value: T) -> None:
+    """As the newest of at most MOST."""
+    kept.pop(key, None)
+    kept[key] = value
+    for oldest in list(kept)[:-MOST]:
+        del kept[oldest]
 
 
 def identity(card: ModelCard, engine: EngineSettings, attention: Attention, threads: int) -> str:

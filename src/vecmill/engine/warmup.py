@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vecmill.config import EngineSettings
-from vecmill.core.calibration import Warmed, fit
+from vecmill.core.calibration import Calibration, Warmed, fit
 from vecmill.core.errors import StartupObstacle
 from vecmill.core.types import Lane, Row
 from vecmill.engine import compilation
@@ -153,20 +153,7 @@ def _look_quickly(
     calibration = fit(measured[::-1])  # the largest first, as everywhere
     if calibration.seconds(largest) <= SHORT_PASS_SECONDS:
         largest = stopwatch.lengthened(largest)
-    return Warmed(
-        calibration=calibration,
-        largest_tokens=largest,
-        max_batch_tokens=largest,
-        max_batch_size=stopwatch.max_rows,
-        free_tokens=0,
-        compiled=choice.compiled,
-        compile_reason=choice.reason,
-        graphs=0,
-        graph_tokens=0,
-        graph_memory_bytes=0,
-        seconds=tuple(stopwatch.seconds),
-        is_provisional=True,
-    ).refitted(calibration, engine.max_batch_ms / 1000)
+    return replace(_warmed(stopwatch, model, choice, calibration, largest, engine), is_provisional=True)
 
 
 class Interrupted(Exception):
@@ -285,6 +272,30 @@ def _affordable(stopwatch: _Stopwatch, engine: EngineSettings, largest: int) -> 
     return fitting
 
 
+def _warmed(
+    stopwatch: _Stopwatch,
+    model: LoadedModel,
+    choice: CompileChoice,
+    calibration: Calibration,
+    largest: int,
+    engine: EngineSettings,
+) -> Warmed:
+    """What was found out, with the budgets that follow from the fit."""
+    return Warmed(
+        calibration=calibration,
+        largest_tokens=largest,
+        max_batch_tokens=largest,
+        max_batch_size=stopwatch.max_rows,
+        free_tokens=0,
+        compiled=choice.compiled,
+        compile_reason=choice.reason,
+        graphs=len(model.graphs.passes),
+        graph_tokens=max((shape.tokens for shape in model.graphs.passes), default=0),
+        graph_memory_bytes=model.graphs.memory_bytes,
+        seconds=tuple(stopwatch.seconds),
+    ).refitted(calibration, engine.max_batch_ms / 1000)
+
+
 def _warm_up(
     stopwatch: _Stopwatch,
     model: LoadedModel,
@@ -304,19 +315,7 @@ def _warm_up(
         )
     calibration = fit(stopwatch.fastest(list(_shapes(largest))))
     model.threads.restore()
-    warmed = Warmed(
-        calibration=calibration,
-        largest_tokens=largest,
-        max_batch_tokens=largest,
-        max_batch_size=stopwatch.max_rows,
-        free_tokens=0,
-        compiled=choice.compiled,
-        compile_reason=choice.reason,
-        graphs=len(model.graphs.passes),
-        graph_tokens=max((shape.tokens for shape in model.graphs.passes), default=0),
-        graph_memory_bytes=model.graphs.memory_bytes,
-        seconds=tuple(stopwatch.seconds),
-    ).refitted(calibration, engine.max_batch_ms / 1000)
+    warmed = _warmed(stopwatch, model, choice, calibration, largest, engine)
     logger.info(
         "%s: a forward pass takes %.1f ms + %.1f µs a token, knee at %d tokens; up to %d tokens at a time; %s",
         model.card.id,

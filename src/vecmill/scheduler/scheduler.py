@@ -272,6 +272,8 @@ class Scheduler:
         except Exception:
             self._report(taken, self._clock() - started, failed=True)
             raise
+        finally:
+            self._in_flight.end(self._clock())
         self._count(taken, result)
         kept: dict[Keep, list[tuple[bytes, Vector]]] = {}
         for sequence, row in zip(taken.batch, result.rows, strict=True):
@@ -337,7 +339,6 @@ class Scheduler:
 
     def _batch_ended(self, task: asyncio.Task[None]) -> None:
         self._running.discard(task)
-        self._in_flight.end(self._clock())
         self._wake.set()
 
     def _loop_ended(self, task: asyncio.Task[None]) -> None:

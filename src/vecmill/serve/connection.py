@@ -18,11 +18,6 @@ from time import monotonic
 from typing import Any, cast
 from urllib.parse import unquote
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None  # type: ignore[assignment]
-
 import httptools
 from uvicorn import Config
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
@@ -33,6 +28,7 @@ from uvicorn.server import ServerState
 from vecmill.core.errors import HeadTooLarge, MalformedRequest, Overloaded, RequestTimedOut, VecmillError
 from vecmill.http.dialects.registry import shape_for
 from vecmill.http.errors import error_response
+from vecmill.serve.open_files import no_room_for
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +48,6 @@ WORTH_READING = 262_144
 # sends would lose the answer (RFC 9112, section 9.6).
 LINGER = 5.0
 SENT_TOGETHER = 65_536  # bytes of a body that are copied behind its head, rather than sent by themselves
-# Descriptors that connections leave to everything else: databases, files of batches, modules that are imported late.
-RESERVED_FILES = 64
 WARN_EVERY = 10.0  # seconds
 STOPPING = 1.0  # seconds for the rest of a head, and to linger, once the server stops
 
@@ -568,17 +562,6 @@ class Connection(asyncio.Protocol):
             STATUS_LINE[response.status_code] + head + b"connection: close\r\n\r\n" + bytes(response.body)
         )
         self.close()
-
-
-def no_room_for(connection: Any) -> bool:
-    """Whether a new connection's descriptor is among the last that this process may have.
-
-    The kernel gives the lowest free number, so nearly all below it are in use. The limit may change at any time.
-    """
-    if connection is None or resource is None:
-        return False
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return limit != resource.RLIM_INFINITY and bool(connection.fileno() >= limit - RESERVED_FILES)
 
 
 def _not_http(start: bytearray, reason: str) -> str:

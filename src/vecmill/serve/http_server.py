@@ -13,9 +13,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from math import ceil
 
-if sys.platform != "win32":
-    import resource
-
 import uvicorn
 from fastapi import FastAPI
 
@@ -175,23 +172,6 @@ def connected(listener: socket.socket) -> int:
     except (OSError, struct.error):
         return 0
     return int(waiting)
-
-
-MOST_FILES = 1_048_576  # more helps nobody, and some systems have no end
-
-
-def allow_many_files() -> None:
-    """Raise the soft limit of open files to the hard one: each connection is a file, and the soft limit is often 1,024.
-
-    Source: https://0pointer.net/blog/file-descriptor-limits.html
-    """
-    if sys.platform == "win32":
-        return
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        with suppress(OSError, ValueError):  # macOS has a lower limit of its own
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def address_of(listener: socket.socket) -> str:

@@ -17,7 +17,8 @@ from vecmill.config import Settings, load_settings
 from vecmill.core.errors import StartupError, StartupObstacle
 from vecmill.core.threads import LastingThreads
 from vecmill.http.access import is_loopback
-from vecmill.serve.http_server import LAST_ANSWERS, HttpServer, address_of, allow_many_files, listen
+from vecmill.serve.http_server import LAST_ANSWERS, HttpServer, address_of, listen
+from vecmill.serve.open_files import allow_many_files
 from vecmill.serve.reloading import Reloading, warn_of_readable_keys
 from vecmill.serve.start_log import announce
 from vecmill.serve.stopping import STOP, LastResort, Stopping, ignore_stops, leave, on_hangup, on_signal

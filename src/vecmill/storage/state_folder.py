@@ -124,8 +124,8 @@ class StateFolder:
             return "which another vecmill server uses: stop that one, or restart this one"
         try:
             self._check_format(self.path, lock, self.setting)
-        except StartupError as error:
-            return f"which a newer version has written: {error}"
+        except StartupError:
+            return "which a newer version of vecmill has written: restart the server, which then says what to do"
         self._opened, old, self._lock = self.path.stat(), self._lock, lock
         if old is not None:
             old.release()
