@@ -1,4 +1,4 @@
-"""What code a result was measured on: a digest of each file, which a comment, a docstring or a reformatting leaves as it is.
+"""What code a result was measured on: a digest of each file that comments and docstrings do not change.
 
 A result keeps the digests instead of relying on its commit: a checkout without history (CI's) can compare them, and so
 can one whose commits were rewritten, and a result of a working tree with changes says truly what was measured.
@@ -22,8 +22,12 @@ NOT_CODE = {"ctx", "kind", "type_comment"}
 
 def code_digests(root: Path = REPOSITORY, *, also: Iterable[str] = ()) -> dict[str, str]:
     """A digest for each of the Python files below `root` that are measured, and for those that `also` names."""
-    files = {path for pattern in MEASURED for path in root.glob(pattern)} | {root / name for name in also}
-    return {path.relative_to(root).as_posix(): file_digest(path) for path in sorted(files)}
+    return {name: file_digest(root / name) for name in sorted({*code_files(root), *also})}
+
+
+def code_files(root: Path) -> list[str]:
+    """The Python files below `root` that are measured."""
+    return sorted(path.relative_to(root).as_posix() for pattern in MEASURED for path in root.glob(pattern))
 
 
 def changed_files(code: Iterable[str], then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,17 +35,17 @@ def keep_so_far(name: str, result: Mapping[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def publish(name: str, result: dict[str, Any], *, store: bool) -> None:
+def publish(name: str, result: dict[str, Any], *, store: bool, also: Iterable[str] = ()) -> None:
     """Print the result as one line of JSON and keep it in OUT; `store` writes results/<name>-<date>-<host kind>.json.
 
     `result` must hold the machine under "host", as describe_host() gives it. The file also has the digests of the code
-    under "code".
+    under "code", and of the files that `also` names.
     """
     now = datetime.now(UTC)
     result = {"benchmark": name, "measured_at": now.isoformat(timespec="seconds"), **result}
     if store:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{name}-{now:%Y-%m-%d}-{host_kind(result['host'])}.json"
-        path.write_text(json.dumps({**result, "code": code_digests()}, indent=2) + "\n")
+        path.write_text(json.dumps({**result, "code": code_digests(also=also)}, indent=2) + "\n")
     keep_so_far(name, result)
     print(json.dumps(result), flush=True)
