@@ -53,7 +53,7 @@ PAGE := tests/http/page
 PAGE_TOOLS := $(PAGE)/node_modules/.package-lock.json
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test quick test-all test-clients test-python-clients test-ray test-lowest fuzz fuzz-coverage check coverage lint locks locked audit wheel site fix reference chromium redis proxies systemd java
+.PHONY: help serve test quick test-all test-clients test-python-clients test-ray test-lowest fuzz fuzz-coverage check coverage lint reliability locks locked audit wheel site fix reference chromium redis proxies systemd java
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/'
@@ -125,6 +125,11 @@ fix: $(VENV)/.dev  ## Format, and mend what ruff can mend.
 
 reference: $(VENV)/.dev  ## Write the files that are made from the code: .env.example, docs/openapi.json, tables of the documentation.
 	$(BIN)/python -m vecmill.reference
+	$(BIN)/python -m benchmarks.reliability
+
+DAYS ?= 0
+reliability: $(VENV)/.dev  ## Check docs/reliability.md: no figure is older than its code. Options: DAYS=14.
+	$(BIN)/python -m benchmarks.reliability --check --days $(DAYS)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "vecmill needs Python 3.11 or newer with venv (Debian and Ubuntu: apt install python3-venv), or PYTHON=/path/to/python3."; exit 1; }

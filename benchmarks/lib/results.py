@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from benchmarks.lib.code_digests import code_digests
 from benchmarks.lib.host import host_kind
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -34,16 +35,17 @@ def keep_so_far(name: str, result: Mapping[str, Any]) -> None:
     unfinished.replace(path)
 
 
-def publish(name: str, result: dict[str, Any], *, store: bool) -> None:
+def publish(name: str, result: dict[str, Any], *, store: bool, also: Iterable[str] = ()) -> None:
     """Print the result as one line of JSON and keep it in OUT; `store` writes results/<name>-<date>-<host kind>.json.
 
-    `result` must hold the machine under "host", as describe_host() gives it.
+    `result` must hold the machine under "host", as describe_host() gives it. The file also has the digests of the code
+    under "code", and of the files that `also` names.
     """
     now = datetime.now(UTC)
     result = {"benchmark": name, "measured_at": now.isoformat(timespec="seconds"), **result}
     if store:
         RESULTS.mkdir(exist_ok=True)
         path = RESULTS / f"{name}-{now:%Y-%m-%d}-{host_kind(result['host'])}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n")
+        path.write_text(json.dumps({**result, "code": code_digests(also=also)}, indent=2) + "\n")
     keep_so_far(name, result)
     print(json.dumps(result), flush=True)

@@ -6,6 +6,9 @@ float32 and float16. Outside the model is what the client waited less the answer
 largest requests a second connection asks GET /ready every few milliseconds: the longest of these waits is how long the
 event loop was held, plus what the cores were taken by the model.
 
+Then the plain answers of floats are compressed in this process, in turns: by ISA-L and by zlib, which takes its place
+where there is no wheel, both as gzip, and by zstd, each as the server does it.
+
     python -m benchmarks.serving.overhead
     python -m benchmarks.serving.overhead --rounds 3 --wide 1024
 
@@ -17,6 +20,7 @@ import json
 import statistics
 import sys
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -37,6 +41,8 @@ from benchmarks.serving.wide_model import HEAD_DIMENSIONS, write_wide_model
 from rich.console import Console
 from rich.table import Table
 
+from vecmill.http.compression import GZIP_WINDOW, LEVEL, Coding, gzip_maker
+
 PATH = "/v1/embeddings"
 IDENTITY = "identity"
 BYTES = "application/octet-stream; dtype="
@@ -54,6 +60,13 @@ TARGET_TEXTS, TARGET_DIMENSIONS = 64, 384  # of the request that MOST_OUTSIDE_MS
 # The layers are not what is measured here: warm-up need not try to compile them.
 SERVE = ("--rerank-model", "none", "--torch-compile", "false")
 CASES_PER_SIZE = 2 * len(WAYS)  # two models
+ZLIB = "gzip, zlib"
+# As vecmill.http.compression makes them.
+COMPRESSORS: Mapping[str, Callable[[bytes], bytes]] = {
+    ZLIB: lambda body: zlib.compress(body, LEVEL, GZIP_WINDOW),
+    **({"gzip, ISA-L": Coding.GZIP.compress} if gzip_maker is not zlib else {}),
+    "zstd": Coding.ZSTD.compress,
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +132,8 @@ class OverheadResults:
     """The measurements by case, and how long others waited while no case was running."""
 
     cases: dict[OverheadCase, Measured] = field(default_factory=dict)
+    compressed: dict[str, Any] = field(default_factory=dict)
+    """By plain answer and compressor, as it is stored."""
     quiet_p99: list[float] = field(default_factory=list)
     quiet_longest: list[float] = field(default_factory=list)
 
@@ -138,7 +153,10 @@ def measure_rounds(
     results = OverheadResults({case: Measured() for case in cases(models, plan.sizes)})
     connection = TimedConnection(url)
     for case, measured in results.cases.items():
-        measured.answer_bytes = _checked(case, connection.send("POST", PATH, case.body(), case.headers()))
+        answer = connection.send("POST", PATH, case.body(), case.headers())
+        measured.answer_bytes = _checked(case, answer)
+        if (case.encoding, case.coding) == ("float", IDENTITY):
+            results.compressed[str(case)] = compressed_in_turns(answer.content, plan.rounds)
     for _ in range(plan.rounds):
         with polled(url) as polls:
             time.sleep(QUIET_SECONDS)
@@ -148,6 +166,24 @@ def measure_rounds(
         advance(1)
     connection.close()
     return results
+
+
+def compressed_in_turns(body: bytes, rounds: int) -> dict[str, Any]:
+    """By compressor: milliseconds for `body`, how many times as fast as zlib, and the bytes that come out."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in COMPRESSORS}
+    sizes: dict[str, int] = {}
+    for name in in_turns(list(COMPRESSORS), rounds):
+        started = time.perf_counter()
+        sizes[name] = len(COMPRESSORS[name](body))
+        milliseconds[name].append((time.perf_counter() - started) * 1000)
+    return {
+        name: {
+            "bytes": sizes[name],
+            "ms": spread(times),
+            "times_zlib": spread([plain / this for plain, this in zip(milliseconds[ZLIB], times, strict=True)]),
+        }
+        for name, times in milliseconds.items()
+    }
 
 
 def _checked(case: OverheadCase, answer: Timed) -> int:
@@ -224,7 +260,12 @@ def summarise(results: OverheadResults) -> dict[str, Any]:
         if (case.encoding, case.coding) != ("float", IDENTITY)
     }
     quiet = {"p99": spread(results.quiet_p99), "longest": spread(results.quiet_longest)}
-    return {"cases": sides, "over_plain_floats": ratios, "others_waited_quiet_ms": quiet}
+    return {
+        "cases": sides,
+        "over_plain_floats": ratios,
+        "compressed": results.compressed,
+        "others_waited_quiet_ms": quiet,
+    }
 
 
 def _pairs(results: OverheadResults, case: OverheadCase) -> list[tuple[float, float]]:
@@ -269,6 +310,7 @@ def print_summary(summary: Mapping[str, Any], other_cores: float) -> None:
             f"{rounded(waited['p99']['median'])}, {rounded(waited['longest']['max'])}" if waited else "",
         )
     console.print(table)
+    console.print(_compressed_table(summary["compressed"]))
     for name, case in summary["cases"].items():
         if "target" in case["ms"]["outside"]:
             console.print(f"outside the model, {name}: {shown(case['ms']['outside'], ' ms')}", soft_wrap=True)
@@ -282,6 +324,17 @@ def print_summary(summary: Mapping[str, Any], other_cores: float) -> None:
         soft_wrap=True,
     )
     print_disturbance(console, other_cores)
+
+
+def _compressed_table(compressed: Mapping[str, Any]) -> Table:
+    table = Table(title="Compressing plain answers, ms: median over rounds (min to max)", title_justify="left")
+    for heading in ("answer", "by", "ms", "times as fast as zlib", "MB"):
+        table.add_column(heading, justify="left" if heading in ("answer", "by") else "right", no_wrap=True)
+    for name, by in compressed.items():
+        for compressor, found in by.items():
+            size = f"{found['bytes'] / 1e6:.3g}"
+            table.add_row(name, compressor, shown(found["ms"]), shown(found["times_zlib"]), size)
+    return table
 
 
 def sizes(value: str) -> list[int]:

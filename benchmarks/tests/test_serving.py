@@ -55,6 +55,11 @@ def test_overhead_is_what_the_client_waited_less_the_models_time() -> None:
     assert result["cases"]["64 x 384 float32"]["answer_bytes"] == 64 * 384 * 4
     assert result["over_plain_floats"]["64 x 384 float zstd"].keys() == SPREAD
     assert "longest that others waited" in printed
+    for by in result["compressed"].values():
+        assert by.keys() >= {"gzip, zlib", "zstd"}
+        assert all(each["ms"]["min"] > 0 and each["times_zlib"].keys() == SPREAD for each in by.values())
+    plain = result["cases"]["64 x 384 float"]["answer_bytes"]
+    assert all(each["bytes"] < plain for each in result["compressed"]["64 x 384 float"].values())
 
 
 def test_scaling_measures_connections_jobs_and_the_queue() -> None:
