@@ -118,7 +118,8 @@ class State:
             store = _redis_store("redis", "RedisVectors", url, settings.cache_max_bytes)
         else:
             store = SqliteVectors(folder.path / "cache.db", settings.cache_max_bytes)
-        return EmbeddingCache(store, settings.cache_dtype)
+        # Rounded, a vector from the cache would have other bits than the same one computed.
+        return EmbeddingCache(store, "float32" if self._settings.model.deterministic else settings.cache_dtype)
 
     def _job_store(self, folder: StateFolder) -> JobStore:
         settings, url = self._settings.jobs, self._redis_url()

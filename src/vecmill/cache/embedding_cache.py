@@ -245,10 +245,12 @@ def model_fingerprint(card: ModelCard) -> bytes:
 
     Prompts and truncation are part of the token ids. The device, the attention kernels and the versions of the
     libraries change the last bits only, which the stated tolerances allow for; but in float32 CUDA multiplies in TF32,
-    which has 10 bits of mantissa.
+    which has 10 bits of mantissa. Where the last bits are promised, all that they depend on counts: servers that share
+    a store then share what they would compute to the bit.
     """
     dtype = "tf32" if card.dtype == "float32" and card.device.startswith("cuda") else card.dtype
     parts = [FORMAT, card.id, card.fingerprint, card.family, dtype, card.pooling, card.dimensions]
+    parts += [] if card.numerics is None else [card.numerics]
     return blake2b(json.dumps(parts).encode(), digest_size=32).digest()
 
 

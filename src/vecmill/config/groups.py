@@ -113,6 +113,12 @@ class ModelSettings(SettingsGroup):
         "capability 8.9 on; a model whose answers it moves too far is refused. Pooling, scores and normalisation are "
         "always float32.",
     )
+    deterministic: bool = Field(
+        False,
+        description="The same bits for a text, or a pair, whatever else is in its batch: each runs in a pass of "
+        "its own, with fixed threads and kernels, without CUDA graphs and torch.compile, and is cached exactly, apart "
+        "from other vectors. `DTYPE=auto` on a CPU is then float32. It costs throughput: see docs/models.md.",
+    )
     max_model_len: int | None = Field(
         None,
         ge=8,

@@ -171,6 +171,22 @@ def _float8_without_a_card(settings: Settings) -> str | None:
     )
 
 
+def _undetermined(settings: Settings) -> str | None:
+    """What DETERMINISTIC=true cannot be had with."""
+    if not settings.model.deterministic:
+        return None
+    why = "its kernels are not known to give the same bits each time"
+    if settings.model.dtype == "fp8":
+        return f"DETERMINISTIC=true with DTYPE=fp8: {why}: set DTYPE to auto, bfloat16 or float32."
+    if settings.engine.device == "mps":
+        return f"DETERMINISTIC=true with DEVICE=mps: {why}: set DEVICE to cpu or cuda."
+    if settings.engine.torch_compile == "true":
+        return (
+            "DETERMINISTIC=true with TORCH_COMPILE=true: what a compiler makes may differ between starts: leave it out."
+        )
+    return None
+
+
 def _revision_of_several_models(settings: Settings) -> str | None:
     models = settings.model
     hub = [name for name in (*models.embed_model, *models.rerank_model) if "/" in name]
@@ -199,6 +215,7 @@ CONTRADICTIONS: tuple[Callable[[Settings], str | None], ...] = (
     _input_longer_than_batch,
     _half_precision_on_cpu,
     _float8_without_a_card,
+    _undetermined,
     _revision_of_several_models,
     _drain_longer_than_stop,
 )

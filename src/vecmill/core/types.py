@@ -108,6 +108,9 @@ class ModelCard:
     aliases: Sequence[str] = ()
     license: str | None = None
     """As its README.md has it; None where that is not there or does not say."""
+    numerics: str | None = None
+    """With DETERMINISTIC=true: all that a vector's bits depend on beside the model and the text. None without: they
+    depend on the rest of the batch, too."""
 
     @property
     def key(self) -> str:

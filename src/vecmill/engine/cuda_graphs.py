@@ -126,7 +126,7 @@ class Graphs:
         """
         if not self.passes or all(row.prefix is None for row in rows):
             return None
-        whole = [_whole(row) for row in rows]
+        whole = [whole_row(row) for row in rows]
         shape = self.shape_for(whole)
         if shape is None or not self.gains:
             return None
@@ -138,7 +138,8 @@ class Graphs:
         return next((gain.graph_seconds for gain in self.gains if gain.tokens >= tokens), float("inf"))
 
 
-def _whole(row: Row) -> Row:
+def whole_row(row: Row) -> Row:
+    """The row with its prefix in it."""
     if row.prefix is None:
         return row
     token_ids = np.concatenate((row.prefix.token_ids, row.token_ids))

@@ -466,7 +466,8 @@ class Engine:
         # What goes wrong here goes wrong again on the device's thread, which answers for it.
         with contextlib.suppress(Exception):
             loaded = self.loaded.result()
-            work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
+            if not loaded.models[work.model].alone:
+                work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
         self._queue(work, lane)
 
     def _queue(self, work: QueuedBatch, lane: Lane) -> None:

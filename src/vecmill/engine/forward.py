@@ -15,7 +15,7 @@ from torch import Tensor
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
 from vecmill.core.types import Lane, ModelCard, Row, Vector
 from vecmill.engine.compilation import CompileChoice
-from vecmill.engine.cuda_graphs import Graphs, lane_of
+from vecmill.engine.cuda_graphs import Graphs, lane_of, whole_row
 from vecmill.engine.device import unless_out_of_memory
 from vecmill.models.checkpoint import Checkpoint
 from vecmill.models.networks import Model
@@ -38,15 +38,17 @@ class CpuThreads:
     Belongs to the thread that owns the device, whose setting it is.
     """
 
-    def __init__(self, everything: int | None = None) -> None:
-        """`everything`: the number that all are; left out, as many as this thread has now."""
+    def __init__(self, everything: int | None = None, *, fixed: bool = False) -> None:
+        """`everything`: the number that all are; left out, as many as this thread has now. `fixed`: every pass gets
+        all of them, since the last bits depend on their number."""
         self._all = everything or torch.get_num_threads()
+        self._fixed = fixed
         self.single_up_to = 0
         """Tokens of the largest pass that gets one thread."""
 
     def set_for(self, tokens: int) -> None:
         """Set the number of threads for a pass of `tokens` tokens."""
-        wanted = 1 if tokens <= self.single_up_to else self._all
+        wanted = 1 if tokens <= self.single_up_to and not self._fixed else self._all
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
@@ -56,7 +58,7 @@ class CpuThreads:
 
     def measure(self, run: Callable[[int], float], largest: int) -> None:
         """Choose, by the seconds that `run` takes for so many tokens with one thread and with all."""
-        if self._all == 1:
+        if self._all == 1 or self._fixed:
             return
         chosen = 0
         for tokens in SINGLE_THREAD_TRIED:
@@ -123,6 +125,12 @@ class LoadedModel:
     """Empty until warm-up has captured them, and on a CPU."""
     choice: CompileChoice | None = None
     """How its layers run; None until warm-up has chosen."""
+    alone: bool = False
+    """Whether each row runs in a pass of its own, and its bits are the same whatever else is in its batch."""
+
+    def parts_of(self, rows: Sequence[Row]) -> list[Sequence[int]]:
+        """The indexes of the rows of each forward pass that a batch is run in."""
+        return [range(index, index + 1) for index in range(len(rows))] if self.alone else [range(len(rows))]
 
     def forward(self, packed: PackedBatch) -> Tensor:
         """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device."""
@@ -180,7 +188,8 @@ def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> Packed:
     On the forward pass's stream the copy would wait for the passes before. Rows that share a prefix belong to the
     thread that owns the device, which knows what is in the memory of prefixes.
     """
-    rows = model.graphs.whole_rows(rows) or rows
+    # Alone, a row may not depend on whether its prefix was computed before.
+    rows = [whole_row(row) for row in rows] if model.alone else model.graphs.whole_rows(rows) or rows
     shape = model.graphs.shape_for(rows)
     memory = model.prefixes if any(row.prefix is not None for row in rows) else None
     if device.streams is None:
@@ -201,7 +210,7 @@ def launch(
         Exception: what the forward pass raised, unless it was for lack of memory.
     """
     launched = Launched(rows)
-    waiting: list[tuple[Sequence[int], Packed | None]] = [(range(len(rows)), packed)]
+    waiting = [(indexes, None if model.alone else packed) for indexes in model.parts_of(rows)]
     while waiting:
         indexes, ready = waiting.pop(0)
         part = unless_out_of_memory(partial(run_part, model, rows, indexes, device, lane, ready))

@@ -248,7 +248,7 @@ class LiveModels:
     def _next_dtype(self, model: LoadedModel, check: Callable[[], None]) -> str | None:
         """The type of weights that is clearly faster than the present one, which the next start will take."""
         measurements, threads = self._loaded.common.measurements, self._loaded.common.threads
-        if self._models.dtype != "auto" or measurements is None:
+        if not loader.measures_dtype(self._models, self._loaded.device) or measurements is None:
             return None
         width = loader.width_of(model.checkpoint)
         rates = cpu_rates(width, check)

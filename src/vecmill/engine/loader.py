@@ -16,6 +16,7 @@ from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.calibration import Warmed
 from vecmill.core.errors import StartupError, first_line
 from vecmill.core.types import ModelCard, Task
+from vecmill.engine import determinism
 from vecmill.engine.device import (
     ChosenDtype,
     check_type,
@@ -123,6 +124,9 @@ def load(
     report(5, "choosing the device")
     device = choose_device(engine.device)
     check_type(models.dtype, device)
+    if models.deterministic:
+        determinism.check(device)
+        determinism.configure(device)
     configure_device(device, engine.memory_fraction, engine.memory_floor_gb)
     flash = _uses_flash_attention(device, wanted=engine.use_flash_attn)
     report(8, "finding the models")
@@ -194,12 +198,20 @@ def recall_dtypes(
 ) -> None:
     """Have models on a CPU get the type that an earlier start has measured to be the fastest, and keep for the next one
     what this start measures."""
-    if models.dtype != "auto" or device.type != "cpu" or common.measurements is None:
+    if not measures_dtype(models, device) or common.measurements is None:
         return
     for width in {width_of(checkpoint) for checkpoint in checkpoints}:
         if (kept := common.measurements.dtype_of(width, common.threads)) is not None:
             remember_on_cpu(width, kept)
         common.measurements.keep_dtype(width, common.threads, choose_dtype(models.dtype, device, width))
+
+
+def measures_dtype(models: ModelSettings, device: torch.device) -> bool:
+    """Whether the type of the weights is the one that is measured to be the fastest."""
+    return models.dtype == "auto" and device.type == "cpu" and not models.deterministic
+
+
+DETERMINED_DTYPE = ChosenDtype(torch.float32, "DETERMINISTIC=true: the fastest type may be another at the next start")
 
 
 def measured_before(model: LoadedModel, engine: EngineSettings, device: torch.device, common: Common) -> Before | None:
@@ -260,7 +272,7 @@ def expected_card(
     Raises:
         StartupError: it has no weights that can be read.
     """
-    config, chosen = sizes(checkpoint), chosen or _for(checkpoint, expected_dtype(models.dtype, device))
+    config, chosen = sizes(checkpoint), chosen or _for(checkpoint, _expected_dtype(models, device))
     try:
         weight_bytes = _bytes_in_memory(checkpoint, chosen)
     except (OSError, ValueError) as error:
@@ -278,6 +290,15 @@ def expected_card(
         weight_bytes=weight_bytes,
     )
     return make_card(checkpoint, on_device, aliases, models.query_instruction)
+
+
+def _expected_dtype(models: ModelSettings, device: torch.device) -> ChosenDtype:
+    return DETERMINED_DTYPE if _is_determined(models, device) else expected_dtype(models.dtype, device)
+
+
+def _is_determined(models: ModelSettings, device: torch.device) -> bool:
+    """Whether the type is not measured for the sake of DETERMINISTIC."""
+    return models.deterministic and models.dtype == "auto" and device.type == "cpu"
 
 
 def _uses_flash_attention(device: torch.device, *, wanted: bool) -> bool:
@@ -403,6 +424,7 @@ def load_all(
             chosen = replace(chosen, reason=reason)
         else:
             model = load_model(checkpoint, target)
+        alone, attention = settings.deterministic, how(model)
         on_device = OnDevice(
             width=model.width,
             vocab_size=model.vocab_size,
@@ -410,10 +432,11 @@ def load_all(
             dtype_reason=chosen.reason,
             device=describe(device),
             weight_bytes=uncounted_bytes(model, counted),
+            numerics=determinism.numerics(device, attention, common.threads) if alone else None,
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
-        threads = CpuThreads(common.threads)
-        loaded.append(LoadedModel(card, checkpoint, model, tokenizer, how(model), threads=threads))
+        threads = CpuThreads(common.threads, fixed=alone)
+        loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads, alone=alone))
     return loaded
 
 
@@ -441,6 +464,8 @@ def width_of(checkpoint: Checkpoint) -> int:
 
 def _dtype(checkpoint: Checkpoint, models: ModelSettings, device: torch.device) -> ChosenDtype:
     """The type that its weights get. Raises StartupError for float16 where the family's hidden states overflow."""
+    if _is_determined(models, device):
+        return DETERMINED_DTYPE
     chosen = choose_dtype(models.dtype, device, width_of(checkpoint))
     if chosen.dtype is torch.float16 and not checkpoint.family.float16:
         raise StartupError(

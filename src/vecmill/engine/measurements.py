@@ -111,7 +111,7 @@ def _put_last(kept: dict[str, T], key: str, value: T) -> None:
 def identity(card: ModelCard, engine: EngineSettings, attention: Attention, threads: int) -> str:
     """All that a measurement depends on, in a few letters."""
     parts = {
-        "model": [card.fingerprint, card.task.value, card.dtype, card.max_model_len],
+        "model": [card.fingerprint, card.task.value, card.dtype, card.max_model_len, card.numerics],
         "device": [card.device, threads, platform.machine(), platform.node(), os.cpu_count()],
         "attention": attention.value,
         "settings": [

@@ -184,6 +184,7 @@ def measure_again(
 
 
 NOT_ON_CPU = CompileChoice(False, "eager: compiled layers are no faster on a CPU (TORCH_COMPILE=true compiles them)")
+DETERMINED = CompileChoice(False, "eager: DETERMINISTIC=true")
 NOT_MEASURED = CompileChoice(
     False, "eager: loaded while others are served, and TORCH_COMPILE=auto measures at the start"
 )
@@ -339,7 +340,7 @@ def _warm_up(
 def _capture(model: LoadedModel, engine: EngineSettings, device: Device) -> Capture | None:
     """What captures the model's passes; None where they cannot be captured, as SDPA, which runs by each batch's
     lengths, or need not."""
-    if device.streams is None or model.attention is not Attention.FLASH or not engine.cuda_graphs:
+    if device.streams is None or model.attention is not Attention.FLASH or not engine.cuda_graphs or model.alone:
         return None
     return CudaCapture(model.model, device.device, device.streams.run)
 
@@ -354,7 +355,9 @@ def _choose(
     device: torch.device,
 ) -> CompileChoice:
     shared = _shared(model)
-    if shared not in choices and engine.torch_compile == "auto" and device.type == "cpu":
+    if model.alone:
+        choices[shared] = DETERMINED
+    elif shared not in choices and engine.torch_compile == "auto" and device.type == "cpu":
         choices[shared] = NOT_ON_CPU
     elif shared not in choices:
 
@@ -464,10 +467,11 @@ class _Stopwatch:
 
     def _forward(self, rows: Sequence[Row]) -> float:
         self._serve_others()
-        packed = pack_on(self._device, self._model, rows)
+        model, device, parts = self._model, self._device, self._model.parts_of(rows)
+        packed = [pack_on(device, model, [rows[index] for index in part]) for part in parts]
         started = perf_counter()
-        part = run_part(self._model, rows, range(len(rows)), self._device, Lane.BULK, packed)
-        collect(Launched(rows, [part]))
+        run = [run_part(model, rows, part, device, Lane.BULK, ready) for part, ready in zip(parts, packed, strict=True)]
+        collect(Launched(rows, run))
         self.seconds.append(perf_counter() - started)
         return self.seconds[-1]
 

@@ -124,6 +124,7 @@ async def capabilities(services: ServicesOf) -> dict[str, Any]:
         "memory_total_mb": host.total_mb,
         "memory_available_mb": host.available_mb,
         "models": [card.id for card in cards],
+        "deterministic": services.settings.model.deterministic,
         "dtypes": {name: card.dtype for name, card in _names(cards).items()},
         "forward_passes": {
             # A model's budget is the last that is known of it, once its first load is done.

@@ -71,10 +71,19 @@ def unit(vectors: Matrix) -> Matrix:
 
 def cosines(queries: Matrix, documents: Matrix) -> Scores:
     """Cosine of each document with its query: (1 or n, d), (n, d) -> (n,), within -1..1."""
-    queries, documents = unit(queries), unit(documents)
-    products = documents @ queries[0] if len(queries) == 1 else np.einsum("nd,nd->n", queries, documents)
-    similarities: Scores = np.clip(products.astype(np.float64), -1.0, 1.0)
+    similarities: Scores = np.clip(_products(unit(queries), unit(documents)), -1.0, 1.0)
     return similarities
+
+
+def _products(queries: Matrix, documents: Matrix) -> Scores:
+    """Of each document with its query: (1 or n, d), (n, d) -> (n,). Row by row: the sums of a matrix product, and of
+    einsum where it converts, are divided by the number of rows, and a score would depend on the other documents."""
+    products = np.empty(len(documents), np.float64)
+    for start in range(0, len(documents), ROWS_AT_A_TIME):
+        rows = slice(start, start + ROWS_AT_A_TIME)
+        of_rows = queries if len(queries) == 1 else queries[rows]
+        np.multiply(of_rows, documents[rows], dtype=np.float64).sum(axis=1, out=products[rows])
+    return products
 
 
 def similarities(card: ModelCard, queries: Matrix, documents: Matrix) -> Scores:
@@ -87,9 +96,7 @@ def similarities(card: ModelCard, queries: Matrix, documents: Matrix) -> Scores:
     if card.unit_vectors:
         queries, documents = unit(queries), unit(documents)
     if card.similarity == "dot":
-        queries = np.broadcast_to(queries, documents.shape)
-        products: Scores = np.einsum("nd,nd->n", queries, documents, dtype=np.float64)
-        return products
+        return _products(queries, documents)
     order = 1 if card.similarity == "manhattan" else 2
     distances: Scores = np.linalg.norm(documents - queries, ord=order, axis=1).astype(np.float64)
     return -distances

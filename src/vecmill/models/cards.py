@@ -47,6 +47,8 @@ class OnDevice:
     device: str
     weight_bytes: int
     """In the device's memory; what is shared with another model counts once."""
+    numerics: str | None = None
+    """See `ModelCard`."""
 
 
 def make_card(
@@ -80,6 +82,7 @@ def make_card(
         instruction_template=prompts.instruction_template,
         aliases=aliases,
         license=_license(checkpoint),
+        numerics=loaded.numerics,
     )
 
 

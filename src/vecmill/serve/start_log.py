@@ -119,6 +119,8 @@ def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_s
         table.add_row("default prompt", f"{default!r}, {card.default_prompt_name}, for plain requests {source}")
     table.add_row("revision", card.revision)
     table.add_row("dtype", f"{card.dtype}: {card.dtype_reason}")
+    if card.numerics is not None:
+        table.add_row("deterministic", f"the same bits whatever else is in a batch ({card.numerics})")
     table.add_row("weights", f"{card.weight_bytes / 1e9:.2f} GB")
     table.add_row(
         "forward pass",

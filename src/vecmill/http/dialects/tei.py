@@ -245,6 +245,7 @@ async def info(services: ServicesOf) -> dict[str, Any]:
         "model_id": card and card.id,
         "model_sha": card and card.revision,
         "model_dtype": card and card.dtype,
+        "deterministic": services.settings.model.deterministic,
         "model_type": {"embedding": {"pooling": str(card and card.pooling)}},
         "served_model_name": card and card.id,
         "dimensions": card and card.dimensions,
