@@ -10,7 +10,10 @@ Judged, and the exit status is 1 where one does not hold: no 5xx; no hang (an an
 300 s); no connection broken by the server; the statuses that were due; answers as they are alone, within the tolerance
 of docs/models.md; resident memory, descriptors and threads flat (the slope over the time after the warm-up, with its
 95 % confidence interval), descriptors at the end as before and no more threads than under load; the 99th percentile of
-GET /health.
+GET /health, where the probe itself was not late: on a busy machine it says nothing of the server.
+
+Before a load of five minutes and more, what the server keeps up to a bound is filled: the jobs and requests that it
+shows, and a small cache of vectors. What grows then is no cache that fills.
 
 /health is asked by a process of its own every 50 ms, which also says how late it woke itself: that is what the machine
 takes, since clients and server share it. How late the load generator's own loop was is told, too.
@@ -59,6 +62,10 @@ MOST_HEALTH_MS = 50.0
 MB = 1e6
 # What is called flat. Over a few minutes noise alone has a slope of many MB/h: then the MB over the whole time count.
 MOST_MB_PER_HOUR, MOST_MB = 20.0, 16.0
+CACHE_BYTES = 8 * 2**20
+FILLED_FROM_MINUTES = 5.0
+JOBS_KEPT, VECTORS_KEPT = 1000, 8000  # at least what the server keeps of each
+MOST_PROBE_LATE_MS = 10.0  # p99: where the probe itself waits longer for a core, /health is told and not judged
 MOST_DESCRIPTORS, MOST_THREADS = 16.0, 4.0
 MOST_RATE = 40.0  # where the machine is slower or busy: less, or all would only wait
 SLOWEST = 5  # dialects that are told with their times
@@ -156,7 +163,7 @@ def served(options: argparse.Namespace) -> Iterator[tuple[RunningServer, list[st
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "keys"
         file.write_text("".join(f"user{number}:{key}\n" for number, key in enumerate(keys)))
-        environment = {"API_KEY_FILE": str(file), "ADMIN_API_KEY": admin, "CACHE_MAX_BYTES": str(64 * 2**20)}
+        environment = {"API_KEY_FILE": str(file), "ADMIN_API_KEY": admin, "CACHE_MAX_BYTES": str(CACHE_BYTES)}
         port = free_port()
         command = vecmill_command(port, "--rerank-model", "none", *options.serve)
         with running(command, port, "/ready", environment) as server:
@@ -217,7 +224,7 @@ def checks(
     none = {
         kind: {"count": problems[kind], "met": not problems[kind]} for kind in ("5xx", "hang", "broken", "unexpected")
     }
-    health = percentiles(probes.milliseconds)["p99"]
+    health, quiet = percentiles(probes.milliseconds)["p99"], percentiles(probes.late_ms)["p99"] <= MOST_PROBE_LATE_MS
     # Pools start their threads when they are first needed.
     more_threads = rest["after"]["threads"] - per_hour["threads"]["blocks"][0]
     more_descriptors = rest["after"]["descriptors"] - rest["before"]["descriptors"]
@@ -239,7 +246,12 @@ def checks(
             **rest,
             "met": more_descriptors <= MOST_DESCRIPTORS and more_threads <= MOST_THREADS,
         },
-        "health_p99_ms": {"value": health, "target": options.most_health_ms, "met": health <= options.most_health_ms},
+        "health_p99_ms": {
+            "value": health,
+            "target": options.most_health_ms,
+            "judged": quiet,
+            "met": health <= options.most_health_ms or not quiet,
+        },
         "health": {"asked": len(probes.milliseconds), "failed": probes.failed, "met": not probes.failed},
     }
 
@@ -300,6 +312,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             one_by_one = await corpus.learn(Connection(server.url, keys[0]))
             options.rate = options.rate or significant(min(MOST_RATE, one_by_one / 3))
             load = Load(server.url, keys, admin, corpus, comparison)
+            if options.minutes >= FILLED_FROM_MINUTES:
+                await load.fill(JOBS_KEPT, VECTORS_KEPT)
             return await soak(options, load, corpus, server)
 
         return {"dtype": model["dtype"], "tolerance": vars(comparison.tolerance), **run(everything())}

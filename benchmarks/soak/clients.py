@@ -26,6 +26,7 @@ JOB_REQUESTS, JOB_TEXTS, BATCH_LINES = 6, 8, 40
 CANCELLED_ONE_IN = 4
 TICK_S = 0.02
 MOST_TOLD = 30
+FILLED_AT_ONCE = 32
 
 OPEN = {"validating", "in_progress", "finalizing", "cancelling"}
 
@@ -86,6 +87,18 @@ class Load:
                 group.create_task(client)
             await asyncio.sleep(seconds)
             self._ended.set()
+
+    async def fill(self, jobs: int, texts: int) -> None:
+        """What the server keeps up to a bound: ended jobs, the last requests, vectors. Full, it grows no more."""
+        connection = Connection(self._url, self._keys[0])
+        for number in range(jobs):
+            body = {"project": f"filled-{number}", "total_chunks": 1, "instance_id": "soak"}
+            job = await self._asked(connection, "filling", Call.json("/jobs", body))
+            await self._asked(connection, "filling", Call("POST", f"/jobs/{job['job_id']}/complete"))
+        for first in range(0, texts, FILLED_AT_ONCE):
+            body = {"inputs": [f"filled {number}" for number in range(first, first + FILLED_AT_ONCE)]}
+            await self._exchange(connection, Exchange("filling", Call.json("/embed", body)))
+        connection.close()
 
     async def alone(self, kept: Sequence[tuple[str, Any]]) -> None:
         """Compare what was kept of new texts with what each gives alone, now that the load is over."""

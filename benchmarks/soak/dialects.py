@@ -6,7 +6,7 @@ import base64
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, cycle
 from time import perf_counter
 from typing import Any
 
@@ -101,6 +101,7 @@ class Corpus:
         self.scores: list[list[float]] = []
         self.kept: list[tuple[str, Vectors]] = []
         self._numbers = count()
+        self._asides = cycle(ASIDE)  # each comes up, however few requests there are
 
     async def learn(self, connection: Connection) -> float:
         """Ask for every text alone, and for every document of every query alone, of a server that does nothing else.
@@ -164,7 +165,7 @@ class Corpus:
         return Exchange("OpenAI, new text", Call.json("/v1/embeddings", {"input": text, "model": "any"}), keep)
 
     def _aside(self, comparison: Comparison) -> Exchange:
-        return self.random.choice(ASIDE)(self, comparison)
+        return next(self._asides)(self, comparison)
 
 
 async def vector_alone(connection: Connection, text: str) -> Vectors:

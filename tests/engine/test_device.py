@@ -14,14 +14,13 @@ import torch
 
 from tests.tiny_checkpoints import tiny_bert
 from vecmill.config import load_settings
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import StartupError, is_out_of_memory
 from vecmill.engine import device as device_module
 from vecmill.engine import loader
 from vecmill.engine.device import (
     choose_dtype,
     configure_device,
     device_memory,
-    is_out_of_memory,
     limit_memory,
     unless_out_of_memory,
 )

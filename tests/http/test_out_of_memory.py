@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch
 
 from tests.conftest import serving
 from tests.tiny_checkpoints import tiny_bert
+from vecmill.http import encoding, middleware, route
+from vecmill.inference import models
+from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models.networks import EmbeddingModel
 from vecmill.models.packing import PackedBatch
 
@@ -66,3 +70,57 @@ async def test_a_text_that_does_not_fit_alone_is_a_400_with_its_length(
         assert "128 tokens" in refused.json()["error"]["message"]
         assert refused.json()["error"]["code"] == "context_length_exceeded"
         assert (await client.post("/v1/embeddings", json={"input": "short"})).status_code == 200
+
+
+ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
+PLACES = {
+    "reading the body": (route, "parse", MemoryError()),
+    "before the route": (middleware.RequestLine, "__call__", MemoryError()),
+    "a tokenizer's thread": (TokenizerPool, "encode_part", MemoryError()),
+    "a thread's stack": (TokenizerPool, "encode_part", RuntimeError("can't start new thread")),
+    "the forward pass": (EmbeddingModel, "forward", ALLOCATOR),
+    "a group of tasks": (EmbeddingModel, "forward", ExceptionGroup("tasks", [ALLOCATOR])),
+    "finishing vectors": (models, "finish_vectors", MemoryError()),
+    "writing the answer": (encoding, "whole_body", OSError(errno.ENOMEM, "Cannot allocate memory")),
+}
+BODIES: dict[str, Any] = {
+    "/v1/embeddings": {"model": "m", "input": ["a text"]},
+    "/embed": {"inputs": ["a text"]},
+    "/v2/embed": {"texts": ["a text"]},
+    "/api/embed": {"model": "m", "input": ["a text"]},
+    "/v2/rerank": {"query": "a query", "documents": ["a text"]},
+}
+
+
+def raising(error: Exception) -> Any:
+    def end(*_: object, **__: object) -> None:
+        raise error
+
+    return end
+
+
+@pytest.mark.parametrize(("owner", "name", "error"), PLACES.values(), ids=PLACES)
+async def test_memory_that_ends_anywhere_is_a_503_in_every_shape_and_passes(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, error: Exception
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, raising(error))
+        for path, body in BODIES.items():
+            if path == "/v2/rerank" and owner in (models, encoding):
+                continue  # it has no vectors to finish or to write
+            refused = await client.post(path, json=body, headers={"cache-control": "no-store"})
+            assert (refused.status_code, path) == (503, path), refused.text
+            assert int(refused.headers["retry-after"]) > 0
+            assert refused.headers["x-request-id"]
+            told = refused.json()
+            detail = told.get("message") or told["error"]
+            assert "out of memory" in (detail["message"] if isinstance(detail, dict) else detail)
+    for path, body in BODIES.items():
+        assert (await client.post(path, json=body)).status_code == 200
+
+
+async def test_a_fault_that_is_no_lack_of_memory_stays_one(
+    client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models, "finish_vectors", raising(RuntimeError("a title that says nothing of room")))
+    assert (await client.post("/v1/embeddings", json=BODIES["/v1/embeddings"])).status_code == 500

@@ -116,12 +116,13 @@ class FileStore:
 
     def stored(self) -> Iterator[StoredFile]:
         """All complete files, including expired ones that are not deleted yet."""
-        for name in os.listdir(self._folder):
-            file_id = name.removesuffix(METADATA)
-            if file_id != name and FILE_ID.fullmatch(file_id):
-                file = self._read(file_id)
-                if file is not None:
-                    yield file
+        ids = {name.removesuffix(METADATA) for name in os.listdir(self._folder) if name.endswith(METADATA)}
+        for gone in set(self._known) - ids:  # another server may have deleted it
+            self._known.pop(gone, None)
+        for file_id in filter(FILE_ID.fullmatch, ids):
+            file = self._read(file_id)
+            if file is not None:
+                yield file
 
     def delete(self, file_id: str) -> None:
         """Delete a file; one that is not there is no error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from time import perf_counter
@@ -101,15 +102,19 @@ class BatchRunner:
                 await self._try(record.id)
 
     def _pending(self) -> tuple[list[BatchRecord], set[str]]:
-        self._records = records = self._context.store.all()
-        self.counts = {status: sum(record.status is status for record in records) for status in BatchStatus}
-        pending = [record for record in records if not record.ended]
+        store = self._context.store
+        self._records = pending = store.open()
+        going_on = Counter(record.status for record in pending)
+        self.counts = {status: going_on[status] + store.ended_counts[status] for status in BatchStatus}
         return pending, {
             record.id for record in pending if self._context.store.cancel_requested_at(record.id) is not None
         }
 
     def seen(self) -> list[BatchRecord]:
-        """All batches as they were a second ago, those that run here as they are; the newest first. Reads no disk."""
+        """The batches that had not ended a second ago, those that run here as they are; the newest first.
+
+        Reads no disk.
+        """
         running = {batch_id: run.record for batch_id, (run, _) in self._active.items()}
         return [self._shown(running.get(record.id, record)) for record in reversed(self._records)]
 
@@ -191,12 +196,11 @@ def _delete_expired(context: BatchContext) -> None:
     try:
         # In this order: a file's id is in a batch's record before the file has its final name.
         orphans = files.orphans()
-        records = store.all()
-        in_use = {file_id for record in records if not record.ended for file_id in record.file_ids}
+        in_use = {file_id for record in store.open() for file_id in record.file_ids}
         files.sweep(orphans, in_use)
         store.sweep()
-        for record in records:
-            if record.ended and record.updated_at + keep_seconds <= context.clock():
-                store.forget(record.id)
+        for batch_id, ended in store.ended().items():
+            if ended.updated_at + keep_seconds <= context.clock():
+                store.forget(batch_id)
     except OSError as error:
         logger.warning("files that have expired cannot be deleted: %s", error)

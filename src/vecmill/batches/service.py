@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vecmill.batches.disk import FileQuota, in_thread, on_disk
@@ -21,6 +22,17 @@ from vecmill.core.types import EVERYONE, Viewer
 from vecmill.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenBatches:
+    """What is known of batches without a look at the disk."""
+
+    going_on: Sequence[BatchRecord]
+    """Those that have not ended, or ended a moment ago; the newest first."""
+    ended: Sequence[str]
+    """The ids of all others, the newest first."""
+    counts: Counter[BatchStatus]
 
 
 class BatchService:
@@ -61,7 +73,10 @@ class BatchService:
         store = BatchStore(batches_folder)
         # What is stored was written in the past, whatever the machine's clock says now.
         self._clock.reach(max((file.created_at for file in files.stored()), default=0.0))
-        self._clock.reach(max((max(record.created_at, record.updated_at) for record in store.all()), default=0.0))
+        for batch in store.open():
+            self._clock.reach(max(batch.created_at, batch.updated_at))
+        for ended in store.ended().values():
+            self._clock.reach(max(ended.created_at, ended.updated_at))
         return BatchContext(
             store,
             files,
@@ -155,8 +170,8 @@ class BatchService:
 
         def delete() -> None:
             context.files.get(file_id, viewer)
-            for record in context.store.all():
-                if not record.ended and file_id in record.file_ids:
+            for record in context.store.open():
+                if file_id in record.file_ids:
                     raise BatchConflict(
                         f"The file is needed by batch {record.id}, which is {record.status.value}: cancel that first "
                         f"(POST /v1/batches/{record.id}/cancel), or wait until it has ended."
@@ -219,17 +234,40 @@ class BatchService:
         store = self._opened_context().store
         return await on_disk(lambda: _with_cancellation(store, store.get(batch_id, viewer)))
 
-    async def all(self, viewer: Viewer = EVERYONE) -> list[BatchRecord]:
-        """All batches, the newest first."""
+    async def ids(self, viewer: Viewer = EVERYONE) -> list[str]:
+        """The ids of all batches, the newest first."""
         store = self._opened_context().store
-        return await on_disk(
-            lambda: [_with_cancellation(store, record) for record in reversed(store.all()) if viewer.sees(record.owner)]
-        )
 
-    def seen(self, viewer: Viewer = EVERYONE) -> list[BatchRecord]:
-        """All batches of the viewer as they were a second ago, the newest first; none before `start`. Reads no disk."""
-        records = self._runner.seen() if self._runner else []
-        return [record for record in records if viewer.sees(record.owner)]
+        def look() -> list[str]:
+            found = [(record.created_at, record.id) for record in store.open() if viewer.sees(record.owner)]
+            return [batch_id for _, batch_id in sorted([*found, *_ended(store, viewer)], reverse=True)]
+
+        return await on_disk(look)
+
+    async def records(self, batch_ids: Sequence[str], viewer: Viewer = EVERYONE) -> list[BatchRecord]:
+        """These batches, without those that are gone."""
+        store = self._opened_context().store
+
+        def read() -> list[BatchRecord]:
+            records = store.records(batch_ids)
+            return [_with_cancellation(store, record) for record in records if viewer.sees(record.owner)]
+
+        return await on_disk(read)
+
+    async def all(self, viewer: Viewer = EVERYONE) -> list[BatchRecord]:
+        """All batches, the newest first; each is read."""
+        return await self.records(await self.ids(viewer), viewer)
+
+    def seen(self, viewer: Viewer = EVERYONE) -> SeenBatches:
+        """The viewer's batches as they were a second ago; none before `start`. Reads no disk."""
+        if self._runner is None or self._context is None:
+            return SeenBatches([], [], Counter())
+        ended = self._context.store.ended()
+        found = [record for record in self._runner.seen() if viewer.sees(record.owner) and record.id not in ended]
+        counts = Counter([record.status for record in found])
+        counts.update(each.status for each in ended.values() if viewer.sees(each.owner))
+        ids = [batch_id for _, batch_id in sorted(_ended(self._context.store, viewer), reverse=True)]
+        return SeenBatches(found, ids, counts)
 
     def runs(self, batch_id: str) -> bool:
         """Whether this server works on a batch now."""
@@ -282,6 +320,11 @@ def _folders(folder: Path) -> tuple[Path, Path]:
     for path in paths:
         path.mkdir(mode=0o700, exist_ok=True)
     return paths
+
+
+def _ended(store: BatchStore, viewer: Viewer) -> list[tuple[float, str]]:
+    """When batches that have ended were created, with their ids."""
+    return [(each.created_at, name) for name, each in store.ended().items() if viewer.sees(each.owner)]
 
 
 def _with_cancellation(store: BatchStore, record: BatchRecord) -> BatchRecord:

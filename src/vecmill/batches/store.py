@@ -7,16 +7,19 @@ import os
 import re
 import secrets
 import shutil
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from threading import Lock
 from time import time
+from typing import NamedTuple
 
 import orjson
 from pydantic import ValidationError
 
 from vecmill.batches.endpoint import LineResult
 from vecmill.batches.input import InputLine
-from vecmill.batches.record import BatchProgress, BatchRecord, WorkNote
+from vecmill.batches.record import BatchProgress, BatchRecord, BatchStatus, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
 from vecmill.storage.files import FileLock, delete_unfinished, sync_folder, write_atomically
@@ -27,6 +30,16 @@ BATCH_ID = re.compile(r"batch_[0-9a-f]{32}")
 RECORD, LOCK, CANCEL, WORKING = "batch.json", "lock", "cancel", "working"
 UNFINISHED = "new."
 UNFINISHED_SECONDS = 3600.0
+KEPT_RECORDS = 128  # of ended batches that were read lately: what pages show again and again
+
+
+class EndedBatch(NamedTuple):
+    """What is kept in memory of a batch that has ended, some 300 bytes; its record is on disk."""
+
+    created_at: float
+    updated_at: float
+    status: BatchStatus
+    owner: str | None
 
 
 class BatchStore:
@@ -34,7 +47,12 @@ class BatchStore:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ended: dict[str, BatchRecord] = {}
+        self._lock = Lock()
+        self._ended: dict[str, EndedBatch] = {}
+        self.ended_counts: Counter[BatchStatus] = Counter()
+        self._records: OrderedDict[str, BatchRecord] = OrderedDict()
+        """Of ended batches, the last one that was asked for at the end."""
+        self._owners: dict[str | None, str | None] = {}
         self._broken: set[str] = set()
 
     @staticmethod
@@ -76,11 +94,23 @@ class BatchStore:
             raise _none_of(batch_id)
         return record
 
-    def all(self) -> list[BatchRecord]:
-        """All batches, the oldest first."""
-        names = (name for name in os.listdir(self._folder) if BATCH_ID.fullmatch(name))
-        records = [record for name in names if (record := self._read(name)) is not None]
-        return sorted(records, key=lambda record: (record.created_at, record.id))
+    def open(self) -> list[BatchRecord]:
+        """All batches that have not ended, the oldest first. Reads these, and what has ended since the last call."""
+        names = [name for name in os.listdir(self._folder) if BATCH_ID.fullmatch(name)]
+        self._forget_all_but(names)
+        found = [record for name in names if name not in self._ended and (record := self._read(name)) is not None]
+        return sorted(
+            (record for record in found if not record.ended), key=lambda record: (record.created_at, record.id)
+        )
+
+    def ended(self) -> dict[str, EndedBatch]:
+        """All batches that had ended when `open` was last called, by their ids. Reads no disk."""
+        with self._lock:
+            return dict(self._ended)
+
+    def records(self, batch_ids: Iterable[str]) -> list[BatchRecord]:
+        """The records of these batches, without those that are gone."""
+        return [record for batch_id in batch_ids if (record := self._read(batch_id)) is not None]
 
     def lock(self, batch_id: str) -> BatchLock | None:
         """The lock of whoever runs a batch; None if it is taken."""
@@ -125,7 +155,7 @@ class BatchStore:
 
     def forget(self, batch_id: str) -> None:
         """Delete a batch with all that is its own."""
-        self._ended.pop(batch_id, None)
+        self._drop(batch_id)
         shutil.rmtree(self.folder(batch_id), ignore_errors=True)
 
     def sweep(self) -> None:
@@ -136,15 +166,16 @@ class BatchStore:
                 shutil.rmtree(path, ignore_errors=True)
 
     def _read(self, batch_id: str) -> BatchRecord | None:
-        """The record; None if it is gone or broken. An ended batch does not change and is cached."""
+        """The record; None if it is gone or broken. That of an ended batch does not change."""
         path = self.folder(batch_id) / RECORD
         try:
-            if (known := self._ended.get(batch_id)) is not None:  # another thread may forget it meanwhile
+            if (known := self._records.get(batch_id)) is not None:  # another thread may forget it meanwhile
                 path.stat()
+                self._keep(known)
                 return known
             record = BatchRecord.model_validate_json(path.read_bytes())
         except FileNotFoundError:
-            self._ended.pop(batch_id, None)
+            self._drop(batch_id)
             return None
         except ValidationError as error:
             if batch_id not in self._broken:
@@ -152,8 +183,33 @@ class BatchStore:
             self._broken.add(batch_id)
             return None
         if record.ended:
-            self._ended[batch_id] = record
+            self._keep(record)
         return record
+
+    def _keep(self, record: BatchRecord) -> None:
+        with self._lock:
+            owner = self._owners.setdefault(record.owner, record.owner)  # one string for all batches of an owner
+            if record.id not in self._ended:
+                self._ended[record.id] = EndedBatch(record.created_at, record.updated_at, record.status, owner)
+                self.ended_counts[record.status] += 1
+            self._records[record.id] = record
+            self._records.move_to_end(record.id)
+            if len(self._records) > KEPT_RECORDS:
+                self._records.popitem(last=False)
+
+    def _drop(self, batch_id: str) -> None:
+        with self._lock:
+            self._records.pop(batch_id, None)
+            if (ended := self._ended.pop(batch_id, None)) is not None:
+                self.ended_counts[ended.status] -= 1
+
+    def _forget_all_but(self, batch_ids: Sequence[str]) -> None:
+        """Whatever deleted the others: another server may have."""
+        with self._lock:
+            gone = self._ended.keys() - set(batch_ids)
+        for batch_id in gone:
+            self._drop(batch_id)
+        self._broken.intersection_update(batch_ids)
 
 
 class LockLost(Exception):

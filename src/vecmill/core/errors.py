@@ -33,6 +33,7 @@
     │   └── GenerationTimeout
     └── Unavailable                  no answer possible now
         ├── MemoryLow
+        │   └── OutOfMemory
         ├── ModelLoading
         ├── ModelNotLoaded
         ├── ShuttingDown
@@ -49,7 +50,14 @@ raiser gives none.
 
 from __future__ import annotations
 
+import errno
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from traceback import clear_frames
 from typing import Self
+
+logger = logging.getLogger(__name__)
 
 
 class VecmillError(Exception):
@@ -219,6 +227,10 @@ class MemoryLow(Unavailable):
     retry_after = 5
 
 
+class OutOfMemory(MemoryLow):
+    """503: out of memory: the server had too little for this request and goes on; try again, or send less at once."""
+
+
 class ModelLoading(Unavailable):
     """503: the model is still loading, the server is temporarily unavailable; try again."""
 
@@ -259,3 +271,67 @@ class JobsUnavailable(Unavailable):
 
 class GenerationUnavailable(Unavailable):
     """502: the server at GENERATION_URL is temporarily unavailable; try again."""
+
+
+# In whatever case they are written. Of the allocators of CUDA, HIP, XPU and MPS, of the driver and what is called on it
+# ("CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"); of NVIDIA's
+# libraries; of a GPU without memory of its own, where torch's allocator fails over its own report, for which NVML has
+# nothing to say; of the CPU's allocator, of oneDNN and of the C library; of Python, where the
+# system has no memory for a thread's stack.
+OUT_OF_MEMORY_WORDS = (
+    "out of memory",
+    "out_of_memory",
+    "cudaerrormemoryallocation",
+    "status_alloc_failed",
+    "status_internal_error_device_allocation_failed",
+    "status_internal_error_host_allocation_failed",
+    "insufficient memory",
+    "nvml_success == r internal assert failed",
+    "invalid buffer size",
+    "defaultcpuallocator",
+    "could not create a primitive",
+    "could not create a memory",
+    "cannot allocate memory",
+    "can't allocate memory",
+    "std::bad_alloc",
+    "can't start new thread",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether less at once may work: by the type, or by the words of who ran out, which torch passes on or wraps."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch's, which is unknown here
+        return True
+    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
+        return True
+    if isinstance(error, BaseExceptionGroup) and any(map(is_out_of_memory, error.exceptions)):
+        return True
+    message = str(error).lower()
+    if isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY_WORDS):
+        return True
+    cause = getattr(error, "inner_exception", None) or error.__cause__
+    return cause is not None and is_out_of_memory(cause)
+
+
+def as_refusal(error: Exception) -> Exception:
+    """What clients are told: OutOfMemory for a lack of memory, whoever ran out; any other error as it is."""
+    if isinstance(error, VecmillError) or not is_out_of_memory(error):
+        return error
+    logger.warning("out of memory: %s: %.200s", type(error).__name__, error)
+    clear_frames(error.__traceback__)  # they hold what was allocated so far
+    return OutOfMemory()
+
+
+@contextmanager
+def lack_of_memory_refused() -> Iterator[None]:
+    """
+    Raises:
+        OutOfMemory: in place of whatever the block raised because memory ran out.
+    """
+    try:
+        yield
+    except Exception as error:
+        refusal = as_refusal(error)
+        if refusal is error:
+            raise
+        raise refusal from None

@@ -4,7 +4,6 @@ The type is never float16 unless asked: models trained in bfloat16 overflow in i
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from time import perf_counter
@@ -13,7 +12,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 
-from vecmill.core.errors import StartupError, StartupObstacle
+from vecmill.core.errors import StartupError, StartupObstacle, is_out_of_memory
 from vecmill.hardware.gpu import AMPERE, FLOAT8, gpu_index, no_float8, nvidia_gpu_present
 from vecmill.hardware.memory import (
     MEGABYTE,
@@ -270,28 +269,6 @@ def _layer(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, 
 
 T = TypeVar("T")
 
-# In whatever case they are written. Of the allocators of CUDA, HIP, XPU and MPS, of the driver and what is called on it
-# ("CUDA error: out of memory", "CUDA driver error: out of memory", "Triton Error [CUDA]: out of memory"); of NVIDIA's
-# libraries; of a GPU without memory of its own, where torch's allocator fails over its own report, for which NVML has
-# nothing to say; of the CPU's allocator, of oneDNN and of the C library.
-OUT_OF_MEMORY_WORDS = (
-    "out of memory",
-    "out_of_memory",
-    "cudaerrormemoryallocation",
-    "status_alloc_failed",
-    "status_internal_error_device_allocation_failed",
-    "status_internal_error_host_allocation_failed",
-    "insufficient memory",
-    "nvml_success == r internal assert failed",
-    "invalid buffer size",
-    "defaultcpuallocator",
-    "could not create a primitive",
-    "could not create a memory",
-    "cannot allocate memory",
-    "can't allocate memory",
-    "std::bad_alloc",
-)
-
 
 def unless_out_of_memory(function: Callable[[], T]) -> T | None:
     """What the function gives; None where it ran out of memory.
@@ -315,16 +292,3 @@ def _give_back() -> None:
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():
         torch.mps.empty_cache()
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether less at once may work: by the type, or by the words of who ran out, which torch passes on or wraps."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-        return True
-    message = str(error).lower()
-    if isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY_WORDS):
-        return True
-    cause = getattr(error, "inner_exception", None) or error.__cause__
-    return cause is not None and is_out_of_memory(cause)

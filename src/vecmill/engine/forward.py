@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding
+from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding, OutOfMemory, VecmillError
 from vecmill.core.types import Lane, ModelCard, Row, Vector
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.cuda_graphs import Graphs, lane_of, whole_row
@@ -172,8 +172,8 @@ class Launched:
 
     rows: Sequence[Row]
     parts: list[LaunchedPart] = field(default_factory=list)
-    too_large: list[int] = field(default_factory=list)
-    """Rows that do not fit even alone."""
+    refused: dict[int, VecmillError] = field(default_factory=dict)
+    """Why rows have no vector that memory did not hold even alone, by their places."""
     splits: int = 0
 
     @property
@@ -219,12 +219,23 @@ def launch(
             continue
         logger.warning("out of memory on a forward pass of %d rows", len(indexes))
         if len(indexes) == 1:
-            launched.too_large.extend(indexes)
+            launched.refused[indexes[0]] = _refusal(model, rows[indexes[0]], device)
             continue
         launched.splits += 1
         middle = len(indexes) // 2
         waiting[:0] = [(indexes[:middle], None), (indexes[middle:], None)]
     return launched
+
+
+def _refusal(model: LoadedModel, row: Row, device: Device) -> VecmillError:
+    """Why a row has no vector that memory did not hold alone: it is too long, unless not even one token fits now."""
+    least = Row(np.zeros(1, dtype=np.int32))
+    if (
+        len(row) == 1
+        or unless_out_of_memory(partial(run_part, model, [least], range(1), device, Lane.BULK, None)) is None
+    ):
+        return OutOfMemory()
+    return DoesNotFit(f"its {len(row)} tokens do not fit into the device's memory by themselves; shorten it.")
 
 
 @torch.inference_mode()
@@ -272,10 +283,8 @@ def _to_host(answers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 def collect(launched: Launched) -> list[Vector | Exception]:
     """Wait for the answers: vectors or logits in the order of the rows, an error in place of a row that has none."""
     results: list[Vector | Exception] = [NonFiniteEmbedding()] * len(launched.rows)
-    for index in launched.too_large:
-        results[index] = DoesNotFit(
-            f"its {len(launched.rows[index])} tokens do not fit into the device's memory by themselves; shorten it."
-        )
+    for index, refusal in launched.refused.items():
+        results[index] = refusal
     for part in launched.parts:
         if part.done is not None:
             part.done.synchronize()

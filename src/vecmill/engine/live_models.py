@@ -18,7 +18,7 @@ from torch import nn
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.calibration import Warmed
-from vecmill.core.errors import ModelNotFound, StartupError, StartupObstacle, first_line
+from vecmill.core.errors import ModelNotFound, StartupError, StartupObstacle, first_line, is_out_of_memory
 from vecmill.core.types import ModelCard, Task
 from vecmill.engine import loader
 from vecmill.engine.compilation import make_eager
@@ -29,7 +29,6 @@ from vecmill.engine.device import (
     cpu_rates,
     describe,
     dtype_name,
-    is_out_of_memory,
     limit_memory,
     rates_in_words,
 )

@@ -14,7 +14,7 @@ from torch import nn
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.calibration import Warmed
-from vecmill.core.errors import StartupError, first_line
+from vecmill.core.errors import StartupError, first_line, is_out_of_memory
 from vecmill.core.types import ModelCard, Task
 from vecmill.engine import determinism
 from vecmill.engine.device import (
@@ -26,7 +26,6 @@ from vecmill.engine.device import (
     describe,
     expected_dtype,
     has_flash_attention,
-    is_out_of_memory,
     limit_memory,
     remember_on_cpu,
 )

@@ -18,7 +18,16 @@ from pydantic import TypeAdapter, ValidationError
 from vecmill.batches.endpoint import Endpoint, LineResult
 from vecmill.batches.input import InputLine
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import BatchFailed, DeadlineExceeded, ModelNotLoaded, Overloaded, Unavailable, VecmillError
+from vecmill.core.errors import (
+    BatchFailed,
+    DeadlineExceeded,
+    ModelNotLoaded,
+    OutOfMemory,
+    Overloaded,
+    Unavailable,
+    VecmillError,
+    as_refusal,
+)
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Caller, EmbedRequest, EmbedResult, ScoreResult
 from vecmill.http.bounds import at_most
@@ -47,12 +56,12 @@ async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
     """Call until the server has room.
 
     Raises:
-        DeadlineExceeded, BatchFailed, ModelNotLoaded: it was raised at every try. Any other error at once.
+        DeadlineExceeded, BatchFailed, ModelNotLoaded, OutOfMemory: it was raised at every try. Any other error at once.
     """
     while True:
         try:
             return await call()
-        except (BatchFailed, DeadlineExceeded, ModelNotLoaded) as error:
+        except (BatchFailed, DeadlineExceeded, ModelNotLoaded, OutOfMemory) as error:
             tries -= 1
             if tries <= 0:
                 raise
@@ -64,6 +73,7 @@ async def patiently(call: Callable[[], Awaitable[T]], tries: int = TRIES) -> T:
 
 def refused_line(shape: ErrorShape, error: Exception, hints: Sequence[Hint] = ()) -> LineResult:
     """The line's result for an error: what the route would answer."""
+    error = as_refusal(error)
     if not isinstance(error, VecmillError):
         logger.error("unhandled error in a line of a batch", exc_info=error)
         error = VecmillError(FAULT)

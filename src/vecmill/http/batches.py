@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from vecmill.batches.record import BatchRecord
 from vecmill.http.batch_lines import EndpointName
 from vecmill.http.errors import documented
-from vecmill.http.files import LONGEST_LIFE, SHORTEST_LIFE, After, page
+from vecmill.http.files import LONGEST_LIFE, SHORTEST_LIFE, After, listed, place_after
 from vecmill.http.route import InferenceRoute, NewWork, ViewerOf, client_of
 from vecmill.http.services import ServicesOf
 
@@ -138,7 +138,10 @@ async def list_batches(
     services: ServicesOf, viewer: ViewerOf, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> dict[str, Any]:
     """The newest first; a batch is forgotten FILE_EXPIRES_DAYS after it has ended."""
-    return page(await services.batches.all(viewer), batch_object, after, limit)
+    ids = await services.batches.ids(viewer)
+    start = place_after(ids, after)
+    records = await services.batches.records(ids[start : start + limit], viewer)
+    return listed([batch_object(record) for record in records], has_more=start + limit < len(ids))
 
 
 @router.get("/v1/batches/{batch_id}", summary="Get a batch")

@@ -54,6 +54,7 @@ from vecmill.core.errors import (
     UnsupportedEncoding,
     VecmillError,
     WorkLost,
+    as_refusal,
 )
 from vecmill.http.bounds import TOO_MANY_INPUTS
 from vecmill.http.hints import add_hints, explained, hints_of
@@ -251,6 +252,8 @@ def install(app: FastAPI, shape_for: Callable[[str, str], ErrorShape], dialect_f
     app.add_exception_handler(RequestValidationError, _on_validation_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _on_http_exception)  # type: ignore[arg-type]
     app.add_exception_handler(ClientDisconnect, _gone)
+    for kind in (MemoryError, RuntimeError, OSError, ExceptionGroup):
+        app.add_exception_handler(kind, _on_lack_of_memory)
     app.add_exception_handler(Exception, _on_bug)
 
 
@@ -361,10 +364,12 @@ def _translate(first: Mapping[str, Any]) -> VecmillError:
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
     """404, 405 and their like from the router; and what FastAPI wraps when a body cannot be read."""
-    if isinstance(error.__cause__, VecmillError):
-        return await refused(request, error.__cause__)
     if isinstance(error.__cause__, ClientDisconnect):
         return await _gone(request, error.__cause__)
+    if isinstance(error.__cause__, Exception):  # also where FastAPI takes it for the client's fault
+        refusal = as_refusal(error.__cause__)
+        if isinstance(refusal, VecmillError):
+            return await refused(request, refusal)
     headers = dict(error.headers or {})
     message = str(error.detail)
     if error.status_code == HTTPStatus.NOT_FOUND:
@@ -402,11 +407,26 @@ def _meant(request: Request) -> str | None:
     return next((path for path in paths if _is_served(request, request.method, path)), None)
 
 
+async def _on_lack_of_memory(request: Request, error: Exception) -> Response:
+    """Memory that ran out is no fault: the request is refused. What else has one of these types is."""
+    refusal = as_refusal(error)
+    if not isinstance(refusal, VecmillError):
+        raise error
+    return await refused(request, refusal)
+
+
 async def _on_bug(request: Request, error: Exception) -> Response:
-    """A fault of ours. The log has the traceback; the client is told nothing of the inside."""
-    logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
-    _report(request, error, 500)
-    response = error_response(shape_of(request), VecmillError(FAULT))
+    """A fault of ours, or memory that ran out in the middleware.
+
+    The log has the traceback of a fault; the client is told nothing of the inside.
+    """
+    refusal = as_refusal(error)
+    if isinstance(refusal, VecmillError):
+        response = await refused(request, refusal)
+    else:
+        logger.error("unhandled error", exc_info=error, extra={"path": request.url.path})
+        _report(request, error, 500)
+        response = error_response(shape_of(request), VecmillError(FAULT))
     # This answer is made outside of all middleware, RequestLog included.
     response.headers["X-Request-ID"] = request.state.request_id
     return response

@@ -70,18 +70,31 @@ def page(items: Sequence[T], view: Callable[[T], dict[str, Any]], after: str | N
     Raises:
         InvalidInput: there is no such id.
     """
-    start = 0
-    if after:  # empty is from the beginning: some clients send it
-        start = 1 + next((place for place, item in enumerate(items) if item.id == after), -1)
-        if start == 0:
-            raise InvalidInput("`after` is no id of this list.", param="after")
-    shown = items[start : start + limit]
+    start = place_after([item.id for item in items], after)
+    return listed([view(item) for item in items[start : start + limit]], has_more=start + limit < len(items))
+
+
+def place_after(ids: Sequence[str], after: str | None) -> int:
+    """Where a page of the list of these ids begins.
+
+    Raises:
+        InvalidInput: there is no such id.
+    """
+    if not after:  # empty is from the beginning: some clients send it
+        return 0
+    if after not in ids:
+        raise InvalidInput("`after` is no id of this list.", param="after")
+    return ids.index(after) + 1
+
+
+def listed(shown: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:
+    """OpenAI's object for a page of a list."""
     return {
         "object": "list",
-        "data": [view(item) for item in shown],
-        "first_id": shown[0].id if shown else None,
-        "last_id": shown[-1].id if shown else None,
-        "has_more": start + limit < len(items),
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": has_more,
     }
 
 

@@ -10,7 +10,7 @@ from time import perf_counter
 
 from vecmill.cache.embedding_cache import EmbeddingCache
 from vecmill.config import InferenceSettings
-from vecmill.core.errors import EmptyInput, ModelLoading, TooManyInputs
+from vecmill.core.errors import EmptyInput, ModelLoading, TooManyInputs, lack_of_memory_refused
 from vecmill.core.health import Health
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import (
@@ -204,7 +204,7 @@ class Inference:
         Raises:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
-        with self._recording("embed", request.caller, len(request.inputs)) as record:
+        with self._recording("embed", request.caller, len(request.inputs)) as record, lack_of_memory_refused():
             model, named_role = self._models_or_raise().embedder(request.model)
             record.model, record.dimensions = model.card.id, request.dimensions or model.card.dimensions
             check_dimensions(model.card, request.dimensions)
@@ -219,7 +219,7 @@ class Inference:
         Raises:
             InvalidInput, ModelNotFound, Overloaded, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
-        with self._recording("rerank", request.caller, len(request.documents)) as record:
+        with self._recording("rerank", request.caller, len(request.documents)) as record, lack_of_memory_refused():
             model = self._models_or_raise().scorer(request.model)
             record.model = model.card.id
             self._check_count(len(request.documents), request.param)

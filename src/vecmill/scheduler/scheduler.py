@@ -10,7 +10,14 @@ from dataclasses import dataclass, field, replace
 from itertools import repeat
 from time import monotonic
 
-from vecmill.core.errors import BatchFailed, DeadlineExceeded, EngineFailed, ShuttingDown, VecmillError
+from vecmill.core.errors import (
+    BatchFailed,
+    DeadlineExceeded,
+    EngineFailed,
+    ShuttingDown,
+    VecmillError,
+    as_refusal,
+)
 from vecmill.core.protocols import BatchResult, ForwardRunner
 from vecmill.core.types import Lane, PassRecord, Row, Vector
 from vecmill.scheduler.lines import Backlog, Keep, Sequence, SequenceResult, WaitingLines, duplicate_key
@@ -257,8 +264,12 @@ class Scheduler:
             self._stop(error)
         except VecmillError as error:
             self._resolve(taken.batch, error)
-        except Exception:
-            logger.exception("a batch of %d inputs failed", len(taken.batch))
+        except Exception as error:
+            refusal = as_refusal(error)
+            if isinstance(refusal, VecmillError):
+                self._resolve(taken.batch, refusal)
+            else:
+                logger.exception("a batch of %d inputs failed", len(taken.batch))
         finally:
             # Whatever happened, nobody is left waiting.
             self._resolve(taken.batch, BatchFailed())

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sys
 from collections.abc import Callable
 from math import inf
 from time import monotonic
@@ -25,7 +26,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, RequestResponseCy
 from uvicorn.protocols.utils import get_local_addr, get_remote_addr, is_ssl
 from uvicorn.server import ServerState
 
-from vecmill.core.errors import HeadTooLarge, MalformedRequest, Overloaded, RequestTimedOut, VecmillError
+from vecmill.core.errors import HeadTooLarge, MalformedRequest, Overloaded, RequestTimedOut, VecmillError, as_refusal
 from vecmill.http.dialects.registry import shape_for
 from vecmill.http.errors import error_response
 from vecmill.serve.open_files import no_room_for
@@ -201,6 +202,18 @@ class _Exchange(RequestResponseCycle):
         if self.fault is not None and message["type"] != "http.disconnect":
             raise self.fault
         return message
+
+    async def send_500_response(self) -> None:
+        """The answer where the application made none; uvicorn calls it while it handles what was raised."""
+        error = sys.exception()
+        refusal = as_refusal(error) if isinstance(error, Exception) else error
+        if not isinstance(refusal, VecmillError):
+            await super().send_500_response()
+            return
+        response = error_response(shape_for(self.scope["path"]), refusal)
+        headers = [*response.raw_headers, (b"connection", b"close")]
+        await self.send({"type": "http.response.start", "status": response.status_code, "headers": headers})
+        await self.send({"type": "http.response.body", "body": bytes(response.body), "more_body": False})
 
 
 class Connection(asyncio.Protocol):

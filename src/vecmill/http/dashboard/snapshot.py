@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import time
 from typing import Any
@@ -17,6 +18,7 @@ from fastapi import FastAPI
 
 from vecmill import __version__
 from vecmill.batches.record import BatchRecord, BatchStatus
+from vecmill.core.errors import VecmillError
 from vecmill.core.types import Lane, Viewer
 from vecmill.http.batches import batch_object
 from vecmill.http.dashboard.machine import Machine
@@ -62,6 +64,19 @@ class SnapshotView:
         return Viewer(self.owner, self.everything)
 
 
+@dataclass(frozen=True, slots=True)
+class BatchesView:
+    """What a snapshot says of batches."""
+
+    shown: Sequence[BatchRecord]
+    input_bytes: Mapping[str, int | None]
+    of_users: Mapping[str, BatchRecord]
+    """Those for which users have lately sent texts, by their ids."""
+    counts: Counter[BatchStatus]
+    page: int
+    pages: int
+
+
 class Snapshots:
     """Makes them. Belongs to the event loop's thread."""
 
@@ -72,7 +87,7 @@ class Snapshots:
     async def of(self, view: SnapshotView) -> dict[str, Any]:
         """What is so now."""
         services, refusals = self._services, self._refusals(view)
-        batches = services.batches.seen(view.viewer)
+        batches = await self._look_at_batches(view)
         if refusals:
             await self._words.learn()
         replicas = await self._replicas.look()
@@ -92,10 +107,10 @@ class Snapshots:
             "warnings": [*self._machine.warnings(), *replicas.warnings()],
             "replicas": replicas.as_json(everything=view.everything),
             "now": self._now(view),
-            "who": self._who(view, batches),
+            "who": self._who(view, batches.of_users),
             "refusals": [self._refusal(refusal) for refusal in refusals],
             "jobs": self._jobs(view, replicas),
-            "batches": await self._batches(view, batches),
+            "batches": self._batches(batches),
             "models": models_snapshot(services, view.viewer),
             "machine": self._machine.view(),
         }
@@ -147,12 +162,12 @@ class Snapshots:
             "ratio": rounded(shown.fill_ratio, 3),
         }
 
-    def _who(self, view: SnapshotView, batches: Sequence[BatchRecord]) -> list[dict[str, Any]]:
+    def _users(self, view: SnapshotView) -> list[User]:
         viewer = view.viewer
-        users = [user for user in self._services.telemetry.rates.users() if viewer.sees(user.id.owner)][:MOST_USERS]
-        jobs = {user.id.job for user in users}
-        of_jobs = {record.id: record for record in batches if record.id in jobs}
-        return [self._user(user, of_jobs.get(user.id.job or "")) for user in users]
+        return [user for user in self._services.telemetry.rates.users() if viewer.sees(user.id.owner)][:MOST_USERS]
+
+    def _who(self, view: SnapshotView, batches: Mapping[str, BatchRecord]) -> list[dict[str, Any]]:
+        return [self._user(user, batches.get(user.id.job or "")) for user in self._users(view)]
 
     def _user(self, user: User, batch: BatchRecord | None) -> dict[str, Any]:
         rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
@@ -205,27 +220,38 @@ class Snapshots:
         ]
         return {"counts": page.counts, "total": page.total, "page": number, "pages": pages, "items": items}
 
-    async def _batches(self, view: SnapshotView, batches: Sequence[BatchRecord]) -> dict[str, Any]:
-        records = sorted(batches, key=lambda record: record.ended)  # those that go on first
-        counts = Counter(record.status.value for record in records)
-        number, pages = paged(view.query.batches_page, len(records))
-        shown = records[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
-        sizes = await self._input_bytes(shown)
-        return {
-            "counts": {status.value: counts[status.value] for status in BatchStatus},
-            "total": len(records),
-            "page": number,
-            "pages": pages,
-            "items": [self._batch(record, sizes.get(record.id)) for record in shown],
-        }
-
-    async def _input_bytes(self, records: Sequence[BatchRecord]) -> dict[str, int | None]:
-        """A disk that hangs must not hold up what else is shown."""
-        try:
+    async def _look_at_batches(self, view: SnapshotView) -> BatchesView:
+        """A disk that hangs or fails must not hold up what else is shown: then ended batches are left out."""
+        seen = self._services.batches.seen(view.viewer)
+        going_on = {record.id: record for record in sorted(seen.going_on, key=lambda record: record.ended)}
+        ids = [*going_on, *seen.ended]
+        number, pages = paged(view.query.batches_page, len(ids))
+        shown = ids[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
+        jobs = {user.id.job for user in self._users(view) if user.id.job is not None}
+        known, sizes = dict(going_on), dict[str, int | None]()
+        with suppress(TimeoutError, VecmillError):
             async with asyncio.timeout(DISK_PATIENCE):
-                return await self._services.batches.input_bytes(records)
-        except TimeoutError:
-            return {}
+                wanted = (set(shown) | (jobs & set(seen.ended))) - going_on.keys()
+                read = await self._services.batches.records(list(wanted), view.viewer) if wanted else []
+                known |= {record.id: record for record in read}
+                sizes = await self._services.batches.input_bytes([known[each] for each in shown if each in known])
+        return BatchesView(
+            [known[batch_id] for batch_id in shown if batch_id in known],
+            sizes,
+            {batch_id: known[batch_id] for batch_id in jobs & known.keys()},
+            seen.counts,
+            number,
+            pages,
+        )
+
+    def _batches(self, batches: BatchesView) -> dict[str, Any]:
+        return {
+            "counts": {status.value: batches.counts[status] for status in BatchStatus},
+            "total": batches.counts.total(),
+            "page": batches.page,
+            "pages": batches.pages,
+            "items": [self._batch(record, batches.input_bytes.get(record.id)) for record in batches.shown],
+        }
 
     def _batch(self, record: BatchRecord, input_bytes: int | None) -> dict[str, Any]:
         rates, progress = self._services.telemetry.rates, record.progress
