@@ -49,7 +49,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish() -> None:
     """Spare every later garbage collection the millions of objects of modules and tests."""
-    gc.collect()
     gc.freeze()
     gc.enable()
 

@@ -48,16 +48,26 @@ def _kinds(item: pytest.Function) -> set[str]:
 @cache
 def _reached(start: Any) -> frozenset[str]:
     """The kinds of everything that a function's code names, directly or indirectly."""
-    kinds, seen, ahead = set[str](), set[int](), [start]
+    kinds, seen, ahead = set[str](), {id(start)}, [start]
     while ahead:
-        thing = ahead.pop()
-        if id(thing) in seen:
-            continue
-        seen.add(id(thing))
-        if kind := _kind(thing):
+        kind, named = _look(ahead.pop())
+        if kind:
             kinds.add(kind)
-        ahead += _named(thing)
+        new = [each for each in named if id(each) not in seen]
+        seen.update(map(id, new))
+        ahead += new
     return frozenset(kinds)
+
+
+_LOOKED: dict[int, tuple[Any, str | None, tuple[Any, ...]]] = {}
+"""By identity, for not everything has a hash: the thing, its own kind, and what it names."""
+
+
+def _look(thing: Any) -> tuple[str | None, tuple[Any, ...]]:
+    """A thing's own kind and what it names, found out once: thousands of tests reach the same helpers."""
+    if id(thing) not in _LOOKED:
+        _LOOKED[id(thing)] = (thing, _kind(thing), tuple(_named(thing)))
+    return _LOOKED[id(thing)][1:]
 
 
 def _kind(thing: Any) -> str | None:

@@ -43,6 +43,7 @@ def watched(hostile: Path, report: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "tests.checkpoints.watched_server", str(report), str(hostile), *options]
 
 
+@pytest.mark.nightly
 def test_the_hook_sees_both(hostile: Path, tmp_path: Path) -> None:
     report = tmp_path / "report"
     run(watched(hostile, report, "--try"), env=os.environ)

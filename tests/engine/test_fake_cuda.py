@@ -47,6 +47,11 @@ LAYERS_OF_OTHERS = ("camembert", "xlm-roberta", "roberta", "distilbert", "electr
 """Families whose layers are, but for names and numbers, those of bert or llama."""
 
 
+def at_night(each: Any) -> Any:
+    """The mark of a family whose layers are those of another one."""
+    return pytest.mark.nightly if each.values[0].model_type in LAYERS_OF_OTHERS else ()
+
+
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[TinyModel], Path]:
     root = tmp_path_factory.mktemp("families")
@@ -377,7 +382,9 @@ def check_launched(on: OnCuda, launched: Launched, stream: Stream, width: int) -
         pytest.param(torch.float32, True, id="fp32-compiled", marks=pytest.mark.nightly),
     ],
 )
-@pytest.mark.parametrize("tiny", every_family())
+@pytest.mark.parametrize(
+    "tiny", [pytest.param(*each.values, id=each.id, marks=at_night(each)) for each in every_family()]
+)
 def test_a_batch_is_launched_without_waiting(
     folder_of: Callable[[TinyModel], Path], driver: CudaDriver, tiny: TinyModel, dtype: torch.dtype, compiled: bool
 ) -> None:
@@ -450,12 +457,7 @@ def test_float8_is_launched_and_captured_without_waiting(
     [
         # Families whose layers are another's, but for names and prompts, run at night.
         *(
-            pytest.param(
-                *each.values,
-                False,
-                id=f"{each.id}-eager",
-                marks=pytest.mark.nightly if each.values[0].model_type in LAYERS_OF_OTHERS else (),
-            )
+            pytest.param(*each.values, False, id=f"{each.id}-eager", marks=at_night(each))
             for each in every_family(flash=True)
         ),
         # Two are enough: what is around the layers does not depend on how they run.

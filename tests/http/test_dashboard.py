@@ -201,23 +201,23 @@ def test_says_why_a_cancellation_was_refused(page: Page, api: httpx.Client) -> N
 
 
 def test_many_jobs_are_pages_that_can_be_searched(quiet_page: Page, api: httpx.Client) -> None:
-    for number in range(500):
+    for number in range(60):
         register(api, f"project {number}")
     quiet_page.goto("/")
     pager = quiet_page.locator("#jobs-pager")
     rows = quiet_page.locator("#jobs-table tbody tr")
-    expect(pager).to_contain_text(f"1{UNKNOWN}25 of 500 jobs")
+    expect(pager).to_contain_text(f"1{UNKNOWN}25 of 60 jobs")
     expect(rows).to_have_count(25)
     assert quiet_page.evaluate("document.documentElement.scrollHeight") < 3000
     quiet_page.get_by_role("button", name="Next page of jobs").click()
-    expect(pager).to_contain_text(f"26{UNKNOWN}50 of 500 jobs")
+    expect(pager).to_contain_text(f"26{UNKNOWN}50 of 60 jobs")
     search = quiet_page.get_by_role("searchbox", name="Search jobs")
-    search.fill("PROJECT 40")
-    expect(pager).to_contain_text("11 jobs")  # 40 and 400 to 409
+    search.fill("PROJECT 4")
+    expect(pager).to_contain_text("11 jobs")  # 4 and 40 to 49
     quiet_page.get_by_role("combobox", name="State of the jobs shown").select_option("completed")
     expect(quiet_page.get_by_text("No job is like this.")).to_be_visible()
     quiet_page.get_by_role("button", name="Show all jobs").click()
-    expect(pager).to_contain_text(f"1{UNKNOWN}25 of 500 jobs")
+    expect(pager).to_contain_text(f"1{UNKNOWN}25 of 60 jobs")
 
 
 def changed(server: Server, **changes: Any) -> dict[str, Any]:

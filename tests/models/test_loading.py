@@ -371,7 +371,7 @@ def new_storages(before: set[int]) -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages if storage.data_ptr() not in before}
 
 
-QUICK_TO_MEASURE = {"bert", "jina_bert", "mpnet"}
+BY_DAY = {"embed-bert-heads", "embed-jina_bert", "rerank-mpnet"}
 MORE_IN_FILES = {"jina_embeddings_v3", "mistral3", "nvembed"}
 """Files with more than is kept: pictures, adapters of which several share rows, and what is folded when it is read."""
 
@@ -379,7 +379,7 @@ MORE_IN_FILES = {"jina_embeddings_v3", "mistral3", "nvembed"}
 @pytest.mark.parametrize(
     "tiny",
     [
-        pytest.param(each, id=str(each), marks=() if each.model_type in QUICK_TO_MEASURE else pytest.mark.nightly)
+        pytest.param(each, id=str(each), marks=() if str(each) in BY_DAY else pytest.mark.nightly)
         for each in tiny_models()
     ],
 )

@@ -69,7 +69,7 @@ def same(together: Any, alone: Any, task: Task) -> None:
 def test_a_row_packed_equals_the_row_alone(model_of: Callable[[TinyModel], Model], tiny: TinyModel) -> None:
     model = model_of(tiny)
 
-    @settings(max_examples=25, deadline=None, database=None)
+    @settings(max_examples=10, deadline=None, database=None)
     @given(lengths=lengths, seed=st.integers(0, 1000))
     def packed_equals_alone(lengths: list[int], seed: int) -> None:
         rows = random_rows(lengths, seed, tiny, model.vocab_size)
@@ -138,7 +138,7 @@ def test_many_texts_packed_equal_the_texts_alone(
 def test_rows_with_a_shared_prefix_equal_whole_rows(model_of: Callable[[TinyModel], Model], tiny: TinyModel) -> None:
     model = model_of(tiny)
 
-    @settings(max_examples=40, deadline=None, database=None)
+    @settings(max_examples=20, deadline=None, database=None)
     @given(
         prefixes=st.lists(st.integers(1, 60), min_size=1, max_size=3),
         tails=st.lists(st.tuples(st.integers(0, 3), st.integers(1, 60)), min_size=1, max_size=9),
