@@ -137,7 +137,7 @@ async def test_through_every_dialect_in_any_batch_and_from_the_cache(dtype: str)
         ):
             answer = await client.post(path, json=body)
             assert answer.is_success, answer.text
-            np.testing.assert_array_equal(np.array(vectors(answer.json()), np.float32), numbers, err_msg=path)
+            np.testing.assert_array_equal(np.array(vectors(answer.json()), np.float32), numbers, err_msg=path)  # type: ignore[no-untyped-call]
         body = {"query": "What do plants create?", "texts": TEXTS[:4]}  # by the similarity of vectors
         whole = {each["index"]: each["score"] for each in (await client.post("/rerank", json=body)).json()}
         for index, text in enumerate(TEXTS[:4]):
