@@ -93,7 +93,8 @@ def measure(source: Source, dtype: torch.dtype, device: Device, options: argpars
             alone=alone,
         )
         wanted = np.concatenate([answers(model, [row], device) for row in rows])
-        given, chosen, seconds = [], [], 0.0
+        given, seconds = list[Vectors](), 0.0
+        chosen = list[int]()
         for _ in range(options.rounds):
             order = random.permutation(len(rows))
             for part in np.array_split(order, 1 + len(rows) // 16):

@@ -137,7 +137,12 @@ async def test_through_every_dialect_in_any_batch_and_from_the_cache(dtype: str)
         ):
             answer = await client.post(path, json=body)
             assert answer.is_success, answer.text
-            np.testing.assert_array_equal(np.array(vectors(answer.json()), np.float32), numbers, err_msg=path)
+            np.testing.assert_array_equal(np.array(vectors(answer.json()), np.float32), numbers, err_msg=path)  # type: ignore[no-untyped-call]
+        body = {"query": "What do plants create?", "texts": TEXTS[:4]}  # by the similarity of vectors
+        whole = {each["index"]: each["score"] for each in (await client.post("/rerank", json=body)).json()}
+        for index, text in enumerate(TEXTS[:4]):
+            [alone] = (await client.post("/rerank", json={**body, "texts": [text]})).json()
+            assert alone["score"] == whole[index]
         assert (await client.get("/capabilities")).json()["deterministic"] is True
         assert (await client.get("/info")).json()["model_dtype"] == ("float32" if dtype == "auto" else dtype)
 
@@ -146,7 +151,7 @@ async def test_scores_of_pairs(tmp_path: Path, minilm_folder: Path) -> None:
     reranker = tiny_cross_encoder(tmp_path / "bert", kind="bert", tokenizer_from=minilm_folder, seed=0)
     qwen3 = GOLDEN / "qwen3" / "reranker"
     async with serving(deterministic=True, rerank_model=f"{reranker},{qwen3}") as client:
-        for model in (reranker.name, qwen3.name, "all-MiniLM-L6-v2"):
+        for model in (reranker.name, qwen3.name):
 
             async def scores(texts: Sequence[str], name: str = model) -> list[float]:
                 body = {"model": name, "query": "What do plants create?", "texts": list(texts)}
