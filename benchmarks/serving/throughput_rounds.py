@@ -17,15 +17,29 @@ import numpy.typing as npt
 from benchmarks.lib.figures import ALLOWED_OTHER_CORES
 from benchmarks.lib.host import watched
 from benchmarks.lib.load import embed_all
-from benchmarks.lib.minilm import BATCH, encode, load_model
+from benchmarks.lib.minilm import BATCH, encode, load_model, tokenize
 from benchmarks.lib.results import progress
 from benchmarks.lib.servers import RunningServer
-from benchmarks.serving.environments import Unavailable
+from benchmarks.serving.environments import Recipe, Unavailable, environment
+from benchmarks.serving.onnx_export import export
 from benchmarks.serving.peers import PEERS, Peer, Wanted
+
+from vecmill.engine.warmup import CPU_BATCH_TOKENS
 
 CHECKED_TEXTS = 100  # whose vectors must be the same from all sides
 PACKED = "packed loop"
 IN_PROCESS = "sentence-transformers"
+RUNTIMES: Mapping[str, tuple[str, str]] = {
+    "openvino, sorted": ("openvino", "sorted"),
+    "openvino, arrival": ("openvino", "arrival"),
+    "onnxruntime, sorted": ("onnxruntime", "sorted"),
+}
+"""Sides in process, to the runtime and the order of its batches, see `other_runtimes`."""
+RUNTIMES_RECIPE = Recipe("runtimes", ("openvino==2026.4.1", "onnxruntime==1.32.0", "onnx==1.23.2"))
+ABOUT_RUNTIMES = {
+    "openvino": {"version": "2026.4.1", "dtype": "bfloat16", "device": "cpu"},
+    "onnxruntime": {"version": "1.32.0", "dtype": "float32", "device": "cpu"},
+}
 KNOWN_KEYS = ("version", "dtype", "dtype_reason", "device", "options")
 
 
@@ -52,6 +66,8 @@ class ThroughputPlan:
     retries: int
     """Passes that may still be repeated because other programs were busy."""
     minutes: float
+    runtimes: bool = True
+    """Whether OpenVINO and ONNX Runtime are measured in process."""
     repeated: int = 0
 
 
@@ -71,6 +87,8 @@ def measure_rounds(names: Sequence[str], wanted: Wanted, plan: ThroughputPlan) -
     """Measure servers and in-process sides in turns, in order and in reverse by turns."""
     results = ThroughputResults()
     sides = {name: side for name in names if (side := _server_side(name, wanted, plan, results)) is not None}
+    if plan.runtimes:
+        sides |= _runtime_sides(wanted, plan, results)
     sides[PACKED] = partial(_packed, wanted.model_folder, plan, results)
     sides[IN_PROCESS] = partial(_in_process, load_model(wanted.model_folder), plan)
     started = time.monotonic()
@@ -93,6 +111,43 @@ def _server_side(name: str, wanted: Wanted, plan: ThroughputPlan, results: Throu
         results.failed[name] = str(error)
         print(f"{name}: {error}", file=sys.stderr)
         return None
+
+
+def _runtime_sides(wanted: Wanted, plan: ThroughputPlan, results: ThroughputResults) -> dict[str, MeasurePass]:
+    try:
+        folder = environment(RUNTIMES_RECIPE, wanted.environments)
+        model = folder / "model.onnx"
+        if not model.exists():
+            (packages,) = folder.glob("lib/python*/site-packages")
+            export(wanted.model_folder, model, packages)
+    except (Unavailable, RuntimeError, OSError) as error:
+        results.failed |= dict.fromkeys(RUNTIMES, str(error))
+        return {}
+    rows = [row.tolist() for row in tokenize(wanted.model_folder, plan.texts)]
+    given = json.dumps({"rows": rows, "batch_tokens": CPU_BATCH_TOKENS})
+    return {
+        name: partial(_in_runtime, (folder / "bin" / "python", model), kind, given, plan)
+        for name, kind in RUNTIMES.items()
+    }
+
+
+def _in_runtime(
+    files: tuple[Path, Path], kind: tuple[str, str], given: str, plan: ThroughputPlan, label: str
+) -> ThroughputPass:
+    python, model = files
+
+    def once() -> ThroughputPass:
+        with TemporaryDirectory() as folder, progress(label, len(plan.texts)) as advance:
+            file = Path(folder, "vectors.npy")
+            command = (python, Path(__file__).with_name("other_runtimes.py"), *kind, model, file)
+            done = subprocess.run(command, input=given, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-2000:])
+            advance(len(plan.texts))
+            vectors = np.load(file)[:CHECKED_TEXTS]
+            return ThroughputPass(json.loads(done.stdout)["seconds"], vectors, ABOUT_RUNTIMES[kind[0]])
+
+    return _undisturbed(once, plan)
 
 
 def _measure(name: str, side: MeasurePass, label: str, results: ThroughputResults) -> None:
@@ -155,9 +210,9 @@ def _packed(model_folder: Path, plan: ThroughputPlan, results: ThroughputResults
     def once() -> ThroughputPass:
         with TemporaryDirectory() as folder, progress(label, len(plan.texts)) as advance:
             file = Path(folder, "vectors.npy")
-            options = ("--model", model_folder, "--dtype", dtype, "--warm-up", str(plan.warm_up), "--vectors", file)
+            options = ["--model", str(model_folder), "--dtype", dtype, "--warm-up", str(plan.warm_up)]
             done = subprocess.run(
-                [sys.executable, "-m", "benchmarks.serving.packed_loop", *options],
+                [sys.executable, "-m", "benchmarks.serving.packed_loop", *options, "--vectors", str(file)],
                 input=json.dumps(plan.texts),
                 capture_output=True,
                 text=True,
