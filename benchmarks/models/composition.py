@@ -60,7 +60,8 @@ def sources(options: argparse.Namespace, root: Path) -> Iterator[Source]:
         from tests.models.families import tiny_models  # the tests are not installed
 
         for tiny in tiny_models():
-            yield Source(str(tiny), tiny.write(root / str(tiny)), tiny.task)
+            folder = tiny.write(root / str(tiny))
+            yield Source(folder.name, folder, tiny.task)  # some are known by their name
         return
     folders = options.folders or ([] if options.rerank else [bundled_model()])
     yield from (Source(folder.name, folder, Task.EMBED) for folder in folders)
