@@ -59,7 +59,6 @@ class Promise:
 SURVIVAL = "tests/faults/test_survival.py"
 
 GROUPS: Mapping[str, tuple[Promise, ...]] = {
-    # A setting for answers that are the same to the bit whatever else is in the batch belongs into the first group.
     "Answers are right": (
         Promise(
             "Vectors and scores equal those of sentence-transformers within [stated tolerances](models.md#tolerances).",
@@ -79,6 +78,11 @@ GROUPS: Mapping[str, tuple[Promise, ...]] = {
                 "{checks/answers/wrong} of {checks/answers/vectors} vectors and {checks/answers/scores} scores "
                 "differ; lowest cosine {checks/answers/lowest_cosine}",
             ),
+        ),
+        Promise(
+            "With `DETERMINISTIC=true` it changes no bit of them, through every dialect and from the cache.",
+            ("tests/engine/test_determinism.py",),
+            (*ENGINE, *SCHEDULING),
         ),
         Promise(
             "A vector from the cache is the computed one within the same tolerances.",

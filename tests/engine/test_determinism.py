@@ -77,7 +77,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(tmp_path: Path, tiny: Tiny
             assert bits(model, [rows[index] for index in chosen]) == [wanted[index] for index in chosen], dtype
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, pytest.param(3, marks=pytest.mark.nightly)])
 def test_with_any_number_of_threads(threads: int) -> None:
     """Parts that threads take are then not all multiples of a vector register."""
     before = torch.get_num_threads()
@@ -110,7 +110,7 @@ async def encoded(client: httpx.AsyncClient, texts: Sequence[str], **headers: st
     return [entry["embedding"] for entry in answer.json()["data"]]
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["auto", pytest.param("bfloat16", marks=pytest.mark.nightly)])
 async def test_through_every_dialect_in_any_batch_and_from_the_cache(dtype: str) -> None:
     async with serving(deterministic=True, dtype=dtype, cache_max_bytes=10_000_000) as client:
         wanted = [(await encoded(client, [text], **{"Cache-Control": "no-store"}))[0] for text in TEXTS]
