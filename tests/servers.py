@@ -6,6 +6,7 @@ vecmill itself is forked from a process that has imported it, see tests.preloade
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -58,11 +59,16 @@ def vecmill_command(port: int, *options: str) -> list[str]:
     return [sys.executable, "-m", "vecmill", "serve", "--port", str(port), *options]
 
 
+PORTS = range(20_000, 32_000)
+"""Below those that Linux gives to connections (32768 to 60999), which may take one before a server does."""
+
+
 def free_port() -> int:
     """A port that nothing listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    while True:
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port := secrets.choice(PORTS)))
+            return port
 
 
 def start(command: Sequence[str], *, stdout: IO[bytes], env: Mapping[str, str], cwd: Path | None = None) -> Process:

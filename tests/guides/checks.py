@@ -194,7 +194,7 @@ def _make(command: Command) -> Iterator[str]:
         variable, is_assignment, value = word.partition("=")
         if is_assignment and variable == "ARGS" and "serve" in command.words:
             yield from _vecmill(Command(("vecmill", "serve", *shlex.split(value))))
-        elif is_assignment and variable not in ("ARGS", "PYTHON", "SECONDS", "TARGETS", "TORCH_INDEX", "VENV"):
+        elif is_assignment and variable not in ("ARGS", "DAYS", "PYTHON", "SECONDS", "TARGETS", "TORCH_INDEX", "VENV"):
             yield f"the Makefile has no variable {variable}"
         elif not is_assignment and word not in targets:
             yield f"the Makefile has no target {word!r}"

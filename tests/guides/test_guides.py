@@ -45,6 +45,7 @@ NAME = re.compile(r"([A-Z][A-Z0-9]*(?:_[A-Z0-9]+)*)(?:=(\S*))?")
 # In capitals, and no settings.
 NO_SETTINGS = {
     "ARGS": "make's",
+    "CUBLAS_WORKSPACE_CONFIG": "cuBLAS's",
     "SHA256SUMS": "a file of a release",
     "NIGHTLY_AUDIT": ".ci/nightly's",
     "GET": "a method of HTTP",

@@ -32,8 +32,8 @@
     ├── DeadlineExceeded             not answered in time
     │   └── GenerationTimeout
     └── Unavailable                  no answer possible now
-        ├── MemoryLow
-        │   └── OutOfMemory
+        ├── MemoryLow                beforehand
+        ├── OutOfMemory              in the middle
         ├── ModelLoading
         ├── ModelNotLoaded
         ├── ShuttingDown
@@ -227,8 +227,10 @@ class MemoryLow(Unavailable):
     retry_after = 5
 
 
-class OutOfMemory(MemoryLow):
+class OutOfMemory(Unavailable):
     """503: out of memory: the server had too little for this request and goes on; try again, or send less at once."""
+
+    retry_after = 5
 
 
 class ModelLoading(Unavailable):

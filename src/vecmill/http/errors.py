@@ -45,6 +45,7 @@ from vecmill.core.errors import (
     NonFiniteEmbedding,
     NotAllowed,
     NotFound,
+    OutOfMemory,
     Overloaded,
     RequestTimedOut,
     ShuttingDown,
@@ -102,7 +103,16 @@ STATUS: Mapping[type[VecmillError], int] = {
 # Refused for the load: there is room, or time, at another moment.
 OF_LOAD = (Overloaded, MemoryLow, ModelLoading, ShuttingDown, DeadlineExceeded)
 # Their messages are made of what the server knows; all others may repeat what the client sent.
-IN_OWN_WORDS = (*OF_LOAD, BatchFailed, EngineFailed, StateUnavailable, JobsUnavailable, RequestTimedOut, WorkLost)
+IN_OWN_WORDS = (
+    *OF_LOAD,
+    BatchFailed,
+    EngineFailed,
+    JobsUnavailable,
+    OutOfMemory,
+    RequestTimedOut,
+    StateUnavailable,
+    WorkLost,
+)
 DASHBOARD = "/dashboard/"
 # Of pydantic's errors, those whose messages are made of the field's own bounds, never of what came in.
 SAY_NO_INPUT = frozenset(
