@@ -35,11 +35,13 @@ RUNTIMES: Mapping[str, tuple[str, str]] = {
     "onnxruntime, sorted": ("onnxruntime", "sorted"),
 }
 """Sides in process, to the runtime and the order of its batches, see `other_runtimes`."""
-RUNTIMES_RECIPE = Recipe("runtimes", ("openvino==2026.4.1", "onnxruntime==1.32.0", "onnx==1.23.2"))
 ABOUT_RUNTIMES = {
     "openvino": {"version": "2026.4.1", "dtype": "bfloat16", "device": "cpu"},
     "onnxruntime": {"version": "1.32.0", "dtype": "float32", "device": "cpu"},
 }
+RUNTIMES_RECIPE = Recipe(
+    "runtimes", (*(f"{name}=={about['version']}" for name, about in ABOUT_RUNTIMES.items()), "onnx==1.23.2")
+)
 KNOWN_KEYS = ("version", "dtype", "dtype_reason", "device", "options")
 
 

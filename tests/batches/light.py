@@ -110,6 +110,11 @@ async def content(batches: BatchService, file_id: str | None) -> list[dict[str, 
     return [orjson.loads(line) for line in raw.splitlines()]
 
 
+async def all_of(batches: BatchService) -> list[BatchRecord]:
+    """All batches, the newest first; each is read."""
+    return await batches.records(await batches.ids())
+
+
 class DeadlyEndpoint(LightEndpoint):
     """An endpoint whose process some lines kill, alone or together with others."""
 
@@ -125,7 +130,7 @@ async def _run_until_killed(folder: Path, chunk_size: int) -> None:
     batches = opened(state.path, DeadlyEndpoint(), batch_chunk_size=chunk_size)
     sys.stdout.write("running\n")
     sys.stdout.flush()
-    while not all(batch.ended for batch in await batches.all()):
+    while not all(batch.ended for batch in await all_of(batches)):
         await asyncio.sleep(0.001)
     await batches.close()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.batches.light import LightEndpoint, content, create, ended, line, opened, progressed, upload
+from tests.batches.light import LightEndpoint, all_of, content, create, ended, line, opened, progressed, upload
 from vecmill.batches.record import BatchStatus
 
 EVENTS = frozenset({"os.rename", "os.remove", "os.truncate", "open", "os.mkdir"})
@@ -135,7 +135,7 @@ async def test_it_may_die_while_a_file_comes_in(tmp_path: Path, snapshots: Snaps
         again = opened(copy, None)
         again.start({})  # deletes what is left over
         while (left := {path.suffix for path in (copy / "files").iterdir()}) not in (set(), {".data", ".json"}):
-            await again.all()
+            await all_of(again)
         assert len(await again.all_files()) == len(left) // 2
         await again.close()
 

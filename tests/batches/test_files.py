@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.batches.light import LightEndpoint, create, ended, line, opened, upload
+from tests.batches.light import LightEndpoint, all_of, create, ended, line, opened, upload
 from tests.batches.test_life import Moved
 from vecmill.batches.record import BatchStatus
 from vecmill.core.errors import FilesFull, NoSuchBatch, NoSuchFile
@@ -34,7 +34,7 @@ async def test_files_expire_and_batches_are_forgotten(tmp_path: Path) -> None:
     assert await batches.all_files() == []
     batches.start({})  # sweeps
     while names(tmp_path) or any((tmp_path / "batches").iterdir()):
-        await batches.all()
+        await all_of(batches)
     with pytest.raises(NoSuchBatch):
         await batches.get(batch_id)
     await batches.close()
@@ -60,7 +60,7 @@ async def test_what_is_left_of_a_creation_that_was_cut_short_goes_some_time(tmp_
     os.utime(unborn, (0, 0))
     batches.start({})
     while unborn.exists():
-        assert await batches.all() == []
+        assert await all_of(batches) == []
     assert just_now.exists()
     await batches.close()
 
@@ -74,7 +74,7 @@ async def test_what_another_server_is_still_writing_is_kept(tmp_path: Path) -> N
     coming.write(b"{}")
     sweeping.start({})
     while len(names(tmp_path)) > 1:
-        await sweeping.all()
+        await all_of(sweeping)
     file = coming.finish("x", None)
     assert (await sweeping.file(file.id)).bytes == 2
     await sweeping.close()

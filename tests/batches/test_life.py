@@ -11,6 +11,7 @@ from tests.batches.light import (
     LONGEST_LINE,
     URL,
     LightEndpoint,
+    all_of,
     answer,
     content,
     create,
@@ -216,7 +217,7 @@ async def test_a_broken_record_harms_itself_alone(tmp_path: Path, caplog: pytest
     assert (await ended(batches, whole)).status is BatchStatus.COMPLETED
     with pytest.raises(NoSuchBatch):
         await batches.get(broken)
-    assert [record.id for record in await batches.all()] == [whole]
+    assert [record.id for record in await all_of(batches)] == [whole]
     assert len([entry for entry in caplog.records if "cannot be read" in entry.message]) == 1
     await batches.close()
 
@@ -269,7 +270,7 @@ async def test_ids_that_are_none_lead_nowhere(tmp_path: Path) -> None:
 async def test_where_nothing_can_be_kept_every_call_says_so(tmp_path: Path) -> None:
     batches = BatchService(BatchSettings(), LONGEST_LINE, Telemetry())
     with pytest.raises(StateUnavailable, match="starting"):
-        await batches.all()
+        await all_of(batches)
     batches.open(tmp_path, f"STATE_DIR={tmp_path} cannot be written (Read-only file system).")
     batches.start({URL: LightEndpoint()})
     with pytest.raises(StateUnavailable, match="cannot be written"):

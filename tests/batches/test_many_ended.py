@@ -10,7 +10,7 @@ from time import perf_counter, time
 
 import pytest
 
-from tests.batches.light import URL, LightEndpoint, ended, line, opened, upload
+from tests.batches.light import URL, LightEndpoint, all_of, ended, line, opened, upload
 from tests.batches.light import create as create_batch
 from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.batches.store import BatchStore
@@ -96,7 +96,7 @@ async def test_what_another_server_deletes_or_ends_is_seen(tmp_path: Path) -> No
     new = await create_batch(other, await upload(other, line("a")))
     assert new in await batches.ids()
     assert (await ended(other, new)).status is BatchStatus.COMPLETED
-    assert [batch.status for batch in await batches.all()] == [BatchStatus.COMPLETED] * 2
+    assert [batch.status for batch in await all_of(batches)] == [BatchStatus.COMPLETED] * 2
     while other.seen().counts != {BatchStatus.COMPLETED: 2}:
         other.wake()
         await batches.ids()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.batches.light import LightEndpoint, content, create, ended, line, opened, progressed, upload
+from tests.batches.light import LightEndpoint, all_of, content, create, ended, line, opened, progressed, upload
 from vecmill.batches.input import InputLine
 from vecmill.batches.record import BatchStatus
 from vecmill.batches.store import LOCK
@@ -45,7 +45,7 @@ async def test_each_batch_is_run_once_by_whichever_server(tmp_path: Path) -> Non
     servers = [opened(tmp_path, endpoint, batch_chunk_size=8, batches_max_active=1) for endpoint in endpoints]
     ids = [await create(servers[number % 3], await upload(servers[0], INPUT)) for number in range(6)]
     for server in servers:
-        assert {batch.id for batch in await server.all()} == set(ids)
+        assert {batch.id for batch in await all_of(server)} == set(ids)
     batches = [await ended(servers[2], batch_id) for batch_id in ids]
     assert {batch.status for batch in batches} == {BatchStatus.COMPLETED}
     for batch in batches:
@@ -127,7 +127,7 @@ async def test_servers_with_states_of_their_own_share_batch_dir(tmp_path: Path) 
     file_id = await upload(first, INPUT)
     assert (await second.file(file_id)).bytes == len(INPUT)
     batch_id = await create(second, file_id)
-    assert [batch.id for batch in await first.all()] == [batch_id]
+    assert [batch.id for batch in await all_of(first)] == [batch_id]
     assert all(state.problems()["batches"] is None for state in states)
     for state in states:
         await state.close()

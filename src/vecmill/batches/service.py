@@ -254,10 +254,6 @@ class BatchService:
 
         return await on_disk(read)
 
-    async def all(self, viewer: Viewer = EVERYONE) -> list[BatchRecord]:
-        """All batches, the newest first; each is read."""
-        return await self.records(await self.ids(viewer), viewer)
-
     def seen(self, viewer: Viewer = EVERYONE) -> SeenBatches:
         """The viewer's batches as they were a second ago; none before `start`. Reads no disk."""
         if self._runner is None or self._context is None:

@@ -32,8 +32,8 @@
     ├── DeadlineExceeded             not answered in time
     │   └── GenerationTimeout
     └── Unavailable                  no answer possible now
-        ├── MemoryLow                beforehand
-        ├── OutOfMemory              in the middle
+        ├── MemoryLow                too little is free to begin
+        ├── OutOfMemory              it ran out while the request was worked on
         ├── ModelLoading
         ├── ModelNotLoaded
         ├── ShuttingDown
@@ -326,7 +326,8 @@ def as_refusal(error: Exception) -> Exception:
 
 @contextmanager
 def lack_of_memory_refused() -> Iterator[None]:
-    """
+    """A block in which memory may run out.
+
     Raises:
         OutOfMemory: in place of whatever the block raised because memory ran out.
     """

@@ -51,7 +51,8 @@ def configure(device: torch.device) -> None:
         return
     os.environ.setdefault(WORKSPACE, WORKSPACES[0])
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # which would cost a kernel for each new tensor
+    # It would cost a kernel for each new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 

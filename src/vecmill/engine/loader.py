@@ -207,7 +207,7 @@ def recall_dtypes(
 
 def measures_dtype(models: ModelSettings, device: torch.device) -> bool:
     """Whether the type of the weights is the one that is measured to be the fastest."""
-    return models.dtype == "auto" and device.type == "cpu" and not models.deterministic
+    return _is_dtype_open(models, device) and not models.deterministic
 
 
 DETERMINED_DTYPE = ChosenDtype(torch.float32, "DETERMINISTIC=true: the fastest type may be another at the next start")
@@ -297,7 +297,12 @@ def _expected_dtype(models: ModelSettings, device: torch.device) -> ChosenDtype:
 
 def _is_determined(models: ModelSettings, device: torch.device) -> bool:
     """Whether the type is not measured for the sake of DETERMINISTIC."""
-    return models.deterministic and models.dtype == "auto" and device.type == "cpu"
+    return _is_dtype_open(models, device) and models.deterministic
+
+
+def _is_dtype_open(models: ModelSettings, device: torch.device) -> bool:
+    """Whether neither DTYPE nor the device decides the type."""
+    return models.dtype == "auto" and device.type == "cpu"
 
 
 def _uses_flash_attention(device: torch.device, *, wanted: bool) -> bool:

@@ -82,9 +82,10 @@ def place_after(ids: Sequence[str], after: str | None) -> int:
     """
     if not after:  # empty is from the beginning: some clients send it
         return 0
-    if after not in ids:
-        raise InvalidInput("`after` is no id of this list.", param="after")
-    return ids.index(after) + 1
+    try:
+        return ids.index(after) + 1
+    except ValueError:
+        raise InvalidInput("`after` is no id of this list.", param="after") from None
 
 
 def listed(shown: Sequence[dict[str, Any]], *, has_more: bool) -> dict[str, Any]:

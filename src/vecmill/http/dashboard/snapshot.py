@@ -87,7 +87,8 @@ class Snapshots:
     async def of(self, view: SnapshotView) -> dict[str, Any]:
         """What is so now."""
         services, refusals = self._services, self._refusals(view)
-        batches = await self._look_at_batches(view)
+        users = self._users(view)
+        batches = await self._look_at_batches(view, users)
         if refusals:
             await self._words.learn()
         replicas = await self._replicas.look()
@@ -107,7 +108,7 @@ class Snapshots:
             "warnings": [*self._machine.warnings(), *replicas.warnings()],
             "replicas": replicas.as_json(everything=view.everything),
             "now": self._now(view),
-            "who": self._who(view, batches.of_users),
+            "who": [self._user(user, batches.of_users.get(user.id.job or "")) for user in users],
             "refusals": [self._refusal(refusal) for refusal in refusals],
             "jobs": self._jobs(view, replicas),
             "batches": self._batches(batches),
@@ -166,9 +167,6 @@ class Snapshots:
         viewer = view.viewer
         return [user for user in self._services.telemetry.rates.users() if viewer.sees(user.id.owner)][:MOST_USERS]
 
-    def _who(self, view: SnapshotView, batches: Mapping[str, BatchRecord]) -> list[dict[str, Any]]:
-        return [self._user(user, batches.get(user.id.job or "")) for user in self._users(view)]
-
     def _user(self, user: User, batch: BatchRecord | None) -> dict[str, Any]:
         rates, minute, lately, who = self._services.telemetry.rates, user.minute.sums(), user.lately.sums(), user.id
         # Clients say which job a request is of: one that is another key's has no name here.
@@ -220,14 +218,14 @@ class Snapshots:
         ]
         return {"counts": page.counts, "total": page.total, "page": number, "pages": pages, "items": items}
 
-    async def _look_at_batches(self, view: SnapshotView) -> BatchesView:
+    async def _look_at_batches(self, view: SnapshotView, users: Sequence[User]) -> BatchesView:
         """A disk that hangs or fails must not hold up what else is shown: then ended batches are left out."""
         seen = self._services.batches.seen(view.viewer)
         going_on = {record.id: record for record in sorted(seen.going_on, key=lambda record: record.ended)}
         ids = [*going_on, *seen.ended]
         number, pages = paged(view.query.batches_page, len(ids))
         shown = ids[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
-        jobs = {user.id.job for user in self._users(view) if user.id.job is not None}
+        jobs = {user.id.job for user in users if user.id.job is not None}
         known, sizes = dict(going_on), dict[str, int | None]()
         with suppress(TimeoutError, VecmillError):
             async with asyncio.timeout(DISK_PATIENCE):
