@@ -17,16 +17,18 @@ from typing import Any
 
 import benchmarks.lib.threads  # noqa: F401  # before torch
 import numpy as np
+import numpy.typing as npt
 import torch
 from benchmarks.lib.minilm import bundled_model, tokenize
 from benchmarks.lib.timing import Machine, alternate, limits
 from benchmarks.models.cases import Given
 from benchmarks.models.shapes import CPU, CUDA
-from benchmarks.models.workloads import batches, operations, run_model
+from benchmarks.models.workloads import batches, operations
 
 from vecmill.config import load_settings
 from vecmill.core.types import Row
 from vecmill.engine.device import describe
+from vecmill.engine.forward import Device, LoadedModel, collect, launch
 from vecmill.engine.loader import load
 
 LIMIT_SECONDS = 1.0
@@ -40,10 +42,19 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
     return limits(machine, dtype)["matmul"].operations / taken
 
 
+def run(model: LoadedModel, packs: Sequence[Sequence[Row]], device: Device) -> npt.NDArray[np.float32]:
+    """(N, width) in the rows' order: what the server's engine does for each batch."""
+    answers = [answer for rows in packs for answer in collect(launch(model, rows, device))]
+    for answer in answers:
+        if isinstance(answer, Exception):
+            raise answer
+    return np.stack([answer for answer in answers if not isinstance(answer, Exception)])
+
+
 @torch.inference_mode()
 def measure(
     model_folder: Path, dtype: str, texts: Sequence[str], warm_up: int, limit_seconds: float
-) -> tuple[torch.Tensor, Mapping[str, Any]]:
+) -> tuple[npt.NDArray[np.float32], Mapping[str, Any]]:
     """The vectors, not normalised, and what JSON gets."""
     settings = load_settings({"embed_model": str(model_folder), "dtype": dtype})
     loaded = load(settings.model, settings.engine, lambda percent, doing: None)
@@ -52,11 +63,13 @@ def measure(
     # Packs in the texts' order, as a server gets them: it cannot sort what has not arrived.
     tokens = Given(CPU, loaded.device, dtype).batch_tokens
     packs = batches(rows, tokens)
-    run_model(served.model, batches(rows[:warm_up], tokens), loaded.device)
+    run(served, batches(rows[:warm_up], tokens), loaded.runs_on)
+    served.threads.restore()
     rates = [matmul_rate(loaded.device, getattr(torch, dtype), limit_seconds)]
     started = time.perf_counter()
-    vectors = run_model(served.model, packs, loaded.device)
+    vectors = run(served, packs, loaded.runs_on)
     seconds = time.perf_counter() - started
+    served.threads.restore()
     rates.append(matmul_rate(loaded.device, getattr(torch, dtype), limit_seconds))
     return vectors, {
         "seconds": seconds,
@@ -83,7 +96,7 @@ def main() -> None:
     vectors, figures = measure(
         options.model or bundled_model(), options.dtype, texts, options.warm_up, options.limit_seconds
     )
-    np.save(options.vectors, vectors.numpy())
+    np.save(options.vectors, vectors)
     print(json.dumps(figures))
 
 

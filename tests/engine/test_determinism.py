@@ -29,6 +29,7 @@ from vecmill.engine.loader import expected_card
 from vecmill.inference.vectors import similarities
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.packing import Attention
+from vecmill.models.prepacked_linears import prepack
 
 ROWS, COMPOSITIONS, LONGEST = 10, 6, 90
 # Of each kind of network one; the others run at night.
@@ -69,6 +70,7 @@ def test_the_bits_of_a_row_do_not_depend_on_its_batch(tmp_path: Path, tiny: Tiny
     folder = tiny.write(tmp_path / "tiny")
     for dtype in DTYPES:
         checkpoint, network = load_model(folder, tiny.task, dtype)
+        prepack(network)
         model = LoadedModel(cast(ModelCard, None), checkpoint, network, cast(Any, None), alone=True)
         rows = rows_of(tiny, network.vocab_size, random)
         wanted = [bits(model, [row])[0] for row in rows]

@@ -3,7 +3,7 @@
 Kernel libraries choose by a product's shape how its sums are divided, and vectorised loops treat the last elements of a
 tensor, or of a thread's part of it, in another way than the rest. So the bits of a row depend on the size of the whole
 pack and on the row's place in it. Here each row runs in a pack of its own, the shape of which depends on its length
-alone (`forward.pack_on`), always with the same threads, and in kernels that are chosen by shape: the computation is
+alone (`forward.pack_part`), always with the same threads, and in kernels that are chosen by shape: the computation is
 then the same one each time, for every family, whatever its layers are.
 
 Sources: https://docs.pytorch.org/docs/stable/notes/randomness.html; the section "Results reproducibility" of

@@ -191,7 +191,7 @@ class QueuedBatch:
     rows: Sequence[Row]
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[BatchResult]
-    packed: Packed | None = None
+    packed: Sequence[Packed] | None = None
 
     def resolve(self, result: BatchResult | Exception) -> None:
         """Answer from another thread; the event loop may be gone by now."""
@@ -466,8 +466,7 @@ class Engine:
         # What goes wrong here goes wrong again on the device's thread, which answers for it.
         with contextlib.suppress(Exception):
             loaded = self.loaded.result()
-            if not loaded.models[work.model].alone:
-                work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
+            work.packed = pack_on(loaded.runs_on, loaded.models[work.model], work.rows)
         self._queue(work, lane)
 
     def _queue(self, work: QueuedBatch, lane: Lane) -> None:
@@ -539,6 +538,8 @@ class Engine:
     def _end(self) -> None:
         for call in self._inbox.clear_calls():
             call.fail(EngineFailed(self._failure))
+        if self._live is not None:
+            self.loaded.result().runs_on.close()
         self._packing.shutdown(wait=False)
         for collecting in self._collecting.values():
             collecting.shutdown(wait=False)

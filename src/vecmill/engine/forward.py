@@ -1,18 +1,26 @@
-"""A model on the device, and one batch on it: packed, launched, halved if memory runs out, its answers fetched."""
+"""A model on the device, and one batch on it: packed, launched, halved if memory runs out, its answers fetched.
+
+On a CPU a batch of several rows is divided into passes that run at the same time, each in fewer threads. Threads that
+share a pass wait for each other at every layer and every small step between, and where the system is slow to wake them
+that costs half of the time; passes of their own wait for each other once.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding, OutOfMemory, VecmillError
+from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding, OutOfMemory, VecmillError, WorkLost
+from vecmill.core.threads import LastingThreads
 from vecmill.core.types import Lane, ModelCard, Row, Vector
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.cuda_graphs import Graphs, lane_of, whole_row
@@ -24,6 +32,8 @@ from vecmill.models.tokenizer_files import ReadTokenizer
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 # Tokens of a pass at which one thread is tried, smallest first.
 SINGLE_THREAD_TRIED = (16, 32, 64, 128, 256)
 # One thread is used unless it takes more than so many times as long: waking idle threads costs time at every step, a
@@ -32,10 +42,17 @@ ONE_THREAD_SLOWDOWN_ALLOWED = 1.4
 SINGLE_THREAD_RUNS = 4
 
 
-class CpuThreads:
-    """How many threads a model's forward passes get on a CPU: all of them, or one for small passes.
+# Of passes that run at the same time. Each reads all weights, and its steps are run by one interpreter: with fewer
+# tokens that would be what takes the time.
+FEWEST_TOKENS_OF_A_PART = 128
+# So many times its share of the tokens may the largest part have, or the batch is not divided: the others would be done
+# long before it.
+LARGEST_OVER_SHARE = 1.25
 
-    Belongs to the thread that owns the device, whose setting it is.
+
+class CpuThreads:
+    """How a model's batches are shared out among a CPU's threads: one for small passes; otherwise all of them, in
+    several passes at a time where the rows can be divided.
     """
 
     def __init__(self, everything: int | None = None, *, fixed: bool = False) -> None:
@@ -46,15 +63,32 @@ class CpuThreads:
         self.single_up_to = 0
         """Tokens of the largest pass that gets one thread."""
 
-    def set_for(self, tokens: int) -> None:
-        """Set the number of threads for a pass of `tokens` tokens."""
-        wanted = 1 if tokens <= self.single_up_to and not self._fixed else self._all
+    def set_for(self, tokens: int, at_once: int = 1) -> None:
+        """Set how many threads the calling thread has for a pass of `tokens` tokens, one of `at_once` that run now."""
+        wanted = 1 if tokens <= self.single_up_to and not self._fixed else max(1, self._all // at_once)
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
 
     def restore(self) -> None:
-        """Use all threads again."""
+        """Let the calling thread have all threads again."""
         torch.set_num_threads(self._all)
+
+    def divided(self, lengths: Sequence[int]) -> list[list[int]]:
+        """Rows of these lengths as passes that run at the same time: the indexes of each, in order."""
+        tokens = sum(lengths)
+        most = min(self._all, len(lengths), tokens // FEWEST_TOKENS_OF_A_PART)
+        if most < 2 or tokens <= self.single_up_to:
+            return [list(range(len(lengths)))]
+        count = max(number for number in range(1, most + 1) if self._all % number == 0)
+        parts: list[list[int]] = [[] for _ in range(count)]
+        sizes = [0] * count
+        for index in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+            smallest = sizes.index(min(sizes))
+            parts[smallest].append(index)
+            sizes[smallest] += lengths[index]
+        if max(sizes) > LARGEST_OVER_SHARE * tokens / count:
+            return [list(range(len(lengths)))]
+        return [sorted(part) for part in parts]
 
     def measure(self, run: Callable[[int], float], largest: int) -> None:
         """Choose, by the seconds that `run` takes for so many tokens with one thread and with all."""
@@ -98,6 +132,43 @@ class Device:
     device: torch.device
     streams: Streams | None
     """None on a CPU."""
+    helpers: LastingThreads | None = None
+    """On a CPU of several cores: what runs passes beside the thread that owns the device."""
+
+    @classmethod
+    def of(cls, device: torch.device, threads: int) -> Device:
+        """A device on which nothing runs yet. `threads`: all that passes may have on a CPU."""
+        if device.type == "cuda":
+            return cls(device, Streams.on(device))
+        return cls(device, None, LastingThreads(threads - 1, "pass") if threads > 1 and device.type == "cpu" else None)
+
+    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
+        """Call functions at the same time, the first in the calling thread, and wait for all.
+
+        Raises:
+            Exception: what the first that failed raised, once all have ended. WorkLost: a helper ended over its call.
+        """
+        assert self.helpers is not None
+        first, *others = calls
+        running: list[Future[T]] = []
+        rest: list[Callable[[], T]] = []
+        for call in others:
+            try:
+                running.append(self.helpers.submit(call))
+            except WorkLost:  # the system gives no thread
+                rest.append(call)
+            else:
+                rest.append(running[-1].result)
+        try:
+            result = first()
+        finally:
+            wait(running)
+        return [result, *(each() for each in rest)]
+
+    def close(self) -> None:
+        """End its threads."""
+        if self.helpers is not None:
+            self.helpers.shutdown(wait=False)
 
     @contextmanager
     def on_stream(self, lane: Lane) -> Iterator[None]:
@@ -128,16 +199,14 @@ class LoadedModel:
     alone: bool = False
     """Whether each row runs in a pass of its own, and its bits are the same whatever else is in its batch."""
 
-    def parts_of(self, rows: Sequence[Row]) -> list[Sequence[int]]:
-        """The indexes of the rows of each forward pass that a batch is run in."""
-        return [range(index, index + 1) for index in range(len(rows))] if self.alone else [range(len(rows))]
-
-    def forward(self, packed: PackedBatch) -> Tensor:
-        """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device."""
+    def forward(self, packed: PackedBatch, at_once: int = 1) -> Tensor:
+        """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device, and to those
+        that help it. `at_once`: passes that run at the same time on a CPU.
+        """
         if packed.shape is not None:
             return self.graphs.run(packed)
         if not packed.input_ids.is_cuda:
-            self.threads.set_for(packed.input_ids.shape[1])
+            self.threads.set_for(packed.input_ids.shape[1], at_once)
         return self.model.forward(packed)
 
     @property
@@ -148,8 +217,10 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A batch on the device, or on its way there."""
+    """What runs in one forward pass: rows on the device, or on their way there."""
 
+    indexes: Sequence[int]
+    """The batch's rows."""
     batch: PackedBatch
     copied: torch.cuda.Event | None
 
@@ -182,58 +253,106 @@ class Launched:
         return max((part.packed.input_ids.shape[1] for part in self.parts), default=0)
 
 
-def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> Packed:
+def parts_of(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Sequence[int]]:
+    """The indexes of the rows of each forward pass that a batch is run in."""
+    if model.alone:
+        return [range(index, index + 1) for index in range(len(rows))]
+    # A prefix that rows share would have to be computed in each part.
+    if device.helpers is None or any(row.prefix is not None for row in rows):
+        return [range(len(rows))]
+    return list(model.threads.divided([len(row) for row in rows]))
+
+
+def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Packed]:
+    """Pack each part of a batch; see `pack_part`."""
+    return [pack_part(device, model, rows, indexes) for indexes in parts_of(device, model, rows)]
+
+
+def pack_part(device: Device, model: LoadedModel, rows: Sequence[Row], indexes: Sequence[int]) -> Packed:
     """Pack rows in the shape of a graph, where one holds them, and copy them on a stream of its own.
 
     On the forward pass's stream the copy would wait for the passes before. Rows that share a prefix belong to the
     thread that owns the device, which knows what is in the memory of prefixes.
     """
+    own: Sequence[Row] = [rows[index] for index in indexes]
     # Alone, a row may not depend on whether its prefix was computed before.
-    rows = [whole_row(row) for row in rows] if model.alone else model.graphs.whole_rows(rows) or rows
-    shape = model.graphs.shape_for(rows)
-    memory = model.prefixes if any(row.prefix is not None for row in rows) else None
+    own = [whole_row(row) for row in own] if model.alone else model.graphs.whole_rows(own) or own
+    shape = model.graphs.shape_for(own)
+    memory = model.prefixes if any(row.prefix is not None for row in own) else None
     if device.streams is None:
-        return Packed(pack(rows, device.device, memory, shape, model.attention), None)
+        return Packed(indexes, pack(own, device.device, memory, shape, model.attention), None)
     with torch.cuda.stream(device.streams.copies):
-        packed = pack(rows, device.device, memory, shape, model.attention)
+        packed = pack(own, device.device, memory, shape, model.attention)
     copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
     copied.record(device.streams.copies)
-    return Packed(packed, copied)
+    return Packed(indexes, packed, copied)
 
 
 def launch(
-    model: LoadedModel, rows: Sequence[Row], device: Device, lane: Lane = Lane.BULK, packed: Packed | None = None
+    model: LoadedModel,
+    rows: Sequence[Row],
+    device: Device,
+    lane: Lane = Lane.BULK,
+    packed: Sequence[Packed] | None = None,
 ) -> Launched:
-    """Run a batch; on CUDA, put it on the stream. `packed`: of exactly these rows, where that is done already.
+    """Run a batch; on CUDA, put it on the stream. `packed`: what `pack_on` made of it, where that is done already.
 
     Raises:
         Exception: what the forward pass raised, unless it was for lack of memory.
     """
     launched = Launched(rows)
-    waiting = [(indexes, None if model.alone else packed) for indexes in model.parts_of(rows)]
-    while waiting:
-        indexes, ready = waiting.pop(0)
-        part = unless_out_of_memory(partial(run_part, model, rows, indexes, device, lane, ready))
+
+    def add(indexes: Sequence[int], part: LaunchedPart | None) -> None:
         if part is not None:
             launched.parts.append(part)
-            continue
+            return
         logger.warning("out of memory on a forward pass of %d rows", len(indexes))
         if len(indexes) == 1:
             launched.refused[indexes[0]] = _refusal(model, rows[indexes[0]], device)
-            continue
+            return
         launched.splits += 1
         middle = len(indexes) // 2
-        waiting[:0] = [(indexes[:middle], None), (indexes[middle:], None)]
+        for half in (indexes[:middle], indexes[middle:]):
+            add(half, unless_out_of_memory(partial(run_part, model, rows, half, device, lane)))
+
+    for indexes, part in run_parts(model, rows, device, lane, packed, unless_out_of_memory):
+        add(indexes, part)
     return launched
+
+
+def run_parts(
+    model: LoadedModel,
+    rows: Sequence[Row],
+    device: Device,
+    lane: Lane,
+    packed: Sequence[Packed] | None,
+    attempt: Callable[[Callable[[], LaunchedPart]], T],
+) -> list[tuple[Sequence[int], T]]:
+    """Run a batch's parts, at the same time where the device has helpers; the rows of each with what `attempt`, called
+    with the forward pass, gave.
+
+    Raises:
+        Exception: what `attempt` raised.
+    """
+    parts: Sequence[tuple[Sequence[int], Packed | None]] = (
+        [(each.indexes, each) for each in packed]
+        if packed is not None
+        else [(indexes, None) for indexes in parts_of(device, model, rows)]
+    )
+    together = device.helpers is not None and not model.alone
+    at_once = len(parts) if together else 1
+    calls = [
+        partial(attempt, partial(run_part, model, rows, indexes, device, lane, ready, at_once))
+        for indexes, ready in parts
+    ]
+    results = device.together(calls) if together else [call() for call in calls]
+    return [(indexes, result) for (indexes, _), result in zip(parts, results, strict=True)]
 
 
 def _refusal(model: LoadedModel, row: Row, device: Device) -> VecmillError:
     """Why a row has no vector that memory did not hold alone: it is too long, unless not even one token fits now."""
     least = Row(np.zeros(1, dtype=np.int32))
-    if (
-        len(row) == 1
-        or unless_out_of_memory(partial(run_part, model, [least], range(1), device, Lane.BULK, None)) is None
-    ):
+    if len(row) == 1 or unless_out_of_memory(partial(run_part, model, [least], range(1), device, Lane.BULK)) is None:
         return OutOfMemory()
     return DoesNotFit(f"its {len(row)} tokens do not fit into the device's memory by themselves; shorten it.")
 
@@ -245,21 +364,26 @@ def run_part(
     indexes: Sequence[int],
     device: Device,
     lane: Lane,
-    ready: Packed | None,
+    ready: Packed | None = None,
+    at_once: int = 1,
 ) -> LaunchedPart:
     """One forward pass; on CUDA it is put on the stream.
+
+    Args:
+        ready: of exactly these rows, where they are packed already.
+        at_once: passes that run at the same time on a CPU.
 
     Raises:
         Exception: what the forward pass raised.
     """
-    ready = ready or pack_on(device, model, [rows[index] for index in indexes])
+    ready = ready or pack_part(device, model, rows, indexes)
     packed = ready.batch
     with device.on_stream(lane_of(packed.shape, lane)):
         if ready.copied is not None:
             torch.cuda.current_stream(device.device).wait_event(ready.copied)
         for recalled in packed.recalled:
             recalled.wait()
-        answers = model.forward(packed)
+        answers = model.forward(packed, at_once)
         part = LaunchedPart(indexes, packed, *_to_host(answers))
     for new in packed.new_prefixes:  # after the pass was launched whole
         new.layers.computed = part.done

@@ -128,6 +128,7 @@ class LiveModels:
                 lambda percent, message: report(READING_SHARE * percent, message),
                 flash=self._loaded.flash,
                 common=common,
+                compiled=self._engine.torch_compile == "true",
                 counted=self._counted(),
             )
         except Exception as error:
@@ -144,7 +145,7 @@ class LiveModels:
     def _counted(self) -> set[int]:
         """Where the weights are that loaded models have."""
         return {
-            tensor.data_ptr()
+            loader.place_of(tensor)
             for model in self._loaded.models.values()
             for module in model.model.modules
             for tensor in (*module.parameters(), *module.buffers())
@@ -347,7 +348,8 @@ def _empty(modules: Iterable[nn.Module]) -> set[int]:
     """
     tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
     for tensor in tensors:
-        tensor.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        nothing = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        tensor.data = nothing.to_mkldnn() if tensor.is_mkldnn else nothing  # only of the same layout
     return {id(tensor) for tensor in tensors}
 
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.calibration import Warmed
@@ -30,7 +30,7 @@ from vecmill.engine.device import (
     remember_on_cpu,
 )
 from vecmill.engine.float8_models import NOT_ROUNDED, can_be_rounded, load_in_float8
-from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams
+from vecmill.engine.forward import CpuThreads, Device, LoadedModel
 from vecmill.engine.measurements import Before, Measurements, identity
 from vecmill.engine.warmup import Choices, largest_size, most_tokens, warm_up
 from vecmill.hardware.memory import GpuRoom
@@ -39,6 +39,7 @@ from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.family import BiasTable
 from vecmill.models.networks import Model, load_model, sizes
 from vecmill.models.packing import Attention
+from vecmill.models.prepacked_linears import prepack
 from vecmill.models.rerank_prompt import check_form
 from vecmill.models.source import GPU_DEFAULTS, find
 from vecmill.models.tokenizer_files import ReadTokenizer
@@ -143,7 +144,14 @@ def load(
     report = partial(_share, report, len(now) / max(1, len(distinct)))
     try:
         loaded = load_all(
-            list(zip(now, tokenizers, strict=True)), aliases, models, device, report, flash=flash, common=common
+            list(zip(now, tokenizers, strict=True)),
+            aliases,
+            models,
+            device,
+            report,
+            flash=flash,
+            common=common,
+            compiled=engine.torch_compile == "true",
         )
     except Exception as error:
         if not is_out_of_memory(error):
@@ -151,7 +159,7 @@ def load(
         raise StartupError(
             f"The weights do not fit into the memory of {describe(device)}: {first_line(error)}"
         ) from None
-    runs_on = Device(device, Streams.on(device) if device.type == "cuda" else None)
+    runs_on = Device.of(device, common.threads)
     warmed = {}
     for index, model in enumerate(loaded):
         report(85 + 15 * index / len(loaded), f"warming up {model.card.id}")
@@ -401,9 +409,15 @@ def load_all(
     *,
     flash: bool,
     common: Common,
+    compiled: bool = False,
     counted: set[int] | None = None,
 ) -> list[LoadedModel]:
-    """`counted`: where the weights are that other models have loaded."""
+    """Put models' weights on the device.
+
+    Args:
+        compiled: whether layers will be compiled, whose compiler lays out their weights by itself.
+        counted: where the weights are that other models have loaded.
+    """
     total = sum(checkpoint.weight_bytes for checkpoint, _ in checkpoints) or 1
     read_bytes = 0
     name = ""
@@ -428,6 +442,8 @@ def load_all(
             chosen = replace(chosen, reason=reason)
         else:
             model = load_model(checkpoint, target)
+            if not compiled:
+                prepack(model)
         alone, attention = settings.deterministic, how(model)
         on_device = OnDevice(
             width=model.width,
@@ -487,15 +503,20 @@ def _for(checkpoint: Checkpoint, chosen: ChosenDtype) -> ChosenDtype:
 def uncounted_bytes(model: Model, counted: set[int]) -> int:
     """Bytes of the weights, and of what was computed from them, that no earlier model shares.
 
-    `counted`: addresses of all that was counted; added to.
+    `counted`: places of all that was counted; added to.
     """
     size = 0
     for module in model.modules:
         for tensor in (*module.parameters(), *module.buffers()):
-            if tensor.data_ptr() not in counted:
-                counted.add(tensor.data_ptr())
+            if (place := place_of(tensor)) not in counted:
+                counted.add(place)
                 size += tensor.numel() * tensor.element_size()
     return size
+
+
+def place_of(tensor: Tensor) -> int:
+    """The address of its values; of a prepacked weight, which has none, what tells it from all other tensors."""
+    return id(tensor) if tensor.is_mkldnn else tensor.data_ptr()
 
 
 AUTO = "auto"

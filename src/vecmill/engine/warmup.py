@@ -20,7 +20,7 @@ from vecmill.engine import compilation
 from vecmill.engine.compilation import CompileChoice, Run
 from vecmill.engine.cuda_graphs import Capture, CudaCapture, Pass, capture_graphs, lane_of, shape_of
 from vecmill.engine.device import unless_out_of_memory
-from vecmill.engine.forward import Device, Launched, LoadedModel, collect, pack_on, run_part
+from vecmill.engine.forward import Device, Launched, LoadedModel, collect, pack_on, run_parts
 from vecmill.engine.measurements import Before
 from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 
@@ -467,11 +467,11 @@ class _Stopwatch:
 
     def _forward(self, rows: Sequence[Row]) -> float:
         self._serve_others()
-        model, device, parts = self._model, self._device, self._model.parts_of(rows)
-        packed = [pack_on(device, model, [rows[index] for index in part]) for part in parts]
+        model, device = self._model, self._device
+        packed = pack_on(device, model, rows)
         started = perf_counter()
-        run = [run_part(model, rows, part, device, Lane.BULK, ready) for part, ready in zip(parts, packed, strict=True)]
-        collect(Launched(rows, run))
+        parts = run_parts(model, rows, device, Lane.BULK, packed, lambda run: run())
+        collect(Launched(rows, [part for _, part in parts]))
         self.seconds.append(perf_counter() - started)
         return self.seconds[-1]
 

@@ -11,7 +11,7 @@ A model is rounded once it has answered `samples` in bfloat16; `Comparison` says
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,7 +24,7 @@ from torch.nn.functional import ScalingType
 
 from vecmill.core.errors import first_line
 from vecmill.core.types import Row
-from vecmill.models.networks import Model, move_tensors
+from vecmill.models.networks import Model, move_tensors, replace_modules
 from vecmill.models.packing import Attention, PackedBatch, pack
 from vecmill.models.weight_files import ALIGNED
 
@@ -215,7 +215,7 @@ def to_float8(model: Model, samples: Sequence[Row], device: torch.device, attent
     move_tensors(model, device, but={id(each) for linear in rounding for each in linear.parameters()})
     product = product_on(device)
     packed = pack(samples, device, attention=attention)
-    made: dict[nn.Linear, Float8Linear] = {}
+    made: dict[nn.Module, Float8Linear] = {}
     with ExitStack() as hooks:
         for linear in rounding:
             if linear.weight.device != device:
@@ -225,7 +225,7 @@ def to_float8(model: Model, samples: Sequence[Row], device: torch.device, attent
         if linear not in made:
             made[linear] = _rounded(linear, device, product)
         linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)  # its memory is needed for the next
-    _replace(model.modules, made)
+    replace_modules(model.modules, made)
     return _compared(exact, _answers(model, packed))
 
 
@@ -233,7 +233,7 @@ class _Staged:
     """While it is entered, a linear layer on the CPU runs on the device, with a copy of its weights for each call."""
 
     def __init__(
-        self, linear: nn.Linear, device: torch.device, product: Product, made: dict[nn.Linear, Float8Linear]
+        self, linear: nn.Linear, device: torch.device, product: Product, made: dict[nn.Module, Float8Linear]
     ) -> None:
         self._linear, self._device, self._product, self._made = linear, device, product, made
         self._on_host: dict[str, Tensor] = {}
@@ -267,18 +267,6 @@ def _rounded(linear: nn.Linear, device: torch.device, product: Product) -> Float
     weight, scales = round_weight(linear.weight.to(device))
     bias: Tensor | None = linear.bias  # torch's type leaves out that there may be none
     return Float8Linear(weight, scales, None if bias is None else bias.to(device), product).eval()
-
-
-def _replace(modules: Iterable[nn.Module], made: Mapping[nn.Linear, Float8Linear]) -> None:
-    for parent in list(dict.fromkeys(each for module in modules for each in module.modules())):
-        for name, child in _children(parent):
-            if isinstance(child, nn.Linear) and child in made:
-                setattr(parent, name, made[child])
-
-
-def _children(parent: nn.Module) -> Iterator[tuple[str, nn.Module | None]]:
-    """By all their names: a module may have several in its parent."""
-    yield from list(parent._modules.items())
 
 
 @torch.inference_mode()

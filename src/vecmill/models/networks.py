@@ -6,7 +6,7 @@ The families' specs name the classes of transformers; here they become models th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -123,6 +123,14 @@ def move_tensors(model: Model, device: torch.device, but: Collection[int] = ()) 
     copies = [tensor.data.to(device) for tensor in moving]
     for tensor, copy in zip(moving, copies, strict=True):
         tensor.data = copy
+
+
+def replace_modules(modules: Iterable[nn.Module], made: Mapping[nn.Module, nn.Module]) -> None:
+    """Exchange the modules within `modules` that are keys of `made` for their values, wherever they are."""
+    for parent in list(dict.fromkeys(each for module in modules for each in module.modules())):
+        for name, child in list(parent._modules.items()):  # by all their names: a module may have several in its parent
+            if child is not None and child in made:
+                setattr(parent, name, made[child])
 
 
 def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:

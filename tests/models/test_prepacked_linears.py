@@ -1,0 +1,122 @@
+"""Linear layers whose weights are laid out once: the same answers, with or without the operations for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.models.families import TinyModel, tiny_models
+from tests.models.loaded import CPU, GOLDEN, load_model, run
+from vecmill.core.types import Row
+from vecmill.models import prepacked_linears
+from vecmill.models.networks import Model, tensors_of
+from vecmill.models.networks import load_model as load_network
+from vecmill.models.prepacked_linears import PrepackedLinear, prepack
+from vecmill.models.weights import Target
+
+QUICK = {"embed-qwen3", "rerank-modernbert", "embed-nomic_bert-mixture", "embed-jina_embeddings_v3", "embed-t5"}
+
+
+@pytest.fixture(autouse=True)
+def tried_anew() -> Iterator[None]:
+    prepacked_linears._is_right.cache_clear()
+    yield
+    prepacked_linears._is_right.cache_clear()
+
+
+def linears(model: Model, kind: type[nn.Module]) -> int:
+    return sum(type(part) is kind for module in model.modules for part in module.modules())
+
+
+@pytest.mark.parametrize(
+    "tiny",
+    [
+        pytest.param(tiny, id=str(tiny), marks=() if str(tiny) in QUICK else pytest.mark.nightly)
+        for tiny in tiny_models()
+    ],
+)
+def test_a_prepacked_model_answers_as_before(tmp_path: Path, tiny: TinyModel) -> None:
+    random = np.random.default_rng(0)
+    _, model = load_model(tiny.write(tmp_path / "tiny"), tiny.task, torch.bfloat16)
+    rows = [tiny.row(length, model.vocab_size, random) for length in (1, 3, 17, 64, 90)]
+    before, size = run(model, rows), sum(tensor.nbytes for tensor in tensors_of(model).values())
+    plain = linears(model, nn.Linear)
+    exchanged = prepack(model)
+    assert linears(model, PrepackedLinear) >= exchanged  # one may be in several places
+    assert linears(model, nn.Linear) <= plain - exchanged
+    assert sum(tensor.nbytes for tensor in tensors_of(model).values()) == size
+    np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=2e-3 * max(1.0, float(np.abs(before).max())))
+
+
+def test_only_layers_in_bfloat16_are_exchanged() -> None:
+    _, exact = load_model(GOLDEN / "qwen3" / "embedding", dtype=torch.float32)
+    _, rounded = load_model(GOLDEN / "qwen3" / "embedding", dtype=torch.bfloat16)
+    assert prepack(exact) == 0
+    assert prepack(rounded) > 0
+    assert prepack(rounded) == 0  # they are already
+
+
+def test_who_shares_a_network_has_its_layers_exchanged_too() -> None:
+    checkpoint, _ = load_model(GOLDEN / "qwen3" / "embedding")
+    target = Target(torch.bfloat16, CPU)
+    first, second = load_network(checkpoint, target), load_network(checkpoint, target)
+    rows = [Row(np.arange(1, 30, dtype=np.int32))]
+    before = run(second, rows)
+    assert prepack(first) > 0
+    assert linears(second, nn.Linear) == linears(first, nn.Linear)
+    np.testing.assert_array_equal(run(second, rows), run(first, rows))
+    np.testing.assert_allclose(run(second, rows), before, rtol=0, atol=2e-3)
+
+
+def refuse(*_: Any) -> Tensor:
+    raise RuntimeError("no such operation")
+
+
+@pytest.mark.parametrize(
+    "wrong", [refuse, lambda hidden, weight, *_: hidden.new_zeros(*hidden.shape[:-1], weight.shape[0])]
+)
+def test_layers_stay_where_the_operation_is_missing_or_wrong(
+    monkeypatch: pytest.MonkeyPatch, wrong: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    _, model = load_model(GOLDEN / "qwen3" / "embedding", dtype=torch.bfloat16)
+    rows = [Row(np.arange(1, 30, dtype=np.int32))]
+    before = run(model, rows)
+    with caplog.at_level("INFO"):
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", wrong)
+        assert prepack(model) == 0
+    assert "linear layers stay as torch has them" in caplog.text
+    np.testing.assert_array_equal(run(model, rows), before)
+
+
+def test_a_value_that_is_not_finite_stays_its_own_rows() -> None:
+    linear = nn.Linear(64, 32).bfloat16()
+    hidden = torch.ones(1, 3, 64, dtype=torch.bfloat16)
+    hidden[0, 1, 5] = torch.nan
+    out = PrepackedLinear(linear)(hidden)
+    assert out.isfinite().all(dim=2)[0].tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("shape", [(1, 0, 64), (7, 64), (64,), (2, 5, 64)])
+def test_of_any_shape_as_the_layer_that_it_stands_for(shape: tuple[int, ...]) -> None:
+    linear = nn.Linear(64, 33, bias=False).bfloat16()
+    hidden = torch.randn(shape).bfloat16()
+    torch.testing.assert_close(PrepackedLinear(linear)(hidden), linear(hidden), rtol=0.01, atol=0.01)
+
+
+def test_from_a_view_that_is_not_contiguous() -> None:
+    linear = nn.Linear(64, 33).bfloat16()
+    hidden = torch.randn(64, 9).bfloat16().T
+    torch.testing.assert_close(PrepackedLinear(linear)(hidden), linear(hidden), rtol=0.01, atol=0.01)
+
+
+def test_a_head_which_is_in_float32_stays(tmp_path: Path) -> None:
+    tiny = next(tiny for tiny in tiny_models() if str(tiny) == "rerank-modernbert")
+    _, model = load_model(tiny.write(tmp_path / "tiny"), tiny.task, torch.bfloat16)
+    assert prepack(model) > 0
+    assert linears(model, nn.Linear) > 0
