@@ -53,7 +53,9 @@ class BatchLives:
     def kill_while_starting(self) -> None:
         """Start the server and kill it before it is ready, or just when it becomes ready."""
         self._service.launch()
-        time.sleep(self._chance.uniform(0.2, 3.0))
+        latest = time.monotonic() + self._chance.uniform(0.2, 3.0)
+        while time.monotonic() < latest and not self._service.is_ready():
+            time.sleep(0.01)
         self._service.kill()
 
     def _began_with(self, batch_id: str, log_start: int) -> int:

@@ -1,4 +1,4 @@
-"""The server is killed again and again while it writes vectors, and while it starts on another version's databases."""
+"""The server is killed again and again while it writes vectors, and while it starts on an older version's databases."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tests.faults.service import Service
 KILLS = 30
 CACHE = {"CACHE_MAX_BYTES": "100000000"}
 TEXTS = 64
+OLDER = -1  # than the first there was
 
 
 def embed(service: Service, texts: list[str]) -> np.ndarray:
@@ -52,7 +53,7 @@ def set_version(path: Path, version: int) -> None:
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
-def test_a_kill_while_another_versions_cache_is_taken_over(new_service: NewService) -> None:
+def test_a_kill_while_an_older_versions_cache_is_put_aside(new_service: NewService) -> None:
     chance = random.Random(24)
     service = new_service(CACHE)
     service.start()
@@ -61,7 +62,7 @@ def test_a_kill_while_another_versions_cache_is_taken_over(new_service: NewServi
     service.kill()
     for _ in range(KILLS):
         if (service.state / "cache.db").exists():
-            set_version(service.state / "cache.db", 99)
+            set_version(service.state / "cache.db", OLDER)
         service.launch()
         time.sleep(chance.uniform(0.0, 1.5))
         service.kill()
