@@ -24,7 +24,7 @@ from vecmill.core.health import Health, Phase
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import ModelCard, PassRecord, Task
 from vecmill.hardware.gpu import ClockVerdict
-from vecmill.hardware.memory import MemoryGuard
+from vecmill.hardware.memory import MemoryGuard, keep_freed_memory
 from vecmill.hardware.monitor import Monitor, Watched
 from vecmill.http import api_document, batches, capabilities, errors, files, health, jobs, models, stats
 from vecmill.http.access import HOST_NAME, Access, ApiKeys, in_both_families
@@ -76,6 +76,7 @@ class Server:
         self, settings: Settings, on_failure: Callable[[str], None], on_loaded: Callable[[], None] = lambda: None
     ) -> None:
         _set_thread_defaults()
+        keep_freed_memory()
         self._settings = settings
         self._on_failure = on_failure
         self._on_loaded = on_loaded

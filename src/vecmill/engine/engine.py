@@ -32,11 +32,11 @@ from vecmill.core.threads import LastingThreads
 from vecmill.core.types import Lane, Row, Task
 from vecmill.engine.device import device_memory, gpu_uuid, limit_memory
 from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launch, pack_on
-from vecmill.engine.live_models import READING_SHARE, LiveModels, give_back_memory
+from vecmill.engine.live_models import READING_SHARE, LiveModels
 from vecmill.engine.loader import Known, Loaded, Report, load
 from vecmill.engine.measurements import Measurements
 from vecmill.engine.warmup import Interrupted
-from vecmill.hardware.memory import DeviceMemory
+from vecmill.hardware.memory import DeviceMemory, give_back_memory
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,6 @@ are compiled. So a model that is loaded again gives the same vectors.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -351,11 +350,3 @@ def _empty(modules: Iterable[nn.Module]) -> set[int]:
         nothing = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         tensor.data = nothing.to_mkldnn() if tensor.is_mkldnn else nothing  # only of the same layout
     return {id(tensor) for tensor in tensors}
-
-
-def give_back_memory() -> None:
-    """Let the system have what this process has freed: glibc keeps pieces below 32 MB for itself, in an arena for each
-    thread. Others run meanwhile; a garbage collection, which holds everybody up, is not needed.
-    """
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # glibc's alone

@@ -1,0 +1,52 @@
+"""What malloc does with memory that forward passes free, in processes of its own: its settings are the process's."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+PASSES, PIECES, PIECE = 20, 6, 4_000_000
+CHILD = f"""
+import resource
+import threading
+from vecmill.hardware.memory import give_back_memory, keep_freed_memory
+import psutil
+
+def passes():
+    for _ in range({PASSES}):
+        pieces = [bytearray({PIECE}) for _ in range({PIECES})]
+        for piece in pieces:
+            piece[::4096] = bytes(len(piece[::4096]))
+        del pieces, piece
+
+def in_a_thread():
+    thread = threading.Thread(target=passes)
+    thread.start()
+    thread.join()
+
+keep_freed_memory()
+in_a_thread()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+in_a_thread()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+give_back_memory()
+print(psutil.Process().memory_info().rss)
+"""
+PAGES = PIECES * PIECE // 4096
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize(("variables", "mapped_anew"), [({}, False), ({"MALLOC_TRIM_THRESHOLD_": "131072"}, True)])
+def test_passes_find_the_memory_of_those_before(variables: dict[str, str], mapped_anew: bool) -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD], env=environment | variables, capture_output=True, text=True, check=True
+    )
+    faults, resident = map(int, done.stdout.split())
+    assert (faults > PASSES * PAGES / 2) is mapped_anew
+    assert faults <= 2 * PAGES or mapped_anew
+    assert resident < 100_000_000  # all is given back when it is asked for
