@@ -1,7 +1,8 @@
 """One call on a machine with a GPU: what must be true there first, then how fast it is against the card's own limits.
 
-It proves values, rotary angles, captured passes, the engine under overlap and real HTTP with a person beside bulk; then
-it measures Qwen3-Embedding-0.6B and -4B, BERT-base and NV-Embed-v2 with random weights drawn on the device: forward
+It proves values, rotary angles, captured passes, the engine under overlap and real HTTP with a person beside bulk; and
+that DETERMINISTIC=true keeps each row's bits, with how far batches move vectors without it and what it costs. Then it
+measures Qwen3-Embedding-0.6B and -4B, BERT-base and NV-Embed-v2 with random weights drawn on the device: forward
 passes of 16 to 16,384 tokens, eager, compiled and in CUDA graphs, as a share of a large matmul timed beside them; one
 query against the time in which its weights are read; and the texts per second beside sentence-transformers on the same
 weights. Then fp8 beside bfloat16, and last, what it costs bulk that interactive work goes first. Nothing is downloaded.
@@ -34,12 +35,22 @@ from typing import Any
 import benchmarks.lib.threads  # noqa: F401  # before torch
 import psutil
 import torch
+from benchmarks.gpu.determinism import determinism_of_models
 from benchmarks.gpu.forward import Timing, measure_forwards, read_rate, timed
 from benchmarks.gpu.fp8 import fp8_beside_bfloat16, print_fp8
 from benchmarks.gpu.lanes import lane_cost
 from benchmarks.gpu.proofs import engine_overlap, person_beside_bulk, run_values
 from benchmarks.gpu.reference import compare
-from benchmarks.gpu.report import print_lanes, print_machine, print_model, print_stages, print_targets, targets
+from benchmarks.gpu.report import (
+    bits_targets,
+    print_determinism,
+    print_lanes,
+    print_machine,
+    print_model,
+    print_stages,
+    print_targets,
+    targets,
+)
 from benchmarks.gpu.stages import Stages, describe_card, sampled
 from benchmarks.gpu.subjects import FULL, TINY, GpuSizes, Subject, make, read_side
 from benchmarks.lib.host import describe_host
@@ -77,6 +88,7 @@ PROOFS = (
     Stage("engine", 120, ("pydantic", "pydantic_settings")),
     Stage("http", 120, SERVER),
 )
+DETERMINISM = Stage("determinism", 100, ("pydantic", "pydantic_settings"))
 LANES = Stage("lanes", 150, ("pydantic", "pydantic_settings"))
 FP8 = Stage("fp8", 110)
 MODEL_SECONDS = 110.0
@@ -84,7 +96,8 @@ MODEL_SECONDS = 110.0
 
 def stages_of(sizes: GpuSizes) -> list[Stage]:
     """All stages, the most valuable first."""
-    return [*PROOFS, *(Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models), FP8, LANES]
+    models = (Stage(name, MODEL_SECONDS, ("sentence_transformers",)) for name in sizes.models)
+    return [*PROOFS, DETERMINISM, *models, FP8, LANES]
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -164,20 +177,28 @@ def measure(name: str, options: argparse.Namespace, sizes: GpuSizes, device: tor
     return not stages.failed
 
 
-def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
-    """Run one stage of proofs, printing and storing each result. True if every proof holds."""
+def prove(name: str, options: argparse.Namespace, sizes: GpuSizes, device: torch.device, started: float) -> bool:
+    """Run one stage of proofs, printing and storing each result. True if every proof holds and nothing failed."""
     results: dict[str, Any] = {}
+
+    def store() -> None:
+        keep_so_far(options.child, {"proofs": results, "stages": stages.records})
 
     def keep(proof: str, seen: dict[str, Any]) -> None:
         results[proof] = seen
-        keep_so_far(options.child, {"proofs": results})
+        store()
         print(f"{'ok  ' if seen['ok'] else 'FAIL'} {name}: {proof}: {json.dumps(seen)[:600]}", flush=True)
 
+    stages = Stages(started + 60 * options.minutes, device, [], store)
     if name == "values":
         with torch.inference_mode():
             run_values(device, keep)
     elif name == "engine":
         engine_overlap(device, keep)
+    elif name == DETERMINISM.name:
+        rounds = options.rounds or (2 if options.tiny else 3)
+        determinism_of_models(device, keep, stages, sizes, rounds)
+        store()
     elif name == FP8.name:
         fp8_beside_bfloat16(device, keep, tiny=options.tiny, rounds=options.rounds or (2 if options.tiny else 4))
     elif name == LANES.name:
@@ -185,7 +206,7 @@ def prove(name: str, options: argparse.Namespace, device: torch.device) -> bool:
         lane_cost(device, keep, tiny=options.tiny, rounds=rounds, seconds=0.2 if options.tiny else 3)
     else:
         person_beside_bulk(device, keep, tiny=options.tiny, seconds=1 if options.tiny else 4)
-    return all(seen["ok"] for seen in results.values())
+    return all(seen["ok"] for seen in results.values()) and not stages.failed
 
 
 def child(name: str, options: argparse.Namespace, device: torch.device, started: float) -> int:
@@ -194,7 +215,7 @@ def child(name: str, options: argparse.Namespace, device: torch.device, started:
     sizes = TINY if options.tiny else FULL
     if name in sizes.models:
         return 0 if measure(name, options, sizes, device, started) else 1
-    return 0 if prove(name, options, device) else 1
+    return 0 if prove(name, options, sizes, device, started) else 1
 
 
 def run_stage(stage: Stage, arguments: Sequence[str], folder: Path, seconds: float) -> dict[str, Any]:
@@ -238,13 +259,14 @@ def summary_of(records: Sequence[Mapping[str, Any]], sizes: GpuSizes) -> dict[st
     models = [each["model"] for each in kept if each.get("model")]
     first: Mapping[str, Any] = next((each for each in kept if each.get("rates")), {})
     proved = [record for record in records if "proofs" in record.get("found", {})]
+    proofs = {record["stage"]: record["found"]["proofs"] for record in proved}
     return {
         "card": first.get("card"),
         "dtype": first.get("dtype"),
         "rates": first.get("rates"),
-        "proofs": {record["stage"]: record["found"]["proofs"] for record in proved},
+        "proofs": proofs,
         "models": models,
-        "targets": targets(models, sizes.first, sizes.busy_tokens),
+        "targets": [*targets(models, sizes.first, sizes.busy_tokens), *bits_targets(proofs.get(DETERMINISM.name, {}))],
         "stages": [
             *({key: record[key] for key in record if key != "found"} for record in records),
             *(stage for each in kept for stage in each.get("stages", ())),
@@ -277,6 +299,8 @@ def main(arguments: Sequence[str] | None = None, already: float = 0.0) -> int:
             records.append(run_stage(stage, passed_on, folder, left))
     summary = summary_of(records, sizes)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 150)
+    if DETERMINISM.name in summary["proofs"]:
+        print_determinism(console, summary["proofs"][DETERMINISM.name])
     if FP8.name in summary["proofs"]:
         print_fp8(console, summary["proofs"][FP8.name])
     if "lanes" in summary["proofs"]:

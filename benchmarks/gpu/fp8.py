@@ -6,21 +6,19 @@ Both models have the same random weights and run in turns, their layers compiled
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from benchmarks.gpu.forward import timed
-from benchmarks.gpu.subjects import FULL, TINY, GpuSizes, Subject, forward, make, one_forward
+from benchmarks.gpu.subjects import FULL, TINY, GpuSizes, Subject, compile_if_possible, forward, make
 from benchmarks.lib.figures import significant
 from benchmarks.lib.timing import Machine
 from benchmarks.models.workloads import first_tokens
 from rich.console import Console
 from rich.table import Table
 
-from vecmill.engine.compilation import compile_layers, make_eager
 from vecmill.models.float8 import PRODUCTS, Product, in_bfloat16, product_on, round_weight, rounded, to_float8
 from vecmill.models.weights import Target
 
@@ -84,7 +82,7 @@ def compare(name: str, sizes: GpuSizes, device: torch.device, rounds: int) -> di
         tokens = [each for each in TOKENS if each <= max(sizes.tokens)]
         samples = first_tokens(small.texts, min(COMPARED_TOKENS, max(sizes.tokens)))
         comparison = to_float8(small.model, samples, device, small.attention)
-        compiled = {way: _compiled(subject, sizes.compile_backend) for way, subject in subjects.items()}
+        compiled = {way: compile_if_possible(subject, sizes.compile_backend) for way, subject in subjects.items()}
         sides = {
             f"{way} {count}": forward(subject, first_tokens(subject.texts, count))
             for count in tokens
@@ -116,17 +114,6 @@ def _forward(tokens: int, sides: Mapping[str, Any]) -> dict[str, Any]:
 def _weights_gb(subject: Subject) -> float:
     held = {id(each): each for module in subject.model.modules for each in module.parameters()}
     return significant(sum(each.nbytes for each in held.values()) / 1e9)
-
-
-def _compiled(subject: Subject, backend: str) -> bool:
-    """Compile its layers; False: they run as they are written."""
-    try:
-        compile_layers(subject.model.layers, partial(one_forward, subject), backend)
-    except Exception as error:  # compilers fail in every way there is
-        make_eager(subject.model.layers)
-        print(f"{subject.name}: not compiled ({type(error).__name__}: {str(error)[:200]})", flush=True)
-        return False
-    return True
 
 
 def print_fp8(console: Console, proofs: Mapping[str, Any]) -> None:

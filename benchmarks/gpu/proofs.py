@@ -10,11 +10,12 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -33,6 +34,9 @@ from vecmill.models.checkpoint import Source, read
 from vecmill.models.networks import Model, load_model
 from vecmill.models.packing import Attention, PrefixMemory, pack
 from vecmill.models.weights import Target
+
+if TYPE_CHECKING:
+    from vecmill.engine.engine import Engine
 
 GOLDEN = Path(__file__).resolve().parents[2] / "tests" / "golden"
 CHECKPOINTS = {
@@ -211,6 +215,27 @@ def engine_overlap(device: torch.device, keep: Callable[[str, dict[str, Any]], N
 
 
 def _all_vectors(device: str, flags: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
+    batches = _batches()
+    with tiny_engine(device, flags) as engine:
+        loaded = engine.loaded.result()
+        (key,) = loaded.models
+        warmed = loaded.warmed[key]
+
+        async def run() -> Any:
+            lanes = [Lane.INTERACTIVE if number % 3 else Lane.BULK for number in range(len(batches))]
+            results = await asyncio.gather(
+                *(engine.run(key, rows, lane) for rows, lane in zip(batches, lanes, strict=True))
+            )
+            return np.array([row for result in results for row in result.rows], dtype=np.float32)
+
+        vectors, again = asyncio.run(run()), asyncio.run(run())
+        about = {"layers": warmed.compile_reason, "graphs": loaded.models[key].graphs.reason, "count": warmed.graphs}
+    return vectors, again, about
+
+
+@contextmanager
+def tiny_engine(device: str, flags: Mapping[str, Any]) -> Iterator[Engine]:
+    """The server's engine on the golden Qwen3, warm."""
     from vecmill.config import load_settings  # what these need may be missing, and only they fail then
     from vecmill.engine.engine import Engine
 
@@ -225,22 +250,11 @@ def _all_vectors(device: str, flags: Mapping[str, Any]) -> tuple[Any, Any, dict[
     )
     engine = Engine(settings.model, settings.engine, lambda percent, message: None)
     engine.start()
-    loaded = engine.loaded.result(120)
-    (key,) = loaded.models
-    warmed = loaded.warmed[key]
-    batches = _batches()
-
-    async def run() -> Any:
-        lanes = [Lane.INTERACTIVE if number % 3 else Lane.BULK for number in range(len(batches))]
-        results = await asyncio.gather(
-            *(engine.run(key, rows, lane) for rows, lane in zip(batches, lanes, strict=True))
-        )
-        return np.array([row for result in results for row in result.rows], dtype=np.float32)
-
-    vectors, again = asyncio.run(run()), asyncio.run(run())
-    about = {"layers": warmed.compile_reason, "graphs": loaded.models[key].graphs.reason, "count": warmed.graphs}
-    engine.close()
-    return vectors, again, about
+    engine.loaded.result(120)
+    try:
+        yield engine
+    finally:
+        engine.close()
 
 
 def _batches() -> list[list[Row]]:

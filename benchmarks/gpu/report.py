@@ -36,6 +36,12 @@ def _target(name: str, wanted: float, value: float | None) -> dict[str, Any]:
     return {"target": name, "wanted": wanted, "found": value, "met": None if value is None else value >= wanted}
 
 
+def bits_targets(proofs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One entry per model that ran with DETERMINISTIC=true."""
+    name = "share of answers with the same bits in every batch, DETERMINISTIC=true"
+    return [_target(f"{model}: {name}", 1.0, found["bits"]["kept"]) for model, found in proofs.items()]
+
+
 def print_machine(console: Console, result: Mapping[str, Any]) -> None:
     """The card and its rates."""
     for name, value in (result["card"] or {}).items():
@@ -148,6 +154,23 @@ def print_lanes(console: Console, lanes: Mapping[str, Any]) -> None:
     costs = (lanes["cost_alone"], lanes["cost_beside_a_person"])
     alone, beside = (f"{cost['median']:.1%} ({cost['min']:.1%} to {cost['max']:.1%})" for cost in costs)
     console.print(f"  A stream for each lane costs bulk {alone} alone, {beside} beside a person.", soft_wrap=True)
+
+
+def print_determinism(console: Console, proofs: Mapping[str, Any]) -> None:
+    """With DETERMINISTIC=true, and without: a row for each model."""
+    table = Table(box=SIMPLE)
+    table.add_column("", no_wrap=True)
+    for heading in ("answers", "other bits", "rows/s", "packed", "rate kept", "least cosine packed", "other top ten"):
+        table.add_column(heading, justify="right")
+    for name, found in proofs.items():
+        counts = (sum(found["bits"][key].values()) for key in ("answers", "other_bits"))
+        sides = (found[side]["rows_per_s"]["median"] for side in ("deterministic", "packed") if side in found)
+        cells = [*(f"{count:,}" for count in counts), *(f"{rate:,.4g}" for rate in sides)]
+        if moved := found.get("moved"):
+            cells += [f"{found['rate_kept']:.1%}", f"1 - {moved['one_minus_cosine']:.2g}"]
+            cells.append(f"{moved['other_top_ten']} of {moved['queries']}")
+        table.add_row(name, *cells)
+    console.print(table)
 
 
 def print_targets(console: Console, results: Sequence[Mapping[str, Any]]) -> None:

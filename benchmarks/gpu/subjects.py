@@ -18,6 +18,7 @@ from benchmarks.models.workloads import first_tokens, operations, ragged_rows
 from torch import Tensor, nn
 
 from vecmill.core.types import Lane, Row, TokenIds
+from vecmill.engine.compilation import compile_layers, make_eager
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, capture_graphs
 from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
@@ -176,6 +177,17 @@ def one_forward(subject: Subject, tokens: int) -> float:
     return perf_counter() - started
 
 
+def compile_if_possible(subject: Subject, backend: str) -> bool:
+    """Compile its layers; False: they run as they are written."""
+    try:
+        compile_layers(subject.model.layers, partial(one_forward, subject), backend)
+    except Exception as error:  # compilers fail in every way there is
+        make_eager(subject.model.layers)
+        print(f"{subject.name}: not compiled ({type(error).__name__}: {str(error)[:200]})", flush=True)
+        return False
+    return True
+
+
 def estimate(sides: Mapping[str, TimedSide], rounds: int, seconds: float, matmul_rate: float) -> float:
     """Seconds that timing the sides takes at about a third of the matmul rate."""
     once = sum(max(seconds, 3 * side.operations / matmul_rate) for side in sides.values())
@@ -201,6 +213,12 @@ class GpuSizes:
     """Fewest and most that are embedded against sentence-transformers."""
     encode_seconds: float
     """How long vecmill should take for the texts; decides how many there are."""
+    compared_rows: int
+    """Whose bits are compared, each alone and in batches."""
+    compositions: int
+    """Random ones of the batches that rows are compared in."""
+    searched: tuple[int, int]
+    """Queries, and documents that are ranked for each."""
     rounds: int
     seconds: float
     """Of each side in each round, at least one call."""
@@ -223,6 +241,9 @@ FULL = GpuSizes(
     longest_text=8192,
     texts=(256, 2048),
     encode_seconds=0.5,
+    compared_rows=32,
+    compositions=2,
+    searched=(64, 256),
     rounds=5,
     seconds=0.2,
     matmul_size=CUDA.matmul_size,
@@ -238,6 +259,9 @@ TINY = GpuSizes(
     longest_text=512,
     texts=(48, 48),
     encode_seconds=0.0,
+    compared_rows=8,
+    compositions=2,
+    searched=(8, 32),
     rounds=2,
     seconds=0.0,
     matmul_size=QUICK.matmul_size,

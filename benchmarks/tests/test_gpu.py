@@ -4,14 +4,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from benchmarks.gpu.__main__ import Stage, run_stage
+from benchmarks.gpu.determinism import compared, deterministic_kernels, nearest
 from benchmarks.gpu.lanes import LANES, ONE_STREAM, Counted, one_stream
 from benchmarks.gpu.lanes import summary as summary_of_lanes
 from benchmarks.gpu.proofs import VALUES
@@ -19,6 +22,8 @@ from benchmarks.gpu.report import targets
 from benchmarks.gpu.stages import Samples, Stages, sampled, summary
 from benchmarks.gpu.subjects import FULL, TINY
 from benchmarks.tests.runs import REPOSITORY, json_line, run_benchmark
+from vecmill.core.types import Lane
+from vecmill.engine.determinism import WORKSPACE
 from vecmill.engine.forward import Streams
 
 pytestmark = [pytest.mark.benchmark, pytest.mark.timeout(600)]  # a run is a dozen processes, one after the other
@@ -48,9 +53,70 @@ def test_the_json_line_holds_the_machine_every_model_and_every_stage(result: dic
 
 
 def test_what_must_be_true_is_proven_first(result: dict[str, Any]) -> None:
-    assert list(result["proofs"]) == ["values", "engine", "http", "fp8", "lanes"]
+    assert list(result["proofs"]) == ["values", "engine", "http", "determinism", "fp8", "lanes"]
     assert all(proof["ok"] for stage in result["proofs"].values() for proof in stage.values())
     assert result["proofs"]["http"]["as it starts"]["person_beside_bulk"]["requests"] > 0
+
+
+def test_bits_are_compared_and_what_keeping_them_costs_is_measured(result: dict[str, Any]) -> None:
+    """On a CPU, where the tiny embedders keep their bits without the setting, too."""
+    engine, *models = result["proofs"]["determinism"].values()
+    rows, twice = TINY.compared_rows + 1, 2 * TINY.compositions  # with the long one
+    for proof in (engine, *models):
+        assert proof["dtype"] == "bfloat16"
+        assert proof["bits"]["other_bits"] == {"interactive": 0, "bulk": 0}
+        assert all(proof["bits"]["answers"].values())
+    for model in models:
+        assert sum(model["bits"]["answers"].values()) == twice * rows
+        assert (model["moved"]["queries"], model["moved"]["documents"]) == TINY.searched
+        assert model["moved"]["least_cosine"] > 0.999
+        assert model["packed"]["compiled"]
+        rates = [model[side]["rows_per_s"] for side in ("deterministic", "packed")]
+        assert all(len(rate["rounds"]) == TINY.rounds and rate["min"] > 0 for rate in rates)
+        assert model["rate_kept"] == pytest.approx(rates[0]["median"] / rates[1]["median"], rel=1e-3)
+    targets = [target for target in result["targets"] if "DETERMINISTIC=true" in target["target"]]
+    assert [target["met"] for target in targets] == [True] * (1 + len(TINY.models))
+
+
+def test_each_answer_with_other_bits_than_the_row_alone_is_counted() -> None:
+    moved = Counter[str]()
+
+    def answers(chosen: Sequence[Sequence[int]], first: int) -> Iterator[tuple[Lane, Sequence[int], list[Any]]]:
+        for number, batch in enumerate(chosen):
+            lane = (Lane.BULK, Lane.INTERACTIVE)[(first + number) % 2]
+            bit = np.spacing(np.float32(7)) if 7 in batch and len(batch) > 1 else np.float32(0)
+            moved[lane.value] += bool(bit)
+            yield lane, batch, [np.array([1, index + bit * (index == 7)], np.float32) for index in batch]
+
+    found = compared(answers, rows=20, compositions=5)
+
+    assert found["bits"]["other_bits"] == moved
+    assert 0 < moved.total() <= 10, "each composition has the row twice"
+    assert found["bits"]["kept"] == 1 - moved.total() / 200
+    assert not found["ok"]
+
+
+def test_the_nearest_documents_are_those_of_the_largest_cosines() -> None:
+    angles = np.radians([0, 90, *range(5, 95, 6)])
+    vectors = np.stack((np.cos(angles), np.sin(angles)), axis=1)
+
+    assert nearest(vectors, 2) == [list(range(10)), list(range(14, 4, -1))]
+
+
+def test_torchs_switches_are_afterwards_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(WORKSPACE, ":16:8")
+    matmul = torch.backends.cuda.matmul
+
+    def switches() -> tuple[bool, ...]:
+        reduced = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+        filled: bool = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        return torch.are_deterministic_algorithms_enabled(), filled, *reduced
+
+    before = switches()
+    with deterministic_kernels(torch.device("cuda")):
+        assert switches() == (True, False, False, False)
+
+    assert switches() == before == (False, True, True, True)
 
 
 def test_what_a_stream_for_each_lane_costs_bulk_is_measured(result: dict[str, Any]) -> None:

@@ -412,6 +412,27 @@ def test_a_batch_is_launched_without_waiting(
 
 
 @pytest.mark.parametrize(
+    "tiny",
+    [tiny_model(Task.EMBED, "bert"), tiny_model(Task.EMBED, "nvembed"), tiny_model(Task.RERANK, "qwen3")],
+    ids=str,
+)
+def test_with_determinism_every_pass_is_launched_on_the_stream_of_its_lane(
+    folder_of: Callable[[TinyModel], Path], driver: CudaDriver, tiny: TinyModel
+) -> None:
+    with on_cuda(folder_of(tiny), tiny, torch.bfloat16, driver) as on:
+        on.model.alone = True
+        for lane in Lane:
+            parts = on.launch(on.rows, lane).parts
+            assert sorted(index for part in parts for index in part.indexes) == list(range(len(on.rows)))
+            assert driver.waits == []
+            for copies, stream in ((driver.from_host, on.streams.copies), (driver.to_host, on.streams.run[lane])):
+                assert [(step.stream, step.blocking) for step in copies] == [(stream, False)] * len(parts)
+            computing = {id(step.stream) for step in driver.steps if step.name in COMPUTING}
+            assert computing == {id(on.streams.run[lane])}
+            assert not any(part.packed.new_prefixes or part.packed.recalled for part in parts)
+
+
+@pytest.mark.parametrize(
     ("product", "compiled"),
     [
         (float8.scaled_by_row, False),
