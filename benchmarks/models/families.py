@@ -130,6 +130,22 @@ FAMILY_SHAPES: Mapping[str, FamilyShape] = {
             "eos_token_id": 102,
         },
     ),
+    "Qwen3-Embedding-0.6B": FamilyShape(
+        "qwen3",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 1024,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "intermediate_size": 3072,
+            "max_position_embeddings": 32768,
+            "pad_token_id": 0,
+            "bos_token_id": 101,
+            "eos_token_id": 102,
+        },
+    ),
     "MPNet-base": FamilyShape("mpnet", {**_BASE, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
     "RoBERTa-base": FamilyShape("roberta", {**_BASE, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
     "DistilBERT": FamilyShape(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -202,3 +205,51 @@ def test_without_a_thread_to_spare_the_passes_run_in_turns(device: Device, monke
     monkeypatch.setattr(threading.Thread, "start", refuse)
     np.testing.assert_array_equal(np.stack(cast(Any, collect(launch(model, rows, fresh)))), wanted)
     assert not any(isinstance(each, OutOfMemory) for each in collect(launch(model, rows, fresh)))
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(600)
+def test_memory_is_flat_over_ten_thousand_batches() -> None:
+    """Kernel libraries keep what they prepare for each shape: there must not be a new one for each batch."""
+    done = subprocess.run(
+        [sys.executable, "-c", TEN_THOUSAND, str(GOLDEN / "qwen3" / "embedding")],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    [early, late] = map(float, done.stdout.split())
+    assert late - early < 10  # MB
+
+
+TEN_THOUSAND = """
+import sys
+from pathlib import Path
+import numpy as np, psutil, torch
+from vecmill.core.types import Row, Task
+from vecmill.engine.forward import CpuThreads, Device, LoadedModel, collect, launch
+from vecmill.hardware.memory import give_back_memory, keep_freed_memory
+from vecmill.models.checkpoint import Source, read
+from vecmill.models.networks import load_model
+from vecmill.models.prepacked_linears import prepack
+from vecmill.models.weights import Target
+
+keep_freed_memory()
+checkpoint = read(Source("tiny", Path(sys.argv[1]), Task.EMBED))
+cpu = torch.device("cpu")
+network = load_model(checkpoint, Target(torch.bfloat16, cpu))
+assert prepack(network)
+model, device = LoadedModel(None, checkpoint, network, None, threads=CpuThreads(2)), Device.of(cpu, 2)
+random = np.random.default_rng(0)
+divided = 0
+for number in range(10_000):
+    lengths = random.integers(1, 200, int(random.integers(1, 12)))
+    rows = [Row(random.integers(1, 200, int(length)).astype(np.int32)) for length in lengths]
+    launched = launch(model, rows, device)
+    collect(launched)
+    divided += len(launched.parts) > 1
+    if number in (3_000, 9_999):
+        give_back_memory()
+        print(psutil.Process().memory_info().rss / 1e6)
+assert divided > 5_000
+"""
