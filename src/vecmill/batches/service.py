@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vecmill.batches.disk import FileQuota, in_thread, on_disk
+from vecmill.batches.disk import BriefReads, FileQuota, on_disk, read_from_disk
 from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.files import FileStore, StoredFile, Upload, too_large
 from vecmill.batches.record import BatchRecord, BatchStatus
@@ -22,6 +22,15 @@ from vecmill.core.types import EVERYONE, Viewer
 from vecmill.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LookedUp:
+    """What a look at the disk says of some batches, by their ids."""
+
+    records: Mapping[str, BatchRecord] = field(default_factory=dict)
+    input_bytes: Mapping[str, int | None] = field(default_factory=dict)
+    """The sizes of their input files; None for a file that is gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +56,7 @@ class BatchService:
         self._clock = clock or Clock()
         self._context: BatchContext | None = None
         self._runner: BatchRunner | None = None
+        self._brief = BriefReads()
         self._setting = "STATE_DIR"
         self._problem = "503: the server is starting and temporarily has no files and batches; try again."
 
@@ -118,6 +128,7 @@ class BatchService:
 
     async def close(self) -> None:
         """Stop running batches; whoever opens the folder next continues them."""
+        self._brief.close()
         if self._runner is not None:
             await self._runner.close()
 
@@ -148,7 +159,7 @@ class BatchService:
             NoSuchFile: there is none.
         """
         files = self._opened_context().files
-        return await on_disk(lambda: files.get(file_id, viewer))
+        return await read_from_disk(lambda: files.get(file_id, viewer))
 
     def path_of(self, file_id: str) -> Path:
         """Where the content of a file is that `file` has found."""
@@ -157,7 +168,7 @@ class BatchService:
     async def all_files(self, viewer: Viewer = EVERYONE) -> list[StoredFile]:
         """All files, the newest first."""
         files = self._opened_context().files
-        visible = [file for file in await on_disk(files.all) if viewer.sees(file.owner)]
+        visible = [file for file in await read_from_disk(files.all) if viewer.sees(file.owner)]
         return sorted(visible, key=lambda file: (file.created_at, file.id), reverse=True)
 
     async def delete_file(self, file_id: str, viewer: Viewer = EVERYONE) -> None:
@@ -232,7 +243,7 @@ class BatchService:
             NoSuchBatch: there is none.
         """
         store = self._opened_context().store
-        return await on_disk(lambda: _with_cancellation(store, store.get(batch_id, viewer)))
+        return await read_from_disk(lambda: _with_cancellation(store, store.get(batch_id, viewer)))
 
     async def ids(self, viewer: Viewer = EVERYONE) -> list[str]:
         """The ids of all batches, the newest first."""
@@ -242,7 +253,7 @@ class BatchService:
             found = [(record.created_at, record.id) for record in store.open() if viewer.sees(record.owner)]
             return [batch_id for _, batch_id in sorted([*found, *_ended(store, viewer)], reverse=True)]
 
-        return await on_disk(look)
+        return await read_from_disk(look)
 
     async def records(self, batch_ids: Sequence[str], viewer: Viewer = EVERYONE) -> list[BatchRecord]:
         """These batches, without those that are gone."""
@@ -252,7 +263,7 @@ class BatchService:
             records = store.records(batch_ids)
             return [_with_cancellation(store, record) for record in records if viewer.sees(record.owner)]
 
-        return await on_disk(read)
+        return await read_from_disk(read)
 
     def seen(self, viewer: Viewer = EVERYONE) -> SeenBatches:
         """The viewer's batches as they were a second ago; none before `start`. Reads no disk."""
@@ -269,16 +280,26 @@ class BatchService:
         """Whether this server works on a batch now."""
         return self._runner is not None and self._runner.runs(batch_id)
 
-    async def input_bytes(self, records: Iterable[BatchRecord]) -> dict[str, int | None]:
-        """The sizes of batches' input files, by the batches' ids; None for a file that is gone."""
-        if self._context is None:
-            return {}
-        files, wanted = self._context.files, {record.id: record.input_file_id for record in records}
+    async def look(
+        self, batch_ids: Collection[str], known: Mapping[str, BatchRecord], viewer: Viewer = EVERYONE
+    ) -> LookedUp:
+        """These batches, without those that are gone; the records of those that are `known` are not read.
 
-        def look() -> dict[str, int | None]:
-            return {batch_id: files.size(file_id) for batch_id, file_id in wanted.items()}
+        For whoever looks again and again, and rather does without than wait for a disk that hangs.
 
-        return await in_thread(look) if wanted else {}
+        Raises:
+            StateUnavailable: an earlier look was given up, and hangs still.
+        """
+        context = self._opened_context()
+
+        def look() -> LookedUp:
+            unknown = context.store.records(batch_id for batch_id in batch_ids if batch_id not in known)
+            found = {record.id: record for record in unknown if viewer.sees(record.owner)}
+            found |= {batch_id: known[batch_id] for batch_id in batch_ids if batch_id in known}
+            sizes = {batch_id: context.files.size(record.input_file_id) for batch_id, record in found.items()}
+            return LookedUp(found, sizes)
+
+        return await self._brief.read(look) if batch_ids else LookedUp()
 
     async def cancel(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """Request that a batch is cancelled; what it has answered stays.
