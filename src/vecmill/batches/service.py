@@ -82,7 +82,7 @@ class BatchService:
         files = FileStore(files_folder, self._clock, quota, self._settings.file_expires_days)
         store = BatchStore(batches_folder)
         # What is stored was written in the past, whatever the machine's clock says now.
-        self._clock.reach(max((file.created_at for file in files.stored()), default=0.0))
+        self._clock.reach(max((file.created_at for file in files.known()), default=0.0))
         for batch in store.open():
             self._clock.reach(max(batch.created_at, batch.updated_at))
         for ended in store.ended().values():
@@ -165,11 +165,16 @@ class BatchService:
         """Where the content of a file is that `file` has found."""
         return self._opened_context().files.data(file_id)
 
-    async def all_files(self, viewer: Viewer = EVERYONE) -> list[StoredFile]:
-        """All files, the newest first."""
+    async def file_ids(self, viewer: Viewer = EVERYONE, purpose: str | None = None) -> list[str]:
+        """The ids of all files, or of those with a purpose, the newest first."""
         files = self._opened_context().files
-        visible = [file for file in await read_from_disk(files.all) if viewer.sees(file.owner)]
-        return sorted(visible, key=lambda file: (file.created_at, file.id), reverse=True)
+        return await read_from_disk(lambda: files.ids(viewer, purpose))
+
+    async def files(self, file_ids: Sequence[str], viewer: Viewer = EVERYONE) -> list[StoredFile]:
+        """These files, without those that are gone."""
+        files = self._opened_context().files
+        described = await read_from_disk(lambda: files.described(file_ids))
+        return [file for file in described if viewer.sees(file.owner)]
 
     async def delete_file(self, file_id: str, viewer: Viewer = EVERYONE) -> None:
         """Delete a file.
