@@ -37,9 +37,6 @@ class ByCreation(Generic[K]):
     def __contains__(self, thing_id: str) -> bool:
         return thing_id in self._by_id
 
-    def __len__(self) -> int:
-        return len(self._by_id)
-
     def get(self, thing_id: str) -> K | None:
         """That of an id."""
         return self._by_id.get(thing_id)

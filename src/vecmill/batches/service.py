@@ -14,7 +14,7 @@ from vecmill.batches.files import FileStore, StoredFile, Upload, too_large
 from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.batches.run import BatchContext
 from vecmill.batches.runner import BatchRunner
-from vecmill.batches.store import BatchStore
+from vecmill.batches.store import BatchStore, EndedBatch
 from vecmill.config import BatchSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BatchConflict, InvalidInput, StateUnavailable
@@ -39,8 +39,10 @@ class SeenBatches:
 
     going_on: Sequence[BatchRecord]
     """Those that have not ended, or ended a moment ago; the newest first."""
-    ended: Sequence[str]
-    """The ids of all others, the newest first."""
+    ended: Sequence[EndedBatch]
+    """All others, the newest first."""
+    ended_ids: frozenset[str]
+    """Of those that were asked for, those that have ended."""
     counts: Counter[BatchStatus]
 
 
@@ -85,7 +87,7 @@ class BatchService:
         self._clock.reach(max((file.created_at for file in files.known()), default=0.0))
         for batch in store.open():
             self._clock.reach(max(batch.created_at, batch.updated_at))
-        for ended in store.ended().values():
+        for ended in store.ended().newest:
             self._clock.reach(max(ended.created_at, ended.updated_at))
         return BatchContext(
             store,
@@ -256,7 +258,8 @@ class BatchService:
 
         def look() -> list[str]:
             found = [(record.created_at, record.id) for record in store.open() if viewer.sees(record.owner)]
-            return [batch_id for _, batch_id in sorted([*found, *_ended(store, viewer)], reverse=True)]
+            ended = [(batch.created_at, batch.id) for batch in store.ended(viewer).newest]
+            return [batch_id for _, batch_id in sorted([*found, *ended], reverse=True)]
 
         return await read_from_disk(look)
 
@@ -270,16 +273,16 @@ class BatchService:
 
         return await read_from_disk(read)
 
-    def seen(self, viewer: Viewer = EVERYONE) -> SeenBatches:
-        """The viewer's batches as they were a second ago; none before `start`. Reads no disk."""
+    def seen(self, viewer: Viewer = EVERYONE, among: Collection[str] = ()) -> SeenBatches:
+        """The viewer's batches as they were a second ago, and which of those `among` these ids have ended; none before
+        `start`. Reads no disk."""
         if self._runner is None or self._context is None:
-            return SeenBatches([], [], Counter())
-        ended = self._context.store.ended()
-        found = [record for record in self._runner.seen() if viewer.sees(record.owner) and record.id not in ended]
-        counts = Counter([record.status for record in found])
-        counts.update(each.status for each in ended.values() if viewer.sees(each.owner))
-        ids = [batch_id for _, batch_id in sorted(_ended(self._context.store, viewer), reverse=True)]
-        return SeenBatches(found, ids, counts)
+            return SeenBatches([], [], frozenset(), Counter())
+        found = [record for record in self._runner.seen() if viewer.sees(record.owner)]
+        ended = self._context.store.ended(viewer, [*(record.id for record in found), *among])
+        going_on = [record for record in found if record.id not in ended.ids]
+        counts = Counter(record.status for record in going_on) + ended.counts
+        return SeenBatches(going_on, ended.newest, ended.ids, counts)
 
     def runs(self, batch_id: str) -> bool:
         """Whether this server works on a batch now."""
@@ -342,11 +345,6 @@ def _folders(folder: Path) -> tuple[Path, Path]:
     for path in paths:
         path.mkdir(mode=0o700, exist_ok=True)
     return paths
-
-
-def _ended(store: BatchStore, viewer: Viewer) -> list[tuple[float, str]]:
-    """When batches that have ended were created, with their ids."""
-    return [(each.created_at, name) for name, each in store.ended().items() if viewer.sees(each.owner)]
 
 
 def _with_cancellation(store: BatchStore, record: BatchRecord) -> BatchRecord:

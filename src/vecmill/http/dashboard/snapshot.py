@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from time import time
 from typing import Any
 
@@ -221,16 +222,16 @@ class Snapshots:
 
     async def _look_at_batches(self, view: SnapshotView, users: Sequence[User]) -> BatchesView:
         """A disk that hangs or fails must not hold up what else is shown: then ended batches are left out."""
-        seen = self._services.batches.seen(view.viewer)
-        going_on = {record.id: record for record in sorted(seen.going_on, key=lambda record: record.ended)}
-        ids = [*going_on, *seen.ended]
-        number, pages = paged(view.query.batches_page, len(ids))
-        shown = ids[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
         jobs = {user.id.job for user in users if user.id.job is not None}
+        seen = self._services.batches.seen(view.viewer, jobs)
+        going_on = {record.id: record for record in sorted(seen.going_on, key=lambda record: record.ended)}
+        number, pages = paged(view.query.batches_page, len(going_on) + len(seen.ended))
+        ids = chain(going_on, (batch.id for batch in seen.ended))
+        shown = [*islice(ids, (number - 1) * PAGE_SIZE, number * PAGE_SIZE)]
         looked_up = LookedUp()
         with suppress(TimeoutError, VecmillError):
             async with asyncio.timeout(DISK_PATIENCE):
-                wanted = {*shown, *(jobs & set(seen.ended))}
+                wanted = {*shown, *(jobs & seen.ended_ids)}
                 looked_up = await self._services.batches.look(wanted, going_on, view.viewer)
         known = {**looked_up.records, **going_on}
         return BatchesView(
