@@ -237,8 +237,13 @@ GROUPS: Mapping[str, tuple[Promise, ...]] = {
             (*HTTP, *JOBS),
         ),
         Promise(
-            "A full or broken disk stops what needs it and nothing else.",
-            ("tests/faults/test_disk.py", "tests/faults/test_databases.py", "tests/hostile/test_faults_on_disk.py"),
+            "A full or broken disk, or one that hangs, stops what needs it and nothing else.",
+            (
+                "tests/faults/test_disk.py",
+                "tests/faults/test_hung_disk.py",
+                "tests/faults/test_databases.py",
+                "tests/hostile/test_faults_on_disk.py",
+            ),
             (*STORED, *JOBS),
         ),
         Promise(

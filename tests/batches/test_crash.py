@@ -85,7 +85,7 @@ async def check(
         assert output == [str(n) for n in ran if n % 5]
         assert errors == [str(n) for n in ran if n % 5 == 0]
         assert status is not BatchStatus.COMPLETED or done == lines == batch.total
-        assert len(await batches.all_files()) == 3
+        assert len(await batches.file_ids()) == 3
     finally:
         await batches.close()
 
@@ -136,7 +136,7 @@ async def test_it_may_die_while_a_file_comes_in(tmp_path: Path, snapshots: Snaps
         again.start({})  # deletes what is left over
         while (left := {path.suffix for path in (copy / "files").iterdir()}) not in (set(), {".data", ".json"}):
             await all_of(again)
-        assert len(await again.all_files()) == len(left) // 2
+        assert len(await again.file_ids()) == len(left) // 2
         await again.close()
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import timeit
 import tracemalloc
+from collections import Counter
 from pathlib import Path
+from random import Random
 from secrets import token_hex
 from time import perf_counter, time
 
@@ -13,9 +17,10 @@ import pytest
 from tests.batches.light import URL, LightEndpoint, all_of, ended, line, opened, upload
 from tests.batches.light import create as create_batch
 from vecmill.batches.record import BatchRecord, BatchStatus
+from vecmill.batches.service import BatchService
 from vecmill.batches.store import BatchStore
 from vecmill.core.errors import NoSuchBatch
-from vecmill.core.types import Viewer
+from vecmill.core.types import EVERYONE, Viewer
 
 MANY = 3000
 MOST_BYTES_EACH = 600  # a record takes some 5,000
@@ -65,7 +70,7 @@ def test_a_batch_that_has_ended_takes_almost_no_memory(many: tuple[Path, list[Ba
     finally:
         tracemalloc.stop()
     assert taken < 1_000_000 + MOST_BYTES_EACH * MANY
-    assert store.ended_counts == {BatchStatus.COMPLETED: MANY}
+    assert store.ended().counts == {BatchStatus.COMPLETED: MANY}
 
 
 async def test_all_of_them_are_paged_and_found_after_a_restart(many: tuple[Path, list[BatchRecord]]) -> None:
@@ -85,6 +90,46 @@ async def test_all_of_them_are_paged_and_found_after_a_restart(many: tuple[Path,
     await batches.close()
 
 
+async def quickest_look(batches: BatchService, count: int) -> float:
+    """Seconds for what the dashboard is told of so many batches that have ended."""
+    while len(batches.seen().ended) < count:
+        await asyncio.sleep(0.001)
+    return min(timeit.repeat(batches.seen, number=1, repeat=100))
+
+
+async def test_looks_take_hardly_longer_where_there_are_many(tmp_path: Path) -> None:
+    for count in (30, MANY):
+        for number in range(count):
+            put(tmp_path / str(count) / "batches", record(number, updated_at=time()))
+    few, many = opened(tmp_path / "30", LightEndpoint()), opened(tmp_path / str(MANY), LightEndpoint())
+    assert await quickest_look(many, MANY) < 10 * await quickest_look(few, 30)
+    for each in (few, many):
+        await each.close()
+
+
+async def test_they_stay_in_the_order_of_their_creation_as_they_come_and_go(tmp_path: Path) -> None:
+    folder, mix = tmp_path / "batches", Random(0)
+    there = [put(folder, record(number, updated_at=time())) for number in mix.sample(range(100), 60)]
+    batches, store = opened(tmp_path, LightEndpoint()), BatchStore(folder)
+    for _ in range(5):
+        for batch in mix.sample(there, 8):
+            store.forget(batch.id)
+            there.remove(batch)
+        statuses = (BatchStatus.FAILED, BatchStatus.COMPLETED)
+        there += [
+            put(folder, record(mix.randrange(100), updated_at=time(), status=mix.choice(statuses))) for _ in range(5)
+        ]
+        expected = sorted(there, key=lambda batch: (batch.created_at, batch.id), reverse=True)
+        assert await batches.ids() == [batch.id for batch in expected]
+        for viewer in (EVERYONE, Viewer("owner-0"), Viewer("owner-1"), Viewer("nobody")):
+            own = [batch for batch in expected if viewer.sees(batch.owner)]
+            seen = batches.seen(viewer, [batch.id for batch in there])
+            assert [batch.id for batch in seen.ended] == [batch.id for batch in own]
+            assert seen.ended_ids == {batch.id for batch in own}
+            assert seen.counts == Counter(batch.status for batch in own)
+    await batches.close()
+
+
 async def test_what_another_server_deletes_or_ends_is_seen(tmp_path: Path) -> None:
     first, second = (put(tmp_path / "batches", record(number, updated_at=time())) for number in (1, 2))
     batches, other = opened(tmp_path, None), opened(tmp_path, LightEndpoint())
@@ -100,6 +145,6 @@ async def test_what_another_server_deletes_or_ends_is_seen(tmp_path: Path) -> No
     while other.seen().counts != {BatchStatus.COMPLETED: 2}:
         other.wake()
         await batches.ids()
-    assert other.seen().ended == await batches.ids()
+    assert [batch.id for batch in other.seen().ended] == await batches.ids()
     await other.close()
     await batches.close()

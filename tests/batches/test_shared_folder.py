@@ -112,7 +112,7 @@ async def test_the_bound_on_bytes_is_of_all_servers(tmp_path: Path) -> None:
     with pytest.raises(FilesFull):
         third.write(INPUT * 2)
     third.discard()
-    assert len(await servers[0].all_files()) == 3
+    assert len(await servers[0].file_ids()) == 3
 
 
 def settings(folder: Path, name: str) -> Any:

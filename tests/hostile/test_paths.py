@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urljoin
+
 import httpx
 import pytest
 
@@ -22,6 +24,29 @@ async def test_every_route_is_reached_by_other_ways_to_write_it(client: httpx.As
     for other in (f"{path}/", f"/{path}", f"{path}//", path.replace("/", "//")):
         answer = await client.post(f"http://localhost{other}", json={})
         assert (answer.status_code, answer.text) == (plain.status_code, plain.text), other
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", *(path for path in GETS if not path.endswith("/events"))])
+async def test_every_page_and_reading_is_reached_by_other_ways_to_write_it(
+    client: httpx.AsyncClient, path: str
+) -> None:
+    plain = await client.get(path)
+    assert plain.status_code != 404
+    for other in (f"{path}/", f"/{path}", f"{path}//"):
+        answer = await client.get(f"http://localhost{other}")
+        kinds = (answer.headers.get("content-type"), plain.headers.get("content-type"))
+        assert (answer.status_code, kinds[0]) == (plain.status_code, kinds[1]), other
+
+
+@pytest.mark.parametrize("below", ["", "/embed", "/a/b"])
+@pytest.mark.parametrize("path", ["/dashboard", "/dashboard/"])
+async def test_the_dashboard_is_found_by_its_name(client: httpx.AsyncClient, path: str, below: str) -> None:
+    """`below`: where a proxy serves the server's `/`."""
+    for answer in (await client.get(f"http://localhost{path}"), await client.head(f"http://localhost{path}")):
+        assert answer.status_code == 307
+        assert urljoin(f"http://proxy{below}{path}", answer.headers["location"]) == f"http://proxy{below}/"
+    assert (await client.get(f"http://localhost{path}", follow_redirects=True)).text.startswith("<!doctype html>")
+    assert (await client.post(f"http://localhost{path}", json={})).status_code == 405
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from playwright.sync_api import Browser, Page, expect
 from tests.http.conftest import Server, field, replicas_of, row, show, snapshot_of
 from tests.redis_server import redis_server
 from tests.servers import free_port, running, vecmill_command
+from tests.tools.proxy_config.proxies import program
 from vecmill.http import dashboard
 
 HOSTILE = "<img src=x onerror=\"document.title='pwned'\">"
@@ -125,6 +126,35 @@ def test_shows_a_ready_service_and_its_tabs(quiet_page: Page, api: httpx.Client)
     quiet_page.reload()
     expect(quiet_page.get_by_role("heading", name="sentence-transformers/all-MiniLM-L6-v2")).to_be_visible()
     expect(quiet_page.get_by_text("384", exact=True)).to_be_visible()
+
+
+@pytest.fixture
+def below_a_path(server: Server, tmp_path: Path) -> Iterator[str]:
+    """The server's address at an nginx that serves it below a path."""
+    port = free_port()
+    folders = " ".join(f"{name}_temp_path {name};" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi"))
+    (tmp_path / "nginx.conf").write_text(f"""
+        daemon off; pid pid; error_log stderr; events {{}}
+        http {{
+            access_log off; {folders}
+            server {{
+                listen 127.0.0.1:{port};
+                location /below/ {{ proxy_pass {server.url}/; proxy_buffering off; }}
+            }}
+        }}
+    """)
+    command = [program("nginx"), "-p", f"{tmp_path}/", "-c", "nginx.conf", "-e", "stderr"]
+    with running(command, port, "/below/ready") as proxy:
+        yield f"{proxy.url}/below"
+
+
+@pytest.mark.parametrize("path", ["/dashboard", "/dashboard/"])
+def test_is_found_by_its_name_also_below_a_path(browser: Browser, below_a_path: str, path: str) -> None:
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(below_a_path + path)
+        expect(page).to_have_url(f"{below_a_path}/")
+        expect(field(page, "state")).to_have_text("Ready")
 
 
 def test_a_job_live_from_progress_to_its_end_with_a_hostile_name(quiet_page: Page, api: httpx.Client) -> None:

@@ -6,15 +6,17 @@ import asyncio
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
 from math import inf
 from pathlib import Path
 from threading import Lock
 from time import monotonic
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from vecmill.core.errors import FilesFull, InsufficientStorage, StateUnavailable
+from vecmill.core.errors import FilesFull, InsufficientStorage, ShuttingDown, StateUnavailable
+from vecmill.core.threads import LastingThreads
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,10 +26,17 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 RETRY_SECONDS = 5.0  # between tries to write to a disk that fails
 FRESH_SECONDS = 1.0  # how old the number of used bytes may be
 
+_THREADS = LastingThreads(16, "batch-disk")
+"""Of their own: a disk that hangs keeps them all, and others than files and batches must find threads then."""
+
+
+def _run(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> asyncio.Future[T]:
+    return asyncio.wrap_future(_THREADS.submit(function, *args, **kwargs))
+
 
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """As `asyncio.to_thread`, but a cancelled caller waits for the function: it may close its files then."""
-    running = asyncio.ensure_future(asyncio.to_thread(function, *args, **kwargs))
+    """Call a function in a thread; a cancelled caller waits for the function: it may close its files then."""
+    running = _run(function, *args, **kwargs)
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
@@ -38,13 +47,29 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 async def on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call a function in a thread; turn its OSError into an error for a client.
+    """Call a function in a thread as `in_thread` does; turn its OSError into an error for a client.
 
     Raises:
         InsufficientStorage: the disk is full. StateUnavailable: any other.
     """
-    try:
+    with _errors_for_clients():
         return await in_thread(function, *args, **kwargs)
+
+
+async def read_from_disk(read: Callable[[], T]) -> T:
+    """As `on_disk`, for what only reads: a cancelled caller does not wait for a disk that hangs.
+
+    Raises:
+        InsufficientStorage, StateUnavailable: as there.
+    """
+    with _errors_for_clients():
+        return await _run(read)
+
+
+@contextmanager
+def _errors_for_clients() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in FULL:
             raise InsufficientStorage from error
@@ -53,6 +78,41 @@ async def on_disk(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -
             f"503: STATE_DIR or BATCH_DIR cannot be used ({reason}), so files and batches are temporarily unavailable; "
             f"embedding is not."
         ) from error
+
+
+class BriefReads:
+    """Reads for callers that rather do without than wait, again and again: a disk that hangs keeps one thread at most.
+
+    Belongs to the event loop's thread.
+    """
+
+    def __init__(self) -> None:
+        self._thread = LastingThreads(1, "brief-reads")
+        self._given_up: Future[Any] | None = None
+
+    async def read(self, read: Callable[[], T]) -> T:
+        """As `read_from_disk`, but refused while a read hangs whose caller was cancelled.
+
+        Raises:
+            InsufficientStorage, StateUnavailable: as there. ShuttingDown: `close` was called.
+        """
+        if self._given_up is not None and not self._given_up.done():
+            raise StateUnavailable("503: the disk of files and batches does not answer; try again.")
+        try:
+            reading = self._thread.submit(read)
+        except RuntimeError:
+            raise ShuttingDown from None
+        try:
+            with _errors_for_clients():
+                return await asyncio.wrap_future(reading)
+        except asyncio.CancelledError:
+            if not reading.done():  # one that had not begun is cancelled by now
+                self._given_up = reading
+            raise
+
+    def close(self) -> None:
+        """Let the thread end when it has nothing to do."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 Stop = Callable[[], Awaitable[bool]]

@@ -6,15 +6,18 @@ import fcntl
 import os
 import re
 import secrets
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from io import BufferedWriter
 from pathlib import Path
-from typing import Literal
+from sys import intern
+from threading import Lock
+from typing import Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from vecmill.batches.disk import FileQuota
+from vecmill.batches.known import ByCreation
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BodyTooLarge, NoSuchFile
 from vecmill.core.types import EVERYONE, Viewer
@@ -40,6 +43,16 @@ class StoredFile(BaseModel):
     """The key that sent it, or had it made; None: there were no keys, or it was before files had owners."""
 
 
+class KnownFile(NamedTuple):
+    """What is kept in memory of a file, some 300 bytes; its description is on disk."""
+
+    created_at: float
+    id: str
+    expires_at: float
+    purpose: str
+    owner: str | None
+
+
 class FileStore:
     """The folder of files. For any thread; every call may raise OSError."""
 
@@ -47,7 +60,8 @@ class FileStore:
         self._folder = folder
         self._clock = clock
         self._expires_seconds = expires_days * DAY
-        self._known: dict[str, StoredFile] = {}
+        self._lock = Lock()
+        self._known = ByCreation[KnownFile]()
         self.quota = quota
 
     @staticmethod
@@ -110,23 +124,35 @@ class FileStore:
         except OSError:
             return None
 
-    def all(self) -> list[StoredFile]:
-        """All whole files that have not expired, in no order."""
-        return [file for file in self.stored() if file.expires_at > self._clock()]
+    def ids(self, viewer: Viewer = EVERYONE, purpose: str | None = None) -> list[str]:
+        """The ids of all whole files of the viewer, or of those with a purpose, that have not expired; the newest
+        first. Reads those that were added since the last call."""
+        now = self._clock()
+        return [
+            file.id
+            for file in self.known(viewer)
+            if file.expires_at > now and (purpose is None or file.purpose == purpose)
+        ]
 
-    def stored(self) -> Iterator[StoredFile]:
-        """All complete files, including expired ones that are not deleted yet."""
+    def described(self, file_ids: Iterable[str]) -> list[StoredFile]:
+        """These files, without those that are gone."""
+        return [file for file_id in file_ids if (file := self._read(file_id)) is not None]
+
+    def known(self, viewer: Viewer = EVERYONE) -> list[KnownFile]:
+        """All complete files of the viewer, the newest first, including expired ones that are not deleted yet."""
         ids = {name.removesuffix(METADATA) for name in os.listdir(self._folder) if name.endswith(METADATA)}
-        for gone in set(self._known) - ids:  # another server may have deleted it
-            self._known.pop(gone, None)
-        for file_id in filter(FILE_ID.fullmatch, ids):
-            file = self._read(file_id)
-            if file is not None:
-                yield file
+        with self._lock:
+            for gone in self._known.others(ids):  # another server may have deleted it
+                self._known.remove(gone)
+            new = [file_id for file_id in ids if file_id not in self._known]
+        for file_id in filter(FILE_ID.fullmatch, new):
+            self._read(file_id)
+        with self._lock:
+            return self._known.newest(viewer)
 
     def delete(self, file_id: str) -> None:
         """Delete a file; one that is not there is no error."""
-        self._known.pop(file_id, None)
+        self._forget(file_id)
         # The metadata first: a file without it is none.
         for path in (self._metadata(file_id), self.data(file_id)):
             with suppress(FileNotFoundError):
@@ -135,7 +161,7 @@ class FileStore:
 
     def sweep(self, orphans: Mapping[str, list[str]], in_use: Collection[str]) -> None:
         """Delete what has expired, and `orphans`, but nothing that a batch needs."""
-        for file in list(self.stored()):
+        for file in self.known():
             if file.expires_at <= self._clock() and file.id not in in_use:
                 self.delete(file.id)
         for file_id, names in orphans.items():
@@ -171,17 +197,21 @@ class FileStore:
         return self._folder / (file_id + METADATA)
 
     def _read(self, file_id: str) -> StoredFile | None:
-        """The file; None if there is none, or its metadata is broken. Metadata never changes and is cached."""
+        """The file; None if there is none, or its metadata is broken. Metadata never changes."""
         try:
-            if (known := self._known.get(file_id)) is not None:  # another thread may forget it meanwhile
-                self.data(file_id).stat()
-                return known
             file = StoredFile.model_validate_json(self._metadata(file_id).read_bytes())
         except (FileNotFoundError, ValidationError):
-            self._known.pop(file_id, None)
+            self._forget(file_id)
             return None
-        self._known[file_id] = file
+        owner = file.owner and intern(file.owner)  # one string for all files of an owner
+        with self._lock:
+            if file_id not in self._known:
+                self._known.add(KnownFile(file.created_at, file_id, file.expires_at, file.purpose, owner))
         return file
+
+    def _forget(self, file_id: str) -> None:
+        with self._lock:
+            self._known.remove(file_id)
 
 
 class Upload:

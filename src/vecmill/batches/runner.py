@@ -104,8 +104,7 @@ class BatchRunner:
     def _pending(self) -> tuple[list[BatchRecord], set[str]]:
         store = self._context.store
         self._records = pending = store.open()
-        going_on = Counter(record.status for record in pending)
-        self.counts = {status: going_on[status] + store.ended_counts[status] for status in BatchStatus}
+        self.counts = Counter(record.status for record in pending) + store.ended().counts
         return pending, {
             record.id for record in pending if self._context.store.cancel_requested_at(record.id) is not None
         }
@@ -199,8 +198,8 @@ def _delete_expired(context: BatchContext) -> None:
         in_use = {file_id for record in store.open() for file_id in record.file_ids}
         files.sweep(orphans, in_use)
         store.sweep()
-        for batch_id, ended in store.ended().items():
+        for ended in store.ended().newest:
             if ended.updated_at + keep_seconds <= context.clock():
-                store.forget(batch_id)
+                store.forget(ended.id)
     except OSError as error:
         logger.warning("files that have expired cannot be deleted: %s", error)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vecmill.batches.disk import FileQuota, in_thread, on_disk
+from vecmill.batches.disk import BriefReads, FileQuota, on_disk, read_from_disk
 from vecmill.batches.endpoint import Endpoint
 from vecmill.batches.files import FileStore, StoredFile, Upload, too_large
 from vecmill.batches.record import BatchRecord, BatchStatus
 from vecmill.batches.run import BatchContext
 from vecmill.batches.runner import BatchRunner
-from vecmill.batches.store import BatchStore
+from vecmill.batches.store import BatchStore, EndedBatch
 from vecmill.config import BatchSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BatchConflict, InvalidInput, StateUnavailable
@@ -25,13 +25,24 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
+class LookedUp:
+    """What a look at the disk says of some batches, by their ids."""
+
+    records: Mapping[str, BatchRecord] = field(default_factory=dict)
+    input_bytes: Mapping[str, int | None] = field(default_factory=dict)
+    """The sizes of their input files; None for a file that is gone."""
+
+
+@dataclass(frozen=True, slots=True)
 class SeenBatches:
     """What is known of batches without a look at the disk."""
 
     going_on: Sequence[BatchRecord]
     """Those that have not ended, or ended a moment ago; the newest first."""
-    ended: Sequence[str]
-    """The ids of all others, the newest first."""
+    ended: Sequence[EndedBatch]
+    """All others, the newest first."""
+    ended_ids: frozenset[str]
+    """Of those that were asked for, those that have ended."""
     counts: Counter[BatchStatus]
 
 
@@ -47,6 +58,7 @@ class BatchService:
         self._clock = clock or Clock()
         self._context: BatchContext | None = None
         self._runner: BatchRunner | None = None
+        self._brief = BriefReads()
         self._setting = "STATE_DIR"
         self._problem = "503: the server is starting and temporarily has no files and batches; try again."
 
@@ -72,10 +84,10 @@ class BatchService:
         files = FileStore(files_folder, self._clock, quota, self._settings.file_expires_days)
         store = BatchStore(batches_folder)
         # What is stored was written in the past, whatever the machine's clock says now.
-        self._clock.reach(max((file.created_at for file in files.stored()), default=0.0))
+        self._clock.reach(max((file.created_at for file in files.known()), default=0.0))
         for batch in store.open():
             self._clock.reach(max(batch.created_at, batch.updated_at))
-        for ended in store.ended().values():
+        for ended in store.ended().newest:
             self._clock.reach(max(ended.created_at, ended.updated_at))
         return BatchContext(
             store,
@@ -118,6 +130,7 @@ class BatchService:
 
     async def close(self) -> None:
         """Stop running batches; whoever opens the folder next continues them."""
+        self._brief.close()
         if self._runner is not None:
             await self._runner.close()
 
@@ -148,17 +161,22 @@ class BatchService:
             NoSuchFile: there is none.
         """
         files = self._opened_context().files
-        return await on_disk(lambda: files.get(file_id, viewer))
+        return await read_from_disk(lambda: files.get(file_id, viewer))
 
     def path_of(self, file_id: str) -> Path:
         """Where the content of a file is that `file` has found."""
         return self._opened_context().files.data(file_id)
 
-    async def all_files(self, viewer: Viewer = EVERYONE) -> list[StoredFile]:
-        """All files, the newest first."""
+    async def file_ids(self, viewer: Viewer = EVERYONE, purpose: str | None = None) -> list[str]:
+        """The ids of all files, or of those with a purpose, the newest first."""
         files = self._opened_context().files
-        visible = [file for file in await on_disk(files.all) if viewer.sees(file.owner)]
-        return sorted(visible, key=lambda file: (file.created_at, file.id), reverse=True)
+        return await read_from_disk(lambda: files.ids(viewer, purpose))
+
+    async def files(self, file_ids: Sequence[str], viewer: Viewer = EVERYONE) -> list[StoredFile]:
+        """These files, without those that are gone."""
+        files = self._opened_context().files
+        described = await read_from_disk(lambda: files.described(file_ids))
+        return [file for file in described if viewer.sees(file.owner)]
 
     async def delete_file(self, file_id: str, viewer: Viewer = EVERYONE) -> None:
         """Delete a file.
@@ -232,7 +250,7 @@ class BatchService:
             NoSuchBatch: there is none.
         """
         store = self._opened_context().store
-        return await on_disk(lambda: _with_cancellation(store, store.get(batch_id, viewer)))
+        return await read_from_disk(lambda: _with_cancellation(store, store.get(batch_id, viewer)))
 
     async def ids(self, viewer: Viewer = EVERYONE) -> list[str]:
         """The ids of all batches, the newest first."""
@@ -240,9 +258,10 @@ class BatchService:
 
         def look() -> list[str]:
             found = [(record.created_at, record.id) for record in store.open() if viewer.sees(record.owner)]
-            return [batch_id for _, batch_id in sorted([*found, *_ended(store, viewer)], reverse=True)]
+            ended = [(batch.created_at, batch.id) for batch in store.ended(viewer).newest]
+            return [batch_id for _, batch_id in sorted([*found, *ended], reverse=True)]
 
-        return await on_disk(look)
+        return await read_from_disk(look)
 
     async def records(self, batch_ids: Sequence[str], viewer: Viewer = EVERYONE) -> list[BatchRecord]:
         """These batches, without those that are gone."""
@@ -252,33 +271,43 @@ class BatchService:
             records = store.records(batch_ids)
             return [_with_cancellation(store, record) for record in records if viewer.sees(record.owner)]
 
-        return await on_disk(read)
+        return await read_from_disk(read)
 
-    def seen(self, viewer: Viewer = EVERYONE) -> SeenBatches:
-        """The viewer's batches as they were a second ago; none before `start`. Reads no disk."""
+    def seen(self, viewer: Viewer = EVERYONE, among: Collection[str] = ()) -> SeenBatches:
+        """The viewer's batches as they were a second ago, and which of those `among` these ids have ended; none before
+        `start`. Reads no disk."""
         if self._runner is None or self._context is None:
-            return SeenBatches([], [], Counter())
-        ended = self._context.store.ended()
-        found = [record for record in self._runner.seen() if viewer.sees(record.owner) and record.id not in ended]
-        counts = Counter([record.status for record in found])
-        counts.update(each.status for each in ended.values() if viewer.sees(each.owner))
-        ids = [batch_id for _, batch_id in sorted(_ended(self._context.store, viewer), reverse=True)]
-        return SeenBatches(found, ids, counts)
+            return SeenBatches([], [], frozenset(), Counter())
+        found = [record for record in self._runner.seen() if viewer.sees(record.owner)]
+        ended = self._context.store.ended(viewer, [*(record.id for record in found), *among])
+        going_on = [record for record in found if record.id not in ended.ids]
+        counts = Counter(record.status for record in going_on) + ended.counts
+        return SeenBatches(going_on, ended.newest, ended.ids, counts)
 
     def runs(self, batch_id: str) -> bool:
         """Whether this server works on a batch now."""
         return self._runner is not None and self._runner.runs(batch_id)
 
-    async def input_bytes(self, records: Iterable[BatchRecord]) -> dict[str, int | None]:
-        """The sizes of batches' input files, by the batches' ids; None for a file that is gone."""
-        if self._context is None:
-            return {}
-        files, wanted = self._context.files, {record.id: record.input_file_id for record in records}
+    async def look(
+        self, batch_ids: Collection[str], known: Mapping[str, BatchRecord], viewer: Viewer = EVERYONE
+    ) -> LookedUp:
+        """These batches, without those that are gone; the records of those that are `known` are not read.
 
-        def look() -> dict[str, int | None]:
-            return {batch_id: files.size(file_id) for batch_id, file_id in wanted.items()}
+        For whoever looks again and again, and rather does without than wait for a disk that hangs.
 
-        return await in_thread(look) if wanted else {}
+        Raises:
+            StateUnavailable: an earlier look was given up, and hangs still.
+        """
+        context = self._opened_context()
+
+        def look() -> LookedUp:
+            unknown = context.store.records(batch_id for batch_id in batch_ids if batch_id not in known)
+            found = {record.id: record for record in unknown if viewer.sees(record.owner)}
+            found |= {batch_id: known[batch_id] for batch_id in batch_ids if batch_id in known}
+            sizes = {batch_id: context.files.size(record.input_file_id) for batch_id, record in found.items()}
+            return LookedUp(found, sizes)
+
+        return await self._brief.read(look) if batch_ids else LookedUp()
 
     async def cancel(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """Request that a batch is cancelled; what it has answered stays.
@@ -316,11 +345,6 @@ def _folders(folder: Path) -> tuple[Path, Path]:
     for path in paths:
         path.mkdir(mode=0o700, exist_ok=True)
     return paths
-
-
-def _ended(store: BatchStore, viewer: Viewer) -> list[tuple[float, str]]:
-    """When batches that have ended were created, with their ids."""
-    return [(each.created_at, name) for name, each in store.ended().items() if viewer.sees(each.owner)]
 
 
 def _with_cancellation(store: BatchStore, record: BatchRecord) -> BatchRecord:

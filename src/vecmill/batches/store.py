@@ -7,9 +7,10 @@ import os
 import re
 import secrets
 import shutil
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from sys import intern
 from threading import Lock
 from time import time
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from pydantic import ValidationError
 
 from vecmill.batches.endpoint import LineResult
 from vecmill.batches.input import InputLine
+from vecmill.batches.known import ByCreation
 from vecmill.batches.record import BatchProgress, BatchRecord, BatchStatus, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
@@ -37,9 +39,20 @@ class EndedBatch(NamedTuple):
     """What is kept in memory of a batch that has ended, some 300 bytes; its record is on disk."""
 
     created_at: float
+    id: str
     updated_at: float
     status: BatchStatus
     owner: str | None
+
+
+class EndedBatches(NamedTuple):
+    """A viewer's batches that have ended, at one moment."""
+
+    newest: Sequence[EndedBatch]
+    """The newest first."""
+    counts: Counter[BatchStatus]
+    ids: frozenset[str]
+    """Of those that were asked for."""
 
 
 class BatchStore:
@@ -48,11 +61,11 @@ class BatchStore:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = Lock()
-        self._ended: dict[str, EndedBatch] = {}
-        self.ended_counts: Counter[BatchStatus] = Counter()
+        self._ended = ByCreation[EndedBatch]()
+        self._counts: dict[str | None, Counter[BatchStatus]] = defaultdict(Counter)
+        """Of those that have ended, by owner."""
         self._records: OrderedDict[str, BatchRecord] = OrderedDict()
         """Of ended batches, the last one that was asked for at the end."""
-        self._owners: dict[str | None, str | None] = {}
         self._broken: set[str] = set()
 
     @staticmethod
@@ -103,10 +116,14 @@ class BatchStore:
             (record for record in found if not record.ended), key=lambda record: (record.created_at, record.id)
         )
 
-    def ended(self) -> dict[str, EndedBatch]:
-        """All batches that had ended when `open` was last called, by their ids. Reads no disk."""
+    def ended(self, viewer: Viewer = EVERYONE, among: Iterable[str] = ()) -> EndedBatches:
+        """The viewer's batches that had ended when `open` was last called; which of those `among` these ids. Reads no
+        disk, and takes hardly longer where there are many."""
         with self._lock:
-            return dict(self._ended)
+            newest = self._ended.newest(viewer)
+            counts = sum((each for owner, each in self._counts.items() if viewer.sees(owner)), Counter[BatchStatus]())
+            found = [each for batch_id in among if (each := self._ended.get(batch_id)) is not None]
+        return EndedBatches(newest, counts, frozenset(each.id for each in found if viewer.sees(each.owner)))
 
     def records(self, batch_ids: Iterable[str]) -> list[BatchRecord]:
         """The records of these batches, without those that are gone."""
@@ -188,10 +205,10 @@ class BatchStore:
 
     def _keep(self, record: BatchRecord) -> None:
         with self._lock:
-            owner = self._owners.setdefault(record.owner, record.owner)  # one string for all batches of an owner
             if record.id not in self._ended:
-                self._ended[record.id] = EndedBatch(record.created_at, record.updated_at, record.status, owner)
-                self.ended_counts[record.status] += 1
+                owner = record.owner and intern(record.owner)  # one string for all batches of an owner
+                self._ended.add(EndedBatch(record.created_at, record.id, record.updated_at, record.status, owner))
+                self._counts[owner][record.status] += 1
             self._records[record.id] = record
             self._records.move_to_end(record.id)
             if len(self._records) > KEPT_RECORDS:
@@ -200,13 +217,13 @@ class BatchStore:
     def _drop(self, batch_id: str) -> None:
         with self._lock:
             self._records.pop(batch_id, None)
-            if (ended := self._ended.pop(batch_id, None)) is not None:
-                self.ended_counts[ended.status] -= 1
+            if (ended := self._ended.remove(batch_id)) is not None:
+                self._counts[ended.owner][ended.status] -= 1
 
     def _forget_all_but(self, batch_ids: Sequence[str]) -> None:
         """Whatever deleted the others: another server may have."""
         with self._lock:
-            gone = self._ended.keys() - set(batch_ids)
+            gone = self._ended.others(set(batch_ids))
         for batch_id in gone:
             self._drop(batch_id)
         self._broken.intersection_update(batch_ids)

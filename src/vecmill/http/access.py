@@ -32,7 +32,7 @@ PROBES = frozenset(
     {"/health", "/ready", "/v1/health/live", "/v1/health/ready", "/.well-known/live", "/.well-known/ready"}
 )
 # And pages a browser opens by itself, which hold no secrets.
-OPEN = PROBES | {"/docs", "/openapi.json"}
+OPEN = PROBES | {"/dashboard", "/docs", "/openapi.json"}
 OPEN_BELOW = ("/static/", "/static-offline-docs/")
 READING = ("GET", "HEAD", "OPTIONS")
 # Names that nobody can buy: reserved (RFC 6761, 6762, 8375; ICANN's .internal), or of no public registry.

@@ -6,7 +6,7 @@ Source: https://platform.openai.com/docs/api-reference/files; https://datatracke
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import orjson
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -16,14 +16,11 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from vecmill.batches.disk import in_thread, on_disk
 from vecmill.batches.files import StoredFile, Upload
-from vecmill.batches.record import BatchRecord
 from vecmill.batches.service import BatchService
 from vecmill.core.errors import InvalidInput, MalformedBody, VecmillError
 from vecmill.http.errors import documented, refused
 from vecmill.http.route import ViewerOf, check_new_work
 from vecmill.http.services import ServicesOf
-
-T = TypeVar("T", StoredFile, BatchRecord)
 
 router = APIRouter(tags=["Batches"], responses=documented(503))
 
@@ -62,16 +59,6 @@ FORM: dict[str, Any] = {
 }
 
 After = Annotated[str | None, Query(description="The id after which the page begins: the last of the page before.")]
-
-
-def page(items: Sequence[T], view: Callable[[T], dict[str, Any]], after: str | None, limit: int) -> dict[str, Any]:
-    """A page of a list of OpenAI's, which begins after an id.
-
-    Raises:
-        InvalidInput: there is no such id.
-    """
-    start = place_after([item.id for item in items], after)
-    return listed([view(item) for item in items[start : start + limit]], has_more=start + limit < len(items))
 
 
 def place_after(ids: Sequence[str], after: str | None) -> int:
@@ -310,9 +297,12 @@ async def list_files(
     purpose: Annotated[str | None, Query(description="`batch`: uploads; `batch_output`: what batches gave.")] = None,
 ) -> dict[str, Any]:
     """Uploads and what batches gave."""
-    files = await services.batches.all_files(viewer)
-    chosen = [file for file in files if purpose is None or file.purpose == purpose]
-    return page(chosen if order == "desc" else chosen[::-1], file_object, after, limit)
+    ids = await services.batches.file_ids(viewer, purpose)
+    if order == "asc":
+        ids.reverse()
+    start = place_after(ids, after)
+    files = await services.batches.files(ids[start : start + limit], viewer)
+    return listed([file_object(file) for file in files], has_more=start + limit < len(ids))
 
 
 @router.get("/v1/files/{file_id}", summary="Get a file's description")

@@ -32,7 +32,11 @@ class _HeadSent(Exception):
 
 
 class RequestLine:
-    """ASGI middleware: paths without doubled, trailing or repeated parts; HEAD answered as GET, without the body."""
+    """ASGI middleware: paths without doubled, trailing or repeated parts; HEAD answered as GET, without the body.
+
+    `way_to_root` of the request's state is a relative reference from the path as it was asked for to `/`: it also leads
+    there where a proxy serves `/` below a path of its own.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -41,8 +45,10 @@ class RequestLine:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = plain_path(scope["path"])
-        if path != scope["path"]:
+        asked = scope["path"]
+        path = plain_path(asked)
+        scope.setdefault("state", {})["way_to_root"] = "../" * (asked.count("/") - 1) or "./"
+        if path != asked:
             scope = {**scope, "path": path, "raw_path": path.encode()}
         if scope["method"] != "HEAD":
             await self._app(scope, receive, send)

@@ -9,8 +9,8 @@ import re
 from importlib.resources import files
 from pathlib import PurePath
 
-from fastapi import APIRouter, HTTPException
-from fastapi.responses import HTMLResponse, Response
+from fastapi import APIRouter, HTTPException, Request
+from fastapi.responses import HTMLResponse, RedirectResponse, Response
 
 # The page shows text that clients chose. It is only ever inserted as text; should that fail one day,
 # this policy still lets nothing run or load that this service did not ship.
@@ -67,6 +67,12 @@ router = APIRouter(include_in_schema=False)
 @router.api_route("/", methods=["GET", "HEAD"], response_class=HTMLResponse)  # Ollama's clients look with HEAD
 async def page() -> HTMLResponse:
     return HTMLResponse(_PAGE, headers=HEADERS)
+
+
+@router.get("/dashboard")
+async def elsewhere(request: Request) -> RedirectResponse:
+    """Where people look for the page. It is served at one address only, to which the links in it are relative."""
+    return RedirectResponse(request.state.way_to_root)
 
 
 @router.get("/static/{name}")

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from time import time
 from typing import Any
 
@@ -18,6 +19,7 @@ from fastapi import FastAPI
 
 from vecmill import __version__
 from vecmill.batches.record import BatchRecord, BatchStatus
+from vecmill.batches.service import LookedUp
 from vecmill.core.errors import VecmillError
 from vecmill.core.types import Lane, Viewer
 from vecmill.http.batches import batch_object
@@ -35,7 +37,7 @@ from vecmill.telemetry.refusals import Refusal
 
 PAGE_SIZE = 25
 MOST_USERS = 50
-DISK_PATIENCE = 0.5  # seconds, for the sizes of files
+DISK_PATIENCE = 0.5  # seconds, for records of ended batches and sizes of files
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,22 +222,21 @@ class Snapshots:
 
     async def _look_at_batches(self, view: SnapshotView, users: Sequence[User]) -> BatchesView:
         """A disk that hangs or fails must not hold up what else is shown: then ended batches are left out."""
-        seen = self._services.batches.seen(view.viewer)
-        going_on = {record.id: record for record in sorted(seen.going_on, key=lambda record: record.ended)}
-        ids = [*going_on, *seen.ended]
-        number, pages = paged(view.query.batches_page, len(ids))
-        shown = ids[(number - 1) * PAGE_SIZE : number * PAGE_SIZE]
         jobs = {user.id.job for user in users if user.id.job is not None}
-        known, sizes = dict(going_on), dict[str, int | None]()
+        seen = self._services.batches.seen(view.viewer, jobs)
+        going_on = {record.id: record for record in sorted(seen.going_on, key=lambda record: record.ended)}
+        number, pages = paged(view.query.batches_page, len(going_on) + len(seen.ended))
+        ids = chain(going_on, (batch.id for batch in seen.ended))
+        shown = [*islice(ids, (number - 1) * PAGE_SIZE, number * PAGE_SIZE)]
+        looked_up = LookedUp()
         with suppress(TimeoutError, VecmillError):
             async with asyncio.timeout(DISK_PATIENCE):
-                wanted = (set(shown) | (jobs & set(seen.ended))) - going_on.keys()
-                read = await self._services.batches.records(list(wanted), view.viewer) if wanted else []
-                known |= {record.id: record for record in read}
-                sizes = await self._services.batches.input_bytes([known[each] for each in shown if each in known])
+                wanted = {*shown, *(jobs & seen.ended_ids)}
+                looked_up = await self._services.batches.look(wanted, going_on, view.viewer)
+        known = {**looked_up.records, **going_on}
         return BatchesView(
             [known[batch_id] for batch_id in shown if batch_id in known],
-            sizes,
+            looked_up.input_bytes,
             {batch_id: known[batch_id] for batch_id in jobs & known.keys()},
             seen.counts,
             number,
