@@ -55,11 +55,13 @@ class CpuThreads:
     several passes at a time where the rows can be divided.
     """
 
-    def __init__(self, everything: int | None = None, *, fixed: bool = False) -> None:
+    def __init__(self, everything: int | None = None, *, fixed: bool = False, divides: bool = True) -> None:
         """`everything`: the number that all are; left out, as many as this thread has now. `fixed`: every pass gets
-        all of them, since the last bits depend on their number."""
+        all of them, since the last bits depend on their number. `divides`: not where layers are compiled, which is done
+        for one number of threads and anew at the first pass of any other.
+        """
         self._all = everything or torch.get_num_threads()
-        self._fixed = fixed
+        self._fixed, self._divides = fixed, divides
         self.single_up_to = 0
         """Tokens of the largest pass that gets one thread."""
 
@@ -77,7 +79,7 @@ class CpuThreads:
         """Rows of these lengths as passes that run at the same time: the indexes of each, in order."""
         tokens = sum(lengths)
         most = min(self._all, len(lengths), tokens // FEWEST_TOKENS_OF_A_PART)
-        if most < 2 or tokens <= self.single_up_to:
+        if most < 2 or tokens <= self.single_up_to or not self._divides:
             return [list(range(len(lengths)))]
         count = max(number for number in range(1, most + 1) if self._all % number == 0)
         parts: list[list[int]] = [[] for _ in range(count)]
