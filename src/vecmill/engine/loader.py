@@ -415,8 +415,8 @@ def load_all(
     """Put models' weights on the device.
 
     Args:
-        compiled: whether layers will be compiled, whose compiler lays out their weights by itself, and for one number
-            of threads.
+        compiled: whether layers will be compiled: their weights stay as torch's own layers have them, and what is
+            compiled is for one number of threads.
         counted: where the weights are that other models have loaded.
     """
     total = sum(checkpoint.weight_bytes for checkpoint, _ in checkpoints) or 1
