@@ -29,7 +29,7 @@ from benchmarks.lib.results import publish
 from vecmill.core.types import Row, Task
 from vecmill.engine import determinism
 from vecmill.engine.device import configure_device, describe, dtype_name, has_flash_attention
-from vecmill.engine.forward import CpuThreads, Device, LoadedModel, Streams, collect, launch
+from vecmill.engine.forward import CpuThreads, Device, LoadedModel, collect, launch
 from vecmill.engine.loader import attention_of
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.networks import load_model
@@ -73,8 +73,10 @@ def answers(model: LoadedModel, rows: Sequence[Row], device: Device) -> Vectors:
     return np.stack([cast(Vectors, each) for each in collect(launch(model, rows, device))])
 
 
-def measure(source: Source, dtype: torch.dtype, device: Device, options: argparse.Namespace) -> dict[str, Any]:
-    """Both ways, over the same rows and batches."""
+def measure(
+    source: Source, dtype: torch.dtype, device: Device, threads: int, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Both ways, over the same rows and batches. `threads`: all that passes may have on a CPU."""
     checkpoint = read(source)
     network = load_model(checkpoint, Target(dtype, device.device))
     flash = device.device.type == "cuda" and has_flash_attention(device.device)
@@ -90,7 +92,7 @@ def measure(source: Source, dtype: torch.dtype, device: Device, options: argpars
             network,
             cast(Any, None),
             attention,
-            threads=CpuThreads(fixed=alone),
+            threads=CpuThreads(threads, fixed=alone),
             alone=alone,
         )
         wanted = np.concatenate([answers(model, [row], device) for row in rows])
@@ -130,14 +132,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     place = torch.device("cuda", 0) if cuda else torch.device("cpu")
     determinism.configure(place)
     configure_device(place, 0.9)
-    device = Device(place, Streams.on(place) if cuda else None)
+    described, threads = describe(place), torch.get_num_threads()  # later this thread has what its last pass had
+    device = Device.of(place, threads)
     found = []
     with TemporaryDirectory() as root:
         for source in sources(options, Path(root)):
             for dtype in DTYPES:
-                found.append(measure(source, dtype, device, options))
+                found.append(measure(source, dtype, device, threads, options))
                 print(found[-1], file=sys.stderr, flush=True)
-    result = {"host": describe_host(), "device": describe(place), "rows": options.rows, "models": found}
+    result = {"host": describe_host(), "device": described, "rows": options.rows, "models": found}
     publish("composition", result, store=not options.no_store)
     return 1 if any(each["deterministic"]["other_bits"] for each in found) else 0
 

@@ -184,6 +184,29 @@ async def test_nothing_is_compiled_once_the_engine_is_ready(
     engine.close()
 
 
+async def test_nothing_is_compiled_for_batches_that_cannot_be_divided(
+    tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Warm-up's rows are short, and many in each batch. What is compiled is for one number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.setattr(compilation, "choose", partial(choose, backend=WITHOUT_COMPILER))
+    monkeypatch.setattr(CpuThreads, "measure", lambda self, run, largest: setattr(self, "single_up_to", 128))
+    settings = load_settings(
+        {"embed_model": str(tiny_bert(tmp_path / "tiny", minilm_folder)), "device": "cpu", "torch_compile": "true"}
+    )
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+    engine.start()
+    (key,) = engine.loaded.result(60).models
+    ready = compilations()
+    for lengths in ([100], [60] * 10, [100, 40], [120, 120]):
+        rows = [Row(np.full(length, 5, dtype=np.int32)) for length in lengths]
+        assert len((await engine.run(key, rows)).rows) == len(rows)
+    assert compilations() == ready > 0
+    engine.close()
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.parametrize(
     ("compiled_seconds", "kept", "reason"),
     [

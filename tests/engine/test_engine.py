@@ -33,7 +33,7 @@ from vecmill.engine import device as device_module
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import ChosenDtype, choose_device
 from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
-from vecmill.engine.forward import LoadedModel
+from vecmill.engine.forward import LoadedModel, parts_of
 from vecmill.engine.live_models import LiveModels
 from vecmill.engine.loader import load
 from vecmill.engine.measurements import Before, Measurements
@@ -126,6 +126,25 @@ async def test_a_closed_engine_answers_too(engine: Engine) -> None:
     answers = await asyncio.wait_for(asyncio.gather(*before, *after, return_exceptions=True), 10)
     assert not any(isinstance(answer, BaseException) for answer in answers[:5])
     assert all(isinstance(answer, EngineFailed) for answer in answers[5:])
+
+
+async def test_the_next_engine_of_a_process_has_as_many_threads(tmp_path: Path, minilm_folder: Path) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
+    rows = [Row(np.full(60, 5, dtype=np.int32))] * 10
+    for _ in range(2):
+        engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+        engine.start()
+        loaded = engine.loaded.result(60)
+        assert loaded.common.threads == 2
+        assert len(parts_of(loaded.runs_on, loaded.models[KEY], rows)) == 2
+        await engine.run(KEY, rows)
+        engine.close()
+        while engine.alive:
+            await asyncio.sleep(0.01)
+    torch.set_num_threads(before)
 
 
 def test_a_model_that_cannot_be_loaded_is_the_answer_of_loaded(tmp_path: Path) -> None:

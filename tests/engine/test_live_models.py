@@ -123,6 +123,20 @@ async def test_weights_that_another_model_uses_stay(tmp_path: Path) -> None:
     engine.close()
 
 
+def test_models_that_are_not_loaded_yet_name_the_device_as_those_that_are(folders: list[Path]) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    names = ",".join(map(str, folders))
+    settings = load_settings({"embed_model": names, "device": "cpu", "dtype": "float32"})
+    engine = Engine(settings.model, settings.engine, silent, at_once=True)
+    engine.start()
+    found = engine.loaded.result(300)
+    assert found.to_load
+    assert {known.card.device for known in found.known.values()} == {"cpu (2 threads)"}
+    engine.close()
+    torch.set_num_threads(threads)
+
+
 async def test_batches_of_others_go_before_each_pass_of_a_warm_up(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,18 @@ def test_memory_that_ends_in_one_pass_refuses_its_row_alone(
     assert launched.splits
 
 
+def test_what_fitted_at_the_same_time_is_what_fits(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared_out = Device.of(CPU, 4)
+    model, rows = loaded(), rows_of([130] * 7 + [131])
+    model.threads = CpuThreads(4)
+    assert len(parts_of(shared_out, model, rows)) == 4
+    Failing(monkeypatch, model, 131, MemoryError())
+    launched = launch(model, rows, shared_out)
+    shared_out.close()
+    assert launched.splits
+    assert launched.fitting_tokens >= 6 * 130  # all but the part that was halved
+
+
 def test_a_helper_that_ends_fails_its_batch_and_is_replaced(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows, own = loaded(), rows_of(LENGTHS), threading.get_ident()
     forward = type(model.model).forward

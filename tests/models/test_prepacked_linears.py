@@ -115,6 +115,33 @@ def test_from_a_view_that_is_not_contiguous() -> None:
     torch.testing.assert_close(PrepackedLinear(linear)(hidden), linear(hidden), rtol=0.01, atol=0.01)
 
 
+def test_where_memory_ends_on_the_way_whoever_loads_the_network_again_has_all_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint, _ = load_model(GOLDEN / "qwen3" / "embedding")
+    target, rows = Target(torch.bfloat16, CPU), [Row(np.arange(1, 30, dtype=np.int32))]
+    model = load_network(checkpoint, target)
+    before, done = run(model, rows), list[Tensor]()
+    reorder = torch.ops.mkldnn._reorder_linear_weight
+
+    def end(weight: Tensor, tokens: int) -> Tensor:
+        if len(done) == 4:  # the trial's, and three layers'
+            raise MemoryError
+        done.append(weight)
+        out: Tensor = reorder(weight, tokens)
+        return out
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_reorder_linear_weight", end)
+    with pytest.raises(MemoryError):
+        prepack(model)
+    monkeypatch.undo()
+    again = load_network(checkpoint, target)
+    np.testing.assert_allclose(run(again, rows), before, rtol=0, atol=2e-3)
+    assert prepack(again) > 0
+    assert linears(again, nn.Linear) == 0
+    np.testing.assert_allclose(run(again, rows), before, rtol=0, atol=2e-3)
+
+
 def test_a_head_which_is_in_float32_stays(tmp_path: Path) -> None:
     tiny = next(tiny for tiny in tiny_models() if str(tiny) == "rerank-modernbert")
     _, model = load_model(tiny.write(tmp_path / "tiny"), tiny.task, torch.bfloat16)

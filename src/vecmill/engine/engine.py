@@ -24,6 +24,7 @@ from time import monotonic, perf_counter
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+import torch
 
 from vecmill.config import EngineSettings, ModelSettings
 from vecmill.core.errors import EngineFailed, WorkLost
@@ -539,7 +540,10 @@ class Engine:
         for call in self._inbox.clear_calls():
             call.fail(EngineFailed(self._failure))
         if self._live is not None:
-            self.loaded.result().runs_on.close()
+            loaded = self.loaded.result()
+            loaded.runs_on.close()
+            # The last passes may have had fewer, and a new thread of this process has as many as the last one set.
+            torch.set_num_threads(loaded.common.threads)
         self._packing.shutdown(wait=False)
         for collecting in self._collecting.values():
             collecting.shutdown(wait=False)

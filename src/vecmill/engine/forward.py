@@ -55,11 +55,13 @@ class CpuThreads:
     several passes at a time where the rows can be divided.
     """
 
-    def __init__(self, everything: int | None = None, *, fixed: bool = False) -> None:
+    def __init__(self, everything: int | None = None, *, fixed: bool = False, divides: bool = True) -> None:
         """`everything`: the number that all are; left out, as many as this thread has now. `fixed`: every pass gets
-        all of them, since the last bits depend on their number."""
+        all of them, since the last bits depend on their number. `divides`: not where layers are compiled, which is done
+        for one number of threads and anew at the first pass of any other.
+        """
         self._all = everything or torch.get_num_threads()
-        self._fixed = fixed
+        self._fixed, self._divides = fixed, divides
         self.single_up_to = 0
         """Tokens of the largest pass that gets one thread."""
 
@@ -77,7 +79,7 @@ class CpuThreads:
         """Rows of these lengths as passes that run at the same time: the indexes of each, in order."""
         tokens = sum(lengths)
         most = min(self._all, len(lengths), tokens // FEWEST_TOKENS_OF_A_PART)
-        if most < 2 or tokens <= self.single_up_to:
+        if most < 2 or tokens <= self.single_up_to or not self._divides:
             return [list(range(len(lengths)))]
         count = max(number for number in range(1, most + 1) if self._all % number == 0)
         parts: list[list[int]] = [[] for _ in range(count)]
@@ -236,6 +238,11 @@ class LaunchedPart:
     answers: Tensor  # (len(indexes), width) float32 on the host, in packed order; valid once `done`
     done: torch.cuda.Event | None
 
+    @property
+    def tokens(self) -> int:
+        """Of its pack."""
+        return self.packed.input_ids.shape[1]
+
 
 @dataclass(slots=True)
 class Launched:
@@ -246,11 +253,13 @@ class Launched:
     refused: dict[int, VecmillError] = field(default_factory=dict)
     """Why rows have no vector that memory did not hold even alone, by their places."""
     splits: int = 0
+    together: int = 0
+    """Tokens of the parts that ran at the same time and fitted."""
 
     @property
     def fitting_tokens(self) -> int:
-        """Tokens of the largest part that fitted."""
-        return max((part.packed.input_ids.shape[1] for part in self.parts), default=0)
+        """Tokens that fitted at a time: of the parts that ran together, or of the largest that ran by itself."""
+        return max([self.together, *(part.tokens for part in self.parts)])
 
 
 def parts_of(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Sequence[int]]:
@@ -315,9 +324,17 @@ def launch(
         for half in (indexes[:middle], indexes[middle:]):
             add(half, unless_out_of_memory(partial(run_part, model, rows, half, device, lane)))
 
-    for indexes, part in run_parts(model, rows, device, lane, packed, unless_out_of_memory):
+    ran = run_parts(model, rows, device, lane, packed, unless_out_of_memory)
+    if _at_the_same_time(device, model):
+        launched.together = sum(part.tokens for _, part in ran if part is not None)
+    for indexes, part in ran:
         add(indexes, part)
     return launched
+
+
+def _at_the_same_time(device: Device, model: LoadedModel) -> bool:
+    """Whether a batch's parts run so."""
+    return device.helpers is not None and not model.alone
 
 
 def run_parts(
@@ -339,7 +356,7 @@ def run_parts(
         if packed is not None
         else [(indexes, None) for indexes in parts_of(device, model, rows)]
     )
-    together = device.helpers is not None and not model.alone
+    together = _at_the_same_time(device, model)
     at_once = len(parts) if together else 1
     calls = [
         partial(attempt, partial(run_part, model, rows, indexes, device, lane, ready, at_once))

@@ -415,7 +415,8 @@ def load_all(
     """Put models' weights on the device.
 
     Args:
-        compiled: whether layers will be compiled, whose compiler lays out their weights by itself.
+        compiled: whether layers will be compiled: their weights stay as torch's own layers have them, and what is
+            compiled is for one number of threads.
         counted: where the weights are that other models have loaded.
     """
     total = sum(checkpoint.weight_bytes for checkpoint, _ in checkpoints) or 1
@@ -455,7 +456,7 @@ def load_all(
             numerics=determinism.numerics(device, attention, common.threads) if alone else None,
         )
         card = make_card(checkpoint, on_device, aliases[checkpoint.id], settings.query_instruction)
-        threads = CpuThreads(common.threads, fixed=alone)
+        threads = CpuThreads(common.threads, fixed=alone, divides=not compiled)
         loaded.append(LoadedModel(card, checkpoint, model, tokenizer, attention, threads=threads, alone=alone))
     return loaded
 

@@ -141,9 +141,9 @@ def _look_quickly(
     if not measured:
         raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
     choice = model.choice = _choose(model, engine, choices, stopwatch, largest, None, device.device)
+    model.threads.restore()
     if before is not None:
         model.threads.single_up_to = before.single_up_to
-        model.threads.restore()
         return replace(
             before.warmed,
             compiled=choice.compiled,

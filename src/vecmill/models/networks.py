@@ -6,7 +6,7 @@ The families' specs name the classes of transformers; here they become models th
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -125,12 +125,19 @@ def move_tensors(model: Model, device: torch.device, but: Collection[int] = ()) 
         tensor.data = copy
 
 
+def places_within(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Each module below `modules`: its parent, its name there, and itself; once for each name that it has."""
+    for parent in dict.fromkeys(each for module in modules for each in module.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is not None:
+                yield parent, name, child
+
+
 def replace_modules(modules: Iterable[nn.Module], made: Mapping[nn.Module, nn.Module]) -> None:
     """Exchange the modules within `modules` that are keys of `made` for their values, wherever they are."""
-    for parent in list(dict.fromkeys(each for module in modules for each in module.modules())):
-        for name, child in list(parent._modules.items()):  # by all their names: a module may have several in its parent
-            if child is not None and child in made:
-                setattr(parent, name, made[child])
+    for parent, name, child in places_within(modules):
+        if child in made:
+            setattr(parent, name, made[child])
 
 
 def _places(module: nn.Module) -> tuple[dict[str, Any], ...]:

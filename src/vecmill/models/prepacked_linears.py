@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.errors import first_line
-from vecmill.models.networks import Model, replace_modules
+from vecmill.models.networks import Model, places_within
 
 logger = logging.getLogger(__name__)
 
@@ -48,19 +48,22 @@ class PrepackedLinear(nn.Module):
 def prepack(model: Model) -> int:
     """Exchange the linear layers of a model that is on a CPU and in bfloat16; returns how many.
 
-    Layer by layer, so that the weights are never in memory twice. One that a model shares with another is exchanged in
-    both.
+    Layer by layer, so that the weights are never in memory twice, and each at once wherever it is: should memory end on
+    the way, the model runs as it is then, and whoever shares its network or loads it again has a whole one.
     """
-    linears = dict.fromkeys(part for module in model.modules for part in module.modules() if type(part) is nn.Linear)
-    suited = [each for each in linears if each.weight.dtype is torch.bfloat16 and each.weight.device.type == "cpu"]
-    if not suited or not _is_right():
+    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
+    for parent, name, child in places_within(model.modules):
+        if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16 and child.weight.device.type == "cpu":
+            places.setdefault(child, []).append((parent, name))
+    count = len(places)
+    if not places or not _is_right():
         return 0
-    made: dict[nn.Module, nn.Module] = {}
-    for linear in suited:
-        made[linear] = PrepackedLinear(linear).eval()
-        linear.weight = nn.Parameter(torch.empty(0), requires_grad=False)
-    replace_modules(model.modules, made)
-    return len(made)
+    while places:
+        linear, where = places.popitem()
+        prepacked = PrepackedLinear(linear).eval()
+        for parent, name in where:
+            setattr(parent, name, prepacked)
+    return count
 
 
 @lru_cache
