@@ -32,7 +32,10 @@ from typing import IO, Any, NoReturn
 MODULES = ("vecmill.app", "vecmill.engine.engine", "vecmill.serve.process", "vecmill.telemetry.logs", "uvloop")
 PYTHON = [sys.executable, "-m"]
 # What libraries read while they are imported.
-READ_AT_IMPORT = ("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTHON", "LD_")
+READ_AT_IMPORT = (
+    *("HF_", "TRANSFORMERS_", "PYTORCH_", "CUDA_", "OMP_", "GOMP_", "MKL_", "OPENBLAS_", "PYTHON", "LD_"),
+    *("MALLOC_", "GLIBC_"),
+)
 UNFORKED = ("tests.faults.moved_clock",)  # what has to run before anything is imported
 SHARED = "VECMILL_TESTS_PRELOADED"  # the folder of the socket of the process that several fork from
 LARGEST = 1_000_000  # bytes of a command and its environment
