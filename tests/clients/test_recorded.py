@@ -44,7 +44,7 @@ RECORDED = {
 PAGE = Path(__file__).parents[2] / "docs" / "clients.md"
 DIMENSIONS = 384
 LEAST_COSINE = 0.9995  # in bfloat16
-SCORE_TOLERANCE = 2e-3
+SCORE_TOLERANCE = 5e-3  # in bfloat16: processors round sums at other places
 TIMEOUT_S = 60
 
 # What is said to clients that have another word for something, or send what their own server does not read either.
