@@ -238,6 +238,9 @@ class Engine:
         self._live: LiveModels | None = None
         self._loading: threading.Thread | None = None
         self._progress = PendingPasses()
+        # Here and not in the device's thread: a new thread has as many as any thread of the process has set last, and
+        # passes of an engine before this one had fewer.
+        self._threads = torch.get_num_threads()
         self._last_done, self._last_lane = 0.0, Lane.BULK
         self._unanswered: set[QueuedBatch | Call[Any]] = set()
         """All that somebody waits for, wherever it is: a thread that ends may take along what it had just taken."""
@@ -478,6 +481,7 @@ class Engine:
                 work.resolve(EngineFailed(self._failure))
 
     def _own_device(self) -> None:
+        torch.set_num_threads(self._threads)
         try:
             kept = None if self._measurements is None else Measurements(self._measurements)
             loaded = load(self._model_settings, self._settings, self._report, kept, at_once=self._at_once)
@@ -540,10 +544,7 @@ class Engine:
         for call in self._inbox.clear_calls():
             call.fail(EngineFailed(self._failure))
         if self._live is not None:
-            loaded = self.loaded.result()
-            loaded.runs_on.close()
-            # The last passes may have had fewer, and a new thread of this process has as many as the last one set.
-            torch.set_num_threads(loaded.common.threads)
+            self.loaded.result().runs_on.close()
         self._packing.shutdown(wait=False)
         for collecting in self._collecting.values():
             collecting.shutdown(wait=False)
