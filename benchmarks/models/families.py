@@ -16,7 +16,7 @@ import torch
 from benchmarks.lib.minilm import bundled_model, sample_texts
 from benchmarks.lib.timing import TimedSide
 from benchmarks.models.builds import RandomValues, fill, matmul_parameters
-from benchmarks.models.shapes import Shape
+from benchmarks.models.shapes import QWEN3_0_6B, Shape
 from benchmarks.models.workloads import batches, run_model
 from benchmarks.serving.wide_model import TOKENIZER_FILES
 from tokenizers import Tokenizer
@@ -132,19 +132,7 @@ FAMILY_SHAPES: Mapping[str, FamilyShape] = {
     ),
     "Qwen3-Embedding-0.6B": FamilyShape(
         "qwen3",
-        {
-            "vocab_size": VOCABULARY,
-            "hidden_size": 1024,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "intermediate_size": 3072,
-            "max_position_embeddings": 32768,
-            "pad_token_id": 0,
-            "bos_token_id": 101,
-            "eos_token_id": 102,
-        },
+        {**QWEN3_0_6B, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 101, "eos_token_id": 102},
     ),
     "MPNet-base": FamilyShape("mpnet", {**_BASE, "pad_token_id": 1, "layer_norm_eps": 1e-5}),
     "RoBERTa-base": FamilyShape("roberta", {**_BASE, "type_vocab_size": 1, "layer_norm_eps": 1e-5}),
