@@ -30,12 +30,12 @@ from benchmarks.gpu.proofs import tiny_engine
 from benchmarks.gpu.stages import Stages
 from benchmarks.gpu.subjects import MAX_ROWS, GpuSizes, Subject, compile_if_possible, make
 from benchmarks.lib.figures import significant, spread
-from benchmarks.models.workloads import batches
+from benchmarks.models.workloads import answers_of, batches
 
-from vecmill.core.types import Lane, Matrix, Prefix, Row
+from vecmill.core.types import Lane, Matrix, Prefix, Row, Vector
 from vecmill.engine import determinism
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, capture_graphs
-from vecmill.engine.forward import CpuThreads, Device, Launched, LoadedModel, Streams, collect, launch
+from vecmill.engine.forward import CpuThreads, Device, Launched, LoadedModel, Streams, launch
 from vecmill.models.packing import PackedBatch
 from vecmill.models.weights import Target
 
@@ -313,7 +313,7 @@ def vectors(model: LoadedModel, rows: Sequence[Row], chosen: Iterable[Batch], on
 
 def run(
     model: LoadedModel, rows: Sequence[Row], chosen: Iterable[tuple[Lane, Batch]], on: Device
-) -> Iterator[tuple[Lane, Batch, list[Any]]]:
+) -> Iterator[tuple[Lane, Batch, list[Vector]]]:
     """The answers of each batch, with its lane. Several are launched at a time, as in the engine.
 
     Raises:
@@ -323,17 +323,14 @@ def run(
     for lane, batch in chosen:
         launched.append((lane, batch, launch(model, [rows[index] for index in batch], on, lane)))
         if len(launched) == AT_ONCE:
-            yield _collected(*launched.popleft())
+            yield _next_of(launched)
     while launched:
-        yield _collected(*launched.popleft())
+        yield _next_of(launched)
 
 
-def _collected(lane: Lane, batch: Batch, launched: Launched) -> tuple[Lane, Batch, list[Any]]:
-    answers = collect(launched)
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return lane, batch, answers
+def _next_of(launched: deque[tuple[Lane, Batch, Launched]]) -> tuple[Lane, Batch, list[Vector]]:
+    lane, batch, first = launched.popleft()
+    return lane, batch, answers_of(first)
 
 
 def _on(lane: Lane, chosen: Iterable[Batch]) -> Iterator[tuple[Lane, Batch]]:

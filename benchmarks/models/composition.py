@@ -25,11 +25,12 @@ import torch
 from benchmarks.lib.host import describe_host
 from benchmarks.lib.minilm import bundled_model
 from benchmarks.lib.results import publish
+from benchmarks.models.workloads import answers_of
 
 from vecmill.core.types import Row, Task
 from vecmill.engine import determinism
 from vecmill.engine.device import configure_device, describe, dtype_name, has_flash_attention
-from vecmill.engine.forward import CpuThreads, Device, LoadedModel, collect, launch
+from vecmill.engine.forward import CpuThreads, Device, LoadedModel, launch
 from vecmill.engine.loader import attention_of
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.networks import load_model
@@ -70,7 +71,7 @@ def sources(options: argparse.Namespace, root: Path) -> Iterator[Source]:
 
 def answers(model: LoadedModel, rows: Sequence[Row], device: Device) -> Vectors:
     """(n, width) in the rows' order."""
-    return np.stack([cast(Vectors, each) for each in collect(launch(model, rows, device))])
+    return np.stack(answers_of(launch(model, rows, device)))
 
 
 def measure(

@@ -10,7 +10,8 @@ from benchmarks.models.builds import matmul_parameters
 from benchmarks.models.shapes import Shape
 from torch import Tensor
 
-from vecmill.core.types import Prefix, Row, TokenIds
+from vecmill.core.types import Prefix, Row, TokenIds, Vector
+from vecmill.engine.forward import Launched, collect
 from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, pack
 
@@ -31,6 +32,20 @@ def run_model(model: Model, packs: Sequence[Sequence[Row]], device: torch.device
         restored[torch.tensor(packed.order)] = answers
         parts.append(restored)
     return torch.cat(parts)
+
+
+def answers_of(launched: Launched) -> list[Vector]:
+    """Of each row of a batch, once the device has them.
+
+    Raises:
+        Exception: why a row has none.
+    """
+    answers = []
+    for answer in collect(launched):
+        if isinstance(answer, Exception):
+            raise answer
+        answers.append(answer)
+    return answers
 
 
 def operations(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]]) -> float:

@@ -23,12 +23,12 @@ from benchmarks.lib.minilm import bundled_model, tokenize
 from benchmarks.lib.timing import Machine, alternate, limits
 from benchmarks.models.cases import Given
 from benchmarks.models.shapes import CPU, CUDA
-from benchmarks.models.workloads import batches, operations
+from benchmarks.models.workloads import answers_of, batches, operations
 
 from vecmill.config import load_settings
 from vecmill.core.types import Row
 from vecmill.engine.device import describe
-from vecmill.engine.forward import Device, LoadedModel, collect, launch
+from vecmill.engine.forward import Device, LoadedModel, launch
 from vecmill.engine.loader import load
 
 LIMIT_SECONDS = 1.0
@@ -44,11 +44,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
 
 def run(model: LoadedModel, packs: Sequence[Sequence[Row]], device: Device) -> npt.NDArray[np.float32]:
     """(N, width) in the rows' order: what the server's engine does for each batch."""
-    answers = [answer for rows in packs for answer in collect(launch(model, rows, device))]
-    for answer in answers:
-        if isinstance(answer, Exception):
-            raise answer
-    return np.stack([answer for answer in answers if not isinstance(answer, Exception)])
+    return np.stack([answer for rows in packs for answer in answers_of(launch(model, rows, device))])
 
 
 @torch.inference_mode()
