@@ -37,8 +37,8 @@ def busy(server: Server) -> dict[str, Any]:
     job |= {"silent_seconds": 51, "given_up_in_seconds": 249}
     ended = {"id": "b", "status": "failed", "project": "", "error": "its client has not been heard of for 300 s"}
     snapshot["jobs"]["items"] += [job | ended, job | {"id": "c", "status": "completed", "project": "x" * 500}]
-    batch = {
-        "id": "batch_1",
+    batch = {  # ids that no batch of the server's own can begin with
+        "id": "batch_shown",
         "endpoint": "/v1/embeddings",
         "model": None,
         "status": "completed",
@@ -51,7 +51,7 @@ def busy(server: Server) -> dict[str, Any]:
         "metadata": None,
         "output_bytes": 123_456,
     }
-    running = {"id": "batch_2", "status": "in_progress", "output_file_id": None, "error_file_id": None}
+    running = {"id": "batch_other", "status": "in_progress", "output_file_id": None, "error_file_id": None}
     snapshot["batches"] = {
         "counts": {"in_progress": 1},
         "total": 2,
@@ -116,7 +116,7 @@ def test_nothing_jumps_when_it_loads_and_while_work_comes_and_goes(
     expect(row(page, "Jobs", "project 0")).to_be_visible()
     expect(page.locator(".u-over").first).to_be_visible()
     page.unroute("**/dashboard/events?*")
-    expect(row(page, "Batches", "batch_1")).to_have_count(0)  # from here on the server's own
+    expect(row(page, "Batches", "batch_shown")).to_have_count(0)  # from here on the server's own
     identifier = httpx.post(f"{server.url}/jobs", json={"project": "new", "total_chunks": 9}).json()["job_id"]
     expect(row(page, "Jobs", "new")).to_be_visible()
     httpx.delete(f"{server.url}/jobs/{identifier}").raise_for_status()
