@@ -87,7 +87,8 @@ def served_of(folder_of: Callable[[TinyModel], Path], model_of: Callable[[TinyMo
     with WorkerThreads(1) as threads:
 
         def serve(tiny: TinyModel) -> Embedder | Reranker:
-            checkpoint = read(Source("tiny", folder_of(tiny), tiny.task))
+            folder = folder_of(tiny)
+            checkpoint = read(Source(folder.name, folder, tiny.task))
             card = expected_card(checkpoint, (), ModelSettings(dtype="float32"), CPU)
             return assemble_one(card, (checkpoint, load_tokenizer(checkpoint)), InferenceSettings(), threads)
 
@@ -241,7 +242,7 @@ def test_flash_attention_equals_sdpa_on_a_gpu(folder_of: Callable[[TinyModel], P
         folder = folder_of(tiny)
     except StartupError as error:
         pytest.skip(f"a GPU machine may lack the bundled model: {error}")
-    model = networks.load_model(read(Source("tiny", folder, tiny.task)), Target(torch.bfloat16, device))
+    model = networks.load_model(read(Source(folder.name, folder, tiny.task)), Target(torch.bfloat16, device))
     rows = random_rows([1, 3, 64, 64, LONGEST], 0, tiny, model.vocab_size)
     if tiny.prefixes:
         prefix = Prefix(rows[-1].token_ids)

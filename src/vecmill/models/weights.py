@@ -126,22 +126,31 @@ class WeightFiles:
     def _damaged(self, path: Path, error: Exception) -> StartupError:
         return StartupError(f"{self._checkpoint.named}: {path.name} cannot be loaded ({error}); fetch the model again.")
 
-    def tensors(self, names: Sequence[str], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    def dtype(self, name: str) -> torch.dtype | None:
+        """Of a tensor in its file; None for a type that `tensors` refuses."""
+        return TORCH_TYPES.get(self._places[name].dtype)
+
+    def tensors(
+        self, names: Sequence[str], dtype: torch.dtype, copied: Collection[str] = ()
+    ) -> Iterator[tuple[str, Tensor]]:
         """The tensors of these names, on the CPU in the file's type; each is forgotten when the next is asked for.
 
         Each is hashed while its values are looked at and copied, for the checkpoint's fingerprint.
 
         Args:
             dtype: what they will be cast to.
+            copied: those that the caller copies before it asks for the next. All are read into the same memory: pieces
+                that are freed between others which stay are not given back by malloc, a third of some models' size.
 
         Raises:
             StartupError: a value is not a finite floating-point number, or would not be one in `dtype`.
         """
+        shared = torch.empty(max((self._places[name].size for name in copied), default=0), dtype=torch.uint8)
         for path in dict.fromkeys(self.files[name] for name in names):
             unforgotten = 0
             with self._opened(path) as opened, ThreadPoolExecutor(1, "weights-hash") as hasher:
                 for name in (name for name in names if self.files[name] == path):
-                    tensor = self._read(name, opened)
+                    tensor = self._read(name, opened, shared if name in copied else None)
                     hashed = hasher.submit(self.note, name, tensor)
                     unforgotten += tensor.numel() * tensor.element_size()
                     if unforgotten > FORGET_EVERY:
@@ -162,15 +171,15 @@ class WeightFiles:
         except OSError as error:
             raise self._damaged(path, error) from None
 
-    def _read(self, name: str, opened: FileIO) -> Tensor:
-        """A whole tensor.
+    def _read(self, name: str, opened: FileIO, into: Tensor | None) -> Tensor:
+        """A whole tensor, in memory of its own or at the beginning of `into`.
 
         The library's own way holds the interpreter for as long as it reads, and with it everybody whom the server
         answers meanwhile: 1.6 s for 600 MB.
         """
         place = self._places[name]
         refuse_type(self._checkpoint.named, name, place.dtype)
-        buffer = torch.empty(place.size, dtype=torch.uint8)
+        buffer = torch.empty(place.size, dtype=torch.uint8) if into is None else into[: place.size]
         view, done = buffer.numpy().data, 0
         try:
             opened.seek(place.start)
@@ -314,15 +323,26 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
             cure += f", or `{name}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
         raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", cure)
     merged = merge_projections(model, checkpoint.network.merged)
-    for name, tensor in weights.tensors([name for name, several in places.items() if several], target.dtype):
+
+    def dtype_at(place: str) -> torch.dtype:
+        return torch.float32 if place.endswith(checkpoint.network.in_float32) else target.dtype
+
+    def is_copied(name: str) -> bool:
+        """Whether `_set` copies all of a tensor's parts: none keeps the memory that it was read into."""
+        stays = target.device.type == "cpu"
+        return not any(
+            stays and place not in merged and weights.dtype(name) is dtype_at(place) for place in places[name]
+        )
+
+    names = [name for name, several in places.items() if several]
+    for name, tensor in weights.tensors(names, target.dtype, frozenset(filter(is_copied, names))):
         # A single number, or fewer rows than places: no parts of it have the shape.
         parts = tensor.tensor_split(len(places[name])) if tensor.ndim else [tensor] * len(places[name])
         for place, part in zip(places[name], parts, strict=True):
             if part.shape != wanted[place]:
                 shapes = f"{tuple(part.shape)} instead of {tuple(wanted[place])}"
                 raise _unfit(model, checkpoint, f"{place} has the shape {shapes}")
-            dtype = torch.float32 if place.endswith(checkpoint.network.in_float32) else target.dtype
-            _set(model, merged.get(place, place), part, target.device, dtype)
+            _set(model, merged.get(place, place), part, target.device, dtype_at(place))
         target.progress(tensor.numel() * tensor.element_size())
 
 
