@@ -7,7 +7,7 @@ CPU and GPU share it, and it warns of what is refused here.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -313,15 +313,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
     weights = WeightFiles(checkpoint)
     places = {name: checkpoint.network.rename(name) for name in weights.files}
     wanted = {name: tensor.shape for name, tensor in model.state_dict().items()}  # buffers that are stored, too
-    stored = {place for several in places.values() for place in several}
-    _refuse_twice(checkpoint, places)
-    if missing := sorted(wanted.keys() - stored):
-        raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
-    if unknown := sorted(name for name, several in places.items() if not wanted.keys() >= set(several)):
-        cure = "fetch the model again"
-        if _builder(checkpoint).is_of_transformers(name := type(model).__name__):
-            cure += f", or `{name}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
-        raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", cure)
+    _refuse_others(model, checkpoint, wanted.keys(), places)
     merged = merge_projections(model, checkpoint.network.merged)
 
     def dtype_at(place: str) -> torch.dtype:
@@ -344,6 +336,21 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, target: Target) -> None:
                 raise _unfit(model, checkpoint, f"{place} has the shape {shapes}")
             _set(model, merged.get(place, place), part, target.device, dtype_at(place))
         target.progress(tensor.numel() * tensor.element_size())
+
+
+def _refuse_others(
+    model: nn.Module, checkpoint: Checkpoint, wanted: Set[str], places: Mapping[str, Sequence[str]]
+) -> None:
+    """Raise StartupError unless the files hold each of the network's weights once, and no others."""
+    stored = {place for several in places.values() for place in several}
+    _refuse_twice(checkpoint, places)
+    if missing := sorted(wanted - stored):
+        raise _unfit(model, checkpoint, f"{len(missing)} missing {missing[:3]}")
+    if unknown := sorted(name for name, several in places.items() if not set(several) <= wanted):
+        cure = "fetch the model again"
+        if _builder(checkpoint).is_of_transformers(name := type(model).__name__):
+            cure += f", or `{name}.from_pretrained(folder).save_pretrained(folder)` leaves out what it does not read"
+        raise _unfit(model, checkpoint, f"{len(unknown)} unknown {unknown[:3]}", cure)
 
 
 def _refuse_twice(checkpoint: Checkpoint, places: Mapping[str, Sequence[str]]) -> None:
