@@ -10,7 +10,7 @@ from pathlib import Path
 EMBED, VLLM = "qmd-embed", "qmd-vllm"
 SERVICES = {"embed": EMBED, "vllm": VLLM}
 
-IMAGE = "nvcr.io/nvidia/vllm:26.05-py3"
+IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3@sha256:94e21552f644e0c1627464ba89d2f7a4ce7442e196f72afa0bb5d7fba23cbb03"
 MODEL = "Qwen/Qwen3-4B"
 PORT, VLLM_PORT = 8001, 8000
 WAIT_S = 3600.0

@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+from deployment.layout import IMAGE
 
 from tests.deployment.world import World
 
@@ -67,7 +68,7 @@ def test_the_embedder_starts_before_vllm_and_downloads_come_before_both(world: W
         f"{world.clone}/locks/build.txt",
         f"{world.clone}/requirements-bundled.txt",
         str(world.clone),
-        "nvcr.io/nvidia/vllm:26.05-py3",
+        IMAGE,
         "qmd-embed.service",
         "qmd-vllm.service",
     ]
