@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tests.models.families import TinyModel, tiny_models
 from tests.models.loaded import CPU, GOLDEN, load_model, run
 from vecmill.core.types import Row
+from vecmill.engine.device import cpu_rates
 from vecmill.models import prepacked_linears
 from vecmill.models.networks import Model, tensors_of
 from vecmill.models.networks import load_model as load_network
@@ -115,8 +116,9 @@ def test_from_a_view_that_is_not_contiguous() -> None:
     torch.testing.assert_close(PrepackedLinear(linear)(hidden), linear(hidden), rtol=0.01, atol=0.01)
 
 
+@pytest.mark.parametrize("layers", [-1, 3])  # -1: it ends in the trial
 def test_where_memory_ends_on_the_way_whoever_loads_the_network_again_has_all_of_it(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, layers: int
 ) -> None:
     checkpoint, _ = load_model(GOLDEN / "qwen3" / "embedding")
     target, rows = Target(torch.bfloat16, CPU), [Row(np.arange(1, 30, dtype=np.int32))]
@@ -125,7 +127,7 @@ def test_where_memory_ends_on_the_way_whoever_loads_the_network_again_has_all_of
     reorder = torch.ops.mkldnn._reorder_linear_weight
 
     def end(weight: Tensor, tokens: int) -> Tensor:
-        if len(done) == 4:  # the trial's, and three layers'
+        if len(done) == 1 + layers:  # the first is the trial's
             raise MemoryError
         done.append(weight)
         out: Tensor = reorder(weight, tokens)
@@ -140,6 +142,14 @@ def test_where_memory_ends_on_the_way_whoever_loads_the_network_again_has_all_of
     assert prepack(again) > 0
     assert linears(again, nn.Linear) == 0
     np.testing.assert_allclose(run(again, rows), before, rtol=0, atol=2e-3)
+
+
+def test_a_type_is_rated_by_the_layers_that_models_get() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        rates = cpu_rates(64)
+    assert set(rates) == {torch.float32, torch.bfloat16}
+    assert all(rate > 0 for rate in rates.values())
+    assert any(event.key == "mkldnn::_linear_pointwise" for event in profile.key_averages())
 
 
 def test_a_head_which_is_in_float32_stays(tmp_path: Path) -> None:

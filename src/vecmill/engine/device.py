@@ -10,7 +10,7 @@ from time import perf_counter
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
+from torch import nn
 
 from vecmill.core.errors import StartupError, StartupObstacle, is_out_of_memory
 from vecmill.hardware.gpu import AMPERE, FLOAT8, gpu_index, no_float8, nvidia_gpu_present
@@ -23,6 +23,7 @@ from vecmill.hardware.memory import (
     memory_floor,
     unified_available,
 )
+from vecmill.models.prepacked_linears import prepacked
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -245,26 +246,30 @@ def rates_in_words(rates: Mapping[torch.dtype, float], chosen: torch.dtype) -> s
 
 @torch.inference_mode()
 def cpu_rates(width: int, check: Callable[[], None] = lambda: None) -> dict[torch.dtype, float]:
-    """GFLOP/s of a feed-forward layer in each type; in turns, so that other work on the machine slows both.
+    """GFLOP/s of a feed-forward layer in each type, as models have it; in turns, so that other work slows both.
 
     `check` is called before each run; what it raises ends the measurement.
     """
     layers = {dtype: _layer(width, dtype) for dtype in CPU_DTYPES.values()}
     seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in layers}
     for _ in range(PROBE_RUNS):
-        for dtype, (hidden, up, down) in layers.items():
+        for dtype, layer in layers.items():
+            hidden = torch.full((PROBE_ROWS, width), 0.01, dtype=dtype)
             check()
             started = perf_counter()
-            F.linear(F.gelu(F.linear(hidden, up)), down)
+            layer(hidden)
             seconds[dtype].append(perf_counter() - started)
     operations = 2 * 2 * PROBE_ROWS * width * width * PROBE_EXPANSION
     return {dtype: operations / min(taken) / 1e9 for dtype, taken in seconds.items()}
 
 
-def _layer(width: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    shapes = (PROBE_ROWS, width), (PROBE_EXPANSION * width, width), (width, PROBE_EXPANSION * width)
-    hidden, up, down = (torch.full(shape, 0.01, dtype=dtype) for shape in shapes)
-    return hidden, up, down
+def _layer(width: int, dtype: torch.dtype) -> nn.Module:
+    def linear(inputs: int, outputs: int) -> nn.Module:
+        plain = nn.Linear(inputs, outputs, bias=False, device="meta")
+        plain.weight = nn.Parameter(torch.full((outputs, inputs), 0.01, dtype=dtype), requires_grad=False)
+        return prepacked(plain)
+
+    return nn.Sequential(linear(width, PROBE_EXPANSION * width), nn.GELU(), linear(PROBE_EXPANSION * width, width))
 
 
 T = TypeVar("T")

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vecmill.core.errors import first_line
+from vecmill.core.errors import first_line, is_out_of_memory
 from vecmill.models.networks import Model, places_within
 
 logger = logging.getLogger(__name__)
@@ -53,17 +53,24 @@ def prepack(model: Model) -> int:
     """
     places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
     for parent, name, child in places_within(model.modules):
-        if type(child) is nn.Linear and child.weight.dtype is torch.bfloat16 and child.weight.device.type == "cpu":
+        if type(child) is nn.Linear and _can_be(child):
             places.setdefault(child, []).append((parent, name))
     count = len(places)
-    if not places or not _is_right():
-        return 0
     while places:
         linear, where = places.popitem()
-        prepacked = PrepackedLinear(linear).eval()
+        exchanged = PrepackedLinear(linear).eval()
         for parent, name in where:
-            setattr(parent, name, prepacked)
+            setattr(parent, name, exchanged)
     return count
+
+
+def prepacked(linear: nn.Linear) -> nn.Module:
+    """The layer as `prepack` leaves it in a model: itself where it is not exchanged."""
+    return PrepackedLinear(linear).eval() if _can_be(linear) else linear
+
+
+def _can_be(linear: nn.Linear) -> bool:
+    return linear.weight.dtype is torch.bfloat16 and linear.weight.device.type == "cpu" and _is_right()
 
 
 @lru_cache
@@ -84,6 +91,8 @@ def _is_right() -> bool:
             return True
         reason = "they give other numbers"
     except Exception as error:  # an operation that is not there is missed in many ways
+        if is_out_of_memory(error):  # says nothing of the operations: the next load tries again
+            raise
         reason = first_line(error)[:160]
     logger.info("linear layers stay as torch has them: the prepacked ones cannot be used here: %s", reason)
     return False
