@@ -130,8 +130,13 @@ def test_what_can_be_read_in_two_ways_is_refused_and_the_connection_closed(wired
 
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(bytes.fromhex("160301020001000100fc0303"), "not HTTPS"), (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "no HTTP/2")],
-    ids=["TLS", "HTTP/2"],
+    [
+        (bytes.fromhex("160301020001000100fc0303"), "not HTTPS"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "no HTTP/2"),
+        (b"GET /health HTTP/2.0\r\nHost: a\r\n\r\n", "HTTP/2.0 is not spoken here: send HTTP/1.1"),
+        (b"GET /health\n\r\n\r\n", "HTTP/0.9 is not spoken here: send HTTP/1.1"),
+    ],
+    ids=["TLS", "HTTP/2", "a version of HTTP/2", "HTTP/0.9"],
 )
 def test_another_protocol_is_told_so(wired: Service, data: bytes, message: str) -> None:
     answer = answer_to(wired.url, data)

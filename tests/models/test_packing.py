@@ -109,9 +109,10 @@ def check_texts(tiny: TinyModel, model: Model, served: Embedder | Reranker, exam
     @settings(max_examples=examples, deadline=None, database=None, derandomize=examples < 20)
     @given(some=st.lists(texts, min_size=2, max_size=6))
     def packed_equals_alone(some: list[str]) -> None:
-        rows = asyncio.run(rows_of(served, some))
+        # A text of which the tokenizer makes no token is refused before it gets here.
+        rows = [row for row in asyncio.run(rows_of(served, some)) if len(row)]
         if rows:
-            assert all(0 < len(row) <= served.card.max_model_len for row in rows)
+            assert all(len(row) <= served.card.max_model_len for row in rows)
             together = run(model, rows)
             assert np.isfinite(together).all()
             same(together, np.concatenate([run(model, [row]) for row in rows]), tiny.task)

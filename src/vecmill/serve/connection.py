@@ -41,6 +41,7 @@ LINE_END = b"\r\n"
 # What a chunked body may spend on sizes, extensions and trailers: so many bytes, and one for every two bytes of data.
 CHUNK_OVERHEAD = 65_536
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,12})(?:[ \t]*;[^\r\n]*)?")
+VERSIONS = ("1.0", "1.1")  # httptools also reads heads of 0.9 and 2.0
 DIGITS = re.compile(rb"[0-9]{1,15}")
 # A body that nobody wants any more is read to its end, so that the connection can go on, if there is no more left of it
 # than this; otherwise the connection is closed.
@@ -457,6 +458,8 @@ class Connection(asyncio.Protocol):
             MalformedRequest: it does not say where it ends, or what it is for.
         """
         version = self._parser.get_http_version()
+        if version not in VERSIONS:
+            raise MalformedRequest(f"HTTP/{version} is not spoken here: send HTTP/1.1.")
         body, (path, query) = _framing(head, version), _parts(head)
         self._stop_waiting()
         scope = {
