@@ -20,6 +20,7 @@ CHUNK = 16
 # At one time, so that at each kill some of them are about to write something down.
 BATCHES = ("a", "b", "c", "d")
 LINES = 1500  # of each
+AT_WORK = ("validating", "in_progress", "finalizing")
 
 
 class BatchLives:
@@ -59,9 +60,17 @@ class BatchLives:
         self._service.kill()
 
     def _began_with(self, batch_id: str, log_start: int) -> int:
-        """Completed lines of a batch when the present process took it up, as its log says from `log_start` on."""
+        """Completed lines of a batch when the present process took it up, as its log says from `log_start` on; all that
+        it has where it had ended before."""
         begins = re.compile(rf"batch begins batch={batch_id} .*completed=(\d+)")
-        return int(until(lambda: begins.search(self._service.log(), log_start))[1])
+
+        def completed() -> str | None:
+            if found := begins.search(self._service.log(), log_start):
+                return found[1]
+            batch = self._service.get(f"/v1/batches/{batch_id}")
+            return None if batch["status"] in AT_WORK else str(batch["request_counts"]["completed"])
+
+        return int(until(completed))
 
     def _look(self) -> bool:
         """Note how far the batches are, which never decreases. True while any of them is in progress."""
@@ -70,7 +79,7 @@ class BatchLives:
             assert done(batch) >= self._done[batch["id"]]
             self._done[batch["id"]] = done(batch)
         self._completed = sum(batch["request_counts"]["completed"] for batch in batches)
-        return any(batch["status"] in ("validating", "in_progress") for batch in batches)
+        return any(batch["status"] in AT_WORK for batch in batches)
 
 
 @pytest.mark.timeout(600)
