@@ -143,6 +143,8 @@ $(VENV)/.serve: pyproject.toml locks/server.txt requirements-bundled.txt | $(BIN
 	$(THIS)
 	@touch $@
 
+# Python compiles what is imported; all of it would take half of the time that installing takes.
+$(VENV)/.dev: INSTALL += --no-compile
 $(VENV)/.dev: pyproject.toml locks/dev.txt requirements-bundled.txt | $(BIN)/python
 	@echo "Installing vecmill and its development tools into $(VENV); the first time this takes a few minutes."
 	@$(TORCH)
