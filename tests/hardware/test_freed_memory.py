@@ -37,6 +37,29 @@ give_back_memory()
 print(psutil.Process().memory_info().rss)
 """
 PAGES = PIECES * PIECE // 4096
+THREADS = 12
+ONE_AFTER_ANOTHER = f"""
+import threading
+from vecmill.hardware.memory import keep_freed_memory
+import psutil
+
+keep_freed_memory()
+before, ends, done = psutil.Process().memory_info().rss, threading.Event(), threading.Semaphore(0)
+
+def work():
+    pieces = [bytearray({PIECE}) for _ in range({PIECES})]
+    for piece in pieces:
+        piece[::4096] = bytes(len(piece[::4096]))
+    del pieces, piece
+    done.release()
+    ends.wait()
+
+for _ in range({THREADS}):
+    threading.Thread(target=work).start()
+    done.acquire()
+print(psutil.Process().memory_info().rss - before)
+ends.set()
+"""
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
@@ -50,3 +73,12 @@ def test_passes_find_the_memory_of_those_before(variables: dict[str, str], mappe
     assert (faults > PASSES * PAGES / 2) is mapped_anew
     assert faults <= 2 * PAGES or mapped_anew
     assert resident < 100_000_000  # all is given back when it is asked for
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+def test_a_thread_that_begins_late_finds_what_others_have_freed() -> None:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < THREADS / 2 * PIECES * PIECE
