@@ -89,7 +89,7 @@ def parse(argv: Sequence[str]) -> Options:
         purge=given.purge,
         lines=given.lines or 100,
         wait=given.wait,
-        python=given.python or sys.executable,
+        python=_program(given.python or sys.executable),
     )
 
 
@@ -150,6 +150,11 @@ def _contradictions(given: argparse.Namespace, action: str) -> list[str]:
             for model in (given.model, given.rerank_model)
         ]
     return [sentence for wrong, sentence in checks if wrong]
+
+
+def _program(named: str) -> str:
+    """A path from here as one from anywhere; a name without a slash is looked up in PATH."""
+    return os.path.abspath(named) if "/" in named else named
 
 
 def _at_home(model: str | None) -> bool:

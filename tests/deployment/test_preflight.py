@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deployment import console
 from tests.deployment.world import World
 
 
@@ -124,3 +126,18 @@ def test_what_one_should_know_does_not_keep_it_from_going_on(world: World) -> No
     settings = world.root / "etc/vecmill/embed.env"
     settings.write_text(re.sub("ALLOWED_HOSTS=.*", "ALLOWED_HOSTS=search.example", settings.read_text()))
     assert "ALLOWED_HOSTS lacks qmd-embed.tail1234.ts.net" in world.deploy("--no-vllm", "--dry-run").stdout
+
+
+def test_nothing_is_imported_from_the_folder_that_it_is_started_in(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may stand in /tmp, where anybody may have put a venv.py."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("venv", "ensurepip", "sysconfig", "json"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "python").symlink_to(sys.executable)
+    done = world.run("embed", "--no-tailscale", "--dry-run", "--python", "./python")
+    assert f"$ {tmp_path}/python -m venv " in done.stdout
+    assert "There is no" not in done.stderr
+    console.tell([sys.executable, "-m", "venv", "--help"], shown=False)
+    assert not (tmp_path / "ran").exists()
