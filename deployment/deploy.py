@@ -245,14 +245,13 @@ def _disk(situation: Situation) -> Iterator[str]:
 
 
 def _keys(situation: Situation) -> Iterator[str]:
-    path = situation.options.api_key_file
-    if path is None:
+    path, embed = situation.options.api_key_file, situation.embed
+    if path is None or embed is None:
         return
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        yield f"--api-key-file {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}."
+    if embed.keys_fault is not None:
+        yield f"--api-key-file {path} cannot be read: {embed.keys_fault}."
         return
+    lines = [line.strip() for line in embed.keys.splitlines()]
     entries = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
     if not entries:
         yield f"--api-key-file {path} holds no key: write one on each line, `name:key` or `key`."

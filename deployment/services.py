@@ -164,6 +164,7 @@ EMBED_HEAD = """\
 # deploy.py changes only what its options name.
 """
 SHUTDOWN_SECONDS = 30.0
+LONGEST_KEYS = 1_048_576  # bytes, as the server takes them
 # vLLM takes 0.2 beside it, and the machine needs some for itself.
 SHARE_BESIDE_VLLM = "0.5"
 
@@ -183,6 +184,8 @@ class Embed:
         additions = self._defaults(generation_url) if self.new else {}
         if generation_url:
             additions["GENERATION_URL"] = generation_url
+        self.keys, self.keys_fault = _given_keys(options.api_key_file)
+        """What is checked is what is written: a pipe can be read once."""
         changes = self._changes()
         if tailnet_name and self._local_names_only({**additions, **self.before, **changes}):
             additions["ALLOWED_HOSTS"] = f"localhost,127.0.0.1,{EMBED},{tailnet_name}"
@@ -289,11 +292,10 @@ class Embed:
         return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
 
     def _keys(self) -> tuple[WriteFile, ...]:
-        given = self._options.api_key_file
-        if given is None:
+        if self._options.api_key_file is None:
             return ()
-        text = files.text(given) or ""
-        return (WriteFile(self._keys_path, text, 0o640, self._layout.readers, secret=True, staged=self._layout.staged),)
+        owner, staged = self._layout.readers, self._layout.staged
+        return (WriteFile(self._keys_path, self.keys, 0o640, owner, secret=True, staged=staged),)
 
     def _backup(self) -> tuple[Action, ...]:
         """A copy of the unit of the older guide, which this one replaces."""
@@ -307,6 +309,20 @@ class Embed:
         wanted = (self._layout.state, self._layout.hub_cache) if self._layout.user else ()
         real = [self._layout.real(path) for path in wanted]
         return tuple(MakeFolder(path) for path in real if not files.exists(path))
+
+
+def _given_keys(path: Path | None) -> tuple[str, str | None]:
+    """The text of a file of keys, or of a pipe; and why there is none."""
+    if path is None:
+        return "", None
+    try:
+        with path.open("rb") as file:
+            content = file.read(LONGEST_KEYS + 1)
+        return content.decode(), f"it is larger than {LONGEST_KEYS} bytes" if len(content) > LONGEST_KEYS else None
+    except OSError as error:
+        return "", error.strerror or str(error)
+    except UnicodeDecodeError:
+        return "", "it is not UTF-8 text"
 
 
 def reached_at(host: str) -> str:

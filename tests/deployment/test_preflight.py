@@ -103,6 +103,7 @@ def test_an_address_that_is_not_of_this_machine(world: World) -> None:
         (b"ann:\n", "line 1"),
         (b"ann:a-short-key\n", "of at least 16 characters"),
         (b"\xff\xfe\n", "not UTF-8"),
+        (b"#" * 1_048_577, "larger than 1048576 bytes"),
     ],
 )
 def test_key_files(world: World, tmp_path: Path, content: bytes | None, sentence: str) -> None:
