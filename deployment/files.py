@@ -202,12 +202,52 @@ def only_one(path: Path) -> Iterator[bool]:
             yield True
 
 
+@contextmanager
+def _beside(path: Path) -> Iterator[int | None]:
+    """A descriptor of the folder that a path is in; None where there is none. Raises Distrusted, OSError."""
+    try:
+        folder = open_folder(path.parent, make=False)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with its content, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file, a link or a folder with its content, if there is one. Raises Distrusted, OSError."""
+    with _beside(path) as folder, suppress(FileNotFoundError):
+        if folder is None:
+            return
+        _sweep(folder, path.name)
+        if stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(path.name, dir_fd=folder)
+        else:
+            os.unlink(path.name, dir_fd=folder)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder, if there is one and nothing is in it. Raises Distrusted, OSError."""
+    with _beside(path) as folder, suppress(FileNotFoundError):
+        if folder is None:
+            return
+        try:
+            os.rmdir(path.name, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+
+
+def make_folder(path: Path, mode: int) -> None:
+    """Make a folder with these rights, unless it is there, and those above it. Raises Distrusted, OSError."""
+    folder = open_folder(path.parent)
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(path.name, mode, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def read(path: Path) -> bytes | None:

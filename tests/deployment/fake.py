@@ -149,7 +149,13 @@ def python(argv: list[str], state: dict[str, Any]) -> None:
 
 
 def getent(argv: list[str], state: dict[str, Any]) -> int:
-    return 0 if argv[1] in state["accounts"] else 2
+    for account in state["accounts"]:
+        if account.partition(":")[0] == argv[1]:
+            sys.stdout.write(
+                account if ":" in account else f"{account}:x:998:998::/var/lib/vecmill:/usr/sbin/nologin\n"
+            )
+            return 0
+    return 2
 
 
 def useradd(argv: list[str], state: dict[str, Any]) -> None:
