@@ -22,7 +22,7 @@ def say(text: str = "") -> None:
 def detail(lines: Iterable[str]) -> None:
     """Write lines, indented below the step they belong to."""
     for line in lines:
-        say(f"{INDENT}{line}".rstrip())
+        say(f"{INDENT}{line}" if line else "")
 
 
 def complain(text: str) -> None:

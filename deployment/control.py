@@ -9,9 +9,9 @@ from typing import Any
 
 from deployment import console, files
 from deployment.console import ask
-from deployment.layout import ACCOUNT, EMBED, PORT, SERVICES, VLLM, VLLM_PORT, Layout, Options
+from deployment.layout import ACCOUNT, EMBED, PORT, SERVICES, UNSET_PORT, VLLM, VLLM_PORT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale, Unit
-from deployment.services import Embed, Vllm, reached_at
+from deployment.services import Embed, Vllm, port_of, reached_at
 from deployment.start import Wait, fetch, take_from_tailnet
 from deployment.steps import Action, Remove, RemoveEmpty, Run, Step, carry_out, show
 
@@ -117,8 +117,10 @@ def _since(unit: Unit) -> str:
 
 
 def _embed_state(layout: Layout) -> tuple[bool, str]:
-    settings = files.settings(files.text(layout.real(layout.embed_env)) or "")
-    url = f"http://{reached_at(settings.get('HOST') or '127.0.0.1')}:{settings.get('PORT') or PORT}"
+    text = files.text(layout.real(layout.embed_env))
+    settings = files.settings(text or "")
+    port = port_of(settings.get("PORT"), PORT if text is None else UNSET_PORT)
+    url = f"http://{reached_at(settings.get('HOST') or '127.0.0.1')}:{port}"
     status, health = fetch(f"{url}/health")
     if status == 0:
         return False, f"{url} does not answer"
@@ -134,7 +136,7 @@ def _of_health(health: dict[str, Any]) -> str:
 
 def _vllm_state(layout: Layout) -> tuple[bool, str]:
     settings = files.settings(files.text(layout.real(layout.vllm_env)) or "")
-    url = f"http://127.0.0.1:{settings.get('HOST_PORT') or VLLM_PORT}"
+    url = f"http://127.0.0.1:{port_of(settings.get('HOST_PORT'), VLLM_PORT)}"
     status, _ = fetch(f"{url}/health")
     if status != 200:
         return False, f"{url} does not answer" if status == 0 else f"{url} answers {status}"

@@ -18,7 +18,7 @@ from deployment import console, files, machine
 from deployment.console import ask, ask_json
 from deployment.layout import ACCOUNT, EMBED, EMBED_UNIT, VLLM, VLLM_UNIT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale
-from deployment.services import Embed, Release, Vllm, build, loopback
+from deployment.services import Embed, Release, Vllm, build, is_port, loopback
 from deployment.start import serve_in_tailnet
 from deployment.steps import Step, carry_out, show
 
@@ -169,6 +169,7 @@ def problems(situation: Situation) -> list[str]:
         _compiler,
         _disk,
         _keys,
+        _values,
         _embed_port,
         _tailscale,
         _docker,
@@ -263,6 +264,24 @@ def _keys(situation: Situation) -> Iterator[str]:
                 f"--api-key-file {path}, line {number}: a key is printable ASCII without spaces and commas, of at "
                 f"least 16 characters; after it may stand `scopes=use+admin`, `requests=N`, `tokens=N`, `jobs=N`."
             )
+
+
+# As a unit has them: systemd reads blanks, quotes, `%` and `$` otherwise, and Docker `:`.
+PLAIN_PATH = re.compile(r"/[\w./+,@-]*")
+
+
+def _values(situation: Situation) -> Iterator[str]:
+    """What files and the environment say that cannot be meant."""
+    layout, embed, vllm = situation.layout, situation.embed, situation.vllm
+    ports = ((embed, "PORT", layout.embed_env), (vllm, "HOST_PORT", layout.vllm_env))
+    for service, name, path in ports:
+        value = service.settings.get(name) if service is not None else None
+        if value and not is_port(value):
+            yield f"{name}={value} in {path} is no port: a number from 1 to 65535."
+    paths = {"HOME": layout.home and str(layout.home), "the container's folder of models": vllm and vllm.hub_cache}
+    for source, path in paths.items():
+        if path and not PLAIN_PATH.fullmatch(path):
+            yield f"{path} ({source}): in a path, units here take letters, digits and ./_+,@- only; move or link it."
 
 
 def _embed_port(situation: Situation) -> Iterator[str]:

@@ -21,6 +21,7 @@ from deployment.layout import (
     IMAGE,
     MODEL,
     PORT,
+    UNSET_PORT,
     VLLM,
     VLLM_PORT,
     VLLM_UNIT,
@@ -223,7 +224,7 @@ class Embed:
 
     @property
     def port(self) -> int:
-        return int(self.settings.get("PORT") or PORT)
+        return port_of(self.settings.get("PORT"), UNSET_PORT)
 
     @property
     def has_keys(self) -> bool:
@@ -325,6 +326,16 @@ def _given_keys(path: Path | None) -> tuple[str, str | None]:
         return "", "it is not UTF-8 text"
 
 
+def is_port(value: str) -> bool:
+    """Whether an env file's value is the number of one."""
+    return value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65535
+
+
+def port_of(value: str | None, usual: int) -> int:
+    """The port that an env file's value gives; the usual one where it gives none, which `problems` tells."""
+    return int(value) if value and is_port(value) else usual
+
+
 def reached_at(host: str) -> str:
     """The address, as a URL has it, by which this machine reaches a server that binds `host`."""
     everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - compared with, not bound
@@ -373,7 +384,7 @@ class Vllm:
 
     @property
     def port(self) -> int:
-        return int(self.settings["HOST_PORT"])
+        return port_of(self.settings.get("HOST_PORT"), VLLM_PORT)
 
     @property
     def url(self) -> str:
@@ -411,16 +422,17 @@ class Vllm:
         return WriteFile(self._env_path, self.env, 0o600, self._layout.root_only, staged=self._layout.staged)
 
     def _unit_file(self) -> WriteFile:
-        text = vllm_unit(self._layout, self._docker.path or "/usr/bin/docker", self._hub_cache())
+        text = vllm_unit(self._layout, self._docker.path or "/usr/bin/docker", self.hub_cache)
         return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
 
-    def _hub_cache(self) -> str:
+    @property
+    def hub_cache(self) -> str:
         """The folder that has its models already, otherwise a folder of its own."""
         told = re.search(rf" -v (\S+):{CONTAINER_CACHE} ", files.text(self.unit.path) or "") if self.unit.ours else None
         return told[1] if told else self._docker.mounted(CONTAINER_CACHE) or str(self._layout.vllm_cache)
 
     def _cache(self) -> tuple[Action, ...]:
         folder = self._layout.real(self._layout.vllm_cache)
-        if self._hub_cache() != str(self._layout.vllm_cache) or files.exists(folder):
+        if self.hub_cache != str(self._layout.vllm_cache) or files.exists(folder):
             return ()
         return (MakeFolder(folder),)

@@ -150,13 +150,13 @@ class WriteFile:
 
     def describe(self) -> list[str]:
         rights = f"{self.mode:04o}{f' {self.owner}' if self.owner else ''}"
-        shown = self.content.splitlines()
+        shown = [line.rstrip("\r\n") for line in files.LINES.findall(self.content)]
         lines = [f"{len(shown)} lines, not shown"] if self.secret else [files.conceal(line) for line in shown]
         return [f"write {self.path} ({rights})", *(f"  | {line}" for line in lines)]
 
     def apply(self) -> Undo | None:
         before = files.Before.of(self.path)
-        files.write(self.path, self.content.encode(), self.mode, self.owner_ids())
+        files.write(self.path, files.encoded(self.content), self.mode, self.owner_ids())
         return before.restore
 
     def owner_ids(self) -> tuple[int, int] | None:

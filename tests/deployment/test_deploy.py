@@ -232,3 +232,12 @@ def test_keys_that_come_through_a_pipe_are_those_that_were_checked(world: World,
     writer.join(10)
     assert done.returncode == 0, done.stderr
     assert world.text("etc/vecmill/api-keys") == "ann:open-sesame-number-1\n"
+
+
+def test_bytes_of_an_env_file_that_are_no_text_stay(embedder: World) -> None:
+    path = embedder.root / EMBED_ENV
+    before = path.read_bytes() + b"# f\xfcr uns  \n"
+    path.write_bytes(before)
+    assert "\\udcfcr uns  \n" in embedder.deploy("--host", "localhost", "--dry-run").stdout
+    assert embedder.deploy("--host", "localhost").returncode == 0
+    assert path.read_bytes() == before.replace(b"HOST=127.0.0.1", b"HOST=localhost")

@@ -142,3 +142,40 @@ def test_nothing_is_imported_from_the_folder_that_it_is_started_in(
     assert "There is no" not in done.stderr
     console.tell([sys.executable, "-m", "venv", "--help"], shown=False)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["http", "99999", "-1", "8001x", "\u0663"])
+def test_a_port_that_is_none(world: World, value: str) -> None:
+    for name, path in (("PORT", "etc/vecmill/embed.env"), ("HOST_PORT", "etc/vecmill/vllm.env")):
+        (world.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (world.root / path).write_text(f"{name}={value}\n")
+    done = world.run("--no-tailscale", "--python", str(world.python), "--dry-run")
+    assert f"PORT={value} in /etc/vecmill/embed.env is no port" in done.stderr
+    assert f"HOST_PORT={value} in /etc/vecmill/vllm.env is no port" in done.stderr
+    assert "Traceback" not in done.stderr + world.run("--status").stderr
+
+
+@pytest.mark.parametrize("home", ["/home/ann b", "/home/50%h", "/home/o'neil", "/home/a$b", "/home/a:b"])
+def test_a_path_that_a_unit_would_read_otherwise(world: World, home: str) -> None:
+    world.home = Path(home)
+    world.usual = ("--no-tailscale",)
+    assert f"{home} (HOME): in a path" in refused(world, "--user")
+    world.home = Path("/home/ann")
+    mounts = [{"Source": f"{home}/models", "Destination": "/root/.cache/huggingface"}]
+    world.set(container={"Name": "/qmd-vllm", "Mounts": mounts})
+    assert f"{home}/models (the container's folder of models): in a path" in refused(world)
+
+
+def test_without_a_port_it_is_the_server_s_own(world: World) -> None:
+    settings = world.root / "etc/vecmill/embed.env"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("HOST=localhost\n")
+    done = world.run("embed", "--no-tailscale", "--python", str(world.python), "--dry-run")
+    assert "wait for http://localhost:8080/ready" in done.stdout
+
+
+def test_a_host_that_is_no_name(world: World) -> None:
+    settings = world.root / "etc/vecmill/embed.env"
+    settings.parent.mkdir(parents=True)
+    settings.write_bytes(b"HOST=a\x00b\n")
+    assert "cannot listen on a" in refused(world, "--no-vllm")
