@@ -16,7 +16,7 @@ from time import monotonic
 
 from deployment import console, files, machine
 from deployment.console import ask, ask_json
-from deployment.layout import ACCOUNT, EMBED, EMBED_UNIT, VLLM, VLLM_UNIT, Layout, Options
+from deployment.layout import ACCOUNT, EMBED, EMBED_UNIT, IMAGE, VLLM, VLLM_UNIT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale
 from deployment.services import Embed, Release, Vllm, build, is_port, loopback
 from deployment.start import serve_in_tailnet
@@ -278,10 +278,13 @@ def _values(situation: Situation) -> Iterator[str]:
         value = service.settings.get(name) if service is not None else None
         if value and not is_port(value):
             yield f"{name}={value} in {path} is no port: a number from 1 to 65535."
-    paths = {"HOME": layout.home and str(layout.home), "the container's folder of models": vllm and vllm.hub_cache}
-    for source, path in paths.items():
-        if path and not PLAIN_PATH.fullmatch(path):
-            yield f"{path} ({source}): in a path, units here take letters, digits and ./_+,@- only; move or link it."
+    paths = {
+        "HOME": str(layout.home or "/"),
+        "the container's folder of models": vllm.hub_cache if vllm is not None else "/",
+    }
+    for source, named in paths.items():
+        if not PLAIN_PATH.fullmatch(named):
+            yield f"{named} ({source}): in a path, units here take letters, digits and ./_+,@- only; move or link it."
 
 
 def _embed_port(situation: Situation) -> Iterator[str]:
@@ -360,7 +363,7 @@ IMAGE_BYTES = 25_000_000_000
 
 def remarks(situation: Situation) -> list[str]:
     """Remarks that do not prevent the deployment."""
-    checks = (_gpu, _cpu_compiler, _reach, _names, _space, _takeover)
+    checks = (_gpu, _cpu_compiler, _reach, _names, _image, _space, _takeover)
     return [sentence for check in checks for sentence in check(situation)]
 
 
@@ -396,6 +399,12 @@ def _names(situation: Situation) -> Iterator[str]:
         yield f"ALLOWED_HOSTS lacks {name}: add it to {situation.layout.embed_env}, or that address is refused."
     if situation.tailscale is not None and situation.tailscale.running and not situation.tailscale.https:
         yield "The tailnet gives no HTTPS certificates: enable them in the admin console under DNS."
+
+
+def _image(situation: Situation) -> Iterator[str]:
+    """What an env file has stays, also where it was the default of the version that wrote it."""
+    if situation.vllm is not None and (image := situation.vllm.settings["IMAGE"]) != IMAGE:
+        yield f"{situation.layout.vllm_env} has the image {image}; this version's is {IMAGE}: --image takes it."
 
 
 def _space(situation: Situation) -> Iterator[str]:

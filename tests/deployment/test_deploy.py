@@ -241,3 +241,13 @@ def test_bytes_of_an_env_file_that_are_no_text_stay(embedder: World) -> None:
     assert "\\udcfcr uns  \n" in embedder.deploy("--host", "localhost", "--dry-run").stdout
     assert embedder.deploy("--host", "localhost").returncode == 0
     assert path.read_bytes() == before.replace(b"HOST=127.0.0.1", b"HOST=localhost")
+
+
+def test_an_image_of_a_version_before_stays_and_is_named(deployed: World) -> None:
+    path = deployed.root / "etc/vecmill/vllm.env"
+    path.write_text(path.read_text().replace(IMAGE, "nvcr.io/nvidia/vllm:26.05-py3"))
+    said = deployed.deploy("--dry-run").stdout
+    assert f"has the image nvcr.io/nvidia/vllm:26.05-py3; this version's is {IMAGE}: --image takes it." in said
+    assert deployed.deploy("--image", IMAGE).returncode == 0
+    assert f"IMAGE={IMAGE}\n" in path.read_text()
+    assert "this version's is" not in deployed.deploy("--dry-run").stdout
