@@ -26,6 +26,7 @@ from tests.servers import free_port, run, running, vecmill_command
 from tests.upgrades.record import RELEASED, TEXTS, dumped
 from vecmill import __version__
 from vecmill.core.errors import StartupError
+from vecmill.storage.files import FileLock
 from vecmill.storage.formats import FORMAT, newer_state
 from vecmill.storage.redis_connection import check_usable
 from vecmill.storage.sqlite import open_database
@@ -173,6 +174,40 @@ def test_a_damaged_mark_is_none(content: bytes, tmp_path: Path) -> None:
     assert newer_state(tmp_path) is None
     StateFolder.open(tmp_path).close()
     assert json.loads((tmp_path / "format").read_text()) == {"format": FORMAT, "written_by": __version__}
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "circle"])
+def test_a_mark_that_cannot_be_read_leaves_the_folder_alone(kind: str, tmp_path: Path) -> None:
+    """Nobody knows then who wrote it: the server keeps nothing, and nothing waits for the other end of a pipe."""
+    mark = tmp_path / "format"
+    if kind == "folder":
+        mark.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(mark)
+    else:
+        mark.symlink_to("format")
+    before = mark.lstat()
+    folder = StateFolder.open(tmp_path)
+    assert "nothing outlives this process" in str(folder.problem)
+    folder.close()
+    again = FileLock.take(tmp_path / "lock")
+    assert again is not None
+    again.release()
+    command = [*vecmill_command(0)[:3], "doctor", "--only", "state"]
+    done = run(command, env=os.environ | {"STATE_DIR": str(tmp_path)})
+    assert done.returncode != 0
+    assert "cannot be used" in done.output
+    assert (mark.lstat().st_ino, mark.lstat().st_mtime) == (before.st_ino, before.st_mtime)
+
+
+def test_a_newer_mark_may_say_more(tmp_path: Path) -> None:
+    (tmp_path / "format").write_text(json.dumps({"parts": ["x" * 50] * 200, "format": FORMAT + 1, "written_by": "9"}))
+    assert f"is of format {FORMAT + 1}" in str(newer_state(tmp_path))
+
+
+def test_a_pipe_is_no_database_of_a_newer_version(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "jobs.db")
+    assert newer_state(tmp_path) is None
 
 
 def test_the_folder_of_batches_is_looked_at_too(newer: Path) -> None:
