@@ -25,9 +25,11 @@ from tests.redis_server import redis_server
 from tests.servers import free_port, run, running, vecmill_command
 from tests.upgrades.record import RELEASED, TEXTS, dumped
 from vecmill import __version__
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import JobsUnavailable, StartupError
+from vecmill.core.protocols import StoreFailed
 from vecmill.storage.files import FileLock
 from vecmill.storage.formats import FORMAT, newer_state
+from vecmill.storage.redis import RedisJobs, RedisVectors
 from vecmill.storage.redis_connection import check_usable
 from vecmill.storage.sqlite import open_database
 from vecmill.storage.state_folder import StateFolder
@@ -223,3 +225,21 @@ async def test_what_a_newer_version_wrote_to_redis_stops_the_start(tmp_path: Pat
         with pytest.raises(StartupError, match=rf"of format {FORMAT + 1}, which is newer"):
             await check_usable(url)
         assert client.get("vecmill:format") == str(FORMAT + 1).encode()
+
+
+async def test_a_redis_that_comes_later_is_looked_at_then(tmp_path: Path) -> None:
+    """It was away when the server was started: what a newer version has written there stays as it is."""
+    with redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        client.set("vecmill:format", FORMAT + 1)
+        jobs, vectors = RedisJobs(url), RedisVectors(url)
+        with pytest.raises(JobsUnavailable, match=rf"of format {FORMAT + 1}, which is newer"):
+            await jobs.take_turn(b"me")
+        with pytest.raises(StoreFailed, match=rf"of format {FORMAT + 1}, which is newer"):
+            vectors.put({bytes(16): b"a vector"}, [])
+        assert client.keys() == [b"vecmill:format"]
+        client.delete("vecmill:format")
+        assert await jobs.take_turn(b"me")
+        vectors.put({bytes(16): b"a vector"}, [])
+        assert client.get("vecmill:format") == str(FORMAT).encode()
+        await jobs.close()
+        vectors.close()
