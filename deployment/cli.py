@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import signal
@@ -27,6 +28,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the chosen action. The exit code: 0, 1 if it failed, 2 for wrong options, 130 if interrupted."""
     options = parse(argv)
     layout = Layout.of(options.user)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # files and programs may say what no terminal can show
     os.umask(0o022)  # the service's account reads what root writes; secrets get their rights one by one
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     actions = {
@@ -57,7 +61,8 @@ def main(argv: Sequence[str]) -> int:
 def _locks(options: Options, layout: Layout) -> bool:
     """Whether this run must be the only one: it changes this machine. Who may not is told so further on."""
     changes = not options.dry_run and options.action not in ("status", "logs")
-    return changes and not layout.staged and (layout.user or os.geteuid() == 0)
+    may = bool(os.environ.get("XDG_RUNTIME_DIR")) if layout.user else os.geteuid() == 0
+    return changes and not layout.staged and may
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -89,7 +94,7 @@ def parse(argv: Sequence[str]) -> Options:
         purge=given.purge,
         lines=given.lines or 100,
         wait=given.wait,
-        python=given.python or sys.executable,
+        python=_program(given.python or sys.executable),
     )
 
 
@@ -150,6 +155,11 @@ def _contradictions(given: argparse.Namespace, action: str) -> list[str]:
             for model in (given.model, given.rerank_model)
         ]
     return [sentence for wrong, sentence in checks if wrong]
+
+
+def _program(named: str) -> str:
+    """A path from here as one from anywhere; a name without a slash is looked up in PATH."""
+    return os.path.abspath(named) if "/" in named else named
 
 
 def _at_home(model: str | None) -> bool:

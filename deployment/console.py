@@ -22,7 +22,7 @@ def say(text: str = "") -> None:
 def detail(lines: Iterable[str]) -> None:
     """Write lines, indented below the step they belong to."""
     for line in lines:
-        say(f"{INDENT}{line}".rstrip())
+        say(f"{INDENT}{line}" if line else "")
 
 
 def complain(text: str) -> None:
@@ -69,6 +69,8 @@ class ProgressLine:
 
 TAIL_LINES = 15
 ASK_WITHIN_S = 30
+ELSEWHERE = "/"
+"""Where programs run. Python's `-c` and `-m` import what lies in the working folder, and the caller's may be /tmp."""
 
 
 class Failed(Exception):
@@ -82,7 +84,9 @@ class Failed(Exception):
 def ask(*argv: str) -> subprocess.CompletedProcess[str]:
     """Run a program that changes nothing. Return code 127 if it is missing, 124 if it does not end in time."""
     try:
-        return subprocess.run(argv, capture_output=True, text=True, errors="replace", timeout=ASK_WITHIN_S, check=False)
+        return subprocess.run(
+            argv, cwd=ELSEWHERE, capture_output=True, text=True, errors="replace", timeout=ASK_WITHIN_S, check=False
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(argv, 124, "", f"no answer within {ASK_WITHIN_S} s")
     except OSError as error:
@@ -109,6 +113,7 @@ def tell(argv: Sequence[str], shown: bool) -> str:
     try:
         process = subprocess.Popen(
             argv,
+            cwd=ELSEWHERE,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -118,16 +123,17 @@ def tell(argv: Sequence[str], shown: bool) -> str:
     except OSError as error:
         raise Failed(f"{argv[0]}: {error.strerror}") from None
     tail: deque[str] = deque(maxlen=TAIL_LINES)
-    try:
-        for line in process.stdout or ():
-            tail.append(line.rstrip())
-            if shown:
-                detail([f"  {tail[-1]}"])
-        code = process.wait()
-    except BaseException:  # an interrupted deployment leaves no program running behind it
-        process.terminate()
-        process.wait()
-        raise
+    with process:
+        try:
+            for line in process.stdout or ():
+                tail.append(line.rstrip())
+                if shown:
+                    detail([f"  {tail[-1]}"])
+            code = process.wait()
+        except BaseException:  # an interrupted deployment leaves no program running behind it
+            process.terminate()
+            process.wait()
+            raise
     output = "\n".join(tail)
     if code != 0:
         raise Failed(f"exit code {code}", output)

@@ -9,11 +9,11 @@ from typing import Any
 
 from deployment import console, files
 from deployment.console import ask
-from deployment.layout import ACCOUNT, EMBED, PORT, SERVICES, VLLM, VLLM_PORT, Layout, Options
+from deployment.layout import ACCOUNT, EMBED, PORT, SERVICES, UNSET_PORT, VLLM, VLLM_PORT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale, Unit
-from deployment.services import Embed, Vllm, reached_at
+from deployment.services import Embed, Vllm, port_of, reached_at
 from deployment.start import Wait, fetch, take_from_tailnet
-from deployment.steps import Action, Remove, Run, Step, carry_out, show
+from deployment.steps import Action, Remove, RemoveEmpty, Run, Step, carry_out, show
 
 
 def logs(options: Options, layout: Layout) -> int:
@@ -117,8 +117,10 @@ def _since(unit: Unit) -> str:
 
 
 def _embed_state(layout: Layout) -> tuple[bool, str]:
-    settings = files.settings(files.text(layout.real(layout.embed_env)) or "")
-    url = f"http://{reached_at(settings.get('HOST') or '127.0.0.1')}:{settings.get('PORT') or PORT}"
+    text = files.text(layout.real(layout.embed_env))
+    settings = files.settings(text or "")
+    port = port_of(settings.get("PORT"), PORT if text is None else UNSET_PORT)
+    url = f"http://{reached_at(settings.get('HOST') or '127.0.0.1')}:{port}"
     status, health = fetch(f"{url}/health")
     if status == 0:
         return False, f"{url} does not answer"
@@ -134,7 +136,7 @@ def _of_health(health: dict[str, Any]) -> str:
 
 def _vllm_state(layout: Layout) -> tuple[bool, str]:
     settings = files.settings(files.text(layout.real(layout.vllm_env)) or "")
-    url = f"http://127.0.0.1:{settings.get('HOST_PORT') or VLLM_PORT}"
+    url = f"http://127.0.0.1:{port_of(settings.get('HOST_PORT'), VLLM_PORT)}"
     status, _ = fetch(f"{url}/health")
     if status != 200:
         return False, f"{url} does not answer" if status == 0 else f"{url} answers {status}"
@@ -184,13 +186,21 @@ def _removal(options: Options, layout: Layout) -> list[Step]:
         unit = systemd.unit(f"{service}.service")
         absent = "deploy.py did not write it" if unit.foreign else "it is not there"
         steps.append(Step(f"Remove {unit.name}", _remove_unit(unit, systemd), again, done=absent))
-    gone = [path for path in map(layout.real, _paths(options, layout)) if files.exists(path)]
-    steps.append(Step("Remove files", tuple(map(Remove, gone)), again, done="there are none"))
+    gone: list[Action] = [Remove(path) for path in map(layout.real, _paths(options, layout)) if files.exists(path)]
+    gone += [RemoveEmpty(path) for path in _around(options, layout) if files.exists(path)]
+    steps.append(Step("Remove files", tuple(gone), again, done="there are none"))
     if options.purge and not layout.user and _everything(options):
-        known = ask("getent", "passwd", ACCOUNT).returncode == 0
-        account = (Run(("userdel", ACCOUNT)),) if known else ()
-        steps.append(Step(f"Remove the account {ACCOUNT}", account, again, done="it is not there"))
+        steps.append(_remove_account(layout, again))
     return steps
+
+
+def _remove_account(layout: Layout, again: str) -> Step:
+    """The one that deploying makes; a person's of the same name has another home."""
+    answered = ask("getent", "passwd", ACCOUNT)
+    ours = str(layout.state) in answered.stdout.strip().split(":")
+    absent = "it is not there" if answered.returncode != 0 else "deploy.py did not make it"
+    actions = (Run(("userdel", ACCOUNT)),) if ours else ()
+    return Step(f"Remove the account {ACCOUNT}", actions, again, done=absent)
 
 
 def _remove_unit(unit: Unit, systemd: Systemd) -> tuple[Action, ...]:
@@ -216,9 +226,12 @@ def _paths(options: Options, layout: Layout) -> list[Path]:
         paths += [layout.venv, layout.releases, layout.embed_env, layout.api_keys]
     if VLLM in options.services:
         paths.append(layout.vllm_env)
-    if _everything(options):
-        paths += [layout.config, *([] if layout.user else [layout.code])]
     return paths + _gathered(options, layout) if options.purge else paths
+
+
+def _around(options: Options, layout: Layout) -> list[Path]:
+    """The folders that these are in: others may have put something there, such as a certificate or a clone."""
+    return [layout.real(path) for path in (layout.config, layout.code)] if _everything(options) else []
 
 
 def _gathered(options: Options, layout: Layout) -> list[Path]:
@@ -235,6 +248,8 @@ def _tell_kept(options: Options, layout: Layout) -> None:
     kept = [path for path in _gathered(options, layout) if not options.purge and files.exists(layout.real(path))]
     if layout.user and files.exists(layout.real(layout.hub_cache)):
         kept.append(layout.hub_cache)
+    if not options.dry_run:
+        kept += [path for path in _around(options, layout) if files.exists(path)]
     kept += sorted(layout.real(layout.units).glob("qmd-*.service.before-vecmill"))
     for path in kept:
         console.say(f"Kept: {path}")

@@ -16,9 +16,9 @@ from time import monotonic
 
 from deployment import console, files, machine
 from deployment.console import ask, ask_json
-from deployment.layout import ACCOUNT, EMBED, EMBED_UNIT, VLLM, VLLM_UNIT, Layout, Options
+from deployment.layout import ACCOUNT, EMBED, EMBED_UNIT, IMAGE, VLLM, VLLM_UNIT, Layout, Options
 from deployment.machine import Docker, Systemd, Tailscale
-from deployment.services import Embed, Release, Vllm, build, loopback
+from deployment.services import Embed, Release, Vllm, build, is_port, loopback
 from deployment.start import serve_in_tailnet
 from deployment.steps import Step, carry_out, show
 
@@ -169,6 +169,7 @@ def problems(situation: Situation) -> list[str]:
         _compiler,
         _disk,
         _keys,
+        _values,
         _embed_port,
         _tailscale,
         _docker,
@@ -245,14 +246,13 @@ def _disk(situation: Situation) -> Iterator[str]:
 
 
 def _keys(situation: Situation) -> Iterator[str]:
-    path = situation.options.api_key_file
-    if path is None:
+    path, embed = situation.options.api_key_file, situation.embed
+    if path is None or embed is None:
         return
-    try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        yield f"--api-key-file {path} cannot be read: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}."
+    if embed.keys_fault is not None:
+        yield f"--api-key-file {path} cannot be read: {embed.keys_fault}."
         return
+    lines = [line.strip() for line in embed.keys.splitlines()]
     entries = [(number, line) for number, line in enumerate(lines, 1) if line and not line.startswith("#")]
     if not entries:
         yield f"--api-key-file {path} holds no key: write one on each line, `name:key` or `key`."
@@ -264,6 +264,27 @@ def _keys(situation: Situation) -> Iterator[str]:
                 f"--api-key-file {path}, line {number}: a key is printable ASCII without spaces and commas, of at "
                 f"least 16 characters; after it may stand `scopes=use+admin`, `requests=N`, `tokens=N`, `jobs=N`."
             )
+
+
+# As a unit has them: systemd reads blanks, quotes, `%` and `$` otherwise, and Docker `:`.
+PLAIN_PATH = re.compile(r"/[\w./+,@-]*")
+
+
+def _values(situation: Situation) -> Iterator[str]:
+    """What files and the environment say that cannot be meant."""
+    layout, embed, vllm = situation.layout, situation.embed, situation.vllm
+    ports = ((embed, "PORT", layout.embed_env), (vllm, "HOST_PORT", layout.vllm_env))
+    for service, name, path in ports:
+        value = service.settings.get(name) if service is not None else None
+        if value and not is_port(value):
+            yield f"{name}={value} in {path} is no port: a number from 1 to 65535."
+    paths = {
+        "HOME": str(layout.home or "/"),
+        "the container's folder of models": vllm.hub_cache if vllm is not None else "/",
+    }
+    for source, named in paths.items():
+        if not PLAIN_PATH.fullmatch(named):
+            yield f"{named} ({source}): in a path, units here take letters, digits and ./_+,@- only; move or link it."
 
 
 def _embed_port(situation: Situation) -> Iterator[str]:
@@ -342,7 +363,7 @@ IMAGE_BYTES = 25_000_000_000
 
 def remarks(situation: Situation) -> list[str]:
     """Remarks that do not prevent the deployment."""
-    checks = (_gpu, _cpu_compiler, _reach, _names, _space, _takeover)
+    checks = (_gpu, _cpu_compiler, _reach, _names, _image, _space, _takeover)
     return [sentence for check in checks for sentence in check(situation)]
 
 
@@ -378,6 +399,12 @@ def _names(situation: Situation) -> Iterator[str]:
         yield f"ALLOWED_HOSTS lacks {name}: add it to {situation.layout.embed_env}, or that address is refused."
     if situation.tailscale is not None and situation.tailscale.running and not situation.tailscale.https:
         yield "The tailnet gives no HTTPS certificates: enable them in the admin console under DNS."
+
+
+def _image(situation: Situation) -> Iterator[str]:
+    """What an env file has stays, also where it was the default of the version that wrote it."""
+    if situation.vllm is not None and (image := situation.vllm.settings["IMAGE"]) != IMAGE:
+        yield f"{situation.layout.vllm_env} has the image {image}; this version's is {IMAGE}: --image takes it."
 
 
 def _space(situation: Situation) -> Iterator[str]:

@@ -202,12 +202,52 @@ def only_one(path: Path) -> Iterator[bool]:
             yield True
 
 
+@contextmanager
+def _beside(path: Path) -> Iterator[int | None]:
+    """A descriptor of the folder that a path is in; None where there is none. Raises Distrusted, OSError."""
+    try:
+        folder = open_folder(path.parent, make=False)
+    except FileNotFoundError:
+        yield None
+        return
+    try:
+        yield folder
+    finally:
+        os.close(folder)
+
+
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with its content, if there is one."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file, a link or a folder with its content, if there is one. Raises Distrusted, OSError."""
+    with _beside(path) as folder, suppress(FileNotFoundError):
+        if folder is None:
+            return
+        _sweep(folder, path.name)
+        if stat.S_ISDIR(os.stat(path.name, dir_fd=folder, follow_symlinks=False).st_mode):
+            shutil.rmtree(path.name, dir_fd=folder)
+        else:
+            os.unlink(path.name, dir_fd=folder)
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a folder, if there is one and nothing is in it. Raises Distrusted, OSError."""
+    with _beside(path) as folder, suppress(FileNotFoundError):
+        if folder is None:
+            return
+        try:
+            os.rmdir(path.name, dir_fd=folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+
+
+def make_folder(path: Path, mode: int) -> None:
+    """Make a folder with these rights, unless it is there, and those above it. Raises Distrusted, OSError."""
+    folder = open_folder(path.parent)
+    try:
+        with suppress(FileExistsError):
+            os.mkdir(path.name, mode, dir_fd=folder)
+    finally:
+        os.close(folder)
 
 
 def read(path: Path) -> bytes | None:
@@ -221,9 +261,14 @@ def read(path: Path) -> bytes | None:
 
 
 def text(path: Path) -> str | None:
-    """The content of a file as text; None as in `read`."""
+    """The content of a file as text, from which `encoded` makes the same bytes; None as in `read`."""
     content = read(path)
-    return None if content is None else content.decode("utf-8", "replace")
+    return None if content is None else content.decode("utf-8", "surrogateescape")
+
+
+def encoded(content: str) -> bytes:
+    """The bytes of a text, also of one that `text` has read and that is no UTF-8."""
+    return content.encode("utf-8", "surrogateescape")
 
 
 def exists(path: Path) -> bool:
@@ -256,14 +301,16 @@ def account(user: str, group: str) -> tuple[int, int]:
     return pwd.getpwnam(user).pw_uid, grp.getgrnam(group).gr_gid
 
 
+# As systemd and the server see them; other line breaks of Unicode are characters like any.
+LINES = re.compile(r"[^\r\n]*(?:\r\n|\r|\n)|[^\r\n]+")
 LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_]\w*)\s*=(.*)")
 
 
 def settings(text: str) -> dict[str, str]:
     """Names and values of an env file, without quotes and comments."""
     values = {}
-    for line in text.splitlines():
-        if match := LINE.match(line):
+    for line in LINES.findall(text):
+        if match := LINE.match(line.rstrip("\r\n")):
             values[match[1]] = _value(match[2].strip())
     return values
 
@@ -281,20 +328,29 @@ def merged(content: str, changes: Mapping[str, str], additions: Mapping[str, str
     """
     present = settings(content)
     lines = []
-    for line in content.splitlines():
-        match = LINE.match(line)
+    for line in LINES.findall(content):
+        text = line.rstrip("\r\n")
+        end = line[len(text) :] or "\n"
+        match = LINE.match(text)
         name = match[1] if match else ""
         if name in changes and present[name] != changes[name]:
-            line = f"{name}={changes[name]}"
-        lines.append(line)
-    lines += [f"{name}={value}" for name, value in {**additions, **changes}.items() if name not in present]
-    return "\n".join(lines) + "\n" if lines else ""
+            text = f"{name}={changes[name]}"
+        lines.append(text + end)
+    lines += [f"{name}={value}\n" for name, value in {**additions, **changes}.items() if name not in present]
+    return "".join(lines)
 
 
-SECRET = re.compile(r"\s*(?:export\s+)?(\w*(?:KEY|TOKEN|SECRET|PASSWORD)|REDIS_URL)\s*=\s*\S")
+SECRETS = (
+    # Also in a comment, a unit's Environment=, and after an option; not where it ends with dots, as of an example.
+    re.compile(r"([\w-]*(?:KEY|TOKEN|SECRET|PASSWORD|HEADERS)|REDIS_URL)\s*=\s*(?=\S)(?!\S*\.{3}(?:\s|$))", re.I),
+    re.compile(r"(--[\w-]*(?:key|token|secret|password))\s+(?=\S)", re.I),
+    re.compile(r"(\w+://)[^/\s]*@"),
+)
 
 
 def conceal(line: str) -> str:
-    """A line of an env file without the value of a key or token."""
-    match = SECRET.match(line)
-    return f"{match[1]}=(not shown)" if match else line
+    """A line of an env file or a unit up to the first value of a key, a token or a password."""
+    for secret in SECRETS:
+        if match := secret.search(line):
+            return f"{line[: match.end(1)]}=(not shown)"
+    return line

@@ -13,6 +13,7 @@ SERVICES = {"embed": EMBED, "vllm": VLLM}
 IMAGE = "nvcr.io/nvidia/vllm:26.05.post1-py3@sha256:94e21552f644e0c1627464ba89d2f7a4ce7442e196f72afa0bb5d7fba23cbb03"
 MODEL = "Qwen/Qwen3-4B"
 PORT, VLLM_PORT = 8001, 8000
+UNSET_PORT = 8080  # the server's own, where an env file names none
 WAIT_S = 3600.0
 
 
@@ -61,7 +62,7 @@ class Layout:
     def of(cls, user: bool) -> Layout:
         """The layout of this process: DESTDIR and HOME count."""
         root = Path(os.environ.get("DESTDIR") or "/").absolute()
-        return cls(root, Path(os.environ.get("HOME") or "/root") if user else None)
+        return cls(root, Path(os.environ.get("HOME") or "/root").absolute() if user else None)
 
     @property
     def user(self) -> bool:

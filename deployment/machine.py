@@ -120,8 +120,8 @@ def listen_error(host: str, port: int) -> str | None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as error:
-            return error.strerror or str(error)
+        except (OSError, ValueError, TypeError) as error:  # the latter are of what is no name of a host
+            return getattr(error, "strerror", None) or str(error)
     return None
 
 

@@ -21,6 +21,7 @@ from deployment.layout import (
     IMAGE,
     MODEL,
     PORT,
+    UNSET_PORT,
     VLLM,
     VLLM_PORT,
     VLLM_UNIT,
@@ -164,6 +165,7 @@ EMBED_HEAD = """\
 # deploy.py changes only what its options name.
 """
 SHUTDOWN_SECONDS = 30.0
+LONGEST_KEYS = 1_048_576  # bytes, as the server takes them
 # vLLM takes 0.2 beside it, and the machine needs some for itself.
 SHARE_BESIDE_VLLM = "0.5"
 
@@ -183,6 +185,8 @@ class Embed:
         additions = self._defaults(generation_url) if self.new else {}
         if generation_url:
             additions["GENERATION_URL"] = generation_url
+        self.keys, self.keys_fault = _given_keys(options.api_key_file)
+        """What is checked is what is written: a pipe can be read once."""
         changes = self._changes()
         if tailnet_name and self._local_names_only({**additions, **self.before, **changes}):
             additions["ALLOWED_HOSTS"] = f"localhost,127.0.0.1,{EMBED},{tailnet_name}"
@@ -220,7 +224,7 @@ class Embed:
 
     @property
     def port(self) -> int:
-        return int(self.settings.get("PORT") or PORT)
+        return port_of(self.settings.get("PORT"), UNSET_PORT)
 
     @property
     def has_keys(self) -> bool:
@@ -289,11 +293,10 @@ class Embed:
         return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
 
     def _keys(self) -> tuple[WriteFile, ...]:
-        given = self._options.api_key_file
-        if given is None:
+        if self._options.api_key_file is None:
             return ()
-        text = files.text(given) or ""
-        return (WriteFile(self._keys_path, text, 0o640, self._layout.readers, secret=True, staged=self._layout.staged),)
+        owner, staged = self._layout.readers, self._layout.staged
+        return (WriteFile(self._keys_path, self.keys, 0o640, owner, secret=True, staged=staged),)
 
     def _backup(self) -> tuple[Action, ...]:
         """A copy of the unit of the older guide, which this one replaces."""
@@ -307,6 +310,30 @@ class Embed:
         wanted = (self._layout.state, self._layout.hub_cache) if self._layout.user else ()
         real = [self._layout.real(path) for path in wanted]
         return tuple(MakeFolder(path) for path in real if not files.exists(path))
+
+
+def _given_keys(path: Path | None) -> tuple[str, str | None]:
+    """The text of a file of keys, or of a pipe; and why there is none."""
+    if path is None:
+        return "", None
+    try:
+        with path.open("rb") as file:
+            content = file.read(LONGEST_KEYS + 1)
+        return content.decode(), f"it is larger than {LONGEST_KEYS} bytes" if len(content) > LONGEST_KEYS else None
+    except OSError as error:
+        return "", error.strerror or str(error)
+    except UnicodeDecodeError:
+        return "", "it is not UTF-8 text"
+
+
+def is_port(value: str) -> bool:
+    """Whether an env file's value is the number of one."""
+    return value.isascii() and value.isdecimal() and 1 <= int(value[:6]) <= 65535
+
+
+def port_of(value: str | None, usual: int) -> int:
+    """The port that an env file's value gives; the usual one where it gives none, which `problems` tells."""
+    return int(value) if value and is_port(value) else usual
 
 
 def reached_at(host: str) -> str:
@@ -357,7 +384,7 @@ class Vllm:
 
     @property
     def port(self) -> int:
-        return int(self.settings["HOST_PORT"])
+        return port_of(self.settings.get("HOST_PORT"), VLLM_PORT)
 
     @property
     def url(self) -> str:
@@ -395,16 +422,17 @@ class Vllm:
         return WriteFile(self._env_path, self.env, 0o600, self._layout.root_only, staged=self._layout.staged)
 
     def _unit_file(self) -> WriteFile:
-        text = vllm_unit(self._layout, self._docker.path or "/usr/bin/docker", self._hub_cache())
+        text = vllm_unit(self._layout, self._docker.path or "/usr/bin/docker", self.hub_cache)
         return WriteFile(self.unit.path, text, owner=self._layout.root_only, staged=self._layout.staged)
 
-    def _hub_cache(self) -> str:
+    @property
+    def hub_cache(self) -> str:
         """The folder that has its models already, otherwise a folder of its own."""
         told = re.search(rf" -v (\S+):{CONTAINER_CACHE} ", files.text(self.unit.path) or "") if self.unit.ours else None
         return told[1] if told else self._docker.mounted(CONTAINER_CACHE) or str(self._layout.vllm_cache)
 
     def _cache(self) -> tuple[Action, ...]:
         folder = self._layout.real(self._layout.vllm_cache)
-        if self._hub_cache() != str(self._layout.vllm_cache) or files.exists(folder):
+        if self.hub_cache != str(self._layout.vllm_cache) or files.exists(folder):
             return ()
         return (MakeFolder(folder),)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from time import monotonic, sleep
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -32,7 +33,7 @@ def fetch(url: str, key: str | None = None) -> tuple[int, dict[str, Any]]:
             status, body = answer.status, answer.read()
     except HTTPError as error:
         status, body = error.code, error.read()
-    except (URLError, OSError, ValueError):
+    except (URLError, OSError, ValueError, HTTPException):  # what answers may speak something else
         return 0, {}
     try:
         value = json.loads(body)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import signal
+import stat
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -150,16 +150,17 @@ class WriteFile:
 
     def describe(self) -> list[str]:
         rights = f"{self.mode:04o}{f' {self.owner}' if self.owner else ''}"
-        shown = self.content.splitlines()
+        shown = [line.rstrip("\r\n") for line in files.LINES.findall(self.content)]
         lines = [f"{len(shown)} lines, not shown"] if self.secret else [files.conceal(line) for line in shown]
         return [f"write {self.path} ({rights})", *(f"  | {line}" for line in lines)]
 
     def apply(self) -> Undo | None:
         before = files.Before.of(self.path)
-        files.write(self.path, self.content.encode(), self.mode, self._owner())
+        files.write(self.path, files.encoded(self.content), self.mode, self.owner_ids())
         return before.restore
 
-    def _owner(self) -> tuple[int, int] | None:
+    def owner_ids(self) -> tuple[int, int] | None:
+        """Of the file; None: whoever runs this. Raises Failed where there is no such account."""
         if self.owner is None or self.staged:
             return None
         user, _, group = self.owner.partition(":")
@@ -195,7 +196,7 @@ class MakeFolder:
         return [f"folder {self.path} (0700)"]
 
     def apply(self) -> Undo | None:
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        files.make_folder(self.path, 0o700)
         return None
 
 
@@ -214,6 +215,20 @@ class Remove:
 
 
 @dataclass(frozen=True)
+class RemoveEmpty:
+    """A folder, unless something is in it: what other actions leave there is somebody else's."""
+
+    path: Path
+
+    def describe(self) -> list[str]:
+        return [f"remove {self.path}, if nothing else is in it"]
+
+    def apply(self) -> Undo | None:
+        files.remove_empty(self.path)
+        return None
+
+
+@dataclass(frozen=True)
 class Scratch:
     """A fresh folder for what follows in the step; it goes again if the step fails."""
 
@@ -223,17 +238,23 @@ class Scratch:
         return [f"fresh folder {self.path}"]
 
     def apply(self) -> Undo | None:
-        os.close(files.open_folder(self.path.parent))
         files.remove(self.path)
-        self.path.mkdir(mode=0o755)
-        return lambda: shutil.rmtree(self.path, ignore_errors=True)
+        files.make_folder(self.path, 0o755)
+        return lambda: files.remove(self.path)
 
 
 def same(action: WriteFile | Link) -> bool:
-    """Whether the disk already has the same content."""
+    """Whether the disk already has the same content, with the same rights."""
     if isinstance(action, Link):
         return action.path.is_symlink() and os.readlink(action.path) == str(action.target)
-    return files.text(action.path) == action.content and files.mode(action.path) == action.mode
+    if files.text(action.path) != action.content:
+        return False
+    try:
+        owner = action.owner_ids()
+    except Failed:  # its account is made by an earlier step
+        return False
+    status = action.path.stat()
+    return stat.S_IMODE(status.st_mode) == action.mode and owner in (None, (status.st_uid, status.st_gid))
 
 
 INTERRUPTED = 130

@@ -19,16 +19,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = (
-    *("docker/Dockerfile", "docker/Dockerfile.ngc", "docker/compose.yaml"),
+    *("docker/Dockerfile", "docker/Dockerfile.ngc", "docker/compose.yaml", "docker/.env.example"),
     *("docker/k8s/components/redis/redis.yaml", "deployment/layout.py"),
 )
-TAG = r"(?P<tag>[\w][\w.-]*)(?:@(?P<digest>sha256:[0-9a-f]{64}))?"
-# `image: name:tag`, `image: ${NAME:-name:tag}`, `FROM name:tag`, `IMAGE = "name:tag"`, and one that is put together.
-PLACES = (
-    re.compile(rf'(?:image: |:-|^FROM |^IMAGE = ")(?P<name>[a-z0-9][\w.-]*(?::\d+)?(?:/[\w.-]+)*):{TAG}', re.M),
-    re.compile(rf"^ARG NGC_TAG=(?P<name>){TAG}", re.M),
-)
-NGC_BASE = "nvcr.io/nvidia/pytorch"
+TAG = r"(?P<tag>[\w][\w.-]*)(?:@(?P<digest>sha256:[0-9a-f]{64}))?(?![\w./-])"
+NAME = r"[a-z0-9][\w.-]*(?::\d+)?(?:/[\w.-]+)*"
+# `image: name:tag`, `image: ${NAME:-name:tag}`, `FROM name:tag`, `IMAGE = "name:tag"`, `#VLLM_IMAGE=name:tag`
+WHOLE = re.compile(rf"(?:image: [\"']?|:-|^FROM (?:--\S+ )*|^IMAGE = \"|^#?\w*IMAGE=)(?P<name>{NAME}):{TAG}", re.M)
+# `ARG TAG=tag`, where there is a `FROM name:${TAG}`.
+ARGUMENT = re.compile(rf"^ARG (?P<variable>\w+)={TAG}$", re.M)
 OURS = re.compile(r"vecmill\b")
 # A list of one image for each architecture, then a single image.
 MANIFESTS = ", ".join(
@@ -68,11 +67,13 @@ def images(root: Path, files: tuple[str, ...]) -> Iterator[Image]:
     """All that the files name, but those that are built here."""
     for file in files:
         text = (root / file).read_text("utf-8")
-        for place in PLACES:
-            for match in place.finditer(text):
-                name = match["name"] or NGC_BASE
-                if not OURS.match(name):
-                    yield Image(file, name, match["tag"], match["digest"], match.end("tag"))
+        found = [(match["name"], match) for match in WHOLE.finditer(text)]
+        for match in ARGUMENT.finditer(text):
+            if base := re.search(rf"^FROM ({NAME}):\$\{{{match['variable']}}}", text, re.M):
+                found.append((base[1], match))
+        for name, match in found:
+            if not OURS.match(name):
+                yield Image(file, name, match["tag"], match["digest"], match.end("tag"))
 
 
 def digest_now(image: Image) -> str:

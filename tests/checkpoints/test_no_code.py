@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -12,7 +14,13 @@ import pytest
 
 from tests.servers import free_port, run, running, vecmill_command
 from tests.tiny_checkpoints import tiny_nomic
+from vecmill.core.own_python import OWN_PYTHON
+from vecmill.core.types import Task
+from vecmill.models.checkpoint import read
+from vecmill.models.rerank_prompt import rerank_form
+from vecmill.models.source import find
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 MODULES = ("modeling_hf_nomic_bert", "configuration_hf_nomic_bert", "tokenization_own", "custom_st", "sitecustomize")
 
 
@@ -76,3 +84,19 @@ def test_a_folder_with_pickles_alone_is_refused_and_none_is_opened(hostile: Path
     assert "only pickled weights" in done.output
     assert not report.exists(), report.read_text()
     assert not (hostile / "ran").exists()
+
+
+def test_nothing_of_the_folder_is_run_where_the_server_is_started_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`cd model; vecmill serve --rerank-model .`: the process of its own that renders a template starts there too."""
+    folder = tmp_path / "model"
+    shutil.copytree(GOLDEN / "qwen3" / "reranker", folder)
+    for module in ("json", "jinja2", "resource", "torch"):
+        (folder / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with (folder / "chat_template.jinja").open("a") as template:
+        template.write("{# one that was not rendered before #}")
+    monkeypatch.chdir(folder)
+    assert rerank_form(read(find(".", Task.RERANK))).prompt is not None
+    subprocess.run([*OWN_PYTHON, "-m", "vecmill", "version"], check=True, capture_output=True)
+    assert not (tmp_path / "ran").exists()

@@ -75,7 +75,7 @@ def start(name: str, unit: dict[str, Any], state: dict[str, Any]) -> None:
     unit.update(ActiveState="active", SubState="running", ActiveEnterTimestamp="Sat 2026-11-21 17:00:00 UTC")
     config, key = ("embed.env", "PORT=") if name.startswith("qmd-embed") else ("vllm.env", "HOST_PORT=")
     path = next(path for folder in CONFIGS if os.path.exists(path := f"{ROOT}/{folder}/{config}"))
-    with open(path) as lines:
+    with open(path, errors="replace") as lines:
         port = next(line.removeprefix(key).strip() for line in lines if line.startswith(key))
     server = f"{FOLDER}/server"
     quiet = [(os.POSIX_SPAWN_OPEN, number, os.devnull, os.O_RDWR, 0) for number in (0, 1, 2)]
@@ -149,7 +149,13 @@ def python(argv: list[str], state: dict[str, Any]) -> None:
 
 
 def getent(argv: list[str], state: dict[str, Any]) -> int:
-    return 0 if argv[1] in state["accounts"] else 2
+    for account in state["accounts"]:
+        if account.partition(":")[0] == argv[1]:
+            sys.stdout.write(
+                account if ":" in account else f"{account}:x:998:998::/var/lib/vecmill:/usr/sbin/nologin\n"
+            )
+            return 0
+    return 2
 
 
 def useradd(argv: list[str], state: dict[str, Any]) -> None:

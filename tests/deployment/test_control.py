@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import threading
+
 import pytest
 
 from tests.deployment.world import World
@@ -90,3 +93,22 @@ def test_wrong_options_are_a_sentence(world: World, options: tuple[str, ...], se
     assert done.returncode == 2
     assert sentence in done.stderr
     assert world.calls() == []
+
+
+def test_what_speaks_no_http_is_not_ready(deployed: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        settings = deployed.root / "etc/vecmill/embed.env"
+        settings.write_text(settings.read_text().replace(f"PORT={deployed.port}", f"PORT={port}"))
+
+        def answer() -> None:
+            connection, _ = other.accept()
+            with connection:
+                connection.sendall(b"SSH-2.0-OpenSSH_9.9\r\n")
+
+        speaking = threading.Thread(target=answer, daemon=True)
+        speaking.start()
+        done = deployed.run("embed", "--status", "--no-tailscale")
+        speaking.join(10)
+    assert done.returncode == 1
+    assert f"http://127.0.0.1:{port} does not answer" in done.stdout

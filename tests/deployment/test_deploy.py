@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import stat
+import threading
 from pathlib import Path
 
 import pytest
@@ -218,3 +220,34 @@ def test_vllm_moves_to_another_port_and_the_embedder_follows(deployed: World) ->
     assert deployed.deploy().returncode == 0
     assert f"GENERATION_URL=http://127.0.0.1:{deployed.vllm_port}\n" in deployed.text(EMBED_ENV)
     assert f"HOST_PORT={deployed.vllm_port}\n" in deployed.text("etc/vecmill/vllm.env")
+
+
+def test_keys_that_come_through_a_pipe_are_those_that_were_checked(world: World, tmp_path: Path) -> None:
+    """`--api-key-file <(pass show vecmill)` can be read once."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("ann:open-sesame-number-1\n",), daemon=True)
+    writer.start()
+    done = world.deploy("embed", "--no-tailscale", "--api-key-file", str(pipe))
+    writer.join(10)
+    assert done.returncode == 0, done.stderr
+    assert world.text("etc/vecmill/api-keys") == "ann:open-sesame-number-1\n"
+
+
+def test_bytes_of_an_env_file_that_are_no_text_stay(embedder: World) -> None:
+    path = embedder.root / EMBED_ENV
+    before = path.read_bytes() + b"# f\xfcr uns  \n"
+    path.write_bytes(before)
+    assert "\\udcfcr uns  \n" in embedder.deploy("--host", "localhost", "--dry-run").stdout
+    assert embedder.deploy("--host", "localhost").returncode == 0
+    assert path.read_bytes() == before.replace(b"HOST=127.0.0.1", b"HOST=localhost")
+
+
+def test_an_image_of_a_version_before_stays_and_is_named(deployed: World) -> None:
+    path = deployed.root / "etc/vecmill/vllm.env"
+    path.write_text(path.read_text().replace(IMAGE, "nvcr.io/nvidia/vllm:26.05-py3"))
+    said = deployed.deploy("--dry-run").stdout
+    assert f"has the image nvcr.io/nvidia/vllm:26.05-py3; this version's is {IMAGE}: --image takes it." in said
+    assert deployed.deploy("--image", IMAGE).returncode == 0
+    assert f"IMAGE={IMAGE}\n" in path.read_text()
+    assert "this version's is" not in deployed.deploy("--dry-run").stdout

@@ -101,11 +101,12 @@ def test_it_needs_no_root_but_the_deployment_does(world: World) -> None:
                 group=nobody,
                 extra_groups=None if nobody is None else [],
             )
-            for more in (["--dry-run"], [], ["--stop"], ["--uninstall"])
+            for more in (["--dry-run"], [], ["--stop"], ["--uninstall"], ["--user"])
         ]
     assert "/etc/systemd/system/qmd-embed.service" in runs[0].stdout
     assert "It needs root: sudo python3 deploy.py" in runs[1].stderr
-    assert [done.returncode for done in runs[1:]] == [1, 1, 1]
+    assert [done.returncode for done in runs[1:]] == [1, 1, 1, 1]
+    assert "to mend first" in runs[4].stderr  # without XDG_RUNTIME_DIR it has no lock
     assert "Traceback" not in "".join(done.stderr for done in runs)
 
 

@@ -217,3 +217,28 @@ def test_a_folder_that_is_exchanged_while_it_runs_gets_nothing(machine: Machine)
     assert done.returncode == 1, done.stdout
     assert "/etc/vecmill belongs to nobody" in done.stderr
     assert list(trap.iterdir()) == []
+
+
+def test_a_file_with_the_right_content_gets_the_right_owner(machine: Machine) -> None:
+    """An editor that writes a new file gives it the group of whoever edits: that group then reads the keys."""
+    assert machine.deploy(*ONLY_EMBED).returncode == 0
+    os.chown(machine.root / ENV, 0, pwd.getpwnam("nobody").pw_gid)
+    done = machine.deploy(*ONLY_EMBED)
+    assert done.returncode == 0, done.stderr
+    assert (machine.root / ENV).stat().st_gid == VECMILL
+    assert machine.deploy(*ONLY_EMBED).stdout.count("Nothing had to be changed.") == 1
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_is_removed_is_not_reached_by_way_of_somebody_else(machine: Machine, link: bool) -> None:
+    """Who owns a folder, or a link, on the way decides what is at its end."""
+    assert machine.deploy(*ONLY_EMBED).returncode == 0
+    place = machine.root / "opt/vecmill"
+    if link:
+        place.rename(machine.root / "var/elsewhere")
+        place.symlink_to("/var/elsewhere")
+    os.chown(place, NOBODY, -1, follow_symlinks=False)
+    done = machine.run("embed", "--uninstall", "--no-tailscale")
+    assert done.returncode == 1
+    assert "/opt/vecmill belongs to nobody" in done.stderr
+    assert (machine.root / ("var/elsewhere" if link else "opt/vecmill") / "releases").is_dir()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from deployment import console
 from tests.deployment.world import World
 
 
@@ -101,6 +103,7 @@ def test_an_address_that_is_not_of_this_machine(world: World) -> None:
         (b"ann:\n", "line 1"),
         (b"ann:a-short-key\n", "of at least 16 characters"),
         (b"\xff\xfe\n", "not UTF-8"),
+        (b"#" * 1_048_577, "larger than 1048576 bytes"),
     ],
 )
 def test_key_files(world: World, tmp_path: Path, content: bytes | None, sentence: str) -> None:
@@ -124,3 +127,55 @@ def test_what_one_should_know_does_not_keep_it_from_going_on(world: World) -> No
     settings = world.root / "etc/vecmill/embed.env"
     settings.write_text(re.sub("ALLOWED_HOSTS=.*", "ALLOWED_HOSTS=search.example", settings.read_text()))
     assert "ALLOWED_HOSTS lacks qmd-embed.tail1234.ts.net" in world.deploy("--no-vllm", "--dry-run").stdout
+
+
+def test_nothing_is_imported_from_the_folder_that_it_is_started_in(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may stand in /tmp, where anybody may have put a venv.py."""
+    monkeypatch.chdir(tmp_path)
+    for module in ("venv", "ensurepip", "sysconfig", "json"):
+        (tmp_path / f"{module}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "python").symlink_to(sys.executable)
+    done = world.run("embed", "--no-tailscale", "--dry-run", "--python", "./python")
+    assert f"$ {tmp_path}/python -m venv " in done.stdout
+    assert "There is no" not in done.stderr
+    console.tell([sys.executable, "-m", "venv", "--help"], shown=False)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("value", ["http", "99999", "-1", "8001x", "\u0663"])
+def test_a_port_that_is_none(world: World, value: str) -> None:
+    for name, path in (("PORT", "etc/vecmill/embed.env"), ("HOST_PORT", "etc/vecmill/vllm.env")):
+        (world.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (world.root / path).write_text(f"{name}={value}\n")
+    done = world.run("--no-tailscale", "--python", str(world.python), "--dry-run")
+    assert f"PORT={value} in /etc/vecmill/embed.env is no port" in done.stderr
+    assert f"HOST_PORT={value} in /etc/vecmill/vllm.env is no port" in done.stderr
+    assert "Traceback" not in done.stderr + world.run("--status").stderr
+
+
+@pytest.mark.parametrize("home", ["/home/ann b", "/home/50%h", "/home/o'neil", "/home/a$b", "/home/a:b"])
+def test_a_path_that_a_unit_would_read_otherwise(world: World, home: str) -> None:
+    world.home = Path(home)
+    world.usual = ("--no-tailscale",)
+    assert f"{home} (HOME): in a path" in refused(world, "--user")
+    world.home = Path("/home/ann")
+    mounts = [{"Source": f"{home}/models", "Destination": "/root/.cache/huggingface"}]
+    world.set(container={"Name": "/qmd-vllm", "Mounts": mounts})
+    assert f"{home}/models (the container's folder of models): in a path" in refused(world)
+
+
+def test_without_a_port_it_is_the_server_s_own(world: World) -> None:
+    settings = world.root / "etc/vecmill/embed.env"
+    settings.parent.mkdir(parents=True)
+    settings.write_text("HOST=localhost\n")
+    done = world.run("embed", "--no-tailscale", "--python", str(world.python), "--dry-run")
+    assert "wait for http://localhost:8080/ready" in done.stdout
+
+
+def test_a_host_that_is_no_name(world: World) -> None:
+    settings = world.root / "etc/vecmill/embed.env"
+    settings.parent.mkdir(parents=True)
+    settings.write_bytes(b"HOST=a\x00b\n")
+    assert "cannot listen on a" in refused(world, "--no-vllm")

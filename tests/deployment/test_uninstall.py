@@ -81,3 +81,23 @@ def test_a_service_of_somebody_else_is_left_alone(world: World) -> None:
 def test_on_a_bare_machine(world: World) -> None:
     assert world.run("--uninstall").returncode == 0
     assert world.changes() == []
+
+
+def test_what_others_put_beside_it_stays(deployed: World) -> None:
+    """A certificate for a proxy, a clone in /opt/vecmill, a person who has the account's name."""
+    for path in ("etc/vecmill/tls.pem", "opt/vecmill/.git/config"):
+        (deployed.root / path).parent.mkdir(exist_ok=True)
+        (deployed.root / path).write_text("not ours\n")
+    deployed.set(accounts=["vecmill:x:1000:1000:Vic Mill:/home/vecmill:/bin/bash\n"])
+    done = deployed.run("--uninstall", "--purge")
+    assert done.returncode == 0, done.stderr
+    assert files(deployed) == ["etc/vecmill/tls.pem", "opt/vecmill/.git/config"]
+    assert f"Kept: {deployed.root}/etc/vecmill\n" in done.stdout
+    assert "deploy.py did not make it" in done.stdout
+    assert "userdel vecmill" not in deployed.changes()
+
+
+def test_what_a_killed_run_left_goes_too(deployed: World) -> None:
+    (deployed.root / f"etc/vecmill/.embed.env.{'0' * 16}").write_text("HF_TOKEN=hf_")
+    assert deployed.run("--uninstall").returncode == 0
+    assert files(deployed) == []

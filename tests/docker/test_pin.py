@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from deployment.layout import IMAGE
 
 from tests.docker.parts import DOCKER, ROOT, run
 
@@ -35,8 +36,8 @@ def test_every_file_that_names_an_image_is_looked_at() -> None:
     files = re.findall(r'"((?:docker|deployment)/[^"]+)"', Path(PIN).read_text("utf-8"))
     for path in (path for folder in (DOCKER, ROOT / "deployment") for path in folder.rglob("*") if path.is_file()):
         lines = path.read_text("utf-8", "replace").splitlines()
-        named = [line.strip() for line in lines if re.search(r'^\s*image: .*:|^FROM |^IMAGE = "', line)]
-        if path.suffix != ".example" and [line for line in named if "vecmill" not in line]:
+        named = [line.strip() for line in lines if re.search(r'^\s*image: .*:|^FROM |^#?\w*IMAGE ?= ?"?\w', line)]
+        if [line for line in named if "vecmill" not in line]:
             assert str(path.relative_to(ROOT)) in files, path
 
 
@@ -87,6 +88,35 @@ def test_a_digest_is_written_behind_its_tag(registry: str, tmp_path: Path) -> No
     assert file.read_text() == text.replace("tool:1.2\n", f"tool:1.2@{DIGEST}\n").replace(old, DIGEST)
     assert run([sys.executable, PIN, "--root", str(tmp_path), "compose.yaml"]).stdout.count("as before") == 2
     assert run([sys.executable, PIN, "--check", "--root", str(tmp_path), "compose.yaml"]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ARG BUNDLED=0\nARG BASE_TAG=1.2@OLD\nFROM --platform=linux/arm64 HERE/team/tool:1.2@OLD AS one\n"
+        "FROM HERE/team/tool:${BASE_TAG}\n",
+        'IMAGE = "HERE/team/tool:1.2@OLD"\n',
+        "#TOOL_IMAGE=HERE/team/tool:1.2@OLD\nimage: 'HERE/team/tool:1.2@OLD'\n",
+    ],
+    ids=["Dockerfile", "Python", "env"],
+)
+def test_another_digest_takes_the_place_of_the_old_one_and_the_tag_stays(
+    registry: str, tmp_path: Path, text: str
+) -> None:
+    old = text.replace("HERE", registry).replace("OLD", f"sha256:{'0' * 64}")
+    (tmp_path / "file").write_text(old)
+    done = run([sys.executable, PIN, "--root", str(tmp_path), "file"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "file").read_text() == old.replace(f"sha256:{'0' * 64}", DIGEST)
+    unpinned = old.replace(f"@sha256:{'0' * 64}", "")
+    (tmp_path / "file").write_text(unpinned)
+    named = run([sys.executable, PIN, "--check", "--root", str(tmp_path), "file"]).stdout
+    assert named.count(f"{registry}/team/tool:1.2 (file) has no digest") == unpinned.count("1.2")
+
+
+def test_vllm_is_the_same_wherever_it_is_started() -> None:
+    texts = [(ROOT / name).read_text("utf-8") for name in ("docker/compose.yaml", "docker/.env.example")]
+    assert all(IMAGE in text for text in texts)
 
 
 def test_a_tag_that_the_registry_does_not_have_is_named(registry: str, tmp_path: Path) -> None:

@@ -109,6 +109,37 @@ def test_the_same_files_give_the_same_wheel(dist: Path, tmp_path: Path) -> None:
     assert (tmp_path / "again" / first.name).read_bytes() == first.read_bytes()
 
 
+def told(holding: str) -> str:
+    """The commands of docs/releases.md that have this."""
+    blocks = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "docs/releases.md").read_text("utf-8"), re.M | re.S)
+    (block,) = (block for block in blocks if holding in block)
+    return str(block)
+
+
+@pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs OpenSSH")
+def test_a_release_is_signed_and_checked_as_it_is_written(dist: Path, tmp_path: Path) -> None:
+    """What is signed where it is built is checked where it was fetched to; a file that was exchanged is found."""
+    home, built, fetched = tmp_path / "home", tmp_path / "clone", tmp_path / "fetched"
+    (home / ".ssh").mkdir(parents=True)
+    shutil.copytree(dist, built / "dist", ignore=shutil.ignore_patterns(".*"))
+    key = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "", "-f", str(home / ".ssh/release")]
+    subprocess.run(key, check=True)
+
+    def follow(commands: str, folder: Path) -> int:
+        shell = ["sh", "-e", "-c", commands]
+        return subprocess.run(shell, cwd=folder, env=os.environ | {"HOME": str(home)}, capture_output=True).returncode
+
+    assert follow(told("make wheel").replace("make wheel\n", ""), built) == 0
+    assert follow(told("-Y sign"), built) == 0
+    shutil.copytree(built / "dist", fetched)
+    public = (home / ".ssh/release.pub").read_text()
+    (fetched / "allowed_signers").write_text(f"releases@vecmill {public}")
+    assert follow(told("-Y verify"), fetched) == 0
+    (wheel,) = fetched.glob("*.whl")
+    wheel.write_bytes(wheel.read_bytes() + b"more")
+    assert follow(told("-Y verify"), fetched) != 0
+
+
 def test_the_wheel_says_what_a_server_consists_of(dist: Path) -> None:
     """Its SBOM is where PEP 770 puts it."""
     (wheel,) = dist.glob("*.whl")

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from vecmill.core.errors import StartupError
+from vecmill.storage.files import write_atomically
+from vecmill.storage.sqlite_jobs import SqliteJobs
+from vecmill.storage.sqlite_vectors import SqliteVectors
 from vecmill.storage.state_folder import StateFolder
 
 
@@ -80,3 +86,26 @@ def test_a_folder_that_cannot_be_made_again_is_told(tmp_path: Path) -> None:
     assert folder.look()
     assert folder.problem is None
     folder.close()
+
+
+def test_what_is_kept_is_nobody_else_s_also_in_a_folder_that_everybody_may_look_into(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    before = os.umask(0)
+    try:
+        StateFolder.open(tmp_path).close()
+        write_atomically(tmp_path / "history", b"what was searched")
+        vectors = SqliteVectors(tmp_path / "cache.db", 1_000_000)
+        vectors.put({bytes(16): b"a vector"}, [])
+        asyncio.run(_begin_jobs(tmp_path / "jobs.db"))
+        modes = {path.name: oct(stat.S_IMODE(path.stat().st_mode)) for path in tmp_path.iterdir()}
+        vectors.close()
+    finally:
+        os.umask(before)
+    assert {"format", "history", "lock", "cache.db", "cache.db-wal", "cache.db-shm", "jobs.db"} <= modes.keys()
+    assert set(modes.values()) == {"0o600"}
+
+
+async def _begin_jobs(path: Path) -> None:
+    jobs = SqliteJobs(path)
+    await jobs.load()
+    await jobs.close()

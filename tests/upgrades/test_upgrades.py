@@ -25,8 +25,11 @@ from tests.redis_server import redis_server
 from tests.servers import free_port, run, running, vecmill_command
 from tests.upgrades.record import RELEASED, TEXTS, dumped
 from vecmill import __version__
-from vecmill.core.errors import StartupError
+from vecmill.core.errors import JobsUnavailable, StartupError
+from vecmill.core.protocols import StoreFailed
+from vecmill.storage.files import FileLock
 from vecmill.storage.formats import FORMAT, newer_state
+from vecmill.storage.redis import RedisJobs, RedisVectors
 from vecmill.storage.redis_connection import check_usable
 from vecmill.storage.sqlite import open_database
 from vecmill.storage.state_folder import StateFolder
@@ -175,6 +178,40 @@ def test_a_damaged_mark_is_none(content: bytes, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "format").read_text()) == {"format": FORMAT, "written_by": __version__}
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "circle"])
+def test_a_mark_that_cannot_be_read_leaves_the_folder_alone(kind: str, tmp_path: Path) -> None:
+    """Nobody knows then who wrote it: the server keeps nothing, and nothing waits for the other end of a pipe."""
+    mark = tmp_path / "format"
+    if kind == "folder":
+        mark.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(mark)
+    else:
+        mark.symlink_to("format")
+    before = mark.lstat()
+    folder = StateFolder.open(tmp_path)
+    assert "nothing outlives this process" in str(folder.problem)
+    folder.close()
+    again = FileLock.take(tmp_path / "lock")
+    assert again is not None
+    again.release()
+    command = [*vecmill_command(0)[:3], "doctor", "--only", "state"]
+    done = run(command, env=os.environ | {"STATE_DIR": str(tmp_path)})
+    assert done.returncode != 0
+    assert "cannot be used" in done.output
+    assert (mark.lstat().st_ino, mark.lstat().st_mtime) == (before.st_ino, before.st_mtime)
+
+
+def test_a_newer_mark_may_say_more(tmp_path: Path) -> None:
+    (tmp_path / "format").write_text(json.dumps({"parts": ["x" * 50] * 200, "format": FORMAT + 1, "written_by": "9"}))
+    assert f"is of format {FORMAT + 1}" in str(newer_state(tmp_path))
+
+
+def test_a_pipe_is_no_database_of_a_newer_version(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "jobs.db")
+    assert newer_state(tmp_path) is None
+
+
 def test_the_folder_of_batches_is_looked_at_too(newer: Path) -> None:
     with pytest.raises(StartupError, match=r"BATCH_DIR=.*with another BATCH_DIR"):
         StateFolder.open(newer, shared=True, setting="BATCH_DIR")
@@ -188,3 +225,21 @@ async def test_what_a_newer_version_wrote_to_redis_stops_the_start(tmp_path: Pat
         with pytest.raises(StartupError, match=rf"of format {FORMAT + 1}, which is newer"):
             await check_usable(url)
         assert client.get("vecmill:format") == str(FORMAT + 1).encode()
+
+
+async def test_a_redis_that_comes_later_is_looked_at_then(tmp_path: Path) -> None:
+    """It was away when the server was started: what a newer version has written there stays as it is."""
+    with redis_server(tmp_path) as url, redis.Redis.from_url(url) as client:
+        client.set("vecmill:format", FORMAT + 1)
+        jobs, vectors = RedisJobs(url), RedisVectors(url)
+        with pytest.raises(JobsUnavailable, match=rf"of format {FORMAT + 1}, which is newer"):
+            await jobs.take_turn(b"me")
+        with pytest.raises(StoreFailed, match=rf"of format {FORMAT + 1}, which is newer"):
+            vectors.put({bytes(16): b"a vector"}, [])
+        assert client.keys() == [b"vecmill:format"]
+        client.delete("vecmill:format")
+        assert await jobs.take_turn(b"me")
+        vectors.put({bytes(16): b"a vector"}, [])
+        assert client.get("vecmill:format") == str(FORMAT).encode()
+        await jobs.close()
+        vectors.close()

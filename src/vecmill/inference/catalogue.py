@@ -11,13 +11,13 @@ import json
 import logging
 import os
 import re
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from vecmill.core.errors import InvalidInput, ModelConflict, ModelNotFound, StartupError
+from vecmill.core.own_python import OWN_PYTHON
 from vecmill.core.types import ModelCard, Task
 from vecmill.inference.residency import ModelEvent, ModelState, Residency, Resident, after
 
@@ -216,7 +216,7 @@ class Catalogue:
 
     async def _run(self, pull: Pull) -> str | None:
         """What went wrong; None where nothing did. The process ends with this call."""
-        command = [sys.executable, "-m", "vecmill", "pull", "--json"]
+        command = [*OWN_PYTHON, "-m", "vecmill", "pull", "--json"]
         if pull.revision is not None:
             command += ["--revision", pull.revision]
         token = {"HF_TOKEN": self._hf_token} if self._hf_token else {}

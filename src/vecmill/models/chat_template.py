@@ -26,6 +26,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.meta import find_undeclared_variables
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from vecmill.core.own_python import OWN_PYTHON
 from vecmill.models.child_process import inherited_environment, limit_this_process
 
 MOST_CHARACTERS = 65_536  # of a template
@@ -159,7 +160,7 @@ def _rendered_apart(given: str) -> Mapping[str, Any]:
     result: Mapping[str, Any] = {}
     with suppress(subprocess.TimeoutExpired, ValueError):
         done = subprocess.run(  # noqa: S603  # our own interpreter
-            [sys.executable, "-s", "-m", __name__],
+            [*OWN_PYTHON, "-s", "-m", __name__],
             env=inherited_environment(),
             input=given,
             capture_output=True,

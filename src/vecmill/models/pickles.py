@@ -23,6 +23,7 @@ from typing import Any
 import xxhash
 
 from vecmill.core.errors import StartupError
+from vecmill.core.own_python import OWN_PYTHON
 from vecmill.models.child_process import inherited_environment, limit_this_process
 from vecmill.models.fingerprint import READ
 from vecmill.models.modules import MODULES, trained_folders
@@ -151,7 +152,7 @@ def _convert_all(listing: Listing, folder: Path, names: list[str], result: Path,
 def _in_child(named: str, pickle: Path, made: Path) -> Mapping[str, Any]:
     size = pickle.stat().st_size
     with TemporaryDirectory(dir=made.parent.parent, prefix="unpickling-") as own:
-        command = [sys.executable, "-s", "-m", __name__, str(pickle.resolve()), str(made.resolve())]
+        command = [*OWN_PYTHON, "-s", "-m", __name__, str(pickle.resolve()), str(made.resolve())]
         try:
             done = subprocess.run(  # noqa: S603  # our own interpreter, with two paths
                 command,

@@ -5,16 +5,19 @@ Sources: https://man7.org/linux/man-pages/man2/flock.2.html, https://man7.org/li
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import secrets
+import stat
 from contextlib import suppress
 from pathlib import Path
 from time import time
 from typing import Self
 
 TEMPORARY = ".tmp"
+PRIVATE = 0o600
 LONGEST_WRITE_SECONDS = 3600.0
 
 
@@ -28,7 +31,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
     try:
-        with temporary.open("wb") as file:
+        with open(temporary, "wb", opener=_private) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -37,6 +40,24 @@ def write_atomically(path: Path, data: bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def _private(path: str, flags: int) -> int:
+    """Texts, vectors and projects are nobody else's, whatever the folder's rights are."""
+    return os.open(path, flags | os.O_CLOEXEC, PRIVATE)
+
+
+def read_start(path: Path, size: int) -> bytes:
+    """The first bytes of a file. Waits for nobody: a pipe in its place is no file.
+
+    Raises:
+        OSError: it is not there, is no file, or cannot be read.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, f"{path.name} is no file", str(path))
+        return file.read(size)
 
 
 def delete_unfinished(folder: Path, within: str = "") -> None:

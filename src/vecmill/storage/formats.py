@@ -11,21 +11,25 @@ import json
 from pathlib import Path
 
 from vecmill import __version__
-from vecmill.storage.files import write_atomically
+from vecmill.storage.files import read_start, write_atomically
 from vecmill.storage.sqlite_jobs import MAGIC
 from vecmill.storage.sqlite_jobs import VERSION as JOBS_VERSION
 from vecmill.storage.sqlite_vectors import VERSION as VECTORS_VERSION
 
 FORMAT = 1
 FILE = "format"
-LONGEST = 4096  # bytes of the file
+LONGEST = 1_048_576  # bytes of the file, which a newer version may have more to say in
 DATABASES = {"jobs.db": JOBS_VERSION, "cache.db": VECTORS_VERSION}
 # One sentence: what is before it may have any characters.
 CURE = "Install that version again, or one that is newer; or begin with nothing, with another {setting}."
 
 
 def newer_state(folder: Path, setting: str = "STATE_DIR") -> str | None:
-    """Why this version must not use the folder, with the cure; None where it may. Changes nothing."""
+    """Why this version must not use the folder, with the cure; None where it may. Changes nothing.
+
+    Raises:
+        OSError: its mark is there and cannot be read, so that nobody knows.
+    """
     written, by = stamped(folder)
     if written > FORMAT:
         return _sentence(f"{setting}={folder} is of format {written}, written by vecmill {by}", FORMAT, setting)
@@ -47,11 +51,13 @@ def stamp(folder: Path) -> None:
 
 
 def stamped(folder: Path) -> tuple[int, str]:
-    """The format of a folder, and which version began it; 0 where it says none: it is new, or older than this file."""
+    """The format of a folder, and which version began it; 0 where it says none: it is new, or older than this file.
+
+    Raises OSError.
+    """
     try:
-        with (folder / FILE).open("rb") as file:
-            content = json.loads(file.read(LONGEST))
-    except (OSError, ValueError, RecursionError):
+        content = json.loads(read_start(folder / FILE, LONGEST))
+    except (FileNotFoundError, ValueError, RecursionError):
         return 0, ""
     number = content.get("format") if isinstance(content, dict) else None
     return (number, str(content.get("written_by"))[:40]) if type(number) is int else (0, "")
@@ -65,8 +71,7 @@ def _user_version(path: Path) -> int:
     Source: https://www.sqlite.org/fileformat.html#user_version_number
     """
     try:
-        with path.open("rb") as file:
-            header = file.read(64)
+        header = read_start(path, 64)
     except OSError:
         return 0
     return int.from_bytes(header[60:64], "big", signed=True) if header.startswith(MAGIC) else 0

@@ -24,7 +24,7 @@ from redis.retry import Retry
 
 from vecmill.core.errors import JobsUnavailable
 from vecmill.core.protocols import JobChanges, StoredJobs, StoreFailed, StoreSize
-from vecmill.storage.redis_connection import JOBS_TIMEOUT_SECONDS, MemoryFacts, connect
+from vecmill.storage.redis_connection import JOBS_TIMEOUT_SECONDS, MemoryFacts, NewerFormat, connect, look_first
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,8 @@ class RedisJobs:
 
 def _unavailable(error: Exception) -> JobsUnavailable:
     # Not its text: it may repeat the address, which may have a password.
-    return JobsUnavailable(f"Redis cannot be used for the jobs ({type(error).__name__}).")
+    reason = str(error) if isinstance(error, NewerFormat) else type(error).__name__
+    return JobsUnavailable(f"Redis cannot be used for the jobs ({reason}).")
 
 
 class RedisVectors:
@@ -161,6 +162,7 @@ class RedisVectors:
             socket_timeout=VECTORS_TIMEOUT_SECONDS,
             socket_connect_timeout=VECTORS_TIMEOUT_SECONDS,
             retry=Retry(NoBackoff(), 1),
+            redis_connect_func=look_first,
         )
         self._redis.connection_pool.make_connection()  # not connected yet; it would raise at each use otherwise
         self._max_bytes = max_bytes

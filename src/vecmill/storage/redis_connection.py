@@ -37,8 +37,44 @@ REPLICA = "vecmill:replica:"
 """What the keys of the servers at this Redis begin with."""
 
 
-def connect(url: str) -> AsyncRedis:
+class NewerFormat(RedisError):
+    """What is in this Redis is of a format that this version does not read; the message has nothing of the address."""
+
+
+def _refuse_newer(stored: Any) -> None:
+    """Raises NewerFormat where a newer version has written what is there."""
+    if isinstance(stored, bytes) and stored.isdigit() and int(stored[:9]) > FORMAT:
+        raise NewerFormat(
+            f"What is in Redis is of format {int(stored[:9])}, which is newer than what vecmill {__version__} reads "
+            f"({FORMAT}). Install the version that wrote it again, or one that is newer; or begin with nothing, in "
+            f"another database (REDIS_URL with `/1`)."
+        )
+
+
+def look_first(connection: Any) -> None:
+    """Begin a connection: a Redis that was away, or is another one now, may have been written by a newer version."""
+    connection.on_connect()
+    connection.send_command("GET", FORMAT_KEY)
+    with suppress(ResponseError):  # it is no mark, or may not be read
+        _refuse_newer(connection.read_response())
+
+
+async def _look_first(connection: Any) -> None:
+    """As `look_first`. A Redis without a mark gets it: it was empty, or away when the server was started."""
+    await connection.on_connect()
+    await connection.send_command("GET", FORMAT_KEY)
+    with suppress(ResponseError):
+        _refuse_newer(stored := await connection.read_response())
+        if stored is None:
+            await connection.send_command("SET", FORMAT_KEY, FORMAT)
+            await connection.read_response()
+
+
+def connect(url: str, *, looks: bool = True) -> AsyncRedis:
     """A client that connects when it is first used, and reconnects after Redis was away. Answers are bytes.
+
+    Args:
+        looks: whether each connection is refused where a newer version has written what is there.
 
     Raises:
         ValueError, TypeError: the client library does not know an option or a part of the address.
@@ -49,6 +85,7 @@ def connect(url: str) -> AsyncRedis:
         socket_connect_timeout=JOBS_TIMEOUT_SECONDS,
         retry=AsyncRetry(NoBackoff(), 1),  # once, for a connection that Redis has closed meanwhile
         max_connections=MAX_CONNECTIONS,
+        redis_connect_func=_look_first if looks else None,
     )
     # Does not connect yet. It raises here for an unknown option, which would otherwise raise at each use.
     client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
@@ -126,7 +163,7 @@ def redis_facts(url: str) -> RedisFacts:
 
 
 async def _facts(url: str) -> RedisFacts:
-    async with connect(url) as client:
+    async with connect(url, looks=False) as client:
         info = await _usable(client)
         try:
             seconds = [await _ping(client) for _ in range(PINGS)]
@@ -167,7 +204,7 @@ async def check_usable(url: str) -> None:
         StartupError: it answers, and only another configuration helps: one sentence, with the cure.
     """
     try:
-        async with connect(url) as client:
+        async with connect(url, looks=False) as client:
             await _usable(client)
             with suppress(RedisError, OSError):  # it is full, or only follows another; the doctor says so
                 await client.set(FORMAT_KEY, FORMAT)
@@ -210,12 +247,10 @@ async def _check_format(client: AsyncRedis) -> None:
             stored: Any = await client.get(FORMAT_KEY)
     except (RedisError, OSError) as error:
         raise StoreFailed(type(error).__name__) from None
-    if stored is not None and stored.isdigit() and int(stored[:9]) > FORMAT:
-        raise StartupError(
-            f"What is in Redis is of format {int(stored[:9])}, which is newer than what vecmill {__version__} reads "
-            f"({FORMAT}). Install the version that wrote it again, or one that is newer; or begin with nothing, in "
-            f"another database (REDIS_URL with `/1`)."
-        )
+    try:
+        _refuse_newer(stored)
+    except NewerFormat as error:
+        raise StartupError(str(error)) from None
 
 
 def _version(info: Mapping[str, Any]) -> str:

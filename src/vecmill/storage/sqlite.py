@@ -12,6 +12,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import time_ns
 
+from vecmill.storage.files import PRIVATE
+
 logger = logging.getLogger(__name__)
 
 BUSY_SECONDS = 5.0
@@ -24,6 +26,8 @@ def connect(path: Path, *, durable: bool = False, busy_seconds: float = BUSY_SEC
 
     What is committed survives the death of the process; where `durable`, also that of the machine.
     """
+    with suppress(OSError):  # its log gets the same rights; where it cannot be made, SQLite says why
+        path.touch(PRIVATE, exist_ok=False)
     connection = sqlite3.connect(path, timeout=busy_seconds, isolation_level=None, check_same_thread=False)
     try:
         connection.execute("PRAGMA journal_mode = WAL")

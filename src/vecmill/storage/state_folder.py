@@ -73,12 +73,11 @@ class StateFolder:
     @staticmethod
     def _check_format(path: Path, lock: FileLock, setting: str) -> None:
         """Raises StartupError where a newer version has written it, and OSError."""
-        if (newer := newer_state(path, setting)) is not None:
-            lock.release()
-            raise StartupError(newer)
         try:
+            if (newer := newer_state(path, setting)) is not None:
+                raise StartupError(newer)
             stamp(path)
-        except OSError:
+        except (StartupError, OSError):
             lock.release()
             raise
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -19,11 +18,12 @@ from fastapi import APIRouter, Request
 
 from vecmill.config import Settings
 from vecmill.core.errors import NotAllowed, ShuttingDown
+from vecmill.core.own_python import OWN_PYTHON
 from vecmill.core.types import Viewer
 from vecmill.http.errors import documented
 from vecmill.http.route import ViewerOf
 
-COMMAND = (sys.executable, "-m", "vecmill", "doctor", "--json")
+COMMAND = (*OWN_PYTHON, "-m", "vecmill", "doctor", "--json")
 LONGEST_SECONDS = 300.0
 NICE = 10  # searches go first
 LARGEST_OUTPUT = 2**20

@@ -6,7 +6,6 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,10 +15,11 @@ from typing import IO, Any, Self, TypeVar
 import orjson
 from pydantic import TypeAdapter
 
+from vecmill.core.own_python import OWN_PYTHON
+
 T = TypeVar("T")
 
-# -P: not whatever lies in the working directory.
-COMMAND = (sys.executable, "-P", "-m", "vecmill.engine.probes")
+COMMAND = (*OWN_PYTHON, "-m", "vecmill.engine.probes")
 LOOK_EVERY = 0.2  # seconds
 END_WITHIN = 5.0  # seconds; a process that hangs in the driver may not end at all, and is left behind
 LAST_BYTES = 2000

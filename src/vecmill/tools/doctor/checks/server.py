@@ -128,7 +128,11 @@ def _batch_folder(folder: Path) -> Finding:
 
 def _newer(folder: Path, setting: str) -> Finding | None:
     """What a newer version wrote is nothing for this one."""
-    if (newer := newer_state(folder, setting)) is None:
+    try:
+        newer = newer_state(folder, setting)
+    except OSError as error:
+        return fail(f"{setting}={folder} cannot be used ({error.strerror})", f"Set {setting} to another folder.")
+    if newer is None:
         return None
     problem, _, cure = newer.rpartition(". ")
     return fail(problem, cure)
