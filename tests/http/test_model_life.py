@@ -154,7 +154,11 @@ async def test_keep_alive_as_ollama_has_it(client: httpx.AsyncClient) -> None:
     assert (await ask("/api/embed", input=[])).json()["embeddings"] == []
     assert "tiny" in await in_memory(client)
     assert (await ask("/api/embeddings", keep_alive="0")).json() == {"embedding": []}
-    await until(client, "tiny", "unloaded")
+    unloaded = await until(client, "tiny", "unloaded")
+    # Nor is it loaded only to be unloaded.
+    assert (await ask("/api/embeddings", keep_alive=0)).json() == {"embedding": []}
+    assert (await ask("/api/embed", input="", keep_alive="0s")).json()["embeddings"] == []
+    assert await model(client, "tiny") == unloaded
     wrongs: tuple[object, ...] = ("soon", "5 minutes", True, {})
     for wrong in wrongs:
         answer = await ask("/api/embed", input=TEXT, keep_alive=wrong)

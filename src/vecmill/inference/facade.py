@@ -162,10 +162,15 @@ class Inference:
     async def keep_loaded(self, name: str | None, caller: Caller) -> ModelCard:
         """Have the model that answers to a name loaded, and the caller's `keep_alive` hold from now on.
 
+        A model that is not in memory is not loaded only to be unloaded.
+
         Raises:
             ModelNotFound, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
         model = self._models_or_raise().any(name)
+        assert self._residency is not None  # attached together with the models
+        if caller.keep_alive == 0 and not self._residency.residents[model.card.key].is_here:
+            return model.card
         async with within(caller, self._request_timeout), self._hold(model.card.key, caller):
             return model.card
 

@@ -165,6 +165,11 @@ class Resident:
         """Whether a request may use it at once."""
         return self.state is ModelState.LOADED and not self.is_wanted_away
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is in memory, or on its way there."""
+        return self.state in (ModelState.LOADED, ModelState.LOADING)
+
     def expires(self, now: float) -> float:
         """When it is unloaded if nobody uses it from `now` on, by the monotonic clock; `inf`: never."""
         return inf if self.is_pinned else (now if self.held else self.idle_since) + self.keep_alive
