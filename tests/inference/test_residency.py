@@ -409,6 +409,20 @@ async def test_pinned_models_are_never_unloaded() -> None:
         assert device.loaded == {"embed:a"}
 
 
+async def test_no_model_is_unloaded_for_one_that_has_no_room_even_so() -> None:
+    device = Device()
+    async with residency(device, loaded="abc", max_loaded_gb=4, pinned_models="a") as models:
+        models.add(card("huge", 5 * GIGABYTE), 5 * GIGABYTE, is_loaded=False)
+        models.add(card("large", 3 * GIGABYTE), 3 * GIGABYTE, is_loaded=False)
+        models.add(card("larger", 4 * GIGABYTE), 4 * GIGABYTE, is_loaded=False)
+        for name in ("huge", "larger"):
+            with pytest.raises(ModelNotLoaded, match=r"MAX_LOADED_GB.*raise the limit"):
+                await use(models, device, name)
+        assert device.loaded == {"embed:a", "embed:b", "embed:c"}
+        await use(models, device, "large")
+        assert device.loaded == {"embed:a", "embed:large"}
+
+
 async def test_idle_models_are_unloaded_each_after_its_time() -> None:
     device = Device()
     async with residency(device, loaded="abc", unload_after="50ms,b=-1,c=0.2") as models:

@@ -520,10 +520,10 @@ class Residency:
             if (reason := await self._no_room(resident.weight_bytes)) is None:
                 return True
             victim = least_recently_used(self.residents.values())
-            if victim is None:
+            if victim is None or not self._has_room_alone(resident.weight_bytes):
                 raise ModelNotLoaded(
-                    f"{reason}, and no other model can be unloaded for it (PINNED_MODELS): raise the limit, or pin "
-                    f"fewer."
+                    f"{reason}, and unloading others does not make room for it (PINNED_MODELS): raise the limit, or "
+                    f"pin fewer."
                 )
             await self._evict(victim, resident)
         return False
@@ -542,6 +542,12 @@ class Residency:
                     f"{taken / GIGABYTE:.2f} of {most:g} GB (MAX_LOADED_GB)"
                 )
         return None if self._shortage is None else await self._shortage(weight_bytes)
+
+    def _has_room_alone(self, weight_bytes: int) -> bool:
+        """Whether MAX_LOADED_GB has room for so many bytes beside what is never unloaded."""
+        pinned = sum(each.memory_bytes for each in self.residents.values() if each.is_pinned)
+        most = self._settings.max_loaded_gb
+        return most is None or pinned + weight_bytes <= most * GIGABYTE
 
     async def _evict(self, victim: Resident, newcomer: Resident) -> None:
         """Unload a model as soon as what uses it now has ended, unless nobody waits for the newcomer any more."""
