@@ -334,7 +334,7 @@ class Server:
             raise
         warmed = loaded.warmed[key]
         self._fits[key] = RunningFit(warmed.calibration)
-        card = self.inference.exchange(served, _budget(warmed))
+        card = self.inference.exchange(served, _budget(warmed), _lowest_rate(loaded))
         return card, _bytes_of(model.card, warmed)
 
     def _pass_ended(self, batch: PassRecord) -> None:
@@ -542,8 +542,8 @@ def _budget(warmed: Warmed) -> Budget:
 
 
 def _lowest_rate(loaded: Loaded) -> float:
-    """Tokens a second of the slowest model; 0 where none has been loaded."""
-    return min((warmed.calibration.best_rate for warmed in loaded.warmed.values()), default=0.0)
+    """Tokens a second of the slowest model that is loaded; 0 where none is."""
+    return min((loaded.warmed[key].calibration.best_rate for key in list(loaded.models)), default=0.0)
 
 
 def _bytes_of(card: ModelCard, warmed: Warmed) -> int:

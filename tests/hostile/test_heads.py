@@ -232,6 +232,18 @@ def test_an_answer_to_http_1_0_closes(wired: Service) -> None:
         assert wire.ended()
 
 
+@pytest.mark.parametrize("field", ["Connection: close", "connection: keep-alive , Close"])
+@pytest.mark.parametrize("method", ["GET", "HEAD", "DELETE", "OPTIONS", "POST"])
+def test_a_connection_is_closed_after_the_request_that_asks_for_it(wired: Service, method: str, field: str) -> None:
+    body = BODY if method == "POST" else b""
+    last = request("/v1/embeddings" if body else "/health", body, field, method=method)
+    with connected(wired.url) as wire:
+        wire.send(HEALTH + last + HEALTH)
+        assert "connection" not in wire.answer().headers
+        assert wire.answer(head_only=method == "HEAD").headers["connection"] == "close"
+        assert wire.ended()
+
+
 def test_fields_behind_a_chunked_body_are_none_of_the_head(wired: Service) -> None:
     chunked = POST + b"Transfer-Encoding: chunked\r\n\r\n5;of=x\r\n" + BODY[:5] + b"\r\n8\r\n" + BODY[5:] + b"\r\n0\r\n"
     with connected(wired.url) as wire:

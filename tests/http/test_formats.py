@@ -113,6 +113,9 @@ DECODED: dict[str, Callable[[bytes], bytes]] = {
         ("zstd;q=0, *", "gzip", TEXTS),
         ("gzip;q=0", "", TEXTS),
         ("br, identity", "", TEXTS),
+        ("identity, gzip", "gzip", TEXTS),
+        ("identity, gzip;q=0.5, zstd;q=0.1", "", TEXTS),
+        ("identity;q=0.5, gzip;q=0.8, zstd;q=0.1", "gzip", TEXTS),
         ("ZSTD;q=nonsense", "zstd", TEXTS),
         ("zstd" + 20_000 * ",", "zstd", TEXTS),
         (20_000 * "," + "zstd", "", TEXTS),
@@ -131,6 +134,23 @@ async def test_an_answer_is_compressed_as_the_client_likes_it_best(
         assert (answer.headers.get("vary") == "Accept-Encoding") is bool(coding)
         raw = b"".join([chunk async for chunk in answer.aiter_raw()])
     assert DECODED[coding](raw) == plain.content
+
+
+async def test_a_list_may_come_in_several_headers(client: httpx.AsyncClient) -> None:
+    """Also where only gzip is made, of what is fetched."""
+    for lines, coding, fetched in (
+        (("gzip;q=0.5", "identity"), "", ""),
+        (("*", "gzip;q=0"), "", ""),
+        (("gzip;q=0.1", "zstd"), "zstd", "gzip"),
+    ):
+        headers = [("accept-encoding", line) for line in lines]
+        answers = (
+            await client.post("/embed", json={"inputs": TEXTS}, headers=headers),
+            await client.post("/v1/rerank", json={"query": "q", "documents": MANY}, headers=headers),
+            await client.get("/metrics", headers=headers),
+        )
+        codings = [answer.headers.get("content-encoding", "") for answer in answers]
+        assert codings == [coding, coding, fetched]
 
 
 async def test_scores_are_compressed_too(client: httpx.AsyncClient) -> None:
@@ -170,6 +190,9 @@ async def test_raw_rows_where_the_client_accepts_bytes(client: httpx.AsyncClient
         ("application/octet-stream; dtype=float32, */*;q=0.1", "<f4"),
         ("application/json;q=0.5, Application/Octet-Stream;dtype=float16", "<f2"),
         ("application/octet-stream ; dtype = float16", "<f2"),
+        ("*/*, application/octet-stream", "<f4"),
+        ("application/*;q=0.5, application/octet-stream;q=0.5", "<f4"),
+        ("*/*, application/json;q=0.1, application/octet-stream;q=0.2", "<f4"),
         ("application/octet-stream" + 20_000 * ",", "<f4"),
     ):
         answer = await client.post(path, json=ROUTES[path], headers={"accept": accept})
@@ -179,7 +202,14 @@ async def test_raw_rows_where_the_client_accepts_bytes(client: httpx.AsyncClient
         assert int(answer.headers["x-compute-tokens"]) > 0
         rows = np.frombuffer(answer.content, dtype).reshape(4, 384)
         np.testing.assert_array_equal(rows, wanted.astype(dtype))
-    for accept in ("application/json, application/octet-stream", "*/*", "application/octet-stream;q=0", "text/html"):
+    for accept in (
+        "application/json, application/octet-stream",
+        "*/*",
+        "application/octet-stream;q=0",
+        "text/html",
+        "application/octet-stream;q=0.1, */*",
+        "application/octet-stream;q=0.5, application/*;q=0.9, */*;q=0.1",
+    ):
         answer = await client.post(path, json=ROUTES[path], headers={"accept": accept})
         assert answer.headers["content-type"] == "application/json"
     several = [("accept", "text/plain"), ("accept", "application/octet-stream")]

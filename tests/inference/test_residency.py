@@ -155,7 +155,9 @@ def test_the_least_recently_used_goes_first(models: list[tuple[ModelState, bool,
         for number, (state, pinned, held, idle) in enumerate(models)
     ]
     victim = least_recently_used(residents)
-    candidates = [each for each in residents if each.state is ModelState.LOADED and not each.is_pinned]
+    going = [each for each in residents if each.state is ModelState.UNLOADING and not each.is_pinned]
+    loaded = [each for each in residents if each.state is ModelState.LOADED and not each.is_pinned]
+    candidates = going or loaded
     assert (victim is None) == (not candidates)
     if victim is not None:
         assert victim in candidates
@@ -326,6 +328,74 @@ async def test_a_model_stays_where_nobody_waits_for_the_other_any_more() -> None
         assert models.residents["embed:b"].state is ModelState.UNLOADED
 
 
+async def test_what_an_admin_asks_for_is_loaded_though_the_request_that_waited_for_it_has_left() -> None:
+    device = Device()
+    async with residency(device, loaded="a", max_loaded_gb=1) as models:
+        async with models.hold("embed:a"):
+            waiting = asyncio.create_task(use(models, device, "b"))
+            await asyncio.sleep(0.01)
+            assert models.load("embed:b").state is ModelState.LOADING  # it waits for the room of a
+            waiting.cancel()
+            await asyncio.sleep(0.1)
+        await until(lambda: device.loaded == {"embed:b"})
+
+
+async def test_what_an_admin_asks_for_while_it_makes_room_is_loaded_again() -> None:
+    device = Device()
+    async with residency(device, loaded="a", max_loaded_gb=1) as models:
+        async with models.hold("embed:a"):
+            waiting = asyncio.create_task(use(models, device, "b"))
+            await asyncio.sleep(0.01)
+            models.load("embed:a")
+        await waiting
+        await until(lambda: device.loaded == {"embed:a"})
+        # That was once: after this it is gone until somebody asks again.
+        models.unload("embed:a")
+        await until(lambda: models.residents["embed:a"].state is ModelState.UNLOADED)
+        await asyncio.sleep(0.01)
+        assert not device.loaded
+
+
+async def test_a_model_whose_time_ends_while_another_wants_its_room_goes_though_the_other_leaves() -> None:
+    device, rows = Device(), {"embed:a"}
+    settings = load_settings({"max_loaded_gb": 1, "unload_after": "20ms"}).model
+    models = Residency(settings, device.load, device.unload, has_rows=lambda key: key in rows)
+    for name in NAMES:
+        models.add(card(name), GIGABYTE, is_loaded=name == "a")
+    device.loaded.add("embed:a")
+    waiting = asyncio.create_task(use(models, device, "b"))
+    await asyncio.sleep(0.1)
+    waiting.cancel()
+    await asyncio.sleep(0.1)
+    assert device.loaded == {"embed:a"}
+    rows.clear()
+    await until(lambda: not device.loaded)
+    await models.close()
+
+
+@pytest.mark.parametrize("how", ["time", "admin"])
+async def test_a_model_that_goes_anyway_makes_room_before_any_other(how: str) -> None:
+    """`c` is being loaded, `b` waits behind it, and then `a` is to go, whose turn comes last."""
+    device = Device()
+    device.gate = asyncio.Event()
+    async with residency(device, loaded="a", max_loaded_gb=2, pinned_models="c") as models:
+        first = asyncio.create_task(use(models, device, "c"))
+        await asyncio.sleep(0.01)
+        second = asyncio.create_task(use(models, device, "b"))
+        await asyncio.sleep(0.01)
+        if how == "admin":
+            models.unload("embed:a")
+        else:
+            await use(models, device, "a", Caller(keep_alive=0.0))
+        await until(lambda: models.residents["embed:a"].state is ModelState.UNLOADING)
+        device.gate.set()
+        async with asyncio.timeout(5):
+            await asyncio.gather(first, second)
+        assert device.loaded == {"embed:b", "embed:c"}
+        await use(models, device, "b")
+        assert device.most == 2
+
+
 async def test_pinned_models_are_never_unloaded() -> None:
     device = Device()
     settings = {"max_loaded_gb": 1, "pinned_models": "a", "unload_after": "0"}
@@ -337,6 +407,20 @@ async def test_pinned_models_are_never_unloaded() -> None:
             models.unload("embed:a")
         await asyncio.sleep(0.05)
         assert device.loaded == {"embed:a"}
+
+
+async def test_no_model_is_unloaded_for_one_that_has_no_room_even_so() -> None:
+    device = Device()
+    async with residency(device, loaded="abc", max_loaded_gb=4, pinned_models="a") as models:
+        models.add(card("huge", 5 * GIGABYTE), 5 * GIGABYTE, is_loaded=False)
+        models.add(card("large", 3 * GIGABYTE), 3 * GIGABYTE, is_loaded=False)
+        models.add(card("larger", 4 * GIGABYTE), 4 * GIGABYTE, is_loaded=False)
+        for name in ("huge", "larger"):
+            with pytest.raises(ModelNotLoaded, match=r"MAX_LOADED_GB.*raise the limit"):
+                await use(models, device, name)
+        assert device.loaded == {"embed:a", "embed:b", "embed:c"}
+        await use(models, device, "large")
+        assert device.loaded == {"embed:a", "embed:large"}
 
 
 async def test_idle_models_are_unloaded_each_after_its_time() -> None:

@@ -7,11 +7,13 @@ by ISA-L, which is three times as fast as zlib; where it cannot be imported, by 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from enum import StrEnum
 from types import ModuleType
 from typing import Protocol
 
 import zstandard
+from starlette.datastructures import Headers
 
 try:
     from isal import isal_zlib
@@ -72,12 +74,21 @@ def accepted_coding(accept_encoding: str) -> Coding | None:
     """
     qualities = _qualities(accept_encoding)
     best = max(Coding, key=lambda coding: qualities.get(coding, 0.0))  # the first of equal ones
-    return best if qualities.get(best, 0.0) > 0 else None
+    return best if _is_wanted(best, qualities) else None
 
 
 def accepts_gzip(accept_encoding: str) -> bool:
-    """Whether an Accept-Encoding header allows gzip, whatever else it does."""
-    return _qualities(accept_encoding).get(Coding.GZIP, 0.0) > 0
+    """Whether an Accept-Encoding header allows gzip, and does not like an answer as it is better."""
+    return _is_wanted(Coding.GZIP, _qualities(accept_encoding))
+
+
+def _is_wanted(coding: Coding, qualities: Mapping[str, float]) -> bool:
+    return 0 < qualities.get(coding, 0.0) >= qualities.get("identity", 0.0)
+
+
+def field(headers: Headers, name: str) -> str:
+    """A header of the Accept kind, whose list may come in several lines (RFC 9110, section 5.3)."""
+    return ",".join(headers.getlist(name))
 
 
 def _qualities(accept_encoding: str) -> dict[str, float]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from vecmill.core.errors import InvalidInput
 from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import EmbedResult, Matrix, ScoreResult, Vector
-from vecmill.http.compression import COMPRESS_FROM_BYTES, Coding, Compressor, accepted_coding, offers, quality
+from vecmill.http.compression import COMPRESS_FROM_BYTES, Coding, Compressor, accepted_coding, field, offers, quality
 from vecmill.http.services import services_of, shows_work_of_all
 
 Dtype = Literal["float", "int8", "uint8", "binary", "ubinary"]
@@ -102,7 +102,7 @@ async def vectors_response(
     if binary is not None:
         return await _binary_response(request, result, binary)
     size = round(embeddings.size * sum(form.characters for form in formats))
-    coding = accepted_coding(request.headers.get("accept-encoding", ""))
+    coding = accepted_coding(field(request.headers, "accept-encoding"))
     # base64 of floats hardly compresses: a quarter less for several milliseconds more.
     if size < COMPRESS_FROM_BYTES or all(form.base64 for form in formats):
         coding = None
@@ -115,6 +115,8 @@ async def vectors_response(
 
 
 BINARY = "application/octet-stream"
+JSON_RANGES = ("application/json", "application/*", "*/*")
+"""What stands for JSON in `Accept`, the most specific first, which decides (RFC 9110, section 12.5.1)."""
 BinaryDtype = Literal["float32", "float16"]
 HALF_MAX = float(np.finfo(np.float16).max)
 BINARY_DTYPES: Mapping[str, BinaryDtype] = {"float32": "float32", "float16": "float16"}
@@ -126,15 +128,19 @@ def binary_dtype(request: Request, formats: Sequence[EmbeddingFormat]) -> Binary
     Raises:
         InvalidInput: it names another type, or the body asks for vectors in another format.
     """
-    read = []
-    for place, offer in enumerate(offers(",".join(request.headers.getlist("accept")))):
+    read: dict[str, tuple[float, bool, int, str]] = {}
+    for place, offer in enumerate(offers(field(request.headers, "accept"))):
         media, *parts = (part.strip() for part in offer.split(";"))
         given = {name.rstrip(): value.lstrip() for name, _, value in (part.partition("=") for part in parts)}
-        if media in (BINARY, "application/json"):
-            read.append((quality(given.get("q", "1")), -place, media, given.get("dtype", "float32").strip('"')))
-    liked, _, media, dtype = max(read, default=(0.0, 0, "", ""))
-    if media != BINARY or liked == 0:
+        liked = quality(given.get("q", "1"))
+        # Of those liked alike one that is named goes before a range, then the first.
+        rank = (liked, not media.endswith("*"), -place, given.get("dtype", "float32").strip('"'))
+        read[media] = max(read.get(media, rank), rank)
+    raw = read.get(BINARY)
+    json = next((read[media] for media in JSON_RANGES if media in read), None)
+    if raw is None or raw[0] == 0 or (json is not None and json > raw):
         return None
+    dtype = raw[-1]
     if any(form.dtype != "float" for form in formats):
         raise InvalidInput(f"Accept: {BINARY} gives floats: leave the format of vectors out of the body.")
     if dtype in BINARY_DTYPES:
@@ -222,7 +228,7 @@ async def json_response(
     request: Request, build: Callable[[], object], headers: Mapping[str, str], *, size: int
 ) -> Response:
     """Build, serialise and compress in a thread. `size` is about that of the body, in bytes."""
-    coding = accepted_coding(request.headers.get("accept-encoding", ""))
+    coding = accepted_coding(field(request.headers, "accept-encoding"))
     serialise = partial(_serialise, build, coding)
     body, used = await services_of(request).threads.run(serialise, size=size)
     return Response(body, media_type="application/json", headers={**headers, **(used.headers if used else {})})

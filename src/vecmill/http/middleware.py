@@ -19,7 +19,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vecmill.core.errors import ShuttingDown
-from vecmill.http.compression import COMPRESS_FROM_BYTES, LEVEL, accepts_gzip
+from vecmill.http.compression import COMPRESS_FROM_BYTES, LEVEL, accepts_gzip, field
 from vecmill.http.errors import refused
 
 SLASHES = re.compile("/{2,}")
@@ -91,7 +91,7 @@ class AcceptedGZip(GZipMiddleware):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Files of batches may be gigabytes, and compressing happens in the event loop.
         fetched = scope["type"] == "http" and scope["method"] == "GET" and not scope["path"].startswith(FILES)
-        if fetched and accepts_gzip(Headers(scope=scope).get("accept-encoding", "")):
+        if fetched and accepts_gzip(field(Headers(scope=scope), "accept-encoding")):
             await super().__call__(scope, receive, send)
         else:
             await self.app(scope, receive, send)

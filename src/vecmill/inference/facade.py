@@ -129,13 +129,14 @@ class Inference:
             for card in self._models.cards:
                 residents[card.key].card = card
 
-    def exchange(self, model: Embedder | Reranker, budget: Budget | None = None) -> ModelCard:
-        """Put a model in place of the one of its key, or beside the others; its card as requests know it now.
+    def exchange(self, model: Embedder | Reranker, budget: Budget, expected_rate: float) -> ModelCard:
+        """Put a loaded model in place of the one of its key, or beside the others; its card as requests know it now.
 
-        `budget`: of its forward passes, where it has been loaded.
+        `budget`: of its forward passes; `expected_rate`: tokens a second that the device does from now on.
         """
         self._models = self._models_or_raise().exchanged(model)
-        if budget is not None and self._scheduler is not None:
+        self._expected_rate = expected_rate
+        if self._scheduler is not None:
             self._scheduler.set_budget(model.card.key, budget)
         return self._models.by_key(model.card.key).card
 
@@ -162,10 +163,15 @@ class Inference:
     async def keep_loaded(self, name: str | None, caller: Caller) -> ModelCard:
         """Have the model that answers to a name loaded, and the caller's `keep_alive` hold from now on.
 
+        A model that is not in memory is not loaded only to be unloaded.
+
         Raises:
             ModelNotFound, DeadlineExceeded, Unavailable: see `vecmill.core.errors`.
         """
         model = self._models_or_raise().any(name)
+        assert self._residency is not None  # attached together with the models
+        if caller.keep_alive == 0 and not self._residency.residents[model.card.key].is_here:
+            return model.card
         async with within(caller, self._request_timeout), self._hold(model.card.key, caller):
             return model.card
 

@@ -51,6 +51,7 @@ class ModelState(StrEnum):
 
 
 AT_REST = (ModelState.UNLOADED, ModelState.SLEEPING)
+UNDER_WAY = (ModelState.LOADING, ModelState.LOADED, ModelState.UNLOADING)
 
 
 class ModelEvent(StrEnum):
@@ -144,6 +145,8 @@ class Resident:
     held: int = 0
     is_wanted_away: bool = False
     """Nobody new may hold it: another model needs its room."""
+    goes_for_good: bool = False
+    """It does not sleep once it is unloaded: an admin wants its memory back."""
     is_asked_for: bool = False
     """By an admin, or by the start: it is loaded though no request waits."""
     is_of_start: bool = False
@@ -161,6 +164,11 @@ class Resident:
     def can_be_held(self) -> bool:
         """Whether a request may use it at once."""
         return self.state is ModelState.LOADED and not self.is_wanted_away
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is in memory, or on its way there."""
+        return self.state in (ModelState.LOADED, ModelState.LOADING)
 
     def expires(self, now: float) -> float:
         """When it is unloaded if nobody uses it from `now` on, by the monotonic clock; `inf`: never."""
@@ -192,9 +200,16 @@ class Resident:
 
 
 def least_recently_used(residents: Iterable[Resident]) -> Resident | None:
-    """The loaded model that is unloaded first to make room: of those not pinned, one that nobody uses, idle longest."""
-    candidates = [each for each in residents if each.state is ModelState.LOADED and not each.is_pinned]
-    return min(candidates, key=lambda each: (each.held > 0, each.idle_since), default=None)
+    """The model that is unloaded first to make room.
+
+    One that goes anyway and waits for its turn; else of the loaded ones that are not pinned one that nobody uses, idle
+    longest.
+    """
+    in_memory = (ModelState.LOADED, ModelState.UNLOADING)
+    candidates = [each for each in residents if each.state in in_memory and not each.is_pinned]
+    return min(
+        candidates, key=lambda each: (each.state is ModelState.LOADED, each.held > 0, each.idle_since), default=None
+    )
 
 
 Progress = Callable[[float, str], None]
@@ -342,9 +357,9 @@ class Residency:
         if self._is_closed:
             raise ShuttingDown
         resident = self._listed(key)
-        if resident.state in (ModelState.LOADED, ModelState.LOADING):
+        if resident.can_be_held:
             return resident
-        if resident.state is not ModelState.UNLOADING:  # else it is loaded again after that
+        if resident.state not in UNDER_WAY:  # else it is loaded when what goes on has ended
             self._begin(resident)
         resident.is_named = resident.is_asked_for = True
         return resident
@@ -425,7 +440,8 @@ class Residency:
     def _begin_to_unload(self, resident: Resident, *, for_good: bool = False) -> None:
         """From here on nobody can hold it. `for_good`: it does not sleep."""
         resident.move(ModelEvent.UNLOAD, UNLOADING)
-        self._start(self._unload_in_turn(resident, for_good=for_good))
+        resident.goes_for_good = for_good
+        self._start(self._unload_in_turn(resident))
 
     async def _load(self, resident: Resident) -> None:
         loop, key = asyncio.get_running_loop(), resident.key
@@ -504,10 +520,10 @@ class Residency:
             if (reason := await self._no_room(resident.weight_bytes)) is None:
                 return True
             victim = least_recently_used(self.residents.values())
-            if victim is None:
+            if victim is None or not self._has_room_alone(resident.weight_bytes):
                 raise ModelNotLoaded(
-                    f"{reason}, and no other model can be unloaded for it (PINNED_MODELS): raise the limit, or pin "
-                    f"fewer."
+                    f"{reason}, and unloading others does not make room for it (PINNED_MODELS): raise the limit, or "
+                    f"pin fewer."
                 )
             await self._evict(victim, resident)
         return False
@@ -527,41 +543,51 @@ class Residency:
                 )
         return None if self._shortage is None else await self._shortage(weight_bytes)
 
+    def _has_room_alone(self, weight_bytes: int) -> bool:
+        """Whether MAX_LOADED_GB has room for so many bytes beside what is never unloaded."""
+        pinned = sum(each.memory_bytes for each in self.residents.values() if each.is_pinned)
+        most = self._settings.max_loaded_gb
+        return most is None or pinned + weight_bytes <= most * GIGABYTE
+
     async def _evict(self, victim: Resident, newcomer: Resident) -> None:
         """Unload a model as soon as what uses it now has ended, unless nobody waits for the newcomer any more."""
         victim.is_wanted_away = True
         try:
             while self._is_in_use(victim) and self._is_wanted(newcomer):
                 await self._sleep(LOOK_EVERY)
-            if self._is_wanted(newcomer) and victim.state is ModelState.LOADED:
-                victim.move(ModelEvent.UNLOAD, UNLOADING)
+            if self._is_wanted(newcomer):
+                if victim.state is ModelState.LOADED:
+                    victim.move(ModelEvent.UNLOAD, UNLOADING)
                 await self._unload(victim)
         finally:
             victim.is_wanted_away = False
             self._grant_again(victim)
+            self._changed.set()  # its time may have been over meanwhile
 
     def _grant_again(self, resident: Resident) -> None:
         """Serve whoever came meanwhile: by the model, if it stayed, else by loading it."""
         if resident.state is ModelState.LOADED:
+            resident.is_asked_for = False
             resident.serve_waiters()
         elif resident.state in AT_REST and self._is_wanted(resident) and not self._is_closed:
             self._begin(resident)
 
-    async def _unload_in_turn(self, resident: Resident, *, for_good: bool) -> None:
+    async def _unload_in_turn(self, resident: Resident) -> None:
         try:
             async with self._turn:
-                await self._unload(resident, for_good=for_good)
+                if resident.state is ModelState.UNLOADING:  # else it has made room for another
+                    await self._unload(resident)
         finally:
             self._grant_again(resident)
 
-    async def _unload(self, resident: Resident, *, for_good: bool = False) -> None:
+    async def _unload(self, resident: Resident) -> None:
         try:
-            await (self._unload_model if for_good else self._put_to_sleep)(resident.key)
+            await (self._unload_model if resident.goes_for_good else self._put_to_sleep)(resident.key)
         except VecmillError as error:
             logger.warning("%s could not be unloaded cleanly: %s", resident.card.id, error.message)
         finally:
             resident.move(ModelEvent.UNLOADED)
-            resident.memory_bytes, resident.loaded_at = 0, None
+            resident.memory_bytes, resident.loaded_at, resident.goes_for_good = 0, None, False
             self._note_who_sleeps()
         logger.info("%s %s", resident.card.id, "sleeps" if resident.sleeping_bytes else "is unloaded")
 

@@ -488,7 +488,7 @@ class Connection(asyncio.Protocol):
             default_headers=self._state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=any(value.lower() == b"100-continue" for value in head.values(b"expect")),
-            keep_alive=version != "1.0" and self._parser.should_keep_alive() and not self._stopping,
+            keep_alive=version == "1.1" and not _asks_to_close(head) and not self._stopping,
             on_response=self._answered,
         )
         exchange.connection = self
@@ -587,6 +587,15 @@ def _not_http(start: bytearray, reason: str) -> str:
     if start.startswith(b"PRI * HTTP/2.0"):
         return "This port speaks HTTP/1.1, and no HTTP/2."
     return f"The request is not valid HTTP/1.1: {reason}."
+
+
+def _asks_to_close(head: _Head) -> bool:
+    """Whether this is the connection's last request (RFC 9112, section 9.6).
+
+    httptools knows that too, but has forgotten it by the end of a request without a body.
+    """
+    options = b",".join(head.values(b"connection")).split(b",")
+    return any(option.strip().lower() == b"close" for option in options)
 
 
 def _framing(head: _Head, version: str) -> _Sized | _Chunked | None:
