@@ -30,8 +30,8 @@ FLOOR_SHARE, HIGHEST_FLOOR = 0.04, 8 * GIGABYTE
 KEPT_FREE, OWN_MAPPING = 128 * MEGABYTE, 32 * MEGABYTE
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 MALLOC_SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_ARENA_MAX", "GLIBC_TUNABLES")
-# glibc gives each new thread an arena of its own, up to eight for each core, and each keeps what was freed in it. With few
-# arenas, threads that begin late or take over from others find free memory.
+# glibc gives each new thread an arena of its own, up to eight for each core, and each keeps what was freed in it.
+# Threads that begin late or take over from others find free memory in these few.
 ARENAS = 4
 READ_EVERY = 0.05  # seconds: the kernel takes as long to say it as a small request takes to be read
 
