@@ -19,6 +19,7 @@ from vecmill.batches.record import BatchRecord
 from vecmill.batches.service import BatchService
 from vecmill.config import BatchSettings
 from vecmill.core.types import Caller
+from vecmill.storage.files import read_whole
 from vecmill.storage.state_folder import StateFolder
 from vecmill.telemetry.telemetry import Telemetry
 
@@ -105,7 +106,7 @@ async def content(batches: BatchService, file_id: str | None) -> list[dict[str, 
     """The lines of a file."""
     assert file_id is not None
     file = await batches.file(file_id)
-    raw = batches.path_of(file_id).read_bytes()
+    raw = read_whole(batches.path_of(file_id))
     assert len(raw) == file.bytes
     return [orjson.loads(line) for line in raw.splitlines()]
 

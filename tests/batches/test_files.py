@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import secrets
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +40,28 @@ async def test_files_expire_and_batches_are_forgotten(tmp_path: Path) -> None:
         await all_of(batches)
     with pytest.raises(NoSuchBatch):
         await batches.get(batch_id)
+    await batches.close()
+
+
+async def test_no_name_stays_in_memory(tmp_path: Path) -> None:
+    """Python 3.12 keeps each name that pathlib has seen, for as long as it runs."""
+    batches = opened(tmp_path, None)
+
+    async def pass_through(times: int) -> None:
+        for _ in range(times):
+            await batches.delete_file(await upload(batches, line("a")))
+            with pytest.raises(NoSuchFile):
+                await batches.file(f"file-{secrets.token_hex(16)}")
+            with pytest.raises(NoSuchBatch):
+                await batches.get(f"batch_{secrets.token_hex(16)}")
+
+    await pass_through(20)
+    gc.collect()
+    before = sys.getallocatedblocks()
+    await pass_through(60)
+    gc.collect()
+    # One for each file is in pydantic's cache of 16,384 strings.
+    assert sys.getallocatedblocks() - before < 2 * 60
     await batches.close()
 
 

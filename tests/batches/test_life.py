@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from vecmill.batches.service import BatchService
 from vecmill.config import BatchSettings
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BatchConflict, NoSuchBatch, NoSuchFile, StateUnavailable
+from vecmill.storage.files import write_atomically
 from vecmill.telemetry.telemetry import Telemetry
 
 LINES = 100
@@ -233,9 +235,9 @@ async def test_an_input_that_changes_under_a_batch_fails_it_and_keeps_what_is_do
     await batches.close()
     path = batches.path_of(file_id)
     if changed == "gone":
-        path.unlink()
+        os.unlink(path)
     else:
-        path.write_bytes(INPUT[:2000] if changed == "cut" else b"\n" * len(INPUT))
+        write_atomically(path, INPUT[:2000] if changed == "cut" else b"\n" * len(INPUT))
     again = opened(tmp_path, LightEndpoint())
     batch = await ended(again, batch_id)
     assert batch.status is BatchStatus.FAILED

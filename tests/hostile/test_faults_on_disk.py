@@ -202,7 +202,7 @@ def test_many_who_cancel_one_batch_are_all_answered(tmp_path: Path) -> None:
         with ThreadPoolExecutor(8) as pool:
             times = set(pool.map(cancel, range(1, 9)))
         assert times <= set(map(float, range(1, 9)))
-        assert sorted(path.name for path in store.folder(record.id).iterdir()) == ["batch.json", "cancel", "lock"]
+        assert sorted(path.name for path in Path(store.folder(record.id)).iterdir()) == ["batch.json", "cancel", "lock"]
 
 
 async def test_who_cancels_at_the_same_time_gets_the_same_answer(tmp_path: Path) -> None:

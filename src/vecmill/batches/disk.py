@@ -200,12 +200,12 @@ class FileQuota:
         self._looked = -inf
 
 
-def _size(folder: Path) -> int:
+def _size(folder: str | Path) -> int:
     """Bytes of the files below a folder; what is deleted meanwhile counts as none."""
     total = 0
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 inside = entry.is_dir(follow_symlinks=False)
-                total += _size(Path(entry.path)) if inside else entry.stat(follow_symlinks=False).st_size
+                total += _size(entry.path) if inside else entry.stat(follow_symlinks=False).st_size
     return total

@@ -21,7 +21,7 @@ from vecmill.batches.known import ByCreation
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BodyTooLarge, NoSuchFile
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.files import TEMPORARY, FileLock, delete_unfinished, sync_folder, write_atomically
+from vecmill.storage.files import TEMPORARY, FileLock, delete_unfinished, read_whole, sync_folder, write_atomically
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 DATA, PART, METADATA = ".data", ".part", ".json"
@@ -69,18 +69,21 @@ class FileStore:
         """An id that no file has."""
         return f"file-{secrets.token_hex(16)}"
 
-    def part(self, file_id: str) -> Path:
+    def part(self, file_id: str) -> str:
         """Where a file is written before it is whole."""
-        return self._folder / (file_id + PART)
+        return self._place(file_id + PART)
 
-    def data(self, file_id: str) -> Path:
+    def data(self, file_id: str) -> str:
         """Where a whole file is."""
-        return self._folder / (file_id + DATA)
+        return self._place(file_id + DATA)
+
+    def _place(self, name: str) -> str:
+        return f"{self._folder}/{name}"
 
     def add(
         self,
         file_id: str,
-        written: Path,
+        written: str,
         size: int,
         *,
         filename: str,
@@ -89,8 +92,8 @@ class FileStore:
         owner: str | None = None,
     ) -> StoredFile:
         """Take over a file written under another name. Can be repeated after a crash at any point."""
-        if written.exists():
-            written.replace(self.data(file_id))
+        if os.path.exists(written):
+            os.replace(written, self.data(file_id))
         now = self._clock()
         expires_at = now + (self._expires_seconds if expires_seconds is None else expires_seconds)
         file = StoredFile(
@@ -120,7 +123,7 @@ class FileStore:
     def size(self, file_id: str) -> int | None:
         """Bytes of a whole file; None where there is none, or it cannot be looked at now. Raises nothing."""
         try:
-            return self.data(file_id).stat().st_size
+            return os.stat(self.data(file_id)).st_size
         except OSError:
             return None
 
@@ -156,7 +159,7 @@ class FileStore:
         # The metadata first: a file without it is none.
         for path in (self._metadata(file_id), self.data(file_id)):
             with suppress(FileNotFoundError):
-                path.unlink()
+                os.unlink(path)
         self.quota.forget()
 
     def sweep(self, orphans: Mapping[str, list[str]], in_use: Collection[str]) -> None:
@@ -181,25 +184,26 @@ class FileStore:
 
     def _delete_orphan(self, file_id: str, names: list[str]) -> None:
         """Whoever writes a file holds a lock on it until its metadata is there."""
-        content = [self._folder / name for name in names if name.endswith((PART, DATA))]
+        content = [self._place(name) for name in names if name.endswith((PART, DATA))]
         locks = [FileLock.take(path) for path in content]
         try:
-            if locks and None not in locks and not self._metadata(file_id).exists():
+            if locks and None not in locks and not os.path.exists(self._metadata(file_id)):
                 # The content last: what is left without it would be left for good.
-                unwritten = [self._folder / name for name in names if name.endswith(TEMPORARY)]
+                unwritten = [self._place(name) for name in names if name.endswith(TEMPORARY)]
                 for path in (*unwritten, *content):
-                    path.unlink(missing_ok=True)
+                    with suppress(FileNotFoundError):
+                        os.unlink(path)
         finally:
             for lock in filter(None, locks):
                 lock.release()
 
-    def _metadata(self, file_id: str) -> Path:
-        return self._folder / (file_id + METADATA)
+    def _metadata(self, file_id: str) -> str:
+        return self._place(file_id + METADATA)
 
     def _read(self, file_id: str) -> StoredFile | None:
         """The file; None if there is none, or its metadata is broken. Metadata never changes."""
         try:
-            file = StoredFile.model_validate_json(self._metadata(file_id).read_bytes())
+            file = StoredFile.model_validate_json(read_whole(self._metadata(file_id)))
         except (FileNotFoundError, ValidationError):
             self._forget(file_id)
             return None
@@ -260,18 +264,18 @@ class Upload:
             return
         for path in (self._path, self._files.data(self._id)):
             with suppress(OSError):
-                path.unlink(missing_ok=True)
+                os.unlink(path)
         with suppress(OSError):  # what is still to be flushed may not fit
             self._file.close()
         self._files.quota.forget()
 
 
-def _opened(path: Path) -> BufferedWriter:
+def _opened(path: str) -> BufferedWriter:
     """A new file, locked until it is closed: an unlocked file without metadata is deleted as an orphan."""
     while True:
-        file = path.open("wb")
+        file = open(path, "wb")  # noqa: SIM115 - it stays open: the caller closes it
         fcntl.flock(file, fcntl.LOCK_EX)
-        if path.exists():
+        if os.path.exists(path):
             return file
         file.close()  # it was deleted before it was locked
 

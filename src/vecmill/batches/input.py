@@ -41,14 +41,14 @@ class Checked:
     errors: list[LineError] = field(default_factory=list)
 
 
-def validate(path: Path, endpoint: str, max_line_bytes: int, stopped: Callable[[], bool]) -> Checked:
+def validate(path: str | Path, endpoint: str, max_line_bytes: int, stopped: Callable[[], bool]) -> Checked:
     """Read the file once, in memory that does not grow with what the lines hold.
 
     Raises:
         Stopped: `stopped` said so. OSError: it cannot be read.
     """
     checked = Checked()
-    with path.open("rb") as file:
+    with open(path, "rb") as file:
         if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK:
             checked.first_offset = len(BYTE_ORDER_MARK)
         hashes = _check_lines(file, checked, endpoint, max_line_bytes, stopped)
@@ -214,13 +214,13 @@ class LineGroup:
 class LineReader:
     """An open input file that was found valid. For any thread, one at a time."""
 
-    def __init__(self, path: Path, offset: int, done: int, total: int) -> None:
+    def __init__(self, path: str | Path, offset: int, done: int, total: int) -> None:
         """`done` of its `total` lines are before the offset.
 
         Raises:
             OSError: it cannot be opened.
         """
-        self._file = path.open("rb")
+        self._file = open(path, "rb")  # noqa: SIM115 - `close` closes it
         self._file.seek(offset)
         self._offset = offset
         self._next = done + 1

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -365,12 +366,13 @@ class BatchRun:
             (record.output_file_id, OUTPUT, progress.output_bytes),
             (record.error_file_id, ERRORS, progress.error_bytes),
         ):
-            path = self._folder / name
+            path = f"{self._folder}/{name}"
             if file_id is None:
-                path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    os.unlink(path)
                 continue
-            if path.exists():
-                with path.open("rb+") as file:
+            if os.path.exists(path):
+                with open(path, "rb+") as file:
                     file.truncate(size)
             self._context.files.add(
                 file_id,

@@ -163,7 +163,7 @@ class BatchService:
         files = self._opened_context().files
         return await read_from_disk(lambda: files.get(file_id, viewer))
 
-    def path_of(self, file_id: str) -> Path:
+    def path_of(self, file_id: str) -> str:
         """Where the content of a file is that `file` has found."""
         return self._opened_context().files.data(file_id)
 

@@ -9,6 +9,7 @@ import secrets
 import shutil
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from sys import intern
 from threading import Lock
@@ -24,7 +25,7 @@ from vecmill.batches.known import ByCreation
 from vecmill.batches.record import BatchProgress, BatchRecord, BatchStatus, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.files import FileLock, delete_unfinished, sync_folder, write_atomically
+from vecmill.storage.files import FileLock, delete_unfinished, read_whole, sync_folder, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +74,22 @@ class BatchStore:
         """An id that no batch has."""
         return f"batch_{secrets.token_hex(16)}"
 
-    def folder(self, batch_id: str) -> Path:
+    def folder(self, batch_id: str) -> str:
         """The folder of a batch."""
-        return self._folder / batch_id
+        return f"{self._folder}/{batch_id}"
+
+    def _in(self, batch_id: str, name: str) -> str:
+        return f"{self._folder}/{batch_id}/{name}"
 
     def create(self, record: BatchRecord) -> None:
         """Store a new batch, atomically."""
         unfinished = self.folder(UNFINISHED + record.id)
         try:
-            unfinished.mkdir(mode=0o700)
-            (unfinished / LOCK).touch(mode=0o600)
-            write_atomically(unfinished / RECORD, _serialised(record))
+            os.mkdir(unfinished, mode=0o700)
+            os.close(_open(f"{unfinished}/{LOCK}"))
+            write_atomically(f"{unfinished}/{RECORD}", _serialised(record))
             sync_folder(unfinished)
-            unfinished.rename(self.folder(record.id))
+            os.rename(unfinished, self.folder(record.id))
             sync_folder(self._folder)
         except OSError:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -93,7 +97,7 @@ class BatchStore:
 
     def save(self, record: BatchRecord) -> None:
         """Replace a record. For whoever holds the batch's lock."""
-        write_atomically(self.folder(record.id) / RECORD, _serialised(record))
+        write_atomically(self._in(record.id, RECORD), _serialised(record))
 
     def get(self, batch_id: str, viewer: Viewer = EVERYONE) -> BatchRecord:
         """A batch of the viewer.
@@ -131,7 +135,7 @@ class BatchStore:
 
     def lock(self, batch_id: str) -> BatchLock | None:
         """The lock of whoever runs a batch; None if it is taken."""
-        path = self.folder(batch_id) / LOCK
+        path = self._in(batch_id, LOCK)
         lock = FileLock.take(path)
         return None if lock is None else BatchLock(path, lock)
 
@@ -144,31 +148,32 @@ class BatchStore:
         if self.cancel_requested_at(batch_id) is not None:
             return
         try:
-            write_atomically(self.folder(batch_id) / CANCEL, repr(now).encode())
+            write_atomically(self._in(batch_id, CANCEL), repr(now).encode())
         except FileNotFoundError:
             raise _none_of(batch_id) from None
 
     def cancel_requested_at(self, batch_id: str) -> float | None:
         """When cancellation was requested; None if it was not."""
         try:
-            return float((self.folder(batch_id) / CANCEL).read_bytes())
+            return float(read_whole(self._in(batch_id, CANCEL)))
         except (FileNotFoundError, ValueError):
             return None
 
     def note_work(self, batch_id: str, note: WorkNote) -> None:
         """Record on disk which lines are about to be run. For the holder of the batch's lock, as the next two."""
-        write_atomically(self.folder(batch_id) / WORKING, note.model_dump_json().encode())
+        write_atomically(self._in(batch_id, WORKING), note.model_dump_json().encode())
 
     def noted_work(self, batch_id: str) -> WorkNote | None:
         """The lines that a process was running when it died; None if none did."""
         try:
-            return WorkNote.model_validate_json((self.folder(batch_id) / WORKING).read_bytes())
+            return WorkNote.model_validate_json(read_whole(self._in(batch_id, WORKING)))
         except (FileNotFoundError, ValidationError):
             return None
 
     def end_work(self, batch_id: str) -> None:
         """Remove the note: nothing is being run any more."""
-        (self.folder(batch_id) / WORKING).unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            os.unlink(self._in(batch_id, WORKING))
 
     def forget(self, batch_id: str) -> None:
         """Delete a batch with all that is its own."""
@@ -184,13 +189,13 @@ class BatchStore:
 
     def _read(self, batch_id: str) -> BatchRecord | None:
         """The record; None if it is gone or broken. That of an ended batch does not change."""
-        path = self.folder(batch_id) / RECORD
+        path = self._in(batch_id, RECORD)
         try:
             if (known := self._records.get(batch_id)) is not None:  # another thread may forget it meanwhile
-                path.stat()
+                os.stat(path)
                 self._keep(known)
                 return known
-            record = BatchRecord.model_validate_json(path.read_bytes())
+            record = BatchRecord.model_validate_json(read_whole(path))
         except FileNotFoundError:
             self._drop(batch_id)
             return None
@@ -240,7 +245,7 @@ class BatchLock:
     Opening the file asks the server of a network's files for what is in it now.
     """
 
-    def __init__(self, path: Path, lock: FileLock) -> None:
+    def __init__(self, path: str, lock: FileLock) -> None:
         """Raises OSError."""
         self._path, self._lock = path, lock
         self._name = secrets.token_hex(8).encode()
@@ -256,7 +261,7 @@ class BatchLock:
             LockLost: another server has it, or the batch was deleted. OSError: it cannot be looked at.
         """
         try:
-            held = self._path.read_bytes() == self._name
+            held = read_whole(self._path) == self._name
         except FileNotFoundError:
             held = False
         if not held:
@@ -284,9 +289,9 @@ class AnswerFiles:
     For one thread at a time; every call may raise OSError.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._output = _open(folder / OUTPUT)
-        self._errors = _open(folder / ERRORS)
+    def __init__(self, folder: str) -> None:
+        self._output = _open(f"{folder}/{OUTPUT}")
+        self._errors = _open(f"{folder}/{ERRORS}")
 
     def holds(self, progress: BatchProgress) -> bool:
         """Whether the files have all that the record says: a disk that failed may have lost some."""
@@ -368,7 +373,7 @@ def _id(batch_id: str, line: InputLine) -> str:
     return f"batch_req_{batch_id[6:]}{line.number:08x}"
 
 
-def _open(path: Path) -> int:
+def _open(path: str) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
 

@@ -21,24 +21,25 @@ PRIVATE = 0o600
 LONGEST_WRITE_SECONDS = 3600.0
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: str | Path, data: bytes) -> None:
     """Put the data in the file's place, on disk before it can be seen. Of several writers the last one wins.
 
-    What a kill leaves behind ends with TEMPORARY.
+    What a kill leaves behind ends with TEMPORARY. Names of which there are ever new ones are strings here and in their
+    callers, not Paths: pathlib interns each name, and Python 3.12 keeps what is interned for as long as it runs.
 
     Raises:
         OSError: it could not be written; the file is as it was.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}{TEMPORARY}")
+    temporary = f"{path}.{secrets.token_hex(4)}{TEMPORARY}"
     try:
         with open(temporary, "wb", opener=_private) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink()
+            os.unlink(temporary)
         raise
 
 
@@ -60,6 +61,12 @@ def read_start(path: Path, size: int) -> bytes:
         return file.read(size)
 
 
+def read_whole(path: str | Path) -> bytes:
+    """What is in a file. Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read()
+
+
 def delete_unfinished(folder: Path, within: str = "") -> None:
     """Delete what writers that were killed have left in a folder, or in the folders `within` it (a glob).
 
@@ -72,7 +79,7 @@ def delete_unfinished(folder: Path, within: str = "") -> None:
                 path.unlink()
 
 
-def sync_folder(path: Path) -> None:
+def sync_folder(path: str | Path) -> None:
     """Have the names in a folder survive the death of the machine, too.
 
     Raises:
@@ -125,7 +132,7 @@ class FileLock:
         self._descriptor = descriptor
 
     @classmethod
-    def take(cls, path: Path, *, create: bool = False, shared: bool = False) -> Self | None:
+    def take(cls, path: str | Path, *, create: bool = False, shared: bool = False) -> Self | None:
         """Lock a file; None if it is locked already, in this process or another, or does not exist.
 
         `shared`: the lock may be held together with other shared ones.
