@@ -46,7 +46,9 @@ async def test_the_fit_follows_what_passes_take(monkeypatch: pytest.MonkeyPatch)
     """Warm-up that ran beside other work is not what budgets go by for ever."""
     monkeypatch.setattr(calibration, "REFIT_SECONDS", 0.0)
     right = calibration.fit
-    monkeypatch.setattr(warmup, "fit", lambda measured: right([(tokens, 50 * taken) for tokens, taken in measured]))
+    monkeypatch.setattr(
+        warmup, "fit", lambda measured: right([(tokens, 0.01 + 0.002 * tokens) for tokens, _ in measured])
+    )
     async with serving(max_batch_tokens=2048) as client:
 
         async def fit() -> tuple[float, int, float, int]:
