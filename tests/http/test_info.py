@@ -47,7 +47,7 @@ async def test_the_fit_follows_what_passes_take(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(calibration, "REFIT_SECONDS", 0.0)
     right = calibration.fit
     monkeypatch.setattr(
-        warmup, "fit", lambda measured: right([(tokens, 0.01 + 0.002 * tokens) for tokens, _ in measured])
+        warmup, "fit", lambda measured: right([(tokens, 0.02 + 0.01 * tokens) for tokens, _ in measured])
     )
     async with serving(max_batch_tokens=2048) as client:
 
