@@ -115,6 +115,13 @@ async def use(models: Residency, device: Device, name: str, caller: Caller | Non
             device.in_use[key] -= 1
 
 
+async def begin_to_use(models: Residency, device: Device, name: str) -> asyncio.Task[None]:
+    """A request for a model that waits by now, as long as the model is not there."""
+    request = asyncio.create_task(use(models, device, name))
+    await asyncio.sleep(0.01)
+    return request
+
+
 async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(10):
         while not condition():
@@ -303,8 +310,7 @@ async def test_a_model_in_use_is_waited_for_and_whoever_comes_meanwhile_is_serve
 
         holding = asyncio.create_task(hold())
         await asyncio.sleep(0.01)
-        other = asyncio.create_task(use(models, device, "b"))
-        await asyncio.sleep(0.01)
+        other = await begin_to_use(models, device, "b")
         again = asyncio.create_task(use(models, device, "a"))  # it does not keep the other from its turn
         await asyncio.sleep(0.1)
         assert device.loaded == {"embed:a"}
@@ -319,8 +325,7 @@ async def test_a_model_in_use_is_waited_for_and_whoever_comes_meanwhile_is_serve
 async def test_a_model_stays_where_nobody_waits_for_the_other_any_more() -> None:
     device = Device()
     async with residency(device, loaded="a", max_loaded_gb=1) as models, models.hold("embed:a"):
-        other = asyncio.create_task(use(models, device, "b"))
-        await asyncio.sleep(0.01)
+        other = await begin_to_use(models, device, "b")
         same = asyncio.create_task(use(models, device, "a"))
         other.cancel()
         async with asyncio.timeout(5):
@@ -332,8 +337,7 @@ async def test_what_an_admin_asks_for_is_loaded_though_the_request_that_waited_f
     device = Device()
     async with residency(device, loaded="a", max_loaded_gb=1) as models:
         async with models.hold("embed:a"):
-            waiting = asyncio.create_task(use(models, device, "b"))
-            await asyncio.sleep(0.01)
+            waiting = await begin_to_use(models, device, "b")
             assert models.load("embed:b").state is ModelState.LOADING  # it waits for the room of a
             waiting.cancel()
             await asyncio.sleep(0.1)
@@ -344,8 +348,7 @@ async def test_what_an_admin_asks_for_while_it_makes_room_is_loaded_again() -> N
     device = Device()
     async with residency(device, loaded="a", max_loaded_gb=1) as models:
         async with models.hold("embed:a"):
-            waiting = asyncio.create_task(use(models, device, "b"))
-            await asyncio.sleep(0.01)
+            waiting = await begin_to_use(models, device, "b")
             models.load("embed:a")
         await waiting
         await until(lambda: device.loaded == {"embed:a"})
@@ -379,10 +382,8 @@ async def test_a_model_that_goes_anyway_makes_room_before_any_other(how: str) ->
     device = Device()
     device.gate = asyncio.Event()
     async with residency(device, loaded="a", max_loaded_gb=2, pinned_models="c") as models:
-        first = asyncio.create_task(use(models, device, "c"))
-        await asyncio.sleep(0.01)
-        second = asyncio.create_task(use(models, device, "b"))
-        await asyncio.sleep(0.01)
+        first = await begin_to_use(models, device, "c")
+        second = await begin_to_use(models, device, "b")
         if how == "admin":
             models.unload("embed:a")
         else:

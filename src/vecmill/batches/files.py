@@ -21,7 +21,15 @@ from vecmill.batches.known import ByCreation
 from vecmill.core.clock import Clock
 from vecmill.core.errors import BodyTooLarge, NoSuchFile
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.files import TEMPORARY, FileLock, delete_unfinished, read_whole, sync_folder, write_atomically
+from vecmill.storage.files import (
+    TEMPORARY,
+    FileLock,
+    delete,
+    delete_unfinished,
+    read_whole,
+    sync_folder,
+    write_atomically,
+)
 
 FILE_ID = re.compile(r"file-[0-9a-f]{32}")
 DATA, PART, METADATA = ".data", ".part", ".json"
@@ -158,8 +166,7 @@ class FileStore:
         self._forget(file_id)
         # The metadata first: a file without it is none.
         for path in (self._metadata(file_id), self.data(file_id)):
-            with suppress(FileNotFoundError):
-                os.unlink(path)
+            delete(path)
         self.quota.forget()
 
     def sweep(self, orphans: Mapping[str, list[str]], in_use: Collection[str]) -> None:
@@ -191,8 +198,7 @@ class FileStore:
                 # The content last: what is left without it would be left for good.
                 unwritten = [self._place(name) for name in names if name.endswith(TEMPORARY)]
                 for path in (*unwritten, *content):
-                    with suppress(FileNotFoundError):
-                        os.unlink(path)
+                    delete(path)
         finally:
             for lock in filter(None, locks):
                 lock.release()

@@ -37,6 +37,7 @@ from vecmill.batches.store import (
 )
 from vecmill.core.clock import Clock
 from vecmill.core.types import Caller, Lane
+from vecmill.storage.files import delete
 from vecmill.telemetry.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -368,8 +369,7 @@ class BatchRun:
         ):
             path = f"{self._folder}/{name}"
             if file_id is None:
-                with suppress(FileNotFoundError):
-                    os.unlink(path)
+                delete(path)
                 continue
             if os.path.exists(path):
                 with open(path, "rb+") as file:

@@ -9,7 +9,6 @@ import secrets
 import shutil
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from sys import intern
 from threading import Lock
@@ -25,7 +24,15 @@ from vecmill.batches.known import ByCreation
 from vecmill.batches.record import BatchProgress, BatchRecord, BatchStatus, WorkNote
 from vecmill.core.errors import NoSuchBatch
 from vecmill.core.types import EVERYONE, Viewer
-from vecmill.storage.files import FileLock, delete_unfinished, read_whole, sync_folder, write_atomically
+from vecmill.storage.files import (
+    PRIVATE,
+    FileLock,
+    delete,
+    delete_unfinished,
+    read_whole,
+    sync_folder,
+    write_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +86,7 @@ class BatchStore:
         return f"{self._folder}/{batch_id}"
 
     def _in(self, batch_id: str, name: str) -> str:
-        return f"{self._folder}/{batch_id}/{name}"
+        return f"{self.folder(batch_id)}/{name}"
 
     def create(self, record: BatchRecord) -> None:
         """Store a new batch, atomically."""
@@ -172,8 +179,7 @@ class BatchStore:
 
     def end_work(self, batch_id: str) -> None:
         """Remove the note: nothing is being run any more."""
-        with suppress(FileNotFoundError):
-            os.unlink(self._in(batch_id, WORKING))
+        delete(self._in(batch_id, WORKING))
 
     def forget(self, batch_id: str) -> None:
         """Delete a batch with all that is its own."""
@@ -374,7 +380,7 @@ def _id(batch_id: str, line: InputLine) -> str:
 
 
 def _open(path: str) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
 
 
 def _write(file: int, start: int, data: bytes) -> None:

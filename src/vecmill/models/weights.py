@@ -139,8 +139,9 @@ class WeightFiles:
 
         Args:
             dtype: what they will be cast to.
-            copied: those that the caller copies before it asks for the next. All are read into the same memory: pieces
-                that are freed between others which stay are not given back by malloc, a third of some models' size.
+            copied: those that the caller copies before it asks for the next. They are all read into one buffer: buffers
+                that are freed between tensors which stay leave holes that malloc does not give back, up to a third of a
+                model's size.
 
         Raises:
             StartupError: a value is not a finite floating-point number, or would not be one in `dtype`.

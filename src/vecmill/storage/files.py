@@ -1,5 +1,8 @@
 """Small files that are read either as they were or as they are to be, whenever the writer dies; and locks on files.
 
+A path whose name is used once, such as an id or a temporary name, is a string and not a Path: pathlib interns every
+name that it parses, and Python 3.12 never frees an interned string.
+
 Sources: https://man7.org/linux/man-pages/man2/flock.2.html, https://man7.org/linux/man-pages/man5/nfs.5.html
 (`local_lock`) and https://man7.org/linux/man-pages/man5/proc_pid_mountinfo.5.html"""
 
@@ -24,8 +27,7 @@ LONGEST_WRITE_SECONDS = 3600.0
 def write_atomically(path: str | Path, data: bytes) -> None:
     """Put the data in the file's place, on disk before it can be seen. Of several writers the last one wins.
 
-    What a kill leaves behind ends with TEMPORARY. Names of which there are ever new ones are strings here and in their
-    callers, not Paths: pathlib interns each name, and Python 3.12 keeps what is interned for as long as it runs.
+    What a kill leaves behind ends with TEMPORARY.
 
     Raises:
         OSError: it could not be written; the file is as it was.
@@ -65,6 +67,12 @@ def read_whole(path: str | Path) -> bytes:
     """What is in a file. Raises OSError."""
     with open(path, "rb") as file:
         return file.read()
+
+
+def delete(path: str) -> None:
+    """Delete a file; one that is not there is no error. Raises OSError."""
+    with suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def delete_unfinished(folder: Path, within: str = "") -> None:
@@ -141,7 +149,7 @@ class FileLock:
             OSError: it cannot be opened.
         """
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), PRIVATE)
         except FileNotFoundError:
             return None
         try:
