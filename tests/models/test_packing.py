@@ -23,7 +23,7 @@ from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Prefix, Row, Task, TokenIds
 from vecmill.engine.loader import expected_card
 from vecmill.inference.models import Embedder, Reranker, assemble_one
-from vecmill.models import networks
+from vecmill.models import networks, packing
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.families import FAMILIES
 from vecmill.models.networks import Model
@@ -231,6 +231,69 @@ def test_packs_have_few_shapes_and_little_filler(lengths: list[int]) -> None:
     total = packed.input_ids.shape[1]
     assert total % (16 if total <= 256 else 64) == 0
     assert 0 <= total - tokens < (16 if tokens <= 256 else 64)
+
+
+@pytest.fixture
+def on_cpu_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
+    """Packs as on a CPU of that capability."""
+
+    def be(capability: str) -> None:
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+        packing.scores_at_once.cache_clear()
+
+    yield be
+    packing.scores_at_once.cache_clear()
+
+
+@pytest.mark.parametrize("tiny", every_family(), ids=str)
+def test_padded_keys_change_no_answer(
+    model_of: Callable[[TinyModel], Model], on_cpu_with: Callable[[str], None], tiny: TinyModel
+) -> None:
+    model = model_of(tiny)
+    rows = random_rows([*range(1, 34), 47, 47, 63, 79, 79, 79, LONGEST], 1, tiny, model.vocab_size)
+    on_cpu_with("AVX2")
+    assert pack(rows, CPU).padded_keys is None
+    plain = run(model, rows)
+    on_cpu_with("AVX512")
+    assert pack(rows, CPU).padded_keys is not None
+    same(run(model, rows), plain, tiny.task)
+
+
+def test_keys_are_padded_where_half_a_vector_or_more_is_left_over(on_cpu_with: Callable[[str], None]) -> None:
+    on_cpu_with("AVX512")
+    packed = pack([row(*range(length)) for length in (7, 8, 15, 15, 16, 23, 24)], CPU)
+    assert [(group.length, group.padded) for group in packed.groups] == [
+        (7, None),
+        (8, (0, 16)),
+        (15, (16, 16)),
+        (16, None),
+        (23, None),
+        (24, (48, 32)),
+        (4, None),
+    ]
+    assert packed.padded_keys is not None
+    of_rows_of_15 = [*range(15, 30), 29, *range(30, 45), 44]
+    assert packed.padded_keys[16:48].tolist() == of_rows_of_15  # a row's last token again, never another row's
+
+
+def test_padding_brings_no_value_that_is_not_finite_into_another_row(
+    model_of: Callable[[TinyModel], Model], on_cpu_with: Callable[[str], None]
+) -> None:
+    on_cpu_with("AVX512")
+    tiny = tiny_model(Task.EMBED, "bert")
+    model = model_of(tiny)
+    rows = random_rows([15, 15, 15, 31, 31], 2, tiny, model.vocab_size)
+    spoiled = int(rows[1].token_ids[3])
+    rows = [rows[0], rows[1], *(Row(np.where(each.token_ids == spoiled, 1, each.token_ids)) for each in rows[2:])]
+    embeddings = next(part for part in model.modules[0].modules() if isinstance(part, torch.nn.Embedding))
+    before = embeddings.weight[spoiled].clone()
+    embeddings.weight.data[spoiled] = torch.inf
+    try:
+        finite = np.isfinite(run(model, rows)).all(axis=1).tolist()
+    finally:
+        embeddings.weight.data[spoiled] = before
+    assert finite == [spoiled not in each.token_ids for each in rows]
+    assert finite.count(False) in (1, 2)
 
 
 @pytest.mark.gpu

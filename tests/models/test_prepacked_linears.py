@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vecmill.engine.device import cpu_rates
 from vecmill.models import prepacked_linears
 from vecmill.models.networks import Model, tensors_of
 from vecmill.models.networks import load_model as load_network
-from vecmill.models.prepacked_linears import PrepackedLinear, prepack
+from vecmill.models.prepacked_linears import FusedIntermediate, FusedOutput, PrepackedLinear, prepack
 from vecmill.models.weights import Target
 
 QUICK = {"embed-qwen3", "rerank-modernbert", "embed-nomic_bert-mixture", "embed-jina_embeddings_v3", "embed-t5"}
@@ -44,7 +45,8 @@ def linears(model: Model, kind: type[nn.Module]) -> int:
 )
 def test_a_prepacked_model_answers_as_before(tmp_path: Path, tiny: TinyModel) -> None:
     random = np.random.default_rng(0)
-    _, model = load_model(tiny.write(tmp_path / "tiny"), tiny.task, torch.bfloat16)
+    folder = tiny.write(tmp_path / "tiny")
+    _, model = load_model(folder, tiny.task, torch.bfloat16)
     rows = [tiny.row(length, model.vocab_size, random) for length in (1, 3, 17, 64, 90)]
     before, size = run(model, rows), sum(tensor.nbytes for tensor in tensors_of(model).values())
     plain = linears(model, nn.Linear)
@@ -52,7 +54,38 @@ def test_a_prepacked_model_answers_as_before(tmp_path: Path, tiny: TinyModel) ->
     assert linears(model, PrepackedLinear) >= exchanged  # one may be in several places
     assert linears(model, nn.Linear) <= plain - exchanged
     assert sum(tensor.nbytes for tensor in tensors_of(model).values()) == size
-    np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=2e-3 * max(1.0, float(np.abs(before).max())))
+    if linears(model, FusedIntermediate) or linears(model, FusedOutput):
+        assert_as_exact(folder, tiny, model)
+    else:
+        np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=2e-3 * max(1.0, float(np.abs(before).max())))
+
+
+def assert_as_exact(folder: Path, tiny: TinyModel, model: Model) -> None:
+    """Where less is rounded other bits come out, which are as near to float32 with the same weights."""
+    _, plain = load_model(folder, tiny.task, torch.bfloat16)
+    _, exact = load_model(folder, tiny.task, torch.float32)
+    for module, rounded in zip(exact.modules, plain.modules, strict=True):
+        module.load_state_dict(rounded.state_dict())
+    random = np.random.default_rng(0)
+    rows = [tiny.row(length, model.vocab_size, random) for length in range(1, 100)]
+    wanted = run(exact, rows)
+    assert np.linalg.norm(run(model, rows) - wanted) <= 1.2 * np.linalg.norm(run(plain, rows) - wanted)
+
+
+@pytest.mark.parametrize(("hidden_act", "fused"), [("gelu", 2), ("relu", 2), ("gelu_new", 0), ("tanh", 0)])
+@pytest.mark.parametrize("name", ["embed-bert", "embed-roberta"])  # of this package, and of transformers
+def test_what_follows_a_layer_is_computed_with_it_where_it_can_be(
+    tmp_path: Path, name: str, hidden_act: str, fused: int
+) -> None:
+    tiny = next(each for each in tiny_models() if str(each) == name)
+    folder = tiny.write(tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": hidden_act}))
+    _, model = load_model(folder, tiny.task, torch.bfloat16)
+    prepack(model)
+    assert linears(model, FusedIntermediate) == fused
+    assert linears(model, FusedOutput) == 4
+    assert_as_exact(folder, tiny, model)
 
 
 def test_only_layers_in_bfloat16_are_exchanged() -> None:
@@ -91,8 +124,30 @@ def test_layers_stay_where_the_operation_is_missing_or_wrong(
     with caplog.at_level("INFO"):
         monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", wrong)
         assert prepack(model) == 0
-    assert "linear layers stay as torch has them" in caplog.text
+    assert "the product of linear layers stays as torch has it" in caplog.text
     np.testing.assert_array_equal(run(model, rows), before)
+
+
+def test_what_follows_stays_where_only_that_is_missing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    operation = torch.ops.mkldnn._linear_pointwise
+
+    def plain(hidden: Tensor, weight: Tensor, bias: Tensor | None, activation: str, *rest: Any) -> Tensor:
+        out: Tensor = operation(hidden, weight, bias, "none", *rest)
+        return out
+
+    tiny = next(each for each in tiny_models() if str(each) == "embed-bert")
+    _, model = load_model(tiny.write(tmp_path / "tiny"), tiny.task, torch.bfloat16)
+    rows = [Row(np.arange(1, 30, dtype=np.int32))]
+    before = run(model, rows)
+    with caplog.at_level("INFO"):
+        monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", plain)
+        assert prepack(model) > 0
+    assert (linears(model, FusedIntermediate), linears(model, FusedOutput)) == (0, 0)
+    assert "what follows the product (gelu) stays as torch has it" in caplog.text
+    assert "what follows the product (add) stays" in caplog.text
+    np.testing.assert_allclose(run(model, rows), before, rtol=0, atol=2e-3)
 
 
 def test_a_value_that_is_not_finite_stays_its_own_rows() -> None:

@@ -46,6 +46,7 @@ BLOCK_QUERIES = 512
 
 Window = tuple[int, int]
 """How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
+EVERYTHING: Window = (-1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,15 @@ def _attend(
     key, value = _with_prefixes(call.layer, key, value, packed)
     if packed.attention is Attention.FLASH:
         return _flash(query, key, value, packed, scaling, window)
-    return _one_row(_sdpa(query, key, value, packed, group, scaling, window) for group in packed.groups)
+    padded = None
+    if packed.padded_keys is not None and window == EVERYTHING:
+        padded = _of_tokens(key, packed.padded_keys), _of_tokens(value, packed.padded_keys)
+    return _one_row(
+        _on_padded(query, *padded, packed, group, scaling)
+        if padded is not None and group.padded is not None
+        else _sdpa(query, key, value, packed, group, scaling, window)
+        for group in packed.groups
+    )
 
 
 def _one_row(parts: Iterable[Tensor]) -> Tensor:
@@ -230,6 +239,33 @@ def _sdpa(
         mask = _mask(packed, (stop - start, last - first), before + start - first, window, q.device)
         parts.append(attend(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], attn_mask=mask))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+
+
+def _of_tokens(tensor: Tensor, index: Tensor) -> Tensor:
+    """(1, heads, T, head_dim) and (P,) -> (1, heads, P, head_dim); a token's heads stay next to each other."""
+    return tensor.transpose(1, 2).index_select(1, index).transpose(1, 2)
+
+
+def _on_padded(
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, group: EqualLengths, scaling: float | None
+) -> Tensor:
+    """(rows, heads, length, head_dim). `key` and `value` are of the padded keys; the padding is masked."""
+    assert group.padded is not None
+    start, count = group.padded
+    k, v = (_rows(tensor, EqualLengths(start, group.rows, count)) for tensor in (key, value))
+    known = (group.length, count)
+    if known not in packed.masks:
+        mask = torch.zeros(1, count, dtype=query.dtype)
+        mask[:, group.length :] = -torch.inf
+        packed.masks[known] = mask
+    return F.scaled_dot_product_attention(
+        _rows(query, group),
+        k,
+        v,
+        attn_mask=packed.masks[known],
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
 
 
 def _biased(

@@ -6,8 +6,9 @@ Keys and values of a prefix are kept as long as rows of its request wait: they a
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import lru_cache
 from itertools import groupby, pairwise
 from operator import attrgetter
 from weakref import WeakKeyDictionary
@@ -94,6 +95,8 @@ class EqualLengths:
     length: int
     prefix: tuple[int, int] | None = None
     """First token and length of the prefix; from T on are those that were recalled."""
+    padded: tuple[int, int] | None = None
+    """First and number of each row's keys among `padded_keys`; None: its keys are its own tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +160,8 @@ class PackedBatch:
     """Prefixes computed in an earlier batch; their tokens count from T on."""
     groups: tuple[EqualLengths, ...]
     """For SDPA."""
+    padded_keys: Tensor | None
+    """(P,) int64: the token that each is of, for groups whose keys are padded; None where no group's are."""
     order: tuple[int, ...]
     """`order[i]` is the caller's index of packed row i."""
     shape: PackShape | None
@@ -204,6 +209,10 @@ def pack(
     unpooled = np.array([segment.unpooled for segment in segments], dtype=np.int64)
     positions = np.array([segment.position for segment in segments], dtype=np.int64)
     keys = _keys(segments)
+    groups = _groups(segments, lengths)
+    padded_keys: Array | None = None
+    if attention is Attention.SDPA and device.type == "cpu":
+        groups, padded_keys = _with_padded_keys(groups, scores_at_once())
     arrays: dict[str, Array] = {
         "input_ids": np.concatenate([segment.token_ids for segment in segments], dtype=np.int64)[None],
         "position_ids": (np.arange(tokens) + np.repeat(positions - starts, lengths))[None],
@@ -220,6 +229,8 @@ def pack(
         arrays["pooled"] = _pooled(segments, tokens)
     if keys is not None:
         arrays |= {"keys": keys[0], "keys_cu_seqlens": keys[1]}
+    if padded_keys is not None:
+        arrays["padded_keys"] = padded_keys
     if shape is not None:
         arrays |= _padded(arrays, shape)
     whole, tensors = _to_device(arrays, device)
@@ -243,7 +254,8 @@ def pack(
             if segment.shared is not None and memory is not None
         ),
         recalled=tuple(recalled.values()),
-        groups=_groups(segments, lengths),
+        groups=groups,
+        padded_keys=tensors.get("padded_keys"),
         order=tuple(segment.index for segment in segments if segment.index is not None),
         shape=shape,
         attention=attention,
@@ -391,3 +403,35 @@ def _groups(segments: Sequence[_Segment], lengths: np.typing.NDArray[np.int64]) 
             same = list(members)
             groups.append(EqualLengths(same[0].start, len(same), len(same[0]), prefix))
     return tuple(groups)
+
+
+# Keys of longer rows are not padded: there masking all scores takes as long as those that are left over.
+PADDED_UP_TO = 512
+
+
+@lru_cache
+def scores_at_once() -> int:
+    """How many of a query's scores attention's kernel takes at once on this CPU; 0 where padding keys gains nothing.
+
+    It takes those that are left over one by one, each in about the time of 16. With AVX2 they are 7 at most, and
+    padding costs as much; with AVX-512 they are up to 15, which doubles attention's time.
+    """
+    return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
+
+
+def _with_padded_keys(groups: Sequence[EqualLengths], vector: int) -> tuple[tuple[EqualLengths, ...], Array | None]:
+    """The groups, those with half a vector or more left over with padded keys; and the tokens that the keys are of.
+
+    Padding repeats a row's last token: another row's values would reach the row where they are not finite.
+    """
+    with_keys, parts, start = [], [], 0
+    for group in groups:
+        pads = vector and group.prefix is None and group.length <= PADDED_UP_TO
+        if pads and 2 * (group.length % vector) >= vector:
+            count = -(-group.length // vector) * vector
+            own = np.minimum(np.arange(count), group.length - 1)
+            first = group.start + group.length * np.arange(group.rows)
+            parts.append((first[:, None] + own).reshape(-1))
+            group, start = replace(group, padded=(start, count)), start + group.rows * count
+        with_keys.append(group)
+    return tuple(with_keys), np.concatenate(parts) if parts else None

@@ -4,6 +4,10 @@ torch's own layer has oneDNN bring its weights into that layout in each forward 
 product itself where tokens are few: a search's. Here it is done once, when the model is loaded; the product and its
 bits are the same.
 
+In BERT's layers what follows a product, its activation or the sum with what went into the block, is computed with it:
+otherwise it is another pass over memory, and the activation's is the largest of the layer. The product is not rounded
+to bfloat16 in between.
+
 torch has no public name for it: the operations are those that its compiler uses for frozen weights. Where they are
 missing, or compute something else than torch's layer on a trial, layers stay as they are.
 """
@@ -11,6 +15,7 @@ missing, or compute something else than torch's layer on a trial, layers stay as
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 
 import torch
@@ -40,8 +45,73 @@ class PrepackedLinear(nn.Module):
         self.bias: Tensor | None = linear.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, "none", [], "")
+        return self.then("none", hidden)
+
+    def then(self, activation: str, hidden: Tensor) -> Tensor:
+        """The activation of the product. One of `FUSED`, or "none"."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, activation, [], "none")
         return out
+
+    def plus(self, hidden: Tensor, other: Tensor) -> Tensor:
+        """The product, and `other` of its shape."""
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, "add")
+        return out
+
+
+# Activations that are computed with the product: what the operation calls each, and torch's own.
+FUSED: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+
+
+class FusedIntermediate(nn.Module):
+    """The first half of BERT's feed-forward layer, as transformers' `BertIntermediate`."""
+
+    def __init__(self, dense: PrepackedLinear, activation: str) -> None:
+        super().__init__()
+        self.dense, self.activation = dense, activation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(1, T, width) -> (1, T, inner width)"""
+        return self.dense.then(self.activation, hidden_states)
+
+
+class FusedOutput(nn.Module):
+    """The end of BERT's attention and feed-forward layers, as transformers' `BertSelfOutput` and `BertOutput`."""
+
+    def __init__(self, dense: PrepackedLinear, norm: nn.Module) -> None:
+        super().__init__()
+        self.dense, self.LayerNorm = dense, norm
+
+    def forward(self, hidden_states: Tensor, before: Tensor) -> Tensor:
+        """(1, T, inputs) and (1, T, width) -> (1, T, width)"""
+        normed: Tensor = self.LayerNorm(self.dense.plus(hidden_states, before))
+        return normed
+
+
+def _fused(module: nn.Module) -> nn.Module | None:
+    """What stands for a module of BERT's layers whose linear layer is prepacked; None for any other module.
+
+    They are known by what they are made of: that is the same in all classes that transformers derives from BERT's.
+    """
+    parts = dict(module.named_children())
+    dropout = parts.pop("dropout", None)
+    dense = parts.get("dense")
+    if not isinstance(dense, PrepackedLinear) or isinstance(module, FusedIntermediate | FusedOutput):
+        return None
+    if parts.keys() == {"dense", "intermediate_act_fn"} and dropout is None:
+        activation = _activation(parts["intermediate_act_fn"])
+        return FusedIntermediate(dense, activation) if activation and _is_right(activation) else None
+    if parts.keys() == {"dense", "LayerNorm"} and _is_right("add"):
+        return FusedOutput(dense, parts["LayerNorm"])
+    return None
+
+
+def _activation(module: nn.Module) -> str | None:
+    """What FUSED calls it, if it is among them. transformers has classes of its own, which hold torch's functions."""
+    if isinstance(module, nn.GELU):
+        return "gelu" if module.approximate == "none" else None
+    if isinstance(module, nn.ReLU):
+        return "relu"
+    return next((name for name, function in FUSED.items() if getattr(module, "act", None) is function), None)
 
 
 @torch.no_grad()
@@ -61,6 +131,9 @@ def prepack(model: Model) -> int:
         exchanged = PrepackedLinear(linear).eval()
         for parent, name in where:
             setattr(parent, name, exchanged)
+    for parent, name, child in places_within(model.modules):
+        if (fused := _fused(child)) is not None:
+            setattr(parent, name, fused.eval())
     return count
 
 
@@ -74,25 +147,34 @@ def _can_be(linear: nn.Linear) -> bool:
 
 
 @lru_cache
-def _is_right() -> bool:
-    """Whether this machine and this torch have the operations, found out by trying."""
+def _is_right(following: str = "none") -> bool:
+    """Whether this machine and this torch have the operation with what follows the product, found out by trying.
+
+    Args:
+        following: one of FUSED, "add" or "none".
+    """
     generator = torch.Generator().manual_seed(0)
-    hidden, weight, bias = (
-        torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 24, 64), (48, 64), (48,))
+    hidden, weight, bias, other = (
+        torch.randn(shape, generator=generator).bfloat16() for shape in ((2, 24, 64), (48, 64), (48,), (2, 24, 48))
     )
     linear = nn.Linear(64, 48, device="meta")
     linear.weight, linear.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
-    wanted = F.linear(hidden.float(), weight.float(), bias.float())
+    product = F.linear(hidden.float(), weight.float(), bias.float())
+    wanted = product + other if following == "add" else FUSED.get(following, torch.positive)(product)
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
-        off = PrepackedLinear(linear)(hidden).float() - wanted
-        if off.norm() <= MOST_OFF * wanted.norm():
+        packed = PrepackedLinear(linear)
+        out = packed.plus(hidden, other) if following == "add" else packed.then(following, hidden)
+        if (out.float() - wanted).norm() <= MOST_OFF * wanted.norm():
             return True
-        reason = "they give other numbers"
+        reason = "it gives other numbers"
     except Exception as error:  # an operation that is not there is missed in many ways
         if is_out_of_memory(error):  # says nothing of the operations: the next load tries again
             raise
         reason = first_line(error)[:160]
-    logger.info("linear layers stay as torch has them: the prepacked ones cannot be used here: %s", reason)
+    what = (
+        "the product of linear layers stays" if following == "none" else f"what follows the product ({following}) stays"
+    )
+    logger.info("%s as torch has it: oneDNN's operation cannot be used here: %s", what, reason)
     return False
