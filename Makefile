@@ -1,6 +1,9 @@
 # `make serve` runs the server, `make test` the tests, `make check` everything that must be green. Each works from
 # nothing: the virtual environment is made and filled as needed.
 
+# Tests start hundreds of processes: without its bytecode each would compile all that it imports.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The newest Python that torch has wheels for; PYTHON=... chooses another.
 PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3; do \
 	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$python && break; done)

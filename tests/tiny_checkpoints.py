@@ -40,7 +40,9 @@ from transformers import (
     XLMRobertaModel,
 )
 
-VOCAB = 30522  # the bundled tokenizer's
+# The bundled tokenizer's first: its most frequent words, and pieces of others. To read all 30,522 takes most of the
+# time in which a tiny model is loaded.
+VOCAB = 8192
 
 CORPUS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not jump over the fox.",
@@ -68,7 +70,7 @@ def tiny_bert(
     """A two-layer BERT of 32 dimensions with the bundled model's tokenizer."""
     torch.manual_seed(seed)
     BertModel(_bert_config(), add_pooling_layer=False).save_pretrained(folder)
-    _copy_tokenizer(tokenizer_from, folder)
+    copy_tokenizer(tokenizer_from, folder)
     kinds = ["Transformer", "Pooling", "Normalize"]
     return _as_sentence_transformer(folder, kinds, pooling, prompts, max_seq_length)
 
@@ -119,7 +121,7 @@ def tiny_cross_encoder(
         torch.nn.init.normal_(head.weight, std=0.5)
     model.save_pretrained(folder)
     if tokenizer_from is not None and kind == "bert":
-        _copy_tokenizer(tokenizer_from, folder)
+        copy_tokenizer(tokenizer_from, folder)
         edit_json(folder / "tokenizer_config.json", model_max_length=max_length)
         # as ms-marco-MiniLM says that its scores are raw; bge-reranker says nothing
         edit_json(folder / "config.json", sentence_transformers={"activation_fn": "torch.nn.modules.linear.Identity"})
@@ -130,7 +132,7 @@ def tiny_cross_encoder(
 
 def tiny_nomic(folder: Path, tokenizer_from: Path, *, seed: int = 0, prompts: Mapping[str, str] | None = None) -> Path:
     """A two-layer nomic-embed-text-v1.5 of 32 dimensions: the hub's config keys and weight names, no remote code."""
-    width, inner, layers, positions, vocab = 32, 64, 2, 256, 30528
+    width, inner, layers, positions, vocab = 32, 64, 2, 256, VOCAB
     remote = "nomic-ai/nomic-bert-2048--"
     config = {
         "activation_function": "swiglu",
@@ -176,7 +178,7 @@ def tiny_nomic(folder: Path, tokenizer_from: Path, *, seed: int = 0, prompts: Ma
     save_file(
         _nomic_weights(width, inner, layers, vocab, seed), folder / "model.safetensors", metadata={"format": "pt"}
     )
-    _copy_tokenizer(tokenizer_from, folder)
+    copy_tokenizer(tokenizer_from, folder)
     edit_json(folder / "tokenizer_config.json", model_max_length=positions)
     return _as_sentence_transformer(folder, ["Transformer", "Pooling"], "mean_tokens", prompts, positions)
 
@@ -584,7 +586,7 @@ def tiny_modernbert(
         **({"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}} if reranker else {}),
     }
     write(folder / "config.json", {**config, **unread})
-    _copy_tokenizer(tokenizer_from, folder)
+    copy_tokenizer(tokenizer_from, folder)
     names = ["input_ids", "attention_mask"]
     edit_json(folder / "tokenizer_config.json", model_max_length=128, model_input_names=names)
     return folder if reranker else _as_sentence_transformer(folder, ["Transformer", "Pooling"], pooling, None, 128)
@@ -600,7 +602,7 @@ def tiny_static(
     (folder / within).mkdir(parents=True, exist_ok=True)
     table = torch.randn(VOCAB, 16, generator=torch.Generator().manual_seed(seed))
     save_file({"embedding.weight": table}, folder / within / "model.safetensors")
-    tokenizer = Tokenizer.from_file(str(tokenizer_from / "tokenizer.json"))
+    tokenizer = Tokenizer.from_str(shortened(tokenizer_from / "tokenizer.json"))
     tokenizer.no_truncation()
     tokenizer.save(str(folder / within / "tokenizer.json"))
     entries = [("StaticEmbedding", within), *([("Normalize", "1_Normalize")] if normalize else [])]
@@ -786,10 +788,25 @@ def _nomic_mixture_weights(
     return weights
 
 
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt"):
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """The tokenizer of another checkpoint, shortened."""
+    (folder / "tokenizer.json").write_text(shortened(source / "tokenizer.json"), "utf-8")
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (source / name).is_file():
             shutil.copy(source / name, folder / name)
+    if (source / "vocab.txt").is_file():
+        words = (source / "vocab.txt").read_text("utf-8").split("\n")
+        (folder / "vocab.txt").write_text("\n".join(words[:VOCAB]), "utf-8")
+
+
+@lru_cache
+def shortened(file: Path) -> str:
+    """A tokenizer.json with at most VOCAB words of a WordPiece vocabulary."""
+    definition = json.loads(file.read_text("utf-8"))
+    if definition["model"]["type"] == "WordPiece":
+        words = definition["model"]["vocab"]
+        definition["model"]["vocab"] = {word: number for word, number in words.items() if number < VOCAB}
+    return json.dumps(definition)
 
 
 def _write_xlm_roberta_tokenizer(folder: Path, max_length: int) -> None:
@@ -899,7 +916,7 @@ def tiny_decoder(
     model = AutoModel.from_config(config)
     _randomize_vectors(model)
     model.save_pretrained(folder)
-    _copy_tokenizer(tokenizer_from, folder)
+    copy_tokenizer(tokenizer_from, folder)
     edit_json(folder / "tokenizer_config.json", **tokenizer)
     kinds = ["Transformer", "Pooling", "Normalize"]
     return _as_sentence_transformer(folder, kinds, pooling, prompts, config.max_position_embeddings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -30,7 +29,9 @@ from tests.tiny_checkpoints import (
     _as_sentence_transformer,
     _randomize_vectors,
     _unigram_pieces,
+    copy_tokenizer,
     edit_json,
+    shortened,
     write,
 )
 from vecmill.core.types import Task
@@ -235,11 +236,8 @@ def _word_piece(kind: str) -> Callable[[Path, int], int]:
     """BERT's, under the class of another family that takes it as it is."""
 
     def put(folder: Path, max_length: int) -> int:
-        for name in ("tokenizer.json", "special_tokens_map.json", "vocab.txt"):
-            if (source := find("auto").folder / name).is_file():
-                shutil.copy(source, folder / name)
-        settings = json.loads((find("auto").folder / "tokenizer_config.json").read_text("utf-8"))
-        write(folder / "tokenizer_config.json", {**settings, "tokenizer_class": kind, "model_max_length": max_length})
+        copy_tokenizer(find("auto").folder, folder)
+        edit_json(folder / "tokenizer_config.json", tokenizer_class=kind, model_max_length=max_length)
         return VOCAB
 
     return put
@@ -248,7 +246,7 @@ def _word_piece(kind: str) -> Callable[[Path, int], int]:
 def _mpnet(folder: Path, max_length: int) -> int:
     """BERT's word pieces after RoBERTa's special tokens; [UNK] stays among the pieces, as all-mpnet-base-v2 has it."""
     others = {"[PAD]", "[CLS]", "[SEP]", "[MASK]"}
-    content = json.loads((find("auto").folder / "tokenizer.json").read_text("utf-8"))
+    content = json.loads(shortened(find("auto").folder / "tokenizer.json"))
     pieces = sorted(content["model"]["vocab"], key=lambda piece: content["model"]["vocab"][piece])
     words = ["<s>", "<pad>", "</s>", "<unk>", *(piece for piece in pieces if piece not in others), "<mask>"]
     content["model"]["vocab"] = {word: index for index, word in enumerate(words)}

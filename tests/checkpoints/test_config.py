@@ -27,7 +27,7 @@ from transformers.activations import ACT2CLS
 from tests.checkpoints import variants
 from tests.checkpoints.variants import TOLERANCE, Served, Variant, served
 from tests.oracle import nomic_encode
-from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
+from tests.tiny_checkpoints import VOCAB, edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.types import Task
 from vecmill.models.checkpoint import read
 from vecmill.models.config_keys import ACTIVATIONS
@@ -72,7 +72,7 @@ def native_nomic(folder: Path) -> None:
     """As transformers 5 writes it; the weights are random, the other files those of the hub's layout."""
     tiny_nomic(folder, BUNDLED)
     config = NomicBertConfig(
-        vocab_size=30522,
+        vocab_size=VOCAB,
         hidden_size=32,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -30,6 +30,8 @@ from vecmill.models.packing import PrefixMemory, pack
 pytestmark = pytest.mark.slow
 
 WITHOUT_COMPILER = "aot_eager"  # dynamo and its graph, and torch's own kernels
+# Whether g++ knows the vectors that this CPU has is found out by ten programs, half of the time of a first compilation.
+KNOWN_VECTORS = {"cpp.vec_isa_ok": True}
 VOCAB = 200  # of the smallest tiny model, and fewer
 LONGEST = 90
 
@@ -94,10 +96,10 @@ def assert_equal_to_eager(model: Model, rows: Sequence[Row], actual: torch.Tenso
     torch.testing.assert_close(actual, forward(model, rows), atol=1e-5, rtol=1e-4)
 
 
-AT_NIGHT = [pytest.param(build, marks=pytest.mark.nightly) for build in (cross_encoder, nomic)]
+AT_NIGHT = [pytest.param(build, marks=pytest.mark.nightly) for build in (cross_encoder, nomic, qwen3)]
 
 
-@pytest.mark.parametrize("build", [bert, qwen3, nv_embed, *AT_NIGHT])
+@pytest.mark.parametrize("build", [bert, nv_embed, *AT_NIGHT])
 def test_one_graph_serves_all_layers_and_all_batches(
     tmp_path: Path, minilm_folder: Path, build: Callable[[Path, Path], Model]
 ) -> None:
@@ -267,7 +269,8 @@ def test_false_compiles_nothing(tmp_path: Path, minilm_folder: Path) -> None:
 def test_inductors_vectors_are_those_of_eager(tmp_path: Path, minilm_folder: Path, dtype: torch.dtype) -> None:
     model = load_model(tiny_bert(tmp_path / "tiny", minilm_folder), dtype=dtype)[1]
     before = compilations()
-    choice = choose(model, "true", stopwatch(model))
+    with inductor.patch(KNOWN_VECTORS):
+        choice = choose(model, "true", stopwatch(model))
     assert (choice.compiled, choice.reason) == (True, "compiled: TORCH_COMPILE=true")
     random = np.random.default_rng(0)
     batches = [[some_row(random) for _ in range(random.integers(1, 12))] for _ in range(20)]

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import httpx
 import pytest
-from playwright.sync_api import Browser, Locator, Page, Route, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 # Without a sandbox it runs in containers too; the rest keeps it from asking the network for anything.
 CHROMIUM_ARGS = [
@@ -22,6 +22,10 @@ CHROMIUM_ARGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
+
+
+# How soon a page shows something is up to the machine, which may be busy.
+expect.set_options(timeout=30_000)
 
 
 class Server(Protocol):

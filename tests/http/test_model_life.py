@@ -326,7 +326,7 @@ async def test_what_fits_is_loaded_at_the_start_and_the_rest_when_it_is_asked_fo
     tiny: Path, tmp_path: Path, minilm_folder: Path
 ) -> None:
     other = tiny_cross_encoder(tmp_path / "pairs", kind="bert", tokenizer_from=minilm_folder)
-    async with serving(embed_model=f"auto,{tiny}", rerank_model=str(other), max_loaded_gb=0.0925) as client:
+    async with serving(embed_model=f"auto,{tiny}", rerank_model=str(other), max_loaded_gb=0.091) as client:
         assert await in_memory(client) == {MINILM}
         assert [one["id"] for one in (await client.get("/v1/models")).json()["data"]] == [MINILM, "tiny", "pairs"]
         assert (await client.get("/health")).json()["rerank_method"] == "cross_encoder"
@@ -345,7 +345,7 @@ async def test_what_fits_is_loaded_at_the_start_and_the_rest_when_it_is_asked_fo
 async def test_retry_after_is_that_of_the_models_that_are_loaded_now(tiny: Path) -> None:
     """The bundled model is loaded in place of one that is an order of magnitude faster."""
     texts = [f"{TEXT} {number}" for number in range(2000)]
-    limits = {"max_loaded_gb": 0.0925, "queue_timeout": 0, "max_queued_tokens": 2048}
+    limits = {"max_loaded_gb": 0.091, "queue_timeout": 0, "max_queued_tokens": 2048}
     async with serving(embed_model=f"{tiny},auto", **limits) as client:
         await vector(client, MINILM)
         assert await in_memory(client) == {MINILM}
@@ -419,7 +419,7 @@ async def test_requests_while_models_come_and_go_at_random(tiny: Path, seed: int
     """200 requests for two models that an admin loads and unloads meanwhile: each is right, or says what to do."""
     choose = random.Random(seed)
     texts = [f"text number {number}" for number in range(5)]
-    async with serving(embed_model=f"auto,{tiny}", max_loaded_gb=choose.choice([0.0925, 1.0])) as client:
+    async with serving(embed_model=f"auto,{tiny}", max_loaded_gb=choose.choice([0.091, 1.0])) as client:
         expected = {(name, text): await vector(client, name, text) for name in (MINILM, "tiny") for text in texts}
         outcomes: Counter[int] = Counter()
 

@@ -17,7 +17,7 @@ HELLO = [101, 7592, 2088, 102]
 
 @pytest.fixture(scope="module")
 async def prompted(tmp_path_factory: pytest.TempPathFactory, minilm_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    prompts = {"query": "search query: ", "passage": "passage: "}
+    prompts = {"query": "search text: ", "passage": "passage: "}
     folder = tiny_bert(tmp_path_factory.mktemp("tokens") / "tiny", minilm_folder, prompts=prompts)
     async with serving(embed_model=str(folder)) as client:
         yield client
@@ -43,8 +43,8 @@ async def test_several_texts_and_long_ones_are_not_cut(client: httpx.AsyncClient
 
 async def test_a_prompt_by_name(prompted: httpx.AsyncClient) -> None:
     [pieces] = (await prompted.post("/tokenize", json={"inputs": "hello", "prompt_name": "query"})).json()
-    assert [piece["text"] for piece in pieces] == ["[CLS]", "search", "query", ":", "hello", "[SEP]"]
-    assert (pieces[4]["start"], pieces[4]["stop"]) == (14, 19)
+    assert [piece["text"] for piece in pieces] == ["[CLS]", "search", "text", ":", "hello", "[SEP]"]
+    assert (pieces[4]["start"], pieces[4]["stop"]) == (13, 18)
     refused = await prompted.post("/tokenize", json={"inputs": "hello", "prompt_name": "other"})
     assert (refused.status_code, refused.json()["error_type"]) == (422, "Validation")
     assert "passage, query" in refused.json()["error"]

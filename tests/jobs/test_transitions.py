@@ -156,6 +156,14 @@ class Clients(RuleBasedStateMachine):
 
 @pytest.mark.slow
 def test_any_clients_at_all() -> None:
-    run_state_machine_as_test(
-        Clients, settings=hypothesis_settings(max_examples=60, stateful_step_count=40, deadline=None)
-    )
+    check_clients(lives=15)
+
+
+@pytest.mark.nightly
+def test_many_clients_at_all() -> None:
+    check_clients(lives=200)
+
+
+def check_clients(lives: int) -> None:
+    settings = hypothesis_settings(max_examples=lives, stateful_step_count=40, deadline=None)
+    run_state_machine_as_test(Clients, settings=settings)

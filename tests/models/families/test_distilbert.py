@@ -19,7 +19,7 @@ from tests.tiny_encoders import tiny_encoder
 from vecmill.core.types import Task
 
 embedder = partial(tiny_encoder, kind="distilbert")
-reranker = partial(tiny_encoder, kind="distilbert", task=Task.RERANK)
+reranker = partial(tiny_encoder, kind="distilbert", task=Task.RERANK, seed=1)
 TINY = (
     TinyModel(Task.EMBED, "distilbert", embedder),
     TinyModel(Task.RERANK, "distilbert", reranker),

@@ -29,8 +29,8 @@ from tests.models.families import TinyModel
 from tests.models.loaded import load_model, run
 from tests.tiny_checkpoints import (
     _as_sentence_transformer,
-    _copy_tokenizer,
     _write_xlm_roberta_tokenizer,
+    copy_tokenizer,
     edit_json,
     plain_tokenizer,
     write,
@@ -74,7 +74,7 @@ def tiny_gte(
     """
     folder.mkdir(parents=True, exist_ok=True)
     if english:
-        _copy_tokenizer(find("auto").folder, folder)
+        copy_tokenizer(find("auto").folder, folder)
         edit_json(folder / "tokenizer_config.json", model_max_length=LENGTH)
     else:
         _write_xlm_roberta_tokenizer(folder, max_length=LENGTH)

@@ -15,7 +15,7 @@ import torch
 from tests.checkpoints.variants import Served, Variant, served
 from tests.models.families import TinyModel
 from tests.models.loaded import load_model, run, unit
-from tests.tiny_checkpoints import edit_json, score_vectors, scores, tiny_modernbert
+from tests.tiny_checkpoints import VOCAB, edit_json, score_vectors, scores, tiny_modernbert
 from vecmill.core.types import Row, Task
 from vecmill.models.families import published_model
 from vecmill.models.source import find
@@ -135,7 +135,7 @@ def test_nomics_prompts_and_dimensions() -> None:
 def test_bfloat16(tmp_path: Path) -> None:
     folder = EMBEDDER(tmp_path / "model")
     random = np.random.default_rng(0)
-    rows = [Row(random.integers(1000, 30000, length).astype(np.int32)) for length in (3, 9, 40, 100)]
+    rows = [Row(random.integers(1000, VOCAB, length).astype(np.int32)) for length in (3, 9, 40, 100)]
     exact, rounded = (unit(run(load_model(folder, dtype=dtype)[1], rows)) for dtype in (torch.float32, torch.bfloat16))
     assert (exact * rounded).sum(axis=1).min() > 0.999
 

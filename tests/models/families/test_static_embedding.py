@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tests.checkpoints.variants import Served, Variant, served
 from tests.models.families import TinyModel
 from tests.models.loaded import load_model
-from tests.tiny_checkpoints import edit_json, tiny_static, write
+from tests.tiny_checkpoints import VOCAB, edit_json, tiny_static, write
 from vecmill.core.types import Task
 from vecmill.models.source import find
 
@@ -68,7 +68,6 @@ def without_modules(folder: Path) -> None:
     (folder / "modules.json").unlink()
 
 
-VOCAB = 30522
 MAPPING = torch.arange(VOCAB) % 1000
 WEIGHTS = torch.rand(VOCAB, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) + 0.1
 CUT = {"direction": "Right", "max_length": 50, "strategy": "LongestFirst", "stride": 0}
