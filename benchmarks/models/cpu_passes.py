@@ -188,7 +188,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "other_cores": contention.other_cores,
         "models": found,
     }
-    publish("cpu_passes", result, store=not options.no_store)
+    # Other models' figures do not take the place of the bundled one's.
+    others = [name for name in options.models if name != BUNDLED]
+    publish("_".join(["cpu_passes", *others]), result, store=not options.no_store)
 
 
 if __name__ == "__main__":
