@@ -1,4 +1,4 @@
-"""A server under load for as long as it takes to see whether it holds: 1,000 connections, ten minutes, every dialect.
+"""A server under load for as long as it takes to see whether it holds: 1,000 connections, 15 minutes, every dialect.
 
 `vecmill serve` in a process of its own, on the bundled MiniLM, with keys and its cache. A thousand clients keep a
 connection open each and send when it pleases them, in the dialects of OpenAI, Jina, NIM, Cohere, TEI, Ollama and
@@ -327,19 +327,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 def main() -> int:
     """Measure, print, store; 1 where a promise does not hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10, help="of load (default: %(default)s; 480 are 8 hours)")
+    parser.add_argument("--minutes", type=float, default=15, help="of load (default: %(default)s; 480 are 8 hours)")
     parser.add_argument("--connections", type=int, default=1000, help="open at a time (default: %(default)s)")
     parser.add_argument(
         "--rate",
         type=float,
         help=f"callers' requests a second (default: a third of what is answered one by one, at most {MOST_RATE:g})",
     )
-    parser.add_argument("--warm-up", type=float, help="seconds before slopes count (default: a third, at most 120)")
+    parser.add_argument("--warm-up", type=float, help="seconds before slopes count (default: a third, at most 300)")
     parser.add_argument("--most-health-ms", type=float, default=MOST_HEALTH_MS, help="(default: %(default)s)")
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="options for `vecmill serve`")
     options = parser.parse_args()
-    options.warm_up = min(120, 20 * options.minutes) if options.warm_up is None else options.warm_up
+    options.warm_up = min(300, 20 * options.minutes) if options.warm_up is None else options.warm_up
     allow_connections(options.connections)
     with watched() as contention:
         result = measure(options)

@@ -6,7 +6,7 @@ import asyncio
 import json
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -26,7 +26,7 @@ JOB_REQUESTS, JOB_TEXTS, BATCH_LINES = 6, 8, 40
 CANCELLED_ONE_IN = 4
 TICK_S = 0.02
 MOST_TOLD = 30
-FILLED_AT_ONCE = 32
+FILLED_AT_ONCE, FILLING = 32, 16  # texts of a request, and requests at a time
 
 OPEN = {"validating", "in_progress", "finalizing", "cancelling"}
 
@@ -95,10 +95,17 @@ class Load:
             body = {"project": f"filled-{number}", "total_chunks": 1, "instance_id": "soak"}
             job = await self._asked(connection, "filling", Call.json("/jobs", body))
             await self._asked(connection, "filling", Call("POST", f"/jobs/{job['job_id']}/complete"))
-        for first in range(0, texts, FILLED_AT_ONCE):
-            body = {"inputs": [f"filled {number}" for number in range(first, first + FILLED_AT_ONCE)]}
-            await self._exchange(connection, Exchange("filling", Call.json("/embed", body)))
         connection.close()
+
+        # Several at a time, so that the server has all its threads: each keeps a tokenizer of its own.
+        starts = iter(range(0, texts, FILLED_AT_ONCE))
+        await asyncio.gather(*(self._fill_from(starts) for _ in range(FILLING)))
+
+    async def _fill_from(self, starts: Iterator[int]) -> None:
+        async with self._connection(self._keys[0]) as connection:
+            for first in starts:
+                body = {"inputs": [f"filled {number}" for number in range(first, first + FILLED_AT_ONCE)]}
+                await self._exchange(connection, Exchange("filling", Call.json("/embed", body)))
 
     async def alone(self, kept: Sequence[tuple[str, Any]]) -> None:
         """Compare what was kept of new texts with what each gives alone, now that the load is over."""
