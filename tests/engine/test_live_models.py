@@ -266,6 +266,7 @@ def big_checkpoint(folder: Path, minilm_folder: Path) -> Path:
     width, vocabulary, layers = 1024, 30522, 4
     edit_json(
         folder / "config.json",
+        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
         intermediate_size=4 * width,
