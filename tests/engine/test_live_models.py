@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tests.models.loaded import GOLDEN
 from tests.servers import free_port, running, vecmill_command
-from tests.tiny_checkpoints import edit_json, tiny_bert
+from tests.tiny_checkpoints import VOCAB, edit_json, tiny_bert
 from vecmill.config import load_settings
 from vecmill.core.errors import EngineFailed, ModelNotFound, StartupError
 from vecmill.core.types import Lane, Row, Task, Vector
@@ -263,10 +263,9 @@ BIG = 300_000_000  # bytes
 def big_checkpoint(folder: Path, minilm_folder: Path) -> Path:
     """The tiny BERT with wider layers."""
     tiny_bert(folder, minilm_folder)
-    width, vocabulary, layers = 1024, 30522, 4
+    width, layers = 1024, 6
     edit_json(
         folder / "config.json",
-        vocab_size=vocabulary,
         hidden_size=width,
         num_hidden_layers=layers,
         intermediate_size=4 * width,
@@ -274,7 +273,7 @@ def big_checkpoint(folder: Path, minilm_folder: Path) -> Path:
     )
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
-        "embeddings.word_embeddings.weight": (vocabulary, width),
+        "embeddings.word_embeddings.weight": (VOCAB, width),
         "embeddings.position_embeddings.weight": (128, width),
         "embeddings.token_type_embeddings.weight": (2, width),
         "embeddings.LayerNorm.weight": (width,),
