@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.families import TinyModel, tiny_models
+from tests.models.families import TinyModel, tiny_model, tiny_models
 from tests.models.loaded import CPU, GOLDEN, load_model, run
-from vecmill.core.types import Row
+from tests.tiny_checkpoints import edit_json
+from vecmill.core.types import Row, Task
 from vecmill.engine.device import cpu_rates
 from vecmill.models import prepacked_linears
 from vecmill.models.networks import Model, tensors_of
@@ -61,7 +61,7 @@ def test_a_prepacked_model_answers_as_before(tmp_path: Path, tiny: TinyModel) ->
 
 
 def assert_as_exact(folder: Path, tiny: TinyModel, model: Model) -> None:
-    """Where less is rounded other bits come out, which are as near to float32 with the same weights."""
+    """Fused layers round less, so their bits differ: they must be as near to float32 with the same weights."""
     _, plain = load_model(folder, tiny.task, torch.bfloat16)
     _, exact = load_model(folder, tiny.task, torch.float32)
     for module, rounded in zip(exact.modules, plain.modules, strict=True):
@@ -73,14 +73,13 @@ def assert_as_exact(folder: Path, tiny: TinyModel, model: Model) -> None:
 
 
 @pytest.mark.parametrize(("hidden_act", "fused"), [("gelu", 2), ("relu", 2), ("gelu_new", 0), ("tanh", 0)])
-@pytest.mark.parametrize("name", ["embed-bert", "embed-roberta"])  # of this package, and of transformers
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])  # of this package, and of transformers
 def test_what_follows_a_layer_is_computed_with_it_where_it_can_be(
-    tmp_path: Path, name: str, hidden_act: str, fused: int
+    tmp_path: Path, model_type: str, hidden_act: str, fused: int
 ) -> None:
-    tiny = next(each for each in tiny_models() if str(each) == name)
+    tiny = tiny_model(Task.EMBED, model_type)
     folder = tiny.write(tmp_path / "tiny")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"hidden_act": hidden_act}))
+    edit_json(folder / "config.json", hidden_act=hidden_act)
     _, model = load_model(folder, tiny.task, torch.bfloat16)
     prepack(model)
     assert linears(model, FusedIntermediate) == fused
@@ -137,7 +136,7 @@ def test_what_follows_stays_where_only_that_is_missing(
         out: Tensor = operation(hidden, weight, bias, "none", *rest)
         return out
 
-    tiny = next(each for each in tiny_models() if str(each) == "embed-bert")
+    tiny = tiny_model(Task.EMBED, "bert")
     _, model = load_model(tiny.write(tmp_path / "tiny"), tiny.task, torch.bfloat16)
     rows = [Row(np.arange(1, 30, dtype=np.int32))]
     before = run(model, rows)

@@ -420,9 +420,13 @@ def scores_at_once() -> int:
 
 
 def _with_padded_keys(groups: Sequence[EqualLengths], vector: int) -> tuple[tuple[EqualLengths, ...], Array | None]:
-    """The groups, those with half a vector or more left over with padded keys; and the tokens that the keys are of.
+    """Pad keys to a multiple of `vector` where at least half of one would be left over, and the row has no prefix.
 
-    Padding repeats a row's last token: another row's values would reach the row where they are not finite.
+    A row is padded with its own last token. Padding is masked, but a masked value that is not finite still spoils the
+    row: another row's must not be there.
+
+    Returns:
+        The groups, and `PackedBatch.padded_keys`.
     """
     with_keys, parts, start = [], [], 0
     for group in groups:

@@ -4,9 +4,9 @@ torch's own layer has oneDNN bring its weights into that layout in each forward 
 product itself where tokens are few: a search's. Here it is done once, when the model is loaded; the product and its
 bits are the same.
 
-In BERT's layers what follows a product, its activation or the sum with what went into the block, is computed with it:
-otherwise it is another pass over memory, and the activation's is the largest of the layer. The product is not rounded
-to bfloat16 in between.
+In BERT's layers the activation after a product, and the sum of a product and the block's input, are computed in the
+same operation. By themselves they would read and write all values once more, and the product would be rounded to
+bfloat16 in between.
 
 torch has no public name for it: the operations are those that its compiler uses for frozen weights. Where they are
 missing, or compute something else than torch's layer on a trial, layers stay as they are.
@@ -48,12 +48,12 @@ class PrepackedLinear(nn.Module):
         return self.then("none", hidden)
 
     def then(self, activation: str, hidden: Tensor) -> Tensor:
-        """The activation of the product. One of `FUSED`, or "none"."""
+        """The product, and the activation of it: one of `FUSED`, or "none"."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, activation, [], "none")
         return out
 
     def plus(self, hidden: Tensor, other: Tensor) -> Tensor:
-        """The product, and `other` of its shape."""
+        """The sum of the product and `other`, which has the product's shape."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, "add")
         return out
 
@@ -88,9 +88,10 @@ class FusedOutput(nn.Module):
 
 
 def _fused(module: nn.Module) -> nn.Module | None:
-    """What stands for a module of BERT's layers whose linear layer is prepacked; None for any other module.
+    """The fused module in place of one of BERT's layers with a prepacked linear layer; None for any other module.
 
-    They are known by what they are made of: that is the same in all classes that transformers derives from BERT's.
+    The modules are recognized by the names of their children, which all classes that transformers derives from BERT's
+    share.
     """
     parts = dict(module.named_children())
     dropout = parts.pop("dropout", None)
