@@ -1,4 +1,4 @@
-"""What code a result was measured on: a digest of each file that comments and docstrings do not change.
+"""What code a result was measured on: a digest of each file, which no comment and no docstring changes.
 
 A result keeps the digests instead of relying on its commit: a checkout without history (CI's) can compare them, and so
 can one whose commits were rewritten, and a result of a working tree with changes says truly what was measured.
@@ -16,7 +16,6 @@ from benchmarks.lib.host import REPOSITORY
 
 MEASURED = ("src/vecmill/**/*.py", "benchmarks/**/*.py", "deployment/**/*.py", "deploy.py")
 DIGITS = 12
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 NOT_CODE = {"ctx", "kind", "type_comment"}
 
 
@@ -49,18 +48,21 @@ def _plain(node: object) -> Any:
         fields = ((name, _plain(value)) for name, value in _fields(node))
         return [type(node).__name__, *(field for field in fields if field[1] not in (None, []))]
     if isinstance(node, list):
-        return [_plain(item) for item in node]
+        return [_plain(item) for item in node if not _says_only(item)]
     return node if node is None else f"{type(node).__name__} {node!r}"
 
 
 def _fields(node: ast.AST) -> Iterator[tuple[str, object]]:
     for name, value in ast.iter_fields(node):
-        if name == "body" and isinstance(node, DOCUMENTED) and ast.get_docstring(node, clean=False) is not None:
-            yield name, value[1:]
-        elif name == "values" and isinstance(node, ast.JoinedStr):
+        if name == "values" and isinstance(node, ast.JoinedStr):
             yield name, [part for part in value if not _empty(part)]  # Python 3.12 has one behind a nested format
         elif name not in NOT_CODE:
             yield name, value
+
+
+def _says_only(item: object) -> bool:
+    """Whether it is a string that stands by itself."""
+    return isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str)
 
 
 def _empty(part: ast.expr) -> bool:

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from benchmarks.models.shapes import CPU, CUDA
 from benchmarks.models.workloads import answers_of, batches, operations
 
 from vecmill.config import load_settings
-from vecmill.core.types import Row
+from vecmill.core.types import Row, Vector
 from vecmill.engine.device import describe
-from vecmill.engine.forward import Device, LoadedModel, launch
+from vecmill.engine.engine import LAUNCHED_AT_A_TIME
+from vecmill.engine.forward import Device, Launched, LoadedModel, launch
 from vecmill.engine.loader import load
 
 LIMIT_SECONDS = 1.0
@@ -43,8 +45,16 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> flo
 
 
 def run(model: LoadedModel, packs: Sequence[Sequence[Row]], device: Device) -> npt.NDArray[np.float32]:
-    """(N, width) in the rows' order: what the server's engine does for each batch."""
-    return np.stack([answer for rows in packs for answer in answers_of(launch(model, rows, device))])
+    """(N, width) in the rows' order: what the server's engine does, as many batches ahead."""
+    answers: list[Vector] = []
+    launched: deque[Launched] = deque()
+    for rows in packs:
+        if len(launched) == LAUNCHED_AT_A_TIME:
+            answers += answers_of(launched.popleft())
+        launched.append(launch(model, rows, device))
+    for each in launched:
+        answers += answers_of(each)
+    return np.stack(answers)
 
 
 @torch.inference_mode()
@@ -60,12 +70,10 @@ def measure(
     tokens = Given(CPU, loaded.device, dtype).batch_tokens
     packs = batches(rows, tokens)
     run(served, batches(rows[:warm_up], tokens), loaded.runs_on)
-    served.threads.restore()
     rates = [matmul_rate(loaded.device, getattr(torch, dtype), limit_seconds)]
     started = time.perf_counter()
     vectors = run(served, packs, loaded.runs_on)
     seconds = time.perf_counter() - started
-    served.threads.restore()
     rates.append(matmul_rate(loaded.device, getattr(torch, dtype), limit_seconds))
     return vectors, {
         "seconds": seconds,

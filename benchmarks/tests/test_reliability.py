@@ -144,5 +144,6 @@ def test_a_digest_is_of_what_a_file_does(tmp_path: Path) -> None:
     assert digest("x = f'{a:{b}}'\n") == digest("x = f'{a:{b}}'  # why\n")
     assert digest("x = 1\n") != digest("x = 1.0\n") != digest("x = '1.0'\n")
     assert digest("class A:\n    'a docstring'\n    x = 1\n") == digest("class A:\n    x = 1\n")
-    assert digest("x = 'a'\n'b'\n") != digest("x = 'a'\n")
+    assert digest("class A:\n    x = 1\n    'what x is'\n") == digest("class A:\n    x = 1\n")
+    assert digest("x = 'a'\n'b'\n") == digest("x = 'a'\n") != digest("x = 'a' 'b'\n")
     assert changed_files(["a/*"], {"a/b.py": "1", "c.py": "1"}, {"a/b.py": "1", "c.py": "2"}) == []

@@ -32,7 +32,7 @@ from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import ChosenDtype, choose_device
-from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Closed, Engine, Inbox, QueuedBatch, may_launch
+from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Call, Closed, Engine, Inbox, QueuedBatch, may_launch
 from vecmill.engine.forward import LoadedModel, parts_of
 from vecmill.engine.live_models import LiveModels
 from vecmill.engine.loader import load
@@ -493,6 +493,135 @@ def test_bulk_that_was_launched_does_not_keep_interactive_work_from_the_device()
     with pytest.raises(Closed):
         inbox.take()
     loop.close()
+
+
+def test_bulk_that_the_devices_thread_waits_for_is_taken_once_nothing_is_on_the_device() -> None:
+    """Or that thread could launch no search meanwhile."""
+    loop = asyncio.new_event_loop()
+    inbox = Inbox()
+    before, behind, search = (QueuedBatch(name, [], loop, loop.create_future()) for name in ("b1", "b2", "i1"))
+    behind.by_itself = search.by_itself = True
+    inbox.put(Lane.BULK, before)
+    inbox.put(Lane.BULK, behind)
+    assert inbox.take_batch() == (Lane.BULK, before)
+    assert inbox.take_batch() is None
+    inbox.put(Lane.INTERACTIVE, search)
+    assert inbox.take_batch() == (Lane.INTERACTIVE, search)
+    inbox.ended(Lane.INTERACTIVE)
+    assert inbox.take_batch() is None
+    inbox.ended(Lane.BULK)
+    assert inbox.take_batch() == (Lane.BULK, behind)
+    loop.close()
+
+
+def test_a_call_waits_for_what_is_on_the_device_and_what_comes_later_for_the_call() -> None:
+    loop = asyncio.new_event_loop()
+    inbox, call = Inbox(), Call(lambda: 1)
+    first, second = (QueuedBatch(name, [], loop, loop.create_future()) for name in ("b1", "b2"))
+    inbox.put(Lane.BULK, first)
+    assert inbox.take() == (Lane.BULK, first)
+    inbox.call(call)
+    inbox.put(Lane.BULK, second)
+    threading.Timer(0.05, inbox.ended, (Lane.BULK,)).start()
+    assert inbox.take() is call
+    assert inbox.take() == (Lane.BULK, second)
+    loop.close()
+
+
+@pytest.fixture
+def two_threads(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+    engine.start()
+    engine.loaded.result(60)
+    yield engine
+    engine.close()
+    torch.set_num_threads(before)
+
+
+class Holding:
+    """The real model, but passes with a row of one of these lengths wait until they are let go."""
+
+    def __init__(self, model: LoadedModel, *lengths: int) -> None:
+        self._forward, self._lengths = model.model.forward, set(lengths)
+        self.waiting, self.gate = threading.Event(), threading.Event()
+        self.begun: list[int] = []
+
+    def __call__(self, packed: PackedBatch) -> Tensor:
+        longest = max(packed.lengths.tolist())
+        self.begun.append(longest)
+        if longest in self._lengths:
+            self.waiting.set()
+            assert self.gate.wait(20)
+        pooled: Tensor = self._forward(packed)
+        return pooled
+
+
+def two_parts(length: int) -> list[Row]:
+    """A batch of two parts: the longest row of the first has one token more than so many."""
+    return long_rows(*[length] * 5, length + 1)
+
+
+async def test_a_thread_that_is_done_goes_on_with_the_next_batch_and_a_search_goes_first(
+    two_threads: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(two_threads)
+    model.threads.single_up_to = 64
+    batches = [two_parts(44), two_parts(46), two_parts(48)]
+    alone = [[(await two_threads.run(KEY, [row])).rows[0] for row in rows] for rows in batches]
+    holding = Holding(model, 45, 47)
+    monkeypatch.setattr(model.model, "forward", holding)
+    first, second, third = (asyncio.create_task(two_threads.run(KEY, rows)) for rows in batches)
+    while len(holding.begun) < 3:  # each of the threads holds a pass: one of the first batch, one of the second
+        await asyncio.sleep(0.001)
+    assert sorted(holding.begun) == [44, 45, 47]
+    search = asyncio.create_task(two_threads.run(KEY, long_rows(20), Lane.INTERACTIVE))
+    await asyncio.sleep(0.05)
+    assert not any(task.done() for task in (first, second, third, search))
+    holding.gate.set()
+    await search
+    assert holding.begun.index(20) < holding.begun.index(49)
+    for task, wanted in zip((first, second, third), alone, strict=True):
+        for found, vector in zip((await task).rows, wanted, strict=True):
+            np.testing.assert_allclose(np.asarray(found), np.asarray(vector), atol=1e-5)
+
+
+async def test_a_search_is_answered_while_another_thread_runs_bulk(
+    two_threads: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(two_threads)
+    model.threads.single_up_to = 64
+    holding = Holding(model, 45)
+    monkeypatch.setattr(model.model, "forward", holding)
+    bulk = asyncio.create_task(two_threads.run(KEY, two_parts(44)))
+    while not holding.waiting.is_set():
+        await asyncio.sleep(0.001)
+    async with asyncio.timeout(10):
+        await two_threads.run(KEY, long_rows(20), Lane.INTERACTIVE)
+    assert not bulk.done()
+    holding.gate.set()
+    result = await bulk
+    assert len(result.rows) == 6
+    assert result.overlapped, "what it took says nothing of what such a batch takes"
+
+
+async def test_a_pass_of_all_threads_has_them_to_itself(two_threads: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(two_threads)
+    model.threads.single_up_to = 64
+    holding = Holding(model, 45)
+    monkeypatch.setattr(model.model, "forward", holding)
+    bulk = [asyncio.create_task(two_threads.run(KEY, two_parts(44)))]
+    while not holding.waiting.is_set():
+        await asyncio.sleep(0.001)
+    bulk.append(asyncio.create_task(two_threads.run(KEY, two_parts(46))))
+    long = asyncio.create_task(two_threads.run(KEY, long_rows(100), Lane.INTERACTIVE))
+    await asyncio.sleep(0.1)
+    assert 100 not in holding.begun
+    holding.gate.set()
+    await asyncio.gather(long, *bulk)
 
 
 @pytest.mark.parametrize("lane", list(Lane))

@@ -352,6 +352,31 @@ async def test_it_says_when_the_batch_on_the_device_will_be_done() -> None:
     await scheduler.close()
 
 
+async def test_what_is_answered_before_the_batch_ahead_of_it_does_not_end_that() -> None:
+    """On a CPU a search takes the first thread that is free, while another still runs bulk."""
+
+    class Overtaking(GatedRunner):
+        async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:
+            if lane is Lane.INTERACTIVE:
+                return await SumRunner.run(self, model, rows, lane)
+            return await super().run(model, rows, lane)
+
+    now = 0.0
+    runner = Overtaking()
+    scheduler = Scheduler(
+        runner, {"m": ONE_BY_ONE}, expected_seconds=lambda model, tokens: float(tokens), clock=lambda: now
+    )
+    [bulk] = scheduler.submit("m", [ids(*range(5))])
+    await runner.wait_until_begun(1)
+    now = 1.0
+    assert await sums(scheduler.submit("m", [ids(7)], lane=Lane.INTERACTIVE)) == [7]
+    assert scheduler.rest_of_pass == 4.0
+    runner.permits.release()
+    await bulk
+    assert scheduler.rest_of_pass == 0.0
+    await scheduler.close()
+
+
 async def test_a_batch_that_had_to_be_halved_lowers_the_budget(caplog: pytest.LogCaptureFixture) -> None:
     class Small(SumRunner):
         async def run(self, model: str, rows: Sequence[Row], lane: Lane = Lane.BULK) -> BatchResult:

@@ -6,7 +6,8 @@ import asyncio
 import atexit
 import logging
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
@@ -150,6 +151,90 @@ def _end_all() -> None:
     """A thread that runs a library's code while Python is taken down would crash the process."""
     for threads in list(_ALL):
         threads.shutdown()
+
+
+class SharedThreads:
+    """`count` threads for calls that compute, some with several threads of a library's own: no more than `count` run.
+
+    A call begins once as many threads as it computes with are free, urgent ones first, each kind in order. Nothing
+    overtakes a call that waits for threads.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        """`name`: what the threads' names begin with."""
+        self._count = self._free = count
+        self._threads = [LastingThreads(1, name) for _ in range(count)]
+        self._idle = set(range(count))
+        self._urgent: deque[tuple[int, _Call[Any]]] = deque()
+        self._other: deque[tuple[int, _Call[Any]]] = deque()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def submit(self, function: Callable[[], T], width: int, *, urgent: bool = False) -> Future[T]:
+        """Call the function in a thread. `width`: threads that it computes with, of these at most all.
+
+        Where the system gives no thread it is called here and now, or in a thread that another call has had.
+
+        Raises:
+            RuntimeError: they are shut down.
+        """
+        call = _Call(function)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("these threads are shut down")
+            (self._urgent if urgent else self._other).append((min(width, self._count), call))
+        self._begin()
+        return call.result
+
+    def _begin(self) -> None:
+        """Start what may begin now. Not under the lock: a call may run in here."""
+        for index, width, call in self._next():
+            try:
+                running = self._threads[index].submit(call)
+            except WorkLost:
+                call()
+                self._ended(index, width)
+            except RuntimeError:  # the process ends
+                del call  # whoever waits for it is told
+                self._ended(index, width)
+            else:
+                del call  # should its thread end over it, nobody else may hold it
+                running.add_done_callback(partial(self._ended, index, width))
+
+    def _next(self) -> Iterator[tuple[int, int, _Call[Any]]]:
+        while True:
+            with self._lock:
+                waiting = self._urgent or self._other
+                if not waiting or waiting[0][0] > self._free:
+                    return
+                width = waiting[0][0]
+                # A library keeps the threads that a thread has had for a call. So that they do not become many, the
+                # first thread alone has all, the second no more than half, the third no more than a third ...
+                fitting = [index for index in self._idle if width * (index + 1) <= self._count]
+                if not fitting:
+                    return
+                index, (_, call) = max(fitting), waiting.popleft()
+                self._idle.remove(index)
+                self._free -= width
+            yield index, width, call
+            del call
+
+    def _ended(self, index: int, width: int, _: object = None) -> None:
+        with self._lock:
+            self._idle.add(index)
+            self._free += width
+        self._begin()
+        if self._closed:
+            self.shutdown()
+
+    def shutdown(self) -> None:
+        """Take no more calls; the threads end after those that they have been given. Does not wait."""
+        with self._lock:
+            self._closed = True
+            if self._urgent or self._other:
+                return
+        for thread in self._threads:
+            thread.shutdown(wait=False)
 
 
 class WorkerThreads:

@@ -3,8 +3,8 @@
 Between batches it takes models in and out. One that is being loaded is read by a thread of its own; its warm-up lets
 the other models' batches go first before each of its passes.
 
-While one batch runs, the next is packed and copied by another thread. On CUDA the thread launches a batch while the one
-before it still runs, each on the stream of its lane, and a thread for each lane waits for the answers.
+While one batch runs, the next is packed and copied by another thread. A batch is launched while the one before it still
+runs: on CUDA on the stream of its lane, on a CPU in the threads for passes. A thread for each lane waits for answers.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from vecmill.core.protocols import BatchResult
 from vecmill.core.threads import LastingThreads
 from vecmill.core.types import Lane, Row, Task
 from vecmill.engine.device import device_memory, gpu_uuid, limit_memory
-from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launch, pack_on
+from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launch, pack_on, runs_by_itself
 from vecmill.engine.live_models import READING_SHARE, LiveModels
 from vecmill.engine.loader import Known, Loaded, Report, load
 from vecmill.engine.measurements import Measurements
@@ -42,14 +42,14 @@ from vecmill.hardware.memory import DeviceMemory, give_back_memory
 logger = logging.getLogger(__name__)
 
 LAUNCHED_AT_A_TIME = 2
-"""Of one lane, on CUDA: one runs, one is queued behind it. More would gain nothing and only be harder to overtake."""
+"""Of one lane: one runs, one is queued behind it. More would gain nothing and only be harder to overtake."""
 
 
 def may_launch(lane: Lane, launched: Mapping[Lane, int]) -> bool:
     """Whether a batch may go to the device while so many of each lane are there.
 
     Bulk that has been launched does not hold interactive work up: that has a stream of higher priority, whose kernels
-    go first. So each lane is only kept from crowding itself.
+    go first, and on a CPU its passes do. So each lane is only kept from crowding itself.
     """
     return launched[lane] < LAUNCHED_AT_A_TIME
 
@@ -141,7 +141,10 @@ class Inbox:
                     self._probes -= 1
                     return None
                 if self._calls:
-                    return self._calls.popleft()
+                    if not self._on_device:
+                        return self._calls.popleft()
+                    self._changed.wait()
+                    continue
                 if (batch := self._next_batch()) is not None:
                     return batch
                 if self._closed and not any(self._waiting.values()):
@@ -153,9 +156,21 @@ class Inbox:
         with self._changed:
             return self._next_batch()
 
+    def wait_until_idle(self) -> None:
+        """Until every batch that was taken is off the device."""
+        with self._changed:
+            while self._on_device:
+                self._changed.wait()
+
+    @property
+    def _on_device(self) -> bool:
+        return self._launched.total() > 0
+
     def _next_batch(self) -> tuple[Lane, QueuedBatch] | None:
         for lane in (Lane.INTERACTIVE, Lane.BULK):
             if self._waiting[lane] and may_launch(lane, self._launched):
+                if lane is Lane.BULK and self._waiting[lane][0].by_itself and self._on_device:
+                    return None  # the device's thread could launch nothing until what is there is done
                 self._launched[lane] += 1
                 return lane, self._waiting[lane].popleft()
         return None
@@ -193,6 +208,8 @@ class QueuedBatch:
     loop: asyncio.AbstractEventLoop
     answer: asyncio.Future[BatchResult]
     packed: Sequence[Packed] | None = None
+    by_itself: bool = False
+    """Whether the device's thread waits for its answers before it launches another."""
 
     def resolve(self, result: BatchResult | Exception) -> None:
         """Answer from another thread; the event loop may be gone by now."""
@@ -421,8 +438,9 @@ class Engine:
             if self._failure is not None:
                 raise EngineFailed(self._failure)
             if (taken := self._inbox.take_batch()) is None:
-                return
+                break
             self._run(loaded, *taken)
+        self._inbox.wait_until_idle()
 
     def memory(self) -> DeviceMemory | None:
         """The device's own memory; None before it is loaded and on a CPU."""
@@ -474,6 +492,7 @@ class Engine:
         self._queue(work, lane)
 
     def _queue(self, work: QueuedBatch, lane: Lane) -> None:
+        work.by_itself = runs_by_itself(self.loaded.result().runs_on, work.rows)
         with self._lock:
             if self._failure is None:
                 self._inbox.put(lane, work)
@@ -516,7 +535,7 @@ class Engine:
             self._probe(loaded)
             work.resolve(error)
             return
-        if loaded.runs_on.streams is not None:
+        if not work.by_itself:
             collecting = self._collecting[lane].submit(self._answer, lane, work, launched, started)
             collecting.add_done_callback(partial(self._collected, lane, work))
             return

@@ -2,7 +2,8 @@
 
 On a CPU a batch of several rows is divided into passes that run at the same time, each in fewer threads. Threads that
 share a pass wait for each other at every layer and every small step between, and where the system is slow to wake them
-that costs half of the time; passes of their own wait for each other once.
+that costs half of the time; passes of their own do not. A thread that is done with its part of a batch goes on with the
+next batch's, those of interactive batches first.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding, OutOfMemory, VecmillError, WorkLost
-from vecmill.core.threads import LastingThreads
+from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding, OutOfMemory, VecmillError
+from vecmill.core.threads import SharedThreads
 from vecmill.core.types import Lane, ModelCard, Row, Vector
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.cuda_graphs import Graphs, lane_of, whole_row
@@ -65,15 +66,15 @@ class CpuThreads:
         self.single_up_to = 0
         """Tokens of the largest pass that gets one thread."""
 
+    def of_pass(self, tokens: int, at_once: int = 1) -> int:
+        """How many a pass of `tokens` tokens gets, one of `at_once` of a batch."""
+        return 1 if tokens <= self.single_up_to and not self._fixed else max(1, self._all // at_once)
+
     def set_for(self, tokens: int, at_once: int = 1) -> None:
-        """Set how many threads the calling thread has for a pass of `tokens` tokens, one of `at_once` that run now."""
-        wanted = 1 if tokens <= self.single_up_to and not self._fixed else max(1, self._all // at_once)
+        """Let the calling thread have as many as such a pass gets."""
+        wanted = self.of_pass(tokens, at_once)
         if torch.get_num_threads() != wanted:
             torch.set_num_threads(wanted)
-
-    def restore(self) -> None:
-        """Let the calling thread have all threads again."""
-        torch.set_num_threads(self._all)
 
     def divided(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows of these lengths as passes that run at the same time: the indexes of each, in order."""
@@ -134,43 +135,20 @@ class Device:
     device: torch.device
     streams: Streams | None
     """None on a CPU."""
-    helpers: LastingThreads | None = None
-    """On a CPU of several cores: what runs passes beside the thread that owns the device."""
+    passes: SharedThreads | None = None
+    """On a CPU of several cores: what runs the passes."""
 
     @classmethod
     def of(cls, device: torch.device, threads: int) -> Device:
         """A device on which nothing runs yet. `threads`: all that passes may have on a CPU."""
         if device.type == "cuda":
             return cls(device, Streams.on(device))
-        return cls(device, None, LastingThreads(threads - 1, "pass") if threads > 1 and device.type == "cpu" else None)
-
-    def together(self, calls: Sequence[Callable[[], T]]) -> list[T]:
-        """Call functions at the same time, the first in the calling thread, and wait for all.
-
-        Raises:
-            Exception: what the first that failed raised, once all have ended. WorkLost: a helper ended over its call.
-        """
-        assert self.helpers is not None
-        first, *others = calls
-        running: list[Future[T]] = []
-        rest: list[Callable[[], T]] = []
-        for call in others:
-            try:
-                running.append(self.helpers.submit(call))
-            except WorkLost:  # the system gives no thread
-                rest.append(call)
-            else:
-                rest.append(running[-1].result)
-        try:
-            result = first()
-        finally:
-            wait(running)
-        return [result, *(each() for each in rest)]
+        return cls(device, None, SharedThreads(threads, "pass") if threads > 1 and device.type == "cpu" else None)
 
     def close(self) -> None:
-        """End its threads."""
-        if self.helpers is not None:
-            self.helpers.shutdown(wait=False)
+        """End its threads, after what they have been given."""
+        if self.passes is not None:
+            self.passes.shutdown()
 
     @contextmanager
     def on_stream(self, lane: Lane) -> Iterator[None]:
@@ -202,8 +180,8 @@ class LoadedModel:
     """Whether each row runs in a pass of its own, and its bits are the same whatever else is in its batch."""
 
     def forward(self, packed: PackedBatch, at_once: int = 1) -> Tensor:
-        """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device, and to those
-        that help it. `at_once`: passes that run at the same time on a CPU.
+        """(N, width) float32, not normalised, in packed order. Belongs to the thread that owns the device, and on a CPU
+        to those for passes. `at_once`: passes that its batch is divided into on a CPU.
         """
         if packed.shape is not None:
             return self.graphs.run(packed)
@@ -244,22 +222,56 @@ class LaunchedPart:
         return self.packed.input_ids.shape[1]
 
 
-@dataclass(slots=True)
 class Launched:
     """A batch on its way."""
 
-    rows: Sequence[Row]
-    parts: list[LaunchedPart] = field(default_factory=list)
-    refused: dict[int, VecmillError] = field(default_factory=dict)
-    """Why rows have no vector that memory did not hold even alone, by their places."""
-    splits: int = 0
-    together: int = 0
-    """Tokens of the parts that ran at the same time and fitted."""
+    def __init__(self, model: LoadedModel, rows: Sequence[Row], device: Device, lane: Lane) -> None:
+        self._model, self._device, self._lane = model, device, lane
+        self.rows = rows
+        self.running: list[tuple[Sequence[int], Future[LaunchedPart | None]]] = []
+        """Passes in a CPU's threads that nobody has waited for, and the rows of each."""
+        self.parts: list[LaunchedPart] = []
+        self.refused: dict[int, VecmillError] = {}
+        """Why rows have no vector that memory did not hold even alone, by their places."""
+        self.splits = 0
+        self._together = 0
+        """Tokens of the parts that ran at the same time and fitted."""
+
+    def run(self, indexes: Sequence[int], ready: Packed | None = None, at_once: int = 1) -> LaunchedPart:
+        """Run a pass of these rows; see `run_part`."""
+        return run_part(self._model, self.rows, self._device, self._lane, indexes, ready, at_once)
+
+    def add(self, indexes: Sequence[int], part: LaunchedPart | None) -> None:
+        """Take in what a pass of these rows gave; where it did not fit into the memory, run its halves."""
+        if part is not None:
+            self.parts.append(part)
+            return
+        logger.warning("out of memory on a forward pass of %d rows", len(indexes))
+        if len(indexes) == 1:
+            self.refused[indexes[0]] = _refusal(self._model, self.rows[indexes[0]], self._device)
+            return
+        self.splits += 1
+        middle = len(indexes) // 2
+        for half in (indexes[:middle], indexes[middle:]):
+            self.add(half, unless_out_of_memory(partial(self.run, half)))
+
+    def finish(self) -> None:
+        """Wait for the passes in a CPU's threads.
+
+        Raises:
+            Exception: what the first that failed raised, once all have ended.
+        """
+        wait([each for _, each in self.running])
+        ran = [(indexes, each.result()) for indexes, each in self.running]
+        self.running.clear()
+        self._together += sum(part.tokens for _, part in ran if part is not None)
+        for indexes, part in ran:
+            self.add(indexes, part)
 
     @property
     def fitting_tokens(self) -> int:
         """Tokens that fitted at a time: of the parts that ran together, or of the largest that ran by itself."""
-        return max([self.together, *(part.tokens for part in self.parts)])
+        return max([self._together, *(part.tokens for part in self.parts)])
 
 
 def parts_of(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Sequence[int]]:
@@ -267,9 +279,16 @@ def parts_of(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Se
     if model.alone:
         return [range(index, index + 1) for index in range(len(rows))]
     # A prefix that rows share would have to be computed in each part.
-    if device.helpers is None or any(row.prefix is not None for row in rows):
+    if device.passes is None or any(row.prefix is not None for row in rows):
         return [range(len(rows))]
     return list(model.threads.divided([len(row) for row in rows]))
+
+
+def runs_by_itself(device: Device, rows: Sequence[Row]) -> bool:
+    """Whether nothing may be launched while a batch runs: there are no threads for its passes, or the batches after it
+    are to find its shared prefix in the memory of prefixes.
+    """
+    return device.streams is None and (device.passes is None or any(row.prefix is not None for row in rows))
 
 
 def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Packed]:
@@ -303,73 +322,45 @@ def launch(
     device: Device,
     lane: Lane = Lane.BULK,
     packed: Sequence[Packed] | None = None,
+    *,
+    halves: bool = True,
 ) -> Launched:
-    """Run a batch; on CUDA, put it on the stream. `packed`: what `pack_on` made of it, where that is done already.
+    """Run a batch; on CUDA, put it on the stream; on a CPU, hand its passes to the threads, which hand what they raise
+    to `collect`.
+
+    Args:
+        packed: what `pack_on` made of it, where that is done already.
+        halves: whether a pass that does not fit into the memory is run in halves.
 
     Raises:
-        Exception: what the forward pass raised, unless it was for lack of memory.
-    """
-    launched = Launched(rows)
-
-    def add(indexes: Sequence[int], part: LaunchedPart | None) -> None:
-        if part is not None:
-            launched.parts.append(part)
-            return
-        logger.warning("out of memory on a forward pass of %d rows", len(indexes))
-        if len(indexes) == 1:
-            launched.refused[indexes[0]] = _refusal(model, rows[indexes[0]], device)
-            return
-        launched.splits += 1
-        middle = len(indexes) // 2
-        for half in (indexes[:middle], indexes[middle:]):
-            add(half, unless_out_of_memory(partial(run_part, model, rows, half, device, lane)))
-
-    ran = run_parts(model, rows, device, lane, packed, unless_out_of_memory)
-    if _at_the_same_time(device, model):
-        launched.together = sum(part.tokens for _, part in ran if part is not None)
-    for indexes, part in ran:
-        add(indexes, part)
-    return launched
-
-
-def _at_the_same_time(device: Device, model: LoadedModel) -> bool:
-    """Whether a batch's parts run so."""
-    return device.helpers is not None and not model.alone
-
-
-def run_parts(
-    model: LoadedModel,
-    rows: Sequence[Row],
-    device: Device,
-    lane: Lane,
-    packed: Sequence[Packed] | None,
-    attempt: Callable[[Callable[[], LaunchedPart]], T],
-) -> list[tuple[Sequence[int], T]]:
-    """Run a batch's parts, at the same time where the device has helpers; the rows of each with what `attempt`, called
-    with the forward pass, gave.
-
-    Raises:
-        Exception: what `attempt` raised.
+        Exception: what the forward pass raised, with `halves` unless it was for lack of memory.
     """
     parts: Sequence[tuple[Sequence[int], Packed | None]] = (
         [(each.indexes, each) for each in packed]
         if packed is not None
         else [(indexes, None) for indexes in parts_of(device, model, rows)]
     )
-    together = _at_the_same_time(device, model)
-    at_once = len(parts) if together else 1
-    calls = [
-        partial(attempt, partial(run_part, model, rows, indexes, device, lane, ready, at_once))
-        for indexes, ready in parts
-    ]
-    results = device.together(calls) if together else [call() for call in calls]
-    return [(indexes, result) for (indexes, _), result in zip(parts, results, strict=True)]
+    launched = Launched(model, rows, device, lane)
+    attempt = unless_out_of_memory if halves else _called
+    at_once = 1 if model.alone else len(parts)
+    for indexes, ready in parts:
+        run = partial(attempt, partial(launched.run, indexes, ready, at_once))
+        if device.passes is None:
+            launched.add(indexes, run())
+            continue
+        width = model.threads.of_pass(sum(len(rows[index]) for index in indexes), at_once)
+        launched.running.append((indexes, device.passes.submit(run, width, urgent=lane is Lane.INTERACTIVE)))
+    return launched
+
+
+def _called(function: Callable[[], T]) -> T | None:
+    return function()
 
 
 def _refusal(model: LoadedModel, row: Row, device: Device) -> VecmillError:
     """Why a row has no vector that memory did not hold alone: it is too long, unless not even one token fits now."""
     least = Row(np.zeros(1, dtype=np.int32))
-    if len(row) == 1 or unless_out_of_memory(partial(run_part, model, [least], range(1), device, Lane.BULK)) is None:
+    if len(row) == 1 or unless_out_of_memory(partial(run_part, model, [least], device, Lane.BULK, range(1))) is None:
         return OutOfMemory()
     return DoesNotFit(f"its {len(row)} tokens do not fit into the device's memory by themselves; shorten it.")
 
@@ -378,9 +369,9 @@ def _refusal(model: LoadedModel, row: Row, device: Device) -> VecmillError:
 def run_part(
     model: LoadedModel,
     rows: Sequence[Row],
-    indexes: Sequence[int],
     device: Device,
     lane: Lane,
+    indexes: Sequence[int],
     ready: Packed | None = None,
     at_once: int = 1,
 ) -> LaunchedPart:
@@ -388,7 +379,7 @@ def run_part(
 
     Args:
         ready: of exactly these rows, where they are packed already.
-        at_once: passes that run at the same time on a CPU.
+        at_once: passes that the batch is divided into on a CPU.
 
     Raises:
         Exception: what the forward pass raised.
@@ -422,7 +413,12 @@ def _to_host(answers: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
 
 
 def collect(launched: Launched) -> list[Vector | Exception]:
-    """Wait for the answers: vectors or logits in the order of the rows, an error in place of a row that has none."""
+    """Wait for the answers: vectors or logits in the order of the rows, an error in place of a row that has none.
+
+    Raises:
+        Exception: what a pass in a CPU's threads raised, once all of the batch have ended.
+    """
+    launched.finish()
     results: list[Vector | Exception] = [NonFiniteEmbedding()] * len(launched.rows)
     for index, refusal in launched.refused.items():
         results[index] = refusal

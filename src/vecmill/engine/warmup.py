@@ -20,7 +20,7 @@ from vecmill.engine import compilation
 from vecmill.engine.compilation import CompileChoice, Run
 from vecmill.engine.cuda_graphs import Capture, CudaCapture, Pass, capture_graphs, lane_of, shape_of
 from vecmill.engine.device import unless_out_of_memory
-from vecmill.engine.forward import Device, Launched, LoadedModel, collect, pack_on, run_parts
+from vecmill.engine.forward import Device, LoadedModel, collect, launch, pack_on
 from vecmill.engine.measurements import Before
 from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 
@@ -141,7 +141,6 @@ def _look_quickly(
     if not measured:
         raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
     choice = model.choice = _choose(model, engine, choices, stopwatch, largest, None, device.device)
-    model.threads.restore()
     if before is not None:
         model.threads.single_up_to = before.single_up_to
         return replace(
@@ -179,7 +178,6 @@ def measure_again(
         return _warm_up(stopwatch, model, engine, device, stopwatch.lengthened(largest), choices)
     except BaseException:
         model.threads.single_up_to = single_up_to
-        model.threads.restore()
         raise
 
 
@@ -247,7 +245,6 @@ def _warm_up_as_before(
         model.graphs = capture_graphs(
             stopwatch.with_others(capture), stopwatch.run_directly, device.device, largest, stopwatch.max_rows
         )
-    model.threads.restore()
     return replace(
         before.warmed,
         compiled=model.choice.compiled,
@@ -315,7 +312,6 @@ def _warm_up(
             stopwatch.with_others(capture), stopwatch.run_directly, device.device, largest, stopwatch.max_rows
         )
     calibration = fit(stopwatch.fastest(list(_shapes(largest))))
-    model.threads.restore()
     warmed = _warmed(stopwatch, model, choice, calibration, largest, engine)
     logger.info(
         "%s: a forward pass takes %.1f ms + %.1f µs a token, knee at %d tokens; up to %d tokens at a time; %s",
@@ -470,8 +466,7 @@ class _Stopwatch:
         model, device = self._model, self._device
         packed = pack_on(device, model, rows)
         started = perf_counter()
-        parts = run_parts(model, rows, device, Lane.BULK, packed, lambda run: run())
-        collect(Launched(rows, [part for _, part in parts]))
+        collect(launch(model, rows, device, Lane.BULK, packed, halves=False))
         self.seconds.append(perf_counter() - started)
         return self.seconds[-1]
 

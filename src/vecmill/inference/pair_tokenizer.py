@@ -380,7 +380,7 @@ def _separators(control: TokenizerPool) -> re.Pattern[str] | None:
     One that is a part of another is not among them: Gemma has one for each number of line breaks, and a query may end
     with some.
     """
-    contents = {token.content for token in control.copy().get_added_tokens_decoder().values()} - {""}
+    contents = {token.content for token in control.tokenizer.get_added_tokens_decoder().values()} - {""}
     parts = {part for part in contents if part.isspace() and any(part in other for other in contents - {part})}
     longest_first = sorted(contents - parts, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})") if longest_first else None
@@ -438,7 +438,7 @@ class Boundaries:
         first = filled(rest, PROBE_INSTRUCTION, probe, "") + left
         if [*pool.encode(first), *pool.encode(second)] != pool.encode(first + second):
             return False
-        tokenizer = pool.copy()
+        tokenizer = pool.tokenizer
         if tokenizer.normalizer is not None:
             first, second = map(tokenizer.normalizer.normalize_str, (first, second))
         if not first or not second:
@@ -454,7 +454,7 @@ class Boundaries:
     def _is_crossed(self, characters: str) -> bool:
         """Whether a token has two characters beside each other."""
         if characters not in self._crossed:
-            vocabulary = self._pool.copy().get_vocab(with_added_tokens=True)
+            vocabulary = self._pool.tokenizer.get_vocab(with_added_tokens=True)
             self._crossed[characters] = any(characters in piece for piece in vocabulary)
         return self._crossed[characters]
 

@@ -73,7 +73,7 @@ class TextTokenizer:
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
         self._prefix, self._suffix = self._special_tokens()
-        added = pool.copy().get_added_tokens_decoder()
+        added = pool.tokenizer.get_added_tokens_decoder()
         self._special_ids = frozenset(number for number, token in added.items() if token.special)
 
     def _special_tokens(self) -> tuple[list[int], list[int]]:

@@ -1,7 +1,8 @@
-"""One tokenizer, run by the `tokenizers` library itself, and a copy of it for each thread.
+"""One tokenizer, run by the `tokenizers` library itself, in all threads.
 
-Truncation and padding that a file switches on (MiniLM's does) are switched off: both are done here. Fast tokenizers
-are not safe to share between threads.
+Truncation and padding that a file switches on (MiniLM's does) are switched off: both are done here. A tokenizer is not
+safe to share between threads that change it (transformers sets truncation and padding at each call); here nobody does
+once it is made, and its methods take it by reference.
 
 Of the library's methods only those that take a batch are called with what clients send: the others hold the interpreter
 for as long as they run, and the event loop with it.
@@ -12,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain, pairwise
@@ -86,14 +86,16 @@ class TokenizerPool:
             control = [token for token in known if token.get("special") or _is_written(token["content"], prompt)]
             self._hidden = frozenset(token["id"] for token in control if token.get("special"))
             _hide(definition, {token["content"] for token in control}, self._secret)
-        self._definition = json.dumps(definition)
         self._read = read
         self.max_tokens = max_tokens
         self._threads = threads
-        self._local = threading.local()
         try:
             with panics_refused(file):
-                tokenizer = self.copy()
+                tokenizer = self.tokenizer = Tokenizer.from_str(json.dumps(definition))
+                """Not to be changed: it is in use in several threads."""
+                tokenizer.no_truncation()
+                tokenizer.no_padding()
+                tokenizer.encode_special_tokens = read.split_special_tokens
         except StartupError:
             raise
         except Exception as error:  # the library raises nothing narrower
@@ -104,16 +106,6 @@ class TokenizerPool:
             raise StartupError(
                 f"{file}: a vocabulary with holes gives its added tokens other ids; fetch the model again."
             )
-
-    def copy(self) -> Tokenizer:
-        """This thread's copy."""
-        tokenizer: Tokenizer | None = getattr(self._local, "tokenizer", None)
-        if tokenizer is None:
-            tokenizer = self._local.tokenizer = Tokenizer.from_str(self._definition)
-            tokenizer.no_truncation()
-            tokenizer.no_padding()
-            tokenizer.encode_special_tokens = self._read.split_special_tokens
-        return tokenizer
 
     @property
     def truncation_side(self) -> Side:
@@ -137,32 +129,31 @@ class TokenizerPool:
 
     def tokens(self, ids: Sequence[int]) -> list[str]:
         """What the vocabulary calls each id."""
-        tokenizer = self.copy()
-        return [tokenizer.id_to_token(number) or "" for number in ids]
+        return [self.tokenizer.id_to_token(number) or "" for number in ids]
 
     def encode(self, text: str, *, special_tokens: bool = False) -> list[int]:
         """All tokens of a short text, in this thread."""
-        [encoding] = self.copy().encode_batch_fast([text], add_special_tokens=special_tokens)
+        [encoding] = self.tokenizer.encode_batch_fast([text], add_special_tokens=special_tokens)
         ids: list[int] = encoding.ids
         return ids
 
     def with_offsets(self, text: str) -> Encoding:
         """The same, with the place of each token in the text."""
-        [encoding] = self.copy().encode_batch([text], add_special_tokens=False)
+        [encoding] = self.tokenizer.encode_batch([text], add_special_tokens=False)
         return encoding
 
     def normalised_bytes(self, text: str) -> int:
         """How many bytes a text is normalised to, about: not fewer than it has tokens."""
         if text.isascii():  # no normaliser makes more of it
             return len(text)
-        normalizer = self.copy().normalizer
+        normalizer = self.tokenizer.normalizer
         parts = (text[i : i + CHARACTERS_AT_ONCE] for i in range(0, len(text), CHARACTERS_AT_ONCE))
         return sum(len((normalizer.normalize_str(part) if normalizer else part).encode()) for part in parts)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, in this thread."""
         shown = [number for number in ids if not (skip_special_tokens and number in self._hidden)]
-        [text] = self.copy().decode_batch([shown], skip_special_tokens=skip_special_tokens)
+        [text] = self.tokenizer.decode_batch([shown], skip_special_tokens=skip_special_tokens)
         # The secret must not reach a client: with it, a text could contain control tokens.
         return str(text).replace(self._secret, "")
 
@@ -194,7 +185,7 @@ class TokenizerPool:
     ) -> list[list[int]]:
         """Short texts together, as many as are tokenized at once; long ones by themselves."""
         short = (before(text) + text for text in texts if len(text) <= self._first_length(text))
-        tokenize = partial(self.copy().encode_batch_fast, add_special_tokens=False)
+        tokenize = partial(self.tokenizer.encode_batch_fast, add_special_tokens=False)
         encoded = chain.from_iterable(map(tokenize, _portions(short)))
         return [next(encoded).ids if len(text) <= self._first_length(text) else encode_long(text) for text in texts]
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import repeat
+from itertools import count, repeat
 from time import monotonic
 
 from vecmill.core.errors import (
@@ -251,14 +250,15 @@ class Scheduler:
             self.waiting[lane] -= len(left)
 
     def _start(self, taken: Cut[Sequence]) -> None:
-        self._in_flight.begin(taken.lane, self._expected_seconds(taken.model, taken.tokens), self._clock())
-        task = asyncio.create_task(self._run(taken), name="batch")
+        expected = self._expected_seconds(taken.model, taken.tokens)
+        number = self._in_flight.begin(taken.lane, expected, self._clock())
+        task = asyncio.create_task(self._run(taken, number), name="batch")
         self._running.add(task)
         task.add_done_callback(self._batch_ended)
 
-    async def _run(self, taken: Cut[Sequence]) -> None:
+    async def _run(self, taken: Cut[Sequence], number: int) -> None:
         try:
-            await self._run_and_resolve(taken)
+            await self._run_and_resolve(taken, number)
         except EngineFailed as error:
             self._resolve(taken.batch, error)
             self._stop(error)
@@ -274,7 +274,7 @@ class Scheduler:
             # Whatever happened, nobody is left waiting.
             self._resolve(taken.batch, BatchFailed())
 
-    async def _run_and_resolve(self, taken: Cut[Sequence]) -> None:
+    async def _run_and_resolve(self, taken: Cut[Sequence], number: int) -> None:
         if taken.tokens > self.budgets[taken.model].max_batch_tokens:
             logger.debug("a text of %d tokens runs alone, longer than the budget of a forward pass", taken.tokens)
         started = self._clock()
@@ -284,7 +284,7 @@ class Scheduler:
             self._report(taken, self._clock() - started, failed=True)
             raise
         finally:
-            self._in_flight.end(self._clock())
+            self._in_flight.end(number, self._clock())
         self._count(taken, result)
         kept: dict[Keep, list[tuple[bytes, Vector]]] = {}
         for sequence, row in zip(taken.batch, result.rows, strict=True):
@@ -389,29 +389,41 @@ class _Queue:
 
 
 class InFlight:
-    """One batch on the device and those behind it, of which the runner takes interactive ones first."""
+    """Batches that the runner has: those on the device, and those behind, of which interactive ones go first."""
 
     def __init__(self) -> None:
-        self._behind: dict[Lane, deque[float]] = {lane: deque() for lane in Lane}
-        """The expected seconds of each."""
-        self._ends: float | None = None
-        """When the one on the device will, as expected; None: it does nothing."""
+        self._numbers = count()
+        self._behind: dict[Lane, dict[int, float]] = {lane: {} for lane in Lane}
+        """The expected seconds of each, in order."""
+        self._first: int | None = None
+        """The one on the device longest; None: it does nothing."""
+        self._ends = 0.0
+        """When that one will, as expected."""
 
-    def begin(self, lane: Lane, seconds: float, now: float) -> None:
-        """A batch is given to the runner."""
-        if self._ends is None:
-            self._ends = now + seconds
+    def begin(self, lane: Lane, seconds: float, now: float) -> int:
+        """A batch is given to the runner; returns its number for `end`."""
+        batch = next(self._numbers)
+        if self._first is None:
+            self._first, self._ends = batch, now + seconds
         else:
-            self._behind[lane].append(seconds)
+            self._behind[lane][batch] = seconds
+        return batch
 
-    def end(self, now: float) -> None:
-        """The batch on the device is answered; the next one takes its place."""
+    def end(self, batch: int, now: float) -> None:
+        """A batch is answered. Where it was on the device the next one takes its place; others may overtake that."""
+        if batch is not self._first:
+            for behind in self._behind.values():
+                behind.pop(batch, None)
+            return
+        self._first = None
         following = next((behind for behind in self._behind.values() if behind), None)
-        self._ends = None if following is None else now + following.popleft()
+        if following is not None:
+            self._first = next(iter(following))
+            self._ends = now + following.pop(self._first)
 
     def rest(self, now: float) -> float:
         """Seconds until the one on the device ends; 0.0 where it does nothing."""
-        return 0.0 if self._ends is None else max(0.0, self._ends - now)
+        return 0.0 if self._first is None else max(0.0, self._ends - now)
 
     def has_room(self, *, full: bool, interactive: bool) -> bool:
         """Whether to cut a batch now: as late as possible, for what arrives meanwhile still gets into it.
@@ -419,7 +431,7 @@ class InFlight:
         An idle device takes anything. Behind a busy one goes a batch that is `full`, which gains nothing by waiting;
         and behind bulk alone one with `interactive` texts, to overtake it.
         """
-        if self._ends is None:
+        if self._first is None:
             return True
         if not any(self._behind.values()):
             return full
