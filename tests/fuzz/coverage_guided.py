@@ -3,22 +3,37 @@
     python -m tests.fuzz.coverage_guided TARGET SECONDS [CORPUS]
 
 What was found interesting is kept in the folder CORPUS, where the next search goes on. An input that breaks a promise
-is written to the current folder as `found-TARGET`, and ends the search. Atheris is imported here alone.
+is written to the current folder as `found-TARGET`, and ends the search. Each round is a process of its own, since
+Atheris keeps some of the memory of every input. It is imported here alone.
 """
 
 from __future__ import annotations
 
 import random
+import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 LONGEST = 65_536  # bytes of an input
 CHANGED_HERE = 0.5  # of the inputs; the others are changed by libFuzzer
+ROUND_SECONDS = 120
 
 
 def main(name: str, seconds: int, corpus: Path) -> None:
-    """Search for so long, or until something is found. Does not return."""
+    """Search for so long, or until something is found: then the status of the process is not 0."""
+    ends = time.monotonic() + seconds
+    while (left := round(ends - time.monotonic())) > 0:
+        arguments = [name, str(min(left, ROUND_SECONDS)), str(corpus), "round"]
+        if status := subprocess.run(
+            [sys.executable, "-m", "tests.fuzz.coverage_guided", *arguments], check=False
+        ).returncode:
+            sys.exit(status)
+
+
+def search(name: str, seconds: int, corpus: Path) -> None:
+    """One round. Does not return."""
     import atheris  # type: ignore[import-not-found,import-untyped,unused-ignore]  # not among the development tools
 
     with atheris.instrument_imports(include=["vecmill"], enable_loader_override=False):
@@ -53,5 +68,6 @@ def main(name: str, seconds: int, corpus: Path) -> None:
 
 
 if __name__ == "__main__":
-    chosen, duration, *folder = sys.argv[1:]
-    main(chosen, int(duration), Path(folder[0] if folder else f".fuzz/corpus/{chosen}"))
+    chosen, duration, *rest = sys.argv[1:]
+    do = search if rest[1:] == ["round"] else main
+    do(chosen, int(duration), Path(rest[0] if rest else f".fuzz/corpus/{chosen}"))
