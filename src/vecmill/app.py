@@ -90,6 +90,8 @@ class Server:
         self._residency: Residency | None = None
         self._catalogue: Catalogue | None = None
         self._afterwards: asyncio.Task[None] | None = None
+        self._has_loaded = asyncio.Event()
+        """Set when a model is loaded, which may have to be measured again."""
         self.health = Health()
         self.load_ended = asyncio.Event()
         self.misconfigured = False
@@ -231,16 +233,19 @@ class Server:
         return tell
 
     async def _finish_start(self, loaded: Loaded) -> None:
-        """What can wait until the first requests are answered."""
+        """What can wait until the first requests are answered, and for each model until nobody waits."""
         assert self._catalogue is not None
         await asyncio.sleep(LOOK_AROUND_AFTER)
         await self._catalogue.look_around()
-        await measure_when_quiet(
-            lambda: [key for key in loaded.models if loaded.warmed[key].is_provisional],
-            lambda: self.inference.stats.batches,
-            lambda: self.services.device_busy() or any(self.inference.waiting.values()),
-            self._measure_again,
-        )
+        while True:
+            self._has_loaded.clear()
+            await measure_when_quiet(
+                lambda: [key for key in loaded.models if loaded.warmed[key].is_provisional],
+                lambda: self.inference.stats.batches,
+                lambda: self.services.device_busy() or any(self.inference.waiting.values()),
+                self._measure_again,
+            )
+            await self._has_loaded.wait()
 
     async def _measure_again(self, key: str) -> bool:
         """Measure a model while nobody waits; False where somebody came in between."""
@@ -335,6 +340,7 @@ class Server:
         warmed = loaded.warmed[key]
         self._fits[key] = RunningFit(warmed.calibration)
         card = self.inference.exchange(served, _budget(warmed), _lowest_rate(loaded))
+        self._has_loaded.set()
         return card, _bytes_of(model.card, warmed)
 
     def _pass_ended(self, batch: PassRecord) -> None:

@@ -203,3 +203,23 @@ async def test_a_quiet_server_measures_again_and_takes_the_faster_type_at_the_ne
         health, measured = (await client.get("/health")).json(), await costs(client)
         assert (health["dtype"], measured["next_dtype"]) == ("bfloat16", None)
         assert health["dtype_reason"] == "measured on this CPU: 200 GFLOP/s, against 100 in float32"
+
+
+async def test_a_model_that_is_loaded_later_is_measured_again_too(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others were served while it was measured."""
+    monkeypatch.setattr(measuring, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(measuring, "BUSY_PERCENT", 101.0)
+    room = 1.5e-9 * (folders[0] / "model.safetensors").stat().st_size
+    names = ",".join(map(str, folders))
+    async with serving(embed_model=names, max_loaded_gb=room, dtype="float32") as client:
+        await costs(client)
+        name = folders[1].name
+        assert (await embedded(client, name)).status_code == 200
+        found = (await client.get("/capabilities")).json()["forward_passes"]
+        [later] = [key for key in found if name in key]
+        assert found[later]["provisional"]
+        async with asyncio.timeout(60):
+            while (await client.get("/capabilities")).json()["forward_passes"][later]["provisional"]:
+                await asyncio.sleep(0.02)

@@ -214,7 +214,8 @@ def warm_up_beside_others(
         raise StartupObstacle(f"{model.card.id}: not one token fits into the memory that is left: free some.")
     if before is None:
         largest = stopwatch.lengthened(largest)
-        return _warm_up(stopwatch, model, engine, device, largest, choices)
+        warmed = _warm_up(stopwatch, model, engine, device, largest, choices)
+        return replace(warmed, is_provisional=device.device.type == "cpu")  # it was disturbed
     return _warm_up_as_before(stopwatch, model, engine, device, choices, before, largest)
 
 
