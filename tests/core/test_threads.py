@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import subprocess
+import sys
 import threading
 import time
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
 
@@ -166,6 +168,41 @@ def test_without_a_thread_calls_are_made_all_the_same(monkeypatch: pytest.Monkey
     monkeypatch.setattr(threading.Thread, "start", refuse)
     calls = [threads.submit(partial(int, number), 1 + number % 2) for number in range(50)]
     assert [call.result(0) for call in calls] == list(range(50))
+    threads.shutdown()
+
+
+def test_many_waiting_calls_are_all_told_that_the_threads_are_gone_as_at_the_end_of_the_process() -> None:
+    code = """
+import threading
+from concurrent.futures import wait
+from functools import partial
+from vecmill.core.threads import SharedThreads, _end_all
+from vecmill.core.errors import WorkLost
+threads, begun, gate = SharedThreads(2, "shared"), threading.Event(), threading.Event()
+held = threads.submit(lambda: (begun.set(), gate.wait(20)), 2)
+calls = [threads.submit(partial(int, 7), 1) for _ in range(2000)]
+begun.wait(20)
+threading.Timer(0.2, gate.set).start()
+_end_all()
+done, waiting = wait(calls, timeout=10)
+assert not waiting, len(waiting)
+assert {type(call.exception()) for call in done} <= {type(None), WorkLost}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_many_waiting_calls_are_made_in_order_where_the_system_gives_no_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = SharedThreads(1, "shared")
+    calls: list[Future[None]] = []
+    order: list[int] = []
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    threads.submit(lambda: calls.extend(threads.submit(partial(order.append, each), 1) for each in range(2000)), 1)
+    assert not wait(calls, timeout=5)[1]
+    assert order == [*range(2000)]
     threads.shutdown()
 
 

@@ -7,11 +7,12 @@ import atexit
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from contextlib import suppress
 from functools import partial
 from queue import Empty, SimpleQueue
+from traceback import clear_frames
 from types import TracebackType
 from typing import Any, Generic, ParamSpec, Self, TypeVar
 from weakref import WeakSet
@@ -62,10 +63,11 @@ class LastingThreads(Executor):
     and whoever waits for the work that it had taken waits for ever.
     """
 
-    def __init__(self, count: int, name: str) -> None:
-        """`name`: what the threads' names begin with."""
+    def __init__(self, count: int, name: str, ended: Callable[[], None] = lambda: None) -> None:
+        """`name`: what the threads' names begin with. `ended` is called in each that ends."""
         self._count = count
         self._name = name
+        self._ended = ended
         self._queue: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         self._lock = threading.RLock()
         self._threads: set[threading.Thread] = set()
@@ -80,18 +82,25 @@ class LastingThreads(Executor):
             RuntimeError: it is shut down. WorkLost: the system gives no thread.
         """
         call = _Call(partial(function, *args, **kwargs))
+        self.give(call)
+        return call.result
+
+    def give(self, call: _Call[Any]) -> None:
+        """As `submit`, what is a call already."""
         with self._lock:
             if self._closed:
                 raise RuntimeError("these threads are shut down")
             self._unfinished += 1
-            call.result.add_done_callback(self._finished)
-            self._queue.put(call)
             try:
+                self._queue.put(call)
                 self._hire()
-            except WorkLost:
-                call.result.cancel()
+            except BaseException:  # this thread may end here, too: nobody might run it
+                self._unfinished -= 1
+                for other in [self._queue.get_nowait() for _ in range(self._queue.qsize())]:
+                    if other is not call:
+                        self._queue.put(other)
                 raise
-        return call.result
+            call.result.add_done_callback(self._finished)
 
     def _finished(self, _: Future[Any]) -> None:
         with self._lock:
@@ -112,18 +121,22 @@ class LastingThreads(Executor):
             self._threads.add(thread)
 
     def _work(self) -> None:
+        call: _Call[Any] | None = None
         try:
             while (call := self._queue.get()) is not None:
                 call()
-                del call  # and what it holds, before the next comes
+                call = None  # and what it holds, before the next comes
         except BaseException as error:
             logger.critical("a worker thread ended and is replaced", exc_info=error)
+            clear_frames(error.__traceback__)  # a log may keep it, but nobody the calls that nobody runs now
         finally:
+            call = None
             with self._lock:
                 self._threads.discard(threading.current_thread())
                 if not self._closed and not self._queue.empty():
                     with suppress(WorkLost):  # the next submission tries again
                         self._hire()
+            self._ended()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Take no more work; the threads end after what they were given, or with `cancel_futures` after what runs."""
@@ -162,12 +175,16 @@ class SharedThreads:
 
     def __init__(self, count: int, name: str) -> None:
         """`name`: what the threads' names begin with."""
-        self._count = self._free = count
-        self._threads = [LastingThreads(1, name) for _ in range(count)]
-        self._idle = set(range(count))
+        self._count = count
+        # One that ends may do so over what it was to begin after its call.
+        self._threads = [LastingThreads(1, name, self._begin) for _ in range(count)]
         self._urgent: deque[tuple[int, _Call[Any]]] = deque()
         self._other: deque[tuple[int, _Call[Any]]] = deque()
+        self._running: dict[int, tuple[int, Future[Any]]] = {}
+        """By the place of the thread that has it: how many it computes with, and what is done once it has ended. Which
+        threads are free is told from these alone: no thread that ends can leave it wrong."""
         self._lock = threading.Lock()
+        self._beginning = threading.local()
         self._closed = False
 
     def submit(self, function: Callable[[], T], width: int, *, urgent: bool = False) -> Future[T]:
@@ -179,60 +196,59 @@ class SharedThreads:
             RuntimeError: they are shut down.
         """
         call = _Call(function)
+        result = call.result
+        result.add_done_callback(self._begin)
         with self._lock:
             if self._closed:
                 raise RuntimeError("these threads are shut down")
             (self._urgent if urgent else self._other).append((min(width, self._count), call))
+        del call  # should its thread end over it, nobody else may hold it
         self._begin()
-        return call.result
+        return result
 
-    def _begin(self) -> None:
+    def _begin(self, _: object = None) -> None:
         """Start what may begin now. Not under the lock: a call may run in here."""
-        for index, width, call in self._next():
-            try:
-                running = self._threads[index].submit(call)
-            except WorkLost:
-                call()
-                self._ended(index, width)
-            except RuntimeError:  # the process ends
-                del call  # whoever waits for it is told
-                self._ended(index, width)
-            else:
-                del call  # should its thread end over it, nobody else may hold it
-                running.add_done_callback(partial(self._ended, index, width))
-
-    def _next(self) -> Iterator[tuple[int, int, _Call[Any]]]:
-        while True:
-            with self._lock:
-                waiting = self._urgent or self._other
-                if not waiting or waiting[0][0] > self._free:
-                    return
-                width = waiting[0][0]
-                # A library keeps the threads that a thread has had for a call. So that they do not become many, the
-                # first thread alone has all, the second no more than half, the third no more than a third ...
-                fitting = [index for index in self._idle if width * (index + 1) <= self._count]
-                if not fitting:
-                    return
-                index, (_, call) = max(fitting), waiting.popleft()
-                self._idle.remove(index)
-                self._free -= width
-            yield index, width, call
-            del call
-
-    def _ended(self, index: int, width: int, _: object = None) -> None:
-        with self._lock:
-            self._idle.add(index)
-            self._free += width
-        self._begin()
+        if getattr(self._beginning, "here", False):
+            return  # it ended in the loop below, which goes on
+        try:
+            self._beginning.here = True
+            while (taken := self._next()) is not None:
+                thread, call = taken
+                try:
+                    thread.give(call)
+                except WorkLost:
+                    call()
+                except RuntimeError:
+                    pass  # the process ends; whoever waits for the call is told
+                del taken, call
+        finally:
+            self._beginning.here = False
         if self._closed:
             self.shutdown()
+
+    def _next(self) -> tuple[LastingThreads, _Call[Any]] | None:
+        with self._lock:
+            self._running = {index: each for index, each in self._running.items() if not each[1].done()}
+            free = self._count - sum(width for width, _ in self._running.values())
+            waiting = self._urgent or self._other
+            if not waiting or waiting[0][0] > free:
+                return None
+            width = waiting[0][0]
+            # A library keeps the threads that a thread has had for a call. So that they do not become many, the first
+            # thread alone has all, the second no more than half, the third no more than a third ...
+            idle = [index for index in range(self._count // width) if index not in self._running]
+            if not idle:
+                return None
+            _, call = waiting.popleft()
+            self._running[idle[-1]] = width, call.result
+            return self._threads[idle[-1]], call
 
     def shutdown(self) -> None:
         """Take no more calls; the threads end after those that they have been given. Does not wait."""
         with self._lock:
             self._closed = True
-            if self._urgent or self._other:
-                return
+            if self._urgent or self._other or any(not result.done() for _, result in self._running.values()):
+                return  # the last that ends does it
         for thread in self._threads:
             thread.shutdown(wait=False)
 
