@@ -258,7 +258,7 @@ class Server:
                 return False
             warmed = loaded.warmed[key]
             self._fits[key] = RunningFit(warmed.calibration)
-            self.inference.change_budget(key, _budget(warmed), _lowest_rate(loaded))
+            self.inference.change_budget(key, _budget(loaded, key), _lowest_rate(loaded))
         return True
 
     async def _load(self) -> Loaded:
@@ -276,7 +276,7 @@ class Server:
             for key, known in loaded.known.items()
         ]
         models = await asyncio.to_thread(assemble, served, self._settings.inference, self._threads)
-        budgets = {key: _budget(warmed) for key, warmed in loaded.warmed.items()}
+        budgets = {key: _budget(loaded, key) for key in loaded.warmed}
         fairness = self._settings.scheduler
         rules = Rules(fairness.bulk_share, fairness.aging_seconds)
         self._scheduler = Scheduler(
@@ -339,7 +339,7 @@ class Server:
             raise
         warmed = loaded.warmed[key]
         self._fits[key] = RunningFit(warmed.calibration)
-        card = self.inference.exchange(served, _budget(warmed), _lowest_rate(loaded))
+        card = self.inference.exchange(served, _budget(loaded, key), _lowest_rate(loaded))
         self._has_loaded.set()
         return card, _bytes_of(model.card, warmed)
 
@@ -353,7 +353,7 @@ class Server:
             before = loaded.warmed[batch.model]
             now = before.refitted(fit.calibration, self._settings.engine.max_batch_ms / 1000)
             loaded.warmed[batch.model] = now
-            self.inference.change_budget(batch.model, _budget(now), _lowest_rate(loaded))
+            self.inference.change_budget(batch.model, _budget(loaded, batch.model), _lowest_rate(loaded))
             if now.max_batch_tokens != before.max_batch_tokens:
                 logger.info(
                     "%s: a forward pass takes %.1f ms + %.1f µs a token by now; up to %d tokens at a time, not %d",
@@ -543,8 +543,11 @@ def create_app(
     return app
 
 
-def _budget(warmed: Warmed) -> Budget:
-    return Budget(warmed.max_batch_tokens, warmed.max_batch_size, warmed.free_tokens)
+def _budget(loaded: Loaded, key: str) -> Budget:
+    """Of a model. On a CPU nothing rides along with a search, which runs between two layers of bulk anyway."""
+    warmed = loaded.warmed[key]
+    free_tokens = 0 if loaded.device.type == "cpu" else warmed.free_tokens
+    return Budget(warmed.max_batch_tokens, warmed.max_batch_size, free_tokens)
 
 
 def _lowest_rate(loaded: Loaded) -> float:

@@ -11,13 +11,14 @@ import time
 from concurrent.futures import Future, wait
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vecmill.core.errors import ShuttingDown, WorkLost
-from vecmill.core.threads import SMALL, SharedThreads, WorkerThreads
+from vecmill.core.threads import SMALL, SharedThreads, WorkerThreads, give_way
 
 
 async def test_what_had_no_turn_when_the_threads_end_is_told_so() -> None:
@@ -176,6 +177,7 @@ def test_many_waiting_calls_are_all_told_that_the_threads_are_gone_as_at_the_end
 import threading
 from concurrent.futures import wait
 from functools import partial
+from typing import Any
 from vecmill.core.threads import SharedThreads, _end_all
 from vecmill.core.errors import WorkLost
 threads, begun, gate = SharedThreads(2, "shared"), threading.Event(), threading.Event()
@@ -216,3 +218,59 @@ def test_shared_threads_end_after_what_they_were_given() -> None:
         held.submit("d")
     held.end("a", "b", "c")
     assert [call.result(20) for call in calls] == ["a", "b", "c"]
+
+
+def test_a_call_gives_way_to_one_urgent_call_at_a_time_and_never_within_it() -> None:
+    threads, begun, waiting = SharedThreads(1, "shared"), list[str](), threading.Event()
+
+    def bulk() -> str:
+        begun.append("bulk")
+        assert waiting.wait(20)
+        for step in range(4):
+            give_way()
+            begun.append(f"step {step}")
+        return "bulk"
+
+    def search(number: int) -> int:
+        begun.append(f"search {number}")
+        give_way()
+        return number
+
+    give_way()  # of nobody: nothing happens
+    calls: list[Future[Any]] = [threads.submit(bulk, 1), threads.submit(lambda: begun.append("after"), 1)]
+    searches = [threads.submit(partial(search, number), 1, urgent=True) for number in (1, 2)]
+    waiting.set()
+    assert [call.result(20) for call in (*calls, *searches)] == ["bulk", None, 1, 2]
+    assert begun == ["bulk", "search 1", "step 0", "search 2", "step 1", "step 2", "step 3", "after"]
+    threads.shutdown()
+
+
+def test_no_call_gives_way_to_one_that_computes_with_more_threads() -> None:
+    threads, begun, waiting = SharedThreads(2, "shared"), list[str](), threading.Event()
+
+    def bulk(name: str) -> None:
+        assert waiting.wait(20)
+        give_way()
+        begun.append(name)
+
+    def fail() -> None:
+        raise ValueError("broken")
+
+    calls: list[Future[None]] = [threads.submit(partial(bulk, "narrow"), 1) for _ in range(2)]
+    calls.append(threads.submit(lambda: begun.append("search"), 2, urgent=True))
+    waiting.set()
+    for call in calls:
+        call.result(20)
+    assert begun == ["narrow", "narrow", "search"]
+    begun.clear()
+    waiting.clear()
+    wide = threads.submit(partial(bulk, "wide"), 2)
+    failing = threads.submit(fail, 1, urgent=True)
+    search = threads.submit(lambda: begun.append("search"), 2, urgent=True)
+    waiting.set()
+    wide.result(20)
+    search.result(20)
+    with pytest.raises(ValueError, match="broken"):
+        failing.result(20)
+    assert begun == ["wide", "search"], "one at a time: the failing call was the first"
+    threads.shutdown()

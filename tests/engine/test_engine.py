@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ from vecmill.core.types import Lane, Row
 from vecmill.engine import device as device_module
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import ChosenDtype, choose_device
-from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Call, Closed, Engine, Inbox, QueuedBatch, may_launch
+from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Call, Closed, Engine, Inbox, Probe, QueuedBatch, may_launch
 from vecmill.engine.forward import LoadedModel, parts_of
 from vecmill.engine.live_models import LiveModels
 from vecmill.engine.loader import load
@@ -476,20 +476,22 @@ def test_bulk_that_was_launched_does_not_keep_interactive_work_from_the_device()
     for name, one in work.items():
         inbox.put(Lane.INTERACTIVE if name[0] == "i" else Lane.BULK, one)
 
-    taken = [inbox.take_batch() for _ in range(4)]
-    assert [(lane, one.model) for lane, one in filter(None, taken)] == [
+    taken = [inbox.take_now() for _ in range(4)]
+    assert [(lane, one.model) for lane, one in cast(list[tuple[Lane, QueuedBatch]], taken)] == [
         (Lane.INTERACTIVE, "i1"),
         (Lane.INTERACTIVE, "i2"),
         (Lane.BULK, "b1"),
         (Lane.BULK, "b2"),
     ]
     inbox.ended(Lane.BULK)
-    assert inbox.take_batch() == (Lane.BULK, work["b3"]), "the interactive lane is full by itself"
+    assert inbox.take_now() == (Lane.BULK, work["b3"]), "the interactive lane is full by itself"
     inbox.ended(Lane.INTERACTIVE)
-    inbox.probe()
-    assert inbox.take() is None, "a probe goes first"
+    inbox.probe(loop.stop)
+    assert inbox.take() == Probe(loop.stop), "a probe goes first"
     inbox.close()
     assert inbox.take() == (Lane.INTERACTIVE, work["i3"]), "what was queued before the end is still done"
+    for lane in (Lane.INTERACTIVE, Lane.INTERACTIVE, Lane.BULK, Lane.BULK):
+        inbox.ended(lane)
     with pytest.raises(Closed):
         inbox.take()
     loop.close()
@@ -503,14 +505,14 @@ def test_bulk_that_the_devices_thread_waits_for_is_taken_once_nothing_is_on_the_
     behind.by_itself = search.by_itself = True
     inbox.put(Lane.BULK, before)
     inbox.put(Lane.BULK, behind)
-    assert inbox.take_batch() == (Lane.BULK, before)
-    assert inbox.take_batch() is None
+    assert inbox.take_now() == (Lane.BULK, before)
+    assert inbox.take_now() is None
     inbox.put(Lane.INTERACTIVE, search)
-    assert inbox.take_batch() == (Lane.INTERACTIVE, search)
+    assert inbox.take_now() == (Lane.INTERACTIVE, search)
     inbox.ended(Lane.INTERACTIVE)
-    assert inbox.take_batch() is None
+    assert inbox.take_now() is None
     inbox.ended(Lane.BULK)
-    assert inbox.take_batch() == (Lane.BULK, behind)
+    assert inbox.take_now() == (Lane.BULK, behind)
     loop.close()
 
 
@@ -583,10 +585,10 @@ async def test_a_thread_that_is_done_goes_on_with_the_next_batch_and_a_search_go
     assert not any(task.done() for task in (first, second, third, search))
     holding.gate.set()
     await search
-    assert holding.begun.index(20) < holding.begun.index(49)
     for task, wanted in zip((first, second, third), alone, strict=True):
         for found, vector in zip((await task).rows, wanted, strict=True):
             np.testing.assert_allclose(np.asarray(found), np.asarray(vector), atol=1e-5)
+    assert holding.begun.index(20) < holding.begun.index(49)
 
 
 async def test_a_search_is_answered_while_another_thread_runs_bulk(
@@ -606,6 +608,54 @@ async def test_a_search_is_answered_while_another_thread_runs_bulk(
     result = await bulk
     assert len(result.rows) == 6
     assert result.overlapped, "what it took says nothing of what such a batch takes"
+
+
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_search_runs_between_two_layers_of_bulk(
+    tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """And neither changes the other's numbers. All threads are busy with bulk until it is answered."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+    engine.start()
+    loaded = engine.loaded.result(60)
+    model, passes = loaded.models[KEY], loaded.runs_on.passes
+    assert passes is not None
+    model.threads.single_up_to = 64
+    rows, query = two_parts(44), long_rows(20)
+    wanted = [(await engine.run(KEY, [row])).rows[0] for row in (*rows, *query)]
+    held, queued, answered = list[int](), threading.Event(), threading.Event()
+    first, last = model.model.layers[0], model.model.layers[-1]
+    forward, submit = type(last).forward, passes.submit
+
+    def hold(layer: Any, hidden: Tensor, *args: Any, **flags: Any) -> Any:
+        if hidden.shape[1] > 64 and layer in (first, last):
+            held.append(hidden.shape[1])
+            assert (queued if layer is first else answered).wait(20)
+        return forward(layer, hidden, *args, **flags)
+
+    def noted(function: Any, width: int, *, urgent: bool = False) -> Any:
+        running = submit(function, width, urgent=urgent)
+        if urgent:
+            queued.set()
+        return running
+
+    monkeypatch.setattr(type(last), "forward", hold)
+    monkeypatch.setattr(passes, "submit", noted)
+    bulk = asyncio.create_task(engine.run(KEY, rows))
+    while len(held) < count:
+        await asyncio.sleep(0.001)
+    found = (await engine.run(KEY, query, Lane.INTERACTIVE)).rows
+    assert not bulk.done()
+    answered.set()
+    found = [*(await bulk).rows, *found]
+    for vector, alone in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(np.asarray(vector), np.asarray(alone), atol=1e-5)
+    engine.close()
+    torch.set_num_threads(before)
 
 
 async def test_a_pass_of_all_threads_has_them_to_itself(two_threads: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ async def test_batches_of_others_go_before_each_pass_of_a_warm_up(
 
     def noted(model: Any, packed: PackedBatch) -> Tensor:
         order.append("t" if model is other else "n")
-        assert threading.current_thread().name == "engine"
+        assert threading.current_thread().name == "pass"
         result: Tensor = forward(model, packed)
         until = time.monotonic() + 1
         while model is not other and submitted <= order.count("t") and time.monotonic() < until:

@@ -36,7 +36,8 @@ async def test_capabilities(client: httpx.AsyncClient) -> None:
     measured = [point["tokens"] for point in costs["measured"]]
     assert measured == sorted(measured, reverse=True)  # the largest shape first
     assert costs["us_per_token"] > 0
-    assert 0 < costs["free_tokens"] <= costs["max_batch_tokens"] <= measured[0]
+    assert 0 < costs["max_batch_tokens"] <= measured[0]
+    assert costs["free_tokens"] == 0  # on a CPU, where a search runs between two layers of bulk
     assert found["max_batch_tokens"] == costs["max_batch_tokens"]
     assert (costs["compiled"], costs["compile_reason"]) == (False, "eager: TORCH_COMPILE=false")
     assert costs["cuda_graphs"] == {"count": 0, "max_tokens": 0, "memory_mb": 0}

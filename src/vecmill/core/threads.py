@@ -170,7 +170,7 @@ class SharedThreads:
     """`count` threads for calls that compute, some with several threads of a library's own: no more than `count` run.
 
     A call begins once as many threads as it computes with are free, urgent ones first, each kind in order. Nothing
-    overtakes a call that waits for threads.
+    overtakes a call that waits for threads. An urgent one also begins where another call gives way, in its threads.
     """
 
     def __init__(self, count: int, name: str) -> None:
@@ -195,16 +195,34 @@ class SharedThreads:
         Raises:
             RuntimeError: they are shut down.
         """
-        call = _Call(function)
+        width = min(width, self._count)
+        call = _Call(function if urgent else partial(self._giving_way, width, function))
         result = call.result
         result.add_done_callback(self._begin)
         with self._lock:
             if self._closed:
                 raise RuntimeError("these threads are shut down")
-            (self._urgent if urgent else self._other).append((min(width, self._count), call))
+            (self._urgent if urgent else self._other).append((width, call))
         del call  # should its thread end over it, nobody else may hold it
         self._begin()
         return result
+
+    def _giving_way(self, width: int, function: Callable[[], T]) -> T:
+        _place.threads, _place.width = self, width
+        try:
+            return function()
+        finally:
+            _place.threads = None
+
+    def give_way(self, width: int) -> None:
+        """Make an urgent call that waits, if it computes with no more than `width` threads. See the function."""
+        if not self._urgent:
+            return
+        with self._lock:
+            if not self._urgent or self._urgent[0][0] > width:
+                return
+            _, call = self._urgent.popleft()
+        call()
 
     def _begin(self, _: object = None) -> None:
         """Start what may begin now. Not under the lock: a call may run in here."""
@@ -251,6 +269,32 @@ class SharedThreads:
                 return  # the last that ends does it
         for thread in self._threads:
             thread.shutdown(wait=False)
+
+
+class _Place(threading.local):
+    """What the calling thread is."""
+
+    threads: SharedThreads | None = None
+    """Whose call it runs; None: nobody's, or an urgent one, which gives no way."""
+    width = 0
+    """Threads that it computes with."""
+
+
+_place = _Place()
+
+
+def give_way() -> None:
+    """In the midst of a call of `SharedThreads`, make one urgent call that waits for a thread, if there is one.
+
+    One at a time, and none within it, so that the call itself comes to an end however many there are.
+    """
+    if (threads := _place.threads) is None:
+        return
+    _place.threads = None
+    try:
+        threads.give_way(_place.width)
+    finally:
+        _place.threads = threads
 
 
 class WorkerThreads:

@@ -4,7 +4,8 @@ Between batches it takes models in and out. One that is being loaded is read by 
 the other models' batches go first before each of its passes.
 
 While one batch runs, the next is packed and copied by another thread. A batch is launched while the one before it still
-runs: on CUDA on the stream of its lane, on a CPU in the threads for passes. A thread for each lane waits for answers.
+runs: on CUDA on the stream of its lane, and a thread for each lane waits for the answers; on a CPU in the threads for
+passes, of which the last to end answers.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def may_launch(lane: Lane, launched: Mapping[Lane, int]) -> bool:
 
 
 T = TypeVar("T")
+PROBES = 10  # of a device, at most, where the threads end that run them
 OTHERS_AT_ONCE = 4  # batches that go before one pass of a warm-up, at most: else it would never end under load
 
 
@@ -85,6 +87,13 @@ class Call(Generic[T]):
             self.result.set_exception(error)
 
 
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The device is to be probed."""
+
+    then: Callable[[], None]
+
+
 class Inbox:
     """What the device's thread does next: probes, then calls, then interactive batches, then bulk.
 
@@ -96,7 +105,7 @@ class Inbox:
         self._waiting: dict[Lane, deque[QueuedBatch]] = {lane: deque() for lane in Lane}
         self._launched: Counter[Lane] = Counter()
         self._calls: deque[Call[Any]] = deque()
-        self._probes = 0
+        self._probes: deque[Probe] = deque()
         self._closed = False
 
     def put(self, lane: Lane, work: QueuedBatch) -> None:
@@ -105,10 +114,10 @@ class Inbox:
             self._waiting[lane].append(work)
             self._changed.notify()
 
-    def probe(self) -> None:
-        """Have the device probed before anything else is run."""
+    def probe(self, then: Callable[[], None]) -> None:
+        """Have the device probed before anything else is run, and `then` called unless it has failed."""
         with self._changed:
-            self._probes += 1
+            self._probes.append(Probe(then))
             self._changed.notify()
 
     def call(self, call: Call[Any]) -> None:
@@ -129,8 +138,8 @@ class Inbox:
             self._launched[lane] -= 1
             self._changed.notify()
 
-    def take(self) -> tuple[Lane, QueuedBatch] | Call[Any] | None:
-        """Wait for a batch that may be launched, or for a call; None: probe the device.
+    def take(self) -> tuple[Lane, QueuedBatch] | Call[Any] | Probe:
+        """Wait for a batch that may be launched, for a call, or for a probe.
 
         Raises:
             Closed: it was closed, and all is done.
@@ -138,8 +147,7 @@ class Inbox:
         with self._changed:
             while True:
                 if self._probes:
-                    self._probes -= 1
-                    return None
+                    return self._probes.popleft()
                 if self._calls:
                     if not self._on_device:
                         return self._calls.popleft()
@@ -147,14 +155,14 @@ class Inbox:
                     continue
                 if (batch := self._next_batch()) is not None:
                     return batch
-                if self._closed and not any(self._waiting.values()):
+                if self._closed and not self._on_device and not any(self._waiting.values()):
                     raise Closed
                 self._changed.wait()
 
-    def take_batch(self) -> tuple[Lane, QueuedBatch] | None:
-        """A batch that may be launched now, if there is one."""
+    def take_now(self) -> tuple[Lane, QueuedBatch] | Probe | None:
+        """A batch that may be launched now, or a probe, if there is one."""
         with self._changed:
-            return self._next_batch()
+            return self._probes.popleft() if self._probes else self._next_batch()
 
     def wait_until_idle(self) -> None:
         """Until every batch that was taken is off the device."""
@@ -437,9 +445,9 @@ class Engine:
         for _ in range(OTHERS_AT_ONCE):
             if self._failure is not None:
                 raise EngineFailed(self._failure)
-            if (taken := self._inbox.take_batch()) is None:
+            if (taken := self._inbox.take_now()) is None:
                 break
-            self._run(loaded, *taken)
+            self._do(loaded, taken)
         self._inbox.wait_until_idle()
 
     def memory(self) -> DeviceMemory | None:
@@ -519,10 +527,13 @@ class Engine:
             logger.critical("the device's thread ended", exc_info=error)
             self._die(f"503: the device has failed ({type(error).__name__}) and the server must be restarted.")
 
-    def _do(self, loaded: Loaded, taken: tuple[Lane, QueuedBatch] | Call[Any] | None) -> None:
+    def _do(self, loaded: Loaded, taken: tuple[Lane, QueuedBatch] | Call[Any] | Probe) -> None:
         if isinstance(taken, tuple):
             self._run(loaded, *taken)
-        elif taken is None or not taken.run():
+        elif isinstance(taken, Probe):
+            self._probe(loaded)
+            taken.then()
+        elif not taken.run():
             self._probe(loaded)
 
     def _run(self, loaded: Loaded, lane: Lane, work: QueuedBatch) -> None:
@@ -535,14 +546,38 @@ class Engine:
             self._probe(loaded)
             work.resolve(error)
             return
-        if not work.by_itself:
-            collecting = self._collecting[lane].submit(self._answer, lane, work, launched, started)
-            collecting.add_done_callback(partial(self._collected, lane, work))
-            return
+        if work.by_itself:
+            self._answer_here(lane, work, launched, started)
+        elif launched.running:
+            launched.then(partial(self._passes_ended, lane, work, launched, started))
+        else:
+            self._answer_elsewhere(lane, work, launched, started)
+
+    def _passes_ended(self, lane: Lane, work: QueuedBatch, launched: Launched, started: float) -> None:
+        """In the thread of the last pass: whoever waits need not wait for another thread. But a thread that has ended
+        tells of it wherever Python lets go of its call, which may be in a block with the lock.
+        """
+        if launched.is_lost:
+            self._answer_elsewhere(lane, work, launched, started)
+        else:
+            self._answer_here(lane, work, launched, started)
+
+    def _answer_here(self, lane: Lane, work: QueuedBatch, launched: Launched, started: float) -> None:
         try:
             self._answer(lane, work, launched, started)
+        except BaseException:
+            work.resolve(WorkLost())
+            raise
         finally:
             self._inbox.ended(lane)
+
+    def _answer_elsewhere(self, lane: Lane, work: QueuedBatch, launched: Launched, started: float) -> None:
+        try:
+            collecting = self._collecting[lane].submit(self._answer, lane, work, launched, started)
+        except (WorkLost, RuntimeError):  # the system gives no thread, or the engine has ended
+            self._answer_here(lane, work, launched, started)
+        else:
+            collecting.add_done_callback(partial(self._collected, lane, work))
 
     def _collected(self, lane: Lane, work: QueuedBatch, collecting: Future[None]) -> None:
         """Also where the collecting thread ended over it."""
@@ -574,8 +609,7 @@ class Engine:
             rows = collect(launched)
         except Exception as error:  # CUDA reports what goes wrong in a kernel here
             logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
-            self._inbox.probe()
-            work.resolve(error)
+            self._inbox.probe(partial(work.resolve, error))  # where it has failed, that is the answer
         else:
             with self._lock:
                 done = perf_counter()
@@ -589,7 +623,11 @@ class Engine:
     def _probe(self, loaded: Loaded) -> None:
         """After a failure: a device that cannot run one token any more ends the thread by raising."""
         for model in loaded.models.values():
-            collect(launch(model, [Row(np.zeros(1, dtype=np.int32))], loaded.runs_on))
+            for _ in range(PROBES):
+                # A thread that ended over it says nothing of the device.
+                with contextlib.suppress(WorkLost):
+                    collect(launch(model, [Row(np.zeros(1, dtype=np.int32))], loaded.runs_on, Lane.INTERACTIVE))
+                    break
 
 
 # A forward pass is taken for hung after this many times what warm-up says that it takes, and no earlier than after a

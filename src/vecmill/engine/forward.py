@@ -3,12 +3,13 @@
 On a CPU a batch of several rows is divided into passes that run at the same time, each in fewer threads. Threads that
 share a pass wait for each other at every layer and every small step between, and where the system is slow to wake them
 that costs half of the time; passes of their own do not. A thread that is done with its part of a batch goes on with the
-next batch's, those of interactive batches first.
+next batch's, those of interactive batches first. Between two layers of bulk a pass of an interactive batch may run.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
@@ -18,10 +19,10 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vecmill.core.errors import DoesNotFit, NonFiniteEmbedding, OutOfMemory, VecmillError
-from vecmill.core.threads import SharedThreads
+from vecmill.core.threads import SharedThreads, give_way
 from vecmill.core.types import Lane, ModelCard, Row, Vector
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.cuda_graphs import Graphs, lane_of, whole_row
@@ -70,11 +71,18 @@ class CpuThreads:
         """How many a pass of `tokens` tokens gets, one of `at_once` of a batch."""
         return 1 if tokens <= self.single_up_to and not self._fixed else max(1, self._all // at_once)
 
-    def set_for(self, tokens: int, at_once: int = 1) -> None:
-        """Let the calling thread have as many as such a pass gets."""
-        wanted = self.of_pass(tokens, at_once)
-        if torch.get_num_threads() != wanted:
-            torch.set_num_threads(wanted)
+    @contextmanager
+    def given(self, tokens: int, at_once: int = 1) -> Iterator[None]:
+        """The calling thread has as many as such a pass gets, within the block."""
+        before, wanted = torch.get_num_threads(), self.of_pass(tokens, at_once)
+        if before == wanted:
+            yield
+            return
+        torch.set_num_threads(wanted)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
 
     def divided(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows of these lengths as passes that run at the same time: the indexes of each, in order."""
@@ -136,14 +144,14 @@ class Device:
     streams: Streams | None
     """None on a CPU."""
     passes: SharedThreads | None = None
-    """On a CPU of several cores: what runs the passes."""
+    """On a CPU: what runs the passes."""
 
     @classmethod
     def of(cls, device: torch.device, threads: int) -> Device:
         """A device on which nothing runs yet. `threads`: all that passes may have on a CPU."""
         if device.type == "cuda":
             return cls(device, Streams.on(device))
-        return cls(device, None, SharedThreads(threads, "pass") if threads > 1 and device.type == "cpu" else None)
+        return cls(device, None, SharedThreads(threads, "pass") if device.type == "cpu" else None)
 
     def close(self) -> None:
         """End its threads, after what they have been given."""
@@ -185,9 +193,10 @@ class LoadedModel:
         """
         if packed.shape is not None:
             return self.graphs.run(packed)
-        if not packed.input_ids.is_cuda:
-            self.threads.set_for(packed.input_ids.shape[1], at_once)
-        return self.model.forward(packed)
+        if packed.input_ids.is_cuda:
+            return self.model.forward(packed)
+        with self.threads.given(packed.input_ids.shape[1], at_once):
+            return self.model.forward(packed)
 
     @property
     def key(self) -> str:
@@ -255,6 +264,27 @@ class Launched:
         for half in (indexes[:middle], indexes[middle:]):
             self.add(half, unless_out_of_memory(partial(self.run, half)))
 
+    def then(self, function: Callable[[], None]) -> None:
+        """Call once the passes in a CPU's threads have ended: in the thread of the last one that ends, or here."""
+        left = len(self.running)
+        lock = threading.Lock()
+
+        def ended(_: object) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                if left:
+                    return
+            function()
+
+        for _, each in list(self.running):
+            each.add_done_callback(ended)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether a pass that has ended raised, or its thread ended."""
+        return any(each.done() and each.exception() is not None for _, each in self.running)
+
     def finish(self) -> None:
         """Wait for the passes in a CPU's threads.
 
@@ -272,6 +302,20 @@ class Launched:
     def fitting_tokens(self) -> int:
         """Tokens that fitted at a time: of the parts that ran together, or of the largest that ran by itself."""
         return max([self._together, *(part.tokens for part in self.parts)])
+
+
+def give_way_between(layers: Sequence[nn.Module]) -> None:
+    """Before each layer of a pass of bulk on a CPU, let an interactive batch's pass go first.
+
+    Compiled layers give no way: what they run before they are called is not compiled.
+    """
+    for layer in layers:
+        if _give_way not in layer._forward_pre_hooks.values():  # models may share it
+            layer.register_forward_pre_hook(_give_way)
+
+
+def _give_way(layer: nn.Module, arguments: object) -> None:
+    give_way()
 
 
 def parts_of(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Sequence[int]]:

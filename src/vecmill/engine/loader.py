@@ -30,7 +30,7 @@ from vecmill.engine.device import (
     remember_on_cpu,
 )
 from vecmill.engine.float8_models import NOT_ROUNDED, can_be_rounded, load_in_float8
-from vecmill.engine.forward import CpuThreads, Device, LoadedModel
+from vecmill.engine.forward import CpuThreads, Device, LoadedModel, give_way_between
 from vecmill.engine.measurements import Before, Measurements, identity
 from vecmill.engine.warmup import Choices, largest_size, most_tokens, warm_up
 from vecmill.hardware.memory import GpuRoom
@@ -445,6 +445,8 @@ def load_all(
             model = load_model(checkpoint, target)
             if not compiled:
                 prepack(model)
+        if device.type == "cpu":
+            give_way_between(model.layers)
         alone, attention = settings.deterministic, how(model)
         on_device = OnDevice(
             width=model.width,

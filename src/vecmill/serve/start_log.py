@@ -130,7 +130,11 @@ def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_s
     table.add_row(
         "budget",
         f"{costs['max_batch_tokens']} tokens ({costs['max_batch_tokens_ms']:.0f} ms) in {max_batch_size} rows; "
-        f"bulk fills a search's pass up to {costs['free_tokens']} tokens",
+        + (
+            f"bulk fills a search's pass up to {costs['free_tokens']} tokens"
+            if costs["free_tokens"]
+            else "a search goes between two layers"
+        ),
     )
     graphs = costs["cuda_graphs"]
     table.add_row("layers", costs["compile_reason"], end_section=not graphs["count"])
