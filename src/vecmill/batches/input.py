@@ -212,16 +212,13 @@ class LineGroup:
 
 
 class LineReader:
-    """An open input file that was found valid. For any thread, one at a time."""
+    """An input file that was found valid. For any thread, one at a time."""
 
     def __init__(self, path: str | Path, offset: int, done: int, total: int) -> None:
-        """`done` of its `total` lines are before the offset.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
-        self._file = open(path, "rb")  # noqa: SIM115 - `close` closes it
-        self._file.seek(offset)
+        """`done` of its `total` lines are before the offset."""
+        self._path = path
+        self._file: BinaryIO | None = None
+        """None until it is read: whoever has a reader can close it, also who is cancelled while it is opened."""
         self._offset = offset
         self._next = done + 1
         self._total = total
@@ -232,6 +229,9 @@ class LineReader:
         Raises:
             InputChanged: they are not what was validated. OSError: they cannot be read.
         """
+        if self._file is None:
+            self._file = open(self._path, "rb")  # noqa: SIM115 - `close` closes it
+            self._file.seek(self._offset)
         lines: list[InputLine] = []
         start, texts = self._offset, 0
         while (
@@ -240,17 +240,18 @@ class LineReader:
             and texts < GROUP_TEXTS
             and self._offset - start < GROUP_BYTES
         ):
-            line = self._read()
+            line = self._read(self._file)
             lines.append(line)
             texts += texts_of(line.body)
         return LineGroup(lines, texts, self._offset - start, self._offset) if lines else None
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
-    def _read(self) -> InputLine:
-        raw = self._file.readline()
+    def _read(self, file: BinaryIO) -> InputLine:
+        raw = file.readline()
         try:
             entry = orjson.loads(raw)
             line = InputLine(self._next, entry["custom_id"], entry["body"])

@@ -205,7 +205,7 @@ class BatchRun:
         number = self.record.progress.lines + 1
         extra = {"batch": self.record.id, "line": number}
         logger.error("a line of a batch killed the process twice; it is not run again", extra=extra)
-        reader = await self._reader()
+        reader = self._reader()
         try:
             if group := await in_thread(reader.next, lambda body: 0, 1):
                 await self._fail(answers, group, process_died_lines)
@@ -223,7 +223,7 @@ class BatchRun:
         else:
             await self._note(most, alone=False)
         interrupted = asyncio.create_task(self._interrupted.wait())
-        window = Window(self._endpoint, self._caller, await self._reader(), most, turn)
+        window = Window(self._endpoint, self._caller, self._reader(), most, turn)
         try:
             while last_alone is None or self.record.progress.lines < last_alone:
                 self._interrupted.clear()  # before the look, so that what comes during it is not missed
@@ -265,10 +265,10 @@ class BatchRun:
 
         await self._disk.until_done(write, self._over)
 
-    async def _reader(self) -> LineReader:
+    def _reader(self) -> LineReader:
         record = self.record
         path = self._context.files.data(record.input_file_id)
-        return await in_thread(LineReader, path, record.progress.input_offset, record.progress.lines, record.total)
+        return LineReader(path, record.progress.input_offset, record.progress.lines, record.total)
 
     async def _commit(self, answers: AnswerFiles, taken: Sequence[Answered]) -> bool:
         """Put answered lines on disk; False where the batch was interrupted while it waited for the disk."""
@@ -296,7 +296,7 @@ class BatchRun:
 
     async def _expire_rest(self, answers: AnswerFiles) -> None:
         """Put the lines that were not run in time among the errors. Restartable, like everything else."""
-        reader = await self._reader()
+        reader = self._reader()
         try:
             while group := await in_thread(reader.next, lambda body: 0, self._context.chunk_size):
                 await self._fail(answers, group, expired_lines)

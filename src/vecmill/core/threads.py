@@ -208,11 +208,11 @@ class SharedThreads:
         return result
 
     def _giving_way(self, width: int, function: Callable[[], T]) -> T:
-        _place.threads, _place.width = self, width
+        _current.threads, _current.width = self, width
         try:
             return function()
         finally:
-            _place.threads = None
+            _current.threads = None
 
     def give_way(self, width: int) -> None:
         """Make an urgent call that waits, if it computes with no more than `width` threads. See the function."""
@@ -271,8 +271,8 @@ class SharedThreads:
             thread.shutdown(wait=False)
 
 
-class _Place(threading.local):
-    """What the calling thread is."""
+class _CurrentCall(threading.local):
+    """What the calling thread runs."""
 
     threads: SharedThreads | None = None
     """Whose call it runs; None: nobody's, or an urgent one, which gives no way."""
@@ -280,7 +280,7 @@ class _Place(threading.local):
     """Threads that it computes with."""
 
 
-_place = _Place()
+_current = _CurrentCall()
 
 
 def give_way() -> None:
@@ -288,13 +288,13 @@ def give_way() -> None:
 
     One at a time, and none within it, so that the call itself comes to an end however many there are.
     """
-    if (threads := _place.threads) is None:
+    if (threads := _current.threads) is None:
         return
-    _place.threads = None
+    _current.threads = None
     try:
-        threads.give_way(_place.width)
+        threads.give_way(_current.width)
     finally:
-        _place.threads = threads
+        _current.threads = threads
 
 
 class WorkerThreads:
