@@ -215,6 +215,7 @@ async def test_a_model_that_is_loaded_later_is_measured_again_too(
     names = ",".join(map(str, folders))
     async with serving(embed_model=names, max_loaded_gb=room, dtype="float32") as client:
         await costs(client)
+        monkeypatch.setattr(measuring, "QUIET_SECONDS", 2.0)  # so that it is seen before
         name = folders[1].name
         assert (await embedded(client, name)).status_code == 200
         found = (await client.get("/capabilities")).json()["forward_passes"]

@@ -294,7 +294,8 @@ class Launched:
         wait([each for _, each in self.running])
         ran = [(indexes, each.result()) for indexes, each in self.running]
         self.running.clear()
-        self._together += sum(part.tokens for _, part in ran if part is not None)
+        if not self._model.alone:
+            self._together += sum(part.tokens for _, part in ran if part is not None)
         for indexes, part in ran:
             self.add(indexes, part)
 
