@@ -33,7 +33,7 @@ from vecmill.engine import device as device_module
 from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.device import ChosenDtype, choose_device
 from vecmill.engine.engine import LAUNCHED_AT_A_TIME, Call, Closed, Engine, Inbox, Probe, QueuedBatch, may_launch
-from vecmill.engine.forward import LoadedModel, parts_of
+from vecmill.engine.forward import CpuThreads, LoadedModel, parts_of
 from vecmill.engine.live_models import LiveModels
 from vecmill.engine.loader import load
 from vecmill.engine.measurements import Before, Measurements
@@ -540,6 +540,30 @@ def two_threads(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
     engine.start()
     engine.loaded.result(60)
     yield engine
+    engine.close()
+    torch.set_num_threads(before)
+
+
+def test_a_first_look_tells_which_searches_get_one_thread(
+    tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until more is measured in a quiet moment, which may not come soon."""
+    before, chosen = torch.get_num_threads(), list[int]()
+    fastest = CpuThreads._fastest
+
+    def one_is_enough(self: CpuThreads, run: Any, tokens: int, runs: int, *, single: bool) -> float:
+        fastest(self, run, tokens, runs, single=single)
+        chosen.append(tokens)
+        return 1.3 if single else 1.0
+
+    monkeypatch.setattr(CpuThreads, "_fastest", one_is_enough)
+    torch.set_num_threads(2)
+    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
+    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None, at_once=True)
+    engine.start()
+    threads = engine.loaded.result(60).models[KEY].threads
+    assert (chosen, threads.single_up_to) == ([16, 16, 128, 128], 128)
     engine.close()
     torch.set_num_threads(before)
 

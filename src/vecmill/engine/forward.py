@@ -101,23 +101,31 @@ class CpuThreads:
             return [list(range(len(lengths)))]
         return [sorted(part) for part in parts]
 
-    def measure(self, run: Callable[[int], float], largest: int) -> None:
-        """Choose, by the seconds that `run` takes for so many tokens with one thread and with all."""
+    def measure(
+        self,
+        run: Callable[[int], float],
+        largest: int,
+        tried: Sequence[int] = SINGLE_THREAD_TRIED,
+        runs: int = SINGLE_THREAD_RUNS,
+    ) -> None:
+        """Choose, by the seconds that `run` takes for so many tokens with one thread and with all: for each size that
+        is `tried`, the smallest first, as far as `largest`, the fastest of so many `runs`.
+        """
         if self._all == 1 or self._fixed:
             return
         chosen = 0
-        for tokens in SINGLE_THREAD_TRIED:
+        for tokens in tried:
             if tokens > largest:
                 break
-            single, several = self._fastest(run, tokens, single=True), self._fastest(run, tokens, single=False)
+            single, several = (self._fastest(run, tokens, runs, single=single) for single in (True, False))
             if single > ONE_THREAD_SLOWDOWN_ALLOWED * several:
                 break
             chosen = tokens
         self.single_up_to = chosen
 
-    def _fastest(self, run: Callable[[int], float], tokens: int, *, single: bool) -> float:
+    def _fastest(self, run: Callable[[int], float], tokens: int, runs: int, *, single: bool) -> float:
         self.single_up_to = tokens if single else 0
-        return min(run(tokens) for _ in range(SINGLE_THREAD_RUNS))
+        return min(run(tokens) for _ in range(runs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,8 @@ SMALLEST_SHAPE = 16  # tokens: a search query
 TYPICAL_TEXT = 128  # tokens: a chunk of code
 # Tokens of the passes of a first look; the last where it takes no longer than a pass may.
 QUICK_LOOK = (SMALLEST_SHAPE, TYPICAL_TEXT, 4 * TYPICAL_TEXT)
+# Passes that are tried with one thread and with all, so many times, unless one takes longer.
+QUICK_RUNS, QUICK_PASS_SECONDS = 2, 0.05
 # Rounds over all shapes, until one of these is reached. Of each shape the fastest run counts: others were disturbed,
 # and what disturbs rarely lasts for all rounds. What requests' own passes take tells the rest (`RunningFit`).
 ROUNDS, ENOUGH_SECONDS = 6, 0.5
@@ -150,6 +152,9 @@ def _look_quickly(
             seconds=tuple(stopwatch.seconds),
         )
     calibration = fit(measured[::-1])  # the largest first, as everywhere
+    if calibration.seconds(TYPICAL_TEXT) <= QUICK_PASS_SECONDS:
+        # A search gets one thread from the first on: what needs all of them has to wait until all are free.
+        model.threads.measure(stopwatch.run, largest, QUICK_LOOK[:2], QUICK_RUNS)
     if calibration.seconds(largest) <= SHORT_PASS_SECONDS:
         largest = stopwatch.lengthened(largest)
     return replace(_warmed(stopwatch, model, choice, calibration, largest, engine), is_provisional=True)
