@@ -61,7 +61,7 @@ def _fields(node: ast.AST) -> Iterator[tuple[str, object]]:
 
 
 def _says_only(item: object) -> bool:
-    """Whether it is a string that stands by itself."""
+    """Whether it is a statement of nothing but a string: a docstring, or the description of a field."""
     return isinstance(item, ast.Expr) and isinstance(item.value, ast.Constant) and isinstance(item.value.value, str)
 
 

@@ -97,7 +97,7 @@ class Load:
             await self._asked(connection, "filling", Call("POST", f"/jobs/{job['job_id']}/complete"))
         connection.close()
 
-        # Several at a time, so that the server has all its threads: each keeps a tokenizer of its own.
+        # Several at a time, so that the server has begun all its threads before memory is measured.
         starts = iter(range(0, texts, FILLED_AT_ONCE))
         await asyncio.gather(*(self._fill_from(starts) for _ in range(FILLING)))
 

@@ -233,7 +233,7 @@ class Server:
         return tell
 
     async def _finish_start(self, loaded: Loaded) -> None:
-        """What can wait until the first requests are answered, and for each model until nobody waits."""
+        """What can wait until the first requests are answered; then measure each model in a quiet moment, for ever."""
         assert self._catalogue is not None
         await asyncio.sleep(LOOK_AROUND_AFTER)
         await self._catalogue.look_around()
@@ -544,7 +544,7 @@ def create_app(
 
 
 def _budget(loaded: Loaded, key: str) -> Budget:
-    """Of a model. On a CPU nothing rides along with a search, which runs between two layers of bulk anyway."""
+    """Of a model. On a CPU no bulk is added to a search's pass: a search goes before bulk, and more tokens delay it."""
     warmed = loaded.warmed[key]
     free_tokens = 0 if loaded.device.type == "cpu" else warmed.free_tokens
     return Budget(warmed.max_batch_tokens, warmed.max_batch_size, free_tokens)

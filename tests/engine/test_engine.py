@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -44,15 +45,29 @@ ROWS = [Row(np.array(ids, dtype=np.int32)) for ids in ([101, 2003, 102], [101, 1
 KEY = "embed:tiny"
 
 
-@pytest.fixture
-def engine(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
+@contextmanager
+def running(
+    tmp_path: Path, minilm_folder: Path, threads: int | None = None, *, at_once: bool = False
+) -> Iterator[Engine]:
+    """An engine with the tiny model, whose passes have so many threads; left out, as many as there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     folder = tiny_bert(tmp_path / "tiny", minilm_folder)
     settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
-    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
+    engine = Engine(settings.model, settings.engine, lambda percent, message: None, at_once=at_once)
     engine.start()
-    engine.loaded.result(60)
-    yield engine
-    engine.close()
+    try:
+        engine.loaded.result(60)
+        yield engine
+    finally:
+        engine.close()
+        torch.set_num_threads(before)
+
+
+@pytest.fixture
+def engine(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
+    with running(tmp_path, minilm_folder) as engine:
+        yield engine
 
 
 @pytest.mark.parametrize("limit", [None, 2048])
@@ -532,23 +547,15 @@ def test_a_call_waits_for_what_is_on_the_device_and_what_comes_later_for_the_cal
 
 @pytest.fixture
 def two_threads(tmp_path: Path, minilm_folder: Path) -> Iterator[Engine]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
-    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
-    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
-    engine.start()
-    engine.loaded.result(60)
-    yield engine
-    engine.close()
-    torch.set_num_threads(before)
+    with running(tmp_path, minilm_folder, 2) as engine:
+        yield engine
 
 
 def test_a_first_look_tells_which_searches_get_one_thread(
     tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until more is measured in a quiet moment, which may not come soon."""
-    before, chosen = torch.get_num_threads(), list[int]()
+    chosen = list[int]()
     fastest = CpuThreads._fastest
 
     def one_is_enough(self: CpuThreads, run: Any, tokens: int, runs: int, *, single: bool) -> float:
@@ -557,15 +564,8 @@ def test_a_first_look_tells_which_searches_get_one_thread(
         return 1.3 if single else 1.0
 
     monkeypatch.setattr(CpuThreads, "_fastest", one_is_enough)
-    torch.set_num_threads(2)
-    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
-    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
-    engine = Engine(settings.model, settings.engine, lambda percent, message: None, at_once=True)
-    engine.start()
-    threads = engine.loaded.result(60).models[KEY].threads
-    assert (chosen, threads.single_up_to) == ([16, 16, 128, 128], 128)
-    engine.close()
-    torch.set_num_threads(before)
+    with running(tmp_path, minilm_folder, 2, at_once=True) as engine:
+        assert (chosen, model_of(engine).threads.single_up_to) == ([16, 16, 128, 128], 128)
 
 
 class Holding:
@@ -639,47 +639,40 @@ async def test_a_search_runs_between_two_layers_of_bulk(
     tmp_path: Path, minilm_folder: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
     """And neither changes the other's numbers. All threads are busy with bulk until it is answered."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    folder = tiny_bert(tmp_path / "tiny", minilm_folder)
-    settings = load_settings({"embed_model": str(folder), "device": "cpu", "dtype": "float32"})
-    engine = Engine(settings.model, settings.engine, lambda percent, message: None)
-    engine.start()
-    loaded = engine.loaded.result(60)
-    model, passes = loaded.models[KEY], loaded.runs_on.passes
-    assert passes is not None
-    model.threads.single_up_to = 64
-    rows, query = two_parts(44), long_rows(20)
-    wanted = [(await engine.run(KEY, [row])).rows[0] for row in (*rows, *query)]
-    held, queued, answered = list[int](), threading.Event(), threading.Event()
-    first, last = model.model.layers[0], model.model.layers[-1]
-    forward, submit = type(last).forward, passes.submit
+    with running(tmp_path, minilm_folder, count) as engine:
+        loaded = engine.loaded.result(60)
+        model, passes = loaded.models[KEY], loaded.runs_on.passes
+        assert passes is not None
+        model.threads.single_up_to = 64
+        rows, query = two_parts(44), long_rows(20)
+        wanted = [(await engine.run(KEY, [row])).rows[0] for row in (*rows, *query)]
+        held, queued, answered = list[int](), threading.Event(), threading.Event()
+        first, last = model.model.layers[0], model.model.layers[-1]
+        forward, submit = type(last).forward, passes.submit
 
-    def hold(layer: Any, hidden: Tensor, *args: Any, **flags: Any) -> Any:
-        if hidden.shape[1] > 64 and layer in (first, last):
-            held.append(hidden.shape[1])
-            assert (queued if layer is first else answered).wait(20)
-        return forward(layer, hidden, *args, **flags)
+        def hold(layer: Any, hidden: Tensor, *args: Any, **flags: Any) -> Any:
+            if hidden.shape[1] > 64 and layer in (first, last):
+                held.append(hidden.shape[1])
+                assert (queued if layer is first else answered).wait(20)
+            return forward(layer, hidden, *args, **flags)
 
-    def noted(function: Any, width: int, *, urgent: bool = False) -> Any:
-        running = submit(function, width, urgent=urgent)
-        if urgent:
-            queued.set()
-        return running
+        def noted(function: Any, width: int, *, urgent: bool = False) -> Any:
+            running = submit(function, width, urgent=urgent)
+            if urgent:
+                queued.set()
+            return running
 
-    monkeypatch.setattr(type(last), "forward", hold)
-    monkeypatch.setattr(passes, "submit", noted)
-    bulk = asyncio.create_task(engine.run(KEY, rows))
-    while len(held) < count:
-        await asyncio.sleep(0.001)
-    found = (await engine.run(KEY, query, Lane.INTERACTIVE)).rows
-    assert not bulk.done()
-    answered.set()
-    found = [*(await bulk).rows, *found]
-    for vector, alone in zip(found, wanted, strict=True):
-        np.testing.assert_allclose(np.asarray(vector), np.asarray(alone), atol=1e-5)
-    engine.close()
-    torch.set_num_threads(before)
+        monkeypatch.setattr(type(last), "forward", hold)
+        monkeypatch.setattr(passes, "submit", noted)
+        bulk = asyncio.create_task(engine.run(KEY, rows))
+        while len(held) < count:
+            await asyncio.sleep(0.001)
+        found = (await engine.run(KEY, query, Lane.INTERACTIVE)).rows
+        assert not bulk.done()
+        answered.set()
+        found = [*(await bulk).rows, *found]
+        for vector, alone in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(np.asarray(vector), np.asarray(alone), atol=1e-5)
 
 
 async def test_a_pass_of_all_threads_has_them_to_itself(two_threads: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

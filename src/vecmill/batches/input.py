@@ -218,7 +218,7 @@ class LineReader:
         """`done` of its `total` lines are before the offset."""
         self._path = path
         self._file: BinaryIO | None = None
-        """None until it is read: whoever has a reader can close it, also who is cancelled while it is opened."""
+        """None until `next` opens it. So its owner has the reader, and can close it, where opening it is cancelled."""
         self._offset = offset
         self._next = done + 1
         self._total = total

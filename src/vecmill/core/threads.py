@@ -94,7 +94,7 @@ class LastingThreads(Executor):
             try:
                 self._queue.put(call)
                 self._hire()
-            except BaseException:  # this thread may end here, too: nobody might run it
+            except BaseException:  # also where this thread is ended here: the call must not stay in the queue
                 self._unfinished -= 1
                 for other in [self._queue.get_nowait() for _ in range(self._queue.qsize())]:
                     if other is not call:
@@ -128,7 +128,8 @@ class LastingThreads(Executor):
                 call = None  # and what it holds, before the next comes
         except BaseException as error:
             logger.critical("a worker thread ended and is replaced", exc_info=error)
-            clear_frames(error.__traceback__)  # a log may keep it, but nobody the calls that nobody runs now
+            # The log may keep the traceback. Its frames must not keep the call, which fails once nothing refers to it.
+            clear_frames(error.__traceback__)
         finally:
             call = None
             with self._lock:
@@ -169,20 +170,22 @@ def _end_all() -> None:
 class SharedThreads:
     """`count` threads for calls that compute, some with several threads of a library's own: no more than `count` run.
 
-    A call begins once as many threads as it computes with are free, urgent ones first, each kind in order. Nothing
-    overtakes a call that waits for threads. An urgent one also begins where another call gives way, in its threads.
+    A call begins once as many threads as it computes with are free: urgent calls first, each kind in order. No call
+    overtakes one that waits for threads. An urgent call also begins where a call that is not urgent calls `give_way`,
+    and runs in that call's threads.
     """
 
     def __init__(self, count: int, name: str) -> None:
         """`name`: what the threads' names begin with."""
         self._count = count
-        # One that ends may do so over what it was to begin after its call.
+        # A thread starts what waits once its call is done. Where it ends instead, `_begin` is called all the same.
         self._threads = [LastingThreads(1, name, self._begin) for _ in range(count)]
         self._urgent: deque[tuple[int, _Call[Any]]] = deque()
         self._other: deque[tuple[int, _Call[Any]]] = deque()
         self._running: dict[int, tuple[int, Future[Any]]] = {}
-        """By the place of the thread that has it: how many it computes with, and what is done once it has ended. Which
-        threads are free is told from these alone: no thread that ends can leave it wrong."""
+        """By the index of the thread that runs it: the width of the call, and its result. Which threads are free is
+        derived from these results alone, so a thread that ends cannot leave a wrong count behind.
+        """
         self._lock = threading.Lock()
         self._beginning = threading.local()
         self._closed = False
@@ -203,7 +206,7 @@ class SharedThreads:
             if self._closed:
                 raise RuntimeError("these threads are shut down")
             (self._urgent if urgent else self._other).append((width, call))
-        del call  # should its thread end over it, nobody else may hold it
+        del call  # where its thread ends, the call fails once nothing refers to it
         self._begin()
         return result
 
@@ -215,7 +218,7 @@ class SharedThreads:
             _current.threads = None
 
     def give_way(self, width: int) -> None:
-        """Make an urgent call that waits, if it computes with no more than `width` threads. See the function."""
+        """Run one waiting urgent call that computes with at most `width` threads. For the function `give_way`."""
         if not self._urgent:
             return
         with self._lock:
@@ -227,7 +230,7 @@ class SharedThreads:
     def _begin(self, _: object = None) -> None:
         """Start what may begin now. Not under the lock: a call may run in here."""
         if getattr(self._beginning, "here", False):
-            return  # it ended in the loop below, which goes on
+            return  # a call that was made in the loop below has ended: the loop goes on
         try:
             self._beginning.here = True
             while (taken := self._next()) is not None:
@@ -252,8 +255,8 @@ class SharedThreads:
             if not waiting or waiting[0][0] > free:
                 return None
             width = waiting[0][0]
-            # A library keeps the threads that a thread has had for a call. So that they do not become many, the first
-            # thread alone has all, the second no more than half, the third no more than a third ...
+            # OpenMP keeps a team of threads for each thread that ever used one. To bound their number, only the first
+            # thread runs calls of all threads, only the first two those of half of them, the first three of a third ...
             idle = [index for index in range(self._count // width) if index not in self._running]
             if not idle:
                 return None
@@ -275,7 +278,7 @@ class _CurrentCall(threading.local):
     """What the calling thread runs."""
 
     threads: SharedThreads | None = None
-    """Whose call it runs; None: nobody's, or an urgent one, which gives no way."""
+    """Those whose call it runs; None: it runs none, or an urgent one, which does not give way."""
     width = 0
     """Threads that it computes with."""
 
@@ -284,9 +287,9 @@ _current = _CurrentCall()
 
 
 def give_way() -> None:
-    """In the midst of a call of `SharedThreads`, make one urgent call that waits for a thread, if there is one.
+    """Called from within a call of `SharedThreads`: run one waiting urgent call, if there is one, and return.
 
-    One at a time, and none within it, so that the call itself comes to an end however many there are.
+    Only one each time, and an urgent call never gives way, so the calling one ends however many urgent calls come.
     """
     if (threads := _current.threads) is None:
         return

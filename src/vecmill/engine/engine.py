@@ -33,7 +33,7 @@ from vecmill.core.protocols import BatchResult
 from vecmill.core.threads import LastingThreads
 from vecmill.core.types import Lane, Row, Task
 from vecmill.engine.device import device_memory, gpu_uuid, limit_memory
-from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, launch, pack_on, runs_by_itself
+from vecmill.engine.forward import Launched, LoadedModel, Packed, collect, have_prefix, launch, pack_on, runs_by_itself
 from vecmill.engine.live_models import READING_SHARE, LiveModels
 from vecmill.engine.loader import Known, Loaded, Report, load
 from vecmill.engine.measurements import Measurements
@@ -178,7 +178,7 @@ class Inbox:
         for lane in (Lane.INTERACTIVE, Lane.BULK):
             if self._waiting[lane] and may_launch(lane, self._launched):
                 if lane is Lane.BULK and self._waiting[lane][0].by_itself and self._on_device:
-                    return None  # the device's thread could launch nothing until what is there is done
+                    return None  # the device's thread would wait for it, and could launch no search meanwhile
                 self._launched[lane] += 1
                 return lane, self._waiting[lane].popleft()
         return None
@@ -473,7 +473,7 @@ class Engine:
         work = QueuedBatch(model, rows, loop, loop.create_future())
         # A shared prefix may be computed by the very batch that runs now: what has one is packed when its turn comes.
         with self._waiting_for(work):
-            if self.busy and all(row.prefix is None for row in rows):
+            if self.busy and not have_prefix(rows):
                 self._after_packing(partial(self._pack_and_queue, work, lane), partial(self._queue, work, lane))
             else:
                 self._queue(work, lane)
@@ -554,8 +554,10 @@ class Engine:
             self._answer_elsewhere(lane, work, launched, started)
 
     def _passes_ended(self, lane: Lane, work: QueuedBatch, launched: Launched, started: float) -> None:
-        """In the thread of the last pass: whoever waits need not wait for another thread. But a thread that has ended
-        tells of it wherever Python lets go of its call, which may be in a block with the lock.
+        """Answer in the thread of the last pass: waking another would take time.
+
+        Not where a thread has ended over its pass: then this is called when the last reference to the pass goes, which
+        may be in a block that holds the lock.
         """
         if launched.is_lost:
             self._answer_elsewhere(lane, work, launched, started)
@@ -609,7 +611,7 @@ class Engine:
             rows = collect(launched)
         except Exception as error:  # CUDA reports what goes wrong in a kernel here
             logger.warning("a batch failed on the device: %s: %s", type(error).__name__, error)
-            self._inbox.probe(partial(work.resolve, error))  # where it has failed, that is the answer
+            self._inbox.probe(partial(work.resolve, error))  # not answered so where the device turns out to have failed
         else:
             with self._lock:
                 done = perf_counter()

@@ -15,7 +15,6 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -33,8 +32,6 @@ from vecmill.models.packing import Attention, PackedBatch, PrefixMemory, pack
 from vecmill.models.tokenizer_files import ReadTokenizer
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # Tokens of a pass at which one thread is tried, smallest first.
 SINGLE_THREAD_TRIED = (16, 32, 64, 128, 256)
@@ -285,7 +282,7 @@ class Launched:
                     return
             function()
 
-        for _, each in list(self.running):
+        for _, each in list(self.running):  # `finish`, which the function may call, clears the list
             each.add_done_callback(ended)
 
     @property
@@ -314,9 +311,9 @@ class Launched:
 
 
 def give_way_between(layers: Sequence[nn.Module]) -> None:
-    """Before each layer of a pass of bulk on a CPU, let an interactive batch's pass go first.
+    """Before each layer of a pass of bulk on a CPU, let one pass of an interactive batch run first.
 
-    Compiled layers give no way: what they run before they are called is not compiled.
+    It is a forward pre-hook. Compiled layers do not call it: torch calls what was compiled in place of hooks and layer.
     """
     for layer in layers:
         if _give_way not in layer._forward_pre_hooks.values():  # models may share it
@@ -332,16 +329,23 @@ def parts_of(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Se
     if model.alone:
         return [range(index, index + 1) for index in range(len(rows))]
     # A prefix that rows share would have to be computed in each part.
-    if device.passes is None or any(row.prefix is not None for row in rows):
+    if device.passes is None or have_prefix(rows):
         return [range(len(rows))]
     return list(model.threads.divided([len(row) for row in rows]))
 
 
+def have_prefix(rows: Sequence[Row]) -> bool:
+    """Whether any of the rows begins with a shared prefix."""
+    return any(row.prefix is not None for row in rows)
+
+
 def runs_by_itself(device: Device, rows: Sequence[Row]) -> bool:
-    """Whether nothing may be launched while a batch runs: there are no threads for its passes, or the batches after it
-    are to find its shared prefix in the memory of prefixes.
+    """Whether nothing may be launched while a batch runs.
+
+    There are no threads for its passes, or its shared prefix has to be in the memory of prefixes before the next batch
+    is packed.
     """
-    return device.streams is None and (device.passes is None or any(row.prefix is not None for row in rows))
+    return device.streams is None and (device.passes is None or have_prefix(rows))
 
 
 def pack_on(device: Device, model: LoadedModel, rows: Sequence[Row]) -> list[Packed]:
@@ -359,7 +363,7 @@ def pack_part(device: Device, model: LoadedModel, rows: Sequence[Row], indexes: 
     # Alone, a row may not depend on whether its prefix was computed before.
     own = [whole_row(row) for row in own] if model.alone else model.graphs.whole_rows(own) or own
     shape = model.graphs.shape_for(own)
-    memory = model.prefixes if any(row.prefix is not None for row in own) else None
+    memory = model.prefixes if have_prefix(own) else None
     if device.streams is None:
         return Packed(indexes, pack(own, device.device, memory, shape, model.attention), None)
     with torch.cuda.stream(device.streams.copies):
@@ -394,20 +398,17 @@ def launch(
         else [(indexes, None) for indexes in parts_of(device, model, rows)]
     )
     launched = Launched(model, rows, device, lane)
-    attempt = unless_out_of_memory if halves else _called
     at_once = 1 if model.alone else len(parts)
     for indexes, ready in parts:
-        run = partial(attempt, partial(launched.run, indexes, ready, at_once))
+        run: Callable[[], LaunchedPart | None] = partial(launched.run, indexes, ready, at_once)
+        if halves:
+            run = partial(unless_out_of_memory, run)
         if device.passes is None:
             launched.add(indexes, run())
             continue
         width = model.threads.of_pass(sum(len(rows[index]) for index in indexes), at_once)
         launched.running.append((indexes, device.passes.submit(run, width, urgent=lane is Lane.INTERACTIVE)))
     return launched
-
-
-def _called(function: Callable[[], T]) -> T | None:
-    return function()
 
 
 def _refusal(model: LoadedModel, row: Row, device: Device) -> VecmillError:

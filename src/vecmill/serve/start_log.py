@@ -133,7 +133,7 @@ def _add_model(table: Table, card: ModelCard, costs: dict[str, Any], max_batch_s
         + (
             f"bulk fills a search's pass up to {costs['free_tokens']} tokens"
             if costs["free_tokens"]
-            else "a search goes between two layers"
+            else "a search goes first"
         ),
     )
     graphs = costs["cuda_graphs"]
