@@ -107,7 +107,8 @@ def test_many_short_rows_take_a_larger_graph_where_it_ends_sooner(rows_of_16: in
 @pytest.mark.parametrize(
     ("device", "flags", "size"),
     [
-        ("cpu", {}, 64),
+        ("cpu", {}, 128),
+        ("cpu", {"max_batch_tokens": 2048}, 64),
         ("cpu", {"max_batch_tokens": 32}, 32),
         ("cuda:1", {}, 1024),
         ("cuda", {"max_batch_tokens": 4096}, 256),

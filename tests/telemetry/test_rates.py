@@ -7,7 +7,7 @@ import pytest
 from tests.jobs.queues import SETTINGS, Hand, in_memory
 from vecmill.jobs.queue import JobQueue
 from vecmill.jobs.views import JobQuery
-from vecmill.telemetry.rates import MOST_USERS, Rates, UserId, Work
+from vecmill.telemetry.rates import MOST_USERS, CountsById, Rates, UserId, Work
 
 
 @pytest.fixture
@@ -69,6 +69,15 @@ def test_clients_that_come_without_end_take_no_more_memory(hand: Hand) -> None:
     assert len(rates.users()) == MOST_USERS
     assert rates.minute.requests == 3 * MOST_USERS
     assert rates.texts_of_job("job 0") == 1
+
+
+def test_counts_that_have_become_zero_take_no_memory(hand: Hand) -> None:
+    counts = CountsById(clock=hand)
+    for number in range(1000):
+        hand.now += 1
+        counts.add(f"job {number}", 3)
+        assert len(counts) <= 61
+    assert [counts.count(f"job {number}") for number in (900, 945, 999)] == [0, 3, 3]
 
 
 @pytest.mark.parametrize("invented", ["client", "job"])

@@ -227,14 +227,14 @@ class EngineSettings(SettingsGroup):
         ge=1,
         le=4096,
         description="Rows per forward pass, at most. Default: one for each 32 tokens that a forward pass may have on a "
-        "CPU (64), for each 16 on a GPU (1024 without MAX_BATCH_TOKENS).",
+        "CPU (128), for each 16 on a GPU (1024 without MAX_BATCH_TOKENS).",
     )
     max_batch_tokens: int | None = Field(
         None,
         ge=8,
         le=1_048_576,
         description="Tokens per forward pass, at most; an input longer than this runs alone. Default: 16384 on a GPU, "
-        "2048 on a CPU, more for a model that takes no 5 ms for them. Below it the budget is measured at warm-up.",
+        "4096 on a CPU, more for a model that takes no 5 ms for them. Below it the budget is measured at warm-up.",
     )
     max_batch_ms: float = Field(
         100,

@@ -27,9 +27,11 @@ from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 logger = logging.getLogger(__name__)
 
 CUDA_BATCH_TOKENS = 16_384
-CPU_BATCH_TOKENS = 2_048
-CPU_BATCH_ROWS = 64
-CPU_TOKENS_PER_ROW = CPU_BATCH_TOKENS // CPU_BATCH_ROWS
+# Each of two cores gets a pass of half of them. Passes of half that size are about a tenth slower for each text: every
+# pass reads all weights, and calls attention once for each length of its rows.
+CPU_BATCH_TOKENS = 4_096
+CPU_TOKENS_PER_ROW = 32
+FEWEST_ROWS = 64  # that a pass may have, whatever its tokens
 # A pass of a table of token vectors is over in less time than handing it over takes. Where passes are so short they are
 # made longer, up to so many tokens: nobody waits noticeably for one, and it packs and hands over for more texts.
 SHORT_PASS_SECONDS = 0.005
@@ -75,7 +77,7 @@ def largest_size(engine: EngineSettings, device: torch.device, tokens: int | Non
         return engine.max_batch_size
     tokens = largest_batch(engine, device) if tokens is None else tokens
     per_row = CPU_TOKENS_PER_ROW if device.type == "cpu" else SHORT_TEXT
-    return min(tokens, max(CPU_BATCH_ROWS, tokens // per_row))
+    return min(tokens, max(FEWEST_ROWS, tokens // per_row))
 
 
 def warm_up(

@@ -15,6 +15,7 @@ import operator
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from time import monotonic, time
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
@@ -25,6 +26,8 @@ SLOTS = 60
 SAME_MOMENT = 0.05  # seconds
 MOST_USERS = 256
 MOST_JOBS = 1024
+# More than one, so that there are ever fewer of those that nobody asks for any more.
+FORGOTTEN_AT_ONCE = 2
 
 Clock = Callable[[], float]
 
@@ -130,7 +133,10 @@ class RateWindow(Generic[Counts]):
 
 
 class CountsById:
-    """Counts of the last minute by id, for no more than `most` ids: the one used longest ago is forgotten first."""
+    """Counts of the last minute by id, for no more than `most` ids: the one used longest ago is forgotten first.
+
+    Each new count also forgets old ones that are zero by now, so that memory follows what happened in a minute.
+    """
 
     def __init__(self, most: int = MOST_JOBS, clock: Clock = monotonic) -> None:
         self._most, self._clock = most, clock
@@ -141,8 +147,12 @@ class CountsById:
         window = self._windows.pop(identifier, None) or RateWindow(Count(), clock=self._clock)
         self._windows[identifier] = window
         window.add(Count(number))
-        if len(self._windows) > self._most:
-            del self._windows[next(iter(self._windows))]
+        for oldest in list(islice(self._windows, FORGOTTEN_AT_ONCE)):
+            if len(self._windows) > self._most or not self.count(oldest):
+                del self._windows[oldest]
+
+    def __len__(self) -> int:
+        return len(self._windows)
 
     def count(self, identifier: str) -> int:
         """That of the last minute."""
@@ -196,6 +206,9 @@ class Rates:
         known.minute.add(work)
         known.lately.add(work)
         known.last_seen = time()
+        for oldest in list(islice(self._users, FORGOTTEN_AT_ONCE)):
+            if not self._users[oldest].lately.sums().requests:
+                del self._users[oldest]
         if len(self._users) > MOST_USERS:
             del self._users[self._superfluous()]
 
