@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
@@ -60,6 +61,26 @@ async def test_many_jobs_come_in_pieces_and_of_the_ended_only_the_last(hand: Han
             seen += map(orjson.loads, await anext(changes))
     assert [job["project"] for job in seen[:10]] == [f"ended {index}" for index in range(20, 30)]
     assert [job["id"] for job in seen[10:]] == open_jobs
+
+
+async def test_what_is_kept_for_readers_is_little_of_each_job(hand: Hand) -> None:
+    jobs = await opened(in_memory(hand))
+
+    async def end(number: int) -> None:
+        for index in range(number):
+            await jobs.complete((await jobs.register(f"ended {index}", 1, "i"))["id"])
+            await anext(changes)
+
+    async with aclosing(jobs.follow(LONG)) as changes:
+        await end(10)
+        tracemalloc.start()
+        try:
+            before = tracemalloc.get_traced_memory()[0]
+            await end(100)
+            taken = tracemalloc.get_traced_memory()[0] - before
+        finally:
+            tracemalloc.stop()
+    assert taken < 100 * 3_000
 
 
 async def test_a_change_by_another_server_comes_with_the_next_look(redis_url: str, hand: Hand) -> None:
