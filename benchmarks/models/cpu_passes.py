@@ -7,6 +7,7 @@ second stand the share of a large matmul's rate and the milliseconds of a search
 
     python -m benchmarks.models.cpu_passes                                    # the bundled model
     python -m benchmarks.models.cpu_passes --models ModernBERT-base --texts 100   # random values in a hub model's shape
+    python -m benchmarks.models.cpu_passes --instructions AVX512_CORE_BF16        # as on a processor without AMX
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from vecmill.models.prepacked_linears import prepack
 from vecmill.models.weights import Target
 
 BUNDLED = "MiniLM"
+# oneDNN's variable, and its names of instruction sets: none above the one that is named is used.
+INSTRUCTIONS = "ONEDNN_MAX_CPU_ISA"
+INSTRUCTION_SETS = ("AVX2", "AVX512_CORE", "AVX512_CORE_VNNI", "AVX512_CORE_BF16", "AVX512_CORE_FP16")
 MALLOC = {"as the system has it": {"GLIBC_TUNABLES": ""}, "as the server sets it": {}}
 CPU, DTYPE = torch.device("cpu"), torch.bfloat16
 # Passes of up to so many tokens get one thread, as a server's measuring finds on most machines.
@@ -168,6 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--texts", type=int, default=400, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--instructions", choices=INSTRUCTION_SETS, help="the most that oneDNN may use; default: all of the processor's"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--no-store", action="store_true", help="write no file under benchmarks/results")
     options = parser.parse_args(arguments)
@@ -177,20 +184,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(json.dumps(thread.submit(measure, options.child, options.texts, options.rounds).result()))
         return
     found: dict[str, dict[str, Any]] = {}
+    allowed = {} if options.instructions is None else {INSTRUCTIONS: options.instructions}
     with watched() as contention:
         for name in options.models:
-            found[name] = {how: in_a_child(name, variables, options) for how, variables in MALLOC.items()}
+            found[name] = {how: in_a_child(name, variables | allowed, options) for how, variables in MALLOC.items()}
             print_table(name, found[name])
     print_disturbance(Console(), contention.other_cores)
     result = {
         "host": describe_host(),
-        "settings": {key: getattr(options, key) for key in ("texts", "rounds")},
+        "settings": {key: getattr(options, key) for key in ("texts", "rounds", "instructions")},
         "other_cores": contention.other_cores,
         "models": found,
     }
-    # Other models' figures do not take the place of the bundled one's.
+    # Other models' figures do not take the place of the bundled one's, nor those with fewer instructions.
     others = [name for name in options.models if name != BUNDLED]
-    publish("_".join(["cpu_passes", *others]), result, store=not options.no_store)
+    fewer = [options.instructions.lower()] if options.instructions else []
+    publish("_".join(["cpu_passes", *others, *fewer]), result, store=not options.no_store)
 
 
 if __name__ == "__main__":

@@ -58,9 +58,8 @@ TAIL = """
 
 - **GPUs**: no figure above is of a GPU. What was measured on an H100 and an H200, on one day, is in [GPUs](gpu.md).
   Nothing has run on a GB10, and the tests of commits and nights have no card.
-- **Eight hours of load** have never been run; `python -m benchmarks.soak --minutes 480` does it. A short run shows no
-  slope of few MB/h, and resident memory still goes up in its first 15 minutes
-  ([by how much](benchmarks.md#held-under-load)).
+- **Eight hours of load** have never been run; `python -m benchmarks.soak --minutes 480` does it. Memory
+  is flat within 20 MB/h over [ten minutes](benchmarks.md#held-under-load); so short a run shows no slope of few MB/h.
 - **More than one machine**: replicas and proxies were measured on the cores of one; [scale](scale.md) is simulated.
 - **The machine below**: a disk that lies about what it has written, memory with errors, a kernel or driver that hangs.
 - **Confidentiality on the wire, and limits on how often a key calls**: a proxy's or a tailnet's
