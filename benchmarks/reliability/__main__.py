@@ -105,7 +105,8 @@ class Results:
         figure = promise.figure
         if figure is None:
             text, again, result = self._recorded(promise)
-            code: tuple[str, ...] = (*promise.code, *(_pattern(test) for test in promise.tests))
+            ran = result["tests"] if result else {}
+            code: tuple[str, ...] = (*promise.code, *(_pattern(test) for test in promise.tests if test in ran))
         else:
             text, again = "", COMMANDS[figure.benchmark]
             result = next((each for each in self._of(figure.benchmark) if _filled(figure, each)), None)

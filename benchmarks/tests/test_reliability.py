@@ -13,7 +13,7 @@ import pytest
 from benchmarks.lib.code_digests import changed_files, code_digests, file_digest
 from benchmarks.lib.host import REPOSITORY
 from benchmarks.reliability import __main__ as reliability
-from benchmarks.reliability.__main__ import PAGE, Results, page, problems_of_age, problems_of_the_page, when
+from benchmarks.reliability.__main__ import PAGE, RECORDED, Results, page, problems_of_age, problems_of_the_page, when
 from benchmarks.reliability.promises import Figure, Promise
 
 CODE = '"""About it."""\n\n\ndef double(value):\n    """Twice the value."""\n    return value * 2  # plain\n'
@@ -26,7 +26,9 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A tiny clone with one promise, measured a day ago on the code that is there, and the page of it."""
     promise = Promise("It doubles.", ("tests/test_it.py",), ("src/vecmill/engine/*",), Figure("soak", "{seen/p99} ms"))
     monkeypatch.setattr(reliability, "GROUPS", {"Doubling": (promise,)})
-    for name, text in (("src/vecmill/engine/a.py", CODE), ("src/vecmill/http/b.py", CODE), ("tests/test_it.py", TEST)):
+    files = {"src/vecmill/engine/a.py": CODE, "src/vecmill/http/b.py": CODE}
+    tests = {"tests/test_it.py": TEST, "tests/test_at_commits.py": "def test_more():\n    pass\n"}
+    for name, text in (files | tests).items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "benchmarks/results").mkdir(parents=True)
@@ -106,6 +108,21 @@ def test_a_result_that_does_not_say_its_code_is_old(clone: Path) -> None:
     (stored,) = (clone / "benchmarks/results").iterdir()
     stored.write_text(json.dumps({**json.loads(stored.read_text()), "code": None}))
     assert "not recorded" in problems(clone)[0]
+
+
+def test_a_recorded_run_is_of_the_tests_that_ran(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    promise = Promise("It halves.", ("tests/test_it.py", "tests/test_at_commits.py"), ("src/vecmill/engine/*",))
+    monkeypatch.setattr(reliability, "GROUPS", {"Halving": (promise,)})
+    passed = {"tests/test_it.py": {"passed": 1, "failed": 0, "skipped": 0, "seconds": 1.5}}
+    run = {"benchmark": RECORDED, "measured_at": datetime.now(UTC).isoformat(), "host": HOST, "tests": passed}
+    stored = clone / "benchmarks/results/recorded.json"
+    stored.write_text(json.dumps({**run, "code": code_digests(clone, also=["tests/test_it.py"])}))
+    (clone / PAGE).write_text(page(clone, Results(clone)))
+    assert "1 cases passed in 1.5 s" in (clone / PAGE).read_text()
+    edit(clone, "tests/test_at_commits.py", "pass", "assert True")
+    assert problems(clone) == []
+    edit(clone, "tests/test_it.py", "pass", "assert True")
+    assert "tests/test_it.py" in problems(clone)[0]
 
 
 def test_after_two_weeks_the_night_fails_too(clone: Path) -> None:
