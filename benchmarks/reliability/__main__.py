@@ -6,7 +6,8 @@
 
 A figure is older than its code when a file that its promise names has another digest than when it was measured
 (benchmarks/lib/code_digests.py): comments do not count, and no history is needed. Versions of dependencies do not count
-either. Measuring takes minutes to hours of a quiet machine, so three checks differ in what they ask for:
+either, nor, for a recorded run, tests that it did not have. Measuring takes minutes to hours of a quiet machine, so
+three checks differ in what they ask for:
 
 - every commit (benchmarks/tests/test_reliability.py): each named test and pattern exists, each figure has a result, and
   the page is what they give, but for the words "older than its code", which any change may make true;

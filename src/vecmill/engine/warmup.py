@@ -27,11 +27,11 @@ from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 logger = logging.getLogger(__name__)
 
 CUDA_BATCH_TOKENS = 16_384
-# Each of two cores gets a pass of half of them. Passes of half that size are about a tenth slower for each text: every
-# pass reads all weights, and calls attention once for each length of its rows.
+# Shared out among the threads: 2,048 for each of two. With 1,024 for each a text takes a tenth longer, since every
+# pass reads all weights and calls attention once for each length of its rows.
 CPU_BATCH_TOKENS = 4_096
 CPU_TOKENS_PER_ROW = 32
-FEWEST_ROWS = 64  # that a pass may have, whatever its tokens
+FEWEST_ROWS = 64  # the limit of a pass is not below it, unless it has fewer tokens
 # A pass of a table of token vectors is over in less time than handing it over takes. Where passes are so short they are
 # made longer, up to so many tokens: nobody waits noticeably for one, and it packs and hands over for more texts.
 SHORT_PASS_SECONDS = 0.005
@@ -44,7 +44,7 @@ SMALLEST_SHAPE = 16  # tokens: a search query
 TYPICAL_TEXT = 128  # tokens: a chunk of code
 # Tokens of the passes of a first look; the last where it takes no longer than a pass may.
 QUICK_LOOK = (SMALLEST_SHAPE, TYPICAL_TEXT, 4 * TYPICAL_TEXT)
-# Passes that are tried with one thread and with all, so many times, unless one takes longer.
+# A first look compares one thread with all in so many runs of each, unless a pass of a typical text takes longer.
 QUICK_RUNS, QUICK_PASS_SECONDS = 2, 0.05
 # Rounds over all shapes, until one of these is reached. Of each shape the fastest run counts: others were disturbed,
 # and what disturbs rarely lasts for all rounds. What requests' own passes take tells the rest (`RunningFit`).

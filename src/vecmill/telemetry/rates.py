@@ -26,7 +26,7 @@ SLOTS = 60
 SAME_MOMENT = 0.05  # seconds
 MOST_USERS = 256
 MOST_JOBS = 1024
-# More than one, so that there are ever fewer of those that nobody asks for any more.
+# How many of the oldest each addition looks at. With two, what is over is forgotten faster than new things come.
 FORGOTTEN_AT_ONCE = 2
 
 Clock = Callable[[], float]
