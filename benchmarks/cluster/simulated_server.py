@@ -23,10 +23,10 @@ VECTORS = 4096  # different ones; which one a text gets depends on its tokens al
 def simulate(fixed_seconds: float, seconds_per_token: float) -> None:
     """Have every model of this process sleep in its forward passes, and answer with vectors that are not its own."""
 
-    def forward(model: LoadedModel, packed: PackedBatch) -> Tensor:
+    def forward(self: LoadedModel, packed: PackedBatch, at_once: int = 1) -> Tensor:
         began = perf_counter()
         tokens = packed.input_ids.shape[1]
-        width = model.card.dimensions or 1
+        width = self.card.dimensions or 1
         if width not in tables:
             tables[width] = torch.randn(VECTORS, width, generator=torch.Generator().manual_seed(0))
         sums = torch.cat((torch.zeros(1, dtype=torch.int64), packed.input_ids[0].cumsum(0)))
@@ -37,7 +37,7 @@ def simulate(fixed_seconds: float, seconds_per_token: float) -> None:
         return answers
 
     tables: dict[int, Tensor] = {}
-    LoadedModel.forward = forward  # type: ignore[method-assign, assignment]
+    LoadedModel.forward = forward  # type: ignore[method-assign]
 
 
 PASS = "SIMULATED_PASS"  # the environment's variable for the hook: FIXED_MS,US_PER_TOKEN
