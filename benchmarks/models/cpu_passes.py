@@ -31,7 +31,7 @@ import torch
 from benchmarks.lib.figures import in_turns, print_disturbance, shown, spread
 from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.minilm import bundled_model, sample_texts
-from benchmarks.lib.results import publish
+from benchmarks.lib.results import keep_so_far, publish
 from benchmarks.models.families import FAMILY_SHAPES, QUERY, tokenize, write_family
 from benchmarks.models.workloads import batches, operations
 from benchmarks.serving.packed_loop import matmul_rate, run
@@ -106,7 +106,8 @@ def measure(name: str, texts: int, rounds: int) -> dict[str, Any]:
         milliseconds[way].append(1000 * statistics.median(_seconds(model, [each], device) for each in searches))
         rates.append(_limit(threads))
     plain = models[False]
-    done = operations(plain.checkpoint.family.model_type, plain.model, plain.checkpoint.config, packs)
+    shape = FAMILY_SHAPES[name].shape if name in FAMILY_SHAPES else plain.checkpoint.config
+    done = operations(plain.checkpoint.family.model_type, plain.model, shape, packs)
     rate = statistics.median(rates)
     return {
         "texts": len(rows),
@@ -189,6 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for name in options.models:
             found[name] = {how: in_a_child(name, variables | allowed, options) for how, variables in MALLOC.items()}
             print_table(name, found[name])
+            keep_so_far("cpu_passes", found)
     print_disturbance(Console(), contention.other_cores)
     result = {
         "host": describe_host(),
@@ -198,8 +200,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     # Other models' figures do not take the place of the bundled one's, nor those with fewer instructions.
     others = [name for name in options.models if name != BUNDLED]
+    which = others if len(others) < 2 else ["families"]
     fewer = [options.instructions.lower()] if options.instructions else []
-    publish("_".join(["cpu_passes", *others, *fewer]), result, store=not options.no_store)
+    publish("_".join(["cpu_passes", *which, *fewer]), result, store=not options.no_store)
 
 
 if __name__ == "__main__":

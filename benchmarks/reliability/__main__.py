@@ -50,8 +50,9 @@ HEAD = """# Reliability
 
 What vecmill promises, the tests that hold it, and the latest figure. `python -m benchmarks.reliability` writes this
 page from `benchmarks/reliability/promises.py` and `benchmarks/results`; `make reliability` fails when a figure is older
-than its code ([how](releases.md#figures)). Tests that run at every commit have no figure: a commit that fails one is
-not merged. "Cases" are those of the tests that run at night, when they were last recorded.
+than its code ([how](releases.md#figures)). A figure that misses its target says so. Tests that run at every commit
+have no figure: a commit that fails one is not merged. "Cases" are those of the tests that run at night, when they were
+last recorded.
 """
 
 TAIL = """
@@ -152,12 +153,21 @@ def _filled(figure: Figure, result: Mapping[str, Any]) -> str | None:
 
 
 def _value(result: Any, path: str) -> str:
-    for name in path.split("/"):
+    *above, last = path.split("/")
+    for name in above:
         result = result[name]
-    if isinstance(result, str | int):
-        return f"{result:,}" if isinstance(result, int) else result
+    text = _shown(result[last])
+    missed = "target" in result and not result["met"]
+    return f"{text} (target {_shown(result['target'])}, **missed**)" if missed else text
+
+
+def _shown(value: str | float) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int):
+        return f"{value:,}"
     # A cosine is about its distance from 1.
-    return f"{result:.7g}" if 0.99 < result < 1 else rounded(float(result))
+    return f"{value:.7g}" if 0.99 < value < 1 else rounded(value)
 
 
 def page(root: Path, results: Results, *, marked: bool = True) -> str:

@@ -40,7 +40,7 @@ class Figure:
     benchmark: str
     """Of the files in benchmarks/results; the newest that has every value counts."""
     text: str
-    """`{a/b/c}` is the value at that path in the file."""
+    """`{a/b/c}` is the value at that path in the file. One that misses the target beside it is shown with it."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,11 @@ GROUPS: Mapping[str, tuple[Promise, ...]] = {
                 "tests/clients/test_fuzz.py",
             ),
             HTTP,
-            Figure("hostile", "a body of 33 MB held the event loop {cases/token ids: input/33 MB/stall_ms/longest} ms"),
+            Figure(
+                "hostile",
+                "{all/within_targets} of {all/attacks} attacks, of up to 33 MB, within bounds; the event loop was held "
+                "at most {all/stall_ms/longest} ms",
+            ),
         ),
         Promise(
             "A request is bounded before it is worked on: bytes, values, texts, tokens, time.",

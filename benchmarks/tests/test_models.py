@@ -77,6 +77,16 @@ def test_both_ways_of_loading_end_with_the_same_weights(result: dict[str, Any]) 
     assert loading["sides"]["vecmill"]["host_bytes"] > 0.9 * loading["weight_bytes"], "the weights must be seen at all"
 
 
+@pytest.mark.benchmark
+def test_passes_on_a_cpu_are_set_against_the_machine_in_every_way() -> None:
+    # DistilBERT's config.json has names of its own for the sizes that operations are counted from.
+    result = json_line(run_benchmark("models.cpu_passes", "--texts", "2", "--rounds", "1", "--models", "DistilBERT"))
+    (found,) = result["models"].values()
+    for of_malloc in found.values():
+        assert of_malloc["ways"].keys() == {"plain", "parts", "prepacked", "both"}
+        assert all(way["of_limit"]["min"] > 0 for way in of_malloc["ways"].values())
+
+
 @torch.inference_mode()
 def test_the_built_nv_embed_is_the_plain_one(tmp_path: Path) -> None:
     kind, shape = QUICK.whole["tiny NV-Embed"]

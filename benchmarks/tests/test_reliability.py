@@ -38,8 +38,8 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def measure(clone: Path, p99: float, at: datetime) -> None:
-    result = {"benchmark": "soak", "measured_at": at.isoformat(), "host": HOST, "seen": {"p99": p99}}
+def measure(clone: Path, p99: float, at: datetime, **beside: float) -> None:
+    result = {"benchmark": "soak", "measured_at": at.isoformat(), "host": HOST, "seen": {"p99": p99, **beside}}
     stored = clone / f"benchmarks/results/soak-{at:%Y-%m-%d-%H%M%S}.json"
     stored.write_text(json.dumps({**result, "code": code_digests(clone)}))
 
@@ -62,6 +62,16 @@ def test_each_promise_has_its_tests_and_its_figure_and_the_page_says_so() -> Non
 def test_what_was_just_measured_is_not_old(clone: Path) -> None:
     assert problems(clone) == []
     assert "| It doubles. | `tests/test_it.py` | every commit, more at night | 12.3 ms |" in (clone / PAGE).read_text()
+
+
+def test_a_figure_that_misses_its_target_says_so(clone: Path) -> None:
+    now = datetime.now(UTC)
+    measure(clone, 12.3, now, target=20.0, met=True)
+    assert "| 12.3 ms |" in page(clone, Results(clone))
+    measure(clone, 20.4, now + timedelta(seconds=1), target=20.0, met=False)
+    assert "| 20.4 (target 20, **missed**) ms |" in page(clone, Results(clone))
+    measure(clone, 12.4, now + timedelta(seconds=2), met=False)  # the target is of something else
+    assert "| 12.4 ms |" in page(clone, Results(clone))
 
 
 def test_comments_docstrings_blanks_and_other_code_make_no_figure_old(clone: Path) -> None:
