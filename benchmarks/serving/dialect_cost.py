@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import orjson
@@ -109,8 +109,10 @@ class Ready:
 def application(texts: int, dimensions: int) -> FastAPI:
     """The real application without its lifespan, so that no model is loaded."""
     app = create_app(load_settings({}))
-    ready = cast(Inference, Ready(texts, dimensions))
-    app.state.services = replace(app.state.services, inference=ready)
+    inference: Inference = app.state.services.inference
+    ready = Ready(texts, dimensions)
+    inference.embed = ready.embed  # type: ignore[method-assign]
+    inference.score = ready.score  # type: ignore[method-assign]
     return app
 
 
