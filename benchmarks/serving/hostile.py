@@ -148,7 +148,7 @@ def measure(
 
 
 def all_of(cases: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """How many attacks there were, how many stayed within every target, and the longest stall of all."""
+    """Of all cases at all sizes: how many there were, how many stayed within every target, the longest stall."""
     each = [result for sizes in cases.values() for result in sizes.values()]
     longest = max(result["stall_ms"]["longest"] for result in each)
     return {

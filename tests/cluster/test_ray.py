@@ -24,7 +24,7 @@ pytest.importorskip("ray", reason="needs the extra `ray`; `make test-ray` instal
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 
 CLIENTS = 12
-# Vectors do not move with what else is in a batch, as those in bfloat16 do on some processors.
+# What else is in a batch moves a vector in float32 by less than these tests allow, in bfloat16 often by more.
 FLOAT32 = {"DTYPE": "float32"}
 TIMEOUT = 240
 

@@ -82,7 +82,7 @@ async def test_what_is_kept_for_readers_is_little_of_each_job(hand: Hand) -> Non
             taken = tracemalloc.get_traced_memory()[0] - before
         finally:
             tracemalloc.stop()
-    assert taken < 100 * 5_000
+    assert taken < 100 * 3_000
 
 
 async def test_a_change_by_another_server_comes_with_the_next_look(redis_url: str, hand: Hand) -> None:

@@ -222,7 +222,7 @@ def test_a_model_that_is_close_enough_says_how_close(tmp_path: Path) -> None:
     ("task", "model_type", "least", "why"),
     [
         (Task.EMBED, "gte", LEAST_COSINE, "must be at least 0.98"),
-        # How far random weights of a reranker turn what the cosine is of depends on the release that made them.
+        # A low bound for the cosine, which differs with the release that drew the weights: relevance is the reason.
         (Task.RERANK, "electra", 0.9, "and may by 0.1"),
     ],
 )
