@@ -38,6 +38,12 @@ from vecmill.models.packing import Attention, PrefixMemory, pack
 
 pytestmark = pytest.mark.slow
 
+# A CUDA build of torch without a card gets a stand-in for the card's driver from the first mode of the process. In
+# torch 2.11 the stand-in goes with the thread that made it, and the next mode crashes: so it is made here, in the main
+# thread, and not in one that compiles layers in another test, which ends.
+with FakeTensorMode():
+    pass
+
 # Not the first: what is made on "cuda" without a number is on that one, and does not fit.
 CUDA = torch.device("cuda", 1)
 COPIES = {"aten::to", "aten::_to_copy", "aten::copy_", "aten::lift_fresh_copy"}
