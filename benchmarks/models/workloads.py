@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -52,10 +53,24 @@ def operations(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[R
     """Floating-point operations of the packs' forward passes: linear layers and attention."""
     parameters = matmul_parameters(model.modules)
     head_width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    per_pair: int = 4 * shape["num_hidden_layers"] * shape["num_attention_heads"] * head_width
+    per_pair: int = 4 * shape["num_attention_heads"] * head_width
+    layers = Counter(windows(model, shape["num_hidden_layers"]))
     return sum(
-        2.0 * parameters * computed_tokens(rows) + per_pair * attended(rows, causal=kind in CAUSAL) for rows in packs
+        2.0 * parameters * computed_tokens(rows)
+        + per_pair
+        * sum(times * attended(rows, causal=kind in CAUSAL, window=window) for window, times in layers.items())
+        for rows in packs
     )
+
+
+def windows(model: Model, layers: int) -> list[int | None]:
+    """Of each layer, how many keys up to its own a query sees, as transformers' layers say it; None: all."""
+    found: dict[int, int | None] = {}
+    for module in model.modules[0].modules():
+        layer, window = getattr(module, "layer_idx", None), getattr(module, "sliding_window", None)
+        if layer is not None:
+            found[layer] = found.get(layer) or window
+    return [found.get(layer) for layer in range(layers)]
 
 
 MEDIAN_TOKENS, LOG_DEVIATION = 95, 0.792  # of functions and classes: a mean of 130 tokens, some much longer
@@ -112,13 +127,21 @@ def computed_tokens(rows: Sequence[Row]) -> int:
     return sum(len(row.token_ids) for row in rows) + sum(len(prefix) for prefix in _prefixes(rows))
 
 
-def attended(rows: Sequence[Row], *, causal: bool) -> int:
-    """The number of pairs of a token and a token that it attends to."""
+def attended(rows: Sequence[Row], *, causal: bool, window: int | None = None) -> int:
+    """The number of pairs of a token and a token that it attends to: with a `window` so many up to its own at most, and
+    as many from there on where attention is not causal.
+    """
     if not causal:
-        return sum(len(row) ** 2 for row in rows)
+        return sum(2 * _seen(len(row), window) - len(row) for row in rows)
     spans = [(len(row), len(row.prefix) if row.prefix else 0) for row in rows]
     spans += [(len(prefix), 0) for prefix in _prefixes(rows)]
-    return sum((whole * (whole + 1) - before * (before + 1)) // 2 for whole, before in spans)
+    return sum(_seen(whole, window) - _seen(before, window) for whole, before in spans)
+
+
+def _seen(tokens: int, window: int | None) -> int:
+    """How many tokens up to its own each of so many sees, added up."""
+    within = tokens if window is None else min(window, tokens)
+    return within * (within + 1) // 2 + (tokens - within) * within
 
 
 def _prefixes(rows: Sequence[Row]) -> set[Prefix]:

@@ -108,7 +108,10 @@ def test_attended_pairs_are_counted_as_each_token_sees_them() -> None:
     rows = [Row(np.zeros(size, dtype=np.int32), prefix=prefix) for size in (1, 2)]
 
     assert attended(rows, causal=True) == (1 + 2 + 3) + 4 + (4 + 5)
-    assert attended([Row(np.zeros(4, dtype=np.int32))], causal=False) == 16
+    assert attended(rows, causal=True, window=3) == (1 + 2 + 3) + 3 + (3 + 3)
+    four = [Row(np.zeros(4, dtype=np.int32))]
+    assert attended(four, causal=False) == 16
+    assert attended(four, causal=False, window=2) == 2 + 3 + 3 + 2
 
 
 def test_ragged_rows_have_the_lengths_of_code() -> None:
