@@ -23,7 +23,7 @@ from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Prefix, Row, Task, TokenIds
 from vecmill.engine.loader import expected_card
 from vecmill.inference.models import Embedder, Reranker, assemble_one
-from vecmill.models import networks, packing
+from vecmill.models import networks
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.families import FAMILIES
 from vecmill.models.networks import Model
@@ -233,18 +233,6 @@ def test_packs_have_few_shapes_and_little_filler(lengths: list[int]) -> None:
     assert 0 <= total - tokens < (16 if tokens <= 256 else 64)
 
 
-@pytest.fixture
-def on_cpu_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], None]]:
-    """Packs as on a CPU of that capability."""
-
-    def be(capability: str) -> None:
-        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-        packing.scores_at_once.cache_clear()
-
-    yield be
-    packing.scores_at_once.cache_clear()
-
-
 @pytest.mark.parametrize("tiny", every_family(), ids=str)
 def test_padded_keys_change_no_answer(
     model_of: Callable[[TinyModel], Model], on_cpu_with: Callable[[str], None], tiny: TinyModel
@@ -274,6 +262,32 @@ def test_keys_are_padded_where_half_a_vector_or_more_is_left_over(on_cpu_with: C
     assert packed.padded_keys is not None
     of_rows_of_15 = [*range(15, 30), 29, *range(30, 45), 44]
     assert packed.padded_keys[16:48].tolist() == of_rows_of_15  # a row's last token again, never another row's
+
+
+def test_padded_keys_are_those_of_the_prefix_too(on_cpu_with: Callable[[str], None]) -> None:
+    on_cpu_with("AVX512")
+    prefix = Prefix(np.arange(20, dtype=np.int32))
+    packed = pack([Row(np.arange(size, dtype=np.int32), prefix=prefix) for size in (8, 9, 9, 12)], CPU)
+    of_rows = {group.length: group.padded for group in packed.groups if group.prefix is not None}
+    assert of_rows == {8: (0, 32), 9: (32, 32), 12: None}  # 28 and 29 keys; and 32, two whole vectors
+    assert packed.padded_keys is not None
+    first = next(group.start for group in packed.groups if group.length == 9)
+    second_row_of_9 = [*range(20), *range(first + 9, first + 18), *[first + 17] * 3]
+    assert packed.padded_keys[64:].tolist() == second_row_of_9
+
+
+@pytest.mark.parametrize("tiny", every_family(prefixes=True), ids=str)
+def test_padded_keys_behind_a_prefix_change_no_answer(
+    model_of: Callable[[TinyModel], Model], on_cpu_with: Callable[[str], None], tiny: TinyModel
+) -> None:
+    model = model_of(tiny)
+    rows = random_rows([29, 30, 31, 31, 47, LONGEST], 1, tiny, model.vocab_size)
+    prefix = Prefix(rows[0].token_ids[:18])
+    rows = [*rows, *(Row(row.token_ids[18:], prefix=prefix) for row in rows)]
+    on_cpu_with("AVX2")
+    plain = run(model, rows)
+    on_cpu_with("AVX512")
+    same(run(model, rows), plain, tiny.task)
 
 
 def test_padding_brings_no_value_that_is_not_finite_into_another_row(

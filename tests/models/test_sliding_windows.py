@@ -124,8 +124,11 @@ def test_compiled_layers_have_their_windows(folder_of: Callable[[str], Path]) ->
 
 
 @torch.inference_mode()
-def test_masks_are_made_once_for_a_batch(folder_of: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_masks_are_made_once_for_a_batch(
+    folder_of: Callable[[str], Path], on_cpu_with: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One mask serves all layers and all groups of one length; there is none if no row is longer than its window."""
+    on_cpu_with("AVX2")
     model, whole = (load_model(folder_of(way))[1] for way in ("all layers", "not used"))
     made: list[tuple[int, int]] = []
     ones = torch.ones
@@ -147,10 +150,16 @@ def test_masks_are_made_once_for_a_batch(folder_of: Callable[[str], Path], monke
     assert made == []
 
 
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("causal", [True, False], ids=["one way", "both ways"])
-@pytest.mark.parametrize(("length", "window"), [(20, 4), (4, 4), (5, 4), (1300, 16), (1300, 600), (600, 1)])
-def test_attention_sees_what_transformers_masks_say(causal: bool, length: int, window: int) -> None:
+@pytest.mark.parametrize(
+    ("length", "window"), [(20, 4), (4, 4), (5, 4), (15, 4), (303, 65), (1300, 16), (1303, 600), (1305, 2000), (600, 1)]
+)
+def test_attention_sees_what_transformers_masks_say(
+    on_cpu_with: Callable[[str], None], capability: str, causal: bool, length: int, window: int
+) -> None:
     """Both ways as ModernBERT's layers, whose window is on either side; rows longer than a block among them."""
+    on_cpu_with(capability)
     torch.manual_seed(0)
     batch = pack([Row(ids(length)), Row(ids(3)), Row(ids(length))], CPU)
     tokens = batch.input_ids.shape[1]

@@ -22,7 +22,15 @@ GATE_AND_UP: tuple[str, ...] = ("gate_proj", "up_proj")
 def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """(1, heads, T, head_dim) rotated by (1, T, head_dim) each, as transformers' `apply_rotary_pos_emb` does it."""
     first, second = heads.chunk(2, dim=-1)
-    return heads * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    cos, sin = cos[:, None], sin[:, None]
+    if heads.device.type == "cpu" and not torch.compiler.is_compiling():
+        # Three passes over the values in place of five, one rounding less.
+        half = first.shape[-1]
+        out = heads * cos
+        out[..., :half].addcmul_(second, sin[..., :half], value=-1)
+        out[..., half:].addcmul_(first, sin[..., half:])
+        return out
+    return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
 def _query_scale(positions: Tensor, beta: float, trained: int) -> Tensor:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.models.family import BiasTable
-from vecmill.models.packing import Attention, EqualLengths, PackedBatch
+from vecmill.models.packing import Attention, EqualLengths, PackedBatch, keys_at_once, scores_at_once
 
 
 # Arguments that not every torch has. torch 2.11 takes neither: its kernel accepts fewer key heads without being told.
@@ -40,9 +40,13 @@ def _varlen() -> Callable[..., Any]:
     return partial(kernel, **varlen_options(kernel))
 
 
-# In a sliding window the queries of a row are taken in blocks of so many, or of as many as the window has where that is
-# more: the mask of a block does not grow with the row.
-BLOCK_QUERIES = 512
+# Where some scores are masked the queries of a row are taken in blocks of so many: a block has the keys that its
+# queries see, and its mask does not grow with the row. In a narrow window a CPU takes fewer, twice as many as a query
+# sees before it: keys that only few queries of a block see cost more than another call.
+BLOCK_QUERIES, LEAST_BLOCK_QUERIES = 512, 128
+
+# Padding the keys of longer rows, which see all of them, gains nothing: masking takes as long as what is left over.
+MASKED_UP_TO = 1024
 
 Window = tuple[int, int]
 """How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
@@ -148,14 +152,39 @@ def _attend(
     if packed.attention is Attention.FLASH:
         return _flash(query, key, value, packed, scaling, window)
     padded = None
-    if packed.padded_keys is not None and window == EVERYTHING:
+    if packed.padded_keys is not None and any(_gains(group, window) for group in packed.groups):
         padded = _of_tokens(key, packed.padded_keys), _of_tokens(value, packed.padded_keys)
-    return _one_row(
-        _on_padded(query, *padded, packed, group, scaling)
-        if padded is not None and group.padded is not None
-        else _sdpa(query, key, value, packed, group, scaling, window)
-        for group in packed.groups
+    parts = []
+    for group in packed.groups:
+        if padded is not None and _gains(group, window):
+            k, v = (_padded_rows(each, group) for each in padded)
+        else:
+            k, v = (_own_rows(each, group) for each in (key, value))
+        parts.append(_sdpa(_rows(query, group), k, v, packed, group, scaling, window))
+    return _one_row(parts)
+
+
+def _gains(group: EqualLengths, window: Window) -> bool:
+    """Whether a group's padded keys are used."""
+    return group.padded is not None and (
+        _narrowest(window, group.length) != EVERYTHING or group.padded[1] <= MASKED_UP_TO
     )
+
+
+def _padded_rows(tensor: Tensor, group: EqualLengths) -> Tensor:
+    """(1, kv_heads, P, head_dim) -> (rows, kv_heads, keys and padding, head_dim)"""
+    assert group.padded is not None
+    start, count = group.padded
+    return _rows(tensor, EqualLengths(start, group.rows, count))
+
+
+def _own_rows(tensor: Tensor, group: EqualLengths) -> Tensor:
+    """(1, kv_heads, T and recalled ones, head_dim) -> (rows, kv_heads, keys, head_dim)"""
+    own = _rows(tensor, group)
+    if group.prefix is None:
+        return own
+    first, length = group.prefix
+    return torch.cat((tensor[:, :, first : first + length].expand(group.rows, -1, -1, -1), own), dim=2)
 
 
 def _one_row(parts: Iterable[Tensor]) -> Tensor:
@@ -208,8 +237,8 @@ def _narrowest(window: Window, keys: int) -> Window:
 
 
 def _sdpa(
-    query: Tensor,
-    key: Tensor,
+    query: Tensor,  # (rows, heads, length, head_dim)
+    key: Tensor,  # (rows, kv_heads, keys and padding, head_dim)
     value: Tensor,
     packed: PackedBatch,
     group: EqualLengths,
@@ -217,55 +246,35 @@ def _sdpa(
     window: Window,
 ) -> Tensor:
     """(rows, heads, length, head_dim)"""
-    q, k, v = _rows(query, group), _rows(key, group), _rows(value, group)
-    if group.prefix is not None:
-        first, length = group.prefix
-        k, v = (
-            torch.cat((whole[:, :, first : first + length].expand(group.rows, -1, -1, -1), own), dim=2)
-            for whole, own in ((key, k), (value, v))
-        )
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    keys = k.shape[2]
-    before = keys - group.length
+    before = group.prefix[1] if group.prefix is not None else 0
+    keys, padded = before + group.length, key.shape[2]
     left, right = window = _narrowest(window, keys)
-    if left < 0 and (right < 0 or not before):  # causal or not, as SDPA does it without a mask
-        return attend(q, k, v, is_causal=right == 0)
-    step = group.length if left < 0 else max(BLOCK_QUERIES, left + 1)
+    if left < 0 and right == 0 and not before:
+        return attend(query, key, value, is_causal=True)  # padding comes after every query
+    if window == EVERYTHING and padded == keys:
+        return attend(query, key, value)
+    on_cpu = query.device.type == "cpu"
+    if window == EVERYTHING:
+        return attend(query, key, value, attn_mask=_mask(packed, (1, padded), 0, window, keys, query))
+    step = max(LEAST_BLOCK_QUERIES, min(2 * left, BLOCK_QUERIES)) if on_cpu and left >= 0 else BLOCK_QUERIES
     parts = []
     for start in range(0, group.length, step):
         stop = min(start + step, group.length)
         first = max(0, before + start - left) if left >= 0 else 0
         last = min(keys, before + stop + right) if right >= 0 else keys
-        mask = _mask(packed, (stop - start, last - first), before + start - first, window, q.device)
-        parts.append(attend(q[:, :, start:stop], k[:, :, first:last], v[:, :, first:last], attn_mask=mask))
+        if on_cpu:  # as many keys as the kernel takes well; the mask hides those that are too many
+            wanted = keys_at_once(last - first, scores_at_once())
+            last = min(padded, first + wanted)
+            first = max(0, last - wanted)
+        mask = _mask(packed, (stop - start, last - first), before + start - first, window, keys - first, query)
+        parts.append(attend(query[:, :, start:stop], key[:, :, first:last], value[:, :, first:last], attn_mask=mask))
     return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
 
 
 def _of_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     """(1, heads, T, head_dim) and (P,) -> (1, heads, P, head_dim); a token's heads stay next to each other."""
     return tensor.transpose(1, 2).index_select(1, index).transpose(1, 2)
-
-
-def _on_padded(
-    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, group: EqualLengths, scaling: float | None
-) -> Tensor:
-    """(rows, heads, length, head_dim). `key` and `value` are of the padded keys; the padding is masked."""
-    assert group.padded is not None
-    start, count = group.padded
-    k, v = (_rows(tensor, EqualLengths(start, group.rows, count)) for tensor in (key, value))
-    known = (group.length, count)
-    if known not in packed.masks:
-        mask = torch.zeros(1, count, dtype=query.dtype)
-        mask[:, group.length :] = -torch.inf
-        packed.masks[known] = mask
-    return F.scaled_dot_product_attention(
-        _rows(query, group),
-        k,
-        v,
-        attn_mask=packed.masks[known],
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
 
 
 def _biased(
@@ -321,17 +330,22 @@ def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device:
     return values.unfold(1, columns, 1).flip(1).contiguous()
 
 
-def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Window, device: torch.device) -> Tensor:
-    """(queries, keys) bool: true where a query sees a key. Kept in the batch: the next layers use the same mask.
+def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Window, keys: int, query: Tensor) -> Tensor:
+    """(queries, keys) of the query's type, which is added to the scores: 0 where a query sees a key, -inf elsewhere.
 
-    `first` is the index of the key that belongs to the first query.
+    Kept in the batch: the next layers use the same mask. `first` is the index of the key that belongs to the first
+    query; from `keys` on they are padding.
     """
-    known = (*shape, first, *window)
+    keys = min(keys, shape[1])
+    known = (*shape, first, *window, keys)
     if known not in packed.masks:
         left, right = window
-        mask = torch.ones(shape, dtype=torch.bool, device=device)
-        mask = mask.tril(first + right) if right >= 0 else mask
-        packed.masks[known] = mask.triu(first - left) if left >= 0 else mask
+        seen = torch.ones(shape, dtype=torch.bool, device=query.device)
+        seen = seen.tril(first + right) if right >= 0 else seen
+        seen = seen.triu(first - left) if left >= 0 else seen
+        seen[:, keys:] = False
+        # SDPA would make the same of a mask of booleans, at every call.
+        packed.masks[known] = torch.zeros(shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
     return packed.masks[known]
 
 

@@ -96,7 +96,7 @@ class EqualLengths:
     prefix: tuple[int, int] | None = None
     """First token and length of the prefix; from T on are those that were recalled."""
     padded: tuple[int, int] | None = None
-    """First and number of each row's keys among `padded_keys`; None: its keys are its own tokens."""
+    """First and number of each row's keys among `padded_keys`: its prefix's, its own, and padding; None: not padded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,8 @@ class PackedBatch:
     groups: tuple[EqualLengths, ...]
     """For SDPA."""
     padded_keys: Tensor | None
-    """(P,) int64: the token that each is of, for groups whose keys are padded; None where no group's are."""
+    """(P,) int64: the token that each is of, for groups whose keys are padded; None where no group's are. From T on are
+    those that were recalled."""
     order: tuple[int, ...]
     """`order[i]` is the caller's index of packed row i."""
     shape: PackShape | None
@@ -405,10 +406,6 @@ def _groups(segments: Sequence[_Segment], lengths: np.typing.NDArray[np.int64]) 
     return tuple(groups)
 
 
-# Keys of longer rows are not padded: there masking all scores takes as long as those that are left over.
-PADDED_UP_TO = 512
-
-
 @lru_cache
 def scores_at_once() -> int:
     """How many of a query's scores attention's kernel takes at once on this CPU; 0 where padding keys gains nothing.
@@ -419,10 +416,15 @@ def scores_at_once() -> int:
     return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 
 
-def _with_padded_keys(groups: Sequence[EqualLengths], vector: int) -> tuple[tuple[EqualLengths, ...], Array | None]:
-    """Pad keys to a multiple of `vector` where at least half of one would be left over, and the row has no prefix.
+def keys_at_once(keys: int, vector: int) -> int:
+    """So many keys, or the next multiple of `vector` where at least half of one would be left over."""
+    return -(-keys // vector) * vector if vector and 2 * (keys % vector) >= vector else keys
 
-    A row is padded with its own last token. Padding is masked, but a masked value that is not finite still spoils the
+
+def _with_padded_keys(groups: Sequence[EqualLengths], vector: int) -> tuple[tuple[EqualLengths, ...], Array | None]:
+    """Pad keys as `keys_at_once` says.
+
+    A row is padded with its own last token. Padding is not seen, but a masked value that is not finite still spoils the
     row: another row's must not be there.
 
     Returns:
@@ -430,12 +432,13 @@ def _with_padded_keys(groups: Sequence[EqualLengths], vector: int) -> tuple[tupl
     """
     with_keys, parts, start = [], [], 0
     for group in groups:
-        pads = vector and group.prefix is None and group.length <= PADDED_UP_TO
-        if pads and 2 * (group.length % vector) >= vector:
-            count = -(-group.length // vector) * vector
-            own = np.minimum(np.arange(count), group.length - 1)
-            first = group.start + group.length * np.arange(group.rows)
-            parts.append((first[:, None] + own).reshape(-1))
+        prefix, before = group.prefix or (0, 0)
+        count = keys_at_once(before + group.length, vector)
+        if count > before + group.length:
+            own = np.minimum(np.arange(count - before), group.length - 1)
+            index = (group.start + group.length * np.arange(group.rows))[:, None] + own
+            of_prefix = np.broadcast_to(np.arange(prefix, prefix + before), (group.rows, before))
+            parts.append(np.concatenate((of_prefix, index), axis=1).reshape(-1))
             group, start = replace(group, padded=(start, count)), start + group.rows * count
         with_keys.append(group)
     return tuple(with_keys), np.concatenate(parts) if parts else None

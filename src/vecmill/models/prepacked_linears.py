@@ -4,9 +4,9 @@ torch's own layer has oneDNN bring its weights into that layout in each forward 
 product itself where tokens are few: a search's. Here it is done once, when the model is loaded; the product and its
 bits are the same.
 
-In BERT's layers the activation after a product, and the sum of a product and the block's input, are computed in the
-same operation. By themselves they would read and write all values once more, and the product would be rounded to
-bfloat16 in between.
+What follows a product is computed in the same operation: an activation, the gate of a gated layer, and the sum with the
+block's input. By itself it would read and write all values once more, and the product would be rounded to bfloat16 in
+between.
 
 torch has no public name for it: the operations are those that its compiler uses for frozen weights. Where they are
 missing, or compute something else than torch's layer on a trial, layers stay as they are.
@@ -15,15 +15,18 @@ missing, or compute something else than torch's layer on a trial, layers stay as
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache, partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.errors import first_line, is_out_of_memory
-from vecmill.models.networks import Model, places_within
+from vecmill.models.merged_projections import rotated
+from vecmill.models.networks import Model, places_within, replace_modules
+from vecmill.models.packed_attention import packed_attention
 
 logger = logging.getLogger(__name__)
 
@@ -49,17 +52,36 @@ class PrepackedLinear(nn.Module):
 
     def then(self, activation: str, hidden: Tensor) -> Tensor:
         """The product, and the activation of it: one of `FUSED`, or "none"."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, activation, [], "none")
+        name, variant = FUSED[activation][:2] if activation in FUSED else (activation, "none")
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self.weight, self.bias, name, [], variant)
         return out
 
     def plus(self, hidden: Tensor, other: Tensor) -> Tensor:
         """The sum of the product and `other`, which has the product's shape."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, "add")
+        return self._with("add", hidden, other)
+
+    def times(self, hidden: Tensor, other: Tensor) -> Tensor:
+        """The product times `other`, which has the product's shape, value by value."""
+        return self._with("mul", hidden, other)
+
+    def _with(self, operation: str, hidden: Tensor, other: Tensor) -> Tensor:
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, operation)
         return out
 
 
-# Activations that are computed with the product: what the operation calls each, and torch's own.
-FUSED: Mapping[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.relu}
+# What is computed of the product and another tensor, and how torch computes it.
+BINARY: Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "add": (PrepackedLinear.plus, torch.add),
+    "mul": (PrepackedLinear.times, torch.mul),
+}
+
+# Activations that are computed with the product: what the operation calls each, of which variant, and torch's own.
+FUSED: Mapping[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
+    "gelu": ("gelu", "none", F.gelu),
+    "gelu_tanh": ("gelu", "tanh", partial(F.gelu, approximate="tanh")),
+    "relu": ("relu", "none", F.relu),
+    "silu": ("swish", "none", F.silu),
+}
 
 
 class FusedIntermediate(nn.Module):
@@ -87,14 +109,117 @@ class FusedOutput(nn.Module):
         return normed
 
 
+class FusedGatedMLP(nn.Module):
+    """A gated feed-forward layer: the activation of one product times another, then a third."""
+
+    def __init__(self, gate: PrepackedLinear, up: PrepackedLinear, down: nn.Module, activation: str) -> None:
+        """`activation`: of the gate."""
+        super().__init__()
+        self.gate, self.up, self.down, self.activation = gate, up, down, activation
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(1, T, width) -> (1, T, width)"""
+        down: Tensor = self.down(self.inner(hidden_states))
+        return down
+
+    def inner(self, hidden_states: Tensor) -> Tensor:
+        """(1, T, width) -> (1, T, inner width): what goes into the last product."""
+        return self.up.times(hidden_states, self.gate.then(self.activation, hidden_states))
+
+
+class FusedModernBertLayer(nn.Module):
+    """transformers' `ModernBertEncoderLayer`: queries and keys are rotated together, in bfloat16."""
+
+    def __init__(self, layer: Any, mlp: FusedGatedMLP) -> None:
+        """Take over what `layer` is made of."""
+        super().__init__()
+        attention = layer.attn
+        self.layer_idx: int = attention.layer_idx
+        self.is_causal: bool = attention.is_causal
+        self.head_dim: int = attention.head_dim
+        self.sliding_window: int | None = attention.sliding_window
+        self.attention_type: str = layer.attention_type
+        self.attn_norm, self.Wqkv, self.Wo = layer.attn_norm, attention.Wqkv, attention.Wo
+        self.mlp_norm, self.mlp = layer.mlp_norm, mlp
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        position_embeddings: tuple[Tensor, Tensor],
+        **kwargs: Any,
+    ) -> Tensor:
+        """(1, T, width) -> (1, T, width); called as the module that it stands for."""
+        projected = self.Wqkv(self.attn_norm(hidden_states)).unflatten(-1, (3, -1, self.head_dim))
+        heads = projected[:, :, :2].flatten(2, 3).transpose(1, 2)  # of queries, then of keys
+        query, key = rotated(heads, *position_embeddings).chunk(2, dim=1)
+        attended, _ = packed_attention(
+            self,
+            query,
+            key,
+            projected[:, :, 2].transpose(1, 2),
+            attention_mask,
+            scaling=self.head_dim**-0.5,
+            sliding_window=self.sliding_window,
+            **kwargs,
+        )
+        hidden = self.Wo.plus(attended.flatten(2), hidden_states)
+        out: Tensor = self.mlp.down.plus(self.mlp.inner(self.mlp_norm(hidden)), hidden)  # type: ignore[operator]
+        return out
+
+
+class FusedRMSNorm(nn.Module):
+    """Root mean square norm in bfloat16, with sums of float32."""
+
+    def __init__(self, weight: Tensor, epsilon: float, *, added_to_one: bool) -> None:
+        """`added_to_one`: the values are multiplied with 1 + `weight`, as Gemma's."""
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.epsilon, self.added_to_one = epsilon, added_to_one
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., width) -> (..., width)"""
+        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square_().div_(hidden_states.shape[-1]).add_(self.epsilon))
+        # With the scale as a sum of two, nothing of the hidden states' size is made in float32, and their product with
+        # it is rounded once.
+        high = scale.bfloat16()
+        low = (scale - high).bfloat16()
+        normed = torch.addcmul(hidden_states * low, hidden_states, high)
+        return normed.addcmul_(normed, self.weight) if self.added_to_one else normed.mul_(self.weight)
+
+
+def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
+    """The norm in place of an RMS norm of transformers, whose classes differ in names; None if it computes another."""
+    weight = getattr(module, "weight", None)
+    epsilon = next((value for name in ("variance_epsilon", "eps") if (value := getattr(module, name, None))), None)
+    if not isinstance(weight, Tensor) or weight.dtype is not torch.bfloat16 or not isinstance(epsilon, float):
+        return None
+    sample = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)).bfloat16()
+    wanted = module(sample).float()
+    for added_to_one in (False, True):
+        fused = FusedRMSNorm(weight, epsilon, added_to_one=added_to_one)
+        if (fused(sample).float() - wanted).norm() <= MOST_OFF * wanted.norm():
+            return fused
+    return None
+
+
 def _fused(module: nn.Module) -> nn.Module | None:
-    """The fused module in place of one of BERT's layers with a prepacked linear layer; None for any other module.
+    """The fused module in place of one with prepacked linear layers; None for any other module.
 
     The modules are recognized by the names of their children, which all classes that transformers derives from BERT's
     share.
     """
+    if type(module).__name__ == "ModernBertEncoderLayer":
+        return _fused_modernbert(module)
+    if type(module).__name__.endswith("RMSNorm"):
+        return _fused_norm(module)
     parts = dict(module.named_children())
     dropout = parts.pop("dropout", None)
+    if parts.keys() == {"lin1", "lin2", "activation"} and isinstance(parts["lin1"], PrepackedLinear):  # DistilBERT's
+        activation = _activation(parts["activation"])
+        fits = activation is not None and _is_right(activation)
+        return nn.Sequential(FusedIntermediate(parts["lin1"], str(activation)), parts["lin2"]) if fits else None
     dense = parts.get("dense")
     if not isinstance(dense, PrepackedLinear) or isinstance(module, FusedIntermediate | FusedOutput):
         return None
@@ -106,36 +231,93 @@ def _fused(module: nn.Module) -> nn.Module | None:
     return None
 
 
-def _activation(module: nn.Module) -> str | None:
-    """What FUSED calls it, if it is among them. transformers has classes of its own, which hold torch's functions."""
-    if isinstance(module, nn.GELU):
-        return "gelu" if module.approximate == "none" else None
-    if isinstance(module, nn.ReLU):
-        return "relu"
-    return next((name for name, function in FUSED.items() if getattr(module, "act", None) is function), None)
+def _fused_modernbert(layer: Any) -> FusedModernBertLayer | None:
+    if not isinstance(layer.mlp, FusedGatedMLP) or not _is_right("add"):
+        return None
+    linears = (layer.attn.Wqkv, layer.attn.Wo, layer.mlp.down)
+    return FusedModernBertLayer(layer, layer.mlp) if all(type(each) is PrepackedLinear for each in linears) else None
+
+
+# What gated feed-forward layers call the product of gate and input in one, the last product, and the gate's activation:
+# `MergedMLP` and ModernBERT's.
+GATED = (("gate_up_proj", "down_proj", "act_fn"), ("Wi", "Wo", "act"))
+
+
+def _names_of_gated(module: nn.Module) -> tuple[str, str, str] | None:
+    return next((names for names in GATED if all(hasattr(module, name) for name in names)), None)
+
+
+def _gated(module: nn.Module) -> FusedGatedMLP | None:
+    """The fused module in place of a gated layer, whose first product is divided; None for any other module."""
+    names = _names_of_gated(module)
+    if names is None:
+        return None
+    wide, down, act = (getattr(module, name) for name in names)
+    if type(wide) is not nn.Linear or not _can_be(wide):
+        return None
+    activation = _activation(act)
+    if activation is None or not (_is_right(activation) and _is_right("mul")):
+        return None
+    gate, up = (PrepackedLinear(half) for half in _halves(wide))
+    return FusedGatedMLP(gate, up, down, activation)
+
+
+def _halves(linear: nn.Linear) -> list[nn.Linear]:
+    """The first and the second half of the outputs; the weights are not copied."""
+    halves = []
+    for start in (0, linear.out_features // 2):
+        half = nn.Linear(linear.in_features, linear.out_features // 2, bias=linear.bias is not None, device="meta")
+        for name, parameter in linear.named_parameters():
+            rows = parameter.detach()[start : start + half.out_features]
+            setattr(half, name, nn.Parameter(rows, requires_grad=False))
+        halves.append(half)
+    return halves
+
+
+def _activation(computes: Callable[[Tensor], Tensor]) -> str | None:
+    """What FUSED calls a function, or that which a module computes, if it is among them: found out by trying.
+
+    transformers has a class for nearly every name of a function, and several names for some.
+    """
+    values = torch.linspace(-20, 20, 801)
+    try:
+        computed = computes(values)
+    except Exception:
+        return None
+    same = (
+        name
+        for name, (_, _, function) in FUSED.items()
+        if torch.allclose(computed, function(values), rtol=1e-5, atol=1e-6)
+    )
+    return next(same, None)
 
 
 @torch.no_grad()
 def prepack(model: Model) -> int:
-    """Exchange the linear layers of a model that is on a CPU and in bfloat16; returns how many.
+    """Exchange the linear layers of a model that is on a CPU and in bfloat16; returns how many were exchanged.
 
     Layer by layer, so that the weights are never in memory twice, and each at once wherever it is: should memory end on
     the way, the model runs as it is then, and whoever shares its network or loads it again has a whole one.
     """
-    places: dict[nn.Linear, list[tuple[nn.Module, str]]] = {}
-    for parent, name, child in places_within(model.modules):
-        if type(child) is nn.Linear and _can_be(child):
-            places.setdefault(child, []).append((parent, name))
-    count = len(places)
-    while places:
-        linear, where = places.popitem()
-        exchanged = PrepackedLinear(linear).eval()
-        for parent, name in where:
-            setattr(parent, name, exchanged)
-    for parent, name, child in places_within(model.modules):
-        if (fused := _fused(child)) is not None:
-            setattr(parent, name, fused.eval())
+    count = 0
+    for module in _found(model, lambda module: _names_of_gated(module) is not None):
+        if (gated := _gated(module)) is not None:
+            replace_modules(model.modules, {module: gated.eval()})
+            count += 1
+    for module in _found(model, lambda module: type(module) is nn.Linear and _can_be(module)):
+        replace_modules(model.modules, {module: PrepackedLinear(cast(nn.Linear, module)).eval()})
+        count += 1
+    for module in _found(model, lambda module: True):
+        if (fused := _fused(module)) is not None:
+            replace_modules(model.modules, {module: fused.eval()})
     return count
+
+
+def _found(model: Model, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """The modules below a model's that are wanted, each once. One that has been exchanged is not held any longer."""
+    found = list(dict.fromkeys(child for _, _, child in places_within(model.modules) if wanted(child)))
+    while found:
+        yield found.pop()
 
 
 def prepacked(linear: nn.Linear) -> nn.Module:
@@ -152,7 +334,7 @@ def _is_right(following: str = "none") -> bool:
     """Whether this machine and this torch have the operation with what follows the product, found out by trying.
 
     Args:
-        following: one of FUSED, "add" or "none".
+        following: one of FUSED, "add", "mul" or "none".
     """
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias, other = (
@@ -161,12 +343,15 @@ def _is_right(following: str = "none") -> bool:
     linear = nn.Linear(64, 48, device="meta")
     linear.weight, linear.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
     product = F.linear(hidden.float(), weight.float(), bias.float())
-    wanted = product + other if following == "add" else FUSED.get(following, torch.positive)(product)
+    if following in BINARY:
+        wanted = BINARY[following][1](product, other)
+    else:
+        wanted = FUSED[following][2](product) if following in FUSED else product
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         packed = PrepackedLinear(linear)
-        out = packed.plus(hidden, other) if following == "add" else packed.then(following, hidden)
+        out = BINARY[following][0](packed, hidden, other) if following in BINARY else packed.then(following, hidden)
         if (out.float() - wanted).norm() <= MOST_OFF * wanted.norm():
             return True
         reason = "it gives other numbers"
