@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -34,12 +36,21 @@ def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return torch.softmax(query @ key.transpose(1, 2) / WIDTH**0.5 + bias, dim=-1) @ value
 
 
+LENGTHS = [(1,), (2, 2, 5, 9), (70, 3, 70), (47, 47, 15, 303), (600, 33), (1300,)]
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize("most_bytes", [family.TABLE_BYTES, 1])
-@pytest.mark.parametrize("lengths", [(1,), (2, 2, 5, 9), (70, 3, 70), (600, 33), (1300,)], ids=str)
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_packed_rows_equal_each_row_alone(
-    lengths: tuple[int, ...], most_bytes: int, monkeypatch: pytest.MonkeyPatch
+    lengths: tuple[int, ...],
+    most_bytes: int,
+    capability: str,
+    on_cpu_with: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows of one block and of several; the table as large as it may be, and as small."""
+    on_cpu_with(capability)
     monkeypatch.setattr(family, "TABLE_BYTES", most_bytes)
     table = bias_table(of_distances, max(lengths), CPU)
     packed = packed_rows(*lengths)
@@ -49,6 +60,53 @@ def test_packed_rows_equal_each_row_alone(
     for start, length in zip(packed.cu_seqlens.tolist(), packed.lengths.tolist(), strict=False):
         row = slice(start, start + length)
         alone = written_out(query[0, :, row], key[0, :, row], value[0, :, row])
+        torch.testing.assert_close(out[row].transpose(0, 1), alone, atol=1e-5, rtol=1e-5)
+
+
+BUCKETS = 24
+
+
+def bucket_of_distances(distances: Tensor) -> Tensor:
+    """Near ones have buckets of their own, far ones share one on either side."""
+    return (distances + BUCKETS // 2).clamp(0, BUCKETS - 1)[None]
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("most_bytes", [family.TABLE_BYTES, 1])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_products_with_distances_equal_those_of_each_pair(
+    lengths: tuple[int, ...],
+    most_bytes: int,
+    capability: str,
+    on_cpu_with: Callable[[str], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of queries with keys of distances, and of keys with queries of distances, as DeBERTa has them."""
+    on_cpu_with(capability)
+    monkeypatch.setattr(family, "TABLE_BYTES", most_bytes)
+    table = bias_table(bucket_of_distances, max(lengths), CPU)
+    packed = packed_rows(*lengths)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, HEADS, packed.input_ids.shape[1], WIDTH, generator=generator) for _ in range(3))
+    keys, queries = (0.3 * torch.randn(BUCKETS, HEADS, WIDTH, generator=generator) for _ in range(2))
+    [out], _ = packed_attention(
+        nn.Identity(),
+        query,
+        key,
+        value,
+        None,
+        packed_batch=packed,
+        position_bias=table,
+        position_projections=(keys, queries),
+    )
+    for start, length in zip(packed.cu_seqlens.tolist(), packed.lengths.tolist(), strict=False):
+        row = slice(start, start + length)
+        q, k, v = (each[0, :, row] for each in (query, key, value))
+        index = torch.arange(length)
+        buckets = bucket_of_distances(index[None] - index[:, None])[0]
+        of_queries = torch.einsum("hid,ijhd->hij", q, keys[buckets])
+        of_keys = torch.einsum("hjd,ijhd->hij", k, queries[buckets])
+        alone = torch.softmax(q @ k.mT / WIDTH**0.5 + of_queries + of_keys, dim=-1) @ v
         torch.testing.assert_close(out[row].transpose(0, 1), alone, atol=1e-5, rtol=1e-5)
 
 

@@ -73,7 +73,7 @@ class BiasedLayer(nn.Module):
             packed_batch=packed_batch,  # type: ignore[arg-type]  # None while it is compiled
             scaling=self.scaling,
             position_bias=self.distances.table,
-            position_scores=self.position_scores(query, key),
+            position_projections=self.position_projections,
         )
         hidden = self.norm(self.dense(attended.flatten(2)) + hidden_states)
         if self.again_norm is not None:
@@ -81,8 +81,9 @@ class BiasedLayer(nn.Module):
         out: Tensor = self.output(self.intermediate(hidden), hidden)
         return out
 
-    def position_scores(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
-        """What attention adds beside the table; see `packed_attention`."""
+    @property
+    def position_projections(self) -> tuple[Tensor, Tensor] | None:
+        """Of whose products attention adds those that the table names; see `packed_attention`."""
         return None
 
 
@@ -90,7 +91,7 @@ class DisentangledLayer(BiasedLayer):
     """With keys and queries of distances, which are those of the layer's own projections."""
 
     position_keys: Tensor
-    """(heads, head_dim, buckets), scaled as scores are."""
+    """(buckets, heads, head_dim), scaled as scores are."""
     position_queries: Tensor
     """The same."""
 
@@ -101,12 +102,13 @@ class DisentangledLayer(BiasedLayer):
         super().__init__(layer, projections, output.dense, output.LayerNorm, attention.num_attention_heads, table)
         self.scaling = (3 * attention.attention_head_size) ** -0.5
         for name, projection in (("position_queries", projections[0]), ("position_keys", projections[1])):
-            projected = projection(of_distances).unflatten(-1, (self.heads, -1)).permute(1, 2, 0)
+            projected = projection(of_distances).unflatten(-1, (self.heads, -1))
             self.register_buffer(name, (self.scaling * projected).contiguous(), persistent=False)
 
-    def position_scores(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor] | None:
-        """(1, heads, T, buckets) of the queries and of the keys."""
-        return query @ self.position_keys, key @ self.position_queries
+    @property
+    def position_projections(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and queries of the buckets of distances."""
+        return self.position_keys, self.position_queries
 
 
 class BiasedEncoder(nn.Module):

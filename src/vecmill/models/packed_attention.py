@@ -47,6 +47,8 @@ BLOCK_QUERIES, LEAST_BLOCK_QUERIES = 512, 128
 
 # Padding the keys of longer rows, which see all of them, gains nothing: masking takes as long as what is left over.
 MASKED_UP_TO = 1024
+# Nor those of longer rows with a bias, which is masked in a copy.
+BIASED_UP_TO = 512
 
 Window = tuple[int, int]
 """How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
@@ -78,7 +80,7 @@ def packed_attention(
     is_causal: bool | None = None,
     sliding_window: int | None = None,
     position_bias: Tensor | None = None,
-    position_scores: tuple[Tensor, Tensor] | None = None,
+    position_projections: tuple[Tensor, Tensor] | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention within each packed row and the prefix it follows. Returns (1, T, heads, head_dim), and no weights.
@@ -89,11 +91,12 @@ def packed_attention(
         sliding_window: as transformers' layers say it, so many keys up to the query's own, and as many from there on
             where attention is not causal; None: all.
         position_bias: added to the scores, a table as `bias_table` makes it. Not with a prefix or a window.
-        position_scores: (1, heads, T, buckets) of the queries and of the keys. `position_bias` is then (1, rows, C) and
-            names the bucket of each distance; the query's and the key's own scores of it are added.
+        position_projections: (buckets, heads, head_dim) keys and queries, scaled. `position_bias` is then (1, rows, C)
+            and names the bucket of each distance; the products of the query with its key, and of the key with its
+            query, are added.
     """
     causal = bool(getattr(module, "is_causal", False)) if is_causal is None else is_causal
-    position = [] if position_bias is None else [position_bias, *(position_scores or ())]
+    position = [] if position_bias is None else [position_bias, *(position_projections or ())]
     if torch.compiler.is_compiling():
         return _operation(query, key, value, scaling, causal, sliding_window, position), None
     call = LayerCall(getattr(module, "layer_idx", None), packed_batch)
@@ -145,15 +148,15 @@ def _attend(
         assert packed.shape is None
         assert packed.keys is None
         assert sliding_window is None
-        return _one_row(_biased(query, key, value, group, scaling, position) for group in packed.groups)
+        return _biased(query, key, value, packed, scaling, position)
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
     key, value = _with_prefixes(call.layer, key, value, packed)
     if packed.attention is Attention.FLASH:
         return _flash(query, key, value, packed, scaling, window)
     padded = None
-    if packed.padded_keys is not None and any(_gains(group, window) for group in packed.groups):
-        padded = _of_tokens(key, packed.padded_keys), _of_tokens(value, packed.padded_keys)
+    if any(_gains(group, window) for group in packed.groups):
+        padded = _padded(packed, key, value)
     parts = []
     for group in packed.groups:
         if padded is not None and _gains(group, window):
@@ -277,36 +280,100 @@ def _of_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.transpose(1, 2).index_select(1, index).transpose(1, 2)
 
 
+def _padded(packed: PackedBatch, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
+    """(1, kv_heads, P, head_dim) each; None where no group's keys are padded."""
+    if packed.padded_keys is None:
+        return None
+    return _of_tokens(key, packed.padded_keys), _of_tokens(value, packed.padded_keys)
+
+
 def _biased(
-    query: Tensor, key: Tensor, value: Tensor, group: EqualLengths, scaling: float | None, position: Sequence[Tensor]
+    query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float | None, position: Sequence[Tensor]
 ) -> Tensor:
-    """(rows, heads, length, head_dim)"""
-    q, k, v = _rows(query, group), _rows(key, group), _rows(value, group)
-    table, *scores = position
-    of_rows = [_rows(each, group) for each in scores]
+    """(1, T, heads, head_dim)"""
+    table, *projections = position
     _, step, columns = table.shape
+    products = None
+    if projections:
+        keys_of, queries_of = projections
+        products = DistanceProducts(table, keys_of, queries_of, max(group.length for group in packed.groups))
+    padded = _padded(packed, key, value)
     parts = []
-    for start in range(0, group.length, step):
-        queries = slice(start, min(start + step, group.length))
-        first = columns // 2 - start
-        # With four dimensions: of three a CPU's kernel makes all scores first, and takes twice as long.
-        bias = table[None, :, : queries.stop - start, first : first + group.length]
-        if of_rows:
-            bias = _of_buckets(bias[0], of_rows, queries)
-        parts.append(F.scaled_dot_product_attention(q[:, :, queries], k, v, attn_mask=bias, scale=scaling))
-    return torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
+    for group in packed.groups:
+        q, k, v = (_rows(each, group) for each in (query, key, value))
+        keys, keys_and_padding, values = k, group.length, v
+        if padded is not None and group.padded is not None and group.length <= BIASED_UP_TO:
+            keys_and_padding = group.padded[1]
+            keys, values = (_padded_rows(each, group) for each in padded)
+        blocks = []
+        for start in range(0, group.length, step):
+            queries = slice(start, min(start + step, group.length))
+            if products is not None:
+                bias = products.of(q[:, :, queries], k, start, keys_and_padding)
+            else:
+                first = columns // 2 - start
+                # With four dimensions: of three a CPU's kernel makes all scores first, and takes twice as long.
+                bias = table[None, :, : queries.stop - start, first : first + group.length]
+                if keys_and_padding > group.length:
+                    bias = _masked(packed, bias, keys_and_padding)
+            blocks.append(F.scaled_dot_product_attention(q[:, :, queries], keys, values, attn_mask=bias, scale=scaling))
+        parts.append(torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0])
+    return _one_row(parts)
 
 
-def _of_buckets(buckets: Tensor, scores: Sequence[Tensor], queries: slice) -> Tensor:
-    """Each pair's bucket (1, queries, keys) to what query and key score for it: (rows, heads, queries, keys).
+def _masked(packed: PackedBatch, bias: Tensor, keys: int) -> Tensor:
+    """(1, heads, queries, keys of the row) of the table -> (1, heads, queries, `keys`), none seen after the row's.
 
-    `scores`: (rows, heads, length, buckets) of the queries and of the keys.
+    Kept in the batch: the table is the same in all layers.
     """
-    of_queries, of_keys = scores
-    rows, heads = of_keys.shape[:2]
-    by_query = buckets[None].expand(rows, heads, -1, -1)
-    by_key = buckets.mT[None].expand(rows, heads, -1, -1)
-    return of_queries[:, :, queries].gather(-1, by_query) + of_keys.gather(-1, by_key).mT
+    known = (*bias.shape, bias.storage_offset(), keys)
+    if known not in packed.masks:
+        packed.masks[known] = F.pad(bias, (0, keys - bias.shape[-1]), value=-torch.inf)
+    return packed.masks[known]
+
+
+class DistanceProducts:
+    """What queries score with the keys of distances, and keys with the queries of distances, in one layer.
+
+    A product has a column for each distance. Read with rows that are one value shorter, it has a column for each key:
+    nothing is looked up for single pairs.
+    """
+
+    def __init__(self, table: Tensor, keys: Tensor, queries: Tensor, longest: int) -> None:
+        """`longest`: tokens of the longest row; the others as `packed_attention` takes them."""
+        center = table.shape[2] // 2
+        buckets = table[0, 0, center - longest + 1 : center + longest]  # of the distances 1 - longest to longest - 1
+        self._longest = longest
+        self._keys = keys.index_select(0, buckets)
+        self._queries = queries.index_select(0, buckets.flip(0))
+
+    def of(self, query: Tensor, key: Tensor, start: int, columns: int) -> Tensor:
+        """What is added to the scores: (rows, heads, queries, columns), -inf in columns after the last key.
+
+        Args:
+            query: (rows, heads, queries, head_dim), of which the first is the row's query `start`.
+            key: (rows, heads, length, head_dim), all of the row's.
+        """
+        rows, heads, count, _ = query.shape
+        length = key.shape[2]
+        distances = count + length - 1
+        first = self._longest - start - count
+        by_query = _products(query, self._keys[first : first + distances])
+        first = self._longest - length + start
+        by_key = _products(key, self._queries[first : first + distances])
+        size = (rows, heads, count, length)
+        of_query = by_query.as_strided(size, (count * distances, rows * count * distances, distances - 1, 1), count - 1)
+        of_key = by_key.as_strided(size, (length * distances, rows * length * distances, 1, distances - 1), length - 1)
+        if columns == length:
+            return of_query + of_key
+        bias = query.new_full((rows, heads, count, columns), -torch.inf)
+        torch.add(of_query, of_key, out=bias[..., :length])
+        return bias
+
+
+def _products(tokens: Tensor, distances: Tensor) -> Tensor:
+    """(rows, heads, length, head_dim) and (distances, heads, head_dim) -> (heads, rows * length, distances)."""
+    return torch.bmm(tokens.transpose(0, 1).flatten(1, 2), distances.permute(1, 2, 0))
 
 
 def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device: torch.device) -> Tensor:
@@ -343,9 +410,11 @@ def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Windo
         seen = torch.ones(shape, dtype=torch.bool, device=query.device)
         seen = seen.tril(first + right) if right >= 0 else seen
         seen = seen.triu(first - left) if left >= 0 else seen
-        seen[:, keys:] = False
+        if keys < shape[1]:
+            seen[:, keys:] = False
         # SDPA would make the same of a mask of booleans, at every call.
-        packed.masks[known] = torch.zeros(shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, -torch.inf)
+        unseen = torch.full(shape, -torch.inf, dtype=query.dtype, device=query.device)
+        packed.masks[known] = unseen.masked_fill_(seen, 0.0)
     return packed.masks[known]
 
 
