@@ -41,8 +41,8 @@ def _varlen() -> Callable[..., Any]:
 
 
 # Where some scores are masked the queries of a row are taken in blocks of so many: a block has the keys that its
-# queries see, and its mask does not grow with the row. In a narrow window a CPU takes fewer, twice as many as a query
-# sees before it: keys that only few queries of a block see cost more than another call.
+# queries see. In a narrow window a CPU takes fewer, twice as many as a query sees before it: keys that only few queries
+# of a block see cost more than another call.
 BLOCK_QUERIES, LEAST_BLOCK_QUERIES = 512, 128
 
 # Padding the keys of longer rows, which see all of them, gains nothing: masking takes as long as what is left over.
@@ -168,7 +168,7 @@ def _attend(
 
 
 def _gains(group: EqualLengths, window: Window) -> bool:
-    """Whether a group's padded keys are used."""
+    """Whether a group's padded keys are used: masking the padding of a long row would cost more than it gains."""
     return group.padded is not None and (
         _narrowest(window, group.length) != EVERYTHING or group.padded[1] <= MASKED_UP_TO
     )
@@ -257,9 +257,9 @@ def _sdpa(
         return attend(query, key, value, is_causal=True)  # padding comes after every query
     if window == EVERYTHING and padded == keys:
         return attend(query, key, value)
-    on_cpu = query.device.type == "cpu"
     if window == EVERYTHING:
         return attend(query, key, value, attn_mask=_mask(packed, (1, padded), 0, window, keys, query))
+    on_cpu = query.device.type == "cpu"
     step = max(LEAST_BLOCK_QUERIES, min(2 * left, BLOCK_QUERIES)) if on_cpu and left >= 0 else BLOCK_QUERIES
     parts = []
     for start in range(0, group.length, step):
@@ -400,22 +400,52 @@ def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device:
 def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Window, keys: int, query: Tensor) -> Tensor:
     """(queries, keys) of the query's type, which is added to the scores: 0 where a query sees a key, -inf elsewhere.
 
-    Kept in the batch: the next layers use the same mask. `first` is the index of the key that belongs to the first
-    query; from `keys` on they are padding.
+    Kept in the batch for the next layers. SDPA would make the same of a mask of booleans, at every call.
+
+    Args:
+        first: the key that belongs to the first query.
+        keys: from this one on they are padding.
     """
-    keys = min(keys, shape[1])
-    known = (*shape, first, *window, keys)
-    if known not in packed.masks:
-        left, right = window
-        seen = torch.ones(shape, dtype=torch.bool, device=query.device)
-        seen = seen.tril(first + right) if right >= 0 else seen
-        seen = seen.triu(first - left) if left >= 0 else seen
-        if keys < shape[1]:
-            seen[:, keys:] = False
-        # SDPA would make the same of a mask of booleans, at every call.
-        unseen = torch.full(shape, -torch.inf, dtype=query.dtype, device=query.device)
-        packed.masks[known] = unseen.masked_fill_(seen, 0.0)
-    return packed.masks[known]
+    queries, columns = shape
+    padding = keys < columns and window[1] != 0  # what comes later is not seen anyway
+    known = (shape, first, window, keys if padding else columns, query.dtype)
+    if known in packed.masks:
+        return packed.masks[known]
+    if query.device.type != "cpu":  # CUDA's kernels want a mask that is aligned, so none is a part of another
+        packed.masks[known] = _seen(queries, first, columns - first, window, query)
+        return packed.masks[known]
+    band, before = _band(packed, (queries, first, columns - first), window, query)
+    mask = band[:queries, before - first : before - first + columns]
+    if padding:
+        mask = packed.masks[known] = mask.clone()
+        mask[:, keys:] = -torch.inf
+    return mask
+
+
+def _band(packed: PackedBatch, least: tuple[int, int, int], window: Window, query: Tensor) -> tuple[Tensor, int]:
+    """The mask of which all blocks of a window have a part, since distance alone decides whether a query sees a key.
+
+    With the column of the first query's own key. `least`: rows, columns before that one, and columns from there on.
+    """
+    found = packed.bands.get((window, query.dtype))
+    have = (0, 0, 0) if found is None else (len(found[0]), found[1], found[0].shape[1] - found[1])
+    if found is None or any(size > known for size, known in zip(least, have, strict=True)):
+        # Powers of two, so that it does not grow with each group: they are in the order of their lengths.
+        rows, before, after = (
+            1 << (max(size, known, 1) - 1).bit_length() for size, known in zip(least, have, strict=True)
+        )
+        found = packed.bands[window, query.dtype] = _seen(rows, before, after, window, query), before
+    return found
+
+
+def _seen(rows: int, before: int, after: int, window: Window, query: Tensor) -> Tensor:
+    """(rows, before + after), 0 where a query sees a key; the first one's own is in column `before`."""
+    left, right = window
+    seen = torch.ones(rows, before + after, dtype=torch.bool, device=query.device)
+    seen = seen.tril(before + right) if right >= 0 else seen
+    seen = seen.triu(before - left) if left >= 0 else seen
+    unseen = torch.full(seen.shape, -torch.inf, dtype=query.dtype, device=query.device)
+    return unseen.masked_fill_(seen, 0.0)
 
 
 def _rows(tensor: Tensor, group: EqualLengths) -> Tensor:

@@ -5,7 +5,7 @@ Keys and values of a prefix are kept as long as rows of its request wait: they a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -167,8 +167,10 @@ class PackedBatch:
     """`order[i]` is the caller's index of packed row i."""
     shape: PackShape | None
     attention: Attention
-    masks: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
+    masks: dict[Hashable, Tensor] = field(default_factory=dict)
     """For SDPA: filled by the first layer that needs one, read by the others."""
+    bands: dict[Hashable, tuple[Tensor, int]] = field(default_factory=dict)
+    """What masks are parts of, with the column of the first query's own key."""
 
 
 @dataclass(slots=True)  # not frozen: that makes one take three times as long, and there is one for each row

@@ -15,9 +15,9 @@ missing, or compute something else than torch's layer on a trial, layers stay as
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vecmill.core.errors import first_line, is_out_of_memory
 from vecmill.models.merged_projections import rotated
-from vecmill.models.networks import Model, places_within, replace_modules
+from vecmill.models.networks import Model, places_within
 from vecmill.models.packed_attention import packed_attention
 
 logger = logging.getLogger(__name__)
@@ -127,30 +127,27 @@ class FusedGatedMLP(nn.Module):
         return self.up.times(hidden_states, self.gate.then(self.activation, hidden_states))
 
 
-class FusedModernBertLayer(nn.Module):
-    """transformers' `ModernBertEncoderLayer`: queries and keys are rotated together, in bfloat16."""
+class FusedModernBertAttention(nn.Module):
+    """transformers' `ModernBertAttention`: queries and keys are rotated together, in bfloat16."""
 
-    def __init__(self, layer: Any, mlp: FusedGatedMLP) -> None:
-        """Take over what `layer` is made of."""
+    def __init__(self, attention: Any) -> None:
+        """Take over what `attention` is made of."""
         super().__init__()
-        attention = layer.attn
         self.layer_idx: int = attention.layer_idx
         self.is_causal: bool = attention.is_causal
         self.head_dim: int = attention.head_dim
         self.sliding_window: int | None = attention.sliding_window
-        self.attention_type: str = layer.attention_type
-        self.attn_norm, self.Wqkv, self.Wo = layer.attn_norm, attention.Wqkv, attention.Wo
-        self.mlp_norm, self.mlp = layer.mlp_norm, mlp
+        self.Wqkv, self.Wo = attention.Wqkv, attention.Wo
 
     def forward(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
         position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        """(1, T, width) -> (1, T, width); called as the module that it stands for."""
-        projected = self.Wqkv(self.attn_norm(hidden_states)).unflatten(-1, (3, -1, self.head_dim))
+    ) -> tuple[Tensor, None]:
+        """(1, T, width) -> (1, T, width), and no weights; called as the module that it stands for."""
+        projected = self.Wqkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
         heads = projected[:, :, :2].flatten(2, 3).transpose(1, 2)  # of queries, then of keys
         query, key = rotated(heads, *position_embeddings).chunk(2, dim=1)
         attended, _ = packed_attention(
@@ -163,19 +160,16 @@ class FusedModernBertLayer(nn.Module):
             sliding_window=self.sliding_window,
             **kwargs,
         )
-        hidden = self.Wo.plus(attended.flatten(2), hidden_states)
-        out: Tensor = self.mlp.down.plus(self.mlp.inner(self.mlp_norm(hidden)), hidden)  # type: ignore[operator]
-        return out
+        return self.Wo(attended.flatten(2)), None
 
 
 class FusedRMSNorm(nn.Module):
-    """Root mean square norm in bfloat16, with sums of float32."""
+    """Root mean square norm in bfloat16, with sums and the scale in float32. Rounded as transformers' own."""
 
-    def __init__(self, weight: Tensor, epsilon: float, *, added_to_one: bool) -> None:
-        """`added_to_one`: the values are multiplied with 1 + `weight`, as Gemma's."""
+    def __init__(self, weight: Tensor, epsilon: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.epsilon, self.added_to_one = epsilon, added_to_one
+        self.epsilon = epsilon
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., width) -> (..., width)"""
@@ -185,57 +179,46 @@ class FusedRMSNorm(nn.Module):
         # it is rounded once.
         high = scale.bfloat16()
         low = (scale - high).bfloat16()
-        normed = torch.addcmul(hidden_states * low, hidden_states, high)
-        return normed.addcmul_(normed, self.weight) if self.added_to_one else normed.mul_(self.weight)
+        return torch.addcmul(hidden_states * low, hidden_states, high).mul_(self.weight)
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """The norm in place of an RMS norm of transformers, whose classes differ in names; None if it computes another."""
-    weight = getattr(module, "weight", None)
-    epsilon = next((value for name in ("variance_epsilon", "eps") if (value := getattr(module, name, None))), None)
+    """The norm in place of an RMS norm of transformers, whose classes differ in names; None if it computes another.
+
+    Gemma's multiplies with 1 + weight before it rounds, which takes as many steps as it does.
+    """
+    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.dtype is not torch.bfloat16 or not isinstance(epsilon, float):
         return None
     sample = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)).bfloat16()
-    wanted = module(sample).float()
-    for added_to_one in (False, True):
-        fused = FusedRMSNorm(weight, epsilon, added_to_one=added_to_one)
-        if (fused(sample).float() - wanted).norm() <= MOST_OFF * wanted.norm():
-            return fused
-    return None
+    fused = FusedRMSNorm(weight, epsilon)
+    return fused if torch.allclose(fused(sample), module(sample), rtol=MOST_OFF, atol=0) else None
 
 
 def _fused(module: nn.Module) -> nn.Module | None:
-    """The fused module in place of one with prepacked linear layers; None for any other module.
+    """The fused module in place of one whose linear layers are prepacked, or of a norm; None for any other module.
 
-    The modules are recognized by the names of their children, which all classes that transformers derives from BERT's
-    share.
+    Modules are recognized by the names of their children, which all classes that transformers derives from BERT's
+    share, and norms by the end of their class's name.
     """
-    if type(module).__name__ == "ModernBertEncoderLayer":
-        return _fused_modernbert(module)
     if type(module).__name__.endswith("RMSNorm"):
         return _fused_norm(module)
-    parts = dict(module.named_children())
-    dropout = parts.pop("dropout", None)
-    if parts.keys() == {"lin1", "lin2", "activation"} and isinstance(parts["lin1"], PrepackedLinear):  # DistilBERT's
+    idle = nn.Dropout | nn.Identity
+    parts = {name: child for name, child in module.named_children() if not isinstance(child, idle)}
+    linears = [child for child in parts.values() if isinstance(child, PrepackedLinear)]
+    if parts.keys() == {"Wqkv", "Wo"} and len(linears) == 2:  # ModernBERT's
+        return FusedModernBertAttention(module)
+    if parts.keys() == {"lin1", "lin2", "activation"} and len(linears) == 2:  # DistilBERT's
         activation = _activation(parts["activation"])
-        fits = activation is not None and _is_right(activation)
-        return nn.Sequential(FusedIntermediate(parts["lin1"], str(activation)), parts["lin2"]) if fits else None
-    dense = parts.get("dense")
-    if not isinstance(dense, PrepackedLinear) or isinstance(module, FusedIntermediate | FusedOutput):
+        return nn.Sequential(FusedIntermediate(linears[0], activation), linears[1]) if activation else None
+    if isinstance(module, FusedIntermediate | FusedOutput) or len(linears) != 1:
         return None
-    if parts.keys() == {"dense", "intermediate_act_fn"} and dropout is None:
+    if parts.keys() == {"dense", "intermediate_act_fn"}:
         activation = _activation(parts["intermediate_act_fn"])
-        return FusedIntermediate(dense, activation) if activation and _is_right(activation) else None
+        return FusedIntermediate(linears[0], activation) if activation else None
     if parts.keys() == {"dense", "LayerNorm"} and _is_right("add"):
-        return FusedOutput(dense, parts["LayerNorm"])
+        return FusedOutput(linears[0], parts["LayerNorm"])
     return None
-
-
-def _fused_modernbert(layer: Any) -> FusedModernBertLayer | None:
-    if not isinstance(layer.mlp, FusedGatedMLP) or not _is_right("add"):
-        return None
-    linears = (layer.attn.Wqkv, layer.attn.Wo, layer.mlp.down)
-    return FusedModernBertLayer(layer, layer.mlp) if all(type(each) is PrepackedLinear for each in linears) else None
 
 
 # What gated feed-forward layers call the product of gate and input in one, the last product, and the gate's activation:
@@ -256,7 +239,7 @@ def _gated(module: nn.Module) -> FusedGatedMLP | None:
     if type(wide) is not nn.Linear or not _can_be(wide):
         return None
     activation = _activation(act)
-    if activation is None or not (_is_right(activation) and _is_right("mul")):
+    if activation is None or not _is_right("mul"):
         return None
     gate, up = (PrepackedLinear(half) for half in _halves(wide))
     return FusedGatedMLP(gate, up, down, activation)
@@ -275,49 +258,55 @@ def _halves(linear: nn.Linear) -> list[nn.Linear]:
 
 
 def _activation(computes: Callable[[Tensor], Tensor]) -> str | None:
-    """What FUSED calls a function, or that which a module computes, if it is among them: found out by trying.
+    """What FUSED calls a function, or that which a module computes, if it can be used here: found out by trying.
 
     transformers has a class for nearly every name of a function, and several names for some.
     """
     values = torch.linspace(-20, 20, 801)
     try:
         computed = computes(values)
+        same = (
+            name
+            for name, (_, _, function) in FUSED.items()
+            if torch.allclose(computed, function(values), rtol=1e-5, atol=1e-6)
+        )
+        found = next(same, None)
     except Exception:
         return None
-    same = (
-        name
-        for name, (_, _, function) in FUSED.items()
-        if torch.allclose(computed, function(values), rtol=1e-5, atol=1e-6)
-    )
-    return next(same, None)
+    return found if found is not None and _is_right(found) else None
 
 
 @torch.no_grad()
 def prepack(model: Model) -> int:
-    """Exchange the linear layers of a model that is on a CPU and in bfloat16; returns how many were exchanged.
+    """Exchange the linear layers of a model that is on a CPU and in bfloat16, and what can be computed with them.
 
     Layer by layer, so that the weights are never in memory twice, and each at once wherever it is: should memory end on
-    the way, the model runs as it is then, and whoever shares its network or loads it again has a whole one.
+    the way, the model runs as it is then, and whoever shares its network or loads it again has a whole one. The model's
+    `layers` stay: only what is within them is exchanged.
+
+    Returns:
+        How many of torch's linear layers are gone.
     """
+    gone = _exchange(model, _gated)
+    gone += _exchange(model, lambda module: prepacked(module) if type(module) is nn.Linear else None)
+    _exchange(model, _fused)
+    return gone
+
+
+def _exchange(model: Model, make: Callable[[nn.Module], nn.Module | None]) -> int:
+    """Exchange each module below a model's for what is made of it, where that is another; returns how many were."""
+    places: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+    for parent, name, child in places_within(model.modules):
+        places.setdefault(child, []).append((parent, name))
     count = 0
-    for module in _found(model, lambda module: _names_of_gated(module) is not None):
-        if (gated := _gated(module)) is not None:
-            replace_modules(model.modules, {module: gated.eval()})
+    while places:  # from the end, where the children are: what has been exchanged is not held any longer
+        module, where = places.popitem()
+        made = make(module)
+        if made is not None and made is not module:
             count += 1
-    for module in _found(model, lambda module: type(module) is nn.Linear and _can_be(module)):
-        replace_modules(model.modules, {module: PrepackedLinear(cast(nn.Linear, module)).eval()})
-        count += 1
-    for module in _found(model, lambda module: True):
-        if (fused := _fused(module)) is not None:
-            replace_modules(model.modules, {module: fused.eval()})
+            for parent, name in where:
+                setattr(parent, name, made.eval())
     return count
-
-
-def _found(model: Model, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """The modules below a model's that are wanted, each once. One that has been exchanged is not held any longer."""
-    found = list(dict.fromkeys(child for _, _, child in places_within(model.modules) if wanted(child)))
-    while found:
-        yield found.pop()
 
 
 def prepacked(linear: nn.Linear) -> nn.Module:
