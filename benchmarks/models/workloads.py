@@ -128,18 +128,19 @@ def computed_tokens(rows: Sequence[Row]) -> int:
 
 
 def attended(rows: Sequence[Row], *, causal: bool, window: int | None = None) -> int:
-    """The number of pairs of a token and a token that it attends to: with a `window` so many up to its own at most, and
-    as many from there on where attention is not causal.
+    """The number of pairs of a token and a token that it attends to.
+
+    `window`: how many tokens up to its own it attends to at most, and from there on where attention is not causal.
     """
     if not causal:
-        return sum(2 * _seen(len(row), window) - len(row) for row in rows)
+        return sum(2 * _pairs(len(row), window) - len(row) for row in rows)
     spans = [(len(row), len(row.prefix) if row.prefix else 0) for row in rows]
     spans += [(len(prefix), 0) for prefix in _prefixes(rows)]
-    return sum(_seen(whole, window) - _seen(before, window) for whole, before in spans)
+    return sum(_pairs(whole, window) - _pairs(before, window) for whole, before in spans)
 
 
-def _seen(tokens: int, window: int | None) -> int:
-    """How many tokens up to its own each of so many sees, added up."""
+def _pairs(tokens: int, window: int | None) -> int:
+    """How many pairs there are if each token attends to `window` tokens at most: itself and those before it."""
     within = tokens if window is None else min(window, tokens)
     return within * (within + 1) // 2 + (tokens - within) * within
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,39 +29,47 @@ def of_distances(distances: Tensor) -> Tensor:
     return torch.where(distances < 0, slopes * distances, torch.sin(slopes * distances))
 
 
-def written_out(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """(heads, T, width) of one row."""
-    index = torch.arange(query.shape[1])
-    distances = (index[None] - index[:, None]).flatten()
-    bias = of_distances(distances).view(HEADS, len(index), len(index))
-    return torch.softmax(query @ key.transpose(1, 2) / WIDTH**0.5 + bias, dim=-1) @ value
-
-
 LENGTHS = [(1,), (2, 2, 5, 9), (70, 3, 70), (47, 47, 15, 303), (600, 33), (1300,)]
+Scores = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From queries and keys of one row, (heads, T, width), and the distance of each pair, (T, T), to what is added."""
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("most_bytes", [family.TABLE_BYTES, 1])
-@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_packed_rows_equal_each_row_alone(
-    lengths: tuple[int, ...],
-    most_bytes: int,
-    capability: str,
-    on_cpu_with: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Rows of one block and of several; the table as large as it may be, and as small."""
-    on_cpu_with(capability)
-    monkeypatch.setattr(family, "TABLE_BYTES", most_bytes)
-    table = bias_table(of_distances, max(lengths), CPU)
+def assert_each_row_equals_itself_alone(lengths: tuple[int, ...], added: Scores, **position: Any) -> None:
+    """`position`: what packed attention is told of the position of tokens; `added`: the same, written out."""
     packed = packed_rows(*lengths)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, HEADS, packed.input_ids.shape[1], WIDTH, generator=generator) for _ in range(3))
-    [out], _ = packed_attention(nn.Identity(), query, key, value, None, packed_batch=packed, position_bias=table)
+    [out], _ = packed_attention(nn.Identity(), query, key, value, None, packed_batch=packed, **position)
     for start, length in zip(packed.cu_seqlens.tolist(), packed.lengths.tolist(), strict=False):
         row = slice(start, start + length)
-        alone = written_out(query[0, :, row], key[0, :, row], value[0, :, row])
+        q, k, v = (each[0, :, row] for each in (query, key, value))
+        index = torch.arange(length)
+        scores = q @ k.mT / WIDTH**0.5 + added(q, k, index[None] - index[:, None])
+        alone = torch.softmax(scores, dim=-1) @ v
         torch.testing.assert_close(out[row].transpose(0, 1), alone, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(params=[family.TABLE_BYTES, 1], ids=["large table", "small table"])
+def any_table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table as large as it may be, and as small."""
+    monkeypatch.setattr(family, "TABLE_BYTES", request.param)
+
+
+@pytest.fixture(params=["AVX2", "AVX512"])
+def any_cpu(request: pytest.FixtureRequest, on_cpu_with: Callable[[str], None]) -> None:
+    on_cpu_with(request.param)
+
+
+@pytest.mark.usefixtures("any_table", "any_cpu")
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_packed_rows_equal_each_row_alone(lengths: tuple[int, ...]) -> None:
+    """Rows of one block and of several."""
+
+    def added(query: Tensor, key: Tensor, distances: Tensor) -> Tensor:
+        return of_distances(distances.flatten()).view(HEADS, *distances.shape)
+
+    table = bias_table(of_distances, max(lengths), CPU)
+    assert_each_row_equals_itself_alone(lengths, added, position_bias=table)
 
 
 BUCKETS = 24
@@ -71,43 +80,20 @@ def bucket_of_distances(distances: Tensor) -> Tensor:
     return (distances + BUCKETS // 2).clamp(0, BUCKETS - 1)[None]
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
-@pytest.mark.parametrize("most_bytes", [family.TABLE_BYTES, 1])
+@pytest.mark.usefixtures("any_table", "any_cpu")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_products_with_distances_equal_those_of_each_pair(
-    lengths: tuple[int, ...],
-    most_bytes: int,
-    capability: str,
-    on_cpu_with: Callable[[str], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_products_with_distances_equal_those_of_each_pair(lengths: tuple[int, ...]) -> None:
     """Of queries with keys of distances, and of keys with queries of distances, as DeBERTa has them."""
-    on_cpu_with(capability)
-    monkeypatch.setattr(family, "TABLE_BYTES", most_bytes)
-    table = bias_table(bucket_of_distances, max(lengths), CPU)
-    packed = packed_rows(*lengths)
-    generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, HEADS, packed.input_ids.shape[1], WIDTH, generator=generator) for _ in range(3))
+    generator = torch.Generator().manual_seed(1)
     keys, queries = (0.3 * torch.randn(BUCKETS, HEADS, WIDTH, generator=generator) for _ in range(2))
-    [out], _ = packed_attention(
-        nn.Identity(),
-        query,
-        key,
-        value,
-        None,
-        packed_batch=packed,
-        position_bias=table,
-        position_projections=(keys, queries),
-    )
-    for start, length in zip(packed.cu_seqlens.tolist(), packed.lengths.tolist(), strict=False):
-        row = slice(start, start + length)
-        q, k, v = (each[0, :, row] for each in (query, key, value))
-        index = torch.arange(length)
-        buckets = bucket_of_distances(index[None] - index[:, None])[0]
-        of_queries = torch.einsum("hid,ijhd->hij", q, keys[buckets])
-        of_keys = torch.einsum("hjd,ijhd->hij", k, queries[buckets])
-        alone = torch.softmax(q @ k.mT / WIDTH**0.5 + of_queries + of_keys, dim=-1) @ v
-        torch.testing.assert_close(out[row].transpose(0, 1), alone, atol=1e-5, rtol=1e-5)
+
+    def added(query: Tensor, key: Tensor, distances: Tensor) -> Tensor:
+        [buckets] = bucket_of_distances(distances)
+        of_queries = torch.einsum("hid,ijhd->hij", query, keys[buckets])
+        return of_queries + torch.einsum("hjd,ijhd->hij", key, queries[buckets])
+
+    table = bias_table(bucket_of_distances, max(lengths), CPU)
+    assert_each_row_equals_itself_alone(lengths, added, position_bias=table, position_projections=(keys, queries))
 
 
 def test_the_table_is_bounded() -> None:

@@ -18,12 +18,12 @@ from tests.tiny_checkpoints import edit_json
 from vecmill.core.types import Row, Task
 from vecmill.engine.device import cpu_rates
 from vecmill.models import prepacked_linears
+from vecmill.models.merged_projections import MergedAttention
 from vecmill.models.networks import Model, tensors_of
 from vecmill.models.networks import load_model as load_network
 from vecmill.models.prepacked_linears import (
     FusedGatedMLP,
     FusedIntermediate,
-    FusedModernBertAttention,
     FusedOutput,
     FusedRMSNorm,
     PrepackedLinear,
@@ -31,9 +31,7 @@ from vecmill.models.prepacked_linears import (
 )
 from vecmill.models.weights import Target
 
-ROUND_LESS = (FusedGatedMLP, FusedIntermediate, FusedModernBertAttention, FusedOutput, FusedRMSNorm)
-# Of bfloat16 answers, which fused layers round otherwise; the same layers give the same bits.
-ROUNDING = 0.02
+ROUND_LESS = (FusedGatedMLP, FusedIntermediate, FusedOutput, FusedRMSNorm)
 
 QUICK = {"embed-qwen3", "rerank-modernbert", "embed-nomic_bert-mixture", "embed-jina_embeddings_v3", "embed-t5"}
 
@@ -82,11 +80,11 @@ def assert_as_exact(folder: Path, tiny: TinyModel, model: Model) -> None:
     random = np.random.default_rng(0)
     rows = [tiny.row(length, model.vocab_size, random) for length in range(1, 100)]
     wanted = run(exact, rows)
-    assert np.linalg.norm(run(model, rows) - wanted) <= 1.25 * np.linalg.norm(run(plain, rows) - wanted)
+    assert np.linalg.norm(run(model, rows) - wanted) <= 1.2 * np.linalg.norm(run(plain, rows) - wanted)
 
 
 @pytest.mark.parametrize(
-    ("hidden_act", "fused"), [("gelu", 2), ("relu", 2), ("gelu_new", 2), ("silu", 2), ("quick_gelu", 0)]
+    ("hidden_act", "fused"), [("gelu", 2), ("relu", 2), ("gelu_new", 2), ("silu", 2), ("quick_gelu", 0), ("tanh", 0)]
 )
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])  # of this package, and of transformers
 def test_what_follows_a_layer_is_computed_with_it_where_it_can_be(
@@ -105,7 +103,7 @@ def test_what_follows_a_layer_is_computed_with_it_where_it_can_be(
 @pytest.mark.parametrize(
     ("model_type", "kind", "count"),
     [
-        ("modernbert", FusedModernBertAttention, 5),
+        ("modernbert", MergedAttention, 5),
         ("modernbert", FusedGatedMLP, 5),
         ("distilbert", FusedIntermediate, 2),
         ("gte", FusedGatedMLP, 2),
@@ -172,11 +170,10 @@ def test_who_shares_a_network_has_its_layers_exchanged_too() -> None:
     target = Target(torch.bfloat16, CPU)
     first, second = load_network(checkpoint, target), load_network(checkpoint, target)
     rows = [Row(np.arange(1, 30, dtype=np.int32))]
-    before = run(second, rows)
     assert prepack(first) > 0
     assert linears(second, nn.Linear) == linears(first, nn.Linear)
     np.testing.assert_array_equal(run(second, rows), run(first, rows))
-    np.testing.assert_allclose(run(second, rows), before, rtol=0, atol=ROUNDING)
+    assert_as_exact(GOLDEN / "qwen3" / "embedding", tiny_model(Task.EMBED, "qwen3"), second)
 
 
 def refuse(*_: Any) -> Tensor:
@@ -247,9 +244,9 @@ def test_where_memory_ends_on_the_way_whoever_loads_the_network_again_has_all_of
     monkeypatch: pytest.MonkeyPatch, layers: int
 ) -> None:
     checkpoint, _ = load_model(GOLDEN / "qwen3" / "embedding")
-    target, rows = Target(torch.bfloat16, CPU), [Row(np.arange(1, 30, dtype=np.int32))]
+    target = Target(torch.bfloat16, CPU)
     model = load_network(checkpoint, target)
-    before, done = run(model, rows), list[Tensor]()
+    done = list[Tensor]()
     reorder = torch.ops.mkldnn._reorder_linear_weight
 
     def end(weight: Tensor, tokens: int) -> Tensor:
@@ -264,10 +261,11 @@ def test_where_memory_ends_on_the_way_whoever_loads_the_network_again_has_all_of
         prepack(model)
     monkeypatch.undo()
     again = load_network(checkpoint, target)
-    np.testing.assert_allclose(run(again, rows), before, rtol=0, atol=ROUNDING)
+    folder, tiny = GOLDEN / "qwen3" / "embedding", tiny_model(Task.EMBED, "qwen3")
+    assert_as_exact(folder, tiny, again)
     assert prepack(again) > 0
     assert linears(again, nn.Linear) == 0
-    np.testing.assert_allclose(run(again, rows), before, rtol=0, atol=ROUNDING)
+    assert_as_exact(folder, tiny, again)
 
 
 def test_a_type_is_rated_by_the_layers_that_models_get() -> None:

@@ -83,7 +83,7 @@ class BiasedLayer(nn.Module):
 
     @property
     def position_projections(self) -> tuple[Tensor, Tensor] | None:
-        """Of whose products attention adds those that the table names; see `packed_attention`."""
+        """What queries and keys are multiplied with for their distance, see `packed_attention`; None: nothing."""
         return None
 
 

@@ -24,12 +24,13 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = heads.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     if heads.device.type == "cpu" and not torch.compiler.is_compiling():
-        # Three passes over the values in place of five, one rounding less.
+        # Three passes over the values in place of five, and one rounding less. The product that is rounded by itself is
+        # the one with the sine: most pairs of values turn by little, so it is the smaller one.
         half = first.shape[-1]
-        out = heads * cos
-        out[..., :half].addcmul_(second, sin[..., :half], value=-1)
-        out[..., half:].addcmul_(first, sin[..., half:])
-        return out
+        out = torch.empty_like(heads)
+        torch.mul(second, -sin[..., :half], out=out[..., :half])
+        torch.mul(first, sin[..., half:], out=out[..., half:])
+        return out.addcmul_(heads, cos)
     return heads * cos + torch.cat((-second, first), dim=-1) * sin
 
 
@@ -41,19 +42,22 @@ def _query_scale(positions: Tensor, beta: float, trained: int) -> Tensor:
 class MergedAttention(nn.Module):
     """Rotary attention of packed rows, whose queries, keys and values come from one product."""
 
-    def __init__(self, attention: Any) -> None:
-        """Take over what `attention`, a module of transformers, is made of."""
+    def __init__(self, attention: Any, qkv_proj: nn.Module, sizes: list[int], o_proj: nn.Module) -> None:
+        """Take over what else `attention`, a module of transformers, is made of.
+
+        Args:
+            sizes: how many of the values that `qkv_proj` gives are queries, keys and values.
+        """
         super().__init__()
         self.layer_idx: int | None = getattr(attention, "layer_idx", None)
         self.is_causal: bool = attention.is_causal
-        self.scaling: float = attention.scaling
         self.head_dim: int = attention.head_dim
+        self.scaling: float = getattr(attention, "scaling", self.head_dim**-0.5)
         # Where layers are all alike, as Mistral's, they ask their configuration.
         self.sliding_window: int | None = getattr(
             attention, "sliding_window", getattr(attention.config, "sliding_window", None)
         )
-        self.qkv_proj, self.sizes = _merged(attention, QUERY_KEY_VALUE)
-        self.o_proj: nn.Module = attention.o_proj
+        self.qkv_proj, self.sizes, self.o_proj = qkv_proj, sizes, o_proj
         # Qwen3 norms each head of its queries and keys.
         self.q_norm: nn.Module = getattr(attention, "q_norm", nn.Identity())
         self.k_norm: nn.Module = getattr(attention, "k_norm", nn.Identity())
@@ -132,7 +136,8 @@ def merge_projections(model: nn.Module, classes: Collection[str]) -> dict[str, R
         if type(module).__name__ not in classes:
             continue
         if hasattr(module, QUERY_KEY_VALUE[0]):
-            merged, parts, whole = MergedAttention(module), QUERY_KEY_VALUE, f"{name}.qkv_proj"
+            merged = MergedAttention(module, *_merged(module, QUERY_KEY_VALUE), module.o_proj)
+            parts, whole = QUERY_KEY_VALUE, f"{name}.qkv_proj"
         else:
             merged, parts, whole = MergedMLP(module), GATE_AND_UP, f"{name}.gate_up_proj"
         start = 0

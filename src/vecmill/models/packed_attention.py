@@ -8,7 +8,7 @@ have to be compiled again for the next batch. The batch reaches the operation th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.models.family import BiasTable
-from vecmill.models.packing import Attention, EqualLengths, PackedBatch, keys_at_once, scores_at_once
+from vecmill.models.packing import Attention, EqualLengths, PackedBatch, keys_at_once
 
 
 # Arguments that not every torch has. torch 2.11 takes neither: its kernel accepts fewer key heads without being told.
@@ -45,10 +45,9 @@ def _varlen() -> Callable[..., Any]:
 # of a block see cost more than another call.
 BLOCK_QUERIES, LEAST_BLOCK_QUERIES = 512, 128
 
-# Padding the keys of longer rows, which see all of them, gains nothing: masking takes as long as what is left over.
-MASKED_UP_TO = 1024
-# Nor those of longer rows with a bias, which is masked in a copy.
-BIASED_UP_TO = 512
+# Keys of longer rows are not padded where every query sees all of them: masking the padding takes as long as the keys
+# that are left over. With a bias it is masked in a copy of the bias, which is more work.
+MASKED_UP_TO, BIASED_UP_TO = 1024, 512
 
 Window = tuple[int, int]
 """How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
@@ -154,24 +153,36 @@ def _attend(
     key, value = _with_prefixes(call.layer, key, value, packed)
     if packed.attention is Attention.FLASH:
         return _flash(query, key, value, packed, scaling, window)
-    padded = None
-    if any(_gains(group, window) for group in packed.groups):
-        padded = _padded(packed, key, value)
-    parts = []
-    for group in packed.groups:
-        if padded is not None and _gains(group, window):
-            k, v = (_padded_rows(each, group) for each in padded)
-        else:
-            k, v = (_own_rows(each, group) for each in (key, value))
-        parts.append(_sdpa(_rows(query, group), k, v, packed, group, scaling, window))
-    return _one_row(parts)
+    gains = [_gains(group, window) for group in packed.groups]
+    keys_and_values = _key_rows(packed, key, value, gains)
+    return _one_row(
+        _sdpa(_rows(query, group), k, v, packed, group, scaling, window)
+        for group, (k, v) in zip(packed.groups, keys_and_values, strict=True)
+    )
 
 
 def _gains(group: EqualLengths, window: Window) -> bool:
-    """Whether a group's padded keys are used: masking the padding of a long row would cost more than it gains."""
+    """Whether a group's padded keys are used."""
     return group.padded is not None and (
         _narrowest(window, group.length) != EVERYTHING or group.padded[1] <= MASKED_UP_TO
     )
+
+
+def _key_rows(
+    packed: PackedBatch, key: Tensor, value: Tensor, gains: Sequence[bool]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values of each group, (rows, kv_heads, keys, head_dim); with their padding where the group `gains`."""
+    padded: list[Tensor] = []
+    if any(gains):
+        assert packed.padded_keys is not None
+        padded = [_of_tokens(each, packed.padded_keys) for each in (key, value)]
+    for group, gain in zip(packed.groups, gains, strict=True):
+        k, v = (
+            (_padded_rows(each, group) for each in padded)
+            if gain
+            else (_own_rows(each, group) for each in (key, value))
+        )
+        yield k, v
 
 
 def _padded_rows(tensor: Tensor, group: EqualLengths) -> Tensor:
@@ -255,10 +266,9 @@ def _sdpa(
     left, right = window = _narrowest(window, keys)
     if left < 0 and right == 0 and not before:
         return attend(query, key, value, is_causal=True)  # padding comes after every query
-    if window == EVERYTHING and padded == keys:
-        return attend(query, key, value)
     if window == EVERYTHING:
-        return attend(query, key, value, attn_mask=_mask(packed, (1, padded), 0, window, keys, query))
+        mask = _mask(packed, (1, padded), 0, window, keys, query) if padded > keys else None
+        return attend(query, key, value, attn_mask=mask)
     on_cpu = query.device.type == "cpu"
     step = max(LEAST_BLOCK_QUERIES, min(2 * left, BLOCK_QUERIES)) if on_cpu and left >= 0 else BLOCK_QUERIES
     parts = []
@@ -267,7 +277,7 @@ def _sdpa(
         first = max(0, before + start - left) if left >= 0 else 0
         last = min(keys, before + stop + right) if right >= 0 else keys
         if on_cpu:  # as many keys as the kernel takes well; the mask hides those that are too many
-            wanted = keys_at_once(last - first, scores_at_once())
+            wanted = keys_at_once(last - first)
             last = min(padded, first + wanted)
             first = max(0, last - wanted)
         mask = _mask(packed, (stop - start, last - first), before + start - first, window, keys - first, query)
@@ -280,66 +290,59 @@ def _of_tokens(tensor: Tensor, index: Tensor) -> Tensor:
     return tensor.transpose(1, 2).index_select(1, index).transpose(1, 2)
 
 
-def _padded(packed: PackedBatch, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor] | None:
-    """(1, kv_heads, P, head_dim) each; None where no group's keys are padded."""
-    if packed.padded_keys is None:
-        return None
-    return _of_tokens(key, packed.padded_keys), _of_tokens(value, packed.padded_keys)
-
-
 def _biased(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float | None, position: Sequence[Tensor]
 ) -> Tensor:
     """(1, T, heads, head_dim)"""
     table, *projections = position
-    _, step, columns = table.shape
     products = None
     if projections:
-        keys_of, queries_of = projections
-        products = DistanceProducts(table, keys_of, queries_of, max(group.length for group in packed.groups))
-    padded = _padded(packed, key, value)
+        products = DistanceProducts(table, *projections, longest=max(group.length for group in packed.groups))
+    gains = [group.padded is not None and group.length <= BIASED_UP_TO for group in packed.groups]
     parts = []
-    for group in packed.groups:
-        q, k, v = (_rows(each, group) for each in (query, key, value))
-        keys, keys_and_padding, values = k, group.length, v
-        if padded is not None and group.padded is not None and group.length <= BIASED_UP_TO:
-            keys_and_padding = group.padded[1]
-            keys, values = (_padded_rows(each, group) for each in padded)
+    for group, (k, v) in zip(packed.groups, _key_rows(packed, key, value, gains), strict=True):
         blocks = []
-        for start in range(0, group.length, step):
-            queries = slice(start, min(start + step, group.length))
-            if products is not None:
-                bias = products.of(q[:, :, queries], k, start, keys_and_padding)
+        for block, start in _blocks(_rows(query, group), table.shape[1]):
+            if products is None:
+                bias = _of_table(packed, table, (block.shape[2], group.length), start, k.shape[2])
             else:
-                first = columns // 2 - start
-                # With four dimensions: of three a CPU's kernel makes all scores first, and takes twice as long.
-                bias = table[None, :, : queries.stop - start, first : first + group.length]
-                if keys_and_padding > group.length:
-                    bias = _masked(packed, bias, keys_and_padding)
-            blocks.append(F.scaled_dot_product_attention(q[:, :, queries], keys, values, attn_mask=bias, scale=scaling))
+                bias = products.of(block, k[:, :, : group.length], start, k.shape[2])
+            blocks.append(F.scaled_dot_product_attention(block, k, v, attn_mask=bias, scale=scaling))
         parts.append(torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0])
     return _one_row(parts)
 
 
-def _masked(packed: PackedBatch, bias: Tensor, keys: int) -> Tensor:
-    """(1, heads, queries, keys of the row) of the table -> (1, heads, queries, `keys`), none seen after the row's.
+def _blocks(query: Tensor, step: int) -> Iterator[tuple[Tensor, int]]:
+    """(rows, heads, length, head_dim) in parts of `step` queries, and the first query of each."""
+    return ((query[:, :, start : start + step], start) for start in range(0, query.shape[2], step))
 
-    Kept in the batch: the table is the same in all layers.
+
+def _of_table(packed: PackedBatch, table: Tensor, shape: tuple[int, int], start: int, columns: int) -> Tensor:
+    """The bias of so many queries from `start` on and of a row's keys: (1, heads, queries, columns).
+
+    Columns after the last key are -inf, in a copy that is kept in the batch: the table is the same in all layers.
     """
-    known = (*bias.shape, bias.storage_offset(), keys)
+    queries, keys = shape
+    first = table.shape[2] // 2 - start
+    # With four dimensions: of three a CPU's kernel makes all scores first, and takes twice as long.
+    bias = table[None, :, :queries, first : first + keys]
+    if columns == keys:
+        return bias
+    known = (shape, start, columns)
     if known not in packed.masks:
-        packed.masks[known] = F.pad(bias, (0, keys - bias.shape[-1]), value=-torch.inf)
+        packed.masks[known] = F.pad(bias, (0, columns - keys), value=-torch.inf)
     return packed.masks[known]
 
 
 class DistanceProducts:
     """What queries score with the keys of distances, and keys with the queries of distances, in one layer.
 
-    A product has a column for each distance. Read with rows that are one value shorter, it has a column for each key:
-    nothing is looked up for single pairs.
+    A product has one column for each distance, in order. The next query's distances begin one column earlier: read as
+    if its rows were one value shorter, the product has one column for each key, and no pair's distance is looked up.
+    Source: the relative shift of Transformer-XL (https://arxiv.org/abs/1901.02860, appendix B).
     """
 
-    def __init__(self, table: Tensor, keys: Tensor, queries: Tensor, longest: int) -> None:
+    def __init__(self, table: Tensor, keys: Tensor, queries: Tensor, *, longest: int) -> None:
         """`longest`: tokens of the longest row; the others as `packed_attention` takes them."""
         center = table.shape[2] // 2
         buckets = table[0, 0, center - longest + 1 : center + longest]  # of the distances 1 - longest to longest - 1
@@ -423,9 +426,10 @@ def _mask(packed: PackedBatch, shape: tuple[int, int], first: int, window: Windo
 
 
 def _band(packed: PackedBatch, least: tuple[int, int, int], window: Window, query: Tensor) -> tuple[Tensor, int]:
-    """The mask of which all blocks of a window have a part, since distance alone decides whether a query sees a key.
+    """A mask that holds those of all blocks of a window: whether a query sees a key depends on their distance alone.
 
-    With the column of the first query's own key. `least`: rows, columns before that one, and columns from there on.
+    Returns it with the column of the first query's own key. `least`: rows, columns before that one, and columns from
+    there on.
     """
     found = packed.bands.get((window, query.dtype))
     have = (0, 0, 0) if found is None else (len(found[0]), found[1], found[0].shape[1] - found[1])

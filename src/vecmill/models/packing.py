@@ -170,7 +170,7 @@ class PackedBatch:
     masks: dict[Hashable, Tensor] = field(default_factory=dict)
     """For SDPA: filled by the first layer that needs one, read by the others."""
     bands: dict[Hashable, tuple[Tensor, int]] = field(default_factory=dict)
-    """What masks are parts of, with the column of the first query's own key."""
+    """For SDPA on a CPU: the tensor that masks are parts of, and the column of its first query's own key."""
 
 
 @dataclass(slots=True)  # not frozen: that makes one take three times as long, and there is one for each row
@@ -215,7 +215,7 @@ def pack(
     groups = _groups(segments, lengths)
     padded_keys: Array | None = None
     if attention is Attention.SDPA and device.type == "cpu":
-        groups, padded_keys = _with_padded_keys(groups, scores_at_once())
+        groups, padded_keys = _with_padded_keys(groups)
     arrays: dict[str, Array] = {
         "input_ids": np.concatenate([segment.token_ids for segment in segments], dtype=np.int64)[None],
         "position_ids": (np.arange(tokens) + np.repeat(positions - starts, lengths))[None],
@@ -418,12 +418,13 @@ def scores_at_once() -> int:
     return 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 0
 
 
-def keys_at_once(keys: int, vector: int) -> int:
-    """So many keys, or the next multiple of `vector` where at least half of one would be left over."""
+def keys_at_once(keys: int) -> int:
+    """So many keys, or the next multiple of `scores_at_once` where at least half of that would be left over."""
+    vector = scores_at_once()
     return -(-keys // vector) * vector if vector and 2 * (keys % vector) >= vector else keys
 
 
-def _with_padded_keys(groups: Sequence[EqualLengths], vector: int) -> tuple[tuple[EqualLengths, ...], Array | None]:
+def _with_padded_keys(groups: Sequence[EqualLengths]) -> tuple[tuple[EqualLengths, ...], Array | None]:
     """Pad keys as `keys_at_once` says.
 
     A row is padded with its own last token. Padding is not seen, but a masked value that is not finite still spoils the
@@ -435,7 +436,7 @@ def _with_padded_keys(groups: Sequence[EqualLengths], vector: int) -> tuple[tupl
     with_keys, parts, start = [], [], 0
     for group in groups:
         prefix, before = group.prefix or (0, 0)
-        count = keys_at_once(before + group.length, vector)
+        count = keys_at_once(before + group.length)
         if count > before + group.length:
             own = np.minimum(np.arange(count - before), group.length - 1)
             index = (group.start + group.length * np.arange(group.rows))[:, None] + own

@@ -24,9 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.errors import first_line, is_out_of_memory
-from vecmill.models.merged_projections import rotated
+from vecmill.models.merged_projections import MergedAttention
 from vecmill.models.networks import Model, places_within
-from vecmill.models.packed_attention import packed_attention
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +57,20 @@ class PrepackedLinear(nn.Module):
 
     def plus(self, hidden: Tensor, other: Tensor) -> Tensor:
         """The sum of the product and `other`, which has the product's shape."""
-        return self._with("add", hidden, other)
+        return self.combined("add", hidden, other)
 
     def times(self, hidden: Tensor, other: Tensor) -> Tensor:
         """The product times `other`, which has the product's shape, value by value."""
-        return self._with("mul", hidden, other)
+        return self.combined("mul", hidden, other)
 
-    def _with(self, operation: str, hidden: Tensor, other: Tensor) -> Tensor:
+    def combined(self, operation: str, hidden: Tensor, other: Tensor) -> Tensor:
+        """The product and `other`, combined by one of `BINARY`."""
         out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, operation)
         return out
 
 
-# What is computed of the product and another tensor, and how torch computes it.
-BINARY: Mapping[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "add": (PrepackedLinear.plus, torch.add),
-    "mul": (PrepackedLinear.times, torch.mul),
-}
+# How a product is combined with another tensor, and torch's own function of each.
+BINARY: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "mul": torch.mul}
 
 # Activations that are computed with the product: what the operation calls each, of which variant, and torch's own.
 FUSED: Mapping[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
@@ -119,48 +116,9 @@ class FusedGatedMLP(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(1, T, width) -> (1, T, width)"""
-        down: Tensor = self.down(self.inner(hidden_states))
+        gate = self.gate.then(self.activation, hidden_states)
+        down: Tensor = self.down(self.up.times(hidden_states, gate))
         return down
-
-    def inner(self, hidden_states: Tensor) -> Tensor:
-        """(1, T, width) -> (1, T, inner width): what goes into the last product."""
-        return self.up.times(hidden_states, self.gate.then(self.activation, hidden_states))
-
-
-class FusedModernBertAttention(nn.Module):
-    """transformers' `ModernBertAttention`: queries and keys are rotated together, in bfloat16."""
-
-    def __init__(self, attention: Any) -> None:
-        """Take over what `attention` is made of."""
-        super().__init__()
-        self.layer_idx: int = attention.layer_idx
-        self.is_causal: bool = attention.is_causal
-        self.head_dim: int = attention.head_dim
-        self.sliding_window: int | None = attention.sliding_window
-        self.Wqkv, self.Wo = attention.Wqkv, attention.Wo
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """(1, T, width) -> (1, T, width), and no weights; called as the module that it stands for."""
-        projected = self.Wqkv(hidden_states).unflatten(-1, (3, -1, self.head_dim))
-        heads = projected[:, :, :2].flatten(2, 3).transpose(1, 2)  # of queries, then of keys
-        query, key = rotated(heads, *position_embeddings).chunk(2, dim=1)
-        attended, _ = packed_attention(
-            self,
-            query,
-            key,
-            projected[:, :, 2].transpose(1, 2),
-            attention_mask,
-            scaling=self.head_dim**-0.5,
-            sliding_window=self.sliding_window,
-            **kwargs,
-        )
-        return self.Wo(attended.flatten(2)), None
 
 
 class FusedRMSNorm(nn.Module):
@@ -183,9 +141,9 @@ class FusedRMSNorm(nn.Module):
 
 
 def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
-    """The norm in place of an RMS norm of transformers, whose classes differ in names; None if it computes another.
+    """The norm in place of an RMS norm of transformers, whose classes differ in names; None if that computes another.
 
-    Gemma's multiplies with 1 + weight before it rounds, which takes as many steps as it does.
+    Gemma's stay: they multiply with 1 + weight before they round, and doing the same here would take as long.
     """
     weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
     if not isinstance(weight, Tensor) or weight.dtype is not torch.bfloat16 or not isinstance(epsilon, float):
@@ -207,7 +165,7 @@ def _fused(module: nn.Module) -> nn.Module | None:
     parts = {name: child for name, child in module.named_children() if not isinstance(child, idle)}
     linears = [child for child in parts.values() if isinstance(child, PrepackedLinear)]
     if parts.keys() == {"Wqkv", "Wo"} and len(linears) == 2:  # ModernBERT's
-        return FusedModernBertAttention(module)
+        return _modernbert_attention(module)
     if parts.keys() == {"lin1", "lin2", "activation"} and len(linears) == 2:  # DistilBERT's
         activation = _activation(parts["activation"])
         return nn.Sequential(FusedIntermediate(linears[0], activation), linears[1]) if activation else None
@@ -219,6 +177,13 @@ def _fused(module: nn.Module) -> nn.Module | None:
     if parts.keys() == {"dense", "LayerNorm"} and _is_right("add"):
         return FusedOutput(linears[0], parts["LayerNorm"])
     return None
+
+
+def _modernbert_attention(attention: Any) -> MergedAttention:
+    """In place of ModernBERT's, whose queries, keys and values come from one product as they are, and which rotates in
+    float32: that takes longer on a CPU than all its products."""
+    width = attention.Wqkv.out_features // 3
+    return MergedAttention(attention, attention.Wqkv, [width] * 3, attention.Wo)
 
 
 # What gated feed-forward layers call the product of gate and input in one, the last product, and the gate's activation:
@@ -289,7 +254,8 @@ def prepack(model: Model) -> int:
     """
     gone = _exchange(model, _gated)
     gone += _exchange(model, lambda module: prepacked(module) if type(module) is nn.Linear else None)
-    _exchange(model, _fused)
+    if gone:
+        _exchange(model, _fused)
     return gone
 
 
@@ -323,7 +289,7 @@ def _is_right(following: str = "none") -> bool:
     """Whether this machine and this torch have the operation with what follows the product, found out by trying.
 
     Args:
-        following: one of FUSED, "add", "mul" or "none".
+        following: one of FUSED or BINARY, or "none".
     """
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias, other = (
@@ -333,14 +299,15 @@ def _is_right(following: str = "none") -> bool:
     linear.weight, linear.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
     product = F.linear(hidden.float(), weight.float(), bias.float())
     if following in BINARY:
-        wanted = BINARY[following][1](product, other)
+        wanted = BINARY[following](product, other)
     else:
         wanted = FUSED[following][2](product) if following in FUSED else product
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         packed = PrepackedLinear(linear)
-        out = BINARY[following][0](packed, hidden, other) if following in BINARY else packed.then(following, hidden)
+        combines = following in BINARY
+        out = packed.combined(following, hidden, other) if combines else packed.then(following, hidden)
         if (out.float() - wanted).norm() <= MOST_OFF * wanted.norm():
             return True
         reason = "it gives other numbers"
