@@ -32,6 +32,7 @@ from vecmill.engine.cuda_graphs import CudaCapture, shape_of
 from vecmill.engine.probes.attention import attention
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.networks import Model, load_model
+from vecmill.models.packed_attention import attention_on
 from vecmill.models.packing import Attention, PrefixMemory, pack
 from vecmill.models.weights import Target
 
@@ -160,7 +161,7 @@ def _bert(device: torch.device) -> Model:
 
 
 def _attention(device: torch.device, *, flash: bool = True) -> Attention:
-    return Attention.on(device, _dtype(device), flash=flash)
+    return attention_on(device, _dtype(device), flash=flash)
 
 
 def _dtype(device: torch.device) -> torch.dtype:

@@ -21,6 +21,7 @@ from vecmill.core.types import Lane, Row, TokenIds
 from vecmill.engine.compilation import compile_layers, make_eager
 from vecmill.engine.cuda_graphs import CudaCapture, Graphs, capture_graphs
 from vecmill.models.networks import Model
+from vecmill.models.packed_attention import attention_on
 from vecmill.models.packing import Attention, PackedBatch, PackShape, pack
 from vecmill.models.weights import Target
 
@@ -67,7 +68,7 @@ class Subject:
     @property
     def attention(self) -> Attention:
         """The attention that its batches are packed for."""
-        return Attention.on(self.target.device, self.target.dtype)
+        return attention_on(self.target.device, self.target.dtype)
 
     def pack(self, rows: Sequence[Row]) -> PackedBatch:
         """On the device, in the shape of a graph where one holds them."""

@@ -46,7 +46,8 @@ from vecmill.core.types import Row, Task
 from vecmill.engine.device import choose_dtype, dtype_name
 from vecmill.engine.warmup import CPU_BATCH_TOKENS, CUDA_BATCH_TOKENS
 from vecmill.models.networks import Model
-from vecmill.models.packing import Attention, PackedBatch, pack
+from vecmill.models.packed_attention import attention_on
+from vecmill.models.packing import PackedBatch, pack
 from vecmill.models.weights import Target
 
 # How far two answers may be apart, as a part of their norm. Through random weights rounding makes up to a third of it;
@@ -251,7 +252,7 @@ def _merged(name: str, kind: str, shape: Shape, given: Given) -> Iterator[ModelC
     parameters = matmul_parameters([ways["merged"]])
     texts = ragged_rows(64, text_shape["vocab_size"])
     for tokens in given.sizes.merged_tokens:
-        packed = pack(first_tokens(texts, tokens), target.device, attention=Attention.on(target.device, target.dtype))
+        packed = pack(first_tokens(texts, tokens), target.device, attention=attention_on(target.device, target.dtype))
         sides = {
             way: _side(partial(_hidden, model, packed), 2.0 * parameters * tokens, parameters, target)
             for way, model in ways.items()

@@ -43,6 +43,7 @@ from vecmill.engine.forward import CpuThreads, Device, LoadedModel
 from vecmill.engine.warmup import CPU_BATCH_TOKENS
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.networks import load_model
+from vecmill.models.packed_attention import attention_on
 from vecmill.models.prepacked_linears import prepack
 from vecmill.models.weights import Target
 
@@ -77,7 +78,7 @@ def loaded(folder: Path, task: Task, *, laid_out: bool) -> LoadedModel:
         prepack(network)
     threads = CpuThreads()
     threads.single_up_to = SINGLE_UP_TO
-    return LoadedModel(cast(Any, None), checkpoint, network, cast(Any, None), threads=threads)
+    return LoadedModel(cast(Any, None), checkpoint, network, cast(Any, None), attention_on(CPU, DTYPE), threads=threads)
 
 
 def measure(name: str, texts: int, rounds: int) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from torch import Tensor
 from vecmill.core.types import Prefix, Row, TokenIds, Vector
 from vecmill.engine.forward import Launched, collect
 from vecmill.models.networks import Model
-from vecmill.models.packing import Attention, pack
+from vecmill.models.packed_attention import attention_on
+from vecmill.models.packing import pack
 
 CAUSAL = {"qwen3", "qwen3-reranker"}
 SEED = 26
@@ -24,7 +25,7 @@ AFTER_DOCUMENT = 9
 
 def run_model(model: Model, packs: Sequence[Sequence[Row]], device: torch.device) -> Tensor:
     """(N, width) on the CPU in the rows' order: what the server's engine does for each batch."""
-    attention = Attention.on(device, next(model.modules[0].parameters()).dtype)
+    attention = attention_on(device, next(model.modules[0].parameters()).dtype)
     parts = []
     for rows in packs:
         packed = pack(rows, device, attention=attention)

@@ -105,7 +105,8 @@ async def test_reads_are_told_of_at_debug_and_refusals_once(client: httpx.AsyncC
 
 
 def test_each_line_says_which_replica_wrote_it_where_it_has_a_name(capfd: pytest.CaptureFixture[str]) -> None:
-    handlers, level = logging.root.handlers, logging.root.level
+    handlers = logging.root.handlers
+    levels = {name: logging.getLogger(name).level for name in ("root", "vecmill", "uvicorn.error")}
     try:
         for replica, written in (("one two", ' replica="one two"'), (None, "")):
             configure_logging("text", "info", replica)
@@ -116,7 +117,8 @@ def test_each_line_says_which_replica_wrote_it_where_it_has_a_name(capfd: pytest
         assert json.loads(capfd.readouterr().err)["replica"] == "one"
     finally:
         logging.root.handlers = handlers
-        logging.root.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
 
 
 async def test_without_log_requests_only_refusals_have_a_line(shared: Sharing) -> None:

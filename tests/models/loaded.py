@@ -17,7 +17,7 @@ from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models import networks
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.networks import Model
-from vecmill.models.packing import pack
+from vecmill.models.packing import Attention, pack
 from vecmill.models.tokenizer_files import read_file
 from vecmill.models.weights import Target
 
@@ -32,10 +32,13 @@ def load_model(folder: Path, task: Task = Task.EMBED, dtype: torch.dtype = torch
     return checkpoint, networks.load_model(checkpoint, Target(dtype, CPU))
 
 
+ON_CPU = (Attention.SDPA, Attention.PRODUCTS)
+
+
 @torch.inference_mode()
-def run(model: Model, rows: Sequence[Row]) -> NDArray[np.float32]:
+def run(model: Model, rows: Sequence[Row], attention: Attention = Attention.SDPA) -> NDArray[np.float32]:
     """(n, width) as the model gives it, in the order of the rows."""
-    packed = pack(rows, CPU)
+    packed = pack(rows, CPU, attention=attention)
     answers = model.forward(packed).numpy()
     in_order = np.empty_like(answers)
     in_order[list(packed.order)] = answers
@@ -49,12 +52,13 @@ def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def bfloat16_cosines(folder: Path) -> NDArray[np.float32]:
-    """Cosines of rows of random tokens between an embedder in bfloat16 and in float32, 1 to 100 tokens long."""
+    """Cosines of rows of random tokens, 1 to 100 tokens long, between an embedder in bfloat16, with each of the ways to
+    compute attention, and in float32."""
     exact, rounded = (load_model(folder, dtype=dtype)[1] for dtype in (torch.float32, torch.bfloat16))
     random = np.random.default_rng(0)
     rows = [Row(random.integers(0, exact.vocab_size, length).astype(np.int32)) for length in range(1, 101, 9)]
-    cosines: NDArray[np.float32] = np.sum(unit(run(exact, rows)) * unit(run(rounded, rows)), axis=1)
-    return cosines
+    wanted = unit(run(exact, rows))
+    return np.stack([np.sum(wanted * unit(run(rounded, rows, attention)), axis=1) for attention in ON_CPU])
 
 
 def ids(*values: int) -> TokenIds:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models.families import TinyModel, every_family, tiny_model, tiny_models
-from tests.models.loaded import CPU, ids, load_model, run, unit
+from tests.models.loaded import CPU, ON_CPU, ids, load_model, run, unit
 from tests.unicode_texts import texts
 from vecmill.config import InferenceSettings, ModelSettings
 from vecmill.core.errors import InputTooLong, StartupError
@@ -165,7 +165,10 @@ def test_rows_with_a_shared_prefix_equal_whole_rows(model_of: Callable[[TinyMode
     shared_equals_whole()
 
 
-def test_a_prefix_is_computed_once_for_several_batches(model_of: Callable[[TinyModel], Model]) -> None:
+@pytest.mark.parametrize("attention", ON_CPU)
+def test_a_prefix_is_computed_once_for_several_batches(
+    model_of: Callable[[TinyModel], Model], attention: Attention
+) -> None:
     model = model_of(tiny_model(Task.RERANK, "qwen3"))
     memory = PrefixMemory(most_tokens=100)
     random = np.random.default_rng(0)
@@ -175,7 +178,7 @@ def test_a_prefix_is_computed_once_for_several_batches(model_of: Callable[[TinyM
         return [Row(random.integers(0, 400, length).astype(np.int32), prefix=prefix) for prefix, length in rows]
 
     def run_batch(rows: list[Row]) -> list[int]:
-        packed = pack(rows, CPU, memory)
+        packed = pack(rows, CPU, memory, attention=attention)
         with torch.inference_mode():
             answers = model.forward(packed).numpy()
         for new in packed.new_prefixes:
@@ -290,8 +293,19 @@ def test_padded_keys_behind_a_prefix_change_no_answer(
     same(run(model, rows), plain, tiny.task)
 
 
+@pytest.mark.parametrize("tiny", every_family(), ids=str)
+def test_attention_as_products_changes_no_answer(model_of: Callable[[TinyModel], Model], tiny: TinyModel) -> None:
+    model = model_of(tiny)
+    rows = random_rows([1, 5, 16, 17, 17, 17, 31, 40, LONGEST, LONGEST], 1, tiny, model.vocab_size)
+    if tiny.prefixes:
+        prefix = Prefix(rows[-1].token_ids[:18])
+        rows = [*rows, *(Row(row.token_ids, prefix=prefix) for row in rows[:5])]
+    same(run(model, rows, Attention.PRODUCTS), run(model, rows), tiny.task)
+
+
+@pytest.mark.parametrize("attention", ON_CPU)
 def test_padding_brings_no_value_that_is_not_finite_into_another_row(
-    model_of: Callable[[TinyModel], Model], on_cpu_with: Callable[[str], None]
+    model_of: Callable[[TinyModel], Model], on_cpu_with: Callable[[str], None], attention: Attention
 ) -> None:
     on_cpu_with("AVX512")
     tiny = tiny_model(Task.EMBED, "bert")
@@ -303,7 +317,7 @@ def test_padding_brings_no_value_that_is_not_finite_into_another_row(
     before = embeddings.weight[spoiled].clone()
     embeddings.weight.data[spoiled] = torch.inf
     try:
-        finite = np.isfinite(run(model, rows)).all(axis=1).tolist()
+        finite = np.isfinite(run(model, rows, attention)).all(axis=1).tolist()
     finally:
         embeddings.weight.data[spoiled] = before
     assert finite == [spoiled not in each.token_ids for each in rows]
@@ -325,7 +339,9 @@ def test_flash_attention_equals_sdpa_on_a_gpu(folder_of: Callable[[TinyModel], P
     if tiny.prefixes:
         prefix = Prefix(rows[-1].token_ids)
         rows = [*rows, *(Row(row.token_ids, prefix=prefix) for row in rows[:4])]
-    flash, sdpa = (model.forward(pack(rows, device, attention=attention)) for attention in Attention)
+    flash, sdpa = (
+        model.forward(pack(rows, device, attention=attention)) for attention in (Attention.FLASH, Attention.SDPA)
+    )
     if tiny.task is Task.EMBED:
         assert torch.nn.functional.cosine_similarity(flash, sdpa).min() > 0.999
     else:

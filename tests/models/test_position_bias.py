@@ -14,13 +14,13 @@ from tests.models.loaded import CPU
 from vecmill.core.types import Row
 from vecmill.models import family
 from vecmill.models.packed_attention import bias_table, packed_attention
-from vecmill.models.packing import PackedBatch, pack
+from vecmill.models.packing import Attention, PackedBatch, pack
 
 HEADS, WIDTH = 3, 8
 
 
-def packed_rows(*lengths: int) -> PackedBatch:
-    return pack([Row(np.ones(length, dtype=np.int32)) for length in lengths], CPU)
+def packed_rows(*lengths: int, attention: Attention) -> PackedBatch:
+    return pack([Row(np.ones(length, dtype=np.int32)) for length in lengths], CPU, attention=attention)
 
 
 def of_distances(distances: Tensor) -> Tensor:
@@ -34,9 +34,11 @@ Scores = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From queries and keys of one row, (heads, T, width), and the distance of each pair, (T, T), to what is added."""
 
 
-def assert_each_row_equals_itself_alone(lengths: tuple[int, ...], added: Scores, **position: Any) -> None:
+def assert_each_row_equals_itself_alone(
+    lengths: tuple[int, ...], attention: Attention, added: Scores, **position: Any
+) -> None:
     """`position`: what packed attention is told of the position of tokens; `added`: the same, written out."""
-    packed = packed_rows(*lengths)
+    packed = packed_rows(*lengths, attention=attention)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, HEADS, packed.input_ids.shape[1], WIDTH, generator=generator) for _ in range(3))
     [out], _ = packed_attention(nn.Identity(), query, key, value, None, packed_batch=packed, **position)
@@ -55,21 +57,25 @@ def any_table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(family, "TABLE_BYTES", request.param)
 
 
-@pytest.fixture(params=["AVX2", "AVX512"])
-def any_cpu(request: pytest.FixtureRequest, on_cpu_with: Callable[[str], None]) -> None:
+@pytest.fixture(params=["AVX2", "AVX512", Attention.PRODUCTS])
+def any_way(request: pytest.FixtureRequest, on_cpu_with: Callable[[str], None]) -> Attention:
+    """torch's kernel on any CPU, or products."""
+    if request.param is Attention.PRODUCTS:
+        return Attention.PRODUCTS
     on_cpu_with(request.param)
+    return Attention.SDPA
 
 
-@pytest.mark.usefixtures("any_table", "any_cpu")
+@pytest.mark.usefixtures("any_table")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_packed_rows_equal_each_row_alone(lengths: tuple[int, ...]) -> None:
+def test_packed_rows_equal_each_row_alone(lengths: tuple[int, ...], any_way: Attention) -> None:
     """Rows of one block and of several."""
 
     def added(query: Tensor, key: Tensor, distances: Tensor) -> Tensor:
         return of_distances(distances.flatten()).view(HEADS, *distances.shape)
 
     table = bias_table(of_distances, max(lengths), CPU)
-    assert_each_row_equals_itself_alone(lengths, added, position_bias=table)
+    assert_each_row_equals_itself_alone(lengths, any_way, added, position_bias=table)
 
 
 BUCKETS = 24
@@ -80,9 +86,9 @@ def bucket_of_distances(distances: Tensor) -> Tensor:
     return (distances + BUCKETS // 2).clamp(0, BUCKETS - 1)[None]
 
 
-@pytest.mark.usefixtures("any_table", "any_cpu")
+@pytest.mark.usefixtures("any_table")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
-def test_products_with_distances_equal_those_of_each_pair(lengths: tuple[int, ...]) -> None:
+def test_products_with_distances_equal_those_of_each_pair(lengths: tuple[int, ...], any_way: Attention) -> None:
     """Of queries with keys of distances, and of keys with queries of distances, as DeBERTa has them."""
     generator = torch.Generator().manual_seed(1)
     keys, queries = (0.3 * torch.randn(BUCKETS, HEADS, WIDTH, generator=generator) for _ in range(2))
@@ -93,7 +99,9 @@ def test_products_with_distances_equal_those_of_each_pair(lengths: tuple[int, ..
         return of_queries + torch.einsum("hjd,ijhd->hij", key, queries[buckets])
 
     table = bias_table(bucket_of_distances, max(lengths), CPU)
-    assert_each_row_equals_itself_alone(lengths, added, position_bias=table, position_projections=(keys, queries))
+    assert_each_row_equals_itself_alone(
+        lengths, any_way, added, position_bias=table, position_projections=(keys, queries)
+    )
 
 
 def test_the_table_is_bounded() -> None:

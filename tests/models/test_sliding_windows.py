@@ -25,7 +25,7 @@ from vecmill.models import packed_attention
 from vecmill.models.families.nv_embed import NV_EMBED
 from vecmill.models.merged_projections import merge_projections
 from vecmill.models.networks import Model
-from vecmill.models.packing import PackedBatch, PrefixMemory, pack
+from vecmill.models.packing import Attention, PackedBatch, PrefixMemory, pack
 from vecmill.models.transformers_networks import ATTENTION
 
 WINDOW = 8
@@ -150,18 +150,20 @@ def test_masks_are_made_once_for_a_batch(
     assert made == []
 
 
-@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("way", ["AVX2", "AVX512", Attention.PRODUCTS])
 @pytest.mark.parametrize("causal", [True, False], ids=["one way", "both ways"])
 @pytest.mark.parametrize(
     ("length", "window"), [(20, 4), (4, 4), (5, 4), (15, 4), (303, 65), (1300, 16), (1303, 600), (1305, 2000), (600, 1)]
 )
 def test_attention_sees_what_transformers_masks_say(
-    on_cpu_with: Callable[[str], None], capability: str, causal: bool, length: int, window: int
+    on_cpu_with: Callable[[str], None], way: str, causal: bool, length: int, window: int
 ) -> None:
     """Both ways as ModernBERT's layers, whose window is on either side; rows longer than a block among them."""
-    on_cpu_with(capability)
+    if way != Attention.PRODUCTS:
+        on_cpu_with(way)
     torch.manual_seed(0)
-    batch = pack([Row(ids(length)), Row(ids(3)), Row(ids(length))], CPU)
+    attention = Attention.PRODUCTS if way == Attention.PRODUCTS else Attention.SDPA
+    batch = pack([Row(ids(length)), Row(ids(3)), Row(ids(length))], CPU, attention=attention)
     tokens = batch.input_ids.shape[1]
     query, key, value = (torch.randn(1, heads, tokens, 8) for heads in (4, 2, 2))
     actual, _ = packed_attention.packed_attention(

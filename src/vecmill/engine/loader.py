@@ -38,6 +38,7 @@ from vecmill.models.cards import OnDevice, aliases_of, make_card, with_aliases
 from vecmill.models.checkpoint import Checkpoint, Source, read
 from vecmill.models.family import BiasTable
 from vecmill.models.networks import Model, load_model, sizes
+from vecmill.models.packed_attention import attention_on
 from vecmill.models.packing import Attention
 from vecmill.models.prepacked_linears import prepack
 from vecmill.models.rerank_prompt import check_form
@@ -436,7 +437,7 @@ def load_all(
         progress(0)
         chosen = _dtype(checkpoint, settings, device)
         target = Target(chosen.dtype, device, progress, common.shared, common.parts)
-        how = partial(_attention, checkpoint, target, flash=flash)
+        how = partial(_attention, checkpoint, target, flash=flash, timed=not settings.deterministic)
         if chosen.float8:
             size = _bytes_in_memory(checkpoint, replace(chosen, float8=False))
             model, reason = load_in_float8(checkpoint, tokenizer, target, how, common.room(), size)
@@ -463,21 +464,29 @@ def load_all(
     return loaded
 
 
-def _attention(checkpoint: Checkpoint, target: Target, model: Model, *, flash: bool) -> Attention:
-    return attention_of(checkpoint, target.device, target.dtype, flash=flash, largest_head=model.largest_head)
+def _attention(checkpoint: Checkpoint, target: Target, model: Model, *, flash: bool, timed: bool) -> Attention:
+    largest_head = model.largest_head
+    return attention_of(checkpoint, target.device, target.dtype, flash=flash, timed=timed, largest_head=largest_head)
 
 
 def attention_of(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *, flash: bool, largest_head: int = 0
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    flash: bool,
+    timed: bool = True,
+    largest_head: int = 0,
 ) -> Attention:
     """What computes attention.
 
     Args:
         flash: whether its kernels are wanted, and the device has them.
+        timed: whether the choice may depend on how long each takes.
         largest_head: values of a head at most.
     """
     flash = flash and checkpoint.network.position_bias is None
-    return Attention.on(device, dtype, flash=flash, largest_head=largest_head)
+    return attention_on(device, dtype, flash=flash, timed=timed, largest_head=largest_head)
 
 
 def width_of(checkpoint: Checkpoint) -> int:

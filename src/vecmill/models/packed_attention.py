@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vecmill.models import attention_products
 from vecmill.models.family import BiasTable
 from vecmill.models.packing import Attention, EqualLengths, PackedBatch, keys_at_once
 
@@ -38,6 +39,26 @@ def _varlen() -> Callable[..., Any]:
     """torch's kernel for packed rows. A CPU has none, and the module that has it takes longer to import than torch."""
     kernel: Callable[..., Any] = import_module("torch.nn.attention.varlen").varlen_attn
     return partial(kernel, **varlen_options(kernel))
+
+
+LARGEST_FLASH_HEAD = 256  # of flash attention's kernels
+
+
+def attention_on(
+    device: torch.device, dtype: torch.dtype, *, flash: bool = True, timed: bool = True, largest_head: int = 0
+) -> Attention:
+    """What is to compute attention of weights of a type on a device.
+
+    Args:
+        flash: whether the kernel for ragged rows is wanted, and the device has it.
+        timed: whether the choice may depend on how long each takes.
+        largest_head: values of a head at most.
+    """
+    if device.type == "cpu":
+        faster = timed and dtype is torch.bfloat16 and attention_products.are_faster()
+        return Attention.PRODUCTS if faster else Attention.SDPA
+    fits = dtype in (torch.float16, torch.bfloat16) and largest_head <= LARGEST_FLASH_HEAD
+    return Attention.FLASH if flash and device.type == "cuda" and fits else Attention.SDPA
 
 
 # Where some scores are masked the queries of a row are taken in blocks of so many: a block has the keys that its
@@ -153,6 +174,13 @@ def _attend(
     key, value = _with_prefixes(call.layer, key, value, packed)
     if packed.attention is Attention.FLASH:
         return _flash(query, key, value, packed, scaling, window)
+    if packed.attention is Attention.PRODUCTS:
+
+        def by_kernel(row: EqualLengths) -> Tensor:
+            own_keys, own_values = (_own_rows(each, row) for each in (key, value))
+            return _sdpa(_rows(query, row), own_keys, own_values, packed, row, scaling, window)
+
+        return attention_products.attend(query, key, value, packed, scaling, window, by_kernel)
     gains = [_gains(group, window) for group in packed.groups]
     keys_and_values = _key_rows(packed, key, value, gains)
     return _one_row(
@@ -294,22 +322,67 @@ def _biased(
     query: Tensor, key: Tensor, value: Tensor, packed: PackedBatch, scaling: float | None, position: Sequence[Tensor]
 ) -> Tensor:
     """(1, T, heads, head_dim)"""
-    table, *projections = position
-    products = None
-    if projections:
-        products = DistanceProducts(table, *projections, longest=max(group.length for group in packed.groups))
+    biases = _Biases(packed, position)
+    attend = partial(_sdpa_biased, biases=biases, scaling=scaling)
+    if packed.attention is Attention.PRODUCTS:
+        return attention_products.attend(
+            query,
+            key,
+            value,
+            packed,
+            scaling,
+            EVERYTHING,
+            lambda row: attend(_rows(query, row), _rows(key, row), _rows(value, row)),
+            biases.write,
+            biases.most_queries,
+        )
     gains = [group.padded is not None and group.length <= BIASED_UP_TO for group in packed.groups]
-    parts = []
-    for group, (k, v) in zip(packed.groups, _key_rows(packed, key, value, gains), strict=True):
-        blocks = []
-        for block, start in _blocks(_rows(query, group), table.shape[1]):
-            if products is None:
-                bias = _of_table(packed, table, (block.shape[2], group.length), start, k.shape[2])
-            else:
-                bias = products.of(block, k[:, :, : group.length], start, k.shape[2])
-            blocks.append(F.scaled_dot_product_attention(block, k, v, attn_mask=bias, scale=scaling))
-        parts.append(torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0])
-    return _one_row(parts)
+    return _one_row(
+        attend(_rows(query, group), k, v)
+        for group, (k, v) in zip(packed.groups, _key_rows(packed, key, value, gains), strict=True)
+    )
+
+
+def _sdpa_biased(query: Tensor, key: Tensor, value: Tensor, *, biases: _Biases, scaling: float | None) -> Tensor:
+    """(rows, heads, length, head_dim); keys may have padding."""
+    blocks = []
+    for block, start in _blocks(query, biases.most_queries):
+        bias = biases.of(block, key[:, :, : query.shape[2]], start, key.shape[2])
+        blocks.append(F.scaled_dot_product_attention(block, key, value, attn_mask=bias, scale=scaling))
+    return torch.cat(blocks, dim=2) if len(blocks) > 1 else blocks[0]
+
+
+class _Biases:
+    """What is added to the scores of a batch's rows in one layer."""
+
+    def __init__(self, packed: PackedBatch, position: Sequence[Tensor]) -> None:
+        """`position`: as `packed_attention` takes it, table and projections."""
+        self._packed = packed
+        self._table, *projections = position
+        self.most_queries = self._table.shape[1]
+        self._reach = self._table.shape[2] // 2
+        self._products: DistanceProducts | None = None
+        if projections:
+            longest = max(max(group.length for group in packed.groups), *(rows.keys for rows in packed.at_once), 0)
+            self._products = DistanceProducts(self._table, *projections, longest=min(longest, self._reach))
+
+    def of(self, query: Tensor, key: Tensor, start: int, columns: int) -> Tensor:
+        """(rows, heads, queries, columns) or (1, ...); see `DistanceProducts.of`."""
+        if self._products is None:
+            return _of_table(self._packed, self._table, (query.shape[2], key.shape[2]), start, columns)
+        return self._products.of(query, key, start, columns)
+
+    def write(self, query: Tensor, key: Tensor, start: int, into: Tensor) -> None:
+        """As `attention_products` asks for it; rows may be padded beyond what the table reaches."""
+        keys = min(key.shape[2], self._reach)
+        queries = min(query.shape[2], keys - start)
+        into = into[:, :, :queries, :keys]
+        if self._products is None:
+            first = self._reach - start
+            into.copy_(self._table[:, None, :queries, first : first + keys])
+            return
+        of_query, of_key = self._products.both(query[:, :, :queries], key[:, :, :keys], start)
+        into.copy_(of_key).add_(of_query)  # torch copies what is transposed in a fast way, and adds it in a slow one
 
 
 def _blocks(query: Tensor, step: int) -> Iterator[tuple[Tensor, int]]:
@@ -347,8 +420,8 @@ class DistanceProducts:
         center = table.shape[2] // 2
         buckets = table[0, 0, center - longest + 1 : center + longest]  # of the distances 1 - longest to longest - 1
         self._longest = longest
-        self._keys = keys.index_select(0, buckets)
-        self._queries = queries.index_select(0, buckets.flip(0))
+        self._keys = keys.transpose(0, 1).index_select(1, buckets)  # (heads, distances, head_dim)
+        self._queries = queries.transpose(0, 1).index_select(1, buckets.flip(0))
 
     def of(self, query: Tensor, key: Tensor, start: int, columns: int) -> Tensor:
         """What is added to the scores: (rows, heads, queries, columns), -inf in columns after the last key.
@@ -357,26 +430,35 @@ class DistanceProducts:
             query: (rows, heads, queries, head_dim), of which the first is the row's query `start`.
             key: (rows, heads, length, head_dim), all of the row's.
         """
-        rows, heads, count, _ = query.shape
-        length = key.shape[2]
-        distances = count + length - 1
-        first = self._longest - start - count
-        by_query = _products(query, self._keys[first : first + distances])
-        first = self._longest - length + start
-        by_key = _products(key, self._queries[first : first + distances])
-        size = (rows, heads, count, length)
-        of_query = by_query.as_strided(size, (count * distances, rows * count * distances, distances - 1, 1), count - 1)
-        of_key = by_key.as_strided(size, (length * distances, rows * length * distances, 1, distances - 1), length - 1)
+        of_query, of_key = (
+            each.transpose(0, 1) for each in self.both(query.transpose(0, 1), key.transpose(0, 1), start)
+        )
+        rows, heads, count, length = of_query.shape
         if columns == length:
             return of_query + of_key
         bias = query.new_full((rows, heads, count, columns), -torch.inf)
         torch.add(of_query, of_key, out=bias[..., :length])
         return bias
 
+    def both(self, query: Tensor, key: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The two parts of the sum, (heads, rows, queries, length), of tensors with heads before rows."""
+        heads, rows, count, _ = query.shape
+        length = key.shape[2]
+        distances = count + length - 1
+        first = self._longest - start - count
+        by_query = _products(query, self._keys[:, first : first + distances])
+        first = self._longest - length + start
+        by_key = _products(key, self._queries[:, first : first + distances])
+        size = (heads, rows, count, length)
+        return (
+            by_query.as_strided(size, (rows * count * distances, count * distances, distances - 1, 1), count - 1),
+            by_key.as_strided(size, (rows * length * distances, length * distances, 1, distances - 1), length - 1),
+        )
+
 
 def _products(tokens: Tensor, distances: Tensor) -> Tensor:
-    """(rows, heads, length, head_dim) and (distances, heads, head_dim) -> (heads, rows * length, distances)."""
-    return torch.bmm(tokens.transpose(0, 1).flatten(1, 2), distances.permute(1, 2, 0))
+    """(heads, rows, length, head_dim) and (heads, distances, head_dim) -> (heads, rows * length, distances)."""
+    return torch.bmm(tokens.flatten(1, 2), distances.transpose(1, 2))
 
 
 def bias_table(of_distances: Callable[[Tensor], Tensor], positions: int, device: torch.device) -> Tensor:

@@ -5,7 +5,7 @@ Keys and values of a prefix are kept as long as rows of its request wait: they a
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -19,8 +19,6 @@ from torch import Tensor
 
 from vecmill.core.types import Prefix, Row, TokenIds
 
-LARGEST_FLASH_HEAD = 256  # of flash attention's kernels
-
 
 class Attention(StrEnum):
     """What computes attention. Chosen when a model is loaded; `packed_attention` runs it."""
@@ -29,17 +27,8 @@ class Attention(StrEnum):
     """torch's kernel for ragged rows: 16-bit types on CUDA. One call for all rows."""
     SDPA = "sdpa"
     """One call for each length that rows have, of any type on any device."""
-
-    @classmethod
-    def on(cls, device: torch.device, dtype: torch.dtype, *, flash: bool = True, largest_head: int = 0) -> Attention:
-        """For weights of a type on a device.
-
-        Args:
-            flash: whether the kernel is wanted, and the device has it.
-            largest_head: values of a head at most.
-        """
-        fits = dtype in (torch.float16, torch.bfloat16) and largest_head <= LARGEST_FLASH_HEAD
-        return cls.FLASH if flash and device.type == "cuda" and fits else cls.SDPA
+    PRODUCTS = "products"
+    """Matrix products of all heads of rows of about one length: bfloat16 on CPUs where that is faster."""
 
 
 @dataclass(slots=True)
@@ -97,6 +86,22 @@ class EqualLengths:
     """First token and length of the prefix; from T on are those that were recalled."""
     padded: tuple[int, int] | None = None
     """First and number of each row's keys among `padded_keys`: its prefix's, its own, and padding; None: not padded."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowsAtOnce:
+    """Rows of about one length, which are multiplied in one call."""
+
+    groups: tuple[EqualLengths, ...]
+    """The shortest rows first."""
+    count: int
+    """Rows of all groups: a power of two."""
+    queries: int
+    """Of each row, padding included."""
+    keys: int
+    """Of each row: its prefix's, its own, and padding."""
+    before: int
+    """Keys of each row's prefix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +165,8 @@ class PackedBatch:
     """Prefixes computed in an earlier batch; their tokens count from T on."""
     groups: tuple[EqualLengths, ...]
     """For SDPA."""
+    at_once: tuple[RowsAtOnce, ...]
+    """For products."""
     padded_keys: Tensor | None
     """(P,) int64: the token that each is of, for groups whose keys are padded; None where no group's are. From T on are
     those that were recalled."""
@@ -169,6 +176,8 @@ class PackedBatch:
     attention: Attention
     masks: dict[Hashable, Tensor] = field(default_factory=dict)
     """For SDPA: filled by the first layer that needs one, read by the others."""
+    plans: dict[Hashable, object] = field(default_factory=dict)
+    """For products: the memory of attention, which all layers use."""
     bands: dict[Hashable, tuple[Tensor, int]] = field(default_factory=dict)
     """For SDPA on a CPU: the tensor that masks are parts of, and the column of its first query's own key."""
 
@@ -258,6 +267,7 @@ def pack(
         ),
         recalled=tuple(recalled.values()),
         groups=groups,
+        at_once=_rows_at_once(groups) if attention is Attention.PRODUCTS else (),
         padded_keys=tensors.get("padded_keys"),
         order=tuple(segment.index for segment in segments if segment.index is not None),
         shape=shape,
@@ -445,3 +455,66 @@ def _with_padded_keys(groups: Sequence[EqualLengths]) -> tuple[tuple[EqualLength
             group, start = replace(group, padded=(start, count)), start + group.rows * count
         with_keys.append(group)
     return tuple(with_keys), np.concatenate(parts) if parts else None
+
+
+# Rows that are computed together are padded to the longest. A call costs as much beside its scores as these many scores
+# of a head: rows are padded further where that takes less than another call.
+CALL_IN_SCORES = 8_192
+# oneDNN keeps what it prepares for each shape, 0.7 MB. There are few: rows are powers of two, and lengths are padded.
+MOST_ROWS_AT_ONCE, MOST_KEYS_AT_ONCE = 64, 2_048
+
+
+def _rows_at_once(groups: Sequence[EqualLengths]) -> tuple[RowsAtOnce, ...]:
+    found: list[RowsAtOnce] = []
+    for before, same in groupby(groups, key=_keys_before):
+        members = sorted(same, key=attrgetter("length"))  # a filler comes last in a pack
+        lengths = [_padded_length(group.length) for group in members for _ in range(group.rows)]
+        found += _cut(members, _counts(lengths, before), before)
+    return tuple(found)
+
+
+def _keys_before(group: EqualLengths) -> int:
+    return group.prefix[1] if group.prefix is not None else 0
+
+
+def _padded_length(tokens: int) -> int:
+    """The next multiple of 16, and of 32 above 256 tokens, of 64 above 512, and so on."""
+    step = 16
+    while step * 16 < tokens:
+        step *= 2
+    return -(-tokens // step) * step
+
+
+def _counts(lengths: Sequence[int], before: int) -> list[int]:
+    """How many neighbours to compute together, from the first row on, so that all take the least time.
+
+    Args:
+        lengths: padded, of each row, in ascending order.
+        before: keys of each row's prefix.
+    """
+    costs, last = [0], [0]  # of the first rows: what they take, and how many of them the last call has
+    for stop, length in enumerate(lengths, 1):
+        keys = before + length
+        most = max(1, min(stop, MOST_ROWS_AT_ONCE, MOST_KEYS_AT_ONCE // keys))
+        choices = (1 << power for power in range(most.bit_length()))
+        cost, count = min((costs[stop - count] + CALL_IN_SCORES + count * length * keys, count) for count in choices)
+        costs.append(cost)
+        last.append(count)
+    counts: list[int] = []
+    while sum(counts) < len(lengths):
+        counts.append(last[len(lengths) - sum(counts)])
+    return counts[::-1]
+
+
+def _cut(groups: Sequence[EqualLengths], counts: Sequence[int], before: int) -> Iterator[RowsAtOnce]:
+    left = list(reversed(groups))
+    for count in counts:
+        taken: list[EqualLengths] = []
+        while wanted := count - sum(group.rows for group in taken):
+            group = left.pop()
+            if group.rows > wanted:
+                left.append(replace(group, start=group.start + wanted * group.length, rows=group.rows - wanted))
+                group = replace(group, rows=wanted)
+            taken.append(group)
+        longest = taken[-1].length
+        yield RowsAtOnce(tuple(taken), count, _padded_length(longest), _padded_length(before + longest), before)

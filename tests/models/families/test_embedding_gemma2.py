@@ -18,6 +18,7 @@ from tests.models.test_tolerances import COSINE_IN_BFLOAT16
 from tests.oracle import mean_encode
 from tests.tiny_checkpoints import edit_json, tiny_embedding_gemma2
 from vecmill.core.types import Task
+from vecmill.models.packed_attention import attention_on
 from vecmill.models.packing import Attention
 
 TINY = (TinyModel(Task.EMBED, "embedding_gemma2", tiny_embedding_gemma2, layer_kinds=2),)
@@ -58,7 +59,7 @@ def test_its_large_heads_are_not_given_to_flash_attention(tmp_path: Path) -> Non
     model = load_model(tiny_embedding_gemma2(tmp_path / "tiny", global_head_dim=512))[1]
     assert model.largest_head == 512
     for heads, attention in ((512, Attention.SDPA), (256, Attention.FLASH)):
-        assert Attention.on(torch.device("cuda"), torch.bfloat16, largest_head=heads) is attention
+        assert attention_on(torch.device("cuda"), torch.bfloat16, largest_head=heads) is attention
 
 
 def test_in_bfloat16_vectors_point_the_same_way(tmp_path: Path) -> None:
