@@ -1,9 +1,11 @@
 """What makes forward passes on a CPU fast, each step by itself: the same texts, in turns, in one run.
 
-Four ways to run a model's bfloat16 weights: each batch as one pass in all threads (`plain`); as passes at the same time
-(`parts`); with weights that are laid out once (`prepacked`); and both, as the server does. Batches are in the order of
-arrival. Each way is run with malloc's own settings and with the server's, in processes of their own. Beside texts a
-second stand the share of a large matmul's rate and the milliseconds of a search alone.
+Ways to run a model's bfloat16 weights: each batch as one pass in all threads (`plain`); as passes at the same time
+(`parts`); with weights that are laid out once (`prepacked`); with the attention that the server chooses on this machine
+(`attention`, torch's kernel in the ways before); and all of these, as the server does. Batches are in the order of
+arrival; texts are cut at the model's limit. Each way is run with malloc's own settings and with the server's, in
+processes of their own. Beside texts a second stand the share of a large matmul's rate and the milliseconds of a search
+alone.
 
     python -m benchmarks.models.cpu_passes                                    # the bundled model
     python -m benchmarks.models.cpu_passes --models ModernBERT-base --texts 100   # random values in a hub model's shape
@@ -31,6 +33,7 @@ import torch
 from benchmarks.lib.figures import in_turns, print_disturbance, shown, spread
 from benchmarks.lib.host import describe_host, watched
 from benchmarks.lib.minilm import bundled_model, sample_texts
+from benchmarks.lib.minilm import tokenize as tokenize_as_bundled
 from benchmarks.lib.results import keep_so_far, publish
 from benchmarks.models.families import FAMILY_SHAPES, QUERY, tokenize, write_family
 from benchmarks.models.workloads import batches, operations
@@ -70,31 +73,43 @@ def folder_of(name: str) -> Iterator[tuple[Path, Task]]:
         yield folder, FAMILY_SHAPES[name].task
 
 
-def loaded(folder: Path, task: Task, *, laid_out: bool) -> LoadedModel:
-    """A model, its linear layers prepacked or not."""
+def loaded(folder: Path, task: Task, *, laid_out: bool) -> dict[bool, LoadedModel]:
+    """A model, its linear layers prepacked or not; False: with torch's attention, True: with that of the server."""
     checkpoint = read(Source(folder.name, folder, task))
     network = load_model(checkpoint, Target(DTYPE, CPU))
     if laid_out:
         prepack(network)
     threads = CpuThreads()
     threads.single_up_to = SINGLE_UP_TO
-    return LoadedModel(cast(Any, None), checkpoint, network, cast(Any, None), attention_on(CPU, DTYPE), threads=threads)
+    none = cast(Any, None)  # no card and no tokenizer are needed
+    return {
+        timed: LoadedModel(none, checkpoint, network, none, attention_on(CPU, DTYPE, timed=timed), threads=threads)
+        for timed in (False, True)
+    }
+
+
+def rows_of(name: str, folder: Path, task: Task, texts: int) -> list[Row]:
+    """The texts' tokens; of a reranker with a query before each."""
+    if name == BUNDLED:
+        return [Row(row) for row in tokenize_as_bundled(folder, sample_texts(texts))]
+    return [Row(row) for row in tokenize(sample_texts(texts), QUERY if task is Task.RERANK else None)]
 
 
 def measure(name: str, texts: int, rounds: int) -> dict[str, Any]:
     """All ways in this process."""
     with folder_of(name) as (folder, task):
         models = {laid_out: loaded(folder, task, laid_out=laid_out) for laid_out in (False, True)}
+        rows = rows_of(name, folder, task, texts)
     threads = torch.get_num_threads()
     devices = {False: Device(CPU, None), True: Device.of(CPU, threads)}
-    rows = [Row(row) for row in tokenize(sample_texts(texts), QUERY if task is Task.RERANK else None)]
     packs = batches(rows, CPU_BATCH_TOKENS)
     searches = [[Row(row.token_ids[:SEARCH_TOKENS])] for row in rows[:SEARCHES]]
     ways = {
-        "plain": (models[False], devices[False]),
-        "parts": (models[False], devices[True]),
-        "prepacked": (models[True], devices[False]),
-        "both": (models[True], devices[True]),
+        "plain": (models[False][False], devices[False]),
+        "parts": (models[False][False], devices[True]),
+        "prepacked": (models[True][False], devices[False]),
+        "attention": (models[False][True], devices[False]),
+        "all": (models[True][True], devices[True]),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     milliseconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -106,13 +121,14 @@ def measure(name: str, texts: int, rounds: int) -> dict[str, Any]:
         seconds[way].append(_seconds(model, packs, device))
         milliseconds[way].append(1000 * statistics.median(_seconds(model, [each], device) for each in searches))
         rates.append(_limit(threads))
-    plain = models[False]
+    plain = models[False][False]
     shape = FAMILY_SHAPES[name].shape if name in FAMILY_SHAPES else plain.checkpoint.config
     done = operations(plain.checkpoint.family.model_type, plain.model, shape, packs)
     rate = statistics.median(rates)
     return {
         "texts": len(rows),
         "tokens": sum(map(len, rows)),
+        "attention": models[True][True].attention.value,
         "matmul_tflops": spread([each / 1e12 for each in rates]),
         "ways": {
             way: {

@@ -18,6 +18,7 @@ from vecmill.models.packed_attention import attention_on
 from vecmill.models.packing import pack
 
 CAUSAL = {"qwen3", "qwen3-reranker"}
+DISENTANGLED = {"deberta-v2"}
 SEED = 26
 BEFORE_DOCUMENT = 39 + 22 + 20  # Qwen3-Reranker's prompt, the instruction and what is around it, a query
 AFTER_DOCUMENT = 9
@@ -54,7 +55,9 @@ def operations(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[R
     """Floating-point operations of the packs' forward passes: linear layers and attention."""
     parameters = matmul_parameters(model.modules)
     head_width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
-    per_pair: int = 4 * shape["num_attention_heads"] * head_width
+    # The products of a query with a key and of a weight with a value; with disentangled positions also those of query
+    # and key with the distance.
+    per_pair: int = (8 if kind in DISENTANGLED else 4) * shape["num_attention_heads"] * head_width
     layers = Counter(windows(model, shape["num_hidden_layers"]))
     return sum(
         2.0 * parameters * computed_tokens(rows)

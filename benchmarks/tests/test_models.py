@@ -83,7 +83,7 @@ def test_passes_on_a_cpu_are_set_against_the_machine_in_every_way() -> None:
     result = json_line(run_benchmark("models.cpu_passes", "--texts", "2", "--rounds", "1", "--models", "DistilBERT"))
     (found,) = result["models"].values()
     for of_malloc in found.values():
-        assert of_malloc["ways"].keys() == {"plain", "parts", "prepacked", "both"}
+        assert of_malloc["ways"].keys() == {"plain", "parts", "prepacked", "attention", "all"}
         assert all(way["of_limit"]["min"] > 0 for way in of_malloc["ways"].values())
 
 

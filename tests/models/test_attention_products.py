@@ -113,7 +113,10 @@ def test_each_row_is_computed_once_and_little_is_padded(
         prefix = Prefix(np.ones(before, dtype=np.int32))
         rows += [Row(np.ones(length, dtype=np.int32), prefix=prefix) for length in tails]
     packed = pack(rows, CPU, attention=Attention.PRODUCTS)
-
+    if packed.attention is Attention.SDPA:  # where it is faster
+        assert not packed.at_once
+        assert packed.input_ids.shape[1] < max(64, 8 * len(packed.cu_seqlens))
+        return
     computed = [
         (group.start + row * group.length, group.length, group.prefix)
         for at_once in packed.at_once

@@ -176,9 +176,9 @@ def _attend(
         return _flash(query, key, value, packed, scaling, window)
     if packed.attention is Attention.PRODUCTS:
 
-        def by_kernel(row: EqualLengths) -> Tensor:
-            own_keys, own_values = (_own_rows(each, row) for each in (key, value))
-            return _sdpa(_rows(query, row), own_keys, own_values, packed, row, scaling, window)
+        def by_kernel(group: EqualLengths) -> Tensor:
+            own_keys, own_values = (_own_rows(each, group) for each in (key, value))
+            return _sdpa(_rows(query, group), own_keys, own_values, packed, group, scaling, window)
 
         return attention_products.attend(query, key, value, packed, scaling, window, by_kernel)
     gains = [_gains(group, window) for group in packed.groups]
@@ -332,7 +332,7 @@ def _biased(
             packed,
             scaling,
             EVERYTHING,
-            lambda row: attend(_rows(query, row), _rows(key, row), _rows(value, row)),
+            lambda group: attend(_rows(query, group), _rows(key, group), _rows(value, group)),
             biases.write,
             biases.most_queries,
         )

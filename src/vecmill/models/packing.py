@@ -222,6 +222,8 @@ def pack(
     positions = np.array([segment.position for segment in segments], dtype=np.int64)
     keys = _keys(segments)
     groups = _groups(segments, lengths)
+    if attention is Attention.PRODUCTS and tokens < max(LEAST_FOR_PRODUCTS, LEAST_OF_A_ROW * len(segments)):
+        attention = Attention.SDPA
     padded_keys: Array | None = None
     if attention is Attention.SDPA and device.type == "cpu":
         groups, padded_keys = _with_padded_keys(groups)
@@ -464,6 +466,10 @@ CALL_IN_SCORES = 8_192
 MOST_ROWS_AT_ONCE, MOST_KEYS_AT_ONCE = 64, 2_048
 
 
+# For a short search preparing products takes longer than they save; of shorter rows most would be padding.
+LEAST_FOR_PRODUCTS, LEAST_OF_A_ROW = 64, 8
+
+
 def _rows_at_once(groups: Sequence[EqualLengths]) -> tuple[RowsAtOnce, ...]:
     found: list[RowsAtOnce] = []
     for before, same in groupby(groups, key=_keys_before):
@@ -500,9 +506,10 @@ def _counts(lengths: Sequence[int], before: int) -> list[int]:
         cost, count = min((costs[stop - count] + CALL_IN_SCORES + count * length * keys, count) for count in choices)
         costs.append(cost)
         last.append(count)
-    counts: list[int] = []
-    while sum(counts) < len(lengths):
-        counts.append(last[len(lengths) - sum(counts)])
+    counts, stop = [], len(lengths)
+    while stop:
+        counts.append(last[stop])
+        stop -= last[stop]
     return counts[::-1]
 
 
