@@ -29,7 +29,7 @@ from vecmill.engine.forward import (
     pack_on,
     parts_of,
 )
-from vecmill.models.packing import PackedBatch
+from vecmill.models.packing import Attention, PackedBatch
 
 
 @given(
@@ -221,10 +221,11 @@ def test_without_a_thread_to_spare_the_passes_run_in_turns(device: Device, monke
 
 @pytest.mark.nightly
 @pytest.mark.timeout(600)
-def test_memory_is_flat_over_ten_thousand_batches() -> None:
+@pytest.mark.parametrize("attention", [Attention.SDPA, Attention.PRODUCTS])
+def test_memory_is_flat_over_ten_thousand_batches(attention: Attention) -> None:
     """Kernel libraries keep what they prepare for each shape: there must not be a new one for each batch."""
     done = subprocess.run(
-        [sys.executable, "-c", TEN_THOUSAND, str(GOLDEN / "qwen3" / "embedding")],
+        [sys.executable, "-c", TEN_THOUSAND, str(GOLDEN / "qwen3" / "embedding"), attention],
         env=os.environ | {"OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
@@ -243,6 +244,7 @@ from vecmill.engine.forward import CpuThreads, Device, LoadedModel, collect, lau
 from vecmill.hardware.memory import give_back_memory, keep_freed_memory
 from vecmill.models.checkpoint import Source, read
 from vecmill.models.networks import load_model
+from vecmill.models.packing import Attention
 from vecmill.models.prepacked_linears import prepack
 from vecmill.models.weights import Target
 
@@ -251,7 +253,8 @@ checkpoint = read(Source("tiny", Path(sys.argv[1]), Task.EMBED))
 cpu = torch.device("cpu")
 network = load_model(checkpoint, Target(torch.bfloat16, cpu))
 assert prepack(network)
-model, device = LoadedModel(None, checkpoint, network, None, threads=CpuThreads(2)), Device.of(cpu, 2)
+model = LoadedModel(None, checkpoint, network, None, Attention(sys.argv[2]), threads=CpuThreads(2))
+device = Device.of(cpu, 2)
 random = np.random.default_rng(0)
 divided = 0
 for number in range(10_000):
