@@ -37,6 +37,9 @@ def test_the_budget_is_the_fewest_tokens_with_95_percent_of_the_best_rate() -> N
     budget = fitted.bulk_tokens(max_seconds=10, largest=16384)
     assert budget == 380 // 64 * 64
     assert budget / fitted.seconds(budget) > 0.94 * fitted.best_rate
+    on_cpu = fitted.bulk_tokens(max_seconds=10, largest=16384, rate=0.98)
+    assert on_cpu == 980 // 64 * 64
+    assert on_cpu / fitted.seconds(on_cpu) > 0.975 * fitted.best_rate
 
 
 def test_the_budget_keeps_the_time() -> None:

@@ -17,7 +17,8 @@ import numpy as np
 
 # Smallest budget that the rate alone would choose: about one code chunk.
 FEWEST_TOKENS = 128
-BULK_RATE_FRACTION = 0.95  # of the best tokens per second, which a bulk forward reaches
+# Of the best tokens per second, which a bulk forward reaches. On a CPU a search waits for a layer of it alone.
+BULK_RATE_FRACTION, BULK_RATE_FRACTION_ON_CPU = 0.95, 0.98
 FREE_RIDE_TIME_FRACTION = 1 / 8  # of MAX_BATCH_MS, which bulk may add to an interactive forward
 # Packs are rounded up to a multiple of 64, the smallest to 16: a budget in between gains nothing.
 STEP, SMALLEST_PACK, LONGEST_PACK = 64, 16, 1 << 20
@@ -56,14 +57,14 @@ class Calibration:
         """Expected time of a forward pass."""
         return self.fixed_seconds + self.seconds_per_token * tokens
 
-    def bulk_tokens(self, max_seconds: float, largest: int) -> int:
-        """Tokens of a bulk forward: the fewest with 95 % of the best rate, in `max_seconds` and up to `largest`.
+    def bulk_tokens(self, max_seconds: float, largest: int, rate: float = BULK_RATE_FRACTION) -> int:
+        """Tokens of a bulk forward: the fewest with so much of the best rate, in `max_seconds` and up to `largest`.
 
         If even an empty forward takes longer than `max_seconds`, half the knee: the pass takes 1.5 times as long as an
         empty one, and no shorter pass would meet the limit either.
         """
-        # t / (a + b t) = 0.95 / b
-        enough = max(FEWEST_TOKENS, self.knee_tokens * BULK_RATE_FRACTION / (1 - BULK_RATE_FRACTION))
+        # t / (a + b t) = rate / b
+        enough = max(FEWEST_TOKENS, self.knee_tokens * rate / (1 - rate))
         in_time = (max_seconds - self.fixed_seconds) / self.seconds_per_token
         if in_time <= 0:
             in_time = self.knee_tokens / 2
@@ -105,12 +106,14 @@ class Warmed:
     """Unix time at which the fit, and with it the budgets, became what they are."""
     is_provisional: bool = False
     """Whether it is a first look, or of an earlier start: to be measured once nobody waits."""
+    bulk_rate: float = BULK_RATE_FRACTION
+    """How much of the best rate a bulk forward reaches at least."""
     next_dtype: str | None = None
     """The type that the weights get at the next start, where another has turned out to be faster."""
 
     def refitted(self, calibration: Calibration, max_seconds: float) -> Self:
         """The same with another fit, and the budgets that follow from it where a pass may take `max_seconds`."""
-        max_batch_tokens = calibration.bulk_tokens(max_seconds, self.largest_tokens)
+        max_batch_tokens = calibration.bulk_tokens(max_seconds, self.largest_tokens, self.bulk_rate)
         free_tokens = min(calibration.free_tokens(max_seconds), max_batch_tokens)
         return replace(
             self,

@@ -192,6 +192,7 @@ def _before(kept: Any) -> Before:
             graph_memory_bytes=0,
             seconds=(),
             changed_at=_between(warmed["changed_at"], 0, LATEST),
+            bulk_rate=_between(warmed["bulk_rate"], 0.5, 0.99),
         ),
         _whole(kept["single_up_to"], 0),
         None if choice is None else _choice(choice),

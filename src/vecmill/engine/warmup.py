@@ -13,7 +13,13 @@ import torch
 from torch import nn
 
 from vecmill.config import EngineSettings
-from vecmill.core.calibration import Calibration, Warmed, fit
+from vecmill.core.calibration import (
+    BULK_RATE_FRACTION,
+    BULK_RATE_FRACTION_ON_CPU,
+    Calibration,
+    Warmed,
+    fit,
+)
 from vecmill.core.errors import StartupObstacle
 from vecmill.core.types import Lane, Row
 from vecmill.engine import compilation
@@ -299,6 +305,7 @@ def _warmed(
         graph_tokens=max((shape.tokens for shape in model.graphs.passes), default=0),
         graph_memory_bytes=model.graphs.memory_bytes,
         seconds=tuple(stopwatch.seconds),
+        bulk_rate=BULK_RATE_FRACTION_ON_CPU if stopwatch.is_on_cpu else BULK_RATE_FRACTION,
     ).refitted(calibration, engine.max_batch_ms / 1000)
 
 
@@ -407,6 +414,11 @@ class _Stopwatch:
         self._random = np.random.default_rng(0)
         self.seconds: list[float] = []
         """Every run."""
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether the passes run on a CPU."""
+        return self._device.device.type == "cpu"
 
     def try_longest_text(self, tokens: int) -> None:
         """On CUDA, run the longest text where it is longer than the largest batch: it may come at any time."""

@@ -370,7 +370,8 @@ def _filler(tokens: int) -> int:
     Kernel libraries keep what they prepare for each shape of a matrix product: with every total its own shape,
     memory grows for hours (oneDNN, 300 MB and more). Rounded, there are some dozens of shapes.
     """
-    return -tokens % (16 if tokens <= 256 else 64)
+    step = 16 if tokens <= 256 else 32 if tokens <= 1024 else 64
+    return -tokens % step
 
 
 def _cumulative(lengths: Sequence[int] | np.typing.NDArray[np.int64]) -> np.typing.NDArray[np.int32]:
