@@ -148,6 +148,21 @@ def test_there_are_few_shapes() -> None:
     assert len(shapes) < 100
 
 
+@pytest.mark.parametrize("window", [None, 9, 200])
+@pytest.mark.parametrize("lengths", [LENGTHS, (8200, 40), (130, 130, 100), (900, 880, 300)], ids=str)
+def test_padding_is_never_beyond_the_range(lengths: tuple[int, ...], window: int | None) -> None:
+    """Then each layer would look at each row."""
+    packed = batch(lengths)
+    query, key, value = tensors(packed)
+    for causal in (False, True):
+        packed_attention(
+            nn.Identity(), query, key, value, None, packed_batch=packed, is_causal=causal, sliding_window=window
+        )
+    for plan in packed.plans.values():
+        assert isinstance(plan, attention_products._Plan)
+        assert float(plan.sums.min()) > 1e-3
+
+
 def test_the_memory_of_a_long_row_stays_small() -> None:
     """Scores are computed in blocks, and all layers use the same memory."""
     packed = batch([8192])

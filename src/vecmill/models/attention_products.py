@@ -166,6 +166,7 @@ class _Plan:
         )
         self._used = 0
         self.rows = [self._of(rows, step) for rows, step in zip(at_once, steps, strict=True)]
+        self.sums = self.sums[: self._used]  # blocks that would be padding alone are not computed
 
     def _step(self, rows: RowsAtOnce) -> int:
         """How many queries of each row a block has."""
