@@ -73,8 +73,8 @@ def folder_of(name: str) -> Iterator[tuple[Path, Task]]:
         yield folder, FAMILY_SHAPES[name].task
 
 
-def loaded(folder: Path, task: Task, *, laid_out: bool) -> dict[bool, LoadedModel]:
-    """A model, its linear layers prepacked or not; False: with torch's attention, True: with that of the server."""
+def loaded(folder: Path, task: Task, *, laid_out: bool) -> tuple[LoadedModel, LoadedModel]:
+    """A model with torch's attention, and with that of the server; its linear layers prepacked or not."""
     checkpoint = read(Source(folder.name, folder, task))
     network = load_model(checkpoint, Target(DTYPE, CPU))
     if laid_out:
@@ -82,10 +82,11 @@ def loaded(folder: Path, task: Task, *, laid_out: bool) -> dict[bool, LoadedMode
     threads = CpuThreads()
     threads.single_up_to = SINGLE_UP_TO
     none = cast(Any, None)  # no card and no tokenizer are needed
-    return {
-        timed: LoadedModel(none, checkpoint, network, none, attention_on(CPU, DTYPE, timed=timed), threads=threads)
+    torchs, servers = (
+        LoadedModel(none, checkpoint, network, none, attention_on(CPU, DTYPE, timed=timed), threads=threads)
         for timed in (False, True)
-    }
+    )
+    return torchs, servers
 
 
 def rows_of(name: str, folder: Path, task: Task, texts: int) -> list[Row]:
@@ -98,18 +99,19 @@ def rows_of(name: str, folder: Path, task: Task, texts: int) -> list[Row]:
 def measure(name: str, texts: int, rounds: int) -> dict[str, Any]:
     """All ways in this process."""
     with folder_of(name) as (folder, task):
-        models = {laid_out: loaded(folder, task, laid_out=laid_out) for laid_out in (False, True)}
+        plain, with_attention = loaded(folder, task, laid_out=False)
+        prepacked, with_all = loaded(folder, task, laid_out=True)
         rows = rows_of(name, folder, task, texts)
     threads = torch.get_num_threads()
-    devices = {False: Device(CPU, None), True: Device.of(CPU, threads)}
+    undivided, divided = Device(CPU, None), Device.of(CPU, threads)
     packs = batches(rows, CPU_BATCH_TOKENS)
     searches = [[Row(row.token_ids[:SEARCH_TOKENS])] for row in rows[:SEARCHES]]
     ways = {
-        "plain": (models[False][False], devices[False]),
-        "parts": (models[False][False], devices[True]),
-        "prepacked": (models[True][False], devices[False]),
-        "attention": (models[False][True], devices[False]),
-        "all": (models[True][True], devices[True]),
+        "plain": (plain, undivided),
+        "parts": (plain, divided),
+        "prepacked": (prepacked, undivided),
+        "attention": (with_attention, undivided),
+        "all": (with_all, divided),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     milliseconds: dict[str, list[float]] = {way: [] for way in ways}
@@ -121,14 +123,13 @@ def measure(name: str, texts: int, rounds: int) -> dict[str, Any]:
         seconds[way].append(_seconds(model, packs, device))
         milliseconds[way].append(1000 * statistics.median(_seconds(model, [each], device) for each in searches))
         rates.append(_limit(threads))
-    plain = models[False][False]
     shape = FAMILY_SHAPES[name].shape if name in FAMILY_SHAPES else plain.checkpoint.config
     done = operations(plain.checkpoint.family.model_type, plain.model, shape, packs)
     rate = statistics.median(rates)
     return {
         "texts": len(rows),
         "tokens": sum(map(len, rows)),
-        "attention": models[True][True].attention.value,
+        "attention": with_all.attention.value,
         "matmul_tflops": spread([each / 1e12 for each in rates]),
         "ways": {
             way: {

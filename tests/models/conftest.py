@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vecmill.models import packing
+from vecmill.models.packing import Attention
 
 
 @pytest.fixture
@@ -20,3 +21,12 @@ def on_cpu_with(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], Non
 
     yield be
     packing.scores_at_once.cache_clear()
+
+
+@pytest.fixture(params=["AVX2", "AVX512", Attention.PRODUCTS])
+def any_way(request: pytest.FixtureRequest, on_cpu_with: Callable[[str], None]) -> Attention:
+    """What packs are made for: torch's kernel on any CPU, or products."""
+    if request.param is Attention.PRODUCTS:
+        return Attention.PRODUCTS
+    on_cpu_with(request.param)
+    return Attention.SDPA

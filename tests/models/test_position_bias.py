@@ -57,15 +57,6 @@ def any_table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(family, "TABLE_BYTES", request.param)
 
 
-@pytest.fixture(params=["AVX2", "AVX512", Attention.PRODUCTS])
-def any_way(request: pytest.FixtureRequest, on_cpu_with: Callable[[str], None]) -> Attention:
-    """torch's kernel on any CPU, or products."""
-    if request.param is Attention.PRODUCTS:
-        return Attention.PRODUCTS
-    on_cpu_with(request.param)
-    return Attention.SDPA
-
-
 @pytest.mark.usefixtures("any_table")
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_packed_rows_equal_each_row_alone(lengths: tuple[int, ...], any_way: Attention) -> None:

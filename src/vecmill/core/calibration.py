@@ -17,10 +17,11 @@ import numpy as np
 
 # Smallest budget that the rate alone would choose: about one code chunk.
 FEWEST_TOKENS = 128
-# Of the best tokens per second, which a bulk forward reaches. On a CPU a search waits for a layer of it alone.
+# The share of the best tokens per second that a bulk forward is to reach. On a CPU it may take longer: a search waits
+# for one of its layers, not for all.
 BULK_RATE_FRACTION, BULK_RATE_FRACTION_ON_CPU = 0.95, 0.98
 FREE_RIDE_TIME_FRACTION = 1 / 8  # of MAX_BATCH_MS, which bulk may add to an interactive forward
-# Packs are rounded up to a multiple of 64, the smallest to 16: a budget in between gains nothing.
+# Packs are rounded up to a multiple of 64, smaller ones to 16 or 32: a budget in between gains nothing.
 STEP, SMALLEST_PACK, LONGEST_PACK = 64, 16, 1 << 20
 # Passes of one size (tokens to the next power of two) that are remembered, for how long, and how many are enough.
 REMEMBERED, REMEMBERED_SECONDS, ENOUGH = 32, 600.0, 8
@@ -58,8 +59,9 @@ class Calibration:
         return self.fixed_seconds + self.seconds_per_token * tokens
 
     def bulk_tokens(self, max_seconds: float, largest: int, rate: float = BULK_RATE_FRACTION) -> int:
-        """Tokens of a bulk forward: the fewest with so much of the best rate, in `max_seconds` and up to `largest`.
+        """Tokens of a bulk forward: the fewest that reach the share `rate` of the best rate.
 
+        It takes `max_seconds` at most, and has `largest` tokens at most.
         If even an empty forward takes longer than `max_seconds`, half the knee: the pass takes 1.5 times as long as an
         empty one, and no shorter pass would meet the limit either.
         """
@@ -107,7 +109,7 @@ class Warmed:
     is_provisional: bool = False
     """Whether it is a first look, or of an earlier start: to be measured once nobody waits."""
     bulk_rate: float = BULK_RATE_FRACTION
-    """How much of the best rate a bulk forward reaches at least."""
+    """The share of the best rate that a bulk forward is to reach."""
     next_dtype: str | None = None
     """The type that the weights get at the next start, where another has turned out to be faster."""
 

@@ -13,13 +13,7 @@ import torch
 from torch import nn
 
 from vecmill.config import EngineSettings
-from vecmill.core.calibration import (
-    BULK_RATE_FRACTION,
-    BULK_RATE_FRACTION_ON_CPU,
-    Calibration,
-    Warmed,
-    fit,
-)
+from vecmill.core.calibration import BULK_RATE_FRACTION, BULK_RATE_FRACTION_ON_CPU, Calibration, Warmed, fit
 from vecmill.core.errors import StartupObstacle
 from vecmill.core.types import Lane, Row
 from vecmill.engine import compilation

@@ -27,34 +27,32 @@ from torch import Tensor
 
 from vecmill.core.errors import first_line, is_out_of_memory
 from vecmill.core.types import Row
-from vecmill.models.packing import Attention, EqualLengths, PackedBatch, RowsAtOnce, pack
+from vecmill.models.packing import EVERYTHING, Attention, EqualLengths, PackedBatch, RowsAtOnce, Window, pack
 
 logger = logging.getLogger(__name__)
 
 LOG2_E = math.log2(math.e)
 
-# Sums of weights that are in range: bfloat16 holds 2 ** -126 to 2 ** 128. Of the smallest sum no weight is lost that
-# matters, and with the largest, values of up to 2 ** 23 can be multiplied.
+# Sums of weights that are in range: bfloat16 holds 2 ** -126 to 2 ** 128. Weights that are too small for it do not
+# matter beside the smallest sum, and values of up to 2 ** 23 times the largest sum still fit.
 LEAST_SUM, MOST_SUM = 2.0**-100, 2.0**104
 
-# A row's queries are taken in blocks of about so many scores, 4 MB. Where a query does not see all keys, blocks are
-# smaller: fewer keys are multiplied that no query of the block sees.
+# A row's queries are taken in blocks of about so many scores, 4 MB.
 SCORES, LEAST_QUERIES, MOST_QUERIES = 2 << 20, 64, 512
-BLOCK_QUERIES = 128
-# Keys of a block begin and end at such places, so that there are few shapes: oneDNN keeps what it prepares for each.
+# Where a query does not see all keys, a block has so many queries, or twice the window: fewer keys are multiplied that
+# none of them sees.
+QUERIES_IN_A_WINDOW = 128
+# The keys of a block begin and end at multiples of this, so that there are few shapes.
 ALIGNED_KEYS = 16
 
-# Of the trial: as many rows, heads and values as a batch of BERT-base has. It takes some 20 ms.
-ROWS, TOKENS, HEADS, HEAD_DIM = 4, 128, 12, 64
+# What the trial computes, some rows in the shape of BERT-base, and how often. It takes some 20 ms.
+TRIAL_ROWS, TRIAL_TOKENS, TRIAL_HEADS, TRIAL_HEAD_DIM = 4, 128, 12, 64
 TRIALS, GAIN = 7, 1.25
 MOST_OFF = 0.02  # two roundings to bfloat16; a kernel that computes something else is far off
 
-Window = tuple[int, int]
-"""How many keys before and after its own a query sees; -1: all of them."""
-
 Bias = Callable[[Tensor, Tensor, int, Tensor], None]
 """(heads, rows, queries, head_dim) and (heads, rows, keys, head_dim), the first query's place in its row, and where to
-write what is added to their scores: (heads, rows, queries, keys). Nothing need be written for padding.
+write what is added to their scores: (heads, rows, queries, keys). Padding may be left as it is.
 """
 
 
@@ -81,15 +79,15 @@ class _Block:
     sums: Tensor  # (kv_heads * rows, heads of each * queries)
     query_by_head: Tensor  # (kv_heads, rows, heads of each, queries, head_dim)
     scores_by_head: Tensor  # (kv_heads, rows, heads of each, queries, keys)
-    after: int | None
-    """The diagonal after which no key is seen; None: all are."""
-    before: int | None
-    """The diagonal before which no key is seen."""
+    last_diagonal: int | None
+    """Of the scores, the last on which keys are seen; None: they are seen up to the end."""
+    first_diagonal: int | None
+    """The first on which they are; None: they are seen from the beginning."""
     parts: list[_GroupQueries] = field(default_factory=list)
-    unseen: list[Tensor] = field(default_factory=list)
-    """Scores of keys that are padding."""
-    unasked: list[Tensor] = field(default_factory=list)
-    """Sums of queries that are padding."""
+    padded_scores: list[Tensor] = field(default_factory=list)
+    """Of keys that are padding."""
+    padded_sums: list[Tensor] = field(default_factory=list)
+    """Of queries that are padding."""
 
     def place(self, query: Tensor) -> None:
         """Bring its queries, of (1, heads, T, head_dim), to where they are multiplied."""
@@ -103,14 +101,14 @@ class _Block:
         """
         torch.baddbmm(self.scores, self.query, self.keys, beta=of_bias, alpha=factor, out=self.scores)
         weights = self.scores.exp2_()
-        if self.after is not None:
-            self.scores_by_head.tril_(self.after)
-        if self.before is not None:
-            self.scores_by_head.triu_(self.before)
-        for padding in self.unseen:
+        if self.last_diagonal is not None:
+            self.scores_by_head.tril_(self.last_diagonal)
+        if self.first_diagonal is not None:
+            self.scores_by_head.triu_(self.first_diagonal)
+        for padding in self.padded_scores:
             padding.zero_()
         torch.sum(weights, -1, out=self.sums)
-        for padding in self.unasked:
+        for padding in self.padded_sums:
             padding.fill_(1)  # is in range
         torch.bmm(weights, self.values, out=self.query)
 
@@ -122,10 +120,10 @@ class _Block:
 
 
 @dataclass(slots=True)
-class _Rows:
-    """Rows of about one length."""
+class _PlacedRows:
+    """Rows of about one length, and where they are multiplied."""
 
-    rows: RowsAtOnce
+    at_once: RowsAtOnce
     keys: Tensor  # (kv_heads, rows, keys, head_dim)
     values: Tensor
     blocks: list[_Block] = field(default_factory=list)
@@ -136,16 +134,16 @@ class _Rows:
         Values of the padding are zero: zero times a value that is not finite would spoil the row. Keys of the padding
         are what was there before, and so are their scores until their weights are set to zero.
         """
-        row, before = 0, self.rows.before
-        for group in self.rows.groups:
+        row, before = 0, self.at_once.before
+        for group in self.at_once.groups:
             which = slice(row, row + group.rows)
             row, after = row + group.rows, before + group.length
             for tensor, into in ((key, self.keys), (value, self.values)):
                 if group.prefix is not None:
                     first, count = group.prefix
                     into[:, which, :before].copy_(tensor[0, :, None, first : first + count])
-                into[:, which, before:after].copy_(_by_head(tensor, group, 0, group.length)[:, :, 0])
-            if after < self.rows.keys:
+                into[:, which, before:after].copy_(group.of(tensor).transpose(0, 1))
+            if after < self.at_once.keys:
                 self.values[:, which, after:].zero_()
 
 
@@ -157,7 +155,7 @@ class _Plan:
     ) -> None:
         self._window, self._width = window, query.shape[3]
         self._kv_heads, self._heads_of_each = key.shape[1], query.shape[1] // key.shape[1]
-        steps = [min(most_queries, self._step(rows)) for rows in at_once]
+        steps = [self._step(rows, most_queries) for rows in at_once]
         sizes = zip(*(self._sizes(rows, step) for rows, step in zip(at_once, steps, strict=True)), strict=True)
         sums = sum(rows.count * query.shape[1] * rows.queries for rows in at_once)
         pieces = [*map(max, sizes), sums]
@@ -168,16 +166,16 @@ class _Plan:
         self.rows = [self._of(rows, step) for rows, step in zip(at_once, steps, strict=True)]
         self.sums = self.sums[: self._used]  # blocks that would be padding alone are not computed
 
-    def _step(self, rows: RowsAtOnce) -> int:
+    def _step(self, rows: RowsAtOnce, most_queries: int) -> int:
         """How many queries of each row a block has."""
         fitting = SCORES // (rows.count * self._kv_heads * self._heads_of_each * rows.keys)
         step = min(MOST_QUERIES, max(LEAST_QUERIES, 1 << max(1, fitting).bit_length() - 1))
         left, right = self._window
         if left >= 0:
-            step = min(step, max(BLOCK_QUERIES, 2 * left))
+            step = min(step, max(QUERIES_IN_A_WINDOW, 2 * left))
         elif right == 0:
-            step = min(step, BLOCK_QUERIES)
-        return min(step, rows.queries)
+            step = min(step, QUERIES_IN_A_WINDOW)
+        return min(step, rows.queries, most_queries)
 
     def _sizes(self, rows: RowsAtOnce, step: int) -> tuple[int, int, int, int]:
         """Of keys, values, queries and scores."""
@@ -185,16 +183,16 @@ class _Plan:
         keys, queries = batch * rows.keys * self._width, batch * self._heads_of_each * step
         return keys, keys, queries * self._width, queries * rows.keys
 
-    def _of(self, rows: RowsAtOnce, step: int) -> _Rows:
+    def _of(self, rows: RowsAtOnce, step: int) -> _PlacedRows:
         shape = (self._kv_heads, rows.count, rows.keys, self._width)
-        made = _Rows(rows, _view(self._keys, shape), _view(self._values, shape))
+        made = _PlacedRows(rows, _view(self._keys, shape), _view(self._values, shape))
         longest = max(group.length for group in rows.groups)
         for first in range(0, longest, step):
             made.blocks.append(self._block(made, first, min(step, rows.queries - first)))
         return made
 
-    def _block(self, of: _Rows, first: int, queries: int) -> _Block:
-        rows, (left, right) = of.rows, self._window
+    def _block(self, of: _PlacedRows, first: int, queries: int) -> _Block:
+        rows, (left, right) = of.at_once, self._window
         own = rows.before + first  # the first query's own key
         begin = max(0, own - left) // ALIGNED_KEYS * ALIGNED_KEYS if left >= 0 else 0
         end = min(rows.keys, -(-(own + queries + right) // ALIGNED_KEYS) * ALIGNED_KEYS) if right >= 0 else rows.keys
@@ -225,10 +223,10 @@ class _Plan:
                 part = (block.query_by_head[:, which, :, :count], sums.view(*by_head, 1)[:, which, :, :count])
                 block.parts.append(_GroupQueries(group, first, count, *part))
             if count < queries:
-                block.unasked.append(sums.view(*by_head)[:, which, :, count:])
+                block.padded_sums.append(sums.view(*by_head)[:, which, :, count:])
             seen = max(0, rows.before + group.length - begin)
             if seen < keys and right != 0:  # what comes later is not seen anyway
-                block.unseen.append(block.scores_by_head[:, which, :, :, seen:])
+                block.padded_scores.append(block.scores_by_head[:, which, :, :, seen:])
         return block
 
     def out_of_range(self) -> Iterator[EqualLengths]:
@@ -253,13 +251,13 @@ def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
     return memory[: math.prod(shape)].view(shape)
 
 
-def _by_head(tensor: Tensor, group: EqualLengths, first: int, count: int, kv_heads: int | None = None) -> Tensor:
+def _by_head(tensor: Tensor, group: EqualLengths, first: int, count: int, kv_heads: int) -> Tensor:
     """Tokens of a group, (1, heads, T, head_dim) -> (kv_heads, rows, heads of each, count, head_dim); not a copy."""
     _, heads, _, width = tensor.shape
     _, of_head, of_token, of_value = tensor.stride()
-    of_each = 1 if kv_heads is None else heads // kv_heads
+    of_each = heads // kv_heads
     return tensor.as_strided(
-        (heads // of_each, group.rows, of_each, count, width),
+        (kv_heads, group.rows, of_each, count, width),
         (of_each * of_head, group.length * of_token, of_head, of_token, of_value),
         tensor.storage_offset() + (group.start + first) * of_token,
     )
@@ -291,16 +289,16 @@ def attend(
     assert isinstance(plan, _Plan)
     factor = LOG2_E * (scaling if scaling is not None else query.shape[3] ** -0.5)
     out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
-    for placed in plan.rows:
-        placed.place(key, value)
-        for block in placed.blocks:
+    for rows in plan.rows:
+        rows.place(key, value)
+        for block in rows.blocks:
             block.place(query)
             if bias is not None:
-                bias(block.query_by_head[:, :, 0], placed.keys, block.first, block.scores_by_head[:, :, 0])
+                bias(block.query_by_head[:, :, 0], rows.keys, block.first, block.scores_by_head[:, :, 0])
             block.multiply(factor, 0 if bias is None else LOG2_E)
             block.divide_into(out)
-    for rows in plan.out_of_range():
-        _by_head(out, rows, 0, rows.length)[:, :, 0].copy_(by_kernel(rows).transpose(0, 1))
+    for group in plan.out_of_range():
+        group.of(out).copy_(by_kernel(group))
     return out.transpose(1, 2)
 
 
@@ -324,19 +322,19 @@ def are_faster() -> bool:
 @torch.inference_mode()
 def _gain() -> float:
     """How many times as long torch's kernel takes; 0 where it gives other numbers."""
-    rows = [Row(np.ones(TOKENS, dtype=np.int32))] * ROWS
+    rows = [Row(np.ones(TRIAL_TOKENS, dtype=np.int32))] * TRIAL_ROWS
     packed = pack(rows, torch.device("cpu"), attention=Attention.PRODUCTS)
     generator = torch.Generator().manual_seed(0)
-    shape = (3, 1, packed.input_ids.shape[1], HEADS, HEAD_DIM)
+    shape = (3, 1, packed.input_ids.shape[1], TRIAL_HEADS, TRIAL_HEAD_DIM)
     query, key, value = torch.randn(shape, generator=generator, device="cpu").bfloat16().transpose(2, 3)
 
     def products() -> Tensor:
         packed.plans.clear()
-        return attend(query, key, value, packed, None, (-1, -1), lambda rows: query[:, :, : rows.length])
+        return attend(query, key, value, packed, None, EVERYTHING, lambda group: group.of(query))
 
     def kernel() -> Tensor:
         (whole,) = packed.groups
-        q, k, v = (_by_head(each, whole, 0, TOKENS)[:, :, 0].transpose(0, 1) for each in (query, key, value))
+        q, k, v = (whole.of(each) for each in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[None]
 
     if (products() - kernel()).norm() > MOST_OFF * kernel().norm():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from vecmill.models import attention_products
 from vecmill.models.family import BiasTable
-from vecmill.models.packing import Attention, EqualLengths, PackedBatch, keys_at_once
+from vecmill.models.packing import EVERYTHING, Attention, EqualLengths, PackedBatch, Window, keys_at_once
 
 
 # Arguments that not every torch has. torch 2.11 takes neither: its kernel accepts fewer key heads without being told.
@@ -69,10 +69,6 @@ BLOCK_QUERIES, LEAST_BLOCK_QUERIES = 512, 128
 # Keys of longer rows are not padded where every query sees all of them: masking the padding takes as long as the keys
 # that are left over. With a bias it is masked in a copy of the bias, which is more work.
 MASKED_UP_TO, BIASED_UP_TO = 1024, 512
-
-Window = tuple[int, int]
-"""How many keys before and after its own a query sees, as `varlen_attn` has it; -1: all of them."""
-EVERYTHING: Window = (-1, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,13 +174,13 @@ def _attend(
 
         def by_kernel(group: EqualLengths) -> Tensor:
             own_keys, own_values = (_own_rows(each, group) for each in (key, value))
-            return _sdpa(_rows(query, group), own_keys, own_values, packed, group, scaling, window)
+            return _sdpa(group.of(query), own_keys, own_values, packed, group, scaling, window)
 
         return attention_products.attend(query, key, value, packed, scaling, window, by_kernel)
     gains = [_gains(group, window) for group in packed.groups]
     keys_and_values = _key_rows(packed, key, value, gains)
     return _one_row(
-        _sdpa(_rows(query, group), k, v, packed, group, scaling, window)
+        _sdpa(group.of(query), k, v, packed, group, scaling, window)
         for group, (k, v) in zip(packed.groups, keys_and_values, strict=True)
     )
 
@@ -217,12 +213,12 @@ def _padded_rows(tensor: Tensor, group: EqualLengths) -> Tensor:
     """(1, kv_heads, P, head_dim) -> (rows, kv_heads, keys and padding, head_dim)"""
     assert group.padded is not None
     start, count = group.padded
-    return _rows(tensor, EqualLengths(start, group.rows, count))
+    return EqualLengths(start, group.rows, count).of(tensor)
 
 
 def _own_rows(tensor: Tensor, group: EqualLengths) -> Tensor:
     """(1, kv_heads, T and recalled ones, head_dim) -> (rows, kv_heads, keys, head_dim)"""
-    own = _rows(tensor, group)
+    own = group.of(tensor)
     if group.prefix is None:
         return own
     first, length = group.prefix
@@ -289,7 +285,7 @@ def _sdpa(
 ) -> Tensor:
     """(rows, heads, length, head_dim)"""
     attend = partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1])
-    before = group.prefix[1] if group.prefix is not None else 0
+    before = group.before
     keys, padded = before + group.length, key.shape[2]
     left, right = window = _narrowest(window, keys)
     if left < 0 and right == 0 and not before:
@@ -332,13 +328,13 @@ def _biased(
             packed,
             scaling,
             EVERYTHING,
-            lambda group: attend(_rows(query, group), _rows(key, group), _rows(value, group)),
+            lambda group: attend(group.of(query), group.of(key), group.of(value)),
             biases.write,
             biases.most_queries,
         )
     gains = [group.padded is not None and group.length <= BIASED_UP_TO for group in packed.groups]
     return _one_row(
-        attend(_rows(query, group), k, v)
+        attend(group.of(query), k, v)
         for group, (k, v) in zip(packed.groups, _key_rows(packed, key, value, gains), strict=True)
     )
 
@@ -367,10 +363,21 @@ class _Biases:
             self._products = DistanceProducts(self._table, *projections, longest=min(longest, self._reach))
 
     def of(self, query: Tensor, key: Tensor, start: int, columns: int) -> Tensor:
-        """(rows, heads, queries, columns) or (1, ...); see `DistanceProducts.of`."""
-        if self._products is None:
-            return _of_table(self._packed, self._table, (query.shape[2], key.shape[2]), start, columns)
-        return self._products.of(query, key, start, columns)
+        """(rows, heads, queries, columns) or (1, ...), -inf in columns after the last key; see `DistanceProducts.of`.
+
+        A table's is kept in the batch where it has such columns: it is the same in all layers.
+        """
+        if self._products is not None:
+            return self._products.of(query, key, start, columns)
+        queries, keys = query.shape[2], key.shape[2]
+        # With four dimensions: of three a CPU's kernel makes all scores first, and takes twice as long.
+        bias = self._of_table(queries, keys, start)[None]
+        if columns == keys:
+            return bias
+        masks, known = self._packed.masks, (queries, keys, start, columns)
+        if known not in masks:
+            masks[known] = F.pad(bias, (0, columns - keys), value=-torch.inf)
+        return masks[known]
 
     def write(self, query: Tensor, key: Tensor, start: int, into: Tensor) -> None:
         """As `attention_products` asks for it; rows may be padded beyond what the table reaches."""
@@ -378,33 +385,20 @@ class _Biases:
         queries = min(query.shape[2], keys - start)
         into = into[:, :, :queries, :keys]
         if self._products is None:
-            first = self._reach - start
-            into.copy_(self._table[:, None, :queries, first : first + keys])
+            into.copy_(self._of_table(queries, keys, start)[:, None])
             return
         of_query, of_key = self._products.both(query[:, :, :queries], key[:, :, :keys], start)
-        into.copy_(of_key).add_(of_query)  # torch copies what is transposed in a fast way, and adds it in a slow one
+        into.copy_(of_key).add_(of_query)  # torch is fast at copying what is transposed, and slow at adding it
+
+    def _of_table(self, queries: int, keys: int, start: int) -> Tensor:
+        """Of so many queries from `start` on and of a row's keys: (heads, queries, keys)."""
+        first = self._reach - start
+        return self._table[:, :queries, first : first + keys]
 
 
 def _blocks(query: Tensor, step: int) -> Iterator[tuple[Tensor, int]]:
     """(rows, heads, length, head_dim) in parts of `step` queries, and the first query of each."""
     return ((query[:, :, start : start + step], start) for start in range(0, query.shape[2], step))
-
-
-def _of_table(packed: PackedBatch, table: Tensor, shape: tuple[int, int], start: int, columns: int) -> Tensor:
-    """The bias of so many queries from `start` on and of a row's keys: (1, heads, queries, columns).
-
-    Columns after the last key are -inf, in a copy that is kept in the batch: the table is the same in all layers.
-    """
-    queries, keys = shape
-    first = table.shape[2] // 2 - start
-    # With four dimensions: of three a CPU's kernel makes all scores first, and takes twice as long.
-    bias = table[None, :, :queries, first : first + keys]
-    if columns == keys:
-        return bias
-    known = (shape, start, columns)
-    if known not in packed.masks:
-        packed.masks[known] = F.pad(bias, (0, columns - keys), value=-torch.inf)
-    return packed.masks[known]
 
 
 class DistanceProducts:
@@ -532,16 +526,3 @@ def _seen(rows: int, before: int, after: int, window: Window, query: Tensor) -> 
     seen = seen.triu(before - left) if left >= 0 else seen
     unseen = torch.full(seen.shape, -torch.inf, dtype=query.dtype, device=query.device)
     return unseen.masked_fill_(seen, 0.0)
-
-
-def _rows(tensor: Tensor, group: EqualLengths) -> Tensor:
-    """(1, heads, T, head_dim) -> (rows, heads, length, head_dim), without a copy.
-
-    In one operation: there are dozens of these views in each layer of a pass, and each takes a microsecond.
-    """
-    _, of_head, of_token, of_value = tensor.stride()
-    return tensor.as_strided(
-        (group.rows, tensor.shape[1], group.length, tensor.shape[3]),
-        (group.length * of_token, of_head, of_token, of_value),
-        tensor.storage_offset() + group.start * of_token,
-    )

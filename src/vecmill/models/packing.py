@@ -31,6 +31,11 @@ class Attention(StrEnum):
     """Matrix products of all heads of rows of about one length: bfloat16 on CPUs where that is faster."""
 
 
+Window = tuple[int, int]
+"""How many keys before and after its own a query sees, as torch's `varlen_attn` has it; -1: all of them."""
+EVERYTHING: Window = (-1, -1)
+
+
 @dataclass(slots=True)
 class PrefixLayers:
     """Keys and values that attention saw of a prefix."""
@@ -86,6 +91,23 @@ class EqualLengths:
     """First token and length of the prefix; from T on are those that were recalled."""
     padded: tuple[int, int] | None = None
     """First and number of each row's keys among `padded_keys`: its prefix's, its own, and padding; None: not padded."""
+
+    @property
+    def before(self) -> int:
+        """Keys of the prefix, which each row sees before its own."""
+        return self.prefix[1] if self.prefix is not None else 0
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its tokens of (1, heads, T, head_dim): (rows, heads, length, head_dim), without a copy.
+
+        In one operation: there are dozens of these views in each layer of a pass, and each takes a microsecond.
+        """
+        _, of_head, of_token, of_value = tensor.stride()
+        return tensor.as_strided(
+            (self.rows, tensor.shape[1], self.length, tensor.shape[3]),
+            (self.length * of_token, of_head, of_token, of_value),
+            tensor.storage_offset() + self.start * of_token,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -460,28 +482,24 @@ def _with_padded_keys(groups: Sequence[EqualLengths]) -> tuple[tuple[EqualLength
     return tuple(with_keys), np.concatenate(parts) if parts else None
 
 
-# Rows that are computed together are padded to the longest. A call costs as much beside its scores as these many scores
-# of a head: rows are padded further where that takes less than another call.
-CALL_IN_SCORES = 8_192
-# oneDNN keeps what it prepares for each shape, 0.7 MB. There are few: rows are powers of two, and lengths are padded.
-MOST_ROWS_AT_ONCE, MOST_KEYS_AT_ONCE = 64, 2_048
-
-
-# For a short search preparing products takes longer than they save; of shorter rows most would be padding.
+# A batch with fewer tokens, or fewer for each row, is computed by torch's kernel: preparing products for a short search
+# takes longer than they save, and of very short rows most would be padding.
 LEAST_FOR_PRODUCTS, LEAST_OF_A_ROW = 64, 8
+# Rows that are computed together are padded to the longest of them. That is done where it takes less time than another
+# call, which costs as much as so many scores of one head.
+CALL_IN_SCORES = 8_192
+# oneDNN keeps what it prepares for each shape, 0.7 MB. There are few shapes: the number of rows is a power of two, and
+# lengths are padded.
+MOST_ROWS_AT_ONCE, MOST_KEYS_AT_ONCE = 64, 2_048
 
 
 def _rows_at_once(groups: Sequence[EqualLengths]) -> tuple[RowsAtOnce, ...]:
     found: list[RowsAtOnce] = []
-    for before, same in groupby(groups, key=_keys_before):
+    for before, same in groupby(groups, key=attrgetter("before")):
         members = sorted(same, key=attrgetter("length"))  # a filler comes last in a pack
         lengths = [_padded_length(group.length) for group in members for _ in range(group.rows)]
         found += _cut(members, _counts(lengths, before), before)
     return tuple(found)
-
-
-def _keys_before(group: EqualLengths) -> int:
-    return group.prefix[1] if group.prefix is not None else 0
 
 
 def _padded_length(tokens: int) -> int:
@@ -515,6 +533,7 @@ def _counts(lengths: Sequence[int], before: int) -> list[int]:
 
 
 def _cut(groups: Sequence[EqualLengths], counts: Sequence[int], before: int) -> Iterator[RowsAtOnce]:
+    """Divide groups so that each call has as many rows as `counts` says."""
     left = list(reversed(groups))
     for count in counts:
         taken: list[EqualLengths] = []
