@@ -435,6 +435,8 @@ async def test_an_interactive_batch_overtakes_bulk_that_has_not_begun(
     begun, gate = threading.Event(), threading.Event()
     order: list[int] = []
     forward = model_of(engine).model.forward
+    # The first pass has all threads. Where warm-up found that one is enough for it, bulk would begin in another.
+    model_of(engine).threads.single_up_to = 0
 
     def held(packed: PackedBatch) -> Tensor:
         order.append(len(packed.order))
@@ -449,7 +451,12 @@ async def test_an_interactive_batch_overtakes_bulk_that_has_not_begun(
     await asyncio.sleep(0)
     query = asyncio.create_task(engine.run(KEY, ROWS, Lane.INTERACTIVE))
     await asyncio.sleep(0)
-    engine._packing.submit(gate.set)  # after both have been packed
+    passes = engine.loaded.result().runs_on.passes
+    assert passes is not None
+    async with asyncio.timeout(20):
+        while not (passes._urgent and passes._other):  # until both wait for the first one's threads
+            await asyncio.sleep(0.001)
+    gate.set()
     await asyncio.wait_for(asyncio.gather(first, bulk, query), 20)
     assert order == [1, 3, 2]
 
