@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from numpy.typing import NDArray
 
@@ -14,8 +15,9 @@ from vecmill.core.threads import WorkerThreads
 from vecmill.core.types import Row, Task, TokenIds
 from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
-from vecmill.models import networks
+from vecmill.models import attention_products, networks
 from vecmill.models.checkpoint import Checkpoint, Source, read
+from vecmill.models.cpu_kernels import cpu_kernels
 from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, pack
 from vecmill.models.tokenizer_files import read_file
@@ -45,6 +47,30 @@ def run(model: Model, rows: Sequence[Row], attention: Attention = Attention.SDPA
     return in_order
 
 
+@contextmanager
+def compiled_steps(wanted: bool) -> Iterator[None]:
+    """In one thread, as most passes have; the steps between the products of attention compiled, or torch's."""
+    if wanted and cpu_kernels() is None:
+        pytest.skip("there are no compiled steps on this machine")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            if not wanted:
+                patch.setattr(attention_products, "cpu_kernels", lambda: None)
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def in_every_way(model: Model, rows: Sequence[Row]) -> Iterator[NDArray[np.float32]]:
+    """What a model in bfloat16 gives, with each of the ways to compute attention."""
+    yield run(model, rows)
+    for compiled in {False, cpu_kernels() is not None}:
+        with compiled_steps(compiled):
+            yield run(model, rows, Attention.PRODUCTS)
+
+
 def unit(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
     """Rows of length 1, but a row of zeros as it is: a padding token's embedding may be all there is of a text."""
     normalized: NDArray[np.float32] = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
@@ -58,7 +84,7 @@ def bfloat16_cosines(folder: Path) -> NDArray[np.float32]:
     random = np.random.default_rng(0)
     rows = [Row(random.integers(0, exact.vocab_size, length).astype(np.int32)) for length in range(1, 101, 9)]
     wanted = unit(run(exact, rows))
-    return np.stack([np.sum(wanted * unit(run(rounded, rows, attention)), axis=1) for attention in ON_CPU])
+    return np.stack([np.sum(wanted * unit(given), axis=1) for given in in_every_way(rounded, rows)])
 
 
 def ids(*values: int) -> TokenIds:

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from tests.models.loaded import CPU, load_model, run, unit
+from tests.models.loaded import CPU, compiled_steps, load_model, run, unit
 from vecmill.core.types import Prefix, Row
 from vecmill.models import attention_products
 from vecmill.models.packed_attention import attention_on, packed_attention
@@ -53,6 +53,14 @@ def by_kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return lengths
 
 
+@pytest.fixture(params=[False, True], ids=["torch", "compiled"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both kinds of steps between products; in float32 they are torch's."""
+    with compiled_steps(request.param):
+        yield request.param
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [300.0, -300.0, torch.inf, torch.nan])
 def test_a_row_beyond_the_range_is_computed_by_the_kernel(
@@ -78,6 +86,7 @@ def test_a_row_beyond_the_range_is_computed_by_the_kernel(
         torch.testing.assert_close(given[index], plain[index], atol=0, rtol=0)
 
 
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("factor", [1.0, 4.0])
 def test_the_bundled_model_is_as_near_to_float32_with_large_scores_too(by_kernel: list[int], factor: float) -> None:
     """Four times its own queries: scores of a few hundred, many of which are beyond the range."""
@@ -97,7 +106,7 @@ def test_the_bundled_model_is_as_near_to_float32_with_large_scores_too(by_kernel
     assert by_kernel or factor == 1
     assert of_products.mean() < 1.5 * of_kernel.mean()
     if factor == 1:
-        assert of_products.max() < 0.0002
+        assert of_products.max() < max(0.0002, of_kernel.max())
 
 
 lengths_of_rows = st.lists(st.integers(1, 700), min_size=1, max_size=80)
@@ -150,28 +159,75 @@ def test_there_are_few_shapes() -> None:
 
 @pytest.mark.parametrize("window", [None, 9, 200])
 @pytest.mark.parametrize("lengths", [LENGTHS, (8200, 40), (130, 130, 100), (900, 880, 300)], ids=str)
-def test_padding_is_never_beyond_the_range(lengths: tuple[int, ...], window: int | None) -> None:
+def test_padding_is_never_beyond_the_range(lengths: tuple[int, ...], window: int | None, compiled: bool) -> None:
     """Then each layer would look at each row."""
     packed = batch(lengths)
-    query, key, value = tensors(packed)
+    query, key, value = tensors(packed, torch.bfloat16 if compiled else torch.float32)
     for causal in (False, True):
         packed_attention(
             nn.Identity(), query, key, value, None, packed_batch=packed, is_causal=causal, sliding_window=window
         )
+    assert len(packed.plans) == 2
     for plan in packed.plans.values():
         assert isinstance(plan, attention_products._Plan)
-        assert float(plan.sums.min()) > 1e-3
+        assert list(plan.out_of_range()) == []
+        assert compiled or float(plan.memory.used_sums.min()) > 1e-3
 
 
-def test_the_memory_of_a_long_row_stays_small() -> None:
+def test_the_memory_of_a_long_row_stays_small(compiled: bool) -> None:
     """Scores are computed in blocks, and all layers use the same memory."""
     packed = batch([8192])
-    query, key, value = tensors(packed)
+    dtype = torch.bfloat16 if compiled else torch.float32
+    query, key, value = tensors(packed, dtype)
     for _ in range(3):
         attended(packed, query, key, value)
     [plan] = packed.plans.values()
     assert isinstance(plan, attention_products._Plan)
-    assert plan.sums.untyped_storage().nbytes() < 4 * (HEADS * 8192 * (3 * WIDTH + 1) + 2 * attention_products.SCORES)
+    values = HEADS * 8192 * 3 * WIDTH + 2 * attention_products.SCORES
+    assert plan.memory.nbytes < dtype.itemsize * values + 4 * HEADS * 8192
+
+
+attention_of_rows = st.fixed_dictionaries(
+    {
+        "lengths": st.lists(st.integers(1, 300), min_size=1, max_size=6),
+        "shared": st.none() | st.tuples(st.integers(1, 90), st.lists(st.integers(1, 200), min_size=1, max_size=3)),
+        "heads": st.sampled_from([(1, 1), (4, 4), (4, 2), (6, 1)]),
+        "width": st.sampled_from([8, 24, 32, 64, 80]),
+        "causal": st.booleans(),
+        "window": st.none() | st.integers(1, 150),
+    }
+)
+
+
+@pytest.mark.usefixtures("compiled")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(of=attention_of_rows)
+def test_in_bfloat16_it_is_as_exact_as_scores_that_are_rounded(of: dict[str, Any]) -> None:
+    """Beside torch's kernel in float32 with the same queries, keys and values: weights are off by up to 1 %."""
+    rows = [Row(np.ones(length, dtype=np.int32)) for length in of["lengths"]]
+    if of["shared"] is not None:
+        before, tails = of["shared"]
+        prefix = Prefix(np.ones(before, dtype=np.int32))
+        rows += [Row(np.ones(length, dtype=np.int32), prefix=prefix) for length in tails]
+    products, kernel = (pack(rows, CPU, attention=way) for way in (Attention.PRODUCTS, Attention.SDPA))
+    generator = torch.Generator().manual_seed(len(rows))
+    (heads, kv_heads), tokens = of["heads"], products.input_ids.shape[1]
+    query, key, value = (
+        torch.randn((1, count, tokens, of["width"]), generator=generator).bfloat16()
+        for count in (heads, kv_heads, kv_heads)
+    )
+    layer = nn.Identity()
+    vars(layer)["layer_idx"] = 0
+
+    def attend(packed: PackedBatch, *parts: Tensor) -> Tensor:
+        query, key, value = parts
+        options: dict[str, Any] = {"is_causal": of["causal"], "sliding_window": of["window"]}
+        return packed_attention(layer, query, key, value, None, packed_batch=packed, **options)[0].float()
+
+    given = attend(products, query, key, value)
+    wanted = attend(kernel, query.float(), key.float(), value.float())
+    torch.testing.assert_close(given, wanted, atol=0.05, rtol=0.02)
+    assert (given - wanted).abs().mean() < 0.004
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.loaded import CPU
+from tests.models.loaded import CPU, compiled_steps
 from vecmill.core.types import Row
 from vecmill.models import family
 from vecmill.models.packed_attention import bias_table, packed_attention
@@ -35,20 +35,26 @@ Scores = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def assert_each_row_equals_itself_alone(
-    lengths: tuple[int, ...], attention: Attention, added: Scores, **position: Any
+    lengths: tuple[int, ...],
+    attention: Attention,
+    added: Scores,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-5,
+    **position: Any,
 ) -> None:
     """`position`: what packed attention is told of the position of tokens; `added`: the same, written out."""
     packed = packed_rows(*lengths, attention=attention)
     generator = torch.Generator().manual_seed(0)
-    query, key, value = (torch.randn(1, HEADS, packed.input_ids.shape[1], WIDTH, generator=generator) for _ in range(3))
+    shape = (1, HEADS, packed.input_ids.shape[1], WIDTH)
+    query, key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
     [out], _ = packed_attention(nn.Identity(), query, key, value, None, packed_batch=packed, **position)
     for start, length in zip(packed.cu_seqlens.tolist(), packed.lengths.tolist(), strict=False):
         row = slice(start, start + length)
-        q, k, v = (each[0, :, row] for each in (query, key, value))
+        q, k, v = (each[0, :, row].float() for each in (query, key, value))
         index = torch.arange(length)
         scores = q @ k.mT / WIDTH**0.5 + added(q, k, index[None] - index[:, None])
         alone = torch.softmax(scores, dim=-1) @ v
-        torch.testing.assert_close(out[row].transpose(0, 1), alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(out[row].transpose(0, 1).float(), alone, atol=tolerance, rtol=tolerance)
 
 
 @pytest.fixture(params=[family.TABLE_BYTES, 1], ids=["large table", "small table"])
@@ -93,6 +99,33 @@ def test_products_with_distances_equal_those_of_each_pair(lengths: tuple[int, ..
     assert_each_row_equals_itself_alone(
         lengths, any_way, added, position_bias=table, position_projections=(keys, queries)
     )
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["torch", "compiled"])
+@pytest.mark.parametrize("distances", [False, True], ids=["table", "distances"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+def test_in_bfloat16_rows_equal_each_row_alone(lengths: tuple[int, ...], distances: bool, compiled: bool) -> None:
+    """As products, whose scores are rounded."""
+    generator = torch.Generator().manual_seed(1)
+    slopes = torch.tensor([[0.5], [-0.1], [0.02]])
+    keys, queries = (0.3 * torch.randn(BUCKETS, HEADS, WIDTH, generator=generator) for _ in range(2))
+
+    def of_pairs(distances: Tensor) -> Tensor:
+        return torch.sin(slopes * distances).bfloat16()
+
+    def added(query: Tensor, key: Tensor, apart: Tensor) -> Tensor:
+        if not distances:
+            return of_pairs(apart.flatten()).float().view(HEADS, *apart.shape)
+        [buckets] = bucket_of_distances(apart)
+        of_queries = torch.einsum("hid,ijhd->hij", query, keys.bfloat16().float()[buckets])
+        return of_queries + torch.einsum("hjd,ijhd->hij", key, queries.bfloat16().float()[buckets])
+
+    position: dict[str, Any] = {"position_bias": bias_table(of_pairs, max(lengths), CPU)}
+    if distances:
+        position["position_bias"] = bias_table(bucket_of_distances, max(lengths), CPU)
+        position["position_projections"] = (keys.bfloat16(), queries.bfloat16())
+    with compiled_steps(compiled):
+        assert_each_row_equals_itself_alone(lengths, Attention.PRODUCTS, added, torch.bfloat16, 0.05, **position)
 
 
 def test_the_table_is_bounded() -> None:

@@ -23,7 +23,9 @@ from vecmill.models.networks import Model, tensors_of
 from vecmill.models.networks import load_model as load_network
 from vecmill.models.prepacked_linears import (
     FusedGatedMLP,
+    FusedGemmaRMSNorm,
     FusedIntermediate,
+    FusedLayerNorm,
     FusedOutput,
     FusedRMSNorm,
     PrepackedLinear,
@@ -31,7 +33,7 @@ from vecmill.models.prepacked_linears import (
 )
 from vecmill.models.weights import Target
 
-ROUND_LESS = (FusedGatedMLP, FusedIntermediate, FusedOutput, FusedRMSNorm)
+ROUND_LESS = (FusedGatedMLP, FusedGemmaRMSNorm, FusedIntermediate, FusedLayerNorm, FusedOutput, FusedRMSNorm)
 
 QUICK = {"embed-qwen3", "rerank-modernbert", "embed-nomic_bert-mixture", "embed-jina_embeddings_v3", "embed-t5"}
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import serving
 from tests.models import families
-from tests.models.loaded import GOLDEN, ON_CPU, bfloat16_cosines, load_model, run
+from tests.models.loaded import GOLDEN, bfloat16_cosines, in_every_way, load_model, run
 from tests.oracle import cross_encoder_scores, nomic_encode, st_encode
 from tests.tiny_checkpoints import edit_json, tiny_bert, tiny_cross_encoder, tiny_nomic, tiny_xlm_roberta
 from vecmill.core.types import Task
@@ -129,9 +129,9 @@ def test_relevance_in_bfloat16(tmp_path: Path, model_type: str) -> None:
         random = np.random.default_rng(0)
         rows = [tiny.row(length, exact.vocab_size, random) for length in range(2, 101, 9)]
         wanted = 1 / (1 + np.exp(-run(exact, rows)))
-        for attention in ON_CPU:
-            given = 1 / (1 + np.exp(-run(rounded, rows, attention)))
-            np.testing.assert_allclose(given, wanted, atol=RELEVANCE_IN_BFLOAT16, rtol=0, err_msg=str(tiny))
+        for given in in_every_way(rounded, rows):
+            scores = 1 / (1 + np.exp(-given))
+            np.testing.assert_allclose(scores, wanted, atol=RELEVANCE_IN_BFLOAT16, rtol=0, err_msg=str(tiny))
 
 
 @pytest.mark.nightly

@@ -445,7 +445,7 @@ def load_all(
         else:
             model = load_model(checkpoint, target)
             if not compiled:
-                prepack(model)
+                prepack(model, timed=not settings.deterministic)
         if device.type == "cpu":
             give_way_between(model.layers)
         alone, attention = settings.deterministic, how(model)

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
-from time import perf_counter
 
 import numpy as np
 import torch
@@ -27,6 +27,17 @@ from torch import Tensor
 
 from vecmill.core.errors import first_line, is_out_of_memory
 from vecmill.core.types import Row
+from vecmill.models.cpu_kernels import (
+    CpuKernels,
+    Gather,
+    Numbers,
+    Places,
+    Scatter,
+    Weigh,
+    cpu_kernels,
+    fastest_in_one_thread,
+    in_one_thread,
+)
 from vecmill.models.packing import EVERYTHING, Attention, EqualLengths, PackedBatch, RowsAtOnce, Window, pack
 
 logger = logging.getLogger(__name__)
@@ -50,10 +61,110 @@ TRIAL_ROWS, TRIAL_TOKENS, TRIAL_HEADS, TRIAL_HEAD_DIM = 4, 128, 12, 64
 TRIALS, GAIN = 7, 1.25
 MOST_OFF = 0.02  # two roundings to bfloat16; a kernel that computes something else is far off
 
-Bias = Callable[[Tensor, Tensor, int, Tensor], None]
-"""(heads, rows, queries, head_dim) and (heads, rows, keys, head_dim), the first query's place in its row, and where to
-write what is added to their scores: (heads, rows, queries, keys). Padding may be left as it is.
+Bias = Callable[[Tensor, Tensor, int], Sequence[Tensor]]
+"""(heads, rows, queries, head_dim) and (heads, rows, keys, head_dim), and the first query's place in its row, to what
+is added to their scores: one or two parts, (heads, rows, queries, keys) of which padding may be left out. Of the first
+the keys are next to each other in memory, of the second the queries.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    """The queries of each row, and the keys, that are multiplied in one call."""
+
+    first: int
+    queries: int
+    begin: int
+    """The first key; before `end`."""
+    end: int
+    diagonals: tuple[int | None, int | None]
+    """Of the scores, the first and the last on which keys are seen; None: no limit."""
+
+
+class _Memory:
+    """What the rows of a batch are multiplied in, one after the other."""
+
+    def __init__(self, query: Tensor, key: Tensor, largest: Sequence[int], sums: int, *, compiled: bool) -> None:
+        """`largest`: values of all keys, of all values, of a block's queries and of its scores."""
+        self.kv_heads, self.width = key.shape[1], query.shape[3]
+        self.heads_of_each = query.shape[1] // self.kv_heads
+        whole = query.new_zeros(sum(largest))
+        self._keys, self._values, self._query, self._scores = torch.split(whole, list(largest))
+        self.sums = torch.zeros(sums, dtype=torch.float32 if compiled else query.dtype, device=query.device)
+        self._used = 0
+        self.nbytes = whole.nbytes + self.sums.nbytes
+
+    def keys_and_values(self, rows: int, keys: int) -> tuple[Tensor, Tensor]:
+        """(kv_heads, rows, keys, head_dim) each."""
+        shape = (self.kv_heads, rows, keys, self.width)
+        return _view(self._keys, shape), _view(self._values, shape)
+
+    def block(self, rows: int, taken: _Range, keys: Tensor, values: Tensor) -> _Block:
+        """One of these keys and values, and sums of its own."""
+        by_head = (self.kv_heads, rows, self.heads_of_each, taken.queries)
+        used, self._used = self._used, self._used + math.prod(by_head)
+        return _Block(
+            taken,
+            _view(self._query, (*by_head, self.width)),
+            _view(self._scores, (*by_head, taken.end - taken.begin)),
+            self.sums[used : self._used].view(by_head),
+            keys.flatten(0, 1).transpose(1, 2),
+            values.flatten(0, 1),
+        )
+
+    @property
+    def used_sums(self) -> Tensor:
+        """Blocks that would be padding alone have none."""
+        return self.sums[: self._used]
+
+
+class _Block:
+    """What is multiplied in one call."""
+
+    def __init__(
+        self, taken: _Range, query: Tensor, scores: Tensor, sums: Tensor, keys: Tensor, values: Tensor
+    ) -> None:
+        self.taken = taken
+        self.query = query  # (kv_heads, rows, heads of each, queries, head_dim); in the end what they attend to
+        self.scores = scores  # (kv_heads, rows, heads of each, queries, keys)
+        self.sums = sums  # (kv_heads, rows, heads of each, queries)
+        self._keys, self._values = keys, values  # (kv_heads * rows, head_dim, keys), (kv_heads * rows, keys, head_dim)
+        # (kv_heads * rows, heads of each * queries, head_dim) and (..., keys)
+        self._queries, self._scores = (each.flatten(0, 1).flatten(1, 2) for each in (query, scores))
+
+    def score(self, factor: float, beta: float) -> None:
+        """Add `factor` times the products of queries and keys to `beta` times what is in the place of the scores."""
+        torch.baddbmm(self._scores, self._queries, self._keys, beta=beta, alpha=factor, out=self._scores)
+
+    def sum_values(self) -> None:
+        """Put the values, each times its weight, in the place of the queries."""
+        torch.bmm(self._scores, self._values, out=self._queries)
+
+
+class _Rows(ABC):
+    """Rows of about one length, and how they are multiplied.
+
+    Values of the padding are zero: zero times a value that is not finite would spoil the row. Keys of the padding are
+    what was there before, and so are their scores until their weights are set to zero.
+    """
+
+    keys: Tensor
+    """(kv_heads, rows, keys, head_dim)"""
+
+    @abstractmethod
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Bias | None, out: Tensor) -> None:
+        """Write what the rows' queries attend to, of (1, heads, T, head_dim) into the same of `out`.
+
+        Weights are 2 to the power of `factor` times the products, and LOG2_E times the biases.
+        """
+
+    @abstractmethod
+    def out_of_range(self) -> Iterator[tuple[EqualLengths, Sequence[bool]]]:
+        """Groups of rows, and whether each row has a sum that is."""
+
+    def biases(self, bias: Bias | None, block: _Block) -> Sequence[Tensor]:
+        """Of a block whose queries and keys are in their place."""
+        return () if bias is None else bias(block.query[:, :, 0], self.keys, block.taken.first)
 
 
 @dataclass(slots=True)
@@ -63,188 +174,264 @@ class _GroupQueries:
     group: EqualLengths
     first: int
     count: int
-    query: Tensor  # (..., head_dim); in the end the values that they attend to
+    query: Tensor  # (..., head_dim)
     sums: Tensor  # (..., 1)
 
 
 @dataclass(slots=True)
-class _Block:
-    """What is multiplied in one call."""
-
-    first: int
-    query: Tensor  # (kv_heads * rows, heads of each * queries, head_dim)
-    keys: Tensor  # (kv_heads * rows, head_dim, keys)
-    values: Tensor  # (kv_heads * rows, keys, head_dim)
-    scores: Tensor  # (kv_heads * rows, heads of each * queries, keys)
-    sums: Tensor  # (kv_heads * rows, heads of each * queries)
-    query_by_head: Tensor  # (kv_heads, rows, heads of each, queries, head_dim)
-    scores_by_head: Tensor  # (kv_heads, rows, heads of each, queries, keys)
-    last_diagonal: int | None
-    """Of the scores, the last on which keys are seen; None: they are seen up to the end."""
-    first_diagonal: int | None
-    """The first on which they are; None: they are seen from the beginning."""
-    parts: list[_GroupQueries] = field(default_factory=list)
+class _TorchBlock:
+    block: _Block
+    groups: list[_GroupQueries] = field(default_factory=list)
     padded_scores: list[Tensor] = field(default_factory=list)
     """Of keys that are padding."""
     padded_sums: list[Tensor] = field(default_factory=list)
     """Of queries that are padding."""
 
-    def place(self, query: Tensor) -> None:
-        """Bring its queries, of (1, heads, T, head_dim), to where they are multiplied."""
-        for part in self.parts:
-            part.query.copy_(_by_head(query, part.group, part.first, part.count, self.query_by_head.shape[0]))
 
-    def multiply(self, factor: float, of_bias: float) -> None:
-        """Sum up the weights, and put what they weigh, not divided yet, in the place of the queries.
+class _TorchRows(_Rows):
+    """With torch's operations, which share their work out among threads."""
 
-        The weights are 2 to the power of `factor` times the products and `of_bias` times what the scores hold already.
-        """
-        torch.baddbmm(self.scores, self.query, self.keys, beta=of_bias, alpha=factor, out=self.scores)
-        weights = self.scores.exp2_()
-        if self.last_diagonal is not None:
-            self.scores_by_head.tril_(self.last_diagonal)
-        if self.first_diagonal is not None:
-            self.scores_by_head.triu_(self.first_diagonal)
-        for padding in self.padded_scores:
-            padding.zero_()
-        torch.sum(weights, -1, out=self.sums)
-        for padding in self.padded_sums:
-            padding.fill_(1)  # is in range
-        torch.bmm(weights, self.values, out=self.query)
+    def __init__(self, memory: _Memory, at_once: RowsAtOnce, ranges: Iterable[_Range], window: Window) -> None:
+        self._at_once, self._kv_heads = at_once, memory.kv_heads
+        self.keys, self._values = memory.keys_and_values(at_once.count, at_once.keys)
+        self._blocks: list[_TorchBlock] = []
+        for taken in ranges:
+            keys = slice(taken.begin, taken.end)
+            block = memory.block(at_once.count, taken, self.keys[:, :, keys], self._values[:, :, keys])
+            self._blocks.append(self._with_parts(block, window))
 
-    def divide_into(self, out: Tensor) -> None:
-        """Divide by the sums, into (1, heads, T, head_dim)."""
-        for part in self.parts:
-            into = _by_head(out, part.group, part.first, part.count, self.query_by_head.shape[0])
-            torch.div(part.query, part.sums, out=into)
+    def _with_parts(self, block: _Block, window: Window) -> _TorchBlock:
+        made, taken = _TorchBlock(block), block.taken
+        for group, which in self._groups():
+            count = max(0, min(group.length - taken.first, taken.queries))
+            if count:
+                of_group = (block.query[:, which, :, :count], block.sums[:, which, :, :count, None])
+                made.groups.append(_GroupQueries(group, taken.first, count, *of_group))
+            if count < taken.queries:
+                made.padded_sums.append(block.sums[:, which, :, count:])
+            seen = max(0, self._at_once.before + group.length - taken.begin)
+            if seen < block.scores.shape[4] and window[1] != 0:  # what comes later is not seen anyway
+                made.padded_scores.append(block.scores[:, which, :, :, seen:])
+        return made
 
+    def _groups(self) -> Iterator[tuple[EqualLengths, slice]]:
+        """And which rows each has here."""
+        row = 0
+        for group in self._at_once.groups:
+            yield group, slice(row, row + group.rows)
+            row += group.rows
 
-@dataclass(slots=True)
-class _PlacedRows:
-    """Rows of about one length, and where they are multiplied."""
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Bias | None, out: Tensor) -> None:
+        self._place(key, value)
+        for each in self._blocks:
+            block = each.block
+            for part in each.groups:
+                part.query.copy_(_by_head(query, part.group, part.first, part.count, self._kv_heads))
+            beta = self._write(self.biases(bias, block), block.scores)
+            block.score(factor, beta)
+            self._weigh(each)
+            block.sum_values()
+            for part in each.groups:
+                into = _by_head(out, part.group, part.first, part.count, self._kv_heads)
+                torch.div(part.query, part.sums, out=into)
 
-    at_once: RowsAtOnce
-    keys: Tensor  # (kv_heads, rows, keys, head_dim)
-    values: Tensor
-    blocks: list[_Block] = field(default_factory=list)
-
-    def place(self, key: Tensor, value: Tensor) -> None:
-        """Bring keys and values to where they are multiplied.
-
-        Values of the padding are zero: zero times a value that is not finite would spoil the row. Keys of the padding
-        are what was there before, and so are their scores until their weights are set to zero.
-        """
-        row, before = 0, self.at_once.before
-        for group in self.at_once.groups:
-            which = slice(row, row + group.rows)
-            row, after = row + group.rows, before + group.length
-            for tensor, into in ((key, self.keys), (value, self.values)):
+    def _place(self, key: Tensor, value: Tensor) -> None:
+        before = self._at_once.before
+        for group, which in self._groups():
+            after = before + group.length
+            for tensor, into in ((key, self.keys), (value, self._values)):
                 if group.prefix is not None:
                     first, count = group.prefix
                     into[:, which, :before].copy_(tensor[0, :, None, first : first + count])
                 into[:, which, before:after].copy_(group.of(tensor).transpose(0, 1))
-            if after < self.at_once.keys:
-                self.values[:, which, after:].zero_()
+            if after < self._at_once.keys:
+                self._values[:, which, after:].zero_()
+
+    def _write(self, biases: Sequence[Tensor], scores: Tensor) -> float:
+        """Write biases for products to be added to; returns how many times they are to be added."""
+        if not biases:
+            return 0.0
+        _, _, queries, keys = biases[0].shape
+        into = scores[:, :, 0, :queries, :keys]
+        into.copy_(biases[-1])  # torch is fast at copying what is transposed, and slow at adding it
+        for bias in biases[:-1]:
+            into.add_(bias)
+        return LOG2_E
+
+    def _weigh(self, each: _TorchBlock) -> None:
+        block = each.block
+        first, last = block.taken.diagonals
+        weights = block.scores.exp2_()
+        if last is not None:
+            weights.tril_(last)
+        if first is not None:
+            weights.triu_(first)
+        for padding in each.padded_scores:
+            padding.zero_()
+        torch.sum(weights, -1, out=block.sums)
+        for padding in each.padded_sums:
+            padding.fill_(1)  # is in range
+
+    def out_of_range(self) -> Iterator[tuple[EqualLengths, Sequence[bool]]]:
+        for group, which in self._groups():
+            bad = torch.zeros(group.rows, dtype=torch.bool)
+            for block in (each.block for each in self._blocks):
+                sums = block.sums[:, which, :, : max(0, group.length - block.taken.first)]
+                bad |= ~((sums >= LEAST_SUM) & (sums <= MOST_SUM)).all(-1).all(-1).all(0)
+            yield group, bad.tolist()
+
+
+@dataclass(slots=True)
+class _CompiledBlock:
+    block: _Block
+    keys: Sequence[Gather]
+    """None where they are those of the block before; so with the values."""
+    values: Sequence[Gather]
+    query: Gather
+    weigh: Weigh
+    scatter: Scatter
+
+
+class _CompiledRows(_Rows):
+    """With compiled steps, in one thread."""
+
+    def __init__(self, kernels: CpuKernels, memory: _Memory, at_once: RowsAtOnce, ranges: Iterable[_Range]) -> None:
+        self._kernels, self._at_once = kernels, at_once
+        self.keys, _ = memory.keys_and_values(at_once.count, at_once.keys)
+        rows = [(group, row) for group in at_once.groups for row in range(group.rows)]
+        column = partial(np.fromiter, dtype=np.int64, count=len(rows))
+        self._tokens: Numbers = column(group.start + row * group.length for group, row in rows)
+        self._lengths: Numbers = column(group.length for group, _ in rows)
+        self._prefixes: Numbers = column(0 if group.prefix is None else group.prefix[0] for group, _ in rows)
+        self._bad = np.zeros(at_once.count, dtype=np.uint8)
+        """Which rows have had a sum that is out of range since the layer began."""
+        self._blocks: list[_CompiledBlock] = []
+        placed = None
+        for taken in ranges:
+            self._blocks.append(self._prepared(memory, taken, placed == (taken.begin, taken.end)))
+            placed = taken.begin, taken.end
+
+    def _prepared(self, memory: _Memory, taken: _Range, placed: bool) -> _CompiledBlock:
+        """`placed`: whether the block before has the same keys."""
+        before, width = self._at_once.before, taken.end - taken.begin
+        keys, values = memory.keys_and_values(self._at_once.count, width)
+        block = memory.block(self._at_once.count, taken, keys, values)
+        queries = Places(self._tokens + taken.first, np.clip(self._lengths - taken.first, 0, taken.queries))
+        ends = before + self._lengths
+        seen = Places(self._tokens, np.clip(ends - taken.begin, 0, width))
+        own = max(before, taken.begin)  # the first key that is a row's own
+        own_keys = Places(self._tokens + own - before, np.clip(ends - own, 0, taken.end - own))
+        of_prefix = max(0, own - taken.begin)
+        prefix = Places(self._prefixes + taken.begin, np.full_like(ends, of_prefix))
+
+        def gathers(into: Tensor, *, clear: bool) -> list[Gather]:
+            slots = into[:, :, None]
+            made = [Gather(self._kernels, prefix, slots)] if of_prefix else []
+            return [*made, Gather(self._kernels, own_keys, slots[:, :, :, of_prefix:], clear=clear)]
+
+        in_range, diagonals = (LEAST_SUM, MOST_SUM), taken.diagonals
+        scored = (block.scores, block.sums, self._bad, queries, seen, diagonals, in_range, LOG2_E)
+        return _CompiledBlock(
+            block,
+            [] if placed else gathers(keys, clear=False),
+            [] if placed else gathers(values, clear=True),
+            Gather(self._kernels, queries, block.query),
+            Weigh(self._kernels, *scored),
+            Scatter(self._kernels, block.query, block.sums, queries),
+        )
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, factor: float, bias: Bias | None, out: Tensor) -> None:
+        self._bad.fill(0)
+        for each in self._blocks:
+            for gather in each.keys:
+                gather(key)
+            for gather in each.values:
+                gather(value)
+            each.query(query)
+            biases = self.biases(bias, each.block)
+            each.block.score(factor, 0.0)
+            each.weigh(biases)
+            each.block.sum_values()
+            each.scatter(out)
+
+    def out_of_range(self) -> Iterator[tuple[EqualLengths, Sequence[bool]]]:
+        if not self._bad.any():
+            return
+        row, bad = 0, self._bad.astype(bool).tolist()
+        for group in self._at_once.groups:
+            yield group, bad[row : row + group.rows]
+            row += group.rows
 
 
 class _Plan:
-    """The memory of a batch's attention, which its rows use one after the other in each layer, and the views of it."""
+    """How the rows of a batch are multiplied, in each layer in the same memory."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, at_once: Sequence[RowsAtOnce], window: Window, most_queries: int
+        self,
+        query: Tensor,
+        key: Tensor,
+        at_once: Sequence[RowsAtOnce],
+        window: Window,
+        most_queries: int,
+        kernels: CpuKernels | None,
     ) -> None:
-        self._window, self._width = window, query.shape[3]
-        self._kv_heads, self._heads_of_each = key.shape[1], query.shape[1] // key.shape[1]
-        steps = [self._step(rows, most_queries) for rows in at_once]
-        sizes = zip(*(self._sizes(rows, step) for rows, step in zip(at_once, steps, strict=True)), strict=True)
-        sums = sum(rows.count * query.shape[1] * rows.queries for rows in at_once)
-        pieces = [*map(max, sizes), sums]
-        self._keys, self._values, self._query, self._scores, self.sums = torch.split(
-            query.new_zeros(sum(pieces)), pieces
+        heads, kv_heads, width = query.shape[1], key.shape[1], query.shape[3]
+        self._compiled = kernels is not None
+        steps = [_step(rows, heads, window, most_queries) for rows in at_once]
+        sizes = [
+            (rows.keys * kv_heads * width, step * heads * width, step * heads * rows.keys, rows.queries * heads)
+            for rows, step in zip(at_once, steps, strict=True)
+        ]
+        keys, queries, scores, sums = zip(
+            *([rows.count * size for size in each] for rows, each in zip(at_once, sizes, strict=True)), strict=True
         )
-        self._used = 0
-        self.rows = [self._of(rows, step) for rows, step in zip(at_once, steps, strict=True)]
-        self.sums = self.sums[: self._used]  # blocks that would be padding alone are not computed
-
-    def _step(self, rows: RowsAtOnce, most_queries: int) -> int:
-        """How many queries of each row a block has."""
-        fitting = SCORES // (rows.count * self._kv_heads * self._heads_of_each * rows.keys)
-        step = min(MOST_QUERIES, max(LEAST_QUERIES, 1 << max(1, fitting).bit_length() - 1))
-        left, right = self._window
-        if left >= 0:
-            step = min(step, max(QUERIES_IN_A_WINDOW, 2 * left))
-        elif right == 0:
-            step = min(step, QUERIES_IN_A_WINDOW)
-        return min(step, rows.queries, most_queries)
-
-    def _sizes(self, rows: RowsAtOnce, step: int) -> tuple[int, int, int, int]:
-        """Of keys, values, queries and scores."""
-        batch = rows.count * self._kv_heads
-        keys, queries = batch * rows.keys * self._width, batch * self._heads_of_each * step
-        return keys, keys, queries * self._width, queries * rows.keys
-
-    def _of(self, rows: RowsAtOnce, step: int) -> _PlacedRows:
-        shape = (self._kv_heads, rows.count, rows.keys, self._width)
-        made = _PlacedRows(rows, _view(self._keys, shape), _view(self._values, shape))
-        longest = max(group.length for group in rows.groups)
-        for first in range(0, longest, step):
-            made.blocks.append(self._block(made, first, min(step, rows.queries - first)))
-        return made
-
-    def _block(self, of: _PlacedRows, first: int, queries: int) -> _Block:
-        rows, (left, right) = of.at_once, self._window
-        own = rows.before + first  # the first query's own key
-        begin = max(0, own - left) // ALIGNED_KEYS * ALIGNED_KEYS if left >= 0 else 0
-        end = min(rows.keys, -(-(own + queries + right) // ALIGNED_KEYS) * ALIGNED_KEYS) if right >= 0 else rows.keys
-        batch, grouped, keys = self._kv_heads * rows.count, self._heads_of_each * queries, end - begin
-        by_head = (self._kv_heads, rows.count, self._heads_of_each, queries)
-        query = _view(self._query, (batch, grouped, self._width))
-        scores = _view(self._scores, (batch, grouped, keys))
-        sums = self.sums[self._used : self._used + batch * grouped].view(batch, grouped)
-        self._used += batch * grouped
-        block = _Block(
-            first,
-            query,
-            of.keys.flatten(0, 1)[:, begin:end].transpose(1, 2),
-            of.values.flatten(0, 1)[:, begin:end],
-            scores,
-            sums,
-            query.view(*by_head, self._width),
-            scores.view(*by_head, keys),
-            own - begin + right if right >= 0 and own + right < end - 1 else None,
-            own - begin - left if left >= 0 and own + queries - 1 - left > begin else None,
-        )
-        row = 0
-        for group in rows.groups:
-            which = slice(row, row + group.rows)
-            row += group.rows
-            count = max(0, min(group.length - first, queries))
-            if count:
-                part = (block.query_by_head[:, which, :, :count], sums.view(*by_head, 1)[:, which, :, :count])
-                block.parts.append(_GroupQueries(group, first, count, *part))
-            if count < queries:
-                block.padded_sums.append(sums.view(*by_head)[:, which, :, count:])
-            seen = max(0, rows.before + group.length - begin)
-            if seen < keys and right != 0:  # what comes later is not seen anyway
-                block.padded_scores.append(block.scores_by_head[:, which, :, :, seen:])
-        return block
+        largest = max(keys), max(keys), max(queries), max(scores)
+        self.memory = _Memory(query, key, largest, sum(sums), compiled=self._compiled)
+        self.rows: list[_Rows] = [
+            _TorchRows(self.memory, rows, _ranges(rows, step, window), window)
+            if kernels is None
+            else _CompiledRows(kernels, self.memory, rows, _ranges(rows, step, window))
+            for rows, step in zip(at_once, steps, strict=True)
+        ]
 
     def out_of_range(self) -> Iterator[EqualLengths]:
         """The rows that have a sum which is; neighbours of a group together."""
-        least, most = torch.aminmax(self.sums)  # one operation for nearly all batches
-        if least.item() >= LEAST_SUM and most.item() <= MOST_SUM:  # neither holds where one is not a number
-            return
-        found: dict[EqualLengths, Tensor] = {}
-        for part in (part for rows in self.rows for block in rows.blocks for part in block.parts):
-            in_range = ((part.sums >= LEAST_SUM) & (part.sums <= MOST_SUM)).all(-1).all(-1).all(-1).all(0)
-            found[part.group] = found.get(part.group, in_range) & in_range
-        for group, in_range in found.items():
+        if not self._compiled:
+            least, most = torch.aminmax(self.memory.used_sums)  # one operation for nearly all batches
+            if least.item() >= LEAST_SUM and most.item() <= MOST_SUM:  # neither holds where one is not a number
+                return
+        for group, found in (each for rows in self.rows for each in rows.out_of_range()):
             first = 0
-            for fine, neighbours in groupby(in_range.tolist()):
-                rows = len(list(neighbours))
-                if not fine:
-                    yield EqualLengths(group.start + first * group.length, rows, group.length, group.prefix)
-                first += rows
+            for bad, neighbours in groupby(found):
+                count = len(list(neighbours))
+                if bad:
+                    yield EqualLengths(group.start + first * group.length, count, group.length, group.prefix)
+                first += count
+
+
+def _step(rows: RowsAtOnce, heads: int, window: Window, most_queries: int) -> int:
+    """How many queries of each row a block has."""
+    fitting = SCORES // (rows.count * heads * rows.keys)
+    step = min(MOST_QUERIES, max(LEAST_QUERIES, 1 << max(1, fitting).bit_length() - 1))
+    left, right = window
+    if left >= 0:
+        step = min(step, max(QUERIES_IN_A_WINDOW, 2 * left))
+    elif right == 0:
+        step = min(step, QUERIES_IN_A_WINDOW)
+    return min(step, rows.queries, most_queries)
+
+
+def _ranges(rows: RowsAtOnce, step: int, window: Window) -> Iterator[_Range]:
+    """Of blocks of `step` queries, without those that would be padding alone."""
+    left, right = window
+    for first in range(0, max(group.length for group in rows.groups), step):
+        queries = min(step, rows.queries - first)
+        own = rows.before + first  # the first query's own key
+        begin = max(0, own - left) // ALIGNED_KEYS * ALIGNED_KEYS if left >= 0 else 0
+        end = min(rows.keys, -(-(own + queries + right) // ALIGNED_KEYS) * ALIGNED_KEYS) if right >= 0 else rows.keys
+        first_diagonal = own - begin - left if left >= 0 and own + queries - 1 - left > begin else None
+        last_diagonal = own - begin + right if right >= 0 and own + right < end - 1 else None
+        yield _Range(first, queries, begin, end, (first_diagonal, last_diagonal))
 
 
 def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -282,21 +469,16 @@ def attend(
         most_queries: for which `bias` can be asked at once.
     """
     assert value.shape == key.shape
-    known = (query.shape, key.shape, query.dtype, window, most_queries)
+    kernels = in_one_thread(cpu_kernels()) if query.dtype is torch.bfloat16 else None
+    known = (query.shape, key.shape, query.dtype, window, most_queries, kernels)
     plan = packed.plans.get(known)
     if plan is None:
-        plan = packed.plans[known] = _Plan(query, key, packed.at_once, window, most_queries)
+        plan = packed.plans[known] = _Plan(query, key, packed.at_once, window, most_queries, kernels)
     assert isinstance(plan, _Plan)
     factor = LOG2_E * (scaling if scaling is not None else query.shape[3] ** -0.5)
     out = query.new_empty(1, query.shape[2], query.shape[1], query.shape[3]).transpose(1, 2)
     for rows in plan.rows:
-        rows.place(key, value)
-        for block in rows.blocks:
-            block.place(query)
-            if bias is not None:
-                bias(block.query_by_head[:, :, 0], rows.keys, block.first, block.scores_by_head[:, :, 0])
-            block.multiply(factor, 0 if bias is None else LOG2_E)
-            block.divide_into(out)
+        rows.attend(query, key, value, factor, bias, out)
     for group in plan.out_of_range():
         group.of(out).copy_(by_kernel(group))
     return out.transpose(1, 2)
@@ -305,9 +487,6 @@ def attend(
 @lru_cache
 def are_faster() -> bool:
     """Whether this is faster than torch's kernel on this machine, and gives the same: found out by trying."""
-    threads = torch.get_num_threads()
-    # One thread, as most passes have: where others are busy too, several wait for each other at each step.
-    torch.set_num_threads(1)
     try:
         return _gain() >= GAIN
     except Exception as error:  # products of this type are not to be had in many ways
@@ -315,8 +494,6 @@ def are_faster() -> bool:
             raise
         logger.info("attention stays as torch has it: products cannot be used here: %s", first_line(error)[:160])
         return False
-    finally:
-        torch.set_num_threads(threads)
 
 
 @torch.inference_mode()
@@ -340,10 +517,5 @@ def _gain() -> float:
     if (products() - kernel()).norm() > MOST_OFF * kernel().norm():
         logger.info("attention stays as torch has it: products give other numbers here")
         return 0.0
-    seconds: dict[Callable[[], Tensor], list[float]] = {products: [], kernel: []}
-    for _ in range(TRIALS):
-        for way, taken in seconds.items():
-            started = perf_counter()
-            way()
-            taken.append(perf_counter() - started)
-    return min(seconds[kernel]) / min(seconds[products])
+    by_kernel, by_products = fastest_in_one_thread((kernel, products), TRIALS)
+    return by_kernel / by_products

@@ -13,17 +13,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vecmill.models.cpu_kernels import CpuKernels, in_one_thread
 from vecmill.models.packed_attention import packed_attention
 
 QUERY_KEY_VALUE: tuple[str, ...] = ("q_proj", "k_proj", "v_proj")
 GATE_AND_UP: tuple[str, ...] = ("gate_proj", "up_proj")
 
 
-def rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """(1, heads, T, head_dim) rotated by (1, T, head_dim) each, as transformers' `apply_rotary_pos_emb` does it."""
+def rotated(heads: Tensor, cos: Tensor, sin: Tensor, kernels: CpuKernels | None = None) -> Tensor:
+    """(1, heads, T, head_dim) rotated by (1, T, head_dim) each, as transformers' `apply_rotary_pos_emb` does it.
+
+    Args:
+        kernels: what may do it in the memory of `heads`.
+    """
     first, second = heads.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     if heads.device.type == "cpu" and not torch.compiler.is_compiling():
+        kernels = in_one_thread(kernels)
+        if kernels is not None and heads.dtype is cos.dtype:
+            kernels.rotate(heads, cos[:, 0], sin[:, 0])
+            return heads
         # Three passes over the values in place of five, and one rounding less. The product that is rounded by itself is
         # the one with the sine: most pairs of values turn by little, so it is the smaller one.
         half = first.shape[-1]
@@ -63,6 +72,8 @@ class MergedAttention(nn.Module):
         self.k_norm: nn.Module = getattr(attention, "k_norm", nn.Identity())
         rope = getattr(attention.config, "rope_parameters", None) or {}
         self.query_scale: tuple[float, int] | None = None
+        self.kernels: CpuKernels | None = None
+        """What rotates queries and keys on a CPU; None: torch."""
         if "llama_4_scaling_beta" in rope:  # Ministral 3's queries grow with their distance from the beginning
             self.query_scale = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
 
@@ -78,7 +89,7 @@ class MergedAttention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
         )
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
+        query, key = (rotated(each, *position_embeddings, self.kernels) for each in (query, key))
         if self.query_scale is not None:
             query = query * _query_scale(kwargs["position_ids"], *self.query_scale).to(query.dtype)
         attended, _ = packed_attention(

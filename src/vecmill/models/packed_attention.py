@@ -329,7 +329,7 @@ def _biased(
             scaling,
             EVERYTHING,
             lambda group: attend(group.of(query), group.of(key), group.of(value)),
-            biases.write,
+            biases.parts,
             biases.most_queries,
         )
     gains = [group.padded is not None and group.length <= BIASED_UP_TO for group in packed.groups]
@@ -379,16 +379,13 @@ class _Biases:
             masks[known] = F.pad(bias, (0, columns - keys), value=-torch.inf)
         return masks[known]
 
-    def write(self, query: Tensor, key: Tensor, start: int, into: Tensor) -> None:
-        """As `attention_products` asks for it; rows may be padded beyond what the table reaches."""
+    def parts(self, query: Tensor, key: Tensor, start: int) -> Sequence[Tensor]:
+        """As `attention_products` asks for them; rows may be padded beyond what the table reaches."""
         keys = min(key.shape[2], self._reach)
         queries = min(query.shape[2], keys - start)
-        into = into[:, :, :queries, :keys]
         if self._products is None:
-            into.copy_(self._of_table(queries, keys, start)[:, None])
-            return
-        of_query, of_key = self._products.both(query[:, :, :queries], key[:, :, :keys], start)
-        into.copy_(of_key).add_(of_query)  # torch is fast at copying what is transposed, and slow at adding it
+            return (self._of_table(queries, keys, start)[:, None].expand(-1, query.shape[1], -1, -1),)
+        return self._products.both(query[:, :, :queries], key[:, :, :keys], start)
 
     def _of_table(self, queries: int, keys: int, start: int) -> Tensor:
         """Of so many queries from `start` on and of a row's keys: (heads, queries, keys)."""

@@ -4,9 +4,9 @@ torch's own layer has oneDNN bring its weights into that layout in each forward 
 product itself where tokens are few: a search's. Here it is done once, when the model is loaded; the product and its
 bits are the same.
 
-What follows a product is computed in the same operation: an activation, the gate of a gated layer, and the sum with the
-block's input. By itself it would read and write all values once more, and the product would be rounded to bfloat16 in
-between.
+What follows a product is computed with it: an activation in the same operation, the sum with the block's input in the
+same or together with the norm of it (`cpu_kernels`). By itself it would read and write all values once more, and the
+product would be rounded to bfloat16 in between.
 
 torch has no public name for it: the operations are those that its compiler uses for frozen weights. Where they are
 missing, or compute something else than torch's layer on a trial, layers stay as they are.
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.errors import first_line, is_out_of_memory
+from vecmill.models.cpu_kernels import STEP, CpuKernels, cpu_kernels, in_one_thread
 from vecmill.models.merged_projections import MergedAttention
 from vecmill.models.networks import Model, places_within
 
@@ -57,21 +58,11 @@ class PrepackedLinear(nn.Module):
 
     def plus(self, hidden: Tensor, other: Tensor) -> Tensor:
         """The sum of the product and `other`, which has the product's shape."""
-        return self.combined("add", hidden, other)
-
-    def times(self, hidden: Tensor, other: Tensor) -> Tensor:
-        """The product times `other`, which has the product's shape, value by value."""
-        return self.combined("mul", hidden, other)
-
-    def combined(self, operation: str, hidden: Tensor, other: Tensor) -> Tensor:
-        """The product and `other`, combined by one of `BINARY`."""
-        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, operation)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, other, self.weight, self.bias, ADD)
         return out
 
 
-# How a product is combined with another tensor, and torch's own function of each.
-BINARY: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {"add": torch.add, "mul": torch.mul}
-
+ADD = "add"
 # Activations that are computed with the product: what the operation calls each, of which variant, and torch's own.
 FUSED: Mapping[str, tuple[str, str, Callable[[Tensor], Tensor]]] = {
     "gelu": ("gelu", "none", F.gelu),
@@ -102,6 +93,8 @@ class FusedOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor, before: Tensor) -> Tensor:
         """(1, T, inputs) and (1, T, width) -> (1, T, width)"""
+        if isinstance(self.LayerNorm, FusedLayerNorm):
+            return self.LayerNorm.of_sum(self.dense, hidden_states, before)
         normed: Tensor = self.LayerNorm(self.dense.plus(hidden_states, before))
         return normed
 
@@ -117,20 +110,26 @@ class FusedGatedMLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(1, T, width) -> (1, T, width)"""
         gate = self.gate.then(self.activation, hidden_states)
-        down: Tensor = self.down(self.up.times(hidden_states, gate))
+        # By itself: oneDNN multiplies with another tensor more slowly than it takes to read and write both once more.
+        inner: Tensor = self.up(hidden_states)
+        down: Tensor = self.down(inner.mul_(gate))
         return down
 
 
 class FusedRMSNorm(nn.Module):
     """Root mean square norm in bfloat16, with sums and the scale in float32. Rounded as transformers' own."""
 
-    def __init__(self, weight: Tensor, epsilon: float) -> None:
+    def __init__(self, weight: Tensor, epsilon: float, kernels: CpuKernels | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.epsilon = epsilon
+        self.kernels = kernels if len(weight) % STEP == 0 else None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(..., width) -> (..., width)"""
+        kernels = in_one_thread(self.kernels)
+        if kernels is not None:
+            return kernels.rms_norm(hidden_states, self.weight, self.epsilon)
         norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
         scale = torch.rsqrt(norm.square_().div_(hidden_states.shape[-1]).add_(self.epsilon))
         # With the scale as a sum of two, nothing of the hidden states' size is made in float32, and their product with
@@ -140,32 +139,99 @@ class FusedRMSNorm(nn.Module):
         return torch.addcmul(hidden_states * low, hidden_states, high).mul_(self.weight)
 
 
-def _fused_norm(module: nn.Module) -> FusedRMSNorm | None:
+class FusedLayerNorm(nn.Module):
+    """torch's in bfloat16, in one pass over the values."""
+
+    def __init__(self, norm: nn.LayerNorm, kernels: CpuKernels) -> None:
+        """Take over its weights, of a width that is a multiple of STEP."""
+        super().__init__()
+        self.weight, self.bias, self.epsilon, self.kernels = norm.weight, norm.bias, norm.eps, kernels
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., width) -> (..., width)"""
+        kernels = in_one_thread(self.kernels)
+        if kernels is None:
+            return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.epsilon)
+        return kernels.layer_norm(hidden_states, self.weight, self.bias, self.epsilon)
+
+    def of_sum(self, dense: PrepackedLinear, hidden_states: Tensor, before: Tensor) -> Tensor:
+        """Of the sum of a product and `before`: (..., inputs) and (..., width) -> (..., width)."""
+        kernels = in_one_thread(self.kernels)
+        if kernels is None:
+            return self.forward(dense.plus(hidden_states, before))
+        return kernels.layer_norm(dense(hidden_states), self.weight, self.bias, self.epsilon, before)
+
+
+def _layer_norm(norm: nn.LayerNorm, kernels: CpuKernels) -> FusedLayerNorm | None:
+    weight: Tensor | None = norm.weight  # none where it was made without
+    if weight is None or weight.dtype is not torch.bfloat16 or weight.dim() != 1 or len(weight) % STEP:
+        return None
+    return FusedLayerNorm(norm, kernels)
+
+
+class FusedGemmaRMSNorm(nn.Module):
+    """Gemma's in bfloat16, in one pass over the values: it multiplies with 1 + weight before it rounds."""
+
+    def __init__(self, norm: nn.Module, weight: Tensor, epsilon: float, kernels: CpuKernels) -> None:
+        """`norm`: what it stands for, and runs where a pass has several threads; its weights have a width that is a
+        multiple of STEP."""
+        super().__init__()
+        self.weight, self.epsilon, self.kernels = weight, epsilon, kernels
+        self._plain = (norm,)  # not a module within this one: it has the same weight
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """(..., width) -> (..., width)"""
+        kernels = in_one_thread(self.kernels)
+        if kernels is None:
+            normed: Tensor = self._plain[0](hidden_states)
+            return normed
+        return kernels.rms_norm(hidden_states, self.weight, self.epsilon, offset=1.0, rounds=False)
+
+
+def _fused_norm(module: nn.Module, kernels: CpuKernels | None) -> FusedRMSNorm | FusedGemmaRMSNorm | None:
     """The norm in place of an RMS norm of transformers, whose classes differ in names; None if that computes another.
 
-    Gemma's stay: they multiply with 1 + weight before they round, and doing the same here would take as long.
+    torch alone would take as long for Gemma's as it takes now.
     """
-    weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
-    if not isinstance(weight, Tensor) or weight.dtype is not torch.bfloat16 or not isinstance(epsilon, float):
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor) or weight.dtype is not torch.bfloat16:
         return None
     sample = torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0)).bfloat16()
-    fused = FusedRMSNorm(weight, epsilon)
-    return fused if torch.allclose(fused(sample), module(sample), rtol=MOST_OFF, atol=0) else None
+    fused: FusedRMSNorm | FusedGemmaRMSNorm
+    if isinstance(epsilon := getattr(module, "variance_epsilon", None), float):
+        fused = FusedRMSNorm(weight, epsilon, kernels)
+        computed = fused(sample)
+    elif isinstance(epsilon := getattr(module, "eps", None), float) and kernels is not None and not len(weight) % STEP:
+        fused = FusedGemmaRMSNorm(module, weight, epsilon, kernels)
+        computed = kernels.rms_norm(sample, weight, epsilon, offset=1.0, rounds=False)
+    else:
+        return None
+    return fused if torch.allclose(computed, module(sample), rtol=MOST_OFF, atol=0) else None
 
 
-def _fused(module: nn.Module) -> nn.Module | None:
+def _fused(module: nn.Module, kernels: CpuKernels | None = None) -> nn.Module | None:
     """The fused module in place of one whose linear layers are prepacked, or of a norm; None for any other module.
 
     Modules are recognized by the names of their children, which all classes that transformers derives from BERT's
     share, and norms by the end of their class's name.
     """
     if type(module).__name__.endswith("RMSNorm"):
-        return _fused_norm(module)
+        return _fused_norm(module, kernels)
+    if type(module) is nn.LayerNorm:
+        return _layer_norm(module, kernels) if kernels is not None else None
+    if isinstance(module, MergedAttention):
+        module.kernels = kernels
+        return None
+    return _fused_linears(module, kernels)
+
+
+def _fused_linears(module: nn.Module, kernels: CpuKernels | None) -> nn.Module | None:
+    """The fused module in place of one whose linear layers are prepacked."""
     idle = nn.Dropout | nn.Identity
     parts = {name: child for name, child in module.named_children() if not isinstance(child, idle)}
     linears = [child for child in parts.values() if isinstance(child, PrepackedLinear)]
     if parts.keys() == {"Wqkv", "Wo"} and len(linears) == 2:  # ModernBERT's
-        return _modernbert_attention(module)
+        return _modernbert_attention(module, kernels)
     if parts.keys() == {"lin1", "lin2", "activation"} and len(linears) == 2:  # DistilBERT's
         activation = _activation(parts["activation"])
         return nn.Sequential(FusedIntermediate(linears[0], activation), linears[1]) if activation else None
@@ -174,16 +240,18 @@ def _fused(module: nn.Module) -> nn.Module | None:
     if parts.keys() == {"dense", "intermediate_act_fn"}:
         activation = _activation(parts["intermediate_act_fn"])
         return FusedIntermediate(linears[0], activation) if activation else None
-    if parts.keys() == {"dense", "LayerNorm"} and _is_right("add"):
+    if parts.keys() == {"dense", "LayerNorm"} and _is_right(ADD):
         return FusedOutput(linears[0], parts["LayerNorm"])
     return None
 
 
-def _modernbert_attention(attention: Any) -> MergedAttention:
+def _modernbert_attention(attention: Any, kernels: CpuKernels | None) -> MergedAttention:
     """In place of ModernBERT's, whose queries, keys and values come from one product as they are, and which rotates in
     float32: that takes longer on a CPU than all its products."""
     width = attention.Wqkv.out_features // 3
-    return MergedAttention(attention, attention.Wqkv, [width] * 3, attention.Wo)
+    merged = MergedAttention(attention, attention.Wqkv, [width] * 3, attention.Wo)
+    merged.kernels = kernels
+    return merged
 
 
 # What gated feed-forward layers call the product of gate and input in one, the last product, and the gate's activation:
@@ -204,7 +272,7 @@ def _gated(module: nn.Module) -> FusedGatedMLP | None:
     if type(wide) is not nn.Linear or not _can_be(wide):
         return None
     activation = _activation(act)
-    if activation is None or not _is_right("mul"):
+    if activation is None:
         return None
     gate, up = (PrepackedLinear(half) for half in _halves(wide))
     return FusedGatedMLP(gate, up, down, activation)
@@ -242,12 +310,15 @@ def _activation(computes: Callable[[Tensor], Tensor]) -> str | None:
 
 
 @torch.no_grad()
-def prepack(model: Model) -> int:
+def prepack(model: Model, *, timed: bool = True) -> int:
     """Exchange the linear layers of a model that is on a CPU and in bfloat16, and what can be computed with them.
 
     Layer by layer, so that the weights are never in memory twice, and each at once wherever it is: should memory end on
     the way, the model runs as it is then, and whoever shares its network or loads it again has a whole one. The model's
     `layers` stay: only what is within them is exchanged.
+
+    Args:
+        timed: whether what computes a step may depend on how long it takes.
 
     Returns:
         How many of torch's linear layers are gone.
@@ -255,7 +326,7 @@ def prepack(model: Model) -> int:
     gone = _exchange(model, _gated)
     gone += _exchange(model, lambda module: prepacked(module) if type(module) is nn.Linear else None)
     if gone:
-        _exchange(model, _fused)
+        _exchange(model, partial(_fused, kernels=cpu_kernels() if timed else None))
     return gone
 
 
@@ -289,7 +360,7 @@ def _is_right(following: str = "none") -> bool:
     """Whether this machine and this torch have the operation with what follows the product, found out by trying.
 
     Args:
-        following: one of FUSED or BINARY, or "none".
+        following: one of FUSED, or ADD, or "none".
     """
     generator = torch.Generator().manual_seed(0)
     hidden, weight, bias, other = (
@@ -298,16 +369,14 @@ def _is_right(following: str = "none") -> bool:
     linear = nn.Linear(64, 48, device="meta")
     linear.weight, linear.bias = (nn.Parameter(each, requires_grad=False) for each in (weight, bias))
     product = F.linear(hidden.float(), weight.float(), bias.float())
-    if following in BINARY:
-        wanted = BINARY[following](product, other)
-    else:
-        wanted = FUSED[following][2](product) if following in FUSED else product
+    wanted = FUSED[following][2](product) if following in FUSED else product
+    if following == ADD:
+        wanted = product + other
     try:
         if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
             return False
         packed = PrepackedLinear(linear)
-        combines = following in BINARY
-        out = packed.combined(following, hidden, other) if combines else packed.then(following, hidden)
+        out = packed.plus(hidden, other) if following == ADD else packed.then(following, hidden)
         if (out.float() - wanted).norm() <= MOST_OFF * wanted.norm():
             return True
         reason = "it gives other numbers"
