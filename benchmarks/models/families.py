@@ -140,6 +140,27 @@ FAMILY_SHAPES: Mapping[str, FamilyShape] = {
         "distilbert", {**_BASE, "num_hidden_layers": 6, "max_position_embeddings": 512}, renamed=OF_DISTILBERT
     ),
     "GTE-multilingual-base": FamilyShape("gte", {**_BASE, "max_position_embeddings": 8192, "type_vocab_size": 1}),
+    "nomic-embed-text-v1.5": FamilyShape(
+        "nomic_bert", {**_BASE, "max_position_embeddings": 2048, "rope_theta": 1000.0, "hidden_act": "silu"}
+    ),
+    "ALBERT-base": FamilyShape("albert", {**_BASE, "embedding_size": 128, "hidden_act": "gelu_new"}),
+    "Llama-3.2-1B": FamilyShape(
+        "llama",
+        {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 2048,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 8192,
+            "rms_norm_eps": 1e-5,
+            "pad_token_id": 0,
+            "bos_token_id": 101,
+            "eos_token_id": 102,
+        },
+    ),
     "DeBERTa-v3-base, reranker": FamilyShape("deberta-v2", _DEBERTA, Task.RERANK),
 }
 

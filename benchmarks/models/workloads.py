@@ -17,7 +17,7 @@ from vecmill.models.networks import Model
 from vecmill.models.packed_attention import attention_on
 from vecmill.models.packing import pack
 
-CAUSAL = {"qwen3", "qwen3-reranker"}
+CAUSAL = {"llama", "qwen3", "qwen3-reranker"}
 DISENTANGLED = {"deberta-v2"}
 SEED = 26
 BEFORE_DOCUMENT = 39 + 22 + 20  # Qwen3-Reranker's prompt, the instruction and what is around it, a query
@@ -53,7 +53,9 @@ def answers_of(launched: Launched) -> list[Vector]:
 
 def operations(kind: str, model: Model, shape: Shape, packs: Sequence[Sequence[Row]]) -> float:
     """Floating-point operations of the packs' forward passes: linear layers and attention."""
-    parameters = matmul_parameters(model.modules)
+    # ALBERT's layers are one that runs several times.
+    again: int = shape["num_hidden_layers"] // len(model.layers) - 1
+    parameters = matmul_parameters(model.modules) + again * matmul_parameters(model.layers)
     head_width = shape.get("head_dim", shape["hidden_size"] // shape["num_attention_heads"])
     # The products of a query with a key and of a weight with a value; with disentangled positions also those of query
     # and key with the distance.

@@ -168,8 +168,8 @@ OF_EACH_KIND = (
 def test_every_familys_linear_layers_are_rounded(tiny: TinyModel, tmp_path: Path) -> None:
     checkpoint, model = load_model(tiny.write(tmp_path / "tiny"), tiny.task, torch.bfloat16)
     exact, rounding = load_model(checkpoint.folder, tiny.task, torch.bfloat16)[1], linears(model.layers)
-    assert bool(rounding) is can_be_rounded(checkpoint)
-    if not rounding:
+    assert rounding or not can_be_rounded(checkpoint)
+    if not can_be_rounded(checkpoint):  # a table, or layers with adapters
         return
     before = sum(each.weight.numel() for each in rounding)
     rows = sample_rows(checkpoint, load_tokenizer(checkpoint))

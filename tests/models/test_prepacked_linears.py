@@ -18,19 +18,11 @@ from tests.tiny_checkpoints import edit_json
 from vecmill.core.types import Row, Task
 from vecmill.engine.device import cpu_rates
 from vecmill.models import prepacked_linears
+from vecmill.models.fused_norms import FusedGemmaRMSNorm, FusedLayerNorm, FusedRMSNorm
 from vecmill.models.merged_projections import MergedAttention
 from vecmill.models.networks import Model, tensors_of
 from vecmill.models.networks import load_model as load_network
-from vecmill.models.prepacked_linears import (
-    FusedGatedMLP,
-    FusedGemmaRMSNorm,
-    FusedIntermediate,
-    FusedLayerNorm,
-    FusedOutput,
-    FusedRMSNorm,
-    PrepackedLinear,
-    prepack,
-)
+from vecmill.models.prepacked_linears import FusedGatedMLP, FusedIntermediate, FusedOutput, PrepackedLinear, prepack
 from vecmill.models.weights import Target
 
 ROUND_LESS = (FusedGatedMLP, FusedGemmaRMSNorm, FusedIntermediate, FusedLayerNorm, FusedOutput, FusedRMSNorm)
@@ -105,6 +97,9 @@ def test_what_follows_a_layer_is_computed_with_it_where_it_can_be(
 @pytest.mark.parametrize(
     ("model_type", "kind", "count"),
     [
+        ("albert", FusedIntermediate, 1),  # its layers are one
+        ("albert", FusedLayerNorm, 2),  # that of the embeddings is narrower than a step
+        ("gemma3_text", FusedGemmaRMSNorm, 13),  # four in each layer, one at the end; those of heads are narrower
         ("modernbert", MergedAttention, 5),
         ("modernbert", FusedGatedMLP, 5),
         ("distilbert", FusedIntermediate, 2),

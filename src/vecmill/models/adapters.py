@@ -17,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from vecmill.models.cpu_kernels import CpuKernels
 from vecmill.models.family import Adapters
+from vecmill.models.fused_norms import norm_of_sum
 from vecmill.models.merged_projections import rotated
 from vecmill.models.packed_attention import packed_attention
 from vecmill.models.packing import PackedBatch
@@ -47,16 +49,24 @@ class AdaptedLinear(nn.Module):
         tasks, rank = len(adapters.names), adapters.rank
         self.weight, self.bias = _empty(outputs, inputs), _empty(outputs)
         self.lora_A, self.lora_B = _empty(tasks, rank, inputs), _empty(tasks, outputs, rank)
+        self.plain: nn.Module
+        """What is computed without an adapter."""
 
     def join(self) -> None:
-        """Make one matrix of the tasks' As, (tasks * rank, inputs), and one of their Bs, (outputs, tasks * rank)."""
+        """Make one matrix of the tasks' As, (tasks * rank, inputs), and one of their Bs, (outputs, tasks * rank); and a
+        layer of what is no adapter's."""
+        outputs, inputs = self.weight.shape
+        plain = nn.Linear(inputs, outputs, device="meta")
+        plain.weight, plain.bias = self.weight, self.bias
+        del self.weight, self.bias
+        self.plain = plain
         self.lora_A = _joined(self.lora_A.flatten(0, 1))
         self.lora_B = _joined(self.lora_B.transpose(0, 1).flatten(1))
 
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """(1, T, inputs) and (1, T, tasks * rank) -> (1, T, outputs)"""
         low = F.linear(hidden, self.lora_A) * mask
-        return _add_product(F.linear(hidden, self.weight, self.bias), low, self.lora_B)
+        return _add_product(self.plain(hidden), low, self.lora_B)
 
 
 class AdaptedEmbedding(nn.Module):
@@ -106,6 +116,8 @@ class AdaptedLayer(nn.Module):
         width, inner = attention.o_proj.in_features, mlp.fc1.out_features
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
+        self.rotates_with: CpuKernels | None = None
+        """On a CPU; None: torch's operations."""
         self.qkv_proj = AdaptedLinear(width, 3 * width, adapters)
         self.o_proj = AdaptedLinear(width, width, adapters)
         self.fc1, self.fc2 = AdaptedLinear(width, inner, adapters), AdaptedLinear(inner, width, adapters)
@@ -125,7 +137,7 @@ class AdaptedLayer(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for part in self.qkv_proj(hidden, mask).chunk(3, dim=-1)
         )
-        query, key = rotated(query, *position_embeddings), rotated(key, *position_embeddings)
+        query, key = (rotated(each, *position_embeddings, self.rotates_with) for each in (query, key))
         attended, _ = packed_attention(
             self,
             query,
@@ -135,10 +147,9 @@ class AdaptedLayer(nn.Module):
             packed_batch=packed_batch,  # type: ignore[arg-type]  # None while it is compiled
             scaling=self.scaling,
         )
-        hidden = self.post_attention_layernorm(hidden + self.o_proj(attended.flatten(2), mask))
+        hidden = norm_of_sum(self.post_attention_layernorm, self.o_proj(attended.flatten(2), mask), hidden)
         fed: Tensor = self.fc2(self.activation(self.fc1(hidden, mask)), mask)
-        normed: Tensor = self.post_mlp_layernorm(hidden + fed)
-        return normed
+        return norm_of_sum(self.post_mlp_layernorm, fed, hidden)
 
 
 class AdaptedEncoder(nn.Module):

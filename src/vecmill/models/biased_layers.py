@@ -24,6 +24,7 @@ from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_p
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from vecmill.models.family import PositionBias
+from vecmill.models.fused_norms import norm_of_sum
 from vecmill.models.packed_attention import bias_table, packed_attention
 from vecmill.models.packing import PackedBatch
 
@@ -75,9 +76,9 @@ class BiasedLayer(nn.Module):
             position_bias=self.distances.table,
             position_projections=self.position_projections,
         )
-        hidden = self.norm(self.dense(attended.flatten(2)) + hidden_states)
+        hidden = norm_of_sum(self.norm, self.dense(attended.flatten(2)), hidden_states)
         if self.again_norm is not None:
-            hidden = self.again_norm(hidden + hidden_states)
+            hidden = norm_of_sum(self.again_norm, hidden, hidden_states)
         out: Tensor = self.output(self.intermediate(hidden), hidden)
         return out
 

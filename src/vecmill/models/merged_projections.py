@@ -72,8 +72,8 @@ class MergedAttention(nn.Module):
         self.k_norm: nn.Module = getattr(attention, "k_norm", nn.Identity())
         rope = getattr(attention.config, "rope_parameters", None) or {}
         self.query_scale: tuple[float, int] | None = None
-        self.kernels: CpuKernels | None = None
-        """What rotates queries and keys on a CPU; None: torch."""
+        self.rotates_with: CpuKernels | None = None
+        """On a CPU; None: torch's operations."""
         if "llama_4_scaling_beta" in rope:  # Ministral 3's queries grow with their distance from the beginning
             self.query_scale = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
 
@@ -89,7 +89,7 @@ class MergedAttention(nn.Module):
             part.unflatten(-1, (-1, self.head_dim)) for part in self.qkv_proj(hidden_states).split(self.sizes, dim=-1)
         )
         query, key = self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2)
-        query, key = (rotated(each, *position_embeddings, self.kernels) for each in (query, key))
+        query, key = (rotated(each, *position_embeddings, self.rotates_with) for each in (query, key))
         if self.query_scale is not None:
             query = query * _query_scale(kwargs["position_ids"], *self.query_scale).to(query.dtype)
         attended, _ = packed_attention(

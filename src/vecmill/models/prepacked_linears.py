@@ -24,7 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.errors import first_line, is_out_of_memory
-from vecmill.models.cpu_kernels import STEP, CpuKernels, cpu_kernels, in_one_thread
+from vecmill.models.cpu_kernels import STEP, CpuKernels, cpu_kernels
+from vecmill.models.fused_norms import FusedGemmaRMSNorm, FusedLayerNorm, FusedRMSNorm
 from vecmill.models.merged_projections import MergedAttention
 from vecmill.models.networks import Model, places_within
 
@@ -93,8 +94,8 @@ class FusedOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor, before: Tensor) -> Tensor:
         """(1, T, inputs) and (1, T, width) -> (1, T, width)"""
-        if isinstance(self.LayerNorm, FusedLayerNorm):
-            return self.LayerNorm.of_sum(self.dense, hidden_states, before)
+        if isinstance(self.LayerNorm, FusedLayerNorm) and self.LayerNorm.sums:
+            return self.LayerNorm.forward(self.dense(hidden_states), before)
         normed: Tensor = self.LayerNorm(self.dense.plus(hidden_states, before))
         return normed
 
@@ -116,76 +117,11 @@ class FusedGatedMLP(nn.Module):
         return down
 
 
-class FusedRMSNorm(nn.Module):
-    """Root mean square norm in bfloat16, with sums and the scale in float32. Rounded as transformers' own."""
-
-    def __init__(self, weight: Tensor, epsilon: float, kernels: CpuKernels | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.epsilon = epsilon
-        self.kernels = kernels if len(weight) % STEP == 0 else None
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., width) -> (..., width)"""
-        kernels = in_one_thread(self.kernels)
-        if kernels is not None:
-            return kernels.rms_norm(hidden_states, self.weight, self.epsilon)
-        norm = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True, dtype=torch.float32)
-        scale = torch.rsqrt(norm.square_().div_(hidden_states.shape[-1]).add_(self.epsilon))
-        # With the scale as a sum of two, nothing of the hidden states' size is made in float32, and their product with
-        # it is rounded once.
-        high = scale.bfloat16()
-        low = (scale - high).bfloat16()
-        return torch.addcmul(hidden_states * low, hidden_states, high).mul_(self.weight)
-
-
-class FusedLayerNorm(nn.Module):
-    """torch's in bfloat16, in one pass over the values."""
-
-    def __init__(self, norm: nn.LayerNorm, kernels: CpuKernels) -> None:
-        """Take over its weights, of a width that is a multiple of STEP."""
-        super().__init__()
-        self.weight, self.bias, self.epsilon, self.kernels = norm.weight, norm.bias, norm.eps, kernels
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., width) -> (..., width)"""
-        kernels = in_one_thread(self.kernels)
-        if kernels is None:
-            return F.layer_norm(hidden_states, self.weight.shape, self.weight, self.bias, self.epsilon)
-        return kernels.layer_norm(hidden_states, self.weight, self.bias, self.epsilon)
-
-    def of_sum(self, dense: PrepackedLinear, hidden_states: Tensor, before: Tensor) -> Tensor:
-        """Of the sum of a product and `before`: (..., inputs) and (..., width) -> (..., width)."""
-        kernels = in_one_thread(self.kernels)
-        if kernels is None:
-            return self.forward(dense.plus(hidden_states, before))
-        return kernels.layer_norm(dense(hidden_states), self.weight, self.bias, self.epsilon, before)
-
-
 def _layer_norm(norm: nn.LayerNorm, kernels: CpuKernels) -> FusedLayerNorm | None:
     weight: Tensor | None = norm.weight  # none where it was made without
     if weight is None or weight.dtype is not torch.bfloat16 or weight.dim() != 1 or len(weight) % STEP:
         return None
     return FusedLayerNorm(norm, kernels)
-
-
-class FusedGemmaRMSNorm(nn.Module):
-    """Gemma's in bfloat16, in one pass over the values: it multiplies with 1 + weight before it rounds."""
-
-    def __init__(self, norm: nn.Module, weight: Tensor, epsilon: float, kernels: CpuKernels) -> None:
-        """`norm`: what it stands for, and runs where a pass has several threads; its weights have a width that is a
-        multiple of STEP."""
-        super().__init__()
-        self.weight, self.epsilon, self.kernels = weight, epsilon, kernels
-        self._plain = (norm,)  # not a module within this one: it has the same weight
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """(..., width) -> (..., width)"""
-        kernels = in_one_thread(self.kernels)
-        if kernels is None:
-            normed: Tensor = self._plain[0](hidden_states)
-            return normed
-        return kernels.rms_norm(hidden_states, self.weight, self.epsilon, offset=1.0, rounds=False)
 
 
 def _fused_norm(module: nn.Module, kernels: CpuKernels | None) -> FusedRMSNorm | FusedGemmaRMSNorm | None:
@@ -219,8 +155,8 @@ def _fused(module: nn.Module, kernels: CpuKernels | None = None) -> nn.Module | 
         return _fused_norm(module, kernels)
     if type(module) is nn.LayerNorm:
         return _layer_norm(module, kernels) if kernels is not None else None
-    if isinstance(module, MergedAttention):
-        module.kernels = kernels
+    if hasattr(module, "rotates_with"):
+        setattr(module, "rotates_with", kernels)  # noqa: B010  # torch's type of it would be that of a parameter
         return None
     return _fused_linears(module, kernels)
 
@@ -235,6 +171,9 @@ def _fused_linears(module: nn.Module, kernels: CpuKernels | None) -> nn.Module |
     if parts.keys() == {"lin1", "lin2", "activation"} and len(linears) == 2:  # DistilBERT's
         activation = _activation(parts["activation"])
         return nn.Sequential(FusedIntermediate(linears[0], activation), linears[1]) if activation else None
+    if {"ffn", "ffn_output", "activation"} <= parts.keys() and len(linears) == 2:  # ALBERT's
+        _fuse_activation(module, "ffn", "activation")
+        return None
     if isinstance(module, FusedIntermediate | FusedOutput) or len(linears) != 1:
         return None
     if parts.keys() == {"dense", "intermediate_act_fn"}:
@@ -245,12 +184,20 @@ def _fused_linears(module: nn.Module, kernels: CpuKernels | None) -> nn.Module |
     return None
 
 
+def _fuse_activation(module: nn.Module, linear: str, function: str) -> None:
+    """Have a module's layer compute the activation that follows it."""
+    activation = _activation(getattr(module, function))
+    if activation is not None:
+        setattr(module, linear, FusedIntermediate(getattr(module, linear), activation))
+        setattr(module, function, nn.Identity())
+
+
 def _modernbert_attention(attention: Any, kernels: CpuKernels | None) -> MergedAttention:
     """In place of ModernBERT's, whose queries, keys and values come from one product as they are, and which rotates in
     float32: that takes longer on a CPU than all its products."""
     width = attention.Wqkv.out_features // 3
     merged = MergedAttention(attention, attention.Wqkv, [width] * 3, attention.Wo)
-    merged.kernels = kernels
+    merged.rotates_with = kernels
     return merged
 
 
