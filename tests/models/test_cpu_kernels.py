@@ -136,10 +136,10 @@ def test_weights_are_those_of_the_keys_that_are_seen(
             (visible & (key < known)).expand(queries, width)[:count], exact[:, row, :, :count].exp2(), 0
         )
         torch.testing.assert_close(
-            scores[:, row, :, :count].double(), wanted, rtol=0.06 if biases else 2**-8, atol=1e-30
+            scores[:, row, :, :count].double(), wanted, rtol=0.03 if biases > 1 else 2**-8, atol=1e-30
         )
         torch.testing.assert_close(
-            sums[:, row, :, :count].double(), wanted.sum(-1), rtol=0.06 if biases else 1e-5, atol=0
+            sums[:, row, :, :count].double(), wanted.sum(-1), rtol=0.03 if biases > 1 else 1e-5, atol=0
         )
         assert scores[:, row, :, :count].shape == own
         assert torch.equal(scores[:, row, :, count:], plain[:, row, :, count:])
@@ -267,6 +267,38 @@ def test_it_is_compiled_once_and_kept(said: Callable[[], str], tmp_path: Path, m
 
 
 @pytest.mark.usefixtures("kernels")
+def test_it_is_kept_where_the_group_may_write_what_is_new(
+    said: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """umask 002, which many systems have."""
+    monkeypatch.setenv("CXX", compiler(tmp_path, COMPILES))
+    before = os.umask(0o002)
+    try:
+        assert [said(), said()] == ["", ""]
+    finally:
+        os.umask(before)
+    assert (tmp_path / "calls").read_text() == "\n"
+
+
+@pytest.mark.usefixtures("kernels")
+def test_what_has_not_been_used_for_long_is_removed(
+    said: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache" / "vecmill" / "kernels"
+    folder.mkdir(parents=True)
+    folder.chmod(0o700)
+    (folder / "compiling-by-a-process-that-was-ended").mkdir()
+    old = [folder / "old.so", *folder.iterdir()]
+    (folder / "recent.so").touch()
+    old[0].touch()
+    for path in old:
+        os.utime(path, (0, 0))
+    assert said() == ""
+    assert not any(path.exists() for path in old)
+    assert (folder / "recent.so").exists()
+
+
+@pytest.mark.usefixtures("kernels")
 def test_what_another_user_may_have_written_is_not_loaded(
     said: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,8 +347,11 @@ def test_without_a_compiler_that_works_steps_stay_torchs(
         ('sed "s/const float mean/__builtin_trap(); const float mean/"', "ended with -"),
         ('sed "s/6.9314718e-1f/6.5e-1f/"', "other numbers"),
         ('sed "s/const float mean = .*/const float mean = 0;/"', "other numbers"),
+        ('sed "s/const float mean = .*/const float mean = 0.0f \\/ 0.0f;/"', "other numbers"),
+        ('sed "s/one \\* load(cos + at/other * load(cos + at/"', "other numbers"),
+        ('sed "s/load(turned\\[query\\]/load(turned[0]/"', "other numbers"),
     ],
-    ids=["an instruction that the processor lacks", "wrong weights", "wrong norms"],
+    ids=["an instruction that the processor lacks", "weights", "norms", "no numbers", "rotations", "biases"],
 )
 def test_a_library_that_fails_is_not_used(
     said: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str, why: str

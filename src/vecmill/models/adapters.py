@@ -117,7 +117,7 @@ class AdaptedLayer(nn.Module):
         self.head_dim: int = attention.head_dim
         self.scaling: float = attention.scaling
         self.rotates_with: CpuKernels | None = None
-        """On a CPU; None: torch's operations."""
+        """What rotates queries and keys on a CPU; None: torch's operations."""
         self.qkv_proj = AdaptedLinear(width, 3 * width, adapters)
         self.o_proj = AdaptedLinear(width, width, adapters)
         self.fc1, self.fc2 = AdaptedLinear(width, inner, adapters), AdaptedLinear(inner, width, adapters)

@@ -72,8 +72,8 @@ inline Words rounded(Floats values) {
 
 inline void store(bfloat16 *into, Values values, int64_t count = LANES) {
 #if defined __AVX512BF16__
-    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
-                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     const Words both = (Words)_mm512_permutexvar_epi16(
         order, (__m512i)_mm512_cvtne2ps_pbh((__m512)values.odd, (__m512)values.even));
 #else
@@ -94,8 +94,8 @@ inline float sum_of(Values values) {
     return each[0];
 }
 
-// 2 to the power of each, within 3e-6 of it; 0 below 2^-126, infinite from 2^128 on. What is not finite gives no number,
-// or infinity.
+// 2 to the power of each, within 3e-6 of it where that is from 2^-126 to 2^127. What is less gives less, down to 0; what
+// is more gives more, up to infinity; what is no number stays none. -inf gives 0, or no number.
 inline Floats exp2_of(Floats x) {
 #if defined __AVX512BW__
     const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -128,8 +128,10 @@ inline void in_steps(int64_t width, Step step) {
     if (at < width) step(at, width - at);
 }
 
-// Scores to weights of those keys that are seen, from `low` to before `high`. Returns the sum.
-inline float weigh_line(bfloat16 *line, int64_t keys, int64_t low, int64_t high) {
+// Scores to weights of those keys that are seen, from `low` to before `high`; `factor` times a bias, of so many keys, is
+// added where it is not null. Returns the sum.
+template <bool BIASED>
+inline float weigh_line(bfloat16 *line, int64_t keys, int64_t low, int64_t high, const bfloat16 *bias, float factor) {
     const int64_t end = high > 0 ? least_of(keys, (high + LANES - 1) / LANES * LANES) : 0;
     const int64_t begin = low > 0 ? least_of(end, low / LANES * LANES) : 0;
     if (begin > 0) std::memset(line, 0, begin * 2);
@@ -138,6 +140,7 @@ inline float weigh_line(bfloat16 *line, int64_t keys, int64_t low, int64_t high)
     in_steps(end - begin, [&](int64_t at, int64_t count) {
         at += begin;
         Values weights = load(line + at, count);
+        if (BIASED) weights = weights + load(bias + at, least_of(count, high - at)) * factor;
         weights = {exp2_of(weights.even), exp2_of(weights.odd)};
         if (at < low || at + LANES > high) {
             const Ints key = even_lanes() + (int32_t)at;
@@ -151,15 +154,8 @@ inline float weigh_line(bfloat16 *line, int64_t keys, int64_t low, int64_t high)
     return sum_of(sum);
 }
 
-// Adds `factor` times a bias, of as many keys, to a query's scores.
-void add(bfloat16 *line, const bfloat16 *bias, int64_t keys, float factor) {
-    in_steps(keys, [&](int64_t at, int64_t count) {
-        store(line + at, load(line + at, count) + load(bias + at, count) * factor, count);
-    });
-}
-
-// The same for several queries, up to LANES: `bias` has their values next to each other, and the next key's after
-// `stride`. Scores of one query have `width` values.
+// Adds `factor` times a bias to the scores of several queries, up to LANES: `bias` has the queries' values next to each
+// other, and the next key's after `stride`. Scores of one query have `width` values, of which `keys` have a bias.
 void add_across(bfloat16 *lines, int64_t width, const bfloat16 *bias, int64_t stride, int64_t queries, int64_t keys,
                 float factor) {
     bfloat16 turned[LANES][LANES];
@@ -218,11 +214,13 @@ int64_t weigh(bfloat16 *scores, float *sums, uint8_t *out_of_range, int64_t head
                 const bfloat16 *of_key = by_key + head * key_of_head + row * key_of_row;
                 for (int64_t query = 0; query < counts[row]; query++) {
                     bfloat16 *line = scores + (place + query) * keys;
-                    if (by_query) add(line, of_query + query * query_of_query, seen[row], factor);
                     if (by_key && query % LANES == 0)
                         add_across(line, keys, of_key + query, key_of_key, least_of(LANES, counts[row] - query),
                                    seen[row], factor);
-                    const float sum = weigh_line(line, keys, first + query, least_of(seen[row], last + query + 1));
+                    const int64_t low = first + query, high = least_of(seen[row], last + query + 1);
+                    const bfloat16 *bias = of_query + query * query_of_query;
+                    const float sum = by_query ? weigh_line<true>(line, keys, low, high, bias, factor)
+                                               : weigh_line<false>(line, keys, low, high, nullptr, 0.0f);
                     sums[place + query] = sum;
                     bad |= !(sum >= least && sum <= most);
                 }

@@ -19,13 +19,13 @@ import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
+from time import perf_counter, time
 from typing import Any
 
 import numpy as np
@@ -74,15 +74,25 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "rms_norm": (None, [*[_POINTER] * 2, _INT, _POINTER, *[_INT] * 3, *[_FLOAT] * 2, _INT]),
     "rotate": (None, [_POINTER, *[_INT] * 2, *[_POINTER] * 2, *[_INT] * 3]),
 }
-# What a process of its own runs first: an instruction that the processor does not have ends it, and not the server.
+# What a process of its own runs first, every kernel once: an instruction that the processor does not have ends it, and
+# not the server.
 CHECK = """
 import ctypes, sys
 library = ctypes.CDLL(sys.argv[1])
-values = (ctypes.c_uint16 * 256)(*[0x3f80] * 256)
-pointer, number = ctypes.c_void_p, ctypes.c_int64
-library.layer_norm.argtypes = [pointer] * 5 + [number] * 2 + [ctypes.c_float]
-library.layer_norm(values, values, values, values, values, 2, 128, 1e-5)
+n, f = ctypes.c_int64, ctypes.c_float
+a, b, c = ((ctypes.c_uint16 * 8192)(*[0x3f80] * 8192) for _ in range(3))
+sums, flags = (ctypes.c_float * 64)(), (ctypes.c_uint8 * 64)()
+first, count = (n * 1)(0), (n * 1)(19)
+library.gather(a, b, n(40), n(40), n(1), n(1), n(1), n(20), n(40), first, count, n(20))
+library.weigh(a, sums, flags, n(1), n(1), n(1), n(20), n(48), count, count, n(-9), n(9), f(0), f(9), f(1),
+              b, n(0), n(0), n(48), c, n(0), n(0), n(48))
+library.scatter(b, n(40), n(40), a, sums, n(1), n(1), n(1), n(20), n(40), first, count)
+library.layer_norm(a, b, c, b, c, n(4), n(96), f(1e-5))
+library.rms_norm(a, b, n(96), c, n(4), n(1), n(96), f(1e-5), f(1), n(1))
+library.rotate(a, n(40), n(40), b, c, n(19), n(1), n(40))
 """
+UNUSED_DAYS = 60
+"""After which a library in the cache is removed: of an earlier version, or another compiler."""
 
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -112,6 +122,7 @@ class CpuKernels:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float, other: Tensor | None = None
     ) -> Tensor:
         """(..., width), of a width that is a multiple of STEP, to the same; of the sum with `other`, not rounded."""
+        assert all(each is None or each.dtype is torch.bfloat16 for each in (hidden, weight, bias, other))
         hidden = hidden.contiguous()
         out, width = torch.empty_like(hidden), hidden.shape[-1]
         if other is not None:
@@ -130,6 +141,7 @@ class CpuKernels:
             offset: added to the weight.
             rounds: whether what was divided is rounded before it is multiplied.
         """
+        assert hidden.dtype is weight.dtype is torch.bfloat16
         hidden, width = _heads_together(hidden), hidden.shape[-1]
         out = torch.empty(hidden.shape, dtype=hidden.dtype)
         of_token, heads = (width, 1) if hidden.is_contiguous() else (hidden.stride(1), hidden.shape[2])
@@ -231,6 +243,7 @@ class Weigh:
         """
         added: list[int | None] = []
         for bias, nearest in zip(biases, (3, 2), strict=False):
+            assert bias.dtype is torch.bfloat16
             assert bias.stride(nearest) == 1
             assert bias.shape[2] >= self._most[0]
             assert bias.shape[3] >= self._most[1]
@@ -312,30 +325,25 @@ def _load() -> CpuKernels:
     """
     source = files("vecmill.models").joinpath(SOURCE).read_bytes()
     command = [*_compiler(), *FLAGS, FOR_THIS_PROCESSOR[os.uname().machine]]
-    cached = _cache() / f"{_key(source, command)}.so"
-    with suppress(OSError):
-        if _is_ours(cached.parent) and _is_ours(cached):
-            return CpuKernels(ctypes.CDLL(str(cached)))
-    folder = _folder(cached.parent)
-    with TemporaryDirectory(prefix="compiling-", dir=folder) as made:
+    cache = _cache()
+    cached = None if cache is None else cache / f"{_key(source, command)}.so"
+    if cached is not None and cached.is_file() and _is_ours(cached):
+        with suppress(OSError):  # it is not whole
+            kernels = CpuKernels(ctypes.CDLL(str(cached)))
+            os.utime(cached)
+            return kernels
+    with TemporaryDirectory(prefix="compiling-", dir=cache) as made:
         file = Path(made) / SOURCE
         file.write_bytes(source)
         library = file.with_suffix(".so")
         _run([*command, "-o", str(library), str(file)], COMPILE_SECONDS, file.parent)
         _run([sys.executable, "-I", "-S", "-c", CHECK, str(library)], CHECK_SECONDS, file.parent)
-        if folder is not None:  # otherwise it is compiled anew at the next start
-            library = library.rename(cached)
-        return CpuKernels(ctypes.CDLL(str(library)))
-
-
-def _folder(cache: Path) -> Path | None:
-    """The cache, where it can be used; None for the system's folder of temporary files, from which libraries may not be
-    loaded everywhere."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return cache if _is_ours(cache) and os.access(cache, os.W_OK) else None
-    except OSError:
-        return None
+        kernels = CpuKernels(ctypes.CDLL(str(library)))
+        if cached is not None:  # otherwise it is compiled anew at the next start
+            library.chmod(0o700)
+            library.rename(cached)
+            _remove_unused(cached.parent)
+        return kernels
 
 
 def _compiler() -> list[str]:
@@ -349,7 +357,7 @@ def _compiler() -> list[str]:
 
 
 def _run(command: Sequence[str], seconds: float, folder: Path) -> None:
-    """With no other variable of the environment, and temporary files in `folder`."""
+    """With few of this process's variables, and temporary files in `folder`."""
     try:
         subprocess.run(  # noqa: S603  # the compiler that whoever starts the server has, and Python
             command,
@@ -365,9 +373,26 @@ def _run(command: Sequence[str], seconds: float, folder: Path) -> None:
         raise OSError(f"{Path(command[0]).name} ended with {error.returncode}: {line}") from error
 
 
-def _cache() -> Path:
-    """Where libraries are kept, beside those of other programs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vecmill" / "kernels"
+def _cache() -> Path | None:
+    """Where libraries are kept, beside those of other programs; None where nothing can be, or nothing loaded from."""
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        home.mkdir(parents=True, exist_ok=True)
+        for folder in (home / "vecmill", home / "vecmill" / "kernels"):
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if not _is_ours(folder) or not os.access(folder, os.W_OK):
+                return None
+        return None if os.statvfs(folder).f_flag & os.ST_NOEXEC else folder
+    except (OSError, RuntimeError):  # the latter where the user has no home
+        return None
+
+
+def _remove_unused(cache: Path) -> None:
+    """What has not been loaded for long, and what a process that was ended left behind."""
+    for path in cache.iterdir():
+        with suppress(OSError):
+            if time() - path.stat().st_mtime > 86_400 * UNUSED_DAYS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _key(source: bytes, command: Sequence[str]) -> str:
@@ -380,7 +405,7 @@ def _key(source: bytes, command: Sequence[str]) -> str:
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether nobody else may have written it."""
+    """Whether nobody but this user, or the administrator, may have written it."""
     found = path.stat()
     return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
@@ -393,47 +418,81 @@ def _gain(kernels: CpuKernels) -> float:
         OSError: a kernel gives other numbers.
     """
     generator = torch.Generator().manual_seed(0)
-    shape = (TRIAL_HEADS, TRIAL_ROWS, 1, TRIAL_TOKENS, TRIAL_TOKENS)
-    scores, norms = (
-        torch.randn(each, generator=generator, device="cpu").bfloat16()
-        for each in (shape, (TRIAL_ROWS * TRIAL_TOKENS, TRIAL_WIDTH))
-    )
-    weight = norms[0].clone()
-    sums = torch.empty(shape[:-1], dtype=torch.float32)
-    rows = Places(np.zeros(TRIAL_ROWS, dtype=np.int64), np.full(TRIAL_ROWS, TRIAL_TOKENS))
-    weights = scores.clone()
-    weigh = Weigh(kernels, weights, sums, np.zeros(TRIAL_ROWS, dtype=np.uint8), rows, rows)
 
-    def compiled() -> tuple[Tensor, Tensor, Tensor]:
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device="cpu").bfloat16()
+
+    norms, weight = random(TRIAL_ROWS * TRIAL_TOKENS, TRIAL_WIDTH), random(TRIAL_WIDTH)
+    scores = random(TRIAL_HEADS, TRIAL_ROWS, 1, TRIAL_TOKENS, TRIAL_TOKENS)
+    weights, sums = scores.clone(), torch.empty(scores.shape[:-1], dtype=torch.float32)
+    rows = Places(np.zeros(TRIAL_ROWS, dtype=np.int64), np.full(TRIAL_ROWS, TRIAL_TOKENS))
+    flags = np.zeros(TRIAL_ROWS, dtype=np.uint8)
+    weigh = Weigh(kernels, weights, sums, flags, rows, rows)
+
+    def compiled() -> tuple[Tensor, ...]:
         weights.copy_(scores)
         weigh()
         return weights, sums, kernels.layer_norm(norms, weight, weight, 1e-5)
 
-    def torchs() -> tuple[Tensor, Tensor, Tensor]:
+    def torchs() -> tuple[Tensor, ...]:
         weights.copy_(scores).exp2_()
         return weights, weights.sum(-1), F.layer_norm(norms, weight.shape, weight, weight, 1e-5)
 
-    for one, other in zip([each.clone() for each in compiled()], torchs(), strict=True):
-        if (one.float() - other.float()).norm() > MOST_OFF * other.float().norm():
-            raise OSError("compiled ones give other numbers here")
+    _check_same([each.clone() for each in compiled()], torchs())
+    # What takes less time, or is not in every model.
+    seen = Places(np.zeros(TRIAL_ROWS, dtype=np.int64), np.full(TRIAL_ROWS, TRIAL_TOKENS - 13))
+    biases = scores[:, :, 0].flip(0), scores[:, :, 0].flip(1).transpose(2, 3)
+    weights.copy_(scores)
+    Weigh(kernels, weights, sums, flags, rows, seen, (-40, 50))(biases)
+    biased = (scores[:, :, 0].float() + biases[0] + biases[1]).exp2().tril_(50).triu_(-40)
+    biased[..., TRIAL_TOKENS - 13 :] = 0
+    heads = random(1, TRIAL_HEADS, TRIAL_ROWS * TRIAL_TOKENS, TRIAL_WIDTH // TRIAL_HEADS)
+    cos, sin = random(2, 1, *heads.shape[2:])
+    turned = heads.clone()
+    kernels.rotate(turned, cos, sin)
+    first, second = heads.float().chunk(2, dim=-1)
+    rotated = heads.float() * cos + torch.cat((-second, first), dim=-1) * sin
+    of_sum = F.layer_norm(norms.float() * 2, weight.shape, weight.float(), None, 1e-5)
+    divided = norms * torch.rsqrt(norms.float().square().mean(-1, keepdim=True) + 1e-5)
+    _check_same(
+        (
+            *(weights[:, :, 0], turned, kernels.layer_norm(norms, weight, None, 1e-5, norms)),
+            *(kernels.rms_norm(norms, weight, 1e-5), kernels.rms_norm(norms, weight, 1e-5, offset=1.0, rounds=False)),
+        ),
+        (biased, rotated, of_sum, divided * weight, divided * (1 + weight.float())),
+    )
     by_torch, by_kernels = fastest_in_one_thread((torchs, compiled), TRIALS)
     return by_torch / by_kernels
 
 
-def fastest_in_one_thread(ways: Sequence[Callable[[], object]], runs: int) -> list[float]:
-    """The seconds of the fastest of so many runs of each, in turns, in one thread.
+def _check_same(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
+    """Raises OSError for numbers that are further off than their roundings, or for none."""
+    for one, other in zip(given, wanted, strict=True):
+        if not (one.float() - other.float()).norm() <= MOST_OFF * other.float().norm():
+            raise OSError("compiled ones give other numbers here")
 
-    As most passes have it: where others are busy too, several wait for each other at each step.
-    """
-    seconds: list[list[float]] = [[] for _ in ways]
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """torch's operations of this thread have no others to share their work with, as in most passes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def fastest_in_one_thread(ways: Sequence[Callable[[], object]], runs: int) -> list[float]:
+    """The seconds of the fastest of so many runs of each, in turns.
+
+    In one thread: where others are busy too, several wait for each other at each step.
+    """
+    seconds: list[list[float]] = [[] for _ in ways]
+    with one_thread():
         for _ in range(runs):
             for way, taken in zip(ways, seconds, strict=True):
                 started = perf_counter()
                 way()
                 taken.append(perf_counter() - started)
-    finally:
-        torch.set_num_threads(threads)
     return [min(taken) for taken in seconds]

@@ -73,7 +73,7 @@ class MergedAttention(nn.Module):
         rope = getattr(attention.config, "rope_parameters", None) or {}
         self.query_scale: tuple[float, int] | None = None
         self.rotates_with: CpuKernels | None = None
-        """On a CPU; None: torch's operations."""
+        """What rotates queries and keys on a CPU; None: torch's operations."""
         if "llama_4_scaling_beta" in rope:  # Ministral 3's queries grow with their distance from the beginning
             self.query_scale = rope["llama_4_scaling_beta"], rope["original_max_position_embeddings"]
 

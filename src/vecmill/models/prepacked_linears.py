@@ -4,9 +4,9 @@ torch's own layer has oneDNN bring its weights into that layout in each forward 
 product itself where tokens are few: a search's. Here it is done once, when the model is loaded; the product and its
 bits are the same.
 
-What follows a product is computed with it: an activation in the same operation, the sum with the block's input in the
-same or together with the norm of it (`cpu_kernels`). By itself it would read and write all values once more, and the
-product would be rounded to bfloat16 in between.
+What follows a product is computed with it: an activation in the same operation, where the product is not rounded to
+bfloat16 in between; the sum with the block's input in the same, or in that of its norm (`fused_norms`). By itself each
+would read and write all values once more.
 
 torch has no public name for it: the operations are those that its compiler uses for frozen weights. Where they are
 missing, or compute something else than torch's layer on a trial, layers stay as they are.
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.errors import first_line, is_out_of_memory
-from vecmill.models.cpu_kernels import STEP, CpuKernels, cpu_kernels
+from vecmill.models.cpu_kernels import STEP, CpuKernels, cpu_kernels, one_thread
 from vecmill.models.fused_norms import FusedGemmaRMSNorm, FusedLayerNorm, FusedRMSNorm
 from vecmill.models.merged_projections import MergedAttention
 from vecmill.models.networks import Model, places_within
@@ -94,7 +94,7 @@ class FusedOutput(nn.Module):
 
     def forward(self, hidden_states: Tensor, before: Tensor) -> Tensor:
         """(1, T, inputs) and (1, T, width) -> (1, T, width)"""
-        if isinstance(self.LayerNorm, FusedLayerNorm) and self.LayerNorm.sums:
+        if isinstance(self.LayerNorm, FusedLayerNorm) and self.LayerNorm.adds_faster:
             return self.LayerNorm.forward(self.dense(hidden_states), before)
         normed: Tensor = self.LayerNorm(self.dense.plus(hidden_states, before))
         return normed
@@ -136,7 +136,8 @@ def _fused_norm(module: nn.Module, kernels: CpuKernels | None) -> FusedRMSNorm |
     fused: FusedRMSNorm | FusedGemmaRMSNorm
     if isinstance(epsilon := getattr(module, "variance_epsilon", None), float):
         fused = FusedRMSNorm(weight, epsilon, kernels)
-        computed = fused(sample)
+        with one_thread():
+            computed = fused(sample)
     elif isinstance(epsilon := getattr(module, "eps", None), float) and kernels is not None and not len(weight) % STEP:
         fused = FusedGemmaRMSNorm(module, weight, epsilon, kernels)
         computed = kernels.rms_norm(sample, weight, epsilon, offset=1.0, rounds=False)
