@@ -44,6 +44,7 @@ VARIABLES = {
     "HF_HUB_ENABLE_HF_TRANSFER": "huggingface_hub before 1.0; named to say that it does nothing",
     "TRITON_PTXAS_PATH": "triton before 3.6; named to say that it is not needed",
     "CUDA_VISIBLE_DEVICES": "CUDA",
+    "CXX": "the name of the C++ compiler, of make and of all that compiles",
     "SO_REUSEPORT": "Linux",
     "RAY_ADDRESS": "Ray",
     "RAY_AUTH_MODE": "Ray",
