@@ -17,7 +17,7 @@ from vecmill.inference.text_tokenizer import TextTokenizer
 from vecmill.inference.tokenizer_pool import TokenizerPool
 from vecmill.models import attention_products, networks
 from vecmill.models.checkpoint import Checkpoint, Source, read
-from vecmill.models.cpu_kernels import cpu_kernels
+from vecmill.models.cpu_kernels import cpu_kernels, torch_threads
 from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, pack
 from vecmill.models.tokenizer_files import read_file
@@ -52,15 +52,10 @@ def compiled_steps(wanted: bool) -> Iterator[None]:
     """In one thread, as most passes have; the steps between the products of attention compiled, or torch's."""
     if wanted and cpu_kernels() is None:
         pytest.skip("there are no compiled steps on this machine")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            if not wanted:
-                patch.setattr(attention_products, "cpu_kernels", lambda: None)
-            yield
-    finally:
-        torch.set_num_threads(threads)
+    with torch_threads(1), pytest.MonkeyPatch.context() as patch:
+        if not wanted:
+            patch.setattr(attention_products, "cpu_kernels", lambda: None)
+        yield
 
 
 def in_every_way(model: Model, rows: Sequence[Row]) -> Iterator[NDArray[np.float32]]:

@@ -56,11 +56,10 @@ def assert_rounded(given: Tensor, exact: Tensor) -> None:
     width=st.integers(1, 70),
     before=st.integers(0, 3),
 )
-def test_tokens_come_to_their_rows_and_back(counts: list[int], heads: int, each: int, width: int, before: int) -> None:
+def test_tokens_come_to_their_rows_and_back(
+    kernels: CpuKernels, counts: list[int], heads: int, each: int, width: int, before: int
+) -> None:
     """With slots before each row's own, and padding after them, that nothing else writes to."""
-    kernels = cpu_kernels.cpu_kernels()
-    if kernels is None:
-        pytest.skip("there are no compiled steps on this machine")
     starts = [3 + sum(counts[:row]) for row in range(len(counts))]
     tokens = values(1, 5 + sum(counts), heads * each, width).transpose(1, 2)
     rows = torch.full((heads, len(counts), each, before + 12, width), 7.0).bfloat16()
@@ -95,11 +94,15 @@ def test_tokens_come_to_their_rows_and_back(counts: list[int], heads: int, each:
     data=st.data(),
 )
 def test_weights_are_those_of_the_keys_that_are_seen(
-    counts: list[int], keys: int, each: int, first: int | None, last: int | None, biases: int, data: st.DataObject
+    kernels: CpuKernels,
+    counts: list[int],
+    keys: int,
+    each: int,
+    first: int | None,
+    last: int | None,
+    biases: int,
+    data: st.DataObject,
 ) -> None:
-    kernels = cpu_kernels.cpu_kernels()
-    if kernels is None:
-        pytest.skip("there are no compiled steps on this machine")
     heads, width, rows, queries = 2, 16 * keys, len(counts), 48
     each = 1 if biases else each
     seen = [data.draw(st.integers(0, width)) for _ in counts]
@@ -210,14 +213,10 @@ def test_heads_are_rotated_as_by_torch(kernels: CpuKernels, width: int) -> None:
 
 
 def test_passes_in_several_threads_keep_torchs_operations(kernels: CpuKernels) -> None:
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
+    for count in (1, 2):
+        with cpu_kernels.torch_threads(count):
             assert (cpu_kernels.in_one_thread(kernels) is kernels) == (count == 1)
             assert cpu_kernels.in_one_thread(None) is None
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture

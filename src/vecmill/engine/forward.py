@@ -12,7 +12,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -27,6 +27,7 @@ from vecmill.engine.compilation import CompileChoice
 from vecmill.engine.cuda_graphs import Graphs, lane_of, whole_row
 from vecmill.engine.device import unless_out_of_memory
 from vecmill.models.checkpoint import Checkpoint
+from vecmill.models.cpu_kernels import torch_threads
 from vecmill.models.networks import Model
 from vecmill.models.packing import Attention, PackedBatch, PrefixMemory, pack
 from vecmill.models.tokenizer_files import ReadTokenizer
@@ -68,18 +69,9 @@ class CpuThreads:
         """How many a pass of `tokens` tokens gets, one of `at_once` of a batch."""
         return 1 if tokens <= self.single_up_to and not self._fixed else max(1, self._all // at_once)
 
-    @contextmanager
-    def given(self, tokens: int, at_once: int = 1) -> Iterator[None]:
+    def given(self, tokens: int, at_once: int = 1) -> AbstractContextManager[None]:
         """The calling thread has as many as such a pass gets, within the block."""
-        before, wanted = torch.get_num_threads(), self.of_pass(tokens, at_once)
-        if before == wanted:
-            yield
-            return
-        torch.set_num_threads(wanted)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        return torch_threads(self.of_pass(tokens, at_once))
 
     def divided(self, lengths: Sequence[int]) -> list[list[int]]:
         """Rows of these lengths as passes that run at the same time: the indexes of each, in order."""

@@ -50,11 +50,12 @@ class AdaptedLinear(nn.Module):
         self.weight, self.bias = _empty(outputs, inputs), _empty(outputs)
         self.lora_A, self.lora_B = _empty(tasks, rank, inputs), _empty(tasks, outputs, rank)
         self.plain: nn.Module
-        """What is computed without an adapter."""
+        """The layer without its adapters; from `join` on."""
 
     def join(self) -> None:
-        """Make one matrix of the tasks' As, (tasks * rank, inputs), and one of their Bs, (outputs, tasks * rank); and a
-        layer of what is no adapter's."""
+        """Make one matrix of the tasks' As, (tasks * rank, inputs), and one of their Bs, (outputs, tasks * rank). The
+        other weights become a layer of torch's, which may be exchanged for a faster one.
+        """
         outputs, inputs = self.weight.shape
         plain = nn.Linear(inputs, outputs, device="meta")
         plain.weight, plain.bias = self.weight, self.bias

@@ -7,7 +7,8 @@ second product is divided by their sum.
 
 A sum that is very large or very small says that weights are beyond what bfloat16 holds: such a row is computed by
 torch's kernel. Scores are rounded to bfloat16, as by transformers' `eager` attention, which moves a weight by up to
-0.2 % for each unit of its score; torch's kernel does not round them.
+0.2 % for each unit of its score, and by as much again where a bias of two parts is added; torch's kernel does not round
+them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from vecmill.models.cpu_kernels import (
     cpu_kernels,
     fastest_in_one_thread,
     in_one_thread,
-    one_thread,
+    torch_threads,
 )
 from vecmill.models.packing import EVERYTHING, Attention, EqualLengths, PackedBatch, RowsAtOnce, Window, pack
 
@@ -91,9 +92,9 @@ class _Memory:
         self.heads_of_each = query.shape[1] // self.kv_heads
         whole = query.new_zeros(sum(largest))
         self._keys, self._values, self._query, self._scores = torch.split(whole, list(largest))
-        self.sums = torch.zeros(sums, dtype=torch.float32 if compiled else query.dtype, device=query.device)
+        self._sums = torch.zeros(sums, dtype=torch.float32 if compiled else query.dtype, device=query.device)
         self._used = 0
-        self.nbytes = whole.nbytes + self.sums.nbytes
+        self.nbytes = whole.nbytes + self._sums.nbytes
 
     def keys_and_values(self, rows: int, keys: int) -> tuple[Tensor, Tensor]:
         """(kv_heads, rows, keys, head_dim) each."""
@@ -108,7 +109,7 @@ class _Memory:
             taken,
             _view(self._query, (*by_head, self.width)),
             _view(self._scores, (*by_head, taken.end - taken.begin)),
-            self.sums[used : self._used].view(by_head),
+            self._sums[used : self._used].view(by_head),
             keys.flatten(0, 1).transpose(1, 2),
             values.flatten(0, 1),
         )
@@ -116,7 +117,7 @@ class _Memory:
     @property
     def used_sums(self) -> Tensor:
         """Blocks that would be padding alone have none."""
-        return self.sums[: self._used]
+        return self._sums[: self._used]
 
 
 class _Block:
@@ -181,6 +182,8 @@ class _GroupQueries:
 
 @dataclass(slots=True)
 class _TorchBlock:
+    """A block, and the parts of it that belong to each group or are padding."""
+
     block: _Block
     groups: list[_GroupQueries] = field(default_factory=list)
     padded_scores: list[Tensor] = field(default_factory=list)
@@ -284,6 +287,8 @@ class _TorchRows(_Rows):
 
 @dataclass(slots=True)
 class _CompiledBlock:
+    """A block, and its steps in the order that they run in."""
+
     block: _Block
     keys: Sequence[Gather]
     """Empty where they are those of the block before; so with the values."""
@@ -305,7 +310,7 @@ class _CompiledRows(_Rows):
         self._lengths: Numbers = column(group.length for group, _ in rows)
         self._prefixes: Numbers = column(0 if group.prefix is None else group.prefix[0] for group, _ in rows)
         self._bad = np.zeros(at_once.count, dtype=np.uint8)
-        """Which rows have had a sum that is out of range since the layer began."""
+        """Which rows have a sum that is out of range, in the layer that was computed last."""
         self._blocks: list[_CompiledBlock] = []
         placed = None
         for taken in ranges:
@@ -515,7 +520,7 @@ def _gain() -> float:
         q, k, v = (whole.of(each) for each in (query, key, value))
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1)[None]
 
-    with one_thread():  # with the steps that most passes have
+    with torch_threads(1):  # with the steps that most passes have
         given, wanted = products(), kernel()
     if not (given - wanted).norm() <= MOST_OFF * wanted.norm():
         logger.info("attention stays as torch has it: products give other numbers here")

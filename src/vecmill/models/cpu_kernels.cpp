@@ -94,8 +94,8 @@ inline float sum_of(Values values) {
     return each[0];
 }
 
-// 2 to the power of each, within 3e-6 of it where that is from 2^-126 to 2^127. What is less gives less, down to 0; what
-// is more gives more, up to infinity; what is no number stays none. -inf gives 0, or no number.
+// 2 to the power of each, with a relative error below 3e-6 from 2^-126 to 2^127. Smaller powers become subnormal or 0,
+// larger ones up to infinity. NaN stays NaN, and -infinity gives 0 or NaN.
 inline Floats exp2_of(Floats x) {
 #if defined __AVX512BW__
     const Floats whole = (Floats)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -128,8 +128,8 @@ inline void in_steps(int64_t width, Step step) {
     if (at < width) step(at, width - at);
 }
 
-// Scores to weights of those keys that are seen, from `low` to before `high`; `factor` times a bias, of so many keys, is
-// added where it is not null. Returns the sum.
+// Scores of one query to weights, 0 for keys that are not seen: those before `low`, and from `high` on. BIASED: `factor`
+// times a bias is added, which has values up to `high`. Returns the sum of the weights.
 template <bool BIASED>
 inline float weigh_line(bfloat16 *line, int64_t keys, int64_t low, int64_t high, const bfloat16 *bias, float factor) {
     const int64_t end = high > 0 ? least_of(keys, (high + LANES - 1) / LANES * LANES) : 0;

@@ -46,7 +46,7 @@ FOR_THIS_PROCESSOR = {"x86_64": "-march=native", "aarch64": "-mcpu=native"}
 COMPILE_SECONDS, CHECK_SECONDS = 60, 20
 
 STEP = 32
-"""Norms and rotations are computed of widths that are multiples of it."""
+"""Norms are computed of widths that are multiples of it."""
 
 # What the trial computes: the scores of 12 heads of 4 rows, and norms of their tokens.
 TRIAL_ROWS, TRIAL_TOKENS, TRIAL_HEADS, TRIAL_WIDTH, TRIALS = 4, 128, 12, 384, 7
@@ -473,14 +473,17 @@ def _check_same(given: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
 
 
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """torch's operations of this thread have no others to share their work with, as in most passes."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def torch_threads(count: int) -> Iterator[None]:
+    """Within the block torch shares the work of the calling thread's operations among so many threads."""
+    before = torch.get_num_threads()
+    if before == count:
+        yield
+        return
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def fastest_in_one_thread(ways: Sequence[Callable[[], object]], runs: int) -> list[float]:
@@ -489,7 +492,7 @@ def fastest_in_one_thread(ways: Sequence[Callable[[], object]], runs: int) -> li
     In one thread: where others are busy too, several wait for each other at each step.
     """
     seconds: list[list[float]] = [[] for _ in ways]
-    with one_thread():
+    with torch_threads(1):
         for _ in range(runs):
             for way, taken in zip(ways, seconds, strict=True):
                 started = perf_counter()

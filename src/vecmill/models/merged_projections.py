@@ -24,15 +24,15 @@ def rotated(heads: Tensor, cos: Tensor, sin: Tensor, kernels: CpuKernels | None 
     """(1, heads, T, head_dim) rotated by (1, T, head_dim) each, as transformers' `apply_rotary_pos_emb` does it.
 
     Args:
-        kernels: what may do it in the memory of `heads`.
+        kernels: where they are used, the values of `heads` are overwritten.
     """
+    kernels = in_one_thread(kernels)
+    if kernels is not None and heads.dtype is cos.dtype:
+        kernels.rotate(heads, cos, sin)
+        return heads
     first, second = heads.chunk(2, dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     if heads.device.type == "cpu" and not torch.compiler.is_compiling():
-        kernels = in_one_thread(kernels)
-        if kernels is not None and heads.dtype is cos.dtype:
-            kernels.rotate(heads, cos[:, 0], sin[:, 0])
-            return heads
         # Three passes over the values in place of five, and one rounding less. The product that is rounded by itself is
         # the one with the sine: most pairs of values turn by little, so it is the smaller one.
         half = first.shape[-1]

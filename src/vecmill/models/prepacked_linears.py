@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vecmill.core.errors import first_line, is_out_of_memory
-from vecmill.models.cpu_kernels import STEP, CpuKernels, cpu_kernels, one_thread
+from vecmill.models.cpu_kernels import STEP, CpuKernels, cpu_kernels, torch_threads
 from vecmill.models.fused_norms import FusedGemmaRMSNorm, FusedLayerNorm, FusedRMSNorm
 from vecmill.models.merged_projections import MergedAttention
 from vecmill.models.networks import Model, places_within
@@ -136,7 +136,7 @@ def _fused_norm(module: nn.Module, kernels: CpuKernels | None) -> FusedRMSNorm |
     fused: FusedRMSNorm | FusedGemmaRMSNorm
     if isinstance(epsilon := getattr(module, "variance_epsilon", None), float):
         fused = FusedRMSNorm(weight, epsilon, kernels)
-        with one_thread():
+        with torch_threads(1):  # as most passes have it: with the kernel
             computed = fused(sample)
     elif isinstance(epsilon := getattr(module, "eps", None), float) and kernels is not None and not len(weight) % STEP:
         fused = FusedGemmaRMSNorm(module, weight, epsilon, kernels)
